@@ -1,0 +1,1 @@
+"""Raw files to training rows: sources -> shards -> mixture -> packing -> loader."""

@@ -1,0 +1,83 @@
+"""What flows through the data path, and the shape legend of the whole project.
+
+Shape letters, used as name suffixes (`hidden_SBH`, `labels_BS`):
+    B  rows in a microbatch            S  tokens in a row (sequence length)
+    H  hidden size                     V  vocabulary size
+    N  attention heads                 D  size of one head
+    T  tokens of one part              C  channels;  Y, X  pixel rows and columns
+    3  the axes (t, h, w) of a position
+
+A *sample* is one key of a shard: for each modality that it has, the token ids of that part.
+A *document* is a sample with an order of its parts; a *row* is documents packed to S tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float32]
+
+IGNORE_LABEL = -100
+"""Label of a position that predicts nothing (the last token of a document, padding)."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One modality's stretch of a document: codec-local token ids `[T]`, each in [0, vocabulary_size)."""
+
+    modality: str
+    ids: IntArray
+
+
+@dataclass(frozen=True)
+class Document:
+    """A sample with its parts in reading order; `key` names the sample it came from."""
+
+    key: str
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One packed training row; every array has length S (position: `[3, S]`).
+
+    labels[s] is the token after s in the same document, or IGNORE_LABEL.
+    loss_weight[s] is 0 where labels[s] is IGNORE_LABEL.
+    segment[s] numbers the documents of the row from 0; padding is -1. Attention stays inside a segment.
+    position[:, s] is (t, h, w); the three are equal for text.
+    modality[s] is the index (Vocabulary.modalities) of the modality whose loss labels[s] counts to; -1 for none.
+    """
+
+    input_ids: IntArray
+    labels: IntArray
+    loss_weight: FloatArray
+    segment: IntArray
+    position: IntArray
+    modality: IntArray
+
+
+@dataclass
+class Batch:
+    """A microbatch of rows as tensors: `[B, S]` each, position `[B, 3, S]`."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    loss_weight: torch.Tensor
+    segment: torch.Tensor
+    position: torch.Tensor
+    modality: torch.Tensor
+
+    @classmethod
+    def stack(cls, rows: list[Row]) -> "Batch":
+        """Stack B rows; all must have the same S."""
+        return cls(**{name: torch.from_numpy(np.stack([getattr(r, name) for r in rows])) for name in _FIELDS})
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in _FIELDS})
+
+
+_FIELDS = ("input_ids", "labels", "loss_weight", "segment", "position", "modality")

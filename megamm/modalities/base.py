@@ -1,0 +1,66 @@
+"""The protocol of a modality: media bytes <-> arrays <-> token ids.
+
+A modality is one file that implements `Modality` and one line in `megamm.modalities.REGISTRY`.
+Its ids are codec-local, in [0, vocabulary_size); `model.vocabulary` shifts them to their range.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from megamm.data.sample import IntArray
+
+
+class UnreadableMedia(ValueError):
+    """A file that cannot be decoded; the message says why. Builds count these and name them in a report."""
+
+
+class Modality(Protocol):
+    """One kind of media with the tokenizer (codec) that turns it into tokens and back."""
+
+    name: ClassVar[str]
+    """Folder of the media in a shard set, and the modality's name everywhere: "text", "image"."""
+    extensions: ClassVar[tuple[str, ...]]
+    """File endings inside its shards, without dot; the first is the one `write_media` makes."""
+
+    vocabulary_size: int
+    """Number of token ids of the loaded codec."""
+    codec_id: str
+    """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
+
+    @classmethod
+    def load(cls, codec: Path) -> "Modality":
+        """Load the codec from its folder. UserError if the folder is not such a codec."""
+        ...
+
+    @staticmethod
+    def check_media(data: bytes, extension: str) -> None:
+        """Decode fully, without a codec; UnreadableMedia if it cannot be used for training."""
+        ...
+
+    def read_media(self, data: bytes, extension: str) -> Any:
+        """Media bytes to the codec's input (text: str; image: uint8 `[Y, X, 3]`). UnreadableMedia if broken."""
+        ...
+
+    def write_media(self, media: Any) -> bytes:
+        """The inverse of read_media, in the format `extensions[0]`."""
+        ...
+
+    def encode(self, media: Sequence[Any]) -> list[IntArray]:
+        """A batch of codec inputs to token ids, one `[T]` array each."""
+        ...
+
+    def decode(self, ids: IntArray) -> Any:
+        """Token ids `[T]` back to media."""
+        ...
+
+    def positions(self, length: int) -> IntArray:
+        """`[3, length]`: (t, h, w) of each token, from 0; for text all three count up together."""
+        ...
+
+
+def sequential_positions(length: int) -> IntArray:
+    """Positions of a part without spatial axes: `[3, length]`, all rows 0 .. length - 1."""
+    return np.broadcast_to(np.arange(length, dtype=np.int64), (3, length)).copy()

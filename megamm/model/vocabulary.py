@@ -1,0 +1,103 @@
+"""One vocabulary for all modalities: [text | control | image | ...], contiguous ranges.
+
+The ranges are recorded in checkpoints and exports. CONTROL_SIZE slots are reserved so that a
+modality added later (its begin and end marks are control tokens) shifts no other id.
+Padding for tensor parallelism is not part of it: `padded_size` is a run-time figure.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megamm.errors import UserError
+
+CONTROL_SIZE = 32
+DOCUMENT_START, DOCUMENT_END, PADDING = 0, 1, 2
+"""Offsets in the control range; media modality number m (0 = image) begins with 3 + 2m and ends with 4 + 2m."""
+MEDIA_ORDER = ("image", "audio", "video", "points")
+"""Order of the media's marks. It is part of the format: append only."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Ids [start, start + size) of one modality, made by the codec `codec_id` ("" for control)."""
+
+    name: str
+    start: int
+    size: int
+    codec_id: str = ""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ranges in id order. Build with `Vocabulary.of`; text first, then control, then the media."""
+
+    ranges: tuple[Range, ...]
+
+    @classmethod
+    def of(cls, codecs: dict[str, tuple[int, str]]) -> "Vocabulary":
+        """From modality name -> (vocabulary_size, codec_id); "text" must be there."""
+        if "text" not in codecs:
+            raise UserError("no text tokenizer", remedy="name one under `tokenizers.text` in the config")
+        order = ["text", "control", *[name for name in MEDIA_ORDER if name in codecs]]
+        ranges, start = [], 0
+        for name in order:
+            size, codec_id = codecs.get(name, (CONTROL_SIZE, ""))
+            ranges.append(Range(name, start, size, codec_id))
+            start += size
+        return cls(tuple(ranges))
+
+    @property
+    def size(self) -> int:
+        return self.ranges[-1].stop
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modality names in id order, without control; their index is `Row.modality`."""
+        return tuple(r.name for r in self.ranges if r.name != "control")
+
+    def __getitem__(self, name: str) -> Range:
+        return next(r for r in self.ranges if r.name == name)
+
+    def begin(self, modality: str) -> int:
+        """Id of the mark before a part of this media modality (text has none)."""
+        return self["control"].start + 3 + 2 * MEDIA_ORDER.index(modality)
+
+    def end(self, modality: str) -> int:
+        """Id of the mark after a part of this media modality."""
+        return self.begin(modality) + 1
+
+    @property
+    def document_start(self) -> int:
+        return self["control"].start + DOCUMENT_START
+
+    @property
+    def document_end(self) -> int:
+        return self["control"].start + DOCUMENT_END
+
+    @property
+    def padding(self) -> int:
+        return self["control"].start + PADDING
+
+    def padded_size(self, tensor_parallel: int, multiple: int = 1) -> int:
+        """Rows of the embedding at run time: the size rounded up so that every TP rank gets as many."""
+        step = tensor_parallel * multiple
+        return -(-self.size // step) * step
+
+    def control_name(self, token: int) -> str:
+        """Name of a control token, as it appears in an exported tokenizer."""
+        offset = token - self["control"].start
+        named = {DOCUMENT_START: "document_start", DOCUMENT_END: "document_end", PADDING: "padding"}
+        for m, media in enumerate(MEDIA_ORDER):
+            named[3 + 2 * m], named[4 + 2 * m] = f"{media}_start", f"{media}_end"
+        return f"<|{named.get(offset, f'reserved_{offset}')}|>"
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(r) for r in self.ranges]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> "Vocabulary":
+        return cls(tuple(Range(**r) for r in data))
