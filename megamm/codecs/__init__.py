@@ -1,0 +1,1 @@
+"""The trainable tokenizers (codecs) behind the modalities: quantisers, autoencoders and their training."""

@@ -1,0 +1,150 @@
+"""The image codec: an FSQ autoencoder of square images, uint8 `[B, Y, X, 3]` <-> ids `[B, T]`.
+
+T = (image_size / downsample)^2, row-major over the latent grid. A folder of two files: `config.json` and
+`model.safetensors`. Source of the quantiser: codecs/fsq.py.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from megamm.codecs.fsq import FSQ
+from megamm.errors import UserError
+
+KIND = "megamm-image-fsq"
+"""`kind` in config.json: what tells this codec's folder from any other."""
+
+
+class ImageCodecConfig(BaseModel):
+    """Sizes of the codec; `image_size` and `downsample` in pixels."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str = Field(default=KIND, pattern=f"^{KIND}$")
+    image_size: int = Field(default=64, ge=8, le=2048)
+    downsample: int = Field(default=8, ge=2, le=64)
+    width: int = Field(default=128, ge=8, le=4096)
+    depth: int = Field(default=2, ge=1, le=64)
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ImageCodecConfig":
+        if self.image_size % self.downsample:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of downsample {self.downsample}")
+        if not self.levels or min(self.levels) < 2 or math.prod(self.levels) > 2**20:
+            raise ValueError(f"levels {self.levels} must be 2 or more each, with at most 2^20 codes")
+        return self
+
+    @property
+    def grid_size(self) -> int:
+        """Rows (and columns) of the latent grid."""
+        return self.image_size // self.downsample
+
+    @property
+    def codebook_size(self) -> int:
+        return math.prod(self.levels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around a residual, `[B, C, Y, X]` to the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, width)
+        self.conv_in = nn.Conv2d(width, width, 3, padding=1)
+        self.conv_out = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.conv_out(nn.functional.gelu(self.conv_in(self.norm(hidden))))
+
+
+class ImageCodec(nn.Module):
+    """Encoder, FSQ and decoder; everything between the pixels runs at the resolution of the latent grid."""
+
+    def __init__(self, config: ImageCodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch, width = 3 * config.downsample**2, config.width
+        self.quantiser = FSQ(config.levels)
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(config.downsample),
+            nn.Conv2d(patch, width, 1),
+            *[ResidualBlock(width) for _ in range(config.depth)],
+            nn.Conv2d(width, len(config.levels), 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(len(config.levels), width, 1),
+            *[ResidualBlock(width) for _ in range(config.depth)],
+            nn.Conv2d(width, patch, 1),
+            nn.PixelShuffle(config.downsample),
+        )
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels `[B, 3, Y, X]` in [-1, 1] to (reconstruction of the same shape, ids `[B, T]`)."""
+        codes = self.quantiser(self.encoder(pixels).permute(0, 2, 3, 1))
+        return self.decoder(codes.permute(0, 3, 1, 2)), self.quantiser.to_indices(codes).flatten(1)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 `[B, Y, X, 3]` to ids `[B, T]`, int64."""
+        codes = self.quantiser(self.encoder(to_pixels(images)).permute(0, 2, 3, 1))
+        return self.quantiser.to_indices(codes).flatten(1)
+
+    @torch.inference_mode()
+    def decode(self, ids: Tensor) -> Tensor:
+        """ids `[B, T]` to uint8 `[B, Y, X, 3]`. ValueError if T is not the grid or an id is out of range."""
+        grid = self.config.grid_size
+        if ids.shape[1] != grid * grid:
+            raise ValueError(f"{ids.shape[1]} ids for a grid of {grid} x {grid}")
+        if ids.min() < 0 or ids.max() >= self.config.codebook_size:
+            raise ValueError(f"ids must be in [0, {self.config.codebook_size})")
+        codes = self.quantiser.to_codes(ids.view(-1, grid, grid))
+        return to_images(self.decoder(codes.permute(0, 3, 1, 2)))
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """uint8 `[B, Y, X, 3]` to float32 `[B, 3, Y, X]` in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """float `[B, 3, Y, X]` in [-1, 1] to uint8 `[B, Y, X, 3]`, rounded and clipped."""
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def save_image_codec(codec: ImageCodec, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` into an existing folder."""
+    (folder / "config.json").write_text(codec.config.model_dump_json(indent=2) + "\n")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_image_codec(folder: Path) -> tuple[ImageCodec, str]:
+    """The codec on the CPU and its codec_id. UserError if the folder is no image codec or is damaged."""
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    remedy = "name a folder made by `megamm tokenizer train image`"
+    if not (config_file.is_file() and weights_file.is_file()):
+        raise UserError("no image codec (config.json and model.safetensors)", where=folder, remedy=remedy)
+    try:
+        codec = ImageCodec(ImageCodecConfig.model_validate(json.loads(config_file.read_text())))
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"not an image codec config: {'.'.join(map(str, first['loc']))} {first['msg']}"
+        raise UserError(what, where=config_file, remedy=remedy) from error
+    except ValueError as error:
+        raise UserError(f"not an image codec config: {error}", where=config_file, remedy=remedy) from error
+    try:
+        codec.load_state_dict(load_file(weights_file))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights do not fit the config: {reason}", where=weights_file, remedy="retrain it") from error
+    digest = hashlib.sha256(config_file.read_bytes())
+    digest.update(weights_file.read_bytes())
+    return codec, digest.hexdigest()[:12]

@@ -1,0 +1,120 @@
+"""Images: PNG, JPEG or WebP bytes <-> uint8 `[Y, X, 3]` (sRGB) <-> token ids `[T]`, row-major over the grid.
+
+Every image becomes a square of the codec's size: EXIF rotation applied, transparency laid on white, scaled
+with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped or stretched.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageOps
+
+from megamm.codecs.image import ImageCodec, load_image_codec
+from megamm.data.sample import IntArray
+from megamm.modalities.base import UnreadableMedia
+
+PixelArray = npt.NDArray[np.uint8]
+
+MAX_PIXELS = 64 * 2**20
+"""Larger images are refused from the header alone: a few kB of PNG can claim gigabytes (decompression bomb)."""
+_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+
+
+class ImageModality:
+    """The image modality; build it with `ImageModality.load(folder)`."""
+
+    name: ClassVar[str] = "image"
+    extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
+
+    def __init__(self, codec: ImageCodec, codec_id: str, device: torch.device) -> None:
+        self.codec = codec.to(device).eval()
+        self.codec_id = codec_id
+        self.device = device
+        self.vocabulary_size = codec.config.codebook_size
+
+    @classmethod
+    def load(cls, codec: Path, device: torch.device = torch.device("cpu")) -> "ImageModality":
+        """Load an image codec folder onto a device. UserError if it is not one."""
+        module, codec_id = load_image_codec(codec)
+        return cls(module, codec_id, device)
+
+    @staticmethod
+    def check_media(data: bytes, extension: str) -> None:
+        """Decode every pixel; UnreadableMedia if broken, of another format than its extension, or too large."""
+        _decode(data, extension)
+
+    def read_media(self, data: bytes, extension: str) -> PixelArray:
+        """Image bytes to uint8 `[Y, X, 3]`, Y = X = the codec's image_size."""
+        return square_pixels(data, extension, self.codec.config.image_size)
+
+    def write_media(self, media: PixelArray) -> bytes:
+        """uint8 `[Y, X, 3]` to PNG bytes."""
+        file = io.BytesIO()
+        Image.fromarray(media).save(file, format="PNG")
+        return file.getvalue()
+
+    def encode(self, media: Sequence[PixelArray]) -> list[IntArray]:
+        """Images `[Y, X, 3]` to ids `[T]` each, on the codec's device."""
+        if not media:
+            return []
+        images_BYX3 = torch.from_numpy(np.stack(media)).to(self.device)
+        return list(self.codec.encode(images_BYX3).cpu().numpy())
+
+    def decode(self, ids: IntArray) -> PixelArray:
+        """Ids `[T]` to uint8 `[Y, X, 3]`. ValueError if T is not the codec's grid or an id is out of range."""
+        images_BYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
+        return images_BYX3[0].cpu().numpy()
+
+    def positions(self, length: int) -> IntArray:
+        """`[3, length]`: t = 0, (h, w) row-major over the latent grid."""
+        h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.config.grid_size)
+        return np.stack([np.zeros_like(h), h, w])
+
+
+def square_pixels(data: bytes, extension: str, size: int) -> PixelArray:
+    """Image bytes to uint8 `[size, size, 3]`: on white, aspect kept, padded. UnreadableMedia if broken."""
+    image = _on_white(_decode(data, extension))
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    square = Image.new("RGB", (size, size), "white")
+    resized = image.resize((width, height), Image.Resampling.LANCZOS)
+    square.paste(resized, ((size - width) // 2, (size - height) // 2))
+    return np.asarray(square)
+
+
+def _decode(data: bytes, extension: str) -> Image.Image:
+    """The first frame, fully decoded and upright."""
+    if not data:
+        raise UnreadableMedia("zero bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=tuple(_FORMAT.values()))
+    except Image.DecompressionBombError as error:
+        raise UnreadableMedia(f"more than {MAX_PIXELS} pixels") from error
+    except Exception as error:  # broken headers make Pillow raise nearly any class
+        raise UnreadableMedia(f"not a PNG, JPEG or WebP image: {type(error).__name__}") from error
+    if image.format != _FORMAT.get(extension):
+        raise UnreadableMedia(f"a {image.format} image with the ending .{extension}")
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableMedia(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
+    try:
+        image.verify()  # PNG: checksums up to the end mark, which decoding alone does not reach
+        image = Image.open(io.BytesIO(data))  # verify uses the file up
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise UnreadableMedia(f"broken {image.format} data: {error}") from error
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, with transparency laid on white."""
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return image.convert("RGB")
