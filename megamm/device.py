@@ -1,0 +1,70 @@
+"""The device, communication backend and number format of a process: chosen once, each with a printed reason.
+
+The only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megamm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 peak per second of a GPU whose name contains the key (vendor data sheets), for MFU."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a process computes; `backend` is the torch.distributed backend for it."""
+
+    torch_device: torch.device
+    backend: Literal["gloo", "nccl"]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """bf16 peak per second, None where it is not known (then no MFU is reported)."""
+        if not self.is_gpu:
+            return None
+        name = torch.cuda.get_device_name(self.torch_device)
+        return next((flops for key, flops in PEAK_FLOPS_BF16.items() if key in name), None)
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a clock read afterwards is right."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.torch_device)
+
+    def rng_state(self) -> torch.Tensor:
+        """State of the device's default generator, uint8 `[n]`; on a CPU it is torch's own."""
+        return torch.cuda.get_rng_state(self.torch_device) if self.is_gpu else torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what `rng_state` gave."""
+        if self.is_gpu:
+            torch.cuda.set_rng_state(state, self.torch_device)
+        else:
+            torch.set_rng_state(state)
+
+
+def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
+    """Choose this process's device; `LOCAL_RANK` picks the GPU. UserError if a GPU is asked for and none is there."""
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError("device: gpu, but torch sees none", remedy="use device: auto or cpu, or install a GPU build")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        reason = "asked for" if wanted == "cpu" else "torch sees no GPU"
+        chosen = Device(torch.device("cpu"), "gloo")
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = Device(torch.device("cuda", torch.cuda.current_device()), "nccl")
+        reason = torch.cuda.get_device_name()
+    log.info("device %s, backend %s: %s", chosen.torch_device, chosen.backend, reason)
+    return chosen

@@ -1,0 +1,62 @@
+"""Repairs of Megatron-core 0.16 and 0.19 that any device needs when Transformer Engine and apex are absent."""
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.moe import moe_utils
+
+
+def apply() -> None:
+    """Mend the imported modules; safe to call again."""
+    # 0.16.1 tests this name against None but defines it only when Transformer Engine imports.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:
+    """Give every parameter shard its Adam state (moments 0) at this step count, before tensors are loaded into it.
+
+    Megatron's own load path shares one `step` tensor between all parameters of a torch Adam, so that the
+    next update moves it once for each: here every parameter owns its own.
+    """
+    inner = optimizer.optimizer
+    for group in inner.param_groups:
+        if not isinstance(inner, torch.optim.Adam):  # fused Adams count in the group; AdamW is an Adam
+            group["step"] = step
+        for parameter in group["params"]:
+            state: dict[str, Any] = inner.state[parameter]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(parameter.data)
+                state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            if isinstance(inner, torch.optim.Adam):
+                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+
+
+@torch.no_grad()
+def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]]) -> None:
+    """Copy tensors of the `fully_reshardable` format into this rank's shards.
+
+    The same walk as Megatron's loader, which on a torch Adam asks for the 'step' that the format leaves out.
+    """
+    index = -1
+    for buffer_index, ranges in enumerate(optimizer.gbuf_ranges):
+        owned = {p: r for buckets in ranges.values() for bucket in buckets for p, r in bucket["param_map"].items()}
+        for parameter in optimizer.buffers[buffer_index].param_index_map:
+            index += 1
+            if parameter not in owned:
+                continue
+            part = owned[parameter]["param"]
+            group, order = optimizer.model_param_group_index_map[parameter]
+            main = optimizer.optimizer.param_groups[group]["params"][order]
+            targets = {"fp32_param": main, **optimizer.optimizer.state[main]}
+            for name, tensor in loaded[index].items():
+                targets[name].copy_(tensor.flatten()[part.start : part.end])
+
+
+def adam_step(optimizer: DistributedOptimizer) -> int:
+    """Steps this optimizer has taken."""
+    inner = optimizer.optimizer
+    if not isinstance(inner, torch.optim.Adam):
+        return int(inner.param_groups[0].get("step", 0))
+    return max((int(state["step"]) for state in inner.state.values()), default=0)

@@ -1,0 +1,179 @@
+"""Every adaptation of Megatron-core to a CPU, each with its reason; installed only when no GPU is chosen.
+
+Megatron-core names the GPU in its source: `torch.cuda.*` calls, `device="cuda"` literals, tensor type
+strings. An import hook rewrites those in the source of `megatron.core` modules as they are loaded
+and leaves torch itself untouched. On a GPU not one line of this file runs.
+"""
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import re
+import sys
+from collections.abc import Sequence
+from types import CodeType, ModuleType
+from typing import Any
+
+import torch
+
+_API_NAME = "_megamm_cpu_device"
+
+
+class _Stream:
+    """A CPU runs one thing after another: a stream or event is always done."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+    def wait_event(self, _: Any) -> None: ...
+
+    def record(self, *_: Any) -> None: ...
+
+    def wait(self, *_: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, *_: Any) -> "_Stream":
+        return self
+
+
+class _Random:
+    """`torch.cuda.random` of the rewritten source: the CPU generator's state."""
+
+    @staticmethod
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+
+class _CpuDevice:
+    """What `torch.cuda` means in the rewritten source; names not here are torch.cuda's own."""
+
+    Stream = Event = _Stream
+    random = _Random
+    manual_seed = staticmethod(torch.manual_seed)
+    set_rng_state = staticmethod(torch.set_rng_state)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("cpu")
+
+    @staticmethod
+    def get_rng_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    @staticmethod
+    def current_stream(*_: Any) -> _Stream:
+        return _STREAM
+
+    default_stream = current_stream
+
+    @staticmethod
+    def stream(_: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    @staticmethod
+    def synchronize(*_: Any) -> None: ...
+
+    @staticmethod
+    def set_device(_: Any) -> None: ...
+
+    @staticmethod
+    def device_count() -> int:
+        return 1
+
+    @staticmethod
+    def empty_cache() -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+
+_STREAM = _Stream()
+_DEVICE = _CpuDevice()
+
+_EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
+    # Type strings that the optimizer and gradient clipping compare with.
+    (re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)\1"), r"'torch.\2'"),
+    # Calls; import statements stay, torch.cuda exists in a CPU build.
+    (re.compile(r"(?<!from )(?<!import )(?<!['\"\w.])torch\.cuda\b"), _API_NAME),
+    # Device literals of allocations.
+    (re.compile(r"(['\"])cuda\1"), '"cpu"'),
+    # Copies to the device (an argument may itself hold one call).
+    (re.compile(r"\.cuda\((?:[^()]|\([^()]*\))*\)"), ".cpu()"),
+    # Pinned memory exists only beside a GPU.
+    (re.compile(r"\.pin_memory\(\)"), ""),
+    (re.compile(r"\bpin_memory=True"), "pin_memory=False"),
+)
+_PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
+    # torch.compile of Megatron's small pointwise functions costs more than it saves on a CPU.
+    "megatron.core.jit": (("jit_fuser = torch.compile", "jit_fuser = noop_decorator"),),
+    # The region's generator *is* the CPU generator here, so that it changed is no news.
+    "megatron.core.tensor_parallel.random": (
+        ("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
+    ),
+    # The all-to-all dispatcher wants numpy split sizes also when the tensor is on the CPU already.
+    "megatron.core.transformer.moe.moe_utils": (
+        ("if torch.is_tensor(tensor) and tensor.is_cuda:", "if torch.is_tensor(tensor) and as_numpy:"),
+        ("tensor.record_stream(", "(lambda _: None)("),
+    ),
+}
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+    """Megatron queues this for a GPU that never initialises; set the CPU generator at once instead."""
+    torch.set_rng_state(state)
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a megatron.core module from rewritten source; no bytecode of it is cached."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        source = self.get_data(self.path).decode()
+        for old, new in _PER_MODULE.get(fullname, ()):
+            if old not in source:
+                raise ImportError(f"{self.path}: expected {old!r}; this megatron-core version needs a new adaptation")
+            source = source.replace(old, new)
+        for pattern, replacement in _EVERYWHERE:
+            source = pattern.sub(replacement, source)
+        return compile(source, self.path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__[_API_NAME] = _DEVICE
+        super().exec_module(module)
+        if module.__name__ == "megatron.core.tensor_parallel.random":
+            module.__dict__["_set_cuda_rng_state"] = _set_rng_state
+            module.__dict__["_get_cuda_rng_state"] = _get_rng_state
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Gives `_Loader` to the source modules of megatron.core."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+        return spec
+
+
+def install() -> None:
+    """Install the hook once, before the first import of megatron.core; later is a programming error."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    loaded = [name for name in sys.modules if name.startswith("megatron.core")]
+    assert not loaded, f"megatron.core was imported before megamm.mcore.cpu.install(): {loaded[:3]}"
+    sys.meta_path.insert(0, _Finder())
+
+
+def is_installed() -> bool:
+    """Whether the hook is active in this process."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)

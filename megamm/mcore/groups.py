@@ -1,0 +1,107 @@
+"""Process groups of a run: torch.distributed and Megatron's TP x PP x EP x DP grid, and back down again.
+
+One process without a launcher gets a world of one over an in-memory store: no port, no network.
+"""
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megamm.config import ParallelConfig
+from megamm.device import Device
+from megamm.mcore import cpu
+
+
+@dataclass(frozen=True)
+class Groups:
+    """This rank's place in the grid; `collection` is Megatron's ProcessGroupCollection."""
+
+    collection: Any
+    rank: int
+    world_size: int
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.collection.tp.rank()
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.collection.pp.rank()
+
+    @property
+    def data_rank(self) -> int:
+        return self.collection.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.collection.dp.size()
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.collection.pp.size() - 1
+
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce (sum) over the data-parallel group, in place; returns the tensor."""
+        dist.all_reduce(tensor, group=self.collection.dp)
+        return tensor
+
+    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Broadcast in place from the last pipeline stage, which alone knows the loss."""
+        if self.collection.pp.size() > 1:
+            dist.broadcast(tensor, src=dist.get_process_group_ranks(self.collection.pp)[-1], group=self.collection.pp)
+        return tensor
+
+    def describe(self) -> str:
+        return (
+            f"rank {self.rank}: tensor {self.tensor_rank}, pipeline {self.pipeline_rank}, data {self.data_rank}, "
+            f"expert {self.collection.ep.rank()}"
+        )
+
+
+def start(device: Device, timeout_minutes: float = 10) -> None:
+    """Join the job: torchrun's environment if there is one, else a world of this process alone."""
+    if not device.is_gpu:
+        cpu.install()
+    if dist.is_initialized():
+        return
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(device.backend, timeout=timeout)
+    else:
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def build(parallel: ParallelConfig, seed: int) -> Groups:
+    """Lay the grid over the started job and seed the parallel regions' generators."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    # Stages draw different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.
+    tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * collection.pp.rank(), force_reset_rng=True)
+    torch.manual_seed(seed + 100 * collection.pp.rank())
+    return Groups(collection, dist.get_rank(), dist.get_world_size())
+
+
+def destroy() -> None:
+    """Undo `build`, so that a process can lay another grid (tests and conversion do)."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def stop() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,70 @@
+"""AdamW by Megatron's distributed optimizer (ZeRO-1), and its learning-rate schedule.
+
+Sources: Loshchilov and Hutter 2019 (AdamW); Rajbhandari et al. 2020 (ZeRO); Hu et al. 2024 (WSD).
+"""
+
+import warnings
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megamm.config import RunConfig
+from megamm.device import DTYPES
+from megamm.mcore.groups import Groups
+
+
+def build(config: RunConfig, model: DistributedDataParallel, groups: Groups) -> Any:
+    """Megatron's optimizer over the model's parameters; norms and biases get no weight decay."""
+    o, bf16 = config.optimizer, config.train.precision == "bf16"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = get_megatron_optimizer(
+            MegatronOptimizerConfig(
+                optimizer="adam",
+                lr=o.lr,
+                min_lr=o.min_lr,
+                weight_decay=o.weight_decay,
+                adam_beta1=o.beta1,
+                adam_beta2=o.beta2,
+                adam_eps=o.eps,
+                clip_grad=o.clip_grad,
+                bf16=bf16,
+                params_dtype=DTYPES[config.train.precision],
+                use_distributed_optimizer=True,
+            ),
+            [model],
+        )
+    for part in parts(optimizer):
+        for group in part.optimizer.param_groups:
+            # One fused pass over a parameter; torch's default for a CPU is one pass per operation.
+            if "fused" in group and group.get("foreach") is None:
+                group["fused"] = True
+    return optimizer
+
+
+def parts(optimizer: Any) -> list[Any]:
+    """The distributed optimizers inside: one for dense parameters, one for experts where they are parallel."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine to min_lr, or constant with a linear decay at the end (WSD)."""
+    o, steps = config.optimizer, config.train.steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=o.lr,
+        min_lr=o.min_lr,
+        lr_warmup_steps=o.warmup_steps,
+        lr_decay_steps=steps,
+        lr_decay_style="WSD" if o.schedule == "wsd" else "cosine",
+        start_wd=o.weight_decay,
+        end_wd=o.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        wsd_decay_steps=o.decay_steps if o.schedule == "wsd" else None,
+        lr_wsd_decay_style="linear" if o.schedule == "wsd" else None,
+    )
