@@ -1,0 +1,56 @@
+"""Indexes for WebDataset tars that have none, or a wrong one: what `megamm data index FOLDER` runs.
+
+In: a folder of 000000.tar, 000001.tar, ..., one member `<key>.<ext>` a sample. Out: the `.jsonl` indexes beside
+them (see `shards`), offsets and sizes in bytes.
+"""
+
+import tarfile
+from pathlib import Path
+
+from megamm.data.shards import KEY, Member, check_tar_end, tokens_from_bytes, write_counts
+from megamm.errors import UserError
+
+
+def index_tar(tar: Path) -> list[Member]:
+    """The members of any WebDataset tar, in order. UserError if it is broken or holds what is no sample."""
+    members = []
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for info in file:
+                key, _, ext = info.name.partition(".")
+                if not info.isreg() or not KEY.fullmatch(key) or not ext:
+                    raise UserError(f"{info.name!r} is not `<key>.<ext>`", where=tar, remedy="repack the tar")
+                tokens = None
+                if ext == "npy":
+                    tokens = tokens_from_bytes(_read_exactly(file, info)).size
+                members.append(Member(key, ext, info.offset_data, info.size, tokens))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"unreadable tar: {error}", where=tar, remedy=f"rebuild {tar.parent}") from error
+    check_tar_end(tar, members[-1].offset + members[-1].size if members else 0)
+    return members
+
+
+def _read_exactly(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    stream = file.extractfile(info)
+    data = stream.read() if stream is not None else b""
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"{info.name} is cut off")
+    return data
+
+
+def write_index(folder: Path) -> int:
+    """(Re)build the index of every tar of a folder; returns the number of members."""
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError("no tar files", where=folder, remedy="name a folder with 000000.tar, 000001.tar, ...")
+    if [tar.stem for tar in tars] != [f"{number:06d}" for number in range(len(tars))]:
+        raise UserError(
+            "tars are not numbered without a gap", where=folder, remedy="name them 000000.tar, 000001.tar, ..."
+        )
+    indexes = {tar: index_tar(tar) for tar in tars}
+    for tar, members in indexes.items():
+        partial = tar.with_suffix(".jsonl.partial")
+        partial.write_text("".join(member.to_line() for member in members))
+        partial.replace(tar.with_suffix(".jsonl"))
+    write_counts(folder, len(tars))
+    return sum(len(members) for members in indexes.values())

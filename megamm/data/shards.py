@@ -1,0 +1,287 @@
+"""Shards: aligned WebDataset tar files with an index beside each, and the token caches (which are shards too).
+
+    SHARDS/<source>/<train|heldout>/<modality>/000000.tar, 000000.jsonl, 000001.tar, ...
+    SHARDS/<source>/<train|heldout>/<modality>.tokens-<codec_id>/000000.tar, 000000.jsonl, ...
+
+A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the same order. An index has one
+JSON line a member: {"key", "ext", "offset", "size"}: offset and size (bytes) of the member's data in the tar;
+token caches add "tokens" (length). `shards.json` says how many shards there are. Token ids are `.npy` arrays
+`[T]`, uint16 or uint32.
+Format: WebDataset (Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning"), plain ustar/GNU tar.
+"""
+
+import errno
+import io
+import json
+import os
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from megamm.data.sample import IntArray
+from megamm.errors import UserError
+
+BLOCK = 512
+"""Bytes of a tar block: a header is one, data is padded to whole ones, two zero blocks end the file."""
+KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
+"""A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
+
+
+def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
+    """Token ids `[T]` in [0, vocabulary_size) as `.npy` bytes, uint16 if they fit, else uint32."""
+    assert ids.ndim == 1 and (ids.size == 0 or 0 <= ids.min() <= ids.max() < vocabulary_size), "token id out of range"
+    file = io.BytesIO()
+    np.save(file, ids.astype(np.uint16 if vocabulary_size <= 2**16 else np.uint32), allow_pickle=False)
+    return file.getvalue()
+
+
+def tokens_from_bytes(data: bytes) -> IntArray:
+    """The inverse of tokens_to_bytes: int64 `[T]`. ValueError if the bytes are no such array."""
+    ids = np.load(io.BytesIO(data), allow_pickle=False)
+    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+        raise ValueError(f"not token ids: {ids.dtype} {list(ids.shape)}")
+    return ids.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One tar member: its key and extension, where its data lies (bytes), and its length in tokens if it has one."""
+
+    key: str
+    ext: str
+    offset: int
+    size: int
+    tokens: int | None = None
+
+    def to_line(self) -> str:
+        entry = {name: value for name, value in self.__dict__.items() if value is not None}
+        return json.dumps(entry, separators=(",", ":")) + "\n"
+
+
+class ShardWriter:
+    """Writes a folder of shards: deterministic bytes, and the folder appears under its name only when complete.
+
+    Use as a context manager. UserError if the folder exists, a key is unfit or the disk is full.
+    """
+
+    def __init__(self, folder: Path, *, samples_per_shard: int = 1000) -> None:
+        if folder.exists():
+            raise UserError("shards exist already", where=folder, remedy="delete that folder to make them anew")
+        self.folder, self.samples_per_shard = folder, samples_per_shard
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.count = 0
+        self._keys: set[str] = set()
+        self._members: list[Member] = []
+        self._tar: tarfile.TarFile | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        if self.partial.exists():  # left by a killed run
+            shutil.rmtree(self.partial)
+        self.partial.mkdir(parents=True)
+        self._open_shard()
+        return self
+
+    def add(self, key: str, ext: str, data: bytes, tokens: int | None = None) -> None:
+        """Append one member `<key>.<ext>`; tokens is its length in a token cache."""
+        if not KEY.fullmatch(key):
+            remedy = "use 1 to 80 letters, digits, `_` or `-`"
+            raise UserError(f"unfit sample key {key[:100]!r}", where=self.folder, remedy=remedy)
+        if key in self._keys:
+            raise UserError(f"sample key {key!r} occurs twice", where=self.folder, remedy="make the keys unique")
+        with _disk_errors(self.folder):
+            if len(self._members) == self.samples_per_shard:
+                self._close_shard()
+                self._open_shard()
+            assert self._tar is not None
+            info = tarfile.TarInfo(f"{key}.{ext}")  # mtime, uid and gid are 0: same input, same bytes
+            info.size = len(data)
+            offset = self._tar.offset + BLOCK
+            self._tar.addfile(info, io.BytesIO(data))
+        self._keys.add(key)
+        self._members.append(Member(key, ext, offset, len(data), tokens))
+        self.count += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            with _disk_errors(self.folder):
+                if error is None:
+                    self._close_shard()
+                    write_counts(self.partial, len(list(self.partial.glob("*.tar"))))
+                    _sync(self.partial)
+                    self.partial.rename(self.folder)
+                    _sync(self.folder.parent)
+        finally:
+            if self._tar is not None:
+                self._tar.fileobj.close()  # type: ignore[union-attr]
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _open_shard(self) -> None:
+        path = self.partial / f"{self.count // self.samples_per_shard:06d}.tar"
+        self._tar = tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT)
+        self._members = []
+
+    def _close_shard(self) -> None:
+        assert self._tar is not None and self._tar.name is not None
+        path = Path(os.fsdecode(self._tar.name))
+        self._tar.close()
+        path.with_suffix(".jsonl").write_text("".join(member.to_line() for member in self._members))
+        _sync(path)
+        _sync(path.with_suffix(".jsonl"))
+        self._tar = None
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turns a full disk into a UserError that says what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        remedy = "free some space and run the command again; nothing half-written was kept"
+        raise UserError("the disk is full", where=folder, remedy=remedy) from error
+
+
+def _sync(path: Path) -> None:
+    """Force a file's bytes or a folder's names to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ShardFolder:
+    """Random access to one folder of shards; members are numbered through all its tars.
+
+    Opening reads the indexes and checks them against the tars' sizes and first headers; `read` checks the header
+    of what it reads. UserError, naming the file and the remedy, if a shard is missing, cut off or not its index's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._tars = _numbered_tars(folder)
+        self.keys: list[str] = []
+        self.extensions: list[str] = []
+        shard, offset, size, tokens = [], [], [], []
+        for number, tar in enumerate(self._tars):
+            members = _read_index(tar)
+            check_tar_end(tar, members[-1].offset + members[-1].size if members else 0)
+            self.keys += [m.key for m in members]
+            self.extensions += [m.ext for m in members]
+            shard += [number] * len(members)
+            offset += [m.offset for m in members]
+            size += [m.size for m in members]
+            tokens += [-1 if m.tokens is None else m.tokens for m in members]
+        self._shard, self._offset, self._size = (np.array(column, dtype=np.int64) for column in (shard, offset, size))
+        lengths = np.array(tokens, dtype=np.int64)
+        self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
+        """Length in tokens of each member `[members]`; None if this is no token cache."""
+        self._files: dict[int, int] = {}
+        for first in np.unique(self._shard, return_index=True)[1].tolist():
+            self.read(first)
+        if len(set(self.keys)) < len(self.keys):
+            remedy = "keep one modality a folder: one member a sample"
+            raise UserError("a key has more than one member", where=folder, remedy=remedy)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, i: int) -> bytes:
+        """The data of member i. UserError if the tar's header there is not this member's."""
+        number, offset, size = int(self._shard[i]), int(self._offset[i]), int(self._size[i])
+        if number not in self._files:
+            self._files[number] = os.open(self._tars[number], os.O_RDONLY)
+        block = os.pread(self._files[number], BLOCK + size, offset - BLOCK)
+        name = f"{self.keys[i]}.{self.extensions[i]}"
+        try:
+            header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError):
+            header = tarfile.TarInfo("no tar header")
+        if (header.name, header.size) != (name, size) or len(block) < BLOCK + size:
+            tar = self._tars[number]
+            what = f"index and tar do not match: {name} ({size} bytes) expected, {header.name} ({header.size}) found"
+            raise UserError(what, where=tar, remedy=f"rebuild the index with `megamm data index {tar.parent}`")
+        return block[BLOCK:]
+
+    def verify(self) -> None:
+        """Read every member once. UserError at the first that does not match its index."""
+        for i in range(len(self)):
+            self.read(i)
+
+    def close(self) -> None:
+        """Close the tars; a later read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _numbered_tars(folder: Path) -> list[Path]:
+    """000000.tar, 000001.tar, ... UserError for a missing shard, or a tar or an index without the other."""
+    if not folder.is_dir():
+        raise UserError("no such folder of shards", where=folder, remedy=rebuild_command(folder))
+    tars, indexes = ({file.stem for file in folder.glob(f"*.{ext}")} for ext in ("tar", "jsonl"))
+    if not tars | indexes:
+        raise UserError("no shards in this folder", where=folder, remedy=rebuild_command(folder))
+    try:
+        count = json.loads((folder / "shards.json").read_text())["shards"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = f"make it with `megamm data index {folder}`"
+        raise UserError("missing or broken shards.json", where=folder, remedy=remedy) from error
+    expected = [f"{number:06d}" for number in range(max(count, len(tars | indexes)))]
+    for stem in expected:
+        if stem not in tars:
+            raise UserError(f"missing shard {stem}.tar", where=folder, remedy=rebuild_command(folder))
+        if stem not in indexes:
+            remedy = f"rebuild the indexes with `megamm data index {folder}`"
+            raise UserError(f"missing index {stem}.jsonl", where=folder, remedy=remedy)
+    return [folder / f"{stem}.tar" for stem in expected]
+
+
+def _read_index(tar: Path) -> list[Member]:
+    index = tar.with_suffix(".jsonl")
+    try:
+        return [Member(**json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, TypeError) as error:
+        remedy = f"rebuild the index with `megamm data index {tar.parent}`"
+        raise UserError(f"unreadable index: {error}", where=index, remedy=remedy) from error
+
+
+def write_counts(folder: Path, shards: int) -> None:
+    """Write `shards.json`: without it, the loss of the last shard could not be seen."""
+    partial = folder / ".shards.json.partial"
+    partial.write_text(json.dumps({"shards": shards}) + "\n")
+    _sync(partial)
+    partial.replace(folder / "shards.json")
+
+
+def check_tar_end(tar: Path, data_end: int) -> None:
+    """UserError unless the tar covers its last member and ends with two zero blocks."""
+    end = -(-data_end // BLOCK) * BLOCK
+    with open(tar, "rb") as file:
+        file.seek(end)
+        tail = file.read(2 * BLOCK)
+    if len(tail) < 2 * BLOCK:
+        raise UserError("truncated tar", where=tar, remedy=rebuild_command(tar.parent))
+    if tail != bytes(2 * BLOCK):
+        remedy = f"rebuild the index with `megamm data index {tar.parent}`"
+        raise UserError("index and tar do not match: the tar goes on after the last member", where=tar, remedy=remedy)
+
+
+def rebuild_command(folder: Path) -> str:
+    """The command that makes a folder of shards anew."""
+    if ".tokens-" in folder.name:
+        return f"delete {folder} and run `megamm data tokenize` again"
+    return f"delete {folder.parent.parent} and run `megamm data build` again"
