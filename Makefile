@@ -1,0 +1,87 @@
+# How to set up, test and try megamm; `make help` lists the targets.
+# Everything runs in .venv, which is made on first need and renewed when a requirement file changes.
+
+SHELL := /bin/sh
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# Which Python makes the environments: `make test PYTHON=/path/to/python3.11`.
+PYTHON ?= python3.11
+# The newest Megatron-core wants 3.12: the first that runs, on PATH or from pyenv.
+PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/python3.12; do \
+	"$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+
+VENV := .venv
+VENV_LATEST := .venv-latest
+PY := $(VENV)/bin/python
+PY_LATEST := $(VENV_LATEST)/bin/python
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore
+PINS := -c requirements/constraints.txt
+# The multi-process tests start several ranks: one thread each, so that they share the cores.
+PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+
+.PHONY: help
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+.PHONY: venv
+venv: $(VENV)/installed  ## the environment: .venv with pinned packages and megamm, editable
+
+# An environment of another Python version is made anew. The stamp comes last, so that an interrupted install is
+# repeated; torch comes first, for the reason in requirements/torch.txt.
+$(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt
+	@sh tools/system_packages.sh "$(PYTHON)"
+	@test "$$($(PY) -V 2>/dev/null)" = "$$("$(PYTHON)" -V)" || "$(PYTHON)" -m venv --clear $(VENV)
+	$(PY) $(PIP_INSTALL) -r requirements/torch.txt $(PINS)
+	$(PY) $(PIP_INSTALL) -r requirements/base.txt -r requirements/dev.txt $(PINS)
+	$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	$(PY) -m pip check
+	@touch $@
+
+.PHONY: test
+test: lint  ## all checks on this machine: lint, types, tests
+	$(PYTEST_ENV) $(PY) -m pytest
+
+# The same commands as the hooks of .pre-commit-config.yaml, without the need of a git checkout.
+.PHONY: lint
+lint: $(VENV)/installed  ## format, lint and type checks; changes nothing
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+.PHONY: format
+format: $(VENV)/installed  ## format the code and mend what lint can mend
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+.PHONY: test-latest
+test-latest: $(VENV_LATEST)/installed  ## parallelism and checkpoints on the newest Megatron-core, Python 3.12
+	$(PYTEST_ENV) $(PY_LATEST) -m pytest tests/test_parallel.py tests/test_checkpoint.py
+
+$(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt
+	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	@sh tools/system_packages.sh "$(PYTHON312)"
+	@test "$$($(PY_LATEST) -V 2>/dev/null)" = "$$("$(PYTHON312)" -V)" || "$(PYTHON312)" -m venv --clear $(VENV_LATEST)
+	$(PY_LATEST) $(PIP_INSTALL) -r requirements/latest.txt
+	$(PY_LATEST) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	$(PY_LATEST) -m pip check
+	@touch $@
+
+.PHONY: demo
+demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
+	$(PY) tools/demo.py --out out/demo
+
+.PHONY: bench
+bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
+	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/bench_*.py here" >&2; exit 2; }
+	@for b in $(BENCHMARKS); do echo "$$b"; $(PY) "$$b" || exit 1; done
+
+.PHONY: clean
+clean:  ## remove build products and caches; environments and out/ stay
+	rm -rf build megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean  ## clean, and remove the environments too
+	rm -rf $(VENV) $(VENV_LATEST)

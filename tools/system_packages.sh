@@ -1,0 +1,45 @@
+#!/bin/sh
+# Make sure of the parts that pip cannot bring: `sh tools/system_packages.sh PYTHON`.
+#
+# Each part is probed by using it, so nothing is installed where it is already there. What is missing is
+# installed with apt-get as root or through a sudo that asks for no password; elsewhere the command to run
+# is printed and the exit code is 2.
+set -eu
+python=$1
+
+missing=""
+if ! "$python" -c "" 2>/dev/null; then
+    missing=" $python $python-venv"
+elif ! "$python" -c "import ensurepip, venv" 2>/dev/null; then
+    # Debian splits venv off; another Python's venv comes with it and does not get here.
+    missing=$("$python" -c 'import sys; print(" python%d.%d-venv" % sys.version_info[:2])')
+fi
+# cairosvg loads libcairo at run time, to render SVG clip art.
+if ! ldconfig -p 2>/dev/null | grep -q "libcairo\.so\.2" &&
+    ! "$python" -c 'import sys, ctypes.util; sys.exit(not ctypes.util.find_library("cairo"))' 2>/dev/null; then
+    missing="$missing libcairo2"
+fi
+[ -n "$missing" ] || exit 0
+
+case $missing in
+*/*)
+    echo "error: $python does not run; give the path of a Python 3.11 or newer: make PYTHON=..." >&2
+    exit 2
+    ;;
+esac
+if [ "$(id -u)" = 0 ]; then
+    as_root=""
+elif sudo -n true 2>/dev/null; then
+    as_root="sudo"
+else
+    as_root="none"
+fi
+if [ "$as_root" = none ] || ! command -v apt-get >/dev/null; then
+    echo "error: missing on this system:$missing; install it as root (Debian: apt-get install$missing) and repeat" >&2
+    exit 2
+fi
+echo "installing with apt-get:$missing"
+# An image's package lists may be absent or older than the archive.
+$as_root apt-get update -qq
+# Unquoted: $missing is a list. No recommended packages: libcairo2 would bring fonts.
+$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
