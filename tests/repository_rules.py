@@ -1,0 +1,242 @@
+"""The code rules of CONTRIBUTING.md as checks over one parsed file; tests/test_repository.py applies them.
+
+A rule is a function of a `File` that yields (line, what is wrong). Rules read the syntax tree, so a word in a
+comment is no offence, except for `device_word`, which is about words.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 299, 59
+Finding = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class File:
+    """One Python file: path relative to the repository's root, with "/"."""
+
+    path: str
+    text: str
+    tree: ast.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tree", ast.parse(self.text, self.path))
+
+    @cached_property
+    def imports(self) -> list[tuple[int, str]]:
+        """(line, dotted name) of every import, at any depth; relative ones are the project's own and left out."""
+        found: list[tuple[int, str]] = []
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                found += [(node.lineno, a.name) for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                found += [(node.lineno, f"{node.module}.{a.name}") for a in node.names]
+            elif isinstance(node, ast.Call) and self.dotted(node.func).endswith(("import_module", "__import__")):
+                found += [(node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant)]
+        return found
+
+    @cached_property
+    def calls(self) -> list[tuple[ast.Call, str]]:
+        """Every call with the dotted name of what it calls, import aliases resolved: "torch.load"."""
+        return [(n, self.dotted(n.func)) for n in ast.walk(self.tree) if isinstance(n, ast.Call)]
+
+    @cached_property
+    def _aliases(self) -> dict[str, str]:
+        names: dict[str, str] = {}
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names |= {a.asname: a.name for a in node.names if a.asname}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        return names
+
+    def dotted(self, node: ast.expr) -> str:
+        """`a.b.c` as text; what is not a plain name becomes "?": `open(p).extractall` is "?.extractall"."""
+        if isinstance(node, ast.Attribute):
+            return f"{self.dotted(node.value)}.{node.attr}"
+        return self._aliases.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
+
+
+def megatron_only_in_mcore(file: File) -> Iterator[Finding]:
+    """megamm/mcore is the only door to Megatron-core, so that a new version touches one folder."""
+    for line, name in file.imports:
+        if name.split(".")[0] == "megatron":
+            yield line, f"imports {name}; go through megamm.mcore"
+
+
+MEGATRON_NAMES = re.compile("model_parallel_cuda_manual_seed")
+"""Functions of Megatron-core that every device needs, whatever they are called."""
+
+
+def device_word(file: File) -> Iterator[Finding]:
+    """The device is a torch.device argument, chosen in megamm/device.py: other code does not name one."""
+    for line, text in enumerate(file.text.splitlines(), 1):
+        if re.search("cuda", MEGATRON_NAMES.sub("", text), re.IGNORECASE):
+            yield line, 'spells "cuda"; take a torch.device argument instead'
+
+
+def file_length(file: File) -> Iterator[Finding]:
+    """A file is read in one sitting."""
+    lines = len(file.text.splitlines())
+    if lines > MAX_FILE_LINES:
+        yield lines, f"has {lines} lines; at most {MAX_FILE_LINES}, so split it by subject"
+
+
+def function_length(file: File) -> Iterator[Finding]:
+    """A function is seen whole."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield node.lineno, f"{node.name} has {lines} lines; at most {MAX_FUNCTION_LINES}"
+
+
+def module_docstring(file: File) -> Iterator[Finding]:
+    """Each module says what it is for."""
+    if not ast.get_docstring(file.tree):
+        yield 1, "has no module docstring"
+
+
+EXECUTING_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def data_is_not_code(file: File) -> Iterator[Finding]:
+    """What is read from a file never runs and never lands outside the folder it was meant for."""
+    for line, name in file.imports:
+        if name.split(".")[0] in EXECUTING_MODULES:
+            yield line, f"imports {name}; use safetensors, JSON or npy"
+    for call, name in file.calls:
+        given = {k.arg: k.value for k in call.keywords}
+
+        def is_true(key: str, given: dict[str | None, ast.expr] = given) -> bool:
+            value = given.get(key)
+            return isinstance(value, ast.Constant) and value.value is True
+
+        if name == "torch.load" and not is_true("weights_only"):
+            yield call.lineno, "torch.load without weights_only=True"
+        elif name in ("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load"):
+            yield call.lineno, f"{name}; use yaml.safe_load"
+        elif name in ("numpy.load", "np.load") and "allow_pickle" in given and not _is_false(given["allow_pickle"]):
+            yield call.lineno, "numpy.load with allow_pickle"
+        elif name.endswith((".extractall", ".unpack_archive")):
+            yield call.lineno, f"{name}; read members one by one"
+        elif name in ("eval", "exec", "os.system") or is_true("shell"):
+            yield call.lineno, f"{name} runs text as code"
+
+
+def _is_false(value: ast.expr) -> bool:
+    return isinstance(value, ast.Constant) and value.value is False
+
+
+def no_swallowed_errors(file: File) -> Iterator[Finding]:
+    """A handler for everything hides what went wrong, unless it raises again."""
+    for node in ast.walk(file.tree):
+        if isinstance(node, ast.ExceptHandler):
+            types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            broad = any(t is None or file.dotted(t) in ("Exception", "BaseException") for t in types)
+            if broad and not any(isinstance(n, ast.Raise) for b in node.body for n in ast.walk(b)):
+                yield node.lineno, "catches every exception and raises none; name the ones expected"
+
+
+def no_work_at_import(file: File) -> Iterator[Finding]:
+    """Importing a module defines names; a call for its effect, a loop or a `with` at the top level is work."""
+    for node in file.tree.body:
+        if isinstance(node, ast.For | ast.While | ast.With):
+            yield node.lineno, f"{type(node).__name__.lower()} at the top level works at import"
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            name = file.dotted(node.value.func)
+            if not name.endswith(".add_typer"):
+                yield node.lineno, f"{name}(...) at the top level works at import"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check, the places where it holds, the exceptions with their reasons, and snippets that must offend it.
+
+    where: path prefixes; except_for: "path" or "path: what is wrong", or the begin of either -> reason.
+    """
+
+    check: Callable[[File], Iterator[Finding]]
+    where: tuple[str, ...]
+    offending: tuple[str, ...]
+    except_for: dict[str, str] = field(default_factory=dict)
+
+    def findings(self, files: list[File]) -> list[str]:
+        """ "path:line: what" of every offence in the files where the rule holds."""
+        return [
+            f"{file.path}:{line}: {what}"
+            for file in files
+            if file.path.startswith(self.where)
+            for line, what in self.check(file)
+            if not f"{file.path}: {what}".startswith(tuple(self.except_for))
+        ]
+
+
+CODE = ("megamm/", "tools/", "benchmarks/")
+EVERYWHERE = (*CODE, "tests/", "csrc/", "setup.py")
+_LONG_FUNCTION = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
+
+RULES = [
+    Rule(
+        megatron_only_in_mcore,
+        EVERYWHERE,
+        (
+            "import megatron.core as mcore",
+            "def f():\n    from megatron.core import parallel_state",
+            "import importlib\nimportlib.import_module('megatron.core')",
+        ),
+        {"megamm/mcore/": "the door", "tests/test_mcore_": "tests of the door itself"},
+    ),
+    Rule(
+        device_word,
+        EVERYWHERE,
+        ("x.to('cuda')", "import torch\ntorch.CUDA", "# on cuda only", "model_parallel_cuda_manual_seed('cuda')"),
+        {
+            "megamm/device.py": "chooses the device",
+            "megamm/mcore/cpu.py": "adapts what Megatron-core assumes of the device",
+            "megamm/ops/": "the kernels' Python face",
+            "csrc/": "the kernels",
+            "setup.py": "builds the kernels, names the extra",
+            "tests/repository_rules.py": "spells the rule",
+            "tests/test_repository.py": "names a package that has the word in its name",
+            "tests/test_device.py": "tests the choice",
+            "tests/test_mcore_": "tests the adaptation",
+        },
+    ),
+    Rule(file_length, ("megamm/",), ("x = 1\n" * (MAX_FILE_LINES + 1),)),
+    Rule(function_length, CODE, (_LONG_FUNCTION, f"class A:\n    async {_LONG_FUNCTION}".replace("    x", "      x"))),
+    Rule(module_docstring, EVERYWHERE, ("", "x = 1", "# only a comment")),
+    Rule(
+        data_is_not_code,
+        CODE,
+        (
+            "import pickle",
+            "def f():\n    from pickle import loads",
+            "import torch\ntorch.load(p)",
+            "from torch import load as read\nread(p, weights_only=False)",
+            "import yaml\nyaml.load(s, yaml.Loader)",
+            "import tarfile\nwith tarfile.open(p) as t:\n    t.extractall(d)",
+            "import numpy as np\nnp.load(p, allow_pickle=True)",
+            "import subprocess\nsubprocess.run(s, shell=True)",
+            "eval(s)",
+        ),
+        {"megamm/mcore/store.py: imports pickle": "reads torch's checkpoint index with a restricted unpickler"},
+    ),
+    Rule(
+        no_swallowed_errors,
+        CODE,
+        (
+            "try:\n    f()\nexcept Exception:\n    pass",
+            "try:\n    f()\nexcept:\n    x = 1",
+            "try:\n    f()\nexcept (OSError, BaseException) as e:\n    print(e)",
+        ),
+    ),
+    Rule(
+        no_work_at_import,
+        CODE,
+        ("import torch\ntorch.manual_seed(0)", "for i in range(3):\n    f(i)", "with open(p) as f:\n    x = f.read()"),
+    ),
+]

@@ -1,0 +1,224 @@
+"""The repository keeps its own rules: code rules, declared and pinned packages, a light command, sound scripts.
+
+Each code rule is also given snippets that break it, so that it is known to be able to fail.
+"""
+
+import ast
+import dataclasses
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from repository_rules import EVERYWHERE, RULES, File, Rule
+
+import megamm
+
+ROOT = Path(__file__).parents[1]
+FILES = [
+    File(path.relative_to(ROOT).as_posix(), path.read_text())
+    for top in EVERYWHERE
+    for path in sorted((ROOT / top).rglob("*.py") if top.endswith("/") else [ROOT / top])
+]
+RULE_NAMES = [rule.check.__name__ for rule in RULES]
+
+CLEAN = '''"""A module that keeps every rule."""
+
+import numpy as np
+import torch
+import yaml
+
+LIMIT = max(1, 2)
+
+
+def load(path, device):
+    """Read."""
+    try:
+        return torch.load(path, weights_only=True), yaml.safe_load(path), np.load(path, allow_pickle=False)
+    except OSError:
+        return None
+    except Exception as error:
+        raise ValueError(path) from error
+
+
+if __name__ == "__main__":
+    load("x", torch.device("cpu"))
+'''
+
+
+def test_the_tree_is_read() -> None:
+    paths = {file.path for file in FILES}
+    assert {"setup.py", "megamm/cli.py", "tests/test_repository.py"} <= paths
+    assert not any("venv" in path for path in paths)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
+def test_rule_is_kept(rule: Rule) -> None:
+    found = rule.findings(FILES)
+    assert not found, f"{rule.check.__doc__}\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("rule", "snippet"), [pytest.param(r, s, id=r.check.__name__) for r in RULES for s in r.offending]
+)
+def test_rule_finds_an_offence(rule: Rule, snippet: str) -> None:
+    found = rule.findings([File("megamm/offender.py", snippet)])
+    assert found
+    assert re.match(r"megamm/offender\.py:\d+: \w", found[0])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
+def test_rule_passes_clean_code(rule: Rule) -> None:
+    assert not rule.findings([File("megamm/clean.py", CLEAN)])
+
+
+def test_exceptions_are_for_the_named_places_only() -> None:
+    offence = RULES[0].offending[0]
+    assert not RULES[0].findings([File("megamm/mcore/spec.py", offence)])
+    assert RULES[0].findings([File("tests/test_train.py", offence)])
+
+
+def test_no_exception_outlives_its_reason() -> None:
+    """An exception for one offence ("path: what") must still have it, or the next offence there goes unseen."""
+    for rule in RULES:
+        found = [re.sub(r":\d+: ", ": ", f) for f in dataclasses.replace(rule, except_for={}).findings(FILES)]
+        stale = [e for e in rule.except_for if ": " in e and not any(f.startswith(e) for f in found)]
+        assert not stale
+
+
+# --- packages: setup.py says what is needed, requirements/ which version was tested ---
+
+
+def _setup_lists() -> tuple[list[str], dict[str, list[str]]]:
+    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup.py."""
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
+        if node.targets[0].id.endswith("_REQUIRE") or node.targets[0].id.endswith("_REQUIRES")
+    }
+    return values["INSTALL_REQUIRES"], values["EXTRAS_REQUIRE"]
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Canonical package name -> version, of requirements/NAME.txt, where every line must be a pin."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    return {canonicalize_name(package): version for package, version in pins.items()}
+
+
+def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
+    """The requirements that no pin satisfies."""
+    parsed = [Requirement(r) for r in requirements]
+    return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
+
+
+def test_every_requirement_is_pinned_within_its_range() -> None:
+    needed, extras = _setup_lists()
+    assert not _unmet(needed, _pins("torch") | _pins("base"))
+    assert not _unmet(extras["dev"], _pins("dev"))
+    assert not _unmet([*needed, "pytest", "pytest-timeout"], _pins("latest"))
+    assert _unmet(needed, _pins("dev")) == [str(Requirement(r)) for r in needed]
+
+
+def test_no_pin_without_a_requirement() -> None:
+    needed, extras = _setup_lists()
+    declared = {canonicalize_name(Requirement(r).name) for r in needed + extras["dev"]}
+    build_tools = {"setuptools", "wheel"}
+    assert set(_pins("torch") | _pins("base") | _pins("dev")) == declared | build_tools
+
+
+def test_pins_agree_with_the_constraints() -> None:
+    direct, locked = _pins("torch") | _pins("base") | _pins("dev"), _pins("constraints")
+    assert direct.items() <= locked.items(), direct.items() - locked.items()
+
+
+IMPORT_NAMES_OF_EXTRAS = {"nvidia": "nvidia-dali-cuda130"}
+"""Import name -> package, where they differ and a laptop has not installed it."""
+
+
+def test_every_import_is_declared() -> None:
+    needed, extras = _setup_lists()
+    all_of_them = [*needed, *(r for extra in extras.values() for r in extra)]
+    for_use = {canonicalize_name(Requirement(r).name) for r in all_of_them}
+    shipped = for_use - {canonicalize_name(Requirement(r).name) for r in extras["dev"]}
+    packages_of = importlib.metadata.packages_distributions()
+    local = {"megamm", "tests", *(p.stem for p in (ROOT / "tests").glob("*.py"))}
+    undeclared = []
+    for file in FILES:
+        allowed = shipped | {"setuptools"} if file.path.startswith(("megamm/", "setup.py")) else for_use | {"packaging"}
+        for line, name in file.imports:
+            top = name.split(".")[0]
+            if top in sys.stdlib_module_names or top in local:
+                continue
+            packages = packages_of.get(top) or [IMPORT_NAMES_OF_EXTRAS.get(top, top)]
+            if not allowed & {canonicalize_name(p) for p in packages}:
+                undeclared.append(f"{file.path}:{line}: imports {name}, which setup.py does not declare")
+    assert not undeclared, "\n".join(undeclared)
+
+
+# --- the command ---
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_command_is_installed_under_its_name() -> None:
+    module = _run(sys.executable, "-m", "megamm", "--help")
+    script = Path(sys.executable).with_name("megamm")
+    assert script.exists(), "the environment is not complete; run `make venv`"
+    installed = _run(str(script), "--help")
+    assert (module.returncode, installed.returncode) == (0, 0), module.stderr + installed.stderr
+    assert "tokenizer" in installed.stdout
+    assert importlib.metadata.version("megamm") == megamm.__version__, "run `make venv`"
+
+
+def test_help_and_config_load_nothing_heavy() -> None:
+    """`megamm --help` and a mistake in a config answer at once, so they must not import torch (seconds)."""
+    heavy = {"torch", "megatron", "transformers", "tensorboard"}
+    probe = "import sys, megamm.cli, megamm.config; print(*sorted(m for m in sys.modules if '.' not in m))"
+    done = _run(sys.executable, "-c", probe)
+    assert done.returncode == 0, done.stderr
+    assert "typer" in done.stdout.split()
+    assert not heavy & set(done.stdout.split())
+
+
+# --- scripts ---
+
+
+@pytest.mark.parametrize("script", [".ci/run", "tools/system_packages.sh"])
+def test_scripts_are_sound(script: str) -> None:
+    done = _run("bash", "-n", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ci_runs_the_tests() -> None:
+    """CI is `make test` and ends with it, so that pytest's summary is the last line."""
+    assert (ROOT / ".ci/run").stat().st_mode & 0o111
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
+    planned = _run("make", "-n", "test").stdout.splitlines()
+    assert planned[-1].endswith("-m pytest")
+    assert any("ruff check" in line for line in planned)
+    assert any("-m mypy" in line for line in planned)
+
+
+def test_hooks_and_lint_run_the_same_tools() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in hooks] == ["local"], "a hook of another repository would have to be cloned"
+    planned = _run("make", "-n", "lint").stdout
+    for hook in hooks[0]["hooks"]:
+        tool = hook["entry"].removeprefix(".venv/bin/python -m ").removesuffix(" --force-exclude")
+        assert f"-m {tool}" in planned
+
+
+def test_every_folder_of_the_package_is_installed() -> None:
+    """setup.py finds packages by their __init__.py: a folder without one is missing from a built wheel."""
+    folders = {file.parent for file in (ROOT / "megamm").rglob("*.py")}
+    assert sorted(f.name for f in folders if not (f / "__init__.py").exists()) == []
