@@ -49,7 +49,7 @@ def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict
             part = owned[parameter]["param"]
             group, order = optimizer.model_param_group_index_map[parameter]
             main = optimizer.optimizer.param_groups[group]["params"][order]
-            targets = {"fp32_param": main, **optimizer.optimizer.state[main]}
+            targets = {"param": main, **optimizer.optimizer.state[main]}
             for name, tensor in loaded[index].items():
                 targets[name].copy_(tensor.flatten()[part.start : part.end])
 

@@ -1,0 +1,142 @@
+"""Model and optimizer tensors to and from a folder, sharded, in Megatron's dist_checkpointing format.
+
+Every tensor is stored in the shape of the whole model, so a folder loads at any TP x PP x EP x DP. The
+optimizer's state uses the `fully_reshardable` format per parameter; its step count and hyperparameters
+are not in here (checkpoint.py records the step, the config gives the rest), which is what lets a
+dense optimizer's state load into an expert-parallel one.
+"""
+
+import io
+import logging
+import pickle
+import pickletools
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
+
+from megamm.errors import UserError
+from megamm.mcore import compat, optimizer
+from megamm.mcore.groups import Groups
+
+_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
+_DCP_CLASSES = {
+    *((_METADATA, "Metadata"), (_METADATA, "TensorStorageMetadata"), (_METADATA, "BytesStorageMetadata")),
+    *((_METADATA, "TensorProperties"), (_METADATA, "ChunkStorageMetadata"), (_METADATA, "MetadataIndex")),
+    *((_METADATA, "StorageMeta"), (_METADATA, "_MEM_FORMAT_ENCODING")),
+    *((_PLANNER, "SavePlan"), (_PLANNER, "WriteItem"), (_PLANNER, "WriteItemType"), (_PLANNER, "TensorWriteData")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+}
+_DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
+
+
+class _MetadataChecker(pickle.Unpickler):
+    """Rebuilds torch's checkpoint index from its data classes and nothing else: no other code can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _DCP_CLASSES | _DTYPES:
+            raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint index")
+        return super().find_class(module, name)
+
+
+def check_index(folder: Path) -> None:
+    """torch stores a checkpoint's index as a pickle: refuse one that holds anything but the index's data classes."""
+    data = (folder / ".metadata").read_bytes()
+    try:
+        list(pickletools.genops(data))
+        _MetadataChecker(io.BytesIO(data)).load()
+    except Exception as error:
+        raise UserError(
+            f"the checkpoint's index is not safe to read: {error}", where=folder, remedy="use another checkpoint"
+        ) from None
+
+
+def _metadata(groups: Groups) -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": groups.collection.dp_cp,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def _state(model: DistributedDataParallel, optim: Any | None, groups: Groups, is_loading: bool) -> dict[str, Any]:
+    """The sharded description of this rank's tensors."""
+    metadata = _metadata(groups)
+    # Through DDP, as the optimizer looks parameters up in it; the names are the inner module's.
+    model_state = model.module.sharded_state_dict(metadata=metadata)
+    objects = [key for key, value in model_state.items() if isinstance(value, ShardedObject)]
+    for key in objects:
+        del model_state[key]  # extra state of layers: always empty here, and the one thing stored as a pickle
+    state: dict[str, Any] = {"model": model_state}
+    if optim is not None:
+        for i, part in enumerate(optimizer.parts(optim)):
+            state[f"optimizer{i}"] = part.sharded_param_state_fully_reshardable(
+                dict(model_state), is_loading=is_loading, metadata=metadata
+            )
+    return state
+
+
+def save(folder: Path, model: DistributedDataParallel, optim: Any, groups: Groups) -> None:
+    """Write all ranks' shards into an existing empty folder. Every rank calls it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist_checkpointing.save(_state(model, optim, groups, is_loading=False), str(folder))
+
+
+def load(folder: Path, model: DistributedDataParallel, optim: Any | None, groups: Groups, step: int) -> None:
+    """Read this rank's part of the model, and of the optimizer's state as it was after `step` steps."""
+    check_index(folder)
+    if optim is not None:
+        for part in optimizer.parts(optim):
+            compat.prime_adam(part, step)
+    state = _state(model, optim, groups, is_loading=True)
+    _check_names(folder, state)
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load(state, str(folder))
+    # Sharded state leaves out layers' empty extra state, which strict loading would miss.
+    missing = model.module.load_state_dict(loaded["model"], strict=False)
+    assert not [key for key in missing.missing_keys if not key.endswith("_extra_state")], missing
+    if optim is not None:
+        for i, part in enumerate(optimizer.parts(optim)):
+            compat.load_parameter_state(part, loaded[f"optimizer{i}"])
+
+
+def _check_names(folder: Path, state: dict[str, Any]) -> None:
+    """Every tensor asked for must be there with its global shape (vocabulary padding aside)."""
+    stored = dist_checkpointing.load_tensors_metadata(str(folder))
+    model_state = state["model"].values()
+    for wanted in [value for value in model_state if isinstance(value, ShardedTensor)]:
+        found = stored.get(wanted.key)
+        if found is None:
+            raise UserError(
+                f"the checkpoint has no tensor {wanted.key}", where=folder, remedy="resume with the config it was made with"
+            )
+        if not wanted.allow_shape_mismatch and tuple(found.global_shape) != tuple(wanted.global_shape):
+            raise UserError(
+                f"{wanted.key} has shape {tuple(found.global_shape)}, the config wants {tuple(wanted.global_shape)}",
+                where=folder,
+                remedy="resume with the config it was made with",
+            )
+
+
+def export_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All model tensors of a stored folder, whole, on the CPU, by Megatron's names (optimizer state left out)."""
+    check_index(folder)
+    wanted = {
+        key: tensor
+        for key, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()
+        if not key.startswith("optimizer.")
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
+    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+
+
