@@ -13,10 +13,10 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamm.config import RunConfig
 from megamm.device import DTYPES
-from megamm.mcore.groups import Groups
+from megamm.mcore import compat
 
 
-def build(config: RunConfig, model: DistributedDataParallel, groups: Groups) -> Any:
+def build(config: RunConfig, model: DistributedDataParallel) -> Any:
     """Megatron's optimizer over the model's parameters; norms and biases get no weight decay."""
     o, bf16 = config.optimizer, config.train.precision == "bf16"
     with warnings.catch_warnings():
@@ -38,6 +38,7 @@ def build(config: RunConfig, model: DistributedDataParallel, groups: Groups) -> 
             [model],
         )
     for part in parts(optimizer):
+        compat.prime_adam(part, step=0)
         for group in part.optimizer.param_groups:
             # One fused pass over a parameter; torch's default for a CPU is one pass per operation.
             if "fused" in group and group.get("foreach") is None:

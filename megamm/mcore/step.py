@@ -29,7 +29,7 @@ class StepLoss:
 
 def prepare(model: DistributedDataParallel) -> None:
     """Tell Megatron's schedule how to finish gradients; once after building."""
-    model.config.finalize_model_grads_func = partial(finalize_model_grads, force_all_reduce=False)
+    model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = model.no_sync
 
 

@@ -116,7 +116,9 @@ def _check_names(folder: Path, state: dict[str, Any]) -> None:
         found = stored.get(wanted.key)
         if found is None:
             raise UserError(
-                f"the checkpoint has no tensor {wanted.key}", where=folder, remedy="resume with the config it was made with"
+                f"the checkpoint has no tensor {wanted.key}",
+                where=folder,
+                remedy="resume with the config it was made with",
             )
         if not wanted.allow_shape_mismatch and tuple(found.global_shape) != tuple(wanted.global_shape):
             raise UserError(
@@ -138,5 +140,3 @@ def export_tensors(folder: Path) -> dict[str, torch.Tensor]:
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
     return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
-
-
