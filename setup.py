@@ -36,10 +36,9 @@ INSTALL_REQUIRES = [
     "pillow>=11",
     "tensorboard>=2.18,<3",
     # The public starter data: emoji are read from a font, clip art from SVG.
-    "CairoSVG>=2.7,<3",
+    "resvg-py>=0.5,<1",
     "emoji>=2.14,<3",
     "fonttools>=4.50,<5",
-    "defusedxml>=0.7,<1",
 ]
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.

@@ -1,0 +1,88 @@
+"""Public-domain drawings with their titles, from the Open Clip Art Library.
+
+In: the unpacked Debian package `openclipart-svg`. Out: its SVG files as they are (links skipped) with a caption
+from the RDF title; where one title names a whole collection or the author, from the file's name, else from its
+folder. Left out are drawings that nothing names and gradient swatches (definitions that draw nothing); the 1,375
+star polygons that a program drew ("gramastar") are thinned, or they were a fifth of the data.
+"""
+
+import hashlib
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from xml.etree import ElementTree
+
+from megamm.data.nouns import normalise_noun
+from megamm.data.pairs import Pair
+from megamm.errors import UserError
+
+_DC = "{http://purl.org/dc/elements/1.1/}"
+_COLLECTION = 6
+"""A title on more files than this names their collection, not the drawing."""
+_COLLECTION_TITLE = re.compile(r"clipart by|theme|icon ?set|collection|submission|sibmission|cliparts|AIGA", re.I)
+_STAR_SHARE = 25
+_UNTELLING_FOLDERS = ("icons", "unsorted")
+_SUITS = {"c": "clubs", "d": "diamonds", "h": "hearts", "s": "spades"}
+_RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"}
+_CONTEXT = {"flags": "flag of {}", "icons": "{} icon", "roadsigns": "{} road sign", "semaphore": "semaphore flag {}"}
+
+
+def write_clipart(package: Path, target: Path) -> list[Pair]:
+    """Copy the SVGs under target/images and return their pairs, in order of paths."""
+    root = package / "usr/share/openclipart/svg"
+    files = sorted(path for path in root.rglob("*.svg") if not path.is_symlink() and path.parent.name != "gradients")
+    if not files:
+        raise UserError("no drawings in the package", where=root, remedy="report your Debian release")
+    metadata = {path: _title_and_author(path) for path in files}
+    count = Counter(title for title, _ in metadata.values())
+    pairs = []
+    (target / "images").mkdir()
+    for path, (title, author) in metadata.items():
+        name = path.relative_to(root).with_suffix("").as_posix()
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        if title == "gramastar" and int(digest, 16) % _STAR_SHARE:
+            continue
+        is_untelling = count[title] > _COLLECTION or _COLLECTION_TITLE.search(title) or title == author
+        caption = clipart_caption(name, "" if is_untelling else title, author)
+        if not caption:
+            continue
+        key = f"clipart-{re.sub(r'[^a-z0-9]+', '-', path.stem.lower()).strip('-')[:50]}-{digest[:8]}"
+        shutil.copyfile(path, target / "images" / f"{key}.svg")
+        pairs.append(Pair(key, f"images/{key}.svg", caption, normalise_noun(caption)))
+    return pairs
+
+
+def clipart_caption(name: str, title: str, author: str) -> str:
+    """Lower-case caption from the path without ending, title ("" if it tells nothing) and author; "" if none tells."""
+    *folders, stem = name.split("/")
+    if "cards" in folders and (card := re.fullmatch(r"[a-z]+_([cdhs])_(\d+|[ajqk])", stem)):
+        return f"{_RANKS.get(card[2], card[2])} of {_SUITS[card[1]]} playing card"
+    if star := re.fullmatch(r"star_(\d+)pt\d+step", stem):
+        return f"star with {star[1]} points"
+    stem_words = _words(re.sub(r"([a-z])([A-Z])", r"\1 \2", stem), without=author)
+    folder_words = "" if folders[-1] in _UNTELLING_FOLDERS else folders[-1].replace("_", " ")
+    caption = _words(title) or stem_words or folder_words
+    for folder, form in _CONTEXT.items():
+        if caption and folder in folders and form.format("").split()[0] not in caption.split():
+            return form.format(caption)
+    return caption
+
+
+def _words(text: str, without: str = "") -> str:
+    """Lower-case words of a title or file name, without numbers, codes and (cut-off) words of the author's name."""
+    text = re.sub(r"\([^)]*\)|[_\-+.#]|\d+|\b(?:bw|aiga)\b", " ", text.lower().replace("_", " "))
+    names = re.findall(r"\w+", without.lower())
+    words = [w for w in text.split() if not any(name.startswith(w) for name in names)]
+    return " ".join(words).strip(" ,;:") if any(len(re.sub(r"\W", "", w)) >= 3 for w in words) else ""
+
+
+def _title_and_author(path: Path) -> tuple[str, str]:
+    """RDF dc:title of the work and dc:title of its creator; "" where there is none or the file is no XML."""
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, ValueError):
+        return "", ""
+    titles = [(element.text or "").strip() for element in root.iter(f"{_DC}title")]
+    creators = [(t.text or "").strip() for c in root.iter(f"{_DC}creator") for t in c.iter(f"{_DC}title")]
+    return (titles or [""])[0], (creators or [""])[0]
