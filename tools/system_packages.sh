@@ -1,9 +1,9 @@
 #!/bin/sh
-# Make sure of the parts that pip cannot bring: `sh tools/system_packages.sh PYTHON`.
+# Make sure of what pip cannot bring, a Python that can make environments: `sh tools/system_packages.sh PYTHON`.
 #
-# Each part is probed by using it, so nothing is installed where it is already there. What is missing is
-# installed with apt-get as root or through a sudo that asks for no password; elsewhere the command to run
-# is printed and the exit code is 2.
+# It is probed by using it, so nothing is installed where it is already there. What is missing is installed
+# with apt-get as root or through a sudo that asks for no password; elsewhere the command to run is printed
+# and the exit code is 2.
 set -eu
 python=$1
 
@@ -13,11 +13,6 @@ if ! "$python" -c "" 2>/dev/null; then
 elif ! "$python" -c "import ensurepip, venv" 2>/dev/null; then
     # Debian splits venv off; another Python's venv comes with it and does not get here.
     missing=$("$python" -c 'import sys; print(" python%d.%d-venv" % sys.version_info[:2])')
-fi
-# cairosvg loads libcairo at run time, to render SVG clip art.
-if ! ldconfig -p 2>/dev/null | grep -q "libcairo\.so\.2" &&
-    ! "$python" -c 'import sys, ctypes.util; sys.exit(not ctypes.util.find_library("cairo"))' 2>/dev/null; then
-    missing="$missing libcairo2"
 fi
 [ -n "$missing" ] || exit 0
 
@@ -41,5 +36,8 @@ fi
 echo "installing with apt-get:$missing"
 # An image's package lists may be absent or older than the archive.
 $as_root apt-get update -qq
-# Unquoted: $missing is a list. No recommended packages: libcairo2 would bring fonts.
-$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
+# Unquoted: $missing is a list.
+$as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null || {
+    echo "error: apt-get could not install$missing; give another Python 3.11 or newer: make PYTHON=..." >&2
+    exit 2
+}
