@@ -1,0 +1,122 @@
+"""The global order of documents: a pure function of (seed, mixture, window), the same on every rank and restart.
+
+Documents come in windows of WINDOW. Of the first k documents, source s has had its share of k rounded to less
+than one document off, whatever k is. A source's documents are permuted anew each epoch, by a keyed Feistel
+network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any position is found
+without storing or drawing the permutation. Hashes are SplitMix64 (Steele et al. 2014); numpy's generators are not
+used because their streams may change between versions, and a resumed run must not.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+
+from megamm.data.sample import IntArray
+from megamm.errors import UserError
+
+WINDOW = 4096
+"""Documents that are shuffled and packed together; part of the order, so not an option."""
+_ROUNDS = 6
+_Hash = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A sample set in the mixture: its name, relative weight (of documents) and number of documents."""
+
+    name: str
+    weight: float
+    documents: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The documents of one window in order, `[WINDOW]` each: which sample, its source's epoch, order of parts."""
+
+    source: IntArray
+    sample: IntArray
+    epoch: IntArray
+    reversed: npt.NDArray[np.bool_]
+
+
+class Mixture:
+    """Weighted sources in one order. UserError for a source that is empty or could never have its turn."""
+
+    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+        if not sources:
+            raise UserError("no data sources", remedy="name at least one under `data` in the config")
+        for source in sources:
+            if not 0 < source.weight < float("inf"):
+                raise UserError(f"source {source.name!r} has weight {source.weight}", remedy="give a weight above 0")
+            if source.documents < 1:
+                raise UserError(f"source {source.name!r} has no documents", remedy="remove it or build its shards")
+        if len({source.name for source in sources}) < len(sources):
+            raise UserError("two sources have the same name", remedy="rename one")
+        self.sources, self.seed = tuple(sources), seed
+        total = sum(Fraction(source.weight) for source in sources)
+        # Exact fractions: the order does not depend on how a machine rounds.
+        self._bounds = [bound / total for bound in accumulate(Fraction(source.weight) for source in sources)]
+        for source in sources:
+            if Fraction(source.weight) / total * WINDOW < 1:
+                what = f"source {source.name!r} would get less than one in {WINDOW} documents"
+                raise UserError(what, remedy="raise its weight or remove it")
+
+    def counts(self, documents: int) -> list[int]:
+        """How many of the first `documents` are of each source."""
+        ends = [(2 * documents * b.numerator + b.denominator) // (2 * b.denominator) for b in self._bounds]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def window(self, w: int) -> Window:
+        """The w-th window of WINDOW documents."""
+        source, sample, epoch, flipped = [], [], [], []
+        quotas = zip(self.counts(w * WINDOW), self.counts((w + 1) * WINDOW), strict=True)
+        for index, (start, stop) in enumerate(quotas):
+            n = self.sources[index].documents
+            epochs, places = np.divmod(np.arange(start, stop, dtype=np.int64), n)
+            samples = np.empty_like(places)
+            for e in np.unique(epochs).tolist():  # a window may cross the epochs of a small source
+                samples[epochs == e] = permute(places[epochs == e], n, self._key(index, f"epoch {e}"))
+            # Drawn once a sample, then flipped every epoch: both orders of every sample are seen.
+            first = _hash(samples.astype(np.uint64) ^ self._key(index, "reversed")).astype(np.int64) & 1
+            source.append(np.full(stop - start, index, dtype=np.int64))
+            sample.append(samples)
+            epoch.append(epochs)
+            flipped.append((first ^ (epochs & 1)).astype(np.bool_))
+        order = permute(np.arange(WINDOW), WINDOW, _key(f"{self.seed}/window {w}"))
+        return Window(*(np.concatenate(column)[order] for column in (source, sample, epoch, flipped)))
+
+    def _key(self, index: int, purpose: str) -> np.uint64:
+        return _key(f"{self.seed}/{self.sources[index].name}/{purpose}")
+
+
+def permute(places: IntArray, n: int, key: np.uint64) -> IntArray:
+    """Where a permutation of range(n), chosen by the key, takes these places (each in [0, n))."""
+    half = max(1, -(-(n - 1).bit_length() // 2))
+    mask = np.uint64((1 << half) - 1)
+    result = places.astype(np.uint64)
+    outside = np.ones(len(result), dtype=np.bool_)
+    while outside.any():  # walk the cycle of the larger power of two until it is back inside; < 4 steps on average
+        left, right = result[outside] >> np.uint64(half), result[outside] & mask
+        for turn in range(_ROUNDS):
+            salt = key + np.uint64(turn * 0x9E3779B9)
+            left, right = right, left ^ (_hash(right ^ salt) & mask)
+        result[outside] = left << np.uint64(half) | right
+        outside = result >= n
+    return result.astype(np.int64)
+
+
+def _key(text: str) -> np.uint64:
+    return np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
+
+
+def _hash(x: _Hash) -> _Hash:
+    """SplitMix64's output function, elementwise; unsigned 64-bit arithmetic wraps."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

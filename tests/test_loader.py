@@ -1,0 +1,168 @@
+"""The loader: the same rows whatever the number of data ranks, exact resume, and clear words for missing caches."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megamm.data.loader import Loader, RowStream, SampleSet, heldout_documents
+from megamm.data.mixture import Mixture, Source
+from megamm.data.packing import document_length
+from megamm.data.shards import ShardWriter, tokens_to_bytes
+from megamm.errors import UserError
+from megamm.modalities.base import sequential_positions
+from megamm.model.vocabulary import Vocabulary
+
+TEXT, IMAGE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
+CODECS = {"text": TEXT, "image": IMAGE}
+VOCABULARY = Vocabulary.of({"text": (300, TEXT), "image": (64, IMAGE)})
+POSITIONS = {"text": sequential_positions, "image": sequential_positions}
+ROW = 64
+
+
+def caches(split, samples, seed, image=9, without_image=(), longest=12):
+    """Token caches of a split: text `number * 10 ...`-like random ids, images of constant length."""
+    generator = np.random.default_rng(seed)
+    with ShardWriter(split / f"text.tokens-{TEXT}", samples_per_shard=20) as writer:
+        for i in range(samples):
+            ids = generator.integers(0, 300, size=int(generator.integers(1, longest)))
+            writer.add(f"s{i:04d}", "npy", tokens_to_bytes(ids, 300), tokens=ids.size)
+    if image:
+        with ShardWriter(split / f"image.tokens-{IMAGE}", samples_per_shard=20) as writer:
+            for i in range(samples):
+                ids = generator.integers(0, 64, size=image)
+                if i not in without_image:
+                    writer.add(f"s{i:04d}", "npy", tokens_to_bytes(ids, 64), tokens=ids.size)
+    return split
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    pairs = SampleSet(caches(folder / "pairs" / "train", 45, seed=1, without_image={3, 44}), CODECS)
+    texts = SampleSet(caches(folder / "texts" / "train", 30, seed=2, image=0, longest=200), CODECS)
+    return [pairs, texts]
+
+
+def stream(sets, seed=7):
+    mixture = Mixture([Source("pairs", 3, len(sets[0])), Source("texts", 1, len(sets[1]))], seed)
+    return RowStream(sets, mixture, VOCABULARY, ROW, POSITIONS)
+
+
+def loader(sets, size, rank, consumed=0, micro=2):
+    return Loader(
+        stream(sets), global_batch=12, micro_batch=micro, data_rank=rank, data_size=size, consumed_rows=consumed
+    )
+
+
+def rows_of_step(loaders):
+    """Rows of one global batch as tuples, over all ranks, unordered."""
+    return sorted(tuple(ids.tolist()) for one in loaders for batch in one.step() for ids in batch.input_ids)
+
+
+def test_documents_are_the_tokens_that_were_cached(sets):
+    pairs = sets[0]
+    both, text = pairs.document(0, reversed=False), pairs.document(3, reversed=True)
+    assert [p.modality for p in both.parts] == ["text", "image"] and both.key == "s0000"
+    assert [p.modality for p in pairs.document(0, reversed=True).parts] == ["image", "text"]
+    assert [p.modality for p in text.parts] == ["text"]  # joined by key: sample 3 has no image
+    for i in range(len(pairs)):
+        parts = {p.modality: p.ids.size for p in pairs.document(i, reversed=False).parts}
+        assert pairs.lengths[i] == document_length(parts)
+        assert pairs.is_text_only[i] == ("image" not in parts) == (i in (3, 44))
+
+
+def test_rows_are_a_pure_function_of_their_number(sets):
+    forward, backward = stream(sets), stream(sets)
+    numbers = [0, 5, 900, 1, 2500]  # windows are planned in order, read in any
+    rows = {r: forward.row(r) for r in numbers}
+    for r in reversed(numbers):
+        assert np.array_equal(rows[r].input_ids, backward.row(r).input_ids)
+        assert np.array_equal(rows[r].position, backward.row(r).position)
+    assert not np.array_equal(stream(sets, seed=8).row(0).input_ids, rows[0].input_ids)
+
+
+def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
+    rows = stream(sets)
+    rows.row(0)
+    window = rows.mixture.window(0)
+    wanted = sum(int(sets[s].lengths[i]) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True))
+    in_window = [rows.row(r) for r in range(rows._rows_before[1])]
+    marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
+    used = sum(int((row.segment >= 0).sum()) for row in in_window)
+    assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks, lose no token
+    assert marks > len(window.source)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_a_step_has_the_same_rows_at_any_data_size(sets, size):
+    loaders = [loader(sets, size, rank) for rank in range(size)]
+    reference = stream(sets)
+    for step in range(3):
+        wanted = sorted(tuple(reference.row(r).input_ids.tolist()) for r in range(step * 12, step * 12 + 12))
+        assert rows_of_step(loaders) == wanted
+
+
+def test_resume_at_another_size_goes_on_where_it_stopped(sets):
+    whole = [loader(sets, 1, 0)]
+    expected = [rows_of_step(whole) for _ in range(5)]
+    before = [loader(sets, 2, rank) for rank in range(2)]
+    assert [rows_of_step(before) for _ in range(2)] == expected[:2]
+    state = before[0].state()
+    assert state == before[1].state() == {"consumed_rows": 24}
+    after = [loader(sets, 3, rank, consumed=state["consumed_rows"]) for rank in range(3)]
+    assert [rows_of_step(after) for _ in range(3)] == expected[2:]
+
+
+def test_microbatches_are_dealt_in_turn(sets):
+    second, reference = loader(sets, 2, 1), stream(sets)
+    batches = second.step()
+    assert [b.input_ids.shape for b in batches] == [(2, ROW)] * 3 and batches[0].position.shape == (2, 3, ROW)
+    numbers = [[2, 3], [6, 7], [10, 11]]  # consumed + (j * data_size + rank) * micro_batch ...
+    for batch, rows in zip(batches, numbers, strict=True):
+        assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in rows]
+    padded = np.mean([(reference.row(r).segment < 0).mean() for rows in numbers for r in rows])
+    assert second.padding_share == pytest.approx(padded)
+
+
+def test_a_batch_that_does_not_divide_is_refused(sets):
+    with pytest.raises(UserError, match="multiple of 10"):
+        loader(sets, 5, 0)
+
+
+def test_heldout_has_every_sample_once_in_each_order(sets):
+    documents = [(d.key, tuple(p.modality for p in d.parts)) for d in heldout_documents(sets[0])]
+    assert documents[:2] == [("s0000", ("text", "image")), ("s0000", ("image", "text"))]
+    assert len(documents) == len(set(documents)) == 2 * 43 + 2
+
+
+def test_a_pair_longer_than_a_row_is_named_before_the_run(sets, tmp_path):
+    long = SampleSet(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
+    with pytest.raises(UserError, match=r"sample 's0000' has .* a row 64 \(4 such samples\).*seq_length"):
+        RowStream([long], Mixture([Source("long", 1, 4)], 0), VOCABULARY, ROW, POSITIONS)
+
+
+def test_missing_caches_name_the_command(tmp_path):
+    split = caches(tmp_path / "source" / "train", 3, seed=0)
+    (split / "image").mkdir()
+    with pytest.raises(UserError, match=r"no image tokens of codec other.*data tokenize .*source --codec image="):
+        SampleSet(split, {"text": TEXT, "image": "other"})
+    with pytest.raises(UserError, match="megamm data build"):
+        SampleSet(tmp_path / "nowhere" / "train", CODECS)
+
+
+def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
+    split = caches(tmp_path / "source" / "train", 3, seed=0)
+    index = split / f"image.tokens-{IMAGE}" / "000000.jsonl"
+    entries = [json.loads(line) | {"tokens": 8} for line in index.read_text().splitlines()]
+    index.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(UserError, match="not as many as its index says"):
+        SampleSet(split, CODECS).document(0, reversed=False)
+
+
+def test_ids_of_a_larger_codec_are_refused(tmp_path):
+    sample_set = SampleSet(caches(tmp_path / "source" / "train", 3, seed=0), CODECS)
+    small = Vocabulary.of({"text": (300, TEXT), "image": (4, IMAGE)})
+    rows = RowStream([sample_set], Mixture([Source("source", 1, 3)], 0), small, ROW, POSITIONS)
+    with pytest.raises(UserError, match=r"image token id .* its codec has 4"):
+        rows.row(0)

@@ -1,0 +1,101 @@
+"""The mixture: exact proportions, every sample once an epoch, both orders, and nothing but (seed, mixture, window)."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from megamm.data.mixture import WINDOW, Mixture, Source, permute
+from megamm.errors import UserError
+
+SOURCES = [Source("emoji", 0.7, 3000), Source("clipart", 0.25, 9000), Source("tiny", 0.05, 37)]
+
+
+def stream(mixture, windows):
+    parts = [mixture.window(w) for w in range(windows)]
+    return {
+        name: np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "sample", "epoch", "reversed")
+    }
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4096])
+def test_permute_is_a_permutation_that_the_key_chooses(n):
+    first, second = (permute(np.arange(n), n, np.uint64(key)) for key in (1, 2))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(n))
+    if n > 100:
+        assert (first != second).mean() > 0.9 and (first != np.arange(n)).mean() > 0.9
+    assert permute(np.array([n - 1]), n, np.uint64(1)) == first[-1]  # random access
+
+
+def test_a_permutation_has_no_visible_order():
+    positions = permute(np.arange(20000), 20000, np.uint64(5))
+    assert abs(np.corrcoef(positions, np.arange(20000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(positions[1:], positions[:-1])[0, 1]) < 0.03
+
+
+def test_proportions_never_drift():
+    mixture = Mixture(SOURCES, seed=1)
+    source = stream(mixture, 5)["source"]
+    for w in range(1, 6):
+        counts = np.bincount(source[: w * WINDOW], minlength=3)
+        assert np.abs(counts - np.array([0.7, 0.25, 0.05]) * w * WINDOW).max() <= 1
+    far = mixture.counts(10**15)
+    assert sum(far) == 10**15 and abs(far[2] - 5 * 10**13) <= 1
+
+
+def test_every_sample_once_an_epoch_across_windows():
+    drawn = stream(Mixture(SOURCES, seed=3), 6)
+    for index, source in enumerate(SOURCES):
+        mine = drawn["source"] == index
+        seen = Counter(zip(drawn["epoch"][mine].tolist(), drawn["sample"][mine].tolist(), strict=True))
+        assert set(seen.values()) == {1}  # never twice in an epoch, though windows cross the epochs
+        last = max(epoch for epoch, _ in seen)
+        per_epoch = Counter(epoch for epoch, _ in seen)
+        assert all(per_epoch[e] == source.documents for e in range(last))
+    assert drawn["epoch"].max() > 10
+
+
+def test_both_orders_of_every_sample_are_seen():
+    drawn = stream(Mixture(SOURCES, seed=3), 2)
+    tiny = drawn["source"] == 2
+    orders = {
+        (s, e): r for s, e, r in zip(*(drawn[k][tiny].tolist() for k in ("sample", "epoch", "reversed")), strict=True)
+    }
+    pairs = [(orders[s, e], orders[s, e + 1]) for s, e in orders if (s, e + 1) in orders]
+    assert len(pairs) > 37 and all(now != then for now, then in pairs)
+    assert 0.45 < drawn["reversed"].mean() < 0.55
+
+
+def test_a_window_depends_on_nothing_but_seed_mixture_and_number():
+    mixture, fresh = Mixture(SOURCES, seed=1), Mixture(SOURCES, seed=1)
+    mixture.window(0)
+    for name in ("source", "sample", "epoch", "reversed"):
+        assert np.array_equal(getattr(mixture.window(7), name), getattr(fresh.window(7), name))
+        assert not np.array_equal(getattr(mixture.window(7), name), getattr(mixture.window(8), name))
+    assert not np.array_equal(mixture.window(7).sample, Mixture(SOURCES, seed=2).window(7).sample)
+
+
+def test_the_order_is_pinned():
+    """A changed order breaks the resume of running jobs: these values may change only with a new major version."""
+    window = Mixture(SOURCES, seed=1234).window(3)
+    digest = [int((column.astype(np.int64) * np.arange(WINDOW)).sum()) for column in (window.source, window.sample)]
+    assert digest == PINNED
+
+
+PINNED = [2895363, 18253484774]
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "no data sources"),
+        ([Source("a", 0, 10)], "weight 0"),
+        ([Source("a", float("nan"), 10)], "weight nan"),
+        ([Source("a", 1, 0)], "has no documents"),
+        ([Source("a", 1, 5), Source("a", 1, 6)], "same name"),
+        ([Source("a", 1, 5), Source("b", 1e-6, 6)], "less than one in 4096"),
+    ],
+)
+def test_wrong_mixtures_are_refused(sources, message):
+    with pytest.raises(UserError, match=message):
+        Mixture(sources, seed=0)
