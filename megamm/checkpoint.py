@@ -33,7 +33,10 @@ MANIFEST, STATE = "manifest.json", "state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it."""
+    """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it.
+
+    Without optimizer state (an import) training starts with fresh moments.
+    """
 
     step: int
     consumed_rows: int
@@ -42,6 +45,7 @@ class RunState:
     vocabulary: list[dict[str, Any]]
     config: dict[str, Any]
     versions: dict[str, str]
+    has_optimizer: bool = True
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -154,6 +158,20 @@ def newest(run: Path) -> Path | None:
     if last_error is not None:
         raise last_error
     return None
+
+
+def newest_for_all_ranks(run: Path) -> Path | None:
+    """`newest`, looked up once by rank 0, so that every rank resumes the same one or raises the same error."""
+    found: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            found[0] = newest(run)
+        except UserError as error:
+            found[1] = {"what": error.what, "where": str(error.where), "remedy": error.remedy}
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise UserError(**found[1])
+    return found[0]
 
 
 def read_state(folder: Path) -> RunState:

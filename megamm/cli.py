@@ -4,11 +4,16 @@ Imports are inside the commands, so that `megamm --help` and a config error cost
 A UserError becomes one line on stderr and exit code 2.
 """
 
+import logging
+import os
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+import yaml
+from pydantic import BaseModel
 
 from megamm.errors import UserError
 
@@ -16,9 +21,165 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 data_app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
 convert_app = typer.Typer(no_args_is_help=True, help="Export to and import from Hugging Face folders.")
+train_tokenizer_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
+tokenizer_app.add_typer(train_tokenizer_app, name="train")
 app.add_typer(convert_app, name="convert")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=100")] = None,
+    nproc: Annotated[int, typer.Option(help="start that many local processes")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and stop")] = False,
+) -> None:
+    """Train, or resume from the newest valid checkpoint in the run's output folder."""
+    from megamm import dry_run as dry
+    from megamm import launch
+    from megamm.config import load_config
+
+    run = load_config(config, overrides or [])
+    if not launch.is_rank():
+        # Everything that can be refused is refused here, before a process starts.
+        run.check(nproc)
+        from megamm.data.run_data import open_run_data
+
+        vocabulary = open_run_data(run).vocabulary
+        if dry_run:
+            print(yaml_of(run), dry.describe(run, vocabulary.size, nproc), sep="\n")
+            return
+        if nproc > 1:
+            launch.launch(["train", str(config), *(overrides or [])], nproc)
+            return
+    _log_to_console()
+    from megamm.train import train as run_training
+
+    run_training(run)
+
+
+Sources = Annotated[list[Path], typer.Argument(help="source folders: SHARDS/<source>")]
+DeviceChoice = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="where to compute")]
+
+
+@train_tokenizer_app.command("text")
+def train_text(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    vocabulary: Annotated[int, typer.Option(help="number of tokens, at least 256")] = 4096,
+) -> None:
+    """Train a byte-level BPE tokenizer; the folder loads in transformers too."""
+    from megamm.codecs.text import train_text_tokenizer
+
+    _log_to_console()
+    done = train_text_tokenizer(sources, to, vocabulary_size=vocabulary)
+    print(f"{to}: {done['vocabulary_size']} tokens, {done['bytes_per_token']:.2f} bytes a token on held-out text")
+
+
+@train_tokenizer_app.command("image")
+def train_image(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    steps: int = 2000,
+    batch_size: int = 32,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    image_size: Annotated[int, typer.Option(help="pixels a side")] = 64,
+    downsample: Annotated[int, typer.Option(help="pixels a side of one token")] = 8,
+    width: Annotated[int, typer.Option(help="channels")] = 64,
+    encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder")] = 1,
+    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder")] = 3,
+    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
+    device: DeviceChoice = "auto",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+) -> None:
+    """Train the FSQ image codec; reports PSNR and codebook use on the held-out split."""
+    from megamm.codecs.image import ImageCodecConfig
+    from megamm.codecs.train import ImageTraining, train_image_codec
+    from megamm.device import DTYPES, choose
+
+    _log_to_console()
+    codec = ImageCodecConfig.of(
+        None,
+        image_size=image_size,
+        downsample=downsample,
+        width=width,
+        encoder_depth=encoder_depth,
+        decoder_depth=decoder_depth,
+        levels=levels.split(","),
+    )
+    training = ImageTraining(codec, steps, batch_size, learning_rate, seed)
+    report = train_image_codec(sources, to, training, choose(device).torch_device, DTYPES[dtype])
+    print(f"{to}: {codec.grid_size**2} tokens an image of {codec.codebook_size} codes, PSNR {report.psnr_db:.2f} dB")
+
+
+@data_app.command("fetch")
+def fetch_sources(
+    names: Annotated[list[str], typer.Argument(help="emoji, clipart")],
+    to: Annotated[Path, typer.Option(help="folder for the raw data: RAW/<source>")],
+) -> None:
+    """Fetch public image-caption pairs from Debian packages (nothing is installed); what is there is kept."""
+    from megamm.data.sources import fetch
+
+    _log_to_console()
+    for name in names:
+        folder, pairs = fetch(name, to)
+        print(f"{folder}: fetched already, kept" if pairs is None else f"{folder}: {pairs} pairs")
+
+
+@data_app.command("build")
+def build_shards(
+    raws: Annotated[list[Path], typer.Argument(help="folders with a pairs.jsonl: RAW/<source>")],
+    to: Annotated[Path, typer.Option(help="folder of the shard sets: SHARDS")],
+    heldout: Annotated[float, typer.Option(help="share of the nouns that is held out")] = 0.05,
+    max_broken: Annotated[float, typer.Option(help="share of broken pairs above which nothing is written")] = 0.02,
+    limit: Annotated[int | None, typer.Option(help="take a random subset of so many pairs a source")] = None,
+    image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
+) -> None:
+    """Check every image by decoding it, render drawings, and write shards split by noun."""
+    from megamm.data.build import BuildOptions, build
+
+    _log_to_console()
+    for report in build(raws, to, BuildOptions(heldout, max_broken, limit, image_size)):
+        print(report.summary())
+    print(f"{to}/report.json names every pair that was left out")
+
+
+@data_app.command("index")
+def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.tar, 000001.tar, ...")]) -> None:
+    """(Re)build the indexes of a folder of WebDataset tars, one modality a folder."""
+    from megamm.data.shard_index import write_index
+
+    print(f"{folder}: {write_index(folder)} members indexed")
+
+
+@data_app.command("tokenize")
+def tokenize_shards(
+    sources: Sources,
+    codec: Annotated[list[str], typer.Option(help="modality=FOLDER, once a modality")],
+    device: DeviceChoice = "auto",
+) -> None:
+    """Make the token caches of built shards; complete ones are kept."""
+    from megamm.data.token_cache import load_codecs, tokenize
+    from megamm.device import choose
+
+    _log_to_console()
+    for cache in tokenize(sources, load_codecs(codec, choose(device).torch_device)):
+        kept = " (kept)" if cache.kept else ""
+        print(f"{cache.folder}: {cache.samples} samples, {cache.tokens} tokens{kept}")
+
+
+def yaml_of(run: BaseModel) -> str:
+    """A config as YAML, defaults filled in."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def _log_to_console() -> None:
+    """Our own log lines on rank 0, warnings of every rank; libraries only from warnings up."""
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("megamm").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    warnings.simplefilter("ignore")
 
 
 def main() -> None:

@@ -14,11 +14,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 
+from megamm import __version__
 from megamm.errors import UserError
 from megamm.mcore import compat, optimizer
 from megamm.mcore.groups import Groups
@@ -83,9 +86,22 @@ def _state(model: DistributedDataParallel, optim: Any | None, groups: Groups, is
 
 def save(folder: Path, model: DistributedDataParallel, optim: Any, groups: Groups) -> None:
     """Write all ranks' shards into an existing empty folder. Every rank calls it."""
+    _save(_state(model, optim, groups, is_loading=False), folder)
+
+
+def save_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write whole tensors (the names and shapes of `export_tensors`) from one process."""
+    state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
+    _save(state, folder)
+
+
+def _save(state: dict[str, Any], folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist_checkpointing.save(_state(model, optim, groups, is_loading=False), str(folder))
+        dist_checkpointing.save(state, str(folder))
+    # 0.19 leaves this file out and reads it if it is there; 0.16 needs it: with it each reads the other's.
+    if dist.get_rank() == 0 and not (folder / "common.pt").exists():
+        torch.save({}, folder / "common.pt")
 
 
 def load(folder: Path, model: DistributedDataParallel, optim: Any | None, groups: Groups, step: int) -> None:
@@ -126,6 +142,11 @@ def _check_names(folder: Path, state: dict[str, Any]) -> None:
                 where=folder,
                 remedy="resume with the config it was made with",
             )
+
+
+def versions() -> dict[str, str]:
+    """What wrote a checkpoint."""
+    return {"megamm": __version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}
 
 
 def export_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,1 @@
+"""A run's checkpoint to a Hugging Face folder and back."""

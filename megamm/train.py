@@ -1,0 +1,179 @@
+"""The run, top to bottom: device, groups, vocabulary, data, model, optimizer, resume, then step after step.
+
+Every process of the job calls `train` with the same config; a run continues by itself from the
+newest valid checkpoint in its output folder.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm import checkpoint, device, metrics
+from megamm.config import RunConfig
+from megamm.data.loader import Loader
+from megamm.data.run_data import RunData, open_run_data
+from megamm.errors import UserError
+from megamm.mcore import groups as grid
+from megamm.objective import weight_tensor
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> None:
+    """Run to train.steps. UserError for what the user can mend; every rank raises the same one."""
+    place = device.choose(config.device)
+    grid.start(place)
+    world_size = torch.distributed.get_world_size()
+    config.check(world_size)
+    data = open_run_data(config)
+    trainer = Trainer(config, data, place)
+    try:
+        trainer.resume()
+        trainer.run()
+    finally:
+        trainer.close()
+    torch.distributed.barrier()
+    grid.destroy()
+    grid.stop()
+
+
+class Trainer:
+    """The state of a run on this rank, and its loop."""
+
+    def __init__(self, config: RunConfig, data: RunData, place: device.Device) -> None:
+        # Megatron is imported here, after grid.start has adapted it to the device.
+        from megamm.mcore import backbone, optimizer, step
+
+        self.config, self.data, self.place, self.step_module = config, data, place, step
+        self.groups = grid.build(config.parallel, config.train.seed)
+        self.model = backbone.build(config, data.vocabulary.size, self.groups, place)
+        step.prepare(self.model)
+        self.optimizer = optimizer.build(config, self.model)
+        self.schedule = optimizer.build_schedule(config, self.optimizer)
+        self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
+        self.step, self.loader = 0, self._loader(consumed_rows=0)
+        self.metrics: metrics.Metrics | None = None
+        log.info("%s, process %d", self.groups.describe(), os.getpid())
+
+    def _loader(self, consumed_rows: int) -> Loader:
+        t = self.config.train
+        return Loader(
+            self.data.stream,
+            global_batch=t.global_batch,
+            micro_batch=t.micro_batch,
+            data_rank=self.groups.data_rank,
+            data_size=self.groups.data_size,
+            consumed_rows=consumed_rows,
+        )
+
+    def run(self) -> None:
+        """Steps until train.steps, with reports, held-out losses and checkpoints as configured."""
+        t = self.config.train
+        if self.groups.rank == 0:
+            self.metrics = metrics.Metrics(self.config.output, self.step, t.steps)
+        while self.step < t.steps:
+            self._one_step()
+            last = self.step == t.steps
+            if t.eval_every and (self.step % t.eval_every == 0 or last):
+                self._evaluate()
+            if last or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
+                self.save()
+
+    def _one_step(self) -> None:
+        t = self.config.train
+        batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
+        loss = self.step_module.run(self.model, batches, self.weights, self.groups)
+        lr = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(1)
+        self.step += 1
+        if not torch.isfinite(torch.as_tensor(grad_norm)):
+            raise UserError(
+                f"training diverged: grad norm {grad_norm} at step {self.step}",
+                where=self.config.output,
+                remedy="lower optimizer.lr or lengthen the warm-up; the last checkpoint is untouched",
+            )
+        if self.metrics is not None and (self.step % t.log_every == 0 or self.step in (1, t.steps)):
+            self.place.synchronize()
+            names = self.data.vocabulary.modalities
+            values: dict[str, Any] = {
+                f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in zip(names, loss.mean, strict=True)
+            }
+            values |= {"grad_norm": float(grad_norm), "lr": lr, "padding_share": self.loader.padding_share}
+            m, s = self.config.model, self.config.data.seq_length
+            values["flops_per_token"] = metrics.flops_per_token(m, self.data.vocabulary.size, s)
+            self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
+
+    def _evaluate(self) -> None:
+        """Mean loss per modality over the held-out rows, weighted by tokens."""
+        names = self.data.vocabulary.modalities
+        total = torch.zeros(len(names), dtype=torch.float64)
+        count = torch.zeros_like(total)
+        self.model.eval()
+        for batches in self.data.heldout_steps(self.config, self.groups.data_rank, self.groups.data_size):
+            placed = [batch.to(self.place.torch_device) for batch in batches]
+            with torch.no_grad():
+                loss = self.step_module.run(self.model, placed, self.weights, self.groups, forward_only=True)
+            total += torch.nan_to_num(loss.mean.cpu()) * loss.count.cpu()
+            count += loss.count.cpu()
+        self.model.train()
+        if self.metrics is not None:
+            means = {
+                f"heldout/{n}": metrics.finite_or_none(float(x)) for n, x in zip(names, total / count, strict=True)
+            }
+            self.metrics.report_heldout(self.step, means)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the state after the current step."""
+        from megamm.mcore import rng, store
+
+        state = checkpoint.RunState(
+            step=self.step,
+            consumed_rows=self.loader.consumed_rows,
+            world_size=self.groups.world_size,
+            layout=self.config.parallel.model_dump(),
+            vocabulary=self.data.vocabulary.to_json(),
+            config=self.config.model_dump(mode="json"),
+            versions=store.versions(),
+        )
+        folder = checkpoint.save(
+            self.config.output,
+            state,
+            write_tensors=lambda tensors: store.save(tensors, self.model, self.optimizer, self.groups),
+            rng=rng.states(self.place),
+            keep=self.config.train.keep_checkpoints,
+        )
+        if self.metrics is not None:
+            print(f"saved {folder}", flush=True)
+            self.metrics.restart_clock()
+        return folder
+
+    def resume(self) -> None:
+        """Continue from the newest valid checkpoint of the output folder, if there is one."""
+        from megamm.mcore import rng, store
+
+        folder = checkpoint.newest_for_all_ranks(self.config.output)
+        if folder is None:
+            log.info("no checkpoint in %s: starting at step 0", self.config.output)
+            return
+        state = checkpoint.read_state(folder)
+        checkpoint.check_same_model(folder, state, self.data.vocabulary, self.config.model.model_dump(mode="json"))
+        optim = self.optimizer if state.has_optimizer else None
+        store.load(folder / "tensors", self.model, optim, self.groups, state.step)
+        if not state.has_optimizer:
+            self.optimizer.reload_model_params()
+        self.step, self.loader = state.step, self._loader(state.consumed_rows)
+        self.schedule.step(state.step)
+        same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
+        if same_layout and state.has_optimizer:
+            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
+        if self.groups.rank == 0:
+            layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
+            print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
+
+    def close(self) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
