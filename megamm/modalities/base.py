@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 
 from megamm.data.sample import IntArray
+
+CPU = torch.device("cpu")
 
 
 class UnreadableMedia(ValueError):
@@ -31,8 +34,8 @@ class Modality(Protocol):
     """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
 
     @classmethod
-    def load(cls, codec: Path) -> "Modality":
-        """Load the codec from its folder. UserError if the folder is not such a codec."""
+    def load(cls, codec: Path, device: torch.device = CPU) -> "Modality":
+        """Load the codec from its folder, to compute on `device`. UserError if the folder is not such a codec."""
         ...
 
     @staticmethod

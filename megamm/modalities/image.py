@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from megamm.codecs.image import ImageCodec, load_image_codec
 from megamm.data.sample import IntArray
-from megamm.modalities.base import UnreadableMedia
+from megamm.modalities.base import CPU, UnreadableMedia
 
 PixelArray = npt.NDArray[np.uint8]
 
@@ -38,7 +38,7 @@ class ImageModality:
         self.vocabulary_size = codec.config.codebook_size
 
     @classmethod
-    def load(cls, codec: Path, device: torch.device = torch.device("cpu")) -> "ImageModality":
+    def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":
         """Load an image codec folder onto a device. UserError if it is not one."""
         module, codec_id = load_image_codec(codec)
         return cls(module, codec_id, device)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
 
 from megamm.data.sample import IntArray
 from megamm.errors import UserError
-from megamm.modalities.base import UnreadableMedia, sequential_positions
+from megamm.modalities.base import CPU, UnreadableMedia, sequential_positions
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class TextModality:
         self.vocabulary_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
-    def load(cls, codec: Path) -> "TextModality":
-        """Load a Hugging Face tokenizer folder, offline. UserError if it is not one."""
+    def load(cls, codec: Path, device: torch.device = CPU) -> "TextModality":
+        """Load a Hugging Face tokenizer folder, offline; it needs no device. UserError if it is not one."""
         file = codec / "tokenizer.json"
         if not file.is_file():
             return cls._load_converted(codec)
@@ -66,11 +67,24 @@ class TextModality:
     @staticmethod
     def check_media(data: bytes, extension: str) -> None:
         """UTF-8 with at least one visible character and no NUL, or UnreadableMedia."""
-        _to_text(data)
+        TextModality.to_text(data)
 
     def read_media(self, data: bytes, extension: str) -> str:
         """UTF-8 bytes to str. UnreadableMedia as in check_media."""
-        return _to_text(data)
+        return self.to_text(data)
+
+    @staticmethod
+    def to_text(data: bytes) -> str:
+        """UTF-8 bytes to str, without a codec. UnreadableMedia as in check_media."""
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UnreadableMedia(f"not UTF-8: {error.reason} at byte {error.start}") from error
+        if "\0" in text:
+            raise UnreadableMedia("holds NUL characters: binary data, not text")
+        if not text.strip():
+            raise UnreadableMedia("holds no text")
+        return text
 
     def write_media(self, media: str) -> bytes:
         """str to UTF-8 bytes."""
@@ -88,15 +102,3 @@ class TextModality:
     def positions(self, length: int) -> IntArray:
         """`[3, length]`, t = h = w = 0 .. length - 1."""
         return sequential_positions(length)
-
-
-def _to_text(data: bytes) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UnreadableMedia(f"not UTF-8: {error.reason} at byte {error.start}") from error
-    if "\0" in text:
-        raise UnreadableMedia("holds NUL characters: binary data, not text")
-    if not text.strip():
-        raise UnreadableMedia("holds no text")
-    return text
