@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,9 +31,20 @@ class ImageCodecConfig(BaseModel):
     kind: str = Field(default=KIND, pattern=f"^{KIND}$")
     image_size: int = Field(default=64, ge=8, le=2048)
     downsample: int = Field(default=8, ge=2, le=64)
-    width: int = Field(default=128, ge=8, le=4096)
-    depth: int = Field(default=2, ge=1, le=64)
+    width: int = Field(default=64, ge=8, le=4096, multiple_of=8)
+    encoder_depth: int = Field(default=1, ge=0, le=64)
+    decoder_depth: int = Field(default=3, ge=0, le=64)
     levels: tuple[int, ...] = (8, 5, 5, 5)
+
+    @classmethod
+    def of(cls, where: Path | None, **values: Any) -> "ImageCodecConfig":
+        """From untrusted values, of the file `where` if they have one. UserError names the first that is wrong."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            what = f"image codec config: {'.'.join(map(str, first['loc']))} {first['msg']}"
+            raise UserError(what, where=where, remedy="correct it, or train the codec anew") from error
 
     @model_validator(mode="after")
     def _check(self) -> "ImageCodecConfig":
@@ -60,6 +72,7 @@ class ResidualBlock(nn.Module):
         self.norm = nn.GroupNorm(8, width)
         self.conv_in = nn.Conv2d(width, width, 3, padding=1)
         self.conv_out = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)  # starts as the identity, which trains faster
 
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden + self.conv_out(nn.functional.gelu(self.conv_in(self.norm(hidden))))
@@ -76,12 +89,12 @@ class ImageCodec(nn.Module):
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(config.downsample),
             nn.Conv2d(patch, width, 1),
-            *[ResidualBlock(width) for _ in range(config.depth)],
+            *[ResidualBlock(width) for _ in range(config.encoder_depth)],
             nn.Conv2d(width, len(config.levels), 1),
         )
         self.decoder = nn.Sequential(
             nn.Conv2d(len(config.levels), width, 1),
-            *[ResidualBlock(width) for _ in range(config.depth)],
+            *[ResidualBlock(width) for _ in range(config.decoder_depth)],
             nn.Conv2d(width, patch, 1),
             nn.PixelShuffle(config.downsample),
         )
@@ -129,17 +142,14 @@ def save_image_codec(codec: ImageCodec, folder: Path) -> None:
 def load_image_codec(folder: Path) -> tuple[ImageCodec, str]:
     """The codec on the CPU and its codec_id. UserError if the folder is no image codec or is damaged."""
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    remedy = "name a folder made by `megamm tokenizer train image`"
     if not (config_file.is_file() and weights_file.is_file()):
+        remedy = "name a folder made by `megamm tokenizer train image`"
         raise UserError("no image codec (config.json and model.safetensors)", where=folder, remedy=remedy)
     try:
-        codec = ImageCodec(ImageCodecConfig.model_validate(json.loads(config_file.read_text())))
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = f"not an image codec config: {'.'.join(map(str, first['loc']))} {first['msg']}"
-        raise UserError(what, where=config_file, remedy=remedy) from error
-    except ValueError as error:
-        raise UserError(f"not an image codec config: {error}", where=config_file, remedy=remedy) from error
+        values = dict(json.loads(config_file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"unreadable config: {error}", where=config_file, remedy="restore or retrain it") from error
+    codec = ImageCodec(ImageCodecConfig.of(config_file, **values))
     try:
         codec.load_state_dict(load_file(weights_file))
     except (SafetensorError, RuntimeError) as error:
