@@ -107,7 +107,7 @@ def transformers_config(m: ModelConfig, vocabulary_size: int, seq_length: int, s
     """The Qwen3Config or Qwen3MoeConfig of our backbone; special holds bos/eos/pad token ids."""
     from transformers import Qwen3Config, Qwen3MoeConfig
 
-    common = dict(
+    common: dict[str, Any] = dict(
         vocab_size=vocabulary_size,
         hidden_size=m.hidden_size,
         num_hidden_layers=m.num_layers,

@@ -1,0 +1,141 @@
+"""Our backbone against transformers' Qwen3 / Qwen3-MoE: the same weights give the same logits, loss and gradients."""
+
+import pytest
+import torch
+from parity_worker import case_config
+from rows import global_batch, rank_batches
+from transformers import AutoModelForCausalLM
+
+from megamm.convert import qwen3
+from megamm.data.sample import IGNORE_LABEL
+from megamm.device import choose
+from megamm.mcore import groups as grid
+
+VOCABULARY = 301
+MODELS = {
+    "dense": {},
+    "tied": {"tie_embeddings": True},
+    "moe": {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}},
+}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, tmp_path):
+    """(config, our model, transformers' model with the same weights)."""
+    config = case_config({"model": MODELS[request.param]})
+    device = choose("cpu")
+    grid.start(device)
+    from megamm.mcore import backbone, optimizer, step, store
+
+    groups = grid.build(config.parallel, seed=3)
+    model = backbone.build(config, VOCABULARY, groups, device)
+    step.prepare(model)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # ones would hide a swapped pair of norms
+            parameter.data.uniform_(0.5, 1.5)
+    tensors = tmp_path / "tensors"
+    tensors.mkdir()
+    store.save(tensors, model, optimizer.build(config, model), groups)
+    theirs_config = qwen3.transformers_config(config.model, VOCABULARY, config.data.seq_length, {})
+    theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
+    stored = store.export_tensors(tensors)
+    _load_as_from_disk(theirs, qwen3.to_transformers(stored, config.model, VOCABULARY), theirs_config, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    yield config, groups, model, theirs, stored
+    grid.destroy()
+
+
+def _load_as_from_disk(theirs, weights, theirs_config, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    theirs_config.save_pretrained(tmp_path / "hf")
+    save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+
+
+def _documents(batch):
+    """Every packed document of a batch on its own: (row, slice)."""
+    for row in range(len(batch.segment)):
+        for segment in range(int(batch.segment[row].max()) + 1):
+            places = (batch.segment[row] == segment).nonzero().flatten()
+            yield row, slice(int(places[0]), int(places[-1]) + 1)
+
+
+def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
+    config, _, model, theirs, _ = pair
+    batch = rank_batches(global_batch(5, 4, 48, VOCABULARY), 4, 0, 1)[0]
+    with torch.no_grad():
+        ours = model.module(batch.input_ids, batch.position[:, 0], batch.segment)
+        worst = max(
+            (ours[row, part] - theirs(batch.input_ids[row : row + 1, part]).logits[0]).abs().max().item()
+            for row, part in _documents(batch)
+        )
+    assert worst <= 2e-5, worst
+
+
+def test_loss_and_gradients_equal_transformers(pair):
+    config, groups, model, theirs, _ = pair
+    from megamm.mcore import step
+
+    weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    batches = rank_batches(global_batch(6, 8, 48, VOCABULARY), 2, 0, 1)
+    result = step.run(model, batches, weights, groups)
+    sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    pieces = []
+    for batch in batches:
+        for row, part in _documents(batch):
+            logits = theirs(batch.input_ids[row : row + 1, part]).logits[0]
+            labels, weight = batch.labels[row, part], batch.loss_weight[row, part]
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_LABEL)
+            for m in range(2):
+                mine = batch.modality[row, part] == m
+                pieces.append((m, (loss * weight)[mine].sum()))
+                sums[m] += pieces[-1][1].item()
+                counts[m] += weight[mine].sum().item()
+    total = sum(piece * (weights[m] / counts[m]) for m, piece in pieces)
+    total.backward()
+    torch.testing.assert_close(result.mean, sums / counts, rtol=1e-5, atol=0)
+    ours = {name: p.main_grad for name, p in model.module.named_parameters()}
+    stacked = qwen3.from_transformers(_gradients(theirs, config), config.model)
+    for name, gradient in ours.items():
+        wanted = _of_live_name(stacked, name)
+        error = (gradient - wanted).norm() / wanted.norm()
+        assert error <= 1e-4, f"{name}: {error:.1e}"
+
+
+def _gradients(theirs, config):
+    """transformers' gradients under the names of its files (its MoE module fuses the experts' tensors)."""
+    gradients = {}
+    for name, parameter in theirs.named_parameters():
+        if name.endswith("mlp.experts.gate_up_proj"):
+            for e, fused in enumerate(parameter.grad):
+                base = name.replace("gate_up_proj", str(e))
+                gate, up = fused.chunk(2)
+                gradients |= {f"{base}.gate_proj.weight": gate, f"{base}.up_proj.weight": up}
+        elif name.endswith("mlp.experts.down_proj"):
+            for e, one in enumerate(parameter.grad):
+                gradients[name.replace("down_proj", f"{e}.down_proj.weight")] = one
+        else:
+            gradients[name] = parameter.grad
+    return gradients
+
+
+def _of_live_name(stacked, name):
+    """A live parameter's slice of the stored, layer-stacked tensors."""
+    if not name.startswith("decoder.layers."):
+        return stacked[name]
+    _, _, layer, rest = name.split(".", 3)
+    rest = rest.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+    rest = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}.get(rest, rest)
+    if "local_experts." in rest:
+        expert, which = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
+        return stacked[f"decoder.layers.mlp.experts.experts.{which}"][int(layer), int(expert)]
+    return stacked[f"decoder.layers.{rest}"][int(layer)]
+
+
+def test_names_round_trip_bit_for_bit(pair):
+    config, _, _, _, stored = pair
+    there = qwen3.to_transformers(stored, config.model, VOCABULARY)
+    back = qwen3.from_transformers(there, config.model)
+    assert back.keys() == stored.keys() - ({"output_layer.weight"} if config.model.tie_embeddings else set())
+    for name, tensor in back.items():
+        assert torch.equal(tensor, stored[name]), name
