@@ -1,0 +1,326 @@
+"""Raw pairs to shards: every image decoded, what is broken named, nouns on one side, same input same bytes."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from megamm.data.build import BuildOptions, build
+from megamm.data.media_check import check_image, render_svg
+from megamm.data.nouns import is_heldout, normalise_noun
+from megamm.data.pairs import Broken, clean_caption, read_pairs
+from megamm.data.shards import ShardFolder
+from megamm.data.source_clipart import clipart_caption, write_clipart
+from megamm.data.source_emoji import emoji_caption
+from megamm.data.sources import fetch
+from megamm.errors import UserError
+from megamm.modalities.base import UnreadableMedia
+
+SVG = (
+    '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="40" height="20">{}</svg>'
+)
+RED = (255, 0, 0)
+
+
+def png(colour, size=(8, 8)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, format="PNG")
+    return file.getvalue()
+
+
+def raw_folder(folder, count=40):
+    """A user's own pairs: an image and a caption each, nothing else."""
+    folder.mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(png((i, 7 * i % 256, len(folder.name)), size=(4 + i % 3, 5)))
+        lines.append(json.dumps({"image": f"{i}.png", "caption": f"thing{chr(97 + i % 26) * (1 + i // 26)} {i}"}))
+    (folder / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def add(folder, name, data, caption="another thing"):
+    (folder / name).write_bytes(data)
+    with (folder / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"image": name, "caption": caption}) + "\n")
+
+
+def samples(shards):
+    """Every sample of a shard set as webdataset reads it: split -> key -> (caption, image bytes)."""
+    found = {}
+    for split in ("train", "heldout"):
+        parts = {}
+        for modality in ("text", "image"):
+            urls = [str(p) for p in sorted((shards / split / modality).glob("*.tar"))]
+            parts[modality] = {
+                s["__key__"]: s for s in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
+            }
+        assert list(parts["text"]) == list(parts["image"])
+        found[split] = {k: (parts["text"][k]["txt"].decode(), parts["image"][k]["png"]) for k in parts["text"]}
+    return found
+
+
+def test_own_pairs_become_shards_that_webdataset_reads(tmp_path):
+    raw = raw_folder(tmp_path / "mine")
+    (report,) = build([raw], tmp_path / "shards", BuildOptions(heldout=0.2))
+    found = samples(tmp_path / "shards" / "mine")
+    assert report.train == len(found["train"]) and report.heldout == len(found["heldout"]) > 0
+    assert report.train + report.heldout == report.pairs == 40
+    for captions in found.values():
+        for key, (caption, image) in captions.items():
+            assert int(key.removeprefix("mine-")) == int(caption.split()[1]) + 1  # line numbers start at 1
+            assert image == (raw / f"{caption.split()[1]}.png").read_bytes()
+    assert json.loads((tmp_path / "shards" / "report.json").read_text())["mine"]["train"] == report.train
+    ShardFolder(tmp_path / "shards" / "mine" / "train" / "image").verify()
+
+
+def test_same_input_same_bytes_with_and_without_workers(tmp_path):
+    raw = raw_folder(tmp_path / "mine")
+    add(raw, "drawing.svg", SVG.format('<circle r="9" cx="12" cy="10"/>').encode())
+    build([raw], tmp_path / "a", BuildOptions())
+    build([raw], tmp_path / "b", BuildOptions(), workers=2)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*") if p.is_file())
+    assert len(files) == 15
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+
+
+def test_limit_takes_a_random_subset_that_a_larger_limit_extends(tmp_path):
+    raw = raw_folder(tmp_path / "mine")
+    for limit in (10, 20):
+        build([raw], tmp_path / str(limit), BuildOptions(limit=limit, heldout=0))
+    small, large = (list(samples(tmp_path / str(limit) / "mine")["train"]) for limit in (10, 20))
+    assert large[:10] == small and len(large) == 20
+    assert small != sorted(small)
+
+
+def test_no_noun_is_on_both_sides_across_sources(tmp_path):
+    captions = [
+        *("man health worker", "woman health worker: dark skin tone", "health workers"),
+        *("red car", "cars", "blue car: 2", "flag of Samoa", "Samoa flag"),
+        *(f"{animal} {n}" for animal in ("cat", "dog", "fox", "hen", "cow", "pig") for n in range(4)),
+    ]
+    raws = [tmp_path / "one", tmp_path / "two"]
+    for number, raw in enumerate(raws):
+        raw.mkdir()
+        (raw / "pairs.jsonl").write_text("")
+        for i, caption in enumerate(captions):
+            add(raw, f"{i}.png", png((i, number, 9)), caption)
+    build(raws, tmp_path / "shards", BuildOptions(heldout=0.4))
+    sides = {"train": set(), "heldout": set()}
+    for raw in raws:
+        for split, found in samples(tmp_path / "shards" / raw.name).items():
+            sides[split] |= {normalise_noun(caption) for caption, _ in found.values()}
+    assert not sides["train"] & sides["heldout"]
+    assert sides["train"] and sides["heldout"]
+    assert sides["train"] | sides["heldout"] == {
+        "health worker",
+        "car",
+        "flag samoa",
+        "cat",
+        "dog",
+        "fox",
+        "hen",
+        "cow",
+        "pig",
+    }
+
+
+def test_held_out_share_is_as_asked():
+    nouns = [f"noun {i}" for i in range(20000)]
+    assert sum(is_heldout(noun, 0.05) for noun in nouns) == pytest.approx(1000, rel=0.1)
+    assert not any(is_heldout(noun, 0.0) for noun in nouns) and all(is_heldout(noun, 1.0) for noun in nouns)
+    small = {noun for noun in nouns if is_heldout(noun, 0.05)}
+    assert small < {noun for noun in nouns if is_heldout(noun, 0.1)}
+
+
+def test_broken_pairs_are_counted_and_named_and_equal_images_kept_once(tmp_path):
+    raw = raw_folder(tmp_path / "mine")
+    broken = {
+        "empty.png": b"",
+        "cut.png": png(RED, (64, 64))[:-20],
+        "text.png": b"this is no image",
+        "wrong.jpg": png(RED),
+        "film.mp4": b"0000",
+        "bad.svg": b"<svg",
+        "blank.svg": SVG.format("").encode(),
+    }
+    for name, data in broken.items():
+        add(raw, name, data)
+    add(raw, "copy.png", (raw / "3.png").read_bytes())
+    with (raw / "pairs.jsonl").open("a") as file:
+        file.write('{"image": "gone.png", "caption": "not there"}\n{"image": "0.png"}\nno json\n\n')
+    (report,) = build([raw], tmp_path / "shards", BuildOptions(max_broken=0.3))
+    names = {entry["what"]: entry["reason"] for entry in report.broken}
+    assert set(names) == {*broken, "gone.png", "pairs.jsonl:50", "pairs.jsonl:51"}
+    assert names["empty.png"] == "zero bytes" and names["blank.svg"] == "draws nothing"
+    assert names["gone.png"] == "No such file or directory" and names["pairs.jsonl:50"] == 'no "caption"'
+    assert len(report.duplicates) == 1 and report.duplicates[0] in ("3.png", "copy.png")
+    assert report.train + report.heldout == 40
+    assert json.loads((tmp_path / "shards" / "mine" / "report.json").read_text())["broken"] == report.broken
+
+
+def test_too_many_broken_pairs_write_nothing(tmp_path):
+    good, raw = raw_folder(tmp_path / "good"), raw_folder(tmp_path / "mine", count=9)
+    add(raw, "cut.png", png(RED)[:-20])
+    with pytest.raises(UserError, match=r"1 of 10 pairs are broken, more than 2\.0%.*cut\.png"):
+        build([good, raw], tmp_path / "shards", BuildOptions())
+    assert list((tmp_path / "shards").iterdir()) == []
+
+
+def test_what_is_built_is_not_overwritten(tmp_path):
+    raw = raw_folder(tmp_path / "mine")
+    build([raw], tmp_path / "shards", BuildOptions())
+    with pytest.raises(UserError, match="built already"):
+        build([raw], tmp_path / "shards", BuildOptions())
+    build([raw_folder(tmp_path / "more")], tmp_path / "shards", BuildOptions())  # another source joins
+    assert set(json.loads((tmp_path / "shards" / "report.json").read_text())) == {"mine", "more"}
+
+
+@pytest.mark.parametrize("image", ["../secret.png", "/etc/hostname", "inside/../../secret.png", "link.png"])
+def test_a_path_out_of_the_folder_is_refused(tmp_path, image):
+    raw = raw_folder(tmp_path / "mine", count=2)
+    (tmp_path / "secret.png").write_bytes(png(RED))
+    (raw / "link.png").symlink_to(tmp_path / "secret.png")
+    with (raw / "pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"image": image, "caption": "x"}) + "\n")
+    with pytest.raises(UserError, match=r"leads out of the folder.*pairs\.jsonl:3"):
+        build([raw], tmp_path / "shards", BuildOptions())
+    assert not (tmp_path / "shards" / "mine").exists()
+
+
+def test_wrong_input_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match=r"no pairs\.jsonl"):
+        build([tmp_path], tmp_path / "shards", BuildOptions())
+    raw = raw_folder(tmp_path / "mine", count=1)
+    with (raw / "pairs.jsonl").open("a") as file:
+        file.write('{"key": "k", "image": "0.png", "caption": "x"}\n' * 2)
+    with pytest.raises(UserError, match="'k' occurs twice"):
+        build([raw], tmp_path / "shards", BuildOptions())
+    with pytest.raises(UserError, match="between 0 and 1"):
+        BuildOptions(heldout=5)
+    with pytest.raises(UserError, match=r"choose from emoji: .*clipart: "):
+        fetch("imagenet", tmp_path)
+
+
+def test_captions_are_cleaned_and_unfit_keys_named(tmp_path):
+    assert clean_caption(" a\t cafe\u0301\n\x00 ") == "a café"
+    (tmp_path / "pairs.jsonl").write_text('{"key": "a.b", "image": "x.png", "caption": "x"}\n')
+    (entry,) = read_pairs(tmp_path)
+    assert isinstance(entry, Broken) and "unfit key 'a.b'" in entry.reason
+
+
+def drawn(body, head=""):
+    return Image.open(io.BytesIO(render_svg((head + SVG.format(body)).encode(), 32)))
+
+
+def test_a_drawing_is_rendered_on_white_with_its_aspect():
+    image = drawn('<rect width="20" height="20" fill="red"/>')
+    assert image.size == (32, 16) and image.mode == "RGB"
+    assert image.getpixel((3, 8)) == RED and image.getpixel((30, 8)) == (255, 255, 255)
+
+
+def image_tag(href):
+    return f'<image xlink:href="{href}" width="40" height="20"/>'
+
+
+def test_a_drawing_reads_no_other_file(tmp_path):
+    (tmp_path / "red.png").write_bytes(png(RED))
+    path = str(tmp_path / "red.png")
+    black = '<rect width="9" height="9"/>'
+    embedded = "data:image/png;base64," + base64.b64encode(png(RED)).decode()
+    assert RED in drawn(black + image_tag(embedded)).getdata()  # pictures inside the drawing are drawn
+    inner = base64.b64encode(SVG.format(image_tag(path)).encode()).decode()
+    for body, head in [
+        (image_tag(path), ""),
+        (image_tag(f"file://{path}"), ""),
+        (image_tag("&#47;" + path[1:]), ""),
+        (image_tag("&p;"), f'<!DOCTYPE svg [<!ENTITY p "{path}">]>'),
+        (image_tag(f"data:image/svg+xml;base64,{inner}"), ""),
+        (image_tag(f"data:image/png;base64,{inner}"), ""),
+        (f"<style>rect {{fill: url({path})}}</style>", ""),
+    ]:
+        assert RED not in drawn(black + body, head).getdata()
+
+
+LAUGHS = "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 10}">' for i in range(1, 12))
+USES = "".join(f'<g id="a{i}">{f"""<use xlink:href="#a{i - 1}"/>""" * 10}</g>' for i in range(1, 12))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        SVG.format("<g>" * 100000 + "</g>" * 100000),
+        f'<!DOCTYPE svg [<!ENTITY a0 "ha">{LAUGHS}]>' + SVG.format("<text>&a11;</text>"),
+        SVG.format(f'<g id="a0"><rect width="9" height="9"/></g>{USES}<use xlink:href="#a11"/>'),
+        SVG.format("&undefined;"),
+        "\x1f\x8b compressed",
+        "",
+        "<html/>",
+    ],
+    ids=["deep", "entities", "uses", "undefined", "compressed", "empty", "html"],
+)
+def test_a_hostile_drawing_is_only_unreadable(data):
+    with pytest.raises(UnreadableMedia):
+        render_svg(data.encode(), 32)
+
+
+def test_a_large_file_is_refused_unread(tmp_path):
+    with (tmp_path / "large.png").open("wb") as file:
+        file.truncate(65 * 2**20)
+    assert check_image(tmp_path / "large.png", 32) == "larger than 64 MiB"
+
+
+@pytest.mark.parametrize(
+    ("caption", "noun"),
+    [
+        ("health worker: medium skin tone", "health worker"),
+        ("man health worker: light skin tone", "health worker"),
+        ("Three red Foxes", "fox"),
+        ("berries 2", "berry"),
+        ("left arrow", "arrow"),
+        ("glass of boxes", "box glass"),
+        ("red", "red"),  # a caption of variant words only keeps them
+        ("７７", "７７"),
+    ],
+)
+def test_nouns(caption, noun):
+    assert normalise_noun(caption) == noun
+
+
+def test_captions_of_the_public_sources():
+    assert (
+        emoji_caption(":woman_juggling_medium-dark_skin_tone:", is_flag=False)
+        == "woman juggling: medium-dark skin tone"
+    )
+    assert emoji_caption(":person_dark_skin_tone_white_hair:", is_flag=False) == "person: dark skin tone, white hair"
+    assert emoji_caption(":Samoa:", is_flag=True) == "flag of samoa"
+    for name, title, author, caption in [
+        ("food/butter_01", "Butter 1", "", "butter"),
+        ("recreation/games/cards/white/white_d_j", "", "", "jack of diamonds playing card"),
+        ("signs_and_symbols/flags/oceania/samoa", "Samoa", "", "flag of samoa"),
+        ("signs_and_symbols/flags/flag_of_brazil", "flag of Brazil", "", "flag of brazil"),
+        ("computer/icons/theme/folder_tar", "", "Jose Hevia", "folder tar icon"),
+        ("people/clouds_jon_phil_10", "", "Jon Phillips", "clouds"),
+        ("computer/icons/70a027", "", "", ""),
+    ]:
+        assert clipart_caption(name, title, author) == caption
+
+
+def test_clipart_is_read_from_the_unpacked_package(tmp_path):
+    folder = tmp_path / "package/usr/share/openclipart/svg/food"
+    folder.mkdir(parents=True)
+    rdf = '<metadata><d xmlns:dc="http://purl.org/dc/elements/1.1/"><dc:title>Red Apple 2</dc:title></d></metadata>'
+    (folder / "apple.svg").write_text(SVG.format(rdf))
+    (folder / "broken.svg").write_text("<svg")
+    (folder / "same.svg").symlink_to("apple.svg")
+    (tmp_path / "raw").mkdir()
+    pairs = write_clipart(tmp_path / "package", tmp_path / "raw")
+    assert [(p.caption, p.noun) for p in pairs] == [("red apple", "apple"), ("broken", "broken")]
+    assert all((tmp_path / "raw" / p.image).is_file() and Path(p.image).suffix == ".svg" for p in pairs)
+    assert np.unique([p.key for p in pairs]).size == 2
