@@ -32,6 +32,8 @@ class Modality(Protocol):
     """Number of token ids of the loaded codec."""
     codec_id: str
     """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
+    tokens_per_item: int | None
+    """Tokens of every item of the loaded codec; None where the length varies (text)."""
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "Modality":

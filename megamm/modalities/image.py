@@ -36,6 +36,7 @@ class ImageModality:
         self.codec_id = codec_id
         self.device = device
         self.vocabulary_size = codec.config.codebook_size
+        self.tokens_per_item: int | None = codec.config.grid_size**2
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":

@@ -34,6 +34,7 @@ class TextModality:
         tokenizer.encode_special_tokens = True  # their text in the data is text
         self.tokenizer = tokenizer
         self.codec_id = codec_id
+        self.tokens_per_item: int | None = None
         self.vocabulary_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
