@@ -34,7 +34,7 @@ def codecs(tmp_path_factory):
     train_text_tokenizer([toy], folder / "text", vocabulary_size=270)
     (folder / "image").mkdir()
     torch.manual_seed(0)
-    config = ImageCodecConfig(image_size=32, downsample=16, width=8, decoder_depth=0, encoder_depth=0)
+    config = ImageCodecConfig(image_size=32, downsample=16, width=16, decoder_depth=0, encoder_depth=0)
     save_image_codec(ImageCodec(config), folder / "image")
     return {"text": TextModality.load(folder / "text"), "image": ImageModality.load(folder / "image")}, folder
 

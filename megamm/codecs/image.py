@@ -30,10 +30,10 @@ class ImageCodecConfig(BaseModel):
 
     kind: str = Field(default=KIND, pattern=f"^{KIND}$")
     image_size: int = Field(default=64, ge=8, le=2048)
-    downsample: int = Field(default=8, ge=2, le=64)
-    width: int = Field(default=64, ge=8, le=4096, multiple_of=8)
+    downsample: int = Field(default=8, ge=4, le=64, multiple_of=4)
+    width: int = Field(default=64, ge=16, le=4096, multiple_of=16)
     encoder_depth: int = Field(default=1, ge=0, le=64)
-    decoder_depth: int = Field(default=3, ge=0, le=64)
+    decoder_depth: int = Field(default=2, ge=0, le=64)
     levels: tuple[int, ...] = (8, 5, 5, 5)
 
     @classmethod
@@ -78,8 +78,16 @@ class ResidualBlock(nn.Module):
         return hidden + self.conv_out(nn.functional.gelu(self.conv_in(self.norm(hidden))))
 
 
+def upsample(width: int, new_width: int) -> tuple[nn.Module, nn.Module]:
+    """`[B, width, Y, X]` to `[B, new_width, 2 Y, 2 X]`."""
+    return nn.Conv2d(width, 4 * new_width, 1), nn.PixelShuffle(2)
+
+
 class ImageCodec(nn.Module):
-    """Encoder, FSQ and decoder; everything between the pixels runs at the resolution of the latent grid."""
+    """Encoder, FSQ and decoder. Nearly all work is at the resolution of the latent grid, where it costs least.
+
+    The decoder ends in two cheap stages at 2x and 4x of it, which smooth the seams between the patches.
+    """
 
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
@@ -95,8 +103,13 @@ class ImageCodec(nn.Module):
         self.decoder = nn.Sequential(
             nn.Conv2d(len(config.levels), width, 1),
             *[ResidualBlock(width) for _ in range(config.decoder_depth)],
-            nn.Conv2d(width, patch, 1),
-            nn.PixelShuffle(config.downsample),
+            *upsample(width, width // 2),
+            ResidualBlock(width // 2),
+            *upsample(width // 2, width // 4),
+            nn.Conv2d(width // 4, width // 4, 3, padding=1),
+            nn.GELU(),
+            nn.Conv2d(width // 4, patch // 16, 1),
+            nn.PixelShuffle(config.downsample // 4),
         )
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
