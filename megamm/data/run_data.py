@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megamm.config import RunConfig
 from megamm.data.loader import RowStream, SampleSet, heldout_documents
@@ -16,7 +17,7 @@ from megamm.data.packing import Positions, pack, plan_rows
 from megamm.data.sample import Batch, Row
 from megamm.errors import UserError
 from megamm.modalities import REGISTRY
-from megamm.modalities.base import Modality
+from megamm.modalities.base import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
 HELDOUT_ROWS = 64
@@ -42,14 +43,14 @@ class RunData:
             yield [Batch.stack(mine + [empty] * (micro - len(mine)))]
 
 
-def load_modalities(tokenizers: dict[str, Path]) -> dict[str, Modality]:
-    """Codec of each configured modality, text first. UserError for a name that is not in the registry."""
+def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
+    """Codec of each configured modality on `device`, text first. UserError for a name that is not in the registry."""
     for name in tokenizers:
         if name not in REGISTRY:
             raise UserError(
                 f"tokenizers.{name}: no such modality", remedy=f"the modalities are {', '.join(sorted(REGISTRY))}"
             )
-    return {name: REGISTRY[name].load(tokenizers[name]) for name in REGISTRY if name in tokenizers}
+    return {name: REGISTRY[name].load(tokenizers[name], device) for name in REGISTRY if name in tokenizers}
 
 
 def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:
