@@ -114,6 +114,7 @@ def _together(action: Callable[[], Any], temporary: Path) -> Any:
         f"the checkpoint could not be written: {first}",
         where=temporary.parent,
         remedy="free disk space or choose another `output`; earlier checkpoints are untouched",
+        on_all_ranks=True,
     )
 
 
@@ -170,7 +171,7 @@ def newest_for_all_ranks(run: Path) -> Path | None:
             found[1] = {"what": error.what, "where": str(error.where), "remedy": error.remedy}
     dist.broadcast_object_list(found, src=0)
     if found[1] is not None:
-        raise UserError(**found[1])
+        raise UserError(**found[1], on_all_ranks=True)
     return found[0]
 
 
@@ -191,6 +192,7 @@ def check_same_model(folder: Path, state: RunState, vocabulary: Vocabulary, mode
             f"{other.codec_id or '-'}, the config's {ours.name} is {ours.size} of {ours.codec_id or '-'}",
             where=folder,
             remedy="use the tokenizers it was trained with, or another `output`",
+            on_all_ranks=True,
         )
     for key, value in state.config["model"].items():
         if key != "megatron" and value != model[key]:
@@ -198,6 +200,7 @@ def check_same_model(folder: Path, state: RunState, vocabulary: Vocabulary, mode
                 f"the checkpoint has model.{key} = {value}, the config {model[key]}",
                 where=folder,
                 remedy="resume with the checkpoint's model, or choose another `output`",
+                on_all_ranks=True,
             )
 
 

@@ -89,7 +89,7 @@ def train_image(
     downsample: Annotated[int, typer.Option(help="pixels a side of one token")] = 8,
     width: Annotated[int, typer.Option(help="channels")] = 64,
     encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder")] = 1,
-    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder")] = 3,
+    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder")] = 2,
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
     device: DeviceChoice = "auto",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
@@ -170,6 +170,30 @@ def tokenize_shards(
         print(f"{cache.folder}: {cache.samples} samples, {cache.tokens} tokens{kept}")
 
 
+@convert_app.command("export")
+def export_run(
+    run: Annotated[Path, typer.Argument(help="a run's output folder, or one checkpoint")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to make")],
+) -> None:
+    """Write safetensors, config, tokenizer and codecs that transformers' AutoModelForCausalLM loads."""
+    from megamm.convert.hf import export
+
+    _log_to_console()
+    print(f"exported to {export(run, out)}")
+
+
+@convert_app.command("import")
+def import_export(
+    folder: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
+    run: Annotated[Path, typer.Argument(help="output folder of a new run; it starts from these weights")],
+) -> None:
+    """Write step 0 of a new run from an export, weights bit for bit."""
+    from megamm.convert.hf import import_
+
+    _log_to_console()
+    print(f"imported to {import_(folder, run)}")
+
+
 def yaml_of(run: BaseModel) -> str:
     """A config as YAML, defaults filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
@@ -187,5 +211,6 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -91,6 +91,7 @@ class TrainConfig(_Section):
     """Batch sizes in rows, and what is run how often."""
 
     steps: int = Field(ge=1)
+    stop_after: int = Field(0, ge=0, description="end after this step; the schedule stays that of all steps; 0: never")
     global_batch: int = Field(ge=1)
     micro_batch: int = Field(ge=1)
     seed: int = 1

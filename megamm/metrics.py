@@ -22,6 +22,7 @@ class Metrics:
         # Imported here: TensorBoard takes a second that `megamm --help` need not pay.
         from torch.utils.tensorboard import SummaryWriter
 
+        run.mkdir(parents=True, exist_ok=True)
         self.path, self.total_steps = run / METRICS, total_steps
         kept = [line for line in read_lines(run) if line["step"] <= start_step]
         temporary = self.path.with_suffix(".tmp")

@@ -70,13 +70,14 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Steps until train.steps, with reports, held-out losses and checkpoints as configured."""
+        """Steps until train.steps (or stop_after), with reports, held-out losses and checkpoints as configured."""
         t = self.config.train
         if self.groups.rank == 0:
             self.metrics = metrics.Metrics(self.config.output, self.step, t.steps)
-        while self.step < t.steps:
+        stop = min(t.steps, t.stop_after or t.steps)
+        while self.step < stop:
             self._one_step()
-            last = self.step == t.steps
+            last = self.step == stop
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
             if last or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
@@ -95,6 +96,7 @@ class Trainer:
                 f"training diverged: grad norm {grad_norm} at step {self.step}",
                 where=self.config.output,
                 remedy="lower optimizer.lr or lengthen the warm-up; the last checkpoint is untouched",
+                on_all_ranks=True,
             )
         if self.metrics is not None and (self.step % t.log_every == 0 or self.step in (1, t.steps)):
             self.place.synchronize()

@@ -61,7 +61,7 @@ def _documents(batch):
 
 
 def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
-    config, _, model, theirs, _ = pair
+    _, _, model, theirs, _ = pair
     batch = rank_batches(global_batch(5, 4, 48, VOCABULARY), 4, 0, 1)[0]
     with torch.no_grad():
         ours = model.module(batch.input_ids, batch.position[:, 0], batch.segment)

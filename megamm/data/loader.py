@@ -200,25 +200,21 @@ class Loader:
         assert 0 <= data_rank < data_size
         self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
         self.data_rank, self.data_size, self.consumed_rows = data_rank, data_size, consumed_rows
-        self._rows, self._padding = 0, 0.0
+        self.padding_share = 0.0
+        """Share of padding in the rows that this rank loaded in the last step."""
 
     def step(self) -> list[Batch]:
         """The microbatches of the next global batch."""
-        batches = []
+        batches, padding = [], 0.0
         for j in range(self.global_batch // (self.micro_batch * self.data_size)):
             first = self.consumed_rows + (j * self.data_size + self.data_rank) * self.micro_batch
             rows = [self.stream.row(r) for r in range(first, first + self.micro_batch)]
-            self._rows += len(rows)
-            self._padding += sum(padding_share(row) for row in rows)
+            padding += sum(padding_share(row) for row in rows)
             batches.append(Batch.stack(rows))
         self.consumed_rows += self.global_batch
+        self.padding_share = padding * self.data_size / self.global_batch
         return batches
 
     def state(self) -> dict[str, int]:
         """All there is to save; pass it to a new Loader at any data size."""
         return {"consumed_rows": self.consumed_rows}
-
-    @property
-    def padding_share(self) -> float:
-        """Share of padding in the rows that this rank has loaded so far."""
-        return self._padding / max(1, self._rows)

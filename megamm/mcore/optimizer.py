@@ -54,7 +54,7 @@ def parts(optimizer: Any) -> list[Any]:
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
     """Linear warm-up, then cosine to min_lr, or constant with a linear decay at the end (WSD)."""
     o, steps = config.optimizer, config.train.steps
-    return OptimizerParamScheduler(
+    schedule = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=o.lr,
@@ -69,3 +69,5 @@ def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler
         wsd_decay_steps=o.decay_steps if o.schedule == "wsd" else None,
         lr_wsd_decay_style="linear" if o.schedule == "wsd" else None,
     )
+    schedule.step(1)  # at 0 the first step would have learning rate 0 and be wasted
+    return schedule

@@ -135,12 +135,14 @@ def _check_names(folder: Path, state: dict[str, Any]) -> None:
                 f"the checkpoint has no tensor {wanted.key}",
                 where=folder,
                 remedy="resume with the config it was made with",
+                on_all_ranks=True,
             )
         if not wanted.allow_shape_mismatch and tuple(found.global_shape) != tuple(wanted.global_shape):
             raise UserError(
                 f"{wanted.key} has shape {tuple(found.global_shape)}, the config wants {tuple(wanted.global_shape)}",
                 where=folder,
                 remedy="resume with the config it was made with",
+                on_all_ranks=True,
             )
 
 

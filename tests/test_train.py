@@ -1,0 +1,192 @@
+"""Runs from the command line in real processes: kill and resume bit for bit, reshard with optimizer state, export."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_run import environment, make_data, megamm, write_config
+
+from megamm import metrics
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data) -> Path:
+    """Eight steps on two data-parallel ranks, a checkpoint every two, held-out losses at the end."""
+    output = data / "undisturbed"
+    config = write_config(data, output, train=TRAIN)
+    done = megamm("train", config, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert "held-out loss" in done.stdout
+    return output
+
+
+TRAIN = {
+    "steps": 8,
+    "global_batch": 4,
+    "micro_batch": 1,
+    "log_every": 1,
+    "checkpoint_every": 2,
+    "eval_every": 8,
+    "keep_checkpoints": 4,
+}
+TIMES = ("tokens_per_s", "seconds_left")
+
+
+def _losses(run: Path) -> list[dict]:
+    """Every reported value but the timings; equality of these is bit-identity (JSON keeps all digits)."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(run)]
+
+
+def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, optimizer state too, by plain torch."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(checkpoint / "tensors")
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def _step(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step_{number:08d}"
+
+
+def test_loss_falls(undisturbed):
+    lines = [line for line in _losses(undisturbed) if "loss/text" in line]
+    assert len(lines) == 8
+    for name in ("loss/text", "loss/image"):
+        assert lines[-1][name] < lines[0][name] - 0.1
+
+
+def test_metrics_are_read_back_by_tensorboard(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    ours = [line["loss/image"] for line in _losses(undisturbed) if "loss/image" in line]
+    assert [e.value for e in events.Scalars("loss/image")] == pytest.approx(ours, rel=1e-6)
+    assert {"heldout/text", "grad_norm", "lr", "tokens_per_s"} <= set(events.Tags()["scalars"])
+
+
+def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
+    output = data / "killed"
+    config = write_config(data, output, train=TRAIN)
+    command = [sys.executable, "-m", "megamm", "train", str(config), "--nproc", "2"]
+    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    rank = _wait_for_step(launcher, output, step=5)
+    os.kill(rank, signal.SIGKILL)
+    _, stderr = launcher.communicate(timeout=60)
+    assert launcher.returncode == 2
+    assert "signal 9" in stderr.splitlines()[-1], stderr
+    assert _step(output, 4).exists()
+    shutil.rmtree(_step(output, 8), ignore_errors=True)  # a fast machine may have ended before the kill
+
+    resumed = megamm("train", config, "--nproc", 2)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "saved by the same layout" in resumed.stdout
+    assert _losses(output) == _losses(undisturbed)
+    ours, theirs = _tensors(_step(output, 8)), _tensors(_step(undisturbed, 8))
+    assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _wait_for_step(launcher: subprocess.Popen, output: Path, step: int) -> int:
+    """Process id of one rank, once the run has reported this step."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and launcher.poll() is None:
+        if any(line["step"] >= step for line in metrics.read_lines(output)):
+            break
+        time.sleep(0.01)
+    return psutil.Process(launcher.pid).children()[-1].pid
+
+
+def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
+    """Two steps on each layout from step 2 on: the same losses and state as the undisturbed run to 1e-6."""
+    output = data / "resharded"
+    shutil.copytree(_step(undisturbed, 2), _step(output, 2))
+    layouts = [(4, {"tensor": 2, "sequence": True}, 2), (6, {"pipeline": 2}, 2), (8, {}, 1)]
+    for stop, parallel, processes in layouts:
+        # The schedule is that of the whole run: it stops early by its limit, not by a shorter schedule.
+        config = write_config(data, output, train=TRAIN | {"stop_after": stop}, parallel=parallel)
+        done = megamm("train", config, "--nproc", processes)
+        assert done.returncode == 0, done.stderr
+        assert "saved by layout" in done.stdout
+    wanted = {line["step"]: line for line in _losses(undisturbed) if "loss/text" in line}
+    for line in _losses(output):
+        if "loss/text" in line:
+            for key in ("loss/text", "loss/image", "lr"):
+                assert line[key] == pytest.approx(wanted[line["step"]][key], rel=1e-6)
+    ours, theirs = _tensors(_step(output, 8)), _tensors(_step(undisturbed, 8))
+    for name, tensor in theirs.items():
+        error = (ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-12)
+        assert error <= 2e-5, f"{name}: {error:.1e}"
+
+
+def test_export_loads_in_transformers_and_imports_bit_for_bit(data, undisturbed):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out, again, run = data / "export", data / "export2", data / "imported"
+    assert megamm("convert", "export", undisturbed, out).returncode == 0
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("a red box<|image_start|><|image_7|>")["input_ids"]
+    own = json.loads((out / "megamm.json").read_text())["vocabulary"]
+    start = {r["name"]: r["start"] for r in own}
+    assert ids[-1] == start["image"] + 7 and ids[-2] == start["control"] + 3
+    assert len(tokenizer) == model.config.vocab_size
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a red box"
+    assert megamm("convert", "import", out, run).returncode == 0
+    assert megamm("convert", "export", run, again).returncode == 0
+    assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
+    weights = load_file(out / "model.safetensors")
+    stored = _tensors(_step(run, 0))
+    assert torch.equal(stored["decoder.final_layernorm.weight"], weights["model.norm.weight"])
+
+
+def test_imported_weights_start_a_run(data, undisturbed):
+    """The first step of a run from imported weights has the loss that the trained weights give."""
+    run, out = data / "from_import", data / "export3"
+    assert megamm("convert", "export", undisturbed, out).returncode == 0
+    assert megamm("convert", "import", out, run).returncode == 0
+    config = write_config(data, run, train=TRAIN | {"stop_after": 1})
+    done = megamm("train", config)
+    assert done.returncode == 0, done.stderr
+    first = next(line for line in _losses(run) if "loss/text" in line)
+    assert first["loss/text"] < _losses(undisturbed)[0]["loss/text"] - 0.1
+
+
+def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
+    output = data / "bf16"
+    train = TRAIN | {"precision": "bf16", "recompute": "full", "eval_every": 0}
+    config = write_config(data, output, train=train, optimizer={"schedule": "wsd", "decay_steps": 2})
+    assert megamm("train", config).returncode == 0
+    lines = _losses(output)
+    assert lines[-1]["loss/image"] < lines[0]["loss/image"] - 0.1
+    assert [round(line["lr"] * 1e3, 3) for line in lines] == [1.5, 3, 3, 3, 3, 3, 1.5, 0]
+    tensors = _tensors(_step(output, 8))
+    assert tensors["decoder.final_layernorm.weight"].dtype == torch.bfloat16
+    assert tensors["optimizer.state.param.decoder.final_layernorm.weight"].dtype == torch.float32

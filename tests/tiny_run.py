@@ -1,0 +1,80 @@
+"""A tiny real data set and config: drawn images with captions, built, tokenized and ready to train on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.text import train_text_tokenizer
+from megamm.data.build import BuildOptions, build
+from megamm.data.token_cache import load_codecs, tokenize
+
+ROOT = Path(__file__).parents[1]
+COLOURS = ("red", "green", "blue", "black", "orange", "purple")
+NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door", "bell", "kite", "drum")
+
+
+def make_data(folder: Path) -> None:
+    """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,image} (an untrained codec)."""
+    raw = folder / "raw" / "drawn"
+    raw.mkdir(parents=True)
+    with (raw / "pairs.jsonl").open("w") as pairs:
+        for c, colour in enumerate(COLOURS):
+            for n, noun in enumerate(NOUNS):
+                image = Image.new("RGB", (24, 24), "white")
+                ImageDraw.Draw(image).rectangle((n % 6, c, 8 + n, 12 + c), fill=colour)
+                image.save(raw / f"{c}_{n}.png")
+                pairs.write(json.dumps({"image": f"{c}_{n}.png", "caption": f"a {colour} {noun}", "noun": noun}) + "\n")
+    build([raw], folder / "shards", BuildOptions(heldout=0.2, image_size=24), workers=1)
+    source = folder / "shards" / "drawn"
+    train_text_tokenizer([source], folder / "tokenizers" / "text", vocabulary_size=300)
+    torch.manual_seed(0)
+    codec = folder / "tokenizers" / "image"
+    codec.mkdir()
+    save_image_codec(ImageCodec(ImageCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
+    codecs = [f"{name}={folder / 'tokenizers' / name}" for name in ("text", "image")]
+    tokenize([source], load_codecs(codecs, torch.device("cpu")))
+
+
+def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path:
+    """A config over make_data's folder; `sections` update the sections of the same name."""
+    config: dict[str, Any] = {
+        "output": str(output),
+        "device": "cpu",
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "head_dim": 8,
+        },
+        "data": {"seq_length": 64, "sources": [{"path": str(folder / "shards" / "drawn")}]},
+        "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "image")},
+        "optimizer": {"lr": 3e-3, "warmup_steps": 2},
+        "train": {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "checkpoint_every": 2},
+    }
+    for name, section in sections.items():
+        config[name] = config.get(name, {}) | section
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, this repository importable, no leftovers of another launcher."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+
+
+def megamm(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "megamm", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)
