@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megamm.errors import UserError
 from megamm.model.vocabulary import Vocabulary
@@ -100,8 +101,9 @@ def _together(action: Callable[[], Any], temporary: Path) -> Any:
     result, problem = None, ""
     try:
         result = action()
-    except Exception as error:  # whatever kept this rank from writing must reach all ranks
-        problem = f"rank {_rank()}: {_root_cause(error)}"
+    except (Exception, CheckpointException) as error:  # whatever kept this rank from writing must reach all ranks
+        free = shutil.disk_usage(temporary.parent if temporary.parent.exists() else "/").free
+        problem = f"rank {_rank()}: {_root_cause(error)}, {free:,} bytes free"
     problems: list[str] = [""] * _world()
     dist.all_gather_object(problems, problem)
     first = next((p for p in problems if p), None)
@@ -119,14 +121,15 @@ def _together(action: Callable[[], Any], temporary: Path) -> Any:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The innermost operating system error in a chain, else the error itself, in one line."""
+    """One line: the operating system's error, from the chain or from torch's report of it; else the report's last."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError):
             return str(seen)
         seen = seen.__cause__ or seen.__context__
-    text = f"{type(error).__name__}: {error}"
-    return next((line for line in text.splitlines() if "Errno" in line), text.splitlines()[0])
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    from_system = next((line[line.index("[Errno") :] for line in lines if "[Errno" in line), None)
+    return from_system or lines[-1].strip()
 
 
 def verify(folder: Path) -> None:

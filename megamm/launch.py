@@ -3,6 +3,7 @@
 For several machines, `torchrun … -m megamm train CONFIG` places the same command.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
         monitor_interval=0.2,
         start_method="spawn",
     )
+    # Its reports would stand between a rank's own line and ours.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "megamm", *arguments)
     except ChildFailedError as error:

@@ -81,6 +81,8 @@ def run_case(case: dict[str, Any], out: Path) -> None:
         result["grad_norm"].append(float(norm))
     save_assembled(out / "parameters", model, lambda p: p.data)
     result["local_parameters"] = sum(p.numel() for p in model.parameters())
+    place = groups.collection
+    result["place"] = [groups.tensor_rank, groups.data_rank, groups.pipeline_rank, place.ep.rank()]
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     if dist.get_rank() == 0:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from parity_worker import VOCABULARY, case_config
+
+from megamm.dry_run import parameters_of_rank, places
 
 HERE = Path(__file__).parent
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40, "aux_loss_coeff": 0.02}}
@@ -105,7 +108,10 @@ def test_layout_equals_one_rank(results, name, world, parallel, model, mix, trai
     reference = _reference_name(model, mix)
     ours = json.loads((results / name / "result.json").read_text())
     one = json.loads((results / reference / "result.json").read_text())[0]
-    for rank in ours:
+    config = case_config({"parallel": parallel, "model": model})
+    for place, rank in zip(places(config, world), ours, strict=True):
+        assert rank["place"] == [place.tensor, place.data, place.pipeline, place.expert], "the dry run's layout"
+        assert rank["local_parameters"] == parameters_of_rank(config, VOCABULARY, place.pipeline), "the dry run's count"
         assert rank["count"] == one["count"]
         torch.testing.assert_close(
             torch.tensor(rank["loss"]), torch.tensor(one["loss"]), rtol=1e-6, atol=0, equal_nan=True

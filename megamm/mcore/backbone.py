@@ -85,7 +85,7 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         apply_rope_fusion=False,
     )
     fields |= _moe_fields(config) | _recompute_fields(config)
-    unknown = sorted(set(m.megatron) - {f for f in TransformerConfig.__dataclass_fields__})
+    unknown = sorted(set(m.megatron) - set(TransformerConfig.__dataclass_fields__))
     if unknown:
         raise UserError(
             f"model.megatron.{unknown[0]} is not a TransformerConfig field", remedy="check its spelling and version"

@@ -96,6 +96,8 @@ def save_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _save(state: dict[str, Any], folder: Path) -> None:
+    # A failed write is raised, and checkpoint.py says it in one line.
+    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist_checkpointing.save(state, str(folder))
@@ -112,7 +114,6 @@ def load(folder: Path, model: DistributedDataParallel, optim: Any | None, groups
             compat.prime_adam(part, step)
     state = _state(model, optim, groups, is_loading=True)
     _check_names(folder, state)
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(state, str(folder))

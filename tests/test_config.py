@@ -1,0 +1,103 @@
+"""Configs: overrides, errors of one line that name the nearest key, refusals before any process starts."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from megamm import cli
+from megamm.config import RunConfig, config_from_dict, load_config
+from megamm.errors import UserError
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
+MOE = ["model.moe.num_experts=4", "model.moe.ffn_hidden_size=64"]
+
+
+def _config(*overrides: str) -> RunConfig:
+    return load_config(EXAMPLE, overrides)
+
+
+def test_every_example_is_valid():
+    for path in EXAMPLE.parent.glob("*.yaml"):
+        load_config(path)
+
+
+def test_overrides_reach_nested_keys_and_keep_types():
+    config = _config("optimizer.lr=3e-4", "train.steps=7", "parallel.sequence=true", "loss_weights.image=0.5", *MOE)
+    assert (config.optimizer.lr, config.train.steps, config.parallel.sequence) == (3e-4, 7, True)
+    assert config.loss_weights == {"image": 0.5} and config.model.moe.num_experts == 4
+
+
+def test_a_resolved_config_reads_back_equal():
+    config = _config("train.steps=7", *MOE)
+    again = config_from_dict(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))), where="here")
+    assert again == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stpes=3"], "unknown key train.stpes (EXAMPLE); the nearest valid key is train.steps"),
+        (["trian.steps=3"], "unknown key trian (EXAMPLE); the nearest valid key is train"),
+        (["model.moe.topk=3"], "the nearest valid key is model.moe.top_k"),
+        (["data.sources=[{pth: x}]"], "the nearest valid key is data.sources.path"),
+        (["train.steps=many"], "train.steps: Input should be a valid integer"),
+        (["train.precision=fp8"], "train.precision: Input should be 'fp32' or 'bf16'"),
+        (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
+        (["train.steps"], "override 'train.steps' is not key=value"),
+        (["train.steps.x=1"], "steps is not a section"),
+    ],
+)
+def test_wrong_keys_and_values_are_one_line(overrides, message):
+    with pytest.raises(UserError) as caught:
+        _config(*overrides)
+    assert message.replace("EXAMPLE", str(EXAMPLE)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "message"),
+    [
+        (3, ["parallel.tensor=2"], "world size = 3 is not divisible by tensor x pipeline x context = 2"),
+        (1, ["parallel.pipeline=2"], "world size = 1 is not divisible"),
+        (8, ["parallel.tensor=8"], "model.num_attention_heads = 4 is not divisible by parallel.tensor = 8"),
+        (4, ["parallel.tensor=4"], "model.num_query_groups = 2 is not divisible by parallel.tensor = 4"),
+        (3, ["parallel.pipeline=3"], "model.num_layers = 4 is not divisible by parallel.pipeline = 3"),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "data.seq_length=255"], "data.seq_length = 255"),
+        (2, ["parallel.sequence=true"], "parallel.sequence needs parallel.tensor > 1"),
+        (2, ["parallel.context=2"], "parallel.context > 1 is not supported yet"),
+        (2, ["parallel.expert=2"], "parallel.expert > 1 with a dense model"),
+        (3, ["parallel.expert=3", "train.micro_batch=1", "train.global_batch=9", *MOE], "model.moe.num_experts = 4"),
+        (1, ["parallel.expert=4", *MOE], "data parallel x tensor = 1 is not divisible by parallel.expert = 4"),
+        (1, ["model.moe.num_experts=4"], "model.moe.ffn_hidden_size is not set"),
+        (1, [*MOE, "model.moe.top_k=5"], "model.moe.top_k > model.moe.num_experts"),
+        (2, [*MOE, "parallel.tensor=2"], "MoE with parallel.tensor > 1 needs sequence parallel"),
+        (3, ["train.micro_batch=1"], "is not divisible by micro_batch x data parallel = 3"),
+        (1, ["optimizer.warmup_steps=100000"], "optimizer.warmup_steps=100000 leaves nothing of"),
+        (1, ["optimizer.schedule=wsd"], "optimizer.schedule=wsd needs decay_steps"),
+        (1, ["optimizer.min_lr=1"], "optimizer.min_lr > optimizer.lr"),
+    ],
+)
+def test_impossible_layouts_are_refused(world, overrides, message):
+    with pytest.raises(UserError) as caught:
+        _config(*overrides).check(world)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "nowhere.yaml"], "error: no such config file (nowhere.yaml)"),
+        (["train", str(EXAMPLE), "train.stpes=3"], "error: unknown key train.stpes"),
+        (["train", str(EXAMPLE), "parallel.tensor=2"], "error: world size = 1 is not divisible"),
+        (["train", str(EXAMPLE), "tokenizers={text: nowhere}"], "error: "),
+    ],
+)
+def test_the_command_prints_one_line_and_exits_with_2(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["megamm", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    printed = capsys.readouterr()
+    assert caught.value.code == 2
+    assert printed.err.startswith(message) and printed.err.count("\n") == 1 and not printed.out
