@@ -34,7 +34,7 @@ DAMAGE = {
     "missing shard": (lambda data: (_cache(data, "image") / "000000.tar").unlink(), "000000.tar"),
     "missing index": (lambda data: (_cache(data, "text") / "000000.jsonl").unlink(), "000000.jsonl"),
     "truncated tar": (_truncate_tar, "000000.tar"),
-    "index of another tar": (_swap_indexes, "000000.jsonl"),
+    "index of another tar": (_swap_indexes, "index and tar do not match"),
     "no token cache": (lambda data: shutil.rmtree(_cache(data, "image")), "megamm data tokenize"),
     "no shards": (lambda data: shutil.rmtree(data / "shards"), "shards/drawn/train"),
     "no tokenizer": (lambda data: shutil.rmtree(data / "tokenizers" / "text"), "tokenizers/text"),
@@ -73,7 +73,9 @@ def test_a_media_document_longer_than_a_row_is_refused(made, tmp_path, monkeypat
 def test_dry_run_prints_the_resolved_run_and_starts_nothing(made, tmp_path, monkeypatch, capsys):
     config = write_config(made, tmp_path / "run", parallel={"tensor": 2})
     monkeypatch.setattr(sys, "argv", ["megamm", "train", str(config), "train.seed=9", "--nproc", "4", "--dry-run"])
-    cli.main()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
     printed = capsys.readouterr().out
     assert "seed: 9" in printed
     assert "world size 4 = tensor 2 x pipeline 1 x data 2" in printed
