@@ -1,0 +1,74 @@
+"""An export opened for use: the stock transformers model, and the codecs and vocabulary that lie beside it.
+
+In: the folder that `megamm convert export` makes. Generation and evaluation see a model through this alone, so
+what they show is what any engine gets from the export.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from megamm.config import RunConfig
+from megamm.convert.hf import read_own
+from megamm.data.packing import pack
+from megamm.data.run_data import load_modalities, positions_of, vocabulary_of
+from megamm.data.sample import Document, Row
+from megamm.errors import UserError
+from megamm.modalities.base import Modality
+from megamm.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+_REMEDY = "make the export anew with `megamm convert export`"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An open export; `step` is the training step of its weights. The weights are read on first use of `model`."""
+
+    folder: Path
+    config: RunConfig
+    vocabulary: Vocabulary
+    modalities: dict[str, Modality]
+    step: int
+    device: torch.device
+
+    @cached_property
+    def model(self) -> Any:
+        """The transformers model, in eval mode on the device. UserError if weights are missing or do not fit."""
+        from transformers import AutoModelForCausalLM  # seconds to import
+        from transformers.utils import logging as their_logging
+
+        their_logging.disable_progress_bar()
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            )
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"transformers cannot load it: {reason}", where=self.folder, remedy=_REMEDY) from error
+        model, found = loaded
+        # transformers would go on with random weights in place of missing ones.
+        wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
+        if wrong:
+            what = f"{len(wrong)} tensors are missing or unknown, the first is {wrong[0]}"
+            raise UserError(what, where=self.folder, remedy=_REMEDY)
+        log.info("%s from step %d on %s, %s", type(model).__name__, self.step, self.device, model.dtype)
+        return model.to(self.device).eval()
+
+    def row(self, document: Document, length: int) -> Row:
+        """One document as in training, padded to `length` tokens."""
+        return pack([document], self.vocabulary, length, positions_of(self.modalities))
+
+
+def open_export(folder: Path, device: torch.device) -> Exported:
+    """Open an export with its own codecs. UserError if it is none, or a codec is not the one it was trained with."""
+    config, vocabulary, own = read_own(folder)
+    modalities = load_modalities(config.tokenizers, device)
+    if vocabulary_of(modalities) != vocabulary:
+        raise UserError("the codecs are not those of the model", where=folder / "codecs", remedy=_REMEDY)
+    return Exported(folder, config, vocabulary, modalities, own["step"], device)

@@ -1,0 +1,225 @@
+"""`megamm eval`: what an export has learned, on held-out samples, through stock transformers.
+
+Loss: mean cross entropy (nats per token) of each modality, over every held-out document in both orders of its parts.
+
+Pair gain of a direction, say text_to_image: the loss of the second part after another sample's first part, minus
+its loss after its own, in nats per token of the second part, averaged over samples. It is above zero only if the
+second part is read off the first: the other sample is of the same source, so its style gives nothing away, and of
+another normalised noun where there is one. The standard error is over nouns, because the variants of one noun
+(skin tones, plurals) are no independent samples (cluster-robust: Liang & Zeger 1986).
+"""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamm.convert.exported import Exported
+from megamm.data.loader import SampleSet
+from megamm.data.nouns import normalise_noun
+from megamm.data.packing import document_length, split_text
+from megamm.data.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
+from megamm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_LOGITS = 2**25
+"""Logits computed at a time (128 MiB in float32): decides how many documents are one batch."""
+
+
+@dataclass(frozen=True)
+class PairGain:
+    """Nats per token of the second part; positive_share is the share of samples with a gain above 0."""
+
+    mean: float
+    standard_error: float | None
+    samples: int
+    nouns: int
+    positive_share: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """loss and tokens by modality, pair_gain by direction ("text_to_image"); step is that of the weights."""
+
+    step: int
+    samples: int
+    loss: dict[str, float]
+    tokens: dict[str, int]
+    pair_gain: dict[str, PairGain]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A held-out sample of two parts with the sample of the same source that it is compared with."""
+
+    own: Document
+    other: Document
+    noun: str
+
+
+def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
+    """Evaluate on SHARDS/<source>/heldout of every source, at most `limit` samples each.
+
+    UserError if a split has no tokens of the export's codecs, or there is no sample.
+    """
+    codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
+    samples, pairs = [], []
+    for number, source in enumerate(sources):
+        documents = _read(SampleSet(source / "heldout", codec_ids), limit)
+        fitting = [d for d in documents if _fits(export, d)]
+        if len(fitting) < len(documents):
+            log.warning("%s: %d samples are longer than a row and left out", source, len(documents) - len(fitting))
+        samples += fitting
+        pairs += list(_pairs(export, fitting, np.random.default_rng([seed, number])))
+    if not samples:
+        raise UserError("no held-out sample", where=", ".join(map(str, sources)), remedy="build more data")
+    orders = [piece for sample in samples for order in _orders(sample) for piece in _pieces(export, order)]
+    sums, counts = _sum_by_modality(export, orders)
+    names = [name for name in export.vocabulary.modalities if counts[name]]
+    return Evaluation(
+        step=export.step,
+        samples=len(samples),
+        loss={name: sums[name] / counts[name] for name in names},
+        tokens={name: counts[name] for name in names},
+        pair_gain=_pair_gains(export, pairs),
+    )
+
+
+def _read(samples: SampleSet, limit: int | None) -> list[Document]:
+    return [samples.document(i, reversed=False) for i in range(min(len(samples), limit or len(samples)))]
+
+
+def _orders(document: Document) -> list[Document]:
+    parts = document.parts
+    return [document] if len(parts) == 1 else [document, Document(document.key, parts[::-1])]
+
+
+def _length(document: Document) -> int:
+    return document_length({part.modality: part.ids.size for part in document.parts})
+
+
+def _fits(export: Exported, document: Document) -> bool:
+    """Text alone is split; nothing else may be longer than a training row."""
+    is_text = all(part.modality == "text" for part in document.parts)
+    return is_text or _length(document) <= export.config.data.seq_length
+
+
+def _pieces(export: Exported, document: Document) -> list[Document]:
+    return split_text(document, export.config.data.seq_length)
+
+
+def _sum_by_modality(export: Exported, documents: list[Document]) -> tuple[dict[str, float], dict[str, int]]:
+    """Summed loss and number of tokens of each modality."""
+    sums, counts = dict.fromkeys(export.vocabulary.modalities, 0.0), dict.fromkeys(export.vocabulary.modalities, 0)
+    for _, row, loss_S in token_losses(export, documents):
+        for number, name in enumerate(export.vocabulary.modalities):
+            sums[name] += float(loss_S[row.modality == number].sum(dtype=np.float64))
+            counts[name] += int((row.modality == number).sum())
+    return sums, counts
+
+
+def _pairs(export: Exported, documents: list[Document], rng: np.random.Generator) -> Iterator[_Pair]:
+    """Every two-part sample of one source with its partner; those that would not fit into a row are left out."""
+    two = [d for d in documents if len(d.parts) == 2 and d.parts[0].modality != d.parts[1].modality]
+    if len(two) < 2:
+        return
+    nouns = [_noun(export, d) for d in two]
+    for own, other in enumerate(partners(nouns, rng)):
+        pair = _Pair(two[own], two[other], nouns[own])
+        if all(_fits(export, mixed) for mixed in _mixed(pair)):
+            yield pair
+
+
+def _noun(export: Exported, document: Document) -> str:
+    texts = [export.modalities["text"].decode(p.ids) for p in document.parts if p.modality == "text"]
+    return normalise_noun(texts[0]) if texts else document.key
+
+
+def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
+    """A random permutation `[n]` without fixed points, of another noun wherever no noun has more than half of all.
+
+    Sorted by noun and moved on by the size of the largest group, every sample lands in another group.
+    """
+    _, group, sizes = np.unique(np.array(nouns), return_inverse=True, return_counts=True)
+    rank = rng.permutation(len(sizes))
+    order = np.lexsort((rng.random(len(nouns)), rank[group]))
+    result = np.empty(len(nouns), dtype=np.int64)
+    result[order] = np.roll(order, -min(int(sizes.max()), len(nouns) // 2))
+    return result
+
+
+def _mixed(pair: _Pair) -> tuple[Document, Document]:
+    """The sample in both orders, its first part replaced by the partner's."""
+    (first, second), (other_first, other_second) = pair.own.parts, pair.other.parts
+    return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
+
+
+def _pair_gains(export: Exported, pairs: list[_Pair]) -> dict[str, PairGain]:
+    documents = [d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair))]
+    means = np.empty(len(documents))
+    for i, _, loss_S in token_losses(export, documents):
+        means[i] = loss_S[_second_part(documents[i])].mean(dtype=np.float64)
+    gains: dict[str, tuple[list[float], list[str]]] = {}
+    for p, pair in enumerate(pairs):
+        own, mixed = means[4 * p : 4 * p + 2], means[4 * p + 2 : 4 * p + 4]
+        for document, gain in zip(_orders(pair.own), mixed - own, strict=True):
+            values, nouns = gains.setdefault("_to_".join(part.modality for part in document.parts), ([], []))
+            values.append(float(gain))
+            nouns.append(pair.noun)
+    return {direction: summarise(np.array(values), nouns) for direction, (values, nouns) in gains.items()}
+
+
+def _second_part(document: Document) -> slice:
+    """Where in the labels of its row the second part's own tokens lie, without any mark."""
+    first, second = document.parts
+    before = document_length({first.modality: first.ids.size}) - 1 + (second.modality != "text")
+    return slice(before - 1, before - 1 + second.ids.size)
+
+
+def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
+    """Mean over samples, with the standard error over nouns (None for a single noun)."""
+    mean = float(gains.mean())
+    _, group = np.unique(np.array(nouns), return_inverse=True)
+    residuals = np.bincount(group, weights=gains - mean)
+    groups = len(residuals)
+    error = math.sqrt((residuals**2).sum() * groups / (groups - 1)) / len(gains) if groups > 1 else None
+    return PairGain(mean, error, len(gains), groups, float((gains > 0).mean()))
+
+
+@torch.inference_mode()
+def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
+    """(index, row, cross entropy of each label `[S]`, 0 where there is none) of every document, longest first."""
+    order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
+    while order:
+        longest = _length(documents[order[0]])
+        size = max(1, _LOGITS // (export.vocabulary.size * longest))
+        indices, order = order[:size], order[size:]
+        rows = [export.row(documents[i], longest) for i in indices]
+        batch = Batch.stack(rows).to(export.device)
+        logits_BSV = export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
+        loss_BS = torch.nn.functional.cross_entropy(
+            logits_BSV.float().transpose(1, 2), batch.labels, ignore_index=IGNORE_LABEL, reduction="none"
+        )
+        yield from zip(indices, rows, loss_BS.cpu().numpy(), strict=True)
+
+
+def summary_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """The figures (`Evaluation.to_json`) for a person to read."""
+    yield f"step {figures['step']}, {figures['samples']} held-out samples, both orders"
+    for name, loss in figures["loss"].items():
+        yield f"loss {name}: {loss:.4f} nats/token over {figures['tokens'][name]} tokens"
+    for direction, gain in figures["pair_gain"].items():
+        error = "unknown" if gain["standard_error"] is None else f"{gain['standard_error']:.4f}"
+        yield (
+            f"pair gain {direction}: {gain['mean']:+.4f} nats/token (standard error {error}), "
+            f"above 0 for {gain['positive_share']:.0%} of {gain['samples']} samples, {gain['nouns']} nouns"
+        )

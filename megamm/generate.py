@@ -1,0 +1,247 @@
+"""`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
+
+In: media of one modality, as its codec reads them. Out: as many of the other. The prompt is rendered as in training:
+`<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its `<Y_start>`. Only ids of
+the target's range can follow: exactly as many as its codec has for one item, else up to the end mark. Sampling is
+Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator an item, so an item's result does not depend on
+the batch that it is in.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megamm.convert.exported import Exported, open_export
+from megamm.data.packing import document_length
+from megamm.data.sample import Document, IntArray, Part
+from megamm.errors import UserError
+from megamm.modalities import REGISTRY
+from megamm.modalities.base import Modality, UnreadableMedia
+
+BATCH = 32
+"""Items generated at a time."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 takes the likeliest token; top_k 0 and top_p 1 are off. Item number i is drawn with seed + i."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    max_tokens: int = 64
+    """Of a target without fixed length (text)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            remedy = "use temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_tokens >= 1"
+            raise UserError(f"unfit sampling {self}", remedy=remedy)
+
+
+class OnlyIds(LogitsProcessor):
+    """Gives every id outside the allowed ones no probability."""
+
+    def __init__(self, allowed_V: torch.Tensor) -> None:
+        self.allowed_V = allowed_V
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        return scores_BV.masked_fill(~self.allowed_V, -torch.inf)
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds standard Gumbel noise: the largest sum is a draw from the softmax. Row i uses its own seed."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
+        # Drawn on the CPU in float64: the same numbers on every device, and no rounding of the tail.
+        draws = [
+            torch.empty(scores_BV.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators
+        ]
+        return scores_BV - torch.stack(draws).log().to(scores_BV)
+
+
+def generate(export: Exported, media: Sequence[Any], source: str, target: str, sampling: Sampling) -> list[Any]:
+    """One medium of `target` for each of `source` (what `Modality.read_media` gives).
+
+    UserError if the export lacks a modality, both are the same, or an item is too long for the model.
+    """
+    reader, codec = _modality(export, source), _modality(export, target)
+    if source == target:
+        raise UserError(f"{source} to {target}", remedy="ask for another modality than the one given")
+    parts = [Part(source, ids) for ids in reader.encode(media)]
+    items = [_prompt(export, part, target) for part in parts]
+    return [codec.decode(ids) for ids in _continue_all(export, items, target, sampling)]
+
+
+def _prompt(export: Exported, part: Part, target: str) -> IntArray:
+    """Ids `[T]` up to where the target's first token comes."""
+    target_length = export.modalities[target].tokens_per_item or 1
+    needed = document_length({part.modality: len(part.ids), target: target_length})
+    if needed > export.config.data.seq_length:
+        what = (
+            f"{part.modality} of {len(part.ids)} tokens leaves no room for {target} in {export.config.data.seq_length}"
+        )
+        raise UserError(what, where=export.folder, remedy="give a shorter one")
+    length = document_length({part.modality: len(part.ids)})
+    before_end = export.row(Document("prompt", (part,)), length).input_ids[:-1]
+    return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
+
+
+def _continue_all(export: Exported, prompts: list[IntArray], target: str, sampling: Sampling) -> Iterator[IntArray]:
+    """The target's codec-local ids `[T]` after each prompt."""
+    for first in range(0, len(prompts), BATCH):
+        batch = prompts[first : first + BATCH]
+        seeds = [sampling.seed + i for i in range(first, first + len(batch))]
+        yield from _continue(export, batch, target, sampling, seeds)
+
+
+@torch.inference_mode()
+def _continue(
+    export: Exported, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
+) -> list[IntArray]:
+    vocabulary = export.vocabulary
+    ids_range, fixed = vocabulary[target], export.modalities[target].tokens_per_item
+    stop = vocabulary.document_end if target == "text" else vocabulary.end(target)
+    allowed_V = torch.zeros(vocabulary.size, dtype=torch.bool, device=export.device)
+    allowed_V[ids_range.start : ids_range.stop] = True
+    allowed_V[stop] = fixed is None
+    longest = max(map(len, prompts))
+    # Padded on the left, so that every prompt ends where the new tokens begin.
+    padded = [np.pad(p, (longest - len(p), 0), constant_values=vocabulary.padding) for p in prompts]
+    input_BS = torch.from_numpy(np.stack(padded)).to(export.device)
+    config = GenerationConfig(
+        max_new_tokens=fixed or min(sampling.max_tokens, export.config.data.seq_length - longest),
+        do_sample=False,  # the noise samples
+        bos_token_id=vocabulary.document_start,
+        eos_token_id=stop,
+        pad_token_id=vocabulary.padding,
+    )
+    output_BS = export.model.generate(
+        input_BS,
+        attention_mask=(input_BS != vocabulary.padding).long(),
+        generation_config=config,
+        logits_processor=_processors(allowed_V, sampling, seeds),
+    )
+    new_BT = output_BS[:, longest:].cpu().numpy()
+    return [ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start for ids in new_BT]
+
+
+def _processors(allowed_V: torch.Tensor, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
+    processors = LogitsProcessorList([OnlyIds(allowed_V)])
+    if sampling.temperature > 0:
+        processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(GumbelNoise(seeds))
+    return processors
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An input as a user gives it; `where` names it in messages."""
+
+    data: bytes
+    extension: str
+    where: str
+
+    @classmethod
+    def of_prompt(cls, prompt: str) -> "Medium":
+        # What the shell passed on as bytes that are no UTF-8 stays that, and is refused.
+        return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}")
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Medium":
+        try:
+            return cls(path.read_bytes(), path.suffix[1:].lower(), str(path))
+        except OSError as error:
+            raise UserError(f"cannot read: {error.strerror}", where=path, remedy="name a readable file") from error
+
+
+def generate_files(
+    folder: Path,
+    inputs: list[Medium],
+    source: str,
+    target: str,
+    out: Path | None,
+    sampling: Sampling,
+    device: torch.device,
+) -> list[Any]:
+    """Generate with the export in `folder`, and write `out`: a file, or for several inputs a folder of 000.png, ...
+
+    Returns the generated media. UserError before any model is loaded if an input or `out` is unfit.
+    """
+    _check_media(source, inputs)
+    if target not in REGISTRY:
+        raise UserError(f"no modality {target!r}", remedy=f"the modalities are {', '.join(REGISTRY)}")
+    if out is None and target != "text":
+        raise UserError(f"nowhere to write the {target}", remedy="give --out")
+    if out is not None:
+        _check_out(out, target, len(inputs))
+    export = open_export(folder, device)
+    reader = _modality(export, source)
+    media = [reader.read_media(item.data, item.extension) for item in inputs]
+    made = generate(export, media, source, target, sampling)
+    if out is not None:
+        _write([export.modalities[target].write_media(medium) for medium in made], target, out)
+    return made
+
+
+def _modality(export: Exported, name: str) -> Modality:
+    if name not in export.modalities:
+        remedy = f"it has {', '.join(export.modalities)}"
+        raise UserError(f"the export has no modality {name!r}", where=export.folder, remedy=remedy)
+    return export.modalities[name]
+
+
+def _check_media(source: str, inputs: list[Medium]) -> None:
+    """Decode every input as `source`. UserError names the first that fails."""
+    modality = REGISTRY[source]
+    for item in inputs:
+        if item.extension not in modality.extensions:
+            remedy = f"give one of .{', .'.join(modality.extensions)}"
+            raise UserError(f"not a file of {source}", where=item.where, remedy=remedy)
+        try:
+            modality.check_media(item.data, item.extension)
+        except UnreadableMedia as error:
+            raise UserError(f"unusable {source}: {error}", where=item.where, remedy=f"give another {source}") from error
+
+
+def _check_out(out: Path, target: str, items: int) -> None:
+    """UserError if `out` exists, or its ending is not that of the target's files."""
+    if out.exists():
+        raise UserError("the output exists", where=out, remedy="remove it or choose another")
+    ending = f".{REGISTRY[target].extensions[0]}"
+    if items == 1 and out.suffix != ending:
+        raise UserError(f"{target} is written as {ending}", where=out, remedy=f"let --out end with {ending}")
+
+
+def _write(media: list[bytes], target: str, out: Path) -> None:
+    """One file, or a folder of 000.png, 001.png, ...; it gets its name when complete."""
+    partial = out.with_name(f".{out.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if len(media) == 1:
+        partial.write_bytes(media[0])
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for i, data in enumerate(media):
+            (partial / f"{i:03d}.{REGISTRY[target].extensions[0]}").write_bytes(data)
+    partial.rename(out)

@@ -1,0 +1,195 @@
+"""Generation: exact ranges and lengths, the same numbers as a plain loop without cache, draws that know no batch."""
+
+import copy
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from codec_data import as_bytes, shape_picture
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_export import IMAGE_TOKENS, make_export, open_tiny, with_model
+from typer.testing import CliRunner
+
+from megamm.cli import app
+from megamm.errors import UserError
+from megamm.generate import GumbelNoise, Sampling, generate
+
+GREEDY = Sampling(temperature=0, max_tokens=8)
+CAPTIONS = ["a red ellipse", "blue", "a long caption of a purple rectangle"]
+PICTURES = [np.asarray(shape_picture(n)[0]) for n in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_export(tmp_path_factory.mktemp("generate"))
+
+
+@pytest.fixture(scope="module")
+def export(folder):
+    return open_tiny(folder)
+
+
+def _plain_loop(export, prompt, allowed, steps, stop=None):
+    """Greedy ids after the prompt, the whole sequence anew for each; and how often the mask decided."""
+    ids, corrections = list(prompt), 0
+    for _ in range(steps):
+        logits = export.model(torch.tensor([ids])).logits[0, -1].detach()
+        best = max(allowed, key=lambda i: logits[i].item())
+        corrections += int(logits.argmax()) != best
+        if best == stop:
+            break
+        ids.append(best)
+    return np.array(ids[len(prompt) :], dtype=np.int64), corrections
+
+
+def test_text_to_image_is_the_plain_loop_over_image_ids(export):
+    v, text, image = export.vocabulary, export.modalities["text"], export.modalities["image"]
+    made = generate(export, CAPTIONS, "text", "image", GREEDY)
+    allowed, corrections = range(v["image"].start, v["image"].stop), 0
+    for caption, picture in zip(CAPTIONS, made, strict=True):
+        prompt = [v.document_start, *text.encode([caption])[0].tolist(), v.begin("image")]
+        ids, corrected = _plain_loop(export, prompt, allowed, IMAGE_TOKENS)
+        assert np.array_equal(picture, image.decode(ids - v["image"].start))
+        corrections += corrected
+    assert corrections  # else the constraint was not put to the test
+
+
+def test_image_to_text_is_the_plain_loop_over_text_ids_and_the_end(export):
+    v, text, image = export.vocabulary, export.modalities["text"], export.modalities["image"]
+    made = generate(export, PICTURES, "image", "text", GREEDY)
+    allowed = [*range(v["text"].start, v["text"].stop), v.document_end]
+    for picture, caption in zip(PICTURES, made, strict=True):
+        ids = (image.encode([picture])[0] + v["image"].start).tolist()
+        prompt = [v.document_start, v.begin("image"), *ids, v.end("image")]
+        assert caption == text.decode(_plain_loop(export, prompt, allowed, 8, stop=v.document_end)[0])
+
+
+def test_text_ends_at_the_document_end_which_an_image_cannot_contain(export):
+    v = export.vocabulary
+    model = copy.deepcopy(export.model)
+    ids = (export.modalities["image"].encode(PICTURES[:1])[0] + v["image"].start).tolist()
+    prompt = torch.tensor([[v.document_start, v.begin("image"), *ids, v.end("image")]])
+    with torch.no_grad():
+        model.lm_head.weight[v.document_end] = 100 * model.model(prompt).last_hidden_state[0, -1]
+    assert generate(with_model(export, model), PICTURES[:1], "image", "text", Sampling()) == [""]
+    assert generate(export, PICTURES[:1], "image", "text", Sampling()) != [""]
+    with torch.no_grad():  # at every place the end is the likeliest or the unlikeliest by far
+        model.lm_head.weight[v.document_end] *= 1e6
+    for picture in generate(with_model(export, model), CAPTIONS, "text", "image", Sampling()):
+        assert picture.shape == (32, 32, 3)  # the codec decodes IMAGE_TOKENS ids of its range only
+
+
+def test_an_item_of_a_batch_is_drawn_as_if_alone(export):
+    drawn = Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=5)
+    together = generate(export, CAPTIONS, "text", "image", drawn)
+    torch.manual_seed(99)  # the global generator has no say
+    for i, caption in enumerate(CAPTIONS):
+        alone = generate(
+            export, [caption], "text", "image", Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=5 + i)
+        )
+        assert np.array_equal(alone[0], together[i])
+    again = generate(export, CAPTIONS, "text", "image", drawn)
+    assert all(np.array_equal(a, b) for a, b in zip(again, together, strict=True))
+    other = generate(export, CAPTIONS, "text", "image", Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=50))
+    assert not any(np.array_equal(a, b) for a, b in zip(other, together, strict=True))
+
+
+def test_top_k_1_and_tiny_top_p_are_greedy(export):
+    greedy = generate(export, CAPTIONS, "text", "image", GREEDY)
+    for sampling in (Sampling(top_k=1, seed=3), Sampling(top_p=1e-6, seed=3)):
+        made = generate(export, CAPTIONS, "text", "image", sampling)
+        assert all(np.array_equal(a, b) for a, b in zip(made, greedy, strict=True))
+
+
+def test_gumbel_noise_draws_from_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, -torch.inf])
+    rows = 20_000
+    drawn = GumbelNoise(range(rows))(torch.empty(rows, 0), logits.expand(rows, -1)).argmax(1)
+    observed, expected = torch.bincount(drawn, minlength=5), logits.softmax(0) * rows
+    assert observed[4] == 0
+    chi_square = ((observed[:4] - expected[:4]) ** 2 / expected[:4]).sum().item()
+    assert chi_square < 16.3  # three degrees of freedom: 0.999 quantile
+
+
+def test_a_prompt_that_leaves_no_room_is_a_user_error(export):
+    with pytest.raises(UserError, match="leaves no room for image in 64"):
+        generate(export, ["word " * 60], "text", "image", GREEDY)
+    with pytest.raises(UserError, match="text to text"):
+        generate(export, CAPTIONS, "text", "text", GREEDY)
+    with pytest.raises(UserError, match="no modality 'audio'"):
+        generate(export, CAPTIONS, "text", "audio", GREEDY)
+
+
+@pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}, {"max_tokens": 0}])
+def test_unfit_sampling_is_a_user_error(values):
+    with pytest.raises(UserError, match="unfit sampling"):
+        Sampling(**values)
+
+
+# --- the command ---
+
+
+def _run(*arguments):
+    return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+
+
+def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
+    done = _run(folder, "--prompt", "a heart", "--to", "image", "--out", tmp_path / "new" / "heart.png")
+    assert done.exit_code == 0, done.output
+    assert Image.open(tmp_path / "new" / "heart.png").size == (32, 32)
+    pictures = []
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(as_bytes(shape_picture(n)[0]))
+        pictures += ["--image", tmp_path / f"{n}.png"]
+    done = _run(folder, *pictures, "--to", "text", "--out", tmp_path / "captions", "--max-tokens", 5)
+    assert done.exit_code == 0, done.output
+    captions = [(tmp_path / "captions" / f"00{n}.txt").read_text() for n in range(2)]
+    printed = _run(folder, *pictures, "--to", "text", "--max-tokens", 5)
+    assert printed.stdout == "".join(caption + "\n" for caption in captions)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.png", "1.png", "captions", "new"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", " ", "--to", "image", "--out", "a.png"], "holds no text"),
+        (["--prompt", "a", "--to", "smell", "--out", "a.png"], "no modality 'smell'"),
+        (["--prompt", "a", "--to", "image"], "nowhere to write"),
+        (["--prompt", "a", "--to", "image", "--out", "a.jpg"], "written as .png"),
+        (["--prompt", "a", "--to", "image", "--out", "taken.png"], "the output exists"),
+        (["--image", "gone.png", "--to", "text"], "cannot read: No such file"),
+        (["--image", "broken.png", "--to", "text"], "unusable image: not a PNG"),
+        (["--image", "a.gif", "--to", "text"], "not a file of image"),
+        (["--to", "text"], "either --prompt or --image"),
+        (["--prompt", "a", "--image", "broken.png", "--to", "text"], "either --prompt or --image"),
+    ],
+)
+def test_what_a_user_can_mend_is_named(folder, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("taken.png", "broken.png", "a.gif"):
+        (tmp_path / name).write_bytes(b"not an image")
+    done = _run(folder, *arguments)
+    assert isinstance(done.exception, UserError) and message in str(done.exception)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_damaged_export_is_named(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "export")
+    (copied / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        _ = open_tiny(copied).model
+    config = copied / "codecs" / "image" / "config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError, match="codecs are not those of the model"):
+        open_tiny(copied)
+
+
+def test_a_missing_tensor_is_no_random_tensor(folder, tmp_path):
+    copied = shutil.copytree(folder, tmp_path / "export")
+    tensors = load_file(copied / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 tensors are missing or unknown.*up_proj"):
+        _ = open_tiny(copied).model

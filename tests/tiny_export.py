@@ -1,0 +1,75 @@
+"""A tiny random export with its codecs, and shards with token caches, as the real commands leave them."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from codec_data import write_source
+from transformers import AutoModelForCausalLM
+
+from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.text import train_text_tokenizer
+from megamm.config import RunConfig, config_from_dict
+from megamm.convert import qwen3
+from megamm.convert.exported import Exported, open_export
+from megamm.data.run_data import load_modalities, vocabulary_of
+from megamm.data.token_cache import tokenize
+from megamm.model.vocabulary import Vocabulary
+
+IMAGE_TOKENS = 16
+CPU = torch.device("cpu")
+
+
+def make_export(folder: Path, train: int = 24, heldout: int = 12) -> Path:
+    """`folder/export` of random weights (step 0) and `folder/shards/shapes`, tokenised with its codecs."""
+    source = write_source(folder / "shards" / "shapes", train, heldout)
+    codecs = folder / "export" / "codecs"
+    train_text_tokenizer([source], codecs / "text", vocabulary_size=270)
+    (codecs / "image").mkdir()
+    torch.manual_seed(0)
+    image = ImageCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4, 4))
+    assert image.grid_size**2 == IMAGE_TOKENS
+    save_image_codec(ImageCodec(image), codecs / "image")
+    config = _config(folder, source, codecs)
+    modalities = load_modalities(config.tokenizers)
+    tokenize([source], list(modalities.values()))
+    _save_model(folder / "export", config, vocabulary_of(modalities))
+    return folder / "export"
+
+
+def _config(folder: Path, source: Path, codecs: Path) -> RunConfig:
+    # A large spread of the weights, so that logits differ and no id wins by chance alone.
+    model = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
+    return config_from_dict(
+        {
+            "output": str(folder / "run"),
+            "device": "cpu",
+            "model": model | {"head_dim": 8, "init_std": 0.3},
+            "data": {"sources": [{"path": str(source)}], "seq_length": 64},
+            "tokenizers": {"text": str(codecs / "text"), "image": str(codecs / "image")},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+        },
+        where="test",
+    )
+
+
+def _save_model(export: Path, config: RunConfig, vocabulary: Vocabulary) -> None:
+    special = {"bos_token_id": vocabulary.document_start, "eos_token_id": vocabulary.document_end}
+    theirs = qwen3.transformers_config(config.model, vocabulary.size, config.data.seq_length, special)
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(theirs, dtype=torch.float32).save_pretrained(export)
+    own = {"vocabulary": vocabulary.to_json(), "config": config.model_dump(mode="json"), "step": 0, "versions": {}}
+    (export / "megamm.json").write_text(json.dumps(own))
+
+
+def with_model(export: Exported, model: object) -> Exported:
+    """The same export with another model in memory."""
+    copy = dataclasses.replace(export)
+    copy.__dict__["model"] = model
+    return copy
+
+
+def open_tiny(export: Path) -> Exported:
+    return open_export(export, CPU)
