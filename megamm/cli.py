@@ -82,7 +82,7 @@ def train_text(
 def train_image(
     sources: Sources,
     to: Annotated[Path, typer.Option(help="folder to make")],
-    steps: int = 2000,
+    steps: int = 1500,
     batch_size: int = 32,
     learning_rate: float = 4e-3,
     seed: int = 0,
