@@ -19,7 +19,7 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
+BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .PHONY: help
 help:  ## list the targets
@@ -74,7 +74,7 @@ demo: $(VENV)/installed  ## data to a trained, exported and sampled model on thi
 
 .PHONY: bench
 bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
-	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/bench_*.py here" >&2; exit 2; }
+	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py here" >&2; exit 2; }
 	@for b in $(BENCHMARKS); do echo "$$b"; $(PY) "$$b" || exit 1; done
 
 .PHONY: clean

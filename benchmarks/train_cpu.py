@@ -1,0 +1,205 @@
+"""Training speed on a CPU: our one rank against plain PyTorch, and two ranks against one.
+
+Same sizes, same packed rows, same threads, same run: `transformers`' Qwen3 with AdamW and gradient clipping is the
+plain side. The sides take turns (ours, plain, ours, ...) and medians over the rounds are compared, so that a
+drifting machine slows both. Figures in tokens per second. Run: `python benchmarks/train_cpu.py [--json OUT]`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamm import __version__
+from megamm.config import RunConfig, config_from_dict
+from megamm.data.sample import IGNORE_LABEL, Batch, Row
+from megamm.device import choose
+from megamm.mcore import groups as grid
+
+VOCABULARY, LENGTH, MICRO_BATCH, MICROBATCHES = 5152, 256, 4, 2
+DOCUMENT = 80
+"""Tokens of a packed document: a short caption and an image of 64 tokens."""
+
+
+def config_of(parallel: dict[str, Any]) -> RunConfig:
+    """The model of examples/cpu_tiny.yaml in size."""
+    return config_from_dict(
+        {
+            "output": "unused",
+            "device": "cpu",
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 256,
+                "ffn_hidden_size": 768,
+                "num_attention_heads": 4,
+                "num_query_groups": 2,
+                "head_dim": 64,
+            },
+            "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
+            "tokenizers": {"text": "unused"},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1000, "global_batch": MICRO_BATCH * MICROBATCHES, "micro_batch": MICRO_BATCH},
+            "parallel": parallel,
+        },
+        where="benchmark",
+    )
+
+
+def microbatches(data_rank: int, data_size: int) -> list[Batch]:
+    """This rank's microbatches of one fixed global batch of packed rows."""
+    rng = np.random.default_rng(0)
+    batches = []
+    for number in range(MICROBATCHES):
+        rows = [_row(rng) for _ in range(MICRO_BATCH)]
+        if number % data_size == data_rank:
+            batches.append(Batch.stack(rows))
+    return batches
+
+
+def _row(rng: np.random.Generator) -> Row:
+    ids = rng.integers(0, VOCABULARY, LENGTH)
+    segment = np.arange(LENGTH) // DOCUMENT
+    labels = np.append(ids[1:], IGNORE_LABEL)
+    labels[:-1][segment[1:] != segment[:-1]] = IGNORE_LABEL
+    valid = labels != IGNORE_LABEL
+    position = np.broadcast_to(np.arange(LENGTH) % DOCUMENT, (3, LENGTH)).copy()
+    return Row(ids, labels, valid.astype(np.float32), segment, position, np.where(valid, 0, -1))
+
+
+def our_step(config: RunConfig) -> Callable[[], float]:
+    """One training step of ours on this rank's grid; returns the loss."""
+    device = choose("cpu")
+    grid.start(device)
+    from megamm.mcore import backbone, optimizer, step  # Megatron, now that it is adapted to the device
+
+    groups = grid.build(config.parallel, seed=1)
+    model = backbone.build(config, VOCABULARY, groups, device)
+    step.prepare(model)
+    optim = optimizer.build(config, model)
+    batches, weights = microbatches(groups.data_rank, groups.data_size), torch.ones(1, dtype=torch.float64)
+
+    def run() -> float:
+        loss = step.run(model, batches, weights, groups)
+        optim.step()
+        return float(loss.mean[0])
+
+    return run
+
+
+def plain_step(config: RunConfig) -> Callable[[], float]:
+    """The same step in plain PyTorch: transformers' Qwen3, SDPA with the same document mask, fused AdamW."""
+    from transformers import AutoModelForCausalLM
+
+    from megamm.convert.qwen3 import transformers_config
+    from megamm.mcore.attention import document_mask
+
+    theirs = transformers_config(config.model, VOCABULARY, LENGTH, {})
+    model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, attn_implementation="sdpa")
+    optim = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    batches = microbatches(0, 1)
+    count = sum(int(batch.loss_weight.sum()) for batch in batches)
+
+    def run() -> float:
+        optim.zero_grad()
+        total = 0.0
+        for batch in batches:
+            mask = document_mask(batch.segment)
+            logits = model(batch.input_ids, attention_mask=mask, position_ids=batch.position[:, 0]).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="sum"
+            )
+            (loss / count).backward()
+            total += loss.item() / count
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optim.step()
+        return total
+
+    return run
+
+
+TOKENS_PER_STEP = LENGTH * MICRO_BATCH * MICROBATCHES
+
+
+def timed(run: Callable[[], float], steps: int) -> float:
+    """Tokens per second over this many steps."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        run()
+    return steps * TOKENS_PER_STEP / (time.perf_counter() - start)
+
+
+def against_plain(threads: int, rounds: int, steps: int) -> dict[str, Any]:
+    """Ours and plain in turns in this process, with as many threads."""
+    torch.set_num_threads(threads)
+    config = config_of({})
+    sides = {"ours": our_step(config), "plain": plain_step(config)}
+    for run in sides.values():
+        timed(run, 2)
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            speeds[name].append(timed(run, steps))
+    grid.destroy()
+    ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True)]
+    return {name: statistics.median(s) for name, s in speeds.items()} | {"ratio": statistics.median(ratios)}
+
+
+def ranks(parallel: dict[str, Any], processes: int, rounds: int, steps: int) -> float:
+    """Median tokens per second of a job of that many one-thread processes."""
+    arguments = [sys.executable]
+    if processes > 1:
+        arguments += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    arguments += [__file__, "--worker", json.dumps(parallel), "--rounds", str(rounds), "--steps", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    return float(next(line for line in done.stdout.splitlines() if line.startswith("median ")).split()[1])
+
+
+def worker(parallel: dict[str, Any], rounds: int, steps: int) -> None:
+    """One rank of `ranks`; rank 0 prints."""
+    torch.set_num_threads(1)
+    run = our_step(config_of(parallel))
+    timed(run, 2)
+    speed = statistics.median(timed(run, steps) for _ in range(rounds))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"median {speed}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker is not None:
+        worker(json.loads(options.worker), options.rounds, options.steps)
+        return
+    result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    result |= {"megamm": __version__, "rounds": options.rounds, "steps_per_round": options.steps}
+    for threads in (1, 2):
+        row = against_plain(threads, options.rounds, options.steps)
+        result[f"one rank, {threads} threads"] = row
+        print(f"{threads} threads: ours {row['ours']:,.0f}  plain {row['plain']:,.0f} tokens/s  ratio {row['ratio']:.3f}")
+    one = ranks({}, 1, options.rounds, options.steps)
+    result["one rank of one thread"] = {"tokens_per_s": one}
+    for name, parallel in {"DP=2": {}, "TP=2": {"tensor": 2}, "PP=2": {"pipeline": 2}}.items():
+        two = ranks(parallel, 2, options.rounds, options.steps)
+        result[f"two ranks, {name}"] = {"tokens_per_s": two, "ratio": two / one}
+        print(f"{name}: {two:,.0f} tokens/s against {one:,.0f} on one rank: {two / one:.2f}x")
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
