@@ -207,8 +207,8 @@ def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tu
         batch = Batch.stack(rows).to(export.device)
         logits_BSV = export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
         loss_BS = torch.nn.functional.cross_entropy(
-            logits_BSV.float().transpose(1, 2), batch.labels, ignore_index=IGNORE_LABEL, reduction="none"
-        )
+            logits_BSV.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"
+        ).view_as(batch.labels)
         yield from zip(indices, rows, loss_BS.cpu().numpy(), strict=True)
 
 
