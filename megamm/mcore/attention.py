@@ -5,7 +5,8 @@ takes the place of `core_attention` in the layer spec and runs torch's scaled do
 on every device. Megatron hands `attention_mask` through unchanged; here it carries the row's
 segments `[B, S]` (data/sample.py).
 
-RoPE is relative, so the positions may count through a row: inside a document only differences matter.
+Positions count from 0 in every document. RoPE is relative, so counting through the row would be the same in exact
+arithmetic, but large angles lose float32 digits that a document read alone keeps.
 Source: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries).
 """
 
@@ -57,3 +58,14 @@ def document_mask(segment_BS: torch.Tensor) -> torch.Tensor:
     """`[B, 1, S, S]`, True where a query (row) may see a key (column): same document and not later."""
     same = segment_BS[:, :, None] == segment_BS[:, None, :]
     return same.tril().unsqueeze(1)
+
+
+def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
+    """`[3, B, S]`: index of every token in its document, three times the same (padding is a segment of its own).
+
+    One-axis RoPE in the form that Megatron's three-axis rotary embedding takes.
+    """
+    index = torch.arange(segment_BS.shape[1], device=segment_BS.device)
+    starts = torch.zeros_like(segment_BS)
+    starts[:, 1:] = torch.where(segment_BS[:, 1:] != segment_BS[:, :-1], index[1:], 0)
+    return (index - starts.cummax(dim=1).values).expand(3, -1, -1)

@@ -29,7 +29,7 @@ from megamm.mcore.norm import RMSNorm
 class Backbone(GPTModel):
     """GPTModel whose loss leaves the vocabulary's run-time padding out of the softmax.
 
-    forward(input_ids `[B, S]`, position_ids, segment `[B, S]`, labels `[B, S]`) -> loss per token `[B, S]`
+    forward(input_ids `[B, S]`, positions `[3, B, S]`, segment `[B, S]`, labels `[B, S]`) -> loss per token `[B, S]`
     on the last stage (logits `[B, S, V/tp]` without labels), hidden states `[S, B, H]` before it.
     """
 
@@ -67,6 +67,8 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         qk_layernorm=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
+        # All rotary channels turn with the first of Megatron's three axes: RoPE at explicit positions.
+        mrope_section=[m.head_dim // 2, 0, 0],
         init_method_std=m.init_std,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -153,7 +155,7 @@ def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Devic
             post_process=groups.is_last_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="mrope",
             rotary_base=config.model.rope_base,
             pg_collection=groups.collection,
         ).to(device.torch_device)
