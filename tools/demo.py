@@ -199,8 +199,8 @@ class Demo:
         export = str(self.out / "export")
         prompts = [option for caption in captions for option in ("--prompt", caption)]
         images = [option for file in files for option in ("--image", str(file))]
-        sharper = ("--temperature", "0.8", "--top-p", "0.95")
-        self.command(log, "generate", export, *prompts, "--to", "image", "--out", str(self.out / "generated"), *sharper)
+        # Images at temperature 1: sharper draws favour the most frequent token, which is white.
+        self.command(log, "generate", export, *prompts, "--to", "image", "--out", str(self.out / "generated"))
         greedy = ("--temperature", "0", "--max-tokens", "24")
         self.command(log, "generate", export, *images, "--to", "text", "--out", str(self.out / "captions"), *greedy)
         return {"captions": captions, "images": [str(file.relative_to(self.out)) for file in files]}
