@@ -146,7 +146,7 @@ class Demo:
     def _follow(self, process: subprocess.Popen[str], log: Path) -> str:
         assert process.stdout is not None
         lines = []
-        with log.open("a") as file:
+        with log.open("a", buffering=1) as file:  # by line: whole even if the demo is killed
             for line in process.stdout:
                 if not line.startswith("[rank"):  # the traceback of a rank that lost its peer: in the log
                     print(f"    {line}", end="", flush=True)
