@@ -190,7 +190,9 @@ def main() -> None:
     for threads in (1, 2):
         row = against_plain(threads, options.rounds, options.steps)
         result[f"one rank, {threads} threads"] = row
-        print(f"{threads} threads: ours {row['ours']:,.0f}  plain {row['plain']:,.0f} tokens/s  ratio {row['ratio']:.3f}")
+        print(
+            f"{threads} threads: ours {row['ours']:,.0f}  plain {row['plain']:,.0f} tokens/s  ratio {row['ratio']:.3f}"
+        )
     one = ranks({}, 1, options.rounds, options.steps)
     result["one rank of one thread"] = {"tokens_per_s": one}
     for name, parallel in {"DP=2": {}, "TP=2": {"tensor": 2}, "PP=2": {"pipeline": 2}}.items():
