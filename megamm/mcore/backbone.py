@@ -7,6 +7,7 @@ of Qwen3 / Qwen3-MoE (Yang et al. 2025), so that an export runs in stock engines
 import logging
 import warnings
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from megamm.mcore.attention import PackedAttention
 from megamm.mcore.groups import Groups
 from megamm.mcore.norm import RMSNorm
 
+log = logging.getLogger(__name__)
+
 
 class Backbone(GPTModel):
     """GPTModel whose loss leaves the vocabulary's run-time padding out of the softmax.
 
-    forward(input_ids `[B, S]`, positions `[3, B, S]`, segment `[B, S]`, labels `[B, S]`) -> loss per token `[B, S]`
+    forward(input_ids `[B, S]`, None, segment `[B, S]`, labels `[B, S]`) -> loss per token `[B, S]`
     on the last stage (logits `[B, S, V/tp]` without labels), hidden states `[S, B, H]` before it.
     """
 
@@ -67,8 +70,6 @@ def transformer_config(config: RunConfig) -> TransformerConfig:
         qk_layernorm=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        # All rotary channels turn with the first of Megatron's three axes: RoPE at explicit positions.
-        mrope_section=[m.head_dim // 2, 0, 0],
         init_method_std=m.init_std,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -118,14 +119,17 @@ def _recompute_fields(config: RunConfig) -> dict[str, Any]:
     return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
 
 
-def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, rope_base: float) -> TransformerBlockSubmodules:
     """Megatron's local layer spec with our norm and core attention, for this stage's layers."""
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
     )
     attention = layer.submodules.self_attention
     attention_parts = replace(
-        attention.submodules, core_attention=PackedAttention, q_layernorm=RMSNorm, k_layernorm=RMSNorm
+        attention.submodules,
+        core_attention=partial(PackedAttention, rope_base=rope_base),
+        q_layernorm=RMSNorm,
+        k_layernorm=RMSNorm,
     )
     layer_parts = replace(
         layer.submodules,
@@ -140,6 +144,8 @@ def block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> DistributedDataParallel:
     """This rank's part of the model on the device, wrapped for data parallel training."""
     compat.apply()
+    if groups.rank == 0:
+        log.info("attention: torch's scaled_dot_product_attention with a document mask, the one implementation so far")
     megatron_config = transformer_config(config)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
     with warnings.catch_warnings():
@@ -147,7 +153,7 @@ def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Devic
         logging.getLogger("megatron.core").setLevel(logging.ERROR)
         model = Backbone(
             config=megatron_config,
-            transformer_layer_spec=block_spec(megatron_config),
+            transformer_layer_spec=block_spec(megatron_config, config.model.rope_base),
             vocab_size=padded,
             true_vocab_size=vocabulary_size,
             max_sequence_length=config.data.seq_length,
@@ -155,8 +161,7 @@ def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Devic
             post_process=groups.is_last_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=config.model.tie_embeddings,
-            position_embedding_type="mrope",
-            rotary_base=config.model.rope_base,
+            position_embedding_type="none",  # PackedAttention turns queries and keys
             pg_collection=groups.collection,
         ).to(device.torch_device)
         if megatron_config.bf16:

@@ -30,7 +30,8 @@ def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:
                 state["exp_avg"] = torch.zeros_like(parameter.data)
                 state["exp_avg_sq"] = torch.zeros_like(parameter.data)
             if isinstance(inner, torch.optim.Adam):
-                state["step"] = torch.tensor(float(step), dtype=torch.float32)
+                # On the parameter's device, as the fused kernel wants it.
+                state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
 
 
 @torch.no_grad()

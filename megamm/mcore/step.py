@@ -15,7 +15,6 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamm.data.sample import Batch
-from megamm.mcore.attention import document_positions
 from megamm.mcore.groups import Groups
 from megamm.objective import loss_factors, sums_by_modality, token_counts
 
@@ -56,7 +55,7 @@ def run(
 
     def forward_step(iterator: Iterator[Batch], chunk: Any) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
-        output = chunk(batch.input_ids, document_positions(batch.segment), batch.segment, labels=batch.labels)
+        output = chunk(batch.input_ids, None, batch.segment, labels=batch.labels)
         return output, partial(loss_func, batch)
 
     if not forward_only:
