@@ -53,11 +53,3 @@ def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict
             targets = {"param": main, **optimizer.optimizer.state[main]}
             for name, tensor in loaded[index].items():
                 targets[name].copy_(tensor.flatten()[part.start : part.end])
-
-
-def adam_step(optimizer: DistributedOptimizer) -> int:
-    """Steps this optimizer has taken."""
-    inner = optimizer.optimizer
-    if not isinstance(inner, torch.optim.Adam):
-        return int(inner.param_groups[0].get("step", 0))
-    return max((int(state["step"]) for state in inner.state.values()), default=0)

@@ -172,8 +172,3 @@ def install() -> None:
     loaded = [name for name in sys.modules if name.startswith("megatron.core")]
     assert not loaded, f"megatron.core was imported before megamm.mcore.cpu.install(): {loaded[:3]}"
     sys.meta_path.insert(0, _Finder())
-
-
-def is_installed() -> bool:
-    """Whether the hook is active in this process."""
-    return any(isinstance(finder, _Finder) for finder in sys.meta_path)

@@ -1,1 +1,1 @@
-"""What is specific to the any-to-any model and independent of Megatron: the vocabulary."""
+"""What is specific to the any-to-any model and independent of Megatron: the vocabulary, rotary positions."""
