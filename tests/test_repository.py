@@ -203,7 +203,7 @@ def test_ci_runs_the_tests() -> None:
     """CI is `make test` and ends with it, so that pytest's summary is the last line."""
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
-    planned = _run("make", "-n", "test").stdout.splitlines()
+    planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()
     assert planned[-1].endswith("-m pytest")
     assert any("ruff check" in line for line in planned)
     assert any("-m mypy" in line for line in planned)
@@ -212,7 +212,7 @@ def test_ci_runs_the_tests() -> None:
 def test_hooks_and_lint_run_the_same_tools() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert [repo["repo"] for repo in hooks] == ["local"], "a hook of another repository would have to be cloned"
-    planned = _run("make", "-n", "lint").stdout
+    planned = _run("make", "--no-print-directory", "-n", "lint").stdout
     for hook in hooks[0]["hooks"]:
         tool = hook["entry"].removeprefix(".venv/bin/python -m ").removesuffix(" --force-exclude")
         assert f"-m {tool}" in planned
