@@ -38,13 +38,13 @@ def train(
 ) -> None:
     """Train, or resume from the newest valid checkpoint in the run's output folder."""
     from megamm import dry_run as dry
-    from megamm import launch
+    from megamm import launch, layout
     from megamm.config import load_config
 
     run = load_config(config, overrides or [])
     if not launch.is_rank():
         # Everything that can be refused is refused here, before a process starts.
-        run.check(nproc)
+        layout.check(run, nproc)
         from megamm.data.run_data import open_run_data
 
         vocabulary = open_run_data(run).vocabulary

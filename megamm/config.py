@@ -1,7 +1,7 @@
 """The typed configuration of a run: a YAML file plus dotted `key=value` overrides.
 
-An unknown or ill-typed key is one line that names the nearest valid key; `RunConfig.check` refuses
-impossible layouts before any process starts. Nothing here imports torch.
+An unknown or ill-typed key is one line that names the nearest valid key; layout.py refuses what
+cannot run. Nothing here imports torch.
 """
 
 import difflib
@@ -9,7 +9,7 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -27,8 +27,28 @@ class MoEConfig(_Section):
     num_experts: int = Field(0, ge=0)
     top_k: int = Field(2, ge=1)
     ffn_hidden_size: int = Field(0, ge=0)
+    shared_ffn_hidden_size: int = Field(0, ge=0, description="of the expert that every token uses; 0: none")
+    score: Literal["softmax", "sigmoid"] = "softmax"
     aux_loss_coeff: float = Field(0.0, ge=0)
+    bias_update_rate: float = Field(0.0, ge=0, description="balance by a bias on the router, without a loss; 0: off")
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+
+
+class MLAConfig(_Section):
+    """Multi-head latent attention (DeepSeek-AI 2024); kv_lora_rank 0 means grouped-query attention instead."""
+
+    kv_lora_rank: int = Field(0, ge=0)
+    q_lora_rank: int = Field(0, ge=0, description="0: queries are projected directly")
+    qk_head_dim: int = Field(0, ge=0, description="channels without position of a query or key head")
+    qk_rope_head_dim: int = Field(0, ge=0, multiple_of=2, description="channels with position")
+    v_head_dim: int = Field(0, ge=0)
+
+
+class MTPConfig(_Section):
+    """Multi-token prediction (DeepSeek-AI 2024): num_layers further modules, each one token further ahead."""
+
+    num_layers: int = Field(0, ge=0)
+    loss_weight: float = Field(0.1, ge=0, description="of the mean of their losses")
 
 
 class ModelConfig(_Section):
@@ -41,10 +61,13 @@ class ModelConfig(_Section):
     num_query_groups: int = Field(ge=1)
     head_dim: int = Field(ge=2, multiple_of=2)
     rope_base: float = Field(1_000_000.0, gt=0)
+    rope_axes: Literal[1, 3] = Field(1, description="1: index in the document; 3: the token's (t, h, w)")
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False
     moe: MoEConfig = MoEConfig()
+    mla: MLAConfig = MLAConfig()
+    mtp: MTPConfig = MTPConfig()
     megatron: dict[str, Any] = {}
 
 
@@ -52,10 +75,14 @@ class ParallelConfig(_Section):
     """Ranks per dimension; data parallel is what is left of the world size."""
 
     tensor: int = Field(1, ge=1)
-    pipeline: int = Field(1, ge=1)
-    context: int = Field(1, ge=1)
-    expert: int = Field(1, ge=1)
     sequence: bool = False
+    pipeline: int = Field(1, ge=1)
+    virtual_pipeline: int = Field(1, ge=1, description="chunks of layers on a stage, interleaved")
+    layers_per_chunk: list[Annotated[int, Field(ge=1)]] = Field([], description="in order; empty: balanced by cost")
+    context: int = Field(1, ge=1)
+    context_exchange: Literal["allgather", "alltoall"] = "allgather"
+    expert: int = Field(1, ge=1)
+    expert_tensor: int = Field(1, ge=1)
 
 
 class SourceConfig(_Section):
@@ -97,10 +124,18 @@ class TrainConfig(_Section):
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: Literal["none", "selective", "full"] = "none"
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0)
     checkpoint_every: int = Field(0, ge=0)
     keep_checkpoints: int = Field(2, ge=1)
+
+
+class DeepSpeedConfig(_Section):
+    """For engine: deepspeed. ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+
+    zero: Literal[1, 2, 3] = 1
+    offload: bool = Field(False, description="optimizer state in the host's memory")
 
 
 class RunConfig(_Section):
@@ -114,67 +149,14 @@ class RunConfig(_Section):
     optimizer: OptimizerConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()
+    engine: Literal["native", "deepspeed"] = "native"
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     loss_weights: dict[str, float] = {}
 
     def data_parallel(self, world_size: int) -> int:
         """Ranks per data-parallel group (context parallel not counted)."""
         p = self.parallel
         return world_size // (p.tensor * p.pipeline * p.context)
-
-    def check(self, world_size: int) -> None:
-        """Refuse what cannot run on world_size ranks: one UserError, before any process starts."""
-        m, p, t = self.model, self.parallel, self.train
-        product = p.tensor * p.pipeline * p.context
-        _divisible("world size", world_size, "tensor x pipeline x context", product, "start a multiple of that many")
-        _divisible("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
-        _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
-        _divisible("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
-        _divisible("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
-        _divisible("model.num_layers", m.num_layers, "parallel.pipeline", p.pipeline)
-        _divisible("data.seq_length", self.data.seq_length, "parallel.tensor", p.tensor if p.sequence else 1)
-        data_parallel = self.data_parallel(world_size)
-        _divisible("train.global_batch", t.global_batch, "micro_batch x data parallel", t.micro_batch * data_parallel)
-        if p.context > 1:
-            raise UserError("parallel.context > 1 is not supported yet", remedy="set parallel.context=1")
-        if p.sequence and p.tensor == 1:
-            raise UserError("parallel.sequence needs parallel.tensor > 1", remedy="set parallel.sequence=false")
-        self._check_experts(data_parallel)
-        self._check_schedule()
-
-    def _check_experts(self, data_parallel: int) -> None:
-        moe, p = self.model.moe, self.parallel
-        if moe.num_experts == 0:
-            if p.expert > 1:
-                raise UserError("parallel.expert > 1 with a dense model", remedy="set model.moe.num_experts")
-            return
-        _divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", p.expert)
-        # Experts are not split over tensor parallel (ETP = 1): expert parallel ranks come from TP x DP.
-        _divisible("data parallel x tensor", data_parallel * p.tensor, "parallel.expert", p.expert)
-        if moe.top_k > moe.num_experts:
-            raise UserError("model.moe.top_k > model.moe.num_experts", remedy="choose a smaller top_k")
-        if moe.ffn_hidden_size == 0:
-            raise UserError("model.moe.ffn_hidden_size is not set", remedy="set the hidden size of one expert")
-        if p.tensor > 1 and not p.sequence:
-            raise UserError("MoE with parallel.tensor > 1 needs sequence parallel", remedy="set parallel.sequence=true")
-
-    def _check_schedule(self) -> None:
-        o, t = self.optimizer, self.train
-        if o.warmup_steps >= t.steps and t.steps > 1:
-            raise UserError(
-                f"optimizer.warmup_steps={o.warmup_steps} leaves nothing of train.steps={t.steps}",
-                remedy="choose a shorter warm-up",
-            )
-        if o.schedule == "wsd" and not 0 < o.decay_steps <= t.steps - o.warmup_steps:
-            raise UserError("optimizer.schedule=wsd needs decay_steps", remedy="set 0 < decay_steps <= steps - warmup")
-        if o.schedule == "cosine" and o.decay_steps:
-            raise UserError("optimizer.decay_steps is for schedule=wsd", remedy="remove it, cosine decays to the end")
-        if o.min_lr > o.lr:
-            raise UserError("optimizer.min_lr > optimizer.lr", remedy="choose a smaller min_lr")
-
-
-def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "change one of the two") -> None:
-    if value % divisor or value < divisor:
-        raise UserError(f"{what} = {value} is not divisible by {by} = {divisor}", remedy=remedy)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megamm import checkpoint, device, metrics
+from megamm import checkpoint, device, layout, metrics
 from megamm.config import RunConfig
 from megamm.data.loader import Loader
 from megamm.data.run_data import RunData, open_run_data
@@ -27,7 +27,7 @@ def train(config: RunConfig) -> None:
     place = device.choose(config.device)
     grid.start(place)
     world_size = torch.distributed.get_world_size()
-    config.check(world_size)
+    layout.check(config, world_size)
     data = open_run_data(config)
     trainer = Trainer(config, data, place)
     try:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from rows import global_batch, rank_batches
 
+from megamm import layout
 from megamm.config import RunConfig, config_from_dict
 from megamm.device import choose
 from megamm.mcore import groups as grid
@@ -53,7 +54,7 @@ def run_case(case: dict[str, Any], out: Path) -> None:
 
     device = choose("cpu")
     config = case_config(case)
-    config.check(dist.get_world_size())
+    layout.check(config, dist.get_world_size())
     groups = grid.build(config.parallel, seed=1)
     model = backbone.build(config, VOCABULARY, groups, device)
     step.prepare(model)

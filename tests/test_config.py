@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megamm import cli
+from megamm import cli, layout
 from megamm.config import RunConfig, config_from_dict, load_config
 from megamm.errors import UserError
 
@@ -63,15 +63,36 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, ["parallel.pipeline=2"], "world size = 1 is not divisible"),
         (8, ["parallel.tensor=8"], "model.num_attention_heads = 4 is not divisible by parallel.tensor = 8"),
         (4, ["parallel.tensor=4"], "model.num_query_groups = 2 is not divisible by parallel.tensor = 4"),
-        (3, ["parallel.pipeline=3"], "model.num_layers = 4 is not divisible by parallel.pipeline = 3"),
+        (5, ["parallel.pipeline=5"], "model.num_layers = 4 are fewer than the 5 chunks of the pipeline"),
+        (2, ["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline needs parallel.pipeline > 1"),
+        (2, ["parallel.pipeline=2", "parallel.layers_per_chunk=[4]"], "does not split 4 layers into 2 chunks"),
+        (
+            2,
+            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=9", "train.micro_batch=3"],
+            "microbatches of a step = 3 is not divisible by parallel.pipeline = 2",
+        ),
         (2, ["parallel.tensor=2", "parallel.sequence=true", "data.seq_length=255"], "data.seq_length = 255"),
         (2, ["parallel.sequence=true"], "parallel.sequence needs parallel.tensor > 1"),
-        (2, ["parallel.context=2"], "parallel.context > 1 is not supported yet"),
+        (2, ["parallel.context=2", "data.seq_length=254"], "data.seq_length = 254 is not divisible by parts of a row"),
+        (4, ["parallel.context=4", "parallel.tensor=2", "parallel.context_exchange=alltoall"], "world size = 4"),
+        (
+            8,
+            ["parallel.context=4", "parallel.tensor=2", "parallel.context_exchange=alltoall"],
+            "attention heads of a tensor rank = 2 is not divisible by parallel.context (alltoall) = 4",
+        ),
         (2, ["parallel.expert=2"], "parallel.expert > 1 with a dense model"),
         (3, ["parallel.expert=3", "train.micro_batch=1", "train.global_batch=9", *MOE], "model.moe.num_experts = 4"),
-        (1, ["parallel.expert=4", *MOE], "data parallel x tensor = 1 is not divisible by parallel.expert = 4"),
+        (
+            1,
+            ["parallel.expert=4", *MOE],
+            "data x context x tensor = 1 is not divisible by parallel.expert x expert_tensor = 4",
+        ),
         (1, ["model.moe.num_experts=4"], "model.moe.ffn_hidden_size is not set"),
         (1, [*MOE, "model.moe.top_k=5"], "model.moe.top_k > model.moe.num_experts"),
+        (1, [*MOE, "model.moe.top_k=1"], "model.moe.top_k = 1: a softmax over one score gives the router no gradient"),
+        (1, [*MOE, "model.moe.bias_update_rate=0.1"], "model.moe.bias_update_rate needs independent scores"),
+        (1, ["model.mla.kv_lora_rank=8"], "model.mla.qk_head_dim is not set"),
+        (2, ["engine=deepspeed", "parallel.tensor=2"], "engine=deepspeed shards over data parallel only"),
         (2, [*MOE, "parallel.tensor=2"], "MoE with parallel.tensor > 1 needs sequence parallel"),
         (3, ["train.micro_batch=1"], "is not divisible by micro_batch x data parallel = 3"),
         (1, ["optimizer.warmup_steps=100000"], "optimizer.warmup_steps=100000 leaves nothing of"),
@@ -81,7 +102,7 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
 )
 def test_impossible_layouts_are_refused(world, overrides, message):
     with pytest.raises(UserError) as caught:
-        _config(*overrides).check(world)
+        layout.check(_config(*overrides), world)
     assert message in str(caught.value)
 
 

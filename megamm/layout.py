@@ -1,0 +1,191 @@
+"""Which layouts a run can have: refusals before any process starts, and how layers are split over the pipeline.
+
+`check` raises one UserError that names the keys and the remedy. A composition that passes is one whose
+numbers are proven against one rank (docs/parallelism.md).
+"""
+
+from megamm.config import ModelConfig, RunConfig
+from megamm.errors import UserError
+
+
+def check(config: RunConfig, world_size: int) -> None:
+    """Refuse what cannot run on world_size ranks."""
+    m, p, t = config.model, config.parallel, config.train
+    product = p.tensor * p.pipeline * p.context
+    _divisible("world size", world_size, "tensor x pipeline x context", product, "start a multiple of that many")
+    _divisible("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
+    _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
+    _divisible("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
+    _divisible("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
+    data_parallel = config.data_parallel(world_size)
+    _divisible("train.global_batch", t.global_batch, "micro_batch x data parallel", t.micro_batch * data_parallel)
+    if p.sequence and p.tensor == 1:
+        raise UserError("parallel.sequence needs parallel.tensor > 1", remedy="set parallel.sequence=false")
+    _check_sequence(config)
+    _check_pipeline(config, data_parallel)
+    _check_latent_attention(m)
+    _check_experts(config, data_parallel)
+    _check_schedule(config)
+    if config.engine == "deepspeed":
+        _check_deepspeed(config)
+
+
+def _check_sequence(config: RunConfig) -> None:
+    m, p = config.model, config.parallel
+    # Every context rank holds an early and a late chunk of the row, so that causal work is even.
+    chunks = 2 * p.context if p.context > 1 else 1
+    parts = chunks * (p.tensor if p.sequence else 1)
+    _divisible("data.seq_length", config.data.seq_length, "parts of a row over tensor and context ranks", parts)
+    if p.context > 1 and p.context_exchange == "alltoall":
+        heads = m.num_attention_heads // p.tensor
+        _divisible("attention heads of a tensor rank", heads, "parallel.context (alltoall)", p.context)
+
+
+def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
+    m, p, t = config.model, config.parallel, config.train
+    chunks = p.pipeline * p.virtual_pipeline
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        raise UserError("parallel.virtual_pipeline needs parallel.pipeline > 1", remedy="set virtual_pipeline=1")
+    if m.num_layers < chunks:
+        raise UserError(
+            f"model.num_layers = {m.num_layers} are fewer than the {chunks} chunks of the pipeline",
+            remedy="lower parallel.pipeline or parallel.virtual_pipeline",
+        )
+    given = p.layers_per_chunk
+    if given and (len(given) != chunks or sum(given) != m.num_layers):
+        raise UserError(
+            f"parallel.layers_per_chunk = {given} does not split {m.num_layers} layers into {chunks} chunks",
+            remedy="give one number for each of pipeline x virtual_pipeline chunks",
+        )
+    microbatches = t.global_batch // (t.micro_batch * data_parallel)
+    if p.virtual_pipeline > 1:
+        remedy = "change train.global_batch or set parallel.virtual_pipeline=1"
+        _divisible("microbatches of a step", microbatches, "parallel.pipeline", p.pipeline, remedy)
+
+
+def _check_latent_attention(m: ModelConfig) -> None:
+    if m.mla.kv_lora_rank == 0:
+        return
+    for key in ("qk_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        if getattr(m.mla, key) == 0:
+            raise UserError(f"model.mla.{key} is not set", remedy="set it, or kv_lora_rank=0 for grouped queries")
+    if m.num_query_groups != m.num_attention_heads:
+        raise UserError(
+            "latent attention has no query groups", remedy="set model.num_query_groups = model.num_attention_heads"
+        )
+    if m.rope_axes == 3:
+        raise UserError(
+            "latent attention turns its keys inside Megatron, by the index in the row", remedy="set model.rope_axes=1"
+        )
+
+
+def _check_experts(config: RunConfig, data_parallel: int) -> None:
+    moe, p = config.model.moe, config.parallel
+    if moe.num_experts == 0:
+        if p.expert > 1 or p.expert_tensor > 1:
+            raise UserError("parallel.expert > 1 with a dense model", remedy="set model.moe.num_experts")
+        return
+    if moe.ffn_hidden_size == 0:
+        raise UserError("model.moe.ffn_hidden_size is not set", remedy="set the hidden size of one expert")
+    _divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", p.expert)
+    expert_ranks = p.expert * p.expert_tensor
+    ranks = data_parallel * p.tensor * p.context
+    _divisible("data x context x tensor", ranks, "parallel.expert x expert_tensor", expert_ranks)
+    _divisible("model.moe.ffn_hidden_size", moe.ffn_hidden_size, "parallel.expert_tensor", p.expert_tensor)
+    _divisible("model.moe.shared_ffn_hidden_size", moe.shared_ffn_hidden_size or p.tensor, "parallel.tensor", p.tensor)
+    if moe.top_k > moe.num_experts:
+        raise UserError("model.moe.top_k > model.moe.num_experts", remedy="choose a smaller top_k")
+    if moe.bias_update_rate and moe.score != "sigmoid":
+        raise UserError("model.moe.bias_update_rate needs independent scores", remedy="set model.moe.score=sigmoid")
+    if moe.top_k == 1 and moe.score == "softmax":
+        raise UserError(
+            "model.moe.top_k = 1: a softmax over one score gives the router no gradient",
+            remedy="set model.moe.score=sigmoid or top_k=2",
+        )
+    if p.tensor > 1 and not p.sequence:
+        raise UserError("MoE with parallel.tensor > 1 needs sequence parallel", remedy="set parallel.sequence=true")
+
+
+def _check_schedule(config: RunConfig) -> None:
+    o, t = config.optimizer, config.train
+    if o.warmup_steps >= t.steps and t.steps > 1:
+        raise UserError(
+            f"optimizer.warmup_steps={o.warmup_steps} leaves nothing of train.steps={t.steps}",
+            remedy="choose a shorter warm-up",
+        )
+    if o.schedule == "wsd" and not 0 < o.decay_steps <= t.steps - o.warmup_steps:
+        raise UserError("optimizer.schedule=wsd needs decay_steps", remedy="set 0 < decay_steps <= steps - warmup")
+    if o.schedule == "cosine" and o.decay_steps:
+        raise UserError("optimizer.decay_steps is for schedule=wsd", remedy="remove it, cosine decays to the end")
+    if o.min_lr > o.lr:
+        raise UserError("optimizer.min_lr > optimizer.lr", remedy="choose a smaller min_lr")
+
+
+def _check_deepspeed(config: RunConfig) -> None:
+    p = config.parallel
+    for key in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+        if getattr(p, key) > 1:
+            raise UserError(
+                f"engine=deepspeed shards over data parallel only, parallel.{key} = {getattr(p, key)}",
+                remedy=f"set parallel.{key}=1 or engine=native",
+            )
+
+
+def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "change one of the two") -> None:
+    if value % divisor or value < divisor:
+        raise UserError(f"{what} = {value} is not divisible by {by} = {divisor}", remedy=remedy)
+
+
+def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
+    """Layers of every pipeline chunk in model order, as configured or balanced.
+
+    Balanced: the slowest chunk is as fast as possible, counting the head (and the multi-token-prediction modules in
+    front of it) as work of the last chunk; among equals, the largest chunk has the fewest parameters, which counts
+    the embedding table of the first.
+    """
+    p, m = config.parallel, config.model
+    chunks = p.pipeline * p.virtual_pipeline
+    if p.layers_per_chunk:
+        return list(p.layers_per_chunk)
+    if chunks == 1:
+        return [m.num_layers]
+    layer, table = layer_cost(m), vocabulary_size * m.hidden_size
+    tail = table + m.mtp.num_layers * (layer + table + 2 * m.hidden_size**2)
+
+    def badness(split: list[int]) -> tuple[int, int, list[int]]:
+        work = [n * layer for n in split]
+        work[-1] += tail
+        size = [work[0] + table, *work[1:]]
+        return max(work), max(size), [-n for n in split]
+
+    return min(_candidates(m.num_layers, chunks), key=badness)
+
+
+def _candidates(layers: int, chunks: int) -> list[list[int]]:
+    """Every size of the first and of the last chunk, with the rest spread evenly between (more first)."""
+    if chunks == 2:
+        return [[layers - last, last] for last in range(1, layers)]
+    found = []
+    for first in range(1, layers - chunks + 2):
+        for last in range(1, layers - chunks - first + 3):
+            each, more = divmod(layers - first - last, chunks - 2)
+            found.append([first, *(each + (i < more) for i in range(chunks - 2)), last])
+    return found
+
+
+def layer_cost(m: ModelConfig) -> int:
+    """Weights of one layer that a token is multiplied with: proportional to its time."""
+    if m.mla.kv_lora_rank:
+        a, heads = m.mla, m.num_attention_heads
+        qk = a.qk_head_dim + a.qk_rope_head_dim
+        query = m.hidden_size * a.q_lora_rank + a.q_lora_rank * heads * qk
+        query = query if a.q_lora_rank else m.hidden_size * heads * qk
+        latent = m.hidden_size * (a.kv_lora_rank + a.qk_rope_head_dim)
+        attention = query + latent + a.kv_lora_rank * heads * (a.qk_head_dim + a.v_head_dim)
+        attention += heads * a.v_head_dim * m.hidden_size
+    else:
+        attention = m.hidden_size * m.head_dim * (2 * m.num_attention_heads + 2 * m.num_query_groups)
+    if m.moe.num_experts == 0:
+        return attention + 3 * m.hidden_size * m.ffn_hidden_size
+    width = m.moe.top_k * m.moe.ffn_hidden_size + m.moe.shared_ffn_hidden_size
+    return attention + m.hidden_size * (m.moe.num_experts + 3 * width)
