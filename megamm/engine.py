@@ -1,0 +1,64 @@
+"""What the training loop asks of an engine, and the choice between the two: native (Megatron) and DeepSpeed.
+
+An engine owns model, optimizer and learning-rate schedule. Both run the same backbone on the same microbatches and
+write the same checkpoint tensors (mcore/store.py), so that a run can change its engine at any checkpoint.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from megamm.config import RunConfig
+from megamm.data.sample import Batch
+from megamm.device import Device
+from megamm.mcore.groups import Groups
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Mean cross entropy (nats per token) and token count of each modality over the whole job, `[modalities]`."""
+
+    mean: torch.Tensor
+    count: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Of one optimizer step: losses before it, norm of the whole gradient before clipping, learning rate used."""
+
+    loss: StepLoss
+    grad_norm: float
+    lr: float
+
+
+class Engine(Protocol):
+    """Every rank calls every method, in the same order. loss_weights is float64 `[modalities]`."""
+
+    def train_step(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+        """Forward and backward of this rank's microbatches, one optimizer step, one step of the schedule."""
+
+    def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
+        """Losses only."""
+
+    def save(self, folder: Path) -> None:
+        """Write model and optimizer tensors into an existing empty folder."""
+
+    def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
+        """Read what `save` of any engine at any layout wrote after `step` optimizer steps."""
+
+
+def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> Engine:
+    """The configured engine, with freshly initialised weights."""
+    if config.engine == "deepspeed":
+        from megamm.zero.engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, vocabulary_size, groups, device)
+    from megamm.mcore.engine import NativeEngine
+
+    return NativeEngine(config, vocabulary_size, groups, device)
