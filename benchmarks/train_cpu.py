@@ -80,18 +80,14 @@ def our_step(config: RunConfig) -> Callable[[], float]:
     """One training step of ours on this rank's grid; returns the loss."""
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore import backbone, optimizer, step  # Megatron, now that it is adapted to the device
+    from megamm.mcore.engine import NativeEngine  # Megatron, now that it is adapted to the device
 
-    groups = grid.build(config.parallel, seed=1)
-    model = backbone.build(config, VOCABULARY, groups, device)
-    step.prepare(model)
-    optim = optimizer.build(config, model)
+    engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=1), device)
+    groups = engine.groups
     batches, weights = microbatches(groups.data_rank, groups.data_size), torch.ones(1, dtype=torch.float64)
 
     def run() -> float:
-        loss = step.run(model, batches, weights, groups)
-        optim.step()
-        return float(loss.mean[0])
+        return float(engine.train_step(batches, weights).loss.mean[0])
 
     return run
 

@@ -16,16 +16,9 @@ from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
 from megamm.mcore.groups import Groups
+from megamm.objective import StepLoss
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class StepLoss:
-    """Mean cross entropy (nats per token) and token count of each modality over the whole job, `[modalities]`."""
-
-    mean: torch.Tensor
-    count: torch.Tensor
 
 
 @dataclass(frozen=True)

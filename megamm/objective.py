@@ -1,40 +1,92 @@
 """The loss: summed over tokens, divided once by the job-wide count of its modality, weighted by config.
 
     L = sum over modalities m of  weight_m * (sum over tokens t of m: w_t * CE_t) / N_m,
-    N_m = sum of w_t over all data-parallel ranks and microbatches of the step.
+    N_m = sum of w_t over all data- and context-parallel ranks and microbatches of the step.
 
-A modality without tokens in a step has N_m = 0 and adds nothing. Counts are known before the forward
-pass, so every token gets its final factor at once and gradients are plain sums.
+A modality without tokens in a step has N_m = 0 and adds nothing. Counts are known before the forward pass, so every
+token gets its final factor at once and gradients are plain sums.
+
+With K depths of multi-token prediction each depth has such an L over its own labels, and
+    L_total = L_0 + mtp_weight / K * (L_1 + ... + L_K).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from megamm.data.sample import Batch
+from megamm.data.sample import IGNORE_LABEL, Batch
 
 
-def token_counts(batches: Sequence[Batch], modalities: int) -> torch.Tensor:
-    """N_m of these microbatches alone, float64 `[modalities]`; sum it over data parallel for the job's."""
-    counts = torch.zeros(modalities, dtype=torch.float64, device=batches[0].labels.device)
-    for batch in batches:
-        counts += sums_by_modality(batch.loss_weight, batch, modalities)
-    return counts
+@dataclass(frozen=True)
+class Targets:
+    """What is predicted, `[1 + K, B, S]` each: depth 0 is the batch's own, depth k is k tokens further on."""
+
+    labels: torch.Tensor
+    loss_weight: torch.Tensor
+    modality: torch.Tensor
+
+    def at(self, index: torch.Tensor) -> "Targets":
+        """Of the tokens at `index` alone."""
+        return Targets(self.labels[..., index], self.loss_weight[..., index], self.modality[..., index])
 
 
-def loss_factors(batch: Batch, counts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Factor of every token's cross entropy in L: `[B, S]`, float32; counts and weights `[modalities]`."""
-    per_modality = torch.where(counts > 0, weights / counts.clamp(min=1e-30), 0.0)
-    counted = batch.modality >= 0
-    factor = per_modality[batch.modality.clamp(min=0)] * counted
-    return (factor * batch.loss_weight).float()
+@dataclass(frozen=True)
+class StepLoss:
+    """Mean cross entropy (nats per token) and token count of each modality over the whole job, `[modalities]`."""
+
+    mean: torch.Tensor
+    count: torch.Tensor
 
 
-def sums_by_modality(values_BS: torch.Tensor, batch: Batch, modalities: int) -> torch.Tensor:
-    """Sum of `[B, S]` values per modality, float64 `[modalities]`."""
-    counted = batch.modality >= 0
-    sums = torch.zeros(modalities, dtype=torch.float64, device=values_BS.device)
-    return sums.index_add_(0, batch.modality[counted], values_BS[counted].double())
+def targets_of(batch: Batch, depths: int) -> Targets:
+    """Targets of all depths; a token whose target would lie beyond its document has none."""
+    labels, weights, modality = [batch.labels], [batch.loss_weight], [batch.modality]
+    for depth in range(1, depths):
+        inside = torch.zeros_like(batch.segment, dtype=torch.bool)
+        inside[:, :-depth] = batch.segment[:, :-depth] == batch.segment[:, depth:]
+        labels.append(batch.labels.roll(-depth, 1).where(inside, IGNORE_LABEL))
+        weights.append(batch.loss_weight.roll(-depth, 1).where(inside, 0.0))
+        modality.append(batch.modality.roll(-depth, 1).where(inside, -1))
+    return Targets(torch.stack(labels), torch.stack(weights), torch.stack(modality))
+
+
+def token_counts(targets: Sequence[Targets], modalities: int) -> torch.Tensor:
+    """N_m of these microbatches alone, float64 `[1 + K, modalities]`; sum it over the job for the job's."""
+    return torch.stack([_sums(t.loss_weight, t.modality, modalities) for t in targets]).sum(0)
+
+
+def batch_loss(
+    loss_KBS: torch.Tensor, targets: Targets, counts: torch.Tensor, weights: torch.Tensor, mtp_weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A microbatch's share of L_total, and the sums of w_t * CE_t per modality at depth 0 (float64 `[modalities]`).
+
+    loss_KBS is the cross entropy `[1 + K, B, S]`; counts the job's N_m `[1 + K, modalities]`; weights `[modalities]`.
+    """
+    further = max(len(loss_KBS) - 1, 1)
+    depth_weight = torch.full_like(counts[:, :1], mtp_weight / further)
+    depth_weight[0] = 1.0
+    per_modality = torch.where(counts > 0, depth_weight * weights / counts.clamp(min=1e-30), 0.0)
+    counted = targets.modality >= 0
+    depth = torch.arange(len(loss_KBS), device=counts.device)[:, None, None]
+    factor = per_modality[depth, targets.modality.clamp(min=0)] * counted
+    loss = (loss_KBS.float() * (factor * targets.loss_weight).float()).sum()
+    values = loss_KBS[0].detach() * targets.loss_weight[0]
+    return loss, _sums(values[None], targets.modality[:1], len(weights))[0]
+
+
+def means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Mean loss of each modality, NaN for one without tokens."""
+    return torch.where(counts > 0, sums / counts.clamp(min=1e-30), torch.nan)
+
+
+def _sums(values_KBS: torch.Tensor, modality_KBS: torch.Tensor, modalities: int) -> torch.Tensor:
+    """Sum of values per depth and modality, float64 `[K, modalities]`."""
+    sums = torch.zeros(len(values_KBS), modalities, dtype=torch.float64, device=values_KBS.device)
+    for depth, (values, modality) in enumerate(zip(values_KBS, modality_KBS, strict=True)):
+        counted = modality >= 0
+        sums[depth].index_add_(0, modality[counted], values[counted].double())
+    return sums
 
 
 def weight_tensor(weights: Mapping[str, float], modalities: Sequence[str], device: torch.device) -> torch.Tensor:

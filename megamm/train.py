@@ -5,13 +5,14 @@ newest valid checkpoint in its output folder.
 """
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megamm import checkpoint, device, layout, metrics
+from megamm import checkpoint, device, engine, layout, metrics
 from megamm.config import RunConfig
 from megamm.data.loader import Loader
 from megamm.data.run_data import RunData, open_run_data
@@ -44,15 +45,9 @@ class Trainer:
     """The state of a run on this rank, and its loop."""
 
     def __init__(self, config: RunConfig, data: RunData, place: device.Device) -> None:
-        # Megatron is imported here, after grid.start has adapted it to the device.
-        from megamm.mcore import backbone, optimizer, step
-
-        self.config, self.data, self.place, self.step_module = config, data, place, step
+        self.config, self.data, self.place = config, data, place
         self.groups = grid.build(config.parallel, config.train.seed)
-        self.model = backbone.build(config, data.vocabulary.size, self.groups, place)
-        step.prepare(self.model)
-        self.optimizer = optimizer.build(config, self.model)
-        self.schedule = optimizer.build_schedule(config, self.optimizer)
+        self.engine = engine.build(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
         self.step, self.loader = 0, self._loader(consumed_rows=0)
         self.metrics: metrics.Metrics | None = None
@@ -86,14 +81,11 @@ class Trainer:
     def _one_step(self) -> None:
         t = self.config.train
         batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
-        loss = self.step_module.run(self.model, batches, self.weights, self.groups)
-        lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        self.schedule.step(1)
+        done = self.engine.train_step(batches, self.weights)
         self.step += 1
-        if not torch.isfinite(torch.as_tensor(grad_norm)):
+        if not math.isfinite(done.grad_norm):
             raise UserError(
-                f"training diverged: grad norm {grad_norm} at step {self.step}",
+                f"training diverged: grad norm {done.grad_norm} at step {self.step}",
                 where=self.config.output,
                 remedy="lower optimizer.lr or lengthen the warm-up; the last checkpoint is untouched",
                 on_all_ranks=True,
@@ -101,10 +93,9 @@ class Trainer:
         if self.metrics is not None and (self.step % t.log_every == 0 or self.step in (1, t.steps)):
             self.place.synchronize()
             names = self.data.vocabulary.modalities
-            values: dict[str, Any] = {
-                f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in zip(names, loss.mean, strict=True)
-            }
-            values |= {"grad_norm": float(grad_norm), "lr": lr, "padding_share": self.loader.padding_share}
+            means = zip(names, done.loss.mean, strict=True)
+            values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
+            values |= {"grad_norm": done.grad_norm, "lr": done.lr, "padding_share": self.loader.padding_share}
             m, s = self.config.model, self.config.data.seq_length
             values["flops_per_token"] = metrics.flops_per_token(m, self.data.vocabulary.size, s)
             self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
@@ -114,14 +105,11 @@ class Trainer:
         names = self.data.vocabulary.modalities
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
-        self.model.eval()
         for batches in self.data.heldout_steps(self.config, self.groups.data_rank, self.groups.data_size):
             placed = [batch.to(self.place.torch_device) for batch in batches]
-            with torch.no_grad():
-                loss = self.step_module.run(self.model, placed, self.weights, self.groups, forward_only=True)
+            loss = self.engine.evaluate(placed, self.weights)
             total += torch.nan_to_num(loss.mean.cpu()) * loss.count.cpu()
             count += loss.count.cpu()
-        self.model.train()
         if self.metrics is not None:
             means = {
                 f"heldout/{n}": metrics.finite_or_none(float(x)) for n, x in zip(names, total / count, strict=True)
@@ -144,7 +132,7 @@ class Trainer:
         folder = checkpoint.save(
             self.config.output,
             state,
-            write_tensors=lambda tensors: store.save(tensors, self.model, self.optimizer, self.groups),
+            write_tensors=self.engine.save,
             rng=rng.states(self.place),
             keep=self.config.train.keep_checkpoints,
         )
@@ -155,7 +143,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
-        from megamm.mcore import rng, store
+        from megamm.mcore import rng
 
         folder = checkpoint.newest_for_all_ranks(self.config.output)
         if folder is None:
@@ -163,12 +151,8 @@ class Trainer:
             return
         state = checkpoint.read_state(folder)
         checkpoint.check_same_model(folder, state, self.data.vocabulary, self.config.model.model_dump(mode="json"))
-        optim = self.optimizer if state.has_optimizer else None
-        store.load(folder / "tensors", self.model, optim, self.groups, state.step)
-        if not state.has_optimizer:
-            self.optimizer.reload_model_params()
+        self.engine.load(folder / "tensors", state.step, state.has_optimizer)
         self.step, self.loader = state.step, self._loader(state.consumed_rows)
-        self.schedule.step(state.step)
         same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
         if same_layout and state.has_optimizer:
             rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)

@@ -25,17 +25,18 @@ def pair(request, tmp_path):
     config = case_config({"model": MODELS[request.param]})
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore import backbone, optimizer, step, store
+    from megamm.mcore import store
+    from megamm.mcore.engine import NativeEngine
 
     groups = grid.build(config.parallel, seed=3)
-    model = backbone.build(config, VOCABULARY, groups, device)
-    step.prepare(model)
+    engine = NativeEngine(config, VOCABULARY, groups, device)
+    model = engine.chunks[0]
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a swapped pair of norms
             parameter.data.uniform_(0.5, 1.5)
     tensors = tmp_path / "tensors"
     tensors.mkdir()
-    store.save(tensors, model, optimizer.build(config, model), groups)
+    engine.save(tensors)
     theirs_config = qwen3.transformers_config(config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
     stored = store.export_tensors(tensors)
@@ -64,7 +65,7 @@ def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
     _, _, model, theirs, _ = pair
     batch = rank_batches(global_batch(5, 4, 48, VOCABULARY), 4, 0, 1)[0]
     with torch.no_grad():
-        ours = model.module(batch.input_ids, None, batch.segment)
+        ours = model.module(batch.input_ids, None, batch.row_map)
         worst = max(
             (ours[row, part] - theirs(batch.input_ids[row : row + 1, part]).logits[0]).abs().max().item()
             for row, part in _documents(batch)
@@ -78,7 +79,7 @@ def test_loss_and_gradients_equal_transformers(pair):
 
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
     batches = rank_batches(global_batch(6, 8, 48, VOCABULARY), 2, 0, 1)
-    result = step.run(model, batches, weights, groups)
+    result = step.run([model], batches, weights, 0.0, groups)
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     pieces = []
     for batch in batches:

@@ -40,10 +40,9 @@ def logits_difference(run: Path, export_folder: Path, place: device.Device, rows
 
     groups = grid.build(config.parallel, config.train.seed)
     try:
-        ours = backbone.build(config, data.vocabulary.size, groups, place)
-        store.load(folder / "tensors", ours, None, groups, state.step)
-        ours.eval()
-        return max(_row_difference(ours, export, row) for row in data.heldout_rows[:rows])
+        chunks = backbone.build_chunks(config, data.vocabulary.size, groups, place)
+        store.load(folder / "tensors", backbone.wrap(chunks, groups, place), None, groups, state.step)
+        return max(_row_difference(chunks[0].eval(), export, row) for row in data.heldout_rows[:rows])
     finally:
         grid.destroy()
 
@@ -51,7 +50,7 @@ def logits_difference(run: Path, export_folder: Path, place: device.Device, rows
 @torch.inference_mode()
 def _row_difference(ours: Any, export: Exported, row: Row) -> float:
     batch = Batch.stack([row]).to(export.device)
-    packed_SV = ours.module(batch.input_ids, None, batch.segment)[0]
+    packed_SV = ours(batch.input_ids, None, batch.row_map)[0]
     worst = 0.0
     for segment in range(int(row.segment.max()) + 1):
         places = np.flatnonzero(row.segment == segment)

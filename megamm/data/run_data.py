@@ -34,13 +34,15 @@ class RunData:
     heldout_rows: list[Row]
 
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
-        """This data rank's microbatch of every evaluation step; the same rows at every layout, each once."""
-        micro = config.train.micro_batch
-        for first in range(0, len(self.heldout_rows), micro * data_size):
-            mine = self.heldout_rows[first + data_rank * micro : first + (data_rank + 1) * micro]
-            empty = pack([], self.vocabulary, config.data.seq_length, positions_of(self.modalities))
+        """This data rank's microbatches of every evaluation step; the same rows at every layout, each once."""
+        # A pipeline is filled by as many microbatches as it has stages.
+        micro, microbatches = config.train.micro_batch, config.parallel.pipeline
+        empty = pack([], self.vocabulary, config.data.seq_length, positions_of(self.modalities))
+        for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
+            starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
+            parts = [self.heldout_rows[start : start + micro] for start in starts]
             # A rank without a row left takes part with padding, which counts nothing.
-            yield [Batch.stack(mine + [empty] * (micro - len(mine)))]
+            yield [Batch.stack(part + [empty] * (micro - len(part))) for part in parts]
 
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:

@@ -70,6 +70,11 @@ class Batch:
     position: torch.Tensor
     modality: torch.Tensor
 
+    @property
+    def row_map(self) -> torch.Tensor:
+        """What attention needs to know of whole rows, `[B, 4, S]`: segment, then t, h, w of every token."""
+        return torch.cat((self.segment[:, None], self.position), dim=1)
+
     @classmethod
     def stack(cls, rows: list[Row]) -> "Batch":
         """Stack B rows; all must have the same S."""

@@ -1,47 +1,76 @@
-"""The backbone: Megatron-core's GPTModel with our norm, packed attention and exact padded vocabulary.
+"""The backbone: Megatron-core's GPTModel with our norm, packed attention and exact losses.
 
-RMSNorm, SwiGLU, grouped queries with q/k norm, RoPE, optional mixture of experts: the architecture
-of Qwen3 / Qwen3-MoE (Yang et al. 2025), so that an export runs in stock engines.
+RMSNorm, SwiGLU, grouped queries with q/k norm (or latent attention), RoPE, optional mixture of experts and
+multi-token prediction. Its plain form is the architecture of Qwen3 / Qwen3-MoE (Yang et al. 2025), so that an export
+runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention, multi-token prediction).
 """
 
 import logging
 import warnings
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamm.config import RunConfig
-from megamm.device import DTYPES, Device
-from megamm.errors import UserError
+from megamm.device import Device
 from megamm.mcore import compat
-from megamm.mcore.attention import PackedAttention
+from megamm.mcore.attention import PackedAttention, choose_kernel
 from megamm.mcore.groups import Groups
 from megamm.mcore.norm import RMSNorm
+from megamm.mcore.transformer_config import transformer_config
 
 log = logging.getLogger(__name__)
 
 
 class Backbone(GPTModel):
-    """GPTModel whose loss leaves the vocabulary's run-time padding out of the softmax.
+    """GPTModel with one loss per prediction depth, and without the vocabulary's run-time padding in the softmax.
 
-    forward(input_ids `[B, S]`, None, segment `[B, S]`, labels `[B, S]`) -> loss per token `[B, S]`
-    on the last stage (logits `[B, S, V/tp]` without labels), hidden states `[S, B, H]` before it.
+    forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`) gives, on the last stage, the
+    loss per token `[1 + K, B, S/cp]`: the next token, then K = mtp.num_layers further ahead. Without labels it gives
+    logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
     """
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.true_vocab_size = true_vocab_size
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross entropy over the true vocabulary; logits `[S, B, V/tp]`, labels `[B, S]`."""
+    def _postprocess(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None,
+        attention_mask: torch.Tensor,
+        mtp_in_postprocess: bool,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Megatron's own averages a depth's loss over a microbatch and lets it cross documents; here labels say."""
+        if mtp_in_postprocess:
+            # position_ids are rolled along but enter nothing: positions are attention's.
+            hidden_states = self.mtp(
+                input_ids=input_ids,
+                position_ids=input_ids,
+                hidden_states=hidden_states,
+                attention_mask=attention_mask,
+                embedding=self.embedding,
+            )
+        if not self.post_process:
+            return hidden_states
+        depths = hidden_states.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is None:
+            return self.output_layer(depths[0], weight=tied)[0].transpose(0, 1).contiguous()
+        logits = (self.output_layer(depth, weight=tied)[0] for depth in depths)
+        return torch.stack([self._loss(label, logit) for label, logit in zip(labels, logits, strict=True)])
+
+    def _loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross entropy over the true vocabulary `[B, S]`; logits `[S, B, V/tp]`, labels `[B, S]`."""
         local = logits.shape[-1]
         start = self.pg_collection.tp.rank() * local
         padding_from = self.true_vocab_size - start
@@ -49,132 +78,103 @@ class Backbone(GPTModel):
             is_padding = torch.arange(local, device=logits.device) >= padding_from
             logits = logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
         # IGNORE_LABEL has loss weight 0; any valid id keeps the cross entropy defined.
-        return super().compute_language_model_loss(labels.clamp(min=0), logits)
+        return self.compute_language_model_loss(labels.clamp(min=0), logits)
 
 
-def transformer_config(config: RunConfig) -> TransformerConfig:
-    """Our backbone fields and the passed-through `model.megatron` as Megatron's TransformerConfig."""
-    m, p, dtype = config.model, config.parallel, DTYPES[config.train.precision]
-    fields: dict[str, Any] = dict(
-        num_layers=m.num_layers,
-        hidden_size=m.hidden_size,
-        ffn_hidden_size=m.ffn_hidden_size,
-        num_attention_heads=m.num_attention_heads,
-        num_query_groups=m.num_query_groups,
-        kv_channels=m.head_dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=m.norm_eps,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        qk_layernorm=True,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        init_method_std=m.init_std,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        tensor_model_parallel_size=p.tensor,
-        pipeline_model_parallel_size=p.pipeline,
-        context_parallel_size=p.context,
-        expert_model_parallel_size=p.expert,
-        expert_tensor_parallel_size=1,
-        sequence_parallel=p.sequence,
-        # Fusions that need apex or Transformer Engine are off: the numbers are the same on every device.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-    )
-    fields |= _moe_fields(config) | _recompute_fields(config)
-    unknown = sorted(set(m.megatron) - set(TransformerConfig.__dataclass_fields__))
-    if unknown:
-        raise UserError(
-            f"model.megatron.{unknown[0]} is not a TransformerConfig field", remedy="check its spelling and version"
-        )
-    return TransformerConfig(**(fields | m.megatron))
-
-
-def _moe_fields(config: RunConfig) -> dict[str, Any]:
-    moe = config.model.moe
-    if moe.num_experts == 0:
-        return {}
-    return dict(
-        num_moe_experts=moe.num_experts,
-        moe_router_topk=moe.top_k,
-        moe_ffn_hidden_size=moe.ffn_hidden_size,
-        moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
-        moe_aux_loss_coeff=moe.aux_loss_coeff,
-        moe_token_dispatcher_type=moe.dispatcher,
-        moe_grouped_gemm=False,
-    )
-
-
-def _recompute_fields(config: RunConfig) -> dict[str, Any]:
-    if config.train.recompute == "none":
-        return {}
-    if config.train.recompute == "selective":
-        return dict(recompute_granularity="selective")
-    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-
-
-def block_spec(config: TransformerConfig, rope_base: float) -> TransformerBlockSubmodules:
-    """Megatron's local layer spec with our norm and core attention, for this stage's layers."""
+def layer_spec(config: TransformerConfig, attention: dict[str, Any]) -> ModuleSpec:
+    """Megatron's local layer spec with our norm and core attention, built with these arguments besides Megatron's."""
+    latent = config.multi_latent_attention
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=True,
+        multi_latent_attention=latent,
+        normalization="RMSNorm",
     )
-    attention = layer.submodules.self_attention
-    attention_parts = replace(
-        attention.submodules,
-        core_attention=partial(PackedAttention, rope_base=rope_base),
-        q_layernorm=RMSNorm,
-        k_layernorm=RMSNorm,
-    )
-    layer_parts = replace(
+    own = layer.submodules.self_attention
+    core = ModuleSpec(PackedAttention, attention)
+    norms = {"q_layernorm": RMSNorm, ("kv_layernorm" if latent else "k_layernorm"): RMSNorm}
+    parts = replace(
         layer.submodules,
         input_layernorm=RMSNorm,
         pre_mlp_layernorm=RMSNorm,
-        self_attention=replace(attention, submodules=attention_parts),
+        self_attention=replace(own, submodules=replace(own.submodules, core_attention=core, **norms)),
     )
-    spec = replace(layer, submodules=layer_parts)
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return replace(layer, submodules=parts)
 
 
-def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> DistributedDataParallel:
-    """This rank's part of the model on the device, wrapped for data parallel training."""
+def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> Any:
+    """Of this chunk's multi-token-prediction modules, None where it has none."""
+    if not config.mtp_num_layers:
+        return None
+    block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False, vp_stage=vp_stage)
+    if block is None:
+        return None
+    modules = [
+        replace(spec, submodules=replace(spec.submodules, enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm))
+        for spec in block.layer_specs
+    ]
+    return replace(block, layer_specs=modules)
+
+
+def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> list[Backbone]:
+    """This rank's pipeline chunks (one unless the pipeline is interleaved), on the device, in the run's precision."""
     compat.apply()
+    kernel, reason = choose_kernel(config.train.attention, device)
     if groups.rank == 0:
-        log.info("attention: torch's scaled_dot_product_attention with a document mask, the one implementation so far")
-    megatron_config = transformer_config(config)
+        log.info("attention: %s, %s", kernel, reason)
+    megatron_config = transformer_config(config, vocabulary_size)
+    attention = dict(
+        rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
+        rope_axes=config.model.rope_axes,
+        exchange=config.parallel.context_exchange,
+        kernel=kernel,
+    )
+    layer = layer_spec(megatron_config, attention)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger("megatron.core").setLevel(logging.ERROR)
-        model = Backbone(
-            config=megatron_config,
-            transformer_layer_spec=block_spec(megatron_config, config.model.rope_base),
-            vocab_size=padded,
-            true_vocab_size=vocabulary_size,
-            max_sequence_length=config.data.seq_length,
-            pre_process=groups.pipeline_rank == 0,
-            post_process=groups.is_last_stage,
-            parallel_output=True,
-            share_embeddings_and_output_weights=config.model.tie_embeddings,
-            position_embedding_type="none",  # PackedAttention turns queries and keys
+    chunks, virtual = [], config.parallel.virtual_pipeline
+    for chunk in range(virtual):
+        stage = chunk if virtual > 1 else None
+        layers = [layer] * get_num_layers_to_build(megatron_config, vp_stage=stage)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            logging.getLogger("megatron.core").setLevel(logging.ERROR)
+            model = Backbone(
+                config=megatron_config,
+                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
+                mtp_block_spec=_mtp_spec(megatron_config, layer, stage),
+                vocab_size=padded,
+                true_vocab_size=vocabulary_size,
+                max_sequence_length=config.data.seq_length,
+                pre_process=groups.pipeline_rank == 0 and chunk == 0,
+                post_process=groups.is_last_stage and chunk == virtual - 1,
+                parallel_output=True,
+                share_embeddings_and_output_weights=config.model.tie_embeddings,
+                position_embedding_type="none",  # PackedAttention turns queries and keys
+                pg_collection=groups.collection,
+                vp_stage=stage,
+            ).to(device.torch_device)
+        chunks.append(model.bfloat16() if megatron_config.bf16 else model)
+    return chunks
+
+
+def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[DistributedDataParallel]:
+    """The chunks with gradient buffers, reduced over data and context parallel."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=device.is_gpu,
+        overlap_param_gather=False,
+        check_for_nan_in_grad=False,
+    )
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=settings,
+            module=chunk,
             pg_collection=groups.collection,
-        ).to(device.torch_device)
-        if megatron_config.bf16:
-            model = model.bfloat16()
-        return DistributedDataParallel(
-            config=megatron_config,
-            ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=device.is_gpu,
-                overlap_param_gather=False,
-                check_for_nan_in_grad=False,
-            ),
-            module=model,
-            pg_collection=groups.collection,
+            # Later chunks' gradients come first, when there is nothing yet to overlap their reduction with.
+            disable_bucketing=i > 0,
         )
+        for i, chunk in enumerate(chunks)
+    ]

@@ -1,9 +1,11 @@
 """Repairs of Megatron-core 0.16 and 0.19 that any device needs when Transformer Engine and apex are absent."""
 
+import importlib.util
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
 
@@ -12,6 +14,9 @@ def apply() -> None:
     # 0.16.1 tests this name against None but defines it only when Transformer Engine imports.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # 0.16.1 takes its stand-in classes for Transformer Engine and asks them for a version.
+    if importlib.util.find_spec("transformer_engine") is None:
+        multi_latent_attention.HAVE_TE = False
 
 
 def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:

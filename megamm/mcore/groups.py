@@ -1,4 +1,4 @@
-"""Process groups of a run: torch.distributed and Megatron's TP x PP x EP x DP grid, and back down again.
+"""Process groups of a run: torch.distributed and Megatron's TP x CP x PP x EP x DP grid, and back down again.
 
 One process without a launcher gets a world of one over an in-memory store: no port, no network.
 """
@@ -41,12 +41,20 @@ class Groups:
         return self.collection.dp.size()
 
     @property
+    def context_rank(self) -> int:
+        return self.collection.cp.rank()
+
+    @property
+    def context_size(self) -> int:
+        return self.collection.cp.size()
+
+    @property
     def is_last_stage(self) -> bool:
         return self.pipeline_rank == self.collection.pp.size() - 1
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All-reduce (sum) over the data-parallel group, in place; returns the tensor."""
-        dist.all_reduce(tensor, group=self.collection.dp)
+        """All-reduce (sum) over data and context parallel ranks, in place; returns the tensor."""
+        dist.all_reduce(tensor, group=self.collection.dp_cp)
         return tensor
 
     def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -57,8 +65,8 @@ class Groups:
 
     def describe(self) -> str:
         return (
-            f"rank {self.rank}: tensor {self.tensor_rank}, pipeline {self.pipeline_rank}, data {self.data_rank}, "
-            f"expert {self.collection.ep.rank()}"
+            f"rank {self.rank}: tensor {self.tensor_rank}, context {self.context_rank}, pipeline {self.pipeline_rank}, "
+            f"data {self.data_rank}, expert {self.collection.ep.rank()}"
         )
 
 
@@ -83,9 +91,10 @@ def build(parallel: ParallelConfig, seed: int) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
         expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=1,
+        expert_tensor_parallel_size=parallel.expert_tensor,
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     # Stages draw different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.

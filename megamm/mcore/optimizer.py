@@ -4,6 +4,7 @@ Sources: Loshchilov and Hutter 2019 (AdamW); Rajbhandari et al. 2020 (ZeRO); Hu 
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel
@@ -16,8 +17,8 @@ from megamm.device import DTYPES
 from megamm.mcore import compat
 
 
-def build(config: RunConfig, model: DistributedDataParallel) -> Any:
-    """Megatron's optimizer over the model's parameters; norms and biases get no weight decay."""
+def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
+    """Megatron's optimizer over the chunks' parameters; norms and biases get no weight decay."""
     o, bf16 = config.optimizer, config.train.precision == "bf16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -35,7 +36,7 @@ def build(config: RunConfig, model: DistributedDataParallel) -> Any:
                 params_dtype=DTYPES[config.train.precision],
                 use_distributed_optimizer=True,
             ),
-            [model],
+            list(chunks),
         )
     for part in parts(optimizer):
         compat.prime_adam(part, step=0)

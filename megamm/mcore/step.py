@@ -1,12 +1,10 @@
 """One step through Megatron's schedule: forward and backward of all microbatches, gradients summed exactly.
 
-One `forward_step` serves every mix of modalities and every layout. The loss is already normalised
-over the whole job (objective.py); Megatron divides by microbatches and data-parallel size, so the
-loss is multiplied by both first.
+One `forward_step` serves every mix of modalities and every layout. The loss is already normalised over the whole job
+(objective.py); Megatron divides by microbatches and by data x context ranks, so it is multiplied by both first.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,60 +13,63 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamm.data.sample import Batch
+from megamm.mcore.context import local_index
 from megamm.mcore.groups import Groups
-from megamm.objective import loss_factors, sums_by_modality, token_counts
+from megamm.objective import StepLoss, Targets, batch_loss, means, targets_of, token_counts
 
 
-@dataclass(frozen=True)
-class StepLoss:
-    """Mean cross entropy (nats per token) and token count of each modality over the whole job, `[modalities]`."""
-
-    mean: torch.Tensor
-    count: torch.Tensor
-
-
-def prepare(model: DistributedDataParallel) -> None:
+def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
     """Tell Megatron's schedule how to finish gradients; once after building."""
-    model.config.finalize_model_grads_func = finalize_model_grads
-    model.config.no_sync_func = model.no_sync
+    no_sync = [chunk.no_sync for chunk in chunks]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+
+
+def local_targets(batch: Batch, groups: Groups, depths: int) -> tuple[torch.Tensor, Targets]:
+    """Input ids `[B, S/cp]` and targets of this context rank's tokens; shifts are made on the whole row."""
+    index = local_index(batch.input_ids.shape[1], groups.context_rank, groups.context_size, batch.input_ids.device)
+    return batch.input_ids[:, index], targets_of(batch, depths).at(index)
 
 
 def run(
-    model: DistributedDataParallel,
+    chunks: Sequence[DistributedDataParallel],
     batches: Sequence[Batch],
     loss_weights: torch.Tensor,
+    mtp_weight: float,
     groups: Groups,
     forward_only: bool = False,
 ) -> StepLoss:
-    """Forward (and backward) over this rank's microbatches; gradients end in `main_grad`, data-parallel reduced.
+    """Forward (and backward) over this rank's microbatches; gradients end in `main_grad`, reduced.
 
     Every rank calls it every step with as many microbatches; loss_weights is float64 `[modalities]`.
     """
-    modalities = loss_weights.numel()
-    counts = groups.sum_over_data(token_counts(batches, modalities))
-    scale = 1.0 if forward_only else float(len(batches) * groups.data_size)
+    depths = 1 + (chunks[0].config.mtp_num_layers or 0)
+    prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
+    counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
+    scale = 1.0 if forward_only else float(len(batches) * groups.collection.dp_cp.size())
 
-    def loss_func(batch: Batch, loss_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss = (loss_BS.float() * loss_factors(batch, counts, loss_weights)).sum() * scale
-        one = torch.ones((), dtype=torch.int, device=loss.device)
-        return loss, one, sums_by_modality(loss_BS.detach() * batch.loss_weight, batch, modalities)
+    def loss_func(targets: Targets, loss_KBS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        loss, sums = batch_loss(loss_KBS, targets, counts, loss_weights, mtp_weight)
+        return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), sums
 
-    def forward_step(iterator: Iterator[Batch], chunk: Any) -> tuple[torch.Tensor, Any]:
-        batch = next(iterator)
-        output = chunk(batch.input_ids, None, batch.segment, labels=batch.labels)
-        return output, partial(loss_func, batch)
+    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[torch.Tensor, Any]:
+        batch, input_ids, targets = next(iterator)
+        return chunk(input_ids, None, batch.row_map, labels=targets.labels), partial(loss_func, targets)
 
     if not forward_only:
-        model.zero_grad_buffer()
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+    iterators = [iter(prepared) for _ in chunks]
     sums = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
         num_microbatches=len(batches),
         seq_length=batches[0].input_ids.shape[1],
         micro_batch_size=batches[0].input_ids.shape[0],
         forward_only=forward_only,
     )
-    total = torch.stack(sums).sum(0) if groups.is_last_stage else torch.zeros_like(counts)
+    total = torch.stack(sums).sum(0) if groups.is_last_stage else torch.zeros_like(counts[0])
     total = groups.sum_over_data(groups.from_last_stage(total))
-    return StepLoss(torch.where(counts > 0, total / counts.clamp(min=1e-30), torch.nan), counts)
+    return StepLoss(means(total, counts[0]), counts[0])

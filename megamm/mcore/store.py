@@ -11,6 +11,7 @@ import logging
 import pickle
 import pickletools
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,26 +68,28 @@ def _metadata(groups: Groups) -> dict[str, Any]:
     }
 
 
-def _state(model: DistributedDataParallel, optim: Any | None, groups: Groups, is_loading: bool) -> dict[str, Any]:
-    """The sharded description of this rank's tensors."""
+def _state(
+    chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, is_loading: bool
+) -> dict[str, Any]:
+    """The sharded description of this rank's tensors: `model<chunk>`, `optimizer<part>`."""
     metadata = _metadata(groups)
-    # Through DDP, as the optimizer looks parameters up in it; the names are the inner module's.
-    model_state = model.module.sharded_state_dict(metadata=metadata)
-    objects = [key for key, value in model_state.items() if isinstance(value, ShardedObject)]
-    for key in objects:
-        del model_state[key]  # extra state of layers: always empty here, and the one thing stored as a pickle
-    state: dict[str, Any] = {"model": model_state}
+    model_states = {}
+    for i, chunk in enumerate(chunks):
+        # Layers' extra state is left out: always empty here, and the one thing stored as a pickle.
+        whole = chunk.module.sharded_state_dict(metadata=metadata)
+        model_states[f"model{i}"] = {k: v for k, v in whole.items() if not isinstance(v, ShardedObject)}
+    state: dict[str, Any] = dict(model_states)
     if optim is not None:
         for i, part in enumerate(optimizer.parts(optim)):
             state[f"optimizer{i}"] = part.sharded_param_state_fully_reshardable(
-                dict(model_state), is_loading=is_loading, metadata=metadata
+                model_states, is_loading=is_loading, metadata=metadata
             )
     return state
 
 
-def save(folder: Path, model: DistributedDataParallel, optim: Any, groups: Groups) -> None:
+def save(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> None:
     """Write all ranks' shards into an existing empty folder. Every rank calls it."""
-    _save(_state(model, optim, groups, is_loading=False), folder)
+    _save(_state(chunks, optim, groups, is_loading=False), folder)
 
 
 def save_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,20 +109,21 @@ def _save(state: dict[str, Any], folder: Path) -> None:
         torch.save({}, folder / "common.pt")
 
 
-def load(folder: Path, model: DistributedDataParallel, optim: Any | None, groups: Groups, step: int) -> None:
+def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, step: int) -> None:
     """Read this rank's part of the model, and of the optimizer's state as it was after `step` steps."""
     check_index(folder)
     if optim is not None:
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
-    state = _state(model, optim, groups, is_loading=True)
+    state = _state(chunks, optim, groups, is_loading=True)
     _check_names(folder, state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(state, str(folder))
-    # Sharded state leaves out layers' empty extra state, which strict loading would miss.
-    missing = model.module.load_state_dict(loaded["model"], strict=False)
-    assert not [key for key in missing.missing_keys if not key.endswith("_extra_state")], missing
+    for i, chunk in enumerate(chunks):
+        # Sharded state leaves out layers' empty extra state, which strict loading would miss.
+        missing = chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
+        assert not [key for key in missing.missing_keys if not key.endswith("_extra_state")], missing
     if optim is not None:
         for i, part in enumerate(optimizer.parts(optim)):
             compat.load_parameter_state(part, loaded[f"optimizer{i}"])
@@ -128,8 +132,9 @@ def load(folder: Path, model: DistributedDataParallel, optim: Any | None, groups
 def _check_names(folder: Path, state: dict[str, Any]) -> None:
     """Every tensor asked for must be there with its global shape (vocabulary padding aside)."""
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    model_state = state["model"].values()
-    for wanted in [value for value in model_state if isinstance(value, ShardedTensor)]:
+    model_states = [chunk for name, chunk in state.items() if name.startswith("model")]
+    tensors = [value for chunk in model_states for value in chunk.values()]
+    for wanted in [value for value in tensors if isinstance(value, ShardedTensor)]:
         found = stored.get(wanted.key)
         if found is None:
             raise UserError(

@@ -1,0 +1,130 @@
+"""Our backbone fields, layout and precision as Megatron's TransformerConfig; `model.megatron` passes more through."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megamm.config import RunConfig
+from megamm.device import DTYPES
+from megamm.errors import UserError
+from megamm.layout import layers_per_chunk
+
+
+def transformer_config(config: RunConfig, vocabulary_size: int) -> TransformerConfig:
+    """The whole of it. UserError for a field in `model.megatron` that this version does not have or refuses."""
+    fields = _model_fields(config) | _parallel_fields(config, vocabulary_size)
+    fields |= _moe_fields(config) | _latent_fields(config) | _recompute_fields(config)
+    kind = MLATransformerConfig if config.model.mla.kv_lora_rank else TransformerConfig
+    unknown = sorted(set(config.model.megatron) - set(kind.__dataclass_fields__))
+    if unknown:
+        raise UserError(
+            f"model.megatron.{unknown[0]} is not a {kind.__name__} field", remedy="check its spelling and version"
+        )
+    try:
+        return kind(**(fields | config.model.megatron))
+    except (ValueError, AssertionError, TypeError) as error:
+        if not config.model.megatron:
+            raise
+        raise UserError(f"Megatron-core refuses model.megatron: {error}", remedy="change those fields") from None
+
+
+def _model_fields(config: RunConfig) -> dict[str, Any]:
+    m, dtype = config.model, DTYPES[config.train.precision]
+    return dict(
+        num_layers=m.num_layers,
+        hidden_size=m.hidden_size,
+        ffn_hidden_size=m.ffn_hidden_size,
+        num_attention_heads=m.num_attention_heads,
+        num_query_groups=m.num_query_groups,
+        kv_channels=m.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=m.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        qk_layernorm=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=m.init_std,
+        mtp_num_layers=m.mtp.num_layers or None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Fusions that need apex or Transformer Engine are off: the numbers are the same on every device.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def _parallel_fields(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:
+    p = config.parallel
+    fields: dict[str, Any] = dict(
+        tensor_model_parallel_size=p.tensor,
+        sequence_parallel=p.sequence,
+        pipeline_model_parallel_size=p.pipeline,
+        context_parallel_size=p.context,
+        expert_model_parallel_size=p.expert,
+        expert_tensor_parallel_size=p.expert_tensor,
+    )
+    if p.pipeline > 1:
+        chunks = [["decoder"] * layers for layers in layers_per_chunk(config, vocabulary_size)]
+        chunks[0].insert(0, "embedding")
+        chunks[-1] += ["mtp"] * config.model.mtp.num_layers + ["loss"]
+        fields["pipeline_model_parallel_layout"] = chunks
+    if p.virtual_pipeline > 1:
+        # The interleaved schedule overlaps sends with work, and batched point-to-point calls rule that out.
+        fields |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
+        fields["virtual_pipeline_model_parallel_size"] = p.virtual_pipeline
+    return fields
+
+
+def _moe_fields(config: RunConfig) -> dict[str, Any]:
+    moe = config.model.moe
+    if moe.num_experts == 0:
+        return {}
+    return dict(
+        num_moe_experts=moe.num_experts,
+        moe_router_topk=moe.top_k,
+        moe_ffn_hidden_size=moe.ffn_hidden_size,
+        moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
+        moe_router_score_function=moe.score,
+        moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
+        moe_aux_loss_coeff=moe.aux_loss_coeff,
+        moe_router_enable_expert_bias=moe.bias_update_rate > 0,
+        moe_router_bias_update_rate=moe.bias_update_rate,
+        moe_token_dispatcher_type=moe.dispatcher,
+        moe_grouped_gemm=False,
+    )
+
+
+def _latent_fields(config: RunConfig) -> dict[str, Any]:
+    mla = config.model.mla
+    if mla.kv_lora_rank == 0:
+        return {}
+    return dict(
+        multi_latent_attention=True,
+        q_lora_rank=mla.q_lora_rank or None,
+        kv_lora_rank=mla.kv_lora_rank,
+        qk_head_dim=mla.qk_head_dim,
+        qk_pos_emb_head_dim=mla.qk_rope_head_dim,
+        v_head_dim=mla.v_head_dim,
+        rope_type="rope",
+        rotary_base=config.model.rope_base,
+        rotary_scaling_factor=1.0,  # or it would scale the softmax as YaRN does
+        # The latents' norms are in the layer spec. This switch is about norms of heads, whose gradients Megatron sums
+        # over tensor parallel; it would do so with the latents', which every tensor rank already has whole.
+        qk_layernorm=False,
+    )
+
+
+def _recompute_fields(config: RunConfig) -> dict[str, Any]:
+    if config.train.recompute == "none":
+        return {}
+    if config.train.recompute == "selective":
+        return dict(recompute_granularity="selective")
+    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
