@@ -1,41 +1,83 @@
 """Core attention for packed rows: causal inside each document of a row, nothing across, RoPE restarting in each.
 
-Megatron's own core attention knows neither packed rows nor a CPU without Transformer Engine. This one
-takes the place of `core_attention` in the layer spec and runs torch's scaled dot product attention
-on every device. Megatron hands `attention_mask` through unchanged; here it carries the row's
-segments `[B, S]` (data/sample.py), from which the mask and the positions follow.
+Megatron's own core attention knows neither packed rows nor context parallel without Transformer Engine. This one
+takes the place of `core_attention` in the layer spec. Megatron hands `attention_mask` through unchanged; here it is
+the row map, int64 `[B, 4, S]`: segment (data/sample.py), then t, h, w of every token of the whole row, also where a
+context rank holds S/cp of its tokens. Mask and positions follow from it.
 
-RoPE is relative, so counting positions through the row would be the same in exact arithmetic, but large
-angles lose float32 digits that a document read alone keeps.
-Source: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries).
+Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys that their documents
+reach back to; "flex", torch's flex_attention, compiled, which skips what is masked inside one call.
+RoPE is relative, so counting positions through the row would be the same in exact arithmetic, but large angles lose
+float32 digits that a document read alone keeps.
+Sources: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries); Dong et al. 2024 (flex attention).
 """
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megamm.model.rope import cosines_and_sines, inverse_frequencies, rotate
+from megamm.device import Device
+from megamm.errors import UserError
+from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
+from megamm.model.rope import cosines_and_sines, rotate
+
+Kernel = Literal["sdpa", "flex"]
+Chunks = Sequence[tuple[int, int]]
+"""(start, stop) in the row of the queries at hand."""
+T = TypeVar("T")
+
+BLOCK = 128
+"""Queries of one call of the "sdpa" kernel, at most: fewer skip more, but give a call too little work."""
+
+
+def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> tuple[Kernel, str]:
+    """The kernel for train.attention and the reason, for the log. UserError if the device cannot run it."""
+    if setting == "flex" and not device.is_gpu:
+        raise UserError(
+            "train.attention=flex: torch's flex_attention has no backward on a CPU",
+            remedy="set train.attention=auto or sdpa",
+        )
+    if setting != "auto":
+        return setting, "asked for by train.attention"
+    if device.is_gpu:
+        return "flex", "on a GPU it skips what the documents mask, in one call"
+    return "sdpa", "the only kernel with a backward on a CPU"
 
 
 class PackedAttention(MegatronModule):
-    """query `[S, B, N/tp, D]`, key and value `[S, B, G/tp, D]`, segments `[B, S]` -> `[S, B, N/tp * D]`."""
+    """query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]`, value `[S/cp, B, G, E]` and row map -> `[S/cp, B, N * E]`.
+
+    N and G are this tensor rank's heads and groups; E, the values' head size, is D but for latent attention.
+    rope_base None: the keys come turned already. rope_axes 1: a token's position is its index in its document;
+    3: its (t, h, w). pg_collection.cp is the context group; `exchange` is how its ranks attend over the whole row.
+    """
 
     def __init__(
         self,
         config: TransformerConfig,
         layer_number: int,
-        rope_base: float,
+        *,
+        pg_collection: Any,
+        rope_base: float | None,
+        rope_axes: Literal[1, 3],
+        exchange: Literal["allgather", "alltoall"],
+        kernel: Kernel,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        assert config.context_parallel_size == 1, "config.check refuses context parallel"
         assert config.attention_dropout == 0.0, "PackedAttention has no dropout"
-        self.layer_number, self.rope_base = layer_number, rope_base
+        self.layer_number, self.rope_base, self.rope_axes = layer_number, rope_base, rope_axes
+        self.group, self.exchange = pg_collection.cp, exchange
+        self.attend = _attend_flex if kernel == "flex" else _attend_sdpa
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -49,21 +91,31 @@ class PackedAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         assert attention_bias is None and packed_seq_params is None
-        frequencies = inverse_frequencies(query.shape[-1], self.rope_base, query.device)
-        angles = cosines_and_sines(document_positions(attention_mask), frequencies, query.dtype)
-        query, key = rotate(query, *angles), rotate(key, *angles)
-        # Grouped keys are repeated: GPU kernels that take a mask and need no S x S scores take no grouped queries.
-        per_group = query.shape[2] // key.shape[2]
-        if per_group > 1:
-            key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
-        context = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=document_mask(attention_mask),
-            scale=self.softmax_scale,
-        )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        row_map, size = attention_mask, self.group.size()
+        chunks = local_chunks(row_map.shape[2], self.group.rank(), size)
+        if self.rope_base is not None:
+            angles = self._angles(row_map, chunks, query)
+            query, key = rotate(query, *angles), rotate(key, *angles)
+        if size > 1 and self.exchange == "alltoall":
+            query, key, value = tokens_to_heads((query, key, value), self.group)
+            context = self.attend(query, key, value, row_map, [(0, row_map.shape[2])], self.softmax_scale)
+            return heads_to_tokens(context, self.group).flatten(2)
+        if size > 1:
+            both = gather_row(torch.cat((key, value), dim=-1), self.group)
+            key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
+        return self.attend(query, key, value, row_map, chunks, self.softmax_scale).flatten(2)
+
+    def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of this rank's tokens, `[S/cp, B, 1, D]` each."""
+        base, axes, head_dim = self.rope_base, self.rope_axes, query.shape[-1]
+        assert base is not None
+
+        def make() -> tuple[torch.Tensor, torch.Tensor]:
+            position = row_map[:, 1:] if axes == 3 else document_positions(row_map[:, 0]).unsqueeze(1)
+            local = torch.cat([position[..., start:stop] for start, stop in chunks], dim=-1)
+            return cosines_and_sines(local, head_dim, base, query.dtype)
+
+        return _once_a_row_map(row_map, ("angles", *chunks, base, axes, head_dim, query.dtype), make)
 
 
 def document_mask(segment_BS: torch.Tensor) -> torch.Tensor:
@@ -78,3 +130,105 @@ def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
     starts = torch.zeros_like(segment_BS)
     starts[:, 1:] = torch.where(segment_BS[:, 1:] != segment_BS[:, :-1], index[1:], 0)
     return index - starts.cummax(dim=1).values
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Consecutive local queries, the blocks of keys that they see, and -inf where they see them not, `[B, 1, q, k]`."""
+
+    queries: int
+    keys: slice
+    mask: torch.Tensor
+
+
+def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype) -> list[_Block]:
+    segment, length = row_map[:, 0], row_map.shape[2]
+    ranges = [(at, min(at + BLOCK, stop)) for start, stop in chunks for at in range(start, stop, BLOCK)]
+    index = torch.arange(length, device=row_map.device)
+    # The one transfer from the device: for each block, where the first document that it touches starts.
+    reach = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]].tolist()
+    blocks = []
+    for (start, stop), first in zip(ranges, reach, strict=True):
+        keys = slice(first // BLOCK, -(-stop // BLOCK))
+        seen = slice(keys.start * BLOCK, min(keys.stop * BLOCK, length))
+        allowed = segment[:, start:stop, None] == segment[:, None, seen]
+        allowed &= index[start:stop, None] >= index[seen]
+        # A float mask is used as it is by every layer; torch would make one of a boolean in each.
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=row_map.device).masked_fill_(~allowed, -torch.inf)
+        blocks.append(_Block(stop - start, keys, mask.unsqueeze(1)))
+    return blocks
+
+
+def _attend_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, scale: float
+) -> torch.Tensor:
+    """Queries of these chunks of the row `[Q, B, N, D]`, the row's keys and values -> `[Q, B, N, E]`."""
+    blocks = _once_a_row_map(row_map, ("blocks", *chunks, query.dtype), lambda: _blocks(row_map, chunks, query.dtype))
+    # Grouped keys are repeated: GPU kernels that take a mask and need no S x S scores take no grouped queries.
+    per_group = query.shape[2] // key.shape[2]
+    if per_group > 1:
+        key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
+    queries = query.permute(1, 2, 0, 3).split([block.queries for block in blocks], dim=2)
+    # Split and joined rather than sliced: the gradient of a slice is as long as the row.
+    keys, values = (x.permute(1, 2, 0, 3).split(BLOCK, dim=2) for x in (key, value))
+    parts = [
+        F.scaled_dot_product_attention(
+            part, torch.cat(keys[block.keys], 2), torch.cat(values[block.keys], 2), attn_mask=block.mask, scale=scale
+        )
+        for part, block in zip(queries, blocks, strict=True)
+    ]
+    return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
+
+
+def _block_mask(row_map: torch.Tensor, chunks: Chunks) -> BlockMask:
+    segment, device = row_map[:, 0], row_map.device
+    index = torch.cat([torch.arange(*chunk, device=device) for chunk in chunks])
+
+    def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        at = index[q]
+        return (segment[b, at] == segment[b, k]) & (at >= k)
+
+    return create_block_mask(allowed, len(segment), None, len(index), segment.shape[1], device=device)
+
+
+def _attend_flex(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, scale: float
+) -> torch.Tensor:
+    """The same as `_attend_sdpa`; on a CPU uncompiled and without gradients, for tests."""
+    mask = _once_a_row_map(row_map, ("block mask", *chunks), lambda: _block_mask(row_map, chunks))
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    attend = flex_attention if query.device.type == "cpu" else _compiled_flex()
+    context = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return context.permute(2, 0, 1, 3)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+_LAST: list[tuple[torch.Tensor, int, dict[Any, Any]]] = []
+"""The row map that layers saw last, its version, and what was made of it."""
+
+
+def _once_a_row_map(row_map: torch.Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """make(), made by the first layer that asks and handed to the others.
+
+    The same row map is the same memory, unwritten since: recomputation hands on another tensor over it. It is kept
+    alive here until the next one comes, so that its address is not another's. Inference tensors do not tell whether
+    they were written to, so nothing is kept of them.
+    """
+    if row_map.is_inference():
+        return make()
+    if _LAST:
+        last, version, made = _LAST[0]
+        same = last.data_ptr() == row_map.data_ptr() and last.shape == row_map.shape
+        if not (same and last.stride() == row_map.stride() and version == row_map._version):
+            _LAST.clear()
+    if not _LAST:
+        _LAST.append((row_map, row_map._version, {}))
+    made = _LAST[0][2]
+    if key not in made:
+        made[key] = make()
+    result: T = made[key]
+    return result

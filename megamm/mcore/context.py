@@ -1,29 +1,77 @@
-"""Context parallel: a row's tokens split over ranks.
+"""Context parallel: a row's tokens split over ranks, and the two ways to attend over the whole row nevertheless.
 
-The split is a zigzag: of n ranks' 2n equal chunks of a row, rank r holds chunks r and 2n - 1 - r, so that
-under a causal mask every rank has the same work.
-Source: Brandon et al. 2023 ("Striped Attention", section 3, on the balance); the zigzag order is Megatron-core's.
+The split is a zigzag: of n ranks' 2n equal chunks of a row, rank r holds chunks r and 2n - 1 - r, so that under
+a causal mask every rank has the same work. To attend, either the ranks gather every token's keys and values
+(`gather_row`), or they trade tokens for heads, so that a rank has the whole row of some heads (`tokens_to_heads`)
+and trades back (`heads_to_tokens`). All are differentiable; gradients are exact.
+Sources: the zigzag order is Megatron-core's; Llama team 2024, section 3.3.2 (gathered keys and values);
+Jacobs et al. 2023 (DeepSpeed-Ulysses, the trade of heads).
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 
 
-def local_index(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
-    """Index in the row of each token of context rank `rank`, int64 `[S / size]`, ascending.
+def local_chunks(length: int, rank: int, size: int) -> list[tuple[int, int]]:
+    """(start, stop) in the row of the stretches that context rank `rank` holds, in their order there.
 
     The length must be a multiple of 2 * size where size > 1 (layout.check sees to it).
     """
-    index = torch.arange(length, device=device)
     if size == 1:
-        return index
+        return [(0, length)]
     assert length % (2 * size) == 0, f"a row of {length} tokens over {size} context ranks"
-    chunks = index.view(2 * size, -1)
-    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+    chunk = length // (2 * size)
+    return [(i * chunk, (i + 1) * chunk) for i in (rank, 2 * size - 1 - rank)]
 
 
-def whole_index(length: int, size: int, device: torch.device) -> torch.Tensor:
-    """Where each token of the row stands in the ranks' tokens laid end to end, int64 `[S]`.
+def local_index(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
+    """Index in the row of each token of context rank `rank`, int64 `[S / size]`, ascending."""
+    return torch.cat([torch.arange(*chunk, device=device) for chunk in local_chunks(length, rank, size)])
 
-    `torch.cat(parts_of_ranks)[whole_index(...)]` is the row in its order.
+
+def gather_row(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Every rank's tokens in row order: `[S/cp, ...]` -> `[S, ...]`; the gradient is summed over the ranks."""
+    gathered = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+    return ranks_to_row(gathered, group.size())
+
+
+def tokens_to_heads(heads: Sequence[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Of each tensor `[S/cp, B, N, D]` this rank's share of the heads, over the row: `[S, B, N'/cp, D]`.
+
+    One exchange serves all. Heads too few for the ranks are repeated: N' is the least common multiple of N and cp.
     """
-    return torch.cat([local_index(length, rank, size, device) for rank in range(size)]).argsort()
+    size = group.size()
+    repeated = [x.repeat_interleave(size // math.gcd(size, x.shape[2]), dim=2) for x in heads]
+    by_rank = [x.unflatten(2, (size, -1)) for x in repeated]  # [S/cp, B, cp, N'/cp, D]
+    sent = torch.cat([x.flatten(3) for x in by_rank], dim=-1).movedim(2, 0).flatten(0, 1)
+    received = ranks_to_row(all_to_all(group, sent), size)
+    shares = [x.shape[3:] for x in by_rank]
+    parts = received.split([share.numel() for share in shares], dim=-1)
+    return [part.unflatten(-1, share) for part, share in zip(parts, shares, strict=True)]
+
+
+def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """The whole row of this rank's heads to this rank's tokens of all heads: `[S, B, N/cp, D]` -> `[S/cp, B, N, D]`."""
+    size = group.size()
+    received = all_to_all(group, row_to_ranks(x, size))
+    return torch.cat(received.chunk(size), dim=2)
+
+
+def ranks_to_row(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The ranks' tokens laid end to end, put into the row's order: `[S, ...]` to the same."""
+    if size == 1:
+        return x
+    early, late = x.unflatten(0, (size, 2, -1)).unbind(1)
+    return torch.cat((early, late.flip(0))).flatten(0, 1)
+
+
+def row_to_ranks(x: torch.Tensor, size: int) -> torch.Tensor:
+    """The inverse of `ranks_to_row`: `[S, ...]` to the same."""
+    if size == 1:
+        return x
+    early, late = x.unflatten(0, (2, size, -1)).unbind(0)
+    return torch.stack((early, late.flip(0)), dim=1).flatten(0, 2)

@@ -1,9 +1,14 @@
-"""Rotary position embedding at explicit positions (Su et al. 2021, "RoFormer").
+"""Rotary position embedding at explicit positions, of one axis or three.
 
-Channel pair (i, i + D/2) of a head turns by the angle position * base^(-2i / D).
+Channel pair (i, i + D/2) of a head turns by the angle position * base^(-2i / D) (Su et al. 2021, "RoFormer").
+With three axes every pair follows one of (t, h, w), dealt in turn, so that each axis gets high and low
+frequencies; the slowest pairs are left to t (Qwen3-VL, Bai et al. 2025: the interleaved M-RoPE; Wang et al. 2024,
+Qwen2-VL, for M-RoPE itself). Where t = h = w, as in text, it is the one-axis embedding.
 """
 
 import torch
+
+from megamm.errors import UserError
 
 
 def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> torch.Tensor:
@@ -11,11 +16,36 @@ def inverse_frequencies(head_dim: int, base: float, device: torch.device) -> tor
     return base ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
 
 
+def sections(head_dim: int) -> tuple[int, int, int]:
+    """How many of a head's D / 2 channel pairs follow t, h and w: in Qwen3-VL's proportion, 24 : 20 : 20 of 64.
+
+    UserError if there are not three pairs.
+    """
+    pairs = head_dim // 2
+    if pairs < 3:
+        raise UserError(f"model.head_dim = {head_dim} is too small for three axes", remedy="set at least 6")
+    spatial = max(1, pairs * 20 // 64)
+    return pairs - 2 * spatial, spatial, spatial
+
+
+def axis_of_pairs(head_dim: int, axes: int, device: torch.device) -> torch.Tensor:
+    """Which axis (0 t, 1 h, 2 w) each channel pair follows, int64 `[D / 2]`: t h w t h w .. t t. One axis: all 0."""
+    pair = torch.arange(head_dim // 2, device=device)
+    if axes == 1:
+        return torch.zeros_like(pair)
+    return torch.where(pair < 3 * sections(head_dim)[1], pair % 3, 0)
+
+
 def cosines_and_sines(
-    position_BS: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+    position_BAS: torch.Tensor, head_dim: int, base: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the angles, computed in float32 and cast, `[S, B, 1, D]` each; sines are negative for the first of a pair."""
-    angles = position_BS.t()[:, :, None, None].float() * frequencies
+    """Of the angles, computed in float32 and cast, `[S, B, 1, D]` each; sines are negative for the first of a pair.
+
+    position `[B, A, S]` has A = 1 or 3 axes.
+    """
+    device = position_BAS.device
+    position = position_BAS[:, axis_of_pairs(head_dim, position_BAS.shape[1], device)].permute(2, 0, 1).unsqueeze(2)
+    angles = position.float() * inverse_frequencies(head_dim, base, device)
     cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
 
