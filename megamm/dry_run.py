@@ -1,71 +1,232 @@
-"""What a run would be, without starting it: ranks to layout, parameters per rank, tokens per step."""
+"""What a run would be, without starting it: the layout, each stage's parameters and memory, and whether it all fits.
 
+The real model of enough ranks is built on the meta device (mcore/paper.py) to cover every shard of every weight:
+all of tensor x pipeline and of expert x expert tensor x pipeline, and the last rank of every stage. Checked are the
+groups of the whole world, the pipeline split, the tokens of a row and the ownership of every parameter element.
+Input: a resolved config, a vocabulary size, a world size. Output: a text, and the first inconsistency if there is one.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
+
+from megamm import layout, ownership
 from megamm.config import RunConfig
-from megamm.metrics import parameter_count
+from megamm.errors import UserError
+
+if TYPE_CHECKING:
+    from megamm.mcore.paper import Family, RankModel
+
+BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
+"""Of a parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; sharded by ZeRO-1)."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's coordinates; Megatron's order: tensor fastest, then data, then pipeline."""
+    """A rank's coordinates."""
 
     rank: int
     tensor: int
+    context: int
     data: int
     pipeline: int
     expert: int
 
 
+class Grid:
+    """Megatron's rank order, tensor fastest: tensor, context, data, pipeline; for experts tensor, expert, data, pipeline.
+
+    `dense` and `expert` give each axis (by Megatron's name) the coordinate of every rank, int64 `[world]`.
+    """
+
+    def __init__(self, config: RunConfig, world_size: int) -> None:
+        p = config.parallel
+        self.world_size, self.stage = world_size, world_size // p.pipeline
+        self.expert_ranks = p.expert_tensor * p.expert
+        self.data = config.data_parallel(world_size)
+        self.dense_replicas, self.expert_replicas = self.data * p.context, self.stage // self.expert_ranks
+        self.tensor = p.tensor
+        self.dense = _coordinates(world_size, {"tp": p.tensor, "cp": p.context, "dp": self.data, "pp": p.pipeline})
+        sizes = {"tp": p.expert_tensor, "ep": p.expert, "dp": self.expert_replicas, "pp": p.pipeline}
+        self.expert = _coordinates(world_size, sizes)
+
+    def place(self, rank: int) -> Place:
+        axes = [int(self.dense[axis][rank]) for axis in ("tp", "cp", "dp", "pp")]
+        return Place(rank, *axes, int(self.expert["ep"][rank]))
+
+    def built_ranks(self) -> list[int]:
+        """Ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
+        each = max(self.tensor, self.expert_ranks)
+        starts = range(0, self.world_size, self.stage)
+        firsts = [start + i for start in starts for i in range(each)]
+        return firsts + [start + self.stage - 1 for start in starts if each < self.stage]
+
+    def first_with(self, rank: int, is_expert: bool) -> int:
+        """The lowest rank that holds the same dense (or expert) shards."""
+        start = rank - rank % self.stage
+        return start + (rank - start) % (self.expert_ranks if is_expert else self.tensor)
+
+
+def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    rest, found = np.arange(world_size), {}
+    for axis, size in sizes.items():
+        found[axis], rest = rest % size, rest // size
+    return found
+
+
 def places(config: RunConfig, world_size: int) -> list[Place]:
-    """Coordinates of every rank; the expert grid (TP 1) is laid over the same ranks."""
-    p, data = config.parallel, config.data_parallel(world_size)
-    stage = p.tensor * data
-    return [
-        Place(
-            rank,
-            rank % p.tensor,
-            rank // p.tensor % data,
-            rank // stage,
-            rank % stage % p.expert,
+    """Coordinates of every rank."""
+    grid = Grid(config, world_size)
+    return [grid.place(rank) for rank in range(world_size)]
+
+
+def parameters_of_rank(config: RunConfig, vocabulary_size: int, world_size: int, rank: int) -> int:
+    """Parameters that the rank holds, run-time padding of the vocabulary included. Not from within a job."""
+    from megamm.mcore.paper import PaperWorld
+
+    return PaperWorld(config, vocabulary_size, world_size).rank(rank).parameters
+
+
+def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
+    """Megatron's groups of each kind must hold every rank once and vary over their own axes only."""
+    for family in families:
+        name = f"{'expert ' if family.expert_grid else ''}{'-'.join(family.axes)} groups"
+        coordinates = grid.expert if family.expert_grid else grid.dense
+        if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
+            return f"{name} do not hold every rank once"
+        for axis, of_rank in coordinates.items():
+            inside = of_rank[family.ranks]
+            if axis not in family.axes and (inside != inside[:, :1]).any():
+                row = int(np.argwhere(inside != inside[:, :1])[0][0])
+                return f"the {name} mix ranks of several {axis} coordinates: {family.ranks[row][:4].tolist()}..."
+        count = np.prod([of_rank.max() + 1 for axis, of_rank in coordinates.items() if axis in family.axes], dtype=int)
+        if family.ranks.shape[1] != count:
+            return f"the {name} have {family.ranks.shape[1]} ranks, not {count}"
+    return None
+
+
+def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[int]) -> str | None:
+    """Every rank must have the coordinates and the layers that the layout gives it; split: layers of each chunk."""
+    ends = np.cumsum([0, *split])
+    stages = int(grid.dense["pp"][-1]) + 1
+    for rank, model in models.items():
+        place = grid.place(rank)
+        if model.place != (place.tensor, place.context, place.data, place.pipeline, place.expert):
+            return f"rank {rank} is {model.place} in Megatron's groups (tensor, context, data, pipeline, expert)"
+        chunks = range(place.pipeline, len(split), stages)
+        wanted = [list(range(int(ends[chunk]) + 1, int(ends[chunk + 1]) + 1)) for chunk in chunks]
+        if model.layers != wanted:
+            return f"rank {rank} builds the layers {model.layers}, not {wanted}"
+    return None
+
+
+def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
+    """Every element owned once and held as often as its gradient is reduced; equal ranks hold equal shards."""
+    held = []
+    for rank, model in models.items():
+        described = sum(piece.size for piece in model.pieces if piece.is_parameter)
+        if described != model.parameters:
+            return f"rank {rank} holds {model.parameters} parameters and a checkpoint would have {described} of them"
+        for is_expert in (False, True):
+            pieces = [piece for piece in model.pieces if piece.is_expert == is_expert]
+            first = grid.first_with(rank, is_expert)
+            if first == rank:
+                ranks = grid.expert_replicas if is_expert else grid.dense_replicas
+                held += [(piece, ranks) for piece in pieces]
+                continue
+            others = [piece for piece in models[first].pieces if piece.is_expert == is_expert]
+            for piece, other in zip(pieces, others, strict=True):
+                if piece != other._replace(is_owner=False):
+                    return f"tensor {piece.key}: rank {rank} should hold a replica of rank {first}'s {other}, has {piece}"
+    return ownership.fault(held)
+
+
+def tokens_fault(config: RunConfig) -> str | None:
+    """Every token of a row must be on one context rank, in equal parts for sequence parallel."""
+    import torch
+
+    from megamm.mcore.context import local_index
+
+    p, length = config.parallel, config.data.seq_length
+    parts = [local_index(length, rank, p.context, torch.device("cpu")) for rank in range(p.context)]
+    if not torch.equal(torch.cat(parts).sort().values, torch.arange(length)):
+        return f"the {length} tokens of a row are not each on one of {p.context} context ranks"
+    if p.sequence and any(len(part) % p.tensor for part in parts):
+        return f"{len(parts[0])} tokens do not split over {p.tensor} tensor ranks"
+    return None
+
+
+def describe(
+    config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
+) -> tuple[str, str | None]:
+    """The printed text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start)."""
+    from megamm.mcore.paper import PaperWorld
+
+    if rank is not None and not 0 <= rank < world_size:
+        raise UserError(f"--rank {rank} is not one of {world_size} ranks", remedy="give a smaller rank")
+    start = time.monotonic()
+    grid, world = Grid(config, world_size), PaperWorld(config, vocabulary_size, world_size)
+    built = dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))
+    models = {r: world.rank(r) for r in built}
+    found = (
+        groups_fault(list(world.families.values()), grid)
+        or stages_fault(models, grid, layout.layers_per_chunk(config, vocabulary_size))
+        or shards_fault(models, grid)
+        or tokens_fault(config)
+    )
+    sizes = {p.key: int(np.prod(p.shape)) for m in models.values() for p in m.pieces if p.is_parameter}
+    lines = _layout_lines(config, grid) + [f"model: {sum(sizes.values()):,} parameters in {len(sizes)} tensors"]
+    lines += _stage_lines(config, grid, models) + ([] if rank is None else _rank_lines(models[rank], rank))
+    lines.append(
+        f"built {len(models):,} ranks on the meta device: all of tensor x pipeline and of expert x expert tensor x "
+        f"pipeline, and the last of every stage; the other {world_size - len(models):,} have the same coordinates"
+    )
+    if not found:
+        lines.append(
+            f"consistent: {len(sizes)} tensors, each element owned once over tensor x pipeline x expert, "
+            f"by {grid.dense_replicas} replicas (experts {grid.expert_replicas}); "
+            f"{len(world.families)} kinds of groups each hold every rank once"
         )
-        for rank in range(world_size)
-    ]
+    return "\n".join([*lines, f"took {time.monotonic() - start:.1f} s"]), found
 
 
-def parameters_of_rank(config: RunConfig, vocabulary_size: int, pipeline: int) -> int:
-    """Parameters that a rank of this stage holds, run-time padding of the vocabulary included."""
-    m, p = config.model, config.parallel
-    layers = m.num_layers // p.pipeline
-    attention = m.hidden_size * m.head_dim * (2 * m.num_attention_heads + 2 * m.num_query_groups) // p.tensor
-    norms = 2 * m.head_dim + 2 * m.hidden_size
-    if m.moe.num_experts:
-        expert = 3 * m.hidden_size * m.moe.ffn_hidden_size
-        mlp = m.moe.num_experts * m.hidden_size + m.moe.num_experts // p.expert * expert
-    else:
-        mlp = 3 * m.hidden_size * m.ffn_hidden_size // p.tensor
-    table = -(-vocabulary_size // p.tensor) * m.hidden_size
-    first, last = pipeline == 0, pipeline == p.pipeline - 1
-    shared = first and last and m.tie_embeddings
-    ends = table * (int(first) + int(last) - int(shared)) + (m.hidden_size if last else 0)
-    return layers * (attention + norms + mlp) + ends
-
-
-def describe(config: RunConfig, vocabulary_size: int, world_size: int) -> str:
-    """The printed text of `megamm train CONFIG --dry-run`."""
-    t, s = config.train, config.data.seq_length
-    data = config.data_parallel(world_size)
-    lines = [
-        f"world size {world_size} = tensor {config.parallel.tensor} x pipeline {config.parallel.pipeline} x data {data}"
-        f" (expert parallel {config.parallel.expert}, sequence parallel {config.parallel.sequence})",
-        f"model {parameter_count(config.model, vocabulary_size):,} parameters, vocabulary {vocabulary_size:,}",
+def _layout_lines(config: RunConfig, grid: Grid) -> list[str]:
+    p, t, s, data = config.parallel, config.train, config.data.seq_length, grid.data
+    return [
+        f"world size {grid.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x data {data} x context {p.context}"
+        f" (sequence parallel {'on' if p.sequence else 'off'}); "
+        f"experts: expert {p.expert} x expert tensor {p.expert_tensor} x pipeline {p.pipeline} x "
+        f"data {grid.expert_replicas}",
         f"step {t.global_batch} rows x {s} = {t.global_batch * s:,} tokens in "
         f"{t.global_batch // (t.micro_batch * data)} microbatches of {t.micro_batch} rows on each data rank; "
         f"{t.steps:,} steps = {t.steps * t.global_batch * s:,} tokens",
-        "rank  tensor  data  pipeline  expert  parameters",
     ]
-    for place in places(config, world_size):
-        count = parameters_of_rank(config, vocabulary_size, place.pipeline)
-        columns = (place.rank, place.tensor, place.data, place.pipeline, place.expert)
-        lines.append("{:>4}  {:>6}  {:>4}  {:>8}  {:>6}".format(*columns) + f"  {count:>10,}")
-    return "\n".join(lines)
+
+
+def _stage_lines(config: RunConfig, grid: Grid, models: Mapping[int, "RankModel"]) -> list[str]:
+    """One line for the ranks of a stage, which differ in nothing that is counted here."""
+    weight, gradient, state = BYTES[config.train.precision]
+    lines = ["stage   ranks      parameters  weights  gradients  optimizer  GiB of a rank  layers of its chunks"]
+    for start in range(0, grid.world_size, grid.stage):
+        model = models[start]
+        sharded = model.dense_parameters / grid.dense_replicas + model.expert_parameters / grid.expert_replicas
+        gib = [n / 2**30 for n in (model.parameters * weight, model.parameters * gradient, sharded * state)]
+        layers = " ".join(_span(chunk) for chunk in model.layers)
+        columns = "{:>7.2f}  {:>9.2f}  {:>9.2f}  {:>13.2f}".format(*gib, sum(gib))
+        lines.append(f"{start // grid.stage:>5}  {grid.stage:>6}  {model.parameters:>14,}  {columns}  {layers}")
+    return lines
+
+
+def _span(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _rank_lines(model: "RankModel", rank: int) -> list[str]:
+    coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.place, strict=True)
+    lines = [f"rank {rank}: " + ", ".join(f"{axis} {i}" for axis, i in coordinates)]
+    for kind, members in model.members.items():
+        lines.append(f"  {kind:>7} group: {len(members):>6} ranks, {members[0]} to {members[-1]}")
+    return lines

@@ -6,6 +6,7 @@ numbers are proven against one rank (docs/parallelism.md).
 
 from megamm.config import ModelConfig, RunConfig
 from megamm.errors import UserError
+from megamm.model import size
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -149,14 +150,15 @@ def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
         return list(p.layers_per_chunk)
     if chunks == 1:
         return [m.num_layers]
-    layer, table = layer_cost(m), vocabulary_size * m.hidden_size
-    tail = table + m.mtp.num_layers * (layer + table + 2 * m.hidden_size**2)
+    # A token's time in a layer is proportional to the weights that it is multiplied with.
+    layer, table = size.layer_parameters(m, active=True), vocabulary_size * m.hidden_size
+    tail = table + m.mtp.num_layers * (size.mtp_parameters(m, active=True) + table)
 
     def badness(split: list[int]) -> tuple[int, int, list[int]]:
         work = [n * layer for n in split]
         work[-1] += tail
-        size = [work[0] + table, *work[1:]]
-        return max(work), max(size), [-n for n in split]
+        held = [work[0] + table, *work[1:]]
+        return max(work), max(held), [-n for n in split]
 
     return min(_candidates(m.num_layers, chunks), key=badness)
 
@@ -171,21 +173,3 @@ def _candidates(layers: int, chunks: int) -> list[list[int]]:
             each, more = divmod(layers - first - last, chunks - 2)
             found.append([first, *(each + (i < more) for i in range(chunks - 2)), last])
     return found
-
-
-def layer_cost(m: ModelConfig) -> int:
-    """Weights of one layer that a token is multiplied with: proportional to its time."""
-    if m.mla.kv_lora_rank:
-        a, heads = m.mla, m.num_attention_heads
-        qk = a.qk_head_dim + a.qk_rope_head_dim
-        query = m.hidden_size * a.q_lora_rank + a.q_lora_rank * heads * qk
-        query = query if a.q_lora_rank else m.hidden_size * heads * qk
-        latent = m.hidden_size * (a.kv_lora_rank + a.qk_rope_head_dim)
-        attention = query + latent + a.kv_lora_rank * heads * (a.qk_head_dim + a.v_head_dim)
-        attention += heads * a.v_head_dim * m.hidden_size
-    else:
-        attention = m.hidden_size * m.head_dim * (2 * m.num_attention_heads + 2 * m.num_query_groups)
-    if m.moe.num_experts == 0:
-        return attention + 3 * m.hidden_size * m.ffn_hidden_size
-    width = m.moe.top_k * m.moe.ffn_hidden_size + m.moe.shared_ffn_hidden_size
-    return attention + m.hidden_size * (m.moe.num_experts + 3 * width)

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megamm.config import ModelConfig
 
 METRICS = "metrics.jsonl"
 
@@ -93,21 +92,3 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 def finite_or_none(value: float) -> float | None:
     """JSON has no NaN: a modality without tokens in a step has no loss."""
     return value if math.isfinite(value) else None
-
-
-def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) -> int:
-    """Parameters of the whole model; with `active`, those that one token passes (top-k experts, no look-up)."""
-    attention = m.hidden_size * m.head_dim * (2 * m.num_attention_heads + 2 * m.num_query_groups) + 2 * m.head_dim
-    mlp = 3 * m.hidden_size * m.ffn_hidden_size
-    if m.moe.num_experts:
-        experts = m.moe.top_k if active else m.moe.num_experts
-        mlp = m.moe.num_experts * m.hidden_size + experts * 3 * m.hidden_size * m.moe.ffn_hidden_size
-    layers = m.num_layers * (attention + mlp + 2 * m.hidden_size) + m.hidden_size
-    embeddings = 1 if m.tie_embeddings or active else 2
-    return layers + embeddings * vocabulary_size * m.hidden_size
-
-
-def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
-    """Training FLOPs of one token: 6 per active parameter, and the causal attention products (Chowdhery 2022)."""
-    attention = 6 * m.num_layers * m.num_attention_heads * m.head_dim * seq_length
-    return 6.0 * parameter_count(m, vocabulary_size, active=True) + attention

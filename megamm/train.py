@@ -18,6 +18,7 @@ from megamm.data.loader import Loader
 from megamm.data.run_data import RunData, open_run_data
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
+from megamm.model import size
 from megamm.objective import weight_tensor
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class Trainer:
             values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
             values |= {"grad_norm": done.grad_norm, "lr": done.lr, "padding_share": self.loader.padding_share}
             m, s = self.config.model, self.config.data.seq_length
-            values["flops_per_token"] = metrics.flops_per_token(m, self.data.vocabulary.size, s)
+            values["flops_per_token"] = size.flops_per_token(m, self.data.vocabulary.size, s)
             self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
 
     def _evaluate(self) -> None:

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from megamm.convert import qwen3
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
+from megamm.errors import UserError
 from megamm.mcore import groups as grid
 
 VOCABULARY = 301
@@ -131,6 +132,23 @@ def _of_live_name(stacked, name):
         expert, which = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
         return stacked[f"decoder.layers.mlp.experts.experts.{which}"][int(layer), int(expert)]
     return stacked[f"decoder.layers.{rest}"][int(layer)]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"rope_axes": 3},
+        {"mtp": {"num_layers": 1}},
+        {"mla": {"kv_lora_rank": 8}},
+        {"moe": MODELS["moe"]["moe"] | {"shared_ffn_hidden_size": 8}},
+        {"moe": MODELS["moe"]["moe"] | {"score": "sigmoid"}},
+        {"megatron": {"attention_output_gate": True}},
+    ],
+    ids=str,
+)
+def test_what_qwen3_cannot_express_is_refused_by_name(model):
+    with pytest.raises(UserError, match=rf"cannot express model\.{next(iter(model))}"):
+        qwen3.check_expressible(case_config({"model": model}).model)
 
 
 def test_names_round_trip_bit_for_bit(pair):

@@ -49,6 +49,7 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     state = checkpoint.read_state(folder)
     config = config_from_dict(state.config, where=folder)
     vocabulary = Vocabulary.from_json(state.vocabulary)
+    qwen3.check_expressible(config.model)
     _start_alone()
     from megamm.mcore import store
 

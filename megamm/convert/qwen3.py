@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megamm.config import ModelConfig
+from megamm.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -28,8 +29,27 @@ _DENSE = {"mlp.linear_fc2.weight": "mlp.down_proj.weight"}
 _MOE = {"mlp.router.weight": "mlp.gate.weight"}
 
 
+_TRAINING_ONLY = {"moe_z_loss_coeff", "moe_router_dtype", "deterministic_mode"}
+"""Passed-through fields that leave the function of the weights as it is."""
+
+
 def _plain(m: ModelConfig) -> dict[str, str]:
     return _PLAIN | (_MOE if m.moe.num_experts else _DENSE)
+
+
+def check_expressible(m: ModelConfig) -> None:
+    """UserError naming the first field of the model that no Qwen3 class has: nothing is dropped in silence."""
+    foreign = {
+        "model.mla.kv_lora_rank": m.mla.kv_lora_rank > 0,
+        "model.mtp.num_layers": m.mtp.num_layers > 0,
+        "model.rope_axes": m.rope_axes != 1,
+        "model.moe.shared_ffn_hidden_size": m.moe.shared_ffn_hidden_size > 0,
+        "model.moe.score": m.moe.num_experts > 0 and m.moe.score != "softmax",
+    }
+    foreign |= {f"model.megatron.{name}": name not in _TRAINING_ONLY for name in m.megatron}
+    for key, is_set in foreign.items():
+        if is_set:
+            raise UserError(f"Qwen3 and Qwen3-MoE cannot express {key}", remedy="train without it to export")
 
 
 def to_transformers(stored: Tensors, m: ModelConfig, vocabulary_size: int) -> Tensors:

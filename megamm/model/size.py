@@ -1,0 +1,49 @@
+"""Parameters and training FLOPs of a model, from its config alone.
+
+"Active" are the parameters that one token is multiplied with: its top-k experts of all, the head, and not the
+embedding table, which is only looked up.
+"""
+
+from megamm.config import ModelConfig
+
+
+def attention_parameters(m: ModelConfig) -> int:
+    """Of one layer's attention, its q/k (or latent) norms included."""
+    heads, hidden, a = m.num_attention_heads, m.hidden_size, m.mla
+    if a.kv_lora_rank == 0:
+        return hidden * m.head_dim * (2 * heads + 2 * m.num_query_groups) + 2 * m.head_dim
+    qk = heads * (a.qk_head_dim + a.qk_rope_head_dim)
+    query = a.q_lora_rank * (hidden + 1 + qk) if a.q_lora_rank else hidden * qk
+    latent = hidden * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
+    return query + latent + a.kv_lora_rank * heads * (a.qk_head_dim + a.v_head_dim) + heads * a.v_head_dim * hidden
+
+
+def layer_parameters(m: ModelConfig, active: bool = False) -> int:
+    """Of one transformer layer."""
+    mlp = 3 * m.hidden_size * m.ffn_hidden_size
+    if m.moe.num_experts:
+        experts = m.moe.top_k if active else m.moe.num_experts
+        widths = experts * m.moe.ffn_hidden_size + m.moe.shared_ffn_hidden_size
+        mlp = m.hidden_size * (m.moe.num_experts + 3 * widths)
+    return attention_parameters(m) + mlp + 2 * m.hidden_size
+
+
+def mtp_parameters(m: ModelConfig, active: bool = False) -> int:
+    """Of one multi-token-prediction module, without the embedding and the head that it shares with the model."""
+    return layer_parameters(m, active) + 2 * m.hidden_size**2 + 3 * m.hidden_size
+
+
+def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) -> int:
+    """Of the whole model."""
+    layers = m.num_layers * layer_parameters(m, active) + m.mtp.num_layers * mtp_parameters(m, active) + m.hidden_size
+    heads = 1 + m.mtp.num_layers  # each depth is multiplied with the head
+    tables = heads if active else 1 if m.tie_embeddings else 2
+    return layers + tables * vocabulary_size * m.hidden_size
+
+
+def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
+    """Training FLOPs of one token: 6 per active parameter, and the causal attention products (Chowdhery 2022)."""
+    mla = m.mla
+    head_dims = mla.qk_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla.kv_lora_rank else 2 * m.head_dim
+    attention = 3 * (m.num_layers + m.mtp.num_layers) * m.num_attention_heads * head_dims * seq_length
+    return 6.0 * parameter_count(m, vocabulary_size, active=True) + attention

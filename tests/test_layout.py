@@ -1,0 +1,64 @@
+"""The pipeline's split: every layer placed once, the slowest chunk as fast as any split can make it."""
+
+import itertools
+
+import pytest
+
+from megamm.config import RunConfig, config_from_dict
+from megamm.layout import layers_per_chunk
+from megamm.model import size
+
+MODEL = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "head_dim": 16}
+
+
+def _config(layers: int, pipeline: int, virtual: int = 1, **model) -> RunConfig:
+    return config_from_dict(
+        {
+            "output": "unused",
+            "model": MODEL | {"num_layers": layers} | model,
+            "data": {"seq_length": 64, "sources": [{"path": "unused"}]},
+            "tokenizers": {},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1, "global_batch": 8, "micro_batch": 1},
+            "parallel": {"pipeline": pipeline, "virtual_pipeline": virtual},
+        },
+        "test",
+    )
+
+
+def _slowest(config: RunConfig, split: list[int], vocabulary: int) -> int:
+    work = [n * size.layer_parameters(config.model, active=True) for n in split]
+    work[-1] += vocabulary * config.model.hidden_size
+    return max(work)
+
+
+@pytest.mark.parametrize("layers", [4, 5, 9])
+@pytest.mark.parametrize("pipeline", [1, 2, 3, 4])
+@pytest.mark.parametrize("vocabulary", [64, 640, 3000, 20000])
+def test_no_split_is_faster(layers, pipeline, vocabulary):
+    config = _config(layers, pipeline)
+    split = layers_per_chunk(config, vocabulary)
+    assert sum(split) == layers and len(split) == pipeline and min(split) >= 1
+    every = [s for s in itertools.product(range(1, layers + 1), repeat=pipeline) if sum(s) == layers]
+    assert _slowest(config, split, vocabulary) == min(_slowest(config, list(s), vocabulary) for s in every)
+
+
+def test_a_heavy_head_leaves_the_last_stage_fewer_layers():
+    layer = size.layer_parameters(_config(8, 2).model, active=True)
+    assert layers_per_chunk(_config(8, 2), 2 * layer // 64) == [5, 3]
+    # The embedding table, as large as two layers, is counted where the head leaves a choice.
+    assert layers_per_chunk(_config(8, 2, 2), 2 * layer // 64) == [1, 3, 3, 1]
+
+
+def test_a_configured_split_is_taken_as_it_is():
+    config = _config(8, 2)
+    config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"layers_per_chunk": [7, 1]})})
+    assert layers_per_chunk(config, 64) == [7, 1]
+
+
+@pytest.mark.parametrize("model", [{}, {"mtp": {"num_layers": 2}}])
+def test_counts_are_those_of_the_model_with_its_heads(model):
+    config = _config(3, 1, **model)
+    own = 3 * size.layer_parameters(config.model) + MODEL["hidden_size"] + 2 * 100 * MODEL["hidden_size"]
+    own += config.model.mtp.num_layers * size.mtp_parameters(config.model)
+    assert size.parameter_count(config.model, 100) == own
