@@ -15,11 +15,12 @@ Sources: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries);
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -79,6 +80,8 @@ class PackedAttention(MegatronModule):
         self.group, self.exchange = pg_collection.cp, exchange
         self.attend = _attend_flex if kernel == "flex" else _attend_sdpa
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.tensor_group = pg_collection.tp
+        self.shared_channels = config.qk_pos_emb_head_dim if config.multi_latent_attention else 0
 
     def forward(
         self,
@@ -92,6 +95,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         assert attention_bias is None and packed_seq_params is None
         row_map, size = attention_mask, self.group.size()
+        if self.shared_channels and self.tensor_group.size() > 1:
+            key = self._shared_by_all_heads(key)
         chunks = local_chunks(row_map.shape[2], self.group.rank(), size)
         if self.rope_base is not None:
             angles = self._angles(row_map, chunks, query)
@@ -104,6 +109,13 @@ class PackedAttention(MegatronModule):
             both = gather_row(torch.cat((key, value), dim=-1), self.group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return self.attend(query, key, value, row_map, chunks, self.softmax_scale).flatten(2)
+
+    def _shared_by_all_heads(self, key: torch.Tensor) -> torch.Tensor:
+        """The same keys. All heads of latent attention share the channels that carry position: their gradient is the
+        sum over the heads of all tensor ranks, and Megatron sums this rank's only."""
+        own, shared = key.split([key.shape[-1] - self.shared_channels, self.shared_channels], dim=-1)
+        shared = copy_to_tensor_model_parallel_region(shared[:, :, :1], self.tensor_group)
+        return torch.cat((own, shared.expand(-1, -1, key.shape[2], -1)), dim=-1)
 
     def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of this rank's tokens, `[S/cp, B, 1, D]` each."""
@@ -207,27 +219,36 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-_LAST: list[tuple[torch.Tensor, int, dict[Any, Any]]] = []
-"""The row map that layers saw last, its version, and what was made of it."""
+@dataclass
+class _Seen:
+    """A row map, how often it had been written to, and what was made of it."""
+
+    row_map: torch.Tensor
+    version: int
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    def is_of(self, row_map: torch.Tensor) -> bool:
+        """Whether it is the same memory, unwritten since: recomputation hands on another tensor over it."""
+        own = self.row_map
+        return (own.data_ptr(), own.shape, own.stride(), self.version) == (
+            row_map.data_ptr(),
+            row_map.shape,
+            row_map.stride(),
+            row_map._version,
+        )
+
+
+_LAST: list[_Seen] = []
+"""The row map that layers saw last, if any. Kept alive, so that its address cannot become another's."""
 
 
 def _once_a_row_map(row_map: torch.Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """make(), made by the first layer that asks and handed to the others.
-
-    The same row map is the same memory, unwritten since: recomputation hands on another tensor over it. It is kept
-    alive here until the next one comes, so that its address is not another's. Inference tensors do not tell whether
-    they were written to, so nothing is kept of them.
-    """
-    if row_map.is_inference():
+    """make(), by the first layer that asks, for all that ask about the same row map under the same key."""
+    if row_map.is_inference():  # such a tensor does not tell whether it was written to
         return make()
-    if _LAST:
-        last, version, made = _LAST[0]
-        same = last.data_ptr() == row_map.data_ptr() and last.shape == row_map.shape
-        if not (same and last.stride() == row_map.stride() and version == row_map._version):
-            _LAST.clear()
-    if not _LAST:
-        _LAST.append((row_map, row_map._version, {}))
-    made = _LAST[0][2]
+    if not (_LAST and _LAST[0].is_of(row_map)):
+        _LAST[:] = [_Seen(row_map, row_map._version)]
+    made = _LAST[0].made
     if key not in made:
         made[key] = make()
     result: T = made[key]
