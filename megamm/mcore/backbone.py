@@ -14,6 +14,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -93,7 +94,8 @@ def layer_spec(config: TransformerConfig, attention: dict[str, Any]) -> ModuleSp
     )
     own = layer.submodules.self_attention
     core = ModuleSpec(PackedAttention, attention)
-    norms = {"q_layernorm": RMSNorm, ("kv_layernorm" if latent else "k_layernorm"): RMSNorm}
+    norms = {"kv_layernorm" if latent else "k_layernorm": RMSNorm}
+    norms["q_layernorm"] = IdentityOp if latent and config.q_lora_rank is None else RMSNorm
     parts = replace(
         layer.submodules,
         input_layernorm=RMSNorm,
@@ -155,6 +157,9 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
                 vp_stage=stage,
             ).to(device.torch_device)
         chunks.append(model.bfloat16() if megatron_config.bf16 else model)
+    # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
+    # are; a latent's norm is before the split into heads, and summing would multiply its gradient.
+    megatron_config.qk_layernorm = not megatron_config.multi_latent_attention
     return chunks
 
 

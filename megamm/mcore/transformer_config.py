@@ -116,9 +116,6 @@ def _latent_fields(config: RunConfig) -> dict[str, Any]:
         rope_type="rope",
         rotary_base=config.model.rope_base,
         rotary_scaling_factor=1.0,  # or it would scale the softmax as YaRN does
-        # The latents' norms are in the layer spec. This switch is about norms of heads, whose gradients Megatron sums
-        # over tensor parallel; it would do so with the latents', which every tensor rank already has whole.
-        qk_layernorm=False,
     )
 
 
