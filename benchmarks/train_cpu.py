@@ -161,6 +161,39 @@ def ranks(parallel: dict[str, Any], processes: int, rounds: int, steps: int) -> 
     return float(next(line for line in done.stdout.splitlines() if line.startswith("median ")).split()[1])
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "DP=2": {},
+    "TP=2": {"tensor": 2},
+    "TP=2, sequence": {"tensor": 2, "sequence": True},
+    "PP=2": {"pipeline": 2},
+    "CP=2, all-gather": {"context": 2},
+    "CP=2, all-to-all": {"context": 2, "context_exchange": "alltoall"},
+}
+
+
+def against_one_rank(rounds: int, steps: int, starts: int = 3) -> dict[str, Any]:
+    """Each layout of two ranks against one rank in turns, one thread a rank; prints the table.
+
+    Efficiency: tokens per second and core, as a share of one rank's.
+    """
+    speeds: dict[str, list[float]] = {name: [] for name in ("one rank", *LAYOUTS)}
+    for _ in range(starts):
+        speeds["one rank"].append(ranks({}, 1, rounds, steps))
+        for name, parallel in LAYOUTS.items():
+            speeds[name].append(ranks(parallel, 2, rounds, steps))
+    table = {}
+    print(f"{'layout':<18} {'tokens/s':>9} {'per core':>9} {'efficiency':>11}")
+    for name, measured in speeds.items():
+        cores = 1 if name == "one rank" else 2
+        shares = [x / cores / one for x, one in zip(measured, speeds["one rank"], strict=True)]
+        row = {"tokens_per_s": statistics.median(measured), "efficiency": statistics.median(shares)}
+        table[name] = row | {"tokens_per_s_per_core": row["tokens_per_s"] / cores}
+        print(
+            f"{name:<18} {row['tokens_per_s']:>9,.0f} {row['tokens_per_s'] / cores:>9,.0f} {row['efficiency']:>11.2f}"
+        )
+    return table
+
+
 def worker(parallel: dict[str, Any], rounds: int, steps: int) -> None:
     """One rank of `ranks`; rank 0 prints."""
     torch.set_num_threads(1)
@@ -189,12 +222,7 @@ def main() -> None:
         print(
             f"{threads} threads: ours {row['ours']:,.0f}  plain {row['plain']:,.0f} tokens/s  ratio {row['ratio']:.3f}"
         )
-    one = ranks({}, 1, options.rounds, options.steps)
-    result["one rank of one thread"] = {"tokens_per_s": one}
-    for name, parallel in {"DP=2": {}, "TP=2": {"tensor": 2}, "PP=2": {"pipeline": 2}}.items():
-        two = ranks(parallel, 2, options.rounds, options.steps)
-        result[f"two ranks, {name}"] = {"tokens_per_s": two, "ratio": two / one}
-        print(f"{name}: {two:,.0f} tokens/s against {one:,.0f} on one rank: {two / one:.2f}x")
+    result["two ranks"] = against_one_rank(options.rounds, options.steps)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
