@@ -34,23 +34,33 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=100")] = None,
     nproc: Annotated[int, typer.Option(help="start that many local processes")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run and stop")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run, check it and stop")] = False,
+    world_size: Annotated[int | None, typer.Option(help="dry run: of a job of that many ranks", min=1)] = None,
+    vocabulary_size: Annotated[int | None, typer.Option(help="dry run: needs no data then", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="dry run: print the place of this rank too")] = None,
 ) -> None:
     """Train, or resume from the newest valid checkpoint in the run's output folder."""
-    from megamm import dry_run as dry
     from megamm import launch, layout
     from megamm.config import load_config
 
     run = load_config(config, overrides or [])
+    if dry_run:
+        from megamm.dry_run import report
+
+        text, inconsistent = report(run, world_size or nproc, vocabulary_size, rank)
+        print(yaml_of(run), text, sep="\n")
+        if inconsistent:
+            print(f"inconsistent: {inconsistent}", file=sys.stderr)
+            raise typer.Exit(1)
+        return
+    if (world_size, vocabulary_size, rank) != (None, None, None):
+        raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
     if not launch.is_rank():
         # Everything that can be refused is refused here, before a process starts.
         layout.check(run, nproc)
         from megamm.data.run_data import open_run_data
 
-        vocabulary = open_run_data(run).vocabulary
-        if dry_run:
-            print(yaml_of(run), dry.describe(run, vocabulary.size, nproc), sep="\n")
-            return
+        open_run_data(run)
         if nproc > 1:
             launch.launch(["train", str(config), *(overrides or [])], nproc)
             return

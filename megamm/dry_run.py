@@ -6,6 +6,7 @@ groups of the whole world, the pipeline split, the tokens of a row and the owner
 Input: a resolved config, a vocabulary size, a world size. Output: a text, and the first inconsistency if there is one.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 from megamm import layout, ownership
 from megamm.config import RunConfig
 from megamm.errors import UserError
+from megamm.model.size import parameter_count
 
 if TYPE_CHECKING:
     from megamm.mcore.paper import Family, RankModel
@@ -37,7 +39,7 @@ class Place:
 
 
 class Grid:
-    """Megatron's rank order, tensor fastest: tensor, context, data, pipeline; for experts tensor, expert, data, pipeline.
+    """Megatron's rank order, fastest first: tensor, context, data, pipeline; of experts tensor, expert, data, pipeline.
 
     `dense` and `expert` give each axis (by Megatron's name) the coordinate of every rank, int64 `[world]`.
     """
@@ -54,8 +56,8 @@ class Grid:
         self.expert = _coordinates(world_size, sizes)
 
     def place(self, rank: int) -> Place:
-        axes = [int(self.dense[axis][rank]) for axis in ("tp", "cp", "dp", "pp")]
-        return Place(rank, *axes, int(self.expert["ep"][rank]))
+        tensor, context, data, pipeline = (int(self.dense[axis][rank]) for axis in ("tp", "cp", "dp", "pp"))
+        return Place(rank, tensor, context, data, pipeline, int(self.expert["ep"][rank]))
 
     def built_ranks(self) -> list[int]:
         """Ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
@@ -140,7 +142,7 @@ def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
             others = [piece for piece in models[first].pieces if piece.is_expert == is_expert]
             for piece, other in zip(pieces, others, strict=True):
                 if piece != other._replace(is_owner=False):
-                    return f"tensor {piece.key}: rank {rank} should hold a replica of rank {first}'s {other}, has {piece}"
+                    return f"tensor {piece.key}: rank {rank} has {piece.box}, no replica of rank {first}'s {other.box}"
     return ownership.fault(held)
 
 
@@ -159,47 +161,84 @@ def tokens_fault(config: RunConfig) -> str | None:
     return None
 
 
+def size_fault(config: RunConfig, vocabulary_size: int, models: Mapping[int, "RankModel"]) -> str | None:
+    """The built tensors must add up to the model that the config describes, padding of the vocabulary included."""
+    p = config.parallel
+    padded = -(-vocabulary_size // p.tensor) * p.tensor
+    wanted, built = parameter_count(config.model, padded), sum(_tensor_sizes(models).values())
+    return None if built == wanted else f"the ranks hold a model of {built:,} parameters, not {wanted:,}"
+
+
+def _tensor_sizes(models: Mapping[int, "RankModel"]) -> dict[str, int]:
+    return {p.key: math.prod(p.shape) for m in models.values() for p in m.pieces if p.is_parameter}
+
+
+def report(
+    config: RunConfig, world_size: int, vocabulary_size: int | None = None, rank: int | None = None
+) -> tuple[str, str | None]:
+    """The printed text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
+
+    Without a vocabulary size it comes from the data. rank: one whose place is printed too. UserError for a layout that
+    is refused, for missing data, and for a rank that is not in the world.
+    """
+    layout.check(config, world_size)
+    if rank is not None and not 0 <= rank < world_size:
+        raise UserError(f"rank {rank} is not one of {world_size} ranks", remedy=f"give --rank 0 to {world_size - 1}")
+    if vocabulary_size is None:
+        from megamm.data.run_data import open_run_data
+
+        try:
+            vocabulary_size = open_run_data(config).vocabulary.size
+        except UserError as error:
+            remedy = f"{error.remedy}, or give the dry run --vocabulary-size"
+            raise UserError(error.what, where=error.where, remedy=remedy) from None
+    return describe(config, vocabulary_size, world_size, rank)
+
+
 def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
-    """The printed text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start)."""
+    """The same for a layout that layout.check admits and a known vocabulary. Not from within a job."""
     from megamm.mcore.paper import PaperWorld
 
-    if rank is not None and not 0 <= rank < world_size:
-        raise UserError(f"--rank {rank} is not one of {world_size} ranks", remedy="give a smaller rank")
     start = time.monotonic()
     grid, world = Grid(config, world_size), PaperWorld(config, vocabulary_size, world_size)
-    built = dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))
-    models = {r: world.rank(r) for r in built}
+    models = {r: world.rank(r) for r in dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))}
     found = (
         groups_fault(list(world.families.values()), grid)
         or stages_fault(models, grid, layout.layers_per_chunk(config, vocabulary_size))
         or shards_fault(models, grid)
+        or size_fault(config, vocabulary_size, models)
         or tokens_fault(config)
     )
-    sizes = {p.key: int(np.prod(p.shape)) for m in models.values() for p in m.pieces if p.is_parameter}
-    lines = _layout_lines(config, grid) + [f"model: {sum(sizes.values()):,} parameters in {len(sizes)} tensors"]
-    lines += _stage_lines(config, grid, models) + ([] if rank is None else _rank_lines(models[rank], rank))
+    lines = _layout_lines(config, grid, vocabulary_size) + _stage_lines(config, grid, models)
+    lines += [] if rank is None else _rank_lines(models[rank], rank)
     lines.append(
-        f"built {len(models):,} ranks on the meta device: all of tensor x pipeline and of expert x expert tensor x "
-        f"pipeline, and the last of every stage; the other {world_size - len(models):,} have the same coordinates"
+        f"built {len(models):,} ranks without storage, which hold every shard of tensor x pipeline x expert; "
+        f"the other {world_size - len(models):,} repeat their coordinates"
     )
     if not found:
+        experts = f", of an expert by {grid.expert_replicas:,}" if config.model.moe.num_experts else ""
         lines.append(
-            f"consistent: {len(sizes)} tensors, each element owned once over tensor x pipeline x expert, "
-            f"by {grid.dense_replicas} replicas (experts {grid.expert_replicas}); "
-            f"{len(world.families)} kinds of groups each hold every rank once"
+            f"consistent: {len(_tensor_sizes(models))} tensors (layers stacked), each element owned once over "
+            f"tensor x pipeline x expert, by {grid.dense_replicas:,} replicas{experts}; "
+            f"{len(world.families)} kinds of groups, each with every rank once"
         )
     return "\n".join([*lines, f"took {time.monotonic() - start:.1f} s"]), found
 
 
-def _layout_lines(config: RunConfig, grid: Grid) -> list[str]:
+def _layout_lines(config: RunConfig, grid: Grid, vocabulary_size: int) -> list[str]:
     p, t, s, data = config.parallel, config.train, config.data.seq_length, grid.data
+    lines = [f"world size {grid.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x data {data}"]
+    lines[0] += f" x context {p.context}" + (", sequence parallel" if p.sequence else "")
+    if config.model.moe.num_experts:
+        lines.append(
+            f"experts    {grid.world_size} = expert tensor {p.expert_tensor} x expert {p.expert} x "
+            f"pipeline {p.pipeline} x data {grid.expert_replicas}"
+        )
     return [
-        f"world size {grid.world_size} = tensor {p.tensor} x pipeline {p.pipeline} x data {data} x context {p.context}"
-        f" (sequence parallel {'on' if p.sequence else 'off'}); "
-        f"experts: expert {p.expert} x expert tensor {p.expert_tensor} x pipeline {p.pipeline} x "
-        f"data {grid.expert_replicas}",
+        *lines,
+        f"model {parameter_count(config.model, vocabulary_size):,} parameters, vocabulary {vocabulary_size:,}",
         f"step {t.global_batch} rows x {s} = {t.global_batch * s:,} tokens in "
         f"{t.global_batch // (t.micro_batch * data)} microbatches of {t.micro_batch} rows on each data rank; "
         f"{t.steps:,} steps = {t.steps * t.global_batch * s:,} tokens",
@@ -209,14 +248,14 @@ def _layout_lines(config: RunConfig, grid: Grid) -> list[str]:
 def _stage_lines(config: RunConfig, grid: Grid, models: Mapping[int, "RankModel"]) -> list[str]:
     """One line for the ranks of a stage, which differ in nothing that is counted here."""
     weight, gradient, state = BYTES[config.train.precision]
-    lines = ["stage   ranks      parameters  weights  gradients  optimizer  GiB of a rank  layers of its chunks"]
+    lines = ["stage  ranks  parameters of each  weights  gradients  optimizer (ZeRO-1)  GiB of each  layers"]
     for start in range(0, grid.world_size, grid.stage):
         model = models[start]
         sharded = model.dense_parameters / grid.dense_replicas + model.expert_parameters / grid.expert_replicas
         gib = [n / 2**30 for n in (model.parameters * weight, model.parameters * gradient, sharded * state)]
         layers = " ".join(_span(chunk) for chunk in model.layers)
-        columns = "{:>7.2f}  {:>9.2f}  {:>9.2f}  {:>13.2f}".format(*gib, sum(gib))
-        lines.append(f"{start // grid.stage:>5}  {grid.stage:>6}  {model.parameters:>14,}  {columns}  {layers}")
+        columns = "{:>7.2f}  {:>9.2f}  {:>18.2f}  {:>11.2f}".format(*gib, sum(gib))
+        lines.append(f"{start // grid.stage:>5}  {grid.stage:>5}  {model.parameters:>18,}  {columns}  {layers}")
     return lines
 
 
@@ -227,6 +266,7 @@ def _span(layers: Sequence[int]) -> str:
 def _rank_lines(model: "RankModel", rank: int) -> list[str]:
     coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.place, strict=True)
     lines = [f"rank {rank}: " + ", ".join(f"{axis} {i}" for axis, i in coordinates)]
+    lines[0] += "; layers " + " ".join(_span(chunk) for chunk in model.layers)
     for kind, members in model.members.items():
         lines.append(f"  {kind:>7} group: {len(members):>6} ranks, {members[0]} to {members[-1]}")
     return lines

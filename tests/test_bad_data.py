@@ -68,16 +68,3 @@ def test_a_media_document_longer_than_a_row_is_refused(made, tmp_path, monkeypat
     with pytest.raises(SystemExit):
         cli.main()
     assert "set seq_length to at least" in capsys.readouterr().err
-
-
-def test_dry_run_prints_the_resolved_run_and_starts_nothing(made, tmp_path, monkeypatch, capsys):
-    config = write_config(made, tmp_path / "run", parallel={"tensor": 2})
-    monkeypatch.setattr(sys, "argv", ["megamm", "train", str(config), "train.seed=9", "--nproc", "4", "--dry-run"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
-    printed = capsys.readouterr().out
-    assert "seed: 9" in printed
-    assert "world size 4 = tensor 2 x pipeline 1 x data 2" in printed
-    assert "256 tokens in 2 microbatches" in printed
-    assert not (tmp_path / "run").exists()

@@ -57,7 +57,8 @@ class _CpuDevice:
 
     @staticmethod
     def current_device() -> torch.device:
-        return torch.device("cpu")
+        """The CPU, or within `with torch.device("meta")` no storage at all (paper.py)."""
+        return torch.get_default_device()
 
     @staticmethod
     def get_rng_state(device: Any = None) -> torch.Tensor:
@@ -101,7 +102,7 @@ _EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
     # Device literals of allocations.
     (re.compile(r"(['\"])cuda\1"), '"cpu"'),
     # Copies to the device (an argument may itself hold one call).
-    (re.compile(r"\.cuda\((?:[^()]|\([^()]*\))*\)"), ".cpu()"),
+    (re.compile(r"\.cuda\((?:[^()]|\([^()]*\))*\)"), f".to({_API_NAME}.current_device())"),
     # Pinned memory exists only beside a GPU.
     (re.compile(r"\.pin_memory\(\)"), ""),
     (re.compile(r"\bpin_memory=True"), "pin_memory=False"),
