@@ -49,8 +49,8 @@ EXTRAS_REQUIRE = {
     "slurm": ["submitit>=1.5,<2"],
     # Manifests as typed objects, and their check against the schemas of a Kubernetes version.
     "k8s": ["kubernetes>=37", "kubernetes-validate>=1.37"],
-    # The second sharding backend.
-    "deepspeed": ["deepspeed>=0.19,<1"],
+    # The second engine (megamm/zero), which reads names of this series inside of DeepSpeed's optimizers.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
