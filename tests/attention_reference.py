@@ -1,0 +1,85 @@
+"""Packed attention written a second time, plainly: float64, one document after the other.
+
+Rotations are products with complex numbers e^(i angle); angles are made in float32, as transformers makes them.
+Also the random packed rows that it is tried on. Shape letters as in megamm/data/sample.py.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+ROWS = 4
+
+
+def random_row_map(seed: int, length: int) -> torch.Tensor:
+    """`[4, 4, S]`: a row of odd documents with padding, one whole-row document, one all padding, one long and short."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    short = torch.full((length,), -1)
+    at, document = 0, 0
+    while at < length - 25:
+        size = min(2 * draw(1, 12) + 1, length - 9 - at)
+        short[at : at + size] = document
+        at, document = at + size, document + 1
+    mixed = torch.ones(length, dtype=torch.int64)
+    mixed[: draw(5, 20)] = 0
+    mixed[-draw(5, 20) :] = 2
+    segment = torch.stack([short, torch.zeros_like(short), torch.full_like(short, -1), mixed])
+    axes = torch.randint(0, 30, (ROWS, 3, length), generator=generator)
+    return torch.cat((segment[:, None], axes), dim=1)
+
+
+def documents(segment: list[int]) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each document of a row."""
+    start = 0
+    for at in range(1, len(segment) + 1):
+        if at == len(segment) or segment[at] != segment[start]:
+            yield start, at
+            start = at
+
+
+def turned(x_TND: torch.Tensor, position_3T: torch.Tensor, axes: int, base: float) -> torch.Tensor:
+    """The heads of one document at these positions; pairs (i, i + D/2) are complex numbers."""
+    pairs = x_TND.shape[2] // 2
+    spatial = max(1, int(pairs * 20 / 64))
+    axis = [0 if axes == 1 or i >= 3 * spatial else (0, 1, 2)[i % 3] for i in range(pairs)]
+    frequency = torch.tensor([1.0 / base ** (2 * i / (2 * pairs)) for i in range(pairs)])
+    angle = torch.stack([position_3T[axis[i]].float() * frequency[i] for i in range(pairs)], dim=1).double()
+    turn = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+    number = torch.complex(x_TND[..., :pairs], x_TND[..., pairs:]) * turn
+    return torch.cat((number.real, number.imag), dim=2)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    row_map: torch.Tensor,
+    axes: int = 1,
+    base: float | None = None,
+) -> torch.Tensor:
+    """float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows -> `[S, B, N * E]`."""
+    length, rows, heads, head_dim = query.shape
+    out = query.new_zeros(length, rows, heads, value.shape[3])
+    for b in range(rows):
+        for start, stop in documents(row_map[b, 0].tolist()):
+            q, k, v = (x[start:stop, b].repeat_interleave(heads // x.shape[2], dim=1) for x in (query, key, value))
+            if base is not None:
+                index = torch.arange(stop - start).expand(3, -1)
+                position = index if axes == 1 else row_map[b, 1:, start:stop]
+                q, k = turned(q, position, axes, base), turned(k, position, axes, base)
+            later = torch.ones(stop - start, stop - start).triu(1).bool()
+            scores = torch.einsum("qnd,knd->nqk", q, k) / math.sqrt(head_dim)
+            weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+            out[start:stop, b] = torch.einsum("nqk,knd->qnd", weights, v)
+    return out.flatten(2)
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference over the largest value; infinite where ours is not finite."""
+    error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+    return float(error) if bool(ours.isfinite().all()) else math.inf

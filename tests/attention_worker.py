@@ -1,0 +1,104 @@
+"""Attention over context ranks against the plain reference: `torchrun ... attention_worker.py OUT.json`.
+
+Four processes. Cases with two context ranks run in two groups at once, each with its own rows. Every rank compares
+its tokens' output and gradients with the reference's of the whole rows; OUT gets each case's largest errors.
+"""
+
+import json
+import sys
+import types
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from attention_reference import ROWS, attention, random_row_map, relative_error
+
+from megamm.device import choose
+from megamm.mcore import groups as grid
+
+BASE = 10000.0
+ALONE: Any = types.SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+"""A process group of this process only."""
+# (name, heads, groups, size of a query's head, of a value's head, axes; 0: no rotation)
+HEADS = [
+    ("mha", 4, 4, 8, 8, 1),
+    ("grouped", 8, 2, 8, 8, 3),
+    ("one_group", 4, 1, 6, 6, 3),
+    ("groups_share_no_rank", 12, 6, 4, 4, 1),
+    ("latent", 4, 4, 12, 10, 0),
+]
+# Rows shorter and longer than the blocks in which attention skips.
+SIZES = [(2, 44), (2, 4 * 131), (4, 8 * 5), (4, 8 * 37)]
+CASES = {
+    f"{exchange}-cp{cp}-{length}-{heads[0]}": dict(exchange=exchange, cp=cp, length=length, heads=heads)
+    for exchange, (cp, length), heads in product(("allgather", "alltoall"), SIZES, HEADS)
+    # Long rows are for the skipping, which no head count changes.
+    if length < 100 or heads[0] in ("grouped", "latent")
+}
+
+
+def build(group: Any, head_dim: int, axes: int, exchange: str = "allgather", kernel: str = "sdpa") -> torch.nn.Module:
+    """PackedAttention as Megatron would build it; axes 0: keys come turned."""
+    from megamm.mcore.attention import PackedAttention
+
+    config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
+    collection, base = types.SimpleNamespace(cp=group, tp=None), BASE if axes else None
+    return PackedAttention(
+        config, 1, pg_collection=collection, rope_base=base, rope_axes=axes or 1, exchange=exchange, kernel=kernel
+    )
+
+
+def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Query, key, value of whole rows and the gradient of the output, float32."""
+    _, n, g, head_dim, value_dim, _ = heads
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, head_dim), (g, head_dim), (g, value_dim)]
+    tensors = [torch.randn(length, ROWS, *shape, generator=generator) for shape in shapes]
+    return [*tensors, torch.randn(length, ROWS, n * value_dim, generator=generator)]
+
+
+def expected(tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int) -> list[torch.Tensor]:
+    """The reference's output and gradients of query, key and value, for whole rows."""
+    *qkv, weight = (x.double() for x in tensors)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = attention(*leaves, row_map, axes or 1, BASE if axes else None)
+    return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+
+def errors(
+    module: torch.nn.Module, index: torch.Tensor, tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int
+) -> list[float]:
+    """Relative errors of a module given the tokens `index` of the rows: output, then the three gradients."""
+    *qkv, weight = (x[index] for x in tensors)
+    leaves = [x.requires_grad_() for x in qkv]
+    out = module(*leaves, row_map)
+    ours = [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+    return [relative_error(x, y[index]) for x, y in zip(ours, expected(tensors, row_map, axes), strict=True)]
+
+
+def main(out: Path) -> None:
+    from megamm.mcore.context import local_index
+
+    rank = dist.get_rank()
+    pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
+    results = {}
+    for seed, (name, case) in enumerate(CASES.items()):
+        cp, length, heads = case["cp"], case["length"], case["heads"]
+        group = pairs[rank // 2] if cp == 2 else dist.group.WORLD
+        seed += 1000 * (rank // cp)
+        index = local_index(length, dist.get_rank(group), cp, torch.device("cpu"))
+        module = build(group, heads[3], heads[5], case["exchange"])
+        worst = torch.tensor(errors(module, index, inputs(seed, length, heads), random_row_map(seed, length), heads[5]))
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        results[name] = worst.tolist()
+    if rank == 0:
+        out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    grid.start(choose("cpu"))
+    main(Path(sys.argv[1]))
+    grid.stop()

@@ -1,0 +1,222 @@
+"""Packed attention against a plain float64 one, alone and over context ranks; its kernels, positions and skipping."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attention_reference import attention, random_row_map, relative_error
+from attention_worker import ALONE, BASE, CASES, HEADS, build, errors, inputs
+
+from megamm.data.packing import pack
+from megamm.data.sample import Batch, Document, Part
+from megamm.device import Device, choose
+from megamm.errors import UserError
+from megamm.mcore import cpu
+from megamm.model import rope
+from megamm.model.vocabulary import Vocabulary
+
+HERE = Path(__file__).parent
+OUTPUT, GRADIENT = 1e-6, 1e-5
+
+
+@pytest.fixture(autouse=True)
+def megatron_adapted() -> None:
+    """Before the first import of Megatron, as a run does it."""
+    if not choose("auto").is_gpu:
+        cpu.install()
+
+
+def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
+    """`[B, 4, S]` of documents of these lengths, text only."""
+    segment = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
+    position = torch.cat([torch.arange(n) for n in segments])
+    return torch.stack([segment, position, position, position]).expand(rows, -1, -1).clone()
+
+
+# --- over context ranks ---
+
+
+@pytest.fixture(scope="module")
+def context_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """One start of four processes for all cases."""
+    out = tmp_path_factory.mktemp("attention") / "errors.json"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*launcher, str(HERE / "attention_worker.py"), str(out)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_context_ranks_attend_exactly(context_errors: dict[str, list[float]], name: str) -> None:
+    output, *gradients = context_errors[name]
+    assert output <= OUTPUT
+    assert max(gradients) <= GRADIENT
+
+
+def test_zigzag_split() -> None:
+    from megamm.mcore.context import local_index
+
+    split = [local_index(12, rank, 3, torch.device("cpu")).tolist() for rank in range(3)]
+    assert split == [[0, 1, 10, 11], [2, 3, 8, 9], [4, 5, 6, 7]]
+    assert local_index(5, 0, 1, torch.device("cpu")).tolist() == [0, 1, 2, 3, 4]
+
+
+# --- one rank ---
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=[heads[0] for heads in HEADS])
+@pytest.mark.parametrize("length", [7 + 25, 301])
+def test_one_rank_attends_exactly(length: int, heads: tuple[Any, ...]) -> None:
+    row_map, tensors = random_row_map(1, length), inputs(1, length, heads)
+    found = errors(build(ALONE, heads[3], heads[5]), torch.arange(length), tensors, row_map, heads[5])
+    assert found[0] <= OUTPUT
+    assert max(found[1:]) <= GRADIENT
+
+
+@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
+def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
+    """The block mask and the call are those of a GPU; only there are they compiled and have a backward."""
+    length = 301
+    row_map, (*qkv, _) = random_row_map(2, length), inputs(2, length, heads)
+    expected = attention(*(x.double() for x in qkv), row_map, heads[5] or 1, BASE if heads[5] else None)
+    assert relative_error(build(ALONE, heads[3], heads[5], kernel="flex")(*qkv, row_map), expected) <= OUTPUT
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not choose("auto").is_gpu, reason="needs a GPU")
+@pytest.mark.parametrize("kernel", ["sdpa", "flex"])
+def test_kernels_on_a_gpu(kernel: str) -> None:
+    device, length, heads = choose("auto").torch_device, 389, ("grouped", 4, 2, 32, 32, 3)
+    row_map, tensors = random_row_map(3, length), inputs(3, length, heads)
+    module = build(ALONE, heads[3], heads[5], kernel=kernel)
+
+    def on_gpu(*arguments: torch.Tensor) -> torch.Tensor:
+        return module(*(x.to(device) for x in arguments)).cpu()
+
+    found = errors(on_gpu, torch.arange(length), tensors, row_map, heads[5])
+    assert max(found) <= GRADIENT
+
+
+def test_every_layer_sees_its_own_row_map() -> None:
+    """What layers share of a row map is not used for another, nor after the row map was written to."""
+    heads, length = HEADS[0], 32
+    module, (*qkv, _) = build(ALONE, heads[3], 1), inputs(4, length, heads)
+
+    def check(row_map: torch.Tensor) -> None:
+        expected = attention(*(x.double() for x in qkv), row_map, 1, BASE)
+        assert relative_error(module(*qkv, row_map), expected) <= OUTPUT
+
+    row_map = random_row_map(5, length)
+    check(row_map)
+    check(row_map.detach())
+    row_map[:, 0] = random_row_map(6, length)[:, 0]
+    check(row_map)
+    check(row_map.flip(2).flip(0))
+    with torch.inference_mode():
+        inner = random_row_map(7, length)
+        check(inner)
+        inner[:, 0] = 0
+        check(inner)
+
+
+def _work(module: torch.nn.Module, row_map: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Share of the S x S scores that a forward pass computes."""
+    length, scores, plain = row_map.shape[2], 0, F.scaled_dot_product_attention
+
+    def counted(query: torch.Tensor, key: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        nonlocal scores
+        scores += query.shape[2] * key.shape[2]
+        return plain(query, key, *rest, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(F, "scaled_dot_product_attention", counted)
+        query = torch.randn(length, 1, 1, 4)
+        module(query, query, query, row_map)
+    return scores / length**2
+
+
+def test_masked_work_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build(ALONE, 4, 1)
+    assert _work(module, _row_map([2048]), monkeypatch) == pytest.approx(0.5, abs=0.04)
+    assert _work(module, _row_map([32] * 64), monkeypatch) == pytest.approx(1 / 16)
+
+
+# --- positions and mask ---
+
+
+def test_positions_and_mask_of_a_row() -> None:
+    from megamm.mcore.attention import document_mask, document_positions
+
+    segment = torch.tensor([[0, 0, 0, 1, -1, -1]])
+    assert document_positions(segment).tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert document_mask(segment)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 1, 1],
+    ]
+
+
+@pytest.mark.parametrize("head_dim", [6, 20, 64, 128])
+def test_three_axes_are_those_of_qwen3_vl(head_dim: int) -> None:
+    from transformers import Qwen3VLTextConfig
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding, apply_rotary_pos_emb
+
+    section = list(rope.sections(head_dim))
+    parameters = {"rope_type": "default", "rope_theta": BASE, "mrope_section": section, "mrope_interleaved": True}
+    theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=head_dim, rope_parameters=parameters))
+    query, position = torch.randn(33, 4, 2, head_dim), random_row_map(8, 33)[:, 1:]
+    cosines, sines = theirs(query, position.transpose(0, 1))
+    expected, _ = apply_rotary_pos_emb(*[query.permute(1, 2, 0, 3)] * 2, cosines, sines)
+    ours = rope.rotate(query, *rope.cosines_and_sines(position, head_dim, BASE, query.dtype))
+    torch.testing.assert_close(ours.permute(1, 2, 0, 3), expected, rtol=0, atol=1e-5)
+    if head_dim == 128:
+        assert section == [24, 20, 20], "Qwen3-VL's own"
+
+
+def test_text_of_three_axes_is_text_of_one() -> None:
+    vocabulary = Vocabulary.of({"text": (50, "")})
+    texts = [np.arange(n, dtype=np.int64) for n in (9, 4, 13)]
+    documents = [Document(str(i), (Part("text", ids),)) for i, ids in enumerate(texts)]
+    row = pack(documents, vocabulary, 40, {"text": lambda n: np.broadcast_to(np.arange(n), (3, n)).copy()})
+    row_map, used = Batch.stack([row]).row_map, int((row.segment >= 0).sum())
+    qkv = [x[:, :1] for x in inputs(9, 40, HEADS[0])[:3]]
+    one, three = (build(ALONE, 8, axes)(*qkv, row_map) for axes in (1, 3))
+    assert used == 32
+    assert torch.equal(one[:used], three[:used])
+
+
+def test_too_small_a_head_for_three_axes() -> None:
+    with pytest.raises(UserError, match="head_dim = 4"):
+        rope.sections(4)
+
+
+# --- the choice ---
+
+
+def test_kernel_is_chosen_with_a_reason() -> None:
+    from megamm.mcore.attention import choose_kernel
+
+    gpu: Any = types.SimpleNamespace(is_gpu=True)
+    here = Device(torch.device("cpu"), "gloo")
+    assert [choose_kernel("auto", device)[0] for device in (here, gpu)] == ["sdpa", "flex"]
+    assert [choose_kernel(setting, gpu)[0] for setting in ("sdpa", "flex")] == ["sdpa", "flex"]
+    assert "CPU" in choose_kernel("auto", here)[1]
+    with pytest.raises(UserError, match="no backward on a CPU"):
+        choose_kernel("flex", here)
+    leaf = torch.randn(8, 1, 1, 4, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="backward"):
+        build(ALONE, 4, 1, kernel="flex")(leaf, leaf, leaf, _row_map([8]))
