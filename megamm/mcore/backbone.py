@@ -157,10 +157,23 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
                 vp_stage=stage,
             ).to(device.torch_device)
         chunks.append(model.bfloat16() if megatron_config.bf16 else model)
+    if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
+        _reduce_experts_apart(chunks)
     # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
     # are; a latent's norm is before the split into heads, and summing would multiply its gradient.
     megatron_config.qk_layernorm = not megatron_config.multi_latent_attention
     return chunks
+
+
+def _reduce_experts_apart(chunks: list[Backbone]) -> None:
+    """Have gradients of experts summed over the expert grid's data-parallel group, which is not the dense one.
+
+    Megatron does so itself where parallel.expert > 1, and else leaves the sum over tensor ranks out.
+    """
+    for chunk in chunks:
+        for name, parameter in chunk.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False
 
 
 def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[DistributedDataParallel]:
