@@ -107,6 +107,12 @@ def destroy() -> None:
     """Undo `build`, so that a process can lay another grid (tests and conversion do)."""
     from megatron.core import parallel_state
 
+    # Megatron only forgets its groups; each keeps threads and sockets until it is destroyed.
+    values = list(vars(parallel_state).values())
+    flat = [group for value in values for group in (value if isinstance(value, list) else [value])]
+    for group in {id(group): group for group in flat if isinstance(group, dist.ProcessGroup)}.values():
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 
