@@ -1,0 +1,54 @@
+"""One step of a model that is whole on every data-parallel rank, without Megatron's schedule.
+
+For an engine that reduces gradients itself. The loss is that of `step.run`; what Megatron's schedule and its
+`finalize_model_grads` do besides is about mixture of experts and done here too: the scale of the auxiliary loss, and
+the routers' balancing bias.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from megamm.config import MTPConfig
+from megamm.data.sample import Batch
+from megamm.mcore.backbone import Backbone
+from megamm.mcore.groups import Groups
+from megamm.mcore.step import local_targets
+from megamm.objective import StepLoss, batch_loss, means, token_counts
+
+
+def run(
+    forward: Callable[..., torch.Tensor],
+    batches: Sequence[Batch],
+    loss_weights: torch.Tensor,
+    mtp: MTPConfig,
+    groups: Groups,
+    backward: Callable[[torch.Tensor], None] | None = None,
+) -> StepLoss:
+    """Forward of this rank's microbatches, each followed by `backward(loss)` where one is given.
+
+    forward is the backbone's. The step's gradient is that of the scalar losses, *added* over microbatches and
+    *averaged* over data-parallel ranks. Every rank calls it every step with as many microbatches; loss_weights is
+    float64 `[modalities]`.
+    """
+    prepared = [(batch.row_map, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
+    counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
+    # A microbatch's auxiliary loss is a mean over its tokens; a step's is the mean over microbatches and ranks.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches), device=loss_weights.device))
+    total = torch.zeros_like(counts[0])
+    for row_map, input_ids, targets in prepared:
+        losses = forward(input_ids, None, row_map, labels=targets.labels)
+        loss, sums = batch_loss(losses, targets, counts, loss_weights, mtp.loss_weight)
+        total += sums
+        if backward is not None:
+            backward(loss * groups.data_size)
+    return StepLoss(means(groups.sum_over_data(total), counts[0]), counts[0])
+
+
+def finish(model: Backbone) -> None:
+    """After the last backward of a step: move the routers' balancing bias by the step's tokens and forget these."""
+    if model.config.moe_router_enable_expert_bias:
+        _update_router_expert_bias([model], model.config)
+    reset_model_temporary_tensors(model.config, [model])

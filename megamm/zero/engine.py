@@ -1,0 +1,155 @@
+"""The same model, losses and optimizer as the native engine, sharded by DeepSpeed's ZeRO-1, 2 or 3.
+
+ZeRO spreads optimizer state (1), gradients (2) and parameters (3) over the data-parallel ranks, optionally with the
+optimizer's state and step on the host. Checkpoints are the native engine's (store.py).
+Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
+"""
+
+import contextlib
+import io
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from megamm.config import RunConfig
+from megamm.data.sample import Batch
+from megamm.device import Device
+from megamm.engine import StepResult
+from megamm.errors import UserError
+from megamm.mcore import backbone, optimizer, plain_step, whole_store
+from megamm.mcore.groups import Groups
+from megamm.objective import StepLoss
+
+log = logging.getLogger(__name__)
+
+BUCKET = 50_000_000
+"""Elements that are reduced or gathered in one call at most."""
+
+
+class DeepSpeedEngine:
+    """megamm.engine.Engine over data parallel alone; config.deepspeed says which stage."""
+
+    def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
+        """UserError where deepspeed is not installed."""
+        deepspeed = import_deepspeed(device)
+        from megamm.zero.store import Shards
+
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it also of a process without a launcher
+        self.config, self.groups = config, groups
+        (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
+        self.model = model
+        self.names = whole_store.Names.of(model, groups)
+        if config.deepspeed.zero == 3 and config.model.tie_embeddings:
+            # The head uses the embedding's table, which is no parameter of its own: ZeRO-3 must gather it there too.
+            deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
+        self.adam = _adam(config, model)
+        with contextlib.redirect_stdout(io.StringIO()):  # in some stages it prints memory figures
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=self.adam, config=deepspeed_config(config, groups), dist_init_required=False
+            )
+        self.shards = Shards(model, self.names, self.deepspeed.optimizer, self.adam)
+        self.schedule = optimizer.build_schedule(config, self.adam)
+        if groups.rank == 0:
+            stage, place = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
+            log.info(
+                "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, place
+            )
+
+    def train_step(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+        lr = self.adam.param_groups[0]["lr"]
+        loss = plain_step.run(
+            self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups, backward=self._backward
+        )
+        plain_step.finish(self.model)
+        self.schedule.step(1)
+        norm = float(self.deepspeed.get_global_grad_norm())
+        # Of a gradient that is not finite DeepSpeed says -1, or passes the step over and keeps the norm before it.
+        is_finite = norm >= 0 and self.deepspeed.was_step_applied()
+        return StepResult(loss, norm if is_finite else math.nan, lr)
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        """Of one microbatch; DeepSpeed counts them, and at a step's last one `step` moves the parameters."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        self.deepspeed.step()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
+        self.deepspeed.eval()
+        loss = plain_step.run(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
+        self.deepspeed.train()
+        return loss
+
+    def save(self, folder: Path) -> None:
+        whole_store.save(folder, self.names, self.shards.gather())
+
+    def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
+        kinds = self.shards.kinds(with_optimizer)
+        self.shards.scatter(whole_store.load(folder, self.names, self.shards.owned, kinds), kinds, step)
+        self.schedule.step(step)
+
+
+def import_deepspeed(device: Device) -> ModuleType:
+    """The package, told which device the run uses. UserError where it is missing."""
+    if not device.is_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        import deepspeed
+    except ModuleNotFoundError:
+        raise UserError(
+            "engine=deepspeed, but the package deepspeed is not installed",
+            remedy="pip install deepspeed (megamm's extra `deepspeed`), or set engine=native",
+            on_all_ranks=True,
+        ) from None
+    # None of its C++ operators is needed, and it compiles one (messages over shared memory) at start wherever it can:
+    # minutes, and a lock left behind if that is interrupted.
+    deepspeed.ops.__compatible_ops__ = {}
+    return deepspeed
+
+
+def deepspeed_config(config: RunConfig, groups: Groups) -> dict[str, Any]:
+    """DeepSpeed's own configuration of this run."""
+    t, zero = config.train, config.deepspeed
+    stage: dict[str, Any] = {
+        "stage": zero.zero,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        # Norms stay whole on every rank: to gather one costs more than to keep it.
+        "stage3_param_persistence_threshold": config.model.hidden_size,
+        # Megatron's linear layers keep no copy of a weight; DeepSpeed's would replace torch's for the whole process.
+        "memory_efficient_linear": False,
+    }
+    if zero.offload:
+        stage["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": t.micro_batch,
+        "gradient_accumulation_steps": t.global_batch // (t.micro_batch * groups.data_size),
+        "gradient_clipping": config.optimizer.clip_grad,
+        "zero_optimization": stage,
+        "bf16": {"enabled": t.precision == "bf16"},
+        # As the native engine: gradients are added up and reduced in float32.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        # torch's AdamW also where the state is offloaded: DeepSpeed's own is compiled at first use, and no faster.
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def _adam(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
+    """Over the model's parameters; norms and biases (vectors) get no weight decay, as Megatron has it."""
+    o = config.optimizer
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "wd_mult": 1.0},
+        {"params": [p for p in parameters if p.dim() <= 1], "wd_mult": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=True
+    )

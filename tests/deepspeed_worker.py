@@ -1,0 +1,95 @@
+"""Runs engines over the same rows in real processes, many cases per start: `torchrun deepspeed_worker.py CASES OUT`.
+
+A case builds its engine, loads a folder where one is named, takes its steps (saving OUT/NAME after step `save_at`) and
+evaluates; OUT/NAME.json gets losses, grad norms and learning rates of every step.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rows import global_batch, rank_batches
+
+from megamm import engine, layout
+from megamm.config import RunConfig, config_from_dict
+from megamm.data.sample import Batch
+from megamm.device import choose
+from megamm.mcore import groups as grid
+
+VOCABULARY, LENGTH, ROWS, MICRO, STEPS = 301, 48, 8, 2, 20
+WEIGHTS = torch.tensor([1.0, 0.5], dtype=torch.float64)
+
+
+def case_config(case: dict[str, Any]) -> RunConfig:
+    # Odd sizes: two ranks cut inside of parameters, and the last shards are padded.
+    model = dict(
+        num_layers=2, hidden_size=30, ffn_hidden_size=51, num_attention_heads=3, num_query_groups=1, head_dim=6
+    )
+    return config_from_dict(
+        {
+            "output": "unused",
+            "device": "cpu",
+            "engine": case["engine"],
+            "deepspeed": case.get("deepspeed", {}),
+            "model": model | case.get("model", {}),
+            "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
+            "tokenizers": {"text": "unused"},
+            # Clipping at half of a usual norm, and decay strong enough to be seen. eps: as in parity_worker.py.
+            "optimizer": {"lr": 1e-2, "warmup_steps": 5, "clip_grad": 0.4, "weight_decay": 0.5, "eps": 1e-3},
+            "train": {"steps": STEPS, "global_batch": ROWS, "micro_batch": MICRO} | case.get("train", {}),
+        },
+        "deepspeed case",
+    )
+
+
+def batches_of(number: int, groups: grid.Groups) -> list[Batch]:
+    """Of a step; of every third one data rank 1 sees no image, and step 4 has none."""
+    image_rows = frozenset[int]() if number == 4 else frozenset({0, 1, 4, 5}) if number % 3 == 1 else None
+    rows = global_batch(number, ROWS, LENGTH, VOCABULARY, image_rows)
+    return rank_batches(rows, MICRO, groups.data_rank, groups.data_size)
+
+
+def run_case(case: dict[str, Any], out: Path) -> None:
+    config = case_config(case)
+    layout.check(config, dist.get_world_size())
+    groups = grid.build(config.parallel, seed=case.get("seed", 1))
+    runner = engine.build(config, VOCABULARY, groups, choose("cpu"))
+    first, last = case["steps"]
+    if "load" in case:
+        runner.load(out / case["load"], first, case.get("with_optimizer", True))
+    result: dict[str, Any] = {"loss": [], "count": [], "grad_norm": [], "lr": []}
+    for number in range(first, last + 1):
+        if number == case.get("save_at"):
+            if dist.get_rank() == 0:
+                (out / case["name"]).mkdir()
+            dist.barrier()
+            runner.save(out / case["name"])
+        if number == last:
+            break
+        done = runner.train_step(batches_of(number, groups), WEIGHTS)
+        result["loss"].append(done.loss.mean.tolist())
+        result["count"].append(done.loss.count.tolist())
+        result["grad_norm"].append(done.grad_norm)
+        result["lr"].append(done.lr)
+    result["evaluated"] = runner.evaluate(batches_of(1000, groups), WEIGHTS).mean.tolist()
+    if case.get("diverge"):
+        result["diverged"] = runner.train_step(batches_of(1001, groups), WEIGHTS * torch.inf).grad_norm
+    if dist.get_rank() == 0:
+        (out / f"{case['name']}.json").write_text(json.dumps(result))
+    grid.destroy()
+
+
+def main() -> None:
+    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    grid.start(choose("cpu"))
+    for case in cases:
+        run_case(case, out)
+    dist.barrier()
+    grid.stop()
+
+
+if __name__ == "__main__":
+    main()

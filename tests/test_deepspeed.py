@@ -1,0 +1,205 @@
+"""The DeepSpeed engine against the native one: same weights and rows, float32, two real gloo processes.
+
+Losses, grad norms and learning rates of 20 steps under ZeRO-1, 2 and 3; every tensor of their checkpoints; runs that
+change their engine at a checkpoint; mixture of experts, tied embeddings and multi-token prediction; bf16; offload.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed_worker import STEPS
+from tiny_run import environment, make_data, megamm, write_config
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from megamm.device import choose
+from megamm.errors import UserError
+
+HERE = Path(__file__).parent
+HALF = 8
+# More experts than some microbatches have tokens for them; balanced by loss and by bias; one that all tokens use.
+MOE = {"num_experts": 16, "top_k": 1, "ffn_hidden_size": 10, "shared_ffn_hidden_size": 12, "score": "sigmoid"}
+RICH = {
+    "model": {
+        "num_layers": 1,
+        "moe": MOE | {"aux_loss_coeff": 0.05, "bias_update_rate": 0.02},
+        "tie_embeddings": True,
+        "mtp": {"num_layers": 1, "loss_weight": 0.3},
+    },
+    "train": {"recompute": "full"},
+}
+BF16 = {"train": {"precision": "bf16"}}
+
+
+def _zero(stage: int, offload: bool = False) -> dict[str, Any]:
+    return {"engine": "deepspeed", "deepspeed": {"zero": stage, "offload": offload}}
+
+
+def _cases() -> list[dict[str, Any]]:
+    native = {"engine": "native"}
+    found = []
+    for kind, more in (("dense", {}), ("rich", RICH), ("bf16", BF16)):
+        last, half = (STEPS, HALF) if kind == "dense" else (3, 1)
+        start = {"load": f"{kind}-start", "steps": [0, last], "save_at": half}
+        resume = {"steps": [half, half + 2], "save_at": half}
+        group = [
+            native | {"name": f"{kind}-start", "steps": [0, 0], "save_at": 0},
+            native | start | {"name": f"{kind}-native"},
+            *(_zero(z) | start | {"name": f"{kind}-zero{z}", "seed": 2, "diverge": kind == "dense"} for z in (1, 2, 3)),
+            *(_zero(z) | resume | {"name": f"{kind}-native-zero{z}", "load": f"{kind}-native"} for z in (1, 2, 3)),
+            native | resume | {"name": f"{kind}-zero3-native", "load": f"{kind}-zero3"},
+        ]
+        found += [more | case for case in group]
+    resume = {"load": "dense-native", "steps": [HALF, HALF + 2]}
+    weights_only = resume | {"with_optimizer": False}
+    return [
+        *found,
+        _zero(2, offload=True) | resume | {"name": "dense-native-offload2", "save_at": HALF},
+        _zero(3, offload=True) | resume | {"name": "dense-native-offload3", "save_at": HALF},
+        native | resume | {"name": "dense-zero1-native", "load": "dense-zero1"},
+        native | weights_only | {"name": "weights-native"},
+        _zero(1) | weights_only | {"name": "weights-zero1"},
+        _zero(3) | weights_only | {"name": "weights-zero3"},
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One start of two processes serves all cases."""
+    out = tmp_path_factory.mktemp("deepspeed")
+    (out / "cases.json").write_text(json.dumps(_cases()))
+    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launcher, str(HERE / "deepspeed_worker.py"), str(out / "cases.json"), str(out)],
+        # A home of its own: an operator compiled at first use would leave itself there.
+        env=environment() | {"PYTHONPATH": paths, "HOME": str(out / "home")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout == "", "DeepSpeed says nothing"
+    assert not (out / "home").exists(), "and compiles nothing"
+    return out
+
+
+def _read(results: Path, name: str) -> dict[str, torch.Tensor]:
+    read = json.loads((results / f"{name}.json").read_text())
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in read.items()}
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, by torch's own reader."""
+    return {k: v for k, v in _load_state_dict_from_keys(checkpoint_id=folder).items() if isinstance(v, torch.Tensor)}
+
+
+def _assert_same_steps(ours: dict[str, torch.Tensor], native: dict[str, torch.Tensor], rtol: float = 1e-6) -> None:
+    """The steps that both took, from the first of ours on."""
+    first = int((native["lr"] == ours["lr"][0]).nonzero()[0])
+    for key in ("loss", "count", "grad_norm", "lr"):
+        theirs = native[key][first : first + len(ours[key])]
+        tolerance = {"loss": rtol, "grad_norm": 10 * rtol}.get(key, 0.0)
+        torch.testing.assert_close(
+            ours[key], theirs, rtol=tolerance, atol=0, equal_nan=True, msg=lambda m, k=key: k + m
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["dense", "rich"])
+def test_losses_equal_native(results, kind, stage):
+    ours, native = _read(results, f"{kind}-zero{stage}"), _read(results, f"{kind}-native")
+    assert len(ours["loss"]) == (STEPS if kind == "dense" else 3)
+    assert (ours["grad_norm"] > 0.4).all(), "clipping is at work"
+    _assert_same_steps(ours, native)
+    torch.testing.assert_close(ours["evaluated"], native["evaluated"], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["dense", "rich"])
+def test_checkpoint_equals_native(results, kind, stage):
+    """Same names, shapes and types; weights, main copies and moments after the same steps."""
+    ours, native = _tensors(results / f"{kind}-zero{stage}"), _tensors(results / f"{kind}-native")
+    assert ours.keys() == native.keys()
+    assert len([key for key in ours if key.startswith("optimizer.state.exp_avg_sq.")]) >= 11
+    for key, theirs in native.items():
+        assert (ours[key].shape, ours[key].dtype) == (theirs.shape, theirs.dtype), key
+        error = ((ours[key] - theirs).norm() / theirs.norm().clamp(min=1e-12)).item()
+        assert error <= 1e-5, f"{key}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}-native-zero{z}" for kind in ("dense", "rich", "bf16") for z in (1, 2, 3)]
+    + ["dense-native-offload2", "dense-native-offload3"],
+)
+def test_what_is_loaded_is_what_was_saved(results, name):
+    """A native checkpoint, read into ZeRO's shards and written again: bit for bit the same."""
+    native, again = _tensors(results / f"{name.split('-')[0]}-native"), _tensors(results / name)
+    assert native.keys() == again.keys()
+    for key, tensor in native.items():
+        assert again[key].dtype == tensor.dtype and torch.equal(again[key], tensor), key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [f"{kind}-native-zero{z}" for kind in ("dense", "rich") for z in (1, 2, 3)]
+    + [
+        "dense-native-offload2",
+        "dense-native-offload3",
+        "dense-zero1-native",
+        "dense-zero3-native",
+        "rich-zero3-native",
+    ],
+)
+def test_engine_can_change_at_a_checkpoint(results, name):
+    """Resumed by the other engine, the steps are those of the native run that nobody disturbed."""
+    _assert_same_steps(_read(results, name), _read(results, f"{name.split('-')[0]}-native"))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_without_optimizer_state(results, stage):
+    _assert_same_steps(_read(results, f"weights-zero{stage}"), _read(results, "weights-native"))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_is_close_to_native(results, stage):
+    """Weights are rounded to 8 bits, gradients are added and reduced in float32."""
+    _assert_same_steps(_read(results, f"bf16-zero{stage}"), _read(results, "bf16-native"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_divergence_is_reported(results, stage):
+    """A gradient that is not finite must not look like the norm of the step before."""
+    assert math.isnan(_read(results, f"dense-zero{stage}")["diverged"])
+
+
+def test_a_run_begins_with_zero3_and_ends_natively(tmp_path):
+    make_data(tmp_path)
+    train = {"steps": 4, "checkpoint_every": 2, "eval_every": 4}
+    config = write_config(tmp_path, tmp_path / "run", train=train)
+    begun = megamm("train", config, "engine=deepspeed", "deepspeed.zero=3", "train.stop_after=2", "--nproc", "2")
+    assert begun.returncode == 0, begun.stderr
+    assert "engine: DeepSpeed" in begun.stderr and "ZeRO-3" in begun.stderr
+    ended = megamm("train", config)
+    assert ended.returncode == 0, ended.stderr
+    assert "resumed" in ended.stdout and "step 4/4" in ended.stdout
+    undisturbed = megamm("train", write_config(tmp_path, tmp_path / "native", train=train))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert ended.stdout.split("step 4/4")[1].split("grad norm")[0] in undisturbed.stdout
+
+
+def test_without_the_package_one_line_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    from megamm.mcore import groups
+
+    groups.start(choose("cpu"))
+    from megamm.zero.engine import import_deepspeed
+
+    with pytest.raises(UserError, match="deepspeed is not installed"):
+        import_deepspeed(choose("cpu"))
