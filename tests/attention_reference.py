@@ -12,25 +12,31 @@ import torch
 ROWS = 4
 
 
-def random_row_map(seed: int, length: int) -> torch.Tensor:
-    """`[4, 4, S]`: a row of odd documents with padding, one whole-row document, one all padding, one long and short."""
+def random_row_map(seed: int, length: int, only_short: bool = False) -> torch.Tensor:
+    """`[4, 4, S]`: a row of odd documents with padding, one whole-row document, one all padding, one long and short.
+
+    only_short: four rows of the first kind, so that no row makes a batch look further back than it needs.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
         return int(torch.randint(low, high, (), generator=generator))
 
-    short = torch.full((length,), -1)
-    at, document = 0, 0
-    while at < length - 25:
-        size = min(2 * draw(1, 12) + 1, length - 9 - at)
-        short[at : at + size] = document
-        at, document = at + size, document + 1
+    def short() -> torch.Tensor:
+        row = torch.full((length,), -1)
+        at, document = 0, 0
+        while at < length - 25:
+            size = min(2 * draw(1, 12) + 1, length - 9 - at)
+            row[at : at + size] = document
+            at, document = at + size, document + 1
+        return row
+
     mixed = torch.ones(length, dtype=torch.int64)
     mixed[: draw(5, 20)] = 0
     mixed[-draw(5, 20) :] = 2
-    segment = torch.stack([short, torch.zeros_like(short), torch.full_like(short, -1), mixed])
+    rows = [short() for _ in range(ROWS)] if only_short else [short(), mixed * 0, mixed * 0 - 1, mixed]
     axes = torch.randint(0, 30, (ROWS, 3, length), generator=generator)
-    return torch.cat((segment[:, None], axes), dim=1)
+    return torch.cat((torch.stack(rows)[:, None], axes), dim=1)
 
 
 def documents(segment: list[int]) -> Iterator[tuple[int, int]]:

@@ -76,9 +76,9 @@ def test_zigzag_split() -> None:
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=[heads[0] for heads in HEADS])
-@pytest.mark.parametrize("length", [7 + 25, 301])
-def test_one_rank_attends_exactly(length: int, heads: tuple[Any, ...]) -> None:
-    row_map, tensors = random_row_map(1, length), inputs(1, length, heads)
+@pytest.mark.parametrize(("length", "only_short"), [(33, False), (301, False), (301, True)])
+def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[Any, ...]) -> None:
+    row_map, tensors = random_row_map(1, length, only_short), inputs(1, length, heads)
     found = errors(build(ALONE, heads[3], heads[5]), torch.arange(length), tensors, row_map, heads[5])
     assert found[0] <= OUTPUT
     assert max(found[1:]) <= GRADIENT
