@@ -57,7 +57,7 @@ format: $(VENV)/installed  ## format the code and mend what lint can mend
 
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and conversion on the newest Megatron-core, Python 3.12
-	$(PYTEST_ENV) $(PY_LATEST) -m pytest tests/test_parallel.py tests/test_checkpoint.py tests/test_train.py tests/test_convert.py
+	$(PYTEST_ENV) $(PY_LATEST) -m pytest tests/test_parallel.py tests/test_parity.py tests/test_checkpoint.py tests/test_train.py tests/test_convert.py
 
 $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt
 	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }
@@ -67,6 +67,12 @@ $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt
 	$(PY_LATEST) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	$(PY_LATEST) -m pip check
 	@touch $@
+
+# What tests/test_parallel.py samples, in full; docs/parallelism.md is written from the results.
+.PHONY: parity
+parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 random compositions, against one rank
+	$(PYTEST_ENV) $(PY) tools/parity.py --table docs/parallelism.md
+	$(PYTEST_ENV) $(PY) tools/parity.py --fuzz 200 --seed 1
 
 .PHONY: demo
 demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo

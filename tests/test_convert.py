@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from parity_worker import case_config
-from rows import global_batch, rank_batches
 from transformers import AutoModelForCausalLM
 
 from megamm.convert import qwen3
@@ -11,8 +9,9 @@ from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
+from megamm.parity.case import Case
+from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
-VOCABULARY = 301
 MODELS = {
     "dense": {},
     "tied": {"tie_embeddings": True},
@@ -20,10 +19,16 @@ MODELS = {
 }
 
 
+def model_config(model):
+    """A run of one rank with these keys of the model section."""
+    settings = {f"model.{key}": value for key, value in model.items()} | {"model.init_std": 0.02}
+    return Case.of(1, settings).config
+
+
 @pytest.fixture(params=MODELS)
 def pair(request, tmp_path):
     """(config, our model, transformers' model with the same weights)."""
-    config = case_config({"model": MODELS[request.param]})
+    config = model_config(MODELS[request.param])
     device = choose("cpu")
     grid.start(device)
     from megamm.mcore import store
@@ -64,7 +69,7 @@ def _documents(batch):
 
 def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
     _, _, model, theirs, _ = pair
-    batch = rank_batches(global_batch(5, 4, 48, VOCABULARY), 4, 0, 1)[0]
+    batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, 48), 4, 0, 1)[0]
     with torch.no_grad():
         ours = model.module(batch.input_ids, None, batch.row_map)
         worst = max(
@@ -79,7 +84,7 @@ def test_loss_and_gradients_equal_transformers(pair):
     from megamm.mcore import step
 
     weights = torch.tensor([1.0, 0.5], dtype=torch.float64)
-    batches = rank_batches(global_batch(6, 8, 48, VOCABULARY), 2, 0, 1)
+    batches = rank_batches(global_batch(6, 1, [(True, True)] * 8, 48), 2, 0, 1)
     result = step.run([model], batches, weights, 0.0, groups)
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     pieces = []
@@ -148,7 +153,7 @@ def _of_live_name(stacked, name):
 )
 def test_what_qwen3_cannot_express_is_refused_by_name(model):
     with pytest.raises(UserError, match=rf"cannot express model\.{next(iter(model))}"):
-        qwen3.check_expressible(case_config({"model": model}).model)
+        qwen3.check_expressible(model_config(model).model)
 
 
 def test_names_round_trip_bit_for_bit(pair):

@@ -1,0 +1,79 @@
+"""What a model saw while it ran: row maps and positions that attention used, experts that routers chose."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import nn
+
+from megamm.mcore import attention
+
+
+@dataclass
+class Seen:
+    """row_maps `[B, 4, S]` and positions `[B, axes, S/cp]` as attention got them; tokens per expert by layer.
+
+    margin is the smallest lead of a chosen expert over the best that was not: how near a tie routing came.
+    """
+
+    row_maps: list[torch.Tensor] = field(default_factory=list)
+    positions: list[torch.Tensor] = field(default_factory=list)
+    routed: Counter[tuple[str, int]] = field(default_factory=Counter)
+    margin: float = float("inf")
+
+
+@contextmanager
+def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
+    """Fill a `Seen` while the body runs. A recomputed forward pass counts once."""
+    seen, hooks = Seen(), []
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, attention.PackedAttention):
+                hooks.append(module.register_forward_pre_hook(_row_map(seen), with_kwargs=True))
+            elif isinstance(module, TopKRouter):
+                layer = f"{'mtp.' if '.mtp.' in f'.{name}' else ''}{module.layer_number}"
+                hooks.append(module.register_forward_hook(_routing(seen, layer)))
+    original = attention.cosines_and_sines
+
+    def recorded(position: torch.Tensor, *rest: Any) -> Any:
+        seen.positions.append(position)
+        return original(position, *rest)
+
+    with mock.patch.object(attention, "cosines_and_sines", recorded):
+        yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def _row_map(seen: Seen) -> Any:
+    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        row_map = named["attention_mask"] if "attention_mask" in named else arguments[3]
+        if not any(row_map is known for known in seen.row_maps):
+            seen.row_maps.append(row_map)
+
+    return hook
+
+
+def _routing(seen: Seen, layer: str) -> Any:
+    @torch.no_grad()
+    def hook(router: Any, arguments: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        chosen = output[1]
+        if output[0].requires_grad:  # the first pass of a recomputed layer runs without gradients
+            for expert, count in enumerate(chosen.sum(0).tolist()):
+                seen.routed[layer, expert] += count
+        scores = router.gating(arguments[0]).flatten(0, -2).float()
+        if router.score_function == "sigmoid":
+            scores = scores.sigmoid()
+        if router.expert_bias is not None:
+            scores = scores + router.expert_bias
+        if not chosen.all():
+            last = scores.masked_fill(~chosen, torch.inf).amin(1)
+            best = scores.masked_fill(chosen, -torch.inf).amax(1)
+            seen.margin = min(seen.margin, (last - best).min().item())
+
+    return hook

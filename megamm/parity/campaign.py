@@ -1,0 +1,95 @@
+"""Many cases in a row, for tools/parity.py: progress and totals on standard output, an exit code as result."""
+
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from queue import SimpleQueue
+
+from megamm.parity import fuzz as random_cases
+from megamm.parity import matrix
+from megamm.parity.case import Case
+from megamm.parity.harness import Harness
+from megamm.parity.report import Outcome
+
+_GOOD = ("proven", "refused")
+
+
+def one(case: Case) -> int:
+    """Prove one case and print all about it."""
+    with Harness() as harness:
+        outcome = harness.prove(case)
+    print(outcome.text())
+    return int(outcome.verdict not in _GOOD)
+
+
+def fuzz(number: int, seed: int, max_ranks: int, jobs: int) -> int:
+    """Prove random compositions up to the first that fails; that one is made small and explained."""
+    begin = time.monotonic()
+    verdicts, reasons = Counter[str](), Counter[str]()
+    for outcome in prove_all([random_cases.draw(seed, i, max_ranks) for i in range(number)], jobs):
+        verdicts[outcome.verdict] += 1
+        if outcome.verdict == "refused":
+            reasons[re.sub(r"\d+", "#", outcome.findings[0])] += 1
+        else:
+            print(outcome.text(), flush=True)
+        if outcome.verdict not in _GOOD:
+            print(_smallest(Case.parse(outcome.case)), flush=True)
+            break
+    failed = sum(count for verdict, count in verdicts.items() if verdict not in _GOOD)
+    print(f"seed {seed}: {verdicts['proven']} proven, {verdicts['refused']} refused, {failed} mismatches", end="")
+    print(f", {time.monotonic() - begin:.0f} s")
+    for reason, count in reasons.most_common():
+        print(f"  refused {count:3}  {reason}")
+    return int(failed > 0)
+
+
+def table(file: Path, jobs: int) -> int:
+    """Prove the matrix and write its table."""
+    cases = list(dict.fromkeys(matrix.everything().values()))
+    outcomes = {}
+    for outcome in prove_all(cases, jobs):
+        print(outcome.text(), flush=True)
+        outcomes[outcome.case] = outcome
+    file.write_text(matrix.table(lambda case: outcomes[case.line()]))
+    verdicts = Counter(outcome.verdict for outcome in outcomes.values())
+    print(f"{file}: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
+    return int(any(verdict not in _GOOD for verdict in verdicts))
+
+
+def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
+    """Outcomes in the cases' order, `jobs` of them proven at a time."""
+    with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        free: SimpleQueue[Harness] = SimpleQueue()
+        for _ in range(jobs):
+            free.put(stack.enter_context(Harness()))
+
+        def prove(case: Case) -> Outcome:
+            harness = free.get()
+            try:
+                return harness.prove(case, explain=False)
+            finally:
+                free.put(harness)
+
+        futures = [pool.submit(prove, case) for case in cases]
+        try:
+            for future in futures:
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _smallest(case: Case) -> str:
+    """The reproduction of a failing case, minimised and explained."""
+    with Harness() as harness:
+
+        def fails(candidate: Case) -> Outcome | None:
+            outcome = harness.prove(candidate, explain=False)
+            return None if outcome.verdict in _GOOD else outcome
+
+        found = random_cases.minimise(case, fails)
+        explained = harness.prove(Case.parse(found.case))
+    return f"reproduce: tools/parity.py --case '{found.case}'\n{explained.text()}"

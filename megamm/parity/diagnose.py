@@ -1,0 +1,172 @@
+"""Names what is wrong in a case whose numbers differ.
+
+In this order: what attention saw; gradients that lack a sum over a group (replicas disagree, and add up to the
+reference); parts of the loss whose gradient is a multiple of what it should be, found by running each part alone;
+parts that are normalised over less than the job, found by computing what that would give.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import safe_open
+
+from megamm.parity.case import Run
+from megamm.parity.report import Difference, Extent, RankReport
+from megamm.parity.rows import MODALITIES
+
+if TYPE_CHECKING:
+    from megamm.parity.harness import Harness
+
+Array = npt.NDArray[Any]
+Fault = Callable[[], None] | None
+_SAME = 1e-4  # relative distance at which an explanation holds
+_DENSE_AXES = ("tensor", "context", "data", "pipeline")
+_EXPERT_AXES = ("expert tensor", "expert", "expert data", "pipeline")
+
+
+def explain(harness: "Harness", run: Run, reports: Sequence[RankReport], fault: Fault) -> list[str]:
+    """The causes found, most telling first; a line that none was found otherwise."""
+    if any(r.strange for r in reports):
+        return []  # said by the ranks already, and all else follows from it
+    valued = harness.compute(run, fault, with_values=True, first_step_only=True)
+    reference = _Reference(harness, run)
+    found = _missing_sums(valued, reference)
+    if not found:
+        for name, part in _parts(run):
+            found += _wrong_part(harness, name, part, fault)
+    return found or ["no known cause explains the difference"]
+
+
+class _Reference:
+    """First gradients of a run's reference, by extent."""
+
+    def __init__(self, harness: "Harness", run: Run) -> None:
+        harness.reference(run.reference())
+        with safe_open(harness.path(run.reference()), framework="numpy") as file:
+            names = [name for name in file.keys() if name.startswith("gradient/")]  # noqa: SIM118 - not a mapping
+            self.tensors = {name.removeprefix("gradient/"): file.get_tensor(name) for name in names}
+
+    def block(self, extent: Extent) -> Array:
+        return self.tensors[extent.key][extent.box()]
+
+
+def _missing_sums(reports: Sequence[RankReport], reference: _Reference) -> list[str]:
+    """Tensors whose replicas along some axes of the grid disagree and sum to the reference."""
+    blocks: dict[tuple[str, tuple[int, ...]], dict[int, Difference]] = defaultdict(dict)
+    for rank, report in enumerate(reports):
+        for d in report.differences:
+            if d.what == "gradient":
+                blocks[d.extent.key, d.extent.offset][rank] = d
+    tensors = defaultdict(set)
+    for wrong in blocks.values():
+        extent = next(iter(wrong.values())).extent
+        theirs = reference.block(extent)
+        held = {r: theirs for r, report in enumerate(reports) for e in report.extents if _is_replica(e, extent)}
+        held |= {rank: d.values for rank, d in wrong.items() if d.values is not None}
+        for axes in _axes(reports, is_expert=".experts." in extent.key):
+            if _sums_to(theirs, held, reports, axes):
+                tensors[axes].add(extent.key)
+                break
+    return [
+        f"a sum over the {' x '.join(axes)} parallel group is missing: gradient of {', '.join(sorted(keys))}"
+        for axes, keys in tensors.items()
+    ]
+
+
+def _is_replica(one: Extent, other: Extent) -> bool:
+    return (one.key, one.offset, one.size) == (other.key, other.offset, other.size)
+
+
+def _axes(reports: Sequence[RankReport], is_expert: bool) -> list[tuple[str, ...]]:
+    """Axes along which replicas may lie, smallest groups first."""
+    if is_expert:
+        candidates: list[tuple[str, ...]] = [("expert data",), ("expert tensor",), ("expert",)]
+    else:
+        candidates = [("data",), ("context",), ("tensor",), ("pipeline",), ("data", "context")]
+    return [axes for axes in candidates if all(reports[0].sizes[a] > 1 for a in axes)]
+
+
+def _sums_to(theirs: Array, held: dict[int, Array], reports: Sequence[RankReport], axes: tuple[str, ...]) -> bool:
+    grid = _EXPERT_AXES if axes[0].startswith("expert") else _DENSE_AXES
+    groups = defaultdict(list)
+    for rank, values in held.items():
+        groups[tuple(reports[rank].place[a] for a in grid if a not in axes)].append(values)
+    sums = [(np.sum(g, axis=0), g) for g in groups.values()]
+    return all(len(g) > 1 and _near(total, theirs) and not _near(g[0], g[1]) for total, g in sums)
+
+
+def _near(ours: Array, theirs: Array) -> bool:
+    return bool(np.linalg.norm(ours - theirs) <= _SAME * np.linalg.norm(theirs))
+
+
+def _parts(run: Run) -> Iterator[tuple[str, Run]]:
+    """Each part of the loss alone: its name and the run that has only it."""
+    settings = dict(run.settings)
+    has_aux, has_mtp = bool(settings.get("model.moe.aux_loss_coeff")), bool(settings.get("model.mtp.num_layers"))
+    bare = {k: v for k, v in settings.items() if k != "model.moe.aux_loss_coeff"}
+    if has_mtp:
+        bare["model.mtp.loss_weight"] = 0.0
+    for i, name in enumerate(MODALITIES):
+        weights = tuple(w if j == i else 0.0 for j, w in enumerate(run.weights))
+        if any(any(kind[i] for kind in rows) for rows in run.rows[:1]):
+            yield f"modality {name}", replace(run, weights=weights, settings=_frozen(bare))
+    if has_aux:
+        aux = bare | {"model.moe.aux_loss_coeff": settings["model.moe.aux_loss_coeff"]}
+        yield "the experts' auxiliary loss", replace(run, weights=(0.0,) * len(MODALITIES), settings=_frozen(aux))
+    if has_mtp:
+        # So heavy that beside it the loss of the next token is lost in rounding.
+        heavy = bare | {"model.mtp.loss_weight": 1e6}
+        yield "multi-token prediction", replace(run, settings=_frozen(heavy))
+
+
+def _frozen(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(settings.items()))
+
+
+def _wrong_part(harness: "Harness", name: str, part: Run, fault: Fault) -> list[str]:
+    reports = harness.compute(part, fault, with_values=True, first_step_only=True)
+    wrong = [d for r in reports for d in r.differences if d.what == "gradient" and not np.isnan(d.ratio)]
+    if not wrong:
+        return []
+    ratios = [d.ratio for d in wrong]
+    if max(d.residual for d in wrong) < _SAME and max(ratios) - min(ratios) < _SAME:
+        keys = sorted({d.extent.key for d in wrong})
+        every = {key for key, gradient in _Reference(harness, part).tensors.items() if gradient.any()}
+        where = "" if every <= set(keys) else f" in {', '.join(keys)}"
+        return [f"gradient of {name} is multiplied by {ratios[0]:.4g}{_size_named(ratios[0], reports[0])}{where}"]
+    for over, parts in _row_parts(part):
+        factor = _normalised_over(harness, part, parts, wrong)
+        if factor is not None:
+            return [f"loss of {name} is normalised per {over}, not over the whole job (sum over them x {factor:.4g})"]
+    worst = max(wrong, key=lambda d: d.error)
+    return [f"gradient of {name} is wrong, not by a factor: {worst.extent.key} by {worst.error:.1e}"]
+
+
+def _size_named(ratio: float, report: RankReport) -> str:
+    """ " (= data parallel size)" where the ratio, or its inverse, is the size of one axis."""
+    named = [f"{axis} parallel size" for axis, n in report.sizes.items() if n > 1 and abs(ratio - n) < _SAME * n]
+    named += [f"1 / {axis} parallel size" for axis, n in report.sizes.items() if n > 1 and abs(ratio * n - 1) < _SAME]
+    return f" (= {' = '.join(named)})" if named else ""
+
+
+def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
+    """Partitions of a step's rows over which a wrong loss may be normalised."""
+    config = run.config
+    micro, data = config.train.micro_batch, config.data_parallel(run.world)
+    rows = range(config.train.global_batch)
+    yield "data-parallel rank", [{i for i in rows if i // micro % data == r} for r in range(data)]
+    yield "microbatch", [{i for i in rows if i // micro == m} for m in range(len(rows) // micro)]
+
+
+def _normalised_over(harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[Difference]) -> float | None:
+    """The factor c with which c x (sum of the parts' own mean losses) gives the wrong gradients, if there is one."""
+    everything = frozenset(range(run.config.train.global_batch))
+    references = [_Reference(harness, replace(run, muted=everything - part)) for part in parts]
+    expected = np.concatenate([np.sum([r.block(d.extent) for r in references], axis=0).ravel() for d in wrong])
+    ours = np.concatenate([d.values.ravel() for d in wrong if d.values is not None])
+    factor = float(ours @ expected / (expected @ expected))
+    return factor if _near(ours, factor * expected) else None

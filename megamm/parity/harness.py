@@ -1,0 +1,193 @@
+"""Proves a case: N gloo ranks and one rank from the same weights and batches, every number compared.
+
+The one-rank reference of a model, mix and batch is computed once and serves every layout.
+"""
+
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from safetensors import safe_open
+
+from megamm.errors import UserError
+from megamm.parity import diagnose
+from megamm.parity.case import Case, Run
+from megamm.parity.report import BOUNDS, Job, Outcome, RankReport
+from megamm.parity.rows import MODALITIES
+from megamm.parity.worlds import Failure, Worlds
+
+TIE = 1e-5
+"""Routing scores nearer than this could be ordered differently by rounding: such a draw is not used."""
+_DRAWS = 8
+
+
+class RunFailed(Exception):
+    """A world crashed or hung."""
+
+    def __init__(self, failure: Failure) -> None:
+        self.failure = failure
+        super().__init__(failure.kind)
+
+
+class Harness:
+    """One server of worlds and the references computed so far; a context manager."""
+
+    def __init__(self, timeout: float = 60.0) -> None:
+        """timeout: seconds after which a run counts as hanging."""
+        self._worlds, self._timeout = Worlds(), timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="megamm-parity-")
+        self._references: dict[str, RankReport] = {}
+
+    def __enter__(self) -> "Harness":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._worlds.__exit__(kind, error, trace)
+        self._folder.cleanup()
+
+    def prove(self, case: Case, fault: Callable[[], None] | None = None, explain: bool = True) -> Outcome:
+        """Compare the case with its reference; on a mismatch say what is wrong (explain) and by how much.
+
+        fault is called in every rank first (tests of the harness).
+        """
+        begin = time.monotonic()
+        outcome = Outcome(case.line(), "proven")
+        try:
+            run, one = self._drawn(case.run())
+            reports = self.compute(run, fault)
+            outcome.findings = compare(reports, one, self.shapes(run.reference()))
+            outcome.places = [r.place for r in reports]
+            outcome.local_parameters = [r.local_parameters for r in reports]
+            for report in reports:
+                outcome.worst |= {k: max(v, outcome.worst.get(k, 0.0)) for k, v in report.worst.items()}
+            if outcome.findings:
+                outcome.verdict = "mismatch"
+                if explain:
+                    outcome.findings = diagnose.explain(self, run, reports, fault) + outcome.findings
+        except UserError as error:
+            outcome.verdict, outcome.findings = "refused", [error.what]
+        except RunFailed as failed:
+            outcome.verdict, outcome.findings = failed.failure.kind, failed.failure.lines()
+        outcome.seconds = time.monotonic() - begin
+        return outcome
+
+    def compute(
+        self,
+        run: Run,
+        fault: Callable[[], None] | None = None,
+        with_values: bool = False,
+        first_step_only: bool = False,
+    ) -> list[RankReport]:
+        """The run's ranks beside its reference. RunFailed."""
+        self.reference(run.reference())
+        path = self.path(run.reference())
+        job = Job(run, path, fault=fault, with_values=with_values, first_step_only=first_step_only)
+        return self._work(run.world, job)
+
+    def reference(self, run: Run) -> RankReport:
+        """A one-rank run, computed unless it is known. RunFailed."""
+        name = run.name()
+        if name not in self._references:
+            self._references[name] = self._work(1, Job(run, self.path(run), makes_reference=True))[0]
+        return self._references[name]
+
+    def path(self, run: Run) -> Path:
+        """Where a reference's tensors lie."""
+        return Path(self._folder.name) / f"{run.name()}.safetensors"
+
+    def shapes(self, run: Run) -> dict[str, tuple[int, ...]]:
+        """Shapes of a reference's whole tensors."""
+        with safe_open(self.path(run), framework="numpy") as file:
+            names = [name for name in file.keys() if name.startswith("start/")]  # noqa: SIM118 - not a mapping
+            return {name.removeprefix("start/"): tuple(file.get_slice(name).get_shape()) for name in names}
+
+    def _drawn(self, run: Run) -> tuple[Run, RankReport]:
+        """The run with a seed whose routing has no near ties, and its reference."""
+        for draw in range(_DRAWS):
+            candidate = replace(run, seed=run.seed + 1000 * draw)
+            report = self.reference(candidate.reference())
+            if report.margin > TIE:
+                return candidate, report
+        raise AssertionError(f"near ties in the routing of {_DRAWS} draws: {run}")
+
+    def _work(self, size: int, job: Job) -> list[RankReport]:
+        answer = self._worlds.run(size, _compute, job, timeout=self._timeout)
+        if isinstance(answer, Failure):
+            raise RunFailed(answer)
+        return answer
+
+
+def _compute(job: Job) -> RankReport:
+    """In a rank: only there are Megatron-core's adaptations installed, so only there may it be imported."""
+    from megamm.parity import rank
+
+    return rank.compute(job)
+
+
+def compare(reports: Sequence[RankReport], one: RankReport, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """What differs from the reference, one line for each kind and tensor."""
+    found = sorted({text for r in reports for text in r.strange})
+    found += _scalars(reports, one) + _coverage(reports, shapes)
+    routed = sum((Counter(r.routed) for r in reports), Counter())
+    for place in sorted(one.routed.keys() | routed.keys()):
+        if routed[place] != one.routed.get(place, 0):
+            layer, expert = place
+            found.append(f"{layer}: expert {expert} got {routed[place]} tokens instead of {one.routed.get(place, 0)}")
+    by_tensor = defaultdict(list)
+    for number, report in enumerate(reports):
+        for d in report.differences:
+            by_tensor[d.what, d.step, d.extent.key].append((d.error, number, d.ratio))
+    for (what, step, key), errors in by_tensor.items():
+        worst, _, ratio = max(errors)
+        ranks = sorted({number for _, number, _ in errors})
+        found.append(
+            f"{what} of {key} after step {step}: relative error {worst:.1e}, ratio {ratio:.4g}, on ranks {ranks}"
+        )
+    return found
+
+
+def _scalars(reports: Sequence[RankReport], one: RankReport) -> list[str]:
+    found = {}
+    for number, report in enumerate(reports):
+        for step, (loss, count, norm) in enumerate(zip(report.loss, report.count, report.grad_norm, strict=True)):
+            for name, ours, theirs in zip(MODALITIES, count, one.count[step], strict=True):
+                if ours != theirs:
+                    what = f"token count of modality {name}"
+                    found[what] = f"{what} at step {step + 1}: {ours:g} instead of {theirs:g} (rank {number})"
+            for name, ours, theirs in zip(MODALITIES, loss, one.loss[step], strict=True):
+                what = f"loss of modality {name}"
+                _bound(found, report, "loss", f"{what} at step {step + 1}", ours, theirs, number)
+            _bound(
+                found, report, "gradient norm", f"gradient norm at step {step + 1}", norm, one.grad_norm[step], number
+            )
+    return list(found.values())
+
+
+def _bound(
+    found: dict[str, str], report: RankReport, kind: str, what: str, ours: float, theirs: float, rank: int
+) -> None:
+    if np.isnan(ours) and np.isnan(theirs):
+        return
+    error = abs(ours - theirs) / max(abs(theirs), 1e-30) if ours != theirs else 0.0
+    report.worst[kind] = max(report.worst.get(kind, 0.0), error)
+    if not error <= BOUNDS[kind]:
+        found[what] = f"{what}: {ours:.8g} instead of {theirs:.8g}, relative error {error:.1e} (rank {rank})"
+
+
+def _coverage(reports: Sequence[RankReport], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Main replicas must cover every element of every whole tensor once: else something went uncompared."""
+    owned = {key: np.zeros(shape, np.int32) for key, shape in shapes.items()}
+    found = []
+    for report in reports:
+        for e in report.extents:
+            if e.key not in owned:
+                found.append(f"{e.key} is no tensor of the reference")
+            elif e.is_main:
+                owned[e.key][e.box()] += 1
+    wrong = [key for key, count in owned.items() if not (count == 1).all()]
+    return sorted(set(found)) + [f"elements of {key} are owned by no rank, or by several" for key in wrong]

@@ -1,0 +1,96 @@
+"""Random packed rows with every awkward feature: many documents of odd lengths, padding, modalities that are absent.
+
+A mix says which rows of a step may hold text and which images; rows depend on (seed, step, mix, length) alone, never on
+the layout. Two modalities: ids below TEXT_SIZE are text (0), the rest image (1).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from megamm.data.sample import IGNORE_LABEL, Batch, IntArray, Row
+
+VOCABULARY, TEXT_SIZE = 301, 200
+MODALITIES = ("text", "image")
+MIXES = {
+    "mixed": "every row has both",
+    "rank_without_images": "the last data-parallel rank has no image",
+    "microbatch_without_text": "every other microbatch is images only",
+    "step_without_images": "the first step has no image",
+    "images_from_step_3": "the first two steps have no image",
+    "text_only": "no image ever",
+    "padding_row": "the first row of every step is all padding",
+}
+
+
+@dataclass(frozen=True)
+class RowKinds:
+    """Row numbers of a step that hold text, that hold images, and that are not empty."""
+
+    text: frozenset[int]
+    image: frozenset[int]
+
+
+def kinds(mix: str, step: int, rows: int, micro_batch: int, data_size: int) -> RowKinds:
+    """What each of the step's rows may hold (steps count from 1). KeyError for an unknown mix."""
+    everything = frozenset(range(rows))
+    microbatch = {i: i // micro_batch for i in everything}
+    if mix == "rank_without_images":
+        seen = frozenset(i for i in everything if data_size == 1 or microbatch[i] % data_size != data_size - 1)
+        return RowKinds(everything, seen)
+    if mix == "microbatch_without_text":
+        return RowKinds(frozenset(i for i in everything if microbatch[i] % 2 == 0), everything)
+    if mix == "padding_row":
+        return RowKinds(everything - {0}, everything - {0})
+    without = {"step_without_images": step == 1, "images_from_step_3": step < 3, "text_only": True, "mixed": False}
+    return RowKinds(everything, frozenset() if without[mix] else everything)
+
+
+def steps_of(mix: str) -> int:
+    """Optimizer steps after which the mix has shown what it is for."""
+    return 3 if mix == "images_from_step_3" else 2
+
+
+def random_row(rng: np.random.Generator, length: int, text: bool = True, image: bool = True) -> Row:
+    """One row of random documents of odd lengths with padding behind; holding neither, it is all padding."""
+    ids = np.zeros(length, dtype=np.int64)
+    labels = np.full(length, IGNORE_LABEL, dtype=np.int64)
+    segment = np.full(length, -1, dtype=np.int64)
+    position = np.zeros((3, length), dtype=np.int64)
+    longest = int(rng.choice([14, length]))  # some rows are one document, over all context ranks
+    at, document = 0, 0
+    while (text or image) and at < length - 7:
+        size = min(int(rng.integers(3, longest + 1)), length - 3 - at)
+        if size < 2:
+            break
+        part = rng.integers(0 if text else TEXT_SIZE, VOCABULARY if image else TEXT_SIZE, size)
+        here = slice(at, at + size)
+        ids[here], segment[here] = part, document
+        labels[at : at + size - 1] = part[1:]
+        position[:, here] = _positions(rng, part)
+        at, document = at + size, document + 1
+    valid = labels != IGNORE_LABEL
+    weight = np.where(valid, np.where(rng.random(length) < 0.1, 0.0, 1.0), 0.0).astype(np.float32)
+    modality = np.where(valid, (labels >= TEXT_SIZE).astype(np.int64), -1)
+    return Row(ids, labels, weight, segment, position, modality)
+
+
+def _positions(rng: np.random.Generator, ids: IntArray) -> IntArray:
+    """(t, h, w) `[3, T]` of a document: its index, and for image tokens other rows and columns."""
+    index = np.broadcast_to(np.arange(len(ids)), (3, len(ids))).copy()
+    away = rng.integers(0, 9, (3, len(ids))) * (ids >= TEXT_SIZE)
+    away[0] = 0
+    return index + away
+
+
+def global_batch(seed: int, step: int, rows: list[tuple[bool, bool]], length: int) -> list[Row]:
+    """The rows of one step; rows says of each whether it may hold (text, image)."""
+    rng = np.random.default_rng((seed, step))
+    return [random_row(rng, length, text, image) for text, image in rows]
+
+
+def rank_batches(rows: list[Row], micro_batch: int, data_rank: int, data_size: int) -> list[Batch]:
+    """This data rank's microbatches: number j holds rows (j * data_size + data_rank) * micro_batch onwards."""
+    step = micro_batch * data_size
+    starts = range(data_rank * micro_batch, len(rows), step)
+    return [Batch.stack(rows[start : start + micro_batch]) for start in starts]

@@ -1,0 +1,100 @@
+"""Faults that the parity harness must name: each changes a forked rank's own copy of the code, before it builds."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def image_gradient_times_data_parallel_size():
+    """As when one modality's encoder is averaged over data parallel and the rest is summed."""
+    from megamm.mcore import step
+
+    original = step.batch_loss
+
+    def scaled(loss, targets, counts, weights, mtp_weight):
+        return original(loss, targets, counts, weights * torch.tensor([1.0, dist.get_world_size()]), mtp_weight)
+
+    step.batch_loss = scaled
+
+
+def data_parallel_sum_dropped():
+    """Gradients of one bucket are scaled but never summed."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
+
+    original = Buckets.start_grad_sync
+
+    def without_sum(self, force_all_reduce=False):
+        summed, dist.all_reduce = dist.all_reduce, lambda *a, **k: None
+        original(self, force_all_reduce=True)
+        dist.all_reduce = summed
+
+    Buckets.start_grad_sync = without_sum
+
+
+def sequence_parallel_sum_dropped():
+    """Norms see their own tokens only, and are not summed over tensor parallel."""
+    from megatron.core.distributed import finalize_model_grads as module
+
+    _finalize_module(module)._allreduce_non_tensor_model_parallel_grads = lambda *a, **k: None
+
+
+def tied_embedding_sum_dropped():
+    """First and last stage keep their own gradient of the shared table."""
+    from megatron.core.distributed import finalize_model_grads as module
+
+    _finalize_module(module)._allreduce_word_embedding_grads = lambda *a, **k: None
+
+
+def _finalize_module(function_or_module):
+    """The package exports a function of the module's name."""
+    import sys
+
+    return sys.modules[getattr(function_or_module, "__module__", None) or function_or_module.__name__]
+
+
+def document_index_shifted():
+    """Positions of the second document of a packed row go on from the first's."""
+    from megamm.mcore import attention
+
+    original = attention.document_positions
+    attention.document_positions = lambda segment: original(segment) + (segment == 1)
+
+
+def row_positions_shifted():
+    """(t, h, w) reach attention one token late."""
+    from megamm.data.sample import Batch
+
+    Batch.row_map = property(lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1)), 1))
+
+
+def auxiliary_loss_twice():
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler as Scaler
+
+    original = Scaler.set_loss_scale
+    Scaler.set_loss_scale = staticmethod(lambda scale: original(scale * 2))
+
+
+def prediction_depths_twice():
+    from megamm.mcore import step
+
+    original = step.batch_loss
+    step.batch_loss = lambda loss, targets, counts, weights, mtp: original(loss, targets, counts, weights, mtp * 2)
+
+
+def counts_of_this_rank_only():
+    """Each rank divides by its own tokens."""
+    from megamm.mcore.groups import Groups
+
+    original = Groups.sum_over_data
+    Groups.sum_over_data = lambda self, tensor: tensor if tensor.dim() == 2 else original(self, tensor)
+
+
+def last_rank_never_comes():
+    if dist.get_rank() == dist.get_world_size() - 1:
+        time.sleep(3600)
+
+
+def last_rank_dies():
+    if dist.get_rank() == dist.get_world_size() - 1:
+        raise ValueError("out of luck")
