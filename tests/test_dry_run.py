@@ -22,6 +22,10 @@ from megamm.model.size import parameter_count
 VOCABULARY = 301
 MOE = {"moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 48}}
 FULL_MOE = {"moe": MOE["moe"] | {"shared_ffn_hidden_size": 32, "score": "sigmoid", "bias_update_rate": 1e-3}}
+MLA = {
+    "num_query_groups": 8,
+    "mla": {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8},
+}
 SP2 = {"tensor": 2, "sequence": True}
 
 # name -> (world size, parallel, model)
@@ -32,6 +36,8 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     "pp3-uneven": (6, {"pipeline": 3, "layers_per_chunk": [4, 3, 1]}, {}),
     "pp2-mtp": (8, {"tensor": 2, "pipeline": 2}, {"mtp": {"num_layers": 2}}),
     "ep4-dp2": (8, {"expert": 4}, MOE),
+    "tp2-moe": (4, SP2, MOE),
+    "tp2-pp2-mla": (8, {"tensor": 2, "pipeline": 2}, MLA),
     "tp2-ep2-etp2": (16, SP2 | {"pipeline": 2, "expert": 2, "expert_tensor": 2}, MOE),
     "tp2-ep2-etp4": (32, SP2 | {"expert": 2, "expert_tensor": 4}, MOE),
     "tp2-cp2-ep4-pp2x2": (32, SP2 | {"context": 2, "expert": 4, "pipeline": 2, "virtual_pipeline": 2}, FULL_MOE),
@@ -62,8 +68,9 @@ def no_job() -> Iterator[None]:
     from megamm.mcore import cpu
 
     cpu.install()
-    groups.destroy()
-    groups.stop()
+    if torch.distributed.is_initialized():
+        groups.destroy()
+        groups.stop()
     yield
 
 
@@ -161,8 +168,21 @@ def test_a_rank_that_holds_something_else_than_its_equals_is_found() -> None:
         assert "rank 2 has [" in str(dry_run.shards_fault(wrong, grid))
 
 
-def test_a_tensor_reduced_over_too_few_ranks_everywhere_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts marked like dense weights: their gradients would be summed over the wrong ranks, in silence."""
+@pytest.mark.parametrize("tensor", ["self_attention.linear_proj.weight", "router.weight", "experts.linear_fc2.weight"])
+def test_a_wrong_number_of_replicas_is_found(tensor: str) -> None:
+    """All ranks agree on it, and it is not the number of ranks that hold the tensor."""
+    _, grid, _, models = _built("tp2-ep2-etp2")
+    copies = next(p.copies for p in models[0].pieces if p.key.endswith(tensor))
+    for wrong in (copies // 2, copies * 2):
+        changed = {
+            r: replace(m, pieces=[p._replace(copies=wrong) if p.key.endswith(tensor) else p for p in m.pieces])
+            for r, m in models.items()
+        }
+        assert f"is held by {copies} ranks, not {wrong}" in str(dry_run.shards_fault(changed, grid))
+
+
+def test_experts_marked_as_dense_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their gradients would be summed over the wrong ranks, in silence."""
     from megamm.mcore import backbone
 
     build = backbone.build_chunks

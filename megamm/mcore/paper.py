@@ -75,8 +75,10 @@ class PaperWorld:
                 chunks = backbone.build_chunks(self._fast_config, self.vocabulary_size, built, META)
                 return self._describe(chunks, built)
         finally:
-            groups.destroy()
-            dist.destroy_process_group()
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()  # every group of it
 
     def _describe(self, chunks: list[Any], built: groups.Groups) -> RankModel:
         pieces = [piece for chunk in chunks for piece in _pieces(chunk, built)]
