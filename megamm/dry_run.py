@@ -212,7 +212,7 @@ def describe(
         or tokens_fault(config)
     )
     lines = _layout_lines(config, grid, vocabulary_size) + _stage_lines(config, grid, models)
-    lines += [] if rank is None else _rank_lines(models[rank], rank)
+    lines += [] if rank is None else _rank_lines(config, models[rank], rank)
     lines.append(
         f"built {len(models):,} ranks without storage, which hold every shard of tensor x pipeline x expert; "
         f"the other {world_size - len(models):,} repeat their coordinates"
@@ -263,10 +263,12 @@ def _span(layers: Sequence[int]) -> str:
     return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
-def _rank_lines(model: "RankModel", rank: int) -> list[str]:
+def _rank_lines(config: RunConfig, model: "RankModel", rank: int) -> list[str]:
     coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.place, strict=True)
     lines = [f"rank {rank}: " + ", ".join(f"{axis} {i}" for axis, i in coordinates)]
     lines[0] += "; layers " + " ".join(_span(chunk) for chunk in model.layers)
     for kind, members in model.members.items():
+        if kind in ("ep", "expt_tp", "expt_dp") and not config.model.moe.num_experts:
+            continue
         lines.append(f"  {kind:>7} group: {len(members):>6} ranks, {members[0]} to {members[-1]}")
     return lines
