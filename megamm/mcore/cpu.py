@@ -16,6 +16,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _API_NAME = "_megamm_cpu_device"
 
@@ -87,6 +88,23 @@ class _CpuDevice:
     @staticmethod
     def empty_cache() -> None: ...
 
+    @staticmethod
+    def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: dist.ProcessGroup) -> None:
+        """Ranks' tensors, whose first sizes may differ: gloo gathers equal ones only, but trades any."""
+        received = torch.empty((sum(map(len, parts)), *own.shape[1:]), dtype=own.dtype)
+        sizes = [len(part) for part in parts]
+        dist.all_to_all_single(received, torch.cat([own] * len(parts)), sizes, [len(own)] * len(parts), group)
+        for part, values in zip(parts, received.split(sizes), strict=True):
+            part.copy_(values)
+
+    @staticmethod
+    def reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: dist.ProcessGroup) -> None:
+        """The sum of all ranks' part for this one; parts' first sizes may differ."""
+        received = torch.empty((len(parts), *own.shape), dtype=own.dtype)
+        sizes = [len(part) for part in parts]
+        dist.all_to_all_single(received.flatten(0, 1), torch.cat(parts), [len(own)] * len(parts), sizes, group)
+        own.copy_(received.sum(0))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
@@ -113,6 +131,11 @@ _PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
     # The region's generator *is* the CPU generator here, so that it changed is no news.
     "megatron.core.tensor_parallel.random": (
         ("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
+    ),
+    # Experts split over tensor ranks gather tokens of which every rank has another number.
+    "megatron.core.tensor_parallel.mappings": (
+        ("torch.distributed.all_gather(output_tensor_list", f"{_API_NAME}.all_gather(output_tensor_list"),
+        ("torch.distributed.reduce_scatter(output, input_", f"{_API_NAME}.reduce_scatter(output, input_"),
     ),
     # The all-to-all dispatcher wants numpy split sizes also when the tensor is on the CPU already.
     "megatron.core.transformer.moe.moe_utils": (

@@ -37,7 +37,7 @@ class RunFailed(Exception):
 class Harness:
     """One server of worlds and the references computed so far; a context manager."""
 
-    def __init__(self, timeout: float = 60.0) -> None:
+    def __init__(self, timeout: float = 120.0) -> None:
         """timeout: seconds after which a run counts as hanging."""
         self._worlds, self._timeout = Worlds(), timeout
         self._folder = tempfile.TemporaryDirectory(prefix="megamm-parity-")

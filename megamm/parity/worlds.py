@@ -71,9 +71,7 @@ class Worlds:
         self._connection.close()  # the server ends at the end of its input
         self._process.join()
 
-    def run(
-        self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float = 60.0
-    ) -> list[Any] | Failure:
+    def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | Failure:
         """function(argument) in each of `size` ranks: their results in rank order, or how they failed."""
         self._connection.send(_Job(size, function, argument, timeout))
         answer: list[Any] | Failure = self._connection.recv()
