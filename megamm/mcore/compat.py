@@ -39,6 +39,29 @@ def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:
                 state["step"] = torch.tensor(float(step), dtype=torch.float32, device=parameter.device)
 
 
+def keep_bucket_padding(optimizer: DistributedOptimizer) -> None:
+    """Have the optimizer's gathered state laid out as the parameters' offsets say.
+
+    Megatron (0.16 and 0.19) gathers a gradient buffer's state without the padding between its buckets, then cuts
+    parameters out of it at offsets that count the padding: from the second bucket on, what is saved is shifted.
+    """
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **options: Any) -> Any:
+        state = gather(*args, **options)
+        for index, buffer in enumerate(optimizer.buffers):
+            for tensors in state[index].values():
+                for name, packed in tensors.items():
+                    if isinstance(packed, torch.Tensor):
+                        tensors[name] = packed.new_zeros(buffer.numel)
+                        parts = packed.split([bucket.numel_unpadded for bucket in buffer.buckets])
+                        for bucket, part in zip(buffer.buckets, parts, strict=True):
+                            tensors[name][bucket.offset : bucket.offset + len(part)] = part
+        return state
+
+    optimizer.get_parameter_state_dp_zero = gather_with_padding
+
+
 @torch.no_grad()
 def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict[str, torch.Tensor]]) -> None:
     """Copy tensors of the `fully_reshardable` format into this rank's shards.
