@@ -52,6 +52,11 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
             f"model.num_layers = {m.num_layers} are fewer than the {chunks} chunks of the pipeline",
             remedy="lower parallel.pipeline or parallel.virtual_pipeline",
         )
+    if m.tie_embeddings and m.mtp.num_layers and p.pipeline > 1:
+        raise UserError(
+            "Megatron-core cannot save tied embeddings with multi-token prediction over a pipeline",
+            remedy="set model.tie_embeddings=false, or parallel.pipeline=1",
+        )
     given = p.layers_per_chunk
     if given and (len(given) != chunks or sum(given) != m.num_layers):
         raise UserError(
@@ -140,36 +145,37 @@ def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "chan
 def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
     """Layers of every pipeline chunk in model order, as configured or balanced.
 
-    Balanced: the slowest chunk is as fast as possible, counting the head (and the multi-token-prediction modules in
-    front of it) as work of the last chunk; among equals, the largest chunk has the fewest parameters, which counts
-    the embedding table of the first.
+    Balanced: the slowest stage is as fast as possible, counting the head (and the multi-token-prediction modules in
+    front of it) as work of the last; among equals, the largest stage has the fewest parameters, which counts the
+    embedding table of the first. A stage's layers are spread over its chunks, earlier ones taking what is left over.
     """
     p, m = config.parallel, config.model
-    chunks = p.pipeline * p.virtual_pipeline
     if p.layers_per_chunk:
         return list(p.layers_per_chunk)
-    if chunks == 1:
+    if p.pipeline == 1:
         return [m.num_layers]
     # A token's time in a layer is proportional to the weights that it is multiplied with.
     layer, table = size.layer_parameters(m, active=True), vocabulary_size * m.hidden_size
     tail = table + m.mtp.num_layers * (size.mtp_parameters(m, active=True) + table)
 
-    def badness(split: list[int]) -> tuple[int, int, list[int]]:
-        work = [n * layer for n in split]
+    def badness(stages: list[int]) -> tuple[int, int, list[int]]:
+        work = [n * layer for n in stages]
         work[-1] += tail
         held = [work[0] + table, *work[1:]]
-        return max(work), max(held), [-n for n in split]
+        return max(work), max(held), [-n for n in stages]
 
-    return min(_candidates(m.num_layers, chunks), key=badness)
+    stages = min(_candidates(m.num_layers, p.pipeline, p.virtual_pipeline), key=badness)
+    chunks = range(p.virtual_pipeline)
+    return [n // len(chunks) + (chunk < n % len(chunks)) for chunk in chunks for n in stages]
 
 
-def _candidates(layers: int, chunks: int) -> list[list[int]]:
-    """Every size of the first and of the last chunk, with the rest spread evenly between (more first)."""
-    if chunks == 2:
-        return [[layers - last, last] for last in range(1, layers)]
-    found = []
-    for first in range(1, layers - chunks + 2):
-        for last in range(1, layers - chunks - first + 3):
-            each, more = divmod(layers - first - last, chunks - 2)
-            found.append([first, *(each + (i < more) for i in range(chunks - 2)), last])
+def _candidates(layers: int, stages: int, least: int) -> list[list[int]]:
+    """Every size of the first and of the last stage, at least `least`, with the rest spread evenly between."""
+    if stages == 2:
+        return [[layers - last, last] for last in range(least, layers - least + 1)]
+    found, between = [], stages - 2
+    for first in range(least, layers - least * (stages - 1) + 1):
+        for last in range(least, layers - first - least * between + 1):
+            each, more = divmod(layers - first - last, between)
+            found.append([first, *(each + (i < more) for i in range(between)), last])
     return found

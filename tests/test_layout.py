@@ -46,8 +46,9 @@ def test_no_split_is_faster(layers, pipeline, vocabulary):
 def test_a_heavy_head_leaves_the_last_stage_fewer_layers():
     layer = size.layer_parameters(_config(8, 2).model, active=True)
     assert layers_per_chunk(_config(8, 2), 2 * layer // 64) == [5, 3]
-    # The embedding table, as large as two layers, is counted where the head leaves a choice.
-    assert layers_per_chunk(_config(8, 2, 2), 2 * layer // 64) == [1, 3, 3, 1]
+    assert layers_per_chunk(_config(8, 2, 2), 2 * layer // 64) == [3, 2, 2, 1]
+    # Where the head leaves a choice, the embedding table, as large as four layers, decides.
+    assert layers_per_chunk(_config(10, 3), 4 * layer // 64) == [4, 5, 1]
 
 
 def test_a_configured_split_is_taken_as_it_is():
