@@ -1,6 +1,7 @@
 """The loader: the same rows whatever the number of data ranks, exact resume, and clear words for missing caches."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from megamm.data.loader import Loader, RowStream, SampleSet, heldout_documents
 from megamm.data.mixture import Mixture, Source
 from megamm.data.packing import document_length
+from megamm.data.run_data import source_names
 from megamm.data.shards import ShardWriter, tokens_to_bytes
 from megamm.errors import UserError
 from megamm.modalities.base import sequential_positions
@@ -166,3 +168,12 @@ def test_ids_of_a_larger_codec_are_refused(tmp_path):
     rows = RowStream([sample_set], Mixture([Source("source", 1, 3)], 0), small, ROW, POSITIONS)
     with pytest.raises(UserError, match=r"image token id .* its codec has 4"):
         rows.row(0)
+
+
+def test_moved_data_keeps_its_order():
+    """The order is drawn from the sources' names: these must not change with where the data is mounted."""
+    here = [Path("/a/shards/pairs/v1"), Path("/a/shards/books/v1")]
+    there = [Path("/mnt/b") / path.relative_to("/a") for path in here]
+    assert source_names(here) == source_names(there) == ["pairs/v1", "books/v1"]
+    assert source_names([Path("x/emoji"), Path("y/clipart")]) == ["emoji", "clipart"]
+    assert source_names([Path("x/emoji"), Path("x/emoji")]) == ["x/emoji", "x/emoji"]  # Mixture refuses the pair

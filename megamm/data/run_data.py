@@ -64,6 +64,15 @@ def positions_of(modalities: dict[str, Modality]) -> Positions:
     return {name: modality.positions for name, modality in modalities.items()}
 
 
+def source_names(paths: list[Path]) -> list[str]:
+    """Short names that tell the sources apart: last parts of their paths, so that moved data keeps its order."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
 def open_run_data(config: RunConfig) -> RunData:
     """Open codecs and shards of the config. UserError names what is missing, damaged or does not fit."""
     for name in config.loss_weights:
@@ -73,9 +82,10 @@ def open_run_data(config: RunConfig) -> RunData:
     vocabulary, positions = vocabulary_of(modalities), positions_of(modalities)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
     sets = [SampleSet(source.path / "train", codec_ids) for source in config.data.sources]
+    names = source_names([source.path for source in config.data.sources])
     sources = [
-        Source(str(source.path), source.weight, len(samples))
-        for source, samples in zip(config.data.sources, sets, strict=True)
+        Source(name, source.weight, len(samples))
+        for name, source, samples in zip(names, config.data.sources, sets, strict=True)
     ]
     mixture = Mixture(sources, config.train.seed)
     stream = RowStream(sets, mixture, vocabulary, config.data.seq_length, positions)
