@@ -55,9 +55,11 @@ format: $(VENV)/installed  ## format the code and mend what lint can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+MEGATRON_TESTS := $(addprefix tests/test_,$(addsuffix .py,parallel parity attention deepseek convert deepspeed dry_run checkpoint train reshard))
+
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and conversion on the newest Megatron-core, Python 3.12
-	$(PYTEST_ENV) $(PY_LATEST) -m pytest tests/test_parallel.py tests/test_parity.py tests/test_checkpoint.py tests/test_train.py tests/test_convert.py
+	$(PYTEST_ENV) $(PY_LATEST) -m pytest $(MEGATRON_TESTS)
 
 $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt
 	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }
