@@ -24,7 +24,7 @@ def check(config: RunConfig, world_size: int) -> None:
         raise UserError("parallel.sequence needs parallel.tensor > 1", remedy="set parallel.sequence=false")
     _check_sequence(config)
     _check_pipeline(config, data_parallel)
-    _check_latent_attention(m)
+    _check_latent_attention(m, p.tensor)
     _check_experts(config, data_parallel)
     _check_schedule(config)
     if config.engine == "deepspeed":
@@ -69,12 +69,16 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
         _divisible("microbatches of a step", microbatches, "parallel.pipeline", p.pipeline, remedy)
 
 
-def _check_latent_attention(m: ModelConfig) -> None:
+def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
     if m.mla.kv_lora_rank == 0:
         return
     for key in ("qk_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(m.mla, key) == 0:
             raise UserError(f"model.mla.{key} is not set", remedy="set it, or kv_lora_rank=0 for grouped queries")
+    # Tensor ranks share the projections down to the latents, too.
+    latent = m.mla.kv_lora_rank + m.mla.qk_rope_head_dim
+    _divisible("model.mla.kv_lora_rank + qk_rope_head_dim", latent, "parallel.tensor", tensor)
+    _divisible("model.mla.q_lora_rank", m.mla.q_lora_rank or tensor, "parallel.tensor", tensor)
     if m.num_query_groups != m.num_attention_heads:
         raise UserError(
             "latent attention has no query groups", remedy="set model.num_query_groups = model.num_attention_heads"

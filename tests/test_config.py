@@ -11,6 +11,7 @@ from megamm.config import RunConfig, config_from_dict, load_config
 from megamm.errors import UserError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
+MLA = ["model.mla={kv_lora_rank: 8, qk_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"]
 MOE = ["model.moe.num_experts=4", "model.moe.ffn_hidden_size=64"]
 
 
@@ -92,6 +93,16 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, [*MOE, "model.moe.top_k=1"], "model.moe.top_k = 1: a softmax over one score gives the router no gradient"),
         (1, [*MOE, "model.moe.bias_update_rate=0.1"], "model.moe.bias_update_rate needs independent scores"),
         (1, ["model.mla.kv_lora_rank=8"], "model.mla.qk_head_dim is not set"),
+        (
+            2,
+            [*MLA, "model.mla.kv_lora_rank=7", "parallel.tensor=2"],
+            "model.mla.kv_lora_rank + qk_rope_head_dim = 15 is not divisible by parallel.tensor = 2",
+        ),
+        (
+            2,
+            [*MLA, "model.mla.q_lora_rank=9", "parallel.tensor=2"],
+            "model.mla.q_lora_rank = 9 is not divisible by parallel.tensor = 2",
+        ),
         (2, ["engine=deepspeed", "parallel.tensor=2"], "engine=deepspeed shards over data parallel only"),
         (2, [*MOE, "parallel.tensor=2"], "MoE with parallel.tensor > 1 needs sequence parallel"),
         (3, ["train.micro_batch=1"], "is not divisible by micro_batch x data parallel = 3"),

@@ -95,8 +95,17 @@ def _sums_to(theirs: Array, held: dict[int, Array], reports: Sequence[RankReport
     groups = defaultdict(list)
     for rank, values in held.items():
         groups[tuple(reports[rank].place[a] for a in grid if a not in axes)].append(values)
-    sums = [(np.sum(g, axis=0), g) for g in groups.values()]
-    return all(len(g) > 1 and _near(total, theirs) and not _near(g[0], g[1]) for total, g in sums)
+    # Replicas that some other sum has made equal count once.
+    partial = [_distinct(values) for values in groups.values()]
+    return all(len(values) > 1 and _near(np.sum(values, axis=0), theirs) for values in partial)
+
+
+def _distinct(values: list[Array]) -> list[Array]:
+    kept: list[Array] = []
+    for value in values:
+        if not any(_near(value, other) for other in kept):
+            kept.append(value)
+    return kept
 
 
 def _near(ours: Array, theirs: Array) -> bool:

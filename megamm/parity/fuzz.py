@@ -61,8 +61,8 @@ def _model(rng: random.Random, tensor: int) -> Settings:
     }
     if rng.random() < 0.2:
         settings |= {"model.num_query_groups": groups * per_group, "model.rope_axes": 1}
-        settings |= {"model.mla.kv_lora_rank": 4 * tensor, "model.mla.q_lora_rank": rng.choice([0, 8 * tensor])}
-        settings |= {"model.mla.qk_head_dim": rng.choice([6, 8]), "model.mla.qk_rope_head_dim": 4 * tensor}
+        settings |= {"model.mla.kv_lora_rank": 5 * unit, "model.mla.q_lora_rank": rng.choice([0, 9 * unit])}
+        settings |= {"model.mla.qk_head_dim": rng.choice([6, 8]), "model.mla.qk_rope_head_dim": 2 * tensor}
         settings["model.mla.v_head_dim"] = rng.choice([6, 8, 12])
     if rng.random() < 0.25:
         settings["model.mtp.num_layers"] = rng.randint(1, 2)
