@@ -1,7 +1,7 @@
 """Runs engines over the same rows in real processes, many cases per start: `torchrun deepspeed_worker.py CASES OUT`.
 
-A case builds its engine, loads a folder where one is named, takes its steps (saving OUT/NAME after step `save_at`) and
-evaluates; OUT/NAME.json gets losses, grad norms and learning rates of every step.
+A case builds its engine, loads a folder where one is named, takes its steps (saving OUT/NAME after step `save_at`) and,
+if there were any, evaluates; OUT/NAME.json gets losses, grad norms and learning rates of every step.
 """
 
 import json
@@ -74,7 +74,8 @@ def run_case(case: dict[str, Any], out: Path) -> None:
         result["count"].append(done.loss.count.tolist())
         result["grad_norm"].append(done.grad_norm)
         result["lr"].append(done.lr)
-    result["evaluated"] = runner.evaluate(batches_of(1000, groups), WEIGHTS).mean.tolist()
+    if last > first:
+        result["evaluated"] = runner.evaluate(batches_of(1000, groups), WEIGHTS).mean.tolist()
     if case.get("diverge"):
         result["diverged"] = runner.train_step(batches_of(1001, groups), WEIGHTS * torch.inf).grad_norm
     if dist.get_rank() == 0:

@@ -45,9 +45,6 @@ class DeepSpeedEngine:
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
         self.names = whole_store.Names.of(model, groups)
-        if config.deepspeed.zero == 3 and config.model.tie_embeddings:
-            # The head uses the embedding's table, which is no parameter of its own: ZeRO-3 must gather it there too.
-            deepspeed.zero.register_external_parameter(model.output_layer, model.embedding.word_embeddings.weight)
         self.adam = _adam(config, model)
         with contextlib.redirect_stdout(io.StringIO()):  # in some stages it prints memory figures
             self.deepspeed, *_ = deepspeed.initialize(
@@ -69,9 +66,8 @@ class DeepSpeedEngine:
         plain_step.finish(self.model)
         self.schedule.step(1)
         norm = float(self.deepspeed.get_global_grad_norm())
-        # Of a gradient that is not finite DeepSpeed says -1, or passes the step over and keeps the norm before it.
-        is_finite = norm >= 0 and self.deepspeed.was_step_applied()
-        return StepResult(loss, norm if is_finite else math.nan, lr)
+        # In bf16 DeepSpeed says -1 of a gradient that is not finite.
+        return StepResult(loss, norm if norm >= 0 else math.nan, lr)
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Of one microbatch; DeepSpeed counts them, and at a step's last one `step` moves the parameters."""
