@@ -24,6 +24,8 @@ def check(config: RunConfig, world_size: int) -> None:
         raise UserError("parallel.sequence needs parallel.tensor > 1", remedy="set parallel.sequence=false")
     _check_sequence(config)
     _check_pipeline(config, data_parallel)
+    if m.rope_axes == 3 and m.head_dim < 6:
+        raise UserError(f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="use a head_dim of at least 6")
     _check_latent_attention(m, p.tensor)
     _check_experts(config, data_parallel)
     _check_schedule(config)

@@ -92,6 +92,7 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, [*MOE, "model.moe.top_k=5"], "model.moe.top_k > model.moe.num_experts"),
         (1, [*MOE, "model.moe.top_k=1"], "model.moe.top_k = 1: a softmax over one score gives the router no gradient"),
         (1, [*MOE, "model.moe.bias_update_rate=0.1"], "model.moe.bias_update_rate needs independent scores"),
+        (1, ["model.rope_axes=3", "model.head_dim=4"], "model.rope_axes = 3 with model.head_dim = 4"),
         (1, ["model.mla.kv_lora_rank=8"], "model.mla.qk_head_dim is not set"),
         (
             2,
