@@ -22,6 +22,9 @@ ABSENT = {
     for mix in ("rank_without_images", "step_without_images", "images_from_step_3", "padding_row", "text_only")
     for layout in ("data", "pipeline", "context, all-gather", "expert, all-to-all")
 }
+# One head on each rank: its gradient of the shared rotary channels is a strided slice, which Megatron leaves unsummed.
+LATENT = Case.of(2, LAYOUTS["tensor"] | FEATURES["latent attention"])
+ONE_HEAD = LATENT.with_setting("model.num_attention_heads", 2).with_setting("model.num_query_groups", 2)
 ADMITTED = [case for n in range(60) if matrix.expected(case := fuzz.draw(7, n, 8)).verdict == "proven"]
 RANDOM = {f"random {case.seed}": case for case in ADMITTED if case.world > 1}
 COMPOSED = {
@@ -29,7 +32,14 @@ COMPOSED = {
     for layout in LAYOUTS
     for kit, names in KITS.items()
 }
-CASES = matrix.singles() | matrix.pairs() | COMPOSED | ABSENT | dict(list(RANDOM.items())[:20])
+CASES = (
+    {"latent attention, one head a rank": ONE_HEAD}
+    | matrix.singles()
+    | matrix.pairs()
+    | COMPOSED
+    | ABSENT
+    | dict(list(RANDOM.items())[:20])
+)
 # Consecutive cases of one size share their processes.
 ORDERED = sorted(((name, case) for name, case in CASES.items() if case), key=lambda item: item[1].world)
 

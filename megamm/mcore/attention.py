@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -114,7 +114,7 @@ class PackedAttention(MegatronModule):
         """The same keys. All heads of latent attention share the channels that carry position: their gradient is the
         sum over the heads of all tensor ranks, and Megatron sums this rank's only."""
         own, shared = key.split([key.shape[-1] - self.shared_channels, self.shared_channels], dim=-1)
-        shared = copy_to_tensor_model_parallel_region(shared[:, :, :1], self.tensor_group)
+        shared = _GradientSum.apply(shared[:, :, :1], self.tensor_group)
         return torch.cat((own, shared.expand(-1, -1, key.shape[2], -1)), dim=-1)
 
     def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +128,21 @@ class PackedAttention(MegatronModule):
             return cosines_and_sines(local, head_dim, base, query.dtype)
 
         return _once_a_row_map(row_map, ("angles", *chunks, base, axes, head_dim, query.dtype), make)
+
+
+class _GradientSum(torch.autograd.Function):
+    """The same tensor; its gradient is summed over the group. (Megatron's own leaves a strided gradient unsummed.)"""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 def document_mask(segment_BS: torch.Tensor) -> torch.Tensor:

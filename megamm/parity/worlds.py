@@ -42,7 +42,7 @@ class Failure:
         for rank, text in sorted(self.ranks.items()):
             lines = [line.strip() for line in text.strip().splitlines()]
             told = lines[-1:] if lines and not lines[-1].startswith("File") else lines[1:7]
-            found.append(f"rank {rank}: {' < '.join(told)}")
+            found.append(f"rank {rank}: {' < '.join(told)[:600]}")
         return found
 
 
