@@ -18,6 +18,8 @@ def check(config: RunConfig, world_size: int) -> None:
     _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
     _divisible("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
     _divisible("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
+    if m.mtp.num_layers:  # their projections of hidden states are split over tensor ranks
+        _divisible("model.hidden_size with multi-token prediction", m.hidden_size, "parallel.tensor", p.tensor)
     data_parallel = config.data_parallel(world_size)
     _divisible("train.global_batch", t.global_batch, "micro_batch x data parallel", t.micro_batch * data_parallel)
     if p.sequence and p.tensor == 1:
@@ -25,7 +27,9 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_sequence(config)
     _check_pipeline(config, data_parallel)
     if m.rope_axes == 3 and m.head_dim < 6:
-        raise UserError(f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="use a head_dim of at least 6")
+        raise UserError(
+            f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="use a head_dim of at least 6"
+        )
     _check_latent_attention(m, p.tensor)
     _check_experts(config, data_parallel)
     _check_schedule(config)

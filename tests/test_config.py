@@ -96,6 +96,11 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, ["model.mla.kv_lora_rank=8"], "model.mla.qk_head_dim is not set"),
         (
             2,
+            ["model.mtp.num_layers=1", "model.hidden_size=33", "parallel.tensor=2"],
+            "model.hidden_size with multi-token prediction = 33 is not divisible by parallel.tensor = 2",
+        ),
+        (
+            2,
             [*MLA, "model.mla.kv_lora_rank=7", "parallel.tensor=2"],
             "model.mla.kv_lora_rank + qk_rope_head_dim = 15 is not divisible by parallel.tensor = 2",
         ),

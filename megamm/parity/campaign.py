@@ -37,7 +37,7 @@ def fuzz(number: int, seed: int, max_ranks: int, jobs: int) -> int:
         else:
             print(outcome.text(), flush=True)
         if outcome.verdict not in _GOOD:
-            print(_smallest(Case.parse(outcome.case)), flush=True)
+            print(_smallest(outcome), flush=True)
             break
     failed = sum(count for verdict, count in verdicts.items() if verdict not in _GOOD)
     print(f"seed {seed}: {verdicts['proven']} proven, {verdicts['refused']} refused, {failed} mismatches", end="")
@@ -82,14 +82,14 @@ def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
             pool.shutdown(cancel_futures=True)
 
 
-def _smallest(case: Case) -> str:
-    """The reproduction of a failing case, minimised and explained."""
+def _smallest(failed: Outcome) -> str:
+    """The reproduction of a failing case, minimised - it must go on failing in the same way - and explained."""
     with Harness() as harness:
 
         def fails(candidate: Case) -> Outcome | None:
             outcome = harness.prove(candidate, explain=False)
-            return None if outcome.verdict in _GOOD else outcome
+            return outcome if outcome.verdict == failed.verdict else None
 
-        found = random_cases.minimise(case, fails)
+        found = random_cases.minimise(Case.parse(failed.case), fails)
         explained = harness.prove(Case.parse(found.case))
     return f"reproduce: tools/parity.py --case '{found.case}'\n{explained.text()}"

@@ -51,7 +51,7 @@ def _model(rng: random.Random, tensor: int) -> Settings:
     groups = unit * rng.randint(1, 3)
     per_group = rng.randint(1, 3)
     settings: Settings = {
-        "model.hidden_size": tensor * rng.choice([24, 40]) if tensor in (3, 5, 6, 7) else rng.choice([32, 40, 56]),
+        "model.hidden_size": tensor * rng.randint(24 // tensor + 1, 56 // tensor) if unit == tensor else 33,
         "model.ffn_hidden_size": unit * rng.randint(9, 31),
         "model.num_query_groups": groups,
         "model.num_attention_heads": groups * per_group,
