@@ -31,7 +31,7 @@ LEGS = [
     (2, {"context": 2, "expert": 2}, 2),
     (4, {"pipeline": 2, "virtual_pipeline": 2}, 2),
     (6, {"tensor": 2, "sequence": True, "expert_tensor": 2, "pipeline": 2, "layers_per_chunk": [3, 1]}, 4),
-    (8, {"expert": 2, "context": 2, "context_exchange": "alltoall"}, 4),
+    (8, {"tensor": 2, "sequence": True}, 2),
 ]
 MAIN = "optimizer.state.param."
 """Prefix of the optimizer's own copy of a weight, in float32 the same numbers."""
