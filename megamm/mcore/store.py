@@ -60,7 +60,8 @@ def check_index(folder: Path) -> None:
         ) from None
 
 
-def _metadata(groups: Groups) -> dict[str, Any]:
+def metadata_of(groups: Groups) -> dict[str, Any]:
+    """What every call of Megatron's sharded_state_dict is told."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "dp_cp_group": groups.collection.dp_cp,
@@ -72,7 +73,7 @@ def _state(
     chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, is_loading: bool
 ) -> dict[str, Any]:
     """The sharded description of this rank's tensors: `model<chunk>`, `optimizer<part>`."""
-    metadata = _metadata(groups)
+    metadata = metadata_of(groups)
     model_states = {}
     for i, chunk in enumerate(chunks):
         # Layers' extra state is left out: always empty here, and the one thing stored as a pickle.
@@ -89,16 +90,17 @@ def _state(
 
 def save(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> None:
     """Write all ranks' shards into an existing empty folder. Every rank calls it."""
-    _save(_state(chunks, optim, groups, is_loading=False), folder)
+    write(_state(chunks, optim, groups, is_loading=False), folder)
 
 
 def save_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Write whole tensors (the names and shapes of `export_tensors`) from one process."""
     state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
-    _save(state, folder)
+    write(state, folder)
 
 
-def _save(state: dict[str, Any], folder: Path) -> None:
+def write(state: dict[str, Any], folder: Path) -> None:
+    """Write the sharded tensors that the ranks describe; every rank calls it."""
     # A failed write is raised, and checkpoint.py says it in one line.
     logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
@@ -116,7 +118,7 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
     state = _state(chunks, optim, groups, is_loading=True)
-    _check_names(folder, state)
+    check_names(folder, state)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = dist_checkpointing.load(state, str(folder))
@@ -129,7 +131,7 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
             compat.load_parameter_state(part, loaded[f"optimizer{i}"])
 
 
-def _check_names(folder: Path, state: dict[str, Any]) -> None:
+def check_names(folder: Path, state: dict[str, Any]) -> None:
     """Every tensor asked for must be there with its global shape (vocabulary padding aside)."""
     stored = dist_checkpointing.load_tensors_metadata(str(folder))
     model_states = [chunk for name, chunk in state.items() if name.startswith("model")]

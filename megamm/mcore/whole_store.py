@@ -38,7 +38,7 @@ class Names:
         """Of a model that is whole on this rank."""
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         name_of = {id(tensor): name for name, tensor in tensors.items()}
-        described = model.sharded_state_dict(metadata=store._metadata(groups)).values()
+        described = model.sharded_state_dict(metadata=store.metadata_of(groups)).values()
         entries = {name_of[id(e.data)]: e.without_data() for e in described if not isinstance(e, ShardedObject)}
         missing = {name for name, _ in model.named_parameters()} - entries.keys()
         assert not missing, f"Megatron stores no {sorted(missing)[0]}"
@@ -71,7 +71,7 @@ class Names:
 
 def save(folder: Path, names: Names, owned: Whole) -> None:
     """Write the tensors that this rank owns into an existing empty folder. Every rank calls it."""
-    store._save(names._state(owned), folder)
+    store.write(names._state(owned), folder)
 
 
 def load(folder: Path, names: Names, owned: Iterable[str], kinds: Mapping[str, Iterable[str]]) -> Whole:
@@ -80,7 +80,7 @@ def load(folder: Path, names: Names, owned: Iterable[str], kinds: Mapping[str, I
     UserError for a folder with unsafe contents, or of another model.
     """
     store.check_index(folder)
-    store._check_names(folder, {"model": dict(names.entries)})
+    store.check_names(folder, {"model": dict(names.entries)})
     empty = {
         name: {
             kind: torch.empty(names.shapes[name], dtype=names.dtypes[name] if kind == MODEL else torch.float32)
