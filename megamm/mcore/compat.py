@@ -1,5 +1,6 @@
 """Repairs of Megatron-core 0.16 and 0.19 that any device needs when Transformer Engine and apex are absent."""
 
+import importlib
 import importlib.util
 from typing import Any
 
@@ -14,6 +15,11 @@ def apply() -> None:
     # 0.16.1 tests this name against None but defines it only when Transformer Engine imports.
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
+    # 0.19 has latent attention without a query latent norm its queries in Transformer Engine's fused layer, or not at
+    # all: take the projection that the layer spec names, as 0.16 does.
+    if importlib.util.find_spec("megatron.core.transformer.mla_qk_norm_config"):
+        resolver = importlib.import_module("megatron.core.transformer.mla_qk_norm_config").QKNormConfigResolver
+        resolver._mla_fused_linear_or_default = resolver._non_fused_or_default
     # 0.16.1 takes its stand-in classes for Transformer Engine and asks them for a version.
     if importlib.util.find_spec("transformer_engine") is None:
         multi_latent_attention.HAVE_TE = False

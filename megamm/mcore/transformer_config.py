@@ -52,6 +52,8 @@ def _model_fields(config: RunConfig) -> dict[str, Any]:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        # The layers are Megatron's own, not Transformer Engine's: 0.19 asks here which it may fall back to.
+        transformer_impl="local",
         # Fusions that need apex or Transformer Engine are off: the numbers are the same on every device.
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
