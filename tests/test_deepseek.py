@@ -6,7 +6,7 @@ prediction modules against Qwen3 layers put together by hand, each document read
 
 import pytest
 import torch
-from test_convert import VOCABULARY, case_config, global_batch, rank_batches
+from test_convert import VOCABULARY, global_batch, model_config, rank_batches
 from torch.nn.functional import cross_entropy
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -33,7 +33,7 @@ WEIGHTS = torch.tensor([1.0, 0.5], dtype=torch.float64)
 @pytest.fixture
 def engine(request):
     """Our engine for a model section, norms and routing biases off their neutral start."""
-    config = case_config({"model": request.param})
+    config = model_config(request.param)
     device = choose("cpu")
     grid.start(device)
     from megamm.mcore.engine import NativeEngine
@@ -122,7 +122,7 @@ def test_latent_attention_and_routing_equal_transformers(engine):
     )
     live = dict(module.named_parameters())
     theirs.load_state_dict(_to_deepseek({n: p.data for n, p in live.items()}, dict(module.named_buffers()), m))
-    batches = rank_batches(global_batch(6, 8, 48, VOCABULARY), 2, 0, 1)
+    batches = rank_batches(global_batch(6, 1, [(True, True)] * 8, 48), 2, 0, 1)
     from megamm.mcore import step
 
     result = step.run(engine.chunks, batches, WEIGHTS, 0.0, engine.groups)
@@ -263,7 +263,7 @@ def test_multi_token_prediction_equals_layers_put_together_by_hand(engine):
     live = {name.replace("mtp_model_layer", "transformer_layer"): parameter for name, parameter in named}
     theirs = _ByHand(m)
     theirs.load_state_dict(theirs.names({n: p.data for n, p in live.items()}, m))
-    batches = rank_batches(global_batch(6, 8, 48, VOCABULARY), 2, 0, 1)
+    batches = rank_batches(global_batch(6, 1, [(True, True)] * 8, 48), 2, 0, 1)
     from megamm.mcore import step
 
     result = step.run(engine.chunks, batches, WEIGHTS, m.mtp.loss_weight, engine.groups)
