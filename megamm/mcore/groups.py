@@ -104,9 +104,11 @@ def build(parallel: ParallelConfig, seed: int) -> Groups:
 
 
 def destroy() -> None:
-    """Undo `build`, so that a process can lay another grid (tests and conversion do)."""
+    """Undo `build`, so that a process can lay another grid (tests and conversion do). Without a grid: nothing."""
     from megatron.core import parallel_state
 
+    if not parallel_state.model_parallel_is_initialized():
+        return
     # Megatron only forgets its groups; each keeps threads and sockets until it is destroyed.
     values = list(vars(parallel_state).values())
     flat = [group for value in values for group in (value if isinstance(value, list) else [value])]
