@@ -2,7 +2,8 @@
 
 Same sizes, same packed rows, same threads, same run: `transformers`' Qwen3 with AdamW and gradient clipping is the
 plain side. The sides take turns (ours, plain, ours, ...) and medians over the rounds are compared, so that a
-drifting machine slows both. Figures in tokens per second. Run: `python benchmarks/train_cpu.py [--json OUT]`.
+drifting machine slows both. Figures in tokens per second.
+Run: `python benchmarks/train_cpu.py [--part ranks] [--json OUT]`.
 """
 
 import argparse
@@ -208,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--part", choices=("all", "plain", "ranks"), default="all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -216,13 +218,14 @@ def main() -> None:
         return
     result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
     result |= {"megamm": __version__, "rounds": options.rounds, "steps_per_round": options.steps}
-    for threads in (1, 2):
+    for threads in (1, 2) if options.part != "ranks" else ():
         row = against_plain(threads, options.rounds, options.steps)
         result[f"one rank, {threads} threads"] = row
         print(
             f"{threads} threads: ours {row['ours']:,.0f}  plain {row['plain']:,.0f} tokens/s  ratio {row['ratio']:.3f}"
         )
-    result["two ranks"] = against_one_rank(options.rounds, options.steps)
+    if options.part != "plain":
+        result["two ranks"] = against_one_rank(options.rounds, options.steps)
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
