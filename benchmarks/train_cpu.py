@@ -98,7 +98,6 @@ def plain_step(config: RunConfig) -> Callable[[], float]:
     from transformers import AutoModelForCausalLM
 
     from megamm.convert.qwen3 import transformers_config
-    from megamm.mcore.attention import document_mask
 
     theirs = transformers_config(config.model, VOCABULARY, LENGTH, {})
     model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, attn_implementation="sdpa")
@@ -110,7 +109,8 @@ def plain_step(config: RunConfig) -> Callable[[], float]:
         optim.zero_grad()
         total = 0.0
         for batch in batches:
-            mask = document_mask(batch.segment)
+            same = batch.segment[:, :, None] == batch.segment[:, None, :]
+            mask = same.tril().unsqueeze(1)  # `[B, 1, S, S]`: same document and not later
             logits = model(batch.input_ids, attention_mask=mask, position_ids=batch.position[:, 0]).logits
             loss = torch.nn.functional.cross_entropy(
                 logits.flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="sum"

@@ -79,19 +79,6 @@ def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndar
     return found
 
 
-def places(config: RunConfig, world_size: int) -> list[Place]:
-    """Coordinates of every rank."""
-    grid = Grid(config, world_size)
-    return [grid.place(rank) for rank in range(world_size)]
-
-
-def parameters_of_rank(config: RunConfig, vocabulary_size: int, world_size: int, rank: int) -> int:
-    """Parameters that the rank holds, run-time padding of the vocabulary included. Not from within a job."""
-    from megamm.mcore.paper import PaperWorld
-
-    return PaperWorld(config, vocabulary_size, world_size).rank(rank).parameters
-
-
 def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
     """Megatron's groups of each kind must hold every rank once and vary over their own axes only."""
     for family in families:

@@ -152,22 +152,14 @@ def test_masked_work_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _work(module, _row_map([32] * 64), monkeypatch) == pytest.approx(1 / 16)
 
 
-# --- positions and mask ---
+# --- positions ---
 
 
-def test_positions_and_mask_of_a_row() -> None:
-    from megamm.mcore.attention import document_mask, document_positions
+def test_positions_of_a_row() -> None:
+    from megamm.mcore.attention import document_positions
 
     segment = torch.tensor([[0, 0, 0, 1, -1, -1]])
     assert document_positions(segment).tolist() == [[0, 1, 2, 0, 0, 1]]
-    assert document_mask(segment)[0, 0].int().tolist() == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [0, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 1, 1],
-    ]
 
 
 @pytest.mark.parametrize("head_dim", [6, 20, 64, 128])

@@ -95,27 +95,32 @@ def test_whole_world_is_consistent(name: str) -> None:
     assert dry_run.shards_fault(models, grid) is None
     assert dry_run.size_fault(config, VOCABULARY, models) is None
     assert dry_run.tokens_fault(config) is None
-    places = dry_run.places(config, grid.world_size)
+    places = [grid.place(rank) for rank in range(grid.world_size)]
     assert [(p.tensor, p.context, p.data, p.pipeline, p.expert) for p in places] == [
         models[r].place for r in range(grid.world_size)
     ]
 
 
 def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:
+    from megamm.mcore.paper import PaperWorld
+
     config, _, _, models = _built("one")
     assert models[0].parameters == parameter_count(config.model, VOCABULARY)
     big = config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 2**16})})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert dry_run.parameters_of_rank(big, VOCABULARY, 1, 0) * 4 > 2**30
+    assert PaperWorld(big, VOCABULARY, 1).rank(0).parameters * 4 > 2**30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB: a quarter of one GiB"
 
 
 def test_parameters_of_a_rank_by_hand() -> None:
     """Half of each layer's matrices, all of its norms; a stage's layers; a table on the first and on the last."""
+    from megamm.mcore.paper import PaperWorld
+
     config = _config({"tensor": 2, "pipeline": 2, "layers_per_chunk": [5, 3]}, {})
     layer = 64 * 8 * (2 * 8 + 2 * 4) // 2 + 3 * 64 * 96 // 2 + 2 * 64 + 2 * 8
     table = 151 * 64
-    counts = [dry_run.parameters_of_rank(config, VOCABULARY, 8, rank) for rank in (0, 3, 4, 7)]
+    world = PaperWorld(config, VOCABULARY, 8)
+    counts = [world.rank(rank).parameters for rank in (0, 3, 4, 7)]
     assert counts == [5 * layer + table] * 2 + [3 * layer + table + 64] * 2
 
 

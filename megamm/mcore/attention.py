@@ -145,12 +145,6 @@ class _GradientSum(torch.autograd.Function):
         return total, None
 
 
-def document_mask(segment_BS: torch.Tensor) -> torch.Tensor:
-    """`[B, 1, S, S]`, True where a query (row) may see a key (column): same document and not later."""
-    same = segment_BS[:, :, None] == segment_BS[:, None, :]
-    return same.tril().unsqueeze(1)
-
-
 def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
     """`[B, S]`: index of every token in its document (a row's padding is a segment of its own)."""
     index = torch.arange(segment_BS.shape[1], device=segment_BS.device)

@@ -62,7 +62,6 @@ class Harness:
             reports = self.compute(run, fault)
             outcome.findings = compare(reports, one, self.shapes(run.reference()))
             outcome.places = [r.place for r in reports]
-            outcome.local_parameters = [r.local_parameters for r in reports]
             for report in reports:
                 outcome.worst |= {k: max(v, outcome.worst.get(k, 0.0)) for k, v in report.worst.items()}
             if outcome.findings:

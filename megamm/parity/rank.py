@@ -37,7 +37,6 @@ def compute(job: Job) -> RankReport:
     engine.optimizer.reload_model_params()
     report = RankReport(*assemble.coordinates(groups))
     report.extents = [Extent(p.key, p.offset, p.size, p.is_main) for p in pieces]
-    report.local_parameters = sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
     weights = torch.tensor(run.weights, dtype=torch.float64)
     restore = _reduce_everywhere(engine, lambda: compare.see("gradient", 1))
     for step in range(1, 2 if job.first_step_only else len(run.rows) + 1):

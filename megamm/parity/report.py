@@ -72,7 +72,6 @@ class RankReport:
     routed: dict[tuple[str, int], int] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
     margin: float = float("inf")
-    local_parameters: int = 0
 
 
 @dataclass
@@ -84,7 +83,6 @@ class Outcome:
     findings: list[str] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
     places: list[dict[str, int]] = field(default_factory=list)
-    local_parameters: list[int] = field(default_factory=list)
     seconds: float = 0.0
 
     def text(self) -> str:
