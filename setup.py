@@ -2,10 +2,18 @@
 
 Ranges are given here and exact versions in requirements/: a library may be used beside others,
 a working environment is rebuilt pin by pin (`make venv`).
+
+csrc/ becomes megamm/_csrc.abi3.so: its CPU kernels wherever there are torch and a C++ compiler, its CUDA kernels too
+where nvcc and a GPU build of torch are there. Without, the install is complete, on torch's own operators. What was
+decided is printed (`pip install -v`), and at run time by `megamm doctor` and the first lines of a run. Environment:
+  MEGAMM_CUDA_ARCHS   compute capabilities, default "90a 90+PTX" (Hopper; as PTX whatever comes later)
 """
 
+import os
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
@@ -65,6 +73,48 @@ EXTRAS_REQUIRE = {
     ],
 }
 
+CXX_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-unused-parameter".split()
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Werror=all-warnings"]
+# The oldest torch that setup.py allows: a build needs none of the newer functions.
+STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def arch_flags(archs: str) -> list[str]:
+    """nvcc's flags for capabilities like "90a 90+PTX": machine code for a plain one, PTX for one that ends in +PTX."""
+    flags = []
+    for arch in archs.split():
+        number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+        flags.append(f"-gencode=arch=compute_{number},code={'compute' if ptx else 'sm'}_{number}")
+    return flags
+
+
+def extensions() -> dict[str, Any]:
+    """setup()'s arguments that build csrc/, none where it cannot be built."""
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:
+        print("megamm: csrc/ is not built: no torch in the build environment (use --no-build-isolation)")
+        return {}
+    compiler = os.environ.get("CXX", "c++")
+    if not shutil.which(compiler):
+        print(f"megamm: csrc/ is not built: no C++ compiler ({compiler})")
+        return {}
+    sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
+    flags, kind = {"cxx": [*CXX_FLAGS, STABLE_ABI]}, cpp_extension.CppExtension
+    if torch.version.cuda and cpp_extension.CUDA_HOME and shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc"):
+        sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
+        archs = arch_flags(os.environ.get("MEGAMM_CUDA_ARCHS", "90a 90+PTX"))
+        flags["nvcc"], kind = [*NVCC_FLAGS, *archs, STABLE_ABI, "-DUSE_CUDA"], cpp_extension.CUDAExtension
+        print(f"megamm: csrc/ is built for CPU and CUDA ({' '.join(archs)})")
+    else:
+        print("megamm: csrc/ is built for the CPU alone: no nvcc beside a GPU build of torch")
+    module = kind("megamm._csrc", sources, extra_compile_args=flags, py_limited_api=True)
+    # It is a library of operators that torch loads; no Python module, hence free of Python's version.
+    build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=bool(shutil.which("ninja")))
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
+
+
 setup(
     name="megamm",
     version=version(),
@@ -76,4 +126,5 @@ setup(
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megamm = megamm.cli:main"]},
+    **extensions(),
 )

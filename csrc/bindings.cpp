@@ -1,0 +1,13 @@
+// The ops' schemas, all in one place. Kernels register in cpu/ and cuda/; shapes for tracing (Meta) and gradients
+// (Autograd) in megamm/ops, where each op is documented.
+#include "common.h"
+
+MEGAMM_SCHEMAS(MEGAMM_LIBRARY, m) {
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor y, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dx_add, Tensor x, Tensor weight, Tensor rstd, bool zero_centered)"
+      " -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centered)"
+      " -> (Tensor y, Tensor sum, Tensor rstd)");
+}

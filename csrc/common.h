@@ -1,0 +1,85 @@
+// What every op's file shares: where it registers, the row view of a tensor, argument checks.
+//
+// Only the stable ABI of torch is used (torch/csrc/stable), so that one build serves torch 2.11 and later.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+// The library's name in torch.ops, and the dispatch key of what is in cuda/. Tests build the sources of cuda/ a second
+// time, under other names, to run them on a CPU.
+#ifndef MEGAMM_LIBRARY
+#define MEGAMM_LIBRARY megamm
+#endif
+#ifndef MEGAMM_CUDA_KEY
+#define MEGAMM_CUDA_KEY CUDA
+#endif
+// One macro level more than torch's own, so that the names above are replaced before they are quoted.
+#define MEGAMM_SCHEMAS(library, m) STABLE_TORCH_LIBRARY(library, m)
+#define MEGAMM_KERNELS(library, key, m) STABLE_TORCH_LIBRARY_IMPL(library, key, m)
+
+namespace megamm {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::vector<int64_t> sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  return std::vector<int64_t>(sizes.begin(), sizes.end());
+}
+
+// Contiguous and uninitialised, on the device of `like`.
+inline Tensor new_empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, sizes, dtype);
+}
+
+inline Tensor new_empty(const Tensor& like) {
+  return new_empty(like, sizes_of(like), like.scalar_type());
+}
+
+// Product of all sizes but the last.
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+// Elements from one row (all but the last axis) to the next, or -1 where that is not one number.
+inline int64_t row_stride(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  if (t.size(last) > 1 && t.stride(last) != 1) return -1;
+  int64_t stride = -1, reach = 0;  // `reach`: the stride that the next axis to the left must have
+  for (int64_t i = last - 1; i >= 0; --i) {
+    if (t.size(i) == 1) continue;
+    if (stride < 0) {
+      stride = t.stride(i);
+    } else if (t.stride(i) != reach) {
+      return -1;
+    }
+    reach = t.stride(i) * t.size(i);
+  }
+  return stride < 0 ? t.size(last) : stride;
+}
+
+// The tensor itself where its rows lie at one stride, else a contiguous copy.
+inline Tensor as_rows(const Tensor& t) {
+  return row_stride(t) < 0 ? torch::stable::contiguous(t) : t;
+}
+
+// Kernels read through raw pointers: whatever they assume of a second tensor is checked here. megamm/ops checks the
+// same earlier, in words for users.
+inline void check_like(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has another dtype than the first argument");
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on another device than the first argument");
+}
+
+inline void check_same_sizes(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+  check_like(t, x, op, name);
+  STD_TORCH_CHECK(sizes_of(t) == sizes_of(x), op, ": ", name, " has other sizes than the first argument");
+}
+
+}  // namespace megamm

@@ -1,0 +1,160 @@
+// RMSNorm on a CPU, forward and backward: y = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of each row.
+//
+// x [rows, width] at one row stride, weight [width] (zero_centered: 1 + weight counts), rstd [rows] in float32 (float64
+// for float64). A row is read from memory once: its second pass finds it in the cache.
+// Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+#include "simd.h"
+
+namespace megamm {
+namespace {
+
+// `residual` may be null; then `sum` is not written and x itself is normalised.
+template <class T>
+MEGAMM_CLONES void forward_rows(
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, T* sum, const T* weight, T* y,
+    compute_t<T>* rstd, int64_t begin, int64_t end, int64_t width, double eps, double weight_offset) {
+  using C = compute_t<T>;
+  const C offset = C(weight_offset);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* in = x + row * x_stride;
+    if (residual) {
+      const T* second = residual + row * residual_stride;
+      T* out = sum + row * width;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i) store(out[i], load(in[i]) + load(second[i]));
+      in = out;
+    }
+    C squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < width; ++i) squares += load(in[i]) * load(in[i]);
+    const C scale = C(1) / std::sqrt(squares / C(width) + C(eps));
+    rstd[row] = scale;
+    T* out = y + row * width;
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) store(out[i], load(in[i]) * scale * (load(weight[i]) + offset));
+  }
+}
+
+// dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)) + dx_add, and dw += dy * x * rstd over these rows.
+template <class T>
+MEGAMM_CLONES void backward_rows(
+    const T* dy, int64_t dy_stride, const T* dx_add, int64_t add_stride, const T* x, int64_t x_stride, const T* weight,
+    const compute_t<T>* rstd, T* dx, compute_t<T>* dweight, int64_t begin, int64_t end, int64_t width,
+    double weight_offset) {
+  using C = compute_t<T>;
+  const C offset = C(weight_offset);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* in = x + row * x_stride;
+    const T* grad = dy + row * dy_stride;
+    const C scale = rstd[row];
+    C dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t i = 0; i < width; ++i) {
+      const C product = load(grad[i]) * load(in[i]);
+      dot += product * (load(weight[i]) + offset);
+      dweight[i] += product * scale;
+    }
+    const C shift = scale * scale * scale * dot / C(width);
+    T* out = dx + row * width;
+    if (dx_add) {
+      const T* add = dx_add + row * add_stride;
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i)
+        store(out[i], load(grad[i]) * (load(weight[i]) + offset) * scale - load(in[i]) * shift + load(add[i]));
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < width; ++i)
+        store(out[i], load(grad[i]) * (load(weight[i]) + offset) * scale - load(in[i]) * shift);
+    }
+  }
+}
+
+void check_weight(const Tensor& x, const Tensor& weight, const char* op) {
+  check_like(weight, x, op, "weight");
+  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
+                  ": weight must have as many elements as the last axis of x");
+}
+
+std::vector<int64_t> leading_sizes(const Tensor& x) {
+  auto sizes = sizes_of(x);
+  sizes.pop_back();
+  return sizes;
+}
+
+ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Runs forward_rows over all rows; `residual` and `sum` are null for plain RMSNorm.
+void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& y, const Tensor* sum,
+                 const Tensor& rstd, double eps, bool zero_centered) {
+  const int64_t width = x.size(x.dim() - 1);
+  dispatch(x.scalar_type(), "rms_norm", [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, rows_of(x), grain(width), [&](int64_t begin, int64_t end) {
+      forward_rows<T>(data_of<T>(x), row_stride(x), residual ? data_of<T>(*residual) : nullptr,
+                      residual ? row_stride(*residual) : 0, sum ? mutable_data_of<T>(*sum) : nullptr,
+                      data_of<T>(weight), mutable_data_of<T>(y), mutable_data_of<compute_t<T>>(rstd), begin, end, width,
+                      eps, zero_centered ? 1 : 0);
+    });
+  });
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps, bool zero_centered) {
+  check_weight(x_any, weight_any, "rms_norm");
+  const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
+  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  run_forward(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
+  return {y, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_any, const Tensor& residual_any,
+                                                const Tensor& weight_any, double eps, bool zero_centered) {
+  check_weight(x_any, weight_any, "add_rms_norm");
+  check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
+  const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
+  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  run_forward(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
+  return {y, sum, rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::optional<Tensor>& dx_add_any,
+                                             const Tensor& x_any, const Tensor& weight_any, const Tensor& rstd_any,
+                                             bool zero_centered) {
+  check_weight(x_any, weight_any, "rms_norm_backward");
+  check_same_sizes(dy_any, x_any, "rms_norm_backward", "dy");
+  if (dx_add_any) check_same_sizes(*dx_add_any, x_any, "rms_norm_backward", "dx_add");
+  STD_TORCH_CHECK(rstd_any.scalar_type() == statistics_dtype(x_any) && sizes_of(rstd_any) == leading_sizes(x_any),
+                  "rms_norm_backward: rstd is not the one that rms_norm gave");
+  const Tensor dy = as_rows(dy_any), x = as_rows(x_any), weight = as_rows(weight_any);
+  const Tensor rstd = torch::stable::contiguous(rstd_any);
+  const std::optional<Tensor> dx_add = dx_add_any ? std::optional(as_rows(*dx_add_any)) : std::nullopt;
+  const int64_t rows = rows_of(x), width = x.size(x.dim() - 1);
+  // Blocks depend on the shape alone: dweight is the same bit by bit for any number of threads.
+  const int64_t per_block = std::max<int64_t>(grain(width), (rows + 63) / 64);
+  const int64_t blocks = (rows + per_block - 1) / per_block;
+  Tensor dx = new_empty(x);
+  Tensor partial = torch::stable::new_zeros(x, std::vector<int64_t>{blocks, width}, statistics_dtype(x));
+  dispatch(x.scalar_type(), "rms_norm_backward", [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block)
+        backward_rows<T>(data_of<T>(dy), row_stride(dy), dx_add ? data_of<T>(*dx_add) : nullptr,
+                         dx_add ? row_stride(*dx_add) : 0, data_of<T>(x), row_stride(x), data_of<T>(weight),
+                         data_of<compute_t<T>>(rstd), mutable_data_of<T>(dx),
+                         mutable_data_of<compute_t<T>>(partial) + block * width, block * per_block,
+                         std::min(rows, (block + 1) * per_block), width, zero_centered ? 1 : 0);
+    });
+  });
+  return {dx, sum_of_blocks(partial, weight)};
+}
+
+}  // namespace
+
+MEGAMM_KERNELS(MEGAMM_LIBRARY, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+}  // namespace megamm

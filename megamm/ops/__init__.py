@@ -1,0 +1,43 @@
+"""The fused operators of csrc/ as functions: norm, gated activation, patch embedding, loss.
+
+`choose` gives the set of functions for a device, compiled or plain torch (reference.py); both take and return the same.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megamm.ops import library, reference
+from megamm.ops.rms_norm import add_rms_norm, rms_norm
+
+
+class Ops(NamedTuple):
+    """One implementation of every op; each function is documented where it is defined."""
+
+    name: str
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+
+
+CSRC = Ops("csrc", rms_norm, add_rms_norm)
+TORCH = Ops("torch", reference.rms_norm, reference.add_rms_norm)
+
+
+def choose(setting: str, device: torch.device) -> tuple[Ops, str]:
+    """The ops that `setting` (auto, csrc or torch) means on this device, and the reason in words.
+
+    UserError where csrc is asked for and was not built for the device.
+    """
+    name, reason = library.choose(setting, device)
+    return (CSRC if name == "csrc" else TORCH), reason
+
+
+def describe() -> str:
+    """What `auto` means on each kind of device of this machine, for people."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return "; ".join("{}: {} ({})".format(kind, *library.choose("auto", torch.device(kind))) for kind in kinds)
+
+
+__all__ = ["CSRC", "TORCH", "Ops", "choose", "describe"]

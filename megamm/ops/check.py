@@ -1,0 +1,26 @@
+"""Checks of an op's arguments that name both sides. They cost no synchronisation: only shapes and types are read."""
+
+from torch import Tensor
+
+
+def check_same_kind(op: str, **tensors: Tensor) -> None:
+    """ValueError unless all have the dtype and the device of the first."""
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{op}: {name} is {_dtype(tensor)}, {first} is {_dtype(x)}; they must be the same")
+        if tensor.device != x.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, {first} is on {x.device}; they must be the same")
+
+
+def check_same_shape(op: str, **tensors: Tensor) -> None:
+    """check_same_kind, and ValueError unless all have the shape of the first."""
+    check_same_kind(op, **tensors)
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.shape != x.shape:
+            raise ValueError(f"{op}: {name} is {list(tensor.shape)}, {first} is {list(x.shape)}; they must be the same")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,43 @@
+"""The compiled library of csrc/, loaded into torch.ops.megamm, and which implementation serves a device.
+
+Loading it also registers what csrc/ leaves to Python: shapes for tracing (torch.compile, Meta) and gradients.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from megamm.errors import UserError
+from megamm.ops import rms_norm
+
+FILE = Path(__file__).parent.parent / "_csrc.so"
+REMEDY = "install a C++ compiler (and nvcc for a GPU) and rebuild: pip install --no-build-isolation -e ."
+
+
+@cache
+def load() -> str:
+    """Load the library, once per process; what keeps it from being usable in words, "" where nothing does."""
+    if not FILE.exists():
+        return "csrc/ was not built"
+    try:
+        torch.ops.load_library(FILE)
+    except OSError as error:
+        return f"{FILE.name} does not load: {error.__cause__ or error}"
+    for op in (rms_norm,):
+        op.register()
+    return ""
+
+
+def choose(setting: str, device: torch.device) -> tuple[str, str]:
+    """ "csrc" or "torch", and why; `setting` is auto, csrc or torch. UserError where csrc is asked for and not there."""
+    if setting == "torch":
+        return "torch", "asked for"
+    missing = load()
+    if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key("megamm::rms_norm", device.type.upper()):
+        missing = f"csrc/ was built without kernels for {device.type}"
+    if not missing:
+        return "csrc", "asked for" if setting == "csrc" else f"built for {device.type}"
+    if setting == "csrc":
+        raise UserError(f"ops: csrc, but {missing}", remedy=f"{REMEDY}, or use ops: auto")
+    return "torch", missing
