@@ -19,6 +19,8 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Compiled at installation, so that a change of them installs anew.
+CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
 .PHONY: help
@@ -30,7 +32,7 @@ venv: $(VENV)/installed  ## the environment: .venv with pinned packages and mega
 
 # An environment of another Python version is made anew. The stamp comes last, so that an interrupted install is
 # repeated; torch comes first, for the reason in requirements/torch.txt.
-$(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt
+$(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt $(CSRC)
 	@sh tools/system_packages.sh "$(PYTHON)"
 	@test "$$($(PY) -V 2>/dev/null)" = "$$("$(PYTHON)" -V)" || "$(PYTHON)" -m venv --clear $(VENV)
 	$(PY) $(PIP_INSTALL) -r requirements/torch.txt $(PINS)
@@ -61,7 +63,7 @@ MEGATRON_TESTS := $(addprefix tests/test_,$(addsuffix .py,parallel parity attent
 test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and conversion on the newest Megatron-core, Python 3.12
 	$(PYTEST_ENV) $(PY_LATEST) -m pytest $(MEGATRON_TESTS)
 
-$(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt
+$(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt $(CSRC)
 	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }
 	@sh tools/system_packages.sh "$(PYTHON312)"
 	@test "$$($(PY_LATEST) -V 2>/dev/null)" = "$$("$(PYTHON312)" -V)" || "$(PYTHON312)" -m venv --clear $(VENV_LATEST)

@@ -73,7 +73,9 @@ EXTRAS_REQUIRE = {
     ],
 }
 
-CXX_FLAGS = "-O3 -fopenmp-simd -fno-math-errno -fno-trapping-math -Wall -Wextra -Wno-unused-parameter".split()
+CXX_FLAGS = ["-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+# torch's headers have unused parameters.
+CXX_FLAGS += ["-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Werror=all-warnings"]
 # The oldest torch that setup.py allows: a build needs none of the newer functions.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 // The library's name in torch.ops, and the dispatch key of what is in cuda/. Tests build the sources of cuda/ a second
@@ -26,6 +27,20 @@ namespace megamm {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The type that numbers of type T are computed in.
+template <class T>
+using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+const T* data_of(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data_of(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 inline std::vector<int64_t> sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();

@@ -1,7 +1,13 @@
 """Fixtures of several test files."""
 
-import pytest
+from typing import NamedTuple
 
+import emulated
+import pytest
+import torch
+
+from megamm import device
+from megamm.ops import library
 from megamm.parity.harness import Harness
 
 
@@ -10,3 +16,35 @@ def harness():
     """One start of torch and Megatron-core for all parity cases."""
     with Harness() as harness:
         yield harness
+
+
+class Kernels(NamedTuple):
+    """Compiled ops as torch.ops offers them, and where their tensors live."""
+
+    ops: object
+    device: torch.device
+
+
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+
+
+def _device(name):
+    if name == "gpu" and not torch.accelerator.is_available():
+        pytest.skip("torch sees no GPU")
+    return device.choose(name).torch_device
+
+
+@pytest.fixture(scope="session", params=["cpu", "emulated", GPU])
+def kernels(request):
+    """The kernels of csrc/: those for a CPU, those for a GPU run on a CPU, those for a GPU."""
+    assert library.load() == "", library.load()
+    if request.param == "emulated":
+        return Kernels(emulated.load(), torch.device("cpu"))
+    return Kernels(torch.ops.megamm, _device(request.param))
+
+
+@pytest.fixture(scope="session", params=["cpu", GPU])
+def ops_device(request):
+    """A device that megamm.ops has compiled functions for."""
+    assert library.load() == "", library.load()
+    return _device(request.param)

@@ -208,6 +208,8 @@ RULES = [
             "tests/test_repository.py": "names a package that has the word in its name",
             "tests/test_device.py": "tests the choice",
             "tests/test_mcore_": "tests the adaptation",
+            "tests/emulated.py": "builds the kernels for a CPU",
+            "tests/test_csrc.py": "compiles the kernels",
         },
     ),
     Rule(file_length, ("megamm/",), ("x = 1\n" * (MAX_FILE_LINES + 1),)),

@@ -1,7 +1,8 @@
 #!/bin/sh
-# Make sure of what pip cannot bring, a Python that can make environments: `sh tools/system_packages.sh PYTHON`.
+# Make sure of what pip cannot bring, a C++ compiler and a Python that can make environments:
+# `sh tools/system_packages.sh PYTHON`.
 #
-# It is probed by using it, so nothing is installed where it is already there. What is missing is installed
+# Python is probed by using it, so nothing is installed where it is already there. What is missing is installed
 # with apt-get as root or through a sudo that asks for no password; elsewhere the command to run is printed
 # and the exit code is 2.
 set -eu
@@ -14,6 +15,8 @@ elif ! "$python" -c "import ensurepip, venv" 2>/dev/null; then
     # Debian splits venv off; another Python's venv comes with it and does not get here.
     missing=$("$python" -c 'import sys; print(" python%d.%d-venv" % sys.version_info[:2])')
 fi
+# csrc/ is compiled at installation; without a compiler megamm works too, but its tests would leave the kernels out.
+command -v "${CXX:-c++}" >/dev/null || missing="$missing g++"
 [ -n "$missing" ] || exit 0
 
 case $missing in

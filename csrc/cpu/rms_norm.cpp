@@ -3,6 +3,7 @@
 // x [rows, width] at one row stride, weight [width] (zero_centered: 1 + weight counts), rstd [rows] in float32 (float64
 // for float64). A row is read from memory once: its second pass finds it in the cache.
 // Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+#include "../rms_norm.h"
 #include "simd.h"
 
 namespace megamm {
@@ -69,22 +70,6 @@ MEGAMM_CLONES void backward_rows(
   }
 }
 
-void check_weight(const Tensor& x, const Tensor& weight, const char* op) {
-  check_like(weight, x, op, "weight");
-  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
-                  ": weight must have as many elements as the last axis of x");
-}
-
-std::vector<int64_t> leading_sizes(const Tensor& x) {
-  auto sizes = sizes_of(x);
-  sizes.pop_back();
-  return sizes;
-}
-
-ScalarType statistics_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Runs forward_rows over all rows; `residual` and `sum` are null for plain RMSNorm.
 void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& y, const Tensor* sum,
                  const Tensor& rstd, double eps, bool zero_centered) {
@@ -121,11 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_any, const Tenso
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::optional<Tensor>& dx_add_any,
                                              const Tensor& x_any, const Tensor& weight_any, const Tensor& rstd_any,
                                              bool zero_centered) {
-  check_weight(x_any, weight_any, "rms_norm_backward");
-  check_same_sizes(dy_any, x_any, "rms_norm_backward", "dy");
-  if (dx_add_any) check_same_sizes(*dx_add_any, x_any, "rms_norm_backward", "dx_add");
-  STD_TORCH_CHECK(rstd_any.scalar_type() == statistics_dtype(x_any) && sizes_of(rstd_any) == leading_sizes(x_any),
-                  "rms_norm_backward: rstd is not the one that rms_norm gave");
+  check_backward(dy_any, dx_add_any, x_any, weight_any, rstd_any);
   const Tensor dy = as_rows(dy_any), x = as_rows(x_any), weight = as_rows(weight_any);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   const std::optional<Tensor> dx_add = dx_add_any ? std::optional(as_rows(*dx_add_any)) : std::nullopt;

@@ -30,14 +30,19 @@ def load() -> str:
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
-    """ "csrc" or "torch", and why; `setting` is auto, csrc or torch. UserError where csrc is asked for and not there."""
+    """Name of the implementation and why; `setting` is auto, csrc or torch. UserError where csrc cannot be had."""
     if setting == "torch":
         return "torch", "asked for"
     missing = load()
-    if not missing and not torch._C._dispatch_has_kernel_for_dispatch_key("megamm::rms_norm", device.type.upper()):
+    if not missing and not _has_kernels(device):
         missing = f"csrc/ was built without kernels for {device.type}"
     if not missing:
         return "csrc", "asked for" if setting == "csrc" else f"built for {device.type}"
     if setting == "csrc":
         raise UserError(f"ops: csrc, but {missing}", remedy=f"{REMEDY}, or use ops: auto")
     return "torch", missing
+
+
+def _has_kernels(device: torch.device) -> bool:
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return bool(key and torch._C._dispatch_has_kernel_for_dispatch_key("megamm::rms_norm", key))

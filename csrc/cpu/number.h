@@ -1,0 +1,38 @@
+// Number types on a CPU and their conversions to and from the type that is computed in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// What a vectorised loop calls must be inlined into it, or it would be compiled for the baseline alone.
+#define MEGAMM_INLINE inline __attribute__((always_inline))
+
+namespace megamm {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+using Half = _Float16;
+
+MEGAMM_INLINE double load(double x) { return x; }
+MEGAMM_INLINE float load(float x) { return x; }
+MEGAMM_INLINE float load(BFloat16 x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+MEGAMM_INLINE float load(Half x) { return float(x); }
+MEGAMM_INLINE void store(Half& to, float x) { to = Half(x); }
+MEGAMM_INLINE void store(double& to, double x) { to = x; }
+MEGAMM_INLINE void store(float& to, float x) { to = x; }
+// To the nearest, ties to even; a NaN stays one.
+MEGAMM_INLINE void store(BFloat16& to, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to.bits = uint16_t(x == x ? rounded : 0x7fc0);
+}
+
+}  // namespace megamm

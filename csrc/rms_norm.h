@@ -1,0 +1,33 @@
+// What RMSNorm's CPU and CUDA sides share: the check of arguments, and the shape of statistics.
+#pragma once
+
+#include "common.h"
+
+namespace megamm {
+
+inline void check_weight(const Tensor& x, const Tensor& weight, const char* op) {
+  check_like(weight, x, op, "weight");
+  STD_TORCH_CHECK(x.dim() > 0 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), op,
+                  ": weight must have as many elements as the last axis of x");
+}
+
+inline std::vector<int64_t> leading_sizes(const Tensor& x) {
+  auto sizes = sizes_of(x);
+  sizes.pop_back();
+  return sizes;
+}
+
+inline ScalarType statistics_dtype(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dx_add, const Tensor& x, const Tensor& weight,
+                           const Tensor& rstd) {
+  check_weight(x, weight, "rms_norm_backward");
+  check_same_sizes(dy, x, "rms_norm_backward", "dy");
+  if (dx_add) check_same_sizes(*dx_add, x, "rms_norm_backward", "dx_add");
+  STD_TORCH_CHECK(rstd.scalar_type() == statistics_dtype(x) && sizes_of(rstd) == leading_sizes(x),
+                  "rms_norm_backward: rstd is not the one that rms_norm gave");
+}
+
+}  // namespace megamm

@@ -1,0 +1,54 @@
+"""The sources of csrc/cuda built for a CPU (tests/emulation/cuda.h), as torch.ops.megamm_emulated.
+
+Built once per state of the sources into build/, in the time of a few tests; needs the C++ compiler that built csrc/.
+"""
+
+import fcntl
+import hashlib
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).parent.parent
+HEADER = ROOT / "tests/emulation/cuda.h"
+FLAGS = [
+    *["-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"],
+    *["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMEGAMM_LIBRARY=megamm_emulated", "-DMEGAMM_CUDA_KEY=CPU"],
+]
+
+
+@cache
+def load() -> SimpleNamespace:
+    """torch.ops.megamm_emulated."""
+    sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+    read = [HEADER, Path(__file__), *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    state = hashlib.sha256(b"\0".join([torch.__version__.encode(), *(path.read_bytes() for path in read)]))
+    folder = ROOT / "build" / f"emulated-{state.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "library.so").exists():
+            _build(sources, folder)
+    torch.ops.load_library(folder / "library.so")
+    return torch.ops.megamm_emulated
+
+
+def _build(sources: list[Path], folder: Path) -> None:
+    """One object per source, side by side, then the library; its name appears when it is whole."""
+    compiler = os.environ.get("CXX", "c++")
+    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    jobs = {
+        folder / f"{source.stem}.o": [*FLAGS, *includes, "-include", str(HEADER), "-x", "c++", "-c", str(source)]
+        for source in sources
+    }
+    running = [subprocess.Popen([compiler, *command, "-o", str(to)]) for to, command in jobs.items()]
+    assert [process.wait() for process in running] == [0] * len(running), "the kernels do not build for a CPU"
+    libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
+    part = folder / "library.part"
+    subprocess.run([compiler, "-shared", *map(str, jobs), *libraries, "-o", str(part)], check=True)
+    part.rename(folder / "library.so")

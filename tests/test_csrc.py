@@ -1,0 +1,97 @@
+"""csrc/ compiles for Hopper without warnings, and no kernel spills registers; the build's own decisions."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.parent
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+NVCC = shutil.which("nvcc")
+
+
+def setup_values():
+    """Names of setup.py, without running its last call."""
+    text = (ROOT / "setup.py").read_text()
+    values = {"__file__": str(ROOT / "setup.py")}
+    exec(text[: text.index("\nsetup(")], values)
+    return values
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_compiles_for_hopper_without_spills(source, tmp_path):
+    build = setup_values()
+    archs = ["-gencode=arch=compute_90a,code=sm_90a"]
+    includes = [word for path in include_paths() for word in ("-isystem", path)]
+    command = [NVCC, "-std=c++20", *build["NVCC_FLAGS"], build["STABLE_ABI"], "-DUSE_CUDA", *archs, *includes]
+    command += ["-Xptxas", "-v", "-c", str(source), "-o", str(tmp_path / "kernel.o")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "warning" not in done.stderr, done.stderr[-4000:]
+    reports = re.findall(
+        r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", done.stderr, re.S
+    )
+    assert reports
+    spilling = [name for name, stack, spill in reports if (stack, spill) != ("0", "0")]
+    assert spilling == []
+
+
+def test_arch_flags():
+    flags = setup_values()["arch_flags"]
+    assert flags("90a 90+PTX") == [
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_90,code=compute_90",
+    ]
+
+
+def test_install_without_a_compiler_is_whole(tmp_path):
+    """Built from a copy with a compiler that is not there: no library in it, ops: auto says why, csrc refuses."""
+    for name in ("megamm", "csrc"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    built = subprocess.run(
+        [sys.executable, "setup.py", "build", "--build-lib", "lib"],
+        cwd=tmp_path,
+        env=os.environ | {"CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr[-2000:]
+    assert "csrc/ is not built: no C++ compiler (no-such-compiler)" in built.stdout
+    assert not list(tmp_path.glob("lib/**/*.so"))
+    script = """
+import torch
+from megamm import ops
+from megamm.errors import UserError
+chosen, reason = ops.choose("auto", torch.device("cpu"))
+print(chosen.name, "|", reason, "|", tuple(chosen.rms_norm(torch.ones(2, 4), torch.ones(4)).shape))
+try:
+    ops.choose("csrc", torch.device("cpu"))
+except UserError as error:
+    print(error)
+"""
+    used = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path / "lib",
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "lib")},
+        capture_output=True,
+        text=True,
+    )
+    first, second = used.stdout.splitlines()
+    assert first == "torch | csrc/ was not built | (2, 4)"
+    assert "ops: csrc, but csrc/ was not built" in second
+
+
+def test_the_build_here_has_the_kernels_of_this_machine():
+    built = setup_values()["extensions"]()
+    sources = built["ext_modules"][0].sources
+    assert "csrc/cpu/rms_norm.cpp" in sources
+    assert any(name.endswith(".cu") for name in sources) == bool(torch.version.cuda and NVCC)
