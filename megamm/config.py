@@ -143,6 +143,7 @@ class RunConfig(_Section):
 
     output: Path
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    ops: Literal["auto", "csrc", "torch"] = Field("auto", description="compiled or plain torch operators (megamm/ops)")
     model: ModelConfig
     data: DataConfig
     tokenizers: dict[str, Path]

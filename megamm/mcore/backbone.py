@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamm import ops
 from megamm.config import RunConfig
 from megamm.device import Device
 from megamm.mcore import compat
@@ -82,7 +83,7 @@ class Backbone(GPTModel):
         return self.compute_language_model_loss(labels.clamp(min=0), logits)
 
 
-def layer_spec(config: TransformerConfig, attention: dict[str, Any]) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, attention: dict[str, Any], norm: ModuleSpec) -> ModuleSpec:
     """Megatron's local layer spec with our norm and core attention, built with these arguments besides Megatron's."""
     latent = config.multi_latent_attention
     layer = get_gpt_layer_local_spec(
@@ -94,18 +95,18 @@ def layer_spec(config: TransformerConfig, attention: dict[str, Any]) -> ModuleSp
     )
     own = layer.submodules.self_attention
     core = ModuleSpec(PackedAttention, attention)
-    norms = {"kv_layernorm" if latent else "k_layernorm": RMSNorm}
-    norms["q_layernorm"] = IdentityOp if latent and config.q_lora_rank is None else RMSNorm
+    norms = {"kv_layernorm" if latent else "k_layernorm": norm}
+    norms["q_layernorm"] = IdentityOp if latent and config.q_lora_rank is None else norm
     parts = replace(
         layer.submodules,
-        input_layernorm=RMSNorm,
-        pre_mlp_layernorm=RMSNorm,
+        input_layernorm=norm,
+        pre_mlp_layernorm=norm,
         self_attention=replace(own, submodules=replace(own.submodules, core_attention=core, **norms)),
     )
     return replace(layer, submodules=parts)
 
 
-def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None) -> Any:
+def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, norm: ModuleSpec, vp_stage: int | None) -> Any:
     """Of this chunk's multi-token-prediction modules, None where it has none."""
     if not config.mtp_num_layers:
         return None
@@ -113,7 +114,7 @@ def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None
     if block is None:
         return None
     modules = [
-        replace(spec, submodules=replace(spec.submodules, enorm=RMSNorm, hnorm=RMSNorm, layer_norm=RMSNorm))
+        replace(spec, submodules=replace(spec.submodules, enorm=norm, hnorm=norm, layer_norm=norm))
         for spec in block.layer_specs
     ]
     return replace(block, layer_specs=modules)
@@ -122,9 +123,11 @@ def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, vp_stage: int | None
 def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> list[Backbone]:
     """This rank's pipeline chunks (one unless the pipeline is interleaved), on the device, in the run's precision."""
     compat.apply()
-    kernel, reason = choose_kernel(config.train.attention, device)
+    kernel, why_kernel = choose_kernel(config.train.attention, device)
+    chosen, why_chosen = ops.choose(config.ops, device.torch_device)
     if groups.rank == 0:
-        log.info("attention: %s, %s", kernel, reason)
+        log.info("attention: %s, %s", kernel, why_kernel)
+        log.info("ops: %s, %s", chosen.name, why_chosen)
     megatron_config = transformer_config(config, vocabulary_size)
     attention = dict(
         rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
@@ -132,7 +135,8 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
         exchange=config.parallel.context_exchange,
         kernel=kernel,
     )
-    layer = layer_spec(megatron_config, attention)
+    norm = ModuleSpec(RMSNorm, {"ops": chosen})
+    layer = layer_spec(megatron_config, attention, norm)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
     chunks, virtual = [], config.parallel.virtual_pipeline
     for chunk in range(virtual):
@@ -143,8 +147,8 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
             logging.getLogger("megatron.core").setLevel(logging.ERROR)
             model = Backbone(
                 config=megatron_config,
-                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm),
-                mtp_block_spec=_mtp_spec(megatron_config, layer, stage),
+                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
+                mtp_block_spec=_mtp_spec(megatron_config, layer, norm, stage),
                 vocab_size=padded,
                 true_vocab_size=vocabulary_size,
                 max_sequence_length=config.data.seq_length,
