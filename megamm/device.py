@@ -5,7 +5,10 @@ The only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
 
 import logging
 import os
+import re
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -17,6 +20,9 @@ log = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 peak per second of a GPU whose name contains the key (vendor data sheets), for MFU."""
+WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
+"""The module of apex that Megatron-core calls for `gradient_accumulation_fusion`."""
+DRIVER = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,28 @@ def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
         reason = torch.cuda.get_device_name()
     log.info("device %s, backend %s: %s", chosen.torch_device, chosen.backend, reason)
     return chosen
+
+
+def gpus() -> list[str]:
+    """Name, memory and compute capability of every GPU that torch sees."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}" for p in found]
+
+
+def torch_build() -> str:
+    """What torch was built for, "CPU" or a version of the GPU's toolkit."""
+    return "CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+
+
+def driver_version() -> str | None:
+    """Of the NVIDIA driver, None where none is loaded."""
+    if not DRIVER.exists():
+        return None
+    found = re.search(r"\d{3,}\.\d+(\.\d+)?", DRIVER.read_text())
+    return found[0] if found else "of unknown version"
+
+
+def gpu_compiler() -> str | None:
+    """Path of nvcc where torch's extension builder finds it: CUDA_HOME, then PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")

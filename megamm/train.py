@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megamm import checkpoint, device, engine, layout, metrics
+from megamm import accelerators, checkpoint, device, engine, layout, metrics
 from megamm.config import RunConfig
 from megamm.data.loader import Loader
 from megamm.data.run_data import RunData, open_run_data
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig) -> None:
     """Run to train.steps. UserError for what the user can mend; every rank raises the same one."""
     place = device.choose(config.device)
+    accelerators.log_use(config, place)
     grid.start(place)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)

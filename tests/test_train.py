@@ -32,6 +32,8 @@ def undisturbed(data) -> Path:
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout
+    # Rank 0 alone says what it found, in the words of `megamm doctor`.
+    assert done.stderr.count("INFO megamm.accelerators: apex: ") == 1
     return output
 
 

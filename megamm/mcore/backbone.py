@@ -128,7 +128,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     if groups.rank == 0:
         log.info("attention: %s, %s", kernel, why_kernel)
         log.info("ops: %s, %s", chosen.name, why_chosen)
-    megatron_config = transformer_config(config, vocabulary_size)
+    megatron_config = transformer_config(config, vocabulary_size, device)
     attention = dict(
         rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
         rope_axes=config.model.rope_axes,

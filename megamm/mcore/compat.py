@@ -5,6 +5,7 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -21,8 +22,7 @@ def apply() -> None:
         resolver = importlib.import_module("megatron.core.transformer.mla_qk_norm_config").QKNormConfigResolver
         resolver._mla_fused_linear_or_default = resolver._non_fused_or_default
     # 0.16.1 takes its stand-in classes for Transformer Engine and asks them for a version.
-    if importlib.util.find_spec("transformer_engine") is None:
-        multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
 
 
 def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamm.device import WEIGHT_GRADIENT_EXTENSION
+
 _API_NAME = "_megamm_cpu_device"
 
 
@@ -112,6 +114,7 @@ class _CpuDevice:
 _STREAM = _Stream()
 _DEVICE = _CpuDevice()
 
+_GPU_PACKAGES = rf"transformer_engine\w*|apex|amp_C|flash_?attn\w*|{WEIGHT_GRADIENT_EXTENSION}"
 _EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
     # Type strings that the optimizer and gradient clipping compare with.
     (re.compile(r"(['\"])torch\.cuda\.(\w+Tensor)\1"), r"'torch.\2'"),
@@ -121,6 +124,8 @@ _EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(['\"])cuda\1"), '"cpu"'),
     # Copies to the device (an argument may itself hold one call).
     (re.compile(r"\.cuda\((?:[^()]|\([^()]*\))*\)"), f".to({_API_NAME}.current_device())"),
+    # Packages of GPU kernels, which Megatron takes wherever they import (some raise then): here none is found.
+    (re.compile(rf"^(\s*(?:import|from) )(?=(?:{_GPU_PACKAGES})\b)", re.MULTILINE), r"\1_not_on_a_cpu."),
     # Pinned memory exists only beside a GPU.
     (re.compile(r"\.pin_memory\(\)"), ""),
     (re.compile(r"\bpin_memory=True"), "pin_memory=False"),

@@ -134,13 +134,15 @@ class PaperWorld:
 def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:
     """The same model, its layers split once and for all, and its weights left as allocated.
 
-    Drawing weights on the meta device, to no effect, would take half of the time.
+    Drawing weights on the meta device, to no effect, would take half of the time. How gradients are added up changes
+    nothing that is counted here, and may need what only the job's machines have.
     """
 
     def leave(_: torch.Tensor) -> None: ...
 
     methods = dict.fromkeys(("init_method", "output_layer_init_method", "embedding_init_method"), leave)
-    model = config.model.model_copy(update={"megatron": config.model.megatron | methods})
+    passed_on = config.model.megatron | methods | {"gradient_accumulation_fusion": False}
+    model = config.model.model_copy(update={"megatron": passed_on})
     split = {"layers_per_chunk": layers_per_chunk(config, vocabulary_size)}
     parallel = config.parallel.model_copy(update=split)
     return config.model_copy(update={"model": model, "parallel": parallel})

@@ -6,15 +6,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megamm import accelerators
 from megamm.config import RunConfig
-from megamm.device import DTYPES
+from megamm.device import DTYPES, Device
 from megamm.errors import UserError
 from megamm.layout import layers_per_chunk
 
 
-def transformer_config(config: RunConfig, vocabulary_size: int) -> TransformerConfig:
-    """The whole of it. UserError for a field in `model.megatron` that this version does not have or refuses."""
-    fields = _model_fields(config) | _parallel_fields(config, vocabulary_size)
+def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) -> TransformerConfig:
+    """The whole of it. UserError for a field in `model.megatron` that this version or machine has not, or refuses."""
+    fields = _model_fields(config) | _parallel_fields(config, vocabulary_size) | _fusion_fields(config, device)
     fields |= _moe_fields(config) | _latent_fields(config) | _recompute_fields(config)
     kind = MLATransformerConfig if config.model.mla.kv_lora_rank else TransformerConfig
     unknown = sorted(set(config.model.megatron) - set(kind.__dataclass_fields__))
@@ -54,13 +55,24 @@ def _model_fields(config: RunConfig) -> dict[str, Any]:
         bf16=dtype is torch.bfloat16,
         # The layers are Megatron's own, not Transformer Engine's: 0.19 asks here which it may fall back to.
         transformer_impl="local",
-        # Fusions that need apex or Transformer Engine are off: the numbers are the same on every device.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
     )
+
+
+def _fusion_fields(config: RunConfig, device: Device) -> dict[str, Any]:
+    """Weight gradients are added to their float32 buffer by apex where it can; UserError if it cannot but is to.
+
+    Other fusions are of parts that are our own here, or off, so that numbers are the same on every device.
+    """
+    found, name = accelerators.installed(), "gradient_accumulation_fusion"
+    can = accelerators.fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
+    if config.model.megatron.get(name) and not can:
+        raise UserError(
+            f"model.megatron.{name} needs apex's kernels of weight gradients, a GPU and engine=native",
+            remedy="remove it: where these are there, it is on by itself",
+            on_all_ranks=True,
+        )
+    off = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
+    return {name: can} | dict.fromkeys(off, False)
 
 
 def _parallel_fields(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""Optional packages that can make a run faster: which are installed, what each does here, what is used without it.
+
+None is imported to find out: that takes seconds, and Transformer Engine raises where its own libraries are missing.
+Of what is installed, Megatron-core 0.16 and 0.19 take on a GPU, unasked: Adam, gradient norm and clipping of
+Transformer Engine, else of apex, else of torch; Transformer Engine's product in the routers; and apex's weight
+gradients, if its configuration asks (mcore/transformer_config.py does). Layers are Megatron's local ones around an
+attention of our own (mcore/backbone.py), so the layers and attention of Transformer Engine, apex and flash-attn stay
+unused. On a CPU nothing of them is taken (mcore/cpu.py).
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megamm.config import RunConfig
+from megamm.device import WEIGHT_GRADIENT_EXTENSION, Device
+
+log = logging.getLogger(__name__)
+
+Engine = Literal["native", "deepspeed"]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Versions, None where a package is absent."""
+
+    transformer_engine: str | None
+    apex: str | None
+    """NVIDIA's; another project has the name on PyPI."""
+    apex_kernels: bool
+    """Whether apex was built with the kernels of its Adam."""
+    apex_weight_gradients: bool
+    """Whether its kernel is there that adds a weight gradient to a float32 buffer in the product that makes it."""
+    flash_attention: str | None
+    dali: str | None
+    deepspeed: str | None
+
+
+def installed() -> Installed:
+    """Look the packages up; nothing of them runs."""
+    apex = _version("apex", "apex") if _has("apex", "optimizers") else None
+    return Installed(
+        transformer_engine=_version("transformer_engine", "transformer-engine"),
+        apex=apex,
+        apex_kernels=apex is not None and _has("amp_C"),
+        apex_weight_gradients=_has(WEIGHT_GRADIENT_EXTENSION),
+        flash_attention=_version("flash_attn", "flash-attn"),
+        dali=_dali_version() if _has("nvidia", "dali") else None,
+        deepspeed=_version("deepspeed", "deepspeed"),
+    )
+
+
+def fuses_weight_gradients(found: Installed, *, is_gpu: bool, engine: Engine) -> bool:
+    """Whether apex can add weight gradients up: into the native engine's gradient buffers, which DeepSpeed has not."""
+    return found.apex_weight_gradients and is_gpu and engine == "native"
+
+
+def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> dict[str, str]:
+    """Package -> what is there, what it is used for and what is used instead; fused: apex adds weight gradients up."""
+    return {
+        "Transformer Engine": _of_transformer_engine(found, is_gpu, engine),
+        "apex": _of_apex(found, is_gpu, engine, fused),
+        "flash-attn": _unused(found.flash_attention, "attention is torch's SDPA or flex_attention"),
+        "DALI": _unused(found.dali, "images are decoded by Pillow"),
+        "DeepSpeed": _of_deepspeed(found, engine),
+    }
+
+
+def log_use(config: RunConfig, device: Device) -> None:
+    """One line a package, for the head of a run's log."""
+    found = installed()
+    fused = fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
+    fused = fused and bool(config.model.megatron.get("gradient_accumulation_fusion", True))
+    for name, line in describe(found, is_gpu=device.is_gpu, engine=config.engine, fused=fused).items():
+        log.info("%s: %s", name, line)
+
+
+def _of_transformer_engine(found: Installed, is_gpu: bool, engine: Engine) -> str:
+    without = f"layers are Megatron's local ones, {_adam(found, is_gpu, engine)}"
+    if found.transformer_engine is None:
+        return f"not installed; {without}"
+    if not is_gpu:
+        return f"{found.transformer_engine}, not used on a CPU; {without}"
+    uses = ["Adam, gradient norm and clipping"] if engine == "native" else []
+    uses.append("the routers of a mixture of experts")
+    return f"{found.transformer_engine}, used for {' and '.join(uses)}; {without}"
+
+
+def _of_apex(found: Installed, is_gpu: bool, engine: Engine, fused: bool) -> str:
+    adam = _adam(found, is_gpu, engine)
+    without = adam if fused else f"{adam}, weight gradients are added up by a pass of their own"
+    uses = ["Adam, gradient norm and clipping"] if adam == APEX_ADAM else []
+    uses += ["adding weight gradients up"] if fused else []
+    if uses:
+        return f"{found.apex}, used for {' and '.join(uses)}; {without}"
+    if found.apex is None:
+        return f"not installed; {without}"
+    return f"{found.apex}, not used{'' if is_gpu else ' on a CPU'}; {without}"
+
+
+def _of_deepspeed(found: Installed, engine: Engine) -> str:
+    if engine == "deepspeed":
+        return f"{found.deepspeed or 'not installed'}, asked for by engine=deepspeed"
+    return f"{found.deepspeed or 'not installed'}, needed by engine=deepspeed alone"
+
+
+def _unused(version: str | None, instead: str) -> str:
+    return f"not installed, not needed; {instead}" if version is None else f"{version}, not used; {instead}"
+
+
+TRANSFORMER_ENGINE_ADAM = "Adam is Transformer Engine's"
+APEX_ADAM = "Adam is apex's"
+TORCH_ADAM = "Adam is torch's fused AdamW"
+
+
+def _adam(found: Installed, is_gpu: bool, engine: Engine) -> str:
+    """Megatron's order of preference; the DeepSpeed engine is given torch's."""
+    if is_gpu and engine == "native" and found.transformer_engine:
+        return TRANSFORMER_ENGINE_ADAM
+    if is_gpu and engine == "native" and found.apex:
+        return APEX_ADAM
+    return TORCH_ADAM
+
+
+def _has(module: str, folder: str = "") -> bool:
+    """Whether the top-level module is there, with this sub-package if one is named. (find_spec of that imports it.)"""
+    spec = importlib.util.find_spec(module)
+    if spec is None or not folder:
+        return spec is not None
+    return any(Path(place, folder).is_dir() for place in spec.submodule_search_locations or [])
+
+
+def _version(module: str, package: str) -> str | None:
+    """Of an installed module, by its package's metadata."""
+    if not _has(module):
+        return None
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "of unknown version"
+
+
+def _dali_version() -> str:
+    """Its package is named after the version of the GPU's toolkit."""
+    found = (d.version for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-"))
+    return next(found, "of unknown version")
