@@ -57,7 +57,7 @@ format: $(VENV)/installed  ## format the code and mend what lint can mend
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-MEGATRON_TESTS := $(addprefix tests/test_,$(addsuffix .py,parallel parity attention deepseek convert deepspeed dry_run checkpoint train reshard))
+MEGATRON_TESTS := $(addprefix tests/test_,$(addsuffix .py,parallel parity attention deepseek convert deepspeed doctor dry_run checkpoint train reshard))
 
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and conversion on the newest Megatron-core, Python 3.12

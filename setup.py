@@ -34,6 +34,8 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16.1,<0.20",
     # Megatron-core needs psutil without declaring it: saving a checkpoint hangs where it is missing.
     "psutil>=6",
+    # Compares what is installed with the ranges given here (`megamm doctor`).
+    "packaging>=24",
     "transformers>=5.0,<6",
     "tokenizers>=0.22,<1",
     "safetensors>=0.6,<1",

@@ -264,6 +264,15 @@ def generate(
     print(*(made if out is None else [f"{out}: {len(made)} {to}"]), sep="\n")
 
 
+@app.command()
+def doctor() -> None:
+    """What this machine and installation offer a run, and what is wrong; exit code 1 if something is."""
+    from megamm.doctor import examine
+
+    if not examine().show():
+        raise typer.Exit(1)
+
+
 def yaml_of(run: BaseModel) -> str:
     """A config as YAML, defaults filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)

@@ -1,0 +1,189 @@
+"""`megamm doctor`: what this machine and installation offer a run, and what is wrong with them.
+
+Nothing of a run is started, no GPU is initialised beyond asking for its name, and Megatron-core is not imported.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import megamm
+from megamm import accelerators, device
+
+SHARED_MEMORY = Path("/dev/shm")
+REASONS = {"psutil": "without it Megatron-core hangs for ever when it saves a checkpoint"}
+"""Package -> what goes wrong without it, where its name does not say."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and what mends it."""
+
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Subject -> finding, in the order of reading, and what is wrong."""
+
+    findings: dict[str, str]
+    faults: list[Fault]
+
+    def show(self) -> bool:
+        """Print it, set for the width of a terminal if it is one; whether nothing is wrong."""
+        console = Console()
+        rows = list(self.findings.items()) + [("wrong", f"{f.what}; {f.remedy}") for f in self.faults]
+        if not self.faults:
+            rows.append(("wrong", "nothing"))
+        if console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for name, text in rows:
+                table.add_row(Text(name, "bold red" if self.faults and name == "wrong" else "bold"), Text(text))
+            console.print(table)
+        else:
+            width = max(len(name) for name, _ in rows)
+            console.file.write("".join(f"{name:<{width}}  {text}\n" for name, text in rows))
+        return not self.faults
+
+
+def examine() -> Report:
+    """Look at everything; a second or two, most of it for importing torch."""
+    found = accelerators.installed()
+    is_gpu = bool(device.gpus())
+    fused = accelerators.fuses_weight_gradients(found, is_gpu=is_gpu, engine="native")
+    findings = {
+        **_software(),
+        **_machine(),
+        **_compilers(),
+        **accelerators.describe(found, is_gpu=is_gpu, engine="native", fused=fused),
+        **_space(),
+    }
+    return Report(findings, [*_package_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)])
+
+
+def _software() -> dict[str, str]:
+    ranges = {r.name: str(r.specifier) for r in _requirements()}
+    return {
+        "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
+        "megamm": megamm.__version__,
+        "torch": f"{torch.__version__}, built for {device.torch_build()}",
+        "megatron-core": f"{_version('megatron-core') or 'not installed'}, "
+        f"supported {ranges.get('megatron-core', 'unknown')}",
+    }
+
+
+def _machine() -> dict[str, str]:
+    cores, threads = len(os.sched_getaffinity(0)), torch.get_num_threads()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    gpus = device.gpus()
+    return {
+        "CPU": f"{cores} cores, {memory:.0f} GiB, torch uses {torch.backends.cpu.get_cpu_capability()}, "
+        f"threads of a process: {threads}",
+        **{f"GPU {i}": gpu for i, gpu in enumerate(gpus)},
+        **({} if gpus else {"GPU": "torch sees none"}),
+        "driver": device.driver_version() or "no NVIDIA driver is loaded",
+    }
+
+
+def _compilers() -> dict[str, str]:
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    return {
+        "C++ compiler": compiler or "not found",
+        "nvcc": device.gpu_compiler() or "not found",
+        "ninja": shutil.which("ninja") or "not found",
+    }
+
+
+def _space() -> dict[str, str]:
+    here = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB free in this folder"
+    shared = f"{shutil.disk_usage(SHARED_MEMORY).free / 2**30:.1f} GiB" if SHARED_MEMORY.exists() else "none"
+    return {"disk": here, "shared memory": f"{shared} free"}
+
+
+def _requirements() -> list[Requirement]:
+    """Of megamm itself and its extras but "dev", as it was installed; empty where it was not."""
+    try:
+        texts = importlib.metadata.requires("megamm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return []
+    parsed = [Requirement(text) for text in texts]
+    return [r for r in parsed if r.marker is None or not r.marker.evaluate({"extra": "dev"})]
+
+
+def _package_faults() -> Iterator[Fault]:
+    """Packages that are missing or out of range; those of an extra may be missing."""
+    if _version("megamm") is None:
+        yield Fault(
+            "megamm is not installed, so the versions that it needs are not known here",
+            "in its folder: pip install --no-build-isolation -e .",
+        )
+    for needed in _requirements():
+        version, optional = _version(needed.name), needed.marker is not None
+        reason = f": {REASONS[needed.name]}" if needed.name in REASONS else ""
+        remedy = f'pip install "{needed.name}{needed.specifier}"'
+        if version is None and not optional:
+            yield Fault(f"{needed.name} is not installed{reason}", remedy)
+        elif version is not None and not needed.specifier.contains(version, prereleases=True):
+            yield Fault(f"{needed.name} {version} is not supported, {needed.specifier} is", remedy)
+    installed = _version("torch")
+    if installed is not None and Version(installed).public != Version(torch.__version__).public:
+        yield Fault(
+            f"torch {torch.__version__} is imported ({Path(torch.__file__).parent}), but {installed} is installed",
+            "remove one of the two",
+        )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_faults() -> Iterator[Fault]:
+    """A GPU that torch cannot use."""
+    driver = device.driver_version()
+    if driver is None or device.gpus():
+        return
+    if device.torch_build() == "CPU":
+        yield Fault(f"a GPU's driver ({driver}) is loaded, but torch is built for CPU", "install a GPU build of torch")
+    else:
+        yield Fault(
+            f"torch, built for {device.torch_build()}, sees no GPU under driver {driver}",
+            "see nvidia-smi; renew the driver, or install a torch built for an older one",
+        )
+
+
+def _accelerator_faults(found: accelerators.Installed, is_gpu: bool) -> Iterator[Fault]:
+    """Packages whose presence alone stops a run on a GPU, because Megatron-core takes them unasked."""
+    if not is_gpu:
+        return
+    if found.transformer_engine:
+        # In a process of its own: what fails to load may take the process with it.
+        tried = subprocess.run(
+            [sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True
+        )
+        if tried.returncode:
+            said = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
+            yield Fault(
+                f"Transformer Engine fails at import, and Megatron-core with it: {said}", "mend or uninstall it"
+            )
+    elif found.apex and not found.apex_kernels:
+        yield Fault(
+            "apex is installed without its kernels, and Megatron-core's Adam fails with it",
+            "build it with its C++ and GPU extensions, or uninstall it",
+        )

@@ -1,0 +1,185 @@
+"""`megamm doctor` and the choice of optional packages: what is installed, what is used, what is wrong."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_run import ROOT, environment, make_data, megamm, write_config
+from typer.testing import CliRunner
+
+from megamm import accelerators, doctor, layout
+from megamm.accelerators import describe, fuses_weight_gradients, installed
+from megamm.cli import app
+from megamm.config import RunConfig, load_config
+from megamm.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
+from megamm.errors import UserError
+
+NOTHING = accelerators.Installed(None, None, False, False, None, None, None)
+APEX = replace(NOTHING, apex="0.1", apex_kernels=True, apex_weight_gradients=True)
+BOTH = replace(APEX, transformer_engine="2.9")
+FUSION = "gradient_accumulation_fusion"
+
+
+def _rows(report: str) -> dict[str, str]:
+    """Subject -> finding of a report as it is printed into a file."""
+    width = report.index(importlib.metadata.version("megamm"), report.index("\nmegamm")) - report.index("\nmegamm") - 1
+    return {line[:width].strip(): line[width:] for line in report.splitlines()}
+
+
+def test_report_of_this_environment():
+    """Versions are those that the packages' metadata give; what is not installed is said to be so."""
+    shown = CliRunner().invoke(app, ["doctor"])
+    rows = _rows(shown.output)
+    assert shown.exit_code == (1 if doctor.examine().faults else 0), shown.output
+    assert not list(doctor._package_faults())
+    for package in ("torch", "megatron-core", "megamm"):
+        # torch itself says more than the metadata of a GPU build: 2.13.0+cu130.
+        assert rows[package].split(",")[0].split("+")[0] == importlib.metadata.version(package).split("+")[0]
+    assert rows["DeepSpeed"].split(",")[0] == importlib.metadata.version("deepspeed") == installed().deepspeed
+    modules = {"Transformer Engine": "transformer_engine", "flash-attn": "flash_attn", "apex": "apex", "DALI": "nvidia"}
+    absent = [name for name, module in modules.items() if importlib.util.find_spec(module) is None]
+    assert {name for name in modules if rows[name].startswith("not installed")} >= set(absent)
+
+
+def test_looking_imports_nothing():
+    probe = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megamm import accelerators; "
+    probe += "assert accelerators.installed().deepspeed; print(*sorted(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"deepspeed", "megatron", "transformer_engine", "apex", "flash_attn"} & set(done.stdout.split())
+
+
+def test_missing_and_unsupported_packages_are_wrong(tmp_path):
+    """The environment as it is, but for psutil and deepspeed, and with an old Megatron-core."""
+    packages = Path(importlib.util.find_spec("torch").origin).parents[1]
+    megatron = next(packages.glob("megatron_core-*.dist-info"))
+    for entry in packages.iterdir():
+        if not entry.name.startswith(("psutil", "deepspeed", megatron.name)):
+            (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / megatron.name).mkdir()
+    metadata = (megatron / "METADATA").read_text()
+    version = importlib.metadata.version("megatron-core")
+    (tmp_path / megatron.name / "METADATA").write_text(
+        metadata.replace(f"\nVersion: {version}\n", "\nVersion: 0.12.1\n")
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "megamm", "doctor"],
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong ")]
+    assert len(wrong) == 2, done.stdout
+    assert "megatron-core 0.12.1 is not supported" in wrong[0] and "pip install" in wrong[0]
+    assert "psutil is not installed: " in wrong[1] and "hangs" in wrong[1] and "pip install" in wrong[1]
+    assert _rows(done.stdout)["DeepSpeed"] == "not installed, needed by engine=deepspeed alone"
+
+
+@pytest.mark.parametrize(
+    ("found", "is_gpu", "engine", "te", "apex"),
+    [
+        (NOTHING, True, "native", "not installed; ", "not installed; Adam is torch's fused AdamW, weight"),
+        (APEX, True, "native", "Adam is apex's", "clipping and adding weight gradients up; Adam is apex's"),
+        (
+            BOTH,
+            True,
+            "native",
+            "2.9, used for Adam, gradient norm",
+            "0.1, used for adding weight gradients up; Adam is Tr",
+        ),
+        (BOTH, True, "deepspeed", "2.9, used for the routers", "0.1, not used; Adam is torch's fused AdamW, weight"),
+        (BOTH, False, "native", "2.9, not used on a CPU; ", "0.1, not used on a CPU; Adam is torch's fused AdamW"),
+    ],
+)
+def test_what_is_used_and_what_instead(found, is_gpu, engine, te, apex):
+    fused = fuses_weight_gradients(found, is_gpu=is_gpu, engine=engine)
+    assert fused == (found.apex_weight_gradients and is_gpu and engine == "native")
+    lines = describe(found, is_gpu=is_gpu, engine=engine, fused=fused)
+    assert te in lines["Transformer Engine"] and apex in lines["apex"]
+    assert ("weight gradients are added up by a pass" in lines["apex"]) == (not fused)
+
+
+def test_what_is_installed_in_vain_is_said_so():
+    found = replace(NOTHING, flash_attention="2.8.3", dali="2.4.0")
+    lines = describe(found, is_gpu=True, engine="native", fused=False)
+    assert lines["flash-attn"].startswith("2.8.3, not used; attention is torch's")
+    assert lines["DALI"].startswith("2.4.0, not used; ")
+
+
+def test_apex_of_another_project_is_not_apex(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.util.find_spec("apex").origin.startswith(str(tmp_path))
+    assert installed().apex is None
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("doctor")
+    make_data(folder)
+    return folder
+
+
+def test_broken_gpu_packages_leave_a_cpu_run_alone(data):
+    """Transformer Engine without its libraries raises at import; on a CPU Megatron-core must not reach for it."""
+    broken = data / "broken"
+    for name in ("transformer_engine", "apex", "apex/optimizers", "amp_C", "flash_attn", WEIGHT_GRADIENT_EXTENSION):
+        (broken / name).mkdir(parents=True)
+        (broken / name / "__init__.py").write_text("raise RuntimeError('its libraries are missing')\n")
+    config = write_config(data, data / "run", train={"steps": 1}, optimizer={"warmup_steps": 0})
+    command = [sys.executable, "-m", "megamm", "train", str(config)]
+    env = environment() | {"PYTHONPATH": f"{ROOT}:{broken}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Transformer Engine: of unknown version, not used on a CPU; " in done.stderr
+    assert "apex: of unknown version, not used on a CPU; Adam is torch's fused AdamW" in done.stderr
+    first = [line for line in done.stderr.splitlines() if line.startswith("INFO ")][:6]
+    assert [line.split(":")[0].split()[-1] for line in first] == ["megamm.device", *["megamm.accelerators"] * 5]
+    assert json.loads((data / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
+
+
+def _config(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(write_config(folder, folder / "unused"), list(overrides))
+
+
+def test_deepspeed_refuses_weight_gradient_fusion(tmp_path):
+    config = _config(tmp_path, "engine=deepspeed", f"model.megatron.{FUSION}=true")
+    with pytest.raises(UserError, match=f"model.megatron.{FUSION} .*engine=deepspeed.*; remove it"):
+        layout.check(config, 1)
+    layout.check(_config(tmp_path, "engine=deepspeed", f"model.megatron.{FUSION}=false"), 1)
+    refused = megamm("train", tmp_path / "unused.yaml", "engine=deepspeed", f"model.megatron.{FUSION}=true")
+    assert refused.returncode == 2 and refused.stderr.startswith(f"error: model.megatron.{FUSION} ")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
+    from megamm.mcore import cpu
+
+    cpu.install()
+    from megamm.mcore.transformer_config import transformer_config
+
+    place = choose("cpu")
+    assert not transformer_config(_config(tmp_path), 300, place).gradient_accumulation_fusion
+    with pytest.raises(UserError, match="needs apex's kernels of weight gradients, a GPU"):
+        transformer_config(_config(tmp_path, f"model.megatron.{FUSION}=true"), 300, place)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gpus(), reason="needs a GPU")
+@pytest.mark.parametrize("setting", [[], [f"model.megatron.{FUSION}=false"]])
+def test_weight_gradient_fusion_on_a_gpu(tmp_path, setting):
+    """On where apex's kernels are there, unless the user says otherwise."""
+    from megamm.mcore import cpu
+
+    cpu.install()
+    from megamm.mcore.transformer_config import transformer_config
+
+    built = transformer_config(_config(tmp_path, *setting), 300, choose("gpu"))
+    assert built.gradient_accumulation_fusion == (installed().apex_weight_gradients and not setting)
