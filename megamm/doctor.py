@@ -21,7 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 import megamm
-from megamm import accelerators, device
+from megamm import accelerators, device, ops
+from megamm.ops import library
 
 SHARED_MEMORY = Path("/dev/shm")
 REASONS = {"psutil": "without it Megatron-core hangs for ever when it saves a checkpoint"}
@@ -69,10 +70,12 @@ def examine() -> Report:
         **_software(),
         **_machine(),
         **_compilers(),
+        "fused ops": ops.describe(),
         **accelerators.describe(found, is_gpu=is_gpu, engine="native", fused=fused),
         **_space(),
     }
-    return Report(findings, [*_package_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)])
+    faults = [*_package_faults(), *_ops_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)]
+    return Report(findings, faults)
 
 
 def _software() -> dict[str, str]:
@@ -152,6 +155,12 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _ops_faults() -> Iterator[Fault]:
+    """A compiled library that does not load, for example one that was built for another torch."""
+    if library.FILE.exists() and (failure := library.load()):
+        yield Fault(failure, library.REMEDY)
 
 
 def _device_faults() -> Iterator[Fault]:

@@ -18,6 +18,7 @@ from megamm.cli import app
 from megamm.config import RunConfig, load_config
 from megamm.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
 from megamm.errors import UserError
+from megamm.ops import library
 
 NOTHING = accelerators.Installed(None, None, False, False, None, None, None)
 APEX = replace(NOTHING, apex="0.1", apex_kernels=True, apex_weight_gradients=True)
@@ -79,6 +80,18 @@ def test_missing_and_unsupported_packages_are_wrong(tmp_path):
     assert "megatron-core 0.12.1 is not supported" in wrong[0] and "pip install" in wrong[0]
     assert "psutil is not installed: " in wrong[1] and "hangs" in wrong[1] and "pip install" in wrong[1]
     assert _rows(done.stdout)["DeepSpeed"] == "not installed, needed by engine=deepspeed alone"
+
+
+def test_ops_that_do_not_load_are_wrong(tmp_path, monkeypatch):
+    monkeypatch.setattr(library, "FILE", tmp_path / "broken.so")
+    library.FILE.write_bytes(b"not a library")
+    library.load.cache_clear()
+    try:
+        report = doctor.examine()
+    finally:
+        library.load.cache_clear()
+    assert any("broken.so does not load" in f.what and "rebuild" in f.remedy for f in report.faults)
+    assert report.findings["fused ops"].startswith("cpu: torch (broken.so does not load")
 
 
 @pytest.mark.parametrize(
