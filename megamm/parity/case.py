@@ -67,8 +67,12 @@ class Run:
         return config_from_dict(nested, "parity case")
 
     def reference(self) -> "Run":
-        """The same numbers on one rank. Microbatches differ too, unless a loss is defined on them."""
+        """The same numbers on one rank, with plain torch's operators where the layout has the compiled ones.
+
+        Microbatches differ too, unless a loss is defined on them.
+        """
         kept = {k: v for k, v in self.settings if not k.startswith(_LAYOUT_ONLY)}
+        kept["ops"] = "torch"
         if not kept.get("model.moe.aux_loss_coeff"):
             kept["train.micro_batch"] = 1
         return replace(self, world=1, settings=tuple(sorted(kept.items())))

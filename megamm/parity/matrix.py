@@ -101,10 +101,11 @@ def everything() -> dict[str, Case]:
 
 HEADER = """# Which layouts are proven
 
-Each cell is a composition that ran as real gloo processes in float32 beside one rank with the same weights and the
-same global batch: losses of each modality within 1e-6, every gradient, the gradient norm and every parameter after
-one step and after the last within 1e-5, the same tokens for every expert (megamm/parity). Random compositions of up
-to eight ranks: `tools/parity.py --fuzz 200 --seed 1`. This file is written by `make parity`.
+Each cell is a composition that ran as real gloo processes in float32, with the compiled operators of csrc/, beside
+one rank with plain torch's, the same weights and the same global batch: losses of each modality within 1e-6, every
+gradient, the gradient norm and every parameter after one step and after the last within 1e-5, the same tokens for
+every expert (megamm/parity). Random compositions of up to eight ranks: `tools/parity.py --fuzz 200 --seed 1`. This
+file is written by `make parity`.
 
 - **proven**: the numbers are those of one rank.
 - **refused (n)**: `megamm train` ends with exit code 2 and the reason below, before any GPU time is spent.
