@@ -78,6 +78,13 @@ parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 rando
 	$(PYTEST_ENV) $(PY) tools/parity.py --table docs/parallelism.md
 	$(PYTEST_ENV) $(PY) tools/parity.py --fuzz 200 --seed 1
 
+OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy))
+
+.PHONY: sanitize
+sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory access checked (AddressSanitizer)
+	$(PYTEST_ENV) MEGAMM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" $(PY) -m pytest $(OPS_TESTS) -k emulated
+
 .PHONY: demo
 demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
 	$(PY) tools/demo.py --out out/demo

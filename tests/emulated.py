@@ -22,12 +22,17 @@ FLAGS = [
 ]
 
 
+# Every access to memory checked, of tensors too: `make sanitize`.
+if os.environ.get("MEGAMM_SANITIZE"):
+    FLAGS += ["-g", "-fsanitize=address"]
+
+
 @cache
 def load() -> SimpleNamespace:
     """torch.ops.megamm_emulated."""
     sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     read = [HEADER, Path(__file__), *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
-    state = hashlib.sha256(b"\0".join([torch.__version__.encode(), *(path.read_bytes() for path in read)]))
+    state = hashlib.sha256(b"\0".join([f"{torch.__version__} {FLAGS}".encode(), *(path.read_bytes() for path in read)]))
     folder = ROOT / "build" / f"emulated-{state.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:

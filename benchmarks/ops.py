@@ -1,0 +1,272 @@
+"""Speed of the fused operators against every alternative that is installed, forward and backward.
+
+The sides of a case take turns in one run and medians are compared. Memory-bound operators are also given as a share of
+a plain copy's bandwidth in the same run: bytes that must be read and written, over time. Alternatives: torch as it is,
+torch.compile, Megatron-core's fused functions, and on a GPU Liger-Kernel and QuACK where they are installed.
+Run: `python benchmarks/ops.py [--quick] [--json OUT]`; a GPU is used where there is one.
+"""
+
+import argparse
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megamm import __version__, ops
+from megamm.device import Device, choose, gpus
+
+Function = Callable[..., Any]
+GRADIENT = "backward"
+FORWARD = "forward"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of one operator: `sides` take `inputs`; bytes are those that forward and backward must move."""
+
+    op: str
+    shape: str
+    inputs: tuple[Tensor, ...]
+    sides: dict[str, Function]
+    bytes: dict[str, int]
+
+
+def compiled(function: Function, device: Device) -> Function:
+    """torch.compile's best kernels; a graph of its own for every shape."""
+    options: dict[str, Any] = {"max_autotune": True} if device.is_gpu else {}
+    return torch.compile(function, dynamic=False, options=options)
+
+
+def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device, residual: bool) -> Case:
+    """RMSNorm, or the residual's addition and RMSNorm."""
+    x, *rest = (leaf(rows, width, dtype=dtype, device=device) for _ in range(2 if residual else 1))
+    weight = leaf(width, dtype=dtype, device=device)
+    plain = ops.TORCH.add_rms_norm if residual else ops.TORCH.rms_norm
+    sides = {
+        "csrc": ops.CSRC.add_rms_norm if residual else ops.CSRC.rms_norm,
+        "torch": plain,
+        "torch.compile": compiled(plain, device),
+    }
+    if device.is_gpu and not residual:
+        sides |= peers("liger_kernel.transformers.functional", "liger_rms_norm", lambda f: lambda x, w: f(x, w, 1e-6))
+        sides |= peers("quack", "rmsnorm", lambda f: lambda x, w: f(x, w))
+    if device.is_gpu and residual:
+        liger = "liger_kernel.transformers.functional"
+        sides |= peers(liger, "liger_fused_add_rms_norm", lambda f: lambda x, r, w: f(x, r, w, 1e-6))
+    size, (forward, backward) = rows * width * x.element_size(), ((4, 4) if residual else (2, 3))
+    name = "add_rms_norm" if residual else "rms_norm"
+    moved = {FORWARD: forward * size, GRADIENT: backward * size}
+    return Case(name, f"{rows} x {width}", (x, *rest, weight), sides, moved)
+
+
+def swiglu_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
+    """SwiGLU of the fused projection `[rows, 2 * width]`."""
+    x = leaf(rows, 2 * width, dtype=dtype, device=device)
+    sides = {
+        "csrc": ops.CSRC.swiglu,
+        "torch": ops.TORCH.swiglu,
+        "torch.compile": compiled(ops.TORCH.swiglu, device),
+    }
+    sides |= peers("megatron.core.fusions.fused_bias_swiglu", "bias_swiglu_impl", lambda f: lambda x: f(x, None))
+    if device.is_gpu:
+        wrap = lambda f: lambda x: f(*x.chunk(2, -1))  # noqa: E731
+        sides |= peers("liger_kernel.transformers.functional", "liger_swiglu", wrap)
+    size = rows * width * x.element_size()
+    return Case("swiglu", f"{rows} x 2*{width}", (x,), sides, {FORWARD: 3 * size, GRADIENT: 5 * size})
+
+
+def patch_case(frames: int, side: int, dtype: torch.dtype, device: Device, with_conv: bool) -> Case:
+    """Patches (2, 16, 16) of two uint8 clips to 768 numbers each."""
+    video = torch.randint(256, (2, 3, frames, side, side), dtype=torch.uint8, device=device.torch_device)
+    patch, width = (2, 16, 16), 768
+    weight = leaf(width, 3, *patch, dtype=dtype, device=device)
+    bias = leaf(width, dtype=dtype, device=device)
+
+    def linear(video: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        b, c, t, y, x = video.shape
+        cut = (video.to(weight.dtype) / 255).view(b, c, t // 2, 2, y // 16, 16, x // 16, 16)
+        return F.linear(cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4), weight.flatten(1), bias)
+
+    def convolution(video: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.conv3d(video.to(weight.dtype) / 255, weight, bias, stride=patch)
+
+    sides: dict[str, Function] = {
+        "csrc": lambda v, w, b: ops.CSRC.patch_embed_3d(v, w, b, patch=patch),
+        "permute + linear": linear,
+        "torch.compile": compiled(linear, device),
+    }
+    if with_conv:
+        sides["Conv3d"] = convolution
+    return Case("patch_embed_3d", f"2 x {frames} x {side}^2", (video, weight, bias), sides, {})
+
+
+def loss_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: Device) -> Case:
+    """Head and cross entropy of random tokens."""
+    x = leaf(tokens, hidden, dtype=dtype, device=device)
+    weight = leaf(vocabulary, hidden, dtype=dtype, device=device)
+    labels = torch.randint(vocabulary, (tokens,), device=device.torch_device)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight).float(), labels, reduction="sum")
+
+    sides: dict[str, Function] = {
+        "csrc": lambda x, w: ops.CSRC.linear_cross_entropy(x, w, labels)[0],
+        "torch": plain,
+        "torch.compile": compiled(plain, device),
+    }
+    if device.is_gpu:
+        name = "liger_fused_linear_cross_entropy"
+        wrap = lambda f: lambda x, w: f(x, w, labels, reduction="sum")  # noqa: E731
+        sides |= peers("liger_kernel.transformers.functional", name, wrap)
+    return Case("linear_cross_entropy", f"{tokens} x {hidden} -> {vocabulary}", (x, weight), sides, {})
+
+
+def leaf(*shape: int, dtype: torch.dtype, device: Device) -> Tensor:
+    """Random numbers whose gradient is wanted."""
+    return torch.randn(shape, dtype=dtype, device=device.torch_device).mul_(0.5).requires_grad_()
+
+
+def peers(module: str, name: str, wrap: Callable[[Function], Function]) -> dict[str, Function]:
+    """The function of an optional package, in a dict by its name; nothing where it is not installed."""
+    package = module.split(".")[0]
+    try:
+        return {package: wrap(getattr(importlib.import_module(module), name))}
+    except ModuleNotFoundError:
+        return {}
+
+
+def cases(device: Device, quick: bool) -> Iterator[Case]:
+    """Sizes of language models, of vision encoders (many short rows), of clips and of heads."""
+    dtypes = [torch.bfloat16] if device.is_gpu else [torch.float32, torch.bfloat16]
+    if device.is_gpu:
+        norms = [(65536, 128), (65536, 768), (32768, 1024), (32768, 2048), (16384, 4096), (8192, 8192), (4096, 16384)]
+        norms += [(1024, 4096), (2048, 32768), (1024, 65536)]
+        gates, clips = [(32768, 1536), (16384, 5632), (8192, 8192), (1024, 14336)], [(8, 224), (32, 448), (64, 720)]
+        heads = [(8192, 4096, 151936), (16384, 2048, 32768)]
+    else:
+        norms = [(4096, 128), (4096, 768), (1024, 2048), (1024, 4096)]
+        gates, clips = [(2048, 768), (1024, 2048), (512, 5632)], [(8, 224)]
+        heads = [(2048, 256, 5152), (1024, 256, 32000)]
+    for dtype in dtypes:
+        for residual in (False, True):
+            yield from (norm_case(*shape, dtype, device, residual) for shape in norms[: 2 if quick else None])
+        yield from (swiglu_case(*shape, dtype, device) for shape in gates[: 1 if quick else None])
+        yield from (patch_case(*clip, dtype, device, clip == clips[0]) for clip in clips[: 1 if quick else None])
+        yield from (loss_case(*head, dtype, device) for head in heads[: 1 if quick else None])
+
+
+def seconds(functions: dict[str, Callable[[], Any]], device: Device, rounds: int) -> dict[str, float]:
+    """Median time of a call of each; they take turns, each turn long enough for the clock."""
+    repeats = {}
+    for name, function in functions.items():
+        function(), function()
+        device.synchronize()
+        start = time.perf_counter()
+        function()
+        device.synchronize()
+        repeats[name] = max(1, int(0.01 / max(time.perf_counter() - start, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            device.synchronize()
+            start = time.perf_counter()
+            for _ in range(repeats[name]):
+                function()
+            device.synchronize()
+            times[name].append((time.perf_counter() - start) / repeats[name])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure(case: Case, device: Device, rounds: int) -> dict[str, Any]:
+    """Times of all sides both ways, the bandwidth shares."""
+    wanted = [x for x in case.inputs if x.requires_grad]
+    source = torch.empty(max(case.bytes.values(), default=2) // 4, dtype=torch.int16, device=device.torch_device)
+    target = torch.empty_like(source)
+    copies = {"copy": lambda: target.copy_(source)} if case.bytes else {}
+
+    def forward(side: Function) -> Callable[[], Any]:
+        def run() -> Any:
+            with torch.no_grad():
+                return side(*case.inputs)
+
+        return run
+
+    def backward(side: Function) -> Callable[[], Any]:
+        outputs = side(*case.inputs)
+        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+        upstream = [torch.randn_like(o) for o in outputs]
+        return lambda: torch.autograd.grad(outputs, wanted, upstream, retain_graph=True)
+
+    found: dict[str, Any] = {"op": case.op, "shape": case.shape, "dtype": str(wanted[0].dtype).removeprefix("torch.")}
+    for way, prepare in ((FORWARD, forward), (GRADIENT, backward)):
+        times = seconds(copies | {name: prepare(side) for name, side in case.sides.items()}, device, rounds)
+        found[way] = {name: {"ms": 1e3 * value} for name, value in times.items()}
+        if case.bytes:
+            copy_speed = 2 * 2 * source.numel() / times["copy"]
+            for name, value in times.items():
+                moved = 4 * source.numel() if name == "copy" else case.bytes[way]
+                found[way][name]["share of copy"] = moved / value / copy_speed
+    return found
+
+
+def host_time(device: Device) -> float:
+    """Microseconds on the host of RMSNorm forward and backward of a tiny tensor, where the kernels cost nothing."""
+    x, weight = (leaf(*shape, dtype=torch.float32, device=device) for shape in ((2, 8), (8,)))
+    dy = torch.ones_like(x)
+    call = lambda: torch.autograd.grad(ops.CSRC.rms_norm(x, weight), (x, weight), dy)  # noqa: E731
+    return 1e6 * seconds({"call": call}, device, 20)["call"]
+
+
+def line(found: dict[str, Any], way: str) -> str:
+    """A row of the table: time of csrc, share of a copy, and how many times faster than each other side."""
+    sides = found[way]
+    ours = sides["csrc"]
+    share = f"{ours['share of copy']:5.0%}" if "share of copy" in ours else "     "
+    others = "  ".join(f"{n} {s['ms'] / ours['ms']:.2f}x" for n, s in sides.items() if n not in ("csrc", "copy"))
+    return f"{found['op']:21}{found['shape']:24}{found['dtype']:9}{way:9}{ours['ms']:9.3f} ms {share}  {others}"
+
+
+def main() -> None:
+    """Measure all cases, print the table and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/ops_<device>.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = choose("auto")
+    _, reason = ops.choose("csrc", device.torch_device)
+    torch._dynamo.config.cache_size_limit = 1000
+    results = []
+    print(f"ops: csrc, {reason}; time of csrc, its share of a copy's bandwidth, how many times as long others take")
+    for case in cases(device, arguments.quick):
+        results.append(measure(case, device, 5 if arguments.quick else 15))
+        for way in (FORWARD, GRADIENT):
+            print(line(results[-1], way), flush=True)
+    host = host_time(device)
+    print(f"host time of RMSNorm forward and backward: {host:.0f} us")
+    figures = {
+        "machine": gpus()[0] if device.is_gpu else f"{platform.machine()}, {arguments.threads} thread(s)",
+        "torch": torch.__version__,
+        "megamm": __version__,
+        "command": " ".join(["python", "benchmarks/ops.py", *sys.argv[1:]]),
+        "host time of rms_norm forward + backward (us)": host,
+        "cases": results,
+    }
+    to = arguments.json or Path(__file__).parent / "results" / f"ops_{'gpu' if device.is_gpu else 'cpu'}.json"
+    to.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

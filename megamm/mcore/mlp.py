@@ -1,0 +1,48 @@
+"""Gated MLPs, dense, routed and shared, on the run's SwiGLU (megamm/ops/swiglu.py).
+
+A routed expert's weight for each token is applied inside of the activation, in the same pass over memory. The specs of
+Megatron-core's versions name their MLPs in different ways; the modules that come of them are the same, so these are
+taken over when they are built. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megamm.ops import Ops
+
+
+class GatedMLP(MLP):
+    """`[..., hidden_size]` -> the same shape, and no bias; per_token_scale `[...]` float32 are routing weights."""
+
+    ops: Ops
+
+    def forward(
+        self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **_: Any
+    ) -> tuple[torch.Tensor, None]:
+        gate_up, _ = self.linear_fc1(hidden_states)
+        limit = self.config.activation_func_clamp_value
+        return self.linear_fc2(self.ops.swiglu(gate_up, row_weight=per_token_scale, limit=limit))
+
+
+class GatedSharedExpertMLP(SharedExpertMLP, GatedMLP):
+    """The expert of every token: Megatron's gate around a GatedMLP."""
+
+
+def use_ops(model: torch.nn.Module, config: TransformerConfig, ops: Ops) -> bool:
+    """Have the model's MLPs compute with these operators; False where `model.megatron` asks for another activation."""
+    is_swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.glu_linear_offset
+    if not is_swiglu or config.add_bias_linear:
+        return False
+    for module in model.modules():
+        if type(module) is MLP:
+            module.__class__ = GatedMLP
+        elif type(module) is SharedExpertMLP:
+            module.__class__ = GatedSharedExpertMLP
+        if isinstance(module, GatedMLP):
+            module.ops = ops
+    return True
