@@ -16,9 +16,10 @@ import torch.distributed as dist
 
 from megamm.device import choose
 from megamm.mcore import groups as grid
-from megamm.ops import cross_entropy, cross_entropy_reference
+from megamm.ops import CSRC, TORCH, library
 
-CHUNKED, PLAIN = cross_entropy.linear_cross_entropy, cross_entropy_reference.linear_cross_entropy
+assert not library.load(), library.load()
+CHUNKED, PLAIN = CSRC.linear_cross_entropy, TORCH.linear_cross_entropy
 OPTIONS = {"plain": {}, "smooth": {"label_smoothing": 0.1}, "z": {"label_smoothing": 0.05, "z_loss": 1e-3}}
 # (ranks, rows of weight on a rank, vocabulary): no padding, some, and so much that a rank has nothing else.
 SPLITS = [(2, 17, 34), (2, 31, 59), (4, 9, 33), (4, 2, 5)]

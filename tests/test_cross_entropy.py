@@ -1,9 +1,11 @@
 """Chunked cross entropy of a linear layer and its plain form, against torch's on full logits in float64."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,32 @@ def parallel_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
 def test_a_split_vocabulary_changes_nothing(parallel_errors: dict[str, list[float]], name: str) -> None:
     for error, tolerance in zip(parallel_errors[name], TOLERANCE[CASES[name][2]], strict=True):
         assert error <= tolerance
+
+
+# --- memory ---
+
+
+def _peak_bytes(call: Callable[[], Any]) -> int:
+    """The largest sum of what torch's allocator hands out within a call and has not got back."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_a_twentieth_of_the_logits(dtype: torch.dtype) -> None:
+    """Beyond arguments and gradients, over forward and backward; of the plain one the same measure sees all logits."""
+    hidden, weight, labels, token_weight = inputs(11, 8192, 8, 6001, 6001)
+    leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    # The weight's gradient is summed in float32; backward makes the scaled gradients beside those.
+    gradients = sum(
+        x.numel() * (x.element_size() + y) for x, y in zip(leaves, (leaves[0].element_size(), 4), strict=True)
+    )
+    logits = 8192 * 6001 * leaves[0].element_size()
+
+    def step(function: Any) -> None:
+        torch.autograd.grad(function(*leaves, labels, token_weight)[0], leaves)
+
+    assert _peak_bytes(lambda: step(CHUNKED)) - gradients <= 0.05 * logits
+    assert _peak_bytes(lambda: step(PLAIN)) - gradients >= 1.9 * logits

@@ -115,8 +115,7 @@ def check_arguments(
     check(0 <= label_smoothing <= 1, f"label_smoothing {label_smoothing} is not in 0..1")
 
 
-@torch.library.custom_op("megamm::linear_cross_entropy", mutates_args=())
-def _linear_cross_entropy(
+def _in_chunks(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
@@ -131,6 +130,7 @@ def _linear_cross_entropy(
     with_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, CE_t, and the loss's gradients of hidden and of weight; a gradient not asked for is empty)."""
+    kernels = torch.ops.megamm
     process_group = _resolve_process_group(GroupName(group)) if group else None
     start = weight.shape[0] * process_group.rank() if process_group else 0
     columns = min(max(vocabulary_size - start, 0), weight.shape[0])
@@ -147,11 +147,14 @@ def _linear_cross_entropy(
     for begin in range(0, len(labels), chunk_rows):
         rows = slice(begin, begin + chunk_rows)
         logits = torch.mm(hidden[rows], used.t(), out=buffer[: len(labels) - begin])
-        chunk = _statistics(logits, target[rows])
-        statistics[rows] = chunk = _combine(chunk, process_group) if process_group else chunk
+        kernels.cross_entropy_statistics.default(logits, target[rows], statistics[rows])
+        if process_group:
+            statistics[rows] = _combine(statistics[rows], process_group)
         if not (with_hidden or with_weight):
             continue
-        _gradient_(logits, target[rows], chunk, factor[rows], vocabulary_size, label_smoothing, z_loss)
+        kernels.cross_entropy_gradient_.default(
+            logits, target[rows], statistics[rows], factor[rows], vocabulary_size, label_smoothing, z_loss
+        )
         if with_hidden:
             torch.mm(logits, used, out=d_hidden[rows])
         if with_weight:
@@ -177,48 +180,14 @@ def _new_gradients(hidden: Tensor, weight: Tensor, with_hidden: bool, with_weigh
     )
 
 
-def _statistics(logits: Tensor, target: Tensor) -> Tensor:
-    """Of each row of logits `[C, V]`: maximum m, sum of exp(x - m), x at target (0 where target is -1), sum of x."""
-    x = logits.to(_math_dtype(logits))
-    if not x.shape[1]:
-        return x.new_tensor([-torch.inf, 0.0, 0.0, 0.0]).expand(len(x), 4)
-    maximum = x.amax(1)
-    picked = x.gather(1, target.clamp(min=0)[:, None])[:, 0].where(target >= 0, 0.0)
-    # Where all logits are -inf nothing may be subtracted.
-    shifted = x - maximum.masked_fill(maximum == -torch.inf, 0.0)[:, None]
-    return torch.stack([maximum, shifted.exp_().sum(1), picked, x.sum(1)], 1)
-
-
 def _combine(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The statistics `[C, 4]` of the columns of all ranks together."""
+    """The statistics `[C, 4]` of the columns of all ranks together: m, sum of exp(x - m), x at the target, sum of x."""
     gathered = own.new_empty(group.size(), *own.shape)
     dist.all_gather(list(gathered.unbind()), own.contiguous(), group=group)
     maxima, exponentials, picked, sums = gathered.unbind(2)
     maximum = maxima.amax(0)
     scale = (maxima - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
     return torch.stack([maximum, (exponentials * scale).sum(0), picked.sum(0), sums.sum(0)], 1)
-
-
-def _gradient_(
-    logits: Tensor,
-    target: Tensor,
-    statistics: Tensor,
-    factor: Tensor,
-    vocabulary_size: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> None:
-    """Write over logits `[C, V]` the gradient of loss; rows of factor 0 become exactly 0."""
-    maximum, exponentials, _, _ = statistics.unbind(1)
-    of_softmax = 1 + 2 * z_loss * (maximum + exponentials.log()) if z_loss else 1
-    x = (logits.to(statistics.dtype) - maximum[:, None]).exp_()
-    x *= (factor * of_softmax / exponentials)[:, None]
-    if label_smoothing:
-        x -= (factor * (label_smoothing / vocabulary_size))[:, None]
-    if x.shape[1]:
-        at_target = (factor * (label_smoothing - 1)).where(target >= 0, 0.0)
-        x.scatter_add_(1, target.clamp(min=0)[:, None], at_target[:, None])
-    logits.copy_(x.masked_fill_((factor == 0)[:, None], 0.0))
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
@@ -254,8 +223,7 @@ def _losses(
     return (factor * with_z).sum(), token_loss
 
 
-@_linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, with_hidden, with_weight = arguments
     loss = hidden.new_empty((), dtype=_math_dtype(hidden))
     return loss, loss.new_empty(labels.shape), *_new_gradients(hidden, weight, with_hidden, with_weight)
@@ -277,4 +245,12 @@ def _scale_gradients(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor 
     return *gradients, *[None] * 10
 
 
-_linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+_linear_cross_entropy = torch.library.custom_op("megamm::linear_cross_entropy", _in_chunks, mutates_args=())
+
+
+def register() -> None:
+    """Shapes and gradients of the ops in torch.ops.megamm."""
+    _linear_cross_entropy.register_fake(_shapes)
+    _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+    for kernel in ("cross_entropy_statistics", "cross_entropy_gradient_"):
+        torch.library.register_fake(f"megamm::{kernel}", lambda *_: None)

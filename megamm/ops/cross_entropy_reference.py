@@ -31,9 +31,10 @@ def linear_cross_entropy(
     size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
     check_arguments(hidden, weight, labels, token_weight, size, ranks, label_smoothing)
     start = rank * weight.shape[0]
-    logits = F.linear(hidden, weight[: max(size - start, 0)])
     counted = labels != ignore_index
-    logits = (logits if logits.dtype == torch.float64 else logits.float()).masked_fill(~counted[:, None], 0.0)
+    # An ignored token's logits could be anything, and 0 * inf is NaN.
+    logits = F.linear(hidden.masked_fill(~counted[:, None], 0.0), weight[: max(size - start, 0)])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
     invalid = counted & ((labels < 0) | (labels >= size))
     label = labels.masked_fill(~counted | invalid, 0)
     if ranks == 1:
