@@ -1,4 +1,7 @@
-"""Chunked cross entropy of a linear layer and its plain form, against torch's on full logits in float64."""
+"""Chunked cross entropy of a linear layer and its plain form, against torch's on full logits in float64.
+
+Its kernels by themselves: test_cross_entropy_kernels.py.
+"""
 
 import itertools
 import json
@@ -32,8 +35,24 @@ OPTIONS = [
 SIZES = [(1, 1, 4, 8), (37, 19, 53, 8), (64, 32, 128, 64), (131, 7, 1001, 50)]
 
 
-def _chunked(rows: int) -> Any:
-    return lambda *args, **options: CHUNKED(*args, chunk_rows=rows, **options)
+def _on(device: torch.device, function: Any, **fixed: Any) -> Any:
+    """The function with its tensors taken to the device, and results and gradients brought back."""
+
+    def call(*tensors: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
+        return tuple(x.cpu() for x in function(*moved, **fixed, **options))
+
+    return call
+
+
+@pytest.fixture
+def chunked(ops_device: torch.device) -> Any:
+    return _on(ops_device, CHUNKED, chunk_rows=8)
+
+
+@pytest.fixture(params=["csrc", "torch"])
+def function(request: Any, ops_device: torch.device) -> Any:
+    return _on(ops_device, CHUNKED if request.param == "csrc" else PLAIN)
 
 
 def _full_logits(
@@ -61,7 +80,9 @@ def _check(ours: list[torch.Tensor], theirs: list[torch.Tensor], dtype: str) -> 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_equals_torch_on_full_logits(size: tuple[int, ...], options: dict[str, Any], dtype: str) -> None:
+def test_equals_torch_on_full_logits(
+    ops_device: torch.device, size: tuple[int, ...], options: dict[str, Any], dtype: str
+) -> None:
     tokens, width, rows, chunk = size
     options = dict(options)
     vocabulary = rows - options.pop("short", 0)
@@ -71,13 +92,13 @@ def test_equals_torch_on_full_logits(size: tuple[int, ...], options: dict[str, A
     kind = getattr(torch, dtype)
     for given in (token_weight, None):
         theirs = run(_full_logits, hidden, weight, labels, given, vocabulary_size=vocabulary, **options)
-        for function in (_chunked(chunk), PLAIN):
+        for function in (_on(ops_device, CHUNKED, chunk_rows=chunk), _on(ops_device, PLAIN)):
             ours = run(function, hidden.to(kind), weight.to(kind), labels, given, vocabulary_size=vocabulary, **options)
             assert [x.dtype for x in ours] == [torch.promote_types(kind, torch.float32)] * 2 + [kind] * 2
             _check(ours, theirs, dtype)
 
 
-def test_mean_of_transformers() -> None:
+def test_mean_of_transformers(chunked: Any) -> None:
     """Its causal loss shifts labels by itself: the last token of a row predicts nothing."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -85,28 +106,27 @@ def test_mean_of_transformers() -> None:
     shifted = torch.cat([labels[1:], labels.new_tensor([-100])])
     mean = torch.full((24,), 1 / float((shifted != -100).sum()))
     theirs = ForCausalLMLoss(F.linear(hidden, weight)[None], labels[None], vocab_size=40)
-    ours, _ = CHUNKED(hidden.float(), weight.float(), shifted, mean, chunk_rows=7)
+    ours, _ = chunked(hidden.float(), weight.float(), shifted, mean)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_gradients_are_those_of_differences(options: dict[str, Any]) -> None:
+def test_gradients_are_those_of_differences(chunked: Any, options: dict[str, Any]) -> None:
     options = dict(options)
     vocabulary = 9 - options.pop("short", 0)
-    hidden, weight, labels, token_weight = inputs(1, 7, 5, 9, vocabulary)
+    hidden, weight, labels, token_weight = inputs(1, 11, 5, 9, vocabulary)
     labels[labels == -100] = options.get("ignore_index", -100)
 
     def loss(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        function = _chunked(3)
-        return function(hidden, weight, labels, token_weight, vocabulary_size=vocabulary, **options)[0]
+        return chunked(hidden, weight, labels, token_weight, vocabulary_size=vocabulary, **options)[0]
 
     assert torch.autograd.gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-def test_backward_scales_and_may_run_twice() -> None:
+def test_backward_scales_and_may_run_twice(chunked: Any) -> None:
     hidden, weight, *labels = inputs(2, 20, 6, 30, 30)
     hidden.requires_grad_()
-    loss, _ = CHUNKED(hidden, weight.requires_grad_(), *labels, chunk_rows=6)
+    loss, _ = chunked(hidden, weight.requires_grad_(), *labels)
     once = torch.autograd.grad(loss, [hidden, weight], retain_graph=True)
     tripled = torch.autograd.grad(3 * loss, [hidden, weight])
     for x, y in zip(once, tripled, strict=True):
@@ -114,30 +134,29 @@ def test_backward_scales_and_may_run_twice() -> None:
 
 
 @pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
-def test_only_gradients_that_are_asked_for(needed: tuple[bool, bool]) -> None:
+def test_only_gradients_that_are_asked_for(chunked: Any, needed: tuple[bool, bool]) -> None:
     *floats, labels, _ = inputs(3, 20, 6, 30, 30)
     for tensor, wanted in zip(floats, needed, strict=True):
         tensor.requires_grad_(wanted)
-    loss, token_loss = CHUNKED(*floats, labels)
+    loss, token_loss = chunked(*floats, labels)
     assert loss.requires_grad == any(needed)
     assert not token_loss.requires_grad
     if any(needed):
         loss.backward()
         assert [tensor.grad is not None for tensor in floats] == list(needed)
     with torch.no_grad():
-        assert torch.equal(CHUNKED(*floats, labels)[0], loss)
+        assert torch.equal(chunked(*floats, labels)[0], loss)
 
 
-def test_strided_arguments() -> None:
+def test_strided_arguments(chunked: Any) -> None:
     hidden, weight, labels, token_weight = inputs(4, 33, 8, 50, 50)
-    expected = run(CHUNKED, hidden, weight, labels, token_weight, chunk_rows=8)
+    expected = run(chunked, hidden, weight, labels, token_weight)
     columns = torch.stack([hidden, hidden], 2)[:, :, 1]
     transposed = weight.t().contiguous().t()
     every_second = torch.stack([labels, labels], 1)[:, 0]
-    _check(run(CHUNKED, columns, transposed, every_second, token_weight, chunk_rows=8), expected, "float64")
+    _check(run(chunked, columns, transposed, every_second, token_weight), expected, "float64")
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 def test_no_tokens(function: Any) -> None:
     loss, token_loss, of_hidden, of_weight = run(
         function, torch.empty(0, 3), torch.randn(5, 3), torch.empty(0, dtype=torch.int64)
@@ -148,7 +167,6 @@ def test_no_tokens(function: Any) -> None:
     assert torch.equal(of_weight, torch.zeros(5, 3))
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 def test_large_logits(function: Any) -> None:
     """Of +-1e5: exponentials taken as they are would overflow."""
     hidden, weight, *labels = inputs(5, 40, 12, 60, 60)
@@ -158,7 +176,6 @@ def test_large_logits(function: Any) -> None:
     _check(run(function, hidden.float(), weight.float(), *labels), theirs, "float32")
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_goes_on(value: float, function: Any) -> None:
     """Into the loss and gradients of the token that has it, and of no other."""
@@ -175,7 +192,6 @@ def test_what_is_not_finite_goes_on(value: float, function: Any) -> None:
     assert not of_weight.isfinite().any()
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 def test_a_logit_of_minus_infinity_is_impossible_and_no_more(function: Any) -> None:
     hidden, weight = torch.ones(3, 1), torch.tensor([[0.5], [-torch.inf], [0.25]])
     labels = torch.tensor([0, 2, 0])
@@ -185,7 +201,6 @@ def test_a_logit_of_minus_infinity_is_impossible_and_no_more(function: Any) -> N
     assert run(function, hidden, weight, torch.tensor([0, 1, 0]))[1].tolist()[1] == torch.inf
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 def test_an_ignored_token_adds_nothing_whatever_its_logits(function: Any) -> None:
     hidden, weight, labels, token_weight = inputs(7, 9, 4, 12, 12)
     labels = labels.clamp(min=0)
@@ -201,7 +216,6 @@ def test_an_ignored_token_adds_nothing_whatever_its_logits(function: Any) -> Non
     assert not of_hidden[2].any()
 
 
-@pytest.mark.parametrize("function", [CHUNKED, PLAIN])
 @pytest.mark.parametrize("label", [-1, 10, 11, 12, 1 << 40])
 def test_a_label_that_is_none_makes_nan(label: int, function: Any) -> None:
     """Also one that names a row of padding (10, 11), and also with weight 0."""
@@ -216,14 +230,15 @@ def test_a_label_that_is_none_makes_nan(label: int, function: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_runs_are_bitwise_equal(dtype: torch.dtype) -> None:
+def test_runs_are_bitwise_equal(ops_device: torch.device, dtype: torch.dtype) -> None:
     hidden, weight, *labels = inputs(9, 700, 48, 513, 513)
-    first, second = (run(CHUNKED, hidden.to(dtype), weight.to(dtype), *labels) for _ in range(2))
+    function = _on(ops_device, CHUNKED)
+    first, second = (run(function, hidden.to(dtype), weight.to(dtype), *labels) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_registration_and_compiling() -> None:
-    hidden, weight, labels, token_weight = inputs(10, 21, 6, 30, 28)
+def test_registration_and_compiling(ops_device: torch.device) -> None:
+    hidden, weight, labels, token_weight = (x.to(ops_device) for x in inputs(10, 21, 6, 30, 28))
     arguments = (hidden.float().requires_grad_(), weight.float().requires_grad_(), labels, token_weight)
     for flags in ((True, True), (True, False), (False, False)):
         torch.library.opcheck(
@@ -233,6 +248,11 @@ def test_registration_and_compiling() -> None:
     compiled = torch.compile(CHUNKED, fullgraph=True, backend="aot_eager")
     for x, y in zip(run(compiled, *arguments, vocabulary_size=28, z_loss=0.01), eager, strict=True):
         assert torch.equal(x, y)
+    logits, statistics = torch.randn(21, 30, device=ops_device), torch.rand(21, 4, device=ops_device)
+    torch.library.opcheck(torch.ops.megamm.cross_entropy_statistics.default, (logits, labels, statistics))
+    torch.library.opcheck(
+        torch.ops.megamm.cross_entropy_gradient_.default, (logits, labels, statistics, token_weight, 30, 0.1, 0.01)
+    )
 
 
 @pytest.mark.parametrize("function", [CHUNKED, PLAIN])

@@ -1,10 +1,9 @@
 // Softmax cross entropy of rows of logits on a CPU: the numbers that a row's loss is made of, and its gradient in place.
 //
-// logits [rows, columns] at one row stride are this rank's columns of a vocabulary that may be split over ranks; target
-// [rows] is the label's index among them, or -1 where it is another rank's. statistics [rows, 4], in float32 (float64 for
-// float64), are of each row x: its maximum m, the sum of exp(x - m), x at the target (0 without one), the sum of x.
-// A row is read block by block, and a block stays in the first cache for its passes.
+// Arguments are described in ../cross_entropy.h. Statistics are taken block by block of a row, so that a block is in the
+// first cache for its second pass and the row is read from memory once.
 // Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+#include "../cross_entropy.h"
 #include "exp.h"
 
 #include <limits>
@@ -13,11 +12,10 @@ namespace megamm {
 namespace {
 
 constexpr int64_t kBlock = 2048;
-constexpr int64_t kStatistics = 4;
 
 template <class T>
 MEGAMM_CLONES void statistics_rows(
-    const T* logits, int64_t stride, int64_t columns, const int64_t* target, compute_t<T>* out, int64_t out_stride,
+    const T* logits, int64_t stride, int64_t columns, const int64_t* target, compute_t<T>* out,
     int64_t begin, int64_t end) {
   using C = compute_t<T>;
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
@@ -46,7 +44,7 @@ MEGAMM_CLONES void statistics_rows(
       for (int64_t i = 0; i < count; ++i) shifted += exp_of(load(in[i]) - reference);
       exponentials += shifted;
     }
-    C* to = out + row * out_stride;
+    C* to = out + row * 4;
     to[0] = maximum;
     to[1] = exponentials;
     to[2] = target[row] >= 0 && target[row] < columns ? load(x[target[row]]) : C(0);
@@ -58,8 +56,8 @@ MEGAMM_CLONES void statistics_rows(
 template <class T>
 MEGAMM_CLONES void gradient_rows(
     T* logits, int64_t stride, int64_t columns, const int64_t* target, const compute_t<T>* statistics,
-    int64_t statistics_stride, const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size,
-    compute_t<T> z_loss, int64_t begin, int64_t end) {
+    const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size, compute_t<T> z_loss,
+    int64_t begin, int64_t end) {
   using C = compute_t<T>;
   for (int64_t row = begin; row < end; ++row) {
     T* x = logits + row * stride;
@@ -68,7 +66,7 @@ MEGAMM_CLONES void gradient_rows(
       std::memset(x, 0, columns * sizeof(T));
       continue;
     }
-    const C maximum = statistics[row * statistics_stride], exponentials = statistics[row * statistics_stride + 1];
+    const C maximum = statistics[row * 4], exponentials = statistics[row * 4 + 1];
     const C of_softmax = z_loss == 0 ? C(1) : C(1) + 2 * z_loss * (maximum + std::log(exponentials));
     const C scale = weight * of_softmax / exponentials, uniform = weight * (smoothing / vocabulary_size);
     const bool has_target = target[row] >= 0 && target[row] < columns;
@@ -80,23 +78,6 @@ MEGAMM_CLONES void gradient_rows(
   }
 }
 
-ScalarType statistics_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_rows(const Tensor& logits, const Tensor& target, const Tensor& statistics, const char* op) {
-  STD_TORCH_CHECK(logits.dim() == 2 && row_stride(logits) >= 0, op, ": logits must be rows at one stride");
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && target.dim() == 1 && target.is_contiguous() &&
-                      target.size(0) == logits.size(0),
-                  op, ": target must be contiguous int64, one a row");
-  STD_TORCH_CHECK(statistics.scalar_type() == statistics_dtype(logits) && statistics.dim() == 2 &&
-                      statistics.size(0) == logits.size(0) && statistics.size(1) == kStatistics &&
-                      row_stride(statistics) >= 0,
-                  op, ": statistics must be four numbers a row, in the dtype of the computation");
-  STD_TORCH_CHECK(target.device() == logits.device() && statistics.device() == logits.device(), op,
-                  ": all arguments must be on one device");
-}
-
 void cross_entropy_statistics(const Tensor& logits, const Tensor& target, const Tensor& statistics) {
   check_rows(logits, target, statistics, "cross_entropy_statistics");
   const int64_t columns = logits.size(1);
@@ -104,25 +85,22 @@ void cross_entropy_statistics(const Tensor& logits, const Tensor& target, const 
     using T = decltype(zero);
     torch::stable::parallel_for(0, logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
       statistics_rows<T>(data_of<T>(logits), row_stride(logits), columns, data_of<int64_t>(target),
-                         mutable_data_of<compute_t<T>>(statistics), row_stride(statistics), begin, end);
+                         mutable_data_of<compute_t<T>>(statistics), begin, end);
     });
   });
 }
 
 void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor,
                             int64_t vocabulary_size, double label_smoothing, double z_loss) {
-  check_rows(logits, target, statistics, "cross_entropy_gradient_");
-  STD_TORCH_CHECK(factor.scalar_type() == statistics.scalar_type() && factor.device() == logits.device() &&
-                      factor.is_contiguous() && factor.dim() == 1 && factor.size(0) == logits.size(0),
-                  "cross_entropy_gradient_: factor must be contiguous, one a row, in the dtype of the statistics");
+  check_gradient(logits, target, statistics, factor);
   const int64_t columns = logits.size(1);
   dispatch(logits.scalar_type(), "cross_entropy_gradient_", [&](auto zero) {
     using T = decltype(zero);
     using C = compute_t<T>;
     torch::stable::parallel_for(0, logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
       gradient_rows<T>(mutable_data_of<T>(logits), row_stride(logits), columns, data_of<int64_t>(target),
-                       data_of<C>(statistics), row_stride(statistics), data_of<C>(factor), C(label_smoothing),
-                       C(vocabulary_size), C(z_loss), begin, end);
+                       data_of<C>(statistics), data_of<C>(factor), C(label_smoothing), C(vocabulary_size), C(z_loss), begin,
+                       end);
     });
   });
 }
