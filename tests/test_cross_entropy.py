@@ -23,6 +23,7 @@ TOLERANCE = {
     "float64": [1e-12] * 4,
     "float32": [1e-6, 1e-6, 2e-6, 2e-6],
     "bfloat16": [3e-3, 5e-3, 1e-2, 1e-2],
+    "float16": [4e-4, 6e-4, 1.5e-3, 1.5e-3],
 }
 OPTIONS = [
     {},

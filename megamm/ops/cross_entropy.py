@@ -9,7 +9,8 @@ over the chunk's logits and multiplied into those of hidden and weight, and the 
 Over a group of tensor-parallel ranks, rank r holds rows [r * V_local, (r + 1) * V_local) of the weight; one exchange
 per chunk, of four numbers a token, gives every rank the same softmax.
 
-Memory beyond arguments and gradients is a chunk of logits, at most 1/24 of all from 6144 tokens on.
+Memory beyond arguments and gradients is a chunk of logits: 1/24 of all from 8160 tokens on, the weight's gradient being
+counted in float32.
 Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Shoeybi et al. 2019, "Megatron-LM"
 (vocabulary parallel); Chowdhery et al. 2022, "PaLM" (z-loss); Szegedy et al. 2016 (label smoothing).
 """
@@ -23,9 +24,9 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 from megamm.ops.check import check_same_kind
 
-CHUNKS, LEAST_ROWS = 24, 256
-"""A chunk is 1/CHUNKS of the tokens: 4 % of the logits' memory, and the weight's gradient is read and written no more
-often. Products of fewer than LEAST_ROWS rows would be slow."""
+MOST_CHUNKS, LEAST_ROWS = 24, 340
+"""Tokens are split evenly into so many chunks at most: one has 4 % of the logits, and the weight's gradient is read and
+written once for each. Products of fewer than LEAST_ROWS rows would be slow."""
 _COLUMN_MULTIPLE = 64
 """Rows of the logits start at multiples of this many elements, as fast matrix products want it."""
 
@@ -73,11 +74,16 @@ def linear_cross_entropy(
         z_loss,
         ignore_index,
         group.group_name if group is not None and ranks > 1 else "",
-        chunk_rows or max(LEAST_ROWS, -(-len(hidden) // CHUNKS)),
+        chunk_rows or _chunk_rows(len(hidden)),
         with_grad and hidden.requires_grad,
         with_grad and weight.requires_grad,
     )
     return loss, token_loss
+
+
+def _chunk_rows(tokens: int) -> int:
+    chunks = max(1, min(MOST_CHUNKS, tokens // LEAST_ROWS))
+    return max(1, -(-tokens // chunks))
 
 
 def check_arguments(
