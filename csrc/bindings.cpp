@@ -10,4 +10,8 @@ MEGAMM_SCHEMAS(MEGAMM_LIBRARY, m) {
   m.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centered)"
       " -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def("cross_entropy_statistics(Tensor logits, Tensor target, Tensor(a!) statistics) -> ()");
+  m.def(
+      "cross_entropy_gradient_(Tensor(a!) logits, Tensor target, Tensor statistics, Tensor factor,"
+      " int vocabulary_size, float label_smoothing, float z_loss) -> ()");
 }

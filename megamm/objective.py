@@ -4,7 +4,7 @@
     N_m = sum of w_t over all data- and context-parallel ranks and microbatches of the step.
 
 A modality without tokens in a step has N_m = 0 and adds nothing. Counts are known before the forward pass, so every
-token gets its final factor at once and gradients are plain sums.
+token has its final factor then (`token_factor`), and gradients are plain sums.
 
 With K depths of multi-token prediction each depth has such an L over its own labels, and
     L_total = L_0 + mtp_weight / K * (L_1 + ... + L_K).
@@ -56,23 +56,24 @@ def token_counts(targets: Sequence[Targets], modalities: int) -> torch.Tensor:
     return torch.stack([_sums(t.loss_weight, t.modality, modalities) for t in targets]).sum(0)
 
 
-def batch_loss(
-    loss_KBS: torch.Tensor, targets: Targets, counts: torch.Tensor, weights: torch.Tensor, mtp_weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A microbatch's share of L_total, and the sums of w_t * CE_t per modality at depth 0 (float64 `[modalities]`).
+def token_factor(targets: Targets, counts: torch.Tensor, weights: torch.Tensor, mtp_weight: float) -> torch.Tensor:
+    """What each token's cross entropy is multiplied by in L_total, float32 `[1 + K, B, S]`.
 
-    loss_KBS is the cross entropy `[1 + K, B, S]`; counts the job's N_m `[1 + K, modalities]`; weights `[modalities]`.
+    counts are the job's N_m `[1 + K, modalities]`, weights the modalities' `[modalities]`, both float64.
     """
-    further = max(len(loss_KBS) - 1, 1)
-    depth_weight = torch.full_like(counts[:, :1], mtp_weight / further)
+    depths = len(counts)
+    depth_weight = torch.full_like(counts[:, :1], mtp_weight / max(depths - 1, 1))
     depth_weight[0] = 1.0
     per_modality = torch.where(counts > 0, depth_weight * weights / counts.clamp(min=1e-30), 0.0)
     counted = targets.modality >= 0
-    depth = torch.arange(len(loss_KBS), device=counts.device)[:, None, None]
+    depth = torch.arange(depths, device=counts.device)[:, None, None]
     factor = per_modality[depth, targets.modality.clamp(min=0)] * counted
-    loss = (loss_KBS.float() * (factor * targets.loss_weight).float()).sum()
-    values = loss_KBS[0].detach() * targets.loss_weight[0]
-    return loss, _sums(values[None], targets.modality[:1], len(weights))[0]
+    return (factor * targets.loss_weight).float()
+
+
+def modality_sums(loss_KBS: torch.Tensor, targets: Targets, modalities: int) -> torch.Tensor:
+    """Sums of w_t * CE_t per modality at depth 0, float64 `[modalities]`."""
+    return _sums(loss_KBS[:1] * targets.loss_weight[:1], targets.modality[:1], modalities)[0]
 
 
 def means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,12 @@ def image_gradient_times_data_parallel_size():
     """As when one modality's encoder is averaged over data parallel and the rest is summed."""
     from megamm.mcore import step
 
-    original = step.batch_loss
+    original = step.token_factor
 
-    def scaled(loss, targets, counts, weights, mtp_weight):
-        return original(loss, targets, counts, weights * torch.tensor([1.0, dist.get_world_size()]), mtp_weight)
+    def scaled(targets, counts, weights, mtp_weight):
+        return original(targets, counts, weights * torch.tensor([1.0, dist.get_world_size()]), mtp_weight)
 
-    step.batch_loss = scaled
+    step.token_factor = scaled
 
 
 def data_parallel_sum_dropped():
@@ -78,8 +78,8 @@ def auxiliary_loss_twice():
 def prediction_depths_twice():
     from megamm.mcore import step
 
-    original = step.batch_loss
-    step.batch_loss = lambda loss, targets, counts, weights, mtp: original(loss, targets, counts, weights, mtp * 2)
+    original = step.token_factor
+    step.token_factor = lambda targets, counts, weights, mtp: original(targets, counts, weights, mtp * 2)
 
 
 def counts_of_this_rank_only():

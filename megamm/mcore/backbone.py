@@ -7,6 +7,7 @@ runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention,
 
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_mtp_block_spec
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -21,6 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megamm import ops
 from megamm.config import RunConfig
+from megamm.data.sample import IGNORE_LABEL
 from megamm.device import Device
 from megamm.mcore import compat
 from megamm.mcore.attention import PackedAttention, choose_kernel
@@ -32,26 +38,35 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(GPTModel):
-    """GPTModel with one loss per prediction depth, and without the vocabulary's run-time padding in the softmax.
+    """GPTModel with the run's loss over every prediction depth, without the vocabulary's run-time padding in it.
 
-    forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`) gives, on the last stage, the
-    loss per token `[1 + K, B, S/cp]`: the next token, then K = mtp.num_layers further ahead. Without labels it gives
-    logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
+    forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32 of labels'
+    shape) gives, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the cross entropy of each
+    token `[1 + K, B, S/cp]`, detached: of the next token, then of K = mtp.num_layers further ahead. Without labels it
+    gives logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        true_vocab_size: int,
+        cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        **kwargs: Any,
+    ) -> None:
+        """cross_entropy is an implementation's `linear_cross_entropy` (megamm/ops)."""
         super().__init__(*args, **kwargs)
-        self.true_vocab_size = true_vocab_size
+        self.true_vocab_size, self.cross_entropy = true_vocab_size, cross_entropy
 
     def _postprocess(
         self,
         hidden_states: torch.Tensor,
         input_ids: torch.Tensor,
         labels: torch.Tensor | None,
+        loss_mask: torch.Tensor,
         attention_mask: torch.Tensor,
         mtp_in_postprocess: bool,
         **_: Any,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Megatron's own averages a depth's loss over a microbatch and lets it cross documents; here labels say."""
         if mtp_in_postprocess:
             # position_ids are rolled along but enter nothing: positions are attention's.
@@ -64,23 +79,39 @@ class Backbone(GPTModel):
             )
         if not self.post_process:
             return hidden_states
-        depths = hidden_states.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is None:
+            depths = hidden_states.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)
             return self.output_layer(depths[0], weight=tied)[0].transpose(0, 1).contiguous()
-        logits = (self.output_layer(depth, weight=tied)[0] for depth in depths)
-        return torch.stack([self._loss(label, logit) for label, logit in zip(labels, logits, strict=True)])
+        return self._loss(hidden_states, self.output_layer.weight if tied is None else tied, labels, loss_mask)
 
-    def _loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Cross entropy over the true vocabulary `[B, S]`; logits `[S, B, V/tp]`, labels `[B, S]`."""
-        local = logits.shape[-1]
-        start = self.pg_collection.tp.rank() * local
-        padding_from = self.true_vocab_size - start
-        if padding_from < local:
-            is_padding = torch.arange(local, device=logits.device) >= padding_from
-            logits = logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
-        # IGNORE_LABEL has loss weight 0; any valid id keeps the cross entropy defined.
-        return self.compute_language_model_loss(labels.clamp(min=0), logits)
+    def _loss(
+        self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `forward` gives; hidden `[(1 + K) * S, B, H]`, or of S / tp tokens each under sequence parallelism."""
+        group, parts = self.pg_collection.tp, 1
+        # What the output layer does before its product: every rank's gradient is a part of hidden's.
+        if self.output_layer.sequence_parallel:
+            hidden, parts = gather_from_sequence_parallel_region(hidden, group=group), group.size()
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
+        depths, rows, length = labels.shape
+
+        def as_hidden(values_KBS: torch.Tensor) -> torch.Tensor:
+            """In the order of hidden's tokens: a rank's tokens of all depths lie together."""
+            return values_KBS.view(depths, rows, parts, length // parts).permute(2, 0, 3, 1).flatten()
+
+        loss, token_loss = self.cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            as_hidden(labels),
+            as_hidden(factor),
+            vocabulary_size=self.true_vocab_size,
+            ignore_index=IGNORE_LABEL,
+            group=group,
+        )
+        by_part = token_loss.view(parts, depths, length // parts, rows)
+        return loss, by_part.permute(1, 3, 0, 2).reshape(labels.shape)
 
 
 def layer_spec(config: TransformerConfig, attention: dict[str, Any], norm: ModuleSpec) -> ModuleSpec:
@@ -151,6 +182,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
                 mtp_block_spec=_mtp_spec(megatron_config, layer, norm, stage),
                 vocab_size=padded,
                 true_vocab_size=vocabulary_size,
+                cross_entropy=chosen.linear_cross_entropy,
                 max_sequence_length=config.data.seq_length,
                 pre_process=groups.pipeline_rank == 0 and chunk == 0,
                 post_process=groups.is_last_stage and chunk == virtual - 1,

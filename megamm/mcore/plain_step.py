@@ -16,11 +16,11 @@ from megamm.data.sample import Batch
 from megamm.mcore.backbone import Backbone
 from megamm.mcore.groups import Groups
 from megamm.mcore.step import local_targets
-from megamm.objective import StepLoss, batch_loss, means, token_counts
+from megamm.objective import StepLoss, means, modality_sums, token_counts, token_factor
 
 
 def run(
-    forward: Callable[..., torch.Tensor],
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     batches: Sequence[Batch],
     loss_weights: torch.Tensor,
     mtp: MTPConfig,
@@ -39,9 +39,9 @@ def run(
     MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches), device=loss_weights.device))
     total = torch.zeros_like(counts[0])
     for row_map, input_ids, targets in prepared:
-        losses = forward(input_ids, None, row_map, labels=targets.labels)
-        loss, sums = batch_loss(losses, targets, counts, loss_weights, mtp.loss_weight)
-        total += sums
+        factor = token_factor(targets, counts, loss_weights, mtp.loss_weight)
+        loss, loss_KBS = forward(input_ids, None, row_map, labels=targets.labels, loss_mask=factor)
+        total += modality_sums(loss_KBS, targets, loss_weights.numel())
         if backward is not None:
             backward(loss * groups.data_size)
     return StepLoss(means(groups.sum_over_data(total), counts[0]), counts[0])

@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megamm.data.sample import Batch
 from megamm.mcore.context import local_index
 from megamm.mcore.groups import Groups
-from megamm.objective import StepLoss, Targets, batch_loss, means, targets_of, token_counts
+from megamm.objective import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
 def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
@@ -49,13 +49,16 @@ def run(
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
     scale = 1.0 if forward_only else float(len(batches) * groups.collection.dp_cp.size())
 
-    def loss_func(targets: Targets, loss_KBS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        loss, sums = batch_loss(loss_KBS, targets, counts, loss_weights, mtp_weight)
+    def loss_func(targets: Targets, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss, loss_KBS = output
+        sums = modality_sums(loss_KBS, targets, loss_weights.numel())
         return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), sums
 
-    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[torch.Tensor, Any]:
+    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Any, Any]:
         batch, input_ids, targets = next(iterator)
-        return chunk(input_ids, None, batch.row_map, labels=targets.labels), partial(loss_func, targets)
+        factor = token_factor(targets, counts, loss_weights, mtp_weight)
+        output = chunk(input_ids, None, batch.row_map, labels=targets.labels, loss_mask=factor)
+        return output, partial(loss_func, targets)
 
     if not forward_only:
         for chunk in chunks:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megamm.ops import library, reference
+from megamm.ops import cross_entropy_reference, library, reference
+from megamm.ops.cross_entropy import linear_cross_entropy
 from megamm.ops.rms_norm import add_rms_norm, rms_norm
 
 
@@ -19,10 +20,11 @@ class Ops(NamedTuple):
     name: str
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
 
 
-CSRC = Ops("csrc", rms_norm, add_rms_norm)
-TORCH = Ops("torch", reference.rms_norm, reference.add_rms_norm)
+CSRC = Ops("csrc", rms_norm, add_rms_norm, linear_cross_entropy)
+TORCH = Ops("torch", reference.rms_norm, reference.add_rms_norm, cross_entropy_reference.linear_cross_entropy)
 
 
 def choose(setting: str, device: torch.device) -> tuple[Ops, str]:

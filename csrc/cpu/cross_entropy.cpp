@@ -1,0 +1,115 @@
+// Softmax cross entropy of rows of logits on a CPU: the numbers that a row's loss is made of, and its gradient in place.
+//
+// Arguments are described in ../cross_entropy.h. Statistics are taken block by block of a row, so that a block is in the
+// first cache for its second pass and the row is read from memory once.
+// Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
+#include "../cross_entropy.h"
+#include "exp.h"
+
+#include <limits>
+
+namespace megamm {
+namespace {
+
+constexpr int64_t kBlock = 2048;
+
+template <class T>
+MEGAMM_CLONES void statistics_rows(
+    const T* logits, int64_t stride, int64_t columns, const int64_t* target, compute_t<T>* out,
+    int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  constexpr C kLowest = -std::numeric_limits<C>::infinity();
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = logits + row * stride;
+    C maximum = kLowest, exponentials = 0, total = 0;
+    for (int64_t first = 0; first < columns; first += kBlock) {
+      const T* in = x + first;
+      const int64_t count = columns - first < kBlock ? columns - first : kBlock;
+      C largest = kLowest, sum = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : sum)
+      for (int64_t i = 0; i < count; ++i) {
+        const C value = load(in[i]);
+        largest = value > largest ? value : largest;  // a NaN is passed over here, and makes the sums NaN
+        sum += value;
+      }
+      total += sum;
+      if (largest > maximum) {
+        exponentials *= maximum > kLowest ? exp_of(maximum - largest) : C(1);  // 1: a NaN stays one
+        maximum = largest;
+      }
+      // Where all logits are -inf nothing may be subtracted.
+      const C reference = maximum > kLowest ? maximum : C(0);
+      C shifted = 0;
+#pragma omp simd reduction(+ : shifted)
+      for (int64_t i = 0; i < count; ++i) shifted += exp_of(load(in[i]) - reference);
+      exponentials += shifted;
+    }
+    C* to = out + row * 4;
+    to[0] = maximum;
+    to[1] = exponentials;
+    to[2] = target[row] >= 0 && target[row] < columns ? load(x[target[row]]) : C(0);
+    to[3] = total;
+  }
+}
+
+// x = scale * exp(x - m) - uniform, and - at_target more at the target, where these are of the row.
+template <class T>
+MEGAMM_CLONES void gradient_rows(
+    T* logits, int64_t stride, int64_t columns, const int64_t* target, const compute_t<T>* statistics,
+    const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size, compute_t<T> z_loss,
+    int64_t begin, int64_t end) {
+  using C = compute_t<T>;
+  for (int64_t row = begin; row < end; ++row) {
+    T* x = logits + row * stride;
+    const C weight = factor[row];
+    if (weight == 0) {  // whatever the logits are: 0 * NaN is NaN
+      std::memset(x, 0, columns * sizeof(T));
+      continue;
+    }
+    const C maximum = statistics[row * 4], exponentials = statistics[row * 4 + 1];
+    const C of_softmax = z_loss == 0 ? C(1) : C(1) + 2 * z_loss * (maximum + std::log(exponentials));
+    const C scale = weight * of_softmax / exponentials, uniform = weight * (smoothing / vocabulary_size);
+    const bool has_target = target[row] >= 0 && target[row] < columns;
+    const C at_target = has_target ? load(x[target[row]]) : C(0);
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) store(x[i], exp_of(load(x[i]) - maximum) * scale - uniform);
+    if (has_target)
+      store(x[target[row]], exp_of(at_target - maximum) * scale - uniform - weight * (1 - smoothing));
+  }
+}
+
+void cross_entropy_statistics(const Tensor& logits, const Tensor& target, const Tensor& statistics) {
+  check_rows(logits, target, statistics, "cross_entropy_statistics");
+  const int64_t columns = logits.size(1);
+  dispatch(logits.scalar_type(), "cross_entropy_statistics", [&](auto zero) {
+    using T = decltype(zero);
+    torch::stable::parallel_for(0, logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+      statistics_rows<T>(data_of<T>(logits), row_stride(logits), columns, data_of<int64_t>(target),
+                         mutable_data_of<compute_t<T>>(statistics), begin, end);
+    });
+  });
+}
+
+void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor,
+                            int64_t vocabulary_size, double label_smoothing, double z_loss) {
+  check_gradient(logits, target, statistics, factor);
+  const int64_t columns = logits.size(1);
+  dispatch(logits.scalar_type(), "cross_entropy_gradient_", [&](auto zero) {
+    using T = decltype(zero);
+    using C = compute_t<T>;
+    torch::stable::parallel_for(0, logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
+      gradient_rows<T>(mutable_data_of<T>(logits), row_stride(logits), columns, data_of<int64_t>(target),
+                       data_of<C>(statistics), data_of<C>(factor), C(label_smoothing), C(vocabulary_size), C(z_loss), begin,
+                       end);
+    });
+  });
+}
+
+}  // namespace
+
+MEGAMM_KERNELS(MEGAMM_LIBRARY, CPU, m) {
+  m.impl("cross_entropy_statistics", TORCH_BOX(&cross_entropy_statistics));
+  m.impl("cross_entropy_gradient_", TORCH_BOX(&cross_entropy_gradient));
+}
+
+}  // namespace megamm

@@ -1,0 +1,262 @@
+"""Cross entropy of a linear layer's outputs that never holds the full logits.
+
+    logits = hidden @ weight^T,  lse_t = log(sum over v of exp(logits_tv)),
+    CE_t = (1 - s) * (lse_t - logits_t,label) + s * (lse_t - mean over v of logits_tv),   s the label smoothing,
+    loss = sum over t of w_t * (CE_t + z * lse_t^2).
+
+Tokens are taken chunk by chunk. Since every token's weight is known, a chunk's gradient is made at once: it is written
+over the chunk's logits and multiplied into those of hidden and weight, and the backward pass only scales these two.
+Over a group of tensor-parallel ranks, rank r holds rows [r * V_local, (r + 1) * V_local) of the weight; one exchange
+per chunk, of four numbers a token, gives every rank the same softmax.
+
+Memory beyond arguments and gradients is a chunk of logits: 1/24 of all from 8160 tokens on, the weight's gradient being
+counted in float32.
+Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Shoeybi et al. 2019, "Megatron-LM"
+(vocabulary parallel); Chowdhery et al. 2022, "PaLM" (z-loss); Szegedy et al. 2016 (label smoothing).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
+
+from megamm.ops.check import check_same_kind
+
+MOST_CHUNKS, LEAST_ROWS = 24, 340
+"""Tokens are split evenly into so many chunks at most: one has 4 % of the logits, and the weight's gradient is read and
+written once for each. Products of fewer than LEAST_ROWS rows would be slow."""
+_COLUMN_MULTIPLE = 64
+"""Rows of the logits start at multiples of this many elements, as fast matrix products want it."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    vocabulary_size: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(loss, CE_t): the weighted sum, differentiable in hidden and weight, and each token's own `[T]`, detached.
+
+    hidden `[T, H]` and weight `[V_local, H]` of one floating dtype, labels int64 `[T]` (ids of the whole vocabulary),
+    token_weight float32 `[T]` (None: 1 each). Results are float32 (float64 for float64 arguments), as is all math from
+    the logits on; the logits and their gradient have hidden's dtype. The weight's gradient is summed over chunks in
+    float32 and rounded to its dtype once, in the backward pass. Bitwise the same from run to run.
+
+    Rows of weight from vocabulary_size on (default: none) are padding: no part of softmax, smoothing or gradient.
+    A token labelled ignore_index has loss 0, CE_t 0 and adds no gradient, whatever its logits are. Any other label
+    outside [0, vocabulary_size) makes loss, CE_t and gradients NaN: to raise would need to wait for the device.
+
+    With a group every rank passes the same hidden, labels and token_weight and gets the same results, but *its part* of
+    hidden's gradient (its columns' share): add it up over the group, as Megatron's mapping functions do.
+
+    ValueError, which names both sides, where shapes, dtypes or devices do not fit.
+    """
+    ranks = 1 if group is None else group.size()
+    size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
+    check_arguments(hidden, weight, labels, token_weight, size, ranks, label_smoothing)
+    with_grad = torch.is_grad_enabled()
+    loss, token_loss, _, _ = _linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        token_weight,
+        size,
+        label_smoothing,
+        z_loss,
+        ignore_index,
+        group.group_name if group is not None and ranks > 1 else "",
+        chunk_rows or _chunk_rows(len(hidden)),
+        with_grad and hidden.requires_grad,
+        with_grad and weight.requires_grad,
+    )
+    return loss, token_loss
+
+
+def _chunk_rows(tokens: int) -> int:
+    chunks = max(1, min(MOST_CHUNKS, tokens // LEAST_ROWS))
+    return max(1, -(-tokens // chunks))
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    vocabulary_size: int,
+    ranks: int,
+    label_smoothing: float,
+) -> None:
+    """ValueError where the arguments of `linear_cross_entropy` do not fit each other."""
+
+    op = "linear_cross_entropy"
+    check_same_kind(op, hidden=hidden, weight=weight)
+
+    def check(fits: bool, what: str) -> None:
+        if not fits:
+            raise ValueError(f"{op}: {what}")
+
+    shape = f"hidden {list(hidden.shape)}"
+    fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    check(fits, f"{shape} and weight {list(weight.shape)} are not [T, H] and [V, H]")
+    check(hidden.is_floating_point(), f"hidden is {hidden.dtype}, and must be floating")
+    others = {"labels": (labels, torch.int64)}
+    if token_weight is not None:
+        others["token_weight"] = (token_weight, torch.float32)
+        check(not token_weight.requires_grad, "token_weight is a constant here and cannot require a gradient")
+    for name, (tensor, dtype) in others.items():
+        check(tensor.shape == hidden.shape[:1], f"{name} {list(tensor.shape)} does not match {shape}")
+        check(tensor.dtype == dtype, f"{name} is {tensor.dtype}, and must be {dtype}")
+        check(tensor.device == hidden.device, f"{name} is on {tensor.device}, hidden is on {hidden.device}")
+    rows = ranks * weight.shape[0]
+    check(0 < vocabulary_size <= rows, f"vocabulary_size {vocabulary_size} is not in 1..{rows}, the rows of weight")
+    check(0 <= label_smoothing <= 1, f"label_smoothing {label_smoothing} is not in 0..1")
+
+
+def _in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None,
+    vocabulary_size: int,
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    group: str,
+    chunk_rows: int,
+    with_hidden: bool,
+    with_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, CE_t, and the loss's gradients of hidden and of weight; a gradient not asked for is empty)."""
+    kernels = torch.ops.megamm
+    process_group = _resolve_process_group(GroupName(group)) if group else None
+    start = weight.shape[0] * process_group.rank() if process_group else 0
+    columns = min(max(vocabulary_size - start, 0), weight.shape[0])
+    used = weight[:columns]
+    counted = labels != ignore_index
+    factor = _factor(labels, token_weight, counted, vocabulary_size).to(_math_dtype(hidden))
+    # Among this rank's columns; -1: another rank's.
+    target = torch.where((labels >= start) & (labels < start + columns), labels - start, -1)
+
+    statistics = factor.new_empty(len(labels), 4)
+    d_hidden, d_weight = _new_gradients(hidden, weight, with_hidden, with_weight)
+    width = -(-columns // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+    buffer = hidden.new_empty(min(chunk_rows, len(labels)), width)[:, :columns]
+    for begin in range(0, len(labels), chunk_rows):
+        rows = slice(begin, begin + chunk_rows)
+        logits = torch.mm(hidden[rows], used.t(), out=buffer[: len(labels) - begin])
+        kernels.cross_entropy_statistics.default(logits, target[rows], statistics[rows])
+        if process_group:
+            statistics[rows] = _combine(statistics[rows], process_group)
+        if not (with_hidden or with_weight):
+            continue
+        kernels.cross_entropy_gradient_.default(
+            logits, target[rows], statistics[rows], factor[rows], vocabulary_size, label_smoothing, z_loss
+        )
+        if with_hidden:
+            torch.mm(logits, used, out=d_hidden[rows])
+        if with_weight:
+            _add_product(d_weight[:columns], logits, hidden[rows])
+    return *_losses(statistics, counted, factor, vocabulary_size, label_smoothing, z_loss), d_hidden, d_weight
+
+
+def _factor(labels: Tensor, token_weight: Tensor | None, counted: Tensor, vocabulary_size: int) -> Tensor:
+    """What each token's loss is multiplied by: 0 where it is ignored, NaN where its label is none."""
+    factor = counted.float() if token_weight is None else token_weight.where(counted, 0.0)
+    return factor.masked_fill(counted & ((labels < 0) | (labels >= vocabulary_size)), torch.nan)
+
+
+def _math_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def _new_gradients(hidden: Tensor, weight: Tensor, with_hidden: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
+    """Of hidden, yet to be written; of weight, zeros in the dtype that it is summed in."""
+    return (
+        hidden.new_empty(hidden.shape if with_hidden else 0),
+        weight.new_zeros(weight.shape if with_weight else 0, dtype=_math_dtype(weight)),
+    )
+
+
+def _combine(own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The statistics `[C, 4]` of the columns of all ranks together: m, sum of exp(x - m), x at the target, sum of x."""
+    gathered = own.new_empty(group.size(), *own.shape)
+    dist.all_gather(list(gathered.unbind()), own.contiguous(), group=group)
+    maxima, exponentials, picked, sums = gathered.unbind(2)
+    maximum = maxima.amax(0)
+    scale = (maxima - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
+    return torch.stack([maximum, (exponentials * scale).sum(0), picked.sum(0), sums.sum(0)], 1)
+
+
+def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
+    """total `[V, H]` += d_logits^T @ hidden, where total may be wider than the factors' dtype."""
+    if total.dtype == hidden.dtype:
+        total.addmm_(d_logits.t(), hidden)
+    elif hidden.device.type == "cpu":
+        # Rounded to hidden's dtype once per chunk, but summed in total's; in blocks, to hold little more than total.
+        for part, columns in zip(total.split(1024), d_logits.split(1024, 1), strict=True):
+            part += columns.t() @ hidden
+    else:
+        torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
+
+
+def _losses(
+    statistics: Tensor,
+    counted: Tensor,
+    factor: Tensor,
+    vocabulary_size: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> tuple[Tensor, Tensor]:
+    """(loss, CE_t `[T]`)."""
+    maximum, exponentials, picked, sums = statistics.unbind(1)
+    # Large numbers are subtracted from each other before a small one is added.
+    log = exponentials.log()
+    token_loss = (maximum - picked) + log
+    if label_smoothing:
+        of_mean = (maximum - sums / vocabulary_size) + log
+        token_loss = (1 - label_smoothing) * token_loss + label_smoothing * of_mean
+    token_loss = token_loss.where(counted, 0.0).masked_fill(factor.isnan(), torch.nan)
+    with_z = token_loss + z_loss * (maximum + log).square().where(counted, 0.0) if z_loss else token_loss
+    return (factor * with_z).sum(), token_loss
+
+
+def _shapes(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, with_hidden, with_weight = arguments
+    loss = hidden.new_empty((), dtype=_math_dtype(hidden))
+    return loss, loss.new_empty(labels.shape), *_new_gradients(hidden, weight, with_hidden, with_weight)
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, *others = output
+    ctx.mark_non_differentiable(*others)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*others[1:])
+    ctx.dtype, ctx.needed = inputs[0].dtype, inputs[-2:]
+
+
+def _scale_gradients(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    gradients = [
+        (gradient * of_loss).to(ctx.dtype) if needed and of_loss is not None else None
+        for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+    ]
+    return *gradients, *[None] * 10
+
+
+_linear_cross_entropy = torch.library.custom_op("megamm::linear_cross_entropy", _in_chunks, mutates_args=())
+
+
+def register() -> None:
+    """Shapes and gradients of the ops in torch.ops.megamm."""
+    _linear_cross_entropy.register_fake(_shapes)
+    _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+    for kernel in ("cross_entropy_statistics", "cross_entropy_gradient_"):
+        torch.library.register_fake(f"megamm::{kernel}", lambda *_: None)

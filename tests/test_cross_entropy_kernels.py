@@ -1,0 +1,95 @@
+"""Cross entropy's kernels against float64: a row's statistics, and its gradient in place.
+
+Through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels).
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
+    """Within a part of the largest value."""
+    largest = float(theirs.abs().amax()) if theirs.numel() else 0.0
+    torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * largest)
+
+
+def in_float64(logits: torch.Tensor, target: torch.Tensor, factor: torch.Tensor, *options: Any) -> list[torch.Tensor]:
+    """Statistics and gradient of rows whose other columns, were there any, are elsewhere."""
+    vocabulary_size, smoothing, z_loss = options
+    x = logits.double()
+    maximum, log_sum = x.amax(1), x.logsumexp(1)
+    picked = x.gather(1, target.clamp(min=0)[:, None])[:, 0].where(target >= 0, 0.0)
+    hot = torch.zeros_like(x).scatter_(1, target.clamp(min=0)[:, None], (target >= 0).double()[:, None])
+    gradient = (1 + 2 * z_loss * log_sum[:, None]) * x.softmax(1) - (1 - smoothing) * hot - smoothing / vocabulary_size
+    statistics = torch.stack([maximum, (log_sum - maximum).exp(), picked, x.sum(1)], 1)
+    return [statistics, factor.double()[:, None] * gradient]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "columns", "stride", "offset"),
+    [(5, 4200, 4224, 0), (3, 4097, 4097, 0), (70, 33, 48, 0), (4, 9000, 9000, 3), (2, 1, 1, 0), (0, 8, 8, 0)],
+    ids=str,
+)
+def test_kernels(kernels: Any, rows: int, columns: int, stride: int, offset: int, dtype: torch.dtype) -> None:
+    """Rows in whole vectors and not, at aligned addresses and not, longer and shorter than a block of either kind."""
+    generator = torch.Generator().manual_seed(columns)
+    values = (torch.randn(rows * stride + offset, generator=generator) * 3).to(dtype)
+    math = torch.float64 if dtype == torch.float64 else torch.float32
+    target = torch.randint(-1, columns, (rows,), generator=generator)
+    factor = torch.randn(rows, generator=generator, dtype=math)
+    factor[:1] = 0.0
+    options = (3 * columns, 0.1, 0.01)
+    place = values.to(kernels.device)
+    logits = place[offset:].view(rows, stride)[:, :columns]
+    statistics, gradient = in_float64(logits.cpu(), target, factor, *options)
+    ours = torch.full((rows, 4), torch.nan, dtype=math, device=kernels.device)
+    kernels.ops.cross_entropy_statistics(logits, target.to(kernels.device), ours)
+    kernels.ops.cross_entropy_gradient_(logits, target.to(kernels.device), ours, factor.to(kernels.device), *options)
+    close(ours.cpu(), statistics, TOLERANCE[math] * columns**0.5)
+    close(logits.cpu(), gradient, TOLERANCE[dtype])
+    outside = torch.ones(rows * stride + offset, dtype=torch.bool)
+    outside[offset:].view(rows, stride)[:, :columns] = False
+    assert torch.equal(place.cpu()[outside], values[outside])
+
+
+def test_kernels_on_what_is_not_finite(kernels: Any) -> None:
+    """-inf in all places but one, and in all; inf; a NaN first, between and last, and in a row that does not count."""
+    logits = torch.randn(7, 5000)
+    logits[0, :4999] = logits[1] = -torch.inf
+    logits[2, 4000] = torch.inf
+    logits[3, 0] = logits[4, 2500] = logits[5, 4999] = logits[6, 7] = torch.nan
+    target, factor = torch.zeros(7, dtype=torch.int64), torch.ones(7)
+    factor[6] = 0.0
+    statistics, gradient = in_float64(logits, target, factor, 5000, 0.0, 0.0)
+    gradient[6] = 0.0
+    ours, written = torch.empty(7, 4, device=kernels.device), logits.clone().to(kernels.device)
+    target, factor = target.to(kernels.device), factor.to(kernels.device)
+    kernels.ops.cross_entropy_statistics(written, target, ours)
+    kernels.ops.cross_entropy_gradient_(written, target, ours, factor, 5000, 0.0, 0.0)
+    assert ours[:2, :2].tolist() == [[logits[0, 4999].item(), 1.0], [-torch.inf, 0.0]]
+    assert ours[2:, 1].isnan().all()
+    assert torch.equal(ours[:, 3].isnan().cpu(), statistics[:, 3].isnan())
+    torch.testing.assert_close(written.cpu().double(), gradient, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_bitwise_the_same_for_any_number_of_threads(kernels: Any, dtype: torch.dtype) -> None:
+    logits = torch.randn(40, 999).to(dtype)
+    target, factor = torch.randint(-1, 999, (40,)), torch.rand(40)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 1, 2, 3):
+            torch.set_num_threads(count)
+            moved = [x.to(kernels.device) for x in (logits.clone(), target, torch.empty(40, 4), factor)]
+            kernels.ops.cross_entropy_statistics(*moved[:3])
+            kernels.ops.cross_entropy_gradient_(*moved, 999, 0.1, 0.01)
+            results.append([moved[0], moved[2]])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
