@@ -5,6 +5,7 @@
 // Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 #include "../cross_entropy.h"
 #include "exp.h"
+#include "simd.h"
 
 #include <limits>
 
@@ -12,6 +13,10 @@ namespace megamm {
 namespace {
 
 constexpr int64_t kBlock = 2048;
+
+// exp(x) of x <= 0, which a logit less the largest is; 0 from -88 on. A NaN stays one.
+MEGAMM_INLINE float exp_of(float x) { return exp_within(x < -88.0f ? -88.0f : x); }
+MEGAMM_INLINE double exp_of(double x) { return std::exp(x); }
 
 template <class T>
 MEGAMM_CLONES void statistics_rows(
