@@ -78,7 +78,7 @@ parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 rando
 	$(PYTEST_ENV) $(PY) tools/parity.py --table docs/parallelism.md
 	$(PYTEST_ENV) $(PY) tools/parity.py --fuzz 200 --seed 1
 
-OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy))
+OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy_kernels))
 
 .PHONY: sanitize
 sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory access checked (AddressSanitizer)
