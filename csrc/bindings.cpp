@@ -14,4 +14,10 @@ MEGAMM_SCHEMAS(MEGAMM_LIBRARY, m) {
   m.def(
       "cross_entropy_gradient_(Tensor(a!) logits, Tensor target, Tensor statistics, Tensor factor,"
       " int vocabulary_size, float label_smoothing, float z_loss) -> ()");
+  m.def(
+      "patchify_3d(Tensor video, int[] patch, float[] scale, float[] shift, bool channels_last, bool causal,"
+      " bool replicated, ScalarType dtype) -> Tensor");
+  m.def(
+      "unpatchify_3d(Tensor patches, int[] patch, SymInt[] size, float[] scale, bool channels_last, bool causal,"
+      " bool replicated, ScalarType dtype) -> Tensor");
 }

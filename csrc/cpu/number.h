@@ -24,6 +24,7 @@ MEGAMM_INLINE float load(BFloat16 x) {
   return value;
 }
 MEGAMM_INLINE float load(Half x) { return float(x); }
+MEGAMM_INLINE float load(uint8_t x) { return float(x); }
 MEGAMM_INLINE void store(Half& to, float x) { to = Half(x); }
 MEGAMM_INLINE void store(double& to, double x) { to = x; }
 MEGAMM_INLINE void store(float& to, float x) { to = x; }
