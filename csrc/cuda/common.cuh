@@ -26,6 +26,7 @@ __device__ __forceinline__ void store(BFloat16& to, float x) { to = __float2bflo
 __device__ __forceinline__ void store(Half& to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ double load(double x) { return x; }
+__device__ __forceinline__ float load(uint8_t x) { return float(x); }
 __device__ __forceinline__ void store(float& to, float x) { to = x; }
 __device__ __forceinline__ void store(double& to, double x) { to = x; }
 __device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
