@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import GPU
 from torch.autograd.graph import saved_tensors_hooks
 
 from megamm import ops
@@ -136,6 +137,15 @@ def test_offsets_beyond_31_bits(kernels):
     video.copy_(values)
     patches = kernels.ops.patchify_3d(video, (1, 4, 4), [1.0], [0.0], False, False, False, torch.float32)
     assert torch.equal(patches.flatten().cpu(), values.flatten().float())
+
+
+@pytest.mark.parametrize("ops_device", [GPU], indirect=True)
+def test_more_units_of_work_than_31_bits(ops_device):
+    """One image 2^31 times, a column a thread: the index is computed in 64 bits."""
+    image = torch.tensor([[7, 9, 11]], dtype=torch.uint8, device=ops_device)
+    video = image.view(1, 1, 1, 1, 3).expand(2**31 // 3 + 5, 1, 1, 1, 3)
+    patches = torch.ops.megamm.patchify_3d(video, (1, 1, 3), [1.0], [0.0], False, False, False, torch.float16)
+    assert torch.equal(patches[[0, 12345, -1]].view(3, 3), image.half().expand(3, 3))
 
 
 def test_bitwise_the_same_again_and_for_any_number_of_threads(kernels):

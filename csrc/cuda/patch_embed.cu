@@ -33,6 +33,30 @@ struct Factors {
   }
 };
 
+// Division by a number known to the host: of less than 2^31, by a multiplication. Source: Granlund and Montgomery 1994,
+// "Division by Invariant Integers using Multiplication".
+struct Divider {
+  uint32_t factor = 0, shift = 0;
+  uint64_t divisor;
+
+  Divider() : Divider(1) {}
+  explicit Divider(int64_t by) : divisor(by > 0 ? uint64_t(by) : 1) {
+    if (divisor > INT32_MAX) return;  // then no number of less than 2^31 units is divided by it
+    while ((uint64_t(1) << shift) < divisor) ++shift;
+    factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor)) / divisor + 1);
+  }
+
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return (uint32_t(uint64_t(n) * factor >> 32) + n) >> shift;
+  }
+  __device__ __forceinline__ uint64_t quotient(uint64_t n) const { return n / divisor; }
+};
+
+// What a unit's number is made of, the fastest first: vectors of a patch row, rows and frames of a patch, the grid.
+struct Dividers {
+  Divider dx, dy, dt, x, y, t;
+};
+
 template <class Video, class Patches>
 struct Job {
   Patching g;
@@ -40,7 +64,8 @@ struct Job {
   VideoStrides strides;
   Patches* patches;
   int64_t patch_stride;
-  uint64_t units;
+  uint64_t units = 0;
+  Dividers by{};  // set with the units
 };
 
 // Where a unit's numbers are: video and patches point at its first column in channel 0.
@@ -53,23 +78,35 @@ struct Unit {
   int64_t in_patch;  // frame of the patch
 };
 
-template <int kVector, class Video, class Patches>
-__device__ __forceinline__ Unit<Video, Patches> unit_at(const Job<Video, Patches>& j, uint64_t n) {
-  const auto split = [&n](int64_t parts) {
-    const uint64_t rest = n % uint64_t(parts);
-    n /= uint64_t(parts);
+struct Place {
+  int64_t patch, batch, t, y, x, dt, dy, dx;
+};
+
+template <class Index>
+__device__ __forceinline__ Place place_of(Index n, const Dividers& by) {
+  const auto split = [&n](const Divider& by) {
+    const Index quotient = by.quotient(n), rest = n - quotient * Index(by.divisor);
+    n = quotient;
     return int64_t(rest);
   };
-  const int64_t dx = split(j.g.patch.x / kVector) * kVector, dy = split(j.g.patch.y), dt = split(j.g.patch.t);
+  const int64_t dx = split(by.dx), dy = split(by.dy), dt = split(by.dt), patch = int64_t(n);
+  const int64_t x = split(by.x), y = split(by.y), t = split(by.t);
+  return {patch, int64_t(n), t, y, x, dt, dy, dx};
+}
+
+template <int kVector, class Video, class Patches>
+__device__ __forceinline__ Unit<Video, Patches> unit_at(const Job<Video, Patches>& j, uint64_t n) {
+  const Place at = j.units <= INT32_MAX ? place_of(uint32_t(n), j.by) : place_of(n, j.by);
+  const int64_t dx = at.dx * kVector;
   Patches* const patches =
-      j.patches + int64_t(n) * j.patch_stride + (dt * j.g.patch.y + dy) * j.g.patch.x + dx;
-  const int64_t x = split(j.g.grid.x) * j.g.patch.x + dx, y = split(j.g.grid.y) * j.g.patch.y + dy;
-  const int64_t frame = split(j.g.grid.t) * j.g.patch.t + dt - j.g.front;
+      j.patches + at.patch * j.patch_stride + (at.dt * j.g.patch.y + at.dy) * j.g.patch.x + dx;
+  const int64_t x = at.x * j.g.patch.x + dx, y = at.y * j.g.patch.y + at.dy;
+  const int64_t frame = at.t * j.g.patch.t + at.dt - j.g.front;
   const int64_t read = frame < 0 ? 0 : frame;
   const bool is_there = y < j.g.size.y && frame < j.g.size.t;
   Video* const video =
-      j.video + int64_t(n) * j.strides.batch + read * j.strides.frame + y * j.strides.row + x * j.strides.column;
-  return {video, patches, is_there ? j.g.size.x - x : 0, frame, dt};
+      j.video + at.batch * j.strides.batch + read * j.strides.frame + y * j.strides.row + x * j.strides.column;
+  return {video, patches, is_there ? j.g.size.x - x : 0, frame, at.dt};
 }
 
 // The numbers of `count` channels from `channel` on. kColour has all of them in the first call.
@@ -208,8 +245,11 @@ template <class Video, class Patches, class F>
 void choose(Job<Video, Patches>& j, const F& run) {
   constexpr int kWide = kPerVector<Patches>;
   const auto with = [&](auto vector, auto columns) {
-    const int64_t patches = j.g.batch * j.g.grid.t * j.g.grid.y * j.g.grid.x;
-    j.units = uint64_t(patches) * uint64_t(j.g.patch.t * j.g.patch.y * (j.g.patch.x / vector));
+    const Patching& g = j.g;
+    const int64_t vectors = g.patch.x / vector;
+    j.by = {Divider(vectors), Divider(g.patch.y), Divider(g.patch.t), Divider(g.grid.x), Divider(g.grid.y),
+            Divider(g.grid.t)};
+    j.units = uint64_t(g.batch * g.grid.t * g.grid.y * g.grid.x) * uint64_t(g.patch.t * g.patch.y * vectors);
     run(vector, columns, int64_t((j.units + kThreads - 1) / kThreads));
   };
   using std::integral_constant;
@@ -235,7 +275,7 @@ Tensor patchify_3d(const Tensor& video, std::vector<int64_t> patch, std::vector<
     using Out = decltype(out);
     using C = compute_t<Out>;
     Job<const In, Out> j{g, data_of<In>(video), video_strides(video, channels_last), mutable_data_of<Out>(patches),
-                         g.width(), 0};
+                         g.width()};
     choose(j, [&](auto vector, auto columns, int64_t blocks) {
       launch(patchify<In, Out, decltype(vector)::value, decltype(columns)::value>, blocks, kThreads, 0, video, j,
              Factors<C>(scale), Factors<C>(shift));
@@ -255,7 +295,7 @@ Tensor unpatchify_3d(const Tensor& patches_any, std::vector<int64_t> patch, std:
     using In = decltype(in);
     using Out = decltype(out);
     Job<Out, const In> j{g, mutable_data_of<Out>(video), video_strides(video, channels_last), data_of<In>(patches),
-                         row_stride(patches), 0};
+                         row_stride(patches)};
     choose(j, [&](auto vector, auto columns, int64_t blocks) {
       launch(unpatchify<In, Out, decltype(vector)::value, decltype(columns)::value>, blocks, kThreads, 0, patches, j,
              Factors<compute_t<In>>(scale));
