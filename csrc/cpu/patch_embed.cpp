@@ -1,7 +1,7 @@
 // Patches of a video on a CPU: patchify_3d normalises, gathers and casts in one pass, unpatchify_3d is its inverse.
 //
-// Parallel over lines of the patch grid (all patches at one position in batch, time, rows). A vectorised loop converts an
-// image row, to or from a buffer in the first cache, whose pieces of q numbers go to or come from patches.
+// Parallel over lines of the patch grid (all patches at one position in batch, time, rows). A vectorised loop converts
+// an image row, to or from a buffer in the first cache; its pieces of q numbers go to patches or come from them.
 #include "simd.h"
 // After the number types.
 #include "../patch_embed.h"
