@@ -83,7 +83,7 @@ OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed
 .PHONY: sanitize
 sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory access checked (AddressSanitizer)
 	$(PYTEST_ENV) MEGAMM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
-		LD_PRELOAD="$$(c++ -print-file-name=libasan.so)" $(PY) -m pytest $(OPS_TESTS) -k emulated
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY) -m pytest $(OPS_TESTS) -k emulated
 
 .PHONY: demo
 demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
