@@ -1,4 +1,4 @@
-"""The backbone: Megatron-core's GPTModel with our norm, packed attention and exact losses.
+"""The backbone: Megatron-core's GPTModel with our norm, packed attention, exact losses and fused operators.
 
 RMSNorm, SwiGLU, grouped queries with q/k norm (or latent attention), RoPE, optional mixture of experts and
 multi-token prediction. Its plain form is the architecture of Qwen3 / Qwen3-MoE (Yang et al. 2025), so that an export
@@ -28,7 +28,7 @@ from megamm import ops
 from megamm.config import RunConfig
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import Device
-from megamm.mcore import compat
+from megamm.mcore import compat, mlp
 from megamm.mcore.attention import PackedAttention, choose_kernel
 from megamm.mcore.groups import Groups
 from megamm.mcore.norm import RMSNorm
@@ -156,18 +156,9 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     compat.apply()
     kernel, why_kernel = choose_kernel(config.train.attention, device)
     chosen, why_chosen = ops.choose(config.ops, device.torch_device)
-    if groups.rank == 0:
-        log.info("attention: %s, %s", kernel, why_kernel)
-        log.info("ops: %s, %s", chosen.name, why_chosen)
     megatron_config = transformer_config(config, vocabulary_size, device)
-    attention = dict(
-        rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
-        rope_axes=config.model.rope_axes,
-        exchange=config.parallel.context_exchange,
-        kernel=kernel,
-    )
     norm = ModuleSpec(RMSNorm, {"ops": chosen})
-    layer = layer_spec(megatron_config, attention, norm)
+    layer = layer_spec(megatron_config, _attention_arguments(config, kernel), norm)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
     chunks, virtual = [], config.parallel.virtual_pipeline
     for chunk in range(virtual):
@@ -193,12 +184,28 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
                 vp_stage=stage,
             ).to(device.torch_device)
         chunks.append(model.bfloat16() if megatron_config.bf16 else model)
+    gated = [mlp.use_ops(chunk, megatron_config, chosen) for chunk in chunks]
+    if groups.rank == 0:
+        log.info("attention: %s, %s", kernel, why_kernel)
+        log.info("ops: %s, %s", chosen.name, why_chosen)
+        if not all(gated):
+            log.info("MLP: Megatron-core's own, model.megatron asks for another than SwiGLU without bias")
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
     # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
     # are; a latent's norm is before the split into heads, and summing would multiply its gradient.
     megatron_config.qk_layernorm = not megatron_config.multi_latent_attention
     return chunks
+
+
+def _attention_arguments(config: RunConfig, kernel: str) -> dict[str, Any]:
+    """What PackedAttention is built with besides what Megatron gives it."""
+    return dict(
+        rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
+        rope_axes=config.model.rope_axes,
+        exchange=config.parallel.context_exchange,
+        kernel=kernel,
+    )
 
 
 def _reduce_experts_apart(chunks: list[Backbone]) -> None:
