@@ -1,10 +1,10 @@
 // SwiGLU on a GPU, forward and backward: y = silu(gate) * up, with optional bias, clamp and weight of each row.
 //
 // gate, up, y [rows, width], each at its own row stride, bias [2 width], weight [rows]; see ../swiglu.h. Where nothing
-// is summed, a thread takes kHeld vectors, a block's width apart in the order of memory and across the ends of rows, so
-// that any shape fills the device. Where bias or weights need sums, groups of threads take `lanes` vectors of a row each:
-// a weight's gradient is summed over a group, the bias's over the rows that a block goes through; partial sums are added
-// in order.
+// is summed, a thread takes kHeld vectors, a block's width apart in the order of memory and across the ends of rows:
+// any shape fills the device. Where bias or weights need sums, groups of threads take `lanes` vectors of a row each. A
+// weight's gradient is summed over a group, the bias's over the rows that a block goes through, and partial sums are
+// added in order.
 #include "common.cuh"
 
 namespace megamm {
