@@ -20,4 +20,8 @@ MEGAMM_SCHEMAS(MEGAMM_LIBRARY, m) {
   m.def(
       "unpatchify_3d(Tensor patches, int[] patch, SymInt[] size, float[] scale, bool channels_last, bool causal,"
       " bool replicated, ScalarType dtype) -> Tensor");
+  m.def("swiglu(Tensor gate, Tensor? up, Tensor? bias, Tensor? row_weight, float? limit) -> Tensor");
+  m.def(
+      "swiglu_backward(Tensor dy, Tensor gate, Tensor? up, Tensor? bias, Tensor? row_weight, float? limit)"
+      " -> (Tensor dgate, Tensor dup, Tensor dbias, Tensor drow_weight)");
 }

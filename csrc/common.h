@@ -32,6 +32,10 @@ using torch::stable::Tensor;
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
+inline ScalarType compute_dtype(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 template <class T>
 const T* data_of(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

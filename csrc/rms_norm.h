@@ -17,16 +17,12 @@ inline std::vector<int64_t> leading_sizes(const Tensor& x) {
   return sizes;
 }
 
-inline ScalarType statistics_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dx_add, const Tensor& x, const Tensor& weight,
                            const Tensor& rstd) {
   check_weight(x, weight, "rms_norm_backward");
   check_same_sizes(dy, x, "rms_norm_backward", "dy");
   if (dx_add) check_same_sizes(*dx_add, x, "rms_norm_backward", "dx_add");
-  STD_TORCH_CHECK(rstd.scalar_type() == statistics_dtype(x) && sizes_of(rstd) == leading_sizes(x),
+  STD_TORCH_CHECK(rstd.scalar_type() == compute_dtype(x) && sizes_of(rstd) == leading_sizes(x),
                   "rms_norm_backward: rstd is not the one that rms_norm gave");
 }
 

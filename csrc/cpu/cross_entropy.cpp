@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kBlock = 2048;
 
 // exp(x) of x <= 0, which a logit less the largest is; 0 from -88 on. A NaN stays one.
-MEGAMM_INLINE float exp_of(float x) { return exp_within(x < -88.0f ? -88.0f : x); }
+MEGAMM_INLINE float exp_of(float x) { return exp_above(x < -88.0f ? -88.0f : x); }
 MEGAMM_INLINE double exp_of(double x) { return std::exp(x); }
 
 template <class T>

@@ -7,12 +7,18 @@
 
 namespace megamm {
 
-// exp(x) for -88.3 < x < 88.3 within 1.2 ulp, checked for every float32; results below 1.2e-38 are 0. A NaN stays one.
+// exp(x) for x > -88.3 within 1.2 ulp, checked for every float32; below 1.2e-38 it is 0, above 2.4e38 infinity. A NaN
+// stays one.
 // exp(x) = 2^n exp(r) with n = round(x / ln 2), and r = x - n ln 2 taken in two steps, |r| <= ln(2) / 2 (Cody and Waite
 // 1980). The polynomial has the smallest largest relative error there, 4e-9, of those that begin with 1 + r.
-MEGAMM_INLINE float exp_within(float x) {
+MEGAMM_INLINE float exp_above(float x) {
   constexpr float kToInteger = 12582912.0f;  // 1.5 * 2^23: added, it leaves the nearest integer in the low bits
-  const float shifted = x * 1.44269504088896341f + kToInteger;
+  constexpr int32_t kInfinite = 0x4b400080;  // of n = 128, which makes 2^n infinite; r may be large then
+  float shifted = x * 1.44269504088896341f + kToInteger;
+  int32_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits = bits < kInfinite ? bits : kInfinite;  // as integers: a comparison of numbers needs more instructions
+  std::memcpy(&shifted, &bits, sizeof bits);
   const float n = shifted - kToInteger;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.381454174e-3f;
@@ -22,25 +28,20 @@ MEGAMM_INLINE float exp_within(float x) {
   p = p * r + 4.999999404e-1f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127) << 23;  // of 2^n, 0 for n = -127
+  const uint32_t power_bits = (uint32_t(bits) + 127) << 23;  // of 2^n, 0 for n = -127
   float power;
-  std::memcpy(&power, &bits, sizeof power);
+  std::memcpy(&power, &power_bits, sizeof power);
   return p * power;
 }
 
-// 1 / (1 + exp(-x)), 0 and 1 at the ends; of a NaN any number between. Where x is negative it is exp(x) / (1 + exp(x)).
+// 1 / (1 + exp(-x)), 0 and 1 at the ends; of a NaN a NaN or 1.
 MEGAMM_INLINE float sigmoid(float x) {
-  constexpr uint32_t kLargest = 0x42b00000;  // 88.0f, where exp_within gives 0 for the negative
-  uint32_t bits;
+  constexpr int32_t kLargest = 0x42b00000;  // 88.0f; for numbers above 0 the order of bits is theirs
+  int32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  bits &= 0x7fffffff;
-  bits = bits < kLargest ? bits : kLargest;  // as integers: comparisons of numbers need more instructions
-  float magnitude;
-  std::memcpy(&magnitude, &bits, sizeof magnitude);
-  const float e = exp_within(-magnitude);
-  return (x < 0 ? e : 1.0f) / (1.0f + e);
+  bits = bits < kLargest ? bits : kLargest;
+  std::memcpy(&x, &bits, sizeof bits);
+  return 1.0f / (1.0f + exp_above(-x));
 }
 
 MEGAMM_INLINE double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }

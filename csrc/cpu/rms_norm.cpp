@@ -88,7 +88,7 @@ void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps, bool zero_centered) {
   check_weight(x_any, weight_any, "rms_norm");
   const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
   run_forward(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
   return {y, rstd};
 }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_any, const Tenso
   check_weight(x_any, weight_any, "add_rms_norm");
   check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
   const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
   run_forward(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
   return {y, sum, rstd};
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
   const int64_t per_block = std::max<int64_t>(grain(width), (rows + 63) / 64);
   const int64_t blocks = (rows + per_block - 1) / per_block;
   Tensor dx = new_empty(x);
-  Tensor partial = torch::stable::new_zeros(x, std::vector<int64_t>{blocks, width}, statistics_dtype(x));
+  Tensor partial = torch::stable::new_zeros(x, std::vector<int64_t>{blocks, width}, compute_dtype(x));
   dispatch(x.scalar_type(), "rms_norm_backward", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {

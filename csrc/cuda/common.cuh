@@ -18,6 +18,7 @@
 namespace megamm {
 
 #ifdef __CUDACC__
+#define MEGAMM_INLINE __device__ __forceinline__
 using BFloat16 = __nv_bfloat16;
 using Half = __half;
 __device__ __forceinline__ float load(BFloat16 x) { return __bfloat162float(x); }
@@ -71,6 +72,22 @@ __device__ __forceinline__ C sum_in_block(C value, C* scratch) {
 #pragma unroll
   for (int warp = 0; warp < kThreads / kWarp; ++warp) total += scratch[warp];
   return total;
+}
+
+// Partial sums [blocks, width] added in order, 32 columns a thread block of 256, eight threads a column.
+template <class C, class T>
+__global__ void __launch_bounds__(256) add_partial(const C* partial, int64_t blocks, int64_t width, T* to) {
+  __shared__ C sums[8][kWarp + 1];
+  const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
+  const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
+  C total = 0;
+  if (column < width)
+    for (int64_t block = part; block < blocks; block += 8) total += partial[block * width + column];
+  sums[part][lane] = total;
+  __syncthreads();
+  if (part > 0 || column >= width) return;
+  for (int other = 1; other < 8; ++other) total += sums[other][lane];
+  store(to[column], total);
 }
 
 #ifdef __CUDACC__

@@ -244,23 +244,6 @@ __global__ void __launch_bounds__(kMinBlock) weight_wide(Backward<T> p, int64_t 
   p.partial[part * p.width + column] = total;
 }
 
-// dweight: partial sums [blocks, width] added, 32 columns a thread block, eight threads a column.
-template <class T>
-__global__ void __launch_bounds__(256) add_partial(const compute_t<T>* partial, int64_t blocks, int64_t width, T* to) {
-  using C = compute_t<T>;
-  __shared__ C sums[8][kWarp + 1];
-  const int lane = threadIdx.x % kWarp, part = threadIdx.x / kWarp;
-  const int64_t column = int64_t(blockIdx.x) * kWarp + lane;
-  C total = 0;
-  if (column < width)
-    for (int64_t block = part; block < blocks; block += 8) total += partial[block * width + column];
-  sums[part][lane] = total;
-  __syncthreads();
-  if (part > 0 || column >= width) return;
-  for (int other = 1; other < 8; ++other) total += sums[other][lane];
-  store(to[column], total);
-}
-
 // Backward of 16-bit rows computes in more registers than a block of 1024 threads has.
 template <class T>
 constexpr int kMaxBackwardGroup = sizeof(T) == 2 ? 512 : 1024;
@@ -314,7 +297,7 @@ void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps, bool zero_centered) {
   check_weight(x_any, weight_any, "rms_norm");
   const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
   run_forward(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
   return {y, rstd};
 }
@@ -324,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_any, const Tenso
   check_weight(x_any, weight_any, "add_rms_norm");
   check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
   const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), statistics_dtype(x));
+  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
   run_forward(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
   return {y, sum, rstd};
 }
@@ -352,7 +335,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
       Tensor partial;
       const auto sums_of = [&](int64_t count) {
         blocks = count;
-        partial = new_empty(x, {count, p.width}, statistics_dtype(x));
+        partial = new_empty(x, {count, p.width}, compute_dtype(x));
         p.partial = mutable_data_of<C>(partial);
       };
       if constexpr (kGroup == 0) {
@@ -368,7 +351,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
         sums_of(std::min((p.rows + kRows - 1) / kRows, resident));
         launch(backward_rows<T, kVector, kGroup>, blocks, kThreads, shared_bytes, x, p);
       }
-      launch(add_partial<T>, (p.width + kWarp - 1) / kWarp, 256, 0, x, data_of<C>(partial), blocks, p.width,
+      launch(add_partial<C, T>, (p.width + kWarp - 1) / kWarp, 256, 0, x, data_of<C>(partial), blocks, p.width,
              mutable_data_of<T>(dweight));
     });
   });

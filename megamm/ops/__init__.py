@@ -13,6 +13,7 @@ from megamm.ops import cross_entropy_reference, library, reference
 from megamm.ops.cross_entropy import linear_cross_entropy
 from megamm.ops.patch_embed import patch_embed_3d, unpatchify_3d
 from megamm.ops.rms_norm import add_rms_norm, rms_norm
+from megamm.ops.swiglu import swiglu
 
 
 class Ops(NamedTuple):
@@ -21,16 +22,18 @@ class Ops(NamedTuple):
     name: str
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    swiglu: Callable[..., Tensor]
     linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
     patch_embed_3d: Callable[..., Tensor]
     unpatchify_3d: Callable[..., Tensor]
 
 
-CSRC = Ops("csrc", rms_norm, add_rms_norm, linear_cross_entropy, patch_embed_3d, unpatchify_3d)
+CSRC = Ops("csrc", rms_norm, add_rms_norm, swiglu, linear_cross_entropy, patch_embed_3d, unpatchify_3d)
 TORCH = Ops(
     "torch",
     reference.rms_norm,
     reference.add_rms_norm,
+    reference.swiglu,
     cross_entropy_reference.linear_cross_entropy,
     reference.patch_embed_3d,
     reference.unpatchify_3d,

@@ -8,7 +8,14 @@ def check_same_kind(op: str, **tensors: Tensor) -> None:
     (first, x), *others = tensors.items()
     for name, tensor in others:
         if tensor.dtype != x.dtype:
-            raise ValueError(f"{op}: {name} is {_dtype(tensor)}, {first} is {_dtype(x)}; they must be the same")
+            raise ValueError(f"{op}: {name} is {dtype_name(tensor)}, {first} is {dtype_name(x)}; they must be the same")
+    check_same_device(op, **tensors)
+
+
+def check_same_device(op: str, **tensors: Tensor) -> None:
+    """ValueError unless all are on the device of the first."""
+    (first, x), *others = tensors.items()
+    for name, tensor in others:
         if tensor.device != x.device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} is on {x.device}; they must be the same")
 
@@ -22,5 +29,6 @@ def check_same_shape(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} is {list(tensor.shape)}, {first} is {list(x.shape)}; they must be the same")
 
 
-def _dtype(tensor: Tensor) -> str:
+def dtype_name(tensor: Tensor) -> str:
+    """As in "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

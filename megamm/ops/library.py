@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megamm.errors import UserError
-from megamm.ops import cross_entropy, patch_embed, rms_norm
+from megamm.ops import cross_entropy, patch_embed, rms_norm, swiglu
 
 FILE = Path(__file__).parent.parent / "_csrc.so"
 REMEDY = "install a C++ compiler (and nvcc for a GPU) and rebuild: pip install --no-build-isolation -e ."
@@ -24,7 +24,7 @@ def load() -> str:
         torch.ops.load_library(FILE)
     except OSError as error:
         return f"{FILE.name} does not load: {error.__cause__ or error}"
-    for op in (rms_norm, cross_entropy, patch_embed):
+    for op in (rms_norm, swiglu, cross_entropy, patch_embed):
         op.register()
     return ""
 

@@ -23,6 +23,25 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, zero_centered), total
 
 
+def swiglu(
+    gate: Tensor,
+    up: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    row_weight: Tensor | None = None,
+    limit: float | None = None,
+) -> Tensor:
+    if up is None:
+        gate, up = gate.chunk(2, -1)
+    if bias is not None:
+        bias_of_gate, bias_of_up = bias.chunk(2)
+        gate, up = gate + bias_of_gate, up + bias_of_up
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    y = F.silu(gate) * up
+    return y if row_weight is None else (y * row_weight.unsqueeze(-1)).to(y.dtype)
+
+
 def patch_embed_3d(
     video: Tensor,
     weight: Tensor,

@@ -157,6 +157,7 @@ template <class V>
 V __ldg(const V* from) {
   return *from;
 }
+inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;
 
