@@ -11,7 +11,7 @@
 namespace megamm {
 
 inline void check_rows(const Tensor& logits, const Tensor& target, const Tensor& statistics, const char* op) {
-  const auto computed = logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const ScalarType computed = compute_dtype(logits);
   STD_TORCH_CHECK(logits.dim() == 2 && row_stride(logits) >= 0, op, ": logits must be rows at one stride");
   const int64_t rows = logits.size(0);
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Long && sizes_of(target) == std::vector<int64_t>{rows} &&

@@ -9,41 +9,60 @@
 namespace megamm {
 namespace {
 
+// What rows are multiplied by, in the type that is computed in: converted once, not for every row.
+template <class T>
+MEGAMM_CLONES void widen(const T* weight, double offset, compute_t<T>* factor, int64_t width) {
+#pragma omp simd
+  for (int64_t i = 0; i < width; ++i) factor[i] = load(weight[i]) + compute_t<T>(offset);
+}
+
+Tensor factor_of(const Tensor& weight, bool zero_centered) {
+  Tensor factor = new_empty(weight, {weight.size(0)}, compute_dtype(weight));
+  dispatch(weight.scalar_type(), "rms_norm", [&](auto zero) {
+    using T = decltype(zero);
+    widen<T>(data_of<T>(weight), zero_centered ? 1 : 0, mutable_data_of<compute_t<T>>(factor), weight.size(0));
+  });
+  return factor;
+}
+
 // `residual` may be null; then `sum` is not written and x itself is normalised.
 template <class T>
 MEGAMM_CLONES void forward_rows(
-    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, T* sum, const T* weight, T* y,
-    compute_t<T>* rstd, int64_t begin, int64_t end, int64_t width, double eps, double weight_offset) {
+    const T* x, int64_t x_stride, const T* residual, int64_t residual_stride, T* sum, const compute_t<T>* factor, T* y,
+    compute_t<T>* rstd, int64_t begin, int64_t end, int64_t width, double eps) {
   using C = compute_t<T>;
-  const C offset = C(weight_offset);
   for (int64_t row = begin; row < end; ++row) {
     const T* in = x + row * x_stride;
+    C squares = 0;
     if (residual) {
       const T* second = residual + row * residual_stride;
-      T* out = sum + row * width;
-#pragma omp simd
-      for (int64_t i = 0; i < width; ++i) store(out[i], load(in[i]) + load(second[i]));
-      in = out;
-    }
-    C squares = 0;
+      T* total = sum + row * width;
 #pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < width; ++i) squares += load(in[i]) * load(in[i]);
+      for (int64_t i = 0; i < width; ++i) {
+        const C value = rounded<T>(load(in[i]) + load(second[i]));
+        store(total[i], value);
+        squares += value * value;
+      }
+      in = total;
+    } else {
+#pragma omp simd reduction(+ : squares)
+      for (int64_t i = 0; i < width; ++i) squares += load(in[i]) * load(in[i]);
+    }
     const C scale = C(1) / std::sqrt(squares / C(width) + C(eps));
     rstd[row] = scale;
     T* out = y + row * width;
 #pragma omp simd
-    for (int64_t i = 0; i < width; ++i) store(out[i], load(in[i]) * scale * (load(weight[i]) + offset));
+    for (int64_t i = 0; i < width; ++i) store(out[i], load(in[i]) * scale * factor[i]);
   }
 }
 
 // dx = rstd * (w * dy - x * rstd^2 * mean(w * dy * x)) + dx_add, and dw += dy * x * rstd over these rows.
 template <class T>
 MEGAMM_CLONES void backward_rows(
-    const T* dy, int64_t dy_stride, const T* dx_add, int64_t add_stride, const T* x, int64_t x_stride, const T* weight,
-    const compute_t<T>* rstd, T* dx, compute_t<T>* dweight, int64_t begin, int64_t end, int64_t width,
-    double weight_offset) {
+    const T* dy, int64_t dy_stride, const T* dx_add, int64_t add_stride, const T* x, int64_t x_stride,
+    const compute_t<T>* factor, const compute_t<T>* rstd, T* dx, compute_t<T>* dweight, int64_t begin, int64_t end,
+    int64_t width) {
   using C = compute_t<T>;
-  const C offset = C(weight_offset);
   for (int64_t row = begin; row < end; ++row) {
     const T* in = x + row * x_stride;
     const T* grad = dy + row * dy_stride;
@@ -52,7 +71,7 @@ MEGAMM_CLONES void backward_rows(
 #pragma omp simd reduction(+ : dot)
     for (int64_t i = 0; i < width; ++i) {
       const C product = load(grad[i]) * load(in[i]);
-      dot += product * (load(weight[i]) + offset);
+      dot += product * factor[i];
       dweight[i] += product * scale;
     }
     const C shift = scale * scale * scale * dot / C(width);
@@ -61,11 +80,11 @@ MEGAMM_CLONES void backward_rows(
       const T* add = dx_add + row * add_stride;
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i)
-        store(out[i], load(grad[i]) * (load(weight[i]) + offset) * scale - load(in[i]) * shift + load(add[i]));
+        store(out[i], load(grad[i]) * factor[i] * scale - load(in[i]) * shift + load(add[i]));
     } else {
 #pragma omp simd
       for (int64_t i = 0; i < width; ++i)
-        store(out[i], load(grad[i]) * (load(weight[i]) + offset) * scale - load(in[i]) * shift);
+        store(out[i], load(grad[i]) * factor[i] * scale - load(in[i]) * shift);
     }
   }
 }
@@ -74,13 +93,14 @@ MEGAMM_CLONES void backward_rows(
 void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& y, const Tensor* sum,
                  const Tensor& rstd, double eps, bool zero_centered) {
   const int64_t width = x.size(x.dim() - 1);
+  const Tensor factor = factor_of(weight, zero_centered);
   dispatch(x.scalar_type(), "rms_norm", [&](auto zero) {
     using T = decltype(zero);
     torch::stable::parallel_for(0, rows_of(x), grain(width), [&](int64_t begin, int64_t end) {
       forward_rows<T>(data_of<T>(x), row_stride(x), residual ? data_of<T>(*residual) : nullptr,
                       residual ? row_stride(*residual) : 0, sum ? mutable_data_of<T>(*sum) : nullptr,
-                      data_of<T>(weight), mutable_data_of<T>(y), mutable_data_of<compute_t<T>>(rstd), begin, end, width,
-                      eps, zero_centered ? 1 : 0);
+                      data_of<compute_t<T>>(factor), mutable_data_of<T>(y), mutable_data_of<compute_t<T>>(rstd), begin,
+                      end, width, eps);
     });
   });
 }
@@ -108,6 +128,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
                                              bool zero_centered) {
   check_backward(dy_any, dx_add_any, x_any, weight_any, rstd_any);
   const Tensor dy = as_rows(dy_any), x = as_rows(x_any), weight = as_rows(weight_any);
+  const Tensor factor = factor_of(weight, zero_centered);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   const std::optional<Tensor> dx_add = dx_add_any ? std::optional(as_rows(*dx_add_any)) : std::nullopt;
   const int64_t rows = rows_of(x), width = x.size(x.dim() - 1);
@@ -121,10 +142,10 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block)
         backward_rows<T>(data_of<T>(dy), row_stride(dy), dx_add ? data_of<T>(*dx_add) : nullptr,
-                         dx_add ? row_stride(*dx_add) : 0, data_of<T>(x), row_stride(x), data_of<T>(weight),
-                         data_of<compute_t<T>>(rstd), mutable_data_of<T>(dx),
+                         dx_add ? row_stride(*dx_add) : 0, data_of<T>(x), row_stride(x),
+                         data_of<compute_t<T>>(factor), data_of<compute_t<T>>(rstd), mutable_data_of<T>(dx),
                          mutable_data_of<compute_t<T>>(partial) + block * width, block * per_block,
-                         std::min(rows, (block + 1) * per_block), width, zero_centered ? 1 : 0);
+                         std::min(rows, (block + 1) * per_block), width);
     });
   });
   return {dx, sum_of_blocks(partial, weight)};
