@@ -240,7 +240,8 @@ def line(found: dict[str, Any], way: str) -> str:
     ours = sides["csrc"]
     share = f"{ours['share of copy']:5.0%}" if "share of copy" in ours else "     "
     others = "  ".join(f"{n} {s['ms'] / ours['ms']:.2f}x" for n, s in sides.items() if n not in ("csrc", "copy"))
-    return f"{found['op']:21}{found['shape']:24}{found['dtype']:9}{'both' if found['is_whole'] and way == GRADIENT else way:9}{ours['ms']:9.3f} ms {share}  {others}"
+    way = "both" if found["is_whole"] and way == GRADIENT else way
+    return f"{found['op']:21}{found['shape']:24}{found['dtype']:9}{way:9}{ours['ms']:9.3f} ms {share}  {others}"
 
 
 def main() -> None:
