@@ -42,7 +42,7 @@ MEGAMM_CLONES void forward_rows(const SwigluInput<T> in, T* y, int64_t begin, in
 
 // Columns whose products with dy are added apart from each other, a power of two. A reduction over all columns would be
 // vectorised no wider than the baseline's instructions allow.
-constexpr int64_t kChunk = 256;
+constexpr int64_t kChunk = 64;
 
 // `dbias` [2 width] is added to; of the pointers for the weights' gradients that of their dtype is not null, if any.
 template <class T, bool kBias, bool kClamps, bool kWeight>
