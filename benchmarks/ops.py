@@ -7,6 +7,7 @@ Run: `python benchmarks/ops.py [--quick] [--json OUT]`; a GPU is used where ther
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import platform
@@ -169,6 +170,13 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
         yield from (loss_case(*head, dtype, device) for head in heads[: 1 if quick else None])
 
 
+def keep_memory() -> None:
+    """Have the C library keep freed memory, as a training process comes to do: page faults are not what is measured."""
+    mallopt = ctypes.CDLL(None).mallopt
+    trim_threshold, mmap_threshold = -1, -3
+    mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_threshold, 2**30)
+
+
 def seconds(functions: dict[str, Callable[[], Any]], device: Device, rounds: int) -> dict[str, float]:
     """Median time of a call of each; they take turns, each turn long enough for the clock."""
     repeats = {}
@@ -254,6 +262,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = choose("auto")
+    if not device.is_gpu:
+        keep_memory()
     _, reason = ops.choose("csrc", device.torch_device)
     torch._dynamo.config.cache_size_limit = 1000
     results = []

@@ -7,6 +7,7 @@
 
 // What a vectorised loop calls must be inlined into it, or it would be compiled for the baseline alone.
 #define MEGAMM_INLINE inline __attribute__((always_inline))
+#define MEGAMM_LAMBDA __attribute__((always_inline))
 
 namespace megamm {
 

@@ -33,20 +33,18 @@ MEGAMM_CLONES void forward_rows(
   using C = compute_t<T>;
   for (int64_t row = begin; row < end; ++row) {
     const T* in = x + row * x_stride;
-    C squares = 0;
+    C squares;
     if (residual) {
       const T* second = residual + row * residual_stride;
       T* total = sum + row * width;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) {
+      squares = sum_of<C>(width, [=](int64_t i) MEGAMM_LAMBDA {
         const C value = rounded<T>(load(in[i]) + load(second[i]));
         store(total[i], value);
-        squares += value * value;
-      }
+        return value * value;
+      });
       in = total;
     } else {
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) squares += load(in[i]) * load(in[i]);
+      squares = sum_of<C>(width, [=](int64_t i) MEGAMM_LAMBDA { return load(in[i]) * load(in[i]); });
     }
     const C scale = C(1) / std::sqrt(squares / C(width) + C(eps));
     rstd[row] = scale;
@@ -67,13 +65,11 @@ MEGAMM_CLONES void backward_rows(
     const T* in = x + row * x_stride;
     const T* grad = dy + row * dy_stride;
     const C scale = rstd[row];
-    C dot = 0;
-#pragma omp simd reduction(+ : dot)
-    for (int64_t i = 0; i < width; ++i) {
+    const C dot = sum_of<C>(width, [=](int64_t i) MEGAMM_LAMBDA {
       const C product = load(grad[i]) * load(in[i]);
-      dot += product * factor[i];
       dweight[i] += product * scale;
-    }
+      return product * factor[i];
+    });
     const C shift = scale * scale * scale * dot / C(width);
     T* out = dx + row * width;
     if (dx_add) {

@@ -20,6 +20,27 @@
 
 namespace megamm {
 
+constexpr int64_t kLanes = 32;
+
+// Sum of term(i) for i below `count`. A reduction over all of a loop would be vectorised no wider than the baseline's
+// instructions allow, so that neighbouring terms go to sums of their own, which are added in the end. `term` may do more
+// than give its number; it must be MEGAMM_LAMBDA.
+template <class C, class F>
+MEGAMM_INLINE C sum_of(int64_t count, const F& term) {
+  C sums[kLanes] = {};
+  int64_t first = 0;
+  for (; first + kLanes <= count; first += kLanes)
+#pragma omp simd
+    for (int64_t i = 0; i < kLanes; ++i) sums[i] += term(first + i);
+#pragma omp simd
+  for (int64_t i = 0; i < count - first; ++i) sums[i] += term(first + i);
+#pragma GCC unroll 8
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) sums[i] += sums[half + i];
+  return sums[0];
+}
+
 // So many rows that a thread's share is worth its start (about 32K elements).
 inline int64_t grain(int64_t width) { return width > 32768 ? 1 : 32768 / (width > 0 ? width : 1); }
 
