@@ -200,7 +200,7 @@ def seconds(functions: dict[str, Callable[[], Any]], device: Device, rounds: int
 
 
 def measure(case: Case, device: Device, rounds: int) -> dict[str, Any]:
-    """Times of all sides both ways, the bandwidth shares."""
+    """Times of all sides both ways, the bandwidth shares; on a GPU extra memory."""
     wanted = [x for x in case.inputs if x.requires_grad]
     source = torch.empty(max(case.bytes.values(), default=2) // 4, dtype=torch.int16, device=device.torch_device)
     target = torch.empty_like(source)
@@ -231,7 +231,19 @@ def measure(case: Case, device: Device, rounds: int) -> dict[str, Any]:
             for name, value in times.items():
                 moved = 4 * source.numel() if name == "copy" else case.bytes[way]
                 found[way][name]["share of copy"] = moved / value / copy_speed
+    if device.is_gpu:
+        found["extra memory (MiB)"] = {name: extra_memory(side, case.inputs) for name, side in case.sides.items()}
     return found
+
+
+def extra_memory(side: Function, inputs: tuple[Tensor, ...]) -> float:
+    """MiB of a GPU that forward and backward take at most, beyond what is there before; gradients count."""
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    outputs = side(*inputs)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    torch.autograd.grad(outputs, [x for x in inputs if x.requires_grad], [torch.ones_like(o) for o in outputs])
+    return (torch.accelerator.max_memory_allocated() - before) / 2**20
 
 
 def host_time(device: Device) -> float:

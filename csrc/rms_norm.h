@@ -26,4 +26,26 @@ inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dx_add
                   "rms_norm_backward: rstd is not the one that rms_norm gave");
 }
 
+// rms_norm and add_rms_norm of one side: `run` is its loop over rows. Without `residual`, `sum` is not written.
+template <class F>
+std::tuple<Tensor, Tensor> norm_with(const F& run, const Tensor& x_any, const Tensor& weight_any, double eps,
+                                     bool zero_centered) {
+  check_weight(x_any, weight_any, "rms_norm");
+  const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
+  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
+  run(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
+  return {y, rstd};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor> add_norm_with(const F& run, const Tensor& x_any, const Tensor& residual_any,
+                                                 const Tensor& weight_any, double eps, bool zero_centered) {
+  check_weight(x_any, weight_any, "add_rms_norm");
+  check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
+  const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
+  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
+  run(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
+  return {y, sum, rstd};
+}
+
 }  // namespace megamm

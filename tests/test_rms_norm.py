@@ -7,6 +7,7 @@ functions of megamm.ops, which add gradients and checks, on the devices there ar
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import LAYOUTS
 
 from megamm import ops
 from megamm.ops import library
@@ -67,24 +68,27 @@ def test_rows_wider_than_registers(kernels, width):
     close(actual_dw, dweight, x.dtype)
 
 
-def strided(name, x):
-    """The values of x `[4, 6, 64]` in another layout."""
-    if name == "rows apart":
-        return torch.cat([x, x], -1)[..., :64]
-    if name == "unaligned":
-        return torch.cat([x[..., :1], x], -1)[..., 1:]
-    if name == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if name == "columns apart":
-        return torch.stack([x, x], -1)[..., 0]
-    assert name == "expanded"
-    return x[:1].expand(4, 6, 64)
+@pytest.mark.slow
+def test_more_numbers_than_31_bits_count(ops_device):
+    """13 GB; the last rows, whose offsets need more, are those of the same rows alone."""
+    x = torch.zeros(2**21 + 3, 1024, dtype=torch.bfloat16, device=ops_device)
+    x[-5:] = torch.randn(5, 1024).to(x)
+    weight = torch.randn(1024).to(x)
+    y, rstd = torch.ops.megamm.rms_norm(x, weight, 1e-6, False)
+    last, rstd_of_last = torch.ops.megamm.rms_norm(x[-5:].clone(), weight, 1e-6, False)
+    assert torch.equal(y[-5:], last) and not y[:-5].any()
+    dx, dweight = torch.ops.megamm.rms_norm_backward(x, None, x, weight, rstd, False)
+    dx_of_last, dweight_of_last = torch.ops.megamm.rms_norm_backward(
+        x[-5:].clone(), None, x[-5:].clone(), weight, rstd_of_last, False
+    )
+    assert torch.equal(dx[-5:], dx_of_last) and not dx[:-5].any()
+    torch.testing.assert_close(dweight, dweight_of_last)
 
 
-@pytest.mark.parametrize("name", ["rows apart", "unaligned", "transposed", "columns apart", "expanded"])
-def test_strides_change_nothing(kernels, name):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_change_nothing(kernels, layout):
     plain = torch.randn(4, 6, 64).to(kernels.device)
-    x = strided(name, plain)
+    x = LAYOUTS[layout](plain)
     weight = torch.randn(128).to(kernels.device)[::2]
     results = []
     for each in (x, x.contiguous()):

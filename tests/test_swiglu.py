@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import LAYOUTS
 
 from megamm import ops
 
@@ -79,23 +80,9 @@ def test_values_and_gradients(kernels, shape, dtype):
                 close(one, other, DTYPES[dtype] if one.dtype == dtype else 2e-6)
 
 
-def strided(name, x):
-    """The values of x `[4, 6, 64]` in another layout."""
-    if name == "halves":
-        return torch.cat([x, x], -1)[..., 64:]
-    if name == "unaligned":
-        return torch.cat([x[..., :1], x], -1)[..., 1:]
-    if name == "transposed":
-        return x.transpose(0, 1).contiguous().transpose(0, 1)
-    if name == "columns apart":
-        return torch.stack([x, x], -1)[..., 0]
-    assert name == "expanded"
-    return x[:1].expand(4, 6, 64)
-
-
-@pytest.mark.parametrize("name", ["halves", "unaligned", "transposed", "columns apart", "expanded"])
-def test_strides_change_nothing(kernels, name):
-    x = strided(name, torch.randn(4, 6, 64).to(kernels.device))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_change_nothing(kernels, layout):
+    x = LAYOUTS[layout](torch.randn(4, 6, 64).to(kernels.device))
     bias, row_weight = torch.randn(256).to(kernels.device)[::2], torch.rand(6, 4).to(kernels.device).T
     results = []
     for each in (x, x.contiguous()):

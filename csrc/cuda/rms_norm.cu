@@ -294,22 +294,13 @@ void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, 
   });
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps, bool zero_centered) {
-  check_weight(x_any, weight_any, "rms_norm");
-  const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
-  run_forward(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
-  return {y, rstd};
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool zero_centered) {
+  return norm_with(run_forward, x, weight, eps, zero_centered);
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_any, const Tensor& residual_any,
-                                                const Tensor& weight_any, double eps, bool zero_centered) {
-  check_weight(x_any, weight_any, "add_rms_norm");
-  check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
-  const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
-  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
-  run_forward(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
-  return {y, sum, rstd};
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, bool zero_centered) {
+  return add_norm_with(run_forward, x, residual, weight, eps, zero_centered);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::optional<Tensor>& dx_add_any,
