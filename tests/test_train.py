@@ -32,6 +32,7 @@ def undisturbed(data) -> Path:
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout
+    assert "INFO megamm.mcore.backbone: ops: csrc, built for cpu" in done.stderr
     # Rank 0 alone says what it found, in the words of `megamm doctor`.
     assert done.stderr.count("INFO megamm.accelerators: apex: ") == 1
     return output
@@ -79,6 +80,17 @@ def test_loss_falls(undisturbed):
     assert len(lines) == 8
     for name in ("loss/text", "loss/image"):
         assert lines[-1][name] < lines[0][name] - 0.1
+
+
+def test_plain_torch_operators_train_alike(data, undisturbed):
+    """The undisturbed run chose the compiled operators by itself."""
+    config = write_config(data, data / "torch", train=TRAIN)
+    done = megamm("train", config, "ops=torch", "--nproc", 2)
+    assert "INFO megamm.mcore.backbone: ops: torch, asked for" in done.stderr
+    lines = list(zip(_losses(undisturbed), _losses(data / "torch"), strict=True))
+    assert len(lines) == 9  # eight steps and the held-out losses
+    for compiled, plain in lines:
+        assert plain == pytest.approx(compiled, rel=1e-5)
 
 
 def test_metrics_are_read_back_by_tensorboard(undisturbed):
