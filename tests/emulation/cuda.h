@@ -2,8 +2,9 @@
 //
 // It runs the kernels of csrc/cuda as they are written, without a GPU: their indices, bounds, sums and barriers are
 // exercised, not their speed and not the hardware's arithmetic intrinsics. Blocks run one after the other. The order in
-// which fibres run between two barriers is shuffled, so that a missing barrier shows in the numbers; fibres that wait
-// for each other for ever end the program with a message. Dynamic shared memory starts as NaN in every block.
+// which fibres run between two barriers is shuffled, and warps run ahead of others, so that a missing barrier shows in
+// the numbers; fibres that wait for each other for ever end the program with a message. Dynamic shared memory starts as
+// NaN in every block.
 //
 // Included before each source with -include (tests/emulated.py); offers what csrc/cuda/common.cuh takes from CUDA.
 #pragma once
@@ -124,18 +125,25 @@ inline void run_block(unsigned threads, std::mt19937& order) {
     makecontext(&fibre.context, enter, 0);
     turns[i] = i;
   }
+  // Some warps rest until no other can go on, so that these run as far ahead as barriers let them.
+  std::vector<bool> rests(block->warps.size(), false);
+  bool all = true;
   while (block->alive > 0) {
     const uint64_t before = block->progress;
     std::shuffle(turns.begin(), turns.end(), order);
     for (unsigned turn : turns) {
-      if (block->fibres[turn]->done) continue;
+      if (block->fibres[turn]->done || rests[turn / 32]) continue;
       block->current = turn;
       swapcontext(&block->scheduler, &block->fibres[turn]->context);
     }
-    if (block->progress == before) {
+    const bool stuck = block->progress == before;
+    if (stuck && all) {
       std::fprintf(stderr, "emulation: threads of a block wait for each other at a barrier that some never reach\n");
       std::abort();
     }
+    if (!stuck && !all) continue;
+    all = stuck;
+    for (size_t warp = 0; warp < rests.size(); ++warp) rests[warp] = !all && order() % 2 == 0;
   }
 }
 
