@@ -12,6 +12,7 @@ decided is printed (`pip install -v`), and at run time by `megamm doctor` and th
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def arch_flags(archs: str) -> list[str]:
     return flags
 
 
+def toolkit_folders(nvcc: str) -> list[str]:
+    """Folders that nvcc links from: torch guesses them from nvcc's place on PATH, where a toolkit need not be."""
+    said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    return re.findall(r'"-L([^"]+)"', said)
+
+
 def extensions() -> dict[str, Any]:
     """setup()'s arguments that build csrc/, none where it cannot be built."""
     try:
@@ -106,14 +113,17 @@ def extensions() -> dict[str, Any]:
         return {}
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     flags, kind = {"cxx": [*CXX_FLAGS, STABLE_ABI]}, cpp_extension.CppExtension
-    if torch.version.cuda and cpp_extension.CUDA_HOME and shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc"):
+    folders: list[str] = []
+    nvcc = shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc") if cpp_extension.CUDA_HOME else None
+    if torch.version.cuda and nvcc:
+        folders = toolkit_folders(nvcc)
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         archs = arch_flags(os.environ.get("MEGAMM_CUDA_ARCHS", "90a 90+PTX"))
         flags["nvcc"], kind = [*NVCC_FLAGS, *archs, STABLE_ABI, "-DUSE_CUDA"], cpp_extension.CUDAExtension
         print(f"megamm: csrc/ is built for CPU and CUDA ({' '.join(archs)})")
     else:
         print("megamm: csrc/ is built for the CPU alone: no nvcc beside a GPU build of torch")
-    module = kind("megamm._csrc", sources, extra_compile_args=flags, py_limited_api=True)
+    module = kind("megamm._csrc", sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
     # It is a library of operators that torch loads; no Python module, hence free of Python's version.
     build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=bool(shutil.which("ninja")))
     return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
