@@ -124,7 +124,7 @@ def _check_experts(config: RunConfig, data_parallel: int) -> None:
 
 def _check_schedule(config: RunConfig) -> None:
     o, t = config.optimizer, config.train
-    if o.warmup_steps >= t.steps and t.steps > 1:
+    if o.warmup_steps >= t.steps:
         raise UserError(
             f"optimizer.warmup_steps={o.warmup_steps} leaves nothing of train.steps={t.steps}",
             remedy="choose a shorter warm-up",

@@ -204,3 +204,11 @@ def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
     tensors = _tensors(_step(output, 8))
     assert tensors["decoder.final_layernorm.weight"].dtype == torch.bfloat16
     assert tensors["optimizer.state.param.decoder.final_layernorm.weight"].dtype == torch.float32
+
+
+def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
+    config = write_config(data, data / "bias", train=TRAIN | {"stop_after": 1, "eval_every": 0})
+    done = megamm("train", config, "model.megatron={add_bias_linear: true}")
+    assert done.returncode == 0, done.stderr
+    assert "INFO megamm.mcore.backbone: MLP: Megatron-core's own, model.megatron asks for another" in done.stderr
+    assert any("mlp.linear_fc1.bias" in name for name in _tensors(_step(data / "bias", 1)))
