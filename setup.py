@@ -3,7 +3,7 @@
 Ranges are given here and exact versions in requirements/: a library may be used beside others,
 a working environment is rebuilt pin by pin (`make venv`).
 
-csrc/ becomes megamm/_csrc.abi3.so: its CPU kernels wherever there are torch and a C++ compiler, its CUDA kernels too
+csrc/ becomes megamm/_csrc.so: its CPU kernels wherever there are torch and a C++ compiler, its CUDA kernels too
 where nvcc and a GPU build of torch are there. Without, the install is complete, on torch's own operators. What was
 decided is printed (`pip install -v`), and at run time by `megamm doctor` and the first lines of a run. Environment:
   MEGAMM_CUDA_ARCHS   compute capabilities, default "90a 90+PTX" (Hopper; as PTX whatever comes later)

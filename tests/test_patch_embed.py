@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import GPU
+from op_checks import assert_same_bits_for_any_threads
 from torch.autograd.graph import saved_tensors_hooks
 
 from megamm import ops
@@ -150,17 +151,13 @@ def test_more_units_of_work_than_31_bits(ops_device):
 
 def test_bitwise_the_same_again_and_for_any_number_of_threads(kernels):
     video = torch.randint(0, 256, (3, 3, 5, 64, 48)).to(torch.uint8).to(kernels.device)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            patches = kernels.ops.patchify_3d(video, (2, 8, 8), [0.3], [0.1], False, True, True, torch.float32)
-            back = kernels.ops.unpatchify_3d(patches, (2, 8, 8), (5, 64, 48), [0.7], False, True, True, torch.float32)
-            results.append((patches, back))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        patches = kernels.ops.patchify_3d(video, (2, 8, 8), [0.3], [0.1], False, True, True, torch.float32)
+        back = kernels.ops.unpatchify_3d(patches, (2, 8, 8), (5, 64, 48), [0.7], False, True, True, torch.float32)
+        return (patches, back)
+
+    assert_same_bits_for_any_threads(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ functions of megamm.ops, which add gradients and checks, on the devices there ar
 import pytest
 import torch
 import torch.nn.functional as F
-from strided import LAYOUTS
+from op_checks import LAYOUTS, assert_same_bits_for_any_threads
 
 from megamm import ops
 from megamm.ops import library
@@ -101,16 +101,12 @@ def test_strides_change_nothing(kernels, layout):
 def test_bitwise_the_same_again_and_for_any_number_of_threads(kernels):
     x, dy = torch.randn(2, 700, 96).to(kernels.device)
     weight = torch.randn(96).to(kernels.device)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            y, rstd = kernels.ops.rms_norm(x, weight, 1e-6, False)
-            results.append([y, *kernels.ops.rms_norm_backward(dy, None, x, weight, rstd, False)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        y, rstd = kernels.ops.rms_norm(x, weight, 1e-6, False)
+        return [y, *kernels.ops.rms_norm_backward(dy, None, x, weight, rstd, False)]
+
+    assert_same_bits_for_any_threads(run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from strided import LAYOUTS
+from op_checks import LAYOUTS, assert_same_bits_for_any_threads
 
 from megamm import ops
 
@@ -96,15 +96,11 @@ def test_strides_change_nothing(kernels, layout):
 
 def test_bitwise_the_same_again_and_for_any_number_of_threads(kernels):
     dy, *tensors = arguments((700, 96), torch.float32, True, True, torch.float32, kernels.device)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 1, 2, 3):
-            torch.set_num_threads(count)
-            results.append([kernels.ops.swiglu(*tensors, 1.0), *kernels.ops.swiglu_backward(dy, *tensors, 1.0)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    def run():
+        return [kernels.ops.swiglu(*tensors, 1.0), *kernels.ops.swiglu_backward(dy, *tensors, 1.0)]
+
+    assert_same_bits_for_any_threads(run)
 
 
 def test_silu_is_exact_to_a_few_units_in_the_last_place(kernels):

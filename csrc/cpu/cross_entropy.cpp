@@ -44,10 +44,7 @@ MEGAMM_CLONES void statistics_rows(
       }
       // Where all logits are -inf nothing may be subtracted.
       const C reference = maximum > kLowest ? maximum : C(0);
-      C shifted = 0;
-#pragma omp simd reduction(+ : shifted)
-      for (int64_t i = 0; i < count; ++i) shifted += exp_of(load(in[i]) - reference);
-      exponentials += shifted;
+      exponentials += sum_of<C>(count, [=](int64_t i) MEGAMM_LAMBDA { return exp_of(load(in[i]) - reference); });
     }
     C* to = out + row * 4;
     to[0] = maximum;

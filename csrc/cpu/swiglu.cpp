@@ -40,10 +40,6 @@ MEGAMM_CLONES void forward_rows(const SwigluInput<T> in, T* y, int64_t begin, in
   }
 }
 
-// Columns whose products with dy are added apart from each other, a power of two. A reduction over all columns would be
-// vectorised no wider than the baseline's instructions allow.
-constexpr int64_t kChunk = 64;
-
 // `dbias` [2 width] is added to; of the pointers for the weights' gradients that of their dtype is not null, if any.
 template <class T, bool kBias, bool kClamps, bool kWeight>
 MEGAMM_CLONES void backward_rows(const SwigluInput<T> in, const SwigluOutput<T> to, compute_t<T>* dbias, T* dweight,
@@ -53,28 +49,24 @@ MEGAMM_CLONES void backward_rows(const SwigluInput<T> in, const SwigluOutput<T> 
   const C limit = in.limit;
   for (int64_t row = begin; row < end; ++row) {
     const C weight = kWeight ? weight_of_row(in, row) : C(1);
-    C dots[kChunk] = {};
-    for (int64_t first = 0; first < width; first += kChunk) {
-      const T *gate = in.gate + row * in.gate_stride + first, *up = in.up + row * in.up_stride + first;
-      const T *bias = in.bias + first, *dy = to.dy + row * to.dy_stride + first;
-      T *dgate = to.dgate + row * to.stride + first, *dup = to.dup + row * to.stride + first;
-      const int64_t columns = std::min(kChunk, width - first);
-#pragma omp simd
-      for (int64_t i = 0; i < columns; ++i) {
-        C g = load(gate[i]), u = load(up[i]);
-        if constexpr (kBias) g += load(bias[i]), u += load(bias[width + i]);
-        const SwigluGradient<C> d = swiglu_gradient(g, u, load(dy[i]) * weight, limit, kClamps);
-        store(dgate[i], d.gate);
-        store(dup[i], d.up);
-        if constexpr (kWeight) dots[i] += load(dy[i]) * d.value;
-        if constexpr (kBias) dbias[first + i] += d.gate, dbias[first + width + i] += d.up;
-      }
-    }
+    const T *gate = in.gate + row * in.gate_stride, *up = in.up + row * in.up_stride, *bias = in.bias;
+    const T* dy = to.dy + row * to.dy_stride;
+    T *dgate = to.dgate + row * to.stride, *dup = to.dup + row * to.stride;
+    const auto column = [=](int64_t i) MEGAMM_LAMBDA {
+      C g = load(gate[i]), u = load(up[i]);
+      if constexpr (kBias) g += load(bias[i]), u += load(bias[width + i]);
+      const SwigluGradient<C> d = swiglu_gradient(g, u, load(dy[i]) * weight, limit, kClamps);
+      store(dgate[i], d.gate);
+      store(dup[i], d.up);
+      if constexpr (kBias) dbias[i] += d.gate, dbias[width + i] += d.up;
+      return load(dy[i]) * d.value;
+    };
     if constexpr (kWeight) {
-      for (int64_t half = kChunk / 2; half > 0; half /= 2)
+      const C dot = sum_of<C>(width, column);
+      dweight ? store(dweight[row], dot) : void(dweight_float[row] = float(dot));
+    } else {
 #pragma omp simd
-        for (int64_t i = 0; i < half; ++i) dots[i] += dots[half + i];
-      dweight ? store(dweight[row], dots[0]) : void(dweight_float[row] = float(dots[0]));
+      for (int64_t i = 0; i < width; ++i) column(i);
     }
   }
 }

@@ -189,7 +189,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
         log.info("attention: %s, %s", kernel, why_kernel)
         log.info("ops: %s, %s", chosen.name, why_chosen)
         if not all(gated):
-            log.info("MLP: Megatron-core's own, model.megatron asks for another than SwiGLU without bias")
+            log.info("MLP: Megatron-core's own, model.megatron asks for another than SwiGLU without bias or fp8")
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
     # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads

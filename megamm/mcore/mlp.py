@@ -34,9 +34,9 @@ class GatedSharedExpertMLP(SharedExpertMLP, GatedMLP):
 
 
 def use_ops(model: torch.nn.Module, config: TransformerConfig, ops: Ops) -> bool:
-    """Have the model's MLPs compute with these operators; False where `model.megatron` asks for another activation."""
+    """Have the model's MLPs compute with these operators; False where `model.megatron` asks for another form."""
     is_swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.glu_linear_offset
-    if not is_swiglu or config.add_bias_linear:
+    if not is_swiglu or config.add_bias_linear or config.activation_func_fp8_input_store:
         return False
     for module in model.modules():
         if type(module) is MLP:

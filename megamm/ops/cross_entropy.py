@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
-from megamm.ops.check import check_same_kind
+from megamm.ops.check import check_same_device, check_same_kind
 
 MOST_CHUNKS, LEAST_ROWS = 24, 340
 """Tokens are split evenly into so many chunks at most: one has 4 % of the logits, and the weight's gradient is read and
@@ -115,7 +115,7 @@ def check_arguments(
     for name, (tensor, dtype) in others.items():
         check(tensor.shape == hidden.shape[:1], f"{name} {list(tensor.shape)} does not match {shape}")
         check(tensor.dtype == dtype, f"{name} is {tensor.dtype}, and must be {dtype}")
-        check(tensor.device == hidden.device, f"{name} is on {tensor.device}, hidden is on {hidden.device}")
+        check_same_device(op, hidden=hidden, **{name: tensor})
     rows = ranks * weight.shape[0]
     check(0 < vocabulary_size <= rows, f"vocabulary_size {vocabulary_size} is not in 1..{rows}, the rows of weight")
     check(0 <= label_smoothing <= 1, f"label_smoothing {label_smoothing} is not in 0..1")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megamm.ops.check import check_same_kind
+from megamm.ops.check import check_same_device, check_same_kind, dtype_name
 
 Size = tuple[int, int, int]
 """Frames, rows, columns."""
@@ -45,15 +45,10 @@ def _check_weight(video: Tensor, weight: Tensor, bias: Tensor | None, channels: 
         check_same_kind("patch_embed_3d", weight=weight, bias=bias)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"patch_embed_3d: bias {list(bias.shape)} does not match weight {list(weight.shape)}")
-    if video.device != weight.device:
-        raise ValueError(
-            f"patch_embed_3d: video is on {video.device}, weight is on {weight.device}; they must be the same"
-        )
+    check_same_device("patch_embed_3d", weight=weight, video=video)
     if video.dtype not in (torch.uint8, torch.float32, weight.dtype):
-        names = [str(tensor.dtype).removeprefix("torch.") for tensor in (video, weight)]
-        raise ValueError(
-            f"patch_embed_3d: video is {names[0]}, weight is {names[1]}; video: uint8, float32 or the same"
-        )
+        names = f"video is {dtype_name(video)}, weight is {dtype_name(weight)}"
+        raise ValueError(f"patch_embed_3d: {names}; video: uint8, float32 or the same")
 
 
 def check_patches(patches: Tensor, patch: Size, channels: int, size: Size, layout: str, causal: bool) -> None:
