@@ -1,0 +1,63 @@
+"""`megamm tokenizer train NAME`: the codecs, each with its own sizes."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from megamm.cli.common import DeviceChoice, Sources, log_to_console
+
+app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
+train_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
+app.add_typer(train_app, name="train")
+
+
+@train_app.command("text")
+def train_text(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    vocabulary: Annotated[int, typer.Option(help="number of tokens, at least 256")] = 4096,
+) -> None:
+    """Train a byte-level BPE tokenizer; the folder loads in transformers too."""
+    from megamm.codecs.text import train_text_tokenizer
+
+    log_to_console()
+    done = train_text_tokenizer(sources, to, vocabulary_size=vocabulary)
+    print(f"{to}: {done['vocabulary_size']} tokens, {done['bytes_per_token']:.2f} bytes a token on held-out text")
+
+
+@train_app.command("image")
+def train_image(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    steps: int = 1500,
+    batch_size: int = 32,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    image_size: Annotated[int, typer.Option(help="pixels a side")] = 64,
+    downsample: Annotated[int, typer.Option(help="pixels a side of one token")] = 8,
+    width: Annotated[int, typer.Option(help="channels")] = 64,
+    encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder")] = 1,
+    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder")] = 2,
+    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
+    device: DeviceChoice = "auto",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+) -> None:
+    """Train the FSQ image codec; reports PSNR and codebook use on the held-out split."""
+    from megamm.codecs.image import ImageCodecConfig
+    from megamm.codecs.train import ImageTraining, train_image_codec
+    from megamm.device import DTYPES, choose
+
+    log_to_console()
+    codec = ImageCodecConfig.of(
+        None,
+        image_size=image_size,
+        downsample=downsample,
+        width=width,
+        encoder_depth=encoder_depth,
+        decoder_depth=decoder_depth,
+        levels=levels.split(","),
+    )
+    training = ImageTraining(codec, steps, batch_size, learning_rate, seed)
+    report = train_image_codec(sources, to, training, choose(device).torch_device, DTYPES[dtype])
+    print(f"{to}: {codec.grid_size**2} tokens an image of {codec.codebook_size} codes, PSNR {report.psnr_db:.2f} dB")

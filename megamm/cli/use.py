@@ -1,0 +1,97 @@
+"""What is done with a trained model: `megamm convert`, `megamm eval`, `megamm generate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megamm.cli.common import DeviceChoice, Sources, log_to_console
+from megamm.errors import UserError
+
+app = typer.Typer()
+convert_app = typer.Typer(no_args_is_help=True, help="Export to and import from Hugging Face folders.")
+app.add_typer(convert_app, name="convert")
+
+
+@convert_app.command("export")
+def export_run(
+    run: Annotated[Path, typer.Argument(help="a run's output folder, or one checkpoint")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to make")],
+) -> None:
+    """Write safetensors, config, tokenizer and codecs that transformers' AutoModelForCausalLM loads."""
+    from megamm.convert.hf import export
+
+    log_to_console()
+    print(f"exported to {export(run, out)}")
+
+
+@convert_app.command("import")
+def import_export(
+    folder: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
+    run: Annotated[Path, typer.Argument(help="output folder of a new run; it starts from these weights")],
+) -> None:
+    """Write step 0 of a new run from an export, weights bit for bit."""
+    from megamm.convert.hf import import_
+
+    log_to_console()
+    print(f"imported to {import_(folder, run)}")
+
+
+@app.command("eval")
+def evaluate_export(
+    export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
+    sources: Sources,
+    limit: Annotated[int | None, typer.Option(help="held-out samples a source at most", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="of the shuffled partners")] = 0,
+    run: Annotated[Path | None, typer.Option(help="also compare logits with this run's own model")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+    device: DeviceChoice = "auto",
+) -> None:
+    """Held-out loss and pair gain (how much one part tells of the other) of an export, in stock transformers."""
+    from megamm.convert.compare import logits_difference
+    from megamm.convert.exported import open_export
+    from megamm.device import choose
+    from megamm.evaluate import evaluate, summary_lines
+
+    log_to_console()
+    if json_file is not None and json_file.exists():
+        raise UserError("the output exists", where=json_file, remedy="remove it or choose another")
+    place = choose(device)
+    figures = evaluate(open_export(export, place.torch_device), sources, limit=limit, seed=seed).to_json()
+    print(*summary_lines(figures), sep="\n")
+    if run is not None:
+        figures["logits_max_abs_diff"] = logits_difference(run, export, place)
+        print(f"logits: at most {figures['logits_max_abs_diff']:.1e} from the run's own model")
+    if json_file is not None:
+        partial = json_file.with_name(f".{json_file.name}.partial")
+        partial.write_text(json.dumps(figures, indent=1) + "\n")
+        partial.rename(json_file)
+
+
+@app.command()
+def generate(
+    export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
+    to: Annotated[str, typer.Option(help="modality to make: text, image")],
+    prompt: Annotated[list[str] | None, typer.Option(help="text to start from; may be repeated")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="image to start from; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; for several inputs a folder")] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="draw from so many tokens; 0 is off")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from this share of the probability")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="of generated text")] = 64,
+    seed: Annotated[int, typer.Option(help="item i is drawn with seed + i")] = 0,
+    device: DeviceChoice = "auto",
+) -> None:
+    """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
+    from megamm.device import choose
+    from megamm.generate import Medium, Sampling, generate_files
+
+    log_to_console()
+    if bool(prompt) == bool(image):
+        raise UserError("give either --prompt or --image", remedy="start from one modality")
+    inputs = [Medium.of_prompt(p) for p in prompt or []] + [Medium.of_file(i) for i in image or []]
+    sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)
+    source = "text" if prompt else "image"
+    made = generate_files(export, inputs, source, to, out, sampling, choose(device).torch_device)
+    print(*(made if out is None else [f"{out}: {len(made)} {to}"]), sep="\n")
