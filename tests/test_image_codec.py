@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, load_image_codec, save_image_codec, to_pixels
+from megamm.codecs.image import ImageCodec, ImageCodecConfig, load_image_codec, to_pixels
 from megamm.codecs.train import ImageTraining, evaluate, read_images, train_image_codec
 from megamm.data.shards import ShardWriter
 from megamm.errors import UserError
@@ -108,7 +108,7 @@ def test_a_collapsed_codebook_is_warned_of(tmp_path, caplog):
 
 @pytest.mark.parametrize("damage", ["cut weights", "other shapes", "missing tensor", "bad json", "other model", "size"])
 def test_a_damaged_or_foreign_folder_is_a_user_error(tmp_path, damage):
-    save_image_codec(ImageCodec(CODEC), tmp_path)
+    save_codec(ImageCodec(CODEC), tmp_path)
     config, weights = tmp_path / "config.json", tmp_path / "model.safetensors"
     tensors, values = load_file(weights), json.loads(config.read_text())
     if damage == "cut weights":

@@ -9,7 +9,8 @@ import torch
 from codec_data import as_bytes, shape_picture
 from PIL import Image
 
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.folders import save_codec
+from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.errors import UserError
 from megamm.modalities.base import UnreadableMedia
 from megamm.modalities.image import MAX_PIXELS, ImageModality, square_pixels
@@ -110,7 +111,7 @@ def test_scaling_down_is_antialiased():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codec")
     torch.manual_seed(0)
-    save_image_codec(ImageCodec(ImageCodecConfig(image_size=32, downsample=8, width=16, levels=(5, 4, 3))), folder)
+    save_codec(ImageCodec(ImageCodecConfig(image_size=32, downsample=8, width=16, levels=(5, 4, 3))), folder)
     return folder
 
 

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.folders import save_codec
+from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
 from megamm.data.shards import ShardFolder, ShardWriter, tokens_from_bytes
 from megamm.data.token_cache import cache_name, load_codecs, tokenize
@@ -35,7 +36,7 @@ def codecs(tmp_path_factory):
     (folder / "image").mkdir()
     torch.manual_seed(0)
     config = ImageCodecConfig(image_size=32, downsample=16, width=16, decoder_depth=0, encoder_depth=0)
-    save_image_codec(ImageCodec(config), folder / "image")
+    save_codec(ImageCodec(config), folder / "image")
     return {"text": TextModality.load(folder / "text"), "image": ImageModality.load(folder / "image")}, folder
 
 

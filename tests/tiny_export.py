@@ -8,7 +8,8 @@ import torch
 from codec_data import write_source
 from transformers import AutoModelForCausalLM
 
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.folders import save_codec
+from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
 from megamm.config import RunConfig, config_from_dict
 from megamm.convert import qwen3
@@ -30,7 +31,7 @@ def make_export(folder: Path, train: int = 24, heldout: int = 12) -> Path:
     torch.manual_seed(0)
     image = ImageCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4, 4))
     assert image.grid_size**2 == IMAGE_TOKENS
-    save_image_codec(ImageCodec(image), codecs / "image")
+    save_codec(ImageCodec(image), codecs / "image")
     config = _config(folder, source, codecs)
     modalities = load_modalities(config.tokenizers)
     tokenize([source], list(modalities.values()))

@@ -11,7 +11,8 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, save_image_codec
+from megamm.codecs.folders import save_codec
+from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
 from megamm.data.build import BuildOptions, build
 from megamm.data.token_cache import load_codecs, tokenize
@@ -38,7 +39,7 @@ def make_data(folder: Path) -> None:
     torch.manual_seed(0)
     codec = folder / "tokenizers" / "image"
     codec.mkdir()
-    save_image_codec(ImageCodec(ImageCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
+    save_codec(ImageCodec(ImageCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
     codecs = [f"{name}={folder / 'tokenizers' / name}" for name in ("text", "image")]
     tokenize([source], load_codecs(codecs, torch.device("cpu")))
 

@@ -1,5 +1,6 @@
 """`megamm tokenizer train NAME`: the codecs, each with its own sizes."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,6 +11,18 @@ from megamm.cli.common import DeviceChoice, Sources, log_to_console
 app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
 app.add_typer(train_app, name="train")
+
+Processes = Annotated[int, typer.Option("--nproc", help="start that many local processes", min=1)]
+
+
+def started(processes: int) -> bool:
+    """Whether this command was handed on to that many ranks of its own, which have ended."""
+    from megamm import launch
+
+    if processes == 1 or launch.is_rank():
+        return False
+    launch.launch(sys.argv[1:], processes)
+    return True
 
 
 @train_app.command("text")
@@ -42,22 +55,30 @@ def train_image(
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
     device: DeviceChoice = "auto",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    nproc: Processes = 1,
 ) -> None:
     """Train the FSQ image codec; reports PSNR and codebook use on the held-out split."""
-    from megamm.codecs.image import ImageCodecConfig
-    from megamm.codecs.train import ImageTraining, train_image_codec
+    if started(nproc):
+        return
+    from megamm.codecs.folders import checked_config
+    from megamm.codecs.image import KIND, ImageCodecConfig
+    from megamm.codecs.train import train_image_codec
+    from megamm.codecs.training import Training
     from megamm.device import DTYPES, choose
 
     log_to_console()
-    codec = ImageCodecConfig.of(
-        None,
-        image_size=image_size,
-        downsample=downsample,
-        width=width,
-        encoder_depth=encoder_depth,
-        decoder_depth=decoder_depth,
-        levels=levels.split(","),
-    )
-    training = ImageTraining(codec, steps, batch_size, learning_rate, seed)
-    report = train_image_codec(sources, to, training, choose(device).torch_device, DTYPES[dtype])
-    print(f"{to}: {codec.grid_size**2} tokens an image of {codec.codebook_size} codes, PSNR {report.psnr_db:.2f} dB")
+    values = {
+        "kind": KIND,
+        "image_size": image_size,
+        "downsample": downsample,
+        "width": width,
+        "encoder_depth": encoder_depth,
+        "decoder_depth": decoder_depth,
+        "levels": levels.split(","),
+    }
+    codec = checked_config(ImageCodecConfig, values)
+    training = Training(steps, batch_size, learning_rate, seed)
+    report = train_image_codec(sources, to, codec, training, choose(device), DTYPES[dtype])
+    if report:
+        size = f"{codec.grid_size**2} tokens an image of {codec.codebook_size} codes"
+        print(f"{to}: {size}, PSNR {report['psnr_db']:.2f} dB")

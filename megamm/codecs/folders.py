@@ -1,14 +1,24 @@
-"""What the trainers of all codecs share: which media they read, and the folder they leave.
+"""What all codecs share: which media they are trained on, and the folder they are kept in.
 
-In: source folders `SHARDS/<source>`, each with `<train|heldout>/<modality>/` shards. Out: a codec folder.
+In: source folders `SHARDS/<source>`, each with `<train|heldout>/<modality>/` shards. A codec folder is `config.json`,
+whose `kind` says which codec it is, and `model.safetensors`.
 """
 
+import hashlib
+import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from megamm.data.shards import ShardFolder
 from megamm.errors import UserError
@@ -16,6 +26,87 @@ from megamm.errors import UserError
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
+WEIGHTS = "model.safetensors"
+
+
+class CodecConfig(BaseModel):
+    """Sizes of a codec; each kind adds its own and fixes `kind`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str
+
+
+class Codec(Protocol):
+    """A torch module made of its config alone."""
+
+    Config: Any
+    config: Any
+
+    def __init__(self, config: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> Any: ...
+
+
+AnyConfig = TypeVar("AnyConfig", bound=CodecConfig)
+
+
+def checked_config(config: type[AnyConfig], values: dict[str, Any], where: Path | None = None) -> AnyConfig:
+    """From untrusted values, of the file `where` if they have one. UserError names the first that is wrong."""
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"codec config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
+        raise UserError(what, where=where, remedy="correct it, or train the codec anew") from error
+
+
+def save_codec(codec: Codec, folder: Path) -> None:
+    """Write `config.json` and `model.safetensors` into an existing folder."""
+    (folder / "config.json").write_text(codec.config.model_dump_json(indent=2) + "\n")
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def read_config(folder: Path, family: str) -> dict[str, Any]:
+    """A codec folder's config.json. UserError if it is no codec folder."""
+    file = folder / "config.json"
+    if not (file.is_file() and (folder / WEIGHTS).is_file()):
+        remedy = f"name a folder made by `megamm tokenizer train {family}`"
+        raise UserError(f"no {family} codec (config.json and {WEIGHTS})", where=folder, remedy=remedy)
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain it") from error
+
+
+def load_codec(folder: Path, kinds: Mapping[str, type[Codec]], family: str) -> tuple[Any, str]:
+    """The codec on the CPU and its codec_id: the class that `kinds` has for the folder's `kind`.
+
+    UserError if the folder is no codec of this family or is damaged.
+    """
+    values = read_config(folder, family)
+    kind = values.get("kind")
+    if kind not in kinds:
+        what = f"a codec of kind {kind!r} is no {family} codec"
+        raise UserError(what, where=folder, remedy=f"name one of {' or '.join(kinds)}")
+    codec = kinds[kind](checked_config(kinds[kind].Config, values, folder / "config.json"))
+    try:
+        codec.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        where = folder / WEIGHTS
+        raise UserError(f"weights do not fit the config: {reason}", where=where, remedy="retrain it") from error
+    return codec, codec_id(folder)
+
+
+def codec_id(folder: Path) -> str:
+    """First 12 hex digits of the SHA-256 over config and weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest.update((folder / WEIGHTS).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def open_media(sources: list[Path], split: Split, modality: str) -> list[ShardFolder]:
@@ -35,7 +126,14 @@ def open_media(sources: list[Path], split: Split, modality: str) -> list[ShardFo
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name when the block ends well. UserError if the target exists."""
+    """A temporary folder that gets its name when the block ends well. UserError if the target exists.
+
+    Of many ranks only the first one's is kept.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        with tempfile.TemporaryDirectory() as unused:
+            yield Path(unused)
+        return
     if target.exists():
         raise UserError("the folder exists already", where=target, remedy="name another one or delete it first")
     partial = target.with_name(f".{target.name}.partial")

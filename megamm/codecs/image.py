@@ -4,29 +4,22 @@ T = (image_size / downsample)^2, row-major over the latent grid. A folder of two
 `model.safetensors`. Source of the quantiser: codecs/fsq.py.
 """
 
-import hashlib
-import json
 import math
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from megamm.codecs.folders import CodecConfig
 from megamm.codecs.fsq import FSQ
-from megamm.errors import UserError
 
 KIND = "megamm-image-fsq"
 """`kind` in config.json: what tells this codec's folder from any other."""
 
 
-class ImageCodecConfig(BaseModel):
+class ImageCodecConfig(CodecConfig):
     """Sizes of the codec; `image_size` and `downsample` in pixels."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: str = Field(default=KIND, pattern=f"^{KIND}$")
     image_size: int = Field(default=64, ge=8, le=2048)
@@ -35,16 +28,6 @@ class ImageCodecConfig(BaseModel):
     encoder_depth: int = Field(default=1, ge=0, le=64)
     decoder_depth: int = Field(default=2, ge=0, le=64)
     levels: tuple[int, ...] = (8, 5, 5, 5)
-
-    @classmethod
-    def of(cls, where: Path | None, **values: Any) -> "ImageCodecConfig":
-        """From untrusted values, of the file `where` if they have one. UserError names the first that is wrong."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            first = error.errors()[0]
-            what = f"image codec config: {'.'.join(map(str, first['loc']))} {first['msg']}"
-            raise UserError(what, where=where, remedy="correct it, or train the codec anew") from error
 
     @model_validator(mode="after")
     def _check(self) -> "ImageCodecConfig":
@@ -89,6 +72,8 @@ class ImageCodec(nn.Module):
     The decoder ends in two cheap stages at 2x and 4x of it, which smooth the seams between the patches.
     """
 
+    Config: ClassVar[type[ImageCodecConfig]] = ImageCodecConfig
+
     def __init__(self, config: ImageCodecConfig) -> None:
         super().__init__()
         self.config = config
@@ -112,7 +97,12 @@ class ImageCodec(nn.Module):
             nn.PixelShuffle(config.downsample // 4),
         )
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor:
+        """uint8 `[B, Y, X, 3]` to the mean squared error of their reconstruction."""
+        pixels = to_pixels(images)
+        return nn.functional.mse_loss(self.reconstruct(pixels)[0].float(), pixels)
+
+    def reconstruct(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels `[B, 3, Y, X]` in [-1, 1] to (reconstruction of the same shape, ids `[B, T]`)."""
         codes = self.quantiser(self.encoder(pixels).permute(0, 2, 3, 1))
         return self.decoder(codes.permute(0, 3, 1, 2)), self.quantiser.to_indices(codes).flatten(1)
@@ -143,31 +133,3 @@ def to_pixels(images: Tensor) -> Tensor:
 def to_images(pixels: Tensor) -> Tensor:
     """float `[B, 3, Y, X]` in [-1, 1] to uint8 `[B, Y, X, 3]`, rounded and clipped."""
     return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def save_image_codec(codec: ImageCodec, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors` into an existing folder."""
-    (folder / "config.json").write_text(codec.config.model_dump_json(indent=2) + "\n")
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in codec.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_image_codec(folder: Path) -> tuple[ImageCodec, str]:
-    """The codec on the CPU and its codec_id. UserError if the folder is no image codec or is damaged."""
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    if not (config_file.is_file() and weights_file.is_file()):
-        remedy = "name a folder made by `megamm tokenizer train image`"
-        raise UserError("no image codec (config.json and model.safetensors)", where=folder, remedy=remedy)
-    try:
-        values = dict(json.loads(config_file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"unreadable config: {error}", where=config_file, remedy="restore or retrain it") from error
-    codec = ImageCodec(ImageCodecConfig.of(config_file, **values))
-    try:
-        codec.load_state_dict(load_file(weights_file))
-    except (SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"weights do not fit the config: {reason}", where=weights_file, remedy="retrain it") from error
-    digest = hashlib.sha256(config_file.read_bytes())
-    digest.update(weights_file.read_bytes())
-    return codec, digest.hexdigest()[:12]

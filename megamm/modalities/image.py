@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from megamm.codecs.image import ImageCodec, load_image_codec
+from megamm.codecs.folders import load_codec
+from megamm.codecs.image import KIND, ImageCodec
 from megamm.data.sample import IntArray
 from megamm.modalities.base import CPU, UnreadableMedia
 
@@ -41,7 +42,7 @@ class ImageModality:
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":
         """Load an image codec folder onto a device. UserError if it is not one."""
-        module, codec_id = load_image_codec(codec)
+        module, codec_id = load_codec(codec, {KIND: ImageCodec}, "visual")
         return cls(module, codec_id, device)
 
     @staticmethod
