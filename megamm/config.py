@@ -86,10 +86,14 @@ class ParallelConfig(_Section):
 
 
 class SourceConfig(_Section):
-    """One shard set of the mixture (a folder holding train/ and heldout/) and its weight."""
+    """One shard set of the mixture (a folder holding train/ and heldout/), its weight, and what a document of it is.
+
+    whole: all parts of a sample, in another order each epoch; pairs: another two of them each epoch.
+    """
 
     path: Path
     weight: float = Field(1.0, gt=0)
+    documents: Literal["whole", "pairs"] = "whole"
 
 
 class DataConfig(_Section):
@@ -146,7 +150,7 @@ class RunConfig(_Section):
     ops: Literal["auto", "csrc", "torch"] = Field("auto", description="compiled or plain torch operators (megamm/ops)")
     model: ModelConfig
     data: DataConfig
-    tokenizers: dict[str, Path]
+    tokenizers: dict[str, Path] = Field(description="codec folders: text, visual (image and video), audio, points")
     optimizer: OptimizerConfig
     train: TrainConfig
     parallel: ParallelConfig = ParallelConfig()

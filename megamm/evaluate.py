@@ -1,18 +1,21 @@
 """`megamm eval`: what an export has learned, on held-out samples, through stock transformers.
 
-Loss: mean cross entropy (nats per token) of each modality, over every held-out document in both orders of its parts.
+Loss: mean cross entropy (nats per token) of each modality, over every held-out sample in its first and its last turn
+(the parts in reading order and in the opposite one).
 
 Pair gain of a direction, say text_to_image: the loss of the second part after another sample's first part, minus
 its loss after its own, in nats per token of the second part, averaged over samples. It is above zero only if the
 second part is read off the first: the other sample is of the same source, so its style gives nothing away, and of
-another normalised noun where there is one. The standard error is over nouns, because the variants of one noun
-(skin tones, plurals) are no independent samples (cluster-robust: Liang & Zeger 1986).
+another normalised noun where there is one. Of a sample with more parts than two, every two are such a pair. The
+standard error is over nouns, because the variants of one noun (skin tones, plurals) are no independent samples
+(cluster-robust: Liang & Zeger 1986).
 """
 
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,10 @@ import numpy as np
 import torch
 
 from megamm.convert.exported import Exported
-from megamm.data.loader import SampleSet
 from megamm.data.nouns import normalise_noun
-from megamm.data.packing import document_length, split_text
+from megamm.data.packing import document_length
 from megamm.data.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
+from megamm.data.sample_set import SampleSet
 from megamm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +62,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A held-out sample of two parts with the sample of the same source that it is compared with."""
+    """Two parts of a held-out sample, and the same two of the sample of its source that it is compared with."""
 
     own: Document
     other: Document
@@ -72,49 +75,37 @@ def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None,
     UserError if a split has no tokens of the export's codecs, or there is no sample.
     """
     codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
-    samples, pairs = [], []
+    kinds = {source.path.name: source.documents for source in export.config.data.sources}
+    samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):
-        documents = _read(SampleSet(source / "heldout", codec_ids), limit)
-        fitting = [d for d in documents if _fits(export, d)]
-        if len(fitting) < len(documents):
-            log.warning("%s: %d samples are longer than a row and left out", source, len(documents) - len(fitting))
-        samples += fitting
-        pairs += list(_pairs(export, fitting, np.random.default_rng([seed, number])))
+        heldout = SampleSet(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
+        fitting = np.flatnonzero(heldout.needed <= export.config.data.seq_length).tolist()
+        if len(fitting) < len(heldout):
+            log.warning("%s: %d samples are longer than a row and left out", source, len(heldout) - len(fitting))
+        fitting = fitting[:limit]
+        samples += len(fitting)
+        documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
+        whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
+        pairs += list(_pairs(export, whole, np.random.default_rng([seed, number])))
     if not samples:
         raise UserError("no held-out sample", where=", ".join(map(str, sources)), remedy="build more data")
-    orders = [piece for sample in samples for order in _orders(sample) for piece in _pieces(export, order)]
-    sums, counts = _sum_by_modality(export, orders)
+    sums, counts = _sum_by_modality(export, documents)
     names = [name for name in export.vocabulary.modalities if counts[name]]
     return Evaluation(
         step=export.step,
-        samples=len(samples),
+        samples=samples,
         loss={name: sums[name] / counts[name] for name in names},
         tokens={name: counts[name] for name in names},
         pair_gain=_pair_gains(export, pairs),
     )
 
 
-def _read(samples: SampleSet, limit: int | None) -> list[Document]:
-    return [samples.document(i, reversed=False) for i in range(min(len(samples), limit or len(samples)))]
-
-
 def _orders(document: Document) -> list[Document]:
-    parts = document.parts
-    return [document] if len(parts) == 1 else [document, Document(document.key, parts[::-1])]
+    return [document, Document(document.key, document.parts[::-1])]
 
 
 def _length(document: Document) -> int:
-    return document_length({part.modality: part.ids.size for part in document.parts})
-
-
-def _fits(export: Exported, document: Document) -> bool:
-    """Text alone is split; nothing else may be longer than a training row."""
-    is_text = all(part.modality == "text" for part in document.parts)
-    return is_text or _length(document) <= export.config.data.seq_length
-
-
-def _pieces(export: Exported, document: Document) -> list[Document]:
-    return split_text(document, export.config.data.seq_length)
+    return document_length(*document.sizes)
 
 
 def _sum_by_modality(export: Exported, documents: list[Document]) -> tuple[dict[str, float], dict[str, int]]:
@@ -128,15 +119,21 @@ def _sum_by_modality(export: Exported, documents: list[Document]) -> tuple[dict[
 
 
 def _pairs(export: Exported, documents: list[Document], rng: np.random.Generator) -> Iterator[_Pair]:
-    """Every two-part sample of one source with its partner; those that would not fit into a row are left out."""
-    two = [d for d in documents if len(d.parts) == 2 and d.parts[0].modality != d.parts[1].modality]
-    if len(two) < 2:
-        return
-    nouns = [_noun(export, d) for d in two]
-    for own, other in enumerate(partners(nouns, rng)):
-        pair = _Pair(two[own], two[other], nouns[own])
-        if all(_fits(export, mixed) for mixed in _mixed(pair)):
-            yield pair
+    """Every two parts of every sample of one source with their partners; what would not fit into a row is left out."""
+    by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
+    for document in documents:
+        noun = _noun(export, document)
+        for two in combinations(document.parts, 2):
+            names = (two[0].modality, two[1].modality)
+            by_modalities.setdefault(names, []).append((Document(document.key, two), noun))
+    for same in by_modalities.values():
+        if len(same) < 2:
+            continue
+        for own, other in enumerate(partners([noun for _, noun in same], rng)):
+            pair = _Pair(same[own][0], same[other][0], same[own][1])
+            every = [*_orders(pair.own), *_mixed(pair)]
+            if all(_length(document) <= export.config.data.seq_length for document in every):
+                yield pair
 
 
 def _noun(export: Exported, document: Document) -> str:
@@ -181,7 +178,7 @@ def _pair_gains(export: Exported, pairs: list[_Pair]) -> dict[str, PairGain]:
 def _second_part(document: Document) -> slice:
     """Where in the labels of its row the second part's own tokens lie, without any mark."""
     first, second = document.parts
-    before = document_length({first.modality: first.ids.size}) - 1 + (second.modality != "text")
+    before = document_length((first.modality, first.ids.size)) - 1 + (second.modality != "text")
     return slice(before - 1, before - 1 + second.ids.size)
 
 

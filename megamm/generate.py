@@ -1,8 +1,9 @@
 """`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
 
 In: media of one modality, as its codec reads them. Out: as many of the other. The prompt is rendered as in training:
-`<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its `<Y_start>`. Only ids of
-the target's range can follow: exactly as many as its codec has for one item, else up to the end mark. Sampling is
+`<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its `<Y_start>`. Only ids that
+the target's codec allows at their place can follow: exactly as many as it has for one item, else up to the end mark,
+which comes after a whole number of its strides (frames). Sampling is
 Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator an item, so an item's result does not depend on
 the batch that it is in.
 """
@@ -52,14 +53,22 @@ class Sampling:
             raise UserError(f"unfit sampling {self}", remedy=remedy)
 
 
-class OnlyIds(LogitsProcessor):
-    """Gives every id outside the allowed ones no probability."""
+class OnlyChoices(LogitsProcessor):
+    """Gives every id that cannot stand at its place of the target no probability; `stop` is None for a fixed length."""
 
-    def __init__(self, allowed_V: torch.Tensor) -> None:
-        self.allowed_V = allowed_V
+    def __init__(self, modality: Modality, first_id: int, stop: int | None, prompt_length: int) -> None:
+        self.modality, self.first_id, self.stop, self.prompt_length = modality, first_id, stop, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        return scores_BV.masked_fill(~self.allowed_V, -torch.inf)
+        place = input_ids.shape[1] - self.prompt_length
+        choices = self.modality.choices(place)
+        kept = torch.full_like(scores_BV, -torch.inf)
+        allowed = slice(self.first_id + choices.start, self.first_id + choices.stop)
+        kept[:, allowed] = scores_BV[:, allowed]
+        is_text = self.modality.name == "text"
+        if self.stop is not None and place % self.modality.stride == 0 and (place or is_text):
+            kept[:, self.stop] = scores_BV[:, self.stop]
+        return kept
 
 
 class GumbelNoise(LogitsProcessor):
@@ -91,14 +100,14 @@ def generate(export: Exported, media: Sequence[Any], source: str, target: str, s
 
 def _prompt(export: Exported, part: Part, target: str) -> IntArray:
     """Ids `[T]` up to where the target's first token comes."""
-    target_length = export.modalities[target].tokens_per_item or 1
-    needed = document_length({part.modality: len(part.ids), target: target_length})
+    target_length = export.modalities[target].stride
+    needed = document_length((part.modality, len(part.ids)), (target, target_length))
     if needed > export.config.data.seq_length:
         what = (
             f"{part.modality} of {len(part.ids)} tokens leaves no room for {target} in {export.config.data.seq_length}"
         )
         raise UserError(what, where=export.folder, remedy="give a shorter one")
-    length = document_length({part.modality: len(part.ids)})
+    length = document_length((part.modality, len(part.ids)))
     before_end = export.row(Document("prompt", (part,)), length).input_ids[:-1]
     return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
 
@@ -115,18 +124,15 @@ def _continue_all(export: Exported, prompts: list[IntArray], target: str, sampli
 def _continue(
     export: Exported, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
 ) -> list[IntArray]:
-    vocabulary = export.vocabulary
-    ids_range, fixed = vocabulary[target], export.modalities[target].tokens_per_item
+    vocabulary, modality = export.vocabulary, export.modalities[target]
+    ids_range, fixed = vocabulary[target], modality.tokens_per_item
     stop = vocabulary.document_end if target == "text" else vocabulary.end(target)
-    allowed_V = torch.zeros(vocabulary.size, dtype=torch.bool, device=export.device)
-    allowed_V[ids_range.start : ids_range.stop] = True
-    allowed_V[stop] = fixed is None
     longest = max(map(len, prompts))
     # Padded on the left, so that every prompt ends where the new tokens begin.
     padded = [np.pad(p, (longest - len(p), 0), constant_values=vocabulary.padding) for p in prompts]
     input_BS = torch.from_numpy(np.stack(padded)).to(export.device)
     config = GenerationConfig(
-        max_new_tokens=fixed or min(sampling.max_tokens, export.config.data.seq_length - longest),
+        max_new_tokens=fixed or _most_tokens(modality, sampling, export.config.data.seq_length - longest),
         do_sample=False,  # the noise samples
         bos_token_id=vocabulary.document_start,
         eos_token_id=stop,
@@ -136,14 +142,22 @@ def _continue(
         input_BS,
         attention_mask=(input_BS != vocabulary.padding).long(),
         generation_config=config,
-        logits_processor=_processors(allowed_V, sampling, seeds),
+        logits_processor=_processors(
+            OnlyChoices(modality, ids_range.start, None if fixed else stop, longest), sampling, seeds
+        ),
     )
     new_BT = output_BS[:, longest:].cpu().numpy()
     return [ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start for ids in new_BT]
 
 
-def _processors(allowed_V: torch.Tensor, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
-    processors = LogitsProcessorList([OnlyIds(allowed_V)])
+def _most_tokens(modality: Modality, sampling: Sampling, room: int) -> int:
+    """Of a target whose length varies: text is limited by the sampling, media by the row, whole strides of it."""
+    most = min(sampling.max_tokens, room) if modality.name == "text" else room - 2  # its end mark, and the document's
+    return most // modality.stride * modality.stride
+
+
+def _processors(only: OnlyChoices, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
+    processors = LogitsProcessorList([only])
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:
@@ -209,6 +223,16 @@ def _modality(export: Exported, name: str) -> Modality:
         remedy = f"it has {', '.join(export.modalities)}"
         raise UserError(f"the export has no modality {name!r}", where=export.folder, remedy=remedy)
     return export.modalities[name]
+
+
+def modality_of(path: Path) -> str:
+    """Which modality a file is of, by its ending. UserError if none reads it."""
+    ending = path.suffix[1:].lower()
+    for name, modality in REGISTRY.items():
+        if ending in modality.extensions:
+            return name
+    known = ", ".join(f".{ending}" for modality in REGISTRY.values() for ending in modality.extensions)
+    raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"give one of {known}")
 
 
 def _check_media(source: str, inputs: list[Medium]) -> None:

@@ -142,7 +142,7 @@ def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
     pictures = []
     for n in range(2):
         (tmp_path / f"{n}.png").write_bytes(as_bytes(shape_picture(n)[0]))
-        pictures += ["--image", tmp_path / f"{n}.png"]
+        pictures += ["--from", tmp_path / f"{n}.png"]
     done = _run(folder, *pictures, "--to", "text", "--out", tmp_path / "captions", "--max-tokens", 5)
     assert done.exit_code == 0, done.output
     captions = [(tmp_path / "captions" / f"00{n}.txt").read_text() for n in range(2)]
@@ -159,11 +159,11 @@ def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
         (["--prompt", "a", "--to", "image"], "nowhere to write"),
         (["--prompt", "a", "--to", "image", "--out", "a.jpg"], "written as .png"),
         (["--prompt", "a", "--to", "image", "--out", "taken.png"], "the output exists"),
-        (["--image", "gone.png", "--to", "text"], "cannot read: No such file"),
-        (["--image", "broken.png", "--to", "text"], "unusable image: not a PNG"),
-        (["--image", "a.gif", "--to", "text"], "not a file of image"),
+        (["--from", "gone.png", "--to", "text"], "cannot read: No such file"),
+        (["--from", "broken.png", "--to", "text"], "unusable image: not a PNG"),
+        (["--from", "a.gif", "--to", "text"], "not a file of image"),
         (["--to", "text"], "either --prompt or --image"),
-        (["--prompt", "a", "--image", "broken.png", "--to", "text"], "either --prompt or --image"),
+        (["--prompt", "a", "--from", "broken.png", "--to", "text"], "either --prompt or --image"),
     ],
 )
 def test_what_a_user_can_mend_is_named(folder, tmp_path, monkeypatch, arguments, message):

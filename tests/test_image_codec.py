@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.image import ImageCodec, ImageCodecConfig, load_image_codec, to_pixels
+from megamm.codecs.folders import save_codec
+from megamm.codecs.image import ImageCodec, ImageCodecConfig, to_pixels
 from megamm.codecs.train import ImageTraining, evaluate, read_images, train_image_codec
 from megamm.data.shards import ShardWriter
 from megamm.errors import UserError

@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamm.data.loader import Loader, RowStream, SampleSet, heldout_documents
+from megamm.data.loader import Loader
+from megamm.data.packing import Form
+from megamm.data.row_stream import RowStream
+from megamm.data.sample_set import SampleSet
 from megamm.data.mixture import Mixture, Source
 from megamm.data.packing import document_length
 from megamm.data.run_data import source_names
-from megamm.data.shards import ShardWriter, tokens_to_bytes
+from megamm.data.shards import ShardWriter
+from megamm.data.tokens import tokens_to_bytes
 from megamm.errors import UserError
 from megamm.modalities.base import sequential_positions
 from megamm.model.vocabulary import Vocabulary
@@ -18,7 +22,7 @@ from megamm.model.vocabulary import Vocabulary
 TEXT, IMAGE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 CODECS = {"text": TEXT, "image": IMAGE}
 VOCABULARY = Vocabulary.of({"text": (300, TEXT), "image": (64, IMAGE)})
-POSITIONS = {"text": sequential_positions, "image": sequential_positions}
+POSITIONS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
 ROW = 64
 
 
@@ -64,14 +68,16 @@ def rows_of_step(loaders):
 
 def test_documents_are_the_tokens_that_were_cached(sets):
     pairs = sets[0]
-    both, text = pairs.document(0, reversed=False), pairs.document(3, reversed=True)
+    both, text = pairs.whole(0), pairs.whole(3)
     assert [p.modality for p in both.parts] == ["text", "image"] and both.key == "s0000"
-    assert [p.modality for p in pairs.document(0, reversed=True).parts] == ["image", "text"]
+    turned = pairs.read(0, pairs.pieces(0, 1, ROW)[0])
+    assert [p.modality for p in turned.parts] == ["image", "text"]
     assert [p.modality for p in text.parts] == ["text"]  # joined by key: sample 3 has no image
     for i in range(len(pairs)):
-        parts = {p.modality: p.ids.size for p in pairs.document(i, reversed=False).parts}
-        assert pairs.lengths[i] == document_length(parts)
-        assert pairs.is_text_only[i] == ("image" not in parts) == (i in (3, 44))
+        document = pairs.whole(i)
+        is_text_only = [p.modality for p in document.parts] == ["text"]
+        assert pairs.needed[i] == (3 if is_text_only else document_length(*document.sizes))
+        assert is_text_only == (i in (3, 44))
 
 
 def test_rows_are_a_pure_function_of_their_number(sets):
@@ -88,7 +94,8 @@ def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
     rows = stream(sets)
     rows.row(0)
     window = rows.mixture.window(0)
-    wanted = sum(int(sets[s].lengths[i]) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True))
+    drawn = [sets[s].whole(i) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True)]
+    wanted = sum(document_length(*document.sizes) for document in drawn)
     in_window = [rows.row(r) for r in range(rows._rows_before[1])]
     marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
     used = sum(int((row.segment >= 0).sum()) for row in in_window)
@@ -133,21 +140,23 @@ def test_a_batch_that_does_not_divide_is_refused(sets):
 
 
 def test_heldout_has_every_sample_once_in_each_order(sets):
-    documents = [(d.key, tuple(p.modality for p in d.parts)) for d in heldout_documents(sets[0])]
+    documents = [
+        (d.key, tuple(p.modality for p in d.parts)) for i in range(len(sets[0])) for d in sets[0].documents(i, ROW)
+    ]
     assert documents[:2] == [("s0000", ("text", "image")), ("s0000", ("image", "text"))]
     assert len(documents) == len(set(documents)) == 2 * 43 + 2
 
 
 def test_a_pair_longer_than_a_row_is_named_before_the_run(sets, tmp_path):
     long = SampleSet(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
-    with pytest.raises(UserError, match=r"sample 's0000' has .* a row 64 \(4 such samples\).*seq_length"):
+    with pytest.raises(UserError, match=r"sample 's0001' needs .* a row has 64 \(4 such samples\).*seq_length"):
         RowStream([long], Mixture([Source("long", 1, 4)], 0), VOCABULARY, ROW, POSITIONS)
 
 
 def test_missing_caches_name_the_command(tmp_path):
     split = caches(tmp_path / "source" / "train", 3, seed=0)
     (split / "image").mkdir()
-    with pytest.raises(UserError, match=r"no image tokens of codec other.*data tokenize .*source --codec image="):
+    with pytest.raises(UserError, match=r"no image tokens of codec other.*data tokenize .*source --codec NAME="):
         SampleSet(split, {"text": TEXT, "image": "other"})
     with pytest.raises(UserError, match="megamm data build"):
         SampleSet(tmp_path / "nowhere" / "train", CODECS)
@@ -159,7 +168,7 @@ def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
     entries = [json.loads(line) | {"tokens": 8} for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(UserError, match="not as many as its index says"):
-        SampleSet(split, CODECS).document(0, reversed=False)
+        SampleSet(split, CODECS).whole(0)
 
 
 def test_ids_of_a_larger_codec_are_refused(tmp_path):

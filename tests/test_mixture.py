@@ -13,9 +13,7 @@ SOURCES = [Source("emoji", 0.7, 3000), Source("clipart", 0.25, 9000), Source("ti
 
 def stream(mixture, windows):
     parts = [mixture.window(w) for w in range(windows)]
-    return {
-        name: np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "sample", "epoch", "reversed")
-    }
+    return {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("source", "sample", "epoch", "turn")}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 16, 17, 1000, 4096])
@@ -59,17 +57,17 @@ def test_both_orders_of_every_sample_are_seen():
     drawn = stream(Mixture(SOURCES, seed=3), 2)
     tiny = drawn["source"] == 2
     orders = {
-        (s, e): r for s, e, r in zip(*(drawn[k][tiny].tolist() for k in ("sample", "epoch", "reversed")), strict=True)
+        (s, e): r for s, e, r in zip(*(drawn[k][tiny].tolist() for k in ("sample", "epoch", "turn")), strict=True)
     }
     pairs = [(orders[s, e], orders[s, e + 1]) for s, e in orders if (s, e + 1) in orders]
     assert len(pairs) > 37 and all(now != then for now, then in pairs)
-    assert 0.45 < drawn["reversed"].mean() < 0.55
+    assert 0.45 < (drawn["turn"] % 2).mean() < 0.55
 
 
 def test_a_window_depends_on_nothing_but_seed_mixture_and_number():
     mixture, fresh = Mixture(SOURCES, seed=1), Mixture(SOURCES, seed=1)
     mixture.window(0)
-    for name in ("source", "sample", "epoch", "reversed"):
+    for name in ("source", "sample", "epoch", "turn"):
         assert np.array_equal(getattr(mixture.window(7), name), getattr(fresh.window(7), name))
         assert not np.array_equal(getattr(mixture.window(7), name), getattr(mixture.window(8), name))
     assert not np.array_equal(mixture.window(7).sample, Mixture(SOURCES, seed=2).window(7).sample)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megamm.data.packing import document_length, pack, padding_share, plan_rows, split_text
+from megamm.data.packing import Form, document_length, pack, padding_share, plan_rows
 from megamm.data.sample import IGNORE_LABEL, Document, Part
 from megamm.errors import UserError
 from megamm.modalities.base import sequential_positions
@@ -18,7 +18,7 @@ def grid_positions(length):
     return np.stack([np.zeros_like(cells), cells // GRID, cells % GRID])
 
 
-POSITIONS = {"text": sequential_positions, "image": grid_positions}
+POSITIONS = {"text": Form(sequential_positions, False), "image": Form(grid_positions, True)}
 START, END, PADDING = VOCABULARY.document_start, VOCABULARY.document_end, VOCABULARY.padding
 IMAGE, IMAGE_END = VOCABULARY.begin("image"), VOCABULARY.end("image")
 
@@ -54,7 +54,7 @@ def test_rows_hold_every_document_once_in_order_and_fit(seed):
 
 def test_caption_and_image_lengths_leave_little_padding():
     text = np.random.default_rng(0).integers(2, 14, size=4096)
-    lengths = np.array([document_length({"text": int(t), "image": 64}) for t in text])
+    lengths = np.array([document_length(("text", int(t)), ("image", 64)) for t in text])
     for row_length, most in [(1024, 0.025), (2048, 0.015)]:
         rows = plan_rows(lengths, row_length)
         assert 1 - lengths.sum() / (len(rows) * row_length) < most
@@ -99,7 +99,7 @@ def test_labels_stay_in_their_document(seed):
         pair(str(i), int(generator.integers(0, 9)), int(generator.integers(1, 20)), bool(generator.integers(2)))
         for i in range(6)
     ]
-    lengths = [document_length({p.modality: p.ids.size for p in d.parts}) for d in documents]
+    lengths = [document_length(*d.sizes) for d in documents]
     row = pack(documents, VOCABULARY, sum(lengths) + 7, POSITIONS)
     assert np.bincount(row.segment + 1).tolist() == [7, *lengths]
     for s in range(len(row.labels)):
@@ -114,15 +114,6 @@ def test_labels_stay_in_their_document(seed):
             assert np.array_equal(getattr(row, name)[here], getattr(alone, name))
         assert np.array_equal(row.position[:, here], alone.position)
     assert padding_share(row) == pytest.approx(7 / (sum(lengths) + 7))
-
-
-def test_text_alone_is_split_to_rows_and_media_never():
-    ids = np.arange(95)
-    parts = split_text(Document("long", (Part("text", ids),)), 32)
-    assert [p.parts[0].ids.size for p in parts] == [30, 30, 30, 5]
-    assert np.concatenate([p.parts[0].ids for p in parts]).tolist() == ids.tolist()
-    whole = pair("p", 90)
-    assert split_text(whole, 32)[0] is whole and len(split_text(whole, 32)) == 1
 
 
 @pytest.mark.parametrize(("modality", "bad"), [("image", 50), ("text", 100), ("text", -1)])

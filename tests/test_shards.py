@@ -11,7 +11,8 @@ import webdataset
 
 from megamm.data import shards
 from megamm.data.shard_index import index_tar, write_index
-from megamm.data.shards import ShardFolder, ShardWriter, tokens_from_bytes, tokens_to_bytes
+from megamm.data.shards import ShardFolder, ShardWriter
+from megamm.data.tokens import tokens_from_bytes, tokens_to_bytes
 from megamm.errors import UserError
 
 TEXTS = {f"sample-{i:03d}": f"text number {i} ".encode() * (i * 7 % 90) for i in range(25)}

@@ -14,7 +14,8 @@ from megamm.cli import app
 from megamm.codecs.folders import save_codec
 from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
-from megamm.data.shards import ShardFolder, ShardWriter, tokens_from_bytes
+from megamm.data.shards import ShardFolder, ShardWriter
+from megamm.data.tokens import tokens_from_bytes
 from megamm.data.token_cache import cache_name, load_codecs, tokenize
 from megamm.errors import UserError
 from megamm.modalities.image import ImageModality
@@ -112,7 +113,7 @@ def test_a_source_without_a_modality_is_passed_over_but_not_all_of_them(source, 
     modalities = list(codecs[0].values())
     caches = tokenize([source, tmp_path / "texts"], modalities)
     assert sum(c.folder.is_relative_to(tmp_path / "texts") for c in caches) == 1
-    with pytest.raises(UserError, match="no image shards"):
+    with pytest.raises(UserError, match="no visual shards"):
         tokenize([tmp_path / "texts"], modalities)
 
 
@@ -125,7 +126,7 @@ def test_the_command(source, codecs):
         "--codec",
         f"text={folder / 'text'}",
         "--codec",
-        f"image={folder / 'image'}",
+        f"visual={folder / 'image'}",
     ]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
@@ -133,7 +134,7 @@ def test_the_command(source, codecs):
     assert CliRunner().invoke(app, command).output.count("(kept)") == 4
 
 
-@pytest.mark.parametrize("codec", ["text", "smell=/tmp", "image=/nowhere"])
+@pytest.mark.parametrize("codec", ["text", "smell=/tmp", "visual=/nowhere"])
 def test_a_wrong_codec_argument_is_a_user_error(codec):
     with pytest.raises(UserError):
         load_codecs([codec], torch.device("cpu"))

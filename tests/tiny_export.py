@@ -27,11 +27,11 @@ def make_export(folder: Path, train: int = 24, heldout: int = 12) -> Path:
     source = write_source(folder / "shards" / "shapes", train, heldout)
     codecs = folder / "export" / "codecs"
     train_text_tokenizer([source], codecs / "text", vocabulary_size=270)
-    (codecs / "image").mkdir()
+    (codecs / "visual").mkdir()
     torch.manual_seed(0)
     image = ImageCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4, 4))
     assert image.grid_size**2 == IMAGE_TOKENS
-    save_codec(ImageCodec(image), codecs / "image")
+    save_codec(ImageCodec(image), codecs / "visual")
     config = _config(folder, source, codecs)
     modalities = load_modalities(config.tokenizers)
     tokenize([source], list(modalities.values()))
@@ -48,7 +48,7 @@ def _config(folder: Path, source: Path, codecs: Path) -> RunConfig:
             "device": "cpu",
             "model": model | {"head_dim": 8, "init_std": 0.3},
             "data": {"sources": [{"path": str(source)}], "seq_length": 64},
-            "tokenizers": {"text": str(codecs / "text"), "image": str(codecs / "image")},
+            "tokenizers": {"text": str(codecs / "text"), "image": str(codecs / "visual")},
             "optimizer": {"lr": 1e-3},
             "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
         },

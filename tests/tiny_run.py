@@ -23,7 +23,7 @@ NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door",
 
 
 def make_data(folder: Path) -> None:
-    """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,image} (an untrained codec)."""
+    """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,visual} (an untrained codec)."""
     raw = folder / "raw" / "drawn"
     raw.mkdir(parents=True)
     with (raw / "pairs.jsonl").open("w") as pairs:
@@ -37,10 +37,10 @@ def make_data(folder: Path) -> None:
     source = folder / "shards" / "drawn"
     train_text_tokenizer([source], folder / "tokenizers" / "text", vocabulary_size=300)
     torch.manual_seed(0)
-    codec = folder / "tokenizers" / "image"
+    codec = folder / "tokenizers" / "visual"
     codec.mkdir()
     save_codec(ImageCodec(ImageCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
-    codecs = [f"{name}={folder / 'tokenizers' / name}" for name in ("text", "image")]
+    codecs = [f"{name}={folder / 'tokenizers' / name}" for name in ("text", "visual")]
     tokenize([source], load_codecs(codecs, torch.device("cpu")))
 
 
@@ -58,7 +58,7 @@ def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path
             "head_dim": 8,
         },
         "data": {"seq_length": 64, "sources": [{"path": str(folder / "shards" / "drawn")}]},
-        "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "image")},
+        "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "visual")},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
         "train": {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "checkpoint_every": 2},
     }

@@ -211,7 +211,7 @@ class Demo:
             captions.append(caption)
         export = str(self.out / "export")
         prompts = [option for caption in captions for option in ("--prompt", caption)]
-        images = [option for file in files for option in ("--image", str(file))]
+        images = [option for file in files for option in ("--from", str(file))]
         # Images at temperature 1: sharper draws favour the most frequent token, which is white.
         self.command(log, "generate", export, *prompts, "--to", "image", "--out", str(self.out / "generated"))
         greedy = ("--temperature", "0", "--max-tokens", "24")

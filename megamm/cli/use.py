@@ -72,9 +72,9 @@ def evaluate_export(
 @app.command()
 def generate(
     export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
-    to: Annotated[str, typer.Option(help="modality to make: text, image")],
+    to: Annotated[str, typer.Option(help="modality to make: text, image, audio, video, points")],
     prompt: Annotated[list[str] | None, typer.Option(help="text to start from; may be repeated")] = None,
-    image: Annotated[list[Path] | None, typer.Option(help="image to start from; may be repeated")] = None,
+    file: Annotated[list[Path] | None, typer.Option("--from", help="file to start from; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="file to write; for several inputs a folder")] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 1.0,
     top_k: Annotated[int, typer.Option(help="draw from so many tokens; 0 is off")] = 0,
@@ -85,13 +85,14 @@ def generate(
 ) -> None:
     """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
     from megamm.device import choose
-    from megamm.generate import Medium, Sampling, generate_files
+    from megamm.generate import Medium, Sampling, generate_files, modality_of
 
     log_to_console()
-    if bool(prompt) == bool(image):
-        raise UserError("give either --prompt or --image", remedy="start from one modality")
-    inputs = [Medium.of_prompt(p) for p in prompt or []] + [Medium.of_file(i) for i in image or []]
+    sources = {*(["text"] if prompt else []), *map(modality_of, file or [])}
+    if len(sources) != 1:
+        raise UserError("give --prompt, or --from with files of one modality", remedy="start from one modality")
+    inputs = [Medium.of_prompt(p) for p in prompt or []] + [Medium.of_file(f) for f in file or []]
     sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)
-    source = "text" if prompt else "image"
+    source = sources.pop()
     made = generate_files(export, inputs, source, to, out, sampling, choose(device).torch_device)
     print(*(made if out is None else [f"{out}: {len(made)} {to}"]), sep="\n")

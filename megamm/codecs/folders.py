@@ -38,16 +38,11 @@ class CodecConfig(BaseModel):
 
 
 class Codec(Protocol):
-    """A torch module made of its config alone."""
+    """A torch module made of its config alone; its class names the config's as `Config`."""
 
-    Config: Any
     config: Any
 
-    def __init__(self, config: Any) -> None: ...
-
     def state_dict(self) -> dict[str, torch.Tensor]: ...
-
-    def load_state_dict(self, state_dict: dict[str, torch.Tensor]) -> Any: ...
 
 
 AnyConfig = TypeVar("AnyConfig", bound=CodecConfig)
@@ -82,13 +77,13 @@ def read_config(folder: Path, family: str) -> dict[str, Any]:
         raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain it") from error
 
 
-def load_codec(folder: Path, kinds: Mapping[str, type[Codec]], family: str) -> tuple[Any, str]:
+def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any, str]:
     """The codec on the CPU and its codec_id: the class that `kinds` has for the folder's `kind`.
 
     UserError if the folder is no codec of this family or is damaged.
     """
     values = read_config(folder, family)
-    kind = values.get("kind")
+    kind = str(values.get("kind"))
     if kind not in kinds:
         what = f"a codec of kind {kind!r} is no {family} codec"
         raise UserError(what, where=folder, remedy=f"name one of {' or '.join(kinds)}")

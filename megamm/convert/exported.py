@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from megamm.config import RunConfig
 from megamm.convert.hf import read_own
 from megamm.data.packing import pack
-from megamm.data.run_data import load_modalities, positions_of, vocabulary_of
+from megamm.data.run_data import forms_of, load_modalities, vocabulary_of
 from megamm.data.sample import Document, Row
 from megamm.errors import UserError
 from megamm.modalities.base import Modality
@@ -62,7 +62,7 @@ class Exported:
 
     def row(self, document: Document, length: int) -> Row:
         """One document as in training, padded to `length` tokens."""
-        return pack([document], self.vocabulary, length, positions_of(self.modalities))
+        return pack([document], self.vocabulary, length, forms_of(self.modalities))
 
 
 def open_export(folder: Path, device: torch.device) -> Exported:

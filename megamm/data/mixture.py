@@ -36,12 +36,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Window:
-    """The documents of one window in order, `[WINDOW]` each: which sample, its source's epoch, order of parts."""
+    """The documents of one window in order, `[WINDOW]` each: which sample, its source's epoch, which turn of it.
+
+    turn: a random number of the sample's own plus the epoch, >= 0; it decides which parts come in which order.
+    """
 
     source: IntArray
     sample: IntArray
     epoch: IntArray
-    reversed: npt.NDArray[np.bool_]
+    turn: IntArray
 
 
 class Mixture:
@@ -73,7 +76,7 @@ class Mixture:
 
     def window(self, w: int) -> Window:
         """The w-th window of WINDOW documents."""
-        source, sample, epoch, flipped = [], [], [], []
+        source, sample, epoch, turn = [], [], [], []
         quotas = zip(self.counts(w * WINDOW), self.counts((w + 1) * WINDOW), strict=True)
         for index, (start, stop) in enumerate(quotas):
             n = self.sources[index].documents
@@ -81,14 +84,14 @@ class Mixture:
             samples = np.empty_like(places)
             for e in np.unique(epochs).tolist():  # a window may cross the epochs of a small source
                 samples[epochs == e] = permute(places[epochs == e], n, self._key(index, f"epoch {e}"))
-            # Drawn once a sample, then flipped every epoch: both orders of every sample are seen.
-            first = _hash(samples.astype(np.uint64) ^ self._key(index, "reversed")).astype(np.int64) & 1
+            # Drawn once a sample, then counted up every epoch: all orders of every sample are seen.
+            first = _hash(samples.astype(np.uint64) ^ self._key(index, "turn")).astype(np.int64) & 0x7FFFFFFF
             source.append(np.full(stop - start, index, dtype=np.int64))
             sample.append(samples)
             epoch.append(epochs)
-            flipped.append((first ^ (epochs & 1)).astype(np.bool_))
+            turn.append(first + epochs)
         order = permute(np.arange(WINDOW), WINDOW, _key(f"{self.seed}/window {w}"))
-        return Window(*(np.concatenate(column)[order] for column in (source, sample, epoch, flipped)))
+        return Window(*(np.concatenate(column)[order] for column in (source, sample, epoch, turn)))
 
     def _key(self, index: int, purpose: str) -> np.uint64:
         return _key(f"{self.seed}/{self.sources[index].name}/{purpose}")

@@ -10,6 +10,7 @@ Lengths are in tokens; the arrays of a row are described in `sample.Row`.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,13 +27,22 @@ _EXACT = 3
 _CANDIDATES = 32
 """Of how many lengths they are chosen, about, where there are more."""
 
-Positions = Mapping[str, Callable[[int], IntArray]]
-"""Modality name -> its `Modality.positions`: length T to `[3, T]`."""
+
+@dataclass(frozen=True)
+class Form:
+    """A modality's parts: `Modality.positions` (length T to `[3, T]`), and whether all parts are equally long."""
+
+    positions: Callable[[int], IntArray]
+    has_fixed_length: bool
 
 
-def document_length(parts: Mapping[str, int]) -> int:
-    """Tokens of a document in a row, marks included, from modality -> tokens of its part."""
-    return DOCUMENT_MARKS + sum(length + (0 if name == "text" else MEDIA_MARKS) for name, length in parts.items())
+Forms = Mapping[str, Form]
+"""By modality name."""
+
+
+def document_length(*parts: tuple[str, int]) -> int:
+    """Tokens of a document in a row, marks included, from (modality, tokens) of its parts."""
+    return DOCUMENT_MARKS + sum(length + (0 if name == "text" else MEDIA_MARKS) for name, length in parts)
 
 
 def plan_rows(lengths: IntArray, row_length: int) -> list[list[int]]:
@@ -99,19 +109,9 @@ def _best_sum(candidates: list[int], waiting: Mapping[int, list[int]], taken: li
     return chosen
 
 
-def split_text(document: Document, row_length: int) -> list[Document]:
-    """A document without media, cut into documents of at most one row; others are returned whole."""
-    if any(part.modality != "text" for part in document.parts):
-        return [document]
-    ids = np.concatenate([part.ids for part in document.parts])
-    room = row_length - DOCUMENT_MARKS
-    starts = range(0, max(1, ids.size), room)
-    return [Document(document.key, (Part("text", ids[start : start + room]),)) for start in starts]
-
-
-def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, positions: Positions) -> Row:
+def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, forms: Forms) -> Row:
     """One row `[S = row_length]` of documents that fit into it. UserError if an id is outside its codec's range."""
-    rendered = [_render(document, vocabulary, positions) for document in documents]
+    rendered = [_render(document, vocabulary, forms) for document in documents]
     used = sum(ids.size for ids, _, _ in rendered)
     assert used <= row_length, "plan_rows puts no more into a row than fits"
     row = Row(
@@ -135,7 +135,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, pos
     return row
 
 
-def _render(document: Document, vocabulary: Vocabulary, positions: Positions) -> tuple[IntArray, IntArray, IntArray]:
+def _render(document: Document, vocabulary: Vocabulary, forms: Forms) -> tuple[IntArray, IntArray, IntArray]:
     """Ids `[T]`, positions `[3, T]` and each token's modality `[T]` (as a label; -1 for one that is certain)."""
     pieces = [(np.array([vocabulary.document_start]), np.zeros((3, 1), dtype=np.int64), 0)]
     at = 1
@@ -151,10 +151,11 @@ def _render(document: Document, vocabulary: Vocabulary, positions: Positions) ->
         modality = vocabulary.modalities.index(part.modality)
         if part.modality != "text":
             add(np.array([vocabulary.begin(part.modality)]), one, 0)
-        add(ids, positions[part.modality](ids.size), modality)
+        form = forms[part.modality]
+        add(ids, form.positions(ids.size), modality)
         if part.modality != "text":
-            # The length of a media part is known, so its end mark is certain: nothing to learn.
-            add(np.array([vocabulary.end(part.modality)]), one, -1)
+            # Where the length is known, the end mark is certain: nothing to learn.
+            add(np.array([vocabulary.end(part.modality)]), one, -1 if form.has_fixed_length else modality)
     add(np.array([vocabulary.document_end]), one, 0)
     modalities = np.repeat([m for _, _, m in pieces], [ids.size for ids, _, _ in pieces])
     return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces], axis=1), modalities

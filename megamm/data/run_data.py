@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from megamm.config import RunConfig
-from megamm.data.loader import RowStream, SampleSet, heldout_documents
 from megamm.data.mixture import Mixture, Source
-from megamm.data.packing import Positions, pack, plan_rows
-from megamm.data.sample import Batch, Row
+from megamm.data.packing import Form, Forms, document_length, pack, plan_rows
+from megamm.data.row_stream import RowStream
+from megamm.data.sample import Batch, Document, Row
+from megamm.data.sample_set import SampleSet
 from megamm.errors import UserError
-from megamm.modalities import REGISTRY
+from megamm.modalities import REGISTRY, families
 from megamm.modalities.base import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
@@ -37,7 +38,7 @@ class RunData:
         """This data rank's microbatches of every evaluation step; the same rows at every layout, each once."""
         # A pipeline is filled by as many microbatches as it has stages.
         micro, microbatches = config.train.micro_batch, config.parallel.pipeline
-        empty = pack([], self.vocabulary, config.data.seq_length, positions_of(self.modalities))
+        empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities))
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
             parts = [self.heldout_rows[start : start + micro] for start in starts]
@@ -46,13 +47,11 @@ class RunData:
 
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
-    """Codec of each configured modality on `device`, text first. UserError for a name that is not in the registry."""
-    for name in tokenizers:
-        if name not in REGISTRY:
-            raise UserError(
-                f"tokenizers.{name}: no such modality", remedy=f"the modalities are {', '.join(sorted(REGISTRY))}"
-            )
-    return {name: REGISTRY[name].load(tokenizers[name], device) for name in REGISTRY if name in tokenizers}
+    """The modalities of the configured codecs, on `device`, in the registry's order. UserError for an unknown codec."""
+    for family in tokenizers:
+        if family not in families():
+            raise UserError(f"tokenizers.{family}: no such codec", remedy=f"the codecs are {', '.join(families())}")
+    return {name: m.load(tokenizers[m.family], device) for name, m in REGISTRY.items() if m.family in tokenizers}
 
 
 def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:
@@ -60,8 +59,9 @@ def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:
     return Vocabulary.of({name: (m.vocabulary_size, m.codec_id) for name, m in modalities.items()})
 
 
-def positions_of(modalities: dict[str, Modality]) -> Positions:
-    return {name: modality.positions for name, modality in modalities.items()}
+def forms_of(modalities: dict[str, Modality]) -> Forms:
+    """What packing has to know of each modality's parts."""
+    return {name: Form(m.positions, m.tokens_per_item is not None) for name, m in modalities.items()}
 
 
 def source_names(paths: list[Path]) -> list[str]:
@@ -75,37 +75,39 @@ def source_names(paths: list[Path]) -> list[str]:
 
 def open_run_data(config: RunConfig) -> RunData:
     """Open codecs and shards of the config. UserError names what is missing, damaged or does not fit."""
-    for name in config.loss_weights:
-        if name not in config.tokenizers:
-            raise UserError(f"loss_weights.{name} has no tokenizer", remedy="name modalities of `tokenizers`")
     modalities = load_modalities(config.tokenizers)
-    vocabulary, positions = vocabulary_of(modalities), positions_of(modalities)
+    for name in config.loss_weights:
+        if name not in modalities:
+            raise UserError(
+                f"loss_weights.{name} has no tokenizer", remedy=f"the modalities are {', '.join(modalities)}"
+            )
+    vocabulary, forms = vocabulary_of(modalities), forms_of(modalities)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
-    sets = [SampleSet(source.path / "train", codec_ids) for source in config.data.sources]
+    sets = [SampleSet(source.path / "train", codec_ids, source.documents) for source in config.data.sources]
     names = source_names([source.path for source in config.data.sources])
     sources = [
         Source(name, source.weight, len(samples))
         for name, source, samples in zip(names, config.data.sources, sets, strict=True)
     ]
     mixture = Mixture(sources, config.train.seed)
-    stream = RowStream(sets, mixture, vocabulary, config.data.seq_length, positions)
-    heldout = [SampleSet(source.path / "heldout", codec_ids) for source in config.data.sources]
-    return RunData(vocabulary, modalities, stream, _heldout_rows(heldout, vocabulary, config, positions))
+    stream = RowStream(sets, mixture, vocabulary, config.data.seq_length, forms)
+    heldout = [SampleSet(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
+    return RunData(vocabulary, modalities, stream, _heldout_rows(heldout, vocabulary, config, forms))
 
 
-def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, positions: Positions) -> list[Row]:
+def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
     """Rows of the first held-out documents of all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
-    turns = [heldout_documents(samples) for samples in sets]
-    documents, tokens = [], 0
-    while turns and tokens < HELDOUT_ROWS * length:
+    turns = [(d for i in np.flatnonzero(s.needed <= length).tolist() for d in s.documents(i, length)) for s in sets]
+    documents: list[Document] = []
+    sizes: list[int] = []
+    while turns and sum(sizes) < HELDOUT_ROWS * length:
         for turn in list(turns):
             document = next(turn, None)
             if document is None:
                 turns.remove(turn)
             else:
-                one = pack([document], vocabulary, length, positions)
-                documents.append((document, int((one.segment >= 0).sum())))
-                tokens += documents[-1][1]
-    rows = plan_rows(np.array([size for _, size in documents], dtype=np.int64), length)
-    return [pack([documents[i][0] for i in row], vocabulary, length, positions) for row in rows[:HELDOUT_ROWS]]
+                documents.append(document)
+                sizes.append(document_length(*document.sizes))
+    rows = plan_rows(np.array(sizes, dtype=np.int64), length)
+    return [pack([documents[i] for i in row], vocabulary, length, forms) for row in rows[:HELDOUT_ROWS]]

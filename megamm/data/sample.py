@@ -39,6 +39,11 @@ class Document:
     key: str
     parts: tuple[Part, ...]
 
+    @property
+    def sizes(self) -> list[tuple[str, int]]:
+        """(modality, tokens) of each part, without marks."""
+        return [(part.modality, part.ids.size) for part in self.parts]
+
 
 @dataclass(frozen=True)
 class Row:

@@ -7,7 +7,8 @@ them (see `shards`), offsets and sizes in bytes.
 import tarfile
 from pathlib import Path
 
-from megamm.data.shards import KEY, Member, check_tar_end, tokens_from_bytes, write_counts
+from megamm.data.shards import EXTENSION, KEY, Member, check_tar_end, write_counts
+from megamm.data.tokens import tokens_from_bytes
 from megamm.errors import UserError
 
 
@@ -18,10 +19,11 @@ def index_tar(tar: Path) -> list[Member]:
         with tarfile.open(tar, "r:") as file:
             for info in file:
                 key, _, ext = info.name.partition(".")
-                if not info.isreg() or not KEY.fullmatch(key) or not ext:
-                    raise UserError(f"{info.name!r} is not `<key>.<ext>`", where=tar, remedy="repack the tar")
+                if not info.isreg() or not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
+                    what = f"{info.name!r} is neither `<key>.<ext>` nor `<key>.<number>.<ext>`"
+                    raise UserError(what, where=tar, remedy="repack the tar")
                 tokens = None
-                if ext == "npy":
+                if ext.endswith("npy"):
                     tokens = tokens_from_bytes(_read_exactly(file, info)).size
                 members.append(Member(key, ext, info.offset_data, info.size, tokens))
     except (tarfile.TarError, OSError, ValueError) as error:

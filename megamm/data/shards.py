@@ -3,10 +3,11 @@
     SHARDS/<source>/<train|heldout>/<modality>/000000.tar, 000000.jsonl, 000001.tar, ...
     SHARDS/<source>/<train|heldout>/<modality>.tokens-<codec_id>/000000.tar, 000000.jsonl, ...
 
-A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the same order. An index has one
-JSON line a member: {"key", "ext", "offset", "size"}: offset and size (bytes) of the member's data in the tar;
-token caches add "tokens" (length). `shards.json` says how many shards there are. Token ids are `.npy` arrays
-`[T]`, uint16 or uint32.
+A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the same order. A document of several
+parts in a fixed order (a page with pictures) has members `<key>.<number>.<ext>`: parts 0, 1, 2 ... over all
+folders, in reading order. An index has one JSON line a member: {"key", "ext", "offset", "size"}: ext with the
+number, offset and size (bytes) of the member's data in the tar; token caches add "tokens" (length). `shards.json`
+says how many shards there are.
 Format: WebDataset (Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning"), plain ustar/GNU tar.
 """
 
@@ -32,33 +33,30 @@ BLOCK = 512
 """Bytes of a tar block: a header is one, data is padded to whole ones, two zero blocks end the file."""
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 """A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
-
-
-def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
-    """Token ids `[T]` in [0, vocabulary_size) as `.npy` bytes, uint16 if they fit, else uint32."""
-    assert ids.ndim == 1 and (ids.size == 0 or 0 <= ids.min() <= ids.max() < vocabulary_size), "token id out of range"
-    file = io.BytesIO()
-    np.save(file, ids.astype(np.uint16 if vocabulary_size <= 2**16 else np.uint32), allow_pickle=False)
-    return file.getvalue()
-
-
-def tokens_from_bytes(data: bytes) -> IntArray:
-    """The inverse of tokens_to_bytes: int64 `[T]`. ValueError if the bytes are no such array."""
-    ids = np.load(io.BytesIO(data), allow_pickle=False)
-    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-        raise ValueError(f"not token ids: {ids.dtype} {list(ids.shape)}")
-    return ids.astype(np.int64)
+EXTENSION = re.compile(r"(?:(\d{1,6})\.)?([A-Za-z0-9]{1,8})")
+"""What follows the key: the part's number, if the sample's parts have an order, and the file's ending."""
+UNNUMBERED = -1
+"""Part number of a member without one."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tar member: its key and extension, where its data lies (bytes), and its length in tokens if it has one."""
+    """One tar member: its key and extension ("png", or "3.png" as part 3 of a document), where its data lies (bytes),
+
+    and its length in tokens if it has one.
+    """
 
     key: str
     ext: str
     offset: int
     size: int
     tokens: int | None = None
+
+    @property
+    def part(self) -> int:
+        """Number of the part, UNNUMBERED if it has none."""
+        number, _, _ = self.ext.rpartition(".")
+        return int(number) if number else UNNUMBERED
 
     def to_line(self) -> str:
         entry = {name: value for name, value in self.__dict__.items() if value is not None}
@@ -77,7 +75,7 @@ class ShardWriter:
         self.folder, self.samples_per_shard = folder, samples_per_shard
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.count = 0
-        self._keys: set[str] = set()
+        self._names: set[tuple[str, int]] = set()
         self._members: list[Member] = []
         self._tar: tarfile.TarFile | None = None
 
@@ -89,11 +87,12 @@ class ShardWriter:
         return self
 
     def add(self, key: str, ext: str, data: bytes, tokens: int | None = None) -> None:
-        """Append one member `<key>.<ext>`; tokens is its length in a token cache."""
-        if not KEY.fullmatch(key):
-            remedy = "use 1 to 80 letters, digits, `_` or `-`"
-            raise UserError(f"unfit sample key {key[:100]!r}", where=self.folder, remedy=remedy)
-        if key in self._keys:
+        """Append one member `<key>.<ext>`, ext with the part's number if it has one; tokens is a cache's length."""
+        if not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
+            remedy = "use 1 to 80 letters, digits, `_` or `-`, and an ending like png or 3.png"
+            raise UserError(f"unfit sample name {f'{key}.{ext}'[:100]!r}", where=self.folder, remedy=remedy)
+        name = (key, Member(key, ext, 0, 0).part)
+        if name in self._names:
             raise UserError(f"sample key {key!r} occurs twice", where=self.folder, remedy="make the keys unique")
         with _disk_errors(self.folder):
             if len(self._members) == self.samples_per_shard:
@@ -104,7 +103,7 @@ class ShardWriter:
             info.size = len(data)
             offset = self._tar.offset + BLOCK
             self._tar.addfile(info, io.BytesIO(data))
-        self._keys.add(key)
+        self._names.add(name)
         self._members.append(Member(key, ext, offset, len(data), tokens))
         self.count += 1
 
@@ -172,25 +171,31 @@ class ShardFolder:
         self._tars = _numbered_tars(folder)
         self.keys: list[str] = []
         self.extensions: list[str] = []
-        shard, offset, size, tokens = [], [], [], []
+        """Ending of each member without the part's number."""
+        self._names: list[str] = []
+        part, shard, offset, size, tokens = [], [], [], [], []
         for number, tar in enumerate(self._tars):
             members = _read_index(tar)
             check_tar_end(tar, members[-1].offset + members[-1].size if members else 0)
             self.keys += [m.key for m in members]
-            self.extensions += [m.ext for m in members]
+            self.extensions += [m.ext.rpartition(".")[2] for m in members]
+            self._names += [f"{m.key}.{m.ext}" for m in members]
+            part += [m.part for m in members]
             shard += [number] * len(members)
             offset += [m.offset for m in members]
             size += [m.size for m in members]
             tokens += [-1 if m.tokens is None else m.tokens for m in members]
         self._shard, self._offset, self._size = (np.array(column, dtype=np.int64) for column in (shard, offset, size))
+        self.parts: IntArray = np.array(part, dtype=np.int64)
+        """Number of each member's part `[members]`, UNNUMBERED where it has none."""
         lengths = np.array(tokens, dtype=np.int64)
         self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
         """Length in tokens of each member `[members]`; None if this is no token cache."""
         self._files: dict[int, int] = {}
         for first in np.unique(self._shard, return_index=True)[1].tolist():
             self.read(first)
-        if len(set(self.keys)) < len(self.keys):
-            remedy = "keep one modality a folder: one member a sample"
+        if len(set(zip(self.keys, part, strict=True))) < len(self.keys):
+            remedy = "keep one modality a folder: one member a sample, or numbered parts"
             raise UserError("a key has more than one member", where=folder, remedy=remedy)
 
     def __len__(self) -> int:
@@ -202,7 +207,7 @@ class ShardFolder:
         if number not in self._files:
             self._files[number] = os.open(self._tars[number], os.O_RDONLY)
         block = os.pread(self._files[number], BLOCK + size, offset - BLOCK)
-        name = f"{self.keys[i]}.{self.extensions[i]}"
+        name = self._names[i]
         try:
             header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
         except (tarfile.HeaderError, ValueError):

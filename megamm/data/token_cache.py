@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from megamm.data.shards import ShardFolder, ShardWriter, tokens_to_bytes
+from megamm.data.shards import UNNUMBERED, ShardFolder, ShardWriter
+from megamm.data.tokens import tokens_to_bytes
 from megamm.errors import UserError
-from megamm.modalities import REGISTRY
+from megamm.modalities import REGISTRY, families
 from megamm.modalities.base import Modality, UnreadableMedia
 
 logger = logging.getLogger(__name__)
@@ -41,31 +42,35 @@ def cache_name(modality: Modality) -> str:
 
 
 def load_codecs(codecs: list[str], device: torch.device) -> list[Modality]:
-    """From `modality=FOLDER` each. UserError if one has another form, an unknown modality or no codec."""
+    """From `family=FOLDER` each: all modalities of these families. UserError if one has another form or no codec."""
     loaded = []
     for codec in codecs:
-        name, separator, folder = codec.partition("=")
-        if not separator or name not in REGISTRY:
-            remedy = f"write modality=FOLDER, with a modality of {', '.join(REGISTRY)}"
+        family, separator, folder = codec.partition("=")
+        if not separator or family not in families():
+            remedy = f"write NAME=FOLDER, with a name of {', '.join(families())}"
             raise UserError(f"unknown codec {codec!r}", remedy=remedy)
-        loaded.append(REGISTRY[name].load(Path(folder), device))
+        loaded += [m.load(Path(folder), device) for m in REGISTRY.values() if m.family == family]
     return loaded
 
 
 def tokenize(sources: list[Path], modalities: list[Modality]) -> list[Cache]:
     """Make the caches of every split of every source that has the modality.
 
-    UserError if a modality is in no source, a sample cannot be read, or an existing cache holds other samples.
+    UserError if a codec has nothing to do, a sample cannot be read, or an existing cache holds other samples.
     """
-    caches = []
-    for modality in modalities:
-        media = [s / split / modality.name for s in sources for split in SPLITS if (s / split / modality.name).is_dir()]
-        if not media:
+    media = [
+        (s / split / modality.name, modality)
+        for modality in modalities
+        for s in sources
+        for split in SPLITS
+        if (s / split / modality.name).is_dir()
+    ]
+    for family in dict.fromkeys(modality.family for modality in modalities):
+        if not any(modality.family == family for _, modality in media):
             where = ", ".join(map(str, sources)) or None
             remedy = "name source folders made by `megamm data build` (SHARDS/<source>), or leave that --codec out"
-            raise UserError(f"no {modality.name} shards", where=where, remedy=remedy)
-        caches += [_tokenize_folder(folder, modality) for folder in media]
-    return caches
+            raise UserError(f"no {family} shards", where=where, remedy=remedy)
+    return [_tokenize_folder(folder, modality) for folder, modality in media]
 
 
 def _tokenize_folder(media: Path, modality: Modality) -> Cache:
@@ -79,7 +84,8 @@ def _tokenize_folder(media: Path, modality: Modality) -> Cache:
             ids = modality.encode(list(_read_media(shards, numbers, modality)))
             for i, ids_T in zip(numbers, ids, strict=True):
                 data = tokens_to_bytes(ids_T, modality.vocabulary_size)
-                writer.add(shards.keys[i], "npy", data, tokens=len(ids_T))
+                number = "" if shards.parts[i] == UNNUMBERED else f"{shards.parts[i]}."
+                writer.add(shards.keys[i], f"{number}npy", data, tokens=len(ids_T))
                 total += len(ids_T)
     logger.info("%s: %d samples, %d tokens", target, len(shards), total)
     return Cache(target, len(shards), total, kept=False)
@@ -96,7 +102,8 @@ def _read_media(shards: ShardFolder, numbers: range, modality: Modality) -> Iter
 
 def _kept(target: Path, shards: ShardFolder) -> Cache:
     cache = ShardFolder(target)
-    if cache.keys != shards.keys or (cache.tokens is None and len(cache)):
+    is_whole = cache.keys == shards.keys and cache.parts.tolist() == shards.parts.tolist()
+    if not is_whole or (cache.tokens is None and len(cache)):
         what = f"the token cache does not hold the samples of {shards.folder.name}/"
         raise UserError(what, where=target, remedy="delete the cache and run `megamm data tokenize` again")
     tokens = 0 if cache.tokens is None else int(cache.tokens.sum())

@@ -4,7 +4,13 @@ from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
 
+# The order of the lines is part of the vocabulary's format: append only.
 REGISTRY: dict[str, type[Modality]] = {
     "text": TextModality,
     "image": ImageModality,
 }
+
+
+def families() -> list[str]:
+    """The codecs there are: what a run's `tokenizers` and `--codec` name."""
+    return list(dict.fromkeys(modality.family for modality in REGISTRY.values()))

@@ -25,6 +25,8 @@ class Modality(Protocol):
 
     name: ClassVar[str]
     """Folder of the media in a shard set, and the modality's name everywhere: "text", "image"."""
+    family: ClassVar[str]
+    """Which codec it uses: "text", "visual", "audio", "points". Modalities of one family share its folder and ids."""
     extensions: ClassVar[tuple[str, ...]]
     """File endings inside its shards, without dot; the first is the one `write_media` makes."""
 
@@ -33,7 +35,9 @@ class Modality(Protocol):
     codec_id: str
     """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
     tokens_per_item: int | None
-    """Tokens of every item of the loaded codec; None where the length varies (text)."""
+    """Tokens of every item of the loaded codec; None where the length varies (text, audio, video)."""
+    stride: int
+    """The length of every part is a multiple of it: 1 for text, the tokens of a latent frame for video."""
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "Modality":
@@ -41,8 +45,11 @@ class Modality(Protocol):
         ...
 
     @staticmethod
-    def check_media(data: bytes, extension: str) -> None:
-        """Decode fully, without a codec; UnreadableMedia if it cannot be used for training."""
+    def check_media(data: bytes, extension: str) -> str:
+        """Decode fully, without a codec; returns the SHA-256 (hex) of what it decodes to, which tells duplicates.
+
+        UnreadableMedia if it cannot be used for training.
+        """
         ...
 
     def read_media(self, data: bytes, extension: str) -> Any:
@@ -63,6 +70,10 @@ class Modality(Protocol):
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: (t, h, w) of each token, from 0; for text all three count up together."""
+        ...
+
+    def choices(self, place: int) -> range:
+        """The ids that can stand at this place of a part (of a residual codec: those of its level)."""
         ...
 
 

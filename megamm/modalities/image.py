@@ -4,6 +4,7 @@ Every image becomes a square of the codec's size: EXIF rotation applied, transpa
 with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped or stretched.
 """
 
+import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ class ImageModality:
     """The image modality; build it with `ImageModality.load(folder)`."""
 
     name: ClassVar[str] = "image"
+    family: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
 
     def __init__(self, codec: ImageCodec, codec_id: str, device: torch.device) -> None:
@@ -38,6 +40,7 @@ class ImageModality:
         self.device = device
         self.vocabulary_size = codec.config.codebook_size
         self.tokens_per_item: int | None = codec.config.grid_size**2
+        self.stride = codec.config.grid_size**2
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":
@@ -46,9 +49,10 @@ class ImageModality:
         return cls(module, codec_id, device)
 
     @staticmethod
-    def check_media(data: bytes, extension: str) -> None:
-        """Decode every pixel; UnreadableMedia if broken, of another format than its extension, or too large."""
-        _decode(data, extension)
+    def check_media(data: bytes, extension: str) -> str:
+        """Digest of size and pixels; UnreadableMedia if broken, of another format than its extension, or too large."""
+        image = _decode(data, extension)
+        return hashlib.sha256(repr(image.size).encode() + image.convert("RGBA").tobytes()).hexdigest()
 
     def read_media(self, data: bytes, extension: str) -> PixelArray:
         """Image bytes to uint8 `[Y, X, 3]`, Y = X = the codec's image_size."""
@@ -76,6 +80,10 @@ class ImageModality:
         """`[3, length]`: t = 0, (h, w) row-major over the latent grid."""
         h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.config.grid_size)
         return np.stack([np.zeros_like(h), h, w])
+
+    def choices(self, place: int) -> range:
+        """Every id, everywhere."""
+        return range(self.vocabulary_size)
 
 
 def square_pixels(data: bytes, extension: str, size: int) -> PixelArray:

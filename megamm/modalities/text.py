@@ -26,6 +26,7 @@ class TextModality:
     """The text modality; build it with `TextModality.load(folder)`."""
 
     name: ClassVar[str] = "text"
+    family: ClassVar[str] = "text"
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
 
     def __init__(self, tokenizer: Tokenizer, codec_id: str) -> None:
@@ -35,6 +36,7 @@ class TextModality:
         self.tokenizer = tokenizer
         self.codec_id = codec_id
         self.tokens_per_item: int | None = None
+        self.stride = 1
         self.vocabulary_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -66,9 +68,9 @@ class TextModality:
         return cls(tokenizer, hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:12])
 
     @staticmethod
-    def check_media(data: bytes, extension: str) -> None:
-        """UTF-8 with at least one visible character and no NUL, or UnreadableMedia."""
-        TextModality.to_text(data)
+    def check_media(data: bytes, extension: str) -> str:
+        """UTF-8 with at least one visible character and no NUL, or UnreadableMedia; the text's digest."""
+        return hashlib.sha256(TextModality.to_text(data).encode()).hexdigest()
 
     def read_media(self, data: bytes, extension: str) -> str:
         """UTF-8 bytes to str. UnreadableMedia as in check_media."""
@@ -103,3 +105,7 @@ class TextModality:
     def positions(self, length: int) -> IntArray:
         """`[3, length]`, t = h = w = 0 .. length - 1."""
         return sequential_positions(length)
+
+    def choices(self, place: int) -> range:
+        """Every id, everywhere."""
+        return range(self.vocabulary_size)

@@ -1,30 +1,30 @@
-"""One vocabulary for all modalities: [text | control | image | ...], contiguous ranges.
+"""One vocabulary for all modalities: [text | control | visual | audio | points], contiguous ranges.
 
-The ranges are recorded in checkpoints and exports. CONTROL_SIZE slots are reserved so that a
-modality added later (its begin and end marks are control tokens) shifts no other id.
-Padding for tensor parallelism is not part of it: `padded_size` is a run-time figure.
+A range holds the ids of one codec; image and video share the visual one. The ranges are recorded in checkpoints and
+exports. CONTROL_SIZE slots are reserved so that a modality added later (its begin and end marks are control tokens)
+shifts no other id. Padding for tensor parallelism is not part of it: `padded_size` is a run-time figure.
 """
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from megamm.errors import UserError
+from megamm.modalities import REGISTRY
 
 CONTROL_SIZE = 32
 DOCUMENT_START, DOCUMENT_END, PADDING = 0, 1, 2
-"""Offsets in the control range; media modality number m (0 = image) begins with 3 + 2m and ends with 4 + 2m."""
-MEDIA_ORDER = ("image", "audio", "video", "points")
-"""Order of the media's marks. It is part of the format: append only."""
+"""Offsets in the control range; media number m of the registry (0 = image) begins with 3 + 2m and ends with 4 + 2m."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Ids [start, start + size) of one modality, made by the codec `codec_id` ("" for control)."""
+    """Ids [start, start + size) of the codec `codec_id`, for these modalities ("" and none for control)."""
 
     name: str
     start: int
     size: int
     codec_id: str = ""
+    modalities: tuple[str, ...] = ()
 
     @property
     def stop(self) -> int:
@@ -42,11 +42,15 @@ class Vocabulary:
         """From modality name -> (vocabulary_size, codec_id); "text" must be there."""
         if "text" not in codecs:
             raise UserError("no text tokenizer", remedy="name one under `tokenizers.text` in the config")
-        order = ["text", "control", *[name for name in MEDIA_ORDER if name in codecs]]
+        families: dict[str, list[str]] = {"text": [], "control": []}
+        for name in REGISTRY:
+            if name in codecs:
+                families.setdefault(REGISTRY[name].family, []).append(name)
         ranges, start = [], 0
-        for name in order:
-            size, codec_id = codecs.get(name, (CONTROL_SIZE, ""))
-            ranges.append(Range(name, start, size, codec_id))
+        for family, names in families.items():
+            size, codec_id = codecs[names[0]] if names else (CONTROL_SIZE, "")
+            assert all(codecs[name] == (size, codec_id) for name in names), "one family, one codec"
+            ranges.append(Range(family, start, size, codec_id, tuple(names)))
             start += size
         return cls(tuple(ranges))
 
@@ -56,15 +60,17 @@ class Vocabulary:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Modality names in id order, without control; their index is `Row.modality`."""
-        return tuple(r.name for r in self.ranges if r.name != "control")
+        """Modality names in the registry's order; their index is `Row.modality`."""
+        names = {name for part in self.ranges for name in part.modalities}
+        return tuple(name for name in REGISTRY if name in names)
 
     def __getitem__(self, name: str) -> Range:
-        return next(r for r in self.ranges if r.name == name)
+        """The range of a modality, or "control"."""
+        return next(r for r in self.ranges if name in r.modalities or (name == r.name == "control"))
 
     def begin(self, modality: str) -> int:
         """Id of the mark before a part of this media modality (text has none)."""
-        return self["control"].start + 3 + 2 * MEDIA_ORDER.index(modality)
+        return self["control"].start + 3 + 2 * _media().index(modality)
 
     def end(self, modality: str) -> int:
         """Id of the mark after a part of this media modality."""
@@ -91,13 +97,18 @@ class Vocabulary:
         """Name of a control token, as it appears in an exported tokenizer."""
         offset = token - self["control"].start
         named = {DOCUMENT_START: "document_start", DOCUMENT_END: "document_end", PADDING: "padding"}
-        for m, media in enumerate(MEDIA_ORDER):
+        for m, media in enumerate(_media()):
             named[3 + 2 * m], named[4 + 2 * m] = f"{media}_start", f"{media}_end"
         return f"<|{named.get(offset, f'reserved_{offset}')}|>"
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [asdict(r) for r in self.ranges]
+        return [asdict(r) | {"modalities": list(r.modalities)} for r in self.ranges]
 
     @classmethod
     def from_json(cls, data: list[dict[str, Any]]) -> "Vocabulary":
-        return cls(tuple(Range(**r) for r in data))
+        return cls(tuple(Range(**r | {"modalities": tuple(r["modalities"])}) for r in data))
+
+
+def _media() -> list[str]:
+    """The modalities with marks. The registry's order is part of the format: append only."""
+    return [name for name in REGISTRY if name != "text"]

@@ -1,0 +1,108 @@
+"""Documents of a split: every order and every pair of a sample's parts, interleaved documents, and their cuts."""
+
+from collections import Counter
+from itertools import permutations
+
+import numpy as np
+import pytest
+
+from megamm.data.packing import document_length
+from megamm.data.sample_set import SampleSet, piece_length, selection, selections
+from megamm.data.shards import ShardWriter
+from megamm.data.tokens import tokens_to_bytes
+from megamm.errors import UserError
+
+CODECS = {"text": "t", "image": "i", "audio": "a"}
+
+
+def write(split, members):
+    """Token caches of (modality, key, part number or None, ids)."""
+    for modality, codec in CODECS.items():
+        with ShardWriter(split / f"{modality}.tokens-{codec}", samples_per_shard=3) as writer:
+            for name, key, number, ids in members:
+                if name == modality:
+                    ext = "npy" if number is None else f"{number}.npy"
+                    writer.add(key, ext, tokens_to_bytes(np.array(ids), 1000), tokens=len(ids))
+    return split
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+def test_turns_go_through_every_order_and_every_ordered_pair(parts):
+    orders = [tuple(selection(parts, turn, "whole")) for turn in range(selections(parts, "whole"))]
+    assert sorted(orders) == sorted(permutations(range(parts))) and orders[0] == tuple(range(parts))
+    pairs = [tuple(selection(parts, turn, "pairs")) for turn in range(selections(parts, "pairs"))]
+    assert sorted(pairs) == sorted(permutations(range(parts), min(parts, 2)))
+    for kind, all_of_them in (("whole", orders), ("pairs", pairs)):
+        turns = [tuple(selection(parts, turn, kind)) for turn in range(7, 7 + 3 * len(all_of_them))]
+        assert set(Counter(turns).values()) == {3}  # any stretch of turns is fair
+
+
+def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
+    members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
+    split = write(tmp_path / "train", members)
+    whole, pairs = SampleSet(split, CODECS), SampleSet(split, CODECS, "pairs")
+    documents = [whole.read(0, whole.pieces(0, turn, 64)[0]) for turn in range(6)]
+    assert {tuple(p.modality for p in d.parts) for d in documents} == set(permutations(CODECS))
+    for document in documents:
+        assert {p.modality: p.ids.tolist() for p in document.parts} == {
+            "text": [1],
+            "image": [2, 3],
+            "audio": [4, 5, 6],
+        }
+        assert document_length(*document.sizes) == whole.needed[0] == 2 + 6 + 4
+    twos = [pairs.read(0, pairs.pieces(0, turn, 64)[0]) for turn in range(6)]
+    assert {tuple(p.modality for p in d.parts) for d in twos} == set(permutations(CODECS, 2))
+    assert pairs.needed[0] == 2 + 5 + 4  # image and audio, the longest two
+
+
+def page(key, parts):
+    return [(modality, key, number, ids) for number, (modality, ids) in enumerate(parts)]
+
+
+def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
+    rng = np.random.default_rng(0)
+    parts = [
+        (name, rng.integers(0, 1000, size).tolist())
+        for name, size in (
+            ("text", 50),
+            ("image", 9),
+            ("text", 3),
+            ("image", 9),
+            ("image", 9),
+            ("audio", 20),
+            ("text", 7),
+        )
+    ]
+    sample_set = SampleSet(write(tmp_path / "train", page("p", parts) + page("q", parts[:2])), CODECS)
+    assert sample_set.keys == ["p", "q"] and sample_set.needed.tolist() == [24, 13]
+    for turn in (0, 1, 5):
+        pieces = sample_set.pieces(0, turn, 32)
+        assert max(map(piece_length, pieces)) <= 32
+        read = [sample_set.read(0, piece) for piece in pieces]
+        assert [piece_length(p) for p in pieces] == [document_length(*d.sizes) for d in read]
+        joined: list = []
+        for part in (part for d in read for part in d.parts):  # cut texts put together again
+            if joined and joined[-1][0] == part.modality == "text":
+                joined[-1][1].extend(part.ids.tolist())
+            else:
+                joined.append((part.modality, part.ids.tolist()))
+        assert joined == parts
+    assert [d.parts[0].modality for d in sample_set.documents(1, 64)] == ["text"]  # one order, so once
+
+
+def test_text_alone_is_cut_to_rows_and_a_pair_never(tmp_path):
+    ids = list(range(95))
+    sample_set = SampleSet(write(tmp_path / "train", [("text", "t", None, ids)]), CODECS)
+    pieces = sample_set.pieces(0, 0, 32)
+    assert [p[0].stop - p[0].start for p in pieces] == [30, 30, 30, 5] and sample_set.needed[0] == 3
+    assert [i for p in pieces for i in sample_set.read(0, p).parts[0].ids.tolist()] == ids
+    pair = SampleSet(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
+    with pytest.raises(UserError, match="'t' has 108 tokens, a row 32.*seq_length to at least 108"):
+        pair.pieces(0, 0, 32)
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (None, 0)])
+def test_parts_with_a_gap_are_refused(tmp_path, numbers):
+    members = [("text", "p", numbers[0], [1]), ("image", "p", numbers[1], [2])]
+    with pytest.raises(UserError, match="not numbered 0, 1, 2"):
+        SampleSet(write(tmp_path / "train", members), CODECS)
