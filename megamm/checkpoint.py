@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megamm.errors import UserError
-from megamm.model.vocabulary import Vocabulary
+from megamm.model.vocabulary import Range, Vocabulary
 
 log = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -187,12 +188,10 @@ def check_same_model(folder: Path, state: RunState, vocabulary: Vocabulary, mode
     """Refuse a checkpoint of another vocabulary or another architecture, naming the first difference."""
     theirs = Vocabulary.from_json(state.vocabulary)
     if theirs != vocabulary:
-        for ours, other in zip(vocabulary.ranges, theirs.ranges, strict=False):
-            if ours != other:
-                break
+        both = zip_longest(theirs.ranges, vocabulary.ranges)
+        other, ours = next((a, b) for a, b in both if a != b)
         raise UserError(
-            f"the checkpoint has another vocabulary: its {other.name} is {other.size} ids of codec "
-            f"{other.codec_id or '-'}, the config's {ours.name} is {ours.size} of {ours.codec_id or '-'}",
+            f"the checkpoint has another vocabulary: {_described(other)}, the config's is {_described(ours)}",
             where=folder,
             remedy="use the tokenizers it was trained with, or another `output`",
             on_all_ranks=True,
@@ -205,6 +204,10 @@ def check_same_model(folder: Path, state: RunState, vocabulary: Vocabulary, mode
                 remedy="resume with the checkpoint's model, or choose another `output`",
                 on_all_ranks=True,
             )
+
+
+def _described(part: Range | None) -> str:
+    return f"{part.name} of {part.size} ids of codec {part.codec_id or '-'}" if part else "shorter"
 
 
 def read_rng(folder: Path, rank: int) -> dict[str, torch.Tensor]:

@@ -103,14 +103,14 @@ def test_resume_after_damage_sets_the_damaged_one_aside(data, run, trained):
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"tokenizers": {"image": None}}, "another vocabulary"),
+        ({"tokenizers": {"visual": None}}, "another vocabulary"),
         ({"model": {"num_layers": 4}}, "model.num_layers = 2, the config 4"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(data, run, sections, message, tmp_path):
     config = write_config(data, run, train=TRAIN | {"stop_after": 8}, **sections)
     if "tokenizers" in sections:
-        text_only = config.read_text().replace("  image: null\n", "")
+        text_only = config.read_text().replace("  visual: null\n", "")
         config.write_text(text_only)
     done = megamm("train", config)
     assert done.returncode == 2, done.stderr

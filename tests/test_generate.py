@@ -161,9 +161,9 @@ def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
         (["--prompt", "a", "--to", "image", "--out", "taken.png"], "the output exists"),
         (["--from", "gone.png", "--to", "text"], "cannot read: No such file"),
         (["--from", "broken.png", "--to", "text"], "unusable image: not a PNG"),
-        (["--from", "a.gif", "--to", "text"], "not a file of image"),
-        (["--to", "text"], "either --prompt or --image"),
-        (["--prompt", "a", "--from", "broken.png", "--to", "text"], "either --prompt or --image"),
+        (["--from", "a.gif", "--to", "text"], "no modality reads .gif files"),
+        (["--to", "text"], "give --prompt, or --from"),
+        (["--prompt", "a", "--from", "broken.png", "--to", "text"], "give --prompt, or --from"),
     ],
 )
 def test_what_a_user_can_mend_is_named(folder, tmp_path, monkeypatch, arguments, message):
@@ -180,7 +180,7 @@ def test_a_damaged_export_is_named(folder, tmp_path):
     (copied / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="transformers cannot load it"):
         _ = open_tiny(copied).model
-    config = copied / "codecs" / "image" / "config.json"
+    config = copied / "codecs" / "visual" / "config.json"
     config.write_text(config.read_text() + " ")
     with pytest.raises(UserError, match="codecs are not those of the model"):
         open_tiny(copied)

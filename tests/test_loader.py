@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from megamm.data.loader import Loader
-from megamm.data.packing import Form
-from megamm.data.row_stream import RowStream
-from megamm.data.sample_set import SampleSet
 from megamm.data.mixture import Mixture, Source
-from megamm.data.packing import document_length
+from megamm.data.packing import Form, document_length
+from megamm.data.row_stream import RowStream
 from megamm.data.run_data import source_names
+from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_to_bytes
 from megamm.errors import UserError

@@ -15,8 +15,8 @@ from megamm.codecs.folders import save_codec
 from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
 from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.data.tokens import tokens_from_bytes
 from megamm.data.token_cache import cache_name, load_codecs, tokenize
+from megamm.data.tokens import tokens_from_bytes
 from megamm.errors import UserError
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality

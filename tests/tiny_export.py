@@ -48,7 +48,7 @@ def _config(folder: Path, source: Path, codecs: Path) -> RunConfig:
             "device": "cpu",
             "model": model | {"head_dim": 8, "init_std": 0.3},
             "data": {"sources": [{"path": str(source)}], "seq_length": 64},
-            "tokenizers": {"text": str(codecs / "text"), "image": str(codecs / "visual")},
+            "tokenizers": {"text": str(codecs / "text"), "visual": str(codecs / "visual")},
             "optimizer": {"lr": 1e-3},
             "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
         },
