@@ -1,15 +1,13 @@
-"""The demo's report: one self-contained HTML page (inline style, pictures as data URIs), for screen, phone and print.
+"""The demo's report: one self-contained HTML page (inline style, media as data URIs), for screen, phone and print.
 
     python tools/demo_report.py out/demo
 
-In: what tools/demo.py left in that folder. Out: report.html in it. Losses and gains in nats per token, PSNR in dB
-(10 log10(255^2 / MSE) over 8-bit values), memory in GiB, time in seconds.
+In: what tools/demo.py left in that folder. Out: report.html in it. Losses and gains in nats per token, memory in GiB
+(summed over the process tree), time in seconds; what a codec's figures are says its training module.
 """
 
-import base64
 import io
 import json
-import math
 import platform
 import sys
 from html import escape
@@ -17,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
+import torch
 import transformers
+from demo_media import show, uri
+from demo_samples import PAIRS
 from matplotlib.figure import Figure
 
 from megamm import metrics
-from megamm.modalities.image import ImageModality, PixelArray
+from megamm.data.run_data import load_modalities
+from megamm.modalities.base import Modality
 
 STYLE = """
 :root { --ink: #1c2126; --soft: #5b6670; --line: #dfe3e6; --good: #1a7f4b }
@@ -34,11 +35,12 @@ p { margin: .3rem 0 .8rem } .soft, figcaption { color: var(--soft); font-size: .
 .cards, .grid { display: grid; gap: .8rem } .cards { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem }
 .card b { display: block; font-size: 1.25rem } .card span { color: var(--soft); font-size: .85rem }
-.grid { grid-template-columns: repeat(auto-fill, minmax(10rem, 1fr)) }
+.grid { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
 figure { margin: 0; break-inside: avoid } figcaption { line-height: 1.35; overflow-wrap: anywhere }
 figcaption b { color: var(--ink); font-weight: 600 }
-.pair { display: flex; gap: 4px } .pair img { width: calc(50% - 2px) }
-.pixels { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; border: 1px solid var(--line) }
+.pair { display: flex; gap: 6px; align-items: flex-start } .pair > div { flex: 1; min-width: 0 }
+.said { margin: 0; font-weight: 600; overflow-wrap: anywhere } audio, video { width: 100%; display: block }
+.pixels { width: 100%; image-rendering: pixelated; border: 1px solid var(--line) }
 .plot { width: 100%; height: auto } .plots { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } .scroll { overflow-x: auto }
 th, td { text-align: right; padding: .3rem .4rem; border-bottom: 1px solid var(--line) }
@@ -46,7 +48,7 @@ th:first-child, td:first-child { text-align: left } th { color: var(--soft); fon
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; color: var(--soft) }
 @media print { body { max-width: none; padding: 0; font-size: 11pt } h2 { break-after: avoid } }
 """
-COLOURS = ("#2457c5", "#c2541b", "#2b8a57", "#8a3ab9")
+COLOURS = ("#2457c5", "#c2541b", "#2b8a57", "#8a3ab9", "#9b2c3f")
 
 
 def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: int, resumed: int) -> str:
@@ -67,25 +69,12 @@ def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: i
     axes.legend(frameon=False, fontsize=8)
     file = io.BytesIO()
     figure.savefig(file, format="svg")
-    return _uri("svg+xml", file.getvalue())
+    return uri("image/svg+xml", file.getvalue())
 
 
-def psnr(original: PixelArray, other: PixelArray) -> float:
-    """dB between two uint8 images of the same shape; infinite if they are equal."""
-    error = np.mean((original.astype(np.float64) - other) ** 2)
-    return 10 * math.log10(255**2 / error) if error else math.inf
-
-
-def _uri(kind: str, data: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def _picture(data: bytes, alt: str) -> str:
-    return f'<img class="pixels" src="{_uri("png", data)}" alt="{escape(alt, quote=True)}">'
-
-
-def _figure(pictures: list[str], caption: str) -> str:
-    return f'<figure><div class="pair">{"".join(pictures)}</div><figcaption>{caption}</figcaption></figure>'
+def _figure(shown: list[str], caption: str = "") -> str:
+    sides = "".join(f"<div>{one}</div>" for one in shown)
+    return f'<figure><div class="pair">{sides}</div><figcaption>{caption}</figcaption></figure>'
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -104,7 +93,7 @@ def _cards(summary: dict[str, Any]) -> str:
         (f"{summary['peak_rss_gib']:.1f} GiB", "memory at most, all processes"),
         (f"{summary['tokens_per_s']:,.0f}", "tokens/s in training (median)"),
         (f"{summary['logits_max_abs_diff']:.0e}", "largest difference of logits to transformers"),
-        (f"{summary['psnr']:.1f} dB", f"PSNR of the image codec, {summary['codebook_use']:.0%} of its codes used"),
+        (f"{summary['padding_share']:.1%}", "padding in the rows"),
         (f"step {summary['resumed_from_step']}", f"resumed there after kill -9 at step {summary['killed_at_step']}"),
     ]
     return (
@@ -146,29 +135,44 @@ def _gains(summary: dict[str, Any]) -> str:
     return _section("Pair gain on held-out samples", note, _table(head, rows))
 
 
-def _pictures(out: Path, codec: ImageModality, shown: dict[str, Any]) -> str:
-    """Generated images, captions and reconstructions of the same held-out samples."""
-    generated, captioned, rebuilt = [], [], []
-    for i, (caption, image) in enumerate(zip(shown["captions"], shown["images"], strict=True)):
-        file = out / image
-        original = codec.read_media(file.read_bytes(), file.suffix[1:])
-        again = codec.decode(codec.encode([original])[0])
-        real = _picture(codec.write_media(original), caption)
-        made = _picture((out / "generated" / f"{i:03d}.png").read_bytes(), f"generated: {caption}")
-        said = (out / "captions" / f"{i:03d}.txt").read_text()
-        generated.append(_figure([made, real], f"<b>{escape(caption)}</b>"))
-        captioned.append(_figure([real], f"<b>{escape(said) or '(empty)'}</b><br>true: {escape(caption)}"))
-        rebuilt.append(
-            _figure([real, _picture(codec.write_media(again), "rebuilt")], f"{psnr(original, again):.1f} dB")
-        )
-    return "".join(
-        _section(title, note, f'<div class="grid">{"".join(figures)}</div>')
-        for title, note, figures in (
-            ("Images from held-out captions", "Left: generated from the caption. Right: the real image.", generated),
-            ("Captions of held-out images", "In bold what the model says (likeliest token each time).", captioned),
-            ("The image codec", "Left: a held-out image. Right: the same from its tokens, with its PSNR.", rebuilt),
-        )
-    )
+def _read(modality: Modality, file: Path) -> Any:
+    return modality.read_media(file.read_bytes(), file.suffix[1:])
+
+
+def _generated(out: Path, codecs: dict[str, Modality], shown: dict[str, Any]) -> str:
+    """Both directions of every pair: what was given, what was made of it, what it really was."""
+    sections = []
+    for a, b in PAIRS:
+        for source, target in ((a, b), (b, a)):
+            figures = []
+            for i, names in enumerate(shown[f"{a}-{b}"]):
+                folder = out / "generated" / f"{source}_to_{target}"
+                made = next(folder.glob(f"{i:03d}.*"))
+                parts = [(source, out / names[source]), (target, made), (target, out / names[target])]
+                figures.append(_figure([show(codecs[m], _read(codecs[m], file), file.name) for m, file in parts]))
+            note = f"Left: a held-out {source}. Middle: the {target} made from it. Right: the real {target}."
+            sections.append(_section(f"{source} to {target}", note, f'<div class="grid">{"".join(figures)}</div>'))
+    return "".join(sections)
+
+
+def _rebuilt(out: Path, codecs: dict[str, Modality], shown: dict[str, Any], summary: dict[str, Any]) -> str:
+    """Held-out media and what is left of them after encoding and decoding."""
+    sections = []
+    for name, codec in codecs.items():
+        if name == "text":
+            continue
+        pair = next(f"{a}-{b}" for a, b in PAIRS if name in (a, b))
+        figures = []
+        for names in shown[pair]:
+            medium = _read(codec, out / names[name])
+            (ids,) = codec.encode([medium])
+            again = show(codec, codec.decode(ids), "rebuilt")
+            figures.append(_figure([show(codec, medium, "original"), again], f"{len(ids)} tokens"))
+        figures_of = summary["codecs"][codec.family]
+        shares = [f"{key} {value:.4g}" for key, value in figures_of.items() if isinstance(value, int | float)]
+        note = f"Left: held out. Right: the same from its tokens. All held-out media: {escape(', '.join(shares))}."
+        sections.append(_section(f"The {name} codec", note, f'<div class="grid">{"".join(figures)}</div>'))
+    return "".join(sections)
 
 
 def _closing(out: Path, summary: dict[str, Any]) -> str:
@@ -180,7 +184,7 @@ def _closing(out: Path, summary: dict[str, Any]) -> str:
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
     line = " · ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
     credits = (out / "shards" / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    origin = f"<details><summary>Origin and licence of the pictures</summary><pre>{escape(credits)}</pre></details>"
+    origin = f"<details><summary>Origin and licence of the data</summary><pre>{escape(credits)}</pre></details>"
     return _section("Stages", line, _table(["stage", "seconds", "GiB at most"], rows) + origin)
 
 
@@ -188,14 +192,17 @@ def write_report(out: Path) -> Path:
     """Write OUT/report.html from what the demo left in OUT."""
     summary = json.loads((out / "summary.json").read_text())
     shown = json.loads((out / "stages" / "generate.json").read_text())["details"]
-    codec = ImageModality.load(out / "export" / "codecs" / "image")
+    folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
+    codecs = load_modalities(folders, torch.device("cpu"))
     body = (
-        "<h1>megamm: the demo</h1><p>Public pictures with captions, two tokenizers trained on them, one model over "
-        "both kinds of tokens, exported and run by stock transformers. Everything was made on this machine.</p>"
+        "<h1>megamm: the demo</h1><p>Public text, pictures, speech, animations and 3D models, tokenizers trained on "
+        "them, one model over all their tokens, exported and run by stock transformers. All was made on this machine."
+        "</p>"
         + _cards(summary)
         + _losses(out, out / "run", summary)
         + _gains(summary)
-        + _pictures(out, codec, shown)
+        + _generated(out, codecs, shown)
+        + _rebuilt(out, codecs, shown, summary)
         + _closing(out, summary)
     )
     page = (
