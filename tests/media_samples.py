@@ -1,0 +1,83 @@
+"""A tiny medium and an untrained codec of every registered modality, all different by number and made from it alone."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from codec_data import as_bytes, shape_picture
+
+from megamm.modalities import REGISTRY, families
+
+
+def _text(number: int) -> tuple[bytes, str]:
+    return f"{shape_picture(number)[1]} number {number}".encode(), "txt"
+
+
+def _image(number: int) -> tuple[bytes, str]:
+    return as_bytes(shape_picture(number)[0]), "png"
+
+
+def _audio(number: int) -> tuple[bytes, str]:
+    """A fading tone of a fifth of a second and more."""
+    import soundfile
+
+    seconds = np.arange(3200 + 160 * (number % 5)) / 16_000
+    wave = 0.5 * np.sin(2 * np.pi * (200 + 37 * number) * seconds) * np.exp(-3 * seconds)
+    file = io.BytesIO()
+    soundfile.write(file, wave, 16_000, format="FLAC")
+    return file.getvalue(), "flac"
+
+
+def _video(number: int) -> tuple[bytes, str]:
+    """A shape that moves to the right, five frames and more at 8 Hz."""
+    import av
+
+    still = np.asarray(shape_picture(number)[0])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libvpx-vp9", rate=8)
+        stream.width, stream.height, stream.pix_fmt = still.shape[1], still.shape[0], "yuv420p"
+        for k in range(5 + number % 3):
+            frame = av.VideoFrame.from_ndarray(np.roll(still, 2 * k, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue(), "mp4"
+
+
+def _points(number: int) -> tuple[bytes, str]:
+    """An ellipsoid of one colour."""
+    rng = np.random.default_rng(number)
+    normal = rng.standard_normal((600, 3))
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    colour = np.broadcast_to(rng.random(3), normal.shape)
+    cloud = np.concatenate([normal * rng.uniform(0.3, 2.0, 3), normal, colour], axis=1).astype(np.float32)
+    file = io.BytesIO()
+    np.savez(file, points=cloud)
+    return file.getvalue(), "npz"
+
+
+_EXAMPLES: dict[str, Callable[[int], tuple[bytes, str]]] = {
+    "text": _text,
+    "image": _image,
+    "audio": _audio,
+    "video": _video,
+    "points": _points,
+}
+
+
+def example(name: str, number: int) -> tuple[bytes, str]:
+    """(bytes, ending) of a medium of this modality; a modality of a test's own has an `example`."""
+    make = _EXAMPLES.get(name) or REGISTRY[name].example  # type: ignore[attr-defined]
+    return make(number)
+
+
+def _text_codec(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(alphabet, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(folder / "tokenizer.json"))
