@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from megamm.cli.common import DeviceChoice, Sources, log_to_console
+from megamm.cli.data_build import build_shards
 
 app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
 
@@ -24,22 +25,7 @@ def fetch_sources(
         print(f"{folder}: fetched already, kept" if pairs is None else f"{folder}: {pairs} pairs")
 
 
-@app.command("build")
-def build_shards(
-    raws: Annotated[list[Path], typer.Argument(help="folders with a pairs.jsonl: RAW/<source>")],
-    to: Annotated[Path, typer.Option(help="folder of the shard sets: SHARDS")],
-    heldout: Annotated[float, typer.Option(help="share of the nouns that is held out")] = 0.05,
-    max_broken: Annotated[float, typer.Option(help="share of broken pairs above which nothing is written")] = 0.02,
-    limit: Annotated[int | None, typer.Option(help="take a random subset of so many pairs a source")] = None,
-    image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
-) -> None:
-    """Check every image by decoding it, render drawings, and write shards split by noun."""
-    from megamm.data.build import BuildOptions, build
-
-    log_to_console()
-    for report in build(raws, to, BuildOptions(heldout, max_broken, limit, image_size)):
-        print(report.summary())
-    print(f"{to}/report.json names every pair that was left out")
+app.command("build")(build_shards)
 
 
 @app.command("index")
