@@ -52,6 +52,11 @@ def _members(tar: Path) -> Iterator[tuple[str, Member | Broken]]:
                     data = opened.read(MAX_TEXT_BYTES + 1) if opened else b""
                 span = Span(tar, info.offset_data, info.size)
                 yield key, Member(ending.lower(), what, data, span)
+            # tarfile takes a damaged header for the end.
+            with tar.open("rb") as plain:
+                plain.seek(file.offset)
+                if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                    yield "", Broken(tar.name, "cut off or damaged after its last whole member")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield tar.name, Broken(tar.name, f"unreadable from here on: {error}")
 
