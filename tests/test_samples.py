@@ -1,6 +1,8 @@
 """samples.jsonl: every form of a line read and written back, unusable lines named, paths kept inside the folder."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +16,13 @@ from megamm.data.samples import (
     clean_text,
     fit_key,
     read_samples,
+    sample_of,
     write_samples,
 )
 from megamm.data.shards import KEY
 from megamm.errors import UserError
+from megamm.modalities import REGISTRY
+from megamm.modalities.text import TextModality
 
 PAGE = {"parts": [{"text": "Cats\nare small."}, {"image": "a.png"}, {"text": "They sleep."}], "key": "page"}
 
@@ -110,3 +115,15 @@ def test_any_name_gives_a_fit_key():
 def test_the_noun_of_a_page_is_its_first_line(tmp_path):
     (page,) = read(tmp_path, {"parts": [{"image": "a.png"}, {"text": "Red Foxes\nand other animals"}]})
     assert page.noun == normalise_noun("Red Foxes") == "fox"
+
+
+def test_the_examples_of_the_manual_are_samples(monkeypatch):
+    """Every line of JSON in docs/data.md, once the modalities it names are there."""
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    lines = [line for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    for modality in ("audio", "video", "points"):
+        if modality not in REGISTRY:
+            monkeypatch.setitem(REGISTRY, modality, TextModality)
+    samples = [sample_of(json.loads(line), "key") for line in lines]
+    assert [sample.ordered for sample in samples] == [False] * 5 + [True]
+    assert not any(sample.ignored for sample in samples)
