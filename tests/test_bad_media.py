@@ -18,7 +18,10 @@ from PIL import Image
 
 from megamm.data.build import BuildOptions, build
 from megamm.data.curation import CurationOptions
+from megamm.data.media_check import Checks, LeftOut, check_sample
+from megamm.data.samples import RawPart, RawSample, Span
 from megamm.data.shards import ShardFolder
+from megamm.errors import UserError
 from megamm.modalities import REGISTRY
 
 FREELY = BuildOptions(heldout=0, max_broken=1)
@@ -275,9 +278,16 @@ def test_a_hostile_tar_is_read_and_not_extracted(tmp_path):
 
 
 def test_too_many_bad_ones_stop_the_build_with_the_first_named(tmp_path):
-    from megamm.errors import UserError
-
     raw = lines(tmp_path / "raw", {"text": "a\0b"})
     with pytest.raises(UserError, match=r"1 of 2 samples are broken, more than 2\.0%.*NUL"):
         build([raw], tmp_path / "shards", BuildOptions())
     assert list((tmp_path / "shards").iterdir()) == []
+
+
+def test_a_medium_that_its_tar_cuts_off_is_named(tmp_path):
+    """The tar was whole when its headers were read, or another program shortened it since."""
+    (tmp_path / "0.tar").write_bytes(wide_png()[:100])
+    part = RawPart("image", "0.tar:a.png", Span(tmp_path / "0.tar", 0, 200))
+    checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)
+    found = check_sample(RawSample("k", "noun", (part,)), checks)
+    assert found == LeftOut("broken", "0.tar:a.png", "cut off")
