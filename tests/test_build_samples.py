@@ -112,18 +112,22 @@ def test_samples_are_double_only_if_every_part_is(tmp_path, toy):
 
 
 def test_a_medium_is_in_one_split_only(tmp_path, toy):
+    """Within a source the held-out sample goes, whatever their keys; between sources the later one."""
     nouns = {share: next(n for n in map(str, range(999)) if is_heldout(n, 0.5) == share) for share in (False, True)}
     samples = [
-        RawSample("a", nouns[False], (text("one"), RawPart("toy", "1.num"))),
-        RawSample("b", nouns[True], (text("two"), RawPart("toy", "1.num"))),
-        RawSample("c", nouns[True], (text("three"), RawPart("toy", "2.num"))),
+        RawSample(f"{side}-{n}", nouns[side == "out"], (text(f"{side} {n}"), RawPart("toy", f"{n}.num")))
+        for side in ("train", "out")
+        for n in range(6)
     ]
-    raw = source(tmp_path / "mine", samples, **{"1_num": b"1", "2_num": b"2"})
-    (report,) = build([raw], tmp_path / "shards", BuildOptions(heldout=0.5))
-    (leak,) = report.left_out["leaks"]
-    media = [set(stored(tmp_path / "shards" / "mine", split=split)["toy"].values()) for split in ("train", "heldout")]
-    assert not media[0] & media[1] and media[0] | media[1] <= {b"1", b"2"}
-    assert leak["what"] in "ab" and leak["reason"].startswith("its toy is in the ")
+    files = {f"{n}_num": str(n).encode() for n in range(9)}
+    lone = RawSample("lone", nouns[True], (RawPart("toy", "8.num"),))
+    raws = [source(tmp_path / "mine", [*samples, lone], **files)]
+    raws.append(source(tmp_path / "more", [RawSample("late", nouns[False], (text("late"), *lone.parts))], **files))
+    report, later = build(raws, tmp_path / "shards", BuildOptions(heldout=0.5))
+    assert sorted(leak["what"] for leak in report.left_out["leaks"]) == [f"out-{n}" for n in range(6)]
+    assert {leak["reason"] for leak in report.left_out["leaks"]} == {"its toy is in the train split"}
+    assert later.left_out["leaks"] == [{"what": "late", "reason": "its toy is in the heldout split"}]
+    assert set(stored(tmp_path / "shards" / "mine", split="heldout")["toy"].values()) == {b"8"}
 
 
 def test_near_duplicate_documents_go_and_captions_stay(tmp_path):

@@ -5,7 +5,7 @@ SHARDS/<source>/<train|heldout>/<modality>/ (see `shards`), `report.json` (count
 reason) and `ATTRIBUTION.md`; SHARDS has both merged. A sample's parts are members `<key>.<ext>`, of an interleaved
 one `<key>.<number>.<ext>`, each in the folder of its modality.
 Every medium is decoded fully; equal samples are kept once; a noun, and a medium, is in one split only. Same input,
-same bytes. The samples' order is that of the SHA-256 of their keys, so that --limit takes a random subset.
+same bytes. The order in each split is that of the SHA-256 of the keys, so that --limit takes a random subset.
 """
 
 import hashlib
@@ -174,6 +174,8 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> list
     for entry in broken:
         report.leave_out("broken", entry.what, entry.reason)
     chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
+    # What is to be trained on first: of two samples that share a medium, the held-out one goes.
+    chosen.sort(key=lambda key: is_heldout(samples[key].noun, options.heldout))
     report.samples = len(chosen) + len(broken)
     report.ignored_fields = dict(sorted(ignored.items()))
     if ignored:
