@@ -50,6 +50,11 @@ INSTALL_REQUIRES = [
     "resvg-py>=0.5,<1",
     "emoji>=2.14,<3",
     "fonttools>=4.50,<5",
+    # Audio files (libsndfile inside its wheels).
+    "soundfile>=0.13,<1",
+    # Curation: MinHash of long texts, and their language (0.5 and 5 MB, neither brings anything).
+    "rensa>=0.5,<1",
+    "py3langid>=0.4,<1",
 ]
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.
@@ -60,6 +65,8 @@ EXTRAS_REQUIRE = {
     "slurm": ["submitit>=1.5,<2"],
     # Manifests as typed objects, and their check against the schemas of a Kubernetes version.
     "k8s": ["kubernetes>=37", "kubernetes-validate>=1.37"],
+    # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
+    "parquet": ["pyarrow>=17"],
     # The second engine (megamm/zero), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "dev": [

@@ -26,7 +26,7 @@ def make_data(folder: Path) -> None:
     """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,visual} (an untrained codec)."""
     raw = folder / "raw" / "drawn"
     raw.mkdir(parents=True)
-    with (raw / "pairs.jsonl").open("w") as pairs:
+    with (raw / "samples.jsonl").open("w") as pairs:
         for c, colour in enumerate(COLOURS):
             for n, noun in enumerate(NOUNS):
                 image = Image.new("RGB", (24, 24), "white")

@@ -1,13 +1,14 @@
 """`megamm data`: public and own media to shards, and shards to token caches."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from megamm.cli.common import DeviceChoice, Sources, log_to_console
 
 app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
+Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 
 
 @app.command("fetch")
@@ -26,20 +27,49 @@ def fetch_sources(
 
 @app.command("build")
 def build_shards(
-    raws: Annotated[list[Path], typer.Argument(help="folders with a pairs.jsonl: RAW/<source>")],
+    raws: Annotated[list[Path], typer.Argument(help="raw data, one source each: RAW/<source>")],
     to: Annotated[Path, typer.Option(help="folder of the shard sets: SHARDS")],
+    form: Annotated[
+        Form, typer.Option("--from", help="how the raw data lie; samples: with a samples.jsonl")
+    ] = "samples",
     heldout: Annotated[float, typer.Option(help="share of the nouns that is held out")] = 0.05,
-    max_broken: Annotated[float, typer.Option(help="share of broken pairs above which nothing is written")] = 0.02,
-    limit: Annotated[int | None, typer.Option(help="take a random subset of so many pairs a source")] = None,
+    max_broken: Annotated[float, typer.Option(help="share of broken samples above which nothing is written")] = 0.02,
+    limit: Annotated[int | None, typer.Option(help="take a random subset of so many samples a source")] = None,
     image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
+    min_characters: Annotated[int, typer.Option(help="of a sample's text")] = 1,
+    max_characters: Annotated[int, typer.Option(help="of a sample's text")] = 1_000_000,
+    language: Annotated[list[str] | None, typer.Option(help="keep texts of it, such as en; may be repeated")] = None,
+    near_duplicates: Annotated[float, typer.Option(help="similarity from which a long text goes; 0 is off")] = 0.8,
+    min_side: Annotated[int, typer.Option(help="pixels of an image's shorter side")] = 8,
+    max_aspect: Annotated[float, typer.Option(help="an image's longer side by its shorter one")] = 20.0,
+    min_seconds: Annotated[float, typer.Option(help="of audio")] = 0.1,
+    max_seconds: Annotated[float, typer.Option(help="of audio")] = 1800.0,
+    max_clipped: Annotated[float, typer.Option(help="share of audio samples at full scale")] = 0.1,
+    keep_blank: Annotated[bool, typer.Option("--keep-blank", help="images of one colour, silent audio")] = False,
+    mask_pii: Annotated[bool, typer.Option("--mask-pii", help="e-mail, phone, IP, card -> <EMAIL>, ...")] = False,
 ) -> None:
-    """Check every image by decoding it, render drawings, and write shards split by noun."""
+    """Check every medium by decoding it, leave out what is broken, double or useless, and write shards."""
     from megamm.data.build import BuildOptions, build
+    from megamm.data.curation import CurationOptions
 
     log_to_console()
-    for report in build(raws, to, BuildOptions(heldout, max_broken, limit, image_size)):
+    curation = CurationOptions(
+        min_characters=min_characters,
+        max_characters=max_characters,
+        languages=tuple(language or ()),
+        near_duplicates=near_duplicates,
+        min_side=min_side,
+        max_aspect=max_aspect,
+        keep_blank=keep_blank,
+        min_seconds=min_seconds,
+        max_seconds=max_seconds,
+        max_clipped=max_clipped,
+        mask_pii=mask_pii,
+    )
+    options = BuildOptions(heldout, max_broken, limit, image_size, form, curation)
+    for report in build(raws, to, options):
         print(report.summary())
-    print(f"{to}/report.json names every pair that was left out")
+    print(f"{to}/report.json names every sample that was left out")
 
 
 @app.command("index")

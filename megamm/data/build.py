@@ -1,17 +1,19 @@
-"""Raw pairs to shards: `megamm data build RAW/<source>... --to SHARDS`.
+"""Raw samples to shards: `megamm data build RAW/<source>... --to SHARDS`.
 
-In: folders with a `pairs.jsonl` (see `pairs`). Out, for each: SHARDS/<source>/<train|heldout>/<text|image>/ (see
-`shards`), `report.json` (counts; every broken file by name) and `ATTRIBUTION.md`; SHARDS has both merged.
-Every image is decoded fully; equal images are kept once; a noun is in one split only. Same input, same bytes.
-The samples' order is that of the SHA-256 of their keys, so that --limit takes a random subset.
+In: raw data of a form that `readers` knows, by default folders with a `samples.jsonl` (see `samples`). Out, for each:
+SHARDS/<source>/<train|heldout>/<modality>/ (see `shards`), `report.json` (counts; every sample left out by name and
+reason) and `ATTRIBUTION.md`; SHARDS has both merged. A sample's parts are members `<key>.<ext>`, of an interleaved
+one `<key>.<number>.<ext>`, each in the folder of its modality.
+Every medium is decoded fully; equal samples are kept once; a noun, and a medium, is in one split only. Same input,
+same bytes. The order in each split is that of the SHA-256 of the keys, so that --limit takes a random subset.
 """
 
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -19,48 +21,40 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from megamm.data.media_check import CheckedImage, check_image
+from megamm.data import curation
+from megamm.data.build_report import Report, merge_reports
+from megamm.data.curation import CurationOptions, NearDuplicates
+from megamm.data.media_check import CheckedSample, Checks, LeftOut, check_sample
 from megamm.data.nouns import is_heldout
-from megamm.data.pairs import Broken, Pair, read_pairs
+from megamm.data.readers import READERS, media_root, source_name
+from megamm.data.samples import Broken, RawSample
 from megamm.data.shards import ShardWriter
 from megamm.errors import UserError
+from megamm.modalities import REGISTRY
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
-_PAIRS_PER_WORKER = 200
+_SAMPLES_PER_WORKER = 200
 """A worker process takes about three seconds to start: not worth it for fewer."""
-
-
-@dataclass
-class Report:
-    """What became of one source's pairs."""
-
-    source: str
-    pairs: int = 0
-    train: int = 0
-    heldout: int = 0
-    image_bytes: int = 0
-    duplicates: list[str] = field(default_factory=list)
-    broken: list[dict[str, str]] = field(default_factory=list)
-
-    def summary(self) -> str:
-        """One line for the console."""
-        counts = f"{self.train} train + {self.heldout} heldout of {self.pairs} pairs"
-        rest = f"{len(self.duplicates)} duplicates, {len(self.broken)} broken"
-        return f"{self.source}: {counts}, {self.image_bytes / 2**20:.1f} MiB of images; left out: {rest}"
+_AHEAD = 32
+"""Samples a worker that are checked ahead of the writing: they wait in memory."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """heldout: share of nouns; max_broken: share of pairs; limit: pairs a source; image_size: pixels (drawings)."""
+    """heldout: share of nouns; max_broken: share of samples; limit: samples a source; image_size: pixels (drawings).
+
+    form: how the raw data lie (`readers.READERS`); curation: the rules that samples have to pass.
+    """
 
     heldout: float = 0.05
     max_broken: float = 0.02
     limit: int | None = None
     image_size: int = 128
+    form: str = "samples"
+    curation: CurationOptions = field(default_factory=CurationOptions)
 
     def __post_init__(self) -> None:
         for name in ("heldout", "max_broken"):
@@ -68,97 +62,143 @@ class BuildOptions:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a share between 0 and 1")
         if self.image_size < 1 or (self.limit is not None and self.limit < 1):
             raise UserError("image_size and limit must be at least 1", remedy="give a positive number")
+        if self.form not in READERS:
+            raise UserError(f"no raw data of the form {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
+
+
+class _Seen:
+    """What is in the shards already, over all sources of a build, so that nothing is twice or on both sides."""
+
+    def __init__(self, near_duplicates: float) -> None:
+        self.samples: dict[bytes, str] = {}
+        self.media: dict[str, str] = {}
+        """Split of each medium, by its digest."""
+        self.texts = NearDuplicates(near_duplicates)
+
+    def admit(self, name: str, sample: CheckedSample, split: str) -> tuple[str, str] | None:
+        """Keep the sample in mind; or the rule by which it is left out, and why."""
+        content = "\n".join(f"{part.modality} {part.digest}" for part in sample.parts)
+        identity = hashlib.sha256(content.encode()).digest()
+        if identity in self.samples:
+            return "duplicates", f"equal to {self.samples[identity]}"
+        media = {part.digest: part.modality for part in sample.parts if part.modality != "text"}
+        for digest, modality in media.items():
+            if self.media.get(digest, split) != split:
+                return "leaks", f"its {modality} is in the {self.media[digest]} split"
+        if sample.sketch is not None:
+            if near := self.texts.find(sample.sketch):
+                return "near_duplicates", f"similarity {near[1]:.2f} to {near[0]}"
+            self.texts.add(name, sample.sketch)
+        self.samples[identity] = name
+        self.media |= dict.fromkeys(media, split)
+        return None
+
+
+class _SplitWriters:
+    """The shard writers of one source; a modality's folders are made, in both splits, when its first part comes."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._writers: dict[tuple[str, str], ShardWriter] = {}
+
+    def add(self, split: str, raw: RawSample, sample: CheckedSample) -> None:
+        for number, part in enumerate(sample.parts):
+            if (split, part.modality) not in self._writers:
+                for name in SPLITS:
+                    writer = ShardWriter(self._folder / name / part.modality)
+                    self._writers[name, part.modality] = self._stack.enter_context(writer)
+            ext = f"{number}.{part.ext}" if raw.ordered else part.ext
+            self._writers[split, part.modality].add(raw.key, ext, part.data)
 
 
 def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[Report]:
     """Build every source, then name them all at once. UserError leaves SHARDS as it was. workers: None = all cores."""
     for raw in raws:
-        if (shards / raw.resolve().name).exists():
+        if (shards / source_name(raw)).exists():
             remedy = "delete that folder to build it anew, or choose another --to"
-            raise UserError("this source is built already", where=shards / raw.resolve().name, remedy=remedy)
+            raise UserError("this source is built already", where=shards / source_name(raw), remedy=remedy)
     shards.mkdir(parents=True, exist_ok=True)
-    digests: set[str] = set()
+    seen = _Seen(options.curation.near_duplicates)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=shards) as temporary:
         work = Path(temporary)
-        reports = [_build_source(raw.resolve(), work, options, digests, workers) for raw in raws]
+        reports = [_build_source(raw.resolve(), work, options, seen, workers) for raw in raws]
         for report in reports:
             (work / report.source).rename(shards / report.source)
-    _merge(shards)
+    merge_reports(shards)
     return reports
 
 
-def _build_source(raw: Path, work: Path, options: BuildOptions, digests: set[str], workers: int | None) -> Report:
-    report = Report(raw.name)
-    folder = work / raw.name
-    entries = list(read_pairs(raw))
-    pairs = sorted((e for e in entries if isinstance(e, Pair)), key=lambda p: hashlib.sha256(p.key.encode()).digest())
-    report.broken += [{"what": e.what, "reason": e.reason} for e in entries if isinstance(e, Broken)]
-    pairs = pairs[: options.limit]
-    report.pairs = len(pairs) + len(report.broken)
-    if not pairs:
-        raise UserError("no usable pair", where=raw / "pairs.jsonl", remedy=_first_reason(report))
+def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> Report:
+    report = Report(source_name(raw), curation=curation.parameters(options.curation))
+    folder, spool = work / report.source, work / f".{report.source}.spool"
+    spool.mkdir()
+    samples = _read(raw, spool, options, report)
+    checks = Checks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
     with ExitStack() as stack:
-        writers = {
-            (split, modality): stack.enter_context(ShardWriter(folder / split / modality))
-            for split in SPLITS
-            for modality in ("text", "image")
-        }
-        for pair, image in zip(pairs, _checked(raw, pairs, options.image_size, workers), strict=True):
-            if isinstance(image, str):
-                report.broken.append({"what": pair.image, "reason": image})
-            elif image.digest in digests:
-                report.duplicates.append(pair.image)
-            else:
-                digests.add(image.digest)
-                split = "heldout" if is_heldout(pair.noun, options.heldout) else "train"
-                writers[split, "text"].add(pair.key, "txt", pair.caption.encode())
-                writers[split, "image"].add(pair.key, image.ext, image.data)
-                report.image_bytes += len(image.data)
-        if len(report.broken) > options.max_broken * report.pairs:
-            what = f"{len(report.broken)} of {report.pairs} pairs are broken, more than {options.max_broken:.1%}"
-            remedy = f"{_first_reason(report)}; mend or remove them, or raise --max-broken; nothing was written"
+        writers = _SplitWriters(folder, stack)
+        for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
+            if isinstance(checked, LeftOut):
+                report.leave_out(checked.rule, checked.what, checked.reason)
+                continue
+            split = "heldout" if is_heldout(sample.noun, options.heldout) else "train"
+            if refused := seen.admit(f"{report.source}/{sample.key}", checked, split):
+                report.leave_out(refused[0], sample.key, refused[1])
+                continue
+            writers.add(split, sample, checked)
+            report.count(split, checked)
+        broken = len(report.left_out["broken"])
+        if broken > options.max_broken * report.samples:
+            what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
+            remedy = f"{report.first_reason()}; mend or remove them, or raise --max-broken; nothing was written"
             raise UserError(what, where=raw, remedy=remedy)
-        report.train, report.heldout = (writers[split, "text"].count for split in SPLITS)
-    (folder / "report.json").write_text(json.dumps(report.__dict__, indent=1, ensure_ascii=False) + "\n")
-    if (raw / "ATTRIBUTION.md").is_file():
-        (folder / "ATTRIBUTION.md").write_bytes((raw / "ATTRIBUTION.md").read_bytes())
+    report.write(folder)
+    credits = media_root(raw) / "ATTRIBUTION.md"
+    if credits.is_file():
+        (folder / credits.name).write_bytes(credits.read_bytes())
     return report
 
 
-def _first_reason(report: Report) -> str:
-    if not report.broken:
-        return "the file has no pair in it"
-    return f"the first is {report.broken[0]['what']}: {report.broken[0]['reason']}"
+def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> list[RawSample]:
+    """The usable samples in the order of the build; the report gets the others and the number of all."""
+    samples: dict[str, RawSample] = {}
+    broken: list[Broken] = []
+    ignored: Counter[str] = Counter()
+    for entry in READERS[options.form](raw, spool):
+        if isinstance(entry, Broken):
+            broken.append(entry)
+        elif entry.key in samples:
+            broken.append(Broken(entry.key, "this key occurs twice"))
+        else:
+            samples[entry.key] = entry
+            ignored.update(entry.ignored)
+    for entry in broken:
+        report.leave_out("broken", entry.what, entry.reason)
+    chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
+    # What is to be trained on first: of two samples that share a medium, the held-out one goes.
+    chosen.sort(key=lambda key: is_heldout(samples[key].noun, options.heldout))
+    report.samples = len(chosen) + len(broken)
+    report.ignored_fields = dict(sorted(ignored.items()))
+    if ignored:
+        logger.warning("%s: fields that mean nothing here: %s", report.source, ", ".join(report.ignored_fields))
+    if not chosen:
+        raise UserError("no usable sample", where=raw, remedy=report.first_reason())
+    return [samples[key] for key in chosen]
 
 
-def _checked(raw: Path, pairs: list[Pair], size: int, workers: int | None) -> Iterator[CheckedImage | str]:
-    """check_image of every pair, in order; in worker processes if there are enough pairs for them."""
-    check = partial(check_image, size=size)
-    paths = [raw / pair.image for pair in pairs]
+def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> Iterator[CheckedSample | LeftOut]:
+    """check_sample of every sample, in order; in worker processes if there are enough samples for them."""
+    check = partial(check_sample, checks=checks)
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), len(pairs) // _PAIRS_PER_WORKER)
-    logger.info("%s: %d pairs, %s", raw.name, len(pairs), f"{workers} worker processes" if workers else "in process")
+        workers = min(len(os.sched_getaffinity(0)), len(samples) // _SAMPLES_PER_WORKER)
+    place = f"{workers} worker processes" if workers else "in process"
+    logger.info("%s: %d samples, %s", checks.root.name, len(samples), place)
     if not workers:
-        yield from map(check, paths)
+        yield from map(check, samples)
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            yield from pool.map(check, paths, chunksize=16)
+            for start in range(0, len(samples), _AHEAD * workers):
+                yield from pool.map(check, samples[start : start + _AHEAD * workers], chunksize=4)
         except BrokenProcessPool as error:
-            remedy = "most likely the memory ran out: find the image with --limit, or remove the largest ones"
-            raise UserError("a worker process was killed", where=raw, remedy=remedy) from error
-
-
-def _merge(shards: Path) -> None:
-    """SHARDS/report.json and SHARDS/ATTRIBUTION.md from those of the sources that are there now."""
-    folders = sorted(file.parent for file in shards.glob("*/report.json") if not file.parent.name.startswith("."))
-    reports: dict[str, Any] = {folder.name: json.loads((folder / "report.json").read_text()) for folder in folders}
-    credits = [folder / "ATTRIBUTION.md" for folder in folders if (folder / "ATTRIBUTION.md").exists()]
-    texts = {
-        "report.json": json.dumps(reports, indent=1, ensure_ascii=False) + "\n",
-        "ATTRIBUTION.md": "\n".join(file.read_text(encoding="utf-8") for file in credits),
-    }
-    for name, text in texts.items():
-        partial_file = shards / f".{name}.partial"
-        partial_file.write_text(text, encoding="utf-8")
-        partial_file.replace(shards / name)
+            remedy = "most likely the memory ran out: find the sample with --limit, or remove the largest ones"
+            raise UserError("a worker process was killed", where=checks.root, remedy=remedy) from error

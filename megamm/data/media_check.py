@@ -1,65 +1,133 @@
-"""One raw image file to what is stored in a shard: checked by decoding every pixel; drawings (SVG) are rendered.
+"""One raw sample to what is stored in shards: texts masked, every medium decoded, and the rules of curation applied.
 
-In: a path. Out: PNG, JPEG or WebP bytes as they were, or the PNG of a drawing, on white, its longer side `size`
-pixels; and the SHA-256 of the pixels. Raw files may be hostile: a drawing is parsed and written anew without
-anything that refers out of it (files, addresses, entities) before resvg, which limits its nodes, draws it; text
-is drawn with the system's fonts.
+In: a `RawSample`. Out: for each part its bytes, as they were, and the SHA-256 of what they decode to; drawings (SVG)
+are rendered as PNG, on white, the longer side `image_size` pixels. Runs in worker processes. Raw files may be
+hostile: a drawing is parsed and written anew without anything that refers out of it (files, addresses, entities)
+before resvg, which limits its nodes, draws it; text is drawn with the system's fonts.
 """
 
-import hashlib
 import io
-from dataclasses import dataclass
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
 import resvg_py
 from PIL import Image
 
-from megamm.modalities import REGISTRY
-from megamm.modalities.base import UnreadableMedia
+from megamm.data.curation import MEDIA_CHECKS, CurationOptions, FilteredOut, Signature, check_text, signature
+from megamm.data.members import ALIASES
+from megamm.data.pii import mask
+from megamm.data.samples import RawPart, RawSample
+from megamm.modalities.base import Modality, UnreadableMedia
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = {"image": 64 * 2**20, "video": 2**30}
+MAX_OTHER_BYTES = 256 * 2**20
 MAX_SVG_BYTES = 16 * 2**20
 MAX_SVG_DEPTH = 100
 """Drawings nest some ten deep; the renderer recurses, and would overflow its stack at thousands."""
-_EXTENSIONS = {"png": "png", "jpg": "jpg", "jpeg": "jpg", "webp": "webp"}
 _EMBEDDED = ("#", "data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/gif", "data:image/webp")
 
 
 @dataclass(frozen=True)
-class CheckedImage:
-    """Bytes for the shard with their extension, and the digest of the decoded pixels."""
+class Checks:
+    """What a worker needs: the folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
 
-    data: bytes
+    root: Path
+    image_size: int
+    curation: CurationOptions
+    modalities: Mapping[str, type[Modality]]
+
+
+@dataclass(frozen=True)
+class CheckedPart:
+    """Bytes for the shard with their extension, and the digest of the decoded content."""
+
+    modality: str
     ext: str
+    data: bytes
     digest: str
 
 
-def check_image(path: Path, size: int) -> CheckedImage | str:
-    """The image to store, or in words why it cannot be used. size: pixels of a rendered drawing's longer side."""
+@dataclass(frozen=True)
+class CheckedSample:
+    """The parts in the sample's order; the signature of a text to compare with others; masked personal data by kind."""
+
+    parts: tuple[CheckedPart, ...]
+    sketch: Signature | None = None
+    masked: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A sample that is not stored: by which rule ("broken": it cannot be read), which part or sample, and why."""
+
+    rule: str
+    what: str
+    reason: str
+
+
+def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
+    """What to store of a sample, or why nothing. It is kept whole or not at all."""
+    parts, texts, masked, what = [], [], Counter[str](), sample.key
     try:
-        ext = path.suffix.lower().lstrip(".")
-        data = _read(path, MAX_SVG_BYTES if ext == "svg" else MAX_BYTES)
-        if ext == "svg":
-            data, ext = render_svg(data, size), "png"
-        if ext not in _EXTENSIONS:
-            raise UnreadableMedia(f"ending {ext!r} is not one of svg, {', '.join(_EXTENSIONS)}")
-        REGISTRY["image"].check_media(data, _EXTENSIONS[ext])
+        for part in sample.parts:
+            what = sample.key if part.modality == "text" else part.content
+            if part.modality == "text":
+                text, found = mask(part.content) if checks.curation.mask_pii else (part.content, Counter[str]())
+                masked += found
+                texts.append(text)
+                data, ext = text.encode(), checks.modalities["text"].extensions[0]
+            else:
+                data, ext = _medium(part, checks)
+            digest = checks.modalities[part.modality].check_media(data, ext)
+            if part.modality in MEDIA_CHECKS:
+                MEDIA_CHECKS[part.modality](data, checks.curation)
+            parts.append(CheckedPart(part.modality, ext, data, digest))
+        what, whole = sample.key, "\n".join(texts)
+        if texts:
+            check_text(whole, checks.curation)
     except UnreadableMedia as error:
-        return str(error)
-    with Image.open(io.BytesIO(data)) as image:
-        digest = hashlib.sha256(repr(image.size).encode() + image.convert("RGBA").tobytes()).hexdigest()
-    return CheckedImage(data, _EXTENSIONS[ext], digest)
+        return LeftOut("broken", what, str(error))
+    except FilteredOut as error:
+        return LeftOut(error.rule, what, str(error))
+    # A long caption may serve many media; a document is its text.
+    compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
+    return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
 
 
-def _read(path: Path, limit: int) -> bytes:
+def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
+    """The bytes of a media part in a format of its modality, with the extension."""
+    suffix = Path(part.content).suffix.lower().lstrip(".")
+    ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
+    is_drawing = part.modality == "image" and ext == "svg"
+    if ext not in known and not is_drawing:
+        others = ("svg", *known) if part.modality == "image" else known
+        raise UnreadableMedia(f"ending {suffix!r} is not one of {', '.join(others)}")
+    limit = MAX_SVG_BYTES if is_drawing else MAX_BYTES.get(part.modality, MAX_OTHER_BYTES)
+    data = _read(part, checks.root, limit)
+    return (render_svg(data, checks.image_size), "png") if is_drawing else (data, ext)
+
+
+def _read(part: RawPart, root: Path, limit: int) -> bytes:
+    """The whole medium. UnreadableMedia if it is too large, cut off or no plain file (a pipe would wait for ever)."""
+    path, offset = (part.span.file, part.span.offset) if part.span else (root / part.content, 0)
     try:
-        with path.open("rb") as file:
-            data = file.read(limit + 1)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnreadableMedia("not a plain file")
+            file.seek(offset)
+            data = file.read(min(limit + 1, part.span.size if part.span else limit + 1))
     except OSError as error:
         raise UnreadableMedia(error.strerror or "cannot be read") from error
     if len(data) > limit:
         raise UnreadableMedia(f"larger than {limit >> 20} MiB")
+    if part.span and len(data) < part.span.size:
+        raise UnreadableMedia("cut off")
     return data
 
 

@@ -74,7 +74,7 @@ class ShardWriter:
             raise UserError("shards exist already", where=folder, remedy="delete that folder to make them anew")
         self.folder, self.samples_per_shard = folder, samples_per_shard
         self.partial = folder.with_name(f".{folder.name}.partial")
-        self.count = 0
+        self.count = self._shards = 0
         self._names: set[tuple[str, int]] = set()
         self._members: list[Member] = []
         self._tar: tarfile.TarFile | None = None
@@ -95,7 +95,7 @@ class ShardWriter:
         if name in self._names:
             raise UserError(f"sample key {key!r} occurs twice", where=self.folder, remedy="make the keys unique")
         with _disk_errors(self.folder):
-            if len(self._members) == self.samples_per_shard:
+            if len(self._members) >= self.samples_per_shard and self._members[-1].key != key:
                 self._close_shard()
                 self._open_shard()
             assert self._tar is not None
@@ -114,7 +114,7 @@ class ShardWriter:
             with _disk_errors(self.folder):
                 if error is None:
                     self._close_shard()
-                    write_counts(self.partial, len(list(self.partial.glob("*.tar"))))
+                    write_counts(self.partial, self._shards)
                     _sync(self.partial)
                     self.partial.rename(self.folder)
                     _sync(self.folder.parent)
@@ -124,7 +124,8 @@ class ShardWriter:
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _open_shard(self) -> None:
-        path = self.partial / f"{self.count // self.samples_per_shard:06d}.tar"
+        path = self.partial / f"{self._shards:06d}.tar"
+        self._shards += 1
         self._tar = tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT)
         self._members = []
 
