@@ -17,6 +17,8 @@ from megamm.data.sources.clipart import write_clipart
 from megamm.data.sources.emoji import write_emoji
 from megamm.data.sources.furniture import write_furniture
 from megamm.data.sources.packages import Sdist, fetch_package
+from megamm.data.sources.pingus import write_pingus
+from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.errors import UserError
 
 
@@ -50,11 +52,18 @@ SOURCES = {
         ("sweethome3d-furniture",), 119.8, "CC-BY 3.0, CC0, GPL (by catalogue)",
         "820 models of furniture and things: point clouds, names, pictures, turntable videos", write_furniture,
     ),
+    "pingus": Source(
+        ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
+    ),
+    "tuxpaint": Source(
+        ("tuxpaint-stamps-default",), 160.9, "GPL-2",
+        "950 stamps: picture, description and speech, in English and 10 more languages", write_tuxpaint,
+    ),
 }
 
 STARTERS = {
-    "starter": ("emoji", "clipart", "asterisk", "furniture"),
-    "starter-small": ("emoji", "clipart", "asterisk", "sweethome"),
+    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus"),
+    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus"),
 }
 """Sets to begin with: at most 200 MB of downloads, and at most 120."""
 
