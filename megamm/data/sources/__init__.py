@@ -13,11 +13,15 @@ from pathlib import Path
 from megamm.data.samples import FILE, RawSample, write_samples
 from megamm.data.sources.asterisk import write_asterisk
 from megamm.data.sources.attribution import write_attribution
+from megamm.data.sources.bunny import write_bunny
 from megamm.data.sources.clipart import write_clipart
 from megamm.data.sources.emoji import write_emoji
 from megamm.data.sources.furniture import write_furniture
+from megamm.data.sources.gimp import write_gimp
+from megamm.data.sources.gnome import write_gnome
 from megamm.data.sources.packages import Sdist, fetch_package
 from megamm.data.sources.pingus import write_pingus
+from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.errors import UserError
 
@@ -32,6 +36,8 @@ class Source:
     summary: str
     write: Callable[[Path, Path], list[RawSample]]
 
+
+_MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
 
 SOURCES = {
     "emoji": Source(
@@ -59,11 +65,25 @@ SOURCES = {
         ("tuxpaint-stamps-default",), 160.9, "GPL-2",
         "950 stamps: picture, description and speech, in English and 10 more languages", write_tuxpaint,
     ),
+    "gnome": Source(
+        ("gnome-user-docs",), 8.5, "CC-BY-SA 3.0", "348 pages of the GNOME manuals, text and pictures", write_gnome
+    ),
+    "gimp": Source(
+        ("gimp-help-en", "gimp-help-common"), 49.8, "GFDL 1.2+",
+        "662 pages of the GIMP manual, text and 1,990 pictures", write_gimp,
+    ),
+    "wordnet": Source(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
+    "gcide": Source(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
+    "fortunes": Source(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
+    "bunny": Source(
+        (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),), 58.4, "CC-BY 3.0",
+        "shots of the film Big Buck Bunny: video and sound", write_bunny,
+    ),
 }
 
 STARTERS = {
-    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus"),
-    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus"),
+    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "wordnet", "fortunes"),
+    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus", "gnome", "wordnet", "fortunes"),
 }
 """Sets to begin with: at most 200 MB of downloads, and at most 120."""
 

@@ -10,8 +10,10 @@ def write_attribution(target: Path, about: str, unpacked: Path, packages: Iterab
     """Begin target/ATTRIBUTION.md with a line about the source and its Debian packages' copyright files in full."""
     text = f"# {target.name}\n\n{about}\n"
     for package in packages:
-        file = unpacked / "usr/share/doc" / package / "copyright"
-        notice = file.read_text(encoding="utf-8", errors="replace").rstrip()
+        folder = unpacked / "usr/share/doc" / package
+        if folder.is_symlink():  # the notice is that of another package of the source
+            continue
+        notice = (folder / "copyright").read_text(encoding="utf-8", errors="replace").rstrip()
         text += f"\nFrom the Debian package `{package}`:\n\n```\n{notice}\n```\n"
     (target / FILE).write_text(text, encoding="utf-8")
 

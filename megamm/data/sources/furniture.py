@@ -13,8 +13,10 @@ import logging
 import re
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +27,9 @@ from megamm.data.samples import RawPart, RawSample, clean_caption
 from megamm.data.sources.attribution import append_credits
 from megamm.data.sources.media import write_picture, write_video
 from megamm.errors import UserError
+
+if TYPE_CHECKING:
+    import trimesh
 
 logger = logging.getLogger(__name__)
 POINTS = 4096
@@ -52,19 +57,22 @@ class Piece:
     icon: str
 
 
-class ZipFiles:
-    """What trimesh asks for the files that a model names (materials, textures): from the zip file only."""
+class ZipFiles(Mapping[str, bytes]):
+    """The files that a model may name (materials, textures): those of its folder in the zip file, and `more`."""
 
-    def __init__(self, archive: zipfile.ZipFile, folder: str, materials: bytes) -> None:
-        self.archive, self.folder, self.materials = archive, folder, materials
+    def __init__(self, archive: zipfile.ZipFile, folder: str, more: dict[str, bytes]) -> None:
+        self.archive, self.folder, self.more = archive, folder, more
 
     def __getitem__(self, name: str) -> bytes:
-        """The bytes of a file beside the model. KeyError if there is none, as trimesh expects."""
-        if name == _OWN_MATERIALS:
-            return self.materials
-        return self.archive.read(self.folder + name.strip().replace("\\", "/").removeprefix("./"))
+        """The bytes of a file. KeyError if there is none."""
+        return self.more.get(name) or self.archive.read(self.folder + name.strip().replace("\\", "/").removeprefix("./"))
 
-    get = __getitem__
+    def __iter__(self) -> Iterator[str]:
+        beside = (name.removeprefix(self.folder) for name in self.archive.namelist() if name.startswith(self.folder))
+        return iter([*self.more, *beside])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def write_furniture(package: Path, target: Path) -> list[RawSample]:
@@ -137,7 +145,7 @@ def _load(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Sc
     text = archive.read(model)
     if materials and b"mtllib" not in text:
         text = f"mtllib {_OWN_MATERIALS}\n".encode() + text
-    resolver = ZipFiles(archive, model.rpartition("/")[0] + "/", materials)
+    resolver = ZipFiles(archive, model.rpartition("/")[0] + "/", {_OWN_MATERIALS: materials})
     return trimesh.load_scene(io.BytesIO(text), file_type="obj", resolver=resolver, process=False)
 
 

@@ -7,6 +7,7 @@ distribution from the package index that pip is set to, checked against the SHA-
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -93,7 +94,7 @@ def _download_sdist(package: Sdist, work: Path) -> Path:
 def _package_index() -> str:
     """The simple index that pip would use; pip shows it as the default of --index-url, from all its settings."""
     command = [sys.executable, "-m", "pip", "download", "--help"]
-    result = subprocess.run(command, env={**_environment(), "COLUMNS": "999"}, capture_output=True, text=True)
+    result = subprocess.run(command, env={**os.environ, "COLUMNS": "999"}, capture_output=True, text=True)
     found = re.search(r"--index-url.*?\(default (\S+)\)", " ".join(result.stdout.split()))
     if not found:
         raise UserError("pip does not say which package index it uses", remedy="install pip beside megamm")
