@@ -47,37 +47,55 @@ SOURCES = {
         ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
     ),
     "asterisk": Source(
-        ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"), 10.6, "CC-BY-SA 3.0",
-        "551 spoken telephone prompts with transcripts", write_asterisk,
+        ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
+        10.6,
+        "CC-BY-SA 3.0",
+        "551 spoken telephone prompts with transcripts",
+        write_asterisk,
     ),
     "sweethome": Source(
-        ("sweethome3d",), 17.0, "GPL-2+ or CC-BY 3.0",
-        "92 models of furniture: point clouds, names, pictures, turntable videos", write_furniture,
+        ("sweethome3d",),
+        17.0,
+        "GPL-2+ or CC-BY 3.0",
+        "92 models of furniture: point clouds, names, pictures, turntable videos",
+        write_furniture,
     ),
     "furniture": Source(
-        ("sweethome3d-furniture",), 119.8, "CC-BY 3.0, CC0, GPL (by catalogue)",
-        "820 models of furniture and things: point clouds, names, pictures, turntable videos", write_furniture,
+        ("sweethome3d-furniture",),
+        119.8,
+        "CC-BY 3.0, CC0, GPL (by catalogue)",
+        "820 models of furniture and things: point clouds, names, pictures, turntable videos",
+        write_furniture,
     ),
     "pingus": Source(
         ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
     ),
     "tuxpaint": Source(
-        ("tuxpaint-stamps-default",), 160.9, "GPL-2",
-        "950 stamps: picture, description and speech, in English and 10 more languages", write_tuxpaint,
+        ("tuxpaint-stamps-default",),
+        160.9,
+        "GPL-2",
+        "950 stamps: picture, description and speech, in English and 10 more languages",
+        write_tuxpaint,
     ),
     "gnome": Source(
         ("gnome-user-docs",), 8.5, "CC-BY-SA 3.0", "348 pages of the GNOME manuals, text and pictures", write_gnome
     ),
     "gimp": Source(
-        ("gimp-help-en", "gimp-help-common"), 49.8, "GFDL 1.2+",
-        "662 pages of the GIMP manual, text and 1,990 pictures", write_gimp,
+        ("gimp-help-en", "gimp-help-common"),
+        49.8,
+        "GFDL 1.2+",
+        "662 pages of the GIMP manual, text and 1,990 pictures",
+        write_gimp,
     ),
     "wordnet": Source(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
     "gcide": Source(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
     "fortunes": Source(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
     "bunny": Source(
-        (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),), 58.4, "CC-BY 3.0",
-        "shots of the film Big Buck Bunny: video and sound", write_bunny,
+        (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),),
+        58.4,
+        "CC-BY 3.0",
+        "shots of the film Big Buck Bunny: video and sound",
+        write_bunny,
     ),
 }
 

@@ -1,9 +1,9 @@
 """Shots of the animated film Big Buck Bunny: video with its sound.
 
-In: the unpacked source distribution of the Python package moviepy, which carries the film in a zip file (1280 x 720, 24 Hz). Out:
-shots as VP9 video of 320 x 180 pixels and FLAC, mono, 24 kHz, of the same stretch of time, without captions. The
-film is cut where its picture changes at once (mean change of brightness over a small grid), and long shots into equal
-parts; what is shorter than a second and a half is left out. The parts of a shot share its noun.
+In: the unpacked source distribution of the Python package moviepy, which carries the film (1280 x 720, 24 Hz) in a
+zip file. Out: shots as VP9 video of 320 x 180 pixels and FLAC, mono, 24 kHz, of the same stretch of time, without
+captions. The film is cut where its picture changes at once (mean change of colour over a small grid), and long shots
+into equal parts; what is shorter than a second and a half is left out. The parts of a shot share its noun.
 """
 
 import io
@@ -29,9 +29,9 @@ SAMPLE_RATE = 24_000
 LONGEST, SHORTEST = 6.0, 1.5
 """Seconds of a clip."""
 _GRID = 20
-"""Pixels a cell of the grid of brightness: 16 x 9 cells."""
+"""Pixels a cell of the grid of colours: 16 x 9 cells."""
 _CUT = 25.0
-"""Mean change of brightness (of 255) between two frames that is a cut."""
+"""Mean change of colour (of 255) between two frames that is a cut."""
 _CREDITS = (
     "Big Buck Bunny: (c) copyright 2008, Blender Foundation, www.bigbuckbunny.org; Creative Commons Attribution 3.0.",
     "Changed: cut into shots, made smaller, sound mixed to one channel.",
@@ -76,14 +76,13 @@ def clips(
     frames: Iterator[npt.NDArray[np.uint8]], rate: Fraction
 ) -> Iterator[tuple[int, int, int, npt.NDArray[np.uint8]]]:
     """(shot, part, number of the first frame, frames [F, Y, X, 3]) of a film, long enough ones only."""
-    shot, first = 0, 0
-    for stretch in _shots(frames):
+    first = 0
+    for shot, stretch in enumerate(_shots(frames)):
         parts = -(-len(stretch) // int(LONGEST * rate))
         for part, piece in enumerate(np.array_split(np.stack(stretch), parts)):
             if len(piece) >= SHORTEST * rate:
                 yield shot, part, first, piece
             first += len(piece)
-        shot += 1
 
 
 def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray[np.uint8]]]:
@@ -91,7 +90,7 @@ def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray
     before = None
     for frame in frames:
         height, width = (side // _GRID * _GRID for side in frame.shape[:2])
-        cells = frame[:height, :width].reshape(height // _GRID, _GRID, width // _GRID, _GRID, 3).mean((1, 3, 4))
+        cells = frame[:height, :width].reshape(height // _GRID, _GRID, width // _GRID, _GRID, 3).mean((1, 3))
         if before is not None and np.abs(cells - before).mean() > _CUT:
             yield stretch
             stretch = []

@@ -65,7 +65,9 @@ class ZipFiles(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         """The bytes of a file. KeyError if there is none."""
-        return self.more.get(name) or self.archive.read(self.folder + name.strip().replace("\\", "/").removeprefix("./"))
+        return self.more.get(name) or self.archive.read(
+            self.folder + name.strip().replace("\\", "/").removeprefix("./")
+        )
 
     def __iter__(self) -> Iterator[str]:
         beside = (name.removeprefix(self.folder) for name in self.archive.namelist() if name.startswith(self.folder))

@@ -58,7 +58,7 @@ def _picture(element: Element) -> str | None:
 
 MARKUP = Markup(
     blocks=frozenset(_BLOCKS.split()),
-    paragraphs=frozenset("p h1 h2 h3 h4 h5 h6".split()),
+    paragraphs=frozenset({"p", "h1", "h2", "h3", "h4", "h5", "h6"}),
     items=frozenset({"li"}),
     verbatim=frozenset({"pre"}),
     joined={},

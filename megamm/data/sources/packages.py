@@ -77,7 +77,9 @@ def _download_sdist(package: Sdist, work: Path) -> Path:
     remedy = "check the network and pip's index-url, then try again; nothing was kept"
     try:
         accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
-        with urllib.request.urlopen(urllib.request.Request(page, headers={"Accept": accept}), timeout=_TIMEOUT) as reply:
+        with urllib.request.urlopen(
+            urllib.request.Request(page, headers={"Accept": accept}), timeout=_TIMEOUT
+        ) as reply:
             address = find_sdist(reply.read().decode(), archive.name, page)
         if address is None:
             raise UserError(f"the package index has no {archive.name}", where=page, remedy=remedy)
@@ -111,10 +113,14 @@ def find_sdist(page: str, file: str, address: str) -> str | None:
 
 
 def _unpack_sdist(package: Sdist, archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(package.endings):
-                tar.extract(member, folder, filter="data")
+    """Regular files only, and none outside the folder."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(package.endings):
+                    tar.extract(member, folder, filter="data")
+    except tarfile.TarError as error:
+        raise UserError(f"cannot unpack {archive.name}: {error}", remedy="report it; nothing was kept") from error
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
