@@ -17,6 +17,7 @@ from megamm.data.sources.bunny import clips, write_bunny
 from megamm.data.sources.furniture import furniture_caption, read_properties, write_furniture
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.tuxpaint import write_tuxpaint
+from megamm.data.sources.wesnoth import action_caption, write_wesnoth
 
 CUBE = """{materials}
 v 0 0 0\nv 1 0 0\nv 1 2 0\nv 0 2 0\nv 0 0 1\nv 1 0 1\nv 1 2 1\nv 0 2 1
@@ -182,6 +183,26 @@ def test_stamps_have_a_sample_a_spoken_language(tmp_path):
     assert contents(samples[0])["image"] == contents(samples[1])["image"]
     assert (raw / contents(samples[1])["audio"]).read_text() == "sound cat_desc_de.ogg"
     assert all((raw / path).is_file() for s in samples for kind, path in contents(s).items() if kind != "text")
+
+
+def test_figures_of_a_game_are_described_and_animated(tmp_path):
+    core = tmp_path / "package/usr/share/games/wesnoth/1.16/data/core"
+    unit = '[unit_type]\nname= _ "{0} Drake"\n  image="units/drakes/{0}.png"\n  description= _ "{1}"\n[/unit_type]\n'
+    put(core / "units/a.cfg", unit.format("big", "A drake of which much\nis to be told by those who saw it."))
+    put(core / "units/b.cfg", unit.format("big-old", "spear"))
+    put(core / "units/c.cfg", "[advancefrom]")
+    for name in ("big", "big-old", *(f"big-old-die{n}" for n in range(1, 12)), *(f"big-fly-se-{n}" for n in (1, 2, 3))):
+        place = int(name[11:]) if name[11:].isdigit() else 1
+        put(core / f"images/units/drakes/{name}.png", png((20 * place, 0, 0, 255), (72, 72)))
+    raw = target_folder(tmp_path / "raw")
+    described, animated = write_wesnoth(tmp_path / "package", raw)
+    told = "big Drake. A drake of which much is to be told by those who saw it."
+    assert (described.noun, contents(described)["text"]) == ("drake", told)
+    assert (animated.noun, contents(animated)["text"]) == ("drake old", "big-old Drake: death")
+    video = frames_of(raw / contents(animated)["video"])
+    assert video.shape == (20, 72, 72, 3)  # 11 frames, repeated to 2 s at 10 Hz
+    assert (np.diff(video[:11, 36, 36, 0].astype(int)) > 5).all() and video[11, 36, 36, 0] < 60
+    assert action_caption("Archer", "-bow-attack-ne") == "Archer: bow attack, facing north-east"
 
 
 def film(path: Path, colours: list[tuple[int, int, int]], seconds: float, rate: int) -> bytes:

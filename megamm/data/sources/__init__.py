@@ -23,6 +23,7 @@ from megamm.data.sources.packages import Sdist, fetch_package
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.tuxpaint import write_tuxpaint
+from megamm.data.sources.wesnoth import write_wesnoth
 from megamm.errors import UserError
 
 
@@ -69,6 +70,13 @@ SOURCES = {
     ),
     "pingus": Source(
         ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
+    ),
+    "wesnoth": Source(
+        ("wesnoth-1.16-data",),
+        146.2,
+        "GPL-2+",
+        "228 described figures of a fantasy game and 432 of their animations",
+        write_wesnoth,
     ),
     "tuxpaint": Source(
         ("tuxpaint-stamps-default",),
