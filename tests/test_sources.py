@@ -1,6 +1,7 @@
 """Public sources: each reader on a tiny package made here, in the form of the real one; nothing is fetched."""
 
 import gzip
+import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from megamm.data.samples import RawSample
 from megamm.data.sources.asterisk import read_transcripts, write_asterisk
 from megamm.data.sources.bunny import clips, write_bunny
 from megamm.data.sources.furniture import furniture_caption, read_properties, write_furniture
+from megamm.data.sources.media import write_flac, write_video
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.data.sources.wesnoth import action_caption, write_wesnoth
@@ -249,3 +251,19 @@ def test_long_shots_are_cut_into_equal_parts_and_short_ones_left_out():
     frames = [np.full((40, 40, 3), 80 * n, np.uint8) for n, seconds in enumerate(lengths) for _ in range(2 * seconds)]
     found = [(shot, part, first, len(piece)) for shot, part, first, piece in clips(iter(frames), 2)]
     assert found == [(0, 0, 0, 9), (0, 1, 9, 9), (0, 2, 18, 8), (2, 0, 28, 8)]
+
+
+def test_the_same_frames_and_sound_give_the_same_bytes(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 34, 46, 3), dtype=np.uint8)
+    digests = set()
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", frames, 8)
+        write_flac(tmp_path / f"{name}.flac", tone(0.1, 16_000, 440), 16_000)
+        content = (tmp_path / f"{name}.mp4").read_bytes() + (tmp_path / f"{name}.flac").read_bytes()
+        digests.add(hashlib.sha256(content).hexdigest())
+    assert len(digests) == 1
+    with av.open(str(tmp_path / "a.mp4"), mode="r") as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate, stream.frames) == ("vp9", 8, 5)
+    assert frames_of(tmp_path / "a.mp4").shape == frames.shape
+    np.testing.assert_array_equal(soundfile.read(tmp_path / "a.flac", dtype="int16")[0], tone(0.1, 16_000, 440))
