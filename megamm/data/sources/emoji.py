@@ -12,7 +12,7 @@ import emoji
 from fontTools.ttLib import TTFont
 
 from megamm.data.nouns import normalise_noun
-from megamm.data.pairs import Pair
+from megamm.data.samples import RawPart, RawSample
 from megamm.errors import UserError
 
 _VARIATION_SELECTOR = 0xFE0F
@@ -20,8 +20,8 @@ _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
 _SKIN_TONE = re.compile(r"((?: (?:light|medium-light|medium|medium-dark|dark) skin tone)+)(?: (.+))?$")
 
 
-def write_emoji(package: Path, target: Path) -> list[Pair]:
-    """Write the PNGs under target/images and return their pairs, in order of code points."""
+def write_emoji(package: Path, target: Path) -> list[RawSample]:
+    """Write the PNGs under target/images and return their samples, in order of code points."""
     fonts = sorted(package.rglob("NotoColorEmoji.ttf"))
     if not fonts:
         raise UserError("no NotoColorEmoji.ttf in the package", where=package, remedy="report your Debian release")
@@ -32,7 +32,7 @@ def write_emoji(package: Path, target: Path) -> list[Pair]:
         glyphs = _glyphs(font)
         bitmaps = font["CBDT"].strikeData[0]
         (target / "images").mkdir()
-        pairs, drawn = [], set()
+        samples, drawn = [], set()
         for text in sorted(emoji.EMOJI_DATA):
             entry = emoji.EMOJI_DATA[text]
             codes = tuple(ord(c) for c in text if ord(c) != _VARIATION_SELECTOR)
@@ -43,8 +43,9 @@ def write_emoji(package: Path, target: Path) -> list[Pair]:
             key = "emoji-" + "-".join(f"{code:x}" for code in codes)
             (target / "images" / f"{key}.png").write_bytes(bitmaps[glyph].imageData)
             caption = emoji_caption(entry["en"], is_flag=len(codes) == 2 and codes[0] in _FLAG_LETTERS)
-            pairs.append(Pair(key, f"images/{key}.png", caption, normalise_noun(caption)))
-    return pairs
+            parts = (RawPart("image", f"images/{key}.png"), RawPart("text", caption))
+            samples.append(RawSample(key, normalise_noun(caption), parts))
+    return samples
 
 
 def emoji_caption(name: str, *, is_flag: bool) -> str:

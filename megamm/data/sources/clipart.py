@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from megamm.data.nouns import normalise_noun
-from megamm.data.pairs import Pair
+from megamm.data.samples import RawPart, RawSample
 from megamm.errors import UserError
 
 _DC = "{http://purl.org/dc/elements/1.1/}"
@@ -28,15 +28,15 @@ _RANKS = {"a": "ace", "j": "jack", "q": "queen", "k": "king"}
 _CONTEXT = {"flags": "flag of {}", "icons": "{} icon", "roadsigns": "{} road sign", "semaphore": "semaphore flag {}"}
 
 
-def write_clipart(package: Path, target: Path) -> list[Pair]:
-    """Copy the SVGs under target/images and return their pairs, in order of paths."""
+def write_clipart(package: Path, target: Path) -> list[RawSample]:
+    """Copy the SVGs under target/images and return their samples, in order of paths."""
     root = package / "usr/share/openclipart/svg"
     files = sorted(path for path in root.rglob("*.svg") if not path.is_symlink() and path.parent.name != "gradients")
     if not files:
         raise UserError("no drawings in the package", where=root, remedy="report your Debian release")
     metadata = {path: _title_and_author(path) for path in files}
     count = Counter(title for title, _ in metadata.values())
-    pairs = []
+    samples = []
     (target / "images").mkdir()
     for path, (title, author) in metadata.items():
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -49,8 +49,9 @@ def write_clipart(package: Path, target: Path) -> list[Pair]:
             continue
         key = f"clipart-{re.sub(r'[^a-z0-9]+', '-', path.stem.lower()).strip('-')[:50]}-{digest[:8]}"
         shutil.copyfile(path, target / "images" / f"{key}.svg")
-        pairs.append(Pair(key, f"images/{key}.svg", caption, normalise_noun(caption)))
-    return pairs
+        parts = (RawPart("image", f"images/{key}.svg"), RawPart("text", caption))
+        samples.append(RawSample(key, normalise_noun(caption), parts))
+    return samples
 
 
 def clipart_caption(name: str, title: str, author: str) -> str:

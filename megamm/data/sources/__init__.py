@@ -1,0 +1,155 @@
+"""Public starter data that needs no account: `megamm data fetch NAME...` writes each source as raw samples.
+
+Out, in RAW/<source>/: `samples.jsonl` (see `samples`), its media, and `ATTRIBUTION.md` (origin, licence, authors).
+The folder appears only when complete; the same packages give the same bytes. A source is one file with a function
+(unpacked packages, target folder) -> samples, and its line in SOURCES; STARTERS are sets of them.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.data.samples import FILE, RawSample, write_samples
+from megamm.data.sources.asterisk import write_asterisk
+from megamm.data.sources.attribution import write_attribution
+from megamm.data.sources.bunny import write_bunny
+from megamm.data.sources.clipart import write_clipart
+from megamm.data.sources.emoji import write_emoji
+from megamm.data.sources.furniture import write_furniture
+from megamm.data.sources.gimp import write_gimp
+from megamm.data.sources.gnome import write_gnome
+from megamm.data.sources.packages import Sdist, fetch_package
+from megamm.data.sources.pingus import write_pingus
+from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
+from megamm.data.sources.tuxpaint import write_tuxpaint
+from megamm.data.sources.wesnoth import write_wesnoth
+from megamm.errors import UserError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public data set in one or more packages; write(unpacked packages, target folder) makes its samples."""
+
+    packages: tuple[str | Sdist, ...]
+    download_mb: float
+    licence: str
+    summary: str
+    write: Callable[[Path, Path], list[RawSample]]
+
+
+_MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
+
+SOURCES = {
+    "emoji": Source(
+        ("fonts-noto-color-emoji",), 9.9, "SIL OFL 1.1", "3,780 emoji pictures with their English names", write_emoji
+    ),
+    "clipart": Source(
+        ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
+    ),
+    "asterisk": Source(
+        ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
+        10.6,
+        "CC-BY-SA 3.0",
+        "551 spoken telephone prompts with transcripts",
+        write_asterisk,
+    ),
+    "sweethome": Source(
+        ("sweethome3d",),
+        17.0,
+        "GPL-2+ or CC-BY 3.0",
+        "92 models of furniture: point clouds, names, pictures, turntable videos",
+        write_furniture,
+    ),
+    "furniture": Source(
+        ("sweethome3d-furniture",),
+        119.8,
+        "CC-BY 3.0, CC0, GPL (by catalogue)",
+        "820 models of furniture and things: point clouds, names, pictures, turntable videos",
+        write_furniture,
+    ),
+    "pingus": Source(
+        ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
+    ),
+    "wesnoth": Source(
+        ("wesnoth-1.16-data",),
+        146.2,
+        "GPL-2+",
+        "228 described figures of a fantasy game and 432 of their animations",
+        write_wesnoth,
+    ),
+    "tuxpaint": Source(
+        ("tuxpaint-stamps-default",),
+        160.9,
+        "GPL-2",
+        "950 stamps: picture, description and speech, in English and 10 more languages",
+        write_tuxpaint,
+    ),
+    "gnome": Source(
+        ("gnome-user-docs",), 8.5, "CC-BY-SA 3.0", "348 pages of the GNOME manuals, text and pictures", write_gnome
+    ),
+    "gimp": Source(
+        ("gimp-help-en", "gimp-help-common"),
+        49.8,
+        "GFDL 1.2+",
+        "662 pages of the GIMP manual, text and 1,990 pictures",
+        write_gimp,
+    ),
+    "wordnet": Source(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
+    "gcide": Source(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
+    "fortunes": Source(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
+    "bunny": Source(
+        (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),),
+        58.4,
+        "CC-BY 3.0",
+        "shots of the film Big Buck Bunny: video and sound",
+        write_bunny,
+    ),
+}
+
+STARTERS = {
+    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "wordnet", "fortunes"),
+    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus", "gnome", "wordnet", "fortunes"),
+}
+"""Sets to begin with: at most 200 MB of downloads, and at most 120."""
+
+
+def expand(names: list[str]) -> list[str]:
+    """Source names, sets replaced by their members, each once. UserError for a name that is neither."""
+    for name in names:
+        if name not in SOURCES and name not in STARTERS:
+            known = [f"{key}: {s.summary}, {s.download_mb:.0f} MB, {s.licence}" for key, s in SOURCES.items()]
+            known += [f"{key}: {', '.join(sources)}" for key, sources in STARTERS.items()]
+            raise UserError(f"no source {name!r}", remedy=f"choose from {'; '.join(known)}")
+    return list(dict.fromkeys(source for name in names for source in STARTERS.get(name, (name,))))
+
+
+def is_fetched(name: str, raw: Path) -> bool:
+    """Whether raw/name is there and complete. UserError if something else is in its place."""
+    target = raw / name
+    if (target / FILE).exists():
+        return True
+    if target.exists():
+        raise UserError(f"folder exists, without {FILE}", where=target, remedy="delete it or choose another --to")
+    return False
+
+
+def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
+    """Fetch one source to raw/name; returns that folder and the number of samples, None if it was there already."""
+    (name,) = expand([name])
+    source, target = SOURCES[name], raw / name
+    if is_fetched(name, raw):
+        return target, None
+    raw.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}.partial-", dir=raw) as work:
+        unpacked, partial = Path(work) / "package", Path(work) / name
+        for folder in (unpacked, partial):
+            folder.mkdir()
+        for package in source.packages:
+            fetch_package(package, Path(work), unpacked)
+        debian = [package for package in source.packages if isinstance(package, str)]
+        write_attribution(partial, f"{source.summary}. Licence: {source.licence}.", unpacked, debian)
+        samples = source.write(unpacked, partial)
+        write_samples(partial, samples)
+        partial.rename(target)
+    return target, len(samples)

@@ -1,0 +1,54 @@
+"""Spoken telephone prompts with their transcripts, from the Asterisk project.
+
+In: the unpacked Debian packages `asterisk-core-sounds-en` (the transcripts) and `asterisk-core-sounds-en-g722` (the
+recordings: one voice, studio quality, 16 kHz, coded as ITU-T G.722). Out: FLAC, mono, 16 bit, 16 kHz, with the
+transcript as caption. Prompts without words (tones, silence), whose transcript is a remark in brackets, are left out.
+"""
+
+import gzip
+import re
+from pathlib import Path
+
+import numpy as np
+
+from megamm.data.nouns import normalise_noun
+from megamm.data.samples import RawPart, RawSample, clean_caption
+from megamm.data.sources.media import write_flac
+from megamm.errors import UserError
+
+SAMPLE_RATE = 16_000
+_REMARK = ("[", "(", "<")
+
+
+def write_asterisk(package: Path, target: Path) -> list[RawSample]:
+    """Write the recordings under target/audio and return them with their transcripts, in order of prompt names."""
+    lists = sorted(package.rglob("core-sounds-en.txt.gz"))
+    folders = sorted(folder for folder in (package / "usr/share/asterisk/sounds").glob("*") if folder.is_dir())
+    if not lists or not folders:
+        raise UserError("no transcripts or no recordings in the packages", where=package, remedy="use Debian 12")
+    (target / "audio").mkdir()
+    samples = []
+    for name, transcript in sorted(read_transcripts(gzip.decompress(lists[0].read_bytes()).decode()).items()):
+        recording = folders[0] / f"{name}.g722"
+        if not recording.is_file():
+            continue
+        key = "asterisk-" + re.sub(r"[^A-Za-z0-9_]+", "-", name)
+        write_flac(target / "audio" / f"{key}.flac", _decode(recording), SAMPLE_RATE)
+        parts = (RawPart("audio", f"audio/{key}.flac"), RawPart("text", transcript))
+        samples.append(RawSample(key, normalise_noun(transcript), parts, ordered=False))
+    return samples
+
+
+def read_transcripts(text: str) -> dict[str, str]:
+    """Prompt name ("digits/1") -> its words, from lines `name: words`; comments (;) and remarks left out."""
+    entries = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith(";"))
+    cleaned = {name.strip(): clean_caption(words) for name, words in entries}
+    return {name: words for name, words in cleaned.items() if words and not words.startswith(_REMARK)}
+
+
+def _decode(path: Path) -> np.ndarray:
+    """int16 [samples] at 16 kHz; the coding has no header, so the format is named."""
+    import av
+
+    with av.open(str(path), format="g722") as container:
+        return np.concatenate([frame.to_ndarray().reshape(-1) for frame in container.decode(audio=0)])

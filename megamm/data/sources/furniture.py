@@ -1,0 +1,181 @@
+"""Furniture and household things in 3D with their names, from the catalogues of Sweet Home 3D.
+
+In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
+`sweethome3d-furniture` (catalogues as .sh3f files). Both are zip files with a list in Java's .properties format,
+Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each model: a point
+cloud (npz), the name as caption, and pictures: the catalogue's icon (drawn by Sweet Home 3D) and renderings from
+three sides by data/render3d.py, each a sample of its own with the same cloud; the first rendering has a turntable
+video too. Models of one file under several names (lamps by colour of their light) count once.
+"""
+
+import io
+import logging
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megamm.data.meshes import CloudArray, cloud_from_mesh
+from megamm.data.nouns import normalise_noun
+from megamm.data.render3d import render
+from megamm.data.samples import RawPart, RawSample, clean_caption
+from megamm.data.sources.attribution import append_credits
+from megamm.data.sources.media import write_picture, write_video
+from megamm.errors import UserError
+
+if TYPE_CHECKING:
+    import trimesh
+
+logger = logging.getLogger(__name__)
+POINTS = 4096
+_SURFACE = 40_000
+"""Points that a rendering draws; half of them for a frame of the video."""
+ANGLES = (30, -30, 150)
+"""Degrees of the renderings: both front corners and one of the back."""
+PICTURE = 128
+"""Pixels of a rendering; the icons are of about that size."""
+TURN_FRAMES, TURN_RATE = 17, 8
+"""A full turn in two seconds: the last frame is the first again."""
+_LISTS = re.compile(r"(?:.*/)?(?:DefaultFurnitureCatalog|PluginFurnitureCatalog)\.properties")
+_MATERIALS = re.compile(rb"newmtl \w+\n(?:\w+ [\d. ]+\n)+")
+_OWN_MATERIALS = "sweethome3d-materials.mtl"
+_ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One model of a catalogue: caption, author, and the names of its files in the zip file."""
+
+    caption: str
+    creator: str
+    model: str
+    icon: str
+
+
+class ZipFiles(Mapping[str, bytes]):
+    """The files that a model may name (materials, textures): those of its folder in the zip file, and `more`."""
+
+    def __init__(self, archive: zipfile.ZipFile, folder: str, more: dict[str, bytes]) -> None:
+        self.archive, self.folder, self.more = archive, folder, more
+
+    def __getitem__(self, name: str) -> bytes:
+        """The bytes of a file. KeyError if there is none."""
+        return self.more.get(name) or self.archive.read(
+            self.folder + name.strip().replace("\\", "/").removeprefix("./")
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        beside = (name.removeprefix(self.folder) for name in self.archive.namelist() if name.startswith(self.folder))
+        return iter([*self.more, *beside])
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def write_furniture(package: Path, target: Path) -> list[RawSample]:
+    """Write clouds, pictures and videos under target, and return the samples in order of catalogue and number."""
+    catalogues = sorted(p for p in package.rglob("*") if p.suffix in (".jar", ".sh3f") and p.is_file())
+    if not catalogues:
+        raise UserError("no catalogue (.jar, .sh3f) in the package", where=package, remedy="use Debian 12")
+    for folder in ("points", "images", "video"):
+        (target / folder).mkdir()
+    samples = []
+    for path in catalogues:
+        with zipfile.ZipFile(path) as archive:
+            materials = own_materials(archive)
+            for number, piece in enumerate(read_catalogue(archive, target, path.name), start=1):
+                key = f"furniture-{re.sub(r'[^a-z0-9]+', '-', path.stem.lower())}-{number:03d}"
+                try:
+                    mesh = _load(archive, piece.model, materials)
+                    surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
+                except (ValueError, KeyError, IndexError) as error:
+                    logger.warning("%s: %s left out: %s", path.name, piece.model, error)
+                    continue
+                samples += _write_piece(target, key, piece, cloud, surface, archive)
+    return samples
+
+
+def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Piece]:
+    """The pieces of a catalogue, each model once; its licence and authors are added to the attribution in `target`."""
+    lists = [entry for entry in archive.namelist() if _LISTS.fullmatch(entry)]
+    if not lists:
+        raise UserError("no list of furniture in the catalogue", where=name, remedy="use Debian 12")
+    values = read_properties(archive.read(lists[0]).decode("latin-1"))
+    pieces, models = [], set()
+    works: dict[str, list[str]] = defaultdict(list)
+    numbers = sorted(int(key.removeprefix("name#")) for key in values if key.startswith("name#"))
+    for number in numbers:
+        caption = furniture_caption(values[f"name#{number}"])
+        model, icon = (values.get(f"{field}#{number}", "").lstrip("/") for field in ("model", "icon"))
+        if not caption or model in models or not model.lower().endswith(".obj"):
+            continue
+        models.add(model)
+        creator = values.get(f"creator#{number}", "unnamed")
+        works[creator].append(caption)
+        pieces.append(Piece(caption, creator, model, icon))
+    licence = clean_caption(values.get("license", ""))
+    authors = [f"- {creator}: {', '.join(captions)}" for creator, captions in sorted(works.items())]
+    append_credits(target, [f"{name}: {values.get('name', '')}. {licence}. Models by:", "", *authors])
+    return pieces
+
+
+def read_properties(text: str) -> dict[str, str]:
+    r"""Java's .properties: `key=value` lines, # comments, \uXXXX for characters outside Latin-1."""
+    lines = (line.split("=", 1) for line in text.splitlines() if "=" in line and not line.startswith(("#", "!")))
+    return {key.strip(): _ESCAPE.sub(lambda code: chr(int(code[1], 16)), value.strip()) for key, value in lines}
+
+
+def furniture_caption(name: str) -> str:
+    """Lower-case name without sizes ("Bed 140x190") and counters ("Chair 2")."""
+    return clean_caption(re.sub(r"\b\d+(x\d+)*\b", " ", name.lower())).strip(" -,")
+
+
+def own_materials(archive: zipfile.ZipFile) -> bytes:
+    """The program's named default materials, which its models use without saying so: text inside a class file."""
+    name = "com/eteks/sweethome3d/j3d/OBJLoader.class"
+    return b"\n".join(_MATERIALS.findall(archive.read(name))) if name in archive.namelist() else b""
+
+
+def _load(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Scene":
+    import trimesh
+
+    text = archive.read(model)
+    if materials and b"mtllib" not in text:
+        text = f"mtllib {_OWN_MATERIALS}\n".encode() + text
+    resolver = ZipFiles(archive, model.rpartition("/")[0] + "/", {_OWN_MATERIALS: materials})
+    return trimesh.load_scene(io.BytesIO(text), file_type="obj", resolver=resolver, process=False)
+
+
+def _write_piece(
+    target: Path, key: str, piece: Piece, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
+) -> list[RawSample]:
+    np.savez_compressed(target / f"points/{key}.npz", points=cloud)
+    turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
+    write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)
+    pictures = {f"{key}-view{view}": render(surface, angle, PICTURE) for view, angle in enumerate(ANGLES)}
+    if piece.icon in archive.namelist():
+        pictures[f"{key}-icon"] = _on_white(archive.read(piece.icon))
+    samples = []
+    for name, picture in pictures.items():
+        write_picture(target / f"images/{name}.png", picture)
+        parts = [RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{name}.png")]
+        parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("view0") else []
+        parts.append(RawPart("text", piece.caption))
+        samples.append(RawSample(name, normalise_noun(piece.caption), tuple(parts)))
+    return samples
+
+
+def _on_white(icon: bytes) -> np.ndarray:
+    """A PNG with transparency as uint8 [Y, X, 3] on white, as the renderings are."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(icon)) as image:
+        layer = image.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    white.alpha_composite(layer)
+    return np.asarray(white.convert("RGB"))

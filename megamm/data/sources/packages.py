@@ -1,0 +1,127 @@
+"""Packages fetched and unpacked in a private folder: nothing is installed, no code of theirs runs, no root is needed.
+
+A Debian package comes through the system's apt-get and dpkg-deb, with its mirrors and signatures; a Python source
+distribution from the package index that pip is set to, checked against the SHA-256 given here.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.errors import UserError
+
+logger = logging.getLogger(__name__)
+_TIMEOUT = 60
+
+
+@dataclass(frozen=True)
+class Sdist:
+    """A source distribution of a Python package, of which only the files with these endings are unpacked."""
+
+    name: str
+    version: str
+    sha256: str
+    endings: tuple[str, ...]
+
+
+def fetch_package(package: str | Sdist, work: Path, folder: Path) -> None:
+    """Download a package (a Debian package's name, or an Sdist) into `work` and unpack it into `folder`."""
+    if isinstance(package, Sdist):
+        _unpack_sdist(package, _download_sdist(package, work), folder)
+    else:
+        _unpack_debian(_download_debian(package, work), folder)
+
+
+def _download_debian(package: str, work: Path) -> Path:
+    """apt-get download; with package lists of our own if the system's do not know the package."""
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            remedy = "fetch on a Debian or Ubuntu machine and copy its RAW folder here, or bring your own samples.jsonl"
+            raise UserError(f"cannot fetch: {tool} is not on this system", remedy=remedy)
+    options = ["-q", "-o", "Acquire::Retries=2", "-o", f"Acquire::http::Timeout={_TIMEOUT}"]
+    if _run(["apt-get", *options, "download", package], work).returncode:
+        logger.info("%s is not in the system's package lists: fetching lists into %s", package, work)
+        for folder in ("lists/partial", "cache/archives/partial"):
+            (work / folder).mkdir(parents=True, exist_ok=True)
+        options += ["-o", f"Dir::State::lists={work}/lists", "-o", f"Dir::Cache={work}/cache"]
+        for command in (["update"], ["download", package]):
+            result = _run(["apt-get", *options, *command], work)
+            if result.returncode:
+                reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+                remedy = "check the network and /etc/apt/sources.list, then try again; nothing was kept"
+                raise UserError(f"apt-get could not fetch {package}: {reason}", remedy=remedy)
+    return next(work.glob(f"{package}_*.deb"))
+
+
+def _unpack_debian(deb: Path, folder: Path) -> None:
+    result = _run(["dpkg-deb", "-x", str(deb), str(folder)], folder.parent)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UserError(f"cannot unpack {deb.name}: {reason}", remedy="check the disk space and fetch it again")
+
+
+def _download_sdist(package: Sdist, work: Path) -> Path:
+    """Not by `pip download`, which runs the package's setup to learn its name."""
+    archive = work / f"{package.name}-{package.version}.tar.gz"
+    page = f"{_package_index()}/{package.name}/"
+    remedy = "check the network and pip's index-url, then try again; nothing was kept"
+    try:
+        accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
+        with urllib.request.urlopen(
+            urllib.request.Request(page, headers={"Accept": accept}), timeout=_TIMEOUT
+        ) as reply:
+            address = find_sdist(reply.read().decode(), archive.name, page)
+        if address is None:
+            raise UserError(f"the package index has no {archive.name}", where=page, remedy=remedy)
+        with urllib.request.urlopen(address, timeout=_TIMEOUT) as reply, archive.open("wb") as file:
+            shutil.copyfileobj(reply, file)
+    except OSError as error:
+        raise UserError(f"could not fetch {archive.name}: {error}", remedy=remedy) from error
+    with archive.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != package.sha256:
+            raise UserError(f"{archive.name} is not the file expected (SHA-256 differs)", where=page, remedy=remedy)
+    return archive
+
+
+def _package_index() -> str:
+    """The simple index that pip would use; pip shows it as the default of --index-url, from all its settings."""
+    command = [sys.executable, "-m", "pip", "download", "--help"]
+    result = subprocess.run(command, env={**os.environ, "COLUMNS": "999"}, capture_output=True, text=True)
+    found = re.search(r"--index-url.*?\(default (\S+)\)", " ".join(result.stdout.split()))
+    if not found:
+        raise UserError("pip does not say which package index it uses", remedy="install pip beside megamm")
+    return found[1].rstrip("/")
+
+
+def find_sdist(page: str, file: str, address: str) -> str | None:
+    """Absolute address of `file` on a page of a simple index (JSON, PEP 691, or HTML, PEP 503); None: not there."""
+    if page.lstrip().startswith("{"):
+        links = [entry["url"] for entry in json.loads(page)["files"]]
+    else:
+        links = re.findall(r'href="([^"#]+)', page)
+    return next((urllib.parse.urljoin(address, link) for link in links if link.endswith(f"/{file}")), None)
+
+
+def _unpack_sdist(package: Sdist, archive: Path, folder: Path) -> None:
+    """Regular files only, and none outside the folder."""
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.isfile() and member.name.endswith(package.endings):
+                    tar.extract(member, folder, filter="data")
+    except tarfile.TarError as error:
+        raise UserError(f"cannot unpack {archive.name}: {error}", remedy="report it; nothing was kept") from error
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
