@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from megamm.cli import app
 from megamm.codecs.folders import save_codec
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.codecs.text import train_text_tokenizer
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.data.shards import ShardFolder, ShardWriter
 from megamm.data.token_cache import cache_name, load_codecs, tokenize
 from megamm.data.tokens import tokens_from_bytes
