@@ -244,6 +244,8 @@ def test_pixels_that_are_not_square_are_stretched():
     data = video_bytes(np.zeros((1, 32, 32, 3), np.uint8), aspect=Fraction(1, 2))
     square = sampled_squares(data, "mp4", 8, 1, 32)[0]
     assert square[:, :8].min() == 255 and square[:, 8:24].max() < 30 and square[:, 24:].min() == 255
+    turned = video_bytes(np.zeros((1, 32, 32, 3), np.uint8), aspect=Fraction(1, 2), rotation=90)
+    assert np.array_equal(sampled_squares(turned, "mp4", 8, 1, 32)[0], np.rot90(square))
 
 
 @pytest.fixture(scope="module")

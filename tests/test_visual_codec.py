@@ -194,6 +194,9 @@ def test_a_batch_mixes_images_and_clips_by_number_and_epoch_alone():
         assert torch.equal(nines[:, :, 0, 0, 0].diff(dim=1), torch.ones(8, 8))  # frames that follow each other
         seen |= set(nines[:, 0, 0, 0, 0].tolist())
     assert len(seen) > 8  # other parts of the videos in other epochs
+    one_a_time = VisualData(images[:3], videos[:4], CONFIG, ClipMix(0.25, 1))
+    clips = [one_a_time.batch([3], epoch)[0][0, 0, 0, 0, 0].item() for epoch in range(8)]
+    assert [(c - 100) // 20 for c in clips] == [0, 1, 2, 3, 0, 1, 2, 3]  # all the videos, epoch by epoch
     assert len(VisualData([], videos, CONFIG, ClipMix())) == 5
     assert len(VisualData(images, [], CONFIG, ClipMix())) == 30
 
