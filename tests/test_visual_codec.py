@@ -10,6 +10,7 @@ from codec_data import as_bytes, shape_picture, shape_video, write_source, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from skimage.metrics import structural_similarity
+from tiny_run import megamm
 from typer.testing import CliRunner
 
 from megamm.cli import app
@@ -271,6 +272,17 @@ def test_a_damaged_or_foreign_folder_is_a_user_error(tmp_path, damage):
     with pytest.raises(UserError, match=str(tmp_path)) as error:
         load_visual_codec(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_two_ranks_that_share_images_and_clips_unevenly_train_the_codec_of_one(source, tmp_path):
+    options = ["--image-size", "32", "--width", "16", "--encoder-depth", "0", "--decoder-depth", "0", "--device", "cpu"]
+    options += ["--steps", "3", "--batch-size", "4", "--seed", "1", "--learning-rate", "1e-3", "--clip-share", "0.4"]
+    for ranks in (1, 2):
+        done = megamm("tokenizer", "train", "visual", source, "--to", tmp_path / f"{ranks}", *options, "--nproc", ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in "12")
+    for name, weights in one.items():
+        assert torch.allclose(weights, two[name], rtol=0, atol=1e-5), name
 
 
 def test_wrong_use_is_refused_and_leaves_nothing(source, trained, tmp_path):

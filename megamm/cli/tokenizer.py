@@ -56,7 +56,7 @@ def train_visual(
     encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder, and temporal ones")] = 1,
     decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder, and temporal ones")] = 2,
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
-    clip_share: Annotated[float, typer.Option(help="share of clips in a batch, where there are images too")] = 0.25,
+    clip_share: Annotated[float, typer.Option(help="share of clips in a batch, where there are images too")] = 0.125,
     clip_frames: Annotated[int, typer.Option(help="frames of a clip that is trained on, at most")] = 9,
     device: DeviceChoice = "auto",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",

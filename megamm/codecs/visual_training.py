@@ -39,7 +39,7 @@ MAX_SAMPLES |= {("video", "train"): 4_000, ("video", "heldout"): 100}
 class ClipMix:
     """How videos and images share a batch: about `share` of its samples are clips of at most `frames` frames."""
 
-    share: float = 0.25
+    share: float = 0.125
     frames: int = 9
 
     def __post_init__(self) -> None:
