@@ -45,6 +45,8 @@ INSTALL_REQUIRES = [
     "typer>=0.15,<1",
     "rich>=13,<16",
     "pillow>=11",
+    # Video files (FFmpeg inside its wheels); 15 knows how a frame is rotated.
+    "av>=15,<19",
     "tensorboard>=2.18,<3",
     # The public starter data: emoji are read from a font, clip art from SVG.
     "resvg-py>=0.5,<1",
@@ -78,6 +80,8 @@ EXTRAS_REQUIRE = {
         "pre-commit>=4,<5",
         # An independent reader, against which the shards are tested.
         "webdataset>=1,<2",
+        # An independent SSIM, against which ours is tested.
+        "scikit-image>=0.25,<1",
         # The figures of benchmarks/ and of the demo.
         "matplotlib>=3.10,<4",
     ],

@@ -1,8 +1,10 @@
-"""Tiny sources for the codec tests: captioned pictures of coloured shapes, as real shards."""
+"""Tiny sources for the codec tests: captioned pictures of coloured shapes, and videos of them, as real shards."""
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -19,6 +21,54 @@ def shape_picture(number: int, size: int = 32) -> tuple[Image.Image, str]:
     corner, extent = rng.integers(0, size // 2, 2), rng.integers(size // 4, size // 2, 2)
     getattr(ImageDraw.Draw(image), kind)([*corner.tolist(), *(corner + extent).tolist()], fill=colour)
     return image, f"a {colour} {kind}"
+
+
+def shape_video(number: int, frames: int = 9, size: int = 32) -> np.ndarray:
+    """A picture that moves to the right, a pixel a frame, on white: uint8 `[frames, size, size, 3]`."""
+    picture = np.asarray(shape_picture(number, size)[0])
+    wide = np.pad(picture, ((0, 0), (frames, 0), (0, 0)), constant_values=255)
+    return np.stack([wide[:, frames - f : frames - f + size] for f in range(frames)])
+
+
+def video_bytes(
+    frames: np.ndarray,
+    rate: float = 8,
+    container: str = "mp4",
+    codec: str = "libvpx-vp9",
+    times: list[int] | None = None,
+    aspect: Fraction | None = None,
+    rotation: int = 0,
+    **options: str,
+) -> bytes:
+    """uint8 `[F, Y, X, 3]` as a video file, made with PyAV alone. times: ticks of a millisecond, one a frame."""
+    file = io.BytesIO()
+    tick = Fraction(1, 1000) if times else 1 / Fraction(rate)
+    with av.open(file, "w", format=container, options=options) as out:
+        stream = out.add_stream(codec, rate=1000 if times else Fraction(rate), options={"crf": "10"})
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt, stream.time_base = (
+            "yuv420p" if frames.shape[1] % 2 == 0 == frames.shape[2] % 2 else "yuv444p",
+            tick,
+        )
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if rotation:
+            stream.set_display_rotation(rotation)
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+            frame.pts, frame.time_base = times[number] if times else number, tick
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def write_videos(folder: Path, train: int, heldout: int, frames: int = 9) -> Path:
+    """`folder/<split>/video/` shards of moving pictures, beside what write_source writes."""
+    for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
+        with ShardWriter(folder / split / "video") as writer:
+            for n in numbers:
+                writer.add(f"s{n}", "mp4", video_bytes(shape_video(n, frames)))
+    return folder
 
 
 def as_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:

@@ -10,7 +10,7 @@ from codec_data import as_bytes, shape_picture
 from PIL import Image
 
 from megamm.codecs.folders import save_codec
-from megamm.codecs.image import ImageCodec, ImageCodecConfig
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.errors import UserError
 from megamm.modalities.base import UnreadableMedia
 from megamm.modalities.image import MAX_PIXELS, ImageModality, square_pixels
@@ -111,7 +111,7 @@ def test_scaling_down_is_antialiased():
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("codec")
     torch.manual_seed(0)
-    save_codec(ImageCodec(ImageCodecConfig(image_size=32, downsample=8, width=16, levels=(5, 4, 3))), folder)
+    save_codec(VisualCodec(VisualCodecConfig(image_size=32, downsample=8, width=16, levels=(5, 4, 3))), folder)
     return folder
 
 
@@ -141,5 +141,5 @@ def test_ids_that_are_no_image_are_refused(folder, ids):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no image codec"):
+    with pytest.raises(UserError, match="no visual codec"):
         ImageModality.load(tmp_path)

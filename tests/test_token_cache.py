@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from megamm.cli import app
 from megamm.codecs.folders import save_codec
-from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.data.shards import ShardFolder, ShardWriter
 from megamm.data.token_cache import cache_name, load_codecs, tokenize
 from megamm.data.tokens import tokens_from_bytes
@@ -36,8 +36,8 @@ def codecs(tmp_path_factory):
     train_text_tokenizer([toy], folder / "text", vocabulary_size=270)
     (folder / "image").mkdir()
     torch.manual_seed(0)
-    config = ImageCodecConfig(image_size=32, downsample=16, width=16, decoder_depth=0, encoder_depth=0)
-    save_codec(ImageCodec(config), folder / "image")
+    config = VisualCodecConfig(image_size=32, downsample=16, width=16, decoder_depth=0, encoder_depth=0)
+    save_codec(VisualCodec(config), folder / "image")
     return {"text": TextModality.load(folder / "text"), "image": ImageModality.load(folder / "image")}, folder
 
 

@@ -9,8 +9,8 @@ from codec_data import write_source
 from transformers import AutoModelForCausalLM
 
 from megamm.codecs.folders import save_codec
-from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.config import RunConfig, config_from_dict
 from megamm.convert import qwen3
 from megamm.convert.exported import Exported, open_export
@@ -29,9 +29,9 @@ def make_export(folder: Path, train: int = 24, heldout: int = 12) -> Path:
     train_text_tokenizer([source], codecs / "text", vocabulary_size=270)
     (codecs / "visual").mkdir()
     torch.manual_seed(0)
-    image = ImageCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4, 4))
+    image = VisualCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4, 4))
     assert image.grid_size**2 == IMAGE_TOKENS
-    save_codec(ImageCodec(image), codecs / "visual")
+    save_codec(VisualCodec(image), codecs / "visual")
     config = _config(folder, source, codecs)
     modalities = load_modalities(config.tokenizers)
     tokenize([source], list(modalities.values()))

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image, ImageDraw
 
 from megamm.codecs.folders import save_codec
-from megamm.codecs.image import ImageCodec, ImageCodecConfig
 from megamm.codecs.text import train_text_tokenizer
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.data.build import BuildOptions, build
 from megamm.data.token_cache import load_codecs, tokenize
 
@@ -39,7 +39,7 @@ def make_data(folder: Path) -> None:
     torch.manual_seed(0)
     codec = folder / "tokenizers" / "visual"
     codec.mkdir()
-    save_codec(ImageCodec(ImageCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
+    save_codec(VisualCodec(VisualCodecConfig(image_size=24, downsample=8, width=16, levels=(5, 5))), codec)
     codecs = [f"{name}={folder / 'tokenizers' / name}" for name in ("text", "visual")]
     tokenize([source], load_codecs(codecs, torch.device("cpu")))
 

@@ -39,46 +39,54 @@ def train_text(
     print(f"{to}: {done['vocabulary_size']} tokens, {done['bytes_per_token']:.2f} bytes a token on held-out text")
 
 
-@train_app.command("image")
-def train_image(
+@train_app.command("visual")
+def train_visual(
     sources: Sources,
     to: Annotated[Path, typer.Option(help="folder to make")],
     steps: int = 1500,
-    batch_size: int = 32,
+    batch_size: Annotated[int, typer.Option(help="images and clips a step, over all ranks")] = 32,
     learning_rate: float = 4e-3,
     seed: int = 0,
     image_size: Annotated[int, typer.Option(help="pixels a side")] = 64,
     downsample: Annotated[int, typer.Option(help="pixels a side of one token")] = 8,
+    frames_per_step: Annotated[int, typer.Option(help="frames of video in one latent frame")] = 4,
+    frame_rate: Annotated[float, typer.Option(help="Hz that video is sampled at")] = 8.0,
+    max_frames: Annotated[int, typer.Option(help="frames of a video at most; the rest is left out")] = 17,
     width: Annotated[int, typer.Option(help="channels")] = 64,
-    encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder")] = 1,
-    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder")] = 2,
+    encoder_depth: Annotated[int, typer.Option(help="residual blocks of the encoder, and temporal ones")] = 1,
+    decoder_depth: Annotated[int, typer.Option(help="residual blocks of the decoder, and temporal ones")] = 2,
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the codebook's size")] = "8,5,5,5",
+    clip_share: Annotated[float, typer.Option(help="share of clips in a batch, where there are images too")] = 0.125,
+    clip_frames: Annotated[int, typer.Option(help="frames of a clip that is trained on, at most")] = 9,
     device: DeviceChoice = "auto",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
     nproc: Processes = 1,
 ) -> None:
-    """Train the FSQ image codec; reports PSNR and codebook use on the held-out split."""
+    """Train the FSQ codec of images and videos; reports PSNR, SSIM and codebook use on the held-out split."""
     if started(nproc):
         return
     from megamm.codecs.folders import checked_config
-    from megamm.codecs.image import KIND, ImageCodecConfig
-    from megamm.codecs.train import train_image_codec
     from megamm.codecs.training import Training
+    from megamm.codecs.visual import VisualCodecConfig
+    from megamm.codecs.visual_training import ClipMix, train_visual_codec
     from megamm.device import DTYPES, choose
 
     log_to_console()
     values = {
-        "kind": KIND,
         "image_size": image_size,
         "downsample": downsample,
+        "frames_per_step": frames_per_step,
+        "frame_rate": frame_rate,
+        "max_frames": max_frames,
         "width": width,
         "encoder_depth": encoder_depth,
         "decoder_depth": decoder_depth,
         "levels": levels.split(","),
     }
-    codec = checked_config(ImageCodecConfig, values)
+    codec = checked_config(VisualCodecConfig, values)
     training = Training(steps, batch_size, learning_rate, seed)
-    report = train_image_codec(sources, to, codec, training, choose(device), DTYPES[dtype])
+    mix = ClipMix(clip_share, clip_frames)
+    report = train_visual_codec(sources, to, codec, training, choose(device), DTYPES[dtype], mix)
     if report:
-        size = f"{codec.grid_size**2} tokens an image of {codec.codebook_size} codes"
-        print(f"{to}: {size}, PSNR {report['psnr_db']:.2f} dB")
+        print(f"{to}: {codec.grid_size**2} tokens an image or latent frame, of {codec.codebook_size} codes")
+        print(*(f"{name} {value:.4g}" for name, value in report.items() if name != "step"), sep=", ")

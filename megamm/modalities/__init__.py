@@ -3,11 +3,13 @@
 from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
+from megamm.modalities.video import VideoModality
 
 # The order of the lines is part of the vocabulary's format: append only.
 REGISTRY: dict[str, type[Modality]] = {
     "text": TextModality,
     "image": ImageModality,
+    "video": VideoModality,
 }
 
 

@@ -15,8 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 
-from megamm.codecs.folders import load_codec
-from megamm.codecs.image import KIND, ImageCodec
+from megamm.codecs.visual import VisualCodec, load_visual_codec
 from megamm.data.sample import IntArray
 from megamm.modalities.base import CPU, UnreadableMedia
 
@@ -34,18 +33,18 @@ class ImageModality:
     family: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
 
-    def __init__(self, codec: ImageCodec, codec_id: str, device: torch.device) -> None:
+    def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
         self.codec = codec.to(device).eval()
         self.codec_id = codec_id
         self.device = device
-        self.vocabulary_size = codec.config.codebook_size
-        self.tokens_per_item: int | None = codec.config.grid_size**2
-        self.stride = codec.config.grid_size**2
+        self.vocabulary_size = codec.codebook_size
+        self.tokens_per_item: int | None = codec.grid_size**2
+        self.stride = codec.grid_size**2
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":
-        """Load an image codec folder onto a device. UserError if it is not one."""
-        module, codec_id = load_codec(codec, {KIND: ImageCodec}, "visual")
+        """Load a visual codec folder onto a device. UserError if it is not one."""
+        module, codec_id = load_visual_codec(codec)
         return cls(module, codec_id, device)
 
     @staticmethod
@@ -56,7 +55,7 @@ class ImageModality:
 
     def read_media(self, data: bytes, extension: str) -> PixelArray:
         """Image bytes to uint8 `[Y, X, 3]`, Y = X = the codec's image_size."""
-        return square_pixels(data, extension, self.codec.config.image_size)
+        return square_pixels(data, extension, self.codec.image_size)
 
     def write_media(self, media: PixelArray) -> bytes:
         """uint8 `[Y, X, 3]` to PNG bytes."""
@@ -68,17 +67,19 @@ class ImageModality:
         """Images `[Y, X, 3]` to ids `[T]` each, on the codec's device."""
         if not media:
             return []
-        images_BYX3 = torch.from_numpy(np.stack(media)).to(self.device)
-        return list(self.codec.encode(images_BYX3).cpu().numpy())
+        images_BFYX3 = torch.from_numpy(np.stack(media)[:, None]).to(self.device)
+        return list(self.codec.encode(images_BFYX3).cpu().numpy())
 
     def decode(self, ids: IntArray) -> PixelArray:
         """Ids `[T]` to uint8 `[Y, X, 3]`. ValueError if T is not the codec's grid or an id is out of range."""
-        images_BYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
-        return images_BYX3[0].cpu().numpy()
+        if len(ids) != self.stride:
+            raise ValueError(f"{len(ids)} ids for an image of {self.stride}")
+        images_BFYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
+        return images_BFYX3[0, 0].cpu().numpy()
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: t = 0, (h, w) row-major over the latent grid."""
-        h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.config.grid_size)
+        h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.grid_size)
         return np.stack([np.zeros_like(h), h, w])
 
     def choices(self, place: int) -> range:
@@ -88,9 +89,16 @@ class ImageModality:
 
 def square_pixels(data: bytes, extension: str, size: int) -> PixelArray:
     """Image bytes to uint8 `[size, size, 3]`: on white, aspect kept, padded. UnreadableMedia if broken."""
-    image = _on_white(_decode(data, extension))
-    scale = size / max(image.size)
-    width, height = (max(1, round(side * scale)) for side in image.size)
+    return pad_to_square(_on_white(_decode(data, extension)), size)
+
+
+def pad_to_square(image: Image.Image, size: int, pixel_aspect: float = 1.0) -> PixelArray:
+    """An RGB image to uint8 `[size, size, 3]`: aspect kept, padded with white.
+
+    pixel_aspect: width of the image's pixels over their height.
+    """
+    sides = (image.width * pixel_aspect, image.height)
+    width, height = (max(1, round(side * size / max(sides))) for side in sides)
     square = Image.new("RGB", (size, size), "white")
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     square.paste(resized, ((size - width) // 2, (size - height) // 2))

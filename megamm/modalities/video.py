@@ -1,0 +1,98 @@
+"""Videos: mp4, webm, mkv or mov bytes <-> uint8 `[F, Y, X, 3]` (sRGB) <-> token ids `[T]` of the visual codec.
+
+Frames are sampled by time at the codec's frame_rate, from the first one on, and cut to F = 1 + n * frames_per_step of
+at most max_frames. Each becomes the square that an image becomes: aspect kept, rotation applied, padded with white.
+Ids are in the order of time, rows and columns over the latent frames.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megamm.codecs.visual import VisualCodec, batches_of_one_length, load_visual_codec
+from megamm.data.frame_sampling import usable_frames
+from megamm.data.sample import IntArray
+from megamm.modalities.base import CPU
+from megamm.modalities.video_file import digest_of_frames, sampled_squares, write_mp4
+
+FrameArray = npt.NDArray[np.uint8]
+
+
+class VideoSizes(Protocol):
+    """What a visual codec, or its config, says of the videos that it takes; units as in codecs/visual.py."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def frame_rate(self) -> float: ...
+    @property
+    def max_frames(self) -> int: ...
+    @property
+    def frames_per_step(self) -> int: ...
+
+
+class VideoModality:
+    """The video modality; build it with `VideoModality.load(folder)`."""
+
+    name: ClassVar[str] = "video"
+    family: ClassVar[str] = "visual"
+    extensions: ClassVar[tuple[str, ...]] = ("mp4", "webm", "mkv", "mov")
+
+    def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
+        self.codec = codec.to(device).eval()
+        self.codec_id = codec_id
+        self.device = device
+        self.vocabulary_size = codec.codebook_size
+        self.tokens_per_item: int | None = None
+        self.stride = codec.grid_size**2
+
+    @classmethod
+    def load(cls, codec: Path, device: torch.device = CPU) -> "VideoModality":
+        """Load a visual codec folder onto a device. UserError if it is not one."""
+        module, codec_id = load_visual_codec(codec)
+        return cls(module, codec_id, device)
+
+    @staticmethod
+    def check_media(data: bytes, extension: str) -> str:
+        """Decode every frame; the digest of all. UnreadableMedia if broken, cut short, too large or long, misnamed."""
+        return digest_of_frames(data, extension)
+
+    def read_media(self, data: bytes, extension: str) -> FrameArray:
+        """Video bytes to uint8 `[F, Y, X, 3]`, Y = X = the codec's image_size; decodes no further than it needs."""
+        return video_frames(data, extension, self.codec)
+
+    def write_media(self, media: FrameArray) -> bytes:
+        """uint8 `[F, Y, X, 3]` to mp4 at the codec's frame rate (lossy)."""
+        return write_mp4(media, self.codec.frame_rate)
+
+    def encode(self, media: Sequence[FrameArray]) -> list[IntArray]:
+        """Videos `[F, Y, X, 3]` to ids `[T]` each, on the codec's device; those of one length are a batch."""
+        ids: dict[int, IntArray] = {}
+        for numbers in batches_of_one_length([len(frames) for frames in media]):
+            videos_BFYX3 = torch.from_numpy(np.stack([media[i] for i in numbers])).to(self.device)
+            ids |= zip(numbers, self.codec.encode(videos_BFYX3).cpu().numpy(), strict=True)
+        return [ids[i] for i in range(len(media))]
+
+    def decode(self, ids: IntArray) -> FrameArray:
+        """Ids `[T]` to uint8 `[F, Y, X, 3]`. ValueError if T is not of whole latent frames or an id is out of range."""
+        videos_BFYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
+        return videos_BFYX3[0].cpu().numpy()
+
+    def positions(self, length: int) -> IntArray:
+        """`[3, length]`: t the latent frame, (h, w) row-major over its grid."""
+        t, place = np.divmod(np.arange(length, dtype=np.int64), self.stride)
+        return np.stack([t, *np.divmod(place, self.codec.grid_size)])
+
+    def choices(self, place: int) -> range:
+        """Every id, anywhere."""
+        return range(self.vocabulary_size)
+
+
+def video_frames(data: bytes, extension: str, sizes: VideoSizes) -> FrameArray:
+    """Video bytes to what the codec takes, uint8 `[F, Y, X, 3]`. UnreadableMedia if broken as far as it is read."""
+    frames = sampled_squares(data, extension, sizes.frame_rate, sizes.max_frames, sizes.image_size)
+    return frames[: usable_frames(len(frames), sizes.max_frames, sizes.frames_per_step)]
