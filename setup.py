@@ -48,6 +48,9 @@ INSTALL_REQUIRES = [
     # Video files (FFmpeg inside its wheels); 15 knows how a frame is rotated.
     "av>=15,<19",
     "tensorboard>=2.18,<3",
+    # Sound files: libsndfile comes inside the wheel; resampling is scipy's.
+    "soundfile>=0.13,<1",
+    "scipy>=1.11,<2",
     # The public starter data: emoji are read from a font, clip art from SVG.
     "resvg-py>=0.5,<1",
     "emoji>=2.14,<3",
@@ -71,6 +74,8 @@ EXTRAS_REQUIRE = {
     "parquet": ["pyarrow>=17"],
     # The second engine (megamm/zero), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
+    "speech": ["pocketsphinx>=5,<6", "jiwer>=4,<5"],
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",

@@ -90,3 +90,67 @@ def train_visual(
     if report:
         print(f"{to}: {codec.grid_size**2} tokens an image or latent frame, of {codec.codebook_size} codes")
         print(*(f"{name} {value:.4g}" for name, value in report.items() if name != "step"), sep=", ")
+
+
+@train_app.command("audio")
+def train_audio(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    steps: int = 2000,
+    batch_size: int = 8,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+    sample_rate: Annotated[int, typer.Option(help="Hz")] = 16_000,
+    hop: Annotated[int, typer.Option(help="samples from one mel frame to the next")] = 200,
+    stride: Annotated[int, typer.Option(help="mel frames of one latent frame")] = 4,
+    codebooks: Annotated[int, typer.Option(help="tokens of one latent frame: levels of the residual quantiser")] = 4,
+    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the size of each codebook")] = "8,5,5,5",
+    width: Annotated[int, typer.Option(help="channels")] = 192,
+    encoder_depth: Annotated[int, typer.Option(help="blocks of the encoder")] = 1,
+    decoder_depth: Annotated[int, typer.Option(help="blocks of the decoder")] = 2,
+    max_seconds: Annotated[float, typer.Option(help="what of a clip is read")] = 20.0,
+    crop_seconds: Annotated[float, typer.Option(help="length of the training crops")] = 1.6,
+    heldout_seconds: Annotated[float, typer.Option(help="held-out audio to report on")] = 60.0,
+    device: DeviceChoice = "auto",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    nproc: Processes = 1,
+) -> None:
+    """Train the residual FSQ audio codec; reports mel distance and word error on the held-out split."""
+    if started(nproc):
+        return
+    from megamm.codecs.audio import KIND, AudioCodecConfig
+    from megamm.codecs.audio_training import train_audio_codec
+    from megamm.codecs.folders import checked_config
+    from megamm.codecs.training import Training
+    from megamm.device import DTYPES, choose
+
+    log_to_console()
+    values = {
+        "kind": KIND,
+        "sample_rate": sample_rate,
+        "hop": hop,
+        "stride": stride,
+        "codebooks": codebooks,
+        "levels": levels.split(","),
+        "width": width,
+        "encoder_depth": encoder_depth,
+        "decoder_depth": decoder_depth,
+        "max_seconds": max_seconds,
+    }
+    codec = checked_config(AudioCodecConfig, values)
+    report = train_audio_codec(
+        sources,
+        to,
+        codec,
+        Training(steps, batch_size, learning_rate, seed),
+        choose(device),
+        DTYPES[dtype],
+        crop_seconds=crop_seconds,
+        heldout_seconds=heldout_seconds,
+    )
+    if report:
+        rate = codec.codebooks * codec.sample_rate / codec.frame_samples
+        heard = "not measured"
+        if "word_error" in report:
+            heard = f"{report['word_error']:.1%} ({report['word_error_of_originals']:.1%} of the originals)"
+        print(f"{to}: {rate:.0f} tokens a second, mel distance {report['mel_db']:.2f} dB, word error {heard}")

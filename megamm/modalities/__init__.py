@@ -1,5 +1,6 @@
 """The modalities the model can read and write: one line each."""
 
+from megamm.modalities.audio import AudioModality
 from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
@@ -9,6 +10,7 @@ from megamm.modalities.video import VideoModality
 REGISTRY: dict[str, type[Modality]] = {
     "text": TextModality,
     "image": ImageModality,
+    "audio": AudioModality,
     "video": VideoModality,
 }
 

@@ -1,0 +1,103 @@
+"""What an audio codec is judged by: held-out clips against their reconstructions, computed in float32.
+
+At any time: `loss` (mean absolute error of the log-mel), `mel_db` (the same in decibels), and for each level q of
+the residual quantiser `codes_used_q` and `perplexity_q` (codecs/training.py). At the end also, of the waveforms that
+Griffin-Lim makes: `stft_distance` (spectral convergence plus log-magnitude distance, each the mean over three
+resolutions; Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3) and, of clips whose words are known,
+`word_error` beside `word_error_of_originals` (codecs/word_error.py).
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamm.codecs import word_error
+from megamm.codecs.audio import AudioCodec
+from megamm.codecs.training import Figures, codebook_use
+from megamm.modalities.sound_file import Waveform, resample
+
+logger = logging.getLogger(__name__)
+
+DECIBELS = 20 / math.log(10)
+"""Of a natural logarithm of magnitudes."""
+RESOLUTIONS = (512, 1024, 2048)
+"""Lengths of the Fourier transforms of `stft_distance` in samples; hops are a quarter."""
+SMALLEST = 1e-5
+"""Magnitude below which `stft_distance` hears no difference."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One sound, float32 `[samples]`, with the words said in it, "" where they are not known."""
+
+    waveform: Waveform
+    said: str
+
+
+@torch.inference_mode()
+def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
+    """Mel distance and codebook use on clips of at least one sample each."""
+    device = codec.norm.weight.device
+    total, values = 0.0, 0
+    counts = torch.zeros(codec.codebooks, codec.codebook_size, dtype=torch.int64)
+    for clip in clips:
+        log_mel = codec.mel(codec.padded(torch.from_numpy(clip.waveform).to(device)[None]))
+        reconstruction, codes = codec.reconstruct(log_mel)
+        total += (reconstruction - log_mel).abs().sum().item()
+        values += log_mel.numel()
+        for level in range(codec.codebooks):
+            counts[level] += torch.bincount(codes[0, :, level].cpu(), minlength=codec.codebook_size)
+    figures = {"loss": total / values, "mel_db": total / values * DECIBELS}
+    for level in range(codec.codebooks):
+        figures |= {f"{name}_{level}": value for name, value in codebook_use(counts[level]).items()}
+    return figures
+
+
+def evaluate_waveforms(codec: AudioCodec, clips: list[Clip]) -> Figures:
+    """Distance of the decoded waveforms, and what a recogniser still understands of them."""
+    device = codec.norm.weight.device
+    originals = [torch.from_numpy(clip.waveform).to(device) for clip in clips]
+    decoded = [
+        codec.decode(codec.encode(waveform[None], [len(waveform)])[0])[: len(waveform)] for waveform in originals
+    ]
+    distances = [stft_distance(made, original) for made, original in zip(decoded, originals, strict=True)]
+    return {
+        "stft_distance": float(np.mean(distances)),
+        **_word_errors(clips, [waveform.cpu().numpy() for waveform in decoded], codec.sample_rate),
+    }
+
+
+def stft_distance(made: Tensor, original: Tensor) -> float:
+    """Of waveforms `[samples]`: 0 for equal ones; an all-zero `made` has a spectral convergence of 1."""
+    total = 0.0
+    for size in RESOLUTIONS:
+        window = torch.hann_window(size, device=made.device)
+        ours, theirs = (
+            torch.stft(x, size, size // 4, window=window, pad_mode="constant", return_complex=True).abs()
+            for x in (made, original)
+        )
+        convergence = (ours - theirs).norm() / theirs.norm().clamp(min=SMALLEST)
+        logarithms = ours.clamp(min=SMALLEST).log() - theirs.clamp(min=SMALLEST).log()
+        total += (convergence + logarithms.abs().mean()).item()
+    return total / len(RESOLUTIONS)
+
+
+def _word_errors(clips: list[Clip], decoded: list[Waveform], sample_rate: int) -> Figures:
+    """Word error rates of the clips whose words are known, {} where that cannot be measured (logged)."""
+    spoken = [i for i, clip in enumerate(clips) if clip.said]
+    missing = word_error.missing_package()
+    if missing or not spoken:
+        reason = f"{missing} is not installed" if missing else "no clip has a text"
+        logger.info("word error not measured: %s", reason)
+        return {}
+    said = [clips[i].said for i in spoken]
+
+    def rate(waveforms: list[Waveform]) -> float:
+        at_16_khz = [resample(waveforms[i], sample_rate, word_error.SAMPLE_RATE) for i in spoken]
+        return word_error.word_error_rate(said, word_error.recognise(at_16_khz))
+
+    return {"word_error": rate(decoded), "word_error_of_originals": rate([clip.waveform for clip in clips])}

@@ -1,0 +1,78 @@
+"""Audio: sound files <-> float32 `[samples]` mono at the codec's rate <-> token ids `[T]`, latent frame by frame.
+
+Every latent frame is `stride` ids, one of each level of the codec's residual quantiser, first the coarsest. Only the
+first `max_seconds` of a file are used (both are sizes of the codec).
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from megamm.codecs.audio import KIND, AudioCodec
+from megamm.codecs.folders import load_codec
+from megamm.data.sample import IntArray
+from megamm.modalities.base import CPU
+from megamm.modalities.sound_file import CONTAINERS, Waveform, check_sound, read_waveform
+
+
+class AudioModality:
+    """The audio modality; build it with `AudioModality.load(folder)`."""
+
+    name: ClassVar[str] = "audio"
+    family: ClassVar[str] = "audio"
+    extensions: ClassVar[tuple[str, ...]] = tuple(CONTAINERS)
+
+    def __init__(self, codec: AudioCodec, codec_id: str, device: torch.device) -> None:
+        self.codec = codec.to(device).eval()
+        self.codec_id = codec_id
+        self.device = device
+        self.vocabulary_size = codec.codebooks * codec.codebook_size
+        self.tokens_per_item: int | None = None
+        self.stride = codec.codebooks
+
+    @classmethod
+    def load(cls, codec: Path, device: torch.device = CPU) -> "AudioModality":
+        """Load an audio codec folder onto a device. UserError if it is not one."""
+        module, codec_id = load_codec(codec, {KIND: AudioCodec}, "audio")
+        return cls(module, codec_id, device)
+
+    @staticmethod
+    def check_media(data: bytes, extension: str) -> str:
+        """Digest of the samples; UnreadableMedia if broken, of another format than its ending, silent or too short."""
+        return check_sound(data, extension)
+
+    def read_media(self, data: bytes, extension: str) -> Waveform:
+        """Sound file to float32 `[samples]` in [-1, 1], its channels averaged. UnreadableMedia if broken."""
+        return read_waveform(data, extension, self.codec.sample_rate, self.codec.max_seconds)
+
+    def write_media(self, media: Waveform) -> bytes:
+        """float32 `[samples]` to FLAC bytes, 16 bits a sample; what is beyond [-1, 1] is clipped."""
+        import soundfile  # loads a shared library
+
+        samples = (media * 2.0**15).round().clip(-(2**15), 2**15 - 1).astype(np.int16)
+        file = io.BytesIO()
+        soundfile.write(file, samples, self.codec.sample_rate, format="FLAC", subtype="PCM_16")
+        return file.getvalue()
+
+    def encode(self, media: Sequence[Waveform]) -> list[IntArray]:
+        """Waveforms `[samples]` to ids `[T]` each, on the codec's device."""
+        waveforms = [torch.from_numpy(np.asarray(waveform, dtype=np.float32)).to(self.device) for waveform in media]
+        return [self.codec.encode(waveform[None], [len(waveform)])[0].cpu().numpy() for waveform in waveforms]
+
+    def decode(self, ids: IntArray) -> Waveform:
+        """Ids `[T]` to float32 `[samples]`. ValueError if T is not whole latent frames or an id not of its level."""
+        return self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self.device)).cpu().numpy()
+
+    def positions(self, length: int) -> IntArray:
+        """`[3, length]`: t = latent frame, h = level, w = 0."""
+        t, h = np.divmod(np.arange(length, dtype=np.int64), self.stride)
+        return np.stack([t, h, np.zeros_like(t)])
+
+    def choices(self, place: int) -> range:
+        """The ids of the level that stands at this place."""
+        first = place % self.stride * self.codec.codebook_size
+        return range(first, first + self.codec.codebook_size)

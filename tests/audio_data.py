@@ -1,0 +1,48 @@
+"""Tiny sources for the audio tests: chirps of two tones with their descriptions, as real shards."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from megamm.data.shards import ShardWriter
+
+RATE = 16_000
+FORMATS = {
+    "flac": ("FLAC", "PCM_16"),
+    "wav": ("WAV", "PCM_16"),
+    "ogg": ("OGG", "VORBIS"),
+    "opus": ("OGG", "OPUS"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+}
+
+
+def chirp(number: int, seconds: float = 0.5, rate: int = RATE) -> np.ndarray:
+    """float32 `[samples]`: a gliding tone over a steady one and a little noise; everything follows from the number."""
+    rng = np.random.default_rng(number)
+    time = np.arange(round(seconds * rate)) / rate
+    low, high = rng.uniform(150, 800), rng.uniform(800, 3000)
+    glide = np.sin(2 * np.pi * (low * time + (high - low) * time**2 / (2 * seconds)))
+    tone = 0.5 * np.sin(2 * np.pi * rng.uniform(150, 3000) * time)
+    noise = 0.01 * rng.standard_normal(len(time))
+    return ((glide + tone) * rng.uniform(0.1, 0.4) + noise).astype(np.float32)
+
+
+def as_bytes(samples: np.ndarray, extension: str = "flac", rate: int = RATE, subtype: str | None = None) -> bytes:
+    """The file a user would have."""
+    file = io.BytesIO()
+    container, usual = FORMATS[extension]
+    soundfile.write(file, samples, rate, format=container, subtype=subtype or usual)
+    return file.getvalue()
+
+
+def write_source(folder: Path, train: int, heldout: int) -> Path:
+    """`folder/<split>/<modality>/` shards of text and audio with the same keys."""
+    for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
+        text, audio = ShardWriter(folder / split / "text"), ShardWriter(folder / split / "audio")
+        with text, audio:
+            for n in numbers:
+                text.add(f"s{n}", "txt", b"a rising tone")
+                audio.add(f"s{n}", "flac", as_bytes(chirp(n)))
+    return folder
