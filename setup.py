@@ -50,6 +50,8 @@ INSTALL_REQUIRES = [
     "resvg-py>=0.5,<1",
     "emoji>=2.14,<3",
     "fonttools>=4.50,<5",
+    # Reads meshes and clouds: glb, obj, ply.
+    "trimesh>=4.5,<6",
 ]
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.
