@@ -2,12 +2,14 @@
 
 from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
+from megamm.modalities.points import PointsModality
 from megamm.modalities.text import TextModality
 
 # The order of the lines is part of the vocabulary's format: append only.
 REGISTRY: dict[str, type[Modality]] = {
     "text": TextModality,
     "image": ImageModality,
+    "points": PointsModality,
 }
 
 
