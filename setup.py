@@ -60,6 +60,8 @@ INSTALL_REQUIRES = [
     # Curation: MinHash of long texts, and their language (0.5 and 5 MB, neither brings anything).
     "rensa>=0.5,<1",
     "py3langid>=0.4,<1",
+    # Reads meshes and clouds: glb, obj, ply.
+    "trimesh>=4.5,<6",
 ]
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.

@@ -154,3 +154,51 @@ def train_audio(
         if "word_error" in report:
             heard = f"{report['word_error']:.1%} ({report['word_error_of_originals']:.1%} of the originals)"
         print(f"{to}: {rate:.0f} tokens a second, mel distance {report['mel_db']:.2f} dB, word error {heard}")
+
+
+@train_app.command("points")
+def train_points(
+    sources: Sources,
+    to: Annotated[Path, typer.Option(help="folder to make")],
+    steps: int = 600,
+    batch_size: int = 8,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+    points: Annotated[int, typer.Option(help="of a cloud, in and out")] = 2048,
+    patches: Annotated[int, typer.Option(help="a power of two; each is two tokens")] = 64,
+    cells: Annotated[int, typer.Option(help="places of a patch along each axis")] = 16,
+    width: Annotated[int, typer.Option(help="channels")] = 128,
+    encoder_depth: Annotated[int, typer.Option(help="transformer layers of the encoder")] = 1,
+    decoder_depth: Annotated[int, typer.Option(help="transformer layers of the decoder")] = 2,
+    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the number of shapes")] = "4,4,4,4,4,4",
+    device: DeviceChoice = "auto",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    nproc: Processes = 1,
+) -> None:
+    """Train the FSQ points codec; reports Chamfer distance and codebook use on the held-out split."""
+    if started(nproc):
+        return
+    from megamm.codecs.folders import checked_config
+    from megamm.codecs.points import KIND, PointsCodecConfig
+    from megamm.codecs.points_training import train_points_codec
+    from megamm.codecs.training import Training
+    from megamm.device import DTYPES, choose
+
+    log_to_console()
+    values = {
+        "kind": KIND,
+        "points": points,
+        "patches": patches,
+        "cells": cells,
+        "width": width,
+        "encoder_depth": encoder_depth,
+        "decoder_depth": decoder_depth,
+        "levels": levels.split(","),
+    }
+    codec = checked_config(PointsCodecConfig, values)
+    training = Training(steps, batch_size, learning_rate, seed)
+    report = train_points_codec(sources, to, codec, training, choose(device), DTYPES[dtype])
+    if report:
+        size = f"{2 * codec.patches} tokens a cloud of {codec.cell_count} cells and {codec.codebook_size} shapes"
+        floor = f"{report['floor_chamfer']:.4f}" if "floor_chamfer" in report else "not known"
+        print(f"{to}: {size}, Chamfer distance {report['chamfer']:.4f} (of two drawings: {floor})")

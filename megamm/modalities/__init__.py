@@ -3,6 +3,7 @@
 from megamm.modalities.audio import AudioModality
 from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
+from megamm.modalities.points import PointsModality
 from megamm.modalities.text import TextModality
 from megamm.modalities.video import VideoModality
 
@@ -12,6 +13,7 @@ REGISTRY: dict[str, type[Modality]] = {
     "image": ImageModality,
     "audio": AudioModality,
     "video": VideoModality,
+    "points": PointsModality,
 }
 
 

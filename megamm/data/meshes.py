@@ -1,0 +1,135 @@
+"""Surfaces of meshes as point clouds: positions, normals and colours of points drawn evenly by area.
+
+A cloud is float32 `[N, 9]`: x, y, z (the file's unit until `normalised`), unit normal, RGB in [0, 1] as the file
+stores it (sRGB by custom). In: a trimesh mesh or scene, already loaded; loading untrusted files is
+modalities/points.py's. Source of the even draw in a triangle: Osada et al. 2002, "Shape Distributions",
+section 4.2; the triangles are drawn by stratified sampling of their summed areas.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import trimesh
+    from PIL.Image import Image
+
+CloudArray = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+MAX_COORDINATE = 1e12
+"""Far from where float32 overflows, products of three included."""
+
+
+class PlacedMesh(NamedTuple):
+    """One mesh of a scene and its corners `[F, 3, 3]` in the scene's frame."""
+
+    mesh: "trimesh.Trimesh"
+    corners: FloatArray
+
+
+def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: int) -> CloudArray:
+    """`count` points of the surface, float32 `[count, 9]`; the same mesh and seed give the same points.
+
+    Normals are those of the faces, outward where the corners are listed counter-clockwise. ValueError if there is
+    no face, a coordinate is not finite, or the surface has no area.
+    """
+    placed = placed_meshes(mesh)
+    if not placed:
+        raise ValueError("has no faces")
+    corners = np.concatenate([part.corners for part in placed])
+    if not (np.abs(corners) < MAX_COORDINATE).all():
+        raise ValueError("has coordinates that are not finite or absurdly large")
+    doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    twice_area = np.linalg.norm(doubled, axis=1)
+    below = np.cumsum(twice_area)
+    if not (np.isfinite(below[-1]) and below[-1] > 0):
+        raise ValueError("its surface has no area")
+    random = np.random.default_rng(seed)
+    strata = (np.arange(count) + random.random(count)) / count * below[-1]
+    face = np.searchsorted(below, strata, side="right").clip(max=len(below) - 1)
+    face = np.where(twice_area[face] > 0, face, int(twice_area.argmax()))  # rounding may hit an empty last face
+    root, share = np.sqrt(random.random(count)), random.random(count)
+    weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
+    xyz = (corners[face] * weights[:, :, None]).sum(1)
+    normal = doubled[face] / twice_area[face, None]
+    return np.concatenate([xyz, normal, _colours(placed, face, weights)], axis=1).astype(np.float32)
+
+
+def placed_meshes(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[PlacedMesh]:
+    """The meshes with faces of a scene, in its order, each as often as the scene places it."""
+    import trimesh
+
+    if isinstance(mesh, trimesh.Trimesh):
+        return [PlacedMesh(mesh, mesh.vertices[mesh.faces].astype(np.float64))] if len(mesh.faces) else []
+    placed = []
+    for node in mesh.graph.nodes_geometry:
+        transform, name = mesh.graph[node]
+        part = mesh.geometry[name]
+        if isinstance(part, trimesh.Trimesh) and len(part.faces):
+            vertices = part.vertices @ transform[:3, :3].T + transform[:3, 3]
+            placed.append(PlacedMesh(part, vertices[part.faces].astype(np.float64)))
+    return placed
+
+
+def _colours(placed: list[PlacedMesh], face: IntArray, weights: FloatArray) -> FloatArray:
+    """RGB `[N, 3]` in [0, 1] at barycentric `weights` `[N, 3]` of `face` `[N]`, numbered over all meshes."""
+    colours = np.empty((len(face), 3))
+    first = 0
+    for part, _ in placed:
+        mine = (face >= first) & (face < first + len(part.faces))
+        if mine.any():
+            colours[mine] = _mesh_colours(part, face[mine] - first, weights[mine])
+        first += len(part.faces)
+    return colours.clip(0, 1)
+
+
+def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) -> FloatArray:
+    """Texture where there is one, else the colours of vertices, faces or the material (trimesh's grey if none)."""
+    from trimesh.visual import TextureVisuals
+
+    visual, corners = mesh.visual, mesh.faces[face]
+    if isinstance(visual, TextureVisuals):
+        image = texture(mesh)
+        rgb = np.broadcast_to(visual.material.main_color, (len(face), 4))[:, :3] / 255
+        if image is None or visual.uv is None or len(visual.uv) != len(mesh.vertices):
+            return rgb
+        uv = (np.asarray(visual.uv, dtype=np.float64)[corners] * weights[:, :, None]).sum(1)
+        texel = _texels(np.asarray(image.convert("RGB")), uv) / 255
+        # glTF's factor tints the texture; the diffuse colour of an OBJ material is what programs without textures show.
+        return texel * rgb if hasattr(visual.material, "baseColorFactor") else texel
+    assert visual is not None, "trimesh gives every mesh a visual"
+    if visual.kind == "vertex":
+        return (visual.vertex_colors[corners, :3] / 255 * weights[:, :, None]).sum(1)
+    return visual.face_colors[face, :3] / 255
+
+
+def texture(mesh: "trimesh.Trimesh") -> "Image | None":
+    """The picture that colours a mesh, perhaps not decoded yet; None if it has none."""
+    material = getattr(mesh.visual, "material", None)
+    return getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+
+
+def _texels(picture: npt.NDArray[np.uint8], uv: FloatArray) -> npt.NDArray[np.uint8]:
+    """The nearest pixel `[N, 3]` of `[Y, X, 3]` at texture coordinates `[N, 2]`, repeated outside [0, 1); v is up."""
+    height, width = picture.shape[:2]
+    u, v = (np.nan_to_num(uv, posinf=0, neginf=0) % 1).T
+    column = (u * width).astype(np.int64).clip(max=width - 1)
+    row = ((1 - v) * height).astype(np.int64).clip(max=height - 1)
+    return picture[row, column]
+
+
+def normalised(cloud: CloudArray) -> CloudArray:
+    """Centre of the bounding box to the origin, longest side to 2, so all of xyz is in [-1, 1]; one scale for all.
+
+    ValueError if the points span nothing.
+    """
+    xyz = cloud[:, :3].astype(np.float64)
+    low, high = xyz.min(0), xyz.max(0)
+    side = (high - low).max()
+    if not side > 0:
+        raise ValueError("all points are at one place")
+    moved = ((xyz - (low + high) / 2) * (2 / side)).clip(-1, 1)
+    return np.concatenate([moved.astype(np.float32), cloud[:, 3:]], axis=1)

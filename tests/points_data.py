@@ -1,0 +1,44 @@
+"""Tiny 3D media for the tests: coloured boxes and spheres as real files and shards."""
+
+from pathlib import Path
+
+import numpy as np
+import trimesh
+
+from megamm.data.mesh_files import write_cloud
+from megamm.data.meshes import cloud_from_mesh
+from megamm.data.shards import ShardWriter
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+
+
+def solid(number: int) -> tuple[trimesh.Trimesh, str]:
+    """A box or a ball of one colour; everything follows from the number."""
+    rng = np.random.default_rng(number)
+    name = list(COLOURS)[rng.integers(len(COLOURS))]
+    if rng.integers(2):
+        mesh, kind = trimesh.creation.box(extents=rng.uniform(0.3, 1.0, 3)), "box"
+    else:
+        mesh, kind = trimesh.creation.icosphere(subdivisions=2, radius=rng.uniform(1, 9)), "ball"
+    mesh.visual.face_colors = [*COLOURS[name], 255]
+    return mesh, f"a {name} {kind}"
+
+
+def as_bytes(mesh: trimesh.Trimesh, kind: str) -> bytes:
+    """The file a user would have; "npz": a cloud of 512 points."""
+    if kind == "npz":
+        return write_cloud(cloud_from_mesh(mesh, 512, seed=0))
+    data = mesh.export(file_type=kind)
+    return data.encode() if isinstance(data, str) else data
+
+
+def write_points(folder: Path, train: int, heldout: int) -> Path:
+    """`folder/<split>/<modality>/` shards of text and points with the same keys; clouds and meshes in turn."""
+    for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
+        with ShardWriter(folder / split / "text") as text, ShardWriter(folder / split / "points") as points:
+            for n in numbers:
+                mesh, caption = solid(n)
+                kind = ("npz", "glb", "obj", "ply")[n % 4]
+                text.add(f"s{n}", "txt", caption.encode())
+                points.add(f"s{n}", kind, as_bytes(mesh, kind))
+    return folder
