@@ -1,7 +1,8 @@
 """What all codecs share: which media they are trained on, and the folder they are kept in.
 
 In: source folders `SHARDS/<source>`, each with `<train|heldout>/<modality>/` shards. A codec folder is `config.json`,
-whose `kind` says which codec it is, and `model.safetensors`.
+whose `kind` says which codec it is, and `model.safetensors`. One that transformers saved has `model_type` instead and
+may have its weights in shards; codecs/hf.py reads it.
 """
 
 import hashlib
@@ -68,8 +69,12 @@ def save_codec(codec: Codec, folder: Path) -> None:
 def read_config(folder: Path, family: str) -> dict[str, Any]:
     """A codec folder's config.json. UserError if it is no codec folder."""
     file = folder / "config.json"
-    if not (file.is_file() and (folder / WEIGHTS).is_file()):
+    if not (file.is_file() and weight_files(folder)):
         remedy = f"name a folder made by `megamm tokenizer train {family}`"
+        if file.is_file() and any(folder.glob("*.bin")):
+            remedy = (
+                "its weights are a pickle, which can run code: load it with transformers, save_pretrained elsewhere"
+            )
         raise UserError(f"no {family} codec (config.json and {WEIGHTS})", where=folder, remedy=remedy)
     try:
         return dict(json.loads(file.read_text()))
@@ -80,9 +85,13 @@ def read_config(folder: Path, family: str) -> dict[str, Any]:
 def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any, str]:
     """The codec on the CPU and its codec_id: the class that `kinds` has for the folder's `kind`.
 
-    UserError if the folder is no codec of this family or is damaged.
+    A folder that transformers saved gives its adapter. UserError if it is no codec of this family or is damaged.
     """
     values = read_config(folder, family)
+    if "kind" not in values and "model_type" in values:
+        from megamm.codecs.hf import load_hf_codec  # brings transformers, and imports this module
+
+        return load_hf_codec(folder, family)
     kind = str(values.get("kind"))
     if kind not in kinds:
         what = f"a codec of kind {kind!r} is no {family} codec"
@@ -97,10 +106,32 @@ def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any
     return codec, codec_id(folder)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """`model.safetensors`, or the shards that its index names, in the order of names; empty if there is neither.
+
+    UserError if the index is damaged, or a shard is missing or elsewhere.
+    """
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file() or not index.is_file():
+        return [folder / WEIGHTS] * (folder / WEIGHTS).is_file()
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"unreadable index of weights: {error!r}", where=index, remedy="restore it") from error
+    if bad or not names:
+        what = f"no file {bad[0]!r} in this folder" if bad else "an index of no weights"
+        raise UserError(what, where=index, remedy="restore the folder")
+    return [folder / name for name in names]
+
+
 def codec_id(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 over config and weights."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    digest.update((folder / WEIGHTS).read_bytes())
+    for file in weight_files(folder):
+        with file.open("rb") as weights:
+            while block := weights.read(2**20):
+                digest.update(block)
     return digest.hexdigest()[:12]
 
 
