@@ -96,7 +96,7 @@ def train_visual(
 def train_audio(
     sources: Sources,
     to: Annotated[Path, typer.Option(help="folder to make")],
-    steps: int = 2000,
+    steps: int = 1800,
     batch_size: int = 8,
     learning_rate: float = 4e-3,
     seed: int = 0,
