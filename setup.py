@@ -55,8 +55,6 @@ INSTALL_REQUIRES = [
     "resvg-py>=0.5,<1",
     "emoji>=2.14,<3",
     "fonttools>=4.50,<5",
-    # Audio files (libsndfile inside its wheels).
-    "soundfile>=0.13,<1",
     # Curation: MinHash of long texts, and their language (0.5 and 5 MB, neither brings anything).
     "rensa>=0.5,<1",
     "py3langid>=0.4,<1",

@@ -19,7 +19,7 @@ from megamm.codecs.audio_report import Clip, evaluate, evaluate_waveforms, stft_
 from megamm.codecs.audio_training import Crops, read_clips, train_audio_codec
 from megamm.codecs.mel import FLOOR, LogMel
 from megamm.codecs.residual_fsq import ResidualFSQ
-from megamm.codecs.training import Training
+from megamm.codecs.training import COLLAPSED, Training
 from megamm.data.shards import ShardWriter
 from megamm.device import choose
 from megamm.errors import UserError
@@ -27,7 +27,7 @@ from megamm.modalities.audio import AudioModality
 
 SIZES = dict(mels=40, codebooks=3, levels=(5, 4, 4), width=48, encoder_depth=1, decoder_depth=1)
 CONFIG = AudioCodecConfig(**SIZES)
-TRAINING = Training(steps=120, batch_size=8, learning_rate=4e-3, seed=1)
+TRAINING = Training(steps=300, batch_size=8, learning_rate=4e-3, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def codec():
 @pytest.mark.parametrize(("rate", "window", "hop", "mels"), [(16_000, 1024, 200, 80), (24_000, 600, 250, 33)])
 def test_log_mel_agrees_with_transformers(rate, window, hop, mels):
     """Its numpy spectrogram in float64, with its filters."""
-    waveform = chirp(3, 0.7, rate)[: 60 * hop]
+    waveform = np.random.default_rng(3).uniform(-0.5, 0.5, 60 * hop).astype(np.float32)
     filters = mel_filter_bank(window // 2 + 1, mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     expected = spectrogram(
         waveform,
@@ -83,8 +83,9 @@ def test_magnitudes_of_a_mel_have_that_mel():
     assert magnitude.min() >= 0
     target = log_mel.exp()[0].numpy().astype(np.float64)
     exact = sum(nnls(mel.filters.numpy().astype(np.float64), column)[1] ** 2 for column in target.T) ** 0.5
-    ours = (mel.filters @ magnitude[0] - log_mel[0].exp()).norm().item()
-    assert ours < exact + 0.02 * np.linalg.norm(target)
+    clipped = (mel.inverse_filters @ log_mel.exp()).clamp(min=0)
+    ours, start = ((mel.filters @ m[0] - log_mel[0].exp()).norm().item() for m in (magnitude, clipped))
+    assert ours < exact + 0.06 * np.linalg.norm(target) and ours < 0.5 * start
 
 
 def test_griffin_lim_finds_a_waveform_with_these_magnitudes():
@@ -195,7 +196,7 @@ def test_training_lowers_the_heldout_loss_below_that_of_a_constant(trained, sour
     median = spectra.permute(1, 0, 2).flatten(1).median(dim=1).values  # of each band: the best constant for this loss
     assert last["loss"] < 0.7 * (spectra - median[None, :, None]).abs().mean()  # it tells the sounds apart
     assert last["mel_db"] == pytest.approx(last["loss"] * 8.685889638)
-    assert all(last[f"codes_used_{level}"] > 0.2 and last[f"perplexity_{level}"] > 5 for level in range(3))
+    assert all(last[f"codes_used_{level}"] > COLLAPSED and last[f"perplexity_{level}"] > 5 for level in range(3))
 
 
 def test_the_reported_figures_are_those_of_the_saved_codec(trained):
@@ -260,14 +261,24 @@ def test_an_unreadable_clip_is_a_user_error(tmp_path):
 
 def test_only_so_many_heldout_seconds_are_read(source):
     clips = read_clips([source], "heldout", CONFIG, seconds=1.2)
-    assert len(clips) == 3 and all(clip.said == "a rising tone" for clip in clips)
+    assert len(clips) == 3 and not any(clip.said for clip in clips)
+
+
+def test_a_text_belongs_to_the_sound_of_its_key_unless_that_is_cut(tmp_path):
+    with ShardWriter(tmp_path / "heldout/audio") as audio, ShardWriter(tmp_path / "heldout/text") as text:
+        for key, seconds in (("a", 0.5), ("b", 3.0), ("c", 0.5)):
+            audio.add(key, "flac", as_bytes(chirp(1, seconds)))
+        text.add("a", "txt", b"Press 1.")
+        text.add("b", "txt", b"a long one")
+    clips = read_clips([tmp_path], "heldout", AudioCodecConfig(**SIZES, max_seconds=2.0))
+    assert sorted((len(clip.waveform), clip.said) for clip in clips) == [(8000, ""), (8000, "press one"), (32_000, "")]
 
 
 def test_the_command_trains_and_reports(source, tmp_path):
     sizes = ["--width", "16", "--codebooks", "2", "--levels", "4,4", "--steps", "2", "--heldout-seconds", "1"]
     done = CliRunner().invoke(app, ["tokenizer", "train", "audio", str(source), "--to", str(tmp_path / "c"), *sizes])
     assert done.exit_code == 0, done.output
-    assert "40 tokens a second, mel distance" in done.output and "word error" in done.output
+    assert "40 tokens a second, mel distance" in done.output and "word error not measured" in done.output
 
 
 # --- word error ---
@@ -289,8 +300,11 @@ def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
     assert "not measured: no_such_package is not installed" in caplog.text
 
 
-def test_the_recogniser_hears_nothing_in_silence():
-    assert word_error.recognise([np.zeros(RATE, dtype=np.float32)]) == [""]
+def test_the_recogniser_forgets_what_it_heard_before():
+    click = np.zeros(RATE // 4, dtype=np.float32)
+    click[1000] = 0.5
+    heard = word_error.recognise([click, click])
+    assert heard[0] == heard[1] == heard[0].lower()
 
 
 def test_stft_distance_against_scipy():

@@ -96,7 +96,7 @@ def train_visual(
 def train_audio(
     sources: Sources,
     to: Annotated[Path, typer.Option(help="folder to make")],
-    steps: int = 2000,
+    steps: int = 1800,
     batch_size: int = 8,
     learning_rate: float = 4e-3,
     seed: int = 0,
@@ -138,16 +138,9 @@ def train_audio(
         "max_seconds": max_seconds,
     }
     codec = checked_config(AudioCodecConfig, values)
-    report = train_audio_codec(
-        sources,
-        to,
-        codec,
-        Training(steps, batch_size, learning_rate, seed),
-        choose(device),
-        DTYPES[dtype],
-        crop_seconds=crop_seconds,
-        heldout_seconds=heldout_seconds,
-    )
+    training = Training(steps, batch_size, learning_rate, seed)
+    lengths = {"crop_seconds": crop_seconds, "heldout_seconds": heldout_seconds}
+    report = train_audio_codec(sources, to, codec, training, choose(device), DTYPES[dtype], **lengths)
     if report:
         rate = codec.codebooks * codec.sample_rate / codec.frame_samples
         heard = "not measured"
