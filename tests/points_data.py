@@ -20,7 +20,7 @@ def solid(number: int) -> tuple[trimesh.Trimesh, str]:
         mesh, kind = trimesh.creation.box(extents=rng.uniform(0.3, 1.0, 3)), "box"
     else:
         mesh, kind = trimesh.creation.icosphere(subdivisions=2, radius=rng.uniform(1, 9)), "ball"
-    mesh.visual.face_colors = [*COLOURS[name], 255]
+    mesh.visual.vertex_colors = np.tile(np.uint8([*COLOURS[name], 255]), (len(mesh.vertices), 1))
     return mesh, f"a {name} {kind}"
 
 

@@ -38,7 +38,7 @@ def modality(tmp_path: Path) -> PointsModality:
 @pytest.mark.parametrize("kind", PointsModality.extensions)
 def test_every_format_gives_a_normalised_cloud_of_one_surface(kind: str, modality: PointsModality) -> None:
     box = trimesh.creation.box(extents=(2, 4, 8))
-    box.visual.face_colors = [255, 51, 0, 255]
+    box.visual.vertex_colors = np.tile(np.uint8([255, 51, 0, 255]), (8, 1))
     cloud = modality.read_media(as_bytes(box, kind), kind)
     assert cloud.shape == (64, 9) and cloud.dtype == np.float32
     distances = np.abs(np.abs(cloud[:, :3]) - [0.25, 0.5, 1])

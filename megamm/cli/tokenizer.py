@@ -163,7 +163,7 @@ def train_points(
     width: Annotated[int, typer.Option(help="channels")] = 128,
     encoder_depth: Annotated[int, typer.Option(help="transformer layers of the encoder")] = 1,
     decoder_depth: Annotated[int, typer.Option(help="transformer layers of the decoder")] = 2,
-    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the number of shapes")] = "4,4,4,4,4,4",
+    levels: Annotated[str, typer.Option(help="FSQ levels; their product is the number of shapes")] = "8,5,5,5",
     device: DeviceChoice = "auto",
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
     nproc: Processes = 1,

@@ -29,7 +29,7 @@ HALVING_AXES = (1, 0, 2)
 """Height first: what stands on legs is most alike from one to the next in it."""
 PATCH_SIZE = 0.25
 """Length unit of a patch's own coordinates: about its radius, so that the network sees values around 1."""
-DISTANCE_WEIGHT, NORMAL_WEIGHT, COLOUR_WEIGHT = 4.0, 0.1, 3.0
+DISTANCE_WEIGHT, NORMAL_WEIGHT, COLOUR_WEIGHT = 4.0, 0.1, 1.0
 SPREAD_WEIGHT = 0.05
 
 
@@ -43,7 +43,7 @@ class PointsCodecConfig(CodecConfig):
     width: int = Field(default=128, ge=16, le=4096, multiple_of=16)
     encoder_depth: int = Field(default=1, ge=0, le=64)
     decoder_depth: int = Field(default=2, ge=0, le=64)
-    levels: tuple[int, ...] = (4, 4, 4, 4, 4, 4)
+    levels: tuple[int, ...] = (8, 5, 5, 5)
 
     @model_validator(mode="after")
     def _check(self) -> "PointsCodecConfig":
