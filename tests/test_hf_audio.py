@@ -6,6 +6,7 @@ import transformers
 from hf_models import AUDIO, RATE, direct, edited, load, make_folders, noise
 
 from megamm.codecs.folders import load_codec
+from megamm.codecs.hf_audio import AUDIO_ADAPTERS
 
 CODEBOOKS = {"mimi": (4, 16), "encodec": (3, 8), "dac": (3, 10)}
 """Codebooks, and samples of a latent frame."""
@@ -86,3 +87,18 @@ def test_fewer_codebooks_are_the_first_ones(folders, name, change, tmp_path):
     assert fewer_id != full_id and fewer.codebooks == 2
     (ids,), (all_ids,) = fewer.encode(noise(333)[None], [333]), codec.encode(noise(333)[None], [333])
     assert torch.equal(ids.view(-1, 2), all_ids.view(-1, codec.codebooks)[:, :2])
+
+
+def test_sizes_of_the_published_models():
+    def sizes(model_type, config):
+        found = AUDIO_ADAPTERS[model_type].sizes(config)
+        return found.sample_rate, found.codebooks, found.codebook_size, found.frame_samples
+
+    assert sizes("mimi", transformers.MimiConfig()) == (24_000, 32, 2048, 1920)
+    assert sizes("mimi", transformers.MimiConfig(frame_rate=12.5)) == (24_000, 32, 2048, 1920)
+    assert sizes("encodec", transformers.EncodecConfig()) == (24_000, 32, 1024, 320)
+    music = {"target_bandwidths": [2.2], "sampling_rate": 32_000, "upsampling_ratios": [8, 5, 4, 4]}
+    assert sizes("encodec", transformers.EncodecConfig(**music, codebook_size=2048)) == (32_000, 4, 2048, 640)
+    assert sizes("dac", transformers.DacConfig()) == (16_000, 9, 1024, 512)
+    dac24 = {"sampling_rate": 24_000, "n_codebooks": 32, "downsampling_ratios": [2, 4, 5, 8]}
+    assert sizes("dac", transformers.DacConfig(**dac24)) == (24_000, 32, 1024, 320)

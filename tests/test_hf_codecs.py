@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from hf_models import AUDIO, SIZES, direct, edited, load, make_folders, pictures
+from hf_models import AUDIO, SIZES, direct, edited, load, make_folders, noise, pictures
 
 from megamm.codecs.folders import load_codec
 from megamm.data.sample_set import SampleSet
@@ -46,6 +46,14 @@ def test_weights_in_half_precision_are_computed_in_single(folders, tmp_path):
     direct(folders, "janus").to(torch.bfloat16).save_pretrained(tmp_path / "half")
     codec, _ = load_codec(tmp_path / "half", {}, "visual")
     assert {p.dtype for p in codec.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_names_no_code_to_fetch(folders, tmp_path, key):
+    codec, _ = load_codec(edited(folders, "mimi", tmp_path / "kernel", **{key: "someone/kernel"}), {}, "audio")
+    assert torch.equal(
+        codec.encode(noise(99)[None], [99])[0], load(folders, "mimi")[0].encode(noise(99)[None], [99])[0]
+    )
 
 
 def refused(folder, family_name, match):

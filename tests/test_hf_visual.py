@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 from codec_data import as_bytes, shape_picture
 from hf_models import SIDE, VISUAL, direct, load, make_folders, pictures
 
+from megamm.codecs.hf_visual import VISUAL_ADAPTERS
 from megamm.errors import UserError
 from megamm.modalities.image import ImageModality
 
@@ -41,8 +43,9 @@ def differ(made, expected):
 
 @pytest.mark.parametrize("name", VISUAL)
 @torch.no_grad()
-def test_images_are_those_of_transformers_called_directly(folders, name):
+def test_images_are_those_of_transformers_called_directly(folders, name, caplog):
     codec, _ = load(folders, name)
+    assert ("can read images but not make them" in caplog.text) == (name == "chameleon")
     model = direct(folders, name)
     if name == "janus":  # the codebook at unit length, see below
         model.quantize.embedding.weight /= model.quantize.embedding.weight.norm(dim=1, keepdim=True)
@@ -117,3 +120,13 @@ def test_the_image_modality_takes_the_folder(folders, name):
     assert (modality.vocabulary_size, modality.tokens_per_item, modality.stride) == (64, TOKENS, TOKENS)
     assert modality.read_media(as_bytes(shape_picture(1)[0]), "png").shape == (SIDE, SIDE, 3)
     assert modality.codec_id == load(folders, name)[1]
+
+
+def test_sizes_of_the_published_models():
+    def sizes(config):
+        found = VISUAL_ADAPTERS[config.model_type].sizes(config)
+        return found.image_size, found.grid_size, found.codebook_size, found.frames_per_step
+
+    assert sizes(transformers.Emu3VQVAEConfig()) == (512, 64, 32_768, 4)
+    assert sizes(transformers.ChameleonVQVAEConfig()) == (512, 32, 8192, 1)
+    assert sizes(transformers.JanusConfig().vq_config) == (384, 24, 16_384, 1)

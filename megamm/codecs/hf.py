@@ -26,6 +26,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {"audio": AUDIO_ADAPTERS, "visual": VISUAL
 MODELS_WITH_A_CODEC = {"chameleon": "ChameleonModel", "emu3": "Emu3Model", "janus": "JanusModel"}
 """model_type of the language models that hold such a codec, with the class of transformers that reads it from them."""
 
+RESTORE = "restore the folder, or save it anew with save_pretrained"
+
 
 def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
     """The adapter around the folder's model, on the CPU and in eval mode, and its codec_id.
@@ -39,19 +41,25 @@ def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
     model_class = getattr(transformers, adapter.model_class)
     state = _read_weights(folder)
     try:
-        config = model_class.config_class.from_dict(values)
-        sizes = adapter.sizes(config)
+        safe = {k: v for k, v in values.items() if "attn_implementation" not in k}  # it can name code to download
+        config = model_class.config_class.from_dict(safe)
+        try:
+            sizes = adapter.sizes(config)
+        except ValueError as error:
+            remedy = f"use one of another form, or train a codec with `megamm tokenizer train {family}`"
+            raise UserError(f"{adapter.model_class} of no usable form: {error}", where=folder, remedy=remedy) from error
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
+    except UserError:
+        raise
     except Exception as error:  # transformers raises nearly any class for a config or weights that it cannot use
         reason = " ".join(str(error).split())[:200]
-        remedy = "restore the folder, or save it anew with save_pretrained"
-        raise UserError(f"{adapter.model_class} cannot be used: {reason}", where=folder, remedy=remedy) from error
+        raise UserError(f"{adapter.model_class} cannot be used: {reason}", where=folder, remedy=RESTORE) from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:  # transformers would go on with random ones
         what = f"the weights lack {len(missing)} tensors of {adapter.model_class}, such as {missing[0]}"
-        raise UserError(what, where=folder, remedy="restore the folder, or save it anew with save_pretrained")
+        raise UserError(what, where=folder, remedy=RESTORE)
     if unused:
         logger.warning("%s: %d tensors have no use in this config, such as %s", folder, len(unused), unused[0])
     logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, transformers.__version__, sizes)

@@ -8,6 +8,7 @@ that many times itself: so a video is its first frame as an image, then clips of
 Emu3's example for videos (autoencode.py) has it. Ids thus never depend on later frames, nor on the batch.
 """
 
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from megamm.codecs.folders import CodecConfig
 from megamm.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 EMU3_IMAGE_SIZE = 512
 """Pixels. Emu3 takes any size and its config has none: add `resolution` to config.json for another."""
@@ -109,6 +112,10 @@ class ChameleonCodec(HFVisualCodec):
     """Chameleon's image codec: input only, because transformers has no decoder for it."""
 
     model_class = "ChameleonVQVAE"
+
+    def __init__(self, model: Any, config: HFVisualConfig) -> None:
+        super().__init__(model, config)
+        logger.warning("Chameleon's codec can read images but not make them: transformers has no decoder for it")
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
