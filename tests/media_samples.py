@@ -8,6 +8,10 @@ import numpy as np
 import torch
 from codec_data import as_bytes, shape_picture
 
+from megamm.codecs.audio import AudioCodec, AudioCodecConfig
+from megamm.codecs.folders import save_codec
+from megamm.codecs.points import PointsCodec, PointsCodecConfig
+from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.modalities import REGISTRY, families
 
 
@@ -81,3 +85,38 @@ def _text_codec(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def _visual_codec(folder: Path) -> None:
+    save_codec(
+        VisualCodec(VisualCodecConfig(image_size=16, downsample=8, max_frames=5, width=16, levels=(5, 5))), folder
+    )
+
+
+def _audio_codec(folder: Path) -> None:
+    sizes = {"stride": 8, "codebooks": 2, "levels": (5, 5), "width": 16, "encoder_depth": 1, "decoder_depth": 1}
+    save_codec(AudioCodec(AudioCodecConfig(mels=20, **sizes)), folder)
+
+
+def _points_codec(folder: Path) -> None:
+    config = PointsCodecConfig(points=64, patches=4, cells=4, width=16, decoder_depth=1, levels=(5, 5))
+    save_codec(PointsCodec(config), folder)
+
+
+_CODECS: dict[str, Callable[[Path], None]] = {
+    "text": _text_codec,
+    "visual": _visual_codec,
+    "audio": _audio_codec,
+    "points": _points_codec,
+}
+
+
+def make_codecs(folder: Path) -> dict[str, Path]:
+    """folder/<family>/ with untrained weights from one seed, for every family of the registry."""
+    for family in families():
+        (folder / family).mkdir(parents=True)
+        torch.manual_seed(0)
+        owner = next(m for m in REGISTRY.values() if m.family == family)
+        make = _CODECS.get(family) or owner.make_codec  # type: ignore[attr-defined]
+        make(folder / family)
+    return {family: folder / family for family in families()}

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from megamm.data.render3d import render
 from PIL import Image
 
+from megamm.data.render3d import render
 from megamm.modalities.base import Modality
 
 STRIP = 6
@@ -45,7 +45,7 @@ def _image(modality: Modality, medium: np.ndarray, alt: str) -> str:
 
 def _audio(modality: Any, medium: np.ndarray, alt: str) -> str:
     """A player over a spectrogram (dB of a 32 ms Hann window, 80 dB deep)."""
-    rate = modality.codec.config.sample_rate
+    rate = modality.codec.sample_rate
     figure = Figure(figsize=(3.2, 1.2), layout="constrained")
     axes = figure.add_subplot()
     window = int(0.032 * rate)
