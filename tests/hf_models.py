@@ -13,8 +13,8 @@ from megamm.codecs.folders import load_codec
 
 RATE, SIDE = 1600, 12
 """Samples a second, and pixels along a side; a cell of the grid is of 2 x 2 pixels."""
-SMALL_VQ = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
-SIZES = {
+SMALL_VQ: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+SIZES: dict[str, Any] = {
     "mimi": {"sampling_rate": RATE, "upsampling_ratios": [4, 2], "hidden_size": 16, "num_filters": 4, "head_dim": 8}
     | {"codebook_size": 32, "codebook_dim": 8, "num_quantizers": 4, "vector_quantization_hidden_dimension": 8}
     | {"num_hidden_layers": 1, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -27,7 +27,7 @@ SIZES = {
     "chameleon": SMALL_VQ | {"num_embeddings": 64, "embed_dim": 8, "latent_channels": 8, "resolution": SIDE},
     "janus": SMALL_VQ | {"num_embeddings": 64, "embed_dim": 4, "latent_channels": 8, "num_patches": SIDE // 2},
 }
-MODELS = {
+MODELS: dict[str, Any] = {
     "mimi": transformers.MimiModel,
     "encodec": transformers.EncodecModel,
     "dac": transformers.DacModel,

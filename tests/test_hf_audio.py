@@ -7,6 +7,7 @@ from hf_models import AUDIO, RATE, direct, edited, load, make_folders, noise
 
 from megamm.codecs.folders import load_codec
 from megamm.codecs.hf_audio import AUDIO_ADAPTERS
+from megamm.modalities.audio import AudioModality
 
 CODEBOOKS = {"mimi": (4, 16), "encodec": (3, 8), "dac": (3, 10)}
 """Codebooks, and samples of a latent frame."""
@@ -87,6 +88,15 @@ def test_fewer_codebooks_are_the_first_ones(folders, name, change, tmp_path):
     assert fewer_id != full_id and fewer.codebooks == 2
     (ids,), (all_ids,) = fewer.encode(noise(333)[None], [333]), codec.encode(noise(333)[None], [333])
     assert torch.equal(ids.view(-1, 2), all_ids.view(-1, codec.codebooks)[:, :2])
+
+
+@pytest.mark.parametrize("name", AUDIO)
+def test_the_audio_modality_takes_the_folder(folders, name):
+    modality, clips = AudioModality.load(folders[name]), [noise(333).numpy(), noise(40, 1).numpy()]
+    assert modality.codec_id == load(folders, name)[1] and modality.stride == CODEBOOKS[name][0]
+    for clip, ids in zip(clips, modality.encode(clips), strict=True):
+        assert all(number in modality.choices(place) for place, number in enumerate(ids.tolist()))
+        assert 0 <= len(modality.decode(ids)) - len(clip) < CODEBOOKS[name][1]
 
 
 def test_sizes_of_the_published_models():

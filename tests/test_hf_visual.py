@@ -10,6 +10,7 @@ from hf_models import SIDE, VISUAL, direct, load, make_folders, pictures
 from megamm.codecs.hf_visual import VISUAL_ADAPTERS
 from megamm.errors import UserError
 from megamm.modalities.image import ImageModality
+from megamm.modalities.video import VideoModality
 
 GRID, TOKENS = 6, 36
 """Of an image."""
@@ -115,11 +116,17 @@ def test_what_is_no_picture_is_refused(folders, name):
 
 
 @pytest.mark.parametrize("name", VISUAL)
-def test_the_image_modality_takes_the_folder(folders, name):
-    modality = ImageModality.load(folders[name])
-    assert (modality.vocabulary_size, modality.tokens_per_item, modality.stride) == (64, TOKENS, TOKENS)
-    assert modality.read_media(as_bytes(shape_picture(1)[0]), "png").shape == (SIDE, SIDE, 3)
-    assert modality.codec_id == load(folders, name)[1]
+def test_both_modalities_take_the_folder(folders, name):
+    image, video = ImageModality.load(folders[name]), VideoModality.load(folders[name])
+    assert (image.vocabulary_size, image.tokens_per_item, image.stride, video.stride) == (64, TOKENS, TOKENS, TOKENS)
+    assert image.codec_id == video.codec_id == load(folders, name)[1]
+    picture = image.read_media(as_bytes(shape_picture(1)[0]), "png")
+    (ids,) = image.encode([picture])
+    clips = [np.stack([picture] * (1 + n * video.codec.frames_per_step)) for n in (2, 0)]
+    longer, alone = video.encode(clips)
+    assert longer.shape == (3 * TOKENS,) and alone.tolist() == longer[:TOKENS].tolist() == ids.tolist()
+    if name != "chameleon":
+        assert image.decode(ids).shape == (SIDE, SIDE, 3) and video.decode(longer).shape == clips[0].shape
 
 
 def test_sizes_of_the_published_models():

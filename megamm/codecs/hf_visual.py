@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megamm.codecs.folders import CodecConfig
+from megamm.codecs.visual import to_frames, to_pixels
 from megamm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class HFVisualCodec(nn.Module):
             raise ValueError(f"frames {list(frames.shape)} are not 1 + n * {step} of {size} x {size}")
         first = frames[:, :1].expand(-1, step, -1, -1, -1)
         clips = torch.cat([first, frames[:, 1:]], 1).unflatten(1, (-1, step)).flatten(0, 1)
-        pixels = (part.permute(0, 1, 4, 2, 3).float() / 127.5 - 1 for part in clips.split(CLIPS_AT_ONCE))
+        pixels = (to_pixels(part).permute(0, 1, 4, 2, 3) for part in clips.split(CLIPS_AT_ONCE))
         return torch.cat([self.to_codes(part).flatten() for part in pixels]).view(batch, -1)
 
     @torch.inference_mode()
@@ -86,7 +87,9 @@ class HFVisualCodec(nn.Module):
         if ids.min() < 0 or ids.max() >= self.codebook_size:
             raise ValueError(f"ids must be in [0, {self.codebook_size})")
         codes = ids.reshape(-1, grid, grid).split(CLIPS_AT_ONCE)
-        clips = torch.cat([_to_frames(self.to_clips(part)) for part in codes]).unflatten(0, (len(ids), -1))
+        clips = torch.cat([to_frames(self.to_clips(part)).permute(0, 1, 3, 4, 2) for part in codes]).unflatten(
+            0, (len(ids), -1)
+        )
         return torch.cat([clips[:, 0, :1], clips[:, 1:].flatten(1, 2)], 1)
 
 
@@ -177,11 +180,6 @@ def _sizes(config: Any, image_size: int, codebook_size: int, frames_per_step: in
         frame_rate=LATENT_FRAME_RATE * frames_per_step,
         max_frames=1 + (MAX_LATENT_FRAMES - 1) * frames_per_step,
     )
-
-
-def _to_frames(clips: Tensor) -> Tensor:
-    """Pixels `[N, F, 3, Y, X]`, in [-1, 1] where they are right, to uint8 `[N, F, Y, X, 3]`."""
-    return ((clips + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 1, 3, 4, 2)
 
 
 VISUAL_ADAPTERS: dict[str, type[HFVisualCodec]] = {
