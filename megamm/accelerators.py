@@ -64,7 +64,7 @@ def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> 
         "Transformer Engine": _of_transformer_engine(found, is_gpu, engine),
         "apex": _of_apex(found, is_gpu, engine, fused),
         "flash-attn": _unused(found.flash_attention, "attention is torch's SDPA or flex_attention"),
-        "DALI": _unused(found.dali, "images are decoded by Pillow"),
+        "DALI": _of_dali(found, is_gpu),
         "DeepSpeed": _of_deepspeed(found, engine),
     }
 
@@ -105,6 +105,14 @@ def _of_deepspeed(found: Installed, engine: Engine) -> str:
     if engine == "deepspeed":
         return f"{found.deepspeed or 'not installed'}, asked for by engine=deepspeed"
     return f"{found.deepspeed or 'not installed'}, needed by engine=deepspeed alone"
+
+
+def _of_dali(found: Installed, is_gpu: bool) -> str:
+    without = "training reads token caches, no media"
+    if found.dali is None:
+        return f"not installed; `megamm data tokenize` decodes videos by PyAV; {without}"
+    used = "used" if is_gpu else "not used on a CPU, if not asked for,"
+    return f"{found.dali}, {used} by `megamm data tokenize` for videos; {without}"
 
 
 def _unused(version: str | None, instead: str) -> str:

@@ -119,10 +119,22 @@ def test_what_is_used_and_what_instead(found, is_gpu, engine, te, apex):
 
 
 def test_what_is_installed_in_vain_is_said_so():
-    found = replace(NOTHING, flash_attention="2.8.3", dali="2.4.0")
+    found = replace(NOTHING, flash_attention="2.8.3")
     lines = describe(found, is_gpu=True, engine="native", fused=False)
     assert lines["flash-attn"].startswith("2.8.3, not used; attention is torch's")
-    assert lines["DALI"].startswith("2.4.0, not used; ")
+
+
+@pytest.mark.parametrize(
+    ("dali", "is_gpu", "expected"),
+    [
+        (None, True, "not installed; `megamm data tokenize` decodes videos by PyAV; "),
+        ("2.4.0", True, "2.4.0, used by `megamm data tokenize`"),
+        ("2.4.0", False, "2.4.0, not used on a CPU"),
+    ],
+)
+def test_what_decodes_videos(dali, is_gpu, expected):
+    lines = describe(replace(NOTHING, dali=dali), is_gpu=is_gpu, engine="native", fused=False)
+    assert lines["DALI"].startswith(expected)
 
 
 def test_apex_of_another_project_is_not_apex(tmp_path, monkeypatch):

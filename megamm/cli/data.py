@@ -7,6 +7,8 @@ import typer
 
 from megamm.cli.common import DeviceChoice, Sources, log_to_console
 
+DecoderChoice = Literal["auto", "dali", "pyav"]
+
 app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
 Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 
@@ -88,12 +90,16 @@ def tokenize_shards(
     sources: Sources,
     codec: Annotated[list[str], typer.Option(help="modality=FOLDER, once a modality")],
     device: DeviceChoice = "auto",
+    video_decoder: Annotated[DecoderChoice, typer.Option(help="of videos; auto: dali on a GPU, else pyav")] = "auto",
+    max_broken: Annotated[float, typer.Option(help="share of a folder's videos that may be broken")] = 0.0,
 ) -> None:
     """Make the token caches of built shards; complete ones are kept."""
+    from megamm.data.media_batches import VideoReading
     from megamm.data.token_cache import load_codecs, tokenize
     from megamm.device import choose
 
     log_to_console()
-    for cache in tokenize(sources, load_codecs(codec, choose(device).torch_device)):
+    modalities = load_codecs(codec, choose(device).torch_device)
+    for cache in tokenize(sources, modalities, VideoReading(video_decoder, max_broken)):
         kept = " (kept)" if cache.kept else ""
         print(f"{cache.folder}: {cache.samples} samples, {cache.tokens} tokens{kept}")

@@ -6,24 +6,21 @@ Deterministic: the same media and codec give the same bytes. A complete cache is
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from megamm.data.shards import UNNUMBERED, ShardFolder, ShardWriter
+from megamm.data.media_batches import Decoding, MediaBatches, VideoReading, member_name
+from megamm.data.shards import ShardFolder, ShardWriter
 from megamm.data.tokens import tokens_to_bytes
 from megamm.errors import UserError
 from megamm.modalities import REGISTRY, families
-from megamm.modalities.base import Modality, UnreadableMedia
+from megamm.modalities.base import Modality
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
-BATCH = 256
-"""Samples in one call of `Modality.encode`."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,13 @@ def load_codecs(codecs: list[str], device: torch.device) -> list[Modality]:
     return loaded
 
 
-def tokenize(sources: list[Path], modalities: list[Modality]) -> list[Cache]:
-    """Make the caches of every split of every source that has the modality.
+def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoReading | None = None) -> list[Cache]:
+    """Make the caches of every split of every source that has the modality; reading: how videos are decoded.
 
-    UserError if a codec has nothing to do, a sample cannot be read, or an existing cache holds other samples.
+    UserError if a codec has nothing to do, a sample cannot be read, or an existing cache holds other samples or was
+    made by another decoder than the one asked for.
     """
+    reading = reading or VideoReading()
     media = [
         (s / split / modality.name, modality)
         for modality in modalities
@@ -70,42 +69,40 @@ def tokenize(sources: list[Path], modalities: list[Modality]) -> list[Cache]:
             where = ", ".join(map(str, sources)) or None
             remedy = "name source folders made by `megamm data build` (SHARDS/<source>), or leave that --codec out"
             raise UserError(f"no {family} shards", where=where, remedy=remedy)
-    return [_tokenize_folder(folder, modality) for folder, modality in media]
+    return [_tokenize_folder(folder, modality, reading) for folder, modality in media]
 
 
-def _tokenize_folder(media: Path, modality: Modality) -> Cache:
+def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> Cache:
     shards, target = ShardFolder(media), media.parent / cache_name(modality)
     if target.exists():
-        return _kept(target, shards)
-    total = 0
+        return _kept(target, shards, reading)
+    samples, total = 0, 0
+    batches = MediaBatches(shards, modality, reading)
     with ShardWriter(target, samples_per_shard=_samples_per_shard(media)) as writer:
-        for start in range(0, len(shards), BATCH):
-            numbers = range(start, min(start + BATCH, len(shards)))
-            ids = modality.encode(list(_read_media(shards, numbers, modality)))
-            for i, ids_T in zip(numbers, ids, strict=True):
+        for numbers, inputs in batches:
+            for i, ids_T in zip(numbers, modality.encode(inputs), strict=True):
                 data = tokens_to_bytes(ids_T, modality.vocabulary_size)
-                number = "" if shards.parts[i] == UNNUMBERED else f"{shards.parts[i]}."
-                writer.add(shards.keys[i], f"{number}npy", data, tokens=len(ids_T))
-                total += len(ids_T)
-    logger.info("%s: %d samples, %d tokens", target, len(shards), total)
-    return Cache(target, len(shards), total, kept=False)
+                number = member_name(shards, i).removeprefix(shards.keys[i]).removeprefix(".")
+                writer.add(shards.keys[i], f"{number}.npy".removeprefix("."), data, tokens=len(ids_T))
+                samples, total = samples + 1, total + len(ids_T)
+        if batches.decoding:
+            batches.decoding.write(writer.partial)
+    logger.info("%s: %d samples, %d tokens", target, samples, total)
+    return Cache(target, samples, total, kept=False)
 
 
-def _read_media(shards: ShardFolder, numbers: range, modality: Modality) -> Iterator[Any]:
-    for i in numbers:
-        try:
-            yield modality.read_media(shards.read(i), shards.extensions[i])
-        except UnreadableMedia as error:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
-            raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
-
-
-def _kept(target: Path, shards: ShardFolder) -> Cache:
-    cache = ShardFolder(target)
-    is_whole = cache.keys == shards.keys and cache.parts.tolist() == shards.parts.tolist()
+def _kept(target: Path, shards: ShardFolder, reading: VideoReading) -> Cache:
+    cache, decoding = ShardFolder(target), Decoding.read(target) or Decoding()
+    names = [member_name(shards, i) for i in range(len(shards))]
+    is_whole = [member_name(cache, i) for i in range(len(cache))] == [n for n in names if n not in decoding.broken]
+    remedy = "delete the cache and run `megamm data tokenize` again"
     if not is_whole or (cache.tokens is None and len(cache)):
         what = f"the token cache does not hold the samples of {shards.folder.name}/"
-        raise UserError(what, where=target, remedy="delete the cache and run `megamm data tokenize` again")
+        raise UserError(what, where=target, remedy=remedy)
+    if reading.decoder != "auto" and decoding.decoders and reading.decoder not in decoding.decoders:
+        raise UserError(
+            f"decoded by {', '.join(decoding.decoders)}, not {reading.decoder}", where=target, remedy=remedy
+        )
     tokens = 0 if cache.tokens is None else int(cache.tokens.sum())
     logger.info("%s: kept, %d samples", target, len(cache))
     return Cache(target, len(cache), tokens, kept=True)

@@ -97,12 +97,16 @@ def pad_to_square(image: Image.Image, size: int, pixel_aspect: float = 1.0) -> P
 
     pixel_aspect: width of the image's pixels over their height.
     """
-    sides = (image.width * pixel_aspect, image.height)
-    width, height = (max(1, round(side * size / max(sides))) for side in sides)
+    width, height = fitted_sides(image.width * pixel_aspect, image.height, size)
     square = Image.new("RGB", (size, size), "white")
     resized = image.resize((width, height), Image.Resampling.LANCZOS)
     square.paste(resized, ((size - width) // 2, (size - height) // 2))
     return np.asarray(square)
+
+
+def fitted_sides(width: float, height: float, size: int) -> tuple[int, int]:
+    """Width and height (pixels) that a picture has in a square of `size`: aspect kept, the longer side all of it."""
+    return max(1, round(width * size / max(width, height))), max(1, round(height * size / max(width, height)))
 
 
 def _decode(data: bytes, extension: str) -> Image.Image:

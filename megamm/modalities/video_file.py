@@ -8,7 +8,7 @@ import hashlib
 import io
 import re
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -52,15 +52,16 @@ class ShownFrame:
     def image(self) -> Image.Image:
         """RGB and upright, in stored pixels."""
         image = self.frame.to_image()
-        turns = self._turns()
+        turns = self.turns()
         return image.transpose(_TRANSPOSE[turns]) if turns else image
 
     def square(self, size: int) -> PixelArray:
         """uint8 `[size, size, 3]`, aspect kept, padded as an image is."""
-        return pad_to_square(self.image(), size, 1 / self.pixel_aspect if self._turns() % 2 else self.pixel_aspect)
+        return pad_to_square(self.image(), size, 1 / self.pixel_aspect if self.turns() % 2 else self.pixel_aspect)
 
-    def _turns(self) -> int:
-        return round(self.frame.rotation / 90) % 4  # counter-clockwise quarters
+    def turns(self) -> int:
+        """Quarters counter-clockwise that bring the stored picture upright."""
+        return round(self.frame.rotation / 90) % 4
 
 
 def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, size: int) -> npt.NDArray[np.uint8]:
@@ -99,6 +100,16 @@ def digest_of_frames(data: bytes, extension: str) -> str:
 
 def shown_frames(data: bytes, extension: str) -> Generator[ShownFrame, None, None]:
     """Every frame in the order of showing, at least one. UnreadableMedia if broken or truncated, also after some."""
+    with open_video(data, extension) as (container, stream):
+        yield from _decode(container, stream)
+
+
+@contextmanager
+def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and video stream, with a decoder that does not guess at damage; closed on leaving.
+
+    UnreadableMedia if the file is broken, of another format or too large, and for what FFmpeg raises inside.
+    """
     import av  # FFmpeg's libraries: not needed to read text
 
     _check_container(data, extension)
@@ -107,7 +118,10 @@ def shown_frames(data: bytes, extension: str) -> Generator[ShownFrame, None, Non
             stream = container.streams.best("video")
             if stream is None:
                 raise UnreadableMedia("no video in it")
-            yield from _decode(container, stream)
+            _check_size(stream.codec_context)
+            # The limit is for what a header does not say; it counts padding.
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
+            yield container, stream
     except UnreadableMedia:
         raise
     except Exception as error:  # FFmpeg's errors are many classes; PyAV adds some on damaged headers
@@ -126,9 +140,6 @@ def _check_container(data: bytes, extension: str) -> None:
 
 
 def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
-    _check_size(stream.codec_context)
-    # Damaged data is an error, not guessed at. The limit is for what a header does not say; it counts padding.
-    stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
     aspect = float(stream.sample_aspect_ratio or 1)
     last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
     for frame in container.decode(stream):
@@ -145,10 +156,16 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
         raise UnreadableMedia("no frame can be read")
     gap = last[1].duration * last[1].time_base or gap
     end = last[0] + gap
-    declared = _declared_duration(container, stream)
-    if max(end, end + origin) < declared - max(MISSING_FRAMES * gap, MISSING_SHARE * declared):
-        raise UnreadableMedia(f"truncated: it ends after {float(end):.2f} s of {float(declared):.2f} s")
+    check_end(container, stream, end, origin, gap)
     yield ShownFrame(float(last[0]), float(end), last[1], aspect)
+
+
+def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
+    """UnreadableMedia if the file ends before it should. Seconds: end from the first frame, at origin."""
+    declared = _declared_duration(container, stream)
+    missing = max(MISSING_FRAMES * gap, Fraction(MISSING_SHARE) * declared)
+    if max(end, end + origin) < declared - missing:
+        raise UnreadableMedia(f"truncated: it ends after {float(end):.2f} s of {float(declared):.2f} s")
 
 
 def _check_size(given: Any) -> None:

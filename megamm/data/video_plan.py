@@ -1,0 +1,124 @@
+"""What is to be decoded of a video file, found by reading its packets and decoding its first frame alone.
+
+In: the file's bytes, where the clip starts (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, by
+which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (data/frame_sampling.py).
+Times are in ticks of the file's video stream.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from megamm.data.frame_sampling import sampled_frames, usable_frames
+from megamm.modalities.base import UnreadableMedia
+from megamm.modalities.image import fitted_sides
+from megamm.modalities.video import VideoSizes
+from megamm.modalities.video_file import ShownFrame, check_end, open_video
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """The frames of a clip, and what a decoder needs to know of the file. F frames, each maybe more than once."""
+
+    frames: tuple[int, ...]
+    """`[F]` numbers in the order of showing, from 0 at the file's first."""
+    times: tuple[int, ...]
+    """`[F]` the same frames' presentation times."""
+    keyframe: int
+    """Time of the keyframe at which decoding can begin; the earlier of its decoding and presentation times."""
+    codec: str
+    """FFmpeg's name: "h264", "vp9"."""
+    pixel_format: str
+    colour_matrix: int
+    """Code of ISO/IEC 23091-2, MatrixCoefficients; 2 if the file does not say."""
+    has_cuts: bool
+    """Whether the container hides some of the packets' frames (edit lists)."""
+    width: int
+    height: int
+    """As stored, in pixels."""
+    turns: int
+    """Quarters counter-clockwise, to be upright."""
+    pixel_aspect: float
+    """Width of a stored pixel over its height."""
+
+    def stored_sides(self, size: int) -> tuple[int, int]:
+        """Width and height of the picture in a square of `size` pixels, still turned as it is stored."""
+        aspect = 1 / self.pixel_aspect if self.turns % 2 else self.pixel_aspect
+        width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
+        width, height = fitted_sides(width * aspect, height, size)
+        return (height, width) if self.turns % 2 else (width, height)
+
+
+@dataclass(frozen=True)
+class _Packet:
+    time: int
+    decoding_time: int
+    duration: int
+    is_key: bool
+    is_cut: bool
+    """Decoded, but left out by the container."""
+
+
+def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSizes) -> ClipPlan:
+    """Plan the clip that starts so many seconds after the file's first frame, F = 1 + n * frames_per_step.
+
+    UnreadableMedia if the file is broken, truncated or of another format, or ends before the clip starts.
+    """
+    with open_video(data, extension) as (container, stream):
+        packets, first = _packets(container, stream)
+        shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
+        if first is None or not shown:
+            raise UnreadableMedia("no frame can be read")
+        tick: Fraction = stream.time_base
+        gap = shown[-1].duration or (shown[-1].time - shown[-2].time if len(shown) > 1 else 0)
+        if not gap and stream.average_rate:
+            gap = 1 / (stream.average_rate * tick)
+        origin = shown[0].time
+        end = (shown[-1].time + gap - origin) * tick
+        check_end(container, stream, end, origin * tick, gap * tick)
+        chosen = _chosen([float((p.time - origin) * tick) for p in shown], float(end), start_seconds, sizes)
+        keyframe = next((p for p in reversed(shown[: chosen[0] + 1]) if p.is_key), shown[0])
+        upright = ShownFrame(0.0, 0.0, first, float(stream.sample_aspect_ratio or 1))
+        return ClipPlan(
+            frames=tuple(chosen),
+            times=tuple(shown[number].time for number in chosen),
+            keyframe=keyframe.time,
+            codec=stream.codec_context.name,
+            pixel_format=first.format.name,
+            colour_matrix=int(first.colorspace),
+            has_cuts=len(shown) < len(packets),
+            width=first.width,
+            height=first.height,
+            turns=upright.turns(),
+            pixel_aspect=upright.pixel_aspect,
+        )
+
+
+def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
+    """The packets that hold a frame, in the file's order, and the first frame that the decoder gives (or None)."""
+    packets, first = [], None
+    for packet in container.demux(stream):
+        if first is None:
+            first = next(iter(packet.decode()), None)
+        if not packet.size or _is_hidden(packet, stream):
+            continue
+        if packet.pts is None:
+            raise UnreadableMedia("a frame without a time")
+        decoding_time = packet.pts if packet.dts is None else packet.dts
+        packets.append(_Packet(packet.pts, decoding_time, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+    return packets, first
+
+
+def _is_hidden(packet: Any, stream: Any) -> bool:
+    """Whether it only helps to decode others: VP8 says so in its first byte (RFC 6386, section 9.1: show_frame)."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
+    if start >= end:
+        raise UnreadableMedia(f"a clip from {start:g} s on, of a video of {end:.2f} s")
+    chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)
+    if chosen == [0]:  # or the end is nearer than the tolerance of a sample
+        chosen = [bisect_right(starts, start) - 1]
+    return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]
