@@ -1,11 +1,11 @@
-"""Video decoding on a CPU: megamm's loaders against torchcodec, decord and plain PyAV; DALI against Pillow and soundfile.
+"""Video decoding on a CPU: megamm against torchcodec, decord and plain PyAV; DALI against Pillow and soundfile.
 
 Every side gets the same bytes, takes the same frames (those shown at 0, 1/8, ... s, 17 at most) and gives the same
 squares (64 pixels, aspect kept, padded with white, antialiased); the peers scale with Pillow as megamm does. One thread
 each, in turns over rounds; medians of frames/s of wall time and of CPU time (user + system, all threads).
 Peers are in no requirements file. torchcodec and decord: `pip install torchcodec==0.13.0 decord==0.6.0 --no-deps`;
-torchcodec loads FFmpeg's shared libraries (Debian: `apt-get install libavdevice59 libavfilter8`). A side that cannot run
-is named with the reason.
+torchcodec loads FFmpeg's shared libraries (Debian: `apt-get install libavdevice59 libavfilter8`). A side that cannot
+run is named with the reason.
 Run: `python benchmarks/video.py [--json OUT]`.
 """
 
@@ -19,6 +19,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ import torch
 from PIL import Image
 
 from megamm import __version__
+from megamm.accelerators import installed
 from megamm.data.frame_sampling import sampled_frames
 from megamm.data.video_dali import DaliDecoder, obstacle
 from megamm.data.video_plan import plan_clip
@@ -53,7 +55,7 @@ def picture_video(codec: str, width: int, height: int, frames: int, seed: int) -
     phase = rng.uniform(0, 6, 3)
     with av.open(file, "w", format="mp4") as out:
         fast = {"preset": "fast"} if codec == "libx264" else {"deadline": "realtime", "cpu-used": "8", "b": "4M"}
-        stream = out.add_stream(codec, rate=24, options=fast)
+        stream: Any = out.add_stream(codec, rate=24, options=fast)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for t in range(frames):
             planes = [x / width * 6 + t / 9 + phase[0], y / height * 5 - t / 7 + phase[1], (x + y) / width + phase[2]]
@@ -102,7 +104,7 @@ def plain_pyav() -> Side:
     import av
 
     def one(data: bytes) -> Frames:
-        with av.open(io.BytesIO(data)) as container:
+        with av.open(io.BytesIO(data), "r") as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = THREADS
             kept: list[Frames] = []
@@ -165,18 +167,22 @@ def timed(run: Callable[[], int]) -> tuple[float, float]:
 
 def compare(sides: dict[str, Callable[[], int]], rounds: int, unit: str) -> dict[str, Any]:
     """Sides in turns: medians, and the ratio to the first side's CPU figure of the same round."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            found[name].append(timed(run))
-    first = [cpu for _, cpu in next(iter(found.values()))]
+            taken[name].append(timed(run))
+    first = [cpu for _, cpu in next(iter(taken.values()))]
     table: dict[str, Any] = {}
-    for name, figures in found.items():
+    for name, figures in taken.items():
         wall, cpu = (statistics.median(column) for column in zip(*figures, strict=True))
         ratio = statistics.median(f[1] / reference for f, reference in zip(figures, first, strict=True))
         table[name] = {f"{unit}_per_s": wall, f"{unit}_per_cpu_s": cpu, "ratio_per_cpu_s": ratio}
         print(f"  {name:<26} {wall:>8.0f} {unit}/s {cpu:>8.0f} per CPU-s   {ratio:.2f}")
     return table
+
+
+def frames_of(side: Side, files: list[bytes]) -> int:
+    return sum(len(frames) for frames in side(files))
 
 
 def usable(files: list[bytes], missing: dict[str, str]) -> dict[str, Callable[[], int]]:
@@ -195,7 +201,7 @@ def usable(files: list[bytes], missing: dict[str, str]) -> dict[str, Callable[[]
         expected = expected or given
         apart = [np.abs(a.astype(int) - b).mean() for a, b in zip(expected, given, strict=True)]
         assert max(apart) < 3, f"{name} gives other frames: {max(apart):.1f} levels apart in the mean"
-        running[name] = lambda side=side: sum(map(len, side(files)))
+        running[name] = partial(frames_of, side, files)
     return running
 
 
@@ -210,7 +216,7 @@ def videos(rounds: int) -> dict[str, Any]:
     result = {}
     for kind, (codec, width, height, frames, count) in kinds.items():
         files = [picture_video(codec, width, height, frames, seed) for seed in range(count)]
-        print(f"{kind}, {count} clips, {SIZES.max_frames} frames each")
+        print(f"{kind}, {count} clips, {SIZES.max_frames} frames each", flush=True)
         missing: dict[str, str] = {}
         result[kind] = compare(usable(files, missing), rounds, "frames") | {"not run": missing}
     return result
@@ -224,9 +230,9 @@ def seeking(rounds: int) -> dict[str, Any]:
     for start in (0.0, 50.0):
         plan = plan_clip(data, "mp4", start, SIZES)
         sides: dict[str, Callable[[], Any]] = {
-            "plan": lambda start=start: plan_clip(data, "mp4", start, SIZES),
-            "PyAV": lambda plan=plan: decode_clip(data, "mp4", plan, SIZES.image_size),
-            "DALI on the CPU": lambda plan=plan: decoder.decode([(data, plan)]),
+            "plan": partial(plan_clip, data, "mp4", start, SIZES),
+            "PyAV": partial(decode_clip, data, "mp4", plan, SIZES.image_size),
+            "DALI on the CPU": partial(decoder.decode, [(data, plan)]),
         }
         for name, run in sides.items():
             took = []
@@ -311,7 +317,7 @@ def sounds(rounds: int) -> dict[str, Any]:
     return result
 
 
-def installed(package: str) -> str:
+def found(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -324,9 +330,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
-    packages = ("av", "nvidia-dali-cuda130", "torchcodec", "decord", "pillow", "soundfile")
+    packages = {name: found(name) for name in ("av", "torchcodec", "decord", "pillow", "soundfile")}
     result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "megamm": __version__}
-    result |= {"packages": {name: installed(name) for name in packages}, "rounds": options.rounds, "threads": THREADS}
+    result |= {
+        "packages": packages | {"DALI": installed().dali or "not installed"},
+        "rounds": options.rounds,
+        "threads": THREADS,
+    }
     result["videos"] = videos(options.rounds)
     print("a clip in a file of 60 s, 320x240")
     result["seeking, ms"] = seeking(options.rounds)
