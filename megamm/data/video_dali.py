@@ -38,6 +38,8 @@ def obstacle(plan: ClipPlan, device: torch.device) -> str | None:
         return f"pixel format {plan.pixel_format}"
     if plan.colour_matrix not in _KR_KB:
         return f"colour matrix {plan.colour_matrix}"
+    if plan.skipped:
+        return "a clip late in its file, before which DALI decodes everything"
     return "frames that an edit list leaves out" if plan.has_cuts else None
 
 

@@ -26,7 +26,9 @@ class ClipPlan:
     times: tuple[int, ...]
     """`[F]` the same frames' presentation times."""
     keyframe: int
-    """Time of the keyframe at which decoding can begin; the earlier of its decoding and presentation times."""
+    """Presentation time of the keyframe at which decoding can begin."""
+    skipped: int
+    """Frames before that keyframe."""
     codec: str
     """FFmpeg's name: "h264", "vp9"."""
     pixel_format: str
@@ -53,7 +55,6 @@ class ClipPlan:
 @dataclass(frozen=True)
 class _Packet:
     time: int
-    decoding_time: int
     duration: int
     is_key: bool
     is_cut: bool
@@ -84,6 +85,7 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
             frames=tuple(chosen),
             times=tuple(shown[number].time for number in chosen),
             keyframe=keyframe.time,
+            skipped=shown.index(keyframe),
             codec=stream.codec_context.name,
             pixel_format=first.format.name,
             colour_matrix=int(first.colorspace),
@@ -105,8 +107,7 @@ def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
             continue
         if packet.pts is None:
             raise UnreadableMedia("a frame without a time")
-        decoding_time = packet.pts if packet.dts is None else packet.dts
-        packets.append(_Packet(packet.pts, decoding_time, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+        packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return packets, first
 
 
