@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megamm.data.loader import Loader
+from megamm.data.balance import assign, imbalance
+from megamm.data.history import source_names
+from megamm.data.loader import Loader, Reading
 from megamm.data.mixture import Mixture, Source
 from megamm.data.packing import Form, document_length
 from megamm.data.row_stream import RowStream
-from megamm.data.run_data import source_names
 from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_to_bytes
@@ -54,9 +55,21 @@ def stream(sets, seed=7):
     return RowStream(sets, mixture, VOCABULARY, ROW, POSITIONS)
 
 
-def loader(sets, size, rank, consumed=0, micro=2):
+def cost(lengths):
+    """A row's, where attention is dear."""
+    return ROW + sum(n * n for n in lengths) / 16
+
+
+def loader(sets, size, rank, consumed=0, micro=2, **reading):
     return Loader(
-        stream(sets), global_batch=12, micro_batch=micro, data_rank=rank, data_size=size, consumed_rows=consumed
+        stream(sets),
+        global_batch=12,
+        micro_batch=micro,
+        data_rank=rank,
+        data_size=size,
+        cost=cost,
+        consumed_rows=consumed,
+        reading=Reading(**reading),
     )
 
 
@@ -95,7 +108,7 @@ def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
     window = rows.mixture.window(0)
     drawn = [sets[s].whole(i) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True)]
     wanted = sum(document_length(*document.sizes) for document in drawn)
-    in_window = [rows.row(r) for r in range(rows._rows_before[1])]
+    in_window = [rows.row(r) for r in range(rows.first_row(1))]
     marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
     used = sum(int((row.segment >= 0).sum()) for row in in_window)
     assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks, lose no token
@@ -122,15 +135,19 @@ def test_resume_at_another_size_goes_on_where_it_stopped(sets):
     assert [rows_of_step(after) for _ in range(3)] == expected[2:]
 
 
-def test_microbatches_are_dealt_in_turn(sets):
-    second, reference = loader(sets, 2, 1), stream(sets)
-    batches = second.step()
-    assert [b.input_ids.shape for b in batches] == [(2, ROW)] * 3 and batches[0].position.shape == (2, 3, ROW)
-    numbers = [[2, 3], [6, 7], [10, 11]]  # consumed + (j * data_size + rank) * micro_batch ...
-    for batch, rows in zip(batches, numbers, strict=True):
-        assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in rows]
-    padded = np.mean([(reference.row(r).segment < 0).mean() for rows in numbers for r in rows])
-    assert second.padding_share == pytest.approx(padded)
+def test_microbatches_are_those_that_balance_assigns(sets):
+    loaders, reference = [loader(sets, 2, rank) for rank in range(2)], stream(sets)
+    steps = [one.step() for one in loaders]
+    assert [b.input_ids.shape for b in steps[1]] == [(2, ROW)] * 3 and steps[1][0].position.shape == (2, 3, ROW)
+    costs = [cost(reference.plan(r).lengths) for r in range(12)]
+    rows = assign(costs, 2, 2)
+    for rank, batches in enumerate(steps):
+        for batch, numbers in zip(batches, rows[:, rank].tolist(), strict=True):
+            assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in numbers]
+    padded = np.mean([(reference.row(r).segment < 0).mean() for r in range(12)])
+    for one in loaders:  # figures of the whole step, the same on every rank
+        assert one.figures.padding_share == pytest.approx(padded)
+        assert one.figures.imbalance == imbalance(costs, rows)[0] >= 1
 
 
 def test_a_batch_that_does_not_divide_is_refused(sets):

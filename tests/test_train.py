@@ -47,7 +47,7 @@ TRAIN = {
     "eval_every": 8,
     "keep_checkpoints": 4,
 }
-TIMES = ("tokens_per_s", "seconds_left")
+TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
 
 
 def _losses(run: Path) -> list[dict]:
@@ -104,8 +104,9 @@ def test_metrics_are_read_back_by_tensorboard(undisturbed):
 
 
 def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
+    """The killed run reads through two worker processes, which changes nothing either."""
     output = data / "killed"
-    config = write_config(data, output, train=TRAIN)
+    config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "--nproc", "2"]
     launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rank = _wait_for_step(launcher, output, step=5)
