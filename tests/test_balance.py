@@ -49,7 +49,7 @@ def test_rows_of_a_long_context_model_are_even_over_ranks():
 
 
 def test_best_of_a_small_case():
-    """Two ranks, two microbatches of one row: 10 and 9 at a time, 2 and 1 at a time, the dear one with the cheap one."""
+    """10 and 9 run at the same time, then 2 and 1; the rank that had 10 gets 1."""
     assert assign([1, 10, 2, 9], 2, 1)[:, :, 0].tolist() == [[1, 3], [0, 2]]
 
 

@@ -1,10 +1,17 @@
 """The loader: the same rows whatever the number of data ranks, exact resume, and clear words for missing caches."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny_run import environment
 
 from megamm.data.balance import assign, imbalance
 from megamm.data.history import source_names
@@ -12,6 +19,7 @@ from megamm.data.loader import Loader, Reading
 from megamm.data.mixture import Mixture, Source
 from megamm.data.packing import Form, document_length
 from megamm.data.row_stream import RowStream
+from megamm.data.run_data import PositionTable
 from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_to_bytes
@@ -202,3 +210,80 @@ def test_moved_data_keeps_its_order():
     assert source_names(here) == source_names(there) == ["pairs/v1", "books/v1"]
     assert source_names([Path("x/emoji"), Path("y/clipart")]) == ["emoji", "clipart"]
     assert source_names([Path("x/emoji"), Path("x/emoji")]) == ["x/emoji", "x/emoji"]  # Mixture refuses the pair
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_batches_of_the_process_itself(sets, workers):
+    """Also that the model's random numbers stay where they were, and what is read ahead is not consumed."""
+    own, ahead = loader(sets, 2, 1), loader(sets, 2, 1, workers=workers, prefetch=3)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    for _ in range(5):
+        for a, b in zip(own.step(), ahead.step(), strict=True):
+            for name in ("input_ids", "labels", "loss_weight", "segment", "position", "modality"):
+                assert (
+                    torch.equal(getattr(a, name), getattr(b, name)) and getattr(b, name).dtype == getattr(a, name).dtype
+                )
+        assert ahead.state() == own.state() and ahead.figures == own.figures
+    assert torch.rand(1) == expected
+    assert ahead.state() == {"consumed_rows": 60} and own.waited > 0
+    ahead.close()
+
+
+def test_a_workers_user_error_is_the_same_line(tmp_path):
+    def opened():
+        sample_set = SampleSet(tmp_path / "source" / "train", CODECS)
+        return [sample_set, SampleSet(tmp_path / "texts" / "train", CODECS)]
+
+    caches(tmp_path / "source" / "train", 45, seed=1)
+    caches(tmp_path / "texts" / "train", 30, seed=2, image=0)
+    sets = opened()
+    tar = tmp_path / "source" / "train" / f"text.tokens-{TEXT}" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[512:] = content[512:].replace(b"NUMPY", b"BUMPY")
+    tar.write_bytes(content)
+    lines = []
+    for workers in (0, 1):
+        damaged = loader(sets, 1, 0, workers=workers)
+        with pytest.raises(UserError, match=r"broken tokens of 's00\d\d'.*megamm data tokenize") as error:
+            for _ in range(9):
+                damaged.step()
+        damaged.close()
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
+
+
+def test_a_killed_worker_is_said_to_be(sets):
+    one = loader(sets, 1, 0, workers=1, prefetch=1)
+    one.step()
+    worker = one._batches._workers[0].pid
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(
+        UserError, match=rf"a data worker \(process {worker}\) ended unexpectedly; .*lower data.workers"
+    ):
+        for _ in range(99):
+            one.step()
+    one.close()
+
+
+def test_workers_import_no_megatron(sets):
+    """They are started for every rank: what they import is paid in seconds and memory."""
+    code = "import sys, megamm.data.loader; print(*(m for m in sys.modules if m in ('megatron', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert not done.stdout.strip()
+
+
+def test_positions_come_from_a_table_that_needs_no_codec():
+    table = PositionTable(np.stack([np.arange(40)] * 3))
+    again = ForkingPickler.loads(ForkingPickler.dumps(table))
+    assert all(np.array_equal(again(n), sequential_positions(n)) for n in (0, 1, 17, 40))
+
+
+def test_a_stream_that_starts_at_a_window_has_the_same_rows(sets):
+    whole = stream(sets)
+    place = whole.place(whole.first_row(2) + 3)
+    assert (place.window, place.row) == (2, whole.first_row(2))
+    later = RowStream(sets, whole.mixture, VOCABULARY, ROW, POSITIONS, place)
+    for r in (place.row, place.row + 1, whole.first_row(3)):
+        assert np.array_equal(later.row(r).input_ids, whole.row(r).input_ids)
