@@ -30,7 +30,7 @@ from megamm.data.loader import Loader, Reading
 from megamm.data.mixture import WINDOW, Mixture, Source
 from megamm.data.packing import Form, document_length, pack, plan_rows
 from megamm.data.row_stream import RowStream
-from megamm.data.sample import Batch, Document, IntArray, Part
+from megamm.data.sample import Batch, Document, IntArray, Part, Row
 from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_from_bytes, tokens_to_bytes
@@ -207,7 +207,9 @@ def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
 
 def packed_in_order(samples: Iterator[Document]) -> Iterator[Batch]:
     """Microbatches of documents in the order they come, by next fit."""
-    rows, waiting, used = [], [], 0
+    rows: list[Row] = []
+    waiting: list[Document] = []
+    used = 0
     for document in samples:
         length = document_length(*document.sizes)
         if used + length > ROW:

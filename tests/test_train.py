@@ -213,3 +213,23 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
     assert done.returncode == 0, done.stderr
     assert "INFO megamm.mcore.backbone: MLP: Megatron-core's own, model.megatron asks for another" in done.stderr
     assert any("mlp.linear_fc1.bias" in name for name in _tensors(_step(data / "bias", 1)))
+
+
+def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
+    """What is planned stays: the next steps have the losses of the run without it; seed and row length stay, too."""
+    output, copy = data / "added", data / "shards" / "copied"
+    shutil.copytree(_step(undisturbed, 2), _step(output, 2))
+    shutil.copytree(data / "shards" / "drawn", copy)
+    sources = [{"path": str(data / "shards" / "drawn")}, {"path": str(copy), "weight": 3}]
+    config = write_config(data, output, train=TRAIN | {"stop_after": 4}, data={"sources": sources})
+    refused = megamm("train", config, "train.seed=2")
+    assert refused.returncode == 2 and "the checkpoint has train.seed = 1, the config 2" in refused.stderr
+    done = megamm("train", config, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((_step(output, 4) / "state.json").read_text())
+    assert [s["window"] for s in state["mixture"]["segments"]] == [0, 1]
+    assert state["mixture"]["segments"][1]["weights"] == {"drawn": 1.0, "copied": 3.0}
+    assert "in step " in done.stderr and "drawn 1 -> 0.25, copied 0.75 (new)" in done.stderr
+    wanted = {line["step"]: line for line in _losses(undisturbed) if "loss/text" in line}
+    lines = [line for line in _losses(output) if "loss/text" in line]
+    assert [line["step"] for line in lines] == [3, 4] and all(line == wanted[line["step"]] for line in lines)
