@@ -9,7 +9,6 @@ state is the number of rows consumed: not those read ahead.
 
 import multiprocessing
 import os
-import re
 import threading
 import time
 from collections import deque
@@ -136,17 +135,23 @@ class Loader:
     def _next(self, batches: Iterator[Any]) -> Batch:
         try:
             batch = next(batches)
-        except RuntimeError as error:
-            died = re.search(r"worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
-            if died is None:
+        except (RuntimeError, OSError, EOFError):
+            # A worker that dies is missed after some seconds, or at once if it was just handing over a batch.
+            died = [worker.pid for worker in getattr(batches, "_workers", []) if _has_ended(worker)]
+            if not died:
                 raise
-            what = f"a data worker (process {died[1]}) ended unexpectedly"
+            what = f"a data worker (process {', '.join(map(str, died))}) ended unexpectedly"
             remedy = "if the system was short of memory, lower data.workers or data.prefetch; the same command resumes"
             raise UserError(what, remedy=remedy) from None
         if isinstance(batch, _Failure):
             raise UserError(batch.what, where=batch.where, remedy=batch.remedy)
         assert isinstance(batch, Batch)
         return batch
+
+
+def _has_ended(worker: multiprocessing.Process) -> bool:
+    worker.join(timeout=1)  # the connection breaks before the system reports the end
+    return not worker.is_alive()
 
 
 @dataclass(frozen=True)
