@@ -37,7 +37,8 @@ MANIFEST, STATE = "manifest.json", "state.json"
 class RunState:
     """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it.
 
-    Without optimizer state (an import) training starts with fresh moments.
+    Without optimizer state (an import) training starts with fresh moments. mixture is the history of the data
+    (data/history.py); None in an import and in checkpoints from before it was kept.
     """
 
     step: int
@@ -48,6 +49,7 @@ class RunState:
     config: dict[str, Any]
     versions: dict[str, str]
     has_optimizer: bool = True
+    mixture: dict[str, Any] | None = None
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -208,6 +210,22 @@ def check_same_model(folder: Path, state: RunState, vocabulary: Vocabulary, mode
 
 def _described(part: Range | None) -> str:
     return f"{part.name} of {part.size} ids of codec {part.codec_id or '-'}" if part else "shorter"
+
+
+def check_same_data(folder: Path, state: RunState, config: dict[str, Any]) -> None:
+    """Refuse another order of the data than that of which the checkpoint has consumed a part; the mixture may differ.
+
+    config as `RunConfig.model_dump(mode="json")` gives it.
+    """
+    kept = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
+    for section, key in kept if state.consumed_rows else []:
+        theirs, ours = state.config[section][key], config[section][key]
+        if theirs != ours:
+            what = f"the checkpoint has {section}.{key} = {theirs}, the config {ours}"
+            if key == "sources":
+                what += ", and it is from before changes of the mixture were recorded"
+            remedy = f"resume with the checkpoint's {key}, or choose another `output`"
+            raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
 
 
 def read_rng(folder: Path, rank: int) -> dict[str, torch.Tensor]:

@@ -97,10 +97,12 @@ class SourceConfig(_Section):
 
 
 class DataConfig(_Section):
-    """The mixture and the length of a packed row in tokens."""
+    """The mixture, the length of a packed row in tokens, and who reads: nothing of the latter changes a row."""
 
     sources: list[SourceConfig] = Field(min_length=1)
     seq_length: int = Field(ge=8)
+    workers: int = Field(0, ge=0, description="processes of each rank that read and pack; 0: the rank itself")
+    prefetch: int = Field(2, ge=1, description="steps that the workers read ahead")
 
 
 class OptimizerConfig(_Section):

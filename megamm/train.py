@@ -7,6 +7,8 @@ newest valid checkpoint in its output folder.
 import logging
 import math
 import os
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from megamm import accelerators, checkpoint, device, engine, layout, metrics
 from megamm.config import RunConfig
-from megamm.data.loader import Loader
+from megamm.data.loader import Loader, Reading
 from megamm.data.run_data import RunData, open_run_data
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
@@ -56,14 +58,16 @@ class Trainer:
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
     def _loader(self, consumed_rows: int) -> Loader:
-        t = self.config.train
+        t, d = self.config.train, self.config.data
         return Loader(
             self.data.stream,
             global_batch=t.global_batch,
             micro_batch=t.micro_batch,
             data_rank=self.groups.data_rank,
             data_size=self.groups.data_size,
+            cost=partial(size.flops_of_row, self.config.model, self.data.vocabulary.size, d.seq_length),
             consumed_rows=consumed_rows,
+            reading=Reading(d.workers, d.prefetch, pin_memory=self.place.is_gpu),
         )
 
     def run(self) -> None:
@@ -74,11 +78,13 @@ class Trainer:
         stop = min(t.steps, t.stop_after or t.steps)
         while self.step < stop:
             self._one_step()
-            last = self.step == stop
+            last, start = self.step == stop, time.monotonic()
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
             if last or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
                 self.save()
+            if self.metrics is not None:
+                self.metrics.leave_out(time.monotonic() - start)
 
     def _one_step(self) -> None:
         t = self.config.train
@@ -97,7 +103,8 @@ class Trainer:
             names = self.data.vocabulary.modalities
             means = zip(names, done.loss.mean, strict=True)
             values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
-            values |= {"grad_norm": done.grad_norm, "lr": done.lr, "padding_share": self.loader.padding_share}
+            values |= {"grad_norm": done.grad_norm, "lr": done.lr, "data_wait": self.loader.waited}
+            values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
             m, s = self.config.model, self.config.data.seq_length
             values["flops_per_token"] = size.flops_per_token(m, self.data.vocabulary.size, s)
             self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
@@ -130,6 +137,7 @@ class Trainer:
             vocabulary=self.data.vocabulary.to_json(),
             config=self.config.model_dump(mode="json"),
             versions=store.versions(),
+            mixture=self.data.to_json(self.loader.consumed_rows),
         )
         folder = checkpoint.save(
             self.config.output,
@@ -140,7 +148,6 @@ class Trainer:
         )
         if self.metrics is not None:
             print(f"saved {folder}", flush=True)
-            self.metrics.restart_clock()
         return folder
 
     def resume(self) -> None:
@@ -152,7 +159,11 @@ class Trainer:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             return
         state = checkpoint.read_state(folder)
-        checkpoint.check_same_model(folder, state, self.data.vocabulary, self.config.model.model_dump(mode="json"))
+        config = self.config.model_dump(mode="json")
+        checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
+        checkpoint.check_same_data(folder, state, config)
+        if state.mixture is not None and state.consumed_rows:
+            self._resume_data(folder, state, state.mixture)
         self.engine.load(folder / "tensors", state.step, state.has_optimizer)
         self.step, self.loader = state.step, self._loader(state.consumed_rows)
         same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
@@ -162,6 +173,18 @@ class Trainer:
             layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
 
+    def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
+        """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""
+        try:
+            change = self.data.resume(recorded, state.consumed_rows)
+        except UserError as error:
+            where = error.where or folder
+            raise UserError(error.what, where=where, remedy=error.remedy, on_all_ranks=True) from None
+        if change is not None:
+            step = state.step + (change.row - state.consumed_rows) // self.config.train.global_batch + 1
+            log.info("the mixture changes at row %d, in step %d: %s", change.row, step, change.what)
+
     def close(self) -> None:
+        self.loader.close()
         if self.metrics is not None:
             self.metrics.close()

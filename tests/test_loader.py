@@ -1,16 +1,25 @@
 """The loader: the same rows whatever the number of data ranks, exact resume, and clear words for missing caches."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from tiny_run import environment
 
-from megamm.data.loader import Loader
+from megamm.data.balance import assign, imbalance
+from megamm.data.history import source_names
+from megamm.data.loader import Loader, Reading
 from megamm.data.mixture import Mixture, Source
 from megamm.data.packing import Form, document_length
 from megamm.data.row_stream import RowStream
-from megamm.data.run_data import source_names
+from megamm.data.run_data import PositionTable
 from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_to_bytes
@@ -54,9 +63,21 @@ def stream(sets, seed=7):
     return RowStream(sets, mixture, VOCABULARY, ROW, POSITIONS)
 
 
-def loader(sets, size, rank, consumed=0, micro=2):
+def cost(lengths):
+    """A row's, where attention is dear."""
+    return ROW + sum(n * n for n in lengths) / 16
+
+
+def loader(sets, size, rank, consumed=0, micro=2, **reading):
     return Loader(
-        stream(sets), global_batch=12, micro_batch=micro, data_rank=rank, data_size=size, consumed_rows=consumed
+        stream(sets),
+        global_batch=12,
+        micro_batch=micro,
+        data_rank=rank,
+        data_size=size,
+        cost=cost,
+        consumed_rows=consumed,
+        reading=Reading(**reading),
     )
 
 
@@ -95,7 +116,7 @@ def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
     window = rows.mixture.window(0)
     drawn = [sets[s].whole(i) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True)]
     wanted = sum(document_length(*document.sizes) for document in drawn)
-    in_window = [rows.row(r) for r in range(rows._rows_before[1])]
+    in_window = [rows.row(r) for r in range(rows.first_row(1))]
     marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
     used = sum(int((row.segment >= 0).sum()) for row in in_window)
     assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks, lose no token
@@ -122,15 +143,19 @@ def test_resume_at_another_size_goes_on_where_it_stopped(sets):
     assert [rows_of_step(after) for _ in range(3)] == expected[2:]
 
 
-def test_microbatches_are_dealt_in_turn(sets):
-    second, reference = loader(sets, 2, 1), stream(sets)
-    batches = second.step()
-    assert [b.input_ids.shape for b in batches] == [(2, ROW)] * 3 and batches[0].position.shape == (2, 3, ROW)
-    numbers = [[2, 3], [6, 7], [10, 11]]  # consumed + (j * data_size + rank) * micro_batch ...
-    for batch, rows in zip(batches, numbers, strict=True):
-        assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in rows]
-    padded = np.mean([(reference.row(r).segment < 0).mean() for rows in numbers for r in rows])
-    assert second.padding_share == pytest.approx(padded)
+def test_microbatches_are_those_that_balance_assigns(sets):
+    loaders, reference = [loader(sets, 2, rank) for rank in range(2)], stream(sets)
+    steps = [one.step() for one in loaders]
+    assert [b.input_ids.shape for b in steps[1]] == [(2, ROW)] * 3 and steps[1][0].position.shape == (2, 3, ROW)
+    costs = [cost(reference.plan(r).lengths) for r in range(12)]
+    rows = assign(costs, 2, 2)
+    for rank, batches in enumerate(steps):
+        for batch, numbers in zip(batches, rows[:, rank].tolist(), strict=True):
+            assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in numbers]
+    padded = np.mean([(reference.row(r).segment < 0).mean() for r in range(12)])
+    for one in loaders:  # figures of the whole step, the same on every rank
+        assert one.figures.padding_share == pytest.approx(padded)
+        assert one.figures.imbalance == imbalance(costs, rows)[0] >= 1
 
 
 def test_a_batch_that_does_not_divide_is_refused(sets):
@@ -185,3 +210,80 @@ def test_moved_data_keeps_its_order():
     assert source_names(here) == source_names(there) == ["pairs/v1", "books/v1"]
     assert source_names([Path("x/emoji"), Path("y/clipart")]) == ["emoji", "clipart"]
     assert source_names([Path("x/emoji"), Path("x/emoji")]) == ["x/emoji", "x/emoji"]  # Mixture refuses the pair
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_give_the_batches_of_the_process_itself(sets, workers):
+    """Also that the model's random numbers stay where they were, and what is read ahead is not consumed."""
+    own, ahead = loader(sets, 2, 1), loader(sets, 2, 1, workers=workers, prefetch=3)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    for _ in range(5):
+        for a, b in zip(own.step(), ahead.step(), strict=True):
+            for name in ("input_ids", "labels", "loss_weight", "segment", "position", "modality"):
+                assert (
+                    torch.equal(getattr(a, name), getattr(b, name)) and getattr(b, name).dtype == getattr(a, name).dtype
+                )
+        assert ahead.state() == own.state() and ahead.figures == own.figures
+    assert torch.rand(1) == expected
+    assert ahead.state() == {"consumed_rows": 60} and own.waited > 0
+    ahead.close()
+
+
+def test_a_workers_user_error_is_the_same_line(tmp_path):
+    def opened():
+        sample_set = SampleSet(tmp_path / "source" / "train", CODECS)
+        return [sample_set, SampleSet(tmp_path / "texts" / "train", CODECS)]
+
+    caches(tmp_path / "source" / "train", 45, seed=1)
+    caches(tmp_path / "texts" / "train", 30, seed=2, image=0)
+    sets = opened()
+    tar = tmp_path / "source" / "train" / f"text.tokens-{TEXT}" / "000001.tar"
+    content = bytearray(tar.read_bytes())
+    content[512:] = content[512:].replace(b"NUMPY", b"BUMPY")
+    tar.write_bytes(content)
+    lines = []
+    for workers in (0, 1):
+        damaged = loader(sets, 1, 0, workers=workers)
+        with pytest.raises(UserError, match=r"broken tokens of 's00\d\d'.*megamm data tokenize") as error:
+            for _ in range(9):
+                damaged.step()
+        damaged.close()
+        lines.append(str(error.value))
+    assert lines[0] == lines[1]
+
+
+def test_a_killed_worker_is_said_to_be(sets):
+    one = loader(sets, 1, 0, workers=1, prefetch=1)
+    one.step()
+    worker = one._batches._workers[0].pid
+    os.kill(worker, signal.SIGKILL)
+    with pytest.raises(
+        UserError, match=rf"a data worker \(process {worker}\) ended unexpectedly; .*lower data.workers"
+    ):
+        for _ in range(99):
+            one.step()
+    one.close()
+
+
+def test_workers_import_no_megatron(sets):
+    """They are started for every rank: what they import is paid in seconds and memory."""
+    code = "import sys, megamm.data.loader; print(*(m for m in sys.modules if m in ('megatron', 'transformers')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
+    assert not done.stdout.strip()
+
+
+def test_positions_come_from_a_table_that_needs_no_codec():
+    table = PositionTable(np.stack([np.arange(40)] * 3))
+    again = ForkingPickler.loads(ForkingPickler.dumps(table))
+    assert all(np.array_equal(again(n), sequential_positions(n)) for n in (0, 1, 17, 40))
+
+
+def test_a_stream_that_starts_at_a_window_has_the_same_rows(sets):
+    whole = stream(sets)
+    place = whole.place(whole.first_row(2) + 3)
+    assert (place.window, place.row) == (2, whole.first_row(2))
+    later = RowStream(sets, whole.mixture, VOCABULARY, ROW, POSITIONS, place)
+    for r in (place.row, place.row + 1, whole.first_row(3)):
+        assert np.array_equal(later.row(r).input_ids, whole.row(r).input_ids)

@@ -97,3 +97,42 @@ PINNED = [2895363, 18253484774]
 def test_wrong_mixtures_are_refused(sources, message):
     with pytest.raises(UserError, match=message):
         Mixture(sources, seed=0)
+
+
+def changing(seed=3):
+    """Three windows of SOURCES, then two without clipart, then all again with a new one."""
+    later = [SOURCES[2], SOURCES[0]]
+    return Mixture(SOURCES, seed).then(3, later).then(5, [*SOURCES, Source("new", 0.5, 100)])
+
+
+def test_epochs_go_on_through_changes_of_the_mixture():
+    mixture = changing()
+    drawn = stream(mixture, 8)
+    for index, source in enumerate(mixture.sources):
+        mine = drawn["source"] == index
+        seen = Counter(zip(drawn["epoch"][mine].tolist(), drawn["sample"][mine].tolist(), strict=True))
+        assert set(seen.values()) == {1}
+        per_epoch = Counter(epoch for epoch, _ in seen)
+        last = max(per_epoch)
+        assert all(per_epoch[e] == source.documents for e in range(last)) and sum(per_epoch.values()) == mine.sum()
+    windows = [np.bincount(mixture.window(w).source, minlength=4).tolist() for w in range(8)]
+    assert windows == [mixture.counts_in(w) for w in range(8)]
+    assert windows[3][1] == 0 and windows[3][3] == 0 and windows[5][3] > 0
+    assert np.abs(np.sum(windows[3:5], axis=0) - 2 * WINDOW * np.array([0.7, 0, 0.05, 0]) / 0.75).max() <= 1
+    assert sum(mixture.counts(10**15 + 7)) == 10**15 + 7
+
+
+def test_what_was_before_a_change_stays():
+    before, after = Mixture(SOURCES, seed=3), changing()
+    for w in range(3):
+        assert np.array_equal(before.window(w).sample, after.window(w).sample)
+    assert not np.array_equal(before.window(3).sample, after.window(3).sample)
+    assert after.has_shares_of([Source("new", 1.0, 100), *(Source(s.name, 2 * s.weight, 1) for s in SOURCES)])
+    assert not after.has_shares_of(SOURCES)
+
+
+def test_a_source_with_other_shards_is_refused():
+    with pytest.raises(UserError, match=r"'tiny' is not what it was .*38 samples now, 37 then"):
+        Mixture(SOURCES, seed=0).then(2, [Source("tiny", 1.0, 38)])
+    with pytest.raises(UserError, match="'tiny' is not what it was"):
+        Mixture(SOURCES, seed=0).then(2, [Source("tiny", 1.0, 37, shards="other")])

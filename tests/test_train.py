@@ -47,7 +47,7 @@ TRAIN = {
     "eval_every": 8,
     "keep_checkpoints": 4,
 }
-TIMES = ("tokens_per_s", "seconds_left")
+TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
 
 
 def _losses(run: Path) -> list[dict]:
@@ -104,8 +104,9 @@ def test_metrics_are_read_back_by_tensorboard(undisturbed):
 
 
 def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
+    """The killed run reads through two worker processes, which changes nothing either."""
     output = data / "killed"
-    config = write_config(data, output, train=TRAIN)
+    config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "--nproc", "2"]
     launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     rank = _wait_for_step(launcher, output, step=5)
@@ -212,3 +213,23 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
     assert done.returncode == 0, done.stderr
     assert "INFO megamm.mcore.backbone: MLP: Megatron-core's own, model.megatron asks for another" in done.stderr
     assert any("mlp.linear_fc1.bias" in name for name in _tensors(_step(data / "bias", 1)))
+
+
+def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
+    """What is planned stays: the next steps have the losses of the run without it; seed and row length stay, too."""
+    output, copy = data / "added", data / "shards" / "copied"
+    shutil.copytree(_step(undisturbed, 2), _step(output, 2))
+    shutil.copytree(data / "shards" / "drawn", copy)
+    sources = [{"path": str(data / "shards" / "drawn")}, {"path": str(copy), "weight": 3}]
+    config = write_config(data, output, train=TRAIN | {"stop_after": 4}, data={"sources": sources})
+    refused = megamm("train", config, "train.seed=2")
+    assert refused.returncode == 2 and "the checkpoint has train.seed = 1, the config 2" in refused.stderr
+    done = megamm("train", config, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((_step(output, 4) / "state.json").read_text())
+    assert [s["window"] for s in state["mixture"]["segments"]] == [0, 1]
+    assert state["mixture"]["segments"][1]["weights"] == {"drawn": 1.0, "copied": 3.0}
+    assert "in step " in done.stderr and "drawn 1 -> 0.25, copied 0.75 (new)" in done.stderr
+    wanted = {line["step"]: line for line in _losses(undisturbed) if "loss/text" in line}
+    lines = [line for line in _losses(output) if "loss/text" in line]
+    assert [line["step"] for line in lines] == [3, 4] and all(line == wanted[line["step"]] for line in lines)

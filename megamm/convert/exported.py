@@ -62,7 +62,7 @@ class Exported:
 
     def row(self, document: Document, length: int) -> Row:
         """One document as in training, padded to `length` tokens."""
-        return pack([document], self.vocabulary, length, forms_of(self.modalities))
+        return pack([document], self.vocabulary, length, forms_of(self.modalities, length))
 
 
 def open_export(folder: Path, device: torch.device) -> Exported:

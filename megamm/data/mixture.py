@@ -27,11 +27,15 @@ _Hash = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Source:
-    """A sample set in the mixture: its name, relative weight (of documents) and number of documents."""
+    """A sample set in the mixture: its name, relative weight (of documents) and number of documents.
+
+    shards: digest of what the order relies on besides (`SampleSet.digest`), to notice other shards under the name.
+    """
 
     name: str
     weight: float
     documents: int
+    shards: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,38 +51,94 @@ class Window:
     turn: IntArray
 
 
+@dataclass(frozen=True)
+class Segment:
+    """From window `window` on, these sources have their weights' shares, until the next segment begins."""
+
+    window: int
+    sources: tuple[Source, ...]
+
+
 class Mixture:
-    """Weighted sources in one order. UserError for a source that is empty or could never have its turn."""
+    """Weighted sources in one order; `then` changes them from a window on.
+
+    A source is known by its name: its documents are counted through all segments, so that its epochs go on where
+    they were. `sources` are all that ever were, first seen first. UserError for a source that is empty or could
+    never have its turn.
+    """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
-        if not sources:
-            raise UserError("no data sources", remedy="name at least one under `data` in the config")
+        self.seed = seed
+        self.sources: tuple[Source, ...] = ()
+        self.segments: tuple[Segment, ...] = ()
+        self._bounds: list[list[Fraction]] = []
+        """Of each segment, the cumulated shares of `sources`; exact, so that no machine's rounding is in the order."""
+        self._append(Segment(0, tuple(sources)))
+
+    def then(self, window: int, sources: Sequence[Source]) -> "Mixture":
+        """This mixture before `window`, these sources from it on, in place of what was to begin there or later.
+
+        UserError if a source has other shards than before.
+        """
+        kept = [segment for segment in self.segments if segment.window < window]
+        first, *others = [*kept, Segment(window, tuple(sources))]
+        changed = Mixture(first.sources, self.seed)
+        for segment in others:
+            changed._append(segment)
+        return changed
+
+    def require_same(self, sources: Sequence[Source]) -> None:
+        """UserError if one of these sources has other shards than that of the same name here."""
+        known = {source.name: source for source in self.sources}
         for source in sources:
-            if not 0 < source.weight < float("inf"):
-                raise UserError(f"source {source.name!r} has weight {source.weight}", remedy="give a weight above 0")
-            if source.documents < 1:
-                raise UserError(f"source {source.name!r} has no documents", remedy="remove it or build its shards")
-        if len({source.name for source in sources}) < len(sources):
-            raise UserError("two sources have the same name", remedy="rename one")
-        self.sources, self.seed = tuple(sources), seed
-        total = sum(Fraction(source.weight) for source in sources)
-        # Exact fractions: the order does not depend on how a machine rounds.
-        self._bounds = [bound / total for bound in accumulate(Fraction(source.weight) for source in sources)]
-        for source in sources:
-            if Fraction(source.weight) / total * WINDOW < 1:
-                what = f"source {source.name!r} would get less than one in {WINDOW} documents"
-                raise UserError(what, remedy="raise its weight or remove it")
+            before = known.get(source.name, source)
+            if (before.documents, before.shards) != (source.documents, source.shards):
+                what = f"source {source.name!r} is not what it was when the run began with it"
+                what += f" ({source.documents:,} samples now, {before.documents:,} then)"
+                remedy = "restore its shards and `documents`, or put the new ones into a folder of another name"
+                raise UserError(what, remedy=remedy)
+
+    def has_shares_of(self, sources: Sequence[Source]) -> bool:
+        """Whether the last segment gives these sources the shares that their weights ask for, in whatever order."""
+        return _shares(self.segments[-1].sources) == _shares(sources)
+
+    def _append(self, segment: Segment) -> None:
+        _check(segment.sources)
+        assert not self.segments or segment.window > self.segments[-1].window, "segments follow one another"
+        self.require_same(segment.sources)
+        known = {source.name for source in self.sources}
+        self.sources += tuple(source for source in segment.sources if source.name not in known)
+        self.segments += (segment,)
+        self._bounds = [list(accumulate(self._shares_in(segment))) for segment in self.segments]
+
+    def _shares_in(self, segment: Segment) -> list[Fraction]:
+        shares = _shares(segment.sources)
+        return [shares.get(source.name, Fraction(0)) for source in self.sources]
 
     def counts(self, documents: int) -> list[int]:
         """How many of the first `documents` are of each source."""
-        ends = [(2 * documents * b.numerator + b.denominator) // (2 * b.denominator) for b in self._bounds]
-        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+        counts = [0] * len(self.sources)
+        starts = [segment.window * WINDOW for segment in self.segments]
+        for start, stop, bounds in zip(starts, [*starts[1:], documents], self._bounds, strict=True):
+            inside = min(stop, documents) - start
+            if inside <= 0:
+                break
+            ends = [(2 * inside * b.numerator + b.denominator) // (2 * b.denominator) for b in bounds]
+            counts = [n + end - begin for n, begin, end in zip(counts, [0, *ends], ends, strict=False)]
+        return counts
+
+    def counts_in(self, w: int) -> list[int]:
+        """How many documents of window w are of each source."""
+        quotas = zip(self.counts(w * WINDOW), self.counts((w + 1) * WINDOW), strict=True)
+        return [stop - start for start, stop in quotas]
 
     def window(self, w: int) -> Window:
         """The w-th window of WINDOW documents."""
         source, sample, epoch, turn = [], [], [], []
         quotas = zip(self.counts(w * WINDOW), self.counts((w + 1) * WINDOW), strict=True)
         for index, (start, stop) in enumerate(quotas):
+            if start == stop:
+                continue
             n = self.sources[index].documents
             epochs, places = np.divmod(np.arange(start, stop, dtype=np.int64), n)
             samples = np.empty_like(places)
@@ -95,6 +155,27 @@ class Mixture:
 
     def _key(self, index: int, purpose: str) -> np.uint64:
         return _key(f"{self.seed}/{self.sources[index].name}/{purpose}")
+
+
+def _check(sources: Sequence[Source]) -> None:
+    if not sources:
+        raise UserError("no data sources", remedy="name at least one under `data` in the config")
+    for source in sources:
+        if not 0 < source.weight < float("inf"):
+            raise UserError(f"source {source.name!r} has weight {source.weight}", remedy="give a weight above 0")
+        if source.documents < 1:
+            raise UserError(f"source {source.name!r} has no documents", remedy="remove it or build its shards")
+    if len({source.name for source in sources}) < len(sources):
+        raise UserError("two sources have the same name", remedy="rename one")
+    for name, share in _shares(sources).items():
+        if share * WINDOW < 1:
+            what = f"source {name!r} would get less than one in {WINDOW} documents"
+            raise UserError(what, remedy="raise its weight or remove it")
+
+
+def _shares(sources: Sequence[Source]) -> dict[str, Fraction]:
+    total = sum(Fraction(source.weight) for source in sources)
+    return {source.name: Fraction(source.weight) / total for source in sources}
 
 
 def permute(places: IntArray, n: int, key: np.uint64) -> IntArray:

@@ -11,6 +11,8 @@ Lengths are in tokens; the arrays of a row are described in `sample.Row`.
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -111,8 +113,7 @@ def _best_sum(candidates: list[int], waiting: Mapping[int, list[int]], taken: li
 
 def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, forms: Forms) -> Row:
     """One row `[S = row_length]` of documents that fit into it. UserError if an id is outside its codec's range."""
-    rendered = [_render(document, vocabulary, forms) for document in documents]
-    used = sum(ids.size for ids, _, _ in rendered)
+    used = sum(document_length(*document.sizes) for document in documents)
     assert used <= row_length, "plan_rows puts no more into a row than fits"
     row = Row(
         input_ids=np.full(row_length, vocabulary.padding, dtype=np.int64),
@@ -122,51 +123,72 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, for
         position=np.zeros((3, row_length), dtype=np.int64),
         modality=np.full(row_length, -1, dtype=np.int64),
     )
+    counts_to = np.full(row_length, -1, dtype=np.int64)
+    """The modality whose loss a token counts to as a label `[S]`; -1 for one that is certain."""
     start = 0
-    for segment, (ids, position, modality) in enumerate(rendered):
-        stop = start + ids.size
-        row.input_ids[start:stop] = ids
-        row.labels[start : stop - 1] = ids[1:]
-        row.modality[start : stop - 1] = modality[1:]
+    for segment, document in enumerate(documents):
+        stop = _render(document, row, counts_to, start, vocabulary, forms)
         row.segment[start:stop] = segment
-        row.position[:, start:stop] = position
         start = stop
+    inside = np.flatnonzero((row.segment[:-1] == row.segment[1:]) & (row.segment[:-1] >= 0))
+    row.labels[inside] = row.input_ids[inside + 1]
+    row.modality[inside] = counts_to[inside + 1]
     row.loss_weight[:] = row.modality >= 0
     return row
 
 
-def _render(document: Document, vocabulary: Vocabulary, forms: Forms) -> tuple[IntArray, IntArray, IntArray]:
-    """Ids `[T]`, positions `[3, T]` and each token's modality `[T]` (as a label; -1 for one that is certain)."""
-    pieces = [(np.array([vocabulary.document_start]), np.zeros((3, 1), dtype=np.int64), 0)]
-    at = 1
+class _Codes(NamedTuple):
+    """What packing asks of the vocabulary for one modality; begin and end are -1 for text, which has no marks."""
 
-    def add(ids: IntArray, position: IntArray, modality: int) -> None:
-        nonlocal at
-        pieces.append((ids, at + position, modality))
-        at += int(position.max(initial=-1)) + 1
+    number: int
+    start: int
+    size: int
+    begin: int
+    end: int
 
-    one = np.zeros((3, 1), dtype=np.int64)
+
+@cache
+def _codes(vocabulary: Vocabulary) -> dict[str, _Codes]:
+    """By modality: a row has hundreds of parts, and the vocabulary searches its ranges for each."""
+    codes = {}
+    for number, name in enumerate(vocabulary.modalities):
+        marks = (-1, -1) if name == "text" else (vocabulary.begin(name), vocabulary.end(name))
+        codes[name] = _Codes(number, vocabulary[name].start, vocabulary[name].size, *marks)
+    return codes
+
+
+def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocabulary: Vocabulary, forms: Forms) -> int:
+    """Write ids, positions and modalities of a document into a row from `start` on; returns where it ends."""
+    codes = _codes(vocabulary)
+    place, at = start, 0  # the next token's index in the row, and its position if it is text
+
+    def mark(token: int, modality: int) -> None:
+        nonlocal place, at
+        row.input_ids[place], row.position[:, place], counts_to[place] = token, at, modality
+        place, at = place + 1, at + 1
+
+    mark(vocabulary.document_start, 0)
     for part in document.parts:
-        ids = _shifted(part, document.key, vocabulary)
-        modality = vocabulary.modalities.index(part.modality)
-        if part.modality != "text":
-            add(np.array([vocabulary.begin(part.modality)]), one, 0)
-        form = forms[part.modality]
-        add(ids, form.positions(ids.size), modality)
-        if part.modality != "text":
+        code, form, size = codes[part.modality], forms[part.modality], part.ids.size
+        if code.begin >= 0:
+            mark(code.begin, 0)
+        if size:
+            _check_ids(part, document.key, code)
+            stop, position = place + size, form.positions(size)
+            row.input_ids[place:stop], counts_to[place:stop] = part.ids + code.start, code.number
+            row.position[:, place:stop] = position + at
+            place, at = stop, at + int(position.max()) + 1
+        if code.end >= 0:
             # Where the length is known, the end mark is certain: nothing to learn.
-            add(np.array([vocabulary.end(part.modality)]), one, -1 if form.has_fixed_length else modality)
-    add(np.array([vocabulary.document_end]), one, 0)
-    modalities = np.repeat([m for _, _, m in pieces], [ids.size for ids, _, _ in pieces])
-    return np.concatenate([p[0] for p in pieces]), np.concatenate([p[1] for p in pieces], axis=1), modalities
+            mark(code.end, -1 if form.has_fixed_length else code.number)
+    mark(vocabulary.document_end, 0)
+    return place
 
 
-def _shifted(part: Part, key: str, vocabulary: Vocabulary) -> IntArray:
-    ids_range = vocabulary[part.modality]
-    if part.ids.size and not 0 <= part.ids.min() <= part.ids.max() < ids_range.size:
-        what = f"{part.modality} token id {part.ids.max()} in sample {key!r}, but its codec has {ids_range.size}"
+def _check_ids(part: Part, key: str, code: _Codes) -> None:
+    if not 0 <= part.ids.min() <= part.ids.max() < code.size:
+        what = f"{part.modality} token id {part.ids.max()} in sample {key!r}, but its codec has {code.size}"
         raise UserError(what, remedy="delete that token cache and run `megamm data tokenize` with this codec")
-    return part.ids + ids_range.start
 
 
 def padding_share(row: Row) -> float:

@@ -1,8 +1,10 @@
 """The one global sequence of packed rows: documents in the mixture's order, a window at a time, packed to rows.
 
-    RowStream   .plan(r) -> RowPlan (what row r is made of)   .read(plan) -> Row   .row(r) -> Row
+    RowStream   .plan(r) -> RowPlan (what row r is made of)   .locate(plan) -> Recipe (where it lies)   .row(r) -> Row
 
 Row r is a pure function of (seed, mixture, shards, vocabulary, row_length): it knows no rank and no world size.
+Windows are planned one after the other, because each has as many rows as it needs; a resumed stream starts at the
+window that the checkpoint recorded (`place`), not at the first.
 """
 
 from bisect import bisect_right
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megamm.data.mixture import Mixture
-from megamm.data.packing import Forms, pack, plan_rows
+from megamm.data.packing import Forms, plan_rows
+from megamm.data.row_reader import Recipe, RowReader
 from megamm.data.sample import Row
 from megamm.data.sample_set import Piece, SampleSet, piece_length
 from megamm.errors import UserError
@@ -24,55 +27,83 @@ _WINDOWS_KEPT = 4
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What a row is made of: (source, sample, piece of it) of each document in it, by number."""
+    """What a row is made of: (source, sample, piece of it) of each document in it, by number; tokens of each."""
 
     documents: tuple[tuple[int, int, Piece], ...]
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A window, and the number of its first row."""
+
+    window: int = 0
+    row: int = 0
 
 
 class RowStream:
-    """The endless sequence. sample_sets are in the order of mixture.sources.
+    """The endless sequence, from `start` on. sample_sets are in the order of mixture.sources; None for one whose
 
-    UserError if a sample with media is longer than a row; text alone and interleaved documents are cut.
+    documents are all before. UserError if a sample with media is longer than a row; text alone and interleaved
+    documents are cut.
     """
 
     def __init__(
         self,
-        sample_sets: Sequence[SampleSet],
+        sample_sets: Sequence[SampleSet | None],
         mixture: Mixture,
         vocabulary: Vocabulary,
         row_length: int,
         forms: Forms,
+        start: Place = Place(),
     ) -> None:
-        assert [len(s) for s in sample_sets] == [source.documents for source in mixture.sources]
-        for sample_set in sample_sets:
-            needed = sample_set.needed
-            if needed.max() > row_length:
-                key = sample_set.keys[int(needed.argmax())]
-                what = f"sample {key!r} needs {needed.max()} tokens, a row has {row_length} "
-                what += f"({int((needed > row_length).sum())} such samples)"
-                raise UserError(what, where=sample_set.folder, remedy=f"set seq_length to at least {needed.max()}")
-        self.sample_sets, self.mixture = list(sample_sets), mixture
-        self.vocabulary, self.row_length, self.forms = vocabulary, row_length, forms
-        self._rows_before = [0]
-        """Rows before window w, for the windows planned so far."""
+        for sample_set, source in zip(sample_sets, mixture.sources, strict=True):
+            if sample_set is not None:
+                assert len(sample_set) == source.documents
+                _check_lengths(sample_set, row_length)
+        self.sample_sets, self.mixture, self.start = list(sample_sets), mixture, start
+        self.reader = RowReader(vocabulary, row_length, forms)
+        self._first_rows = [start.row]
+        """First row of each window from `start` on, as far as they are planned."""
         self._windows: OrderedDict[int, list[RowPlan]] = OrderedDict()
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row."""
+        return self.reader.row_length
+
+    def first_row(self, w: int) -> int:
+        """Number of the first row of window w."""
+        while len(self._first_rows) <= w - self.start.window:
+            last = self.start.window + len(self._first_rows) - 1
+            self._first_rows.append(self._first_rows[-1] + len(self._window(last)))
+        return self._first_rows[w - self.start.window]
+
+    def place(self, r: int) -> Place:
+        """The window that row r is in."""
+        assert r >= self.start.row, "a stream begins at its start"
+        while self._first_rows[-1] <= r:
+            self.first_row(self.start.window + len(self._first_rows))
+        w = bisect_right(self._first_rows, r) - 1
+        return Place(self.start.window + w, self._first_rows[w])
 
     def plan(self, r: int) -> RowPlan:
         """What row r is made of."""
-        while self._rows_before[-1] <= r:
-            w = len(self._rows_before) - 1
-            self._rows_before.append(self._rows_before[-1] + len(self._window(w)))
-        w = bisect_right(self._rows_before, r) - 1
-        return self._window(w)[r - self._rows_before[w]]
+        place = self.place(r)
+        return self._window(place.window)[r - place.row]
 
-    def read(self, plan: RowPlan) -> Row:
-        """The row of a plan, its tokens read from the shards."""
-        documents = [self.sample_sets[source].read(sample, piece) for source, sample, piece in plan.documents]
-        return pack(documents, self.vocabulary, self.row_length, self.forms)
+    def locate(self, plan: RowPlan) -> Recipe:
+        """Where the tokens of a planned row lie, for `RowReader.row`."""
+        return tuple(self._set(source).locate(sample, piece) for source, sample, piece in plan.documents)
 
     def row(self, r: int) -> Row:
         """Row r of the sequence."""
-        return self.read(self.plan(r))
+        return self.reader.row(self.locate(self.plan(r)))
+
+    def _set(self, source: int) -> SampleSet:
+        sample_set = self.sample_sets[source]
+        assert sample_set is not None, "a source is left out only when its last window is over"
+        return sample_set
 
     def _window(self, w: int) -> list[RowPlan]:
         """The rows of window w, in order."""
@@ -83,12 +114,21 @@ class RowStream:
                 for source, sample, turn in zip(
                     window.source.tolist(), window.sample.tolist(), window.turn.tolist(), strict=True
                 )
-                for piece in self.sample_sets[source].pieces(sample, turn, self.row_length)
+                for piece in self._set(source).pieces(sample, turn, self.row_length)
             ]
-            lengths = np.array([piece_length(piece) for _, _, piece in pieces], dtype=np.int64)
-            rows = plan_rows(lengths, self.row_length)
-            self._windows[w] = [RowPlan(tuple(pieces[p] for p in row)) for row in rows]
+            lengths = [piece_length(piece) for _, _, piece in pieces]
+            rows = plan_rows(np.array(lengths, dtype=np.int64), self.row_length)
+            self._windows[w] = [RowPlan(tuple(pieces[p] for p in row), tuple(lengths[p] for p in row)) for row in rows]
             if len(self._windows) > _WINDOWS_KEPT:
                 self._windows.popitem(last=False)
         self._windows.move_to_end(w)
         return self._windows[w]
+
+
+def _check_lengths(sample_set: SampleSet, row_length: int) -> None:
+    needed = sample_set.needed
+    if needed.max() > row_length:
+        key = sample_set.keys[int(needed.argmax())]
+        what = f"sample {key!r} needs {needed.max()} tokens, a row has {row_length} "
+        what += f"({int((needed > row_length).sum())} such samples)"
+        raise UserError(what, where=sample_set.folder, remedy=f"set seq_length to at least {needed.max()}")

@@ -6,16 +6,18 @@ Also run by `--dry-run` and by the launcher, so that a missing or damaged shard 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megamm.config import RunConfig
-from megamm.data.mixture import Mixture, Source
+from megamm.data import history
+from megamm.data.history import Change, OpenSource, Order
 from megamm.data.packing import Form, Forms, document_length, pack, plan_rows
 from megamm.data.row_stream import RowStream
-from megamm.data.sample import Batch, Document, Row
-from megamm.data.sample_set import SampleSet
+from megamm.data.sample import Batch, Document, IntArray, Row
+from megamm.data.sample_set import DocumentKind, SampleSet
 from megamm.errors import UserError
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.base import CPU, Modality
@@ -33,12 +35,31 @@ class RunData:
     modalities: dict[str, Modality]
     stream: RowStream
     heldout_rows: list[Row]
+    sources: list[OpenSource]
+    order: Order
+    resumed: dict[str, Any] | None = None
+    """The history that the run was resumed with."""
+
+    def resume(self, recorded: dict[str, Any], consumed_rows: int) -> Change | None:
+        """Go on with the mixture as recorded, changed where the config differs. UserError as in `history.resume`."""
+        codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
+
+        def open_removed(path: Path, kind: DocumentKind) -> SampleSet:
+            return SampleSet(path / "train", codec_ids, kind)
+
+        self.resumed = recorded
+        self.stream, change = history.resume(self.sources, self.order, recorded, consumed_rows, open_removed)
+        return change
+
+    def to_json(self, consumed_rows: int) -> dict[str, Any]:
+        """The history of the mixture, for a checkpoint."""
+        return history.to_json(self.stream, consumed_rows, self.resumed)
 
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
         """This data rank's microbatches of every evaluation step; the same rows at every layout, each once."""
         # A pipeline is filled by as many microbatches as it has stages.
         micro, microbatches = config.train.micro_batch, config.parallel.pipeline
-        empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities))
+        empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities, config.data.seq_length))
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
             parts = [self.heldout_rows[start : start + micro] for start in starts]
@@ -59,18 +80,28 @@ def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:
     return Vocabulary.of({name: (m.vocabulary_size, m.codec_id) for name, m in modalities.items()})
 
 
-def forms_of(modalities: dict[str, Modality]) -> Forms:
-    """What packing has to know of each modality's parts."""
-    return {name: Form(m.positions, m.tokens_per_item is not None) for name, m in modalities.items()}
+@dataclass(frozen=True)
+class PositionTable:
+    """Positions of every length up to that of `longest` `[3, length]`, without the codec: a data worker gets it.
+
+    A part's positions begin alike however long it gets, since one that is generated has no length yet.
+    """
+
+    longest: IntArray
+
+    def __call__(self, length: int) -> IntArray:
+        return self.longest[:, :length]
 
 
-def source_names(paths: list[Path]) -> list[str]:
-    """Short names that tell the sources apart: last parts of their paths, so that moved data keeps its order."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
+def forms_of(modalities: dict[str, Modality], row_length: int) -> Forms:
+    """What packing into rows of that many tokens has to know of each modality's parts."""
+    return {
+        name: Form(
+            PositionTable(m.positions(m.tokens_per_item or row_length - row_length % m.stride)),
+            m.tokens_per_item is not None,
+        )
+        for name, m in modalities.items()
+    }
 
 
 def open_run_data(config: RunConfig) -> RunData:
@@ -81,18 +112,16 @@ def open_run_data(config: RunConfig) -> RunData:
             raise UserError(
                 f"loss_weights.{name} has no tokenizer", remedy=f"the modalities are {', '.join(modalities)}"
             )
-    vocabulary, forms = vocabulary_of(modalities), forms_of(modalities)
+    vocabulary, forms = vocabulary_of(modalities), forms_of(modalities, config.data.seq_length)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
-    sets = [SampleSet(source.path / "train", codec_ids, source.documents) for source in config.data.sources]
-    names = source_names([source.path for source in config.data.sources])
     sources = [
-        Source(name, source.weight, len(samples))
-        for name, source, samples in zip(names, config.data.sources, sets, strict=True)
+        OpenSource(source.path, source.weight, SampleSet(source.path / "train", codec_ids, source.documents))
+        for source in config.data.sources
     ]
-    mixture = Mixture(sources, config.train.seed)
-    stream = RowStream(sets, mixture, vocabulary, config.data.seq_length, forms)
+    order = Order(config.train.seed, config.data.seq_length, vocabulary, forms)
     heldout = [SampleSet(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
-    return RunData(vocabulary, modalities, stream, _heldout_rows(heldout, vocabulary, config, forms))
+    rows = _heldout_rows(heldout, vocabulary, config, forms)
+    return RunData(vocabulary, modalities, history.begin(sources, order), rows, sources, order)
 
 
 def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:

@@ -89,5 +89,9 @@ class Batch:
         """The same batch on another device."""
         return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in _FIELDS})
 
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory; called by torch's DataLoader."""
+        return Batch(**{name: getattr(self, name).pin_memory() for name in _FIELDS})
+
 
 _FIELDS = ("input_ids", "labels", "loss_weight", "segment", "position", "modality")

@@ -9,18 +9,21 @@ numbered. A piece is all of it, except that text alone is cut where a row is ful
 there or between two of them. Lengths in tokens, marks included.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from megamm.data.packing import DOCUMENT_MARKS, MEDIA_MARKS
-from megamm.data.sample import Document, IntArray, Part
+from megamm.data.row_reader import StoredDocument, StoredPart, read_document
+from megamm.data.sample import Document, IntArray
 from megamm.data.shards import UNNUMBERED, ShardFolder
-from megamm.data.tokens import tokens_from_bytes
+from megamm.data.tar_reader import TarReader
 from megamm.errors import UserError
 
 DocumentKind = Literal["whole", "pairs"]
@@ -78,11 +81,10 @@ class SampleSet:
         self.folder, self.kind = folder, kind
         self._caches = _open_caches(folder, codec_ids)
         self._names = list(self._caches)
-        self.keys = list(dict.fromkeys(key for cache in self._caches.values() for key in cache.keys))
-        number_of = {key: i for i, key in enumerate(self.keys)}
-        columns: list[tuple[list[int], IntArray, IntArray, IntArray]] = []
-        for cache in self._caches.values():
-            sample = [number_of[key] for key in cache.keys]
+        self._tars = TarReader()
+        self.keys, samples = _join([cache.keys for cache in self._caches.values()])
+        columns: list[tuple[IntArray, IntArray, IntArray, IntArray]] = []
+        for cache, sample in zip(self._caches.values(), samples, strict=True):
             tokens = cache.tokens if cache.tokens is not None else np.zeros(0, dtype=np.int64)
             columns.append((sample, cache.parts, np.arange(len(cache)), tokens))
         modality = np.repeat(np.arange(len(columns)), [len(column[0]) for column in columns])
@@ -154,7 +156,25 @@ class SampleSet:
 
     def read(self, i: int, piece: Piece) -> Document:
         """The tokens of a piece of sample i."""
-        return Document(self.keys[i], tuple(Part(part.modality, self._ids(part)) for part in piece))
+        return read_document(self._tars, self.locate(i, piece))
+
+    def locate(self, i: int, piece: Piece) -> StoredDocument:
+        """Where the tokens of a piece of sample i lie."""
+        parts = []
+        for part in piece:
+            cache = self._caches[part.modality]
+            assert cache.tokens is not None, "_open_caches refuses a cache without lengths"
+            member, tokens = cache.stored(part.member), int(cache.tokens[part.member])
+            parts.append(StoredPart(part.modality, member, tokens, part.start, part.stop))
+        return StoredDocument(self.keys[i], tuple(parts))
+
+    @cached_property
+    def digest(self) -> str:
+        """12 hex digits over all that the order of a run relies on: keys, modalities, lengths, kind of document."""
+        digest = hashlib.sha256(f"{self.kind} {self._names}\n".encode() + "\n".join(self.keys).encode())
+        for column in (self._starts, self._modality, self._part, self._tokens):
+            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        return digest.hexdigest()[:12]
 
     def whole(self, i: int) -> Document:
         """All parts of sample i in reading order, however long."""
@@ -166,19 +186,14 @@ class SampleSet:
             for piece in self.pieces(i, turn, row_length):
                 yield self.read(i, piece)
 
-    def _ids(self, part: Slice) -> IntArray:
-        cache = self._caches[part.modality]
-        remedy = "delete that token cache and run `megamm data tokenize` again"
-        try:
-            ids = tokens_from_bytes(cache.read(part.member))
-        except (ValueError, EOFError) as error:
-            raise UserError(
-                f"broken tokens of {cache.keys[part.member]!r}", where=cache.folder, remedy=remedy
-            ) from error
-        if cache.tokens is None or ids.size != cache.tokens[part.member]:
-            what = f"tokens of {cache.keys[part.member]!r} are not as many as its index says"
-            raise UserError(what, where=cache.folder, remedy=remedy)
-        return ids[part.start : part.stop]
+
+def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
+    """All keys once, and of each list the number of every key in it."""
+    if all(other == keys[0] for other in keys[1:]) and len(set(keys[0])) == len(keys[0]):  # aligned, as built
+        return keys[0], [np.arange(len(keys[0]))] * len(keys)
+    joined = list(dict.fromkeys(key for one in keys for key in one))
+    number_of = {key: i for i, key in enumerate(joined)}
+    return joined, [np.array([number_of[key] for key in one], dtype=np.int64) for one in keys]
 
 
 def _cut(parts: list[Slice], room: int, key: str) -> Iterator[Piece]:

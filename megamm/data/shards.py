@@ -17,6 +17,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +28,9 @@ from types import TracebackType
 import numpy as np
 
 from megamm.data.sample import IntArray
+from megamm.data.tar_reader import BLOCK, Stored, TarReader
 from megamm.errors import UserError
 
-BLOCK = 512
-"""Bytes of a tar block: a header is one, data is padded to whole ones, two zero blocks end the file."""
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 """A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
 EXTENSION = re.compile(r"(?:(\d{1,6})\.)?([A-Za-z0-9]{1,8})")
@@ -57,6 +57,11 @@ class Member:
         """Number of the part, UNNUMBERED if it has none."""
         number, _, _ = self.ext.rpartition(".")
         return int(number) if number else UNNUMBERED
+
+    @property
+    def ending(self) -> str:
+        """The file's ending, without the part's number."""
+        return self.ext.rpartition(".")[2]
 
     def to_line(self) -> str:
         entry = {name: value for name, value in self.__dict__.items() if value is not None}
@@ -169,55 +174,44 @@ class ShardFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._tars = _numbered_tars(folder)
+        self._tars = [str(tar) for tar in _numbered_tars(folder)]
         self.keys: list[str] = []
-        self.extensions: list[str] = []
-        """Ending of each member without the part's number."""
-        self._names: list[str] = []
-        part, shard, offset, size, tokens = [], [], [], [], []
+        self._exts: list[str] = []
+        columns = []
         for number, tar in enumerate(self._tars):
-            members = _read_index(tar)
-            check_tar_end(tar, members[-1].offset + members[-1].size if members else 0)
-            self.keys += [m.key for m in members]
-            self.extensions += [m.ext.rpartition(".")[2] for m in members]
-            self._names += [f"{m.key}.{m.ext}" for m in members]
-            part += [m.part for m in members]
-            shard += [number] * len(members)
-            offset += [m.offset for m in members]
-            size += [m.size for m in members]
-            tokens += [-1 if m.tokens is None else m.tokens for m in members]
-        self._shard, self._offset, self._size = (np.array(column, dtype=np.int64) for column in (shard, offset, size))
-        self.parts: IntArray = np.array(part, dtype=np.int64)
+            keys, exts, numbers = _read_index(Path(tar))
+            check_tar_end(Path(tar), int(numbers[:2, -1].sum()) if keys else 0)
+            self.keys += keys
+            self._exts += exts
+            columns.append(np.vstack((numbers, np.full((1, len(keys)), number))))
+        self._offset, self._size, lengths, self._shard = np.concatenate(columns, axis=1)
+        forms = {ext: Member("", ext, 0, 0) for ext in set(self._exts)}
+        self.parts: IntArray = np.array([forms[ext].part for ext in self._exts], dtype=np.int64)
         """Number of each member's part `[members]`, UNNUMBERED where it has none."""
-        lengths = np.array(tokens, dtype=np.int64)
+        self.extensions = [forms[ext].ending for ext in self._exts]
+        """Ending of each member without the part's number."""
         self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
         """Length in tokens of each member `[members]`; None if this is no token cache."""
-        self._files: dict[int, int] = {}
+        self._reader = TarReader()
         for first in np.unique(self._shard, return_index=True)[1].tolist():
             self.read(first)
-        if len(set(zip(self.keys, part, strict=True))) < len(self.keys):
+        numbered = bool((self.parts != UNNUMBERED).any())
+        names = set(zip(self.keys, self.parts.tolist(), strict=True)) if numbered else set(self.keys)
+        if len(names) < len(self.keys):
             remedy = "keep one modality a folder: one member a sample, or numbered parts"
             raise UserError("a key has more than one member", where=folder, remedy=remedy)
 
     def __len__(self) -> int:
         return len(self.keys)
 
+    def stored(self, i: int) -> Stored:
+        """Where member i lies."""
+        tar, name = self._tars[self._shard[i]], f"{self.keys[i]}.{self._exts[i]}"
+        return Stored(tar, name, int(self._offset[i]), int(self._size[i]))
+
     def read(self, i: int) -> bytes:
         """The data of member i. UserError if the tar's header there is not this member's."""
-        number, offset, size = int(self._shard[i]), int(self._offset[i]), int(self._size[i])
-        if number not in self._files:
-            self._files[number] = os.open(self._tars[number], os.O_RDONLY)
-        block = os.pread(self._files[number], BLOCK + size, offset - BLOCK)
-        name = self._names[i]
-        try:
-            header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
-        except (tarfile.HeaderError, ValueError):
-            header = tarfile.TarInfo("no tar header")
-        if (header.name, header.size) != (name, size) or len(block) < BLOCK + size:
-            tar = self._tars[number]
-            what = f"index and tar do not match: {name} ({size} bytes) expected, {header.name} ({header.size}) found"
-            raise UserError(what, where=tar, remedy=f"rebuild the index with `megamm data index {tar.parent}`")
-        return block[BLOCK:]
+        return self._reader.read(self.stored(i))
 
     def verify(self) -> None:
         """Read every member once. UserError at the first that does not match its index."""
@@ -226,12 +220,7 @@ class ShardFolder:
 
     def close(self) -> None:
         """Close the tars; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
+        self._reader.close()
 
 
 def _numbered_tars(folder: Path) -> list[Path]:
@@ -256,11 +245,16 @@ def _numbered_tars(folder: Path) -> list[Path]:
     return [folder / f"{stem}.tar" for stem in expected]
 
 
-def _read_index(tar: Path) -> list[Member]:
+def _read_index(tar: Path) -> tuple[list[str], list[str], IntArray]:
+    """Keys and extensions, and offset, size and tokens (-1: none) as `[3, members]`, of one shard."""
     index = tar.with_suffix(".jsonl")
     try:
-        return [Member(**json.loads(line)) for line in index.read_text(encoding="utf-8").splitlines()]
-    except (ValueError, TypeError) as error:
+        # One list of all lines: five times as fast as line by line. JSON has no bare line break inside a value.
+        entries = json.loads("[" + ",".join(index.read_text(encoding="utf-8").splitlines()) + "]")
+        numbers = [(e["offset"], e["size"], e.get("tokens", -1)) for e in entries]
+        columns = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
+        return [e["key"] for e in entries], [sys.intern(e["ext"]) for e in entries], columns
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         remedy = f"rebuild the index with `megamm data index {tar.parent}`"
         raise UserError(f"unreadable index: {error}", where=index, remedy=remedy) from error
 

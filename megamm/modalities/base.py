@@ -69,7 +69,10 @@ class Modality(Protocol):
         ...
 
     def positions(self, length: int) -> IntArray:
-        """`[3, length]`: (t, h, w) of each token, from 0; for text all three count up together."""
+        """`[3, length]`: (t, h, w) of each token, from 0; for text all three count up together.
+
+        A shorter part's are the beginning of a longer one's: a part that is being generated has no length yet.
+        """
         ...
 
     def choices(self, place: int) -> range:

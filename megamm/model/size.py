@@ -4,6 +4,8 @@
 embedding table, which is only looked up.
 """
 
+from collections.abc import Iterable
+
 from megamm.config import ModelConfig
 
 
@@ -43,7 +45,17 @@ def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) 
 
 def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
     """Training FLOPs of one token: 6 per active parameter, and the causal attention products (Chowdhery 2022)."""
+    return 6.0 * parameter_count(m, vocabulary_size, active=True) + _attention_flops(m) * seq_length
+
+
+def flops_of_row(m: ModelConfig, vocabulary_size: int, row_length: int, documents: Iterable[int]) -> float:
+    """Training FLOPs of a packed row: the products over all its tokens, attention inside each document (lengths)."""
+    products = 6.0 * parameter_count(m, vocabulary_size, active=True) * row_length
+    return products + _attention_flops(m) * sum(length * length for length in documents)
+
+
+def _attention_flops(m: ModelConfig) -> float:
+    """Of the causal attention products of n tokens, over n squared."""
     mla = m.mla
     head_dims = mla.qk_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla.kv_lora_rank else 2 * m.head_dim
-    attention = 3 * (m.num_layers + m.mtp.num_layers) * m.num_attention_heads * head_dims * seq_length
-    return 6.0 * parameter_count(m, vocabulary_size, active=True) + attention
+    return 3.0 * (m.num_layers + m.mtp.num_layers) * m.num_attention_heads * head_dims

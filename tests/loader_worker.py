@@ -1,0 +1,78 @@
+"""One data rank that trains nothing: it takes rows from the loader and writes down which, step by step.
+
+`python loader_worker.py SPEC.json RANK`: appends a line a step to the rank's log, synced before the next step as a
+checkpoint would be: consumed_rows after it, the mixture's history, and which samples were in this rank's rows
+(each has a text of two tokens that name it).
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from megamm.data.history import OpenSource, Order, begin, resume, to_json
+from megamm.data.loader import Loader, Reading
+from megamm.data.packing import Form
+from megamm.data.sample_set import SampleSet
+from megamm.modalities.base import sequential_positions
+from megamm.model.vocabulary import Vocabulary
+
+CODECS = {"text": "t", "image": "i"}
+VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})
+FORMS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
+ROW, GLOBAL_BATCH = 128, 12
+
+
+def cost(lengths):
+    return ROW + sum(n * n for n in lengths) / 16
+
+
+def open_stream(folder, weights, recorded, consumed):
+    """The stream of {source name: weight} after `consumed` rows."""
+    sources = [OpenSource(folder / n, w, SampleSet(folder / n / "train", CODECS)) for n, w in weights.items()]
+    order = Order(5, ROW, VOCABULARY, FORMS)
+    if recorded is None:
+        return begin(sources, order), None
+    return resume(sources, order, recorded, consumed, lambda path, kind: SampleSet(path / "train", CODECS, kind))
+
+
+def texts(batches):
+    """The names of the samples in these batches: the two tokens of their texts."""
+    found = []
+    for batch in batches:
+        for ids, segment in zip(batch.input_ids, batch.segment, strict=True):
+            for number in range(int(segment.max()) + 1):
+                mine = ids[segment == number]
+                mine = mine[mine < VOCABULARY["text"].stop]
+                assert len(mine) == 2, "every sample has one text of two tokens"
+                found.append(mine.tolist())
+    return found
+
+
+def main():
+    spec, rank = json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2])
+    folder = Path(spec["folder"])
+    stream, _ = open_stream(folder, spec["weights"], spec["recorded"], spec["consumed_rows"])
+    loader = Loader(
+        stream,
+        global_batch=GLOBAL_BATCH,
+        micro_batch=spec["micro_batch"],
+        data_rank=rank,
+        data_size=spec["world_size"],
+        cost=cost,
+        consumed_rows=spec["consumed_rows"],
+        reading=Reading(spec["workers"], spec["prefetch"]),
+    )
+    with (folder / f"{spec['name']}.rank{rank}.jsonl").open("a") as log:
+        for _ in range(spec["steps"]):
+            read = texts(loader.step())
+            state = to_json(stream, loader.consumed_rows, spec["recorded"])
+            line = {"consumed_rows": loader.consumed_rows, "texts": read, "mixture": state}
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+    loader.close()
+
+
+if __name__ == "__main__":
+    main()
