@@ -99,6 +99,8 @@ def made(tmp_path_factory):
 def test_every_modality_is_trained_and_its_loss_falls(made):
     lines = [line for line in metrics.read_lines(made / "run") if "grad_norm" in line]
     assert len(lines) == 12
+    (heldout,) = (line for line in metrics.read_lines(made / "run") if "heldout/text" in line)
+    assert all(heldout[f"heldout/{name}"] > 0 for name in NAMES)  # rows of every source
     for name in NAMES:
         losses = [line[f"loss/{name}"] for line in lines if line[f"loss/{name}"] is not None]
         assert len(losses) > 6 and losses[-1] < losses[0]

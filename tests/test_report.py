@@ -7,27 +7,38 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
-from codec_data import as_bytes, shape_picture
-from PIL import Image
-from tiny_export import make_export, open_tiny
+from codec_data import shape_picture
+from media_samples import example, make_codecs
+from tiny_export import make_export
 
 from megamm.config import load_config
+from megamm.modalities import REGISTRY
 
 ROOT = Path(__file__).parents[1]
 NASTY = 'a <script>alert("x")</script> & "box"'
+
+
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up, the tools each other
+    spec.loader.exec_module(module)
+    return module
+
+
+stages, samples = _tool("demo_stages"), _tool("demo_samples")
+demo, _, report = _tool("demo"), _tool("demo_media"), _tool("demo_report")
+DIRECTIONS = [d for a, b in samples.PAIRS for d in ((a, b), (b, a))]
+GAIN = {"mean": 0.1, "standard_error": 0.01, "samples": 9, "nouns": 7, "positive_share": 0.8}
 SUMMARY = {
-    "pair_gain": {
-        d: {"mean": 0.1, "standard_error": 0.01, "samples": 9, "nouns": 7, "positive_share": 0.8}
-        for d in ("text_to_image", "image_to_text")
-    },
-    "loss": {m: {"first": 8.0, "last": 4.0} for m in ("text", "image")},
-    "heldout_loss": {"text": 4.5, "image": 4.25},
-    "psnr": 18.5,
-    "codebook_use": 0.9,
+    "pair_gain": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS},
+    "loss": {m: {"first": 8.0, "last": 4.0} for m in REGISTRY},
+    "heldout_loss": dict.fromkeys(REGISTRY, 4.25),
+    "codecs": {name: {"psnr_db": 18.5, "codes_used": 0.9} for name in ("text", "visual", "audio", "points")},
     "logits_max_abs_diff": 1e-5,
     "tokens_per_s": 1234.5,
+    "padding_share": 0.0125,
     "seconds": {"fetch": 1.0, "generate": 2.0, "total": 3.0},
     "peak_rss_gib": 1.5,
     "resumed_from_step": 10,
@@ -35,37 +46,40 @@ SUMMARY = {
 }
 
 
-def _tool(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-demo, report = _tool("demo"), _tool("demo_report")
-
-
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """(folder as the demo leaves it, the report's text)."""
+    """(folder as the demo leaves it, the report's text): two samples of every pair, some captions odd."""
     folder = tmp_path_factory.mktemp("demo")
     make_export(folder)
-    for name in ("run", "heldout", "generated", "captions", "stages"):
+    for name, codec in make_codecs(folder / "codecs").items():
+        if name not in ("text", "visual"):
+            codec.rename(folder / "export" / "codecs" / name)
+    for name in ("run", "stages"):
         (folder / name).mkdir()
-    lines = [{"step": s, "loss/text": 8 - s / 5, "loss/image": 8 - s / 6, "tokens_per_s": 9} for s in range(1, 20)]
+    lines = [{"step": s, "tokens_per_s": 9} | {f"loss/{m}": 8 - s / 5 for m in REGISTRY} for s in range(1, 20)]
     lines.append({"step": 19, "heldout/text": 4.5, "heldout/image": None})
     (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for i in range(2):
-        (folder / "heldout" / f"00{i}.png").write_bytes(as_bytes(shape_picture(i)[0]))
-        (folder / "generated" / f"00{i}.png").write_bytes(as_bytes(shape_picture(i + 5)[0]))
-        (folder / "captions" / f"00{i}.txt").write_text(["", "<b>said</b>"][i])
-    shown = {"captions": [NASTY, "a ball"], "images": ["heldout/000.png", "heldout/001.png"]}
+    shown = {}
+    for a, b in samples.PAIRS:
+        (folder / "heldout" / f"{a}-{b}").mkdir(parents=True)
+        shown[f"{a}-{b}"] = [
+            {m: _write(folder, f"heldout/{a}-{b}/{i:03d}.{m}", m, i, NASTY) for m in (a, b)} for i in range(2)
+        ]
+        for source, target in ((a, b), (b, a)):
+            (folder / "generated" / f"{source}_to_{target}").mkdir(parents=True)
+            for i in range(2):
+                _write(folder, f"generated/{source}_to_{target}/{i:03d}", target, i + 5, ["", "<b>said</b>"][i])
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     (folder / "stages" / "fetch.json").write_text(json.dumps({"peak_rss_gib": 0.5}))
     (folder / "stages" / "generate.json").write_text(json.dumps({"peak_rss_gib": 1.5, "details": shown}))
     (folder / "shards" / "ATTRIBUTION.md").write_text("Drawn by <nobody>")
     return folder, report.write_report(folder).read_text()
+
+
+def _write(folder, stem, modality, number, text):
+    data, ending = (text.encode(), "txt") if modality == "text" else example(modality, number)
+    (folder / f"{stem}.{ending}").write_bytes(data)
+    return f"{stem}.{ending}"
 
 
 class _Reader(HTMLParser):
@@ -92,22 +106,27 @@ class _Reader(HTMLParser):
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
     read = _Reader(page[1])
-    assert read.references and all(r.startswith("data:image/") for r in read.references)
+    assert read.references and all(r.startswith("data:") for r in read.references)
     assert not {"script", "link", "iframe", "nobody"} & set(read.tags)
-    assert read.tags.count("img") == 2 + 2 * (2 + 1 + 2)  # plots; generated, captioned and rebuilt pairs
-    assert NASTY in read.shown and "<b>said</b>" in read.shown and "(empty)" in read.shown
-    for figure in ("+0.1000", "1,234", "18.5 dB", "4.250", "step 10", "kill -9 at step 14"):
+    assert NASTY in read.shown and "<b>said</b>" in read.shown and "(holds no text)" in read.shown
+    for figure in ("+0.1000", "1,234", "psnr_db 18.5", "4.250", "step 10", "kill -9 at step 14", "1.2%"):
         assert figure in read.shown
+    for a, b in DIRECTIONS:
+        assert f"{a} to {b}" in read.shown
     assert not list(page[0].glob(".*partial"))
 
 
-def test_the_psnr_shown_is_that_of_the_codec(page):
-    codec = open_tiny(page[0] / "export").modalities["image"]
-    original = np.asarray(shape_picture(1)[0])
-    again = codec.decode(codec.encode([original])[0]).astype(float)
-    by_hand = 10 * math.log10(255**2 / np.mean((original - again) ** 2))
-    assert f"{by_hand:.1f} dB" in page[1]
-    assert report.psnr(original, original) == math.inf
+def test_media_of_every_kind_are_shown(page):
+    """Each sample of each direction as given, made and real; each codec's media as they were and rebuilt."""
+    read = _Reader(page[1])
+    directions = {m: 2 * sum((a == m) + 2 * (b == m) for a, b in DIRECTIONS) for m in REGISTRY}
+    rebuilt = {m: 4 for m in REGISTRY if m != "text"}
+    players = {m: directions[m] + rebuilt[m] for m in ("audio", "video")}
+    assert read.tags.count("audio") == players["audio"] and read.tags.count("video") == players["video"]
+    pictures = sum(directions[m] + rebuilt[m] for m in rebuilt)  # a spectrogram, a strip and a view are pictures
+    assert read.tags.count("img") == pictures + len(REGISTRY)  # and the plots of the losses
+    kinds = {reference.partition(";")[0] for reference in read.references}
+    assert kinds == {"data:image/png", "data:image/svg+xml", "data:audio/flac", "data:video/mp4"}
 
 
 def test_the_demos_paths_are_moved_and_nothing_else(tmp_path):
@@ -118,7 +137,6 @@ def test_the_demos_paths_are_moved_and_nothing_else(tmp_path):
 
 
 def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path, capsys):
-    run = demo.Demo(tmp_path)
     made = []
 
     def action(log):
@@ -126,17 +144,17 @@ def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path,
         (tmp_path / "second").mkdir()  # fails unless the old one was removed
         return {"answer": len(made)}
 
-    first, second = demo.Stage("a", (), (("--help",),)), demo.Stage("b", ("second",), action=action)
-    marks = demo.run_stages(run, [first, second])
+    first, second = stages.Stage("a", (), (("--help",),)), stages.Stage("b", ("second",), action=action)
+    marks = stages.run_stages(tmp_path, [first, second])
     assert marks["b"]["details"] == {"answer": 1} and marks["a"]["peak_rss_gib"] > 0
     assert "Usage" in (tmp_path / "stages" / "a.log").read_text()
-    assert demo.run_stages(run, [first, second]) == marks and made == ["b"]
+    assert stages.run_stages(tmp_path, [first, second]) == marks and made == ["b"]
     assert capsys.readouterr().out.count("complete, kept") == 2
-    changed = demo.Stage("a", (), (("data", "--help"),))
-    assert demo.run_stages(run, [changed, second])["b"]["details"] == {"answer": 2}
-    failing = demo.Stage("b", (), (("eval", "nowhere", "nothing"),))
-    with pytest.raises(demo.DemoError, match="ended with 2: error: not an export"):
-        demo.run_stages(run, [changed, failing])
+    changed = stages.Stage("a", (), (("data", "--help"),))
+    assert stages.run_stages(tmp_path, [changed, second])["b"]["details"] == {"answer": 2}
+    failing = stages.Stage("b", (), (("eval", "nowhere", "nothing"),))
+    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+        stages.run_stages(tmp_path, [changed, failing])
     assert not (tmp_path / "stages" / "b.json").exists()
 
 
@@ -152,15 +170,27 @@ def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path,
 )
 def test_a_broken_promise_is_named(change, message):
     demo.check(SUMMARY)
-    with pytest.raises(demo.DemoError, match=message):
+    with pytest.raises(stages.DemoError, match=message):
         demo.check(SUMMARY | change)
 
 
-def test_pictures_of_the_report_are_of_different_nouns(tmp_path):
+def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
+    stage = stages.Stage("a", (), (("--help",), ("data", "--help"), ("eval", "--help")), at_once=True)
+    stages.run_stages(tmp_path, [stage])
+    log = (tmp_path / "stages" / "a.log").read_text()
+    assert all(f"megamm {name}[OPTIONS]" in log.replace("python -m ", "") for name in ("", "data ", "eval "))
+    failing = stages.Stage("a", (), (("--help",), ("eval", "nowhere", "nothing")), at_once=True)
+    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+        stages.run_stages(tmp_path, [failing])
+
+
+def test_samples_of_the_report_are_of_different_nouns(tmp_path):
     source = make_export(tmp_path, heldout=30).parent / "shards" / "shapes"
-    chosen = demo._choose(source / "heldout")
-    assert {caption.split()[-1] for caption, _, _ in chosen} == {"ellipse", "rectangle"} and len(chosen) == 2
-    for caption, data, extension in chosen:
-        (tmp_path / f"one.{extension}").write_bytes(data)
-        number = next(n for n in range(10_000, 10_030) if shape_picture(n)[1] == caption)
-        assert np.array_equal(np.asarray(Image.open(tmp_path / "one.png")), np.asarray(shape_picture(number)[0]))
+    chosen = samples.choose([source / "heldout"], "text", "image")
+    assert {text.decode().split()[-1] for (text, _), _ in chosen} == {"ellipse", "rectangle"} and len(chosen) == 2
+    captions = {shape_picture(n)[1]: example("image", n)[0] for n in range(10_000, 10_030)}
+    assert all(text.decode() in captions and ending == "png" for (text, _), (_, ending) in chosen)
+    files = samples.write_heldout([source], tmp_path / "out")["text-image"]
+    for names, ((text, _), (data, _)) in zip(files, chosen, strict=True):
+        assert (tmp_path / "out" / names["text"]).read_bytes() == text
+        assert (tmp_path / "out" / names["image"]).read_bytes() == data

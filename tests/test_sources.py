@@ -63,7 +63,7 @@ def tone(seconds: float, rate: int, hertz: float) -> np.ndarray:
 
 def test_prompts_are_decoded_and_remarks_left_out(tmp_path):
     """The coder has a filter, so the tone is compared by its frequency and loudness."""
-    sounds = tmp_path / "package/usr/share/asterisk/sounds/en_US"
+    sounds = tmp_path / "package/usr/share/asterisk/sounds/en_US_f"
     sounds.mkdir(parents=True)
     (sounds / "digits").mkdir()
     samples = tone(0.5, 16_000, 440)
@@ -74,9 +74,14 @@ def test_prompts_are_decoded_and_remarks_left_out(tmp_path):
         container.mux([*stream.encode(frame), *stream.encode(None)])
     lines = "; comment: x\ndigits/1: One:  two.\nbeep: [a tone]\nsilence/1: (silence)\nnot-there: Words.\n"
     put(tmp_path / "package/usr/share/doc/a/core-sounds-en.txt.gz", gzip.compress(lines.encode()))
-    (sample,) = write_asterisk(tmp_path / "package", target_folder(tmp_path / "raw"))
-    assert contents(sample) == {"audio": "audio/asterisk-digits-1.flac", "text": "One: two."}
-    decoded, rate = soundfile.read(tmp_path / "raw/audio/asterisk-digits-1.flac")
+    french = tmp_path / "package/usr/share/asterisk/sounds/fr_CA_f/digits/1.g722"
+    put(french, (sounds / "digits/1.g722").read_bytes())
+    put(tmp_path / "package/usr/share/doc/b/core-sounds-fr.txt.gz", gzip.compress(b"digits/1: Un\n"))
+    sample, other = write_asterisk(tmp_path / "package", target_folder(tmp_path / "raw"))
+    assert contents(sample) == {"audio": "audio/asterisk-en-digits-1.flac", "text": "One: two."}
+    assert contents(other) == {"audio": "audio/asterisk-fr-digits-1.flac", "text": "Un"}
+    assert other.noun == sample.noun  # a translation stays on its side of the split
+    decoded, rate = soundfile.read(tmp_path / "raw/audio/asterisk-en-digits-1.flac")
     assert rate == 16_000 and decoded.ndim == 1 and abs(len(decoded) - len(samples)) < 100
     spectrum = np.abs(np.fft.rfft(decoded * np.hanning(len(decoded))))
     assert abs(spectrum.argmax() * rate / len(decoded) - 440) < 4
@@ -112,9 +117,9 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     raw = target_folder(tmp_path / "raw")
     samples = write_furniture(furniture_package(tmp_path / "package"), raw)
     assert "broken.obj left out" in caplog.text
-    red, blue = samples[:4], samples[4:]
-    assert [(contents(s)["text"], s.noun) for s in samples] == [("red cube", "cube")] * 4 + [("blue cube", "cube")] * 3
-    assert ["video" in contents(s) for s in samples] == [True, False, False, False, True, False, False]
+    red, blue = samples[:5], samples[5:]
+    assert [(contents(s)["text"], s.noun) for s in samples] == [("red cube", "cube")] * 5 + [("blue cube", "cube")] * 4
+    assert ["video" in contents(s) for s in samples] == [True, False, False, False, False, True, False, False, False]
     for sample, colour in ((red[0], (1, 0, 0)), (blue[0], (0, 0, 1))):  # the second by the program's own materials
         points = np.load(raw / contents(sample)["points"])["points"]
         assert points.shape == (4096, 9) and points.dtype == np.float32
@@ -126,8 +131,16 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
         assert turn[0, 64, 64].argmax() == np.argmax(colour) and turn[0, 0, 0].min() > 240
         same, quarter, eighth = (np.abs(turn[0] - turn[frame]).mean() for frame in (16, 4, 2))
         assert max(same, quarter) < 3 < eighth  # a full turn, in which the square base looks the same four times
-    icon = np.asarray(Image.open(raw / "images" / f"{red[3].key}.png"))
-    assert red[3].key.endswith("-icon") and (icon == 255).all() and icon.shape == (10, 10, 3)
+    icon = np.asarray(Image.open(raw / "images" / f"{red[4].key}.png"))
+    assert red[4].key.endswith("-icon") and (icon == 255).all() and icon.shape == (10, 10, 3)
+    clouds = [np.load(raw / contents(sample)["points"])["points"] for sample in red]
+    assert np.array_equal(clouds[0], clouds[4])  # the icon shows what is not turned
+    for turns in (1, 2, 3):  # about the vertical axis, places and normals alike, by a rotation matrix
+        sin, cos = np.sin(np.pi / 2 * turns).round(), np.cos(np.pi / 2 * turns).round()
+        matrix = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=np.float32)
+        for channels in (slice(0, 3), slice(3, 6)):
+            np.testing.assert_array_equal(clouds[turns][:, channels], clouds[0][:, channels] @ matrix.T)
+        np.testing.assert_array_equal(clouds[turns][:, 6:], clouds[0][:, 6:])
     credits = (raw / "ATTRIBUTION.md").read_text()
     assert "CC-BY © Ann" in credits and "- Ann: red cube" in credits
 

@@ -36,7 +36,7 @@ def picture(pixels: np.ndarray, alt: str) -> str:
 
 
 def _text(modality: Modality, medium: str, alt: str) -> str:
-    return f'<p class="said">{escape(medium.strip()) or "(empty)"}</p>'
+    return f'<p class="said">{escape(medium.strip())}</p>'
 
 
 def _image(modality: Modality, medium: np.ndarray, alt: str) -> str:

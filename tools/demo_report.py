@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from megamm import metrics
 from megamm.data.run_data import load_modalities
-from megamm.modalities.base import Modality
+from megamm.modalities.base import Modality, UnreadableMedia
 
 STYLE = """
 :root { --ink: #1c2126; --soft: #5b6670; --line: #dfe3e6; --good: #1a7f4b }
@@ -135,8 +135,12 @@ def _gains(summary: dict[str, Any]) -> str:
     return _section("Pair gain on held-out samples", note, _table(head, rows))
 
 
-def _read(modality: Modality, file: Path) -> Any:
-    return modality.read_media(file.read_bytes(), file.suffix[1:])
+def _shown(modality: Modality, file: Path) -> str:
+    """A file's medium, or why there is nothing to show: a model may make silence, or no text."""
+    try:
+        return show(modality, modality.read_media(file.read_bytes(), file.suffix[1:]), file.name)
+    except UnreadableMedia as error:
+        return f'<p class="soft">({escape(str(error))})</p>'
 
 
 def _generated(out: Path, codecs: dict[str, Modality], shown: dict[str, Any]) -> str:
@@ -149,7 +153,7 @@ def _generated(out: Path, codecs: dict[str, Modality], shown: dict[str, Any]) ->
                 folder = out / "generated" / f"{source}_to_{target}"
                 made = next(folder.glob(f"{i:03d}.*"))
                 parts = [(source, out / names[source]), (target, made), (target, out / names[target])]
-                figures.append(_figure([show(codecs[m], _read(codecs[m], file), file.name) for m, file in parts]))
+                figures.append(_figure([_shown(codecs[m], file) for m, file in parts]))
             note = f"Left: a held-out {source}. Middle: the {target} made from it. Right: the real {target}."
             sections.append(_section(f"{source} to {target}", note, f'<div class="grid">{"".join(figures)}</div>'))
     return "".join(sections)
@@ -164,7 +168,8 @@ def _rebuilt(out: Path, codecs: dict[str, Modality], shown: dict[str, Any], summ
         pair = next(f"{a}-{b}" for a, b in PAIRS if name in (a, b))
         figures = []
         for names in shown[pair]:
-            medium = _read(codec, out / names[name])
+            file = out / names[name]
+            medium = codec.read_media(file.read_bytes(), file.suffix[1:])
             (ids,) = codec.encode([medium])
             again = show(codec, codec.decode(ids), "rebuilt")
             figures.append(_figure([show(codec, medium, "original"), again], f"{len(ids)} tokens"))

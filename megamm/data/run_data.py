@@ -127,7 +127,7 @@ def open_run_data(config: RunConfig) -> RunData:
 def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
     """Rows of the first held-out documents of all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
-    turns = [(d for i in np.flatnonzero(s.needed <= length).tolist() for d in s.documents(i, length)) for s in sets]
+    turns = [_usable_documents(samples, length) for samples in sets]
     documents: list[Document] = []
     sizes: list[int] = []
     while turns and sum(sizes) < HELDOUT_ROWS * length:
@@ -140,3 +140,9 @@ def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConf
                 sizes.append(document_length(*document.sizes))
     rows = plan_rows(np.array(sizes, dtype=np.int64), length)
     return [pack([documents[i] for i in row], vocabulary, length, forms) for row in rows[:HELDOUT_ROWS]]
+
+
+def _usable_documents(samples: SampleSet, length: int) -> Iterator[Document]:
+    """The documents of all samples that fit into rows of this length, in order."""
+    for i in np.flatnonzero(samples.needed <= length).tolist():
+        yield from samples.documents(i, length)

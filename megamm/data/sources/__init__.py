@@ -48,10 +48,15 @@ SOURCES = {
         ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
     ),
     "asterisk": Source(
-        ("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
-        10.6,
+        (
+            "asterisk-core-sounds-en-g722",
+            "asterisk-core-sounds-en",
+            "asterisk-core-sounds-fr-g722",
+            "asterisk-core-sounds-fr",
+        ),
+        21.4,
         "CC-BY-SA 3.0",
-        "551 spoken telephone prompts with transcripts",
+        "1,000 spoken telephone prompts with transcripts, English and French",
         write_asterisk,
     ),
     "sweethome": Source(
@@ -108,7 +113,7 @@ SOURCES = {
 }
 
 STARTERS = {
-    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "wordnet", "fortunes"),
+    "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "fortunes"),
     "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus", "gnome", "wordnet", "fortunes"),
 }
 """Sets to begin with: at most 200 MB of downloads, and at most 120."""

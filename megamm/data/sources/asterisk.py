@@ -1,8 +1,9 @@
-"""Spoken telephone prompts with their transcripts, from the Asterisk project.
+"""Spoken telephone prompts with their transcripts, from the Asterisk project: English and French, a voice each.
 
-In: the unpacked Debian packages `asterisk-core-sounds-en` (the transcripts) and `asterisk-core-sounds-en-g722` (the
-recordings: one voice, studio quality, 16 kHz, coded as ITU-T G.722). Out: FLAC, mono, 16 bit, 16 kHz, with the
-transcript as caption. Prompts without words (tones, silence), whose transcript is a remark in brackets, are left out.
+In: the unpacked Debian packages `asterisk-core-sounds-LANGUAGE` (the transcripts) and
+`asterisk-core-sounds-LANGUAGE-g722` (the recordings: studio quality, 16 kHz, coded as ITU-T G.722). Out: FLAC, mono,
+16 bit, 16 kHz, with the transcript as caption. Prompts without words (tones, silence), whose transcript is a remark
+in brackets, are left out. A prompt and its translation have one noun, that of the English words.
 """
 
 import gzip
@@ -21,21 +22,25 @@ _REMARK = ("[", "(", "<")
 
 
 def write_asterisk(package: Path, target: Path) -> list[RawSample]:
-    """Write the recordings under target/audio and return them with their transcripts, in order of prompt names."""
-    lists = sorted(package.rglob("core-sounds-en.txt.gz"))
-    folders = sorted(folder for folder in (package / "usr/share/asterisk/sounds").glob("*") if folder.is_dir())
+    """Write the recordings under target/audio and return them with their transcripts, by language and prompt name."""
+    lists = sorted(package.rglob("core-sounds-*.txt.gz"))
+    folders = [folder for folder in (package / "usr/share/asterisk/sounds").glob("*") if folder.is_dir()]
     if not lists or not folders:
         raise UserError("no transcripts or no recordings in the packages", where=package, remedy="use Debian 12")
     (target / "audio").mkdir()
-    samples = []
-    for name, transcript in sorted(read_transcripts(gzip.decompress(lists[0].read_bytes()).decode()).items()):
-        recording = folders[0] / f"{name}.g722"
-        if not recording.is_file():
-            continue
-        key = "asterisk-" + re.sub(r"[^A-Za-z0-9_]+", "-", name)
-        write_flac(target / "audio" / f"{key}.flac", _decode(recording), SAMPLE_RATE)
-        parts = (RawPart("audio", f"audio/{key}.flac"), RawPart("text", transcript))
-        samples.append(RawSample(key, normalise_noun(transcript), parts, ordered=False))
+    samples, nouns = [], {}
+    for file in lists:  # English comes first
+        language = file.name.removeprefix("core-sounds-").removesuffix(".txt.gz")
+        (folder,) = (folder for folder in folders if folder.name.startswith(f"{language}_"))
+        for name, transcript in sorted(read_transcripts(gzip.decompress(file.read_bytes()).decode()).items()):
+            recording = folder / f"{name}.g722"
+            if not recording.is_file():
+                continue
+            key = f"asterisk-{language}-" + re.sub(r"[^A-Za-z0-9_]+", "-", name)
+            write_flac(target / "audio" / f"{key}.flac", _decode(recording), SAMPLE_RATE)
+            parts = (RawPart("audio", f"audio/{key}.flac"), RawPart("text", transcript))
+            noun = nouns.setdefault(name, normalise_noun(transcript))
+            samples.append(RawSample(key, noun, parts, ordered=False))
     return samples
 
 

@@ -3,9 +3,9 @@
 In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
 `sweethome3d-furniture` (catalogues as .sh3f files). Both are zip files with a list in Java's .properties format,
 Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each model: a point
-cloud (npz), the name as caption, and pictures: the catalogue's icon (drawn by Sweet Home 3D) and renderings from
-three sides by data/render3d.py, each a sample of its own with the same cloud; the first rendering has a turntable
-video too. Models of one file under several names (lamps by colour of their light) count once.
+cloud (npz), the name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further samples of
+the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these has a
+turntable video too. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
@@ -35,8 +35,10 @@ logger = logging.getLogger(__name__)
 POINTS = 4096
 _SURFACE = 40_000
 """Points that a rendering draws; half of them for a frame of the video."""
-ANGLES = (30, -30, 150)
-"""Degrees of the renderings: both front corners and one of the back."""
+ANGLE = 30
+"""Degrees from which the renderings are seen: a front corner of what is not turned."""
+TURNS = (0, 1, 2, 3)
+"""Quarter turns about the vertical axis: a picture and its cloud are turned alike."""
 PICTURE = 128
 """Pixels of a rendering; the icons are of about that size."""
 TURN_FRAMES, TURN_RATE = 17, 8
@@ -154,20 +156,28 @@ def _load(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Sc
 def _write_piece(
     target: Path, key: str, piece: Piece, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
 ) -> list[RawSample]:
-    np.savez_compressed(target / f"points/{key}.npz", points=cloud)
     turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
     write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)
-    pictures = {f"{key}-view{view}": render(surface, angle, PICTURE) for view, angle in enumerate(ANGLES)}
+    pictures = [(turns, f"{key}-turn{turns}", render(turned(surface, turns), ANGLE, PICTURE)) for turns in TURNS]
     if piece.icon in archive.namelist():
-        pictures[f"{key}-icon"] = _on_white(archive.read(piece.icon))
+        pictures.append((0, f"{key}-icon", _on_white(archive.read(piece.icon))))
     samples = []
-    for name, picture in pictures.items():
+    for turns, name, picture in pictures:
         write_picture(target / f"images/{name}.png", picture)
-        parts = [RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{name}.png")]
-        parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("view0") else []
+        np.savez_compressed(target / f"points/{key}-turn{turns}.npz", points=turned(cloud, turns))
+        parts = [RawPart("points", f"points/{key}-turn{turns}.npz"), RawPart("image", f"images/{name}.png")]
+        parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("turn0") else []
         parts.append(RawPart("text", piece.caption))
         samples.append(RawSample(name, normalise_noun(piece.caption), tuple(parts)))
     return samples
+
+
+def turned(cloud: CloudArray, quarters: int) -> CloudArray:
+    """A cloud `[N, 9]` turned by so many quarters about the vertical axis (y): x goes to -z, z to x."""
+    result = cloud.copy()
+    for _ in range(quarters):
+        result[:, [0, 2, 3, 5]] = result[:, [2, 0, 5, 3]] * np.array([1, -1, 1, -1], dtype=cloud.dtype)
+    return result
 
 
 def _on_white(icon: bytes) -> np.ndarray:
