@@ -73,7 +73,7 @@ def choose_decoder(wanted: Literal["auto", "dali", "pyav"], device: torch.device
     if wanted != "auto":
         reason = "asked for"
     elif device.type == "cpu":
-        wanted, reason = "pyav", "on a CPU it is faster than DALI, and reads H.264"
+        wanted, reason = "pyav", "on a CPU, where DALI cannot read H.264"
     elif has_dali:
         wanted, reason = "dali", "its decoding is the GPU's"
     else:
