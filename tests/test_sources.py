@@ -92,7 +92,7 @@ def test_prompts_are_decoded_and_remarks_left_out(tmp_path):
 CATALOGUE = """# x
 name=Toys
 license=CC-BY \\u00a9 Ann
-name#1=Red cube 10x20\ncreator#1=Ann\nmodel#1=/m/cube.obj\nicon#1=/m/cube.png
+name#1=Red cube 10x20\ncategory#1=Toy Box\ncreator#1=Ann\nmodel#1=/m/cube.obj\nicon#1=/m/cube.png
 name#2=Cube lamp\nmodel#2=/m/cube.obj
 name#3=Broken\nmodel#3=/m/broken.obj
 name#10=Blue cube\nmodel#10=/m/blue.obj\nicon#10=/m/no.png
@@ -118,7 +118,7 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     samples = write_furniture(furniture_package(tmp_path / "package"), raw)
     assert "broken.obj left out" in caplog.text
     red, blue = samples[:5], samples[5:]
-    assert [(contents(s)["text"], s.noun) for s in samples] == [("red cube", "cube")] * 5 + [("blue cube", "cube")] * 4
+    assert [(contents(s)["text"], s.noun) for s in samples] == [("red cube, toy box", "cube")] * 5 + [("blue cube", "cube")] * 4
     assert ["video" in contents(s) for s in samples] == [True, False, False, False, False, True, False, False, False]
     for sample, colour in ((red[0], (1, 0, 0)), (blue[0], (0, 0, 1))):  # the second by the program's own materials
         points = np.load(raw / contents(sample)["points"])["points"]

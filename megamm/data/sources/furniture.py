@@ -3,9 +3,9 @@
 In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
 `sweethome3d-furniture` (catalogues as .sh3f files). Both are zip files with a list in Java's .properties format,
 Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each model: a point
-cloud (npz), the name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further samples of
-the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these has a
-turntable video too. Models of one file under several names (lamps by colour of their light) count once.
+cloud (npz), name and category as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further
+samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these
+has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
@@ -51,9 +51,10 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 @dataclass(frozen=True)
 class Piece:
-    """One model of a catalogue: caption, author, and the names of its files in the zip file."""
+    """One model of a catalogue: name, kind of thing ("" if it says none), author, and its files in the zip file."""
 
-    caption: str
+    name: str
+    category: str
     creator: str
     model: str
     icon: str
@@ -119,7 +120,8 @@ def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Pi
         models.add(model)
         creator = values.get(f"creator#{number}", "unnamed")
         works[creator].append(caption)
-        pieces.append(Piece(caption, creator, model, icon))
+        category = furniture_caption(values.get(f"category#{number}", ""))
+        pieces.append(Piece(caption, category, creator, model, icon))
     licence = clean_caption(values.get("license", ""))
     authors = [f"- {creator}: {', '.join(captions)}" for creator, captions in sorted(works.items())]
     append_credits(target, [f"{name}: {values.get('name', '')}. {licence}. Models by:", "", *authors])
@@ -167,8 +169,9 @@ def _write_piece(
         np.savez_compressed(target / f"points/{key}-turn{turns}.npz", points=turned(cloud, turns))
         parts = [RawPart("points", f"points/{key}-turn{turns}.npz"), RawPart("image", f"images/{name}.png")]
         parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("turn0") else []
-        parts.append(RawPart("text", piece.caption))
-        samples.append(RawSample(name, normalise_noun(piece.caption), tuple(parts)))
+        # What the thing is for tells of its form, also of things whose name was never seen.
+        parts.append(RawPart("text", f"{piece.name}, {piece.category}" if piece.category else piece.name))
+        samples.append(RawSample(name, normalise_noun(piece.name), tuple(parts)))
     return samples
 
 
