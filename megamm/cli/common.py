@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 Sources = Annotated[list[Path], typer.Argument(help="source folders: SHARDS/<source>")]
+Target = Annotated[Path, typer.Option(help="folder to make")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")]
 DeviceChoice = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="where to compute")]
 
 

@@ -1,12 +1,11 @@
 """`megamm tokenizer train NAME`: the codecs, each with its own sizes."""
 
 import sys
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources, log_to_console
+from megamm.cli.common import DeviceChoice, Precision, Sources, Target, log_to_console
 
 app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
@@ -28,7 +27,7 @@ def started(processes: int) -> bool:
 @train_app.command("text")
 def train_text(
     sources: Sources,
-    to: Annotated[Path, typer.Option(help="folder to make")],
+    to: Target,
     vocabulary: Annotated[int, typer.Option(help="number of tokens, at least 256")] = 4096,
 ) -> None:
     """Train a byte-level BPE tokenizer; the folder loads in transformers too."""
@@ -42,7 +41,7 @@ def train_text(
 @train_app.command("visual")
 def train_visual(
     sources: Sources,
-    to: Annotated[Path, typer.Option(help="folder to make")],
+    to: Target,
     steps: int = 1500,
     batch_size: Annotated[int, typer.Option(help="images and clips a step, over all ranks")] = 32,
     learning_rate: float = 4e-3,
@@ -59,7 +58,7 @@ def train_visual(
     clip_share: Annotated[float, typer.Option(help="share of clips in a batch, where there are images too")] = 0.125,
     clip_frames: Annotated[int, typer.Option(help="frames of a clip that is trained on, at most")] = 9,
     device: DeviceChoice = "auto",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
     """Train the FSQ codec of images and videos; reports PSNR, SSIM and codebook use on the held-out split."""
@@ -95,7 +94,7 @@ def train_visual(
 @train_app.command("audio")
 def train_audio(
     sources: Sources,
-    to: Annotated[Path, typer.Option(help="folder to make")],
+    to: Target,
     steps: int = 1800,
     batch_size: int = 8,
     learning_rate: float = 4e-3,
@@ -112,7 +111,7 @@ def train_audio(
     crop_seconds: Annotated[float, typer.Option(help="length of the training crops")] = 1.6,
     heldout_seconds: Annotated[float, typer.Option(help="held-out audio to report on")] = 60.0,
     device: DeviceChoice = "auto",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
     """Train the residual FSQ audio codec; reports mel distance and word error on the held-out split."""
@@ -152,7 +151,7 @@ def train_audio(
 @train_app.command("points")
 def train_points(
     sources: Sources,
-    to: Annotated[Path, typer.Option(help="folder to make")],
+    to: Target,
     steps: int = 600,
     batch_size: int = 8,
     learning_rate: float = 2e-3,
@@ -165,7 +164,7 @@ def train_points(
     decoder_depth: Annotated[int, typer.Option(help="transformer layers of the decoder")] = 2,
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the number of shapes")] = "8,5,5,5",
     device: DeviceChoice = "auto",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")] = "fp32",
+    dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
     """Train the FSQ points codec; reports Chamfer distance and codebook use on the held-out split."""

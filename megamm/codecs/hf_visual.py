@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megamm.codecs.folders import CodecConfig
-from megamm.codecs.visual import to_frames, to_pixels
+from megamm.codecs.visual import check_ids, to_frames, to_pixels
 from megamm.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -82,10 +82,7 @@ class HFVisualCodec(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. ValueError if T is not of whole frames or an id is out of range."""
         grid = self.grid_size
-        if not ids.shape[1] or ids.shape[1] % grid**2:
-            raise ValueError(f"{ids.shape[1]} ids for frames of {grid} x {grid}")
-        if ids.min() < 0 or ids.max() >= self.codebook_size:
-            raise ValueError(f"ids must be in [0, {self.codebook_size})")
+        check_ids(ids, grid, self.codebook_size)
         codes = ids.reshape(-1, grid, grid).split(CLIPS_AT_ONCE)
         clips = torch.cat([to_frames(self.to_clips(part)).permute(0, 1, 3, 4, 2) for part in codes]).unflatten(
             0, (len(ids), -1)

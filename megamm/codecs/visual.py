@@ -163,11 +163,16 @@ class VisualCodec(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. ValueError if T is not of whole frames or an id is out of range."""
         grid = self.grid_size
-        if not ids.shape[1] or ids.shape[1] % grid**2:
-            raise ValueError(f"{ids.shape[1]} ids for frames of {grid} x {grid}")
-        if ids.min() < 0 or ids.max() >= self.codebook_size:
-            raise ValueError(f"ids must be in [0, {self.codebook_size})")
+        check_ids(ids, grid, self.codebook_size)
         return to_frames(self.decoder(self.quantiser.to_codes(ids.unflatten(1, (-1, grid, grid)))))
+
+
+def check_ids(ids: Tensor, grid: int, codebook_size: int) -> None:
+    """ValueError unless `[B, T]` are ids of whole latent frames of grid x grid."""
+    if not ids.shape[1] or ids.shape[1] % grid**2:
+        raise ValueError(f"{ids.shape[1]} ids for frames of {grid} x {grid}")
+    if ids.min() < 0 or ids.max() >= codebook_size:
+        raise ValueError(f"ids must be in [0, {codebook_size})")
 
 
 def load_visual_codec(folder: Path) -> tuple[VisualCodec, str]:

@@ -4,18 +4,15 @@ In: the unpacked Debian package `gimp-help-en`, XHTML made from DocBook. Out: on
 screenshots and example pictures; without navigation, tables of contents, and the numbers of sections and figures.
 """
 
-import logging
 import re
 from pathlib import Path
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from megamm.data.nouns import normalise_noun
 from megamm.data.samples import RawSample, fit_key
-from megamm.data.sources.pages import Markup, Pictures, local_name, page_parts
+from megamm.data.sources.pages import Markup, Pictures, local_name, page_parts, parsed
 from megamm.errors import UserError
 
-logger = logging.getLogger(__name__)
 _NUMBER = re.compile(r"^(?:(?:Chapter|Figure|Table|Part|Appendix) [\dIVXA-Z]+(?:\.\d+)*\.\s+|\d+(?:\.\d+)*\.\s+)")
 _NAVIGATION = {"navheader", "navfooter", "toc", "list-of-figures", "list-of-tables"}
 _LEAST_TEXT = 200
@@ -30,12 +27,7 @@ def write_gimp(package: Path, target: Path) -> list[RawSample]:
     if not files:
         raise UserError("no pages in the package", where=root, remedy="use Debian 12")
     pictures, samples = Pictures(root, target), []
-    for file in files:
-        try:
-            page = ElementTree.parse(file).getroot()
-        except ElementTree.ParseError as error:
-            logger.warning("%s left out: %s", file, error)
-            continue
+    for file, page in parsed(files):
         body = next(element for element in page.iter() if local_name(element) == "body")
         parts = page_parts(file, body, MARKUP, pictures)
         title = next((part.content.partition("\n")[0] for part in parts if part.modality == "text"), "")

@@ -6,17 +6,14 @@ other desktops and devices only those are kept that hold for an ordinary screen.
 alternative text.
 """
 
-import logging
 from pathlib import Path
-from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from megamm.data.nouns import normalise_noun
 from megamm.data.samples import RawSample, fit_key
-from megamm.data.sources.pages import Markup, Pictures, inline_text, local_name, page_parts
+from megamm.data.sources.pages import Markup, Pictures, inline_text, local_name, page_parts, parsed
 from megamm.errors import UserError
 
-logger = logging.getLogger(__name__)
 _NAMESPACE = "{http://projectmallard.org/1.0/}"
 _TEST = "{http://projectmallard.org/if/1.0/}test"
 _SKIPPED = {"info", "links", "comment", "desc", "else"}
@@ -30,12 +27,7 @@ def write_gnome(package: Path, target: Path) -> list[RawSample]:
     if not files:
         raise UserError("no pages in the package", where=root, remedy="use Debian 12")
     pictures, samples = Pictures(root, target), []
-    for file in files:
-        try:
-            page = ElementTree.parse(file).getroot()
-        except ElementTree.ParseError as error:
-            logger.warning("%s left out: %s", file, error)
-            continue
+    for file, page in parsed(files):
         title = page.find(f"{_NAMESPACE}title")
         parts = page_parts(file, page, MARKUP, pictures)
         if title is not None and parts:

@@ -5,15 +5,18 @@ pictures is one part, its paragraphs separated by an empty line; an element with
 paragraph. The caption of a picture follows it as text.
 """
 
+import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from megamm.data.samples import RawPart
 
+logger = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg")
 
 
@@ -54,6 +57,17 @@ class Pictures:
             shutil.copyfile(source, self.target / copy)
             self.copied[source] = copy
         return self.copied[source]
+
+
+def parsed(files: Iterable[Path]) -> Iterator[tuple[Path, Element]]:
+    """Every file with its root element; those that are no XML are logged and left out."""
+    for file in files:
+        try:
+            root = ElementTree.parse(file).getroot()
+        except ElementTree.ParseError as error:
+            logger.warning("%s left out: %s", file, error)
+            continue
+        yield file, root
 
 
 def page_parts(page: Path, body: Element, markup: Markup, pictures: Pictures) -> tuple[RawPart, ...]:
