@@ -1,23 +1,33 @@
-"""The data path on a CPU: rows and samples per second against webdataset's WebLoader, padding, and balance.
+"""The loader on a CPU: samples and rows per second and the CPU share, against webdataset and megatron-energon.
 
-Both sides read the same token shards (caption and image of a sample from two aligned folders of tars) and give
-batches of the same shape, rows made by the same `packing.pack`. webdataset reads sequentially and its documents are
-packed in the order they come (next fit); ours reads members at random as planned. The sides take turns, medians over
-the rounds. CPU share: processor seconds of the process and its workers per second.
-Padding and balance are computed from lengths alone, of mixes whose kind is named in MIXES.
-Run: `python benchmarks/loader.py [--part tables] [--json OUT]`.
+All sides read the same token shards (caption and image of a sample from two aligned folders of tars) and give batches
+of the same shape, rows made by the same `packing.pack`. webdataset reads both folders sequentially in step; energon
+reads them as a join of two crude datasets, unshuffled, with its savable loader, after its own `energon prepare`. Both
+pack documents in the order they come (next fit), energon in buffers; ours reads members at random as planned. The sides
+take turns, medians over the rounds. CPU share: processor seconds of the process and its workers per second.
+energon is in no requirements file, for it wants another python-dateutil than the pinned one: in an environment of its
+own, `pip install megatron-energon==7.4.1 -c FILE`, with the installed torch in FILE. A side that cannot run is named
+with the reason.
+Run: `python benchmarks/loader.py [--json OUT]`.
 """
 
 import argparse
+import contextlib
+import gc
+import importlib
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
@@ -25,12 +35,11 @@ import torch
 
 from megamm import __version__
 from megamm.config import ModelConfig
-from megamm.data.balance import assign, imbalance
 from megamm.data.loader import Loader, Reading
-from megamm.data.mixture import WINDOW, Mixture, Source
-from megamm.data.packing import Form, document_length, pack, plan_rows
+from megamm.data.mixture import Mixture, Source
+from megamm.data.packing import Form, document_length, pack
 from megamm.data.row_stream import RowStream
-from megamm.data.sample import Batch, Document, IntArray, Part, Row
+from megamm.data.sample import Batch, Document, Part, Row
 from megamm.data.sample_set import SampleSet
 from megamm.data.shards import ShardWriter
 from megamm.data.tokens import tokens_from_bytes, tokens_to_bytes
@@ -42,140 +51,15 @@ CODECS = {"text": "t", "image": "i"}
 VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})
 FORMS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
 ROW, MICRO_BATCH, IMAGE_TOKENS, SAMPLES = 2048, 4, 64, 6000
+PEERS = ("webdataset", "megatron-energon")
+ENERGON_BUFFER = 500
+"""Documents energon packs together: 18 rows."""
 
-Draw = Callable[[np.random.Generator, int], IntArray]
-
-
-def _texts(mean: float, sigma: float) -> Draw:
-    """Log-normal lengths: what the documents of web crawls are like, a few very long."""
-    return lambda g, n: np.maximum(4, g.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)).astype(np.int64)
-
-
-def _between(low: int, high: int, more: int = 0) -> Draw:
-    return lambda g, n: g.integers(low, high, n) + more
-
-
-def _pages(g: np.random.Generator, n: int) -> IntArray:
-    """Interleaved pages: text and a few images of 256 tokens, as in OBELICS and MMC4."""
-    return _texts(800, 1.0)(g, n) + 258 * np.maximum(1, g.poisson(3, n))
-
-
-STARTER: list[tuple[float, Draw, bool]] = [
-    (5, _between(2, 14, 40), False),  # caption and an image of 36 tokens
-    (2, _between(62, 214, 4), False),  # prompt and its speech
-    (1, _between(2, 14, 132), False),  # name and a point cloud of 128 tokens
-    (1, _between(182, 183, 2), False),  # video
-    (1, _texts(400, 1.0), True),
-]
-MIXES: dict[str, list[tuple[float, Draw, bool]]] = {
-    "starter": STARTER,
-    "web text (log-normal, mean 1000)": [(1, _texts(1000, 1.2), True)],
-    "LLaVA, 576 image tokens": [(1, _between(50, 300, 580), False)],
-    "LLaVA, 256 image tokens": [(1, _between(50, 300, 260), False)],
-    "interleaved pages": [(1, _pages, True)],
-    "web + LLaVA + pages + speech": [
-        (3, _texts(1000, 1.2), True),
-        (4, _between(50, 300, 580), False),
-        (2, _pages, True),
-        (1, _between(100, 1500), False),
-    ],
-}
-"""Share of the documents, their lengths in tokens, and whether they are cut where a row is full."""
 MODEL_8B = ModelConfig(
     num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8, head_dim=128
 )
-LAYOUTS = ((8, 4, 1), (4, 4, 2), (16, 1, 1))
-"""Data ranks, microbatches, rows of a microbatch."""
 
-
-def draw(mix: list[tuple[float, Draw, bool]], row_length: int, generator: np.random.Generator) -> IntArray:
-    """Lengths of a window's documents in their order, those that may be cut cut to rows."""
-    shares = np.array([share for share, _, _ in mix])
-    which = generator.choice(len(mix), WINDOW, p=shares / shares.sum())
-    lengths: list[int] = []
-    for length, kind in zip(np.choose(which, [d(generator, WINDOW) for _, d, _ in mix]).tolist(), which, strict=True):
-        while mix[kind][2] and length > row_length:
-            lengths.append(row_length)
-            length -= row_length - 2  # the rest is a document again, with its marks
-        lengths.append(min(length, row_length))
-    return np.array(lengths, dtype=np.int64)
-
-
-def next_fit(lengths: IntArray, row_length: int) -> int:
-    """Rows if documents are put into rows in their order, a new one where the next does not fit."""
-    rows, space = 0, 0
-    for length in lengths.tolist():
-        if length > space:
-            rows, space = rows + 1, row_length
-        space -= length
-    return rows
-
-
-def first_fit(lengths: IntArray, row_length: int) -> int:
-    """Rows if each document in order is put into the first row that has space."""
-    spaces = np.full(len(lengths), row_length)
-    for length in lengths.tolist():
-        spaces[int(np.argmax(spaces >= length))] -= length
-    return int((spaces < row_length).sum())
-
-
-def least_rows(lengths: IntArray, row_length: int) -> int:
-    """No packing has fewer rows: the best of dual feasible functions u_k (Fekete & Schepers 2001), k = 1 .. 9."""
-    best = -(-int(lengths.sum()) // row_length)
-    for k in range(1, 10):
-        scaled = (k + 1) * lengths
-        exact = scaled % row_length == 0
-        weight = np.where(exact, k * lengths / row_length, scaled // row_length) / k
-        best = max(best, int(np.ceil(weight.sum() - 1e-9)))
-    return best
-
-
-def padding_table() -> list[dict[str, Any]]:
-    """Padding of one window, ours and naive ways; prints it."""
-    table = []
-    print(f"{'mix':<34} {'row':>5} {'ours':>7} {'first fit':>9} {'next fit':>9} {'at least':>9} {'rows/s':>9}")
-    for name, mix in MIXES.items():
-        for row_length in (2048, 4096, 8192):
-            lengths = draw(mix, row_length, np.random.default_rng(0))
-            start = time.perf_counter()
-            ours = len(plan_rows(lengths, row_length))
-            seconds = time.perf_counter() - start
-            rows = {
-                "ours": ours,
-                "first_fit": first_fit(lengths, row_length),
-                "next_fit": next_fit(lengths, row_length),
-            }
-            rows["at_least"] = least_rows(lengths, row_length)
-            padding = {way: 1 - lengths.sum() / (n * row_length) for way, n in rows.items()}
-            table.append({"mix": name, "row_length": row_length, "planned_rows_per_s": ours / seconds} | padding)
-            shares = f"{padding['ours']:>7.2%} {padding['first_fit']:>9.2%} {padding['next_fit']:>9.2%}"
-            print(f"{name:<34} {row_length:>5} {shares} {padding['at_least']:>9.2%} {ours / seconds:>9,.0f}")
-    return table
-
-
-def balance_table() -> list[dict[str, Any]]:
-    """Cost of the dearest data rank over the mean in an 8B model: means over the steps of four windows; prints it."""
-    table = []
-    print(f"{'mix':<34} {'row':>5} {'ranks x microbatches x rows':>28} {'ours':>14} {'in turn':>14}  (step, slots)")
-    for name, mix in MIXES.items():
-        for row_length in (2048, 8192):
-            generator, costs = np.random.default_rng(0), []
-            for _ in range(4):
-                lengths = draw(mix, row_length, generator)
-                rows = plan_rows(lengths, row_length)
-                costs += [flops_of_row(MODEL_8B, 150_000, row_length, lengths[row].tolist()) for row in rows]
-            for ranks, microbatches, rows_each in LAYOUTS:
-                size = ranks * microbatches * rows_each
-                steps = [costs[i : i + size] for i in range(0, len(costs) - size + 1, size)]
-                ours = [imbalance(step, assign(step, ranks, rows_each)) for step in steps]
-                in_order = np.arange(size).reshape(microbatches, ranks, rows_each)
-                in_turn = [imbalance(step, in_order) for step in steps]
-                found = {"ours": np.mean(ours, axis=0).tolist(), "in_turn": np.mean(in_turn, axis=0).tolist()}
-                layout = f"{ranks} x {microbatches} x {rows_each}"
-                table.append({"mix": name, "row_length": row_length, "layout": layout} | found)
-                shown = "  ".join(f"{a:6.3f} {b:6.3f}" for a, b in found.values())
-                print(f"{name:<34} {row_length:>5} {layout:>28}  {shown}")
-    return table
+Item = TypeVar("Item")
 
 
 def write_shards(folder: Path) -> None:
@@ -205,20 +89,27 @@ def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
         yield from loader.step()
 
 
-def packed_in_order(samples: Iterator[Document]) -> Iterator[Batch]:
-    """Microbatches of documents in the order they come, by next fit."""
-    rows: list[Row] = []
-    waiting: list[Document] = []
+def by_next_fit(items: Iterable[Item], document: Callable[[Item], Document]) -> Iterator[list[Item]]:
+    """Items of each row, in their order: a new row where the next document does not fit."""
+    waiting: list[Item] = []
     used = 0
-    for document in samples:
-        length = document_length(*document.sizes)
+    for item in items:
+        length = document_length(*document(item).sizes)
         if used + length > ROW:
-            rows.append(pack(waiting, VOCABULARY, ROW, FORMS))
+            yield waiting
             waiting, used = [], 0
+        waiting, used = [*waiting, item], used + length
+    yield waiting
+
+
+def packed_in_order(documents: Iterator[Document]) -> Iterator[Batch]:
+    """Microbatches of documents in the order they come."""
+    rows: list[Row] = []
+    for row in by_next_fit(documents, lambda document: document):
+        rows.append(pack(row, VOCABULARY, ROW, FORMS))
         if len(rows) == MICRO_BATCH:
             yield Batch.stack(rows)
             rows = []
-        waiting, used = [*waiting, document], used + length
 
 
 class WebDatasetRows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
@@ -251,6 +142,58 @@ def webdataset_batches(folder: Path, workers: int) -> Iterator[Batch]:
     return iter(webdataset.WebLoader(WebDatasetRows(folder), batch_size=None, num_workers=workers))
 
 
+def joined(**samples: dict[str, Any]) -> dict[str, Any]:
+    """energon's joiner, named in energon.yaml: the sample of each modality -> one with the document."""
+    parts = (Part(name, tokens_from_bytes(sample["npy"])) for name, sample in samples.items())
+    document = Document(samples["text"]["__key__"], tuple(parts))
+    return {"document": document, "__restore_key__": ()}  # energon sets the key, its own, where there is one
+
+
+def prepare_energon(folder: Path) -> None:
+    """energon's metadata: `energon prepare` of each folder, and of energon.yaml, which joins them by key."""
+    paths = {name: f"{name}.tokens-{codec}" for name, codec in CODECS.items()}
+    join = {name: {"path": path} for name, path in paths.items()}
+    split = {"join": join, "joiner": {"__module__": __name__, "__function__": joined.__name__}}
+    metadataset = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": split}}
+    (folder / "energon.yaml").write_text(json.dumps(metadataset))  # JSON is YAML, too
+    command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive"]
+    command += ["--split-parts", "train:.*", "--sample-type", "CrudeWebdataset", "--num-workers", "1"]
+    for path in (*paths.values(), "energon.yaml"):
+        subprocess.run([*command, str(folder / path)], check=True, capture_output=True, timeout=120)
+
+
+def energon_batches(folder: Path, workers: int) -> Iterator[Batch]:
+    """Microbatches from energon's savable loader, packed by its packing dataset."""
+    energon = importlib.import_module("megatron.energon")
+
+    class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc, name-defined]
+        decoder = None  # members are bytes, as for the other sides
+
+        def select_samples_to_pack(self, samples: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+            return list(by_next_fit(samples, lambda sample: sample["document"]))
+
+        @energon.stateless  # type: ignore[untyped-decorator]
+        def pack_selected_samples(self, samples: list[dict[str, Any]]) -> Row:
+            return pack([sample["document"] for sample in samples], VOCABULARY, ROW, FORMS)
+
+        @energon.stateless  # type: ignore[untyped-decorator]
+        def batch(self, samples: list[Row]) -> Batch:
+            return Batch.stack(samples)
+
+    with contextlib.redirect_stdout(sys.stderr):  # it prints what it joins
+        dataset = energon.get_train_dataset(
+            folder / "energon.yaml",
+            worker_config=energon.WorkerConfig(rank=0, world_size=1, num_workers=workers),
+            batch_size=MICRO_BATCH,
+            packing_buffer_size=ENERGON_BUFFER,
+            shuffle_buffer_size=None,
+            max_samples_per_sequence=None,
+            parallel_shard_iters=1,
+            task_encoder=Encoder(),
+        )
+    return iter(energon.get_savable_loader(dataset))
+
+
 def measure(batches: Iterator[Batch], count: int) -> dict[str, float]:
     """Speeds and CPU share over that many microbatches."""
     me = psutil.Process()
@@ -269,17 +212,31 @@ def measure(batches: Iterator[Batch], count: int) -> dict[str, float]:
     return {"samples_per_s": documents / seconds, "rows_per_s": rows / seconds, "cpu_share": (cpu() - used) / seconds}
 
 
-def speed_table(rounds: int, count: int) -> dict[str, Any]:
-    """Both sides with 0, 1 and 2 workers in turns; prints medians."""
+def energon_obstacle() -> str | None:
+    """Why energon cannot be measured here; None if it can."""
+    try:
+        importlib.import_module("megatron.energon")
+    except ImportError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def speed_table(rounds: int, count: int, with_energon: bool) -> dict[str, Any]:
+    """All sides with 0, 1 and 2 workers in turns; prints medians."""
     sides = {"ours": our_batches, "webdataset": webdataset_batches}
+    if with_energon:
+        sides["energon"] = energon_batches
     found: dict[str, list[dict[str, float]]] = {f"{s}, {w} workers": [] for w in (0, 1, 2) for s in sides}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_shards(folder)
+        if with_energon:
+            prepare_energon(folder)
         for _ in range(rounds):
             for name, measured in found.items():
                 side, workers = name.removesuffix(" workers").split(", ")
                 measured.append(measure(sides[side](folder, int(workers)), count))
+                gc.collect()  # ends its workers
     table = {n: {k: statistics.median(m[k] for m in measured) for k in measured[0]} for n, measured in found.items()}
     for name, row in table.items():
         speeds = f"{row['samples_per_s']:>9,.0f} samples/s {row['rows_per_s']:>7,.0f} rows/s"
@@ -292,16 +249,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--microbatches", type=int, default=40, help="read by each side in a round")
-    parser.add_argument("--part", choices=("all", "tables", "speed"), default="all")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
-    result |= {"megamm": __version__, "rounds": options.rounds, "load_before": os.getloadavg()[0]}
     torch.set_num_threads(1)
-    if options.part != "speed":
-        result |= {"padding": padding_table(), "balance": balance_table()}
-    if options.part != "tables":
-        result["speed"] = speed_table(options.rounds, options.microbatches)
+    obstacle = energon_obstacle()
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    result: dict[str, Any] = {
+        "command": (f"OMP_NUM_THREADS={threads} " if threads else "") + shlex.join(["python", *sys.argv]),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), "megamm": __version__, "torch": torch.__version__},
+        "rounds": options.rounds,
+        "load_before": os.getloadavg(),
+    }
+    result["versions"] |= {name: version(name) for name in PEERS if name != "megatron-energon" or not obstacle}
+    if obstacle:
+        print(f"energon is not measured: {obstacle}")
+        result["not_measured"] = {"energon": obstacle}
+    result["speed"] = speed_table(options.rounds, options.microbatches, with_energon=not obstacle)
+    result["load_after"] = os.getloadavg()
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
 
