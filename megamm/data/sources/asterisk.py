@@ -28,7 +28,8 @@ def write_asterisk(package: Path, target: Path) -> list[RawSample]:
     if not lists or not folders:
         raise UserError("no transcripts or no recordings in the packages", where=package, remedy="use Debian 12")
     (target / "audio").mkdir()
-    samples, nouns = [], {}
+    samples: list[RawSample] = []
+    nouns: dict[str, str] = {}
     for file in lists:  # English comes first
         language = file.name.removeprefix("core-sounds-").removesuffix(".txt.gz")
         (folder,) = (folder for folder in folders if folder.name.startswith(f"{language}_"))
