@@ -39,7 +39,7 @@ DAMAGE = {
     "no shards": (lambda data: shutil.rmtree(data / "shards"), "shards/drawn/train"),
     "no tokenizer": (lambda data: shutil.rmtree(data / "tokenizers" / "text"), "tokenizers/text"),
     "damaged codec": (
-        lambda data: (data / "tokenizers" / "image" / "model.safetensors").write_bytes(b"x"),
+        lambda data: (data / "tokenizers" / "visual" / "model.safetensors").write_bytes(b"x"),
         "model.safetensors",
     ),
 }
