@@ -289,9 +289,10 @@ def test_transcripts_become_words():
 
 
 def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
-    clips = [Clip(chirp(1), "a rising tone"), Clip(chirp(2), "")]
+    clips = [Clip(chirp(1), "a rising tone"), Clip(chirp(2), ""), Clip(chirp(3), "un autre son")]
     monkeypatch.setattr(word_error, "recognise", lambda waveforms: ["a falling tone"] * len(waveforms))
     figures = evaluate_waveforms(codec, clips)
+    assert figures["understood"] == 0.5  # of two with words; one is of a language that the recogniser has not
     assert figures["word_error"] == figures["word_error_of_originals"] == pytest.approx(1 / 3)
     assert figures["word_error"] == pytest.approx(jiwer.wer("a rising tone", "a falling tone"))
     monkeypatch.setattr(word_error, "PACKAGES", ("pocketsphinx", "no_such_package"))

@@ -118,7 +118,7 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     samples = write_furniture(furniture_package(tmp_path / "package"), raw)
     assert "broken.obj left out" in caplog.text
     red, blue = samples[:5], samples[5:]
-    assert [(contents(s)["text"], s.noun) for s in samples] == [("red cube, toy box", "cube")] * 5 + [
+    assert [(contents(s)["text"], s.noun) for s in samples] == [("toy box: red cube", "cube")] * 5 + [
         ("blue cube", "cube")
     ] * 4
     assert ["video" in contents(s) for s in samples] == [True, False, False, False, False, True, False, False, False]

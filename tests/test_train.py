@@ -168,10 +168,10 @@ def test_export_loads_in_transformers_and_imports_bit_for_bit(data, undisturbed)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model).__name__ == "Qwen3ForCausalLM"
     tokenizer = AutoTokenizer.from_pretrained(out)
-    ids = tokenizer("a red box<|image_start|><|image_7|>")["input_ids"]
+    ids = tokenizer("a red box<|image_start|><|visual_7|>")["input_ids"]
     own = json.loads((out / "megamm.json").read_text())["vocabulary"]
     start = {r["name"]: r["start"] for r in own}
-    assert ids[-1] == start["image"] + 7 and ids[-2] == start["control"] + 3
+    assert ids[-1] == start["visual"] + 7 and ids[-2] == start["control"] + 3
     assert len(tokenizer) == model.config.vocab_size
     assert tokenizer.decode(ids, skip_special_tokens=True) == "a red box"
     assert megamm("convert", "import", out, run).returncode == 0

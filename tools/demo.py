@@ -33,7 +33,7 @@ CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.1", "--max-seconds", "5")
 """A tenth of the nouns is held out, as the smallest source has some ninety; clips of sound fit into a row."""
 CODECS = {
-    "visual": ("--image-size", "48", "--steps", "1000"),
+    "visual": ("--image-size", "48", "--steps", "900"),
     "audio": (),
     "points": ("--steps", "500", "--cells", "8", "--levels", "8,8,8"),
     "text": ("--vocabulary", "2048"),

@@ -3,7 +3,8 @@
 At any time: `loss` (mean absolute error of the log-mel), `mel_db` (the same in decibels), and for each level q of
 the residual quantiser `codes_used_q` and `perplexity_q` (codecs/training.py). At the end also, of the waveforms that
 Griffin-Lim makes: `stft_distance` (spectral convergence plus log-magnitude distance, each the mean over three
-resolutions; Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3) and, of clips whose words are known,
+resolutions; Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3) and, of clips whose words are known, the share
+`understood` in the original, at most half of their words wrong (the recogniser knows one language), and of these
 `word_error` beside `word_error_of_originals` (codecs/word_error.py).
 """
 
@@ -94,10 +95,17 @@ def _word_errors(clips: list[Clip], decoded: list[Waveform], sample_rate: int) -
         reason = f"{missing} is not installed" if missing else "no clip has a text"
         logger.info("word error not measured: %s", reason)
         return {}
-    said = [clips[i].said for i in spoken]
 
-    def rate(waveforms: list[Waveform]) -> float:
-        at_16_khz = [resample(waveforms[i], sample_rate, word_error.SAMPLE_RATE) for i in spoken]
-        return word_error.word_error_rate(said, word_error.recognise(at_16_khz))
+    def heard(waveforms: list[Waveform], chosen: list[int]) -> list[str]:
+        return word_error.recognise([resample(waveforms[i], sample_rate, word_error.SAMPLE_RATE) for i in chosen])
 
-    return {"word_error": rate(decoded), "word_error_of_originals": rate([clip.waveform for clip in clips])}
+    originals = dict(zip(spoken, heard([clip.waveform for clip in clips], spoken), strict=True))
+    understood = [i for i in spoken if word_error.word_error_rate([clips[i].said], [originals[i]]) <= 0.5]
+    if not understood:
+        return {"understood": 0.0}
+    said = [clips[i].said for i in understood]
+    return {
+        "understood": len(understood) / len(spoken),
+        "word_error": word_error.word_error_rate(said, heard(decoded, understood)),
+        "word_error_of_originals": word_error.word_error_rate(said, [originals[i] for i in understood]),
+    }

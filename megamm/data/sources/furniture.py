@@ -169,8 +169,8 @@ def _write_piece(
         np.savez_compressed(target / f"points/{key}-turn{turns}.npz", points=turned(cloud, turns))
         parts = [RawPart("points", f"points/{key}-turn{turns}.npz"), RawPart("image", f"images/{name}.png")]
         parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("turn0") else []
-        # What the thing is for tells of its form, also of things whose name was never seen.
-        parts.append(RawPart("text", f"{piece.name}, {piece.category}" if piece.category else piece.name))
+        # What a thing is for tells of its form, also where its name was never seen.
+        parts.append(RawPart("text", f"{piece.category}: {piece.name}" if piece.category else piece.name))
         samples.append(RawSample(name, normalise_noun(piece.name), tuple(parts)))
     return samples
 
