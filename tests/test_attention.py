@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
 from attention_worker import ALONE, BASE, CASES, HEADS, build, errors, inputs
 
-from megamm.data.packing import pack
+from megamm.data.packing import Form, pack
 from megamm.data.sample import Batch, Document, Part
 from megamm.device import Device, choose
 from megamm.errors import UserError
 from megamm.mcore import cpu
+from megamm.modalities.base import sequential_positions
 from megamm.model import rope
 from megamm.model.vocabulary import Vocabulary
 
@@ -183,7 +184,7 @@ def test_text_of_three_axes_is_text_of_one() -> None:
     vocabulary = Vocabulary.of({"text": (50, "")})
     texts = [np.arange(n, dtype=np.int64) for n in (9, 4, 13)]
     documents = [Document(str(i), (Part("text", ids),)) for i, ids in enumerate(texts)]
-    row = pack(documents, vocabulary, 40, {"text": lambda n: np.broadcast_to(np.arange(n), (3, n)).copy()})
+    row = pack(documents, vocabulary, 40, {"text": Form(sequential_positions, has_fixed_length=False)})
     row_map, used = Batch.stack([row]).row_map, int((row.segment >= 0).sum())
     qkv = [x[:, :1] for x in inputs(9, 40, HEADS[0])[:3]]
     one, three = (build(ALONE, 8, axes)(*qkv, row_map) for axes in (1, 3))
