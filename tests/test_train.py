@@ -90,7 +90,10 @@ def test_plain_torch_operators_train_alike(data, undisturbed):
     lines = list(zip(_losses(undisturbed), _losses(data / "torch"), strict=True))
     assert len(lines) == 9  # eight steps and the held-out losses
     for compiled, plain in lines:
-        assert plain == pytest.approx(compiled, rel=1e-5)
+        absent = {name for name, value in compiled.items() if value is None}  # the data have no video
+        assert absent <= {"loss/video", "heldout/video"} and absent == {n for n, v in plain.items() if v is None}
+        measured = {name: value for name, value in compiled.items() if value is not None}
+        assert {name: plain[name] for name in measured} == pytest.approx(measured, rel=1e-5)
 
 
 def test_metrics_are_read_back_by_tensorboard(undisturbed):
