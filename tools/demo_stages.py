@@ -53,8 +53,8 @@ class Memory:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def sample(self) -> None:
-        me = psutil.Process()
-        while not self.stop.wait(0.3):
+        me, is_over = psutil.Process(), False
+        while not is_over:
             total = 0
             for process in [me, *me.children(recursive=True)]:
                 try:
@@ -62,6 +62,7 @@ class Memory:
                 except psutil.NoSuchProcess:
                     continue
             self.peak = max(self.peak, total)
+            is_over = self.stop.wait(0.3)
 
     @classmethod
     @contextmanager
