@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megamm import accelerators, checkpoint, device, engine, layout, metrics
+from megamm import accelerators, device, engine, layout, metrics
 from megamm.config import RunConfig
 from megamm.data.loader import Loader, Reading
 from megamm.data.run_data import RunData, open_run_data
@@ -22,6 +22,7 @@ from megamm.errors import UserError
 from megamm.mcore import groups as grid
 from megamm.model import size
 from megamm.objective import weight_tensor
+from megamm.run_state import RunStore
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,7 @@ class Trainer:
         self.groups = grid.build(config.parallel, config.train.seed)
         self.engine = engine.build(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
+        self.store = RunStore(config, data, self.engine, self.groups, place)
         self.step, self.loader = 0, self._loader(consumed_rows=0)
         self.metrics: metrics.Metrics | None = None
         log.info("%s, process %d", self.groups.describe(), os.getpid())
@@ -72,7 +74,7 @@ class Trainer:
 
     def run(self) -> None:
         """Steps until train.steps (or stop_after), with reports, held-out losses and checkpoints as configured."""
-        t = self.config.train
+        t, every = self.config.train, self.config.checkpoint.every
         if self.groups.rank == 0:
             self.metrics = metrics.Metrics(self.config.output, self.step, t.steps)
         stop = min(t.steps, t.stop_after or t.steps)
@@ -81,7 +83,7 @@ class Trainer:
             last, start = self.step == stop, time.monotonic()
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
-            if last or (t.checkpoint_every and self.step % t.checkpoint_every == 0):
+            if last or (every and self.step % every == 0):
                 self.save()
             if self.metrics is not None:
                 self.metrics.leave_out(time.monotonic() - start)
@@ -127,62 +129,16 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the current step."""
-        from megamm.mcore import rng, store
-
-        state = checkpoint.RunState(
-            step=self.step,
-            consumed_rows=self.loader.consumed_rows,
-            world_size=self.groups.world_size,
-            layout=self.config.parallel.model_dump(),
-            vocabulary=self.data.vocabulary.to_json(),
-            config=self.config.model_dump(mode="json"),
-            versions=store.versions(),
-            mixture=self.data.to_json(self.loader.consumed_rows),
-        )
-        folder = checkpoint.save(
-            self.config.output,
-            state,
-            write_tensors=self.engine.save,
-            rng=rng.states(self.place),
-            keep=self.config.train.keep_checkpoints,
-        )
+        folder = self.store.save(self.step, self.loader.consumed_rows)
         if self.metrics is not None:
             print(f"saved {folder}", flush=True)
         return folder
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
-        from megamm.mcore import rng
-
-        folder = checkpoint.newest_for_all_ranks(self.config.output)
-        if folder is None:
-            log.info("no checkpoint in %s: starting at step 0", self.config.output)
-            return
-        state = checkpoint.read_state(folder)
-        config = self.config.model_dump(mode="json")
-        checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
-        checkpoint.check_same_data(folder, state, config)
-        if state.mixture is not None and state.consumed_rows:
-            self._resume_data(folder, state, state.mixture)
-        self.engine.load(folder / "tensors", state.step, state.has_optimizer)
-        self.step, self.loader = state.step, self._loader(state.consumed_rows)
-        same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
-        if same_layout and state.has_optimizer:
-            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
-        if self.groups.rank == 0:
-            layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
-            print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
-
-    def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
-        """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""
-        try:
-            change = self.data.resume(recorded, state.consumed_rows)
-        except UserError as error:
-            where = error.where or folder
-            raise UserError(error.what, where=where, remedy=error.remedy, on_all_ranks=True) from None
-        if change is not None:
-            step = state.step + (change.row - state.consumed_rows) // self.config.train.global_batch + 1
-            log.info("the mixture changes at row %d, in step %d: %s", change.row, step, change.what)
+        resumed = self.store.resume()
+        if resumed is not None:
+            self.step, self.loader = resumed.step, self._loader(resumed.consumed_rows)
 
     def close(self) -> None:
         self.loader.close()

@@ -14,7 +14,7 @@ from tiny_run import environment, make_data, megamm, write_config
 from megamm import checkpoint
 from megamm.errors import UserError
 
-TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "checkpoint_every": 2, "stop_after": 4}
+TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "stop_after": 4}
 
 
 @pytest.fixture(scope="module")

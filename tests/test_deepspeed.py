@@ -179,7 +179,7 @@ def test_divergence_is_reported(results, name, stage):
 
 def test_a_run_begins_with_zero3_and_ends_natively(tmp_path):
     make_data(tmp_path)
-    train = {"steps": 4, "checkpoint_every": 2, "eval_every": 4}
+    train = {"steps": 4, "eval_every": 4}
     config = write_config(tmp_path, tmp_path / "run", train=train)
     begun = megamm("train", config, "engine=deepspeed", "deepspeed.zero=3", "train.stop_after=2", "--nproc", "2")
     assert begun.returncode == 0, begun.stderr

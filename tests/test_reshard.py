@@ -41,9 +41,9 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
     make_data(tmp_path)
     one, moved = tmp_path / "one", tmp_path / "moved"
     # A larger eps: near-zero second moments would let rounding decide an update.
-    sections = {"model": MODEL, "optimizer": {"eps": 1e-3}}
-    train = TRAIN | {"checkpoint_every": 8, "eval_every": 0}
-    start = train | {"stop_after": 1, "checkpoint_every": 1}
+    sections = {"model": MODEL, "optimizer": {"eps": 1e-3}, "checkpoint": {"every": 8}}
+    train = TRAIN | {"eval_every": 0}
+    start = train | {"stop_after": 1}
     for output, legs in ((one, [(1, {}, 1), (8, {}, 1)]), (moved, LEGS)):
         if output is moved:  # ranks of another grid would draw other weights: both go on from one first step
             shutil.copytree(_step(one, 1), _step(moved, 1))

@@ -43,9 +43,7 @@ TRAIN = {
     "global_batch": 4,
     "micro_batch": 1,
     "log_every": 1,
-    "checkpoint_every": 2,
     "eval_every": 8,
-    "keep_checkpoints": 4,
 }
 TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
 

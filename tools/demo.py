@@ -92,9 +92,8 @@ class Demo:
 
     def _train(self, log: Path) -> dict[str, Any]:
         """Train on two ranks; kill one with SIGKILL half-way; the same command must go on from a checkpoint."""
-        train = self.config["train"]
-        every = train["checkpoint_every"]
-        wanted = max(every, train["steps"] // 2 // every * every)
+        every = self.config["checkpoint"]["every"]
+        wanted = max(every, self.config["train"]["steps"] // 2 // every * every)
         arguments = ("train", str(CONFIG), *self.overrides(), "--nproc", "2")
         process = start(*arguments)
         follower = threading.Thread(target=follow, args=(process, log))

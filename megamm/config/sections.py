@@ -1,27 +1,19 @@
-"""The typed configuration of a run: a YAML file plus dotted `key=value` overrides.
+"""Every section of a run's configuration and its keys, with their units and bounds; RunConfig is the whole.
 
-An unknown or ill-typed key is one line that names the nearest valid key; layout.py refuses what
-cannot run. Nothing here imports torch.
+layout.py refuses what cannot run; load.py reads files. Nothing here imports torch.
 """
 
-import difflib
-import types
-import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
-from megamm.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class MoEConfig(_Section):
+class MoEConfig(Section):
     """Mixture of experts in every layer; num_experts 0 means a dense model."""
 
     num_experts: int = Field(0, ge=0)
@@ -34,7 +26,7 @@ class MoEConfig(_Section):
     dispatcher: Literal["alltoall", "allgather"] = "alltoall"
 
 
-class MLAConfig(_Section):
+class MLAConfig(Section):
     """Multi-head latent attention (DeepSeek-AI 2024); kv_lora_rank 0 means grouped-query attention instead."""
 
     kv_lora_rank: int = Field(0, ge=0)
@@ -44,14 +36,14 @@ class MLAConfig(_Section):
     v_head_dim: int = Field(0, ge=0)
 
 
-class MTPConfig(_Section):
+class MTPConfig(Section):
     """Multi-token prediction (DeepSeek-AI 2024): num_layers further modules, each one token further ahead."""
 
     num_layers: int = Field(0, ge=0)
     loss_weight: float = Field(0.1, ge=0, description="of the mean of their losses")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The backbone. `megatron` passes further TransformerConfig fields through as they are."""
 
     num_layers: int = Field(ge=1)
@@ -71,7 +63,7 @@ class ModelConfig(_Section):
     megatron: dict[str, Any] = {}
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """Ranks per dimension; data parallel is what is left of the world size."""
 
     tensor: int = Field(1, ge=1)
@@ -85,7 +77,7 @@ class ParallelConfig(_Section):
     expert_tensor: int = Field(1, ge=1)
 
 
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """One shard set of the mixture (a folder holding train/ and heldout/), its weight, and what a document of it is.
 
     whole: all parts of a sample, in another order each epoch; pairs: another two of them each epoch.
@@ -96,7 +88,7 @@ class SourceConfig(_Section):
     documents: Literal["whole", "pairs"] = "whole"
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """The mixture, the length of a packed row in tokens, and who reads: nothing of the latter changes a row."""
 
     sources: list[SourceConfig] = Field(min_length=1)
@@ -105,7 +97,7 @@ class DataConfig(_Section):
     prefetch: int = Field(2, ge=1, description="steps that the workers read ahead")
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule; steps count optimizer steps."""
 
     lr: float = Field(gt=0)
@@ -120,7 +112,7 @@ class OptimizerConfig(_Section):
     clip_grad: float = Field(1.0, ge=0)
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Batch sizes in rows, and what is run how often."""
 
     steps: int = Field(ge=1)
@@ -133,18 +125,23 @@ class TrainConfig(_Section):
     attention: Literal["auto", "sdpa", "flex"] = "auto"
     log_every: int = Field(10, ge=1)
     eval_every: int = Field(0, ge=0)
-    checkpoint_every: int = Field(0, ge=0)
-    keep_checkpoints: int = Field(2, ge=1)
 
 
-class DeepSpeedConfig(_Section):
+class CheckpointConfig(Section):
+    """How often the state of a run is kept, in steps, and how many of its checkpoints stay."""
+
+    every: int = Field(0, ge=0, description="steps; 0: only at the end")
+    keep: int = Field(2, ge=1, description="of the newest")
+
+
+class DeepSpeedConfig(Section):
     """For engine: deepspeed. ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
 
     zero: Literal[1, 2, 3] = 1
     offload: bool = Field(False, description="optimizer state in the host's memory")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. `output` receives checkpoints, metrics and logs."""
 
     output: Path
@@ -155,6 +152,7 @@ class RunConfig(_Section):
     tokenizers: dict[str, Path] = Field(description="codec folders: text, visual (image and video), audio, points")
     optimizer: OptimizerConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -164,88 +162,3 @@ class RunConfig(_Section):
         """Ranks per data-parallel group (context parallel not counted)."""
         p = self.parallel
         return world_size // (p.tensor * p.pipeline * p.context)
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the YAML file, apply overrides like `train.steps=100`, validate. UserError names the key."""
-    try:
-        data = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError("no such config file", where=path, remedy="name one of examples/*.yaml") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", where=path, remedy="mend the file") from None
-    if not isinstance(data, dict):
-        raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
-    for override in overrides:
-        _apply_override(data, override)
-    return config_from_dict(data, where=path)
-
-
-def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
-    """Validate a plain mapping (from YAML, or as recorded in a checkpoint)."""
-    _check_keys(RunConfig, data, "", where)
-    try:
-        return RunConfig.model_validate(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
-        raise UserError(f"{key}: {first['msg']}{given}", where=where, remedy="correct this key") from None
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} is not key=value", remedy="write for example train.steps=100")
-    *parents, last = key.split(".")
-    place: Any = data
-    for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section", remedy="use keys of the YAML file")
-    try:
-        place[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"override {override!r}: the value is not YAML", remedy="quote the value") from None
-    if isinstance(place[last], str):
-        place[last] = _number(place[last])
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 3e-4 as a string; a person means the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, where: str | Path) -> None:
-    """Unknown keys, deepest message first: pydantic reports them without a suggestion."""
-    for key, value in data.items():
-        if key not in section.model_fields:
-            near = difflib.get_close_matches(str(key), _all_keys(RunConfig, ""), n=1, cutoff=0.0)
-            siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
-            nearest = prefix + siblings[0] if siblings else near[0]
-            raise UserError(f"unknown key {prefix}{key}", where=where, remedy=f"the nearest valid key is {nearest}")
-        inner = _section_of(section.model_fields[key].annotation)
-        if inner is not None:
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict):
-                    _check_keys(inner, item, f"{prefix}{key}.", where)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class behind a field's type, also inside list[...]."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
-        return annotation if issubclass(annotation, BaseModel) else None
-    return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
-
-
-def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
-    keys: list[str] = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        inner = _section_of(field.annotation)
-        if inner is not None:
-            keys += _all_keys(inner, f"{prefix}{name}.")
-    return keys

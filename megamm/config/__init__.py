@@ -1,0 +1,34 @@
+"""The typed configuration of a run: its sections and how it is read."""
+
+from megamm.config.load import config_from_dict, load_config
+from megamm.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    DeepSpeedConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "DeepSpeedConfig",
+    "MLAConfig",
+    "MTPConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "SourceConfig",
+    "TrainConfig",
+    "config_from_dict",
+    "load_config",
+]

@@ -1,0 +1,102 @@
+"""A run's configuration from a YAML file plus dotted `key=value` overrides.
+
+An unknown or ill-typed key is one line that names the nearest valid key.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megamm.config.sections import RunConfig
+from megamm.errors import UserError
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the YAML file, apply overrides like `train.steps=100`, validate. UserError names the key."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError("no such config file", where=path, remedy="name one of examples/*.yaml") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"not valid YAML: {error}", where=path, remedy="mend the file") from None
+    if not isinstance(data, dict):
+        raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
+    for override in overrides:
+        _apply_override(data, override)
+    return config_from_dict(data, where=path)
+
+
+def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
+    """Validate a plain mapping (from YAML, or as recorded in a checkpoint)."""
+    _check_keys(RunConfig, data, "", where)
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
+        raise UserError(f"{key}: {first['msg']}{given}", where=where, remedy="correct this key") from None
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} is not key=value", remedy="write for example train.steps=100")
+    *parents, last = key.split(".")
+    place: Any = data
+    for parent in parents:
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise UserError(f"override {override!r}: {parent} is not a section", remedy="use keys of the YAML file")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"override {override!r}: the value is not YAML", remedy="quote the value") from None
+    if isinstance(place[last], str):
+        place[last] = _number(place[last])
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 3e-4 as a string; a person means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, where: str | Path) -> None:
+    """Unknown keys, deepest message first: pydantic reports them without a suggestion."""
+    for key, value in data.items():
+        if key not in section.model_fields:
+            near = difflib.get_close_matches(str(key), _all_keys(RunConfig, ""), n=1, cutoff=0.0)
+            siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
+            nearest = prefix + siblings[0] if siblings else near[0]
+            raise UserError(f"unknown key {prefix}{key}", where=where, remedy=f"the nearest valid key is {nearest}")
+        inner = _section_of(section.model_fields[key].annotation)
+        if inner is not None:
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, dict):
+                    _check_keys(inner, item, f"{prefix}{key}.", where)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section class behind a field's type, also inside list[...]."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
+
+
+def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
+    keys: list[str] = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            keys += _all_keys(inner, f"{prefix}{name}.")
+    return keys

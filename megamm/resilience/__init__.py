@@ -1,0 +1,1 @@
+"""Failures seen, told and survived: events, heartbeats, exit codes."""

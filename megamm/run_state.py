@@ -1,0 +1,82 @@
+"""What of a run goes into a checkpoint and comes back from it: tensors, generators, the data's history, config.
+
+checkpoint.py knows how a checkpoint is written and verified; here is what is in it.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megamm import checkpoint
+from megamm.config import RunConfig
+from megamm.data.run_data import RunData
+from megamm.device import Device
+from megamm.engine import Engine
+from megamm.errors import UserError
+from megamm.mcore.groups import Groups
+
+log = logging.getLogger(__name__)
+
+
+class RunStore:
+    """Saves and restores one run; every rank calls every method."""
+
+    def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
+        self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
+
+    def save(self, step: int, consumed_rows: int) -> Path:
+        """Write a checkpoint of the state after that many steps and rows."""
+        # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
+        from megamm.mcore import rng, store
+
+        state = checkpoint.RunState(
+            step=step,
+            consumed_rows=consumed_rows,
+            world_size=self.groups.world_size,
+            layout=self.config.parallel.model_dump(),
+            vocabulary=self.data.vocabulary.to_json(),
+            config=self.config.model_dump(mode="json"),
+            versions=store.versions(),
+            mixture=self.data.to_json(consumed_rows),
+        )
+        return checkpoint.save(
+            self.config.output,
+            state,
+            write_tensors=self.engine.save,
+            rng=rng.states(self.place),
+            keep=self.config.checkpoint.keep,
+        )
+
+    def resume(self) -> checkpoint.RunState | None:
+        """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
+        from megamm.mcore import rng
+
+        folder = checkpoint.newest_for_all_ranks(self.config.output)
+        if folder is None:
+            log.info("no checkpoint in %s: starting at step 0", self.config.output)
+            return None
+        state = checkpoint.read_state(folder)
+        config = self.config.model_dump(mode="json")
+        checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
+        checkpoint.check_same_data(folder, state, config)
+        if state.mixture is not None and state.consumed_rows:
+            self._resume_data(folder, state, state.mixture)
+        self.engine.load(folder / "tensors", state.step, state.has_optimizer)
+        same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
+        if same_layout and state.has_optimizer:
+            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
+        if self.groups.rank == 0:
+            layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
+            print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
+        return state
+
+    def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
+        """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""
+        try:
+            change = self.data.resume(recorded, state.consumed_rows)
+        except UserError as error:
+            where = error.where or folder
+            raise UserError(error.what, where=where, remedy=error.remedy, on_all_ranks=True) from None
+        if change is not None:
+            step = state.step + (change.row - state.consumed_rows) // self.config.train.global_batch + 1
+            log.info("the mixture changes at row %d, in step %d: %s", change.row, step, change.what)
