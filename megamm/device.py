@@ -76,6 +76,18 @@ def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
     return chosen
 
 
+def will_be_gpu(wanted: Literal["auto", "cpu", "gpu"]) -> bool:
+    """What `choose` will choose in a process forked from this one, found without touching the driver."""
+    # Only NVML is asked then: the runtime's own count would leave every fork without a GPU.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return wanted != "cpu" and torch.cuda.is_available()
+
+
+def is_initialized() -> bool:
+    """Whether this process holds a GPU; one that does cannot fork processes that use it."""
+    return torch.cuda.is_initialized()
+
+
 def gpus() -> list[str]:
     """Name, memory and compute capability of every GPU that torch sees."""
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]

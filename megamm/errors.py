@@ -6,8 +6,20 @@ from pathlib import Path
 class UserError(Exception):
     """Wrong input of a user: what is wrong, where it is, and the remedy, in one line each."""
 
-    def __init__(self, what: str, *, where: str | Path | None = None, remedy: str, on_all_ranks: bool = False) -> None:
-        """on_all_ranks: every rank of the job raises it, so that one is enough to print it."""
-        self.what, self.where, self.remedy, self.on_all_ranks = what, where, remedy, on_all_ranks
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | Path | None = None,
+        remedy: str,
+        on_all_ranks: bool = False,
+        is_transient: bool = False,
+    ) -> None:
+        """on_all_ranks: every rank of the job raises it, so that one is enough to print it.
+
+        is_transient: another try may well succeed, so a run is restarted (exit code 1, not 2).
+        """
+        self.what, self.where, self.remedy = what, where, remedy
+        self.on_all_ranks, self.is_transient = on_all_ranks, is_transient
         place = f" ({where})" if where is not None else ""
         super().__init__(f"{what}{place}; {remedy}".replace("\n", " "))

@@ -1,6 +1,6 @@
-"""Start the processes of a run on this machine with torch's elastic launcher, and say plainly how they ended.
+"""Start processes of a command on this machine with torch's elastic launcher, and say plainly how they ended.
 
-For several machines, `torchrun … -m megamm train CONFIG` places the same command.
+For what is short enough to be run again; a training run has resilience/supervisor.py.
 """
 
 import logging

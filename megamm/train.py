@@ -22,40 +22,51 @@ from megamm.errors import UserError
 from megamm.mcore import groups as grid
 from megamm.model import size
 from megamm.objective import weight_tensor
+from megamm.resilience import events, heartbeat
+from megamm.resilience.boundary import Boundary, of_this_rank
+from megamm.resilience.heartbeat import Heartbeat
+from megamm.resilience.slots import Ending
 from megamm.run_state import RunStore
 
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig) -> None:
-    """Run to train.steps. UserError for what the user can mend; every rank raises the same one."""
+def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
+    """Run to train.steps, or to the step boundary where the job is asked to stop; why it ended.
+
+    boundary: by default the launcher's. UserError for what the user can mend; every rank raises the same one.
+    """
+    pulse = heartbeat.of_this_rank(config.output)
+    pulse.beat("start", 0)
     place = device.choose(config.device)
     accelerators.log_use(config, place)
     grid.start(place)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
-    trainer = Trainer(config, data, place)
+    trainer = Trainer(config, data, place, pulse)
     try:
         trainer.resume()
-        trainer.run()
+        ending = trainer.run(boundary or of_this_rank())
     finally:
         trainer.close()
+    pulse.beat("end", trainer.step)
     torch.distributed.barrier()
     grid.destroy()
     grid.stop()
+    return ending
 
 
 class Trainer:
     """The state of a run on this rank, and its loop."""
 
-    def __init__(self, config: RunConfig, data: RunData, place: device.Device) -> None:
-        self.config, self.data, self.place = config, data, place
+    def __init__(self, config: RunConfig, data: RunData, place: device.Device, pulse: Heartbeat) -> None:
+        self.config, self.data, self.place, self.pulse = config, data, place, pulse
         self.groups = grid.build(config.parallel, config.train.seed)
         self.engine = engine.build(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
         self.store = RunStore(config, data, self.engine, self.groups, place)
-        self.step, self.loader = 0, self._loader(consumed_rows=0)
+        self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
         self.metrics: metrics.Metrics | None = None
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
@@ -72,14 +83,22 @@ class Trainer:
             reading=Reading(d.workers, d.prefetch, pin_memory=self.place.is_gpu),
         )
 
-    def run(self) -> None:
-        """Steps until train.steps (or stop_after), with reports, held-out losses and checkpoints as configured."""
+    def run(self, boundary: Boundary) -> Ending:
+        """Steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, every = self.config.train, self.config.checkpoint.every
         if self.groups.rank == 0:
             self.metrics = metrics.Metrics(self.config.output, self.step, t.steps)
-        stop = min(t.steps, t.stop_after or t.steps)
+            layout = self.config.parallel.model_dump()
+            events.record(self.config.output, "started", step=self.step, world=self.groups.world_size, layout=layout)
+        first, stop = self.step + 1, min(t.steps, t.stop_after or t.steps)
         while self.step < stop:
+            if (ending := boundary.stops_before(self.step + 1)) is not None:
+                if self.step > self.saved_step:
+                    self.save()
+                return ending
             self._one_step()
+            if self.step == first and self.groups.rank == 0:
+                self.pulse.tell_first_step(self.config.output, first)
             last, start = self.step == stop, time.monotonic()
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
@@ -87,10 +106,13 @@ class Trainer:
                 self.save()
             if self.metrics is not None:
                 self.metrics.leave_out(time.monotonic() - start)
+        return "done"
 
     def _one_step(self) -> None:
         t = self.config.train
+        self.pulse.beat("data", self.step + 1)
         batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
+        self.pulse.beat("step", self.step + 1)
         done = self.engine.train_step(batches, self.weights)
         self.step += 1
         if not math.isfinite(done.grad_norm):
@@ -116,7 +138,9 @@ class Trainer:
         names = self.data.vocabulary.modalities
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
+        self.pulse.beat("evaluate", self.step)
         for batches in self.data.heldout_steps(self.config, self.groups.data_rank, self.groups.data_size):
+            self.pulse.beat("evaluate", self.step)
             placed = [batch.to(self.place.torch_device) for batch in batches]
             loss = self.engine.evaluate(placed, self.weights)
             total += torch.nan_to_num(loss.mean.cpu()) * loss.count.cpu()
@@ -129,16 +153,20 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the current step."""
+        self.pulse.beat("save", self.step)
         folder = self.store.save(self.step, self.loader.consumed_rows)
+        self.saved_step = self.step
         if self.metrics is not None:
             print(f"saved {folder}", flush=True)
         return folder
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
+        self.pulse.beat("resume", self.step)
         resumed = self.store.resume()
         if resumed is not None:
             self.step, self.loader = resumed.step, self._loader(resumed.consumed_rows)
+            self.saved_step = self.step
 
     def close(self) -> None:
         self.loader.close()

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from megamm.cli import data, tokenizer, use
 from megamm.cli.common import log_to_console
 from megamm.errors import UserError
+from megamm.resilience import exit_codes
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(data.app, name="data")
@@ -27,21 +28,30 @@ app.add_typer(use.app)
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=100")] = None,
-    nproc: Annotated[int, typer.Option(help="start that many local processes")] = 1,
+    nproc: Annotated[int, typer.Option(help="processes on this node", min=1)] = 1,
+    nnodes: Annotated[str, typer.Option(help="nodes of the job, or least:most; this command runs on each")] = "1",
+    rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where nodes meet; HOST is one of them")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run, check it and stop")] = False,
     world_size: Annotated[int | None, typer.Option(help="dry run: of a job of that many ranks", min=1)] = None,
     vocabulary_size: Annotated[int | None, typer.Option(help="dry run: needs no data then", min=1)] = None,
     rank: Annotated[int | None, typer.Option(help="dry run: print the place of this rank too")] = None,
 ) -> None:
-    """Train, or resume from the newest valid checkpoint in the run's output folder."""
-    from megamm import launch, layout
+    """Train, or resume from the newest valid checkpoint in the run's output folder.
+
+    The processes are watched and, should one fail or hang, started again in place (resilience in the config); with
+    resilience.max_restarts=0 a single process is this one. Exit codes: 0 done, 1 failed, 2 for you to mend, 3 given up,
+    75 ended by a signal with a checkpoint written.
+    """
+    from megamm import launch
     from megamm.config import load_config
+    from megamm.resilience import supervisor
 
     run = load_config(config, overrides or [])
+    nodes = supervisor.Nodes.parse(nnodes, rendezvous)
     if dry_run:
         from megamm.dry_run import report
 
-        text, inconsistent = report(run, world_size or nproc, vocabulary_size, rank)
+        text, inconsistent = report(run, world_size or nproc * nodes.most, vocabulary_size, rank)
         print(yaml_of(run), text, sep="\n")
         if inconsistent:
             print(f"inconsistent: {inconsistent}", file=sys.stderr)
@@ -49,19 +59,23 @@ def train(
         return
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
+    boundary = None
     if not launch.is_rank():
         # Everything that can be refused is refused here, before a process starts.
-        layout.check(run, nproc)
+        supervisor.admissible_nodes(run, nproc, nodes)
         from megamm.data.run_data import open_run_data
 
         open_run_data(run)
-        if nproc > 1:
-            launch.launch(["train", str(config), *(overrides or [])], nproc)
-            return
+        if run.resilience.max_restarts or nproc * nodes.most > 1:
+            raise typer.Exit(supervisor.supervise(run, nproc, nodes))
+        from megamm.resilience.boundary import SignalBoundary
+
+        boundary = SignalBoundary()
     log_to_console()
     from megamm.train import train as run_training
 
-    run_training(run)
+    if run_training(run, boundary) == "requeue":
+        raise typer.Exit(exit_codes.REQUEUE)
 
 
 @app.command()
@@ -87,4 +101,4 @@ def main() -> None:
     except UserError as error:
         if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR)

@@ -141,6 +141,26 @@ class DeepSpeedConfig(Section):
     offload: bool = Field(False, description="optimizer state in the host's memory")
 
 
+class RendezvousConfig(Section):
+    """How long nodes of a job wait for each other, in seconds."""
+
+    join: float = Field(600.0, gt=0, description="for the least number of nodes; then this try ends")
+    last_call: float = Field(5.0, gt=0, description="for further nodes, once there are enough")
+    keep_alive: float = Field(2.0, gt=0, description="between signs of life; a node that misses three is lost")
+
+
+class ResilienceConfig(Section):
+    """What is done about failures: how a hang is told, and how often the run is started again in place."""
+
+    max_restarts: int = Field(20, ge=0, description="after failures, in all; 0: the first one ends the run")
+    same_step_limit: int = Field(3, ge=1, description="failures at one step in a row after which the run gives up")
+    backoff_seconds: float = Field(5.0, ge=0, description="before a restart without progress; doubles each time")
+    hang_seconds: float = Field(5.0, gt=0, description="of silence beyond twice the usual time that make a hang")
+    startup_seconds: float = Field(600.0, gt=0, description="of silence where the usual time is not known yet")
+    grace_seconds: float = Field(120.0, gt=0, description="from a signal to the checkpoint; then it is killed")
+    rendezvous: RendezvousConfig = RendezvousConfig()
+
+
 class RunConfig(Section):
     """A whole run. `output` receives checkpoints, metrics and logs."""
 
@@ -153,6 +173,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resilience: ResilienceConfig = ResilienceConfig()
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

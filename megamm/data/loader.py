@@ -25,6 +25,7 @@ from megamm.data.row_reader import Recipe, RowReader
 from megamm.data.row_stream import RowStream
 from megamm.data.sample import Batch
 from megamm.errors import UserError
+from megamm.resilience.processes import die_with_parent
 
 RowCost = Callable[[Sequence[int]], float]
 """Estimated cost of a row (any unit) from the lengths of its documents."""
@@ -142,7 +143,7 @@ class Loader:
                 raise
             what = f"a data worker (process {', '.join(map(str, died))}) ended unexpectedly"
             remedy = "if the system was short of memory, lower data.workers or data.prefetch; the same command resumes"
-            raise UserError(what, remedy=remedy) from None
+            raise UserError(what, remedy=remedy, is_transient=True) from None
         if isinstance(batch, _Failure):
             raise UserError(batch.what, where=batch.where, remedy=batch.remedy)
         assert isinstance(batch, Batch)
@@ -178,6 +179,7 @@ class _Microbatches(Dataset[Any]):
 
 def _end_with_parent(worker: int) -> None:
     """In a worker: end when the training process does. torch looks at the parent, which is the server of the fork."""
+    die_with_parent(os.getppid())  # the server ends with the training process, and takes a stuck worker with it
     parent = multiprocessing.parent_process()
     assert parent is not None, "a worker is started by multiprocessing"
 

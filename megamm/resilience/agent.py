@@ -1,0 +1,198 @@
+"""The agent of a node: starts its ranks, watches them, and starts them again when something has failed.
+
+Torch's elastic agent was the model; its rendezvous is used (membership.py), its process handling is not: it starts
+ranks by importing everything anew and ends them by SIGTERM with half a minute of patience, which a stopped rank, or
+one inside a collective, needs in full. Ended ranks are seen at once, hung ones by hang.py; either way all ranks are
+killed, and group rank 0 decides by policy.py whether another attempt follows.
+
+`python -m megamm.resilience.agent`, with a plan (command.py) as the first line of its standard input, later commands.
+"""
+
+import logging
+import socket
+import sys
+import time
+from typing import Any
+
+from megamm.resilience import events, exit_codes, hang, policy, processes
+from megamm.resilience.command import Commands, Plan
+from megamm.resilience.membership import Alone, Background, Ended, Membership, Order, Rendezvous, StoreLost
+from megamm.resilience.node_attempt import Attempt, Outcome
+from megamm.resilience.workers import TemplateLost, Workers
+
+log = logging.getLogger(__name__)
+_TICK, _LINGER = 0.1, 1.5
+
+
+class Stopped(Exception):
+    """A command came while there was nothing to be saved."""
+
+
+class Agent:
+    """One node's. `run` returns the command's exit code."""
+
+    def __init__(self, plan: Plan, commands: Commands) -> None:
+        self.plan, self.commands = plan, commands
+        self.workers = Workers(plan.config, plan.processes)
+        self.watch = hang.Watch(plan.limits)
+        self.membership: Membership
+        self.is_fresh, self.attempt = plan.is_fresh, -1
+        self.failures: list[policy.Failure] = []
+        self.teardown = 0.0
+        self.listener: socket.socket | None = None
+
+    def run(self) -> int:
+        try:
+            self.workers.prepare()
+            self.membership = self._wait_for(self._meet)
+            while True:
+                outcome = self._next_attempt()
+                if outcome.code is not None:
+                    return outcome.code
+        except Ended:
+            log.info("the job has ended while this node was waiting")
+            return exit_codes.DONE
+        except StoreLost as error:
+            log.warning("the rendezvous is lost: %s", error)
+            return exit_codes.CRASHED
+        except Stopped:
+            return exit_codes.REQUEUE
+        finally:
+            self.workers.close()
+
+    def _meet(self) -> Membership:
+        if self.plan.rendezvous is None:
+            return Alone()
+        return Rendezvous(self.plan.rendezvous, self.plan.nodes, self.plan.times)
+
+    def _next_attempt(self) -> Outcome:
+        begin = time.monotonic()
+        group_rank, nodes = self._wait_for(self.membership.join)
+        order: Order = self._wait_for(
+            lambda: self.membership.agree(self.is_fresh, lambda all_fresh: self._decide(all_fresh, nodes, begin))
+        )
+        self.is_fresh, self.attempt = False, order.attempt
+        if order.gives_up:
+            print(f"error: gave up: {order.gives_up}; see {self.plan.run / events.EVENTS}", file=sys.stderr)
+            return Outcome(exit_codes.GAVE_UP if self.plan.rules.max_restarts else exit_codes.CRASHED)
+        self._pause(order.pause)
+        if group_rank >= order.nodes:
+            log.info("a spare: this node waits for another one to be lost")
+            return self._spare()
+        attempt = Attempt(self.plan, self.workers, self.watch, self.membership, order, group_rank)
+        outcome = attempt.run(self.commands, self.listener)
+        self._end_ranks()
+        if outcome.failure is not None:
+            self.failures.append(outcome.failure)
+        if outcome.code is not None and (self.plan.rendezvous is not None):
+            self._leave(outcome.code, group_rank, nodes)
+        return outcome
+
+    def _decide(self, all_fresh: bool, nodes: int, begin: float) -> Order:
+        """By group rank 0, for all nodes."""
+        record, run = self._record, self.plan.run
+        known = [] if all_fresh else events.read(run)
+        seen = {f.attempt: f for f in [*policy.from_events(known), *self.failures]}
+        self.failures = [seen[attempt] for attempt in sorted(seen)]
+        attempt = 1 + max([self.attempt, *seen, *policy.attempts(known)])
+        failed = bool(self.failures) and self.failures[-1].attempt == attempt - 1
+        verdict = policy.judge(self.failures, self.plan.rules) if failed else policy.Verdict()
+        active = max(n for n in self.plan.admissible if n <= nodes)
+        port = self._listen()
+        order = Order(attempt, active, verdict.pause, self.membership.address, port, verdict.gives_up)
+        shape = {"attempt": attempt, "nodes": active, "spares": nodes - active, "ranks": active * self.plan.processes}
+        if verdict.gives_up:
+            record("gave_up", why=verdict.gives_up, attempt=attempt - 1)
+        elif attempt == 0:
+            record("launched", restart=0, **shape)
+        else:
+            last = self.failures[-1] if failed else None
+            record(
+                "restarting",
+                restart=len(self.failures),
+                reason="failure" if last else "nodes changed",
+                after=last.step if last else None,
+                backoff=verdict.pause,
+                teardown=round(self.teardown, 3),
+                rendezvous=round(time.monotonic() - begin, 3),
+                **shape,
+            )
+        return order
+
+    def _listen(self) -> int:
+        """Open the socket of the job's store; ranks meet there."""
+        if self.listener is not None:
+            self.listener.close()
+        self.listener = socket.create_server(
+            ("127.0.0.1" if self.membership.address == "127.0.0.1" else "", 0), backlog=1024
+        )
+        return self.listener.getsockname()[1]
+
+    def _end_ranks(self) -> None:
+        begin = time.monotonic()
+        try:
+            self.workers.kill()
+        except TemplateLost:
+            log.warning("the template of the ranks has ended; a new one has to import first")
+        self.teardown = time.monotonic() - begin
+
+    def _spare(self) -> Outcome:
+        """Until nodes come or go: then all meet again."""
+        while True:
+            self._tick()
+            code = self.membership.told("end")
+            if code is not None:
+                return Outcome(int(code))
+            if self.membership.told("lost") is not None or self.membership.waiting():
+                return Outcome(None)
+
+    def _leave(self, code: int, group_rank: int, nodes: int) -> None:
+        """Let the others know how the job ended; the store may be this process's, so wait until they do."""
+        try:
+            self.membership.tell("end", str(code))
+            if group_rank == 0:
+                self.membership.close()
+            deadline = time.monotonic() + _LINGER
+            while time.monotonic() < deadline:
+                self._tick()
+        except StoreLost:
+            log.info("the store's node has left already")
+
+    def _wait_for(self, call: Any) -> Any:
+        """What the call returns, while commands are heard."""
+        if self.plan.rendezvous is None:
+            return call()
+        background = Background(call)
+        while not background.is_done:
+            self._tick()
+        return background.result()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            self._tick()
+
+    def _tick(self) -> None:
+        self.commands.wait(_TICK)
+        if self.commands.take():
+            raise Stopped
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        try:
+            events.record(self.plan.run, kind, **fields)
+        except OSError as error:  # a full disk must not end what may yet be saved
+            log.warning("the event %s could not be recorded: %s", kind, error)
+
+
+def main() -> None:
+    """The agent's process."""
+    processes.ignore_stop_signals()
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    commands = Commands(sys.stdin.fileno())
+    plan = Plan.from_json(commands.first_line())
+    processes.die_with_parent(plan.command)
+    sys.exit(Agent(plan, commands).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Hangs: when a rank is overdue, where every rank then is, and which one the others wait for.
+
+A rank beats at every step, evaluation batch and change of phase. It is overdue when it has been silent for longer than
+twice its longest recent time between beats plus resilience.hang_seconds; while that time is not known (start, resume,
+the first step, the first evaluation and checkpoint of a run), for longer than resilience.startup_seconds. Stacks are
+written by the C library's signal handler of faulthandler, which needs no GIL. What a rank waits for is the innermost
+function of the communication layers in them.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from megamm.resilience import processes
+from megamm.resilience.rank import DUMP_SIGNAL
+from megamm.resilience.slots import TIMED, Slot
+from megamm.resilience.workers import Workers
+
+HANGS = "hangs"
+_DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
+_COMMUNICATION = (
+    "torch/distributed/",
+    "megatron/core/distributed/",
+    "megatron/core/pipeline_parallel/",
+    "megatron/core/tensor_parallel/mappings.py",
+)
+_WRAPPERS = ("c10d_logger.py",)
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds; see the module's text and ResilienceConfig."""
+
+    hang: float
+    startup: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where one rank was. state as processes.state; collective is None for a rank that does not wait in one."""
+
+    rank: int
+    step: int | None
+    phase: str
+    silent: float
+    state: str
+    collective: str | None
+    innermost: str
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Watch:
+    """Says which ranks are overdue. Typical durations are remembered over attempts of the same agent."""
+
+    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self.clock = limits, clock
+        self.longest: dict[str, float] = {}
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._looked = clock()
+
+    def begin(self) -> None:
+        """Of a new attempt: no rank has said anything yet."""
+        self._seen.clear()
+        self._looked = self.clock()
+
+    def silent(self, index: int, slot: Slot) -> float:
+        """Seconds without progress, of those in which this process was awake to see it."""
+        return self.clock() - self._seen.setdefault(index, (slot.count, self.clock()))[1]
+
+    def overdue(self, slots: list[Slot]) -> list[int]:
+        """Local indices of ranks beyond their limit; to be asked several times a second."""
+        now = self.clock()
+        asleep = max(0.0, now - self._looked - 1.0)  # the machine, or this process, stood still: ranks may have, too
+        self._looked = now
+        for index, slot in enumerate(slots):
+            count, since = self._seen.get(index, (-1, now))
+            self._seen[index] = (count, since + asleep) if count == slot.count else (slot.count, now)
+        for what in TIMED:
+            seconds = [slot.longest()[what] for slot in slots if what in slot.longest()]
+            if seconds:
+                self.longest[what] = max(seconds)
+        return [i for i, slot in enumerate(slots) if now - self._seen[i][1] > self.limit(slot)]
+
+    def limit(self, slot: Slot) -> float:
+        """Seconds of silence that are too many for this rank now."""
+        known = dict(self.longest)
+        if slot.phase in ("data", "step"):
+            # Either may take what both took: the loader reads ahead during steps.
+            usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)
+        else:
+            usual = known.get(slot.phase, 0.0)
+        return 2 * usual + self.limits.hang if usual else max(self.limits.startup, self.limits.hang)
+
+
+def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> list[Report]:
+    """Write every local rank's stacks and state into folder/rank_00000.txt, and say where each was.
+
+    ranks: global number of each local rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    states = [processes.state(pid) for pid in workers.pids]
+    texts = _stacks(workers)
+    reports = []
+    for index, slot in enumerate(workers.slots.ranks[: len(ranks)]):
+        frames = main_frames(texts[index], slot.thread)
+        report = Report(
+            rank=ranks[index],
+            step=slot.step,
+            phase=slot.phase,
+            silent=round(watch.silent(index, slot), 2),
+            state=states[index] if index < len(states) else "",
+            collective=collective(frames),
+            innermost=frames[0] if frames else "no stack: the process did not answer",
+        )
+        head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
+        (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
+        reports.append(report)
+    return reports
+
+
+def _stacks(workers: Workers) -> list[str]:
+    """What each rank's faulthandler writes; one that was stopped is woken for it (it is going to be killed)."""
+    alive = []
+    for pid, dump in zip(workers.pids, workers.dumps, strict=False):
+        try:
+            os.kill(pid, DUMP_SIGNAL)
+            os.kill(pid, signal.SIGCONT)
+            alive.append(dump)
+        except ProcessLookupError:
+            continue
+    deadline = time.monotonic() + _DUMP_SECONDS
+    sizes: dict[int, int] = {}
+    while time.monotonic() < deadline:
+        before, sizes = sizes, {dump: os.fstat(dump).st_size for dump in alive}
+        if sizes == before and all(sizes.values()):
+            break  # written, and no longer growing
+        time.sleep(0.05)
+    return [os.pread(dump, _MAX_DUMP, 0).decode(errors="replace") for dump in workers.dumps]
+
+
+def main_frames(dump: str, thread: int) -> list[str]:
+    """Frames of the main thread, innermost first, as "file:line function"; empty if it is not in the dump."""
+    frames: list[str] = []
+    inside = False
+    for line in dump.splitlines():
+        if "hread 0x" in line:
+            inside = f"0x{thread:016x}" in line
+        elif inside and (found := _FRAME.match(line)):
+            frames.append(f"{found['file']}:{found['line']} {found['function']}")
+    return frames
+
+
+def collective(frames: list[str]) -> str | None:
+    """The collective that the innermost frame waits in; None if that frame is no communication's."""
+    inner = [frame for frame in frames if not any(name in frame for name in _WRAPPERS)]
+    if not inner or not any(part in inner[0] for part in _COMMUNICATION):
+        return None
+    return inner[0].rpartition(" ")[2]
+
+
+def culprits(reports: list[Report]) -> list[int]:
+    """Ranks that the others probably wait for: stopped ones, else those in no collective, else those furthest behind.
+
+    A single rank that waits in a collective is no culprit of its own node: then the list is empty.
+    """
+    stopped = [r.rank for r in reports if r.state in ("T", "t", "D", "Z", "")]
+    if stopped:
+        return stopped
+    free = [r.rank for r in reports if r.collective is None]
+    if free:
+        return free
+    behind = min((r.step if r.step is not None else -1) for r in reports)
+    found = [r.rank for r in reports if (r.step if r.step is not None else -1) == behind]
+    return found if len(found) < len(reports) else []

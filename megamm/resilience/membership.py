@@ -1,0 +1,209 @@
+"""Which nodes form the job, attempt by attempt: a node by itself, or torch's dynamic rendezvous among several.
+
+After each rendezvous the node of group rank 0 decides for all (agent.py) and the others read its order from the
+rendezvous store. Messages within an attempt go through that store too: "this node has lost its ranks", "stop", the
+steps that ranks have entered, and "done". When the store's host is lost every other agent ends with StoreLost, and the
+command above each starts a new one, which looks for the store again.
+"""
+
+import datetime
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+
+class StoreLost(Exception):
+    """The rendezvous store does not answer."""
+
+
+class Ended(Exception):
+    """The job has ended while this node was waiting to take part."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What group rank 0 decided for an attempt. nodes: the first so many take part, the others wait.
+
+    gives_up: why there is no further attempt. restarts, pause in seconds, and where rank 0's store listens.
+    """
+
+    attempt: int
+    nodes: int
+    pause: float
+    address: str
+    port: int
+    gives_up: str | None = None
+
+
+class Membership(Protocol):
+    """One node's view. Every call returns soon but `join`, which waits for the other nodes."""
+
+    address: str
+
+    def join(self) -> tuple[int, int]:
+        """Group rank of this node and number of nodes of a new round."""
+
+    def agree(self, is_fresh: bool, decide: Callable[[bool], Order]) -> Order:
+        """The order of group rank 0, which decides knowing whether every agent of the round is its command's first."""
+
+    def tell(self, key: str, value: str) -> None:
+        """To the nodes of this round."""
+
+    def told(self, key: str) -> str | None:
+        """What a node of this round has told, None if nothing."""
+
+    def add(self, key: str) -> int:
+        """Count one more for a key of this round; the new count."""
+
+    def waiting(self) -> int:
+        """Nodes that would like to join."""
+
+    def close(self) -> None:
+        """The job has ended: nodes that wait to join end too."""
+
+
+class Alone:
+    """One node: no rendezvous, no store, no torch."""
+
+    address = "127.0.0.1"
+
+    def __init__(self) -> None:
+        self._told: dict[str, str] = {}
+
+    def join(self) -> tuple[int, int]:
+        self._told.clear()
+        return 0, 1
+
+    def agree(self, is_fresh: bool, decide: Callable[[bool], Order]) -> Order:
+        return decide(is_fresh)
+
+    def tell(self, key: str, value: str) -> None:
+        self._told[key] = value
+
+    def told(self, key: str) -> str | None:
+        return self._told.get(key)
+
+    def add(self, key: str) -> int:
+        count = int(self._told.get(key, "0")) + 1
+        self._told[key] = str(count)
+        return count
+
+    def waiting(self) -> int:
+        return 0
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of a rendezvous, in seconds: see ResilienceConfig."""
+
+    join: float
+    last_call: float
+    keep_alive: float
+
+
+class Rendezvous:
+    """Several nodes, through torch's c10d rendezvous: a store on the node that `endpoint` (host:port) names."""
+
+    KEEP_ALIVES_MISSED = 3
+
+    def __init__(self, endpoint: str, nodes: tuple[int, int], times: Times) -> None:
+        # Imported here: an agent of one node stays small.
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent gives ranks a store (rank.py)
+        from torch.distributed.elastic.rendezvous import RendezvousParameters
+        from torch.distributed.elastic.rendezvous.api import RendezvousError
+        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+        from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+
+        is_local = endpoint.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        self.address = "127.0.0.1" if is_local else socket.getfqdn()
+        parameters = RendezvousParameters("c10d", endpoint, "megamm", *nodes, read_timeout=int(times.join))
+        try:
+            backend, store = create_backend(parameters)
+        except RendezvousError as error:
+            raise StoreLost(str(error.__cause__ or error)) from None
+        seconds = datetime.timedelta(seconds=1)
+        self._handler = DynamicRendezvousHandler.from_backend(
+            parameters.run_id,
+            store,
+            backend,
+            *nodes,
+            local_addr=self.address,
+            timeout=RendezvousTimeout(join=times.join * seconds, last_call=times.last_call * seconds),
+            keep_alive_interval=times.keep_alive,  # type: ignore[arg-type]  # any number of seconds is one
+            keep_alive_max_attempt=self.KEEP_ALIVES_MISSED,
+        )
+        self._store: Any = None
+        self._lost = (RendezvousError, RuntimeError, ValueError)
+
+    def join(self) -> tuple[int, int]:
+        from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousGracefulExitError
+
+        try:
+            info = self._handler.next_rendezvous()
+        except (RendezvousClosedError, RendezvousGracefulExitError):
+            raise Ended from None
+        except self._lost as error:
+            raise StoreLost(f"no rendezvous: {type(error).__name__} {error}") from None
+        self._store, self._rank, self._nodes = info.store, info.rank, info.world_size
+        return info.rank, info.world_size
+
+    def agree(self, is_fresh: bool, decide: Callable[[bool], Order]) -> Order:
+        if self._rank:
+            self.tell(f"fresh/{self._rank}", str(is_fresh))
+            return Order(**json.loads(self._call(self._store.get, "order")))
+        others = [self._call(self._store.get, f"fresh/{node}") for node in range(1, self._nodes)]
+        order = decide(is_fresh and all(other == b"True" for other in others))
+        self.tell("order", json.dumps(asdict(order)))
+        return order
+
+    def tell(self, key: str, value: str) -> None:
+        self._call(self._store.set, key, value)
+
+    def told(self, key: str) -> str | None:
+        return self._call(self._store.get, key).decode() if self._call(self._store.check, [key]) else None
+
+    def add(self, key: str) -> int:
+        return self._call(self._store.add, key, 1)
+
+    def waiting(self) -> int:
+        return self._call(self._handler.num_nodes_waiting)
+
+    def close(self) -> None:
+        self._call(self._handler.shutdown)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except self._lost as error:
+            raise StoreLost(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
+class Background:
+    """Runs a call that may wait long in a thread, so that its caller can do something else meanwhile."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._result: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: Callable[[], Any]) -> None:
+        try:
+            self._result = function()
+        except (StoreLost, Ended, OSError) as error:
+            self._error = error
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._result

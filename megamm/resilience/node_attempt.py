@@ -1,0 +1,216 @@
+"""One attempt of a node's ranks, from their start until all are done, one has failed, or the attempt is called off."""
+
+import logging
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from megamm.resilience import events, exit_codes, hang, policy, processes
+from megamm.resilience.command import Commands, Plan
+from megamm.resilience.heartbeat import ATTEMPT, SLOTS
+from megamm.resilience.membership import Membership, Order, StoreLost
+from megamm.resilience.stopping import Stop
+from megamm.resilience.workers import TemplateLost, Workers
+
+log = logging.getLogger(__name__)
+_TICK, _REMOTE = 0.1, 0.5
+_GOOD = (exit_codes.RANK_DONE, exit_codes.RANK_REGROUP, exit_codes.REQUEUE)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """code: the command's exit code, None to meet the other nodes again; failure: of this node's ranks, if any."""
+
+    code: int | None
+    failure: policy.Failure | None = None
+
+
+class Attempt:
+    """Ranks are left as they are at its end: the agent kills what is still there."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        workers: Workers,
+        watch: hang.Watch,
+        membership: Membership,
+        order: Order,
+        group_rank: int,
+    ) -> None:
+        self.plan, self.workers, self.watch, self.membership = plan, workers, watch, membership
+        self.order, self.group_rank = order, group_rank
+        self.stop = Stop(workers.slots, membership, group_rank, order.nodes)
+        first = group_rank * plan.processes
+        self.ranks = list(range(first, first + plan.processes))
+        self._asked_others = 0.0
+
+    def run(self, commands: Commands, listener: socket.socket | None) -> Outcome:
+        """Start the ranks and stay with them; listener: this node's socket for the job's store, if it hosts it."""
+        self.watch.begin()
+        try:
+            self.workers.start([self._environment(i) for i in range(len(self.ranks))], listener)
+            while True:
+                watched = [self.workers.channel] if self.workers.channel is not None else []
+                commands.wait(_TICK, watched)
+                outcome = self._heed(commands) or self._look() or self._ask_others()
+                if outcome is not None:
+                    return outcome
+                self.stop.advance()
+        except TemplateLost:
+            return self._failed(None, "the process that starts ranks has ended")
+
+    def _environment(self, index: int) -> dict[str, str]:
+        """As torchrun gives it: torch.distributed and other libraries look for these names."""
+        world = self.order.nodes * self.plan.processes
+        return {
+            "RANK": str(self.ranks[index]),
+            "LOCAL_RANK": str(index),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(self.plan.processes),
+            "GROUP_RANK": str(self.group_rank),
+            "GROUP_WORLD_SIZE": str(self.order.nodes),
+            "MASTER_ADDR": self.order.address,
+            "MASTER_PORT": str(self.order.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 serves it from the start (rank.py)
+            "TORCHELASTIC_RESTART_COUNT": str(self.order.attempt),
+            ATTEMPT: str(self.order.attempt),
+            SLOTS: f"{self.workers.slots.descriptor}:{self.plan.processes}:{index}",
+        }
+
+    def _heed(self, commands: Commands) -> Outcome | None:
+        """Signals that the command got: the first asks for a checkpoint, a further one for the end."""
+        while (name := commands.take()) is not None:
+            self._record("signal", signal=name, attempt=self.order.attempt)
+            if self.stop.why == "requeue":
+                return self._called_off(f"a second signal ({name}) before the checkpoint was complete")
+            if not self.workers.pids:
+                return Outcome(exit_codes.REQUEUE)  # there is nothing to be saved
+            log.warning("%s: a checkpoint at the end of the step, then the run ends", name)
+            self.stop.ask("requeue", tell_others=True)
+        if self.stop.why == "requeue" and time.monotonic() - self.stop.since > self.plan.grace:
+            return self._called_off(f"no checkpoint within resilience.grace_seconds = {self.plan.grace:g}")
+        return None
+
+    def _look(self) -> Outcome | None:
+        """At the local ranks: who has ended, who is silent for too long."""
+        self.workers.poll()
+        ended = self.workers.ended
+        for index, code in ended.items():
+            if code not in _GOOD:
+                return self._ended_badly(index, code)
+        if len(ended) == len(self.ranks):
+            if len(set(ended.values())) > 1:
+                return self._failed(0, f"ranks ended differently: {sorted(set(ended.values()))}")
+            return self._all_ended(ended[0])
+        if overdue := [i for i in self.watch.overdue(self.workers.slots.ranks) if i not in ended]:
+            return self._hung(overdue)
+        return None
+
+    def _ended_badly(self, index: int, code: int) -> Outcome:
+        cause = self.workers.slots.ranks[index].cause
+        if code == exit_codes.USER_ERROR:
+            self._tell("end", str(code))
+            self._record_failure(index, cause)
+            return Outcome(code)
+        how = f"ended early ({cause or 'exit code 0'})" if code == 0 else cause or processes.how_it_ended(code)
+        return self._failed(index, how)
+
+    def _all_ended(self, code: int) -> Outcome:
+        if code == exit_codes.REQUEUE:
+            return Outcome(code)
+        if code == exit_codes.RANK_REGROUP:
+            return Outcome(None)
+        if self.order.nodes > 1 and not self._all_nodes_done():
+            return Outcome(None)
+        if self.group_rank == 0:
+            self._record("finished", step=max(slot.entered for slot in self.workers.slots.ranks))
+        return Outcome(exit_codes.DONE)
+
+    def _all_nodes_done(self) -> bool:
+        """Wait for the other nodes' ranks, which have passed the last barrier too."""
+        try:
+            self.membership.add("done")
+            while int(self.membership.told("done") or 0) < self.order.nodes:
+                if self.membership.told("lost") is not None:
+                    return False
+                time.sleep(_TICK)
+        except StoreLost:
+            log.info("the store's node has left: all are done")
+        return True
+
+    def _hung(self, overdue: list[int]) -> Outcome:
+        folder = self.plan.run / hang.HANGS / f"attempt_{self.order.attempt:04d}"
+        reports = hang.examine(self.workers, self.ranks, self.watch, folder)
+        guilty = hang.culprits(reports)
+        waiting = sorted({r.collective for r in reports if r.collective})
+        chosen = next((r for r in reports if r.rank in guilty), reports[overdue[0]])
+        self._record(
+            "hang",
+            ranks=guilty,
+            silent=max(r.silent for r in reports),
+            step=chosen.step,
+            phase=chosen.phase,
+            collective=waiting,
+            dump=str(folder),
+            reports=[r.to_json() for r in reports],
+            attempt=self.order.attempt,
+        )
+        who = f"ranks {guilty}" if guilty else "a rank of another node"
+        others = f", the others in {', '.join(waiting)}" if waiting else ""
+        return self._failed(
+            self.ranks.index(chosen.rank) if guilty else None,
+            f"hang: the run waited for {who} (in {chosen.innermost}{others}); stacks in {folder}",
+        )
+
+    def _ask_others(self) -> Outcome | None:
+        """Several nodes: whether one has lost its ranks, wants to stop, or would like to join."""
+        now = time.monotonic()
+        if self.plan.rendezvous is None or now - self._asked_others < _REMOTE:
+            return None
+        self._asked_others = now
+        if (code := self.membership.told("end")) is not None and int(code) != exit_codes.DONE:
+            return Outcome(int(code))
+        if self.membership.told("lost") is not None:
+            log.warning("another node has lost its ranks")
+            return Outcome(None)
+        self.stop.follow()
+        if self.group_rank == 0 and self.stop.why is None and (waiting := self.membership.waiting()):
+            best = max(n for n in self.plan.admissible if n <= self.order.nodes + waiting)
+            if best > self.order.nodes:
+                log.info("%d nodes would like to join: a checkpoint, then all start again", waiting)
+                self.stop.ask("regroup", tell_others=True)
+        return None
+
+    def _called_off(self, why: str) -> Outcome:
+        self._record_failure(None, why)
+        print(f"error: {why}", flush=True)
+        return Outcome(exit_codes.CRASHED)
+
+    def _failed(self, index: int | None, cause: str) -> Outcome:
+        """Another attempt may follow, but not after a signal."""
+        failure = self._record_failure(index, cause)
+        self._tell("lost", cause)
+        log.warning("attempt %d failed: %s", self.order.attempt, failure.describe())
+        return Outcome(exit_codes.CRASHED if self.stop.why == "requeue" else None, failure)
+
+    def _record_failure(self, index: int | None, cause: str) -> policy.Failure:
+        slots = self.workers.slots.ranks
+        entered = max(slot.entered for slot in slots)
+        phase = slots[index or 0].phase
+        rank = None if index is None else self.ranks[index]
+        failure = policy.Failure(self.order.attempt, entered if entered > 0 else None, phase, rank, cause)
+        self._record("failed", **vars(failure))
+        return failure
+
+    def _tell(self, key: str, value: str) -> None:
+        try:
+            self.membership.tell(key, value)
+        except StoreLost:
+            log.warning("the other nodes could not be told")
+
+    def _record(self, kind: str, **fields: Any) -> None:
+        try:
+            events.record(self.plan.run, kind, **fields)
+        except OSError as error:  # a full disk must not end what may yet be saved
+            log.warning("the event %s could not be recorded: %s", kind, error)

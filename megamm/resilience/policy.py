@@ -1,0 +1,89 @@
+"""Whether a failed run starts again, and after how long: a pure function of what has happened since the launch.
+
+Restarts are limited in total. A pause before one is needed only when the attempts before it have brought nothing: it
+doubles with each of them. Failures at the same step again and again are the program's, and no restart mends them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+MAX_PAUSE = 300.0
+
+
+@dataclass(frozen=True)
+class Rules:
+    """See ResilienceConfig."""
+
+    max_restarts: int
+    same_step_limit: int
+    backoff_seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The end of an attempt: the step that it was at (None if it never got to one), and what is known of the cause."""
+
+    attempt: int
+    step: int | None
+    phase: str
+    rank: int | None
+    cause: str
+
+    def describe(self) -> str:
+        who = "" if self.rank is None else f"rank {self.rank}: "
+        where = f"in phase {self.phase}" if self.step is None else f"at step {self.step}, phase {self.phase}"
+        return f"{who}{self.cause}, {where}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Start again after `pause` seconds, or end for the reason in `gives_up`."""
+
+    pause: float = 0.0
+    gives_up: str | None = None
+
+
+def judge(failures: list[Failure], rules: Rules) -> Verdict:
+    """failures: all of this launch, oldest first, one for each attempt that failed."""
+    if not failures:
+        return Verdict()
+    last = failures[-1]
+    same = fruitless(failures)
+    if same >= rules.same_step_limit and rules.max_restarts:
+        where = "before its first step" if last.step is None else f"at step {last.step}"
+        return Verdict(gives_up=f"{same} failures in a row {where}; the last was {last.describe()}")
+    if len(failures) > rules.max_restarts:
+        used = f"all {rules.max_restarts} restarts are used up; " if rules.max_restarts else ""
+        return Verdict(gives_up=f"{used}{last.describe()}")
+    pause = 0.0 if same == 1 else rules.backoff_seconds * 2 ** (same - 2)
+    return Verdict(pause=min(pause, MAX_PAUSE))
+
+
+def fruitless(failures: list[Failure]) -> int:
+    """How many of the last failures were at the same step; an attempt that never got to a step counts as there."""
+    count, step = 0, None
+    for failure in reversed(failures):
+        if step is None:
+            step = failure.step
+        if failure.step not in (None, step):
+            break
+        count += 1
+    return count
+
+
+def from_events(events: list[dict[str, Any]]) -> list[Failure]:
+    """The failures of the last launch; of those of one attempt, the first that was seen."""
+    begin = max((i for i, event in enumerate(events) if event["kind"] == "launched"), default=0)
+    found: dict[int, Failure] = {}
+    for event in events[begin:]:
+        if event["kind"] == "failed" and event["attempt"] not in found:
+            found[event["attempt"]] = Failure(
+                event["attempt"], event["step"], event["phase"], event["rank"], event["cause"]
+            )
+    return [found[attempt] for attempt in sorted(found)]
+
+
+def attempts(events: list[dict[str, Any]]) -> list[int]:
+    """Numbers of the attempts of the last launch."""
+    begin = max((i for i, event in enumerate(events) if event["kind"] == "launched"), default=0)
+    return [event["attempt"] for event in events[begin:] if event["kind"] in ("launched", "restarting", "failed")]

@@ -1,0 +1,64 @@
+"""Processes of a job's tree: none outlives the one above it, and how Linux sees one (prctl(2), proc(5)).
+
+The tree: command > agent > template > ranks > their helpers. Each asks the kernel for SIGKILL when the one above ends,
+which also reaches a process that is stopped or holds the GIL.
+"""
+
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Sent to a job by people and schedulers; the command alone acts on them, the rest of the tree ignores them."""
+
+
+def die_with_parent(parent: int) -> None:
+    """End at once when process `parent`, which started this one, does. To be called by a process's first lines."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the kernel knew
+        os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of all processes below this one whose own parent ends."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
+    if ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl({option}): {os.strerror(number)}")
+
+
+def ignore_stop_signals() -> None:
+    """Leave these to the command: a scheduler may send them to every process of a job."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def children(process: int) -> list[int]:
+    """Processes whose parent is that one, zombies too."""
+    found: list[int] = []
+    for thread in Path(f"/proc/{process}/task").glob("*/children"):
+        try:
+            found += [int(child) for child in thread.read_text().split()]
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def state(process: int) -> str:
+    """One letter: R running, S sleeping, D in the kernel, T stopped, Z ended; "" if there is none such."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def how_it_ended(status: int) -> str:
+    """ "signal SIGKILL" or "exit code 1" of an exit code as subprocess gives it: negative for a signal."""
+    if status >= 0:
+        return f"exit code {status}"
+    return f"signal {-status} ({signal.Signals(-status).name})"

@@ -1,0 +1,89 @@
+"""One rank, from the fork of the template (template.py) to its exit code.
+
+The environment is what torchrun gives, so that torch.distributed finds the job; the rank's store, where processes meet,
+listens on a socket that the agent has opened: no other process can take the port in between.
+"""
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+from megamm.errors import UserError
+from megamm.resilience import exit_codes
+from megamm.resilience.heartbeat import SLOTS
+from megamm.resilience.slots import Slot, Slots
+
+DUMP_SIGNAL = signal.SIGUSR2
+"""Makes a rank write the stacks of all its threads, whatever it is doing."""
+_CODES = {"done": exit_codes.RANK_DONE, "requeue": exit_codes.REQUEUE, "regroup": exit_codes.RANK_REGROUP}
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a rank gets: its environment, where its stacks go, and the listening socket of the job's store, or -1."""
+
+    environment: dict[str, str]
+    dump: int
+    store_socket: int
+
+
+def run(config: dict[str, Any], seat: Seat) -> int:
+    """Train, in a process that is this rank alone; its exit code."""
+    os.environ |= seat.environment
+    descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
+    slot = Slots(descriptor, ranks).ranks[index]
+    slot.identify(os.getpid(), threading.get_ident())
+    faulthandler.enable()
+    faulthandler.register(DUMP_SIGNAL, file=seat.dump, all_threads=True, chain=False)
+    try:
+        return _train(config, seat.store_socket)
+    except UserError as error:
+        slot.set_cause(f"error: {error}")
+        if not error.on_all_ranks or os.environ["RANK"] == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR
+    except SystemExit as ending:
+        return _left(ending, slot)
+    except BaseException as error:
+        slot.set_cause(_in_one_line(error))
+        traceback.print_exc()
+        if not isinstance(error, Exception | KeyboardInterrupt):
+            raise
+        return exit_codes.CRASHED
+
+
+def _train(config: dict[str, Any], store_socket: int) -> int:
+    import torch.distributed as dist
+
+    from megamm.cli.common import log_to_console
+    from megamm.config import config_from_dict
+    from megamm.train import train
+
+    log_to_console()
+    # Kept until the end: it serves the whole job.
+    server = None
+    if store_socket >= 0:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        server = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=store_socket)
+    ending = train(config_from_dict(config, where="the launcher's config"))
+    del server
+    return _CODES[ending]
+
+
+def _left(ending: SystemExit, slot: Slot) -> int:
+    """Like the interpreter's own end, but for the words that the diagnosis shows."""
+    if isinstance(ending.code, str):
+        print(ending.code, file=sys.stderr)
+    slot.set_cause(f"sys.exit({ending.code!r})")
+    return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+
+
+def _in_one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {text} ({os.path.basename(last.filename)}:{last.lineno})"

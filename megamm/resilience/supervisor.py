@@ -1,0 +1,153 @@
+"""The command's side of a run in processes of its own: it starts this node's agent (agent.py), passes on signals, and
+starts the agent again should it be killed.
+
+    command (this) > agent > template > ranks
+
+One command a node; with several nodes they find each other at `rendezvous`, a port on one of them. Whatever is ended
+takes what is right of it in this line along; what is left of it starts it again.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from types import FrameType
+
+from megamm import layout
+from megamm.config import RunConfig
+from megamm.errors import UserError
+from megamm.resilience import events, exit_codes, heartbeat, policy
+from megamm.resilience.command import Plan
+from megamm.resilience.hang import Limits
+from megamm.resilience.membership import Times
+from megamm.resilience.processes import STOP_SIGNALS, how_it_ended
+
+SAME_SIGNAL_SECONDS = 1.0
+"""A scheduler may signal a job's processes both one by one and as a group: that counts as one signal."""
+_FINAL = (exit_codes.DONE, exit_codes.USER_ERROR, exit_codes.GAVE_UP, exit_codes.REQUEUE)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """How many nodes the job may have, and where they meet: "host:port", None for this one alone."""
+
+    least: int = 1
+    most: int = 1
+    rendezvous: str | None = None
+
+    @classmethod
+    def parse(cls, nodes: str, rendezvous: str | None) -> "Nodes":
+        """ "4" or "2:4"; more than one needs the rendezvous."""
+        least, _, most = nodes.partition(":")
+        try:
+            parsed = cls(int(least), int(most or least), rendezvous)
+        except ValueError:
+            raise UserError(
+                f"--nnodes {nodes} is no number of nodes", remedy="write 4, or 2:4 for two to four"
+            ) from None
+        if not 1 <= parsed.least <= parsed.most:
+            raise UserError(f"--nnodes {nodes} is no range", remedy="write the smaller number first, 1 or more")
+        if parsed.most > 1 and rendezvous is None:
+            raise UserError("several nodes need a place to meet", remedy="add --rendezvous HOST:PORT, the same on each")
+        return parsed
+
+
+def admissible_nodes(config: RunConfig, processes: int, nodes: Nodes) -> tuple[int, ...]:
+    """Numbers of nodes that the layout and the batch allow, ascending. UserError if the least is none of them."""
+    allowed = []
+    for number in range(nodes.least, nodes.most + 1):
+        try:
+            layout.check(config, number * processes)
+        except UserError:
+            if number == nodes.least:
+                raise
+        else:
+            allowed.append(number)
+    return tuple(allowed)
+
+
+def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
+    """Run this node's part of the job to its end; the exit code (resilience/exit_codes.py)."""
+    # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    r = config.resilience
+    admissible = admissible_nodes(config, processes, nodes)
+    command, deaths = _Command(), 0
+    while True:
+        plan = Plan(
+            config=config.model_dump(mode="json"),
+            processes=processes,
+            nodes=(nodes.least, nodes.most),
+            admissible=admissible,
+            rendezvous=nodes.rendezvous,
+            command=os.getpid(),
+            is_fresh=deaths == 0,
+            rules=policy.Rules(r.max_restarts, r.same_step_limit, r.backoff_seconds),
+            limits=Limits(r.hang_seconds, r.startup_seconds),
+            times=Times(**r.rendezvous.model_dump()),
+            grace=r.grace_seconds,
+        )
+        code = command.run_agent(plan)
+        if code in _FINAL or command.signalled_at or not r.max_restarts:
+            return code if code >= 0 else exit_codes.CRASHED
+        deaths += 1
+        if code != exit_codes.CRASHED:
+            _record_death(plan, code)
+        if deaths > r.max_restarts:
+            print(f"error: gave up: the agent has ended {deaths} times ({how_it_ended(code)})", file=sys.stderr)
+            return exit_codes.GAVE_UP
+        print(f"the agent has ended with {how_it_ended(code)}: starting it again", file=sys.stderr, flush=True)
+
+
+def _record_death(plan: Plan, code: int) -> None:
+    """The agent's own end is a failure of the attempt that the ranks were in, unless it had recorded one."""
+    failed = {f.attempt for f in policy.from_events(events.read(plan.run))}
+    beats = heartbeat.read(plan.run)
+    last = max(policy.attempts(events.read(plan.run)), default=0)
+    current = [beat for beat in beats if beat.attempt == last]
+    if last not in failed:
+        step = max((beat.step for beat in current if beat.phase not in ("start", "resume")), default=None)
+        phase = current[0].phase if current else "start"
+        cause = f"the agent ended with {how_it_ended(code)}"
+        events.record(plan.run, "failed", attempt=last, step=step, phase=phase, rank=None, cause=cause)
+
+
+class _Command:
+    """This process: the agent's parent, and where people and schedulers send signals."""
+
+    def __init__(self) -> None:
+        self.signalled_at = 0.0
+        self._agent: subprocess.Popen[bytes] | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._pass_on)
+
+    def run_agent(self, plan: Plan) -> int:
+        """Start an agent and wait for its end: its exit code, or the negative number of the signal."""
+        # A session of its own: a terminal's Ctrl-C comes here only, and the agent hears of it in order.
+        self._agent = subprocess.Popen(
+            [sys.executable, "-m", "megamm.resilience.agent"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        self._write(plan.to_json() + "\n")
+        try:
+            return self._agent.wait()
+        finally:
+            assert self._agent.stdin is not None
+            self._agent.stdin.close()
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.signalled_at and now - self.signalled_at < SAME_SIGNAL_SECONDS:
+            return
+        self.signalled_at = now
+        if self._agent is not None:
+            self._write(signal.Signals(number).name + "\n")
+
+    def _write(self, text: str) -> None:
+        assert self._agent is not None and self._agent.stdin is not None
+        try:
+            self._agent.stdin.write(text.encode())
+            self._agent.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            pass  # it has ended: wait() says how

@@ -1,0 +1,128 @@
+"""The agent's side of a node's ranks: the template that forks them, their shared memory, and their end."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megamm.resilience.slots import Slots
+from megamm.resilience.template import MESSAGE_BYTES
+
+SWEEP_SECONDS = 30
+"""A killed process that is still there after this long hangs in the kernel."""
+
+
+class TemplateLost(Exception):
+    """The template has ended, and with it every rank; the next start makes a new one."""
+
+
+class Workers:
+    """The local ranks. Everything here is to be called by the agent's main thread (the kernel ends a child with it)."""
+
+    def __init__(self, config: dict[str, Any], ranks: int) -> None:
+        self.config, self.slots = config, Slots.create(ranks)
+        self.dumps = [os.memfd_create(f"megamm-stacks-{index}") for index in range(ranks)]
+        self.pids: list[int] = []
+        self.ended: dict[int, int] = {}
+        self._template: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
+
+    @property
+    def channel(self) -> socket.socket | None:
+        """Readable when `poll` has something to do."""
+        return self._channel
+
+    def prepare(self) -> None:
+        """Have a template, which takes seconds to import; returns at once."""
+        if self._template is not None and self._template.poll() is None:
+            return
+        self._drop()
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, its):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
+        command = [sys.executable, "-m", "megamm.resilience.template", str(its.fileno()), str(os.getpid())]
+        kept = (its.fileno(), self.slots.descriptor, *self.dumps)
+        self._template = subprocess.Popen(command, pass_fds=kept, stdin=subprocess.DEVNULL)
+        its.close()
+        self._channel = ours
+        self._send({"config": self.config, "dumps": self.dumps})
+
+    def start(self, environments: Sequence[dict[str, str]], store: socket.socket | None) -> None:
+        """Fork the ranks as soon as the template is ready; `pids` has them then. store: of the job's rank 0."""
+        self.slots.clear()
+        for dump in self.dumps:
+            os.ftruncate(dump, 0)
+            os.lseek(dump, 0, os.SEEK_SET)  # where all that share the descriptor write
+        self.pids, self.ended = [], {}
+        self.prepare()
+        self._send({"start": list(environments)}, [] if store is None else [store.fileno()])
+
+    def poll(self) -> None:
+        """Take what the template has said: `pids`, `ended` (local index -> exit code, first ended first)."""
+        while (message := self._receive(wait=False)) is not None:
+            self._take(message)
+
+    def kill(self) -> None:
+        """End all ranks and whatever they have started, now; returns when they are gone. TemplateLost: even it is."""
+        for index, pid in enumerate(self.pids):
+            if index not in self.ended:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)  # even if the template were stopped
+        if self._channel is None:
+            return
+        self._send({"sweep": True})
+        deadline = time.monotonic() + SWEEP_SECONDS
+        while time.monotonic() < deadline:
+            message = self._receive(wait=True)
+            if message is not None:
+                self._take(message)
+                if "swept" in message:
+                    self.pids = []
+                    return
+        self._drop()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "started" in message:
+            self.pids = message["started"]
+        elif "exited" in message:
+            self.ended[message["exited"]] = message["status"]
+
+    def _send(self, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
+        assert self._channel is not None
+        try:
+            socket.send_fds(self._channel, [json.dumps(message).encode()], descriptors)
+        except (BrokenPipeError, ConnectionResetError):
+            self._drop()
+            raise TemplateLost from None
+
+    def _receive(self, wait: bool) -> dict[str, Any] | None:
+        assert self._channel is not None
+        self._channel.settimeout(1.0 if wait else 0.0)
+        try:
+            data = self._channel.recv(MESSAGE_BYTES)
+        except (BlockingIOError, TimeoutError):
+            return None
+        except ConnectionResetError:
+            data = b""
+        if not data:
+            self._drop()
+            raise TemplateLost
+        return json.loads(data)
+
+    def _drop(self) -> None:
+        """End the template, if there is one; the kernel ends its ranks."""
+        if self._template is not None:
+            self._template.kill()
+            self._template.wait()
+        if self._channel is not None:
+            self._channel.close()
+        self._template, self._channel, self.pids = None, None, []
+
+    def close(self) -> None:
+        self._drop()
