@@ -105,20 +105,18 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
     ranks: global number of each local rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    states = [processes.state(pid) for pid in workers.pids]
+    slots = workers.slots.ranks
+    # All of it before the signal: one that was stopped goes on a little when it is woken.
+    before = [
+        (slot.step, slot.phase, round(watch.silent(i, slot), 2), processes.state(workers.pids[i]))
+        for i, slot in enumerate(slots)
+    ]
     texts = _stacks(workers)
     reports = []
-    for index, slot in enumerate(workers.slots.ranks[: len(ranks)]):
-        frames = main_frames(texts[index], slot.thread)
-        report = Report(
-            rank=ranks[index],
-            step=slot.step,
-            phase=slot.phase,
-            silent=round(watch.silent(index, slot), 2),
-            state=states[index] if index < len(states) else "",
-            collective=collective(frames),
-            innermost=frames[0] if frames else "no stack: the process did not answer",
-        )
+    for index, (step, phase, silent, state) in enumerate(before):
+        frames = main_frames(texts[index], slots[index].thread)
+        innermost = frames[0] if frames else "no stack: the process did not answer"
+        report = Report(ranks[index], step, phase, silent, state, collective(frames), innermost)
         head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
         (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
         reports.append(report)

@@ -1,7 +1,9 @@
 """One attempt of a node's ranks, from their start until all are done, one has failed, or the attempt is called off."""
 
 import logging
+import os
 import socket
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +45,12 @@ class Attempt:
         self.stop = Stop(workers.slots, membership, group_rank, order.nodes)
         first = group_rank * plan.processes
         self.ranks = list(range(first, first + plan.processes))
-        self._asked_others = 0.0
+        self._asked_others, self.began = 0.0, 0.0
 
     def run(self, commands: Commands, listener: socket.socket | None) -> Outcome:
         """Start the ranks and stay with them; listener: this node's socket for the job's store, if it hosts it."""
-        self.watch.begin()
         try:
+            self.began = time.monotonic()
             self.workers.start([self._environment(i) for i in range(len(self.ranks))], listener)
             while True:
                 watched = [self.workers.channel] if self.workers.channel is not None else []
@@ -58,7 +60,7 @@ class Attempt:
                     return outcome
                 self.stop.advance()
         except TemplateLost:
-            return self._failed(None, "the process that starts ranks has ended")
+            return self._failed(None, "the process that starts ranks has ended", self.workers.slots.ranks[0].phase)
 
     def _environment(self, index: int) -> dict[str, str]:
         """As torchrun gives it: torch.distributed and other libraries look for these names."""
@@ -94,27 +96,37 @@ class Attempt:
 
     def _look(self) -> Outcome | None:
         """At the local ranks: who has ended, who is silent for too long."""
+        had_ranks = bool(self.workers.pids)
         self.workers.poll()
+        if not self.workers.pids:  # the template is still importing
+            slow = time.monotonic() - self.began > self.plan.limits.startup
+            return (
+                self._failed(None, "no rank was started within resilience.startup_seconds", "start") if slow else None
+            )
+        if not had_ranks:
+            self.watch.begin()
         ended = self.workers.ended
         for index, code in ended.items():
             if code not in _GOOD:
                 return self._ended_badly(index, code)
         if len(ended) == len(self.ranks):
             if len(set(ended.values())) > 1:
-                return self._failed(0, f"ranks ended differently: {sorted(set(ended.values()))}")
+                return self._failed(None, f"ranks ended differently: {sorted(set(ended.values()))}", "end")
             return self._all_ended(ended[0])
         if overdue := [i for i in self.watch.overdue(self.workers.slots.ranks) if i not in ended]:
             return self._hung(overdue)
         return None
 
     def _ended_badly(self, index: int, code: int) -> Outcome:
-        cause = self.workers.slots.ranks[index].cause
+        slot, rank = self.workers.slots.ranks[index], self.ranks[index]
         if code == exit_codes.USER_ERROR:
             self._tell("end", str(code))
-            self._record_failure(index, cause)
+            self._record_failure(rank, slot.cause, slot.phase, self._entered())
             return Outcome(code)
-        how = f"ended early ({cause or 'exit code 0'})" if code == 0 else cause or processes.how_it_ended(code)
-        return self._failed(index, how)
+        how = (
+            f"ended early ({slot.cause or 'exit code 0'})" if code == 0 else slot.cause or processes.how_it_ended(code)
+        )
+        return self._failed(rank, how, slot.phase)
 
     def _all_ended(self, code: int) -> Outcome:
         if code == exit_codes.REQUEUE:
@@ -124,7 +136,7 @@ class Attempt:
         if self.order.nodes > 1 and not self._all_nodes_done():
             return Outcome(None)
         if self.group_rank == 0:
-            self._record("finished", step=max(slot.entered for slot in self.workers.slots.ranks))
+            self._record("finished", step=self.workers.slots.ranks[0].step)
         return Outcome(exit_codes.DONE)
 
     def _all_nodes_done(self) -> bool:
@@ -140,6 +152,7 @@ class Attempt:
         return True
 
     def _hung(self, overdue: list[int]) -> Outcome:
+        entered = self._entered()
         folder = self.plan.run / hang.HANGS / f"attempt_{self.order.attempt:04d}"
         reports = hang.examine(self.workers, self.ranks, self.watch, folder)
         guilty = hang.culprits(reports)
@@ -156,11 +169,10 @@ class Attempt:
             reports=[r.to_json() for r in reports],
             attempt=self.order.attempt,
         )
-        who = f"ranks {guilty}" if guilty else "a rank of another node"
-        others = f", the others in {', '.join(waiting)}" if waiting else ""
+        others = f", others wait in {', '.join(waiting)}" if waiting else ""
+        who = f"in {os.path.basename(chosen.innermost)}" if guilty else "of another node's rank"
         return self._failed(
-            self.ranks.index(chosen.rank) if guilty else None,
-            f"hang: the run waited for {who} (in {chosen.innermost}{others}); stacks in {folder}",
+            chosen.rank if guilty else None, f"hang {who}{others}; stacks in {folder}", chosen.phase, entered
         )
 
     def _ask_others(self) -> Outcome | None:
@@ -183,23 +195,23 @@ class Attempt:
         return None
 
     def _called_off(self, why: str) -> Outcome:
-        self._record_failure(None, why)
-        print(f"error: {why}", flush=True)
+        self._record_failure(None, why, self.workers.slots.ranks[0].phase, self._entered())
+        print(f"error: {why}", file=sys.stderr)
         return Outcome(exit_codes.CRASHED)
 
-    def _failed(self, index: int | None, cause: str) -> Outcome:
+    def _failed(self, rank: int | None, cause: str, phase: str, entered: int | None = None) -> Outcome:
         """Another attempt may follow, but not after a signal."""
-        failure = self._record_failure(index, cause)
+        failure = self._record_failure(rank, cause, phase, entered if entered is not None else self._entered())
         self._tell("lost", cause)
         log.warning("attempt %d failed: %s", self.order.attempt, failure.describe())
         return Outcome(exit_codes.CRASHED if self.stop.why == "requeue" else None, failure)
 
-    def _record_failure(self, index: int | None, cause: str) -> policy.Failure:
-        slots = self.workers.slots.ranks
-        entered = max(slot.entered for slot in slots)
-        phase = slots[index or 0].phase
-        rank = None if index is None else self.ranks[index]
-        failure = policy.Failure(self.order.attempt, entered if entered > 0 else None, phase, rank, cause)
+    def _entered(self) -> int:
+        """The step that the ranks have begun, 0 before the first."""
+        return max(0, *(slot.entered for slot in self.workers.slots.ranks))
+
+    def _record_failure(self, rank: int | None, cause: str, phase: str, entered: int) -> policy.Failure:
+        failure = policy.Failure(self.order.attempt, entered or None, phase, rank, cause)
         self._record("failed", **vars(failure))
         return failure
 

@@ -73,7 +73,7 @@ class Template:
             readable, _, _ = select.select([self.channel.fileno(), wake], [], [])
             if wake in readable:
                 os.read(wake, 4096)
-                self._reap(os.WNOHANG)
+                self._reap()
             if self.channel.fileno() in readable:
                 message, descriptors, _, _ = socket.recv_fds(self.channel, MESSAGE_BYTES, 1)
                 if not message:
@@ -112,28 +112,30 @@ class Template:
             sys.stderr.flush()
             os._exit(code)  # not the template's own way out
 
-    def _reap(self, how: int) -> int:
-        """Collect ended children, with WNOHANG those that have ended so far; how many."""
-        count = 0
+    def _reap(self) -> None:
+        """Collect the children that have ended so far."""
         while True:
             try:
-                process, status = os.waitpid(-1, how)
+                process, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
-                return count
+                return
             if process == 0:
-                return count
-            count += 1
-            index = self.ranks.pop(process, None)
-            if index is not None:  # else it was left behind by one
-                self._say(exited=index, status=os.waitstatus_to_exitcode(status))
+                return
+            self._ended(process, status)
+
+    def _ended(self, process: int, status: int) -> None:
+        index = self.ranks.pop(process, None)
+        if index is not None:  # else a rank had started it and left it behind
+            self._say(exited=index, status=os.waitstatus_to_exitcode(status))
 
     def _sweep(self) -> int:
-        """Kill everything below, also what ranks had started: it comes to this process when they end."""
+        """Kill everything below. What ranks had started comes to this process when they end, so: until none is left."""
         count = 0
         while left := processes.children(os.getpid()):
             for process in left:
                 os.kill(process, signal.SIGKILL)
-            count += self._reap(0)
+                self._ended(*os.waitpid(process, 0))
+                count += 1
         return count
 
     def _say(self, **message: Any) -> None:
