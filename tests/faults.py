@@ -8,8 +8,10 @@ event "injected" is recorded first, so that detection and recovery can be timed.
 import ctypes
 import os
 import signal
+import struct
 import sys
 import threading
+import time
 from pathlib import Path
 
 FAULTS = "MEGAMM_FAULTS"
@@ -53,6 +55,14 @@ def _kill(process):
     signal.pause()
 
 
+def _until_asked(heart):
+    """No fault: wait until the agent asks for a stop."""
+    while struct.unpack_from("q", heart.slot.memory, 0)[0] == 0:
+        time.sleep(0.01)
+
+
+OF_HEARTS = {"until_asked": _until_asked}
+"""Those that take the heartbeat."""
 KINDS = {
     "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "sigstop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
@@ -91,12 +101,12 @@ def install():
             if all(want in ("*", have) for want, have in zip(place, here, strict=True)):
                 planned.remove(fault)
                 events.record(self.run, "injected", fault=kind, phase=phase, step=step, rank=self.rank)
-                KINDS[kind]()
+                OF_HEARTS[kind](self) if kind in OF_HEARTS else KINDS[kind]()
 
     Heartbeat.__init__, Heartbeat.beat = init, beat
 
 
 def _parse(text):
     kind, _, place = text.partition("@")
-    assert kind in KINDS, kind
+    assert kind in KINDS or kind in OF_HEARTS, kind
     return kind, *place.split(":")

@@ -152,6 +152,7 @@ class Attempt:
         return True
 
     def _hung(self, overdue: list[int]) -> Outcome:
+        limit = self.watch.limit(self.workers.slots.ranks[overdue[0]])
         entered = self._entered()
         folder = self.plan.run / hang.HANGS / f"attempt_{self.order.attempt:04d}"
         reports = hang.examine(self.workers, self.ranks, self.watch, folder)
@@ -162,6 +163,7 @@ class Attempt:
             "hang",
             ranks=guilty,
             silent=max(r.silent for r in reports),
+            limit=round(limit, 2),
             step=chosen.step,
             phase=chosen.phase,
             collective=waiting,

@@ -84,6 +84,6 @@ def _left(ending: SystemExit, slot: Slot) -> int:
 
 
 def _in_one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split())[:300]
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {text} ({os.path.basename(last.filename)}:{last.lineno})"

@@ -1,0 +1,233 @@
+"""Faults in real runs: each is seen, the run goes on by itself, and its numbers are those of an undisturbed run."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from faults import environment as with_faults
+from tiny_run import environment, make_data, write_config
+
+from megamm import metrics
+from megamm.resilience import events, heartbeat
+
+TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 4}
+CHECKPOINT = {"every": 2, "keep": 9}
+QUICK = {"backoff_seconds": 0, "same_step_limit": 9}
+TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def config_of(data, name, **resilience):
+    sections = {"train": TRAIN, "checkpoint": CHECKPOINT, "resilience": QUICK | resilience}
+    return data / name, write_config(data, data / name, **sections)
+
+
+def start(config, *options, faults=None):
+    """The command in a process of its own; output goes to a file beside the config."""
+    env = with_faults(faults, environment()) if faults else environment()
+    with config.with_suffix(f".{time.monotonic_ns()}.log").open("w") as log:
+        command = [sys.executable, "-m", "megamm", "train", str(config), *map(str, options)]
+        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+
+
+def output_of(config):
+    return "".join(path.read_text() for path in sorted(config.parent.glob(f"{config.stem}.*.log")))
+
+
+def run(config, *options, faults=None):
+    """Its exit code."""
+    return start(config, *options, faults=faults).wait(timeout=240)
+
+
+def losses(output):
+    """Every reported value but the timings, to the last digit."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(output)]
+
+
+def of_kind(output, *kinds):
+    return [event for event in events.read(output) if event["kind"] in kinds]
+
+
+def wait_for(what, process=None):
+    """The first true value of what()."""
+    deadline = time.monotonic() + 120
+    while not (found := what()):
+        assert time.monotonic() < deadline and (process is None or process.poll() is None), "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def listens(endpoint):
+    host, port = endpoint.split(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data):
+    output, config = config_of(data, "undisturbed")
+    assert run(config, "--nproc", 2) == 0, output_of(config)
+    assert [e["kind"] for e in events.read(output)] == ["launched", "started", "first_step", "finished"]
+    lines = losses(output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    return lines
+
+
+RANK_FAULTS = {
+    "sigkill@step:3:1:0": "signal 9 (SIGKILL)",
+    "sigstop@data:4:0:1": "hang in ",
+    "exception@start:0:1:2": "InjectedError: injected",
+    "exit0@evaluate:4:0:3": "ended early (sys.exit(0))",
+    "hold_gil@step:5:1:4": "hang in faults.py",
+    "deadlock@save:6:1:5": "_deadlock, others wait in all_gather",
+    "sigsegv@resume:0:0:6": "signal 11 (SIGSEGV)",
+    "abort@step:7:0:7": "signal 6 (SIGABRT)",
+    "_exit0@end:8:1:8": "ended early (exit code 0)",
+}
+
+
+def test_faults_of_ranks(data, undisturbed):
+    """One fault an attempt: nine restarts, then the losses of an undisturbed run, bit for bit."""
+    output, config = config_of(data, "ranks", hang_seconds=2)
+    assert run(config, "--nproc", 2, faults=",".join(RANK_FAULTS)) == 0, output_of(config)
+    assert losses(output) == undisturbed
+    failed = of_kind(output, "failed")
+    assert len(failed) == len(RANK_FAULTS)
+    for (fault, cause), event in zip(RANK_FAULTS.items(), failed, strict=True):
+        phase, step, rank, attempt = fault.partition("@")[2].split(":")
+        assert cause in event["cause"], fault
+        assert (event["phase"], event["rank"], event["attempt"]) == (phase, int(rank), int(attempt)), fault
+        assert event["step"] == (int(step) or None), fault
+    restarts = of_kind(output, "restarting")
+    assert [e["restart"] for e in restarts] == list(range(1, 10))
+    assert all(e["reason"] == "failure" for e in restarts)
+
+
+def test_hangs_are_explained(data, undisturbed):
+    """By the run of the test before: who was waited for, in which collective, and where every rank was."""
+    output = data / "ranks"
+    injected = {e["fault"]: e["time"] for e in of_kind(output, "injected")}
+    hangs = of_kind(output, "hang")
+    assert [(e["ranks"], e["phase"], e["step"]) for e in hangs] == [
+        ([0], "data", 4),
+        ([1], "step", 5),
+        ([1], "save", 6),
+    ]
+    for fault, event in zip(("sigstop", "hold_gil", "deadlock"), hangs, strict=True):
+        assert event["silent"] <= event["limit"] + 1.5  # seconds: how often the agent looks, and the machine's load
+        assert event["time"] - injected[fault] <= event["limit"] + 3
+        texts = {path.stem: path.read_text() for path in Path(event["dump"]).iterdir()}
+        assert texts.keys() == {"rank_00000", "rank_00001"}
+        guilty, waiting = event["reports"] if event["ranks"] == [0] else reversed(event["reports"])
+        assert guilty["collective"] is None and waiting["collective"] in event["collective"]
+        assert guilty["state"] == {"sigstop": "T", "hold_gil": "R", "deadlock": "S"}[fault]
+        assert "in beat" in texts[f"rank_{guilty['rank']:05d}"]
+        assert f"in {waiting['collective']}" in texts[f"rank_{waiting['rank']:05d}"]
+
+
+def test_faults_above_the_ranks(data, undisturbed):
+    """Template and agent are killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
+    output, config = config_of(data, "above")
+    faults = "kill_template@step:3:1:0,kill_agent@step:5:0:1,sigterm@step:7:1:2"
+    assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
+    causes = [event["cause"] for event in of_kind(output, "failed")]
+    assert causes == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
+    assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
+    assert losses(output) == undisturbed[:-2]
+    assert (output / "checkpoints" / "step_00000007").is_dir()
+
+    command = start(config, "--nproc", 2, faults="until_asked@step:8:0:0")
+    wait_for(lambda: [e for e in of_kind(output, "injected") if e["fault"] == "until_asked"], command)
+    tree = psutil.Process(command.pid).children(recursive=True)
+    assert {beat.pid for beat in heartbeat.read(output)} <= {process.pid for process in tree}
+    command.kill()
+    command.wait()
+    _, alive = psutil.wait_procs(tree, timeout=10)
+    assert not alive
+
+    assert run(config, "--nproc", 2) == 0, output_of(config)
+    assert losses(output) == undisturbed
+
+
+def test_a_crash_loop_gives_up_and_says_where(data):
+    output, config = config_of(data, "loop", same_step_limit=2)
+    assert run(config, faults="exception@step:3:*:*") == 3
+    assert len(of_kind(output, "failed")) == 2
+    why = of_kind(output, "gave_up")[0]["why"]
+    assert why.startswith("2 failures in a row at step 3; the last was rank 0: InjectedError: injected (faults.py:")
+    assert f"error: gave up: {why}" in output_of(config)
+
+
+def test_what_the_user_must_mend_is_not_tried_again(data):
+    output, config = config_of(data, "mistake")
+    assert run(config, faults="user_error@step:2:*:*") == 2
+    assert "error: an injected mistake; mend it" in output_of(config)
+    assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
+
+
+def test_no_checkpoint_within_the_grace_time(data):
+    """The rank that should save hangs: it is killed when the time is up, and the run does not start again."""
+    output, config = config_of(data, "grace", grace_seconds=1, hang_seconds=60)
+    assert run(config, faults="sigterm@data:3:*:0,deadlock@step:3:*:0") == 1
+    assert "no checkpoint within resilience.grace_seconds = 1" in of_kind(output, "failed")[0]["cause"]
+    assert not of_kind(output, "restarting")
+
+
+def test_a_single_process_without_restarts_saves_on_a_signal(data, undisturbed):
+    output, config = config_of(data, "single", max_restarts=0)
+    command = start(config)
+    wait_for(lambda: metrics.read_lines(output), command)
+    os.kill(command.pid, signal.SIGUSR1)
+    assert command.wait(timeout=60) in (0, 75)
+    done = max(line["step"] for line in metrics.read_lines(output))
+    state = json.loads((output / "checkpoints" / f"step_{done:08d}" / "state.json").read_text())
+    assert state["consumed_rows"] == 4 * done
+    assert not of_kind(output, "launched")
+
+
+def test_nodes_come_and_go(data, undisturbed):
+    """Three nodes for two places: the spare takes over, one goes on alone, another joins; the rows stay the same."""
+    output, config = config_of(data, "nodes", hang_seconds=60)
+    times = ["resilience.rendezvous.keep_alive=0.5", "resilience.rendezvous.last_call=1"]
+    options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
+    faults = "kill_command@step:3:1:0,kill_command@step:5:1:1,until_asked@data:7:0:2"
+    first = start(config, *options, faults=faults)  # it hosts the store
+    wait_for(lambda: listens(options[3]), first)
+    others = [start(config, *options, faults=faults) for _ in range(2)]
+    wait_for(lambda: [e for e in of_kind(output, "restarting") if e["ranks"] == 1], first)
+    others.append(start(config, *options, faults=faults))
+    assert first.wait(timeout=240) == 0, output_of(config)
+    assert [other.wait(timeout=60) for other in others] == [-9, -9, 0], output_of(config)
+    story = [(e["kind"], e["ranks"], e.get("reason")) for e in of_kind(output, "launched", "restarting")]
+    assert story == [
+        ("launched", 2, None),
+        ("restarting", 2, "failure"),
+        ("restarting", 1, "failure"),
+        ("restarting", 2, "nodes changed"),
+    ]
+    lines = losses(output)
+    assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
+    for ours, theirs in zip(lines, undisturbed, strict=True):
+        assert {k: v for k, v in ours.items() if v is not None} == pytest.approx(
+            {k: v for k, v in theirs.items() if v is not None}, rel=1e-5
+        )
+    state = json.loads((output / "checkpoints" / "step_00000008" / "state.json").read_text())
+    assert state["consumed_rows"] == 32 and state["world_size"] == 2
