@@ -1,0 +1,297 @@
+"""The parts that decide: restart policy, hang limits, stacks, where ranks stop, plan and options."""
+
+import itertools
+import os
+import random
+import threading
+import time
+
+import pytest
+
+from megamm.config import config_from_dict
+from megamm.errors import UserError
+from megamm.resilience import events, hang, policy
+from megamm.resilience.boundary import AgentBoundary
+from megamm.resilience.command import Commands
+from megamm.resilience.heartbeat import Heartbeat, read
+from megamm.resilience.membership import Alone
+from megamm.resilience.policy import Failure, Rules, judge
+from megamm.resilience.slots import Slots
+from megamm.resilience.stopping import Stop
+from megamm.resilience.supervisor import Nodes, admissible_nodes
+
+RULES = Rules(max_restarts=5, same_step_limit=3, backoff_seconds=2.0)
+
+
+def failures(*steps):
+    return [Failure(attempt, step, "step", 0, "signal 9") for attempt, step in enumerate(steps)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "pause"),
+    [
+        ([4], 0),
+        ([4, 9], 0),
+        ([4, 4], 2),
+        ([9, 4, 4], 2),
+        ([4, None], 2),
+        ([None], 0),
+        ([None, None], 2),
+        ([3, 4, 3], 0),
+    ],
+)
+def test_a_restart_waits_only_without_progress(steps, pause):
+    assert judge(failures(*steps), RULES) == policy.Verdict(pause=pause)
+
+
+def test_pauses_double_up_to_a_limit():
+    rules = Rules(max_restarts=100, same_step_limit=100, backoff_seconds=2.0)
+    pauses = [judge(failures(*[7] * count), rules).pause for count in range(1, 12)]
+    assert pauses == [0, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300]
+
+
+@pytest.mark.parametrize("steps", [[4, 4, 4], [1, None, None, None], [4, None, 4], [1, 2, 5, None, 5]])
+def test_a_crash_loop_ends(steps):
+    why = judge(failures(*steps), RULES).gives_up
+    assert why is not None and why.startswith(("3 failures in a row", "4 failures in a row"))
+
+
+def test_the_budget_ends():
+    assert judge(failures(1, 2, 3, 4, 5), RULES).gives_up is None
+    why = judge(failures(1, 2, 3, 4, 5, 6), RULES).gives_up
+    assert why == "all 5 restarts are used up; rank 0: signal 9, at step 6, phase step"
+    assert judge(failures(1), Rules(0, 1, 0)).gives_up == "rank 0: signal 9, at step 1, phase step"
+
+
+def test_failures_are_read_back_from_the_last_launch(tmp_path):
+    """One for each attempt, the first that was seen: what follows it is its consequence."""
+    old, first, second = failures(7, 8, 9)
+    events.record(tmp_path, "launched", attempt=0)
+    events.record(tmp_path, "failed", **vars(old))
+    events.record(tmp_path, "launched", attempt=0)
+    events.record(tmp_path, "restarting", attempt=1)
+    events.record(tmp_path, "failed", **vars(first))
+    events.record(tmp_path, "failed", **vars(first) | {"rank": 1, "cause": "connection reset"})
+    events.record(tmp_path, "failed", **vars(second))
+    with (tmp_path / events.EVENTS).open("a") as file:
+        file.write('{"kind": "failed", "att')  # cut off by a kill
+    assert policy.from_events(events.read(tmp_path)) == [first, second]
+    assert max(policy.attempts(events.read(tmp_path))) == 2
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def watch_of(hang_seconds=5.0, startup=600.0):
+    clock = Clock()
+    slots = Slots.create(2)
+    return clock, slots.ranks, hang.Watch(hang.Limits(hang_seconds, startup), clock)
+
+
+def silence_until_overdue(clock, ranks, watch, tick=0.25):
+    """Seconds until rank 1, alone silent, is overdue."""
+    begin, counts = clock.now, itertools.count(1000)
+    while not (overdue := watch.overdue(ranks)):
+        clock.now += tick
+        ranks[0].write(next(counts), ranks[0].phase, 1, clock.now, True)
+    assert overdue == [1]
+    return clock.now - begin
+
+
+def test_a_silent_rank_is_overdue_after_two_step_times_and_the_limit():
+    clock, ranks, watch = watch_of()
+    for slot in ranks:
+        slot.write(1, "step", 3, clock.now, True)
+        slot.set_longest("step", 1.5)
+        slot.set_longest("data", 0.5)
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(2 * 2.0 + 5, abs=0.5)
+
+
+def test_what_has_no_usual_time_yet_gets_the_long_limit_and_remembers():
+    clock, ranks, watch = watch_of()
+    for slot in ranks:
+        slot.write(1, "save", 3, clock.now, True)
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(600, abs=0.5)
+    ranks[0].set_longest("save", 4.0)
+    watch.overdue(ranks)
+    for slot in ranks:
+        slot.clear()  # another attempt
+        slot.write(1, "save", 3, clock.now, False)
+    watch.begin()
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(13, abs=0.5)
+
+
+def test_a_machine_that_slept_is_no_hang():
+    clock, ranks, watch = watch_of()
+    for slot in ranks:
+        slot.write(1, "step", 3, clock.now, True)
+        slot.set_longest("step", 0.1)
+    assert watch.overdue(ranks) == []
+    clock.now += 3600
+    assert watch.overdue(ranks) == []
+    assert silence_until_overdue(clock, ranks, watch) > 3
+
+
+DUMP = """Thread 0x00000000000000aa (most recent call first):
+  File "/x/python/threading.py", line 331 in wait
+
+Current thread 0x00000000000000bb (most recent call first):
+  File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
+  File "/x/torch/distributed/distributed_c10d.py", line 4287 in all_gather
+  File "/x/megamm/train.py", line 99 in run
+"""
+
+
+def test_the_collective_is_that_of_the_main_threads_innermost_frame():
+    assert hang.main_frames(DUMP, 0xAA) == ["/x/python/threading.py:331 wait"]
+    assert hang.collective(hang.main_frames(DUMP, 0xBB)) == "all_gather"
+    assert hang.collective(["/x/megatron/core/distributed/param_and_grad_buffer.py:5 finish_grad_sync"]) is not None
+    assert hang.collective(["/x/megamm/train.py:99 run", "/x/torch/distributed/distributed_c10d.py:1 barrier"]) is None
+    assert hang.collective([]) is None and hang.main_frames("", 0xBB) == []
+
+
+def report(rank, collective="all_reduce", state="S", step=5):
+    return hang.Report(rank, step, "step", 9.0, state, collective, "frame")
+
+
+@pytest.mark.parametrize(
+    ("reports", "guilty"),
+    [
+        ([report(0), report(1, None), report(2)], [1]),
+        ([report(0), report(1, None), report(2, state="T")], [2]),
+        ([report(0), report(1, step=4), report(2)], [1]),
+        ([report(0), report(1)], []),
+        ([report(0, None), report(1, None)], [0, 1]),
+    ],
+)
+def test_the_culprit_is_the_rank_that_others_wait_for(reports, guilty):
+    assert hang.culprits(reports) == guilty
+
+
+def steps_until_stopped(boundary, pace, done, last):
+    """A rank's loop; a step ends for all ranks together, as collectives make it."""
+    for step in itertools.count(1):
+        if boundary.stops_before(step) is not None:
+            done.append(step - 1)
+            return
+        time.sleep(pace())
+        last.wait(timeout=20)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_ranks_stop_after_the_same_step(seed):
+    """Three ranks at a random pace, asked at a random time; a rank that stops one step early would block the others."""
+    draw = random.Random(seed)
+    slots, done, together = Slots.create(3), [], threading.Barrier(3)
+    stop = Stop(slots, Alone(), 0, 1)
+    ranks = [
+        threading.Thread(
+            target=steps_until_stopped,
+            args=(AgentBoundary(slots, i), lambda: draw.random() * 0.004, done, together),
+        )
+        for i in range(3)
+    ]
+    for rank in ranks:
+        rank.start()
+    time.sleep(draw.random() * 0.05)
+    stop.ask("requeue", tell_others=False)
+    deadline = time.monotonic() + 20
+    while any(rank.is_alive() for rank in ranks):
+        assert time.monotonic() < deadline
+        stop.advance()
+        time.sleep(0.001)
+    assert len(done) == 3 and len(set(done)) == 1
+
+
+def test_a_signal_overrides_a_regrouping_but_not_the_other_way():
+    slots, alone = Slots.create(1), Alone()
+    stop = Stop(slots, alone, 0, 1)
+    alone.tell("stop", "regroup")
+    stop.follow()
+    assert slots.asked == "regroup"
+    alone.tell("stop", "requeue")
+    stop.follow()
+    assert slots.asked == "requeue"
+    stop.ask("regroup", tell_others=False)
+    assert slots.asked == "requeue"
+
+
+def test_heartbeats_are_read_back(tmp_path):
+    heart = Heartbeat(tmp_path, 3, 1)
+    heart.beat("start", 0)
+    heart.beat("evaluate", 7)
+    assert [(b.rank, b.phase, b.step, b.count, b.attempt, b.pid) for b in read(tmp_path)] == [
+        (3, "evaluate", 7, 2, 1, os.getpid())
+    ]
+    (tmp_path / "heartbeats" / "rank_00004.json").write_text('{"rank": 4')
+    assert len(read(tmp_path)) == 1
+    heart.close()
+
+
+def test_the_first_step_is_measured_apart(tmp_path):
+    slots = Slots.create(1)
+    heart = Heartbeat(tmp_path, 0, 0, slots.ranks[0])
+    for phase, step in [("start", 0), ("resume", 0), ("data", 5), ("step", 5), ("data", 6), ("step", 6), ("save", 6)]:
+        assert slots.ranks[0].is_warm is False or step == 6
+        heart.beat(phase, step)
+    assert slots.ranks[0].longest().keys() == {"start", "resume", "first", "data", "step"}
+    assert (slots.ranks[0].phase, slots.ranks[0].step, slots.ranks[0].count) == ("save", 6, 7)
+    heart.close()
+
+
+def test_commands_come_line_by_line():
+    read_end, write_end = os.pipe()
+    commands = Commands(read_end)
+    os.write(write_end, b"plan\nSIGTERM\nSIG")
+    assert commands.first_line() == "plan"
+    assert commands.take() == "SIGTERM" and commands.take() is None
+    os.write(write_end, b"USR1\n")
+    commands.wait(5)
+    assert commands.take() == "SIGUSR1"
+    os.close(write_end)
+    commands.wait(5)
+    assert commands.take() == "command ended"
+    os.close(read_end)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "rendezvous", "what"),
+    [
+        ("x", None, "is no number"),
+        ("4:2", "h:1", "is no range"),
+        ("0", None, "is no range"),
+        ("1:2", None, "place to meet"),
+    ],
+)
+def test_nodes_that_are_refused(nodes, rendezvous, what):
+    with pytest.raises(UserError, match=what):
+        Nodes.parse(nodes, rendezvous)
+
+
+def config(**sections):
+    return config_from_dict(
+        {
+            "output": "out",
+            "model": dict(
+                num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2, head_dim=8
+            ),
+            "data": {"seq_length": 64, "sources": [{"path": "x"}]},
+            "tokenizers": {},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 8, "global_batch": 8, "micro_batch": 1},
+        }
+        | sections,
+        where="test",
+    )
+
+
+def test_numbers_of_nodes_that_divide_the_batch():
+    assert admissible_nodes(config(), 1, Nodes.parse("1:9", "h:1")) == (1, 2, 4, 8)
+    assert admissible_nodes(config(), 2, Nodes.parse("1:9", "h:1")) == (1, 2, 4)
+    assert admissible_nodes(config(parallel={"tensor": 2}), 1, Nodes.parse("2:6", "h:1")) == (2, 4)
+    with pytest.raises(UserError, match="global_batch"):
+        admissible_nodes(config(), 3, Nodes())
