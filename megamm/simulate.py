@@ -1,0 +1,255 @@
+"""Simulated goodput of a large run: published failure rates against given or measured costs of a failure.
+
+In: a `Scenario` (GPUs, seconds, published rates). Out: the share of the wall time that each kind of time takes, over
+many simulated runs. Nothing here is a measurement of a large cluster, and every text made of it says "simulated".
+
+Failures are a Poisson process whose rate is that of Llama 3's pretraining per GPU (Grattafiori et al. 2024, "The Llama
+3 Herd of Models", section 3.3.4 and table 5: 466 stops in 54 days on 16,384 GPUs, 47 planned and 419 unexpected; the
+counts are used, not the printed percentages, which do not all agree with them). Best interval between checkpoints:
+Young 1974 ("A first order approximation to the optimum checkpoint interval") and Daly 2006 ("A higher order estimate
+of the optimum checkpoint interval for restart dumps", equation 37; the expected time of a run is his equation 20).
+"""
+
+import heapq
+import math
+import random
+import statistics
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal
+
+Kind = Literal["hardware", "software", "hang", "planned"]
+"""hardware: a node is lost too; hang: nothing ends by itself; planned: a checkpoint is written first."""
+
+LLAMA3_GPUS, LLAMA3_DAYS = 16_384, 54
+LLAMA3_STOPS: tuple[tuple[str, int, Kind], ...] = (
+    ("faulty GPU", 148, "hardware"),
+    ("GPU HBM3 memory", 72, "hardware"),
+    ("software bug", 54, "software"),
+    ("network switch or cable", 35, "software"),
+    ("unplanned host maintenance", 32, "hardware"),
+    ("GPU SRAM memory", 19, "hardware"),
+    ("GPU system processor", 17, "hardware"),
+    ("NIC", 7, "hardware"),
+    ("NCCL watchdog time-out", 7, "hang"),
+    ("silent data corruption", 6, "hardware"),
+    ("GPU thermal interface or sensor", 6, "hardware"),
+    ("SSD", 3, "hardware"),
+    ("power supply", 3, "hardware"),
+    ("server chassis", 2, "hardware"),
+    ("IO expansion board", 2, "hardware"),
+    ("dependency", 2, "software"),
+    ("CPU", 2, "hardware"),
+    ("system memory", 2, "hardware"),
+    ("planned maintenance or change", 47, "planned"),
+)
+"""Cause, stops in those 54 days, and what a stop of that cause does here (our reading: the table does not say)."""
+
+DAY = 86_400.0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of the whole job. lag: from a checkpoint's stall until it can be resumed from (it is written beside)."""
+
+    detection: float
+    hang_detection: float
+    restart: float
+    stall: float
+    lag: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is simulated. interval: seconds of training between checkpoints; spares: nodes that stand by.
+
+    max_restarts: restarts of one job before somebody has to start it again, which takes operator_seconds; None: any.
+    """
+
+    gpus: int
+    days: float
+    costs: Costs
+    interval: float
+    spares: int
+    repair_hours: float = 24.0
+    max_restarts: int | None = None
+    operator_seconds: float = 3600.0
+    rate_factor: float = 1.0
+    stops: tuple[tuple[str, int, Kind], ...] = LLAMA3_STOPS
+
+    @property
+    def mean_seconds_between_stops(self) -> float:
+        """Of the whole job: the published rate per GPU times the GPUs."""
+        published = sum(count for _, count, _ in self.stops)
+        return LLAMA3_DAYS * DAY * LLAMA3_GPUS / (published * self.gpus * self.rate_factor)
+
+
+SHARES = ("productive", "repeated", "checkpoint_stall", "detection", "restart", "no_spare", "operator")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of `runs` simulated runs. shares: mean part of the wall time by kind, in the order of SHARES, of sum 1."""
+
+    goodput: tuple[float, ...]
+    shares: dict[str, float]
+    stops: float
+    jobs: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.goodput)
+
+    @property
+    def standard_error(self) -> float:
+        """Of the mean: the Monte-Carlo error."""
+        return statistics.stdev(self.goodput) / math.sqrt(len(self.goodput)) if len(self.goodput) > 1 else math.nan
+
+    def percentile(self, percent: float) -> float:
+        """Of a run's goodput, between the nearest ranks."""
+        ordered = sorted(self.goodput)
+        place = percent / 100 * (len(ordered) - 1)
+        low, part = int(place), place - int(place)
+        return ordered[low] + part * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
+
+
+def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
+    """The same seed gives the same outcome."""
+    simulated = [_Run(scenario, random.Random(f"{seed}:{i}")) for i in range(runs)]
+    total = scenario.days * DAY
+    for run in simulated:
+        run.play()
+    return Outcome(
+        goodput=tuple(run.spent["productive"] / total for run in simulated),
+        shares={name: statistics.fmean(run.spent[name] for run in simulated) / total for name in SHARES},
+        stops=statistics.fmean(run.stops for run in simulated),
+        jobs=statistics.fmean(run.jobs for run in simulated),
+    )
+
+
+class _Run:
+    """One simulated run: training until a stop, then restarts until one of them holds."""
+
+    def __init__(self, scenario: Scenario, draw: random.Random) -> None:
+        self.scenario, self.draw = scenario, draw
+        self.clock, self.end = 0.0, scenario.days * DAY
+        self.spent = dict.fromkeys(SHARES, 0.0)
+        self.stops, self.jobs, self.restarts = 0, 1, 0
+        self.rate = 1 / scenario.mean_seconds_between_stops
+        self.spares, self.repaired_at = scenario.spares, list[float]()
+        self.kinds = [kind for _, _, kind in scenario.stops]
+        self.weights = list(accumulate(count for _, count, _ in scenario.stops))
+
+    def play(self) -> None:
+        while self.clock < self.end:
+            seconds = self._until_stop()
+            if seconds >= self.end - self.clock:
+                self._train(self.end - self.clock, is_kept=True)
+                return
+            kind = self._stop()
+            self._train(seconds, is_kept=kind == "planned")
+            while not self._restart(kind) and self.clock < self.end:
+                kind = self._stop()
+
+    def _until_stop(self) -> float:
+        return self.draw.expovariate(self.rate)
+
+    def _stop(self) -> Kind:
+        self.stops += 1
+        return self.draw.choices(self.kinds, cum_weights=self.weights)[0]
+
+    def _spend(self, kind: str, seconds: float) -> None:
+        seconds = min(seconds, self.end - self.clock)
+        self.spent[kind] += seconds
+        self.clock += seconds
+
+    def _train(self, seconds: float, is_kept: bool) -> None:
+        """Checkpoints end at every `interval` of training; what is after the last usable one is done again."""
+        interval, stall = self.scenario.interval, self.scenario.costs.stall
+        count, rest = divmod(seconds, interval + stall)
+        worked = count * interval + min(rest, interval)
+        usable = max(seconds - self.scenario.costs.lag, 0) // (interval + stall) * interval
+        kept = worked if is_kept else usable
+        self._spend("productive", kept)
+        self._spend("repeated", worked - kept)
+        self._spend("checkpoint_stall", seconds - worked)
+
+    def _restart(self, kind: Kind) -> bool:
+        """From a stop to the next step; False if it is stopped, too."""
+        costs = self.scenario.costs
+        if kind == "hardware":
+            self._take_spare()
+        if self.restarts == self.scenario.max_restarts:
+            self._spend("operator", self.scenario.operator_seconds)
+            self.jobs, self.restarts = self.jobs + 1, 0
+        self.restarts += 1
+        seen = {"planned": 0.0, "hang": costs.hang_detection}.get(kind, costs.detection)
+        undisturbed = self._until_stop()
+        self._spend("detection", min(seen, undisturbed))
+        self._spend("restart", max(min(costs.restart, undisturbed - seen), 0))
+        return undisturbed >= seen + costs.restart
+
+    def _take_spare(self) -> None:
+        """A lost node is repaired and becomes a spare; without a spare the run waits for the first one repaired."""
+        while self.repaired_at and self.repaired_at[0] <= self.clock:
+            heapq.heappop(self.repaired_at)
+            self.spares += 1
+        heapq.heappush(self.repaired_at, self.clock + self.scenario.repair_hours * 3600)
+        if self.spares:
+            self.spares -= 1
+        else:
+            self._spend("no_spare", heapq.heappop(self.repaired_at) - self.clock)
+
+
+def young(stall: float, mean_seconds_between_stops: float) -> float:
+    """Best seconds of training between checkpoints to first order (Young 1974)."""
+    return math.sqrt(2 * stall * mean_seconds_between_stops)
+
+
+def daly(stall: float, mean_seconds_between_stops: float) -> float:
+    """The same to a higher order (Daly 2006, equation 37)."""
+    if stall >= 2 * mean_seconds_between_stops:
+        return mean_seconds_between_stops
+    ratio = stall / (2 * mean_seconds_between_stops)
+    return young(stall, mean_seconds_between_stops) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall
+
+
+def expected_goodput(interval: float, stall: float, recovery: float, mean_seconds_between_stops: float) -> float:
+    """Daly's expectation for a run without end: recovery in seconds of detection and restart, stops at any time.
+
+    Exact where a checkpoint is usable at once (lag 0), no stop is planned and there is always a spare.
+    """
+    m = mean_seconds_between_stops
+    return interval / (m * math.exp(recovery / m) * math.expm1((interval + stall) / m))
+
+
+def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: int) -> str:
+    """What is printed: result, where the time goes, and every assumption. sources: where each cost is from."""
+    s, c, mean = scenario, scenario.costs, scenario.mean_seconds_between_stops
+    total = sum(count for _, count, _ in s.stops)
+    low, high = outcome.percentile(5), outcome.percentile(95)
+    lines = [
+        f"simulated goodput of {s.gpus:,} GPUs over {s.days:g} days: {outcome.mean:.2%} (5-95 % of {len(outcome.goodput)}"
+        f" runs: {low:.2%} to {high:.2%}; error of the mean {outcome.standard_error:.3%}; seed {seed})",
+        "simulated shares of the wall time: "
+        + ", ".join(f"{name} {outcome.shares[name]:.3%}" for name in SHARES if outcome.shares[name] > 0),
+        f"simulated stops: {outcome.stops:.1f} a run, one every {mean / 3600:.2f} h; jobs started {outcome.jobs:.1f}",
+        f"checkpoint every {s.interval:.0f} s; best by Young {young(c.stall, mean):.0f} s, by Daly "
+        f"{daly(c.stall, mean):.0f} s; expected goodput by Daly, without lag, planned stops and spares: "
+        f"{expected_goodput(s.interval, c.stall, c.detection + c.restart, mean):.2%}",
+        "assumptions:",
+        f"  rate: {total} stops in {LLAMA3_DAYS} days on {LLAMA3_GPUS:,} GPUs (Llama 3, table 5), per GPU and times "
+        f"{s.rate_factor:g}; independent of each other, at any time, in restarts too, except while a node is missing",
+        *(f"  {name}: {getattr(c, name):.3g} s, {sources[name]}" for name in c.__dataclass_fields__),
+        f"  hang: {_share(s, 'hang'):.1%} of stops; planned: {_share(s, 'planned'):.1%}, without loss of work; hardware: "
+        f"{_share(s, 'hardware'):.1%}, each takes one node away",
+        f"  {s.spares} spare nodes; a node is back after {s.repair_hours:g} h, the run waits where none is left",
+        f"  restarts before somebody is needed: {'any' if s.max_restarts is None else s.max_restarts}"
+        + (f", who takes {s.operator_seconds:g} s" if s.max_restarts is not None else ""),
+        "  undisturbed steps are productive in full: waiting for data, evaluation and stragglers are not simulated",
+    ]
+    return "\n".join(lines)
+
+
+def _share(scenario: Scenario, kind: Kind) -> float:
+    return sum(n for _, n, k in scenario.stops if k == kind) / sum(n for _, n, _ in scenario.stops)
