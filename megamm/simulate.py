@@ -14,7 +14,7 @@ import heapq
 import math
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -76,6 +76,10 @@ class Scenario:
     operator_seconds: float = 3600.0
     rate_factor: float = 1.0
     stops: tuple[tuple[str, int, Kind], ...] = LLAMA3_STOPS
+
+    def every(self, interval: float) -> "Scenario":
+        """The same with another interval."""
+        return replace(self, interval=interval)
 
     @property
     def mean_seconds_between_stops(self) -> float:
@@ -229,8 +233,9 @@ def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: in
     total = sum(count for _, count, _ in s.stops)
     low, high = outcome.percentile(5), outcome.percentile(95)
     lines = [
-        f"simulated goodput of {s.gpus:,} GPUs over {s.days:g} days: {outcome.mean:.2%} (5-95 % of {len(outcome.goodput)}"
-        f" runs: {low:.2%} to {high:.2%}; error of the mean {outcome.standard_error:.3%}; seed {seed})",
+        f"simulated goodput of {s.gpus:,} GPUs over {s.days:g} days: {outcome.mean:.2%} (5-95 % of "
+        f"{len(outcome.goodput)} runs: {low:.2%} to {high:.2%}; error of the mean {outcome.standard_error:.3%}; "
+        f"seed {seed})",
         "simulated shares of the wall time: "
         + ", ".join(f"{name} {outcome.shares[name]:.3%}" for name in SHARES if outcome.shares[name] > 0),
         f"simulated stops: {outcome.stops:.1f} a run, one every {mean / 3600:.2f} h; jobs started {outcome.jobs:.1f}",
@@ -241,8 +246,8 @@ def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: in
         f"  rate: {total} stops in {LLAMA3_DAYS} days on {LLAMA3_GPUS:,} GPUs (Llama 3, table 5), per GPU and times "
         f"{s.rate_factor:g}; independent of each other, at any time, in restarts too, except while a node is missing",
         *(f"  {name}: {getattr(c, name):.3g} s, {sources[name]}" for name in c.__dataclass_fields__),
-        f"  hang: {_share(s, 'hang'):.1%} of stops; planned: {_share(s, 'planned'):.1%}, without loss of work; hardware: "
-        f"{_share(s, 'hardware'):.1%}, each takes one node away",
+        f"  hang: {_share(s, 'hang'):.1%} of stops; planned: {_share(s, 'planned'):.1%}, without loss of work; "
+        f"hardware: {_share(s, 'hardware'):.1%}, each takes one node away",
         f"  {s.spares} spare nodes; a node is back after {s.repair_hours:g} h, the run waits where none is left",
         f"  restarts before somebody is needed: {'any' if s.max_restarts is None else s.max_restarts}"
         + (f", who takes {s.operator_seconds:g} s" if s.max_restarts is not None else ""),

@@ -87,9 +87,9 @@ class Trainer:
         """Steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, every = self.config.train, self.config.checkpoint.every
         if self.groups.rank == 0:
-            self.metrics = metrics.Metrics(self.config.output, self.step, t.steps)
-            layout = self.config.parallel.model_dump()
-            events.record(self.config.output, "started", step=self.step, world=self.groups.world_size, layout=layout)
+            run, world_size = self.config.output, self.groups.world_size
+            self.metrics = metrics.Metrics(run, self.step, t.steps, self.config.metrics)
+            events.record(run, "started", step=self.step, world=world_size, layout=self.config.parallel.model_dump())
         first, stop = self.step + 1, min(t.steps, t.stop_after or t.steps)
         while self.step < stop:
             if (ending := boundary.stops_before(self.step + 1)) is not None:
@@ -99,13 +99,11 @@ class Trainer:
             self._one_step()
             if self.step == first and self.groups.rank == 0:
                 self.pulse.tell_first_step(self.config.output, first)
-            last, start = self.step == stop, time.monotonic()
+            last = self.step == stop
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
             if last or (every and self.step % every == 0):
                 self.save()
-            if self.metrics is not None:
-                self.metrics.leave_out(time.monotonic() - start)
         return "done"
 
     def _one_step(self) -> None:
@@ -135,7 +133,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         """Mean loss per modality over the held-out rows, weighted by tokens."""
-        names = self.data.vocabulary.modalities
+        names, start = self.data.vocabulary.modalities, time.monotonic()
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
         self.pulse.beat("evaluate", self.step)
@@ -149,14 +147,16 @@ class Trainer:
             means = {
                 f"heldout/{n}": metrics.finite_or_none(float(x)) for n, x in zip(names, total / count, strict=True)
             }
-            self.metrics.report_heldout(self.step, means)
+            self.metrics.report_heldout(self.step, means, time.monotonic() - start)
 
     def save(self) -> Path:
         """Write a checkpoint of the state after the current step."""
         self.pulse.beat("save", self.step)
+        start = time.monotonic()
         folder = self.store.save(self.step, self.loader.consumed_rows)
         self.saved_step = self.step
         if self.metrics is not None:
+            self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
             print(f"saved {folder}", flush=True)
         return folder
 

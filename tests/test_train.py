@@ -45,12 +45,15 @@ TRAIN = {
     "log_every": 1,
     "eval_every": 8,
 }
-TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
+TIMES = (
+    *("tokens_per_s", "seconds_left", "data_wait_share", "data_wait_seconds", "step_seconds", "evaluation_seconds"),
+    *("checkpoint_stall_seconds", "time", "goodput", "restarts", "heartbeat_age"),
+)
 
 
 def _losses(run: Path) -> list[dict]:
     """Every reported value but the timings; equality of these is bit-identity (JSON keeps all digits)."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(run)]
+    return [{k: v for k, v in line.items() if k not in (*TIMES, "steps")} for line in metrics.read_lines(run)]
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

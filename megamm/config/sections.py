@@ -134,6 +134,13 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="of the newest")
 
 
+class MetricsConfig(Section):
+    """Where the figures of a run go besides its output folder (metrics.jsonl, tensorboard/, metrics.prom)."""
+
+    prometheus_port: int = Field(0, ge=0, le=65535, description="of an HTTP endpoint on rank 0; 0: none")
+    prometheus_host: str = Field("127.0.0.1", description="address it listens on")
+
+
 class DeepSpeedConfig(Section):
     """For engine: deepspeed. ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
 
@@ -174,6 +181,7 @@ class RunConfig(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
+    metrics: MetricsConfig = MetricsConfig()
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()

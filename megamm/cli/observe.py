@@ -1,0 +1,80 @@
+"""What a run did, and what a larger one would do: `megamm report`, `megamm simulate-faults`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megamm.errors import UserError
+
+app = typer.Typer()
+
+ASSUMED = {"detection": 10.0, "hang_detection": 30.0, "restart": 120.0, "stall": 1.0, "lag": 60.0}
+"""Seconds where neither an option nor a run says otherwise; not measured. Detection is at the ends of what ByteRobust
+reports for itself (10 to 30 s)."""
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="a run's output folder")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write [RUN/report.html]")] = None,
+) -> None:
+    """One self-contained HTML page of a run: losses, speed, failures and restarts, where the time went."""
+    from megamm.report.run import write_report
+
+    if out is not None and not out.parent.is_dir():
+        raise UserError("no such folder", where=out.parent, remedy="make it, or write elsewhere")
+    print(f"report: {write_report(run, out)}")
+
+
+@app.command("simulate-faults")
+def simulate_faults(
+    gpus: Annotated[int, typer.Option(help="of the simulated job", min=1)] = 16_384,
+    days: Annotated[float, typer.Option(help="of the simulated job", min=0.01, max=3650)] = 54.0,
+    run: Annotated[Path | None, typer.Option(help="take the costs that this run measured")] = None,
+    detection: Annotated[float | None, typer.Option(help="s until a dead rank is seen", min=0)] = None,
+    hang_detection: Annotated[float | None, typer.Option(help="s until a hang is seen", min=0)] = None,
+    restart: Annotated[float | None, typer.Option(help="s from detection to the first step", min=0)] = None,
+    stall: Annotated[float | None, typer.Option(help="s that a checkpoint stops the steps", min=0.001)] = None,
+    lag: Annotated[float | None, typer.Option(help="s from there until it can be resumed from", min=0)] = None,
+    interval: Annotated[float | None, typer.Option(help="s between checkpoints [the best by Daly]", min=0.1)] = None,
+    spares: Annotated[int | None, typer.Option(help="nodes that stand by [1 %, at least 1]", min=0)] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    repair_hours: Annotated[float, typer.Option(help="until a lost node is back", min=0)] = 24.0,
+    max_restarts: Annotated[int | None, typer.Option(help="of one job, then somebody starts it [any]", min=0)] = None,
+    operator_seconds: Annotated[float, typer.Option(help="until somebody has", min=0)] = 3600.0,
+    rate_factor: Annotated[float, typer.Option(help="times the published rate of failures", min=1e-6)] = 1.0,
+    runs: Annotated[int, typer.Option(help="simulated runs", min=2)] = 200,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Simulated goodput of a large job at Llama 3's published failure rates; prints every assumption."""
+    from megamm.resilience.costs import measure
+    from megamm.simulate import Costs, Scenario, daly, simulate, text
+
+    given = dict(zip(ASSUMED, (detection, hang_detection, restart, stall, lag), strict=True))
+    measured, sources = measure(run, gpus) if run is not None else ({}, {})
+    costs = ASSUMED | measured | {name: value for name, value in given.items() if value is not None}
+    sources = dict.fromkeys(ASSUMED, "assumed, not measured") | sources
+    sources |= {name: "given" for name, value in given.items() if value is not None}
+    if interval is not None and interval < costs["lag"]:
+        raise UserError(
+            f"checkpoints every {interval:g} s, while one is written for {costs['lag']:g} s",
+            remedy="save less often, or write faster (--lag)",
+        )
+    nodes = -(-gpus // gpus_per_node)
+    scenario = Scenario(
+        gpus=gpus,
+        days=days,
+        costs=Costs(**costs),
+        interval=interval or 1.0,
+        spares=max(nodes // 100, 1) if spares is None else spares,
+        repair_hours=repair_hours,
+        max_restarts=max_restarts,
+        operator_seconds=operator_seconds,
+        rate_factor=rate_factor,
+    )
+    if interval is None:
+        # A save begins when the one before is written: the lag is the shortest interval.
+        best = max(daly(costs["stall"], scenario.mean_seconds_between_stops), costs["lag"])
+        scenario = scenario.every(best)
+    print(text(scenario, simulate(scenario, runs, seed), sources, seed))

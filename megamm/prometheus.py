@@ -1,0 +1,131 @@
+"""A run's figures for Prometheus: RUN/metrics.prom for node_exporter's textfile collector, and over HTTP if asked.
+
+In: lines of metrics (megamm/metrics.py), on rank 0. Out: gauges named megamm_*, labelled with the run's folder name;
+docs/observability.md lists them with their units. Times are exported as timestamps, as Prometheus advises: while a run
+hangs or restarts nobody rewrites the file, and `time() - megamm_heartbeat_oldest_timestamp_seconds` is right all the
+same. The file is replaced as a whole.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from megamm.config import MetricsConfig
+from megamm.errors import UserError
+
+TEXTFILE = "metrics.prom"
+GAUGES = {
+    "step": ("step", "Steps made."),
+    "grad_norm": ("grad_norm", "Norm of the gradient before clipping."),
+    "lr": ("learning_rate", "Learning rate of the last step."),
+    "tokens_per_s": ("tokens_per_second", "Tokens trained per second, of the whole job, since the last report."),
+    "data_wait_share": ("data_wait_ratio", "Share of the time of steps that rank 0 waited for data."),
+    "mfu": ("model_flops_utilization_ratio", "Model FLOP/s over the peak of the devices."),
+    "padding_share": ("padding_ratio", "Share of padding in the rows."),
+    "imbalance": ("imbalance_ratio", "Work of the busiest data-parallel rank over the mean."),
+    "goodput": ("goodput_ratio", "Time in steps whose result was kept, over the time since the first launch."),
+    "time": ("report_timestamp_seconds", "When this was last reported."),
+}
+"""Key of a line -> name behind "megamm_", help."""
+COUNTERS = {
+    "step_seconds": ("step_seconds", "Seconds in steps, of this attempt."),
+    "data_wait_seconds": ("data_wait_seconds", "Seconds in steps that rank 0 waited for data, of this attempt."),
+    "evaluation_seconds": ("evaluation_seconds", "Seconds of evaluation, of this attempt."),
+    "checkpoint_stall_seconds": ("checkpoint_stall_seconds", "Seconds that checkpoints stopped it, of this attempt."),
+}
+
+
+class Exporter:
+    """The figures of one run. UserError if the endpoint's port is taken."""
+
+    def __init__(self, run: Path, total_steps: int, step: int, restarts: int, config: MetricsConfig) -> None:
+        # Imported here: reading a config needs none of it.
+        from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+        self.run, self.registry, self.label = run, CollectorRegistry(), run.resolve().name
+        self.read_cost, self.read_at, self.oldest = 0.0, float("-inf"), float("nan")
+        labels: dict[str, Any] = {"labelnames": ["run"], "registry": self.registry}
+
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(f"megamm_{name}", what, **labels).labels(self.label)
+
+        self.gauges = {key: gauge(name, what) for key, (name, what) in GAUGES.items() if key != "mfu"}
+        self.counters = {
+            key: Counter(f"megamm_{name}", what, **labels).labels(self.label) for key, (name, what) in COUNTERS.items()
+        }
+        what = "Mean cross entropy in nats per token."
+        self.loss = Gauge("megamm_loss_nats", what, ["run", "split", "modality"], registry=self.registry)
+        gauge("target_steps", "Steps that the run is to make.").set(total_steps)
+        gauge("restarts", "Attempts before this one.").set(restarts)
+        oldest = gauge("heartbeat_oldest_timestamp_seconds", "Of the rank not heard of for the longest; NaN: of none.")
+        oldest.set_function(self.oldest_heartbeat)
+        self.make_gauge = gauge
+        self.gauges["step"].set(step)
+        self.gauges["time"].set(time.time())
+        self.server = None
+        if config.prometheus_port:
+            try:
+                self.server, self.thread = start_http_server(
+                    config.prometheus_port, addr=config.prometheus_host, registry=self.registry
+                )
+            except OSError as error:
+                where = f"{config.prometheus_host}:{config.prometheus_port}"
+                remedy = "choose another metrics.prometheus_port, or 0 for none"
+                raise UserError(f"no metrics endpoint: {error}", where=where, remedy=remedy) from None
+        self._write()
+
+    def update(self, line: dict[str, Any]) -> None:
+        """Take over what a line of metrics has, and rewrite the file. None (a modality without tokens) becomes NaN."""
+        if "mfu" in line and "mfu" not in self.gauges:
+            self.gauges["mfu"] = self.make_gauge(*GAUGES["mfu"])
+        for key, given in line.items():
+            value = float("nan") if given is None else given
+            split, _, modality = key.partition("/")
+            if key in self.gauges:
+                self.gauges[key].set(value)
+            elif key in self.counters:
+                self.counters[key].inc(value)
+            elif modality:
+                split = {"loss": "train"}.get(split, split)
+                self.loss.labels(self.label, split, modality).set(value)
+        self._write()
+
+    def oldest_heartbeat(self) -> float:
+        """As the function below; read again only after 100 times what reading took: at most one percent of the time."""
+        begin = time.monotonic()
+        if begin - self.read_at >= 100 * self.read_cost:
+            self.oldest = oldest_heartbeat(self.run)
+            self.read_at = time.monotonic()
+            self.read_cost = self.read_at - begin
+        return self.oldest
+
+    def heartbeat_age(self) -> dict[str, float]:
+        """{"heartbeat_age": seconds} of that rank, or nothing without heartbeats."""
+        oldest = self.oldest_heartbeat()
+        return {} if oldest != oldest else {"heartbeat_age": max(time.time() - oldest, 0.0)}
+
+    def _write(self) -> None:
+        from prometheus_client import write_to_textfile
+
+        write_to_textfile(str(self.run / TEXTFILE), self.registry)
+
+    def close(self) -> None:
+        """The file stays, with the last figures and their time."""
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.thread.join()
+
+
+def oldest_heartbeat(run: Path) -> float:
+    """Unix seconds of the newest attempt's rank not heard of for the longest (RUN/heartbeats); NaN without any."""
+    beats = []
+    for path in (run / "heartbeats").glob("rank_*.json"):
+        try:
+            beat = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError):
+            continue  # replaced or removed this moment: the rank is alive, or of an earlier, larger world
+        beats.append((beat["time"], beat["attempt"]))
+    newest = max(beats, default=(0.0, 0))[1]
+    return min((at for at, attempt in beats if attempt == newest), default=float("nan"))
