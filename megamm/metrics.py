@@ -33,10 +33,10 @@ class Metrics:
 
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.total_steps = run, total_steps
-        drop_after(run, start_step)
         past = goodput.account(events.read(run), read_all_lines(run), going_on_from=start_step)
         self.restarts, self.first_launch = max(past.attempts - 1, 0), past.begin or time.time()
         self.productive = past.seconds["productive"]
+        drop_after(run, start_step)
         self.file = (run / METRICS).open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         self.prometheus = Exporter(run, total_steps, start_step, self.restarts, config)
@@ -100,6 +100,18 @@ class Metrics:
         """Time that was no step's (part: one of LEFT_OUT) is no part of the throughput."""
         self.clock += seconds
         self.left_out[part] += seconds
+
+    def go_back(self, step: int) -> None:
+        """The run goes on after an earlier step, without a restart: the lines from there on are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file.close()
+        self.board.close()
+        past = goodput.account(events.read(self.run), read_all_lines(self.run), going_on_from=step)
+        self.productive, self.since = past.seconds["productive"], step
+        drop_after(self.run, step)
+        self.file = (self.run / METRICS).open("a")
+        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def _write(self, line: dict[str, Any]) -> None:
         line |= self.left_out | {"time": time.time()}

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_NAMES = "password|passwd|secret|token|signature|credentials?|api_?key|access_?key(?:_?id)?|private_?key|sig"
+_NAMES = (
+    "password|passwd|secret|token|signature|credentials?|api_?key|secret_?key|access_?key(?:_?id)?|private_?key|sig"
+)
 _NAME = re.compile(rf"(?:^|[^a-z])(?:{_NAMES})$", re.IGNORECASE)
 _USER = re.compile(r"(?<=://)[^/\s@\"'<>]+(?=@)")
 _ASSIGNED = re.compile(

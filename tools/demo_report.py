@@ -6,7 +6,6 @@ In: what tools/demo.py left in that folder. Out: report.html in it. Losses and g
 (summed over the process tree), time in seconds; what a codec's figures are says its training module.
 """
 
-import io
 import json
 import platform
 import sys
@@ -17,74 +16,39 @@ from typing import Any
 import matplotlib
 import torch
 import transformers
-from demo_media import show, uri
+from demo_media import show
 from demo_samples import PAIRS
-from matplotlib.figure import Figure
 
 from megamm import metrics
 from megamm.data.run_data import load_modalities
 from megamm.modalities.base import Modality, UnreadableMedia
+from megamm.report import page
+from megamm.report.svg import Mark, Series, plot
 
 STYLE = """
-:root { --ink: #1c2126; --soft: #5b6670; --line: #dfe3e6; --good: #1a7f4b }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 60rem; margin: 0 auto;
-       padding: 1.5rem 1rem 3rem }
-h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem }
-p { margin: .3rem 0 .8rem } .soft, figcaption { color: var(--soft); font-size: .9rem }
-.cards, .grid { display: grid; gap: .8rem } .cards { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem }
-.card b { display: block; font-size: 1.25rem } .card span { color: var(--soft); font-size: .85rem }
-.grid { grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
-figure { margin: 0; break-inside: avoid } figcaption { line-height: 1.35; overflow-wrap: anywhere }
-figcaption b { color: var(--ink); font-weight: 600 }
+figcaption { color: var(--soft); font-size: .9rem; line-height: 1.35; overflow-wrap: anywhere }
+figcaption b { color: var(--ink); font-weight: 600 } figure { break-inside: avoid }
+.media { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
 .pair { display: flex; gap: 6px; align-items: flex-start } .pair > div { flex: 1; min-width: 0 }
 .said { margin: 0; font-weight: 600; overflow-wrap: anywhere } audio, video { width: 100%; display: block }
 .pixels { width: 100%; image-rendering: pixelated; border: 1px solid var(--line) }
-.plot { width: 100%; height: auto } .plots { grid-template-columns: repeat(auto-fit, minmax(19rem, 1fr)) }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } .scroll { overflow-x: auto }
-th, td { text-align: right; padding: .3rem .4rem; border-bottom: 1px solid var(--line) }
-th:first-child, td:first-child { text-align: left } th { color: var(--soft); font-weight: 500; font-size: .9rem }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; color: var(--soft) }
-@media print { body { max-width: none; padding: 0; font-size: 11pt } h2 { break-after: avoid } }
 """
 COLOURS = ("#2457c5", "#c2541b", "#2b8a57", "#8a3ab9", "#9b2c3f")
 
 
 def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: int, resumed: int) -> str:
-    """An SVG data URI: training and held-out loss of one modality over steps, with the kill and the resume."""
-    figure = Figure(figsize=(5, 3.1), layout="constrained")
-    axes = figure.add_subplot()
-    for key, style, label in (
-        (f"loss/{modality}", {"lw": 1.3}, "training"),
-        (f"heldout/{modality}", {"lw": 1, "ls": "--", "marker": "o", "ms": 5, "mfc": "white"}, "held-out"),
-    ):
+    """Training and held-out loss of one modality over steps, with the resumption after the kill, as SVG."""
+    series = []
+    for key, name, dots in ((f"loss/{modality}", "training", False), (f"heldout/{modality}", "held-out", True)):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
-    axes.axvline(resumed, color="#444", lw=1, ls=":", label=f"killed after {killed}, resumed at {resumed}")
-    axes.set(xlabel="step", ylabel="nats per token", title=modality)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e6e9eb")
-    axes.legend(frameon=False, fontsize=8)
-    file = io.BytesIO()
-    figure.savefig(file, format="svg")
-    return uri("image/svg+xml", file.getvalue())
+        series.append(Series(name, points, colour, dots))
+    mark = Mark(resumed, f"killed after {killed}, resumed at {resumed}")
+    return plot(modality, series, x_label="step", y_label="nats/token", marks=[mark])
 
 
 def _figure(shown: list[str], caption: str = "") -> str:
     sides = "".join(f"<div>{one}</div>" for one in shown)
     return f'<figure><div class="pair">{sides}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
-
-
-def _section(title: str, note: str, content: str) -> str:
-    return f'<section><h2>{escape(title)}</h2><p class="soft">{note}</p>{content}</section>'
 
 
 def _cards(summary: dict[str, Any]) -> str:
@@ -96,29 +60,22 @@ def _cards(summary: dict[str, Any]) -> str:
         (f"{summary['padding_share']:.1%}", "padding in the rows"),
         (f"step {summary['resumed_from_step']}", f"resumed there after kill -9 at step {summary['killed_at_step']}"),
     ]
-    return (
-        '<div class="cards">'
-        + "".join(f'<div class="card"><b>{b}</b><span>{s}</span></div>' for b, s in cards)
-        + "</div>"
-    )
+    return page.cards(cards)
 
 
 def _losses(out: Path, run: Path, summary: dict[str, Any]) -> str:
     lines = metrics.read_lines(run)
     killed, resumed = summary["killed_at_step"], summary["resumed_from_step"]
-    plots = [
-        f'<img class="plot" alt="loss of {m}" src="{loss_plot(lines, m, COLOURS[i % len(COLOURS)], killed, resumed)}">'
-        for i, m in enumerate(summary["loss"])
-    ]
+    plots = [loss_plot(lines, m, COLOURS[i % len(COLOURS)], killed, resumed) for i, m in enumerate(summary["loss"])]
     rows = [
         [m, f"{loss['first']:.3f}", f"{loss['last']:.3f}", f"{summary['heldout_loss'][m]:.3f}"]
         for m, loss in summary["loss"].items()
     ]
-    table = _table(["modality", "first step", "last step", "all held-out samples, at the end"], rows)
+    table = page.table(["modality", "first step", "last step", "all held-out samples, at the end"], rows)
     note = (
         "Mean cross entropy in nats per token. One rank was killed where the dotted line is; the run went on by itself."
     )
-    return _section("Loss", note, f'<div class="grid plots">{"".join(plots)}</div>{table}')
+    return page.section("Loss", note, f'<div class="grid">{"".join(plots)}</div>{table}')
 
 
 def _gains(summary: dict[str, Any]) -> str:
@@ -132,7 +89,7 @@ def _gains(summary: dict[str, Any]) -> str:
         "Loss of the second part after another sample's first part, minus its loss after its own. Above zero, one part "
         "tells of the other. Subjects (nouns) of held-out samples never occur in training."
     )
-    return _section("Pair gain on held-out samples", note, _table(head, rows))
+    return page.section("Pair gain on held-out samples", note, page.table(head, rows))
 
 
 def _shown(modality: Modality, file: Path) -> str:
@@ -155,7 +112,7 @@ def _generated(out: Path, codecs: dict[str, Modality], shown: dict[str, Any]) ->
                 parts = [(source, out / names[source]), (target, made), (target, out / names[target])]
                 figures.append(_figure([_shown(codecs[m], file) for m, file in parts]))
             note = f"Left: a held-out {source}. Middle: the {target} made from it. Right: the real {target}."
-            sections.append(_section(f"{source} to {target}", note, f'<div class="grid">{"".join(figures)}</div>'))
+            sections.append(page.section(f"{source} to {target}", note, f'<div class="media">{"".join(figures)}</div>'))
     return "".join(sections)
 
 
@@ -175,8 +132,8 @@ def _rebuilt(out: Path, codecs: dict[str, Modality], shown: dict[str, Any], summ
             figures.append(_figure([show(codec, medium, "original"), again], f"{len(ids)} tokens"))
         figures_of = summary["codecs"][codec.family]
         shares = [f"{key} {value:.4g}" for key, value in figures_of.items() if isinstance(value, int | float)]
-        note = f"Left: held out. Right: the same from its tokens. All held-out media: {escape(', '.join(shares))}."
-        sections.append(_section(f"The {name} codec", note, f'<div class="grid">{"".join(figures)}</div>'))
+        note = f"Left: held out. Right: the same from its tokens. All held-out media: {', '.join(shares)}."
+        sections.append(page.section(f"The {name} codec", note, f'<div class="media">{"".join(figures)}</div>'))
     return "".join(sections)
 
 
@@ -187,10 +144,10 @@ def _closing(out: Path, summary: dict[str, Any]) -> str:
     rows.append(["total", f"{summary['seconds']['total']:.1f}", f"{summary['peak_rss_gib']:.1f}"])
     versions = json.loads((out / "export" / "megamm.json").read_text())["versions"]
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    line = " · ".join(f"{escape(name)} {escape(version)}" for name, version in sorted(versions.items()))
+    line = " · ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     credits = (out / "shards" / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    origin = f"<details><summary>Origin and licence of the data</summary><pre>{escape(credits)}</pre></details>"
-    return _section("Stages", line, _table(["stage", "seconds", "GiB at most"], rows) + origin)
+    origin = page.folded("Origin and licence of the data", credits)
+    return page.section("Stages", line, page.table(["stage", "seconds", "GiB at most"], rows) + origin)
 
 
 def write_report(out: Path) -> Path:
@@ -210,19 +167,12 @@ def write_report(out: Path) -> Path:
         + _rebuilt(out, codecs, shown, summary)
         + _closing(out, summary)
     )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>megamm demo</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body>{body}</body></html>\n"
-    )
-    partial = out / ".report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.rename(out / "report.html")
+    page.write(out / "report.html", "megamm demo", body, STYLE)
     return out / "report.html"
 
 
 def main() -> None:
-    matplotlib.use("agg")
+    matplotlib.use("agg")  # point clouds are drawn by it
     print(f"  report: {write_report(Path(sys.argv[1]))}")
 
 

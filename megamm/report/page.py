@@ -61,13 +61,13 @@ def folded(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
 
 
-def write(path: Path, title: str, body: str) -> None:
-    """The whole page, or none; it loads nothing."""
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+def write(path: Path, title: str, body: str, style: str = "") -> None:
+    """The whole page, or none; it loads nothing. style: rules besides STYLE."""
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{escape(title)}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}{style}</style></head>'
         f"<body>{body}</body></html>\n"
     )
     partial = path.with_name(f".{path.name}.partial")

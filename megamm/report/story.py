@@ -121,10 +121,18 @@ def timeline_section(goodput: Goodput, told: list[Event]) -> str:
     return page.section("Time line", note, f'{drawn}<p class="soft">{keys}</p>')
 
 
+def _fields_of(event: Event) -> str:
+    """What an event tells besides time and kind."""
+    return ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in ("time", "kind"))
+
+
 def _line_of(event: Event) -> str:
-    """The kind and fields of an event in one line."""
-    fields = {key: value for key, value in event.items() if key not in ("time", "kind")}
-    return f"{event['kind']} " + ", ".join(f"{key} {_short(value)}" for key, value in fields.items())
+    return f"{event['kind']}: {_fields_of(event)}"
+
+
+def _utc(seconds: float) -> str:
+    """Month, day and time, on one line."""
+    return time.strftime("%m-%d\u00a0%H:%M:%S", time.gmtime(seconds))
 
 
 def _short(value: Any) -> str:
@@ -203,10 +211,7 @@ def straggler_plot(told: list[Event]) -> list[str]:
 def events_section(told: list[Event], begin: float) -> str:
     """All but checkpoints, newest last."""
     shown = [e for e in told if e["kind"] != "saved"]
-    rows = [
-        [f"{e['time'] - begin:,.1f}", time.strftime("%m-%d %H:%M:%S", time.gmtime(e["time"])), e["kind"], _line_of(e)]
-        for e in shown[-LISTED:]
-    ]
+    rows = [[f"{e['time'] - begin:,.1f}", _utc(e["time"]), e["kind"], _fields_of(e)] for e in shown[-LISTED:]]
     if not rows:
         return page.section("Events", "None was recorded.", "")
     note = f"{len(shown)} besides saved checkpoints, the newest {len(rows)} shown; times in UTC."

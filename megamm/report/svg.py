@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 520.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 56.0, 12.0, 26.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 56.0, 20.0, 26.0, 34.0
 MAX_POINTS = 800
 Point = tuple[float, float]
 
@@ -58,9 +58,12 @@ def thin(points: Sequence[Point], count: int = MAX_POINTS) -> list[Point]:
 
 
 def number(value: float) -> str:
-    """Short: 0.001, 12.5, 3,400, 1.2e+06."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.6g}" if abs(value) < 1000 else f"{value:,.0f}"
+    """Short: 0.001, 12.5, 3,400, 150k, 2.4M, 1e+12."""
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size <= abs(value) < 1e12:
+            return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
+    if value == 0 or 1e-3 <= abs(value) < 1e4:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.6g}"
     return f"{value:.3g}"
 
 
@@ -147,8 +150,10 @@ def _legend(series: Sequence[Series]) -> str:
     for one in reversed(series):
         parts.append(f'<text class="tick" x="{x:.0f}" y="15" text-anchor="end">{escape(one.name)}</text>')
         x -= 6.2 * len(one.name) + 8
-        parts.append(f'<circle cx="{x:.0f}" cy="11.5" r="4" fill="{one.colour}"/>')
-        x -= 12
+        sign = f'<circle cx="{x:.0f}" cy="11.5" r="3" fill="{one.colour}"/>'
+        line = f'<path d="M{x - 6:.0f} 11.5 h12" stroke="{one.colour}" stroke-width="2"/>'
+        parts.append(sign if one.dots else line)
+        x -= 14
     return "".join(parts)
 
 
@@ -164,7 +169,7 @@ class Band:
 
 def timeline(bands: Sequence[Band], marks: Sequence[tuple[Mark, str]], *, end: float, x_label: str) -> str:
     """Bands from 0 to `end`; marks with a colour each, as triangles above them."""
-    width, right = 1060.0, 10.0
+    width, right = 1060.0, 16.0
 
     def x_of(value: float) -> float:
         return right + value / max(end, 1e-9) * (width - 2 * right)

@@ -95,7 +95,8 @@ class Goodput:
 def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: float = math.inf) -> Goodput:
     """All of a run's time until its last record. Lines without "time" (older runs) cannot be placed and are noted.
 
-    going_on_from: the step after which it is about to go on; those recorded from there on are made again.
+    going_on_from: the step after which it is about to go on; those recorded from there on are made again. That is one
+    more attempt, unless the last one recorded has not come to its first step: then it is that one.
     """
     result = Goodput()
     timed = sorted((line for line in lines if "time" in line), key=lambda line: line["time"])
@@ -106,7 +107,8 @@ def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: fl
     if not attempts:
         return result
     result.begin, result.end = attempts[0].begin, attempts[-1].end
-    result.attempts = len(attempts)
+    is_new = going_on_from < math.inf and bool(attempts[-1].lines or attempts[-1].first("started"))
+    result.attempts = len(attempts) + is_new
     kept_until = _kept_until(attempts, going_on_from)
     for attempt, after, limits in zip(attempts, [*attempts[1:], None], kept_until, strict=True):
         clock = _count_start(result, attempt)
@@ -158,7 +160,7 @@ def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> fl
     step_seconds = line.get("step_seconds", 0.0)
     waited = min(line.get("data_wait_seconds", 0.0), step_seconds)
     steps = line.get("steps", 0)
-    kept = min(max(limit - from_step(line), 0), steps) / steps if steps else 1.0
+    kept = min(max(limit - from_step(line), 0), steps) / steps if steps else float(line["step"] <= limit)
     result.add("productive", (step_seconds - waited) * kept)
     result.add("repeated", (step_seconds - waited) * (1 - kept))
     result.add("data_wait", waited)
