@@ -40,7 +40,9 @@ class Metrics:
         self.file = (run / METRICS).open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         self.prometheus = Exporter(run, total_steps, start_step, self.restarts, config)
-        self.clock, self.since, self.waited = time.monotonic(), start_step, 0.0
+        # The same moment on both clocks: lines are placed on the time line without gaps between their parts.
+        self.clock, self.time = time.monotonic(), time.time()
+        self.since, self.waited = start_step, 0.0
         self.left_out = dict.fromkeys(LEFT_OUT, 0.0)
         self.is_first_report, self.told_starved = True, False
 
@@ -49,7 +51,7 @@ class Metrics:
 
         "data_wait" is the time in seconds that the run has waited for data so far, recorded as a share.
         """
-        now = time.monotonic()
+        now, self.time = time.monotonic(), time.time()
         seconds, steps = max(now - self.clock, 1e-9), max(step - self.since, 1)
         waited = values["data_wait"] - self.waited
         self.clock, self.since, self.waited = now, step, values["data_wait"]
@@ -62,7 +64,7 @@ class Metrics:
         if peak_flops is not None and flops is not None:
             values["mfu"] = values["tokens_per_s"] * flops / peak_flops
         self.productive += max(seconds - waited, 0.0)
-        passed = max(time.time() - self.first_launch, 1e-9)
+        passed = max(self.time - self.first_launch, 1e-9)
         values |= {"steps": steps, "step_seconds": seconds, "data_wait_seconds": min(waited, seconds)}
         values |= {"restarts": self.restarts, "goodput": min(self.productive / passed, 1.0)}
         self._write({"step": step} | values | self.prometheus.heartbeat_age())
@@ -99,6 +101,7 @@ class Metrics:
     def leave_out(self, part: str, seconds: float) -> None:
         """Time that was no step's (part: one of LEFT_OUT) is no part of the throughput."""
         self.clock += seconds
+        self.time += seconds
         self.left_out[part] += seconds
 
     def go_back(self, step: int) -> None:
@@ -114,7 +117,7 @@ class Metrics:
         self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def _write(self, line: dict[str, Any]) -> None:
-        line |= self.left_out | {"time": time.time()}
+        line |= self.left_out | {"time": self.time}
         self.left_out = dict.fromkeys(LEFT_OUT, 0.0)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()

@@ -80,7 +80,7 @@ def test_goodput_of_a_killed_run(run):
     lines = metrics.read_all_lines(run)
     result = account(events.read(run), lines)
     records = [r["time"] for r in lines + events.read(run)]
-    assert result.wall == pytest.approx(max(records) - min(records), abs=0.05)
+    assert result.wall == pytest.approx(max(records) - min(records), abs=0.2)
     assert result.attempts == 2
     # By brute force: every second of every step, of the last attempt that made it.
     seconds = {}
@@ -95,6 +95,32 @@ def test_goodput_of_a_killed_run(run):
         [e for e in events.read(run) if e["time"] <= last["time"]], [x for x in lines if x["time"] <= last["time"]]
     )
     assert last["goodput"] == pytest.approx(then.ratio, rel=0.02)
+
+
+def test_going_back_and_restarts_in_one_process(tmp_path):
+    """The loss guard's way back drops lines like a restart does, and is none; restarts are the launcher's."""
+    values = {"loss/text": 2.0, "grad_norm": None, "lr": 0.1, "data_wait": 0.0}
+    events.record(tmp_path, "launched", restart=0)
+    writer = metrics.Metrics(tmp_path, 0, 10)
+    events.record(tmp_path, "started", step=0)
+    for step in (2, 4, 6):
+        writer.report(step, values, 64, None)
+    writer.go_back(3)
+    writer.report(5, values, 64, None)
+    writer.close()
+    assert [(x["step"], x["steps"], x["restarts"]) for x in metrics.read_lines(tmp_path)] == [(2, 2, 0), (5, 2, 0)]
+    dropped = [x for x in metrics.read_all_lines(tmp_path) if x not in metrics.read_lines(tmp_path)]
+    assert [x["step"] for x in dropped] == [4, 6]
+    seconds = {x["step"]: x["step_seconds"] for x in metrics.read_all_lines(tmp_path)}
+    result = account(events.read(tmp_path), metrics.read_all_lines(tmp_path))
+    assert result.seconds["productive"] == pytest.approx(seconds[2] + seconds[4] / 2 + seconds[5])
+    events.record(tmp_path, "failed", rank=0, step=6, phase="step", cause="x")
+    events.record(tmp_path, "restarting", restart=1, teardown=0.0, rendezvous=0.0)
+    events.record(tmp_path, "resumed", step=4, seconds=0.0)
+    again = metrics.Metrics(tmp_path, 4, 10)
+    assert again.restarts == 1
+    again.close()
+    assert [x["step"] for x in metrics.read_lines(tmp_path)] == [2]
 
 
 def _samples(text: str) -> dict[tuple[str, ...], float]:
