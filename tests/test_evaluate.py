@@ -111,6 +111,20 @@ def test_batches_give_the_same_numbers(export, source, monkeypatch):
         assert alone.pair_gain[direction].mean == pytest.approx(gain.mean, abs=1e-6)
 
 
+def test_a_document_is_computed_once(export, source, monkeypatch):
+    """Both orders of every sample serve the loss and the gain; besides, there are only the two mixed documents."""
+    seen = []
+    compute = module.token_losses
+
+    def counting(export, documents):
+        seen.extend(tuple((part.modality, tuple(part.ids)) for part in document.parts) for document in documents)
+        return compute(export, documents)
+
+    monkeypatch.setattr(module, "token_losses", counting)
+    evaluate(export, [source])
+    assert len(seen) == len(set(seen)) <= 4 * HELDOUT
+
+
 class _Knowing(torch.nn.Module):
     """Gives the next token of a right pair the logit K, and is uniform in any other document."""
 
