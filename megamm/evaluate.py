@@ -32,8 +32,9 @@ from megamm.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_LOGITS = 2**25
-"""Logits computed at a time (128 MiB in float32): decides how many documents are one batch."""
+_LOGITS, _LOGITS_CPU = 2**25, 2**22
+"""Logits computed at a time (128 and 16 MiB in float32): decides how many documents are one batch. On a CPU, memory
+that the allocator keeps and the cache holds saves a quarter of the time."""
 
 
 @dataclass(frozen=True)
@@ -211,9 +212,10 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
 def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
     """(index, row, cross entropy of each label `[S]`, 0 where there is none) of every document, longest first."""
     order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
+    logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS
     while order:
         longest = _length(documents[order[0]])
-        size = max(1, _LOGITS // (export.vocabulary.size * longest))
+        size = max(1, logits // (export.vocabulary.size * longest))
         indices, order = order[:size], order[size:]
         rows = [export.row(documents[i], longest) for i in indices]
         batch = Batch.stack(rows).to(export.device)

@@ -104,7 +104,7 @@ def test_pair_gain_equals_a_plain_loop(export, source):
 
 def test_batches_give_the_same_numbers(export, source, monkeypatch):
     wanted = evaluate(export, [source])
-    monkeypatch.setattr(module, "_LOGITS", 1)  # one document a batch
+    monkeypatch.setattr(module, "_LOGITS_CPU", 1)  # one document a batch
     alone = evaluate(export, [source])
     assert alone.loss == pytest.approx(wanted.loss, rel=1e-6)
     for direction, gain in wanted.pair_gain.items():
