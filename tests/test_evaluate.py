@@ -104,11 +104,25 @@ def test_pair_gain_equals_a_plain_loop(export, source):
 
 def test_batches_give_the_same_numbers(export, source, monkeypatch):
     wanted = evaluate(export, [source])
-    monkeypatch.setattr(module, "_LOGITS", 1)  # one document a batch
+    monkeypatch.setattr(module, "_LOGITS_CPU", 1)  # one document a batch
     alone = evaluate(export, [source])
     assert alone.loss == pytest.approx(wanted.loss, rel=1e-6)
     for direction, gain in wanted.pair_gain.items():
         assert alone.pair_gain[direction].mean == pytest.approx(gain.mean, abs=1e-6)
+
+
+def test_a_document_is_computed_once(export, source, monkeypatch):
+    """Both orders of every sample serve the loss and the gain; besides, there are only the two mixed documents."""
+    seen = []
+    compute = module.token_losses
+
+    def counting(export, documents):
+        seen.extend(tuple((part.modality, tuple(part.ids)) for part in document.parts) for document in documents)
+        return compute(export, documents)
+
+    monkeypatch.setattr(module, "token_losses", counting)
+    evaluate(export, [source])
+    assert len(seen) == len(set(seen)) <= 4 * HELDOUT
 
 
 class _Knowing(torch.nn.Module):

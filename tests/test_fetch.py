@@ -1,5 +1,7 @@
 """`megamm data fetch`: sets of sources, packages, what appears in RAW; from packages made here, over loopback."""
 
+import contextlib
+import dataclasses
 import hashlib
 import http.server
 import io
@@ -12,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -20,7 +23,7 @@ from megamm.data import sources
 from megamm.data.samples import RawPart, RawSample, read_samples
 from megamm.data.sources import SOURCES, STARTERS, Source, expand, fetch, packages
 from megamm.data.sources.attribution import append_credits
-from megamm.data.sources.packages import Sdist, fetch_package, find_sdist
+from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package, find_sdist
 from megamm.errors import UserError
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb makes and unpacks the test package")
@@ -93,6 +96,79 @@ def test_sets_are_within_their_size_and_cover_every_modality():
     assert expand(["starter-small", "emoji", "gcide"]) == [*STARTERS["starter-small"], "gcide"]
     with pytest.raises(UserError, match=r"no source 'imagenet'.*choose from emoji: .*clipart: .*starter: emoji, "):
         expand(["emoji", "imagenet"])
+
+
+# --- the beginning of a package ---
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch) -> Iterator[tuple[Path, list[str]]]:
+    """(a package whose files do not compress, the ranges that its mirror was asked for), over loopback."""
+    noise = {name: np.random.default_rng(ord(name)).bytes(200_000).hex() for name in "abc"}
+    deb = debian_package(tmp_path, "large", {f"usr/share/large/{name}": text for name, text in noise.items()})
+    ranges: list[str] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            ranges.append(self.headers["Range"])
+            self.send_response(200)  # ranges are a wish
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(deb.read_bytes())
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    listed = f"Reading lists\n'http://127.0.0.1:{server.server_port}/large_1_all.deb' large_1_all.deb 9 SHA256:0\n"
+    monkeypatch.setattr(packages, "_apt_get_download", lambda work, package, *how: listed)
+    monkeypatch.setattr(packages, "_download_debian", lambda package, work: Path(shutil.copy(deb, work)))
+    yield deb, ranges
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def prefix_of(deb: Path, size: int, *files: str) -> DebianPrefix:
+    digest = hashlib.sha256(deb.read_bytes()[:size]).hexdigest()
+    return DebianPrefix("large", size, digest, tuple(f"usr/share/{file}" for file in files))
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@needs_dpkg
+def test_of_a_large_package_the_beginning_will_do(large, tmp_path, caplog):
+    deb, ranges = large
+    size = deb.stat().st_size // 2
+    (tmp_path / "work").mkdir()
+    fetch_package(prefix_of(deb, size, "doc/large/copyright", "large/a"), tmp_path / "work", tmp_path / "unpacked")
+    assert ranges == [f"bytes=0-{size - 1}"] and not caplog.records
+    assert (tmp_path / "work/large.prefix").stat().st_size == size
+    assert files_below(tmp_path / "unpacked") == ["usr/share/doc/large/copyright", "usr/share/large/a"]
+    assert len((tmp_path / "unpacked/usr/share/large/a").read_text()) == 400_000
+    with pytest.raises(UserError, match=r"cannot unpack usr/share/large/c: .*large\.prefix"):
+        fetch_package(prefix_of(deb, size, "large/c"), tmp_path / "work", tmp_path / "more")
+
+
+@needs_dpkg
+@pytest.mark.parametrize("why", ["changed", "not by HTTP"])
+def test_a_beginning_that_does_not_come_as_expected_is_not_used(large, tmp_path, monkeypatch, caplog, why):
+    deb, _ = large
+    prefix = prefix_of(deb, deb.stat().st_size // 2, "large/a")
+    if why == "changed":
+        prefix = dataclasses.replace(prefix, sha256="0" * 64)
+    else:
+        listed = "'mirror+file:/etc/apt/mirrors.txt/large_1_all.deb' large_1_all.deb 9 SHA256:0"
+        monkeypatch.setattr(packages, "_apt_get_download", lambda work, package, *how: listed)
+    (tmp_path / "work").mkdir()
+    fetch_package(prefix, tmp_path / "work", tmp_path / "unpacked")
+    assert f"fetching all: {'not the bytes expected' if why == 'changed' else 'the mirror is not'}" in caplog.text
+    assert files_below(tmp_path / "unpacked") == ["usr/share/large/a"]
+    assert not (tmp_path / "work/large.prefix").exists()
 
 
 # --- source distributions ---

@@ -13,6 +13,7 @@ import soundfile
 from PIL import Image
 
 from megamm.data.samples import RawSample
+from megamm.data.sources import furniture
 from megamm.data.sources.asterisk import read_transcripts, write_asterisk
 from megamm.data.sources.bunny import clips, write_bunny
 from megamm.data.sources.furniture import furniture_caption, read_properties, write_furniture
@@ -145,6 +146,17 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
         np.testing.assert_array_equal(clouds[turns][:, 6:], clouds[0][:, 6:])
     credits = (raw / "ATTRIBUTION.md").read_text()
     assert "CC-BY © Ann" in credits and "- Ann: red cube" in credits
+
+
+def test_worker_processes_make_the_same_furniture(tmp_path, monkeypatch, caplog):
+    package, made = furniture_package(tmp_path / "package"), []
+    for number, least in enumerate((1000, 2)):
+        monkeypatch.setattr(furniture, "_PIECES_PER_WORKER", least)
+        raw = target_folder(tmp_path / f"raw{number}")
+        made.append((write_furniture(package, raw), {p.name: p.read_bytes() for p in raw.rglob("*") if p.is_file()}))
+        assert "toys.sh3f: m/broken.obj left out" in caplog.text
+        caplog.clear()
+    assert made[0] == made[1] and len(made[0][1]) > 12
 
 
 def test_furniture_lists_are_read_as_java_writes_them():

@@ -19,7 +19,7 @@ from megamm.data.sources.emoji import write_emoji
 from megamm.data.sources.furniture import write_furniture
 from megamm.data.sources.gimp import write_gimp
 from megamm.data.sources.gnome import write_gnome
-from megamm.data.sources.packages import Sdist, fetch_package
+from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.tuxpaint import write_tuxpaint
@@ -31,13 +31,22 @@ from megamm.errors import UserError
 class Source:
     """A public data set in one or more packages; write(unpacked packages, target folder) makes its samples."""
 
-    packages: tuple[str | Sdist, ...]
+    packages: tuple[str | Sdist | DebianPrefix, ...]
     download_mb: float
     licence: str
     summary: str
     write: Callable[[Path, Path], list[RawSample]]
 
 
+_BLENDSWAP = DebianPrefix(
+    "sweethome3d-furniture",
+    24_500_000,
+    "39b6065a9d875ff1f75f381bbc34b2259124f6e421091020219d7105837e9290",
+    (
+        "usr/share/doc/sweethome3d-furniture/copyright",
+        "usr/share/sweethome3d/furniture/BlendSwap-CC-0.sh3f",
+    ),
+)
 _MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
 
 SOURCES = {
@@ -64,6 +73,13 @@ SOURCES = {
         17.0,
         "GPL-2+ or CC-BY 3.0",
         "92 models of furniture: point clouds, names, pictures, turntable videos",
+        write_furniture,
+    ),
+    "blendswap": Source(
+        (_BLENDSWAP,),
+        24.5,
+        "CC0",
+        "175 models of furniture and things, a part of `furniture`: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
     "furniture": Source(
@@ -114,7 +130,7 @@ SOURCES = {
 
 STARTERS = {
     "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "fortunes"),
-    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "pingus", "gnome", "wordnet", "fortunes"),
+    "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "blendswap", "pingus", "gnome", "fortunes"),
 }
 """Sets to begin with: at most 200 MB of downloads, and at most 120."""
 
@@ -152,7 +168,7 @@ def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
             folder.mkdir()
         for package in source.packages:
             fetch_package(package, Path(work), unpacked)
-        debian = [package for package in source.packages if isinstance(package, str)]
+        debian = [p if isinstance(p, str) else p.name for p in source.packages if not isinstance(p, Sdist)]
         write_attribution(partial, f"{source.summary}. Licence: {source.licence}.", unpacked, debian)
         samples = source.write(unpacked, partial)
         write_samples(partial, samples)

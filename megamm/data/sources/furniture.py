@@ -1,8 +1,8 @@
 """Furniture and household things in 3D with their names, from the catalogues of Sweet Home 3D.
 
 In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
-`sweethome3d-furniture` (catalogues as .sh3f files). Both are zip files with a list in Java's .properties format,
-Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each model: a point
+`sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
+format, Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each: a point
 cloud (npz), name and category as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further
 samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these
 has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
@@ -10,11 +10,16 @@ has a turntable video too. Models of one file under several names (lamps by colo
 
 import io
 import logging
+import multiprocessing
+import os
 import re
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +48,8 @@ PICTURE = 128
 """Pixels of a rendering; the icons are of about that size."""
 TURN_FRAMES, TURN_RATE = 17, 8
 """A full turn in two seconds: the last frame is the first again."""
+_PIECES_PER_WORKER = 20
+"""Fewer are done sooner than a process has started."""
 _LISTS = re.compile(r"(?:.*/)?(?:DefaultFurnitureCatalog|PluginFurnitureCatalog)\.properties")
 _MATERIALS = re.compile(rb"newmtl \w+\n(?:\w+ [\d. ]+\n)+")
 _OWN_MATERIALS = "sweethome3d-materials.mtl"
@@ -58,6 +65,15 @@ class Piece:
     creator: str
     model: str
     icon: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to be drawn: where it is, and what its samples are called."""
+
+    catalogue: Path
+    key: str
+    piece: Piece
 
 
 class ZipFiles(Mapping[str, bytes]):
@@ -87,20 +103,45 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
         raise UserError("no catalogue (.jar, .sh3f) in the package", where=package, remedy="use Debian 12")
     for folder in ("points", "images", "video"):
         (target / folder).mkdir()
-    samples = []
+    jobs = []
     for path in catalogues:
+        name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower())
         with zipfile.ZipFile(path) as archive:
-            materials = own_materials(archive)
-            for number, piece in enumerate(read_catalogue(archive, target, path.name), start=1):
-                key = f"furniture-{re.sub(r'[^a-z0-9]+', '-', path.stem.lower())}-{number:03d}"
-                try:
-                    mesh = _load(archive, piece.model, materials)
-                    surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
-                except (ValueError, KeyError, IndexError) as error:
-                    logger.warning("%s: %s left out: %s", path.name, piece.model, error)
-                    continue
-                samples += _write_piece(target, key, piece, cloud, surface, archive)
+            pieces = read_catalogue(archive, target, path.name)
+        jobs += [Job(path, f"furniture-{name}-{number:03d}", piece) for number, piece in enumerate(pieces, start=1)]
+    samples = []
+    for job, made in zip(jobs, _made(jobs, target), strict=True):
+        if isinstance(made, str):
+            logger.warning("%s: %s left out: %s", job.catalogue.name, job.piece.model, made)
+        else:
+            samples += made
     return samples
+
+
+def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
+    """The samples of every job in order, or why there are none; in worker processes if there is enough to do."""
+    make = partial(_make, target=target)
+    workers = min(len(os.sched_getaffinity(0)), len(jobs) // _PIECES_PER_WORKER)
+    if not workers:
+        yield from map(make, jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(make, jobs, chunksize=4)
+        except BrokenProcessPool as error:
+            remedy = "most likely the memory ran out: free some and try again"
+            raise UserError("a worker process was killed", where=target, remedy=remedy) from error
+
+
+def _make(job: Job, target: Path) -> list[RawSample] | str:
+    """Write one model's media and return its samples, or why it has none."""
+    with zipfile.ZipFile(job.catalogue) as archive:
+        try:
+            mesh = _load(archive, job.piece.model, own_materials(archive))
+            surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
+        except (ValueError, KeyError, IndexError) as error:
+            return str(error)
+        return _write_piece(target, job.key, job.piece, cloud, surface, archive)
 
 
 def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Piece]:

@@ -1,10 +1,12 @@
 """Packages fetched and unpacked in a private folder: nothing is installed, no code of theirs runs, no root is needed.
 
-A Debian package comes through the system's apt-get and dpkg-deb, with its mirrors and signatures; a Python source
-distribution from the package index that pip is set to, checked against the SHA-256 given here.
+A Debian package comes through the system's apt-get and dpkg-deb, with its mirrors and signatures; of a large one the
+beginning may do, from the same mirror; a Python source distribution comes from the package index that pip is set to.
+The last two are checked against the SHA-256 given here.
 """
 
 import hashlib
+import http.client
 import json
 import logging
 import os
@@ -34,33 +36,77 @@ class Sdist:
     endings: tuple[str, ...]
 
 
-def fetch_package(package: str | Sdist, work: Path, folder: Path) -> None:
-    """Download a package (a Debian package's name, or an Sdist) into `work` and unpack it into `folder`."""
+@dataclass(frozen=True)
+class DebianPrefix:
+    """The first `size` bytes of a Debian package, with their SHA-256, and the files in them that are unpacked."""
+
+    name: str
+    size: int
+    sha256: str
+    files: tuple[str, ...]
+
+
+def fetch_package(package: str | Sdist | DebianPrefix, work: Path, folder: Path) -> None:
+    """Download a package (a Debian package's name, or what the classes here say) into `work`, unpack into `folder`."""
     if isinstance(package, Sdist):
         _unpack_sdist(package, _download_sdist(package, work), folder)
+    elif isinstance(package, DebianPrefix):
+        _unpack_files(_download_prefix(package, work), package.files, folder)
     else:
         _unpack_debian(_download_debian(package, work), folder)
 
 
 def _download_debian(package: str, work: Path) -> Path:
-    """apt-get download; with package lists of our own if the system's do not know the package."""
+    """apt-get download."""
+    _apt_get_download(work, package)
+    return next(work.glob(f"{package}_*.deb"))
+
+
+def _apt_get_download(work: Path, package: str, *how: str) -> str:
+    """What it prints; with package lists of our own if the system's do not know the package."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             remedy = "fetch on a Debian or Ubuntu machine and copy its RAW folder here, or bring your own samples.jsonl"
             raise UserError(f"cannot fetch: {tool} is not on this system", remedy=remedy)
     options = ["-q", "-o", "Acquire::Retries=2", "-o", f"Acquire::http::Timeout={_TIMEOUT}"]
-    if _run(["apt-get", *options, "download", package], work).returncode:
+    result = _run(["apt-get", *options, "download", *how, package], work)
+    if result.returncode:
         logger.info("%s is not in the system's package lists: fetching lists into %s", package, work)
         for folder in ("lists/partial", "cache/archives/partial"):
             (work / folder).mkdir(parents=True, exist_ok=True)
         options += ["-o", f"Dir::State::lists={work}/lists", "-o", f"Dir::Cache={work}/cache"]
-        for command in (["update"], ["download", package]):
+        for command in (["update"], ["download", *how, package]):
             result = _run(["apt-get", *options, *command], work)
             if result.returncode:
                 reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
                 remedy = "check the network and /etc/apt/sources.list, then try again; nothing was kept"
                 raise UserError(f"apt-get could not fetch {package}: {reason}", remedy=remedy)
-    return next(work.glob(f"{package}_*.deb"))
+    return result.stdout
+
+
+def _download_prefix(prefix: DebianPrefix, work: Path) -> Path:
+    """The beginning, from where apt-get would get the package; else the whole: apt-get knows more ways to a mirror."""
+    archive = work / f"{prefix.name}.prefix"
+    try:
+        address = _debian_address(prefix.name, work)
+        request = urllib.request.Request(address, headers={"Range": f"bytes=0-{prefix.size - 1}"})
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
+            data = reply.read(prefix.size)  # a server that knows no ranges sends everything
+        if hashlib.sha256(data).hexdigest() != prefix.sha256:
+            raise OSError("not the bytes expected (SHA-256 differs)")
+    except (OSError, http.client.HTTPException) as error:
+        logger.warning("%s: its first %.1f MB do not do, fetching all: %s", prefix.name, prefix.size / 1e6, error)
+        return _download_debian(prefix.name, work)
+    archive.write_bytes(data)
+    return archive
+
+
+def _debian_address(package: str, work: Path) -> str:
+    """Where apt-get would download a package from. OSError if that is not by HTTP."""
+    found = re.search(r"'(https?://[^']+)'", _apt_get_download(work, package, "--print-uris"))
+    if found is None:
+        raise OSError("the mirror is not reached by HTTP")
+    return found[1]
 
 
 def _unpack_debian(deb: Path, folder: Path) -> None:
@@ -68,6 +114,26 @@ def _unpack_debian(deb: Path, folder: Path) -> None:
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UserError(f"cannot unpack {deb.name}: {reason}", remedy="check the disk space and fetch it again")
+
+
+def _unpack_files(deb: Path, files: tuple[str, ...], folder: Path) -> None:
+    """These files of a package, which may be cut off behind the last of them. UserError if not all are there."""
+    missing = set(files)
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        reason = "not in it"
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+                for member in tar:
+                    if member.isfile() and (name := member.name.removeprefix("./")) in missing:
+                        tar.extract(member, folder, filter="data")
+                        missing.remove(name)
+                    if not missing:
+                        return
+        except tarfile.TarError as error:
+            reason = str(error)
+    remedy = "check the disk space and fetch it again"
+    raise UserError(f"cannot unpack {', '.join(sorted(missing))}: {reason}", where=deb.name, remedy=remedy)
 
 
 def _download_sdist(package: Sdist, work: Path) -> Path:
