@@ -119,8 +119,8 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     samples = write_furniture(furniture_package(tmp_path / "package"), raw)
     assert "broken.obj left out" in caplog.text
     red, blue = samples[:5], samples[5:]
-    assert [(contents(s)["text"], s.noun) for s in samples] == [("toy box: red cube", "cube")] * 5 + [
-        ("blue cube", "cube")
+    assert [(contents(s)["text"], s.noun) for s in samples] == [("toy box: tall red cube", "cube")] * 5 + [
+        ("tall blue cube", "cube")
     ] * 4
     assert ["video" in contents(s) for s in samples] == [True, False, False, False, False, True, False, False, False]
     for sample, colour in ((red[0], (1, 0, 0)), (blue[0], (0, 0, 1))):  # the second by the program's own materials
@@ -146,6 +146,16 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
         np.testing.assert_array_equal(clouds[turns][:, 6:], clouds[0][:, 6:])
     credits = (raw / "ATTRIBUTION.md").read_text()
     assert "CC-BY © Ann" in credits and "- Ann: red cube" in credits
+
+
+@pytest.mark.parametrize(
+    ("box", "word"),
+    [((1, 1.6, 1), "tall"), ((1, 1.4, 0.9), "compact"), ((1, 0.5, 0.7), "low"), ((1, 0.5, 0.4), "long")],
+)
+def test_proportions_are_the_same_from_every_side(box, word):
+    cloud = np.zeros((2, 9), dtype=np.float32)
+    cloud[1, :3] = box
+    assert [furniture.proportion(furniture.turned(cloud, quarters)) for quarters in range(4)] == [word] * 4
 
 
 def test_worker_processes_make_the_same_furniture(tmp_path, monkeypatch, caplog):

@@ -3,7 +3,7 @@
 In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
 `sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
 format, Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each: a point
-cloud (npz), name and category as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further
+cloud (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further
 samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these
 has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
 """
@@ -210,10 +210,22 @@ def _write_piece(
         np.savez_compressed(target / f"points/{key}-turn{turns}.npz", points=turned(cloud, turns))
         parts = [RawPart("points", f"points/{key}-turn{turns}.npz"), RawPart("image", f"images/{name}.png")]
         parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("turn0") else []
-        # What a thing is for tells of its form, also where its name was never seen.
-        parts.append(RawPart("text", f"{piece.category}: {piece.name}" if piece.category else piece.name))
+        # What a thing is for and how it is shaped tell of its form, also where its name was never seen.
+        caption = f"{proportion(cloud)} {piece.name}"
+        parts.append(RawPart("text", f"{piece.category}: {caption}" if piece.category else caption))
         samples.append(RawSample(name, normalise_noun(piece.name), tuple(parts)))
     return samples
+
+
+def proportion(cloud: CloudArray) -> str:
+    """A word for the box about a cloud `[N, 9]`, the same for every quarter turn about the vertical axis (y)."""
+    x, height, z = cloud[:, :3].max(axis=0) - cloud[:, :3].min(axis=0)
+    width, depth = max(x, z), min(x, z)
+    if height > 1.5 * width:
+        return "tall"
+    if height < 0.6 * width and height <= depth:
+        return "low"
+    return "long" if width > 2 * depth else "compact"
 
 
 def turned(cloud: CloudArray, quarters: int) -> CloudArray:
