@@ -4,7 +4,7 @@
 
 Text, images, audio, video and 3D, each as input and as output. Every stage runs the real command line and is timed.
 A complete stage is kept if its command and all stages before it are unchanged; --fresh makes everything anew. In the
-middle of training one rank is killed with SIGKILL, and the same command must resume. Out: report.html and
+middle of training one rank is killed with SIGKILL, and the run must go on by itself. Out: report.html and
 summary.json; the exit code is 0 only if what the demo promises holds (losses fell, parts of pairs tell of each
 other, transformers gives the logits of our own model).
 Units: losses and gains in nats per token, memory in GiB (summed over the process tree).
@@ -12,22 +12,24 @@ Units: losses and gains in nats per token, memory in GiB (summed over the proces
 
 import argparse
 import json
+import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from demo_samples import generation, write_heldout
-from demo_stages import ROOT, DemoError, Stage, command, follow, remove, run_commands, run_stages, start, write
+from demo_stages import ROOT, DemoError, Stage, follow, remove, run_commands, run_stages, start, write
 
 from megamm import checkpoint, metrics
+from megamm.resilience import heartbeat
 
 CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.2", "--max-seconds", "5")
@@ -91,21 +93,18 @@ class Demo:
         return [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
     def _train(self, log: Path) -> dict[str, Any]:
-        """Train on two ranks; kill one with SIGKILL half-way; the same command must go on from a checkpoint."""
+        """Train on two ranks; kill one with SIGKILL half-way; the run must go on by itself from a checkpoint."""
         every = self.config["checkpoint"]["every"]
         wanted = max(every, self.config["train"]["steps"] // 2 // every * every)
-        arguments = ("train", str(CONFIG), *self.overrides(), "--nproc", "2")
-        process = start(*arguments)
-        follower = threading.Thread(target=follow, args=(process, log))
-        follower.start()
-        killed_at = self._kill_a_rank_after(process, wanted)
-        follower.join()
-        if process.wait() == 0:
-            raise DemoError("a rank was killed, and the launcher ended with 0")
-        print(f"  the launcher ended with {process.returncode}, details in {log}; the same command again:", flush=True)
-        resumed = re.search(r"resumed \S+ at step (\d+)", command(log, *arguments))
+        process = start("train", str(CONFIG), *self.overrides(), "--nproc", "2")
+        with ThreadPoolExecutor(1) as follower:
+            output = follower.submit(follow, process, log)
+            killed_at = self._kill_a_rank_after(process, wanted)
+        if process.wait() != 0:
+            raise DemoError(f"training ended with {process.returncode} after a rank was killed (see {log})")
+        resumed = re.search(r"resumed \S+ at step (\d+)", output.result())
         if resumed is None or not 0 < int(resumed[1]) <= killed_at:
-            raise DemoError(f"the second start did not resume (see {log})")
+            raise DemoError(f"the run did not resume after a rank was killed (see {log})")
         return {"killed_at_step": killed_at, "resumed_from_step": int(resumed[1])}
 
     def _kill_a_rank_after(self, process: subprocess.Popen[str], step: int) -> int:
@@ -113,9 +112,9 @@ class Demo:
         while process.poll() is None:
             reached = max((line["step"] for line in metrics.read_lines(self.run_folder)), default=0)
             if reached > step and checkpoint.path_of(self.run_folder, step).exists():
-                victim = max(_ranks(process.pid), key=lambda p: int(p.environ()["RANK"]))
+                victim = max(heartbeat.read(self.run_folder), key=lambda beat: beat.rank)
                 print(f"  kill -9 {victim.pid}, one of two ranks, after step {reached}", flush=True)
-                victim.kill()
+                os.kill(victim.pid, signal.SIGKILL)
                 return reached
             time.sleep(0.2)
         raise DemoError(f"training ended with {process.returncode} before the checkpoint of step {step}")
@@ -157,12 +156,6 @@ def _first_and_last(lines: list[dict[str, Any]], key: str) -> dict[str, float]:
     """Means over the first and the last five reports that have the key: a step holds few tokens of some modality."""
     values = [line[key] for line in lines if line.get(key) is not None]
     return {"first": statistics.mean(values[:5]), "last": statistics.mean(values[-5:])}
-
-
-def _ranks(launcher: int) -> list[psutil.Process]:
-    """The processes below the launcher that are ranks of the job."""
-    children = psutil.Process(launcher).children(recursive=True)
-    return [process for process in children if "RANK" in process.environ()]
 
 
 def check(summary: dict[str, Any]) -> None:
