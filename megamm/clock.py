@@ -1,8 +1,8 @@
 """Seconds that a rank spends by itself in each phase of its steps, with as little disturbance as can be.
 
-    with clock.device("forward"): ...     work of the device; on a GPU by events on its stream, read out later
-    with clock.host("data"): ...          work of the process itself, waiting included
-    clock.take()                          {"data": ..., "forward": ...}, seconds since the last call
+with clock.device("forward"): ...     work of the device; on a GPU by events on its stream, read out later
+with clock.host("data"): ...          work of the process itself, waiting included
+clock.take()                          {"data": ..., "forward": ...}, seconds since the last call
 """
 
 import contextlib

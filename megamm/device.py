@@ -24,7 +24,7 @@ PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The module of apex that Megatron-core calls for `gradient_accumulation_fusion`."""
 DRIVER = Path("/proc/driver/nvidia/version")
-Mark = float | torch.Event
+Mark = float | torch.cuda.Event
 """A point in the device's work: seconds of the process's clock on a CPU, an event of its stream on a GPU."""
 
 
@@ -62,9 +62,9 @@ class Device:
 
     def seconds_between(self, begin: Mark, end: Mark) -> float:
         """Seconds between two marks that the device has passed (`synchronize` sees to it)."""
-        if isinstance(begin, float):
-            assert isinstance(end, float)
+        if isinstance(begin, float) and isinstance(end, float):
             return end - begin
+        assert not isinstance(begin, float) and not isinstance(end, float), "two marks of one device"
         return begin.elapsed_time(end) / 1e3
 
     def rng_state(self) -> torch.Tensor:

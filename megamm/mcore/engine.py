@@ -63,11 +63,11 @@ class NativeEngine:
         return StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())
 
     def _buffers(self) -> list[torch.Tensor]:
-        return [buffer.clone() for chunk in self.chunks for buffer in chunk.buffers()]
+        return [buffer.clone() for chunk in self.chunks for buffer in chunk.module.buffers()]
 
     @torch.no_grad()
     def _restore(self, saved: Sequence[torch.Tensor]) -> None:
-        buffers = [buffer for chunk in self.chunks for buffer in chunk.buffers()]
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.module.buffers()]
         for buffer, value in zip(buffers, saved, strict=True):
             buffer.copy_(value)
 

@@ -62,6 +62,12 @@ class Groups:
         dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor of this shape, in order of ranks."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
     def describe(self) -> str:
         return (
             f"rank {self.rank}: tensor {self.tensor_rank}, context {self.context_rank}, pipeline {self.pipeline_rank}, "

@@ -55,7 +55,7 @@ def parts(optimizer: Any) -> list[Any]:
 
 
 def norm(optimizer: Any) -> float:
-    """Of the whole job's gradient, made ready for `update`; the same on every rank. NaN or inf if the gradient is so."""
+    """Of the whole job's gradient, made ready for `update`; the same on every rank, and not finite if that is not."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 

@@ -66,7 +66,13 @@ class DeepSpeedEngine:
         """The judge comes too late for the update, which is part of DeepSpeed's backward pass (layout.check)."""
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = plain_step.run(
-            self.deepspeed, batches, loss_weights, mtp, self.groups, self._backward, partial(self.clock.device, "forward")
+            self.deepspeed,
+            batches,
+            loss_weights,
+            mtp,
+            self.groups,
+            self._backward,
+            partial(self.clock.device, "forward"),
         )
         plain_step.finish(self.model)
         self.schedule.step(1)
