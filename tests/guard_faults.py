@@ -1,14 +1,43 @@
-"""Faults for the loss guard and the straggler scores to find: each wraps a rank's own copy of the code.
+"""Runs with faults for the loss guard and the straggler scores to find: each changes a forked rank's own code.
 
 `at` counts forward and backward passes of the process, from 1: a step that is run again counts twice.
 """
 
+import multiprocessing
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to train, and the faults by name with their arguments."""
+
+    config: str
+    faults: list[tuple[str, dict[str, Any]]]
+
+
+def train(case: Case) -> tuple[str, str] | None:
+    """In a rank: the run with its faults. The error that it ended with, as (kind, text)."""
+    # Saving starts processes of its own, which a daemon may not.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    from megamm import train
+    from megamm.config import load_config
+    from megamm.errors import UserError
+    from megamm.resilience.node_fault import NodeFault
+
+    for name, arguments in case.faults:
+        globals()[name](**arguments)
+    try:
+        train.train(load_config(Path(case.config)))
+    except (UserError, NodeFault) as error:
+        return type(error).__name__, str(error)
+    return None
 
 
 def passes(during: Callable[[int], Any]) -> None:
@@ -70,20 +99,28 @@ def flipped_bit(rank: int, at: list[int]) -> None:
     RMSNorm.forward = flipping
 
 
-def large_loss(at_rows: list[int], factor: float) -> None:
-    """Poisoned data: the tokens of a step that holds one of these rows weigh that much."""
+def poisoned_rows(rows: list[int]) -> None:
+    """Steps that hold one of these rows have the same label everywhere."""
     from megamm import train
 
     class Poisoned(train.Loader):
         def step(self) -> Any:
             first = self.consumed_rows
             batches = super().step()
-            if any(first <= row < self.consumed_rows for row in at_rows):
+            if any(first <= row < self.consumed_rows for row in rows):
                 for batch in batches:
                     batch.labels.copy_(torch.where(batch.labels >= 0, batch.labels * 0 + 1, batch.labels))
             return batches
 
     train.Loader = Poisoned
+
+
+def rows_left_out(first: int, count: int) -> None:
+    """The reference of a roll-back: data without these rows."""
+    from megamm.data.row_stream import RowStream
+
+    plan = RowStream.plan
+    RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
 
 
 def no_update(at: list[int]) -> None:
