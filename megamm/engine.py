@@ -27,7 +27,7 @@ class StepResult:
     """Of one optimizer step: losses before it, norm of the whole gradient before clipping, learning rate used.
 
     These are the same on every rank. own_norms is this rank's own: the norm of its gradient in each bucket before it
-    was summed over ranks, float64 `[buckets]`; None where the engine does not know it.
+    was summed over ranks, float32 `[buckets]`; None where the engine does not know it.
     """
 
     loss: StepLoss

@@ -20,17 +20,17 @@ class OwnNorms:
                 group.start_grad_sync = self._watching(group, group.start_grad_sync)
 
     def latest(self) -> torch.Tensor:
-        """Of the last backward pass, float64 `[buckets]`, in the same order every time."""
+        """Of the last backward pass, float32 `[buckets]`, in the same order every time."""
         return torch.stack([self._norms[key] for key in sorted(self._norms)])
 
     def _watching(self, group: Any, start_grad_sync: Callable[..., Any]) -> Callable[..., Any]:
         first = len(self._norms)
         for number, bucket in enumerate(group.buckets, start=first):
-            self._norms[number] = torch.zeros((), dtype=torch.float64, device=bucket.grad_data.device)
+            self._norms[number] = bucket.grad_data.new_zeros(())
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             for number, bucket in enumerate(group.buckets, start=first):
-                self._norms[number] = torch.linalg.vector_norm(bucket.grad_data, dtype=torch.float64)
+                self._norms[number] = torch.linalg.vector_norm(bucket.grad_data)
             return start_grad_sync(*args, **kwargs)
 
         return watched

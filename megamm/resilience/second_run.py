@@ -43,7 +43,7 @@ def compare(
     own_second: torch.Tensor,
     gather: Gather,
 ) -> Comparison:
-    """Values of the job, the same on every rank, and norms of this rank's own gradient, float64 `[buckets]`."""
+    """Values of the job, the same on every rank, and norms of this rank's own gradient, float32 `[buckets]`."""
     deviation = max(_difference(first[name], second[name]) for name in first)
     own = max(_difference(a, b) for a, b in zip(own_first.tolist(), own_second.tolist(), strict=True))
     ranks = [float(part) for part in gather(torch.tensor(own, dtype=torch.float64, device=own_first.device))]
