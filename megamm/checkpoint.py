@@ -16,7 +16,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class RunState:
     """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it.
 
     Without optimizer state (an import) training starts with fresh moments. mixture is the history of the data
-    (data/history.py); None in an import and in checkpoints from before it was kept.
+    (data/history.py); None in an import and in checkpoints from before it was kept. loss_guard is LossGuard.state.
     """
 
     step: int
@@ -50,6 +50,7 @@ class RunState:
     versions: dict[str, str]
     has_optimizer: bool = True
     mixture: dict[str, Any] | None = None
+    loss_guard: dict[str, Any] = field(default_factory=dict)
 
 
 def path_of(run: Path, step: int) -> Path:

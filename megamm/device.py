@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,6 +24,8 @@ PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The module of apex that Megatron-core calls for `gradient_accumulation_fusion`."""
 DRIVER = Path("/proc/driver/nvidia/version")
+Mark = float | torch.cuda.Event
+"""A point in the device's work: seconds of the process's clock on a CPU, an event of its stream on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,21 @@ class Device:
         """Wait for queued work, so that a clock read afterwards is right."""
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
+
+    def mark(self) -> Mark:
+        """This point in the device's work."""
+        if not self.is_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Mark, end: Mark) -> float:
+        """Seconds between two marks that the device has passed (`synchronize` sees to it)."""
+        if isinstance(begin, float) and isinstance(end, float):
+            return end - begin
+        assert not isinstance(begin, float) and not isinstance(end, float), "two marks of one device"
+        return begin.elapsed_time(end) / 1e3
 
     def rng_state(self) -> torch.Tensor:
         """State of the device's default generator, uint8 `[n]`; on a CPU it is torch's own."""

@@ -5,13 +5,14 @@ write the same checkpoint tensors (mcore/store.py), so that a run can change its
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
@@ -23,18 +24,38 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: losses before it, norm of the whole gradient before clipping, learning rate used."""
+    """Of one optimizer step: losses before it, norm of the whole gradient before clipping, learning rate used.
+
+    These are the same on every rank. own_norms is this rank's own: the norm of its gradient in each bucket before it
+    was summed over ranks, float32 `[buckets]`; None where the engine does not know it.
+    """
 
     loss: StepLoss
     grad_norm: float
     lr: float
+    own_norms: torch.Tensor | None = None
+
+
+Judge = Callable[[StepResult, Callable[[], StepResult] | None], tuple[StepResult, bool]]
+"""Told a step's result and how to run it again from the same state, gives the result to use and whether it may change
+
+the weights. Without a way to run it again, the engine has changed them already.
+"""
 
 
 class Engine(Protocol):
     """Every rank calls every method, in the same order. loss_weights is float64 `[modalities]`."""
 
-    def train_step(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
-        """Forward and backward of this rank's microbatches, one optimizer step, one step of the schedule."""
+    clock: Clock
+    """Counts "forward", in which no rank waits for another data-parallel one or stage, and "update"."""
+
+    def train_step(
+        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
+    ) -> StepResult:
+        """Forward and backward of this rank's microbatches, one optimizer step, one step of the schedule.
+
+        Both steps only if the judge lets them; if not, nothing is changed.
+        """
 
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Losses only."""
@@ -43,7 +64,7 @@ class Engine(Protocol):
         """Write model and optimizer tensors into an existing empty folder."""
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
-        """Read what `save` of any engine at any layout wrote after `step` optimizer steps."""
+        """Read what `save` of any engine at any layout wrote after `step` optimizer steps (updates made)."""
 
 
 def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> Engine:

@@ -145,6 +145,11 @@ def _check_deepspeed(config: RunConfig) -> None:
                 f"engine=deepspeed shards over data parallel only, parallel.{key} = {getattr(p, key)}",
                 remedy=f"set parallel.{key}=1 or engine=native",
             )
+    if config.resilience.loss_guard.action == "skip":
+        raise UserError(
+            "resilience.loss_guard.action=skip: engine=deepspeed updates weights within its backward pass, too early",
+            remedy="set the action to rollback, stop or auto, or engine=native",
+        )
     if config.model.megatron.get("gradient_accumulation_fusion"):
         raise UserError(
             "model.megatron.gradient_accumulation_fusion needs Megatron's gradient buffers, engine=deepspeed has none",

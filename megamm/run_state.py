@@ -24,8 +24,8 @@ class RunStore:
     def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
 
-    def save(self, step: int, consumed_rows: int) -> Path:
-        """Write a checkpoint of the state after that many steps and rows."""
+    def save(self, step: int, consumed_rows: int, loss_guard: dict[str, Any]) -> Path:
+        """Write a checkpoint of the state after that many steps and rows; loss_guard as LossGuard.state gives it."""
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
 
@@ -38,6 +38,7 @@ class RunStore:
             config=self.config.model_dump(mode="json"),
             versions=store.versions(),
             mixture=self.data.to_json(consumed_rows),
+            loss_guard=loss_guard,
         )
         return checkpoint.save(
             self.config.output,
@@ -49,19 +50,24 @@ class RunStore:
 
     def resume(self) -> checkpoint.RunState | None:
         """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
-        from megamm.mcore import rng
-
         folder = checkpoint.newest_for_all_ranks(self.config.output)
         if folder is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             return None
+        return self.restore(folder)
+
+    def restore(self, folder: Path) -> checkpoint.RunState:
+        """Restore engine, data and generators from a verified checkpoint."""
+        from megamm.mcore import rng
+
         state = checkpoint.read_state(folder)
         config = self.config.model_dump(mode="json")
         checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
         checkpoint.check_same_data(folder, state, config)
         if state.mixture is not None and state.consumed_rows:
             self._resume_data(folder, state, state.mixture)
-        self.engine.load(folder / "tensors", state.step, state.has_optimizer)
+        updates = state.step - state.loss_guard.get("updates_skipped", 0)
+        self.engine.load(folder / "tensors", updates, state.has_optimizer)
         same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
         if same_layout and state.has_optimizer:
             rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)

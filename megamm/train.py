@@ -5,7 +5,6 @@ newest valid checkpoint in its output folder.
 """
 
 import logging
-import math
 import os
 import time
 from functools import partial
@@ -15,17 +14,20 @@ from typing import Any
 import torch
 
 from megamm import accelerators, device, engine, layout, metrics
+from megamm.checkpoint import RunState
 from megamm.config import RunConfig
 from megamm.data.loader import Loader, Reading
 from megamm.data.run_data import RunData, open_run_data
-from megamm.errors import UserError
 from megamm.mcore import groups as grid
 from megamm.model import size
 from megamm.objective import weight_tensor
 from megamm.resilience import events, heartbeat
 from megamm.resilience.boundary import Boundary, of_this_rank
 from megamm.resilience.heartbeat import Heartbeat
+from megamm.resilience.loss_guard import LeftOut, LossGuard
+from megamm.resilience.roll_back import checkpoint_before
 from megamm.resilience.slots import Ending
+from megamm.resilience.stragglers import Stragglers
 from megamm.run_state import RunStore
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,10 @@ class Trainer:
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
         self.store = RunStore(config, data, self.engine, self.groups, place)
         self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
+        rank, gather = self.groups.rank, self.groups.gather
+        self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
+        stragglers = config.resilience.stragglers
+        self.stragglers = Stragglers(stragglers, config.output, rank, self.groups.pipeline_rank, gather)
         self.metrics: metrics.Metrics | None = None
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
@@ -96,40 +102,67 @@ class Trainer:
                 if self.step > self.saved_step:
                     self.save()
                 return ending
-            self._one_step()
+            if not self._one_step():
+                continue
             if self.step == first and self.groups.rank == 0:
                 self.pulse.tell_first_step(self.config.output, first)
             last = self.step == stop
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 self._evaluate()
-            if last or (every and self.step % every == 0):
+            fault = self.guard.fault or self.stragglers.fault
+            if last or fault or (every and self.step % every == 0):
                 self.save()
+            if fault and not last:
+                raise fault
         return "done"
 
-    def _one_step(self) -> None:
+    def _one_step(self) -> bool:
+        """One step forward, or back to an earlier one if the loss guard wants it: then False."""
         t = self.config.train
         self.pulse.beat("data", self.step + 1)
-        batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
+        row = self.guard.next_row(self.loader.consumed_rows, t.global_batch)
+        if row != self.loader.consumed_rows:
+            self._open_loader(row)
+        with self.engine.clock.host("data"):
+            batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
         self.pulse.beat("step", self.step + 1)
-        done = self.engine.train_step(batches, self.weights)
+        judge = self.guard.judge(self.step + 1, row, t.global_batch)
+        done = self.engine.train_step(batches, self.weights, judge)
+        if self.guard.wanted_rollback is not None:
+            self._roll_back(self.guard.wanted_rollback)
+            return False
         self.step += 1
-        if not math.isfinite(done.grad_norm):
-            raise UserError(
-                f"training diverged: grad norm {done.grad_norm} at step {self.step}",
-                where=self.config.output,
-                remedy="lower optimizer.lr or lengthen the warm-up; the last checkpoint is untouched",
-                on_all_ranks=True,
-            )
-        if self.metrics is not None and (self.step % t.log_every == 0 or self.step in (1, t.steps)):
-            self.place.synchronize()
-            names = self.data.vocabulary.modalities
-            means = zip(names, done.loss.mean, strict=True)
-            values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
-            values |= {"grad_norm": done.grad_norm, "lr": done.lr, "data_wait": self.loader.waited}
-            values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
-            m, s = self.config.model, self.config.data.seq_length
-            values["flops_per_token"] = size.flops_per_token(m, self.data.vocabulary.size, s)
-            self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
+        reports = self.step % t.log_every == 0 or self.step in (1, t.steps)
+        if reports:
+            self._report(done)
+        return True
+
+    def _report(self, done: engine.StepResult) -> None:
+        """Figures of the step, compared between ranks and, by rank 0, written."""
+        seconds = self.engine.clock.take()
+        scores = self.stragglers.window(self.step, seconds, self.place.torch_device)
+        if self.metrics is None:
+            return
+        names = self.data.vocabulary.modalities
+        means = zip(names, done.loss.mean, strict=True)
+        values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
+        values |= {"grad_norm": metrics.finite_or_none(done.grad_norm), "lr": done.lr, "data_wait": self.loader.waited}
+        values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
+        t, m, s = self.config.train, self.config.model, self.config.data.seq_length
+        values |= {"flops_per_token": size.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
+        self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
+
+    def _roll_back(self, window: LeftOut) -> None:
+        """To the newest checkpoint of before the rows to leave out."""
+        self.pulse.beat("resume", self.step)
+        folder = checkpoint_before(self.config.output, window.first)
+        if folder is None:
+            why = f"{window.why}, and there is no checkpoint of before row {window.first} to go back to"
+            self.guard.stop(self.step + 1, why, "save more often (checkpoint.every), or use action=skip")
+        self._go_on_from(self.store.restore(folder))
+        self.guard.rolled_back(window)
+        if self.metrics is not None:
+            self.metrics.go_back(self.step)
 
     def _evaluate(self) -> None:
         """Mean loss per modality over the held-out rows, weighted by tokens."""
@@ -153,7 +186,8 @@ class Trainer:
         """Write a checkpoint of the state after the current step."""
         self.pulse.beat("save", self.step)
         start = time.monotonic()
-        folder = self.store.save(self.step, self.loader.consumed_rows)
+        with self.engine.clock.host("checkpoint"):
+            folder = self.store.save(self.step, self.loader.consumed_rows, self.guard.state())
         self.saved_step = self.step
         if self.metrics is not None:
             self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
@@ -165,8 +199,18 @@ class Trainer:
         self.pulse.beat("resume", self.step)
         resumed = self.store.resume()
         if resumed is not None:
-            self.step, self.loader = resumed.step, self._loader(resumed.consumed_rows)
-            self.saved_step = self.step
+            self._go_on_from(resumed)
+
+    def _go_on_from(self, state: RunState) -> None:
+        self.step = self.saved_step = state.step
+        self.guard.restore(state.loss_guard)
+        self._open_loader(state.consumed_rows)
+
+    def _open_loader(self, row: int) -> None:
+        """Read on from this row."""
+        self.loader.close()
+        waited, self.loader = self.loader.waited, self._loader(row)
+        self.loader.waited = waited
 
     def close(self) -> None:
         self.loader.close()

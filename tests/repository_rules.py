@@ -192,6 +192,7 @@ RULES = [
             "megamm/mcore/": "the door",
             "tests/test_mcore_": "tests of the door itself",
             "tests/parity_faults.py": "breaks Megatron-core on purpose",
+            "tests/guard_faults.py": "breaks Megatron-core on purpose",
             "benchmarks/loader.py: imports megatron.energon": "another package, a peer that is measured",
         },
     ),

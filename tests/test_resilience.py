@@ -54,7 +54,8 @@ def run(config, *options, faults=None):
 
 def losses(output):
     """Every reported value but the timings, to the last digit."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(output)]
+    lines = metrics.read_lines(output)
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("straggler/")} for line in lines]
 
 
 def of_kind(output, *kinds):

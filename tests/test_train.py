@@ -53,7 +53,9 @@ TIMES = (
 
 def _losses(run: Path) -> list[dict]:
     """Every reported value but the timings; equality of these is bit-identity (JSON keeps all digits)."""
-    return [{k: v for k, v in line.items() if k not in (*TIMES, "steps")} for line in metrics.read_lines(run)]
+    lines = metrics.read_lines(run)
+    timings = (*TIMES, "steps")
+    return [{k: v for k, v in line.items() if k not in timings and "straggler/" not in k} for line in lines]
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

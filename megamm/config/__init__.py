@@ -5,6 +5,7 @@ from megamm.config.sections import (
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
+    LossGuardConfig,
     MetricsConfig,
     MLAConfig,
     ModelConfig,
@@ -16,6 +17,7 @@ from megamm.config.sections import (
     ResilienceConfig,
     RunConfig,
     SourceConfig,
+    StragglerConfig,
     TrainConfig,
 )
 
@@ -23,6 +25,7 @@ __all__ = [
     "CheckpointConfig",
     "DataConfig",
     "DeepSpeedConfig",
+    "LossGuardConfig",
     "MLAConfig",
     "MTPConfig",
     "MetricsConfig",
@@ -34,6 +37,7 @@ __all__ = [
     "ResilienceConfig",
     "RunConfig",
     "SourceConfig",
+    "StragglerConfig",
     "TrainConfig",
     "config_from_dict",
     "load_config",

@@ -141,6 +141,31 @@ class MetricsConfig(Section):
     prometheus_host: str = Field("127.0.0.1", description="address it listens on")
 
 
+class LossGuardConfig(Section):
+    """What is done about a step whose loss or gradient is not finite, or far above those before it.
+
+    skip: its update is left out; rollback: the run goes back to a checkpoint and leaves the step's rows out; stop: the
+    run ends. auto: skip, or stop where the engine cannot leave an update out.
+    """
+
+    action: Literal["auto", "skip", "rollback", "stop"] = "auto"
+    spike: float = Field(0.0, ge=0, description="deviations above the median that are too far; 0: only what is finite")
+    window: int = Field(128, ge=8, description="good steps that median and deviation are taken of")
+    max_skips: int = Field(3, ge=1, description="in a row; one more ends the run")
+    max_rollbacks: int = Field(3, ge=1, description="without a window of good steps after them; one more ends the run")
+    margin: int = Field(0, ge=0, description="steps before the bad one whose rows a roll-back leaves out too")
+    rerun: bool = Field(True, description="run a bad step again to tell a fault of the hardware from one of the run")
+    evict: bool = Field(False, description="end so that the launcher can go on without ranks of faulty hardware")
+
+
+class StragglerConfig(Section):
+    """Ranks whose own work takes long, compared with the others of their pipeline stage every train.log_every steps."""
+
+    threshold: float = Field(1.5, gt=1, description="times the median from which on a rank is slow")
+    windows: int = Field(3, ge=1, description="that a rank is slow in a row until it is reported")
+    evict: bool = Field(False, description="end so that the launcher can go on without it")
+
+
 class DeepSpeedConfig(Section):
     """For engine: deepspeed. ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
 
@@ -166,6 +191,8 @@ class ResilienceConfig(Section):
     startup_seconds: float = Field(600.0, gt=0, description="of silence where the usual time is not known yet")
     grace_seconds: float = Field(120.0, gt=0, description="from a signal to the checkpoint; then it is killed")
     rendezvous: RendezvousConfig = RendezvousConfig()
+    loss_guard: LossGuardConfig = LossGuardConfig()
+    stragglers: StragglerConfig = StragglerConfig()
 
 
 class RunConfig(Section):

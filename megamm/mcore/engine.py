@@ -1,16 +1,22 @@
-"""The native engine: Megatron's schedules, data-parallel gradient buffers and distributed optimizer (ZeRO-1)."""
+"""The native engine: Megatron's schedules, data-parallel gradient buffers and distributed optimizer (ZeRO-1).
+
+A step is made in two parts, gradients and update, so that it can be looked at, run again or left out in between.
+"""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import StepResult
-from megamm.mcore import backbone, optimizer, step, store
+from megamm.engine import Judge, StepResult
+from megamm.mcore import backbone, optimizer, rng, step, store
 from megamm.mcore.groups import Groups
+from megamm.mcore.own_gradients import OwnNorms
 from megamm.objective import StepLoss
 
 
@@ -18,19 +24,52 @@ class NativeEngine:
     """megamm.engine.Engine at any layout that layout.check admits."""
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
-        self.config, self.groups = config, groups
+        self.config, self.groups, self.device, self.clock = config, groups, device, Clock(device)
         chunks = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.chunks = backbone.wrap(chunks, groups, device)
         step.prepare(self.chunks)
         self.optimizer = optimizer.build(config, self.chunks)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
+        self.own_norms = OwnNorms(self.chunks)
 
-    def train_step(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
-        loss = step.run(self.chunks, batches, loss_weights, self.config.model.mtp.loss_weight, self.groups)
-        lr = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        self.schedule.step(1)
-        return StepResult(loss, float(grad_norm), lr)
+    def train_step(
+        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
+    ) -> StepResult:
+        # All that gradients change besides themselves: what dropout draws, and the routers' balancing bias.
+        generators, buffers = rng.states(self.device), self._buffers()
+
+        def again() -> StepResult:
+            rng.restore(generators, self.device)
+            self._restore(buffers)
+            return self._gradients(batches, loss_weights)
+
+        result, is_applied = self._gradients(batches, loss_weights), True
+        if judge is not None:
+            result, is_applied = judge(result, again)
+        if is_applied:
+            with self.clock.device("update"):
+                optimizer.update(self.optimizer, result.grad_norm)
+            self.schedule.step(1)
+        else:
+            self._restore(buffers)
+        return result
+
+    def _gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+        """Forward and backward; the parameters stay."""
+        weight = self.config.model.mtp.loss_weight
+        timed = partial(self.clock.device, "forward")
+        loss = step.run(self.chunks, batches, loss_weights, weight, self.groups, timed=timed)
+        grad_norm = optimizer.norm(self.optimizer)
+        return StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [buffer.clone() for chunk in self.chunks for buffer in chunk.module.buffers()]
+
+    @torch.no_grad()
+    def _restore(self, saved: Sequence[torch.Tensor]) -> None:
+        buffers = [buffer for chunk in self.chunks for buffer in chunk.module.buffers()]
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
@@ -49,4 +88,4 @@ class NativeEngine:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)
         if not with_optimizer:
             self.optimizer.reload_model_params()
-        self.schedule.step(step)
+        optimizer.set_schedule(self.schedule, step)

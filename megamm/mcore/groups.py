@@ -57,11 +57,16 @@ class Groups:
         dist.all_reduce(tensor, group=self.collection.dp_cp)
         return tensor
 
-    def from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Broadcast in place from the last pipeline stage, which alone knows the loss."""
-        if self.collection.pp.size() > 1:
-            dist.broadcast(tensor, src=dist.get_process_group_ranks(self.collection.pp)[-1], group=self.collection.pp)
+    def sum_over_job(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce (sum) over all ranks, in place; returns the tensor, which has the same bits on every rank."""
+        dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor of this shape, in order of ranks."""
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
 
     def describe(self) -> str:
         return (

@@ -10,6 +10,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamm.config import RunConfig
@@ -53,6 +54,21 @@ def parts(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
+def norm(optimizer: Any) -> float:
+    """Of the whole job's gradient, made ready for `update`; the same on every rank, and not finite if that is not."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+def update(optimizer: Any, grad_norm: float) -> None:
+    """Clip the gradient of that norm and change the parameters: with `norm`, what Megatron's `step` does in one."""
+    for part in parts(optimizer):
+        parameters = part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+
+
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
     """Linear warm-up, then cosine to min_lr, or constant with a linear decay at the end (WSD)."""
     o, steps = config.optimizer, config.train.steps
@@ -71,5 +87,11 @@ def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler
         wsd_decay_steps=o.decay_steps if o.schedule == "wsd" else None,
         lr_wsd_decay_style="linear" if o.schedule == "wsd" else None,
     )
-    schedule.step(1)  # at 0 the first step would have learning rate 0 and be wasted
+    set_schedule(schedule, 0)
     return schedule
+
+
+def set_schedule(schedule: OptimizerParamScheduler, updates: int) -> None:
+    """To where it is after that many updates, from wherever it is: a roll-back goes back."""
+    schedule.num_steps = 0
+    schedule.step(1 + updates)  # at 0 the first step would have learning rate 0 and be wasted

@@ -6,6 +6,7 @@ the routers' balancing bias.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
@@ -26,8 +27,9 @@ def run(
     mtp: MTPConfig,
     groups: Groups,
     backward: Callable[[torch.Tensor], None] | None = None,
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
-    """Forward of this rank's microbatches, each followed by `backward(loss)` where one is given.
+    """Forward of this rank's microbatches, each within `timed()` and followed by `backward(loss)` where one is given.
 
     forward is the backbone's. The step's gradient is that of the scalar losses, *added* over microbatches and
     *averaged* over data-parallel ranks. Every rank calls it every step with as many microbatches; loss_weights is
@@ -40,7 +42,8 @@ def run(
     total = torch.zeros_like(counts[0])
     for row_map, input_ids, targets in prepared:
         factor = token_factor(targets, counts, loss_weights, mtp.loss_weight)
-        loss, loss_KBS = forward(input_ids, None, row_map, labels=targets.labels, loss_mask=factor)
+        with timed():
+            loss, loss_KBS = forward(input_ids, None, row_map, labels=targets.labels, loss_mask=factor)
         total += modality_sums(loss_KBS, targets, loss_weights.numel())
         if backward is not None:
             backward(loss * groups.data_size)

@@ -4,7 +4,8 @@ One `forward_step` serves every mix of modalities and every layout. The loss is 
 (objective.py); Megatron divides by microbatches and by data x context ranks, so it is multiplied by both first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -39,10 +40,12 @@ def run(
     mtp_weight: float,
     groups: Groups,
     forward_only: bool = False,
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
     """Forward (and backward) over this rank's microbatches; gradients end in `main_grad`, reduced.
 
-    Every rank calls it every step with as many microbatches; loss_weights is float64 `[modalities]`.
+    Every rank calls it every step with as many microbatches; loss_weights is float64 `[modalities]`. Each forward of a
+    chunk is within `timed()`.
     """
     depths = 1 + (chunks[0].config.mtp_num_layers or 0)
     prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
@@ -57,7 +60,8 @@ def run(
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Any, Any]:
         batch, input_ids, targets = next(iterator)
         factor = token_factor(targets, counts, loss_weights, mtp_weight)
-        output = chunk(input_ids, None, batch.row_map, labels=targets.labels, loss_mask=factor)
+        with timed():
+            output = chunk(input_ids, None, batch.row_map, labels=targets.labels, loss_mask=factor)
         return output, partial(loss_func, targets)
 
     if not forward_only:
@@ -73,6 +77,7 @@ def run(
         micro_batch_size=batches[0].input_ids.shape[0],
         forward_only=forward_only,
     )
-    total = torch.stack(sums).sum(0) if groups.is_last_stage else torch.zeros_like(counts[0])
-    total = groups.sum_over_data(groups.from_last_stage(total))
+    # Once from each of the last stage's tensor-parallel groups, to everyone: what is decided by it is decided alike.
+    has_loss = groups.is_last_stage and groups.tensor_rank == 0
+    total = groups.sum_over_job(torch.stack(sums).sum(0) if has_loss else torch.zeros_like(counts[0]))
     return StepLoss(means(total, counts[0]), counts[0])

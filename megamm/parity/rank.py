@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megamm import engine as engines
 from megamm.device import choose
+from megamm.engine import Judge, StepResult
 from megamm.mcore import assemble, observe
 from megamm.mcore import groups as grid
 from megamm.mcore.assemble import Piece
@@ -38,11 +39,11 @@ def compute(job: Job) -> RankReport:
     report = RankReport(*assemble.coordinates(groups))
     report.extents = [Extent(p.key, p.offset, p.size, p.is_main) for p in pieces]
     weights = torch.tensor(run.weights, dtype=torch.float64)
-    restore = _reduce_everywhere(engine, lambda: compare.see("gradient", 1))
+    restore = _reduce_everywhere(engine)
     for step in range(1, 2 if job.first_step_only else len(run.rows) + 1):
         batches = rank_batches(_rows(run, step), config.train.micro_batch, groups.data_rank, groups.data_size)
         with observe.watch(engine.chunks) as seen:
-            result = engine.train_step(batches, weights)
+            result = engine.train_step(batches, weights, _seeing(compare) if step == 1 else None)
         if step == 1:
             restore()
             compare.see("parameter", 1)
@@ -68,25 +69,29 @@ def _note(report: RankReport, result: Any, seen: observe.Seen, step: int) -> Non
         report.routed[f"step {step} layer {layer}", expert] = count
 
 
-def _reduce_everywhere(engine: Any, see: Callable[[], None]) -> Callable[[], None]:
-    """Have all gradients reduced on every rank, though each keeps only its ZeRO shard, and looked at before the update.
+def _reduce_everywhere(engine: Any) -> Callable[[], None]:
+    """Have all gradients reduced on every rank, though each keeps only its ZeRO shard, so that all can be looked at.
 
     Returns what undoes it, so that later steps run as in training.
     """
-    config, update = engine.chunks[0].config, engine.optimizer.step
+    config = engine.chunks[0].config
     finalize = config.finalize_model_grads_func
     config.finalize_model_grads_func = lambda *a, **k: finalize(*a, **(k | {"force_all_reduce": True}))
 
-    def seen_update() -> Any:
-        see()
-        return update()
-
-    engine.optimizer.step = seen_update
-
     def restore() -> None:
-        config.finalize_model_grads_func, engine.optimizer.step = finalize, update
+        config.finalize_model_grads_func = finalize
 
     return restore
+
+
+def _seeing(compare: Any) -> Judge:
+    """Looks at the gradients before the update."""
+
+    def see(result: StepResult, _again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
+        compare.see("gradient", 1)
+        return result, True
+
+    return see
 
 
 def _value(what: str, piece: Piece) -> torch.Tensor | None:

@@ -11,16 +11,18 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import StepResult
+from megamm.engine import Judge, StepResult
 from megamm.errors import UserError
 from megamm.mcore import backbone, optimizer, plain_step, whole_store
 from megamm.mcore.groups import Groups
@@ -41,7 +43,7 @@ class DeepSpeedEngine:
         from megamm.zero.store import Shards
 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it also of a process without a launcher
-        self.config, self.groups = config, groups
+        self.config, self.groups, self.clock = config, groups, Clock(device)
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
         self.names = whole_store.Names.of(model, groups)
@@ -58,16 +60,26 @@ class DeepSpeedEngine:
                 "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, place
             )
 
-    def train_step(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
-        lr = self.adam.param_groups[0]["lr"]
+    def train_step(
+        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
+    ) -> StepResult:
+        """The judge comes too late for the update, which is part of DeepSpeed's backward pass (layout.check)."""
+        lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = plain_step.run(
-            self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups, backward=self._backward
+            self.deepspeed,
+            batches,
+            loss_weights,
+            mtp,
+            self.groups,
+            self._backward,
+            partial(self.clock.device, "forward"),
         )
         plain_step.finish(self.model)
         self.schedule.step(1)
         norm = float(self.deepspeed.get_global_grad_norm())
         # In bf16 DeepSpeed says -1 of a gradient that is not finite.
-        return StepResult(loss, norm if norm >= 0 else math.nan, lr)
+        result = StepResult(loss, norm if norm >= 0 else math.nan, lr)
+        return result if judge is None else judge(result, None)[0]
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Of one microbatch; DeepSpeed counts them, and at a step's last one `step` moves the parameters."""
@@ -87,7 +99,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         kinds = self.shards.kinds(with_optimizer)
         self.shards.scatter(whole_store.load(folder, self.names, self.shards.owned, kinds), kinds, step)
-        self.schedule.step(step)
+        optimizer.set_schedule(self.schedule, step)
 
 
 def import_deepspeed(device: Device) -> ModuleType:

@@ -1,0 +1,185 @@
+"""The loss guard: a step with a bad loss or gradient is run again, then left out, rolled back, or ends the run.
+
+It judges between a step's gradients and its update, by numbers that are the same on every rank, so that all ranks
+decide alike without asking each other:
+
+    good                         the update is made
+    bad, the second run good     a transient fault of the hardware: the second run's update is made
+    bad again: skip              no update; the rows count as consumed, the schedules of update and moments stand still
+    bad again: rollback          back to a checkpoint of before the rows [bad row - margin, end of the bad rows); when
+                                 the run comes to them again it goes on behind them
+    bad too often, or stop       UserError: the run ends and is not tried again
+
+Everything it knows is in `state`, a part of each checkpoint: a resumed run decides as the uninterrupted one.
+Source: Chowdhery et al. 2022, PaLM, section 5.1 (roll back, leave out the batches around the spike).
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
+
+from megamm.config import RunConfig
+from megamm.engine import Judge, StepResult
+from megamm.errors import UserError
+from megamm.resilience import events
+from megamm.resilience.node_fault import NodeFault
+from megamm.resilience.second_run import Comparison, Gather, compare
+from megamm.resilience.spikes import Spikes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows [first, end) that changed no weights: read in a step without update ("skip"), or not read ("rollback")."""
+
+    how: str
+    first: int
+    end: int
+    step: int
+    why: str
+
+
+class LossGuard:
+    """Of one run; every rank has one and tells it of every step."""
+
+    def __init__(self, config: RunConfig, modalities: Sequence[str], rank: int, gather: Gather) -> None:
+        """gather is asked only after a step was run again."""
+        c = self.config = config.resilience.loss_guard
+        self.run, self.modalities, self.rank, self.gather = config.output, list(modalities), rank, gather
+        self.action = c.action
+        if c.action == "auto":
+            self.action = "skip" if config.engine == "native" else "stop"
+            if rank == 0:
+                log.info("loss guard: %s, as the engine is %s", self.action, config.engine)
+        self.spikes = Spikes(c.spike, c.window)
+        self.left_out: list[LeftOut] = []
+        self.updates_skipped = self.skips_in_a_row = self.rollbacks = self.last_bad_step = 0
+        self.wanted_rollback: LeftOut | None = None
+        """Set when the step just judged is to be undone."""
+        self.fault: NodeFault | None = None
+        """Set when a rank's hardware failed and the run should go on without it."""
+
+    def judge(self, step: int, first_row: int, rows: int) -> Judge:
+        """For the step of that number (from 1) over rows [first_row, first_row + rows)."""
+
+        def judged(result: StepResult, again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
+            why = self.spikes.why_bad(self._values(result))
+            verdict = "not run again"
+            if why and again is not None and self.config.rerun:
+                first, result = result, again()
+                seen = self._compare(first, result)
+                still, verdict = self.spikes.why_bad(self._values(result)), _verdict(seen)
+                if not still or not seen.is_same:
+                    self._note_fault(step, "transient" if not still else "unstable", why, seen)
+                why = still
+            if not why:
+                self._note_good(step, result)
+                return result, True
+            self._act(step, f"{why} ({verdict})", first_row, rows)
+            return result, False
+
+        return judged
+
+    def next_row(self, row: int, rows: int) -> int:
+        """The first row from `row` on from which as many rows can be read without meeting one that is left out."""
+        while met := [w for w in self.left_out if w.how == "rollback" and w.first < row + rows and row < w.end]:
+            row = max(w.end for w in met)
+        return row
+
+    def rolled_back(self, window: LeftOut) -> None:
+        """After `restore` of the earlier checkpoint's state: what must not be forgotten with the steps undone."""
+        self.left_out.append(window)
+        self.last_bad_step = window.step
+        self.wanted_rollback = None
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: JSON."""
+        return {
+            "values": self.spikes.state(),
+            "left_out": [asdict(window) for window in self.left_out],
+            "updates_skipped": self.updates_skipped,
+            "skips_in_a_row": self.skips_in_a_row,
+            "rollbacks": self.rollbacks,
+            "last_bad_step": self.last_bad_step,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set what `state` gave; {} (a checkpoint from before there was a guard) starts afresh.
+
+        The count of roll-backs only grows by it, since a roll-back restores a state of before it.
+        """
+        self.spikes.restore(state.get("values", {}))
+        self.left_out = [LeftOut(**window) for window in state.get("left_out", [])]
+        self.updates_skipped = state.get("updates_skipped", 0)
+        self.skips_in_a_row = state.get("skips_in_a_row", 0)
+        self.rollbacks = max(self.rollbacks, state.get("rollbacks", 0))
+        self.last_bad_step = state.get("last_bad_step", 0)
+
+    def stop(self, step: int, why: str, remedy: str) -> NoReturn:
+        """Raise the UserError that ends the run."""
+        self._tell(step, "stop", why)
+        raise UserError(
+            f"training diverged: {why} at step {step}",
+            where=self.run,
+            remedy=f"{remedy}; the checkpoints so far are untouched",
+            on_all_ranks=True,
+        )
+
+    def _act(self, step: int, why: str, first_row: int, rows: int) -> None:
+        """Note the configured consequence of a bad step, or stop where it has been too often."""
+        remedy = "lower optimizer.lr or lengthen the warm-up"
+        if self.action == "skip" and self.skips_in_a_row < self.config.max_skips:
+            self.skips_in_a_row += 1
+            self.updates_skipped += 1
+            self.last_bad_step = step
+            self.left_out.append(LeftOut("skip", first_row, first_row + rows, step, why))
+            self._tell(step, "skip", why, rows=[first_row, first_row + rows], in_a_row=self.skips_in_a_row)
+        elif self.action == "rollback" and self.rollbacks < self.config.max_rollbacks:
+            self.rollbacks += 1
+            first = max(0, first_row - self.config.margin * rows)
+            self.wanted_rollback = LeftOut("rollback", first, first_row + rows, step, why)
+            self._tell(step, "rollback", why, rows=[first, first_row + rows], in_a_row=self.rollbacks)
+        elif self.action == "stop":
+            self.stop(step, why, remedy)
+        else:
+            count, what = {"skip": (self.skips_in_a_row, "updates skipped in a row")}.get(
+                self.action, (self.rollbacks, "roll-backs")
+            )
+            self.stop(step, f"{why}, after {count} {what}", remedy + ", or look at the rows in events.jsonl")
+
+    def _note_good(self, step: int, result: StepResult) -> None:
+        self.spikes.note_good(self._values(result))
+        self.skips_in_a_row = 0
+        if step >= self.last_bad_step + self.config.window:
+            self.rollbacks = 0
+
+    def _note_fault(self, step: int, action: str, why: str, seen: Comparison) -> None:
+        where = f"rank {', '.join(map(str, seen.suspects))}" if seen.suspects else "the sum over ranks"
+        self._tell(step, action, f"{why}; {_verdict(seen)}, in {where}", ranks=seen.suspects)
+        if self.config.evict and seen.suspects:
+            self.fault = NodeFault(seen.suspects, f"{action} fault at step {step}: {why}")
+
+    def _compare(self, first: StepResult, second: StepResult) -> Comparison:
+        assert first.own_norms is not None and second.own_norms is not None, "an engine that can run a step again"
+        values = self._values(first), self._values(second)
+        return compare(*values, first.own_norms, second.own_norms, self.gather)
+
+    def _values(self, result: StepResult) -> dict[str, float]:
+        """What is judged: the gradient's norm and the loss of each modality that the step has."""
+        means = zip(self.modalities, result.loss.mean.tolist(), result.loss.count.tolist(), strict=True)
+        return {"grad_norm": result.grad_norm} | {f"loss/{name}": mean for name, mean, count in means if count > 0}
+
+    def _tell(self, step: int, action: str, why: str, **fields: Any) -> None:
+        if self.rank == 0:
+            log.warning("loss guard, step %d: %s: %s", step, action, why)
+            events.record(self.run, "loss_guard", step=step, action=action, why=why, **fields)
+
+
+def _verdict(seen: Comparison) -> str:
+    if seen.deviation == 0:
+        return "the same when run again: deterministic"
+    if seen.is_same:
+        return f"the same to {seen.deviation:.0e} when run again"
+    return "another result when run again: a fault of the hardware"

@@ -1,0 +1,50 @@
+"""Is a step's result bad: not finite, or a spike above the last good ones?
+
+A value x is a spike if (x - median) / deviation > threshold, over a window of good values, with
+deviation = 1.4826 * median(|value - median|), which is the standard deviation where values are normal (Hampel 1974);
+at least a hundredth of the median, since steps can be all but equal. Spikes in the window hardly move either.
+"""
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+LEAST_DEVIATION = 0.01
+"""Of the median."""
+
+
+class Spikes:
+    """Watches named values, the losses (nats per token) and the gradient's norm of every step."""
+
+    def __init__(self, threshold: float, window: int) -> None:
+        """threshold in deviations, 0: only what is not finite is bad; window in good steps, judged from half of it."""
+        self.threshold, self.window = threshold, window
+        self._good: dict[str, deque[float]] = {}
+
+    def why_bad(self, values: Mapping[str, float]) -> str:
+        """What is wrong with a step's values, in words; empty if nothing is."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                return f"{name} {value}"
+        for name, value in values.items():
+            good = self._good.get(name, ())
+            if self.threshold and 2 * len(good) >= self.window:
+                median = statistics.median(good)
+                spread = 1.4826 * statistics.median(abs(x - median) for x in good)
+                deviations = (value - median) / max(spread, LEAST_DEVIATION * abs(median), 1e-30)
+                if deviations > self.threshold:
+                    return f"{name} {value:.4g} is {deviations:.1f} deviations above the median {median:.4g}"
+        return ""
+
+    def note_good(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._good.setdefault(name, deque(maxlen=self.window)).append(value)
+
+    def state(self) -> dict[str, list[float]]:
+        return {name: list(values) for name, values in self._good.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Set what `state` gave."""
+        self._good = {name: deque(values, maxlen=self.window) for name, values in state.items()}

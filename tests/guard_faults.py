@@ -1,0 +1,178 @@
+"""Runs with faults for the loss guard and the straggler scores to find: each changes a forked rank's own code.
+
+`at` counts forward and backward passes of the process, from 1: a step that is run again counts twice.
+"""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config to train, and the faults by name with their arguments."""
+
+    config: str
+    faults: list[tuple[str, dict[str, Any]]]
+
+
+def train(case: Case) -> tuple[str, str] | None:
+    """In a rank: the run with its faults. The error that it ended with, as (kind, text)."""
+    # Saving starts processes of its own, which a daemon may not.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    from megamm import train
+    from megamm.config import load_config
+    from megamm.errors import UserError
+    from megamm.resilience.node_fault import NodeFault
+
+    for name, arguments in case.faults:
+        globals()[name](**arguments)
+    try:
+        train.train(load_config(Path(case.config)))
+    except (UserError, NodeFault) as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def passes(during: Callable[[int], Any]) -> None:
+    """Call during(number) before every forward and backward pass of training."""
+    from megamm.mcore import step
+
+    run, count = step.run, 0
+
+    def counted(*args: Any, forward_only: bool = False, **options: Any) -> Any:
+        nonlocal count
+        if not forward_only:
+            count += 1
+            during(count)
+        return run(*args, forward_only=forward_only, **options)
+
+    step.run = counted
+
+
+def nan_in_gradient(rank: int, at: list[int]) -> None:
+    """One element of the first bucket's gradient, before it is summed over ranks."""
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
+
+    original, number = Buckets.start_grad_sync, 0
+
+    def note(now: int) -> None:
+        nonlocal number
+        number = now
+
+    def poisoned(self: Any, *args: Any, **options: Any) -> Any:
+        if dist.get_rank() == rank and number in at:
+            self.buckets[0].grad_data[7] = torch.nan
+        return original(self, *args, **options)
+
+    passes(note)
+    Buckets.start_grad_sync = poisoned
+
+
+def flipped_bit(rank: int, at: list[int]) -> None:
+    """The highest bit of the exponent of one activation between 1 and 2 in a norm's output, once each time."""
+    from megamm.mcore.norm import RMSNorm
+
+    original, due = RMSNorm.forward, False
+
+    def note(now: int) -> None:
+        nonlocal due
+        due = dist.get_rank() == rank and now in at
+
+    def flipping(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal due
+        output = original(self, *args, **options)
+        usual = ((output.abs() >= 1) & (output.abs() < 2)).flatten().nonzero()
+        if due and len(usual):
+            due = False
+            with torch.no_grad():
+                output.data.view(-1).view(torch.int32)[usual[0]] ^= 1 << 30
+        return output
+
+    passes(note)
+    RMSNorm.forward = flipping
+
+
+def poisoned_rows(rows: list[int]) -> None:
+    """Steps that hold one of these rows have the same label everywhere."""
+    from megamm import train
+
+    class Poisoned(train.Loader):
+        def step(self) -> Any:
+            first = self.consumed_rows
+            batches = super().step()
+            if any(first <= row < self.consumed_rows for row in rows):
+                for batch in batches:
+                    batch.labels.copy_(torch.where(batch.labels >= 0, batch.labels * 0 + 1, batch.labels))
+            return batches
+
+    train.Loader = Poisoned
+
+
+def rows_left_out(first: int, count: int) -> None:
+    """The reference of a roll-back: data without these rows."""
+    from megamm.data.row_stream import RowStream
+
+    plan = RowStream.plan
+    RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
+
+
+def no_update(at: list[int]) -> None:
+    """The reference of a skipped step: the optimizer and its schedule stand still in these passes."""
+    from megamm.mcore import optimizer
+    from megamm.mcore.engine import NativeEngine
+
+    update, number = optimizer.update, 0
+
+    def note(now: int) -> None:
+        nonlocal number
+        number = now
+
+    passes(note)
+    train_step = NativeEngine.train_step
+
+    def kept(self: Any, *args: Any, **options: Any) -> Any:
+        schedule = self.schedule.step
+        self.schedule.step = lambda increment: None if number in at else schedule(increment)
+        try:
+            return train_step(self, *args, **options)
+        finally:
+            self.schedule.step = schedule
+
+    optimizer.update = lambda *args: None if number in at else update(*args)
+    NativeEngine.train_step = kept
+
+
+def slow_forward(rank: int, seconds: float) -> None:
+    """A busy loop in every forward of a norm."""
+    from megamm.mcore.norm import RMSNorm
+
+    original = RMSNorm.forward
+
+    def slow(self: Any, *args: Any, **options: Any) -> Any:
+        until = time.perf_counter() + seconds * (dist.get_rank() == rank)
+        while time.perf_counter() < until:
+            pass
+        return original(self, *args, **options)
+
+    RMSNorm.forward = slow
+
+
+def slow_loader(rank: int, seconds: float) -> None:
+    """Its rows take long to read."""
+    from megamm.data.row_reader import RowReader
+
+    original = RowReader.row
+
+    def slow(self: Any, recipe: Any) -> Any:
+        if dist.get_rank() == rank:
+            time.sleep(seconds)
+        return original(self, recipe)
+
+    RowReader.row = slow
