@@ -67,6 +67,18 @@ class Device:
         assert not isinstance(begin, float) and not isinstance(end, float), "two marks of one device"
         return begin.elapsed_time(end) / 1e3
 
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """Let the GPU copy to this memory of the host by itself; nothing on a CPU."""
+        if self.is_gpu:
+            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            if int(code):
+                log.warning("memory for checkpoints could not be page-locked (error %d): copies will be slower", code)
+
+    def page_unlock(self, memory: torch.Tensor) -> None:
+        """Undo `page_lock`."""
+        if self.is_gpu:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
     def rng_state(self) -> torch.Tensor:
         """State of the device's default generator, uint8 `[n]`; on a CPU it is torch's own."""
         return torch.cuda.get_rng_state(self.torch_device) if self.is_gpu else torch.get_rng_state()

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from megamm.checkpoint.blocks import Block
 from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
@@ -48,6 +49,8 @@ class Engine(Protocol):
 
     clock: Clock
     """Counts "forward", in which no rank waits for another data-parallel one or stage, and "update"."""
+    before_update: Callable[[], None]
+    """Called in a train_step before weights and optimizer state change; to be set by who reads them meanwhile."""
 
     def train_step(
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
@@ -60,11 +63,11 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Losses only."""
 
-    def save(self, folder: Path) -> None:
-        """Write model and optimizer tensors into an existing empty folder."""
+    def blocks(self) -> list[Block]:
+        """This rank's share of the model and optimizer tensors: the same list at every call but for the data."""
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
-        """Read what `save` of any engine at any layout wrote after `step` optimizer steps (updates made)."""
+        """Read what any engine at any layout stored after `step` optimizer steps (updates made)."""
 
 
 def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> Engine:

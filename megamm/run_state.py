@@ -1,19 +1,22 @@
 """What of a run goes into a checkpoint and comes back from it: tensors, generators, the data's history, config.
 
-checkpoint.py knows how a checkpoint is written and verified; here is what is in it.
+The package `checkpoint` knows how one is written and verified; here is what is in it.
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from megamm import checkpoint
+from megamm.checkpoint.saver import Saver
 from megamm.config import RunConfig
 from megamm.data.run_data import RunData
 from megamm.device import Device
 from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.mcore.groups import Groups
+from megamm.resilience import events
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +26,17 @@ class RunStore:
 
     def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
+        self.saver = Saver(config.output, place, config.checkpoint.keep)
+        engine.before_update = self.saver.settle
 
-    def save(self, step: int, consumed_rows: int, loss_guard: dict[str, Any]) -> Path:
-        """Write a checkpoint of the state after that many steps and rows; loss_guard as LossGuard.state gives it."""
+    def save(
+        self, step: int, consumed_rows: int, tokens: dict[str, int], loss_guard: dict[str, Any], wait: bool = False
+    ) -> float:
+        """Begin to write a checkpoint of the state after that many steps and rows; the seconds that this took.
+
+        tokens: seen so far, by modality; loss_guard as LossGuard.state gives it. With `wait` it is complete at the
+        return; UserError on all ranks where it could not be.
+        """
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
 
@@ -38,28 +49,47 @@ class RunStore:
             config=self.config.model_dump(mode="json"),
             versions=store.versions(),
             mixture=self.data.to_json(consumed_rows),
+            tokens=tokens,
             loss_guard=loss_guard,
         )
-        return checkpoint.save(
-            self.config.output,
-            state,
-            write_tensors=self.engine.save,
-            rng=rng.states(self.place),
-            keep=self.config.checkpoint.keep,
-        )
+        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait)
+        self.poll()
+        return stall
+
+    def poll(self) -> None:
+        """Say which checkpoints have been completed; to be called at every step."""
+        for done in self.saver.poll():
+            print(f"saved {done.folder}", flush=True)
+
+    def drain(self) -> None:
+        """Wait until nothing is being written any more."""
+        self.saver.drain()
+        self.poll()
+
+    def close(self) -> None:
+        """Let the writer complete what it has."""
+        self.saver.close()
 
     def resume(self) -> checkpoint.RunState | None:
         """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
+        start = time.monotonic()
         folder = checkpoint.newest_for_all_ranks(self.config.output)
         if folder is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             return None
-        return self.restore(folder)
+        state = self.restore(folder)
+        if self.groups.rank == 0:
+            seconds = time.monotonic() - start
+            events.record(
+                self.config.output, "resumed", step=state.step, folder=str(folder), tier="run", seconds=seconds
+            )
+        return state
 
     def restore(self, folder: Path) -> checkpoint.RunState:
         """Restore engine, data and generators from a verified checkpoint."""
         from megamm.mcore import rng
 
+        self.saver.settle()
         state = checkpoint.read_state(folder)
         config = self.config.model_dump(mode="json")
         checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])

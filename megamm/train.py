@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,6 +72,7 @@ class Trainer:
         self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
         stragglers = config.resilience.stragglers
         self.stragglers = Stragglers(stragglers, config.output, rank, self.groups.pipeline_rank, gather)
+        self.tokens = torch.zeros(len(self.weights), dtype=torch.int64, device=place.torch_device)
         self.metrics: metrics.Metrics | None = None
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
@@ -100,7 +100,7 @@ class Trainer:
         while self.step < stop:
             if (ending := boundary.stops_before(self.step + 1)) is not None:
                 if self.step > self.saved_step:
-                    self.save()
+                    self.save(wait=True)
                 return ending
             if not self._one_step():
                 continue
@@ -111,7 +111,9 @@ class Trainer:
                 self._evaluate()
             fault = self.guard.fault or self.stragglers.fault
             if last or fault or (every and self.step % every == 0):
-                self.save()
+                self.save(wait=last or fault is not None)
+            else:
+                self.store.poll()
             if fault and not last:
                 raise fault
         return "done"
@@ -132,6 +134,7 @@ class Trainer:
             self._roll_back(self.guard.wanted_rollback)
             return False
         self.step += 1
+        self.tokens += done.loss.count.to(self.tokens.dtype)
         reports = self.step % t.log_every == 0 or self.step in (1, t.steps)
         if reports:
             self._report(done)
@@ -155,6 +158,7 @@ class Trainer:
     def _roll_back(self, window: LeftOut) -> None:
         """To the newest checkpoint of before the rows to leave out."""
         self.pulse.beat("resume", self.step)
+        self.store.drain()
         folder = checkpoint_before(self.config.output, window.first)
         if folder is None:
             why = f"{window.why}, and there is no checkpoint of before row {window.first} to go back to"
@@ -182,17 +186,16 @@ class Trainer:
             }
             self.metrics.report_heldout(self.step, means, time.monotonic() - start)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the state after the current step."""
+    def save(self, wait: bool = False) -> None:
+        """Begin to write a checkpoint of the state after the current step; with `wait` it is complete at the return."""
         self.pulse.beat("save", self.step)
         start = time.monotonic()
         with self.engine.clock.host("checkpoint"):
-            folder = self.store.save(self.step, self.loader.consumed_rows, self.guard.state())
+            tokens = dict(zip(self.data.vocabulary.modalities, map(int, self.tokens), strict=True))
+            self.store.save(self.step, self.loader.consumed_rows, tokens, self.guard.state(), wait)
         self.saved_step = self.step
         if self.metrics is not None:
             self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
-            print(f"saved {folder}", flush=True)
-        return folder
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
@@ -203,6 +206,8 @@ class Trainer:
 
     def _go_on_from(self, state: RunState) -> None:
         self.step = self.saved_step = state.step
+        seen = [state.tokens.get(name, 0) for name in self.data.vocabulary.modalities]
+        self.tokens = torch.tensor(seen, device=self.place.torch_device)
         self.guard.restore(state.loss_guard)
         self._open_loader(state.consumed_rows)
 
@@ -213,6 +218,7 @@ class Trainer:
         self.loader.waited = waited
 
     def close(self) -> None:
+        self.store.close()
         self.loader.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 
 from megamm import engine, layout
+from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint.saver import save_now
 from megamm.config import RunConfig, config_from_dict
 from megamm.data.sample import Batch
 from megamm.device import choose
@@ -52,6 +54,11 @@ def batches_of(number: int, groups: grid.Groups) -> list[Batch]:
     return rank_batches(rows, MICRO, groups.data_rank, groups.data_size)
 
 
+def state(step: int) -> RunState:
+    """Of a checkpoint of which only the tensors are looked at."""
+    return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
+
+
 def run_case(case: dict[str, Any], out: Path) -> None:
     config = case_config(case)
     layout.check(config, dist.get_world_size())
@@ -59,14 +66,13 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     runner = engine.build(config, VOCABULARY, groups, choose("cpu"))
     first, last = case["steps"]
     if "load" in case:
-        runner.load(out / case["load"], first, case.get("with_optimizer", True))
+        runner.load(path_of(out / case["load"], first) / "tensors", first, case.get("with_optimizer", True))
     result: dict[str, Any] = {"loss": [], "count": [], "grad_norm": [], "lr": []}
     for number in range(first, last + 1):
         if number == case.get("save_at"):
-            if dist.get_rank() == 0:
-                (out / case["name"]).mkdir()
-            dist.barrier()
-            runner.save(out / case["name"])
+            save_now(
+                out / case["name"], state(number), runner.blocks(), {"torch": torch.get_rng_state()}, choose("cpu")
+            )
         if number == last:
             break
         done = runner.train_step(batches_of(number, groups), WEIGHTS)

@@ -12,6 +12,7 @@ import pytest
 from tiny_run import environment, make_data, megamm, write_config
 
 from megamm import checkpoint
+from megamm.checkpoint import index
 from megamm.errors import UserError
 
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "stop_after": 4}
@@ -76,12 +77,12 @@ def test_no_valid_checkpoint_stops_the_run_and_overwrites_nothing(data, run):
     """Starting anew over somebody's damaged checkpoints would be the worst answer."""
     for number in (2, 4):
         _truncate(next((_step(run, number) / "tensors").glob("*.distcp")))
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     done = megamm("train", write_config(data, run, train=TRAIN | {"stop_after": 8}))
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: damaged checkpoint:")
     assert "Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()} == before
 
 
 def test_resume_after_damage_sets_the_damaged_one_aside(data, run, trained):
@@ -165,16 +166,10 @@ class _Exploit:
 
 
 def test_an_index_with_code_in_it_is_refused_unexecuted(run, tmp_path, monkeypatch):
-    from megamm.device import choose
-    from megamm.mcore import groups
-
-    groups.start(choose("cpu"))
-    from megamm.mcore import store
-
     monkeypatch.chdir(tmp_path)
     tensors = _step(run, 4) / "tensors"
-    store.check_index(tensors)
+    index.check_index(tensors)
     (tensors / ".metadata").write_bytes(pickle.dumps(_Exploit()))
     with pytest.raises(UserError, match=r"not safe to read: posix\.system is not part"):
-        store.check_index(tensors)
+        index.check_index(tensors)
     assert not (tmp_path / "exploited").exists()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint.saver import save_now
 from megamm.convert import qwen3
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
@@ -31,7 +33,7 @@ def pair(request, tmp_path):
     config = model_config(MODELS[request.param])
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore import store
+    from megamm.mcore import rng, store
     from megamm.mcore.engine import NativeEngine
 
     groups = grid.build(config.parallel, seed=3)
@@ -40,9 +42,9 @@ def pair(request, tmp_path):
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a swapped pair of norms
             parameter.data.uniform_(0.5, 1.5)
-    tensors = tmp_path / "tensors"
-    tensors.mkdir()
-    engine.save(tensors)
+    state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
+    save_now(tmp_path, state, engine.blocks(), rng.fresh(), device)
+    tensors = path_of(tmp_path, 0) / "tensors"
     theirs_config = qwen3.transformers_config(config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
     stored = store.export_tensors(tensors)

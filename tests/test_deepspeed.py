@@ -102,9 +102,13 @@ def _read(results: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 @cache
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def _tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by torch's own reader."""
-    return {k: v for k, v in _load_state_dict_from_keys(checkpoint_id=folder).items() if isinstance(v, torch.Tensor)}
+    return {
+        k: v
+        for k, v in _load_state_dict_from_keys(checkpoint_id=next((run / "checkpoints").iterdir()) / "tensors").items()
+        if isinstance(v, torch.Tensor)
+    }
 
 
 def _assert_same_steps(ours: dict[str, torch.Tensor], native: dict[str, torch.Tensor], rtol: float = 1e-6) -> None:

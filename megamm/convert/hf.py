@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megamm import checkpoint, device
+from megamm.checkpoint import saver
 from megamm.config import RunConfig, config_from_dict
 from megamm.convert import qwen3
 from megamm.convert.tokenizer import export_tokenizer
@@ -120,9 +121,8 @@ def import_(export_folder: Path, run: Path) -> Path:
         versions=store.versions(),
         has_optimizer=False,
     )
-    return checkpoint.save(
-        run, state, write_tensors=lambda folder: store.save_whole(folder, stored), rng=rng.fresh(), keep=1
-    )
+    saver.save_now(run, state, store.whole_blocks(stored), rng.fresh(), device.choose("cpu"))
+    return checkpoint.path_of(run, state.step)
 
 
 def _start_alone() -> None:

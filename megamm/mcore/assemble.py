@@ -1,17 +1,16 @@
 """Where every element of this rank's tensors lies in the whole model's, for comparison between layouts.
 
-Megatron's sharded description (the one that checkpoints are written by) is asked with element numbers instead of
-values, so that any tensor of a parameter's shape - value, gradient - can be cut or set by it.
+By the description that checkpoints are written by (parts.py), any tensor of a parameter's shape - value, gradient - can
+be cut or set.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from torch import nn
+from megatron.core.distributed import DistributedDataParallel
 
+from megamm.mcore import parts
 from megamm.mcore.groups import Groups
 
 
@@ -52,40 +51,19 @@ class Piece:
         self.tensor.data.view(-1)[index.flatten()] = block.flatten().to(self.tensor.dtype)
 
 
-def pieces(chunks: Sequence[nn.Module], groups: Groups) -> list[Piece]:
+def pieces(chunks: Sequence[DistributedDataParallel], groups: Groups) -> list[Piece]:
     """Of all parameters and stored buffers of this rank's pipeline chunks (wrapped for data parallel)."""
-    metadata = {"dp_cp_group": groups.collection.dp_cp}
-    found = []
-    for chunk in chunks:
-        module: Any = chunk.module
-        parameters = {id(p) for p in module.parameters()}
-        seen = set()
-        for entry in module.sharded_state_dict(metadata=metadata).values():
-            if isinstance(entry, ShardedTensor | ShardedTensorFactory) and isinstance(entry.data, torch.Tensor):
-                seen.add(id(entry.data))
-                found += _of_entry(entry)
-        assert parameters <= seen, "a parameter would go uncompared"
-    return found
-
-
-def _of_entry(entry: ShardedTensor | ShardedTensorFactory) -> list[Piece]:
-    tensor: torch.Tensor = entry.data
-    numbers = torch.arange(tensor.numel()).reshape(tensor.shape)
-    if isinstance(entry, ShardedTensorFactory):
-        built = replace(entry, data=numbers).build()
-        parts = list(built.values()) if isinstance(built, dict) else list(built)
-    else:
-        parts = [replace(entry, data=numbers, dtype=numbers.dtype)]
     return [
         Piece(
             key=part.key,
-            tensor=tensor,
-            shape=tuple(part.global_shape),
-            offset=tuple(part.global_offset),
-            size=(1,) * part.prepend_axis_num + tuple(part.local_shape),
-            stacked=part.prepend_axis_num,
-            index=part.data.flatten(),
-            is_main=not any(part.replica_id if isinstance(part.replica_id, tuple) else [part.replica_id]),
+            tensor=part.tensor,
+            shape=part.shape,
+            offset=part.offset,
+            size=part.size,
+            stacked=part.stacked,
+            index=torch.arange(part.start, part.stop),
+            is_main=part.is_main,
         )
-        for part in parts
+        for chunk in chunks
+        for part in parts.of(chunk.module, groups)
     ]

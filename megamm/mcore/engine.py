@@ -3,12 +3,13 @@
 A step is made in two parts, gradients and update, so that it can be looked at, run again or left out in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from megamm.checkpoint.blocks import Block
 from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
@@ -31,6 +32,8 @@ class NativeEngine:
         self.optimizer = optimizer.build(config, self.chunks)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
         self.own_norms = OwnNorms(self.chunks)
+        self.before_update: Callable[[], None] = lambda: None
+        self.stored = store.Plan(self.chunks, self.optimizer, groups).to_save()
 
     def train_step(
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
@@ -47,6 +50,7 @@ class NativeEngine:
         if judge is not None:
             result, is_applied = judge(result, again)
         if is_applied:
+            self.before_update()
             with self.clock.device("update"):
                 optimizer.update(self.optimizer, result.grad_norm)
             self.schedule.step(1)
@@ -81,8 +85,8 @@ class NativeEngine:
             chunk.train()
         return loss
 
-    def save(self, folder: Path) -> None:
-        store.save(folder, self.chunks, self.optimizer, self.groups)
+    def blocks(self) -> list[Block]:
+        return self.stored
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)

@@ -41,7 +41,6 @@ def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
         )
     for part in parts(optimizer):
         compat.prime_adam(part, step=0)
-        compat.keep_bucket_padding(part)
         for group in part.optimizer.param_groups:
             # One fused pass over a parameter; torch's default for a CPU is one pass per operation.
             if "fused" in group and group.get("foreach") is None:

@@ -155,26 +155,21 @@ def _is_expert(parameter: torch.Tensor) -> bool:
 
 def _pieces(chunk: Any, built: groups.Groups) -> Iterator[Piece]:
     """What a checkpoint of this chunk would store, with the number of copies that gradient reduction assumes."""
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+    from megamm.mcore import parts  # after cpu.install
 
-    parameters = dict(chunk.named_parameters())
-    for name, value in chunk.sharded_state_dict(metadata={"dp_cp_group": built.collection.dp_cp}).items():
-        parts = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
-        for part in parts:
-            if isinstance(part, ShardedTensor):
-                parameter = parameters.get(name)
-                replica = part.replica_id if isinstance(part.replica_id, tuple) else (part.replica_id,)
-                yield Piece(
-                    part.key,
-                    tuple(part.global_shape),
-                    tuple(part.global_offset),
-                    (1,) * part.prepend_axis_num + tuple(part.local_shape),
-                    not any(replica),
-                    parameter is not None and _is_expert(parameter),
-                    parameter is not None,
-                    _copies(parameter, built.collection),
-                )
+    parameters = {id(p) for p in chunk.parameters()}
+    for part in parts.of(chunk, built):
+        is_parameter = id(part.tensor) in parameters
+        yield Piece(
+            part.key,
+            part.shape,
+            part.offset,
+            part.size,
+            part.is_main,
+            is_parameter and _is_expert(part.tensor),
+            is_parameter,
+            _copies(part.tensor if is_parameter else None, built.collection),
+        )
 
 
 def _copies(parameter: torch.Tensor | None, collection: Any) -> int:

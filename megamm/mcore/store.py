@@ -1,173 +1,125 @@
-"""Model and optimizer tensors to and from a folder, sharded, in Megatron's dist_checkpointing format.
+"""What a rank of the native engine stores and reads: blocks of its model and optimizer tensors, where they lie.
 
-Every tensor is stored in the shape of the whole model, so a folder loads at any TP x PP x EP x DP. The
-optimizer's state uses the `fully_reshardable` format per parameter; its step count and hyperparameters
-are not in here (checkpoint.py records the step, the config gives the rest), which is what lets a
+Every tensor is stored in the shape of the whole model, so a folder loads at any TP x PP x EP x CP x DP. A weight is
+stored as `KEY`, its main copy and Adam's moments as `optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`. Of a weight and
+its state every data-parallel rank stores the elements that its part of the distributed optimizer (ZeRO-1) updates:
+nothing is gathered, the shares are equal, and together they are each element once. The optimizer's step count and
+hyperparameters are not in here (the checkpoint's state has the step, the config gives the rest), which is what lets a
 dense optimizer's state load into an expert-parallel one.
 """
 
-import io
-import logging
-import pickle
-import pickletools
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import megatron.core
 import torch
-import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.distributed import DistributedDataParallel
 
 from megamm import __version__
-from megamm.errors import UserError
-from megamm.mcore import compat, optimizer
+from megamm.checkpoint import code_version, index, reader
+from megamm.checkpoint.blocks import Block
+from megamm.mcore import compat, optimizer, parts
 from megamm.mcore.groups import Groups
+from megamm.mcore.parts import Part
 
-_METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-_DCP_CLASSES = {
-    *((_METADATA, "Metadata"), (_METADATA, "TensorStorageMetadata"), (_METADATA, "BytesStorageMetadata")),
-    *((_METADATA, "TensorProperties"), (_METADATA, "ChunkStorageMetadata"), (_METADATA, "MetadataIndex")),
-    *((_METADATA, "StorageMeta"), (_METADATA, "_MEM_FORMAT_ENCODING")),
-    *((_PLANNER, "SavePlan"), (_PLANNER, "WriteItem"), (_PLANNER, "WriteItemType"), (_PLANNER, "TensorWriteData")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
-}
-_DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
+STATE = "optimizer.state."
+MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 
-class _MetadataChecker(pickle.Unpickler):
-    """Rebuilds torch's checkpoint index from its data classes and nothing else: no other code can run."""
+@dataclass(frozen=True, eq=False)
+class Owned:
+    """The part of one parameter that this rank's optimizer updates: its elements from `first` on, flattened.
 
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _DCP_CLASSES | _DTYPES:
-            raise pickle.UnpicklingError(f"{module}.{name} is not part of a checkpoint index")
-        return super().find_class(module, name)
+    kinds: main copy (of a float32 weight the weight itself) and moments, float32 `[elements]`.
+    """
 
+    parameter: torch.Tensor
+    first: int
+    kinds: dict[str, torch.Tensor]
 
-def check_index(folder: Path) -> None:
-    """torch stores a checkpoint's index as a pickle: refuse one that holds anything but the index's data classes."""
-    data = (folder / ".metadata").read_bytes()
-    try:
-        list(pickletools.genops(data))
-        _MetadataChecker(io.BytesIO(data)).load()
-    except Exception as error:
-        raise UserError(
-            f"the checkpoint's index is not safe to read: {error}", where=folder, remedy="use another checkpoint"
-        ) from None
+    @property
+    def weight(self) -> torch.Tensor:
+        """The elements in the precision that the model computes with, `[elements]`."""
+        return self.parameter.detach().view(-1)[self.first : self.first + len(self.kinds[MAIN])]
 
 
-def metadata_of(groups: Groups) -> dict[str, Any]:
-    """What every call of Megatron's sharded_state_dict is told."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "dp_cp_group": groups.collection.dp_cp,
-        "chained_optim_avoid_prefix": True,
-    }
+def _owned(optim: Any) -> Iterator[Owned]:
+    """Of all parameters of which this rank updates something."""
+    for part in optimizer.parts(optim):
+        for ranges in part.gbuf_ranges:
+            for buckets in ranges.values():
+                for parameter, place in (item for bucket in buckets for item in bucket["param_map"].items()):
+                    group, order = part.model_param_group_index_map[parameter]
+                    main = part.optimizer.param_groups[group]["params"][order]
+                    state = part.optimizer.state[main]
+                    yield Owned(parameter, place["param"].start, {MAIN: main} | {m: state[m] for m in MOMENTS})
 
 
-def _state(
-    chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, is_loading: bool
-) -> dict[str, Any]:
-    """The sharded description of this rank's tensors: `model<chunk>`, `optimizer<part>`."""
-    metadata = metadata_of(groups)
-    model_states = {}
-    for i, chunk in enumerate(chunks):
-        # Layers' extra state is left out: always empty here, and the one thing stored as a pickle.
-        whole = chunk.module.sharded_state_dict(metadata=metadata)
-        model_states[f"model{i}"] = {k: v for k, v in whole.items() if not isinstance(v, ShardedObject)}
-    state: dict[str, Any] = dict(model_states)
-    if optim is not None:
-        for i, part in enumerate(optimizer.parts(optim)):
-            state[f"optimizer{i}"] = part.sharded_param_state_fully_reshardable(
-                model_states, is_loading=is_loading, metadata=metadata
-            )
-    return state
+class Plan:
+    """Made once an engine is built: it looks at the live tensors, which stay where they are."""
 
+    def __init__(self, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups) -> None:
+        """optim None: weights alone."""
+        self.parts = [part for chunk in chunks for part in parts.of(chunk.module, groups)]
+        self.owned = list(_owned(optim)) if optim is not None else []
+        self.updated = {
+            id(p) for o in (optimizer.parts(optim) if optim is not None else []) for b in o.buffers for p in b.params
+        }
 
-def save(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> None:
-    """Write all ranks' shards into an existing empty folder. Every rank calls it."""
-    write(_state(chunks, optim, groups, is_loading=False), folder)
+    def to_save(self) -> list[Block]:
+        """This rank's share of the whole: it and the other ranks' are every element once."""
+        by_tensor = self._by_tensor()
+        blocks = []
+        for owned in self.owned:
+            # Copies over data-parallel ranks are shared out; of those over tensor ranks and stages the first counts.
+            for part in (p for p in by_tensor[id(owned.parameter)] if not any(p.replica[:-1])):
+                blocks += part.blocks(owned.weight, owned.first)
+                for kind, tensor in owned.kinds.items():
+                    blocks += part.blocks(tensor, owned.first, f"{STATE}{kind}.")
+        rest = [part for part in self.parts if id(part.tensor) not in self.updated and part.is_main]
+        return blocks + [part.block(part.tensor) for part in rest]
 
+    def to_load(self) -> list[Block]:
+        """All that this rank computes with: its weights whole, and what it owns of the optimizer's state."""
+        by_tensor = self._by_tensor()
+        blocks = [part.block(part.tensor) for part in self.parts]
+        for owned in self.owned:
+            for part in by_tensor[id(owned.parameter)]:
+                for kind, tensor in owned.kinds.items():
+                    blocks += part.blocks(tensor, owned.first, f"{STATE}{kind}.")
+        return blocks
 
-def save_whole(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write whole tensors (the names and shapes of `export_tensors`) from one process."""
-    state = {name: ShardedTensor.from_rank_offsets(name, tensor) for name, tensor in tensors.items()}
-    write(state, folder)
-
-
-def write(state: dict[str, Any], folder: Path) -> None:
-    """Write the sharded tensors that the ranks describe; every rank calls it."""
-    # A failed write is raised, and checkpoint.py says it in one line.
-    logging.getLogger("megatron.core.dist_checkpointing").setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist_checkpointing.save(state, str(folder))
-    # 0.19 leaves this file out and reads it if it is there; 0.16 needs it: with it each reads the other's.
-    if dist.get_rank() == 0 and not (folder / "common.pt").exists():
-        torch.save({}, folder / "common.pt")
+    def _by_tensor(self) -> dict[int, list[Part]]:
+        found: dict[int, list[Part]] = {}
+        for part in self.parts:
+            found.setdefault(id(part.tensor), []).append(part)
+        return found
 
 
 def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, step: int) -> None:
     """Read this rank's part of the model, and of the optimizer's state as it was after `step` steps."""
-    check_index(folder)
     if optim is not None:
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
-    state = _state(chunks, optim, groups, is_loading=True)
-    check_names(folder, state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(state, str(folder))
-    for i, chunk in enumerate(chunks):
-        # Sharded state leaves out layers' empty extra state, which strict loading would miss.
-        missing = chunk.module.load_state_dict(loaded[f"model{i}"], strict=False)
-        assert not [key for key in missing.missing_keys if not key.endswith("_extra_state")], missing
-    if optim is not None:
-        for i, part in enumerate(optimizer.parts(optim)):
-            compat.load_parameter_state(part, loaded[f"optimizer{i}"])
+    reader.load(folder, Plan(chunks, optim, groups).to_load())
 
 
-def check_names(folder: Path, state: dict[str, Any]) -> None:
-    """Every tensor asked for must be there with its global shape (vocabulary padding aside)."""
-    stored = dist_checkpointing.load_tensors_metadata(str(folder))
-    model_states = [chunk for name, chunk in state.items() if name.startswith("model")]
-    tensors = [value for chunk in model_states for value in chunk.values()]
-    for wanted in [value for value in tensors if isinstance(value, ShardedTensor)]:
-        found = stored.get(wanted.key)
-        if found is None:
-            raise UserError(
-                f"the checkpoint has no tensor {wanted.key}",
-                where=folder,
-                remedy="resume with the config it was made with",
-                on_all_ranks=True,
-            )
-        if not wanted.allow_shape_mismatch and tuple(found.global_shape) != tuple(wanted.global_shape):
-            raise UserError(
-                f"{wanted.key} has shape {tuple(found.global_shape)}, the config wants {tuple(wanted.global_shape)}",
-                where=folder,
-                remedy="resume with the config it was made with",
-                on_all_ranks=True,
-            )
+def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[Block]:
+    """Whole tensors (the names and shapes of `export_tensors`), to be stored by one process."""
+    return [Block.whole(name, tensor) for name, tensor in tensors.items()]
 
 
 def versions() -> dict[str, str]:
     """What wrote a checkpoint."""
-    return {"megamm": __version__, "torch": torch.__version__, "megatron-core": megatron.core.__version__}
+    own = {"megamm": __version__, "code": code_version()}
+    return own | {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
 
 
 def export_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All model tensors of a stored folder, whole, on the CPU, by Megatron's names (optimizer state left out)."""
-    check_index(folder)
-    wanted = {
-        key: tensor
-        for key, tensor in dist_checkpointing.load_tensors_metadata(str(folder)).items()
-        if not key.startswith("optimizer.")
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = dist_checkpointing.load(wanted, str(folder), validate_access_integrity=False)
-    return {key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)}
+    stored = {key: tensor for key, tensor in index.read(folder).items() if not key.startswith("optimizer.")}
+    tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in stored.items()}
+    reader.load(folder, whole_blocks(tensors))
+    return tensors

@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megamm.checkpoint.blocks import Block
 from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
@@ -39,6 +40,7 @@ class DeepSpeedEngine:
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
         """UserError where deepspeed is not installed."""
+        self.before_update: Callable[[], None] = lambda: None
         deepspeed = import_deepspeed(device)
         from megamm.zero.store import Shards
 
@@ -64,6 +66,7 @@ class DeepSpeedEngine:
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
     ) -> StepResult:
         """The judge comes too late for the update, which is part of DeepSpeed's backward pass (layout.check)."""
+        self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = plain_step.run(
             self.deepspeed,
@@ -93,8 +96,8 @@ class DeepSpeedEngine:
         self.deepspeed.train()
         return loss
 
-    def save(self, folder: Path) -> None:
-        whole_store.save(folder, self.names, self.shards.gather())
+    def blocks(self) -> list[Block]:
+        return self.names.blocks(self.shards.gather())
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         kinds = self.shards.kinds(with_optimizer)

@@ -41,13 +41,13 @@ class Shards:
     def kinds(self, with_optimizer: bool) -> dict[str, tuple[str, ...]]:
         """What is needed of each stored tensor to restore it; without optimizer state main copies come from values."""
         of_parameter = (MAIN, *MOMENTS) if with_optimizer else (MODEL,)
-        return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.names.entries}
+        return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.names.parts}
 
     def gather(self) -> Whole:
         """This rank's share, on the CPU."""
         owned: Whole = {name: {} for name in self.owned}
         buffers = dict(self.model.named_buffers())
-        for name in self.names.entries:
+        for name in self.names.parts:
             if name in self.parameters:
                 parameter = self.parameters[name]
                 for kind in (MAIN, *MOMENTS):

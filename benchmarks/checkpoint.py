@@ -1,0 +1,258 @@
+"""What a step waits for a checkpoint, and what saving at every step costs.
+
+part stall: one rank, a model with about 300 MB of state in float32. Ours against torch.save of the same tensors, DCP
+(dcp.save), DCP async (dcp.async_save) as it comes and with its staging memory kept, in turns, medians and least of the
+rounds. stall: seconds by which the next step ends later, as far as it waits (ours is copied while that step's forward
+and backward run; copy: seconds if it were waited for at once); durable: until the files are synced (torch.save syncs
+nothing: its figure is without); resume: seconds to read all back into the live tensors, files in the page cache.
+part every: two ranks with the demo's model and batch (examples/cpu_tiny.yaml) on random tokens. Blocks of steps with a
+save after each and without take turns; cost: 1 - tokens/s with / tokens/s without. cpu_cost: processor seconds of a
+save (rank and writer) over those of a step, which does not suffer from a busy machine.
+Run: `python benchmarks/checkpoint.py [--part stall|every] [--json OUT]`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from megamm import __version__, engine
+from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint.image import Image
+from megamm.checkpoint.saver import Saver
+from megamm.config import RunConfig, config_from_dict
+from megamm.data.sample import Batch
+from megamm.device import choose
+from megamm.mcore import groups as grid
+from megamm.parity.rows import random_row
+from megamm.parity.worlds import Failure, Worlds
+
+ROUNDS = 5
+LARGE = {"num_layers": 5, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
+DEMO = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 4, "num_query_groups": 2}
+VOCABULARY, LENGTH, GLOBAL_BATCH, MICRO_BATCH = 8104, 512, 8, 4
+"""The demo's."""
+STEPS_A_BLOCK = 4
+
+Timed = dict[str, float]
+
+
+def config_of(model: dict[str, int], batch: int) -> RunConfig:
+    """A run of this model; folders are not used."""
+    return config_from_dict(
+        {
+            "output": "unused",
+            "device": "cpu",
+            "model": model | {"head_dim": 64},
+            "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
+            "tokenizers": {"text": "unused"},
+            "optimizer": {"lr": 1e-3},
+            "train": {"steps": 1000, "global_batch": batch, "micro_batch": min(batch, MICRO_BATCH)},
+        },
+        where="benchmark",
+    )
+
+
+def state(step: int) -> RunState:
+    """Of a checkpoint of which only the tensors matter."""
+    return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
+
+
+def stall(folder: Path) -> dict[str, Any]:
+    """Part stall; every side writes the same tensors, each once."""
+    place, config = choose("cpu"), config_of(LARGE, batch=1)
+    grid.start(place)
+    groups = grid.build(config.parallel, seed=1)
+    runner = engine.build(config, VOCABULARY, groups, place)
+    batch, weights = Batch.stack([random_row(np.random.default_rng(1), LENGTH)]), torch.ones(2, dtype=torch.float64)
+    blocks = runner.blocks()
+    image = Image.of(blocks, "unused")
+    tensors = {f"{i}": blocks[at.block].data for i, at in enumerate(image.places)}
+    saver = Saver(folder / "ours", place, keep=1)
+    runner.before_update = saver.settle
+    saver.save(state(0), blocks, {"torch": torch.get_rng_state()}, wait=True)  # makes the plan and starts the writer
+    kept = DefaultStager(StagingOptions(False, False, False, False))
+    step = 0
+
+    def ours() -> Timed:
+        nonlocal step
+        step += 1
+        settled, start = saver.settled, time.perf_counter()
+        saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
+        stalled = time.perf_counter() - start
+        runner.train_step([batch], weights)
+        stalled += saver.settled - settled
+        saver.finish()
+        return {"stall": stalled}
+
+    def at_once() -> Timed:
+        nonlocal step
+        step += 1
+        start = time.perf_counter()
+        saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
+        saver.settle()
+        copied = time.perf_counter() - start
+        saver.finish()
+        return {"copy": copied, "durable": time.perf_counter() - start}
+
+    def torch_save() -> Timed:
+        start = time.perf_counter()
+        torch.save(tensors, folder / "torch.pt")
+        return {"stall": time.perf_counter() - start}
+
+    def dcp_sync() -> Timed:
+        start = time.perf_counter()
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / "dcp"), no_dist=True)
+        return {"stall": (seconds := time.perf_counter() - start), "durable": seconds}
+
+    def dcp_async(**options: Any) -> Timed:
+        start = time.perf_counter()
+        future = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(folder / "async"), **options)
+        stalled = time.perf_counter() - start
+        future.result()  # type: ignore[union-attr]
+        return {"stall": stalled, "durable": time.perf_counter() - start}
+
+    def with_kept_memory() -> Timed:
+        return dcp_async(async_stager=kept)
+
+    sides = {
+        "megamm": ours,
+        "megamm, waiting": at_once,
+        "torch.save": torch_save,
+        "dcp.save": dcp_sync,
+        "dcp.async_save": dcp_async,
+    }
+    sides["dcp.async_save, memory kept"] = with_kept_memory
+    result = _in_turns(sides)
+    target = path_of(folder / "ours", step) / "tensors"
+    empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    resumes: dict[str, Callable[[], Any]] = {
+        "megamm": lambda: runner.load(target, step, with_optimizer=True),
+        "torch.save": lambda: torch.load(folder / "torch.pt", weights_only=True),
+        "dcp.save": lambda: dcp.load(empty, storage_reader=dcp.FileSystemReader(folder / "dcp"), no_dist=True),
+    }
+    for name, timed in _in_turns({name: partial(_resume, read) for name, read in resumes.items()}).items():
+        result[name] |= timed
+    saver.close()
+    result["bytes"] = {"tensors": sum(t.nbytes for t in tensors.values()), "file": image.size}
+    medians = {name: timed["stall"]["median"] for name, timed in result.items() if "stall" in timed}
+    async_least = min(seconds for name, seconds in medians.items() if "async" in name)
+    result["stall_ratio"] = {
+        "torch.save": medians["torch.save"] / medians["megamm"],
+        "dcp.async_save, the better": async_least / medians["megamm"],
+    }
+    grid.destroy()
+    return result
+
+
+def _resume(read: Callable[[], Any]) -> Timed:
+    start = time.perf_counter()
+    read()
+    return {"resume": time.perf_counter() - start}
+
+
+def _in_turns(sides: dict[str, Callable[[], Timed]]) -> dict[str, Any]:
+    """Every side once a round, after one round that does not count."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    for number in range(ROUNDS + 1):
+        for name, side in sides.items():
+            for what, seconds in side().items():
+                found[name].setdefault(what, []).extend([seconds] if number else [])
+    return {
+        name: {what: {"median": statistics.median(all_), "least": min(all_)} for what, all_ in timed.items()}
+        for name, timed in found.items()
+    }
+
+
+def every(folder: str) -> dict[str, Any]:
+    """Part every, on one of two ranks."""
+    place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
+    groups = grid.build(config.parallel, seed=1)
+    runner = engine.build(config, VOCABULARY, groups, place)
+    draw = np.random.default_rng(groups.data_rank)
+    rows = [random_row(draw, LENGTH) for _ in range(GLOBAL_BATCH // groups.data_size)]
+    batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
+    weights = torch.ones(2, dtype=torch.float64)
+    saver, step = Saver(Path(folder), place, keep=2), 0
+    runner.before_update = saver.settle
+    rates: dict[bool, list[float]] = {True: [], False: []}
+    cpu: dict[bool, list[float]] = {True: [], False: []}
+    stalls: list[float] = []
+    for number in range(2 * ROUNDS + 2):
+        saves = bool(number % 2)
+        dist.barrier()
+        start, used = time.perf_counter(), _processor_seconds()
+        for _ in range(STEPS_A_BLOCK):
+            step += 1
+            settled = saver.settled
+            runner.train_step(batches, weights)
+            if stalls:
+                stalls[-1] += saver.settled - settled
+            if saves:
+                stalls.append(saver.save(state(step), runner.blocks(), {"torch": torch.get_rng_state()}))
+        dist.barrier()
+        rates[saves].append(STEPS_A_BLOCK * GLOBAL_BATCH * LENGTH / (time.perf_counter() - start))
+        saver.finish()
+        cpu[saves].append((_processor_seconds() - used) / STEPS_A_BLOCK)
+    saver.close()
+    medians = {saves: statistics.median(all_[1:]) for saves, all_ in rates.items()}
+    spent = {saves: min(all_[1:]) for saves, all_ in cpu.items()}
+    return {
+        "tokens_per_s": medians[False],
+        "tokens_per_s_saving": medians[True],
+        "cost": 1 - medians[True] / medians[False],
+        "stall_seconds": statistics.median(stalls[1:]),
+        "cpu_seconds_a_step": spent[False],
+        "cpu_seconds_a_save": spent[True] - spent[False],
+        "cpu_cost": spent[True] / spent[False] - 1,
+    }
+
+
+def _processor_seconds() -> float:
+    """Of this rank and its writer."""
+    own = psutil.Process()
+    times = [process.cpu_times() for process in (own, *own.children())]
+    return sum(t.user + t.system for t in times)
+
+
+def main() -> None:
+    """Run and print; --json writes the figures too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("stall", "every"))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    machine = f"{platform.machine()}, {os.cpu_count()} cores"
+    result: dict[str, Any] = {"machine": machine, "torch": torch.__version__, "megamm": __version__}
+    result |= {"date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "load_before": os.getloadavg()}
+    with tempfile.TemporaryDirectory(prefix="megamm-checkpoint-") as folder:
+        if arguments.part in (None, "every"):
+            with Worlds() as worlds:
+                ranks = worlds.run(2, every, f"{folder}/every", timeout=1200)
+            assert not isinstance(ranks, Failure), ranks.lines()
+            result["every"] = ranks[0]
+        if arguments.part in (None, "stall"):
+            result["stall"] = stall(Path(folder))
+    result["load_after"] = os.getloadavg()
+    print(json.dumps(result, indent=1))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Checkpoints: staged in one memory copy, written and published by a helper process, verified before they are read.
+
+    RUN/checkpoints/step_00001000/
+        tensors/            model and optimizer blocks in torch's distributed checkpoint format (index.py)
+        rng_00000.safetensors   each rank's generator states
+        state.json          step, consumed rows, config, vocabulary ranges, layout, versions (state.py)
+        manifest.json       size and SHA-256 of every file; written last
+
+A save: staging.py copies the engine's blocks into the image of this rank's file, saver.py tells the rank's writer
+(writer.py, a process without torch), and rank 0's writer publishes when every rank's part is there. A load: reader.py
+takes from the files just what a rank's blocks need. A damaged checkpoint is named and passed over (folder.py).
+Nothing here imports torch, so that the writer starts at once.
+"""
+
+from megamm.checkpoint.folder import (
+    MANIFEST,
+    STATE,
+    newest,
+    newest_for_all_ranks,
+    path_of,
+    verify,
+)
+from megamm.checkpoint.state import (
+    RunState,
+    check_same_data,
+    check_same_model,
+    code_version,
+    read_rng,
+    read_state,
+)
+
+__all__ = [
+    "MANIFEST",
+    "STATE",
+    "RunState",
+    "check_same_data",
+    "check_same_model",
+    "code_version",
+    "newest",
+    "newest_for_all_ranks",
+    "path_of",
+    "read_rng",
+    "read_state",
+    "verify",
+]

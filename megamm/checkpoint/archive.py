@@ -1,0 +1,128 @@
+"""One tensor as `torch.save` stores it: a zip archive in which the elements lie uncompressed, little-endian.
+
+`frame` gives what surrounds the elements, which depends on dtype and size alone; `elements_of` finds them in an archive
+that was read. Neither runs what is in one: a description that is not, byte for byte, what torch.save writes of such a
+tensor is left to torch.load(weights_only=True).
+"""
+
+import functools
+import io
+import mmap
+import zipfile
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+
+from megamm.checkpoint.blocks import Shape
+
+_LOCAL_HEADER = 30
+"""Bytes before the name in a record of a zip archive; its last four are the lengths of name and extra field."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Bytes before the elements and behind them; description: the record that says dtype, size and strides."""
+
+    head: bytes
+    tail: bytes
+    description: bytes
+
+
+class _Sparse:
+    """A file for torch.save, which skips the elements: keeps what is written and where."""
+
+    def __init__(self) -> None:
+        self.place, self.written = 0, list[tuple[int, bytes]]()
+
+    def write(self, data: bytes) -> int:
+        self.written.append((self.place, bytes(data)))
+        self.place += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        assert whence in (0, 1), "torch.save does not know the end"
+        self.place = offset + (self.place if whence else 0)
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def flush(self) -> None: ...
+
+
+class _Window(io.RawIOBase):
+    """A read-only file over bytes in memory, which are not copied."""
+
+    def __init__(self, view: memoryview) -> None:
+        super().__init__()
+        self.view, self.place = view, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.place = offset + (0, self.place, len(self.view))[whence]
+        return self.place
+
+    def tell(self) -> int:
+        return self.place
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        part = self.view[self.place : self.place + len(buffer)]
+        buffer[: len(part)] = part
+        self.place += len(part)
+        return len(part)
+
+
+@functools.cache
+def frame(dtype: torch.dtype, size: Shape) -> Frame:
+    """Of a contiguous tensor on the CPU, made by torch.save of one without elements."""
+    with FakeTensorMode():
+        tensor = torch.empty(size, dtype=dtype)
+    sparse = _Sparse()
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(tensor, sparse)  # type: ignore[arg-type]
+    space = mmap.mmap(-1, sparse.place)  # pages that nobody writes to take no memory
+    for place, data in sparse.written:
+        space[place : place + len(data)] = data
+    start, length, description = _parse(memoryview(space))
+    assert length == dtype.itemsize * torch.Size(size).numel()
+    return Frame(space[:start], space[start + length :], description)
+
+
+def _parse(archive: memoryview) -> tuple[int, int, bytes]:
+    """First byte and number of bytes of the elements, and the description. zipfile.BadZipFile or KeyError."""
+    window = _Window(archive)
+    with zipfile.ZipFile(window) as read:
+        names = {name.partition("/")[2]: name for name in read.namelist()}
+        elements, description = read.getinfo(names["data/0"]), read.read(names["data.pkl"])
+        if elements.compress_type != zipfile.ZIP_STORED or read.read(names["byteorder"]) != b"little":
+            raise KeyError("plain elements")
+    window.seek(elements.header_offset)
+    header = window.read(_LOCAL_HEADER) or b""
+    start = elements.header_offset + _LOCAL_HEADER
+    start += int.from_bytes(header[-4:-2], "little") + int.from_bytes(header[-2:], "little")
+    if start + elements.file_size > len(archive):
+        raise zipfile.BadZipFile("elements beyond the end")
+    return start, elements.file_size, description
+
+
+def tensor_in(archive: memoryview, dtype: torch.dtype, size: Shape) -> torch.Tensor:
+    """The tensor stored in an archive, `size` of dtype; over the same memory where that can be. UserError-free:
+    ValueError if it holds another, whatever torch.load raises if it holds something else.
+    """
+    try:
+        start, length, description = _parse(archive)
+    except (zipfile.BadZipFile, KeyError):
+        start, length, description = 0, 0, b""
+    if description == frame(dtype, size).description and length == dtype.itemsize * torch.Size(size).numel():
+        return torch.frombuffer(archive[start : start + length], dtype=dtype).view(size)
+    tensor = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != torch.Size(size).numel():
+        raise ValueError(f"not a tensor {size} of {dtype}")
+    return tensor.reshape(size)

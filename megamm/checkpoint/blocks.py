@@ -1,0 +1,61 @@
+"""Blocks: boxes of a whole tensor that lie in this rank's memory, to be stored or to be read.
+
+A whole tensor `key` has `shape`; a block starts at `offset` in it, has `size`, and `data` is its live, contiguous
+storage. A rank's flat range of a tensor (the distributed optimizer's shards) is cut into boxes by `flat_boxes`.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """data: contiguous, of `size` elements, any device. grows: stored with another first size it still fits
+    (the vocabulary's padding depends on the layout); only what both have is read. steady: nothing but an optimizer's
+    update, and a load, changes the data (engine.before_update tells of the first)."""
+
+    key: str
+    shape: Shape
+    offset: Shape
+    size: Shape
+    data: torch.Tensor
+    grows: bool = False
+    steady: bool = False
+
+    @classmethod
+    def whole(cls, key: str, tensor: torch.Tensor) -> "Block":
+        """All of a tensor."""
+        shape = tuple(tensor.shape)
+        return cls(key, shape, (0,) * len(shape), shape, tensor.detach().contiguous())
+
+
+def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:
+    """(offset, size, flat place of the first element) of boxes that make up elements [start, stop) in row-major order.
+
+    At most 2 n - 1 boxes for n axes: the end of the first row, whole rows, the begin of the last, all by the same rule.
+    """
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield ((start,), (stop - start,), start) if shape else ((), (), 0)
+        return
+    row = math.prod(shape[1:])
+    first, last = start // row, stop // row
+    if first == last:  # within one row
+        for offset, size, place in flat_boxes(shape[1:], start - first * row, stop - first * row):
+            yield (first, *offset), (1, *size), first * row + place
+        return
+    if start % row:
+        for offset, size, place in flat_boxes(shape[1:], start % row, row):
+            yield (first, *offset), (1, *size), first * row + place
+        first += 1
+    if first < last:
+        rest = (0,) * (len(shape) - 1)
+        yield (first, *rest), (last - first, *shape[1:]), first * row
+    for offset, size, place in flat_boxes(shape[1:], 0, stop % row):
+        yield (last, *offset), (1, *size), last * row + place

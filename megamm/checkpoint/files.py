@@ -1,0 +1,82 @@
+"""Every change that a save makes to a file system goes through these few calls, so that a test can stop at each.
+
+What is written is synced before it is named: a rename that is seen after a crash implies the contents.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+PIECE = 1 << 20
+"""Bytes hashed and written at a time: they are still in the processor's cache for the second."""
+
+
+def write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a new file and sync it; its size in bytes and SHA-256, as the manifest has them. OSError if it fails."""
+    digest, size = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            size += len(piece)
+            left = memoryview(piece)
+            while left:
+                left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def in_pieces(data: bytes | memoryview) -> Iterable[memoryview]:
+    """The same bytes, PIECE at a time."""
+    view = memoryview(data)
+    return (view[i : i + PIECE] for i in range(0, len(view), PIECE))
+
+
+def make_folder(path: Path) -> None:
+    """With its parents; there already is fine."""
+    for folder in (*reversed(path.parents), path):
+        if not folder.exists():
+            try:
+                os.mkdir(folder)
+            except FileExistsError:  # another rank's writer was faster
+                continue
+
+
+def rename(old: Path, new: Path) -> None:
+    """Within a folder, atomically; a file of the new name is replaced."""
+    os.rename(old, new)
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_file(path: Path) -> None:
+    """Gone already is fine."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+
+
+def remove_tree(path: Path) -> None:
+    """A folder with all that is in it, links not followed; gone already is fine."""
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            remove_tree(Path(entry.path))
+        else:
+            remove_file(Path(entry.path))
+    os.rmdir(path)

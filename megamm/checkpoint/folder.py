@@ -1,0 +1,153 @@
+"""The folders of a run's checkpoints: which there are, whether they are whole, which one to resume, which to remove.
+
+RUN/checkpoints/step_00001000/          a checkpoint; it has this name only once it is complete
+RUN/checkpoints/.tmp-*, .old-*          being written, being removed: never read
+RUN/checkpoints/damaged-step_*          set aside when its step was written again
+"""
+
+import hashlib
+import json
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import files
+from megamm.errors import UserError
+
+log = logging.getLogger(__name__)
+MANIFEST, STATE = "manifest.json", "state.json"
+READERS = 8
+"""Threads that check files at a time (hashing lets other threads run)."""
+
+
+def path_of(run: Path, step: int) -> Path:
+    """The folder of a step's checkpoint, there or not."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def all_of(run: Path) -> list[Path]:
+    """The run's checkpoints by step, damaged ones too."""
+    return sorted((run / "checkpoints").glob("step_????????"))
+
+
+def manifest_of(listed: dict[str, dict[str, Any]]) -> bytes:
+    """The manifest of files with their sizes and digests."""
+    return json.dumps({"files": listed}, indent=1, sort_keys=True).encode()
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file by its path in the folder. UserError if there is no valid manifest."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
+        if not ({STATE} < set(listed) and all({"size", "sha256"} <= set(entry) for entry in listed.values())):
+            raise ValueError("files are not listed with their digests")
+        outside = [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]
+        if outside:
+            raise ValueError(f"{outside[0]} is not in the folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"no valid {MANIFEST} ({error})") from None
+    return dict(listed)
+
+
+def _damaged(folder: Path, what: str) -> UserError:
+    remedy = "use another checkpoint, or remove this folder to start without it"
+    return UserError(f"damaged checkpoint: {what}", where=folder, remedy=remedy)
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest. UserError names the first that is missing or differs."""
+    listed = read_manifest(folder)
+
+    def problem(item: tuple[str, dict[str, Any]]) -> str:
+        name, entry = item
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["size"]:
+            return f"{name} is missing or truncated"
+        with path.open("rb") as file:
+            same = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
+        return "" if same else f"{name} fails its checksum"
+
+    with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
+        for found in pool.map(problem, listed.items()):
+            if found:
+                raise _damaged(folder, found)
+
+
+def is_valid(folder: Path) -> bool:
+    """Whether it verifies."""
+    try:
+        verify(folder)
+    except UserError:
+        return False
+    return True
+
+
+def newest(run: Path) -> Path | None:
+    """The newest checkpoint that verifies; None in a fresh run. UserError if there are some and all are damaged."""
+    last_error: UserError | None = None
+    for folder in reversed(all_of(run)):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            log.warning("passed over: %s", error)
+            last_error = error
+    if last_error is not None:
+        raise last_error
+    return None
+
+
+def newest_for_all_ranks(run: Path) -> Path | None:
+    """`newest`, looked up once by rank 0, so that every rank resumes the same one or raises the same error."""
+    import torch.distributed as dist
+
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = newest(run)
+        except UserError as error:
+            found[1] = {"what": error.what, "where": str(error.where), "remedy": error.remedy}
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise UserError(**found[1], on_all_ranks=True)
+    return found[0]
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Give a complete, synced folder its name, durably.
+
+    One of the same name that is damaged is kept under another; a whole one (the run went back and came here again)
+    gives way.
+    """
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        files.rename(final, old if is_valid(final) else _aside(final))
+    files.rename(temporary, final)
+    files.sync_folder(final.parent)
+    files.remove_tree(old)
+
+
+def _aside(final: Path) -> Path:
+    number = 1
+    while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
+        number += 1
+    return aside
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
+    for folder in all_of(run)[:-keep]:
+        # Renamed first: a half-removed folder must not look like a checkpoint.
+        doomed = folder.with_name(f".old-{folder.name}")
+        files.rename(folder, doomed)
+        files.remove_tree(doomed)
+
+
+def remove_leftovers(run: Path, but: str) -> None:
+    """What a killed save or removal left; names that contain `but` are of the save that is going on."""
+    for pattern in (".tmp-*", ".old-*"):
+        for folder in (run / "checkpoints").glob(pattern):
+            if but not in folder.name:
+                files.remove_tree(folder)

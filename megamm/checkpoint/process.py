@@ -1,0 +1,71 @@
+"""The rank's side of its writer process (writer.py): start, jobs, answers, end."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import messages
+
+COMMAND = (sys.executable, "-S", "-m", "megamm.checkpoint.writer")
+"""Without site-packages, so that it starts in a moment and can import no torch by accident."""
+
+
+class WriterProcess:
+    """It has no threads, no device and no torch; in a session of its own, so that Ctrl-C at a terminal spares it."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        """descriptor, size: the shared memory (staging.py)."""
+        package = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self.process = subprocess.Popen(
+            [*COMMAND, str(descriptor), str(size), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=[descriptor],
+            env=os.environ | {"PYTHONPATH": path},
+            start_new_session=True,
+        )
+        self.rest = b""
+
+    def send(self, message: messages.Message, contents: Mapping[str, bytes]) -> None:
+        """Give it a job. BrokenPipeError if it is gone."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(messages.encode(message, contents))
+        self.process.stdin.flush()
+
+    def answers(self, seconds: float | None = 0.0) -> list[dict[str, Any]]:
+        """What it has said since the last call; waits that long (None: for ever) for something. EOFError: it ended."""
+        assert self.process.stdout is not None
+        descriptor = self.process.stdout.fileno()
+        if not select.select([descriptor], [], [], seconds)[0]:
+            return []
+        data = os.read(descriptor, 1 << 16)
+        if not data:
+            raise EOFError(f"the writer process ended with {_how(self.process.wait())}")
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def close(self, grace: float) -> None:
+        """No more jobs: it ends when it has done those it has, or is ended after `grace` seconds."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        end = time.monotonic() + grace
+        try:
+            self.process.stdin.close()
+            while self.answers(max(0.0, end - time.monotonic())):
+                continue
+        except (BrokenPipeError, EOFError):
+            pass
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+def _how(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -1,0 +1,92 @@
+"""Stored tensors into this rank's blocks: of the files only the parts that are needed, whatever layout wrote them."""
+
+import contextlib
+import mmap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megamm.checkpoint import index
+from megamm.checkpoint.archive import tensor_in
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.index import Entry, Stored
+from megamm.errors import UserError
+
+Slices = tuple[slice, ...]
+
+
+def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> None:
+    """Every tensor asked for must be there with its whole shape, a vocabulary's padding aside. UserError."""
+    remedy = "resume with the config it was made with"
+    for block in blocks:
+        found = stored.get(block.key)
+        if found is None:
+            what = f"the checkpoint has no tensor {block.key}"
+            raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
+        theirs, ours = (found.shape[1:], block.shape[1:]) if block.grows else (found.shape, block.shape)
+        if theirs != ours:
+            what = f"{block.key} has shape {found.shape}, the config wants {block.shape}"
+            raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
+
+
+def needed_files(stored: dict[str, Stored], blocks: Sequence[Block]) -> set[str]:
+    """Names of the files, in the folder of tensors, that hold a part of the blocks."""
+    return {entry.file for block in blocks for entry, _, _ in _parts(stored[block.key], block)}
+
+
+def load(folder: Path, blocks: Sequence[Block]) -> None:
+    """Set the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts."""
+    stored = index.read(folder)
+    check(folder, stored, blocks)
+    by_item: dict[tuple[str, int], list[tuple[Block, Entry, Slices, Slices]]] = {}
+    for block in blocks:
+        for entry, theirs, ours in _parts(stored[block.key], block):
+            by_item.setdefault((entry.file, entry.start), []).append((block, entry, theirs, ours))
+    with contextlib.ExitStack() as opened, torch.no_grad():
+        maps: dict[str, memoryview] = {}
+        for (file, _), wanted in sorted(by_item.items(), key=lambda item: item[0]):
+            if file not in maps:
+                maps[file] = opened.enter_context(_mapped(folder / file))
+            entry = wanted[0][1]
+            tensor = _tensor(folder, maps[file], entry)
+            for block, _, theirs, ours in wanted:
+                block.data.view(block.size)[ours].copy_(tensor[theirs])
+            del tensor
+
+
+def _tensor(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
+    try:
+        return tensor_in(file[entry.start : entry.start + entry.length], entry.dtype, entry.size)
+    except Exception as error:  # whatever torch's reader makes of a damaged item
+        what = f"{entry.key} cannot be read from {entry.file}: {error}"
+        raise UserError(what, where=folder, remedy="use another checkpoint") from None
+
+
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[memoryview]:
+    """The file's bytes, read when looked at. torch wants them writable: changes would stay in this process."""
+    with path.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if path.stat().st_size else b""
+    yield memoryview(pages)  # unmapped when the last tensor over it is gone
+
+
+def _parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]]:
+    """Stored blocks that overlap with one that is wanted: where the overlap lies in theirs and in ours."""
+    offset, size = np.array(block.offset, dtype=np.int64), np.array(block.size, dtype=np.int64)
+    low = np.maximum(stored.offsets, offset)
+    high = np.minimum(stored.offsets + stored.sizes, offset + size)
+    hits = np.flatnonzero((low < high).all(axis=1))
+    inside = np.minimum(offset + size, np.array(stored.shape, dtype=np.int64)) - offset
+    covered = int((high - low)[hits].prod(axis=1).sum())
+    assert covered == int(np.maximum(inside, 0).prod()), f"the index does not cover {block.key} once"
+    for hit in hits:
+        entry = stored.blocks[hit]
+        theirs, ours = low[hit] - stored.offsets[hit], low[hit] - offset
+        extent = high[hit] - low[hit]
+        yield entry, _slices(theirs, extent), _slices(ours, extent)
+
+
+def _slices(start: np.ndarray, extent: np.ndarray) -> Slices:
+    return tuple(slice(int(a), int(a + n)) for a, n in zip(start, extent, strict=True))

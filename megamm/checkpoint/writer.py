@@ -1,0 +1,166 @@
+"""The writer of a rank: a process that puts staged checkpoints on disk while the rank goes on with its steps.
+
+It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py), and answers one JSON line when
+the image may be changed again ("written"), rank 0's another when the checkpoint has its name ("published"). The writers
+of a save know of each other by files alone, in a folder whose name no other save has:
+
+    checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's
+    checkpoints/.tmp-step_X-ATTEMPT.parts/R.json                                then this: sizes, digests, or the error
+
+Rank 0's waits for all parts, writes the index and, last, the manifest, syncs, renames. A save that fails is removed
+and told; earlier checkpoints stay. The process has no torch, so that it starts in a moment and is small.
+"""
+
+import contextlib
+import ctypes
+import json
+import mmap
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import files, folder, messages
+from megamm.resilience import events
+
+PART_SECONDS = 600.0
+"""How long rank 0's waits for the others' parts after its own is written."""
+DOOMED_SECONDS = 10.0
+"""The same once a save has failed: so that nothing is removed under a writer that is at work."""
+POLL_SECONDS = (0.002, 0.1)
+"""Between looks for parts: at first, and at most."""
+NICENESS = 10
+"""Where cores are scarce the writer takes what time the steps leave."""
+DIE_WITH_PARENT = 1
+"""PR_SET_PDEATHSIG of prctl(2)."""
+
+
+class Attempt:
+    """One save on one rank. job: run, step, attempt (unlike any other save's), rank, world, keep, stall, bytes."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job, self.run = job, Path(job["run"])
+        self.final = folder.path_of(self.run, job["step"])
+        self.temporary = self.final.with_name(f".tmp-{self.final.name}-{job['attempt']}")
+        self.parts = self.temporary.with_name(f"{self.temporary.name}.parts")
+        self.is_first, self.began, self.problem = job["rank"] == 0, time.monotonic(), ""
+
+    def write_own(self, image: memoryview, contents: messages.Files) -> None:
+        """This rank's files, then its part; OSError is told there, too, and raised."""
+        try:
+            if self.is_first:
+                folder.remove_leftovers(self.run, but=self.job["attempt"])
+            files.make_folder(self.temporary / "tensors")
+            files.make_folder(self.parts)
+            written = {f"tensors/__{self.job['rank']}_0.distcp": image} | contents
+            entries = {n: files.write(self.temporary / n, files.in_pieces(d)) for n, d in written.items()}
+        except OSError as error:
+            self.problem = f"rank {self.job['rank']}: {self._said(error)}"
+            with contextlib.suppress(OSError):
+                # Space for the part, which tells the others; the rank itself hears it in any case.
+                files.remove_file(self.temporary / f"tensors/__{self.job['rank']}_0.distcp")
+                self._tell({"error": self.problem})
+            raise
+        self._tell({"files": entries})
+
+    def give_up(self, problem: str) -> None:
+        """Tell the others in place of a writer that ended before it had told them anything."""
+        if not (self.parts / f"{self.job['rank']}.json").exists():
+            self._tell({"error": f"rank {self.job['rank']}: {problem}"})
+
+    def _said(self, error: OSError) -> str:
+        place = next(p for p in self.temporary.parents if p.exists())
+        return f"{error}, {shutil.disk_usage(place).free:,} bytes free"
+
+    def _tell(self, part: dict[str, Any]) -> None:
+        path = self.parts / f"{self.job['rank']}.json"
+        files.make_folder(self.parts)
+        files.write(path.with_suffix(".new"), [json.dumps(part).encode()])
+        files.rename(path.with_suffix(".new"), path)
+
+    def gather(self) -> dict[str, dict[str, Any]]:
+        """All ranks' files, when every rank has told. OSError with the first problem known, or for ranks unheard."""
+        told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
+        pause, began = POLL_SECONDS[0], time.monotonic()
+        while missing := set(range(self.job["world"])) - told.keys():
+            for rank in missing:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    told[rank] = json.loads((self.parts / f"{rank}.json").read_bytes())
+            patience = DOOMED_SECONDS if any("error" in part for part in told.values()) else PART_SECONDS
+            if time.monotonic() > began + patience:
+                break
+            if len(told) < self.job["world"]:
+                time.sleep(pause)
+                pause = min(2 * pause, POLL_SECONDS[1])
+        problem = next((part["error"] for part in told.values() if "error" in part), None)
+        if missing and problem is None:
+            problem = f"no word of the writers of ranks {sorted(missing)} for {PART_SECONDS:.0f} s"
+        if problem is not None:
+            raise OSError(problem)
+        return {name: entry for part in told.values() for name, entry in part["files"].items()}
+
+    def publish(self) -> dict[str, Any]:
+        """The manifest, the name, and what gives way to it; what the run is told. OSError leaves no checkpoint."""
+        try:
+            listed = self.gather()
+            files.write(self.temporary / folder.MANIFEST, [folder.manifest_of(listed)])
+            for place in (self.temporary / "tensors", self.temporary):
+                files.sync_folder(place)
+            folder.publish(self.temporary, self.final)
+        except OSError:
+            files.remove_tree(self.temporary)
+            files.remove_tree(self.parts)
+            raise
+        done = {"bytes": sum(entry["size"] for entry in listed.values()), "seconds": time.monotonic() - self.began}
+        try:  # it is there; what follows takes nothing from it
+            events.record(self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run", **done)
+            files.remove_tree(self.parts)
+            folder.prune(self.run, self.job["keep"])
+        except OSError as error:
+            done["afterwards"] = str(error)
+        return done | {"folder": str(self.final)}
+
+
+def serve(image: mmap.mmap) -> None:
+    """Do the jobs on standard input until it closes."""
+    constant: messages.Files = {}
+    for job, contents in messages.read(sys.stdin.buffer):
+        if job["kind"] == "constant":
+            constant = contents
+            continue
+        attempt = Attempt(job)
+        _answer("written", job, partial(attempt.write_own, memoryview(image)[: job["bytes"]], contents | constant))
+        if attempt.is_first:
+            _answer("published", job, attempt.publish)
+
+
+def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
+    """Do it and say how it went."""
+    try:
+        said = {"error": None} | (action() or {})
+    except OSError as error:
+        said = {"error": str(error)}
+    sys.stdout.write(json.dumps({"kind": kind, "step": job["step"]} | said) + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """`python -m megamm.checkpoint.writer DESCRIPTOR BYTES PARENT`: the shared memory, and the rank's process."""
+    descriptor, size, parent = map(int, sys.argv[1:])
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before this one asked to end with it
+        return
+    os.nice(NICENESS)
+    # The rank says when to end: it may want to save because of the same signal.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    serve(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
+
+
+if __name__ == "__main__":
+    main()

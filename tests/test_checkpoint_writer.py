@@ -1,0 +1,251 @@
+"""The writer's process alone: killed at every change to the file system, at random times, one of two ranks' killed.
+
+After each, the newest checkpoint is the one before or the new one, whole; and the next save works and clears up.
+"""
+
+import json
+import mmap
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megamm import checkpoint
+from megamm.checkpoint import folder as folders
+from megamm.checkpoint import process
+from megamm.checkpoint.process import WriterProcess
+from megamm.resilience import events
+
+FAULTS = Path(__file__).with_name("writer_faults.py")
+SIZE = 3 * mmap.PAGESIZE
+
+
+@pytest.fixture
+def memory():
+    """Shared memory with the image of a file."""
+    descriptor = os.memfd_create("image")
+    os.write(descriptor, random.Random(1).randbytes(SIZE))
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def faulty(monkeypatch):
+    """Have writers that start from now on kill themselves at a call (0: never), and list calls in a file."""
+
+    def set_up(kill_at: int, trace: Path | None = None) -> None:
+        monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(FAULTS)))
+        monkeypatch.setenv("KILL_AT", str(kill_at))
+        if trace is not None:
+            monkeypatch.setenv("TRACE", str(trace))
+
+    yield set_up
+
+
+def _start(memory: int) -> WriterProcess:
+    return WriterProcess(memory, SIZE)
+
+
+def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int = 1, attempt: str = "") -> None:
+    job = {"kind": "save", "run": str(run), "step": step, "keep": 1, "attempt": attempt or f"{step}-{id(writer)}"}
+    contents = {f"rng_{rank:05d}.safetensors": b"r" * 100} | (
+        {} if rank else {"state.json": b"{}", "tensors/.metadata": b"i"}
+    )
+    writer.send(job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0}, contents)
+
+
+def _until_done(writer: WriterProcess, last: str) -> dict | None:
+    """Its answer of this kind; None if it ended before."""
+    try:
+        while True:
+            for answer in writer.answers(30):
+                if answer["kind"] == last:
+                    return answer
+    except EOFError:
+        return None
+
+
+def _newest(run: Path) -> int:
+    found = checkpoint.newest(run)
+    return int(found.name[5:]) if found else 0
+
+
+def _names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@pytest.fixture
+def healthy(memory):
+    """A writer for all that goes well."""
+    writer = _start(memory)
+    yield writer
+    writer.close(10)
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["next step", "same step again"])
+def test_killed_at_every_change(memory, faulty, healthy, tmp_path, same_step):
+    kill_at, outcomes, ended = 0, set(), False
+    while not ended:
+        kill_at += 1
+        run = tmp_path / str(kill_at)
+        _save(healthy, run, 1)
+        assert _until_done(healthy, "published")["error"] is None
+        faulty(kill_at)
+        writer = _start(memory)
+        _save(writer, run, 1 if same_step else 2)
+        ended = _until_done(writer, "published") is not None
+        writer.close(10)
+        outcomes.add(_newest(run))
+        _save(healthy, run, 3)
+        assert _until_done(healthy, "published")["error"] is None
+        assert _newest(run) == 3 and _names(run) == ["step_00000003"], f"killed at call {kill_at}: {_names(run)}"
+    assert kill_at > 35
+    # While a whole checkpoint of the same step is replaced there is a moment without either name.
+    assert outcomes == ({0, 1} if same_step else {1, 2})
+
+
+def test_a_name_implies_contents(memory, faulty, tmp_path):
+    """What a machine that loses power may leave: all files and names in a folder are synced before it is renamed."""
+    faulty(0, tmp_path / "trace")
+    writer = _start(memory)
+    _save(writer, tmp_path / "run", 1)
+    assert _until_done(writer, "published")["error"] is None
+    writer.close(10)
+    unsynced: set[str] = set()
+    for call, path, other in map(json.loads, (tmp_path / "trace").read_text().splitlines()):
+        parent = str(Path(path).parent)
+        if call in ("write", "mkdir", "unlink"):
+            unsynced |= {path} if call == "write" else {parent}
+        elif call == "open" and Path(path).is_file():
+            unsynced.add(parent)
+        elif call == "fsync":
+            unsynced.discard(path)
+        elif call == "rename" and "step_" in Path(other).name:
+            assert not [left for left in unsynced if left.startswith(path + "/") or left == path]
+            final = Path(other)
+            unsynced.add(str(final.parent))
+    assert str(final.parent) not in unsynced, "the new name is synced, too"
+
+
+def test_200_random_kills(memory, tmp_path):
+    """A writer that saves again and again; every kill leaves a checkpoint that was there or the next, whole."""
+    draw, step = random.Random(3), 0
+    for _ in range(200):
+        step += 1
+        writer = _start(memory)
+        _save(writer, tmp_path, step)
+        assert _until_done(writer, "published")["error"] is None
+        for _ in range(3):  # enough for the time
+            _save(writer, tmp_path, step + 1, attempt=f"{step + 1}-{draw.random()}")
+        killer = threading.Timer(draw.uniform(0, 0.03), os.kill, [writer.process.pid, signal.SIGKILL])
+        killer.start()
+        assert _until_done(writer, "never") is None
+        writer.close(0)
+        found = _newest(tmp_path)
+        assert found in (step, step + 1), f"{found} after {step} was published"
+        step = found
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_of_two_ranks_is_killed_at_every_change(memory, faulty, healthy, tmp_path, killed):
+    kill_at, ended = 0, False
+    while not ended:
+        kill_at += 1
+        run = tmp_path / str(kill_at)
+        faulty(kill_at)
+        writers = {killed: _start(memory), 1 - killed: healthy}
+        for rank in (0, 1):
+            _save(writers[rank], run, 2, rank, world=2, attempt="a")
+        ended = _until_done(writers[killed], "written" if killed else "published") is not None
+        if killed == 1 and not ended:
+            (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+            give_up(run)
+        if killed == 1:
+            answer = _until_done(writers[0], "published")
+            assert (answer["error"] is None) or (not ended and "ended with signal 9" in answer["error"])
+        else:
+            assert _until_done(healthy, "written")["error"] is None
+        writers[killed].close(10)
+        assert _newest(run) in (0, 2)
+        assert killed == 0 or _newest(run) == (2 if answer["error"] is None else 0)
+    assert _newest(run) == 2
+
+
+def give_up(run: Path) -> None:
+    """What rank 1 does when it learns that its writer is gone."""
+    from megamm.checkpoint.writer import Attempt
+
+    job = {"run": str(run), "step": 2, "attempt": "a", "rank": 1, "world": 2, "keep": 1, "stall": 0.0, "bytes": SIZE}
+    Attempt(job).give_up("the writer process ended with signal 9")
+
+
+def test_events_tell_of_the_save(memory, tmp_path):
+    writer = _start(memory)
+    _save(writer, tmp_path, 7)
+    done = _until_done(writer, "published")
+    writer.close(10)
+    (event,) = events.read(tmp_path)
+    assert (event["kind"], event["step"], event["tier"]) == ("saved", 7, "run")
+    assert event["bytes"] == done["bytes"] > SIZE and event["seconds"] > 0
+
+
+def test_it_ignores_the_signals_of_a_terminal_and_a_scheduler(memory, tmp_path):
+    writer = _start(memory)
+    _save(writer, tmp_path, 1)
+    assert _until_done(writer, "published")["error"] is None
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        os.kill(writer.process.pid, number)
+    _save(writer, tmp_path, 2)
+    assert _until_done(writer, "published")["error"] is None
+    writer.close(10)
+    assert writer.process.returncode == 0 and folders.all_of(tmp_path) == [checkpoint.path_of(tmp_path, 2)]
+
+
+def test_it_ends_with_its_rank():
+    """A rank that is killed with -9 closes nothing itself: the pipe is held open here."""
+    program = f"""
+import os, sys
+from megamm.checkpoint.process import WriterProcess
+memory = os.memfd_create("image"); os.ftruncate(memory, {SIZE})
+writer = WriterProcess(memory, {SIZE})
+os.dup2(writer.process.stdin.fileno(), 100, inheritable=True)
+os.spawnv(os.P_NOWAIT, "/bin/sleep", ["sleep", "30"])
+writer.send({{"kind": "constant"}}, {{}})
+print(writer.process.pid, flush=True)
+sys.stdin.read()
+"""
+    rank = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    children = []
+    try:
+        writer = psutil.Process(int(rank.stdout.readline()))
+        children = psutil.Process(rank.pid).children()
+        _wait_for_signals(writer.pid)
+        rank.kill()
+        writer.wait(timeout=10)
+    except psutil.NoSuchProcess:
+        pass
+    finally:
+        rank.kill()
+        rank.wait()
+        for child in children:
+            if child.is_running() and child.name() == "sleep":
+                child.kill()
+
+
+def _wait_for_signals(pid: int) -> None:
+    """Until the writer has set up its signals, which it does after it has asked to end with its parent."""
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        status = Path(f"/proc/{pid}/status").read_text()
+        ignored = int(next(line for line in status.splitlines() if line.startswith("SigIgn")).split()[1], 16)
+        if ignored & 1 << (signal.SIGTERM - 1):
+            return
+        time.sleep(0.01)
+    raise AssertionError("the writer never came up")
