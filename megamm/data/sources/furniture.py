@@ -3,9 +3,9 @@
 In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
 `sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
 format, Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each: a point
-cloud (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and further
-samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these
-has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
+cloud (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D),
+and further samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first
+of these has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
