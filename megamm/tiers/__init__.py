@@ -1,0 +1,9 @@
+"""Where checkpoints live besides RUN/checkpoints, and which of them stays.
+
+    durable    any fsspec URL: finished folders are copied there by a process of its own (uploader.py, durable.py)
+    local      a folder of each node, replicated to a peer node (parts.py, peer.py, local.py)
+    retention  which checkpoints may go; the pointers `latest` and `best`
+    choose     the newest valid checkpoint over all of them, for a resuming run
+
+Nothing but local.py and choose.py imports torch: the processes beside the run start at once.
+"""
