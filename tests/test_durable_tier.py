@@ -1,5 +1,6 @@
 """The durable tier over a real local S3 server: connections that drop, a server that fails or is slow, kill -9."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -9,10 +10,8 @@ import threading
 import time
 from pathlib import Path
 
-import boto3
 import pytest
 from checkpoint_folders import contents, make_checkpoint
-from moto.server import ThreadedMotoServer
 
 from megamm.errors import UserError
 from megamm.resilience import events
@@ -21,6 +20,8 @@ from megamm.tiers.durable import DurableTier
 from megamm.tiers.remote import RemoteError
 from megamm.tiers.uploader import Uploader
 
+boto3 = pytest.importorskip("boto3")
+ThreadedMotoServer = pytest.importorskip("moto.server").ThreadedMotoServer
 KEY, SECRET = "AKIATESTTESTTESTTEST", "zq7secretsecretsecretzq7"
 MEBIBYTE = 1 << 20
 
@@ -60,7 +61,7 @@ class Proxy:
 
     @property
     def url(self):
-        return "http://127.0.0.1:{}".format(self.listener.getsockname()[1])
+        return f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def _accept(self):
         while True:
@@ -85,10 +86,8 @@ class Proxy:
         except OSError:
             pass
         for end in (source, sink):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 class Answering:
@@ -98,7 +97,7 @@ class Answering:
         self.status, self.delay, self.requests = status, delay, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._accept, daemon=True).start()
-        self.url = "http://127.0.0.1:{}".format(self.listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
 
     def _accept(self):
         while True:
@@ -180,8 +179,8 @@ def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store
     cut_short = 0
     for delay in (0.0, 0.1):
         uploader = Uploader(run, url, 2, False)
-        start = {o.key for o in bucket.objects.all()}
-        wait_for(lambda: {o.key for o in bucket.objects.all()} != start or tier.complete())
+        before = {o.key for o in bucket.objects.all()}
+        wait_for(lambda before=before: {o.key for o in bucket.objects.all()} != before or tier.complete())
         time.sleep(delay)
         os.kill(uploader.pid, signal.SIGKILL)
         uploader.stop()
@@ -242,17 +241,17 @@ def test_damage_is_not_uploaded_and_not_downloaded(store, tmp_path):
     folder = make_checkpoint(tmp_path / "run", 5)
     tier.upload(folder, tmp_path / "journal")
     bucket.put_object(Key="runs/one/step_00000005/tensors/__0_0.distcp", Body=bytes(1000))
-    with pytest.raises(UserError, match="__0_0.distcp fails its checksum"):
+    with pytest.raises(UserError, match=r"__0_0[.]distcp fails its checksum"):
         tier.download("step_00000005", tmp_path / "back", tier.listed("step_00000005"))
     damaged = make_checkpoint(tmp_path / "run", 6)
     (damaged / "tensors" / "__1_0.distcp").write_bytes(bytes(501))
-    with pytest.raises(UserError, match="__1_0.distcp fails its checksum"):
+    with pytest.raises(UserError, match=r"__1_0[.]distcp fails its checksum"):
         tier.upload(damaged, tmp_path / "journal")
     assert tier.complete() == ["step_00000005"]
 
 
 def test_a_store_that_cannot_be_written_is_refused_before_training(store, tmp_path):
-    with pytest.raises(UserError, match="NoSuchBucket|not exist|bucket"):
+    with pytest.raises(UserError, match="bucket does not exist"):
         Uploader(tmp_path, "s3://no-such-bucket-here/x", 1, False)
     with pytest.raises(UserError, match="is not a URL"):
         DurableTier("/plain/path")

@@ -1,0 +1,150 @@
+"""Files between nodes over TCP: `Server` holds a node's folder, `put` and `get` send a part there and fetch a file.
+
+Both sides prove that they know the job's key (HMAC challenge of multiprocessing.connection) before a request is read.
+Requests are JSON, files raw chunks: nothing is unpickled. Names are checked to stay in their folder.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import uuid
+from collections.abc import Callable
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+from megamm.errors import UserError
+from megamm.tiers import manifest, parts
+from megamm.tiers.manifest import Entry
+
+CHUNK = 1 << 22
+_LONGEST_REQUEST = 1 << 26
+Address = tuple[str, int]
+Answer = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+class WireError(UserError):
+    """The other node did not do it: gone, refused, or the file did not arrive whole."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where=where, remedy="look at that node; other copies are tried")
+
+
+class Server:
+    """Answers requests over one folder (parts.py) from threads."""
+
+    def __init__(self, root: Path, key: bytes, host: str, answer: Answer) -> None:
+        """answer: for every request that is not about files."""
+        self.root, self.key, self.answer = root, key, answer
+        # Without its own handshake, which would let one silent client keep all others waiting.
+        self.listener = Listener((host, 0), backlog=128)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return int(self.listener.address[1])
+
+    def _accept(self) -> None:
+        while True:
+            connection = self.listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: "Connection[Any, Any]") -> None:
+        with connection:
+            try:
+                deliver_challenge(connection, self.key)
+                answer_challenge(connection, self.key)
+                request = json.loads(connection.recv_bytes(_LONGEST_REQUEST))
+                if request["do"] == "get":
+                    self._send(connection, request)
+                elif request["do"] == "put":
+                    _say(connection, self._receive(connection, request))
+                else:
+                    _say(connection, self.answer(request))
+            except (AuthenticationError, OSError, EOFError, ValueError, KeyError):
+                return  # the other side sees the end of the connection and says what it wanted
+
+    def _folder(self, request: dict[str, Any]) -> Path:
+        return self.root / f"step_{int(request['step']):08d}"
+
+    def _send(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
+        name = str(request["name"])
+        if not manifest.stays_inside(name):
+            raise ValueError(name)
+        with (self._folder(request) / name).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                connection.send_bytes(chunk)
+
+    def _receive(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> dict[str, Any]:
+        part, folder = parts.Part.from_json(request["part"]), self._folder(request)
+        parts.part_path(folder, part.rank).unlink(missing_ok=True)
+        for name, entry in part.files.items():
+            _write(connection, folder / name, entry)
+        parts.commit(folder, part)
+        return {"done": True}
+
+
+def put(address: Address, key: bytes, root: Path, step: int, part: parts.Part) -> None:
+    """Send a rank's files and part record. WireError if they did not arrive, FileNotFoundError if they are gone."""
+    folder = root / f"step_{step:08d}"
+    if not all((folder / name).exists() for name in part.files):
+        raise FileNotFoundError(folder)
+    try:
+        with Client(address, authkey=key) as connection:
+            _say(connection, {"do": "put", "step": step, "part": part.to_json()})
+            for name in part.files:
+                with (folder / name).open("rb") as file:
+                    while chunk := file.read(CHUNK):
+                        connection.send_bytes(chunk)
+            connection.recv_bytes(CHUNK)
+    except (OSError, EOFError, AuthenticationError) as error:
+        raise WireError(
+            f"replica of step {step}: {type(error).__name__} {error}", f"{address[0]}:{address[1]}"
+        ) from None
+
+
+def get(address: Address, key: bytes, step: int, name: str, entry: Entry, target: Path) -> None:
+    """Fetch one file and verify it. WireError if it cannot be had."""
+    try:
+        with Client(address, authkey=key) as connection:
+            _say(connection, {"do": "get", "step": step, "name": name})
+            _write(connection, target, entry)
+    except (OSError, EOFError, AuthenticationError, ValueError) as error:
+        why = f"{name} of step {step}: {type(error).__name__} {error}"
+        raise WireError(why, f"{address[0]}:{address[1]}") from None
+
+
+def ask(address: Address, key: bytes, request: dict[str, Any]) -> dict[str, Any]:
+    """Another request's answer. WireError if there is none."""
+    try:
+        with Client(address, authkey=key) as connection:
+            _say(connection, request)
+            return json.loads(connection.recv_bytes(_LONGEST_REQUEST))
+    except (OSError, EOFError, AuthenticationError, ValueError) as error:
+        raise WireError(f"no answer: {type(error).__name__} {error}", f"{address[0]}:{address[1]}") from None
+
+
+def _say(connection: "Connection[Any, Any]", value: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(value).encode())
+
+
+def _write(connection: "Connection[Any, Any]", path: Path, entry: Entry) -> None:
+    """A file of known size from chunks; under its name only once its digest is right. ValueError if it is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    hasher, left = hashlib.sha256(), entry.size
+    try:
+        with temporary.open("wb") as file:
+            while left > 0:
+                chunk = connection.recv_bytes(CHUNK)
+                hasher.update(chunk)
+                file.write(chunk)
+                left -= len(chunk)
+        if left or hasher.hexdigest() != entry.sha256:
+            raise ValueError(f"{path.name} fails its checksum")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
