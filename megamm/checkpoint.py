@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megamm.errors import UserError
 from megamm.model.vocabulary import Range, Vocabulary
+from megamm.tiers import retention
 
 log = logging.getLogger(__name__)
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -38,7 +39,8 @@ class RunState:
     """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it.
 
     Without optimizer state (an import) training starts with fresh moments. mixture is the history of the data
-    (data/history.py); None in an import and in checkpoints from before it was kept.
+    (data/history.py); None in an import and in checkpoints from before it was kept. heldout_loss: weighted mean over
+    modalities (objective.overall), None where it was not measured at this step.
     """
 
     step: int
@@ -50,6 +52,7 @@ class RunState:
     versions: dict[str, str]
     has_optimizer: bool = True
     mixture: dict[str, Any] | None = None
+    heldout_loss: float | None = None
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -57,9 +60,17 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def save(
-    run: Path, state: RunState, write_tensors: Callable[[Path], None], rng: dict[str, torch.Tensor], keep: int
+    run: Path,
+    state: RunState,
+    write_tensors: Callable[[Path], None],
+    rng: dict[str, torch.Tensor],
+    keep: int,
+    keep_best: bool = False,
 ) -> Path:
-    """Write one checkpoint; every rank calls it. UserError (on all ranks) leaves no trace under the final name."""
+    """Write one checkpoint; every rank calls it. UserError (on all ranks) leaves no trace under the final name.
+
+    keep, keep_best: which others stay (tiers/retention.py).
+    """
     final = path_of(run, state.step)
     temporary = final.with_name(f".tmp-{final.name}")
     _together(lambda: _begin(temporary) if _rank() == 0 else None, temporary)
@@ -77,7 +88,7 @@ def save(
             _set_aside(final)
             temporary.rename(final)
             _sync_folder(final.parent)
-            _prune(run, keep)
+            retention.apply(run, keep, keep_best)
 
     _together(publish, temporary)
     return final
@@ -231,13 +242,6 @@ def check_same_data(folder: Path, state: RunState, config: dict[str, Any]) -> No
 def read_rng(folder: Path, rank: int) -> dict[str, torch.Tensor]:
     """The generator states of this rank (same layout only)."""
     return load_file(folder / f"rng_{rank:05d}.safetensors")
-
-
-def _prune(run: Path, keep: int) -> None:
-    for folder in sorted((run / "checkpoints").glob("step_????????"))[:-keep]:
-        # Renamed first: a half-removed folder must not look like a checkpoint.
-        doomed = folder.rename(folder.with_name(f".old-{folder.name}"))
-        shutil.rmtree(doomed)
 
 
 def _set_aside(final: Path) -> None:

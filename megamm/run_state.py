@@ -4,6 +4,7 @@ checkpoint.py knows how a checkpoint is written and verified; here is what is in
 """
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ from megamm.device import Device
 from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.mcore.groups import Groups
+from megamm.resilience import events
+from megamm.tiers.choose import choose
+from megamm.tiers.uploader import Uploader
 
 log = logging.getLogger(__name__)
+UPLOAD_SECONDS = 600.0
+"""How long the end of a run waits for its last checkpoint to reach the durable tier."""
 
 
 class RunStore:
@@ -23,9 +29,10 @@ class RunStore:
 
     def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
+        self.uploader: Uploader | None = None
 
-    def save(self, step: int, consumed_rows: int) -> Path:
-        """Write a checkpoint of the state after that many steps and rows."""
+    def save(self, step: int, consumed_rows: int, heldout_loss: float | None) -> Path:
+        """Write a checkpoint of the state after that many steps and rows; heldout_loss: if measured at this step."""
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
 
@@ -38,23 +45,31 @@ class RunStore:
             config=self.config.model_dump(mode="json"),
             versions=store.versions(),
             mixture=self.data.to_json(consumed_rows),
+            heldout_loss=heldout_loss,
         )
+        if self.uploader is not None:
+            self.uploader.check()
         return checkpoint.save(
             self.config.output,
             state,
             write_tensors=self.engine.save,
             rng=rng.states(self.place),
             keep=self.config.checkpoint.keep,
+            keep_best=self.config.checkpoint.keep_best,
         )
 
     def resume(self) -> checkpoint.RunState | None:
         """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
         from megamm.mcore import rng
 
-        folder = checkpoint.newest_for_all_ranks(self.config.output)
-        if folder is None:
+        start, c = time.monotonic(), self.config.checkpoint
+        found = choose(self.config.output, c.durable)
+        if c.durable and self.groups.rank == 0:
+            self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
+        if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             return None
+        folder = found.folder
         state = checkpoint.read_state(folder)
         config = self.config.model_dump(mode="json")
         checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
@@ -67,8 +82,22 @@ class RunStore:
             rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
         if self.groups.rank == 0:
             layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
+            seconds = time.monotonic() - start
+            events.record(
+                self.config.output, "resumed", step=state.step, folder=str(folder), tier=found.tier, seconds=seconds
+            )
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
         return state
+
+    def finish(self) -> None:
+        """At the end of a run that went well: the last checkpoint reaches the durable tier."""
+        if self.uploader is not None:
+            self.uploader.finish(UPLOAD_SECONDS)
+
+    def close(self) -> None:
+        """However it ended; what is not uploaded by now is taken up at the next start."""
+        if self.uploader is not None:
+            self.uploader.stop()
 
     def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
         """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""

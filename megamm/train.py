@@ -21,7 +21,7 @@ from megamm.data.run_data import RunData, open_run_data
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
 from megamm.model import size
-from megamm.objective import weight_tensor
+from megamm.objective import overall, weight_tensor
 from megamm.resilience import events, heartbeat
 from megamm.resilience.boundary import Boundary, of_this_rank
 from megamm.resilience.heartbeat import Heartbeat
@@ -100,12 +100,14 @@ class Trainer:
             if self.step == first and self.groups.rank == 0:
                 self.pulse.tell_first_step(self.config.output, first)
             last, start = self.step == stop, time.monotonic()
+            heldout_loss = None
             if t.eval_every and (self.step % t.eval_every == 0 or last):
-                self._evaluate()
+                heldout_loss = self._evaluate()
             if last or (every and self.step % every == 0):
-                self.save()
+                self.save(heldout_loss)
             if self.metrics is not None:
                 self.metrics.leave_out(time.monotonic() - start)
+        self.store.finish()
         return "done"
 
     def _one_step(self) -> None:
@@ -133,8 +135,8 @@ class Trainer:
             values["flops_per_token"] = size.flops_per_token(m, self.data.vocabulary.size, s)
             self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
 
-    def _evaluate(self) -> None:
-        """Mean loss per modality over the held-out rows, weighted by tokens."""
+    def _evaluate(self) -> float | None:
+        """Mean loss per modality over the held-out rows, weighted by tokens; returned is their weighted mean."""
         names = self.data.vocabulary.modalities
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
@@ -150,11 +152,12 @@ class Trainer:
                 f"heldout/{n}": metrics.finite_or_none(float(x)) for n, x in zip(names, total / count, strict=True)
             }
             self.metrics.report_heldout(self.step, means)
+        return overall(total / count, self.weights.cpu())
 
-    def save(self) -> Path:
+    def save(self, heldout_loss: float | None = None) -> Path:
         """Write a checkpoint of the state after the current step."""
         self.pulse.beat("save", self.step)
-        folder = self.store.save(self.step, self.loader.consumed_rows)
+        folder = self.store.save(self.step, self.loader.consumed_rows, heldout_loss)
         self.saved_step = self.step
         if self.metrics is not None:
             print(f"saved {folder}", flush=True)
@@ -169,6 +172,7 @@ class Trainer:
             self.saved_step = self.step
 
     def close(self) -> None:
+        self.store.close()
         self.loader.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -53,7 +53,10 @@ def check_index(folder: Path) -> None:
     data = (folder / ".metadata").read_bytes()
     try:
         list(pickletools.genops(data))
-        _MetadataChecker(io.BytesIO(data)).load()
+        index = _MetadataChecker(io.BytesIO(data)).load()
+        for stored in (index.storage_data or {}).values():
+            if Path(stored.relative_path).name != stored.relative_path:
+                raise ValueError(f"{stored.relative_path} is not a file of this folder")
     except Exception as error:
         raise UserError(
             f"the checkpoint's index is not safe to read: {error}", where=folder, remedy="use another checkpoint"

@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megamm.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -54,12 +56,17 @@ def values(folder: Path, wanted: dict[str, Described]) -> "dict[str, torch.Tenso
     """Whole tensors, on the CPU; `wanted` is a part of `described(folder)`, which has checked the index."""
     import torch
     from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.api import CheckpointException
 
     tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         reader = checkpoint.FileSystemReader(folder / "tensors")
-        checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
+        try:
+            checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
+        except CheckpointException as error:
+            why = str(error).splitlines()[-1].strip()
+            raise UserError(f"its tensors cannot be read: {why}", where=folder, remedy="verify it") from None
     return tensors
 
 
