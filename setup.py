@@ -62,6 +62,8 @@ INSTALL_REQUIRES = [
     "py3langid>=0.4,<1",
     # Reads meshes and clouds: glb, obj, ply.
     "trimesh>=4.5,<6",
+    # Copies of checkpoints to any kind of store (checkpoint.durable).
+    "fsspec>=2024.6",
 ]
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.
@@ -74,6 +76,8 @@ EXTRAS_REQUIRE = {
     "k8s": ["kubernetes>=37", "kubernetes-validate>=1.37"],
     # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
     "parquet": ["pyarrow>=17"],
+    # Checkpoints to S3: checkpoint.durable=s3://bucket/prefix.
+    "s3": ["s3fs>=2024.6"],
     # The second engine (megamm/zero), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
@@ -89,6 +93,11 @@ EXTRAS_REQUIRE = {
         "webdataset>=1,<2",
         # An independent SSIM, against which ours is tested.
         "scikit-image>=0.25,<1",
+        # A local S3 server (moto, with the two packages of its server alone), and an independent client of it.
+        "moto>=5,<6",
+        "Flask>=3,<4",
+        "flask-cors>=6,<7",
+        "boto3>=1.35",
         # The figures of benchmarks/ and of the demo.
         "matplotlib>=3.10,<4",
     ],

@@ -81,6 +81,12 @@ def means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     return torch.where(counts > 0, sums / counts.clamp(min=1e-30), torch.nan)
 
 
+def overall(means: torch.Tensor, weights: torch.Tensor) -> float | None:
+    """One figure of the modalities' means `[modalities]`: weighted, of those that have tokens; None if none has."""
+    known = ~means.isnan() & (weights > 0)
+    return float((means * weights)[known].sum() / weights[known].sum()) if known.any() else None
+
+
 def _sums(values_KBS: torch.Tensor, modality_KBS: torch.Tensor, modalities: int) -> torch.Tensor:
     """Sum of values per depth and modality, float64 `[K, modalities]`."""
     sums = torch.zeros(len(values_KBS), modalities, dtype=torch.float64, device=values_KBS.device)

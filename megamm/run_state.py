@@ -17,8 +17,12 @@ from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.mcore.groups import Groups
 from megamm.resilience import events
+from megamm.tiers.choose import choose
+from megamm.tiers.uploader import Uploader
 
 log = logging.getLogger(__name__)
+UPLOAD_SECONDS = 300.0
+"""How long the end of a run waits for its last checkpoint to reach the durable tier."""
 
 
 class RunStore:
@@ -26,16 +30,24 @@ class RunStore:
 
     def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
-        self.saver = Saver(config.output, place, config.checkpoint.keep)
+        c = config.checkpoint
+        self.saver = Saver(config.output, place, c.keep, c.keep_best)
         engine.before_update = self.saver.settle
+        self.uploader: Uploader | None = None
 
     def save(
-        self, step: int, consumed_rows: int, tokens: dict[str, int], loss_guard: dict[str, Any], wait: bool = False
+        self,
+        step: int,
+        consumed_rows: int,
+        tokens: dict[str, int],
+        loss_guard: dict[str, Any],
+        heldout_loss: float | None,
+        wait: bool = False,
     ) -> float:
         """Begin to write a checkpoint of the state after that many steps and rows; the seconds that this took.
 
-        tokens: seen so far, by modality; loss_guard as LossGuard.state gives it. With `wait` it is complete at the
-        return; UserError on all ranks where it could not be.
+        tokens: seen so far, by modality; loss_guard as LossGuard.state gives it; heldout_loss: if measured at this
+        step. With `wait` it is complete at the return; UserError on all ranks where it could not be.
         """
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
@@ -51,7 +63,10 @@ class RunStore:
             mixture=self.data.to_json(consumed_rows),
             tokens=tokens,
             loss_guard=loss_guard,
+            heldout_loss=heldout_loss,
         )
+        if self.uploader is not None:
+            self.uploader.check()
         stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait)
         self.poll()
         return stall
@@ -66,22 +81,31 @@ class RunStore:
         self.saver.drain()
         self.poll()
 
+    def finish(self) -> None:
+        """At the end of a run that went well: the last checkpoint reaches the durable tier."""
+        if self.uploader is not None:
+            self.uploader.finish(UPLOAD_SECONDS)
+
     def close(self) -> None:
-        """Let the writer complete what it has."""
+        """Let the writer complete what it has; what is not uploaded by now is taken up at the next start."""
         self.saver.close()
+        if self.uploader is not None:
+            self.uploader.stop()
 
     def resume(self) -> checkpoint.RunState | None:
         """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
-        start = time.monotonic()
-        folder = checkpoint.newest_for_all_ranks(self.config.output)
-        if folder is None:
+        start, c = time.monotonic(), self.config.checkpoint
+        found = choose(self.config.output, c.durable)
+        if c.durable and self.groups.rank == 0:
+            self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
+        if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             return None
-        state = self.restore(folder)
+        state = self.restore(found.folder)
         if self.groups.rank == 0:
-            seconds = time.monotonic() - start
+            seconds, folder = time.monotonic() - start, str(found.folder)
             events.record(
-                self.config.output, "resumed", step=state.step, folder=str(folder), tier="run", seconds=seconds
+                self.config.output, "resumed", step=state.step, folder=folder, tier=found.tier, seconds=seconds
             )
         return state
 
@@ -105,6 +129,11 @@ class RunStore:
             layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
         return state
+
+    def finish(self) -> None:
+        """At the end of a run that went well: the last checkpoint reaches the durable tier."""
+        if self.uploader is not None:
+            self.uploader.finish(UPLOAD_SECONDS)
 
     def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
         """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""

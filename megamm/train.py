@@ -19,7 +19,7 @@ from megamm.data.loader import Loader, Reading
 from megamm.data.run_data import RunData, open_run_data
 from megamm.mcore import groups as grid
 from megamm.model import size
-from megamm.objective import weight_tensor
+from megamm.objective import overall, weight_tensor
 from megamm.resilience import events, heartbeat
 from megamm.resilience.boundary import Boundary, of_this_rank
 from megamm.resilience.heartbeat import Heartbeat
@@ -49,9 +49,11 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
     try:
         trainer.resume()
         ending = trainer.run(boundary or of_this_rank())
+        pulse.beat("end", trainer.step)
+        if ending == "done":
+            trainer.store.finish()
     finally:
         trainer.close()
-    pulse.beat("end", trainer.step)
     torch.distributed.barrier()
     grid.destroy()
     grid.stop()
@@ -106,12 +108,12 @@ class Trainer:
                 continue
             if self.step == first and self.groups.rank == 0:
                 self.pulse.tell_first_step(self.config.output, first)
-            last = self.step == stop
+            last, heldout_loss = self.step == stop, None
             if t.eval_every and (self.step % t.eval_every == 0 or last):
-                self._evaluate()
+                heldout_loss = self._evaluate()
             fault = self.guard.fault or self.stragglers.fault
             if last or fault or (every and self.step % every == 0):
-                self.save(wait=last or fault is not None)
+                self.save(heldout_loss, wait=last or fault is not None)
             else:
                 self.store.poll()
             if fault and not last:
@@ -168,8 +170,8 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.go_back(self.step)
 
-    def _evaluate(self) -> None:
-        """Mean loss per modality over the held-out rows, weighted by tokens."""
+    def _evaluate(self) -> float | None:
+        """Mean loss per modality over the held-out rows, weighted by tokens; returned is their weighted mean."""
         names, start = self.data.vocabulary.modalities, time.monotonic()
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
@@ -185,14 +187,15 @@ class Trainer:
                 f"heldout/{n}": metrics.finite_or_none(float(x)) for n, x in zip(names, total / count, strict=True)
             }
             self.metrics.report_heldout(self.step, means, time.monotonic() - start)
+        return overall(total / count, self.weights.cpu())
 
-    def save(self, wait: bool = False) -> None:
+    def save(self, heldout_loss: float | None = None, wait: bool = False) -> None:
         """Begin to write a checkpoint of the state after the current step; with `wait` it is complete at the return."""
         self.pulse.beat("save", self.step)
         start = time.monotonic()
         with self.engine.clock.host("checkpoint"):
             tokens = dict(zip(self.data.vocabulary.modalities, map(int, self.tokens), strict=True))
-            self.store.save(self.step, self.loader.consumed_rows, tokens, self.guard.state(), wait)
+            self.store.save(self.step, self.loader.consumed_rows, tokens, self.guard.state(), heldout_loss, wait)
         self.saved_step = self.step
         if self.metrics is not None:
             self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)

@@ -119,7 +119,7 @@ def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
     return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
 
 
-TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "parquet", "speech")
+TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "parquet", "s3", "speech")
 """The extras that `make venv` installs."""
 
 

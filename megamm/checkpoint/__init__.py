@@ -16,7 +16,6 @@ from megamm.checkpoint.folder import (
     MANIFEST,
     STATE,
     newest,
-    newest_for_all_ranks,
     path_of,
     verify,
 )
@@ -37,7 +36,6 @@ __all__ = [
     "check_same_model",
     "code_version",
     "newest",
-    "newest_for_all_ranks",
     "path_of",
     "read_rng",
     "read_state",

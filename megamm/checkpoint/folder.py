@@ -99,22 +99,6 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def newest_for_all_ranks(run: Path) -> Path | None:
-    """`newest`, looked up once by rank 0, so that every rank resumes the same one or raises the same error."""
-    import torch.distributed as dist
-
-    found: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            found[0] = newest(run)
-        except UserError as error:
-            found[1] = {"what": error.what, "where": str(error.where), "remedy": error.remedy}
-    dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise UserError(**found[1], on_all_ranks=True)
-    return found[0]
-
-
 def publish(temporary: Path, final: Path) -> None:
     """Give a complete, synced folder its name, durably.
 
@@ -134,15 +118,6 @@ def _aside(final: Path) -> Path:
     while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
         number += 1
     return aside
-
-
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep`."""
-    for folder in all_of(run)[:-keep]:
-        # Renamed first: a half-removed folder must not look like a checkpoint.
-        doomed = folder.with_name(f".old-{folder.name}")
-        files.rename(folder, doomed)
-        files.remove_tree(doomed)
 
 
 def remove_leftovers(run: Path, but: str) -> None:

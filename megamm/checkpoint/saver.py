@@ -54,9 +54,9 @@ class Published:
 class Saver:
     """Every rank makes one and calls every method but `poll` and `close` at the same time as the others."""
 
-    def __init__(self, run: Path, place: Device, keep: int) -> None:
-        """keep: of the newest checkpoints; older ones are removed when a new one is complete."""
-        self.run, self.place, self.keep = run, place, keep
+    def __init__(self, run: Path, place: Device, keep: int, keep_best: bool = False) -> None:
+        """keep, keep_best: which checkpoints stay when a new one is complete (tiers/retention.py)."""
+        self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.staging: Staging | None = None
         self.writer: WriterProcess | None = None
@@ -92,6 +92,7 @@ class Saver:
             contents[STATE] = state.to_json()
         self.saves += 1
         self.job = {"kind": "save", "run": str(self.run.absolute()), "step": state.step, "keep": self.keep}
+        self.job |= {"keep_best": self.keep_best}
         self.job |= {"attempt": f"{self.nonce}-{self.saves:06d}", "bytes": self.staging.image.size}
         self.job |= {"rank": self.rank, "world": self.world, "stall": time.monotonic() - start}
         self.awaited += ["written", "published"] if self.rank == 0 else ["written"]

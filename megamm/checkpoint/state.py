@@ -24,7 +24,8 @@ class RunState:
 
     Without optimizer state (an import) training starts with fresh moments. mixture is the history of the data
     (data/history.py); None in an import and in checkpoints from before it was kept. tokens: seen so far, by modality.
-    loss_guard is LossGuard.state. versions: of what wrote it, its code too.
+    loss_guard is LossGuard.state. heldout_loss: weighted mean over modalities
+    (objective.overall), None where it was not measured at this step. versions: of what wrote it, its code too.
     """
 
     step: int
@@ -38,6 +39,7 @@ class RunState:
     mixture: dict[str, Any] | None = None
     tokens: dict[str, int] = field(default_factory=dict)
     loss_guard: dict[str, Any] = field(default_factory=dict)
+    heldout_loss: float | None = None
 
     def to_json(self) -> bytes:
         """The contents of state.json, without secrets."""

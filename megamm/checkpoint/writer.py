@@ -27,6 +27,7 @@ from typing import Any
 
 from megamm.checkpoint import files, folder, messages
 from megamm.resilience import events
+from megamm.tiers import retention
 
 PART_SECONDS = 600.0
 """How long rank 0's waits for the others' parts after its own is written."""
@@ -120,7 +121,7 @@ class Attempt:
         try:  # it is there; what follows takes nothing from it
             events.record(self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run", **done)
             files.remove_tree(self.parts)
-            folder.prune(self.run, self.job["keep"])
+            retention.apply(self.run, self.job["keep"], self.job["keep_best"])
         except OSError as error:
             done["afterwards"] = str(error)
         return done | {"folder": str(self.final)}

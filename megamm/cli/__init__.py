@@ -13,7 +13,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import data, observe, tokenizer, use
+from megamm.cli import checkpoint, data, observe, tokenizer, use
 from megamm.cli.common import log_to_console
 from megamm.errors import UserError
 from megamm.resilience import exit_codes
@@ -21,6 +21,7 @@ from megamm.resilience import exit_codes
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(use.app)
 app.add_typer(observe.app)
 

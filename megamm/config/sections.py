@@ -6,7 +6,9 @@ layout.py refuses what cannot run; load.py reads files. Nothing here imports tor
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from megamm.errors import UserError
 
 
 class Section(BaseModel):
@@ -132,6 +134,16 @@ class CheckpointConfig(Section):
 
     every: int = Field(0, ge=0, description="steps; 0: only at the end")
     keep: int = Field(2, ge=1, description="of the newest")
+    keep_best: bool = Field(False, description="also the one of the lowest held-out loss; needs train.eval_every")
+    durable: str | None = Field(None, description="URL that finished ones are copied to: s3://bucket/prefix, …")
+
+    @field_validator("durable")
+    @classmethod
+    def _without_secrets(cls, url: str | None) -> str | None:
+        # Imported here: fsspec is not needed where there is no URL. Its error does not repeat a password.
+        from megamm.tiers.remote import checked_url
+
+        return checked_url(url) if url is not None else None
 
 
 class MetricsConfig(Section):
@@ -213,6 +225,13 @@ class RunConfig(Section):
     engine: Literal["native", "deepspeed"] = "native"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     loss_weights: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "RunConfig":
+        if self.checkpoint.keep_best and not self.train.eval_every:
+            remedy = "set train.eval_every, best to a divisor of checkpoint.every"
+            raise UserError("checkpoint.keep_best, but no held-out loss is ever measured", remedy=remedy)
+        return self
 
     def data_parallel(self, world_size: int) -> int:
         """Ranks per data-parallel group (context parallel not counted)."""

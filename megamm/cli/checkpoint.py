@@ -1,0 +1,151 @@
+"""`megamm checkpoint list|show|verify|diff|prune`: what there is, what is in it, whether it is whole, what may go.
+
+Each takes a run's output folder, a checkpoint's folder, or a URL of the durable tier.
+"""
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from megamm.cli.common import log_to_console
+from megamm.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, help="List, show, verify, compare and remove checkpoints.")
+Places = Annotated[list[str], typer.Argument(help="output folder of a run, folder of a checkpoint, or URL")]
+Place = Annotated[str, typer.Argument(help="a checkpoint's folder or URL; of a run, its newest")]
+
+
+@app.command("list")
+def list_(places: Places) -> None:
+    """A line a checkpoint: step, size, age, tier, whole or not (by names and sizes), best or newest."""
+    from megamm.tiers import inspect
+
+    log_to_console()
+    for place in places:
+        found = inspect.find(place)
+        best = inspect.best_of(found)
+        for each in found:
+            problem, age = each.problem(), each.age()
+            marks = [m for m, is_so in (("newest", each is found[-1]), ("best", each.name == best)) if is_so]
+            columns = [
+                f"{each.step:>8}",
+                f"{sum(each.sizes().values()) / 1e6:>10.1f} MB",
+                f"{_duration(age) if age is not None else '-':>6}",
+                f"{'durable' if each.tier else 'run':<7}",
+                "damaged: " + problem if problem else "whole",
+                *marks,
+                each.where,
+            ]
+            print("  ".join(columns))
+
+
+@app.command()
+def show(
+    place: Place,
+    config: Annotated[bool, typer.Option("--config", help="also the config that it was made with")] = False,
+) -> None:
+    """State, layout, versions and every tensor with its shape and dtype."""
+    from megamm.tiers import inspect, tensors
+
+    log_to_console()
+    with inspect.find_one(place).here() as folder:
+        state = json.loads((folder / "state.json").read_bytes())
+        recorded, mixture = state.pop("config", {}), state.pop("mixture", None)
+        for key, value in state.items():
+            print(f"{key}: {json.dumps(value)}")
+        print(f"mixture: {'recorded' if mixture else 'not recorded'}")
+        if config:
+            print(*(f"{key} = {json.dumps(value)}" for key, value in _flat(recorded).items()), sep="\n")
+        described = tensors.described(folder)
+        for name, entry in described.items():
+            print(f"{name}  {list(entry.shape)}  {entry.dtype}")
+        weights = sum(e.elements for name, e in described.items() if not name.startswith("optimizer."))
+        print(f"{len(described)} tensors, {weights:,} weights")
+
+
+@app.command()
+def verify(places: Places) -> None:
+    """Compare every file with its digest; exit code 1 if one differs, named."""
+    from megamm.tiers import inspect
+
+    log_to_console()
+    damaged = False
+    for each in [found for place in places for found in inspect.find(place)]:
+        damage = each.damage()
+        damaged |= bool(damage)
+        print(f"{each.where}: {'damaged: ' + damage if damage else 'valid'}")
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(one: Place, other: Place) -> None:
+    """State, config and tensors that differ, with the largest difference of each; exit code 1 if any does."""
+    from megamm.tiers import inspect, tensors
+
+    log_to_console()
+    lines: list[str] = []
+    with inspect.find_one(one).here() as a, inspect.find_one(other).here() as b:
+        states = [_flat(json.loads((folder / "state.json").read_bytes())) for folder in (a, b)]
+        for key in sorted(states[0].keys() | states[1].keys()):
+            values = [json.dumps(state[key]) if key in state else "absent" for state in states]
+            if values[0] != values[1]:
+                lines.append(f"{key}: {values[0]} -> {values[1]}")
+        ours, theirs = tensors.described(a), tensors.described(b)
+        lines += [f"only in the first: {name}" for name in sorted(ours.keys() - theirs.keys())]
+        lines += [f"only in the second: {name}" for name in sorted(theirs.keys() - ours.keys())]
+        common = {name: entry for name, entry in ours.items() if name in theirs}
+        for name, entry in common.items():
+            if theirs[name] != entry:
+                was, now = (f"{list(e.shape)} {e.dtype}" for e in (entry, theirs[name]))
+                lines.append(f"{name}: {was} -> {now}")
+        same_form = {name: entry for name, entry in common.items() if theirs[name] == entry}
+        found = list(tensors.differences(a, b, same_form))
+    for d in found:
+        lines.append(f"{d.name}: {d.differing:,} of {same_form[d.name].elements:,} differ, by {d.max_abs:.3g} at most")
+    print(*lines, f"{len(same_form) - len(found)} tensors are the same bit for bit", sep="\n")
+    if lines:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prune(
+    place: Annotated[str, typer.Argument(help="output folder of a run, or URL")],
+    keep: Annotated[int, typer.Option(help="of the newest", min=1)],
+    delete: Annotated[bool, typer.Option("--delete", help="remove them; without, only say which")] = False,
+) -> None:
+    """Remove all but the newest; never the newest valid one, the best, or one that is being uploaded."""
+    from megamm.tiers import inspect, retention
+
+    log_to_console()
+    found = inspect.find(place)
+    valid = next((each for each in reversed(found) if not each.damage()), None)
+    if valid is None:
+        raise UserError("no checkpoint there is valid", where=place, remedy="nothing is removed; look at them first")
+    kept = {valid.name, inspect.best_of(found) or valid.name}
+    if found[0].folder is not None:
+        kept.add(retention.uploading(found[0].folder.parent.parent))
+    doomed = retention.doomed([each.name for each in found], keep, kept)
+    for each in found:
+        if each.name in doomed:
+            if delete and each.tier is not None:
+                each.tier.remove(each.name)
+            elif delete and each.folder is not None:
+                retention.remove(each.folder)
+            print(f"{'removed' if delete else 'would remove'} {each.where}")
+    print(f"{len(found) - len(doomed)} stay" + ("" if delete or not doomed else "; --delete removes the others"))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {prefix.removesuffix("."): value}
+    return {key: inner for k, v in value.items() for key, inner in _flat(v, f"{prefix}{k}.").items()}
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,165 @@
+"""Which checkpoint a run resumes: the newest valid one over RUN/checkpoints and the durable tier.
+
+Every rank calls `choose` and gets the same folder. What is passed over is logged and becomes an event. A checkpoint of
+the durable tier is copied into RUN/checkpoints first, each rank fetching its share of the files.
+"""
+
+import datetime
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megamm import checkpoint
+from megamm.errors import UserError
+from megamm.resilience import events
+from megamm.tiers import manifest, retention
+from megamm.tiers.durable import DurableTier
+from megamm.tiers.remote import RemoteError
+
+log = logging.getLogger(__name__)
+_PATIENCE = datetime.timedelta(hours=6)
+"""How long ranks wait for each other here: a share of a large checkpoint comes over a slow line."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to resume: `tier` is "run" or "durable" (copied to `folder` already)."""
+
+    folder: Path
+    step: int
+    tier: str
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    step: int
+    tier: str
+
+    def sort_key(self) -> tuple[int, int]:
+        """The newest first, of one step what is nearest."""
+        return -self.step, ("run", "durable").index(self.tier)
+
+
+class _Chooser:
+    """The ranks' common search; every rank calls every method."""
+
+    def __init__(self, run: Path, durable: str | None) -> None:
+        self.run = run
+        self.durable = DurableTier(durable) if durable else None
+        self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self.rank = dist.get_rank()
+
+    def candidates(self) -> list[_Candidate]:
+        """All tiers' checkpoints, to be tried in this order. UserError if all that there may be is out of reach."""
+
+        def look() -> list[_Candidate]:
+            folders = (self.run / "checkpoints").glob("step_????????")
+            # Unfinished ones too: that they are damaged is said where they are verified.
+            found = [_Candidate(manifest.step_of(f.name), "run") for f in folders]
+            try:
+                names = self.durable.complete() if self.durable else []
+            except RemoteError as error:
+                if not found:
+                    raise  # to start anew while checkpoints may lie there would be the worst answer
+                log.warning("resuming without the durable tier: %s", error)
+                events.record(self.run, "skipped_checkpoint", folder=error.where, why=error.what, tier="durable")
+                names = []
+            return sorted(
+                [*found, *(_Candidate(manifest.step_of(n), "durable") for n in names)], key=_Candidate.sort_key
+            )
+
+        return self.on_first(look)
+
+    def attempt(self, candidate: _Candidate) -> Path:
+        """The folder, whole and verified. The same UserError on all ranks if it is not."""
+        name = f"step_{candidate.step:08d}"
+        folder = self.run / "checkpoints" / name
+        if candidate.tier == "run":
+            self.on_first(lambda: checkpoint.verify(folder))
+            return folder
+        assert self.durable is not None
+        return self._download(self.durable, name)
+
+    def _download(self, tier: DurableTier, name: str) -> Path:
+        log.info("copying %s/%s", tier.remote.url, name)
+        final = self.run / "checkpoints" / name
+        temporary = final.with_name(f".tmp-download-{name}")
+        listed = self.on_first(lambda: tier.listed(name))
+        by_size = sorted(listed, key=lambda file: (-listed[file].size, file))
+        self.together(lambda: tier.download(name, temporary, by_size[self.rank :: dist.get_world_size()]))
+
+        def publish() -> None:
+            data = tier.remote.read(f"{name}/{manifest.NAME}") or b""
+            if manifest.parse(data, tier.remote.url) != listed:
+                raise RemoteError(f"{name} was replaced while it was copied", tier.remote.url)
+            retention.replace(temporary / manifest.NAME, data)
+            set_aside(final)
+            temporary.rename(final)
+            checkpoint.verify(final)
+
+        self.on_first(publish)
+        return final
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result, or its UserError, on all ranks."""
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = action()
+            except UserError as error:
+                told[1] = _told(error)
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[1] is not None:
+            raise UserError(**told[1], on_all_ranks=True)
+        return told[0]
+
+    def together(self, action: Callable[[], None]) -> None:
+        """Every rank does its part; if one fails, all raise the first rank's error."""
+        problem = None
+        try:
+            action()
+        except UserError as error:
+            problem = _told(error)
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self.group)
+        first = next((p for p in problems if p), None)
+        if first is not None:
+            raise UserError(**first, on_all_ranks=True)
+
+
+def choose(run: Path, durable: str | None = None) -> Choice | None:
+    """The newest valid checkpoint; None in a fresh run. UserError if there are some and none is valid.
+
+    durable: URL of that tier.
+    """
+    chooser = _Chooser(run, durable)
+    last_error: UserError | None = None
+    for candidate in chooser.candidates():
+        try:
+            return Choice(chooser.attempt(candidate), candidate.step, candidate.tier)
+        except UserError as error:
+            last_error = error
+            if chooser.rank == 0:
+                log.warning("passed over: %s", error)
+                name = f"step_{candidate.step:08d}"
+                events.record(run, "skipped_checkpoint", folder=name, why=error.what, tier=candidate.tier)
+    if last_error is not None:
+        raise last_error
+    return None
+
+
+def set_aside(final: Path) -> None:
+    """Keep a damaged checkpoint under another name."""
+    number = 1
+    while final.exists() and (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
+        number += 1
+    if final.exists():
+        final.rename(aside)
+
+
+def _told(error: UserError) -> dict[str, Any]:
+    return {"what": error.what, "where": str(error.where), "remedy": error.remedy}

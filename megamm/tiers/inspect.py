@@ -1,0 +1,131 @@
+"""Checkpoints as the tools see them: in a run's folder, alone, or behind a URL.
+
+`find` turns a command-line argument into `Found` checkpoints; all that is read of them goes through the manifest.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from megamm.errors import UserError
+from megamm.tiers import manifest, remote, retention
+from megamm.tiers.durable import DurableTier
+
+_REMEDY = "name a run's output folder, a step_XXXXXXXX folder, or a URL of checkpoints"
+
+
+@dataclass(frozen=True)
+class Found:
+    """One checkpoint: a local folder, or (tier given) a folder of a durable tier."""
+
+    name: str
+    where: str
+    folder: Path | None = None
+    tier: DurableTier | None = None
+
+    @property
+    def step(self) -> int:
+        """Of its name; -1 for a folder with another name."""
+        return manifest.step_of(self.name) if manifest.STEP_FOLDER.fullmatch(self.name) else -1
+
+    def listed(self) -> dict[str, manifest.Entry]:
+        """Its files. UserError if there is no valid manifest."""
+        if self.tier is not None:
+            return self.tier.listed(self.name)
+        assert self.folder is not None
+        path = self.folder / manifest.NAME
+        return manifest.parse(path.read_bytes() if path.is_file() else b"", self.folder)
+
+    def sizes(self) -> dict[str, int]:
+        """The files that are there, in bytes."""
+        if self.tier is not None:
+            return self.tier.remote.files(self.name)
+        assert self.folder is not None
+        files = (path for path in self.folder.rglob("*") if path.is_file())
+        return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
+
+    def state(self) -> bytes:
+        """Its state.json; empty if it has none."""
+        if self.tier is not None:
+            return self.tier.remote.read(f"{self.name}/{manifest.STATE}") or b""
+        assert self.folder is not None
+        path = self.folder / manifest.STATE
+        return path.read_bytes() if path.is_file() else b""
+
+    def age(self) -> float | None:
+        """Seconds since it was complete; None where that is not known."""
+        if self.folder is None or not (self.folder / manifest.NAME).is_file():
+            return None
+        return time.time() - (self.folder / manifest.NAME).stat().st_mtime
+
+    def problem(self) -> str:
+        """What is wrong as far as names and sizes tell; "" if nothing."""
+        try:
+            listed, sizes = self.listed(), self.sizes()
+        except remote.RemoteError:
+            raise
+        except UserError as error:
+            return error.what
+        wrong = next((file for file, entry in listed.items() if sizes.get(file) != entry.size), None)
+        return f"{wrong} is missing or truncated" if wrong else ""
+
+    def damage(self) -> str:
+        """What is wrong, every file's digest compared; "" if nothing."""
+        found = self.problem()
+        if found:
+            return found
+        with self.here() as folder:
+            wrong = next((f for f, entry in self.listed().items() if not manifest.is_whole(folder / f, entry)), None)
+        return f"{wrong} fails its checksum" if wrong else ""
+
+    @contextmanager
+    def here(self) -> Iterator[Path]:
+        """A local folder with all of its files; a remote one is copied for as long as it is used."""
+        if self.folder is not None:
+            yield self.folder
+            return
+        assert self.tier is not None
+        with tempfile.TemporaryDirectory(prefix="megamm-") as temporary:
+            for file in self.listed():
+                (Path(temporary) / file).parent.mkdir(parents=True, exist_ok=True)
+                self.tier.remote.get(f"{self.name}/{file}", Path(temporary) / file)
+            yield Path(temporary)
+
+
+def find(text: str) -> list[Found]:
+    """The checkpoints that an argument means, by step; at least one. UserError if there is none."""
+    found = _behind_url(text) if remote.is_url(text) else _in_folder(Path(text))
+    if not found:
+        raise UserError("no checkpoint there", where=remote.redacted(text), remedy=_REMEDY)
+    return found
+
+
+def find_one(text: str) -> Found:
+    """The checkpoint itself, or a run's newest."""
+    return find(text)[-1]
+
+
+def best_of(found: list[Found]) -> str | None:
+    """Where the one of the lowest held-out loss is."""
+    losses = {f.name: retention.heldout_loss(f.state()) for f in found if f.step >= 0}
+    return retention.best_of(losses)
+
+
+def _in_folder(path: Path) -> list[Found]:
+    if (path / manifest.NAME).is_file() or manifest.STEP_FOLDER.fullmatch(path.name):
+        return [Found(path.name, str(path), folder=path)] if path.is_dir() else []
+    parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folders = sorted(p for p in parent.glob("step_????????") if manifest.STEP_FOLDER.fullmatch(p.name))
+    return [Found(folder.name, str(folder), folder=folder) for folder in folders]
+
+
+def _behind_url(url: str) -> list[Found]:
+    url = remote.checked_url(url)
+    parent, _, last = url.rpartition("/")
+    one = bool(manifest.STEP_FOLDER.fullmatch(last))
+    tier = DurableTier(parent if one else url)
+    wanted = [name for name in tier.remote.folders() if (name == last if one else manifest.STEP_FOLDER.fullmatch(name))]
+    return [Found(name, f"{tier.remote.url}/{name}", tier=tier) for name in wanted]

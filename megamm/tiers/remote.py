@@ -1,0 +1,166 @@
+"""A place behind an fsspec URL (s3://bucket/prefix, file:///mnt/x, …), with the few operations that a tier needs.
+
+Credentials come from the environment or the store's own config files, never from the URL: a URL is written into logs,
+events and checkpoints. Every failure is a RemoteError whose text holds no secret.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from megamm.errors import UserError
+
+_URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://[^@?#\s]*")
+_USER = re.compile(r"(?<=://)[^/\s]*@")
+_QUERY = re.compile(r"(?<=\w)\?\S*")
+_SECRET_VARIABLE = re.compile("SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL")
+_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
+"""Stores without folders: making one there would make a bucket."""
+_EXTRAS = {"s3": "megamm[s3]", "s3a": "megamm[s3]"}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # Whether a store is slow or down is found within a minute; who calls repeats (uploader.py).
+    "s3": {
+        "use_listings_cache": False,
+        "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 2}},
+    },
+    "file": {"auto_mkdir": True},
+}
+_OPTIONS["s3a"] = _OPTIONS["s3"]
+
+
+class RemoteError(UserError):
+    """The store did not do what was asked: unreachable, refused, broken off. Trying again may help."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where=where, remedy="look at the URL, the network and the store's credentials")
+
+
+def redacted(text: str) -> str:
+    """The text without users, passwords and queries of URLs, and without the values of secret variables."""
+    for name, value in os.environ.items():
+        if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return _QUERY.sub("", _USER.sub("", text))
+
+
+def checked_url(url: str) -> str:
+    """The URL, if it is one and holds nothing secret; UserError (which does not repeat the secret) otherwise."""
+    if "::" in url or not _URL.fullmatch(url):
+        secret = "@" in url or "?" in url or "#" in url
+        raise UserError(
+            "a URL with a user, password or query" if secret else f"{redacted(url)!r} is not a URL like s3://bucket/x",
+            where=redacted(url),
+            remedy="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+            if secret
+            else "write for example s3://bucket/prefix or file:///mnt/folder",
+        )
+    return url.rstrip("/")
+
+
+def is_url(text: str) -> bool:
+    """Whether a command-line argument is meant as a URL; a path otherwise."""
+    return "://" in text
+
+
+class Remote:
+    """The folder behind a URL; names are relative to it, in "/" notation. All methods raise RemoteError."""
+
+    def __init__(self, url: str) -> None:
+        """UserError for a URL that is malformed, holds secrets or needs a package that is not installed."""
+        self.url = checked_url(url)
+        protocol = self.url.partition("://")[0]
+        try:
+            self.fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
+        except ImportError as error:
+            remedy = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else redacted(str(error))
+            raise UserError(f"{protocol}:// needs a package that is not here", where=url, remedy=remedy) from None
+        except ValueError as error:
+            raise UserError(redacted(str(error)), where=url, remedy="use a protocol that fsspec knows") from None
+        self.root = root.rstrip("/")
+        self._is_local = isinstance(self.fs, LocalFileSystem)
+        self._has_folders = protocol not in _OBJECT_STORES
+
+    def folders(self) -> list[str]:
+        """Names of what lies directly below."""
+        with self._told("list", ""):
+            self.fs.invalidate_cache()
+            try:
+                return sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in self.fs.ls(self.root, detail=False))
+            except FileNotFoundError:
+                return []
+
+    def files(self, folder: str) -> dict[str, int]:
+        """Sizes of all files below a folder, by their path in it; empty where there is none."""
+        with self._told("list", folder):
+            self.fs.invalidate_cache()
+            base = self._path(folder) + "/"
+            found = self.fs.find(base, detail=True)
+            return {path.removeprefix(base): int(info["size"]) for path, info in found.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """A small file's contents; None if it is not there."""
+        with self._told("read", name):
+            try:
+                return self.fs.cat_file(self._path(name))
+            except FileNotFoundError:
+                return None
+
+    def write(self, name: str, data: bytes) -> None:
+        """A small file, replaced at once on an object store."""
+        with self._told("write", name):
+            self._make_folder(name)
+            self.fs.pipe_file(self._path(name), data)
+            self._sync(name)
+
+    def put(self, source: Path, name: str) -> None:
+        """Copy a file there. FileNotFoundError if the source is gone."""
+        if not source.exists():
+            raise FileNotFoundError(source)
+        with self._told("write", name):
+            self._make_folder(name)
+            self.fs.put_file(str(source), self._path(name))
+            self._sync(name)
+
+    def get(self, name: str, target: Path) -> None:
+        """Copy a file from there."""
+        with self._told("read", name):
+            self.fs.get_file(self._path(name), str(target))
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder with all in it, if it is there."""
+        with self._told("remove", name):
+            self.fs.invalidate_cache()
+            if self.fs.exists(self._path(name)):
+                self.fs.rm(self._path(name), recursive=True)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def _make_folder(self, name: str) -> None:
+        if self._has_folders:
+            self.fs.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
+
+    def _sync(self, name: str) -> None:
+        """A mounted file system has the data only once it is told to."""
+        if self._is_local:
+            for path in (self._path(name), self._path(name).rsplit("/", 1)[0]):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
+
+    @contextmanager
+    def _told(self, verb: str, name: str) -> Iterator[None]:
+        """Whatever the store's client raises becomes one line without secrets."""
+        try:
+            yield
+        except Exception as error:  # clients raise errors of their own, of several libraries below them
+            cause = redacted(f"{type(error).__name__}: {error}".splitlines()[0])
+            raise RemoteError(f"cannot {verb} {name or 'it'}: {cause}", self.url) from error

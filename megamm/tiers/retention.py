@@ -1,0 +1,110 @@
+"""Which checkpoints stay, and the two pointers to them.
+
+The newest `keep` stay, the one with the lowest held-out loss if asked for, and the one that is being uploaded. The
+loss is read from each checkpoint's own state.json: there is no second record that could contradict it.
+
+    RUN/checkpoints/latest, best    a text file with a folder's name, replaced at once by rename: valid at any moment,
+                                    and the same thing on a file system without links and on an object store
+"""
+
+import json
+import logging
+import math
+import os
+import shutil
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from megamm.tiers import manifest
+
+log = logging.getLogger(__name__)
+LATEST, BEST = "latest", "best"
+_UPLOADING = "uploads/current"
+
+
+def doomed(names: Sequence[str], keep: int, kept: Collection[str]) -> list[str]:
+    """Of complete checkpoints by step, those to remove: never the newest `keep` (at least one), never the kept."""
+    return [name for name in sorted(names)[: -max(keep, 1)] if name not in kept]
+
+
+def best_of(losses: Mapping[str, float | None]) -> str | None:
+    """The checkpoint of the lowest held-out loss, of equal ones the newest; None if none has one."""
+    known = [(loss, -manifest.step_of(name), name) for name, loss in losses.items() if loss is not None]
+    return min(known)[2] if known else None
+
+
+def heldout_loss(state: bytes) -> float | None:
+    """The held-out loss recorded in a state.json; None if it was not measured or is not a number."""
+    try:
+        loss = json.loads(state).get("heldout_loss")
+    except (ValueError, AttributeError):
+        return None
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
+
+
+def complete(run: Path) -> list[str]:
+    """Names of the run's finished checkpoints (unverified), by step."""
+    folders = (run / "checkpoints").glob("step_????????")
+    return sorted(f.name for f in folders if manifest.STEP_FOLDER.fullmatch(f.name) and (f / manifest.NAME).is_file())
+
+
+def best(run: Path) -> str | None:
+    """The run's checkpoint of the lowest held-out loss."""
+    return best_of({name: heldout_loss(_read(run / "checkpoints" / name / manifest.STATE)) for name in complete(run)})
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def apply(run: Path, keep: int, keep_best: bool) -> list[str]:
+    """After a save, by one process: renew the pointers, then remove what is not to be kept; the names removed."""
+    names, best_now = complete(run), best(run) if keep_best else None
+    if names:
+        point(run, LATEST, names[-1])
+    if best_now:
+        point(run, BEST, best_now)
+    gone = doomed(names, keep, {name for name in (best_now, uploading(run)) if name})
+    for name in gone:
+        remove(run / "checkpoints" / name)
+    return gone
+
+
+def point(run: Path, pointer: str, name: str) -> None:
+    """Make a pointer name a checkpoint, at once and durably."""
+    path = run / "checkpoints" / pointer
+    if not path.is_file() or path.read_text().strip() != name:
+        replace(path, f"{name}\n".encode())
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Write a small file under another name, sync and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; renamed first: a half-removed folder must not look like one."""
+    aside = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def set_uploading(run: Path, name: str) -> None:
+    """Keep this checkpoint until another is named here: it is being copied ("" for none)."""
+    path = run / _UPLOADING
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, name.encode())
+
+
+def uploading(run: Path) -> str:
+    """The checkpoint that must stay because it is being copied."""
+    return _read(run / _UPLOADING).decode(errors="replace")
