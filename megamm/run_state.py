@@ -130,11 +130,6 @@ class RunStore:
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
         return state
 
-    def finish(self) -> None:
-        """At the end of a run that went well: the last checkpoint reaches the durable tier."""
-        if self.uploader is not None:
-            self.uploader.finish(UPLOAD_SECONDS)
-
     def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
         """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""
         try:
