@@ -73,89 +73,97 @@ def state(step: int) -> RunState:
     return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
-def stall(folder: Path) -> dict[str, Any]:
-    """Part stall; every side writes the same tensors, each once."""
-    place, config = choose("cpu"), config_of(LARGE, batch=1)
-    grid.start(place)
-    groups = grid.build(config.parallel, seed=1)
-    runner = engine.build(config, VOCABULARY, groups, place)
-    batch, weights = Batch.stack([random_row(np.random.default_rng(1), LENGTH)]), torch.ones(2, dtype=torch.float64)
-    blocks = runner.blocks()
-    image = Image.of(blocks, "unused")
-    tensors = {f"{i}": blocks[at.block].data for i, at in enumerate(image.places)}
-    saver = Saver(folder / "ours", place, keep=1)
-    runner.before_update = saver.settle
-    saver.save(state(0), blocks, {"torch": torch.get_rng_state()}, wait=True)  # makes the plan and starts the writer
-    kept = DefaultStager(StagingOptions(False, False, False, False))
-    step = 0
+class Sides:
+    """One model's state, and each way of saving it; every way writes the same tensors, each once."""
 
-    def ours() -> Timed:
-        nonlocal step
-        step += 1
-        settled, start = saver.settled, time.perf_counter()
-        saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
-        stalled = time.perf_counter() - start
-        runner.train_step([batch], weights)
-        stalled += saver.settled - settled
-        saver.finish()
+    def __init__(self, folder: Path) -> None:
+        place, config = choose("cpu"), config_of(LARGE, batch=1)
+        grid.start(place)
+        groups = grid.build(config.parallel, seed=1)
+        self.runner = engine.build(config, VOCABULARY, groups, place)
+        self.batch = Batch.stack([random_row(np.random.default_rng(1), LENGTH)])
+        self.blocks = self.runner.blocks()
+        self.image = Image.of(self.blocks, "unused")
+        self.tensors = {f"{i}": self.blocks[at.block].data for i, at in enumerate(self.image.places)}
+        self.folder, self.step = folder, 0
+        self.saver = Saver(folder / "ours", place, keep=1)
+        self.runner.before_update = self.saver.settle
+        self.save()  # makes the plan and starts the writer
+        self.saver.finish()
+        self.kept = DefaultStager(StagingOptions(False, False, False, False))
+
+    def save(self) -> float:
+        """Ours begun; the seconds that it took."""
+        start = time.perf_counter()
+        self.step += 1
+        self.saver.save(state(self.step), self.blocks, {"torch": torch.get_rng_state()})
+        return time.perf_counter() - start
+
+    def ours(self) -> Timed:
+        settled, stalled = self.saver.settled, self.save()
+        self.runner.train_step([self.batch], torch.ones(2, dtype=torch.float64))
+        stalled += self.saver.settled - settled
+        self.saver.finish()
         return {"stall": stalled}
 
-    def at_once() -> Timed:
-        nonlocal step
-        step += 1
+    def ours_waiting(self) -> Timed:
         start = time.perf_counter()
-        saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
-        saver.settle()
+        self.save()
+        self.saver.settle()
         copied = time.perf_counter() - start
-        saver.finish()
+        self.saver.finish()
         return {"copy": copied, "durable": time.perf_counter() - start}
 
-    def torch_save() -> Timed:
+    def torch_save(self) -> Timed:
         start = time.perf_counter()
-        torch.save(tensors, folder / "torch.pt")
+        torch.save(self.tensors, self.folder / "torch.pt")
         return {"stall": time.perf_counter() - start}
 
-    def dcp_sync() -> Timed:
+    def dcp_save(self) -> Timed:
         start = time.perf_counter()
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder / "dcp"), no_dist=True)
+        dcp.save(self.tensors, storage_writer=dcp.FileSystemWriter(self.folder / "dcp"), no_dist=True)
         return {"stall": (seconds := time.perf_counter() - start), "durable": seconds}
 
-    def dcp_async(**options: Any) -> Timed:
+    def dcp_async(self, **options: Any) -> Timed:
         start = time.perf_counter()
-        future = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(folder / "async"), **options)
+        future = dcp.async_save(self.tensors, storage_writer=dcp.FileSystemWriter(self.folder / "async"), **options)
         stalled = time.perf_counter() - start
         future.result()  # type: ignore[union-attr]
         return {"stall": stalled, "durable": time.perf_counter() - start}
 
-    def with_kept_memory() -> Timed:
-        return dcp_async(async_stager=kept)
+    def resumes(self) -> dict[str, Callable[[], Any]]:
+        """Ways to read what was saved last."""
+        ours = path_of(self.folder / "ours", self.step) / "tensors"
+        stored = dcp.FileSystemReader(self.folder / "dcp")
+        empty = {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
+        return {
+            "megamm": lambda: self.runner.load(ours, self.step, with_optimizer=True),
+            "torch.save": lambda: torch.load(self.folder / "torch.pt", weights_only=True),
+            "dcp.save": lambda: dcp.load(empty, storage_reader=stored, no_dist=True),
+        }
 
-    sides = {
-        "megamm": ours,
-        "megamm, waiting": at_once,
-        "torch.save": torch_save,
-        "dcp.save": dcp_sync,
-        "dcp.async_save": dcp_async,
-    }
-    sides["dcp.async_save, memory kept"] = with_kept_memory
-    result = _in_turns(sides)
-    target = path_of(folder / "ours", step) / "tensors"
-    empty = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    resumes: dict[str, Callable[[], Any]] = {
-        "megamm": lambda: runner.load(target, step, with_optimizer=True),
-        "torch.save": lambda: torch.load(folder / "torch.pt", weights_only=True),
-        "dcp.save": lambda: dcp.load(empty, storage_reader=dcp.FileSystemReader(folder / "dcp"), no_dist=True),
-    }
-    for name, timed in _in_turns({name: partial(_resume, read) for name, read in resumes.items()}).items():
+
+def stall(folder: Path) -> dict[str, Any]:
+    """Part stall."""
+    sides = Sides(folder)
+    result = _in_turns(
+        {
+            "megamm": sides.ours,
+            "megamm, waiting": sides.ours_waiting,
+            "torch.save": sides.torch_save,
+            "dcp.save": sides.dcp_save,
+            "dcp.async_save": sides.dcp_async,
+            "dcp.async_save, memory kept": partial(sides.dcp_async, async_stager=sides.kept),
+        }
+    )
+    for name, timed in _in_turns({n: partial(_resume, read) for n, read in sides.resumes().items()}).items():
         result[name] |= timed
-    saver.close()
-    result["bytes"] = {"tensors": sum(t.nbytes for t in tensors.values()), "file": image.size}
+    sides.saver.close()
     medians = {name: timed["stall"]["median"] for name, timed in result.items() if "stall" in timed}
-    async_least = min(seconds for name, seconds in medians.items() if "async" in name)
-    result["stall_ratio"] = {
-        "torch.save": medians["torch.save"] / medians["megamm"],
-        "dcp.async_save, the better": async_least / medians["megamm"],
-    }
+    better = min(seconds for name, seconds in medians.items() if "async" in name)
+    ratios = {"torch.save": medians["torch.save"], "dcp.async_save, the better": better}
+    result["stall_ratio"] = {name: seconds / medians["megamm"] for name, seconds in ratios.items()}
+    result["bytes"] = {"tensors": sum(t.nbytes for t in sides.tensors.values()), "file": sides.image.size}
     grid.destroy()
     return result
 
