@@ -97,7 +97,7 @@ RANK_FAULTS = {
     "sigstop@data:4:0:1": "hang in ",
     "exception@start:0:1:2": "InjectedError: injected",
     "exit0@evaluate:4:0:3": "ended early (sys.exit(0))",
-    "hold_gil@step:5:1:4": "hang in faults.py",
+    "hold_gil@step:5:1:4": "hang in fault_kinds.py",
     "deadlock@save:6:1:5": "_deadlock, others wait in all_gather",
     "sigsegv@resume:0:0:6": "signal 11 (SIGSEGV)",
     "abort@step:7:0:7": "signal 6 (SIGABRT)",
@@ -173,7 +173,7 @@ def test_a_crash_loop_gives_up_and_says_where(data):
     assert run(config, faults="exception@step:3:*:*") == 3
     assert len(of_kind(output, "failed")) == 2
     why = of_kind(output, "gave_up")[0]["why"]
-    assert why.startswith("2 failures in a row at step 3; the last was rank 0: InjectedError: injected (faults.py:")
+    assert why.startswith("2 failures in a row at step 3; the last was rank 0: InjectedError: injected (fault_kinds.py:")
     assert f"error: gave up: {why}" in output_of(config)
 
 

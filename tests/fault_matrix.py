@@ -1,0 +1,283 @@
+"""Every fault in every phase of a run, and what becomes of it; `make faults` writes docs/faults.md with this.
+
+    python tests/fault_matrix.py --out out/faults --table docs/faults.md [--kinds sigkill,sigstop]
+
+One run a kind of fault, on two gloo ranks, suffers it in one phase after the other. Its outcome counts only if the run
+ends by itself with exit code 0, reports the numbers of an undisturbed run to the last digit (losses, grad norms,
+learning rates, held-out losses), ends in the same bytes of the last checkpoint's tensors and generators, and has read
+the same rows in every step that it kept. Seconds are those of the run's own events.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from faults import environment as with_faults
+from tiny_run import environment, make_data, write_config
+
+from megamm import metrics
+from megamm.resilience import events
+
+RANKS, STEPS, BATCH, TIMEOUT = 2, 10, 4, 600
+TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1, "eval_every": 4}
+CHECKPOINT = {"every": 2, "keep": 9}
+RESILIENCE = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 3, "startup_seconds": 30}
+TIMES = ("tokens_per_s", "seconds_left", "data_wait_share", "mfu")
+PLACES = {
+    "start-up": "start:0:1",
+    "first step": "step:1:1",
+    "steady state": "step:5:1",
+    "before a save": "save:6:1",
+    "evaluation": "evaluate:8:0",
+    "during a save": "write:8:0",
+    "restart": "resume:0:1",
+}
+"""Phase, step and rank; see faults.py. "restart" follows a kill -9 at step 9."""
+ALL = list(PLACES)
+SAVED = ALL[2:6]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is done, where it makes sense, why not elsewhere, and whether the run is expected to start again."""
+
+    what: str
+    phases: list[str]
+    elsewhere: str = ""
+    restarts: bool = True
+    data_workers: int = 0
+
+
+_OWN = [p for p in ALL if p != "during a save"]
+_THREAD = "what the rank's main thread does, which is in a step while a save is written"
+_WORKERS = "there is no loader worker before the first step, and none has to do with saves"
+_WRITER = "there is no writer before the first save"
+_FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
+_STEPS = ["first step", "steady state"]
+_LOADER = [*_STEPS, "evaluation"]
+_FOLDERS = ["steady state", "before a save", "evaluation", "restart"]
+KINDS = {
+    "sigkill": Kind("kill -9 of a rank", ALL),
+    "sigstop": Kind("SIGSTOP of a rank", ALL),
+    "sigsegv": Kind("SIGSEGV in a rank", ALL),
+    "abort": Kind("os.abort in a rank", ALL),
+    "exception": Kind("exception in a rank", _OWN, _THREAD),
+    "exit0": Kind("sys.exit(0) of a rank", _OWN, _THREAD),
+    "deadlock": Kind("deadlock in a rank", _OWN, _THREAD),
+    "hold_gil": Kind("GIL held in a rank", _OWN, _THREAD),
+    "slow": Kind("slow rank: a fifth of the time for 3 s", _OWN, _THREAD, restarts=False),
+    "kill_template": Kind("kill -9 of the ranks' parent", ALL),
+    "kill_agent": Kind("kill -9 of the agent", ALL),
+    "kill_loader": Kind("kill -9 of a loader worker", _LOADER, _WORKERS, data_workers=1),
+    "stop_loader": Kind("SIGSTOP of a loader worker", _LOADER, _WORKERS, data_workers=1),
+    "kill_writer": Kind("kill -9 of a checkpoint writer", SAVED, _WRITER, restarts=False),
+    "stop_writer": Kind("SIGSTOP of a checkpoint writer", SAVED, _WRITER),
+    "truncate": Kind("newest checkpoint truncated, kill -9", _FOLDERS, _FOLDER),
+    "bit_flip": Kind("bit flipped in the newest checkpoint, kill -9", _FOLDERS, _FOLDER),
+    "fill_disk": Kind("full disk", ["before a save"], "only a save writes much", restarts=False),
+    "nan": Kind("NaN in one rank's gradient", _STEPS, "only steps have gradients", restarts=False),
+    "clock": Kind("time of day jumps by 2 h", _OWN, _THREAD, restarts=False),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault in one phase: seconds until it was seen and from then to the next step; cause None: no restart."""
+
+    phase: str
+    was_injected: bool
+    cause: str | None
+    detection: float | None
+    recovery: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run; `wrong` is what keeps it from counting, empty if it counts."""
+
+    kind: str
+    cells: list[Cell]
+    wrong: list[str]
+    seconds: float
+
+
+def plan(kind: str, phases: list[str]) -> str:
+    """The faults of a run, in order, for the environment."""
+    chain = []
+    for phase in phases:
+        chain += ["sigkill@step:9:1:*"] if phase == "restart" else []
+        chain.append(f"{kind}@{PLACES[phase]}:*")
+    # One that brings the attempt down may do so much later.
+    return ">" + (">>" if KINDS[kind].restarts else ">").join(chain)
+
+
+def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, str]]:
+    """Command, without the processes, and environment of a run with output folder/name."""
+    sections = {"train": TRAIN, "checkpoint": CHECKPOINT, "resilience": RESILIENCE}
+    config = write_config(folder, folder / name, **sections)
+    records = folder / f"{name}.records"
+    records.mkdir()
+    return [sys.executable, "-m", "megamm", "train", str(config)], with_faults(faults, environment(), records)
+
+
+def run(folder: Path, name: str, faults: str, workers: int = 0) -> int:
+    """Train to the end under these faults; the exit code. The console's text is in folder/name.log."""
+    command, env = prepare(folder, name, faults)
+    with (folder / f"{name}.log").open("w") as log:
+        options = ["--nproc", str(RANKS), f"data.workers={workers}"]
+        process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log)
+        try:
+            return process.wait(timeout=TIMEOUT)
+        finally:
+            process.kill()
+
+
+def numbers(output: Path) -> list[dict]:
+    """Every reported value but the timings, to the last digit."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(output)]
+
+
+def rows(records: Path) -> dict[int, list[str]]:
+    """Digests of the rows of every step (by where its rows end) in the last attempt that came to it, of all ranks."""
+    lines = [json.loads(text) for path in records.glob("rows_*.jsonl") for text in path.read_text().splitlines()]
+    last = {line["end"]: 0 for line in lines}
+    for line in lines:
+        last[line["end"]] = max(last[line["end"]], line["attempt"])
+    return {
+        end: sorted(row for line in lines if (line["end"], line["attempt"]) == (end, attempt) for row in line["rows"])
+        for end, attempt in sorted(last.items())
+    }
+
+
+def last_bytes(output: Path) -> dict[str, str]:
+    """Digests of the last checkpoint's tensors and generators."""
+    files = json.loads((output / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".distcp", ".safetensors"))}
+
+
+def differences(folder: Path, name: str, code: int) -> list[str]:
+    """In which ways the run is not the undisturbed one."""
+    ours, theirs = folder / name, folder / "undisturbed"
+    if code:
+        return [f"exit code {code}"]
+    read = rows(folder / f"{name}.records")
+    checks = {
+        "other numbers": numbers(ours) == numbers(theirs),
+        "other rows": read == rows(folder / "undisturbed.records"),
+        "not every row": [len(digests) for digests in read.values()] == [BATCH] * STEPS,
+        "another last checkpoint": last_bytes(ours) == last_bytes(theirs),
+    }
+    return [what for what, is_right in checks.items() if not is_right]
+
+
+def cells(output: Path, phases: list[str], kind: str) -> list[Cell]:
+    """What became of each injection, by the run's events up to the next one."""
+    story = events.read(output)
+    starts = [i for i, event in enumerate(story) if event["kind"] == "injected"] + [len(story)]
+    parts = [story[i:j] for i, j in itertools.pairwise(starts)]
+    if "restart" in phases:
+        del parts[phases.index("restart") : phases.index("restart") + 1]  # the kill that makes the restart
+    found = []
+    for phase, part in zip(phases, parts, strict=False):
+        failed = next((event for event in part if event["kind"] == "failed"), None)
+        if failed is None:
+            found.append(Cell(phase, True, None, None, None))
+            continue
+        # A fault in the first step of all follows: to where that begins.
+        end = "started" if phase == "start-up" else "first_step"
+        since = part[part.index(failed) :]
+        again = next((event["time"] - failed["time"] for event in since if event["kind"] == end), None)
+        found.append(Cell(phase, True, failed["cause"], failed["time"] - part[0]["time"], again))
+    return found + [Cell(phase, False, None, None, None) for phase in phases[len(found) :]]
+
+
+def suffer(folder: Path, kind: str, phases: list[str] | None = None) -> Outcome:
+    """Run with that kind of fault in these phases (all that it has), and judge it."""
+    chosen, begin = phases or KINDS[kind].phases, time.monotonic()
+    code = run(folder, kind, plan(kind, chosen), KINDS[kind].data_workers)
+    wrong, found = differences(folder, kind, code), cells(folder / kind, chosen, kind)
+    wrong += [f"{cell.phase}: not reached" for cell in found if not cell.was_injected]
+    for cell in found:
+        if cell.was_injected and (cell.cause is not None) != KINDS[kind].restarts:
+            wrong.append(f"{cell.phase}: {'restarted' if cell.cause else 'no restart'}, unlike expected")
+    return Outcome(kind, found, wrong, time.monotonic() - begin)
+
+
+def undisturbed(folder: Path) -> None:
+    """The data, and the run that all others are compared with."""
+    folder.mkdir(parents=True)
+    make_data(folder)
+    assert run(folder, "undisturbed", "") == 0, (folder / "undisturbed.log").read_text()
+
+
+def table(folder: Path) -> str:
+    """docs/faults.md from all outcomes of the folder."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.outcome")}
+    lines = [f"| fault | {' | '.join(PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
+    notes = []
+    for name, kind in KINDS.items():
+        if name not in found:
+            continue
+        by_phase = {cell["phase"]: cell for cell in found[name]["cells"]}
+        shown = [_shown(by_phase[phase]) if phase in by_phase else "" for phase in PLACES]
+        failed = " **fails**" if found[name]["wrong"] else ""
+        lines.append(f"| {kind.what}{failed} | {' | '.join(shown)} |")
+        notes += [f"- {kind.what}: {'; '.join(found[name]['wrong'])}"] if found[name]["wrong"] else []
+    left_out = [f"- {k.what}: {k.elsewhere}" for name, k in KINDS.items() if name in found and k.elsewhere]
+    return HEAD.format(cores=os.cpu_count(), ranks=RANKS) + "\n".join(lines) + (
+        "\n\nEmpty cells make no sense:\n\n" + "\n".join(left_out)
+        + ("\n\nWhat fails:\n\n" + "\n".join(notes) if notes else "") + "\n"
+    )  # fmt: skip
+
+
+def _shown(cell: dict) -> str:
+    if not cell["was_injected"]:
+        return "not reached"
+    if cell["cause"] is None:
+        return "goes on"
+    return f"{cell['detection']:.1f} + " + ("?" if cell["recovery"] is None else f"{cell['recovery']:.1f}")
+
+
+HEAD = """# Faults and what becomes of a run
+
+Written by `make faults` (tests/fault_matrix.py) on {cores} processor cores, {ranks} gloo ranks, a tiny model. Each run
+suffers one kind of fault in one phase after the other, and counts only if it ends by itself with the losses, grad
+norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit; otherwise it is marked.
+
+Seconds: from the fault until it is seen + from then until the next finished step (start-up: until the first step
+begins). A hang is seen after {{}} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
+
+""".replace("{{}}", str(RESILIENCE["hang_seconds"]))
+
+
+def main() -> None:
+    """The command line, see above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder; outcomes that it has are not made again")
+    parser.add_argument("--table", type=Path, help="where to write the table of all outcomes in --out")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="of faults, with commas")
+    chosen = parser.parse_args()
+    if not (chosen.out / "undisturbed").exists():
+        undisturbed(chosen.out)
+    failed = False
+    for kind in chosen.kinds.split(","):
+        path = chosen.out / f"{kind}.outcome"
+        if not path.exists():
+            outcome = suffer(chosen.out, kind)
+            path.write_text(json.dumps(asdict(outcome), indent=1))
+        wrong = json.loads(path.read_text())["wrong"]
+        failed = failed or bool(wrong)
+        print(f"{kind}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
+    if chosen.table is not None:
+        chosen.table.write_text(table(chosen.out))
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()
