@@ -14,21 +14,18 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from faults import environment as with_faults
-from tiny_run import environment, make_data, write_config
+from tiny_run import environment, make_data, numbers, write_config
 
-from megamm import metrics
 from megamm.resilience import events
 
 RANKS, STEPS, BATCH, TIMEOUT = 2, 10, 4, 600
 TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}
 RESILIENCE = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 3, "startup_seconds": 30}
-TIMES = ("tokens_per_s", "seconds_left", "data_wait_share", "mfu")
 PLACES = {
     "start-up": "start:0:1",
     "first step": "step:1:1",
@@ -86,6 +83,16 @@ KINDS = {
 }
 
 
+NODES = {
+    "lost_store": "kill -9 of the agent that hosts the rendezvous store, two nodes",
+    "network_cut": "the network between two nodes is cut until that is seen",
+}
+"""By fault_nodes.py, in the steady state."""
+
+Faults = list[tuple[str, str]]
+"""Kind and phase of each, in order."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """One fault in one phase: seconds until it was seen and from then to the next step; cause None: no restart."""
@@ -101,20 +108,19 @@ class Cell:
 class Outcome:
     """Of a run; `wrong` is what keeps it from counting, empty if it counts."""
 
-    kind: str
     cells: list[Cell]
     wrong: list[str]
-    seconds: float
 
 
-def plan(kind: str, phases: list[str]) -> str:
+def plan(faults: Faults) -> str:
     """The faults of a run, in order, for the environment."""
-    chain = []
-    for phase in phases:
-        chain += ["sigkill@step:9:1:*"] if phase == "restart" else []
-        chain.append(f"{kind}@{PLACES[phase]}:*")
-    # One that brings the attempt down may do so much later.
-    return ">" + (">>" if KINDS[kind].restarts else ">").join(chain)
+    chain = ""
+    for kind, phase in faults:
+        if phase == "restart":
+            chain += ">sigkill@step:9:1:*>"
+        # One that brings the attempt down may do so much later.
+        chain += f">{kind}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
+    return chain.rstrip(">")
 
 
 def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, str]]:
@@ -136,11 +142,6 @@ def run(folder: Path, name: str, faults: str, workers: int = 0) -> int:
             return process.wait(timeout=TIMEOUT)
         finally:
             process.kill()
-
-
-def numbers(output: Path) -> list[dict]:
-    """Every reported value but the timings, to the last digit."""
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics.read_lines(output)]
 
 
 def rows(records: Path) -> dict[int, list[str]]:
@@ -176,15 +177,19 @@ def differences(folder: Path, name: str, code: int) -> list[str]:
     return [what for what, is_right in checks.items() if not is_right]
 
 
-def cells(output: Path, phases: list[str], kind: str) -> list[Cell]:
+def cells(output: Path, faults: Faults) -> list[Cell]:
     """What became of each injection, by the run's events up to the next one."""
-    story = events.read(output)
+    story = [event for event in events.read(output) if event.get("fault") != "pause"]
     starts = [i for i, event in enumerate(story) if event["kind"] == "injected"] + [len(story)]
     parts = [story[i:j] for i, j in itertools.pairwise(starts)]
-    if "restart" in phases:
-        del parts[phases.index("restart") : phases.index("restart") + 1]  # the kill that makes the restart
     found = []
-    for phase, part in zip(phases, parts, strict=False):
+    for kind, phase in faults:
+        if phase == "restart":
+            del parts[:1]  # the kill that makes the restart
+        if not parts or parts[0][0]["fault"] != kind:
+            found.append(Cell(phase, False, None, None, None))
+            continue
+        part = parts.pop(0)
         failed = next((event for event in part if event["kind"] == "failed"), None)
         if failed is None:
             found.append(Cell(phase, True, None, None, None))
@@ -194,19 +199,19 @@ def cells(output: Path, phases: list[str], kind: str) -> list[Cell]:
         since = part[part.index(failed) :]
         again = next((event["time"] - failed["time"] for event in since if event["kind"] == end), None)
         found.append(Cell(phase, True, failed["cause"], failed["time"] - part[0]["time"], again))
-    return found + [Cell(phase, False, None, None, None) for phase in phases[len(found) :]]
+    return found
 
 
-def suffer(folder: Path, kind: str, phases: list[str] | None = None) -> Outcome:
-    """Run with that kind of fault in these phases (all that it has), and judge it."""
-    chosen, begin = phases or KINDS[kind].phases, time.monotonic()
-    code = run(folder, kind, plan(kind, chosen), KINDS[kind].data_workers)
-    wrong, found = differences(folder, kind, code), cells(folder / kind, chosen, kind)
-    wrong += [f"{cell.phase}: not reached" for cell in found if not cell.was_injected]
-    for cell in found:
-        if cell.was_injected and (cell.cause is not None) != KINDS[kind].restarts:
-            wrong.append(f"{cell.phase}: {'restarted' if cell.cause else 'no restart'}, unlike expected")
-    return Outcome(kind, found, wrong, time.monotonic() - begin)
+def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
+    """A run of that name with these faults, judged."""
+    code = run(folder, name, plan(faults), max(KINDS[kind].data_workers for kind, _ in faults))
+    wrong, found = differences(folder, name, code), cells(folder / name, faults)
+    for (kind, phase), cell in zip(faults, found, strict=True):
+        if not cell.was_injected:
+            wrong.append(f"{phase}: not reached")
+        elif (cell.cause is not None) != KINDS[kind].restarts:
+            wrong.append(f"{phase}: {cell.cause or 'no restart'}, unlike expected")
+    return Outcome(found, wrong)
 
 
 def undisturbed(folder: Path) -> None:
@@ -219,21 +224,21 @@ def undisturbed(folder: Path) -> None:
 def table(folder: Path) -> str:
     """docs/faults.md from all outcomes of the folder."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.outcome")}
+    what = {name: kind.what for name, kind in KINDS.items()} | NODES
     lines = [f"| fault | {' | '.join(PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
-    notes = []
-    for name, kind in KINDS.items():
-        if name not in found:
-            continue
+    for name in filter(found.get, what):
         by_phase = {cell["phase"]: cell for cell in found[name]["cells"]}
         shown = [_shown(by_phase[phase]) if phase in by_phase else "" for phase in PLACES]
         failed = " **fails**" if found[name]["wrong"] else ""
-        lines.append(f"| {kind.what}{failed} | {' | '.join(shown)} |")
-        notes += [f"- {kind.what}: {'; '.join(found[name]['wrong'])}"] if found[name]["wrong"] else []
-    left_out = [f"- {k.what}: {k.elsewhere}" for name, k in KINDS.items() if name in found and k.elsewhere]
-    return HEAD.format(cores=os.cpu_count(), ranks=RANKS) + "\n".join(lines) + (
-        "\n\nEmpty cells make no sense:\n\n" + "\n".join(left_out)
-        + ("\n\nWhat fails:\n\n" + "\n".join(notes) if notes else "") + "\n"
-    )  # fmt: skip
+        lines.append(f"| {what[name]}{failed} | {' | '.join(shown)} |")
+    parts = [HEAD.format(cores=os.cpu_count(), ranks=RANKS, hang=RESILIENCE["hang_seconds"]), *lines, ""]
+    parts += ["Cells are empty where there is nothing to be hurt:", ""]
+    parts += [f"- {kind.what}: {kind.elsewhere}" for name, kind in KINDS.items() if name in found and kind.elsewhere]
+    if wrong := [
+        f"- {what[name]}: {'; '.join(found[name]['wrong'])}" for name in what if found.get(name, {}).get("wrong")
+    ]:
+        parts += ["", "What fails:", "", *wrong]
+    return "\n".join(parts) + "\n"
 
 
 def _shown(cell: dict) -> str:
@@ -251,9 +256,18 @@ suffers one kind of fault in one phase after the other, and counts only if it en
 norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit; otherwise it is marked.
 
 Seconds: from the fault until it is seen + from then until the next finished step (start-up: until the first step
-begins). A hang is seen after {{}} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
+begins). A hang is told after {hang} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
+"""
 
-""".replace("{{}}", str(RESILIENCE["hang_seconds"]))
+
+def outcome(folder: Path, name: str) -> Outcome:
+    """Of a kind of fault in all its phases."""
+    if name in KINDS:
+        return suffer(folder, name, [(name, phase) for phase in KINDS[name].phases])
+    from fault_nodes import suffer_apart  # it uses this module
+
+    wrong = suffer_apart(folder, name)
+    return Outcome(cells(folder / name, [(name, "steady state")]), wrong)
 
 
 def main() -> None:
@@ -261,19 +275,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="a folder; outcomes that it has are not made again")
     parser.add_argument("--table", type=Path, help="where to write the table of all outcomes in --out")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="of faults, with commas")
+    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="of faults, with commas")
     chosen = parser.parse_args()
     if not (chosen.out / "undisturbed").exists():
         undisturbed(chosen.out)
     failed = False
-    for kind in chosen.kinds.split(","):
-        path = chosen.out / f"{kind}.outcome"
+    for name in chosen.kinds.split(","):
+        path = chosen.out / f"{name}.outcome"
         if not path.exists():
-            outcome = suffer(chosen.out, kind)
-            path.write_text(json.dumps(asdict(outcome), indent=1))
+            path.write_text(json.dumps(asdict(outcome(chosen.out, name)), indent=1))
         wrong = json.loads(path.read_text())["wrong"]
         failed = failed or bool(wrong)
-        print(f"{kind}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
+        print(f"{name}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
     if chosen.table is not None:
         chosen.table.write_text(table(chosen.out))
     sys.exit(int(failed))

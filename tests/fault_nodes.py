@@ -144,7 +144,7 @@ def _ip(*arguments: str, within: subprocess.Popen | None = None) -> None:
     subprocess.run([*enter, "ip", *arguments], check=True)
 
 
-def suffer(folder: Path, kind: str) -> list[str]:
+def suffer_apart(folder: Path, kind: str) -> list[str]:
     """What is wrong with a run under that fault, nothing if it is as undisturbed; in namespaces where it needs them."""
     unshare = ["unshare", "--user", "--map-root-user", "--net"] if kind == "network_cut" else []
     command = [*unshare, sys.executable, __file__, str(folder), kind]

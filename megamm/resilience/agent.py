@@ -193,8 +193,8 @@ def main() -> None:
     plan = Plan.from_json(commands.first_line())
     processes.die_with_parent(plan.command)
     code = Agent(plan, commands).run()
-    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, and the interpreter's way out takes them
-    # down there by std::terminate, which would turn a good end into SIGABRT.
+    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where the interpreter's way out ends
+    # them by std::terminate: a good end would become SIGABRT.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
