@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fault_cases
 import fault_matrix
 import fault_nodes
 import faults
@@ -113,7 +114,7 @@ def test_cells_are_read_from_the_story(tmp_path):
 
 
 def test_order_of_faults():
-    chain = fault_matrix.plan([("slow", "first step"), ("sigkill", "steady state"), ("abort", "restart")])
+    chain = fault_cases.plan([("slow", "first step"), ("sigkill", "steady state"), ("abort", "restart")])
     assert chain == ">slow@step:1:1:*>sigkill@step:5:1:*>>sigkill@step:9:1:*>>abort@resume:0:1:*"
     planned = faults.parse(f"exit0@end:1:*:*,{chain}")
     assert [(one.kind, one.turn, one.is_later) for one in planned[2:]] == [
@@ -125,7 +126,7 @@ def test_order_of_faults():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", fault_matrix.NODES)
+@pytest.mark.parametrize("kind", fault_cases.NODES)
 def test_faults_between_nodes(folder, kind):
     if kind == "network_cut" and not fault_nodes.can_cut():
         pytest.skip("network namespaces are not allowed here")
