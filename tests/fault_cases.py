@@ -13,7 +13,6 @@ PLACES = {
 }
 """Phase, step and rank; see faults.py. "restart" follows a kill -9 at step 9."""
 ALL = list(PLACES)
-SAVED = ALL[2:6]
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,8 @@ _THREAD = "what the rank's main thread does, which is in a step while a save is 
 _WORKERS = "there is no loader worker before the first step, and none has to do with saves"
 _WRITER = "there is no writer before the first save"
 _FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
+_SAME = "; before a save it is as idle as in the steady state"
+_WRITES = ["steady state", "evaluation", "during a save"]
 _STEPS = ["first step", "steady state"]
 _LOADER = [*_STEPS, "evaluation"]
 _FOLDERS = ["steady state", "before a save", "evaluation", "restart"]
@@ -50,8 +51,8 @@ KINDS = {
     "kill_agent": Kind("kill -9 of the agent", ALL),
     "kill_loader": Kind("kill -9 of a loader worker", _LOADER, _WORKERS, data_workers=1),
     "stop_loader": Kind("SIGSTOP of a loader worker", _LOADER, _WORKERS, data_workers=1),
-    "kill_writer": Kind("kill -9 of a checkpoint writer", SAVED, _WRITER, restarts=False),
-    "stop_writer": Kind("SIGSTOP of a checkpoint writer", SAVED, _WRITER),
+    "kill_writer": Kind("kill -9 of a checkpoint writer", _WRITES, _WRITER + _SAME, restarts=False),
+    "stop_writer": Kind("SIGSTOP of a checkpoint writer", _WRITES, _WRITER + _SAME),
     "truncate": Kind("newest checkpoint truncated, kill -9", _FOLDERS, _FOLDER),
     "bit_flip": Kind("bit flipped in the newest checkpoint, kill -9", _FOLDERS, _FOLDER),
     "fill_disk": Kind("full disk", ["before a save"], "only a save writes much", False, small_disk=True),

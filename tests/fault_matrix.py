@@ -168,7 +168,11 @@ def table(folder: Path) -> str:
         shown = [_shown(by_phase[phase]) if phase in by_phase else "" for phase in PLACES]
         failed = " **fails**" if found[name]["wrong"] else ""
         lines.append(f"| {what[name]}{failed} | {' | '.join(shown)} |")
-    parts = [HEAD.format(cores=os.cpu_count(), ranks=RANKS, hang=RESILIENCE["hang_seconds"]), *lines, ""]
+    parts = [
+        HEAD.format(cores=os.cpu_count(), load=os.getloadavg()[2], hang=RESILIENCE["hang_seconds"]),
+        *lines,
+        "",
+    ]
     parts += ["Cells are empty where there is nothing to be hurt:", ""]
     parts += [f"- {kind.what}: {kind.elsewhere}" for name, kind in KINDS.items() if name in found and kind.elsewhere]
     if wrong := [
@@ -188,9 +192,10 @@ def _shown(cell: dict) -> str:
 
 HEAD = """# Faults and what becomes of a run
 
-Written by `make faults` (tests/fault_matrix.py) on {cores} processor cores, {ranks} gloo ranks, a tiny model. Each run
-suffers one kind of fault in one phase after the other, and counts only if it ends by itself with the losses, grad
-norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit; otherwise it is marked.
+Written by `make faults` (tests/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), two gloo
+ranks, a tiny model. Each run suffers one kind of fault in one phase after the other, and counts only if it ends by
+itself with the losses, grad norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit;
+otherwise it is marked.
 
 Seconds: from the fault until it is seen + from then until the next finished step (start-up: until the first step
 begins). A hang is told after {hang} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
