@@ -1,112 +1,156 @@
-"""Faults injected into a real run from outside: nothing in megamm knows of them.
+"""Faults for real runs, on a cluster or in a test; nothing in megamm knows of them.
 
-`environment("sigkill@step:3:1:0,...")` gives what a run's environment must have: kind@phase:step:rank:attempt, each of
-the last three a number or *. A rank that beats its heart there (before the phase's work) suffers the fault, once. The
-event "injected" is recorded first, so that detection and recovery can be timed.
+From outside, on the host of the rank, when it is in that phase and at that step or later:
+
+    python tests/faults.py RUN --kind sigstop --phase step --step 300 --rank 5
+
+From within, for those that need the process itself, at an exact place: `environment("sigkill@step:3:1:0,...")` gives
+what a run's environment must have: kind@phase:step:rank:attempt, each of the last three a number or *. A rank that
+beats its heart there (before the phase's work) suffers the fault, once. "a>b": b only after a; "a>>b": in a later
+attempt than a. The phase "write" is that of a save in which its temporary folder is there. The event "injected" is
+recorded first, so that detection and recovery can be timed.
 """
 
-import ctypes
+import argparse
 import os
-import signal
-import struct
+import socket
 import sys
 import threading
 import time
 from pathlib import Path
 
-FAULTS = "MEGAMM_FAULTS"
+import fault_kinds
+
+FAULTS, FOLDER = "MEGAMM_FAULTS", "MEGAMM_FAULTS_FOLDER"
 HOOK = Path(__file__).parent / "fault_hook"
+TEMPORARY = ".tmp-step_*"
 
 
-class InjectedError(RuntimeError):
-    """What "exception" raises."""
+def environment(faults: str, base: dict[str, str], folder: Path | None = None) -> dict[str, str]:
+    """base with the faults and the hook that installs them.
 
-
-def environment(faults: str, base: dict[str, str]) -> dict[str, str]:
-    """base with the faults and the hook that installs them."""
+    folder: for the rows that every rank reads (fault_kinds.record_rows) and the clock that "clock" sets.
+    """
     path = os.pathsep.join([str(HOOK), str(HOOK.parent), base.get("PYTHONPATH", "")])
-    return base | {FAULTS: faults, "PYTHONPATH": path}
+    where = {} if folder is None else {FOLDER: str(folder)}
+    return base | {FAULTS: faults, "PYTHONPATH": path} | where
 
 
-def _exception():
-    raise InjectedError("injected")
+class Planned:
+    """One fault of the environment. turn: after how many others, None for any time; is_later: not in their attempt."""
+
+    def __init__(self, text, turn, is_later):
+        self.kind, _, place = text.partition("@")
+        assert self.kind in fault_kinds.INSIDE or self.kind in fault_kinds.OUTSIDE, self.kind
+        self.phase, *self.place = place.split(":")
+        self.turn, self.is_later, self.is_done = turn, is_later, False
+
+    def matches(self, heart, phase, step):
+        if self.is_done or phase != {"write": "save"}.get(self.phase, self.phase):
+            return False
+        have = (str(step), str(heart.rank), str(heart.attempt))
+        return all(want in ("*", is_) for want, is_ in zip(self.place, have, strict=True)) and self.is_due(heart)
+
+    def is_due(self, heart):
+        from megamm.resilience import events
+
+        if self.turn is None:
+            return True
+        before = [event["attempt"] for event in events.read(heart.run) if event["kind"] == "injected"]
+        return len(before) == self.turn and not (self.is_later and heart.attempt in before)
+
+    def begin(self, heart, step):
+        self.is_done = True
+        if self.phase == "write":
+            before = set((heart.run / "checkpoints").glob(TEMPORARY))
+            threading.Thread(target=self._in_write, args=(heart, step, before), daemon=True).start()
+        else:
+            self._inject(heart, step)
+
+    def _in_write(self, heart, step, before):
+        while not set((heart.run / "checkpoints").glob(TEMPORARY)) - before:
+            time.sleep(0.0002)
+        self._inject(heart, step)
+
+    def _inject(self, heart, step):
+        record(heart.run, self.kind, self.phase, step, heart.rank, heart.attempt)
+        inside = fault_kinds.INSIDE.get(self.kind)
+        inside(heart) if inside else fault_kinds.OUTSIDE[self.kind](heart.run, os.getpid())
 
 
-def _user_error():
-    from megamm.errors import UserError
-
-    raise UserError("an injected mistake", remedy="mend it")
-
-
-def _deadlock():
-    lock = threading.Lock()
-    lock.acquire()
-    lock.acquire()
-
-
-def parent(process):
-    """Its parent's process id."""
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+def parse(text):
+    """The faults of the environment's text."""
+    found = []
+    for chain in text.split(","):
+        parts = chain.split(">")
+        faults = [i for i, part in enumerate(parts) if part]
+        for turn, i in enumerate(faults):
+            found.append(Planned(parts[i], turn if len(parts) > 1 else None, i > 0 and not parts[i - 1]))
+    return found
 
 
-def _kill(process):
-    """Kill it, and wait for what that does to this process."""
-    os.kill(process, signal.SIGKILL)
-    signal.pause()
+def record(run, kind, phase, step, rank, attempt):
+    from megamm.resilience import events
 
-
-def _until_asked(heart):
-    """No fault: wait until the agent asks for a stop."""
-    while struct.unpack_from("q", heart.slot.memory, 0)[0] == 0:
-        time.sleep(0.01)
-
-
-OF_HEARTS = {"until_asked": _until_asked}
-"""Those that take the heartbeat."""
-KINDS = {
-    "sigkill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "sigstop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "sigsegv": lambda: ctypes.string_at(0),
-    "abort": os.abort,
-    "exception": _exception,
-    "user_error": _user_error,
-    "exit0": lambda: sys.exit(0),
-    "_exit0": lambda: os._exit(0),
-    "deadlock": _deadlock,
-    "hold_gil": lambda: sum(range(10**15)),  # one long call that neither gives up the GIL nor looks for signals
-    "kill_template": lambda: _kill(os.getppid()),
-    "kill_agent": lambda: _kill(parent(os.getppid())),
-    "kill_command": lambda: _kill(parent(parent(os.getppid()))),
-    "sigterm": lambda: os.kill(parent(parent(os.getppid())), signal.SIGTERM),
-}
+    events.record(run, "injected", fault=kind, phase=phase, step=step, rank=rank, attempt=attempt)
 
 
 def install():
     """Wrap the heartbeat of this process's runs."""
-    from megamm.resilience import events
     from megamm.resilience.heartbeat import Heartbeat
 
-    planned = [_parse(text) for text in os.environ[FAULTS].split(",")]
+    planned = parse(os.environ[FAULTS])
     plain_init, plain_beat = Heartbeat.__init__, Heartbeat.beat
+    folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+    if folder is not None:
+        fault_kinds.follow_clock(folder)
 
     def init(self, run, *arguments):
         plain_init(self, run, *arguments)
-        self.run = run
+        self.run, self.folder = run, folder
+        fault_kinds.remember_engine(self)
+        if folder is not None:
+            fault_kinds.record_rows(self)
 
     def beat(self, phase, step):
         plain_beat(self, phase, step)
-        here = (phase, str(step), str(self.rank), str(self.attempt))
+        fault_kinds.empty_disk(self.run)
         for fault in planned:
-            kind, *place = fault
-            if all(want in ("*", have) for want, have in zip(place, here, strict=True)):
-                planned.remove(fault)
-                events.record(self.run, "injected", fault=kind, phase=phase, step=step, rank=self.rank)
-                OF_HEARTS[kind](self) if kind in OF_HEARTS else KINDS[kind]()
+            if fault.matches(self, phase, step):
+                fault.begin(self, step)
 
     Heartbeat.__init__, Heartbeat.beat = init, beat
 
 
-def _parse(text):
-    kind, _, place = text.partition("@")
-    assert kind in KINDS or kind in OF_HEARTS, kind
-    return kind, *place.split(":")
+def main():
+    """The command line, see above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("run", type=Path, help="the run's output folder")
+    parser.add_argument("--kind", required=True, choices=sorted(fault_kinds.OUTSIDE))
+    parser.add_argument("--phase", default="step", help="start, resume, data, step, evaluate, save or end")
+    parser.add_argument("--step", type=int, default=0, help="that one or a later one")
+    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds to wait for phase and step")
+    chosen = parser.parse_args()
+    from megamm.resilience import heartbeat
+
+    # "data" and "step" alternate faster than heartbeat files are written.
+    phases = ("data", "step") if chosen.phase in ("data", "step") else (chosen.phase,)
+    end = time.monotonic() + chosen.timeout
+    while True:
+        beats = [b for b in heartbeat.read(chosen.run) if b.rank == chosen.rank and Path(f"/proc/{b.pid}").exists()]
+        if beats and beats[0].host != socket.gethostname():
+            sys.exit(f"rank {chosen.rank} is on {beats[0].host}: start this there")
+        if beats and beats[0].phase in phases and beats[0].step >= chosen.step:
+            break
+        if time.monotonic() > end:
+            sys.exit(f"rank {chosen.rank} was not seen in {chosen.phase} at step {chosen.step}")
+        time.sleep(0.01)
+    beat = beats[0]
+    record(chosen.run, chosen.kind, beat.phase, beat.step, beat.rank, beat.attempt)
+    fault_kinds.OUTSIDE[chosen.kind](chosen.run, beat.pid)
+    print(f"{chosen.kind}: rank {beat.rank} (process {beat.pid}), {beat.phase}, step {beat.step}")
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faults import environment as with_faults
-from tiny_run import environment, make_data, write_config
+from tiny_run import environment, make_data, numbers, write_config
 
 from megamm import metrics
 from megamm.resilience import events, heartbeat
@@ -20,7 +20,6 @@ from megamm.resilience import events, heartbeat
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9}
-TIMES = ("tokens_per_s", "seconds_left", "data_wait_share")
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +51,6 @@ def run(config, *options, faults=None):
     return start(config, *options, faults=faults).wait(timeout=240)
 
 
-def losses(output):
-    """Every reported value but the timings, to the last digit."""
-    lines = metrics.read_lines(output)
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("straggler/")} for line in lines]
-
-
 def of_kind(output, *kinds):
     return [event for event in events.read(output) if event["kind"] in kinds]
 
@@ -87,7 +80,7 @@ def undisturbed(data):
     output, config = config_of(data, "undisturbed")
     assert run(config, "--nproc", 2) == 0, output_of(config)
     assert [e["kind"] for e in events.read(output)] == ["launched", "started", "first_step", "finished"]
-    lines = losses(output)
+    lines = numbers(output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     return lines
 
@@ -97,7 +90,7 @@ RANK_FAULTS = {
     "sigstop@data:4:0:1": "hang in ",
     "exception@start:0:1:2": "InjectedError: injected",
     "exit0@evaluate:4:0:3": "ended early (sys.exit(0))",
-    "hold_gil@step:5:1:4": "hang in faults.py",
+    "hold_gil@step:5:1:4": "hang in fault_kinds.py",
     "deadlock@save:6:1:5": "_deadlock, others wait in all_gather",
     "sigsegv@resume:0:0:6": "signal 11 (SIGSEGV)",
     "abort@step:7:0:7": "signal 6 (SIGABRT)",
@@ -109,7 +102,7 @@ def test_faults_of_ranks(data, undisturbed):
     """One fault an attempt: nine restarts, then the losses of an undisturbed run, bit for bit."""
     output, config = config_of(data, "ranks", hang_seconds=2)
     assert run(config, "--nproc", 2, faults=",".join(RANK_FAULTS)) == 0, output_of(config)
-    assert losses(output) == undisturbed
+    assert numbers(output) == undisturbed
     failed = of_kind(output, "failed")
     assert len(failed) == len(RANK_FAULTS)
     for (fault, cause), event in zip(RANK_FAULTS.items(), failed, strict=True):
@@ -152,7 +145,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     causes = [event["cause"] for event in of_kind(output, "failed")]
     assert causes == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
-    assert losses(output) == undisturbed[:-2]
+    assert numbers(output) == undisturbed[:-2]
     assert (output / "checkpoints" / "step_00000007").is_dir()
 
     command = start(config, "--nproc", 2, faults="until_asked@step:8:0:0")
@@ -165,7 +158,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     assert not alive
 
     assert run(config, "--nproc", 2) == 0, output_of(config)
-    assert losses(output) == undisturbed
+    assert numbers(output) == undisturbed
 
 
 def test_a_crash_loop_gives_up_and_says_where(data):
@@ -173,7 +166,9 @@ def test_a_crash_loop_gives_up_and_says_where(data):
     assert run(config, faults="exception@step:3:*:*") == 3
     assert len(of_kind(output, "failed")) == 2
     why = of_kind(output, "gave_up")[0]["why"]
-    assert why.startswith("2 failures in a row at step 3; the last was rank 0: InjectedError: injected (faults.py:")
+    assert why.startswith(
+        "2 failures in a row at step 3; the last was rank 0: InjectedError: injected (fault_kinds.py:"
+    )
     assert f"error: gave up: {why}" in output_of(config)
 
 
@@ -224,7 +219,7 @@ def test_nodes_come_and_go(data, undisturbed):
         ("restarting", 1, "failure"),
         ("restarting", 2, "nodes changed"),
     ]
-    lines = losses(output)
+    lines = numbers(output)
     assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
     for ours, theirs in zip(lines, undisturbed, strict=True):
         assert {k: v for k, v in ours.items() if v is not None} == pytest.approx(

@@ -11,6 +11,7 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from megamm import metrics
 from megamm.codecs.folders import save_codec
 from megamm.codecs.text import train_text_tokenizer
 from megamm.codecs.visual import VisualCodec, VisualCodecConfig
@@ -68,6 +69,19 @@ def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path
     path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+TIMES = (
+    *("tokens_per_s", "seconds_left", "data_wait_share", "data_wait_seconds", "step_seconds", "evaluation_seconds"),
+    *("checkpoint_stall_seconds", "time", "goodput", "restarts", "heartbeat_age", "steps", "mfu"),
+)
+"""Of a line of metrics: what no two runs have alike."""
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """Every reported value but the timings, to the last digit (JSON keeps all): equality is bit-identity."""
+    lines = metrics.read_lines(run)
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("straggler/")} for line in lines]
 
 
 def environment() -> dict[str, str]:

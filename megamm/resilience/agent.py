@@ -9,6 +9,7 @@ killed, and group rank 0 decides by policy.py whether another attempt follows.
 """
 
 import logging
+import os
 import socket
 import sys
 import time
@@ -191,7 +192,13 @@ def main() -> None:
     commands = Commands(sys.stdin.fileno())
     plan = Plan.from_json(commands.first_line())
     processes.die_with_parent(plan.command)
-    sys.exit(Agent(plan, commands).run())
+    code = Agent(plan, commands).run()
+    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where the interpreter's way out ends
+    # them by std::terminate: a good end would become SIGABRT.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     r = config.resilience
     admissible = admissible_nodes(config, processes, nodes)
-    command, deaths = _Command(), 0
+    command, deaths, before = _Command(), 0, len(events.read(config.output))
     while True:
         plan = Plan(
             config=config.model_dump(mode="json"),
@@ -92,6 +92,8 @@ def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
         code = command.run_agent(plan)
         if code in _FINAL or command.signalled_at or not r.max_restarts:
             return code if code >= 0 else exit_codes.CRASHED
+        if any(event["kind"] == "finished" for event in events.read(config.output)[before:]):
+            return exit_codes.DONE  # what was left to do for the agent was to leave
         deaths += 1
         if code != exit_codes.CRASHED:
             _record_death(plan, code)

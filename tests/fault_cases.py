@@ -1,0 +1,82 @@
+"""The cases of the fault matrix (fault_matrix.py): kinds of faults, phases of a run, and where one makes no sense."""
+
+from dataclasses import dataclass
+
+PLACES = {
+    "start-up": "start:0:1",
+    "first step": "step:1:1",
+    "steady state": "step:5:1",
+    "before a save": "save:6:1",
+    "evaluation": "evaluate:8:0",
+    "during a save": "write:8:0",
+    "restart": "resume:0:1",
+}
+"""Phase, step and rank; see faults.py. "restart" follows a kill -9 at step 9."""
+ALL = list(PLACES)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is done, where it makes sense, why not elsewhere, and whether the run is expected to start again."""
+
+    what: str
+    phases: list[str]
+    elsewhere: str = ""
+    restarts: bool = True
+    data_workers: int = 0
+    small_disk: bool = False
+
+
+_OWN = [p for p in ALL if p != "during a save"]
+_THREAD = "what the rank's main thread does, which is in a step while a save is written"
+_WORKERS = "there is no loader worker before the first step, and none has to do with saves"
+_WRITER = "there is no writer before the first save"
+_FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
+_SAME = "; before a save it is as idle as in the steady state"
+_WRITES = ["steady state", "evaluation", "during a save"]
+_STEPS = ["first step", "steady state"]
+_LOADER = [*_STEPS, "evaluation"]
+_FOLDERS = ["steady state", "before a save", "evaluation", "restart"]
+KINDS = {
+    "sigkill": Kind("kill -9 of a rank", ALL),
+    "sigstop": Kind("SIGSTOP of a rank", ALL),
+    "sigsegv": Kind("SIGSEGV in a rank", ALL),
+    "abort": Kind("os.abort in a rank", ALL),
+    "exception": Kind("exception in a rank", _OWN, _THREAD),
+    "exit0": Kind("sys.exit(0) of a rank", _OWN, _THREAD),
+    "deadlock": Kind("deadlock in a rank", _OWN, _THREAD),
+    "hold_gil": Kind("GIL held in a rank", _OWN, _THREAD),
+    "slow": Kind("slow rank: a fifth of the time for 3 s", _OWN, _THREAD, restarts=False),
+    "kill_template": Kind("kill -9 of the ranks' parent", ALL),
+    "kill_agent": Kind("kill -9 of the agent", ALL),
+    "kill_loader": Kind("kill -9 of a loader worker", _LOADER, _WORKERS, data_workers=1),
+    "stop_loader": Kind("SIGSTOP of a loader worker", _LOADER, _WORKERS, data_workers=1),
+    "kill_writer": Kind("kill -9 of a checkpoint writer", _WRITES, _WRITER + _SAME, restarts=False),
+    "stop_writer": Kind("SIGSTOP of a checkpoint writer", _WRITES, _WRITER + _SAME),
+    "truncate": Kind("newest checkpoint truncated, kill -9", _FOLDERS, _FOLDER),
+    "bit_flip": Kind("bit flipped in the newest checkpoint, kill -9", _FOLDERS, _FOLDER),
+    "fill_disk": Kind("full disk", ["before a save"], "only a save writes much", False, small_disk=True),
+    "nan": Kind("NaN in one rank's gradient", _STEPS, "only steps have gradients", restarts=False),
+    "clock": Kind("time of day jumps by 2 h", _OWN, _THREAD, restarts=False),
+}
+
+
+NODES = {
+    "lost_store": "kill -9 of the agent that hosts the rendezvous store, two nodes",
+    "network_cut": "the network between two nodes is cut until that is seen",
+}
+"""By fault_nodes.py, in the steady state."""
+
+Faults = list[tuple[str, str]]
+"""Kind and phase of each, in order."""
+
+
+def plan(faults: Faults) -> str:
+    """The faults of a run, in order, for the environment."""
+    chain = ""
+    for kind, phase in faults:
+        if phase == "restart":
+            chain += ">sigkill@step:9:1:*>"
+        # One that brings the attempt down may do so much later.
+        chain += f">{kind}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
+    return chain.rstrip(">")

@@ -1,0 +1,268 @@
+"""What faults do: OUTSIDE ones to a rank's process from any other, or from itself; INSIDE ones by the rank itself."""
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+SLOW_SECONDS, SLOW_ON, SLOW_OFF = 3.0, 0.05, 0.2
+CLOCK_JUMP = 7200.0
+LARGEST_DISK = 1 << 30
+FILLER = "filler"
+
+
+class InjectedError(RuntimeError):
+    """What "exception" raises."""
+
+
+def parent(process):
+    """Its parent's process id."""
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def command_line(process):
+    return Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def below(process):
+    """All processes under it."""
+    from megamm.resilience.processes import children
+
+    found = children(process)
+    return found + [deeper for child in found for deeper in below(child)]
+
+
+def only(found, what):
+    if not found:
+        raise LookupError(f"there is no {what} to hurt")
+    return found[0]
+
+
+def writer(rank):
+    """The rank's process that writes checkpoints."""
+    return only([p for p in below(rank) if "megamm.checkpoint.writer" in command_line(p)], "checkpoint writer")
+
+
+def loader_worker(rank):
+    """One that reads for the rank: forked by a server of forks, and looking like it."""
+    server = "multiprocessing.forkserver"
+    found = [p for p in below(rank) if server in command_line(p) and server in command_line(parent(p))]
+    return only(found, "loader worker")
+
+
+def kill(process):
+    """Kill it, and wait for what that does to this process if it is below."""
+    os.kill(process, signal.SIGKILL)
+
+
+def kill_above(levels):
+    """Kill an ancestor of the rank: 1 the template, 2 the agent, 3 the command."""
+
+    def act(run, pid):
+        above = pid
+        for _ in range(levels):
+            above = parent(above)
+        kill(above)
+        if pid == os.getpid():
+            threading.Event().wait()  # for the end that comes with it
+
+    return act
+
+
+def slow(run, pid):
+    """The rank runs a fifth of the time for a while, by another process's hand."""
+    code = (
+        "import os, signal, sys, time\n"
+        "pid, seconds, on, off = int(sys.argv[1]), *map(float, sys.argv[2:])\n"
+        "end = time.monotonic() + seconds\n"
+        "while time.monotonic() < end:\n"
+        "    os.kill(pid, signal.SIGSTOP); time.sleep(off)\n"
+        "    os.kill(pid, signal.SIGCONT); time.sleep(on)\n"
+    )
+    times = map(str, (SLOW_SECONDS, SLOW_ON, SLOW_OFF))
+    subprocess.Popen([sys.executable, "-S", "-c", code, str(pid), *times], start_new_session=True)
+
+
+def newest_checkpoint(run):
+    return only(sorted((run / "checkpoints").glob("step_????????"))[::-1], "checkpoint")
+
+
+def damage(change):
+    """Change the largest file of the newest checkpoint, then kill the rank so that the run has to resume."""
+
+    def act(run, pid):
+        files = [path for path in newest_checkpoint(run).rglob("*") if path.is_file()]
+        path = max(files, key=lambda file: file.stat().st_size)
+        with path.open("r+b") as file:
+            change(file, path.stat().st_size)
+        kill(pid)
+
+    return act
+
+
+def _truncate(file, size):
+    file.truncate(size // 2)
+
+
+def _flip_bit(file, size):
+    file.seek(size // 2)
+    byte = file.read(1)[0]
+    file.seek(size // 2)
+    file.write(bytes([byte ^ 4]))
+
+
+def fill_disk(run, pid):
+    """Leave no space where the checkpoints are, if that file system is a small one made for it."""
+    folder = run / "checkpoints"
+    if shutil.disk_usage(folder).total > LARGEST_DISK:
+        raise ValueError(f"{folder} is not on a small file system: not filled")
+    with (folder / FILLER).open("wb", buffering=0) as file:
+        for size in (1 << 20, 4096, 1):
+            try:
+                while file.write(bytes(size)):
+                    continue
+            except OSError:
+                continue
+
+
+def empty_disk(run):
+    """Give the space back once a save has failed for want of it."""
+    if (run / "checkpoints" / FILLER).exists():
+        from megamm.resilience import events
+
+        if any(event["kind"] == "save_failed" for event in events.read(run)):
+            (run / "checkpoints" / FILLER).unlink(missing_ok=True)
+
+
+OUTSIDE = {
+    "sigkill": lambda run, pid: kill(pid),
+    "sigstop": lambda run, pid: os.kill(pid, signal.SIGSTOP),
+    "slow": slow,
+    "kill_template": kill_above(1),
+    "kill_agent": kill_above(2),
+    "kill_command": kill_above(3),
+    "sigterm": lambda run, pid: os.kill(parent(parent(parent(pid))), signal.SIGTERM),
+    "kill_loader": lambda run, pid: kill(loader_worker(pid)),
+    "stop_loader": lambda run, pid: os.kill(loader_worker(pid), signal.SIGSTOP),
+    "kill_writer": lambda run, pid: kill(writer(pid)),
+    "stop_writer": lambda run, pid: os.kill(writer(pid), signal.SIGSTOP),
+    "truncate": damage(_truncate),
+    "bit_flip": damage(_flip_bit),
+    "fill_disk": fill_disk,
+}
+
+
+def _exception(heart):
+    raise InjectedError("injected")
+
+
+def _user_error(heart):
+    from megamm.errors import UserError
+
+    raise UserError("an injected mistake", remedy="mend it")
+
+
+def _deadlock(heart):
+    lock = threading.Lock()
+    lock.acquire()
+    lock.acquire()
+
+
+def _until_asked(heart):
+    """No fault: wait until the agent asks for a stop."""
+    while struct.unpack_from("q", heart.slot.memory, 0)[0] == 0:
+        time.sleep(0.01)
+
+
+def _pause(heart):
+    """Let another process do something just now: it sees folder/paused, and ends the pause by removing that."""
+    (heart.folder / "paused").touch()
+    while (heart.folder / "paused").exists():
+        time.sleep(0.01)
+
+
+def _nan(heart):
+    """The next gradient of one parameter is NaN on this rank, once."""
+    left = [float("nan")]
+    parameter = next(heart.engine.chunks[0].parameters())
+    parameter.register_hook(lambda gradient: gradient * (left.pop() if left else 1.0))
+
+
+def _clock(heart):
+    """All processes of the run that have the hook see another time of day: hours later, or earlier again."""
+    path = heart.folder / "clock"
+    now = float(path.read_text()) if path.exists() else 0.0
+    path.with_suffix(".new").write_text(str(0.0 if now else CLOCK_JUMP))
+    path.with_suffix(".new").rename(path)
+
+
+INSIDE = {
+    "sigsegv": lambda heart: ctypes.string_at(0),
+    "abort": lambda heart: os.abort(),
+    "exception": _exception,
+    "user_error": _user_error,
+    "exit0": lambda heart: sys.exit(0),
+    "_exit0": lambda heart: os._exit(0),
+    "deadlock": _deadlock,
+    "hold_gil": lambda heart: sum(range(10**15)),  # one long call that neither gives up the GIL nor looks for signals
+    "nan": _nan,
+    "clock": _clock,
+    "pause": _pause,
+    "until_asked": _until_asked,
+}
+
+
+def follow_clock(folder):
+    """time.time() of this process is what folder/clock makes of it: seconds added to the true one."""
+    true_time, path = time.time, folder / "clock"
+
+    def shifted():
+        try:
+            return true_time() + float(path.read_text())
+        except FileNotFoundError:
+            return true_time()
+
+    time.time = shifted
+
+
+def remember_engine(heart):
+    """For "nan": the engine that this process is about to build."""
+    from megamm.mcore.engine import NativeEngine
+
+    plain = NativeEngine.__init__
+
+    def init(self, *arguments, **named):
+        plain(self, *arguments, **named)
+        heart.engine = self
+
+    NativeEngine.__init__ = init
+
+
+def record_rows(heart):
+    """folder/rows_RANK.jsonl: for every step that this process reads, the rows' end and a digest of each own row."""
+    from megamm.data.loader import Loader
+
+    plain, path = Loader.step, heart.folder / f"rows_{heart.rank}.jsonl"
+
+    def step(self):
+        batches = plain(self)
+        rows = [_digest(batch, i) for batch in batches for i in range(len(batch.input_ids))]
+        line = {"attempt": heart.attempt, "end": self.consumed_rows, "rows": rows}
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return batches
+
+    Loader.step = step
+
+
+def _digest(batch, i):
+    parts = (batch.input_ids[i], batch.labels[i], batch.segment[i])
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]

@@ -1,0 +1,238 @@
+"""Every fault in every phase of a run, and what becomes of it; `make faults` writes docs/faults.md with this.
+
+    python tests/fault_matrix.py --out out/faults --table docs/faults.md [--kinds sigkill,sigstop]
+
+One run a kind of fault, on two gloo ranks, suffers it in one phase after the other. Its outcome counts only if the run
+ends by itself with exit code 0, reports the numbers of an undisturbed run to the last digit (losses, grad norms,
+learning rates, held-out losses), ends in the same bytes of the last checkpoint's tensors and generators, and has read
+the same rows in every step that it kept. Seconds are those of the run's own events.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from fault_cases import KINDS, NODES, PLACES, Faults, plan
+from faults import environment as with_faults
+from tiny_run import environment, make_data, numbers, write_config
+
+from megamm.resilience import events
+
+RANKS, STEPS, BATCH, TIMEOUT = 2, 10, 4, 600
+TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1, "eval_every": 4}
+CHECKPOINT = {"every": 2, "keep": 9}
+RESILIENCE = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 3, "startup_seconds": 30}
+ON_SMALL_DISK = """
+cd "$1" && shift && mount -t tmpfs -o size=32m tmpfs checkpoints || exit 9
+"$@"
+code=$?
+cp -r checkpoints kept && umount checkpoints && rmdir checkpoints && mv kept checkpoints && exit $code
+"""
+"""A shell's text: run a command while its output's checkpoints are on a file system of their own, seen by it alone."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fault in one phase: seconds until it was seen and from then to the next step; cause None: no restart."""
+
+    phase: str
+    was_injected: bool
+    cause: str | None
+    detection: float | None
+    recovery: float | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of a run; `wrong` is what keeps it from counting, empty if it counts."""
+
+    cells: list[Cell]
+    wrong: list[str]
+
+
+def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, str]]:
+    """Command, without the processes, and environment of a run with output folder/name."""
+    sections = {"train": TRAIN, "checkpoint": CHECKPOINT, "resilience": RESILIENCE}
+    config = write_config(folder, folder / name, **sections)
+    records = folder / f"{name}.records"
+    records.mkdir()
+    return [sys.executable, "-m", "megamm", "train", str(config)], with_faults(faults, environment(), records)
+
+
+def run(folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool = False) -> int:
+    """Train to the end under these faults; the exit code. The console's text is in folder/name.log."""
+    command, env = prepare(folder, name, faults)
+    if small_disk:
+        (folder / name / "checkpoints").mkdir(parents=True)
+        unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+        command = [*unshare, "sh", "-c", ON_SMALL_DISK, "sh", str(folder / name), *command]
+    with (folder / f"{name}.log").open("w") as log:
+        options = ["--nproc", str(RANKS), f"data.workers={workers}"]
+        process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log)
+        try:
+            return process.wait(timeout=TIMEOUT)
+        finally:
+            process.kill()
+
+
+def rows(records: Path) -> dict[int, list[str]]:
+    """Digests of the rows of every step (by where its rows end) in the last attempt that came to it, of all ranks."""
+    lines = [json.loads(text) for path in records.glob("rows_*.jsonl") for text in path.read_text().splitlines()]
+    last = {line["end"]: 0 for line in lines}
+    for line in lines:
+        last[line["end"]] = max(last[line["end"]], line["attempt"])
+    return {
+        end: sorted(row for line in lines if (line["end"], line["attempt"]) == (end, attempt) for row in line["rows"])
+        for end, attempt in sorted(last.items())
+    }
+
+
+def last_bytes(output: Path) -> dict[str, str]:
+    """Digests of the last checkpoint's tensors and generators."""
+    files = json.loads((output / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".distcp", ".safetensors"))}
+
+
+def differences(folder: Path, name: str, code: int) -> list[str]:
+    """In which ways the run is not the undisturbed one."""
+    ours, theirs = folder / name, folder / "undisturbed"
+    if code:
+        return [f"exit code {code}"]
+    read = rows(folder / f"{name}.records")
+    checks = {
+        "other numbers": numbers(ours) == numbers(theirs),
+        "other rows": read == rows(folder / "undisturbed.records"),
+        "not every row": [len(digests) for digests in read.values()] == [BATCH] * STEPS,
+        "another last checkpoint": last_bytes(ours) == last_bytes(theirs),
+    }
+    return [what for what, is_right in checks.items() if not is_right]
+
+
+def cells(output: Path, faults: Faults) -> list[Cell]:
+    """What became of each injection, by the run's events up to the next one."""
+    story = [event for event in events.read(output) if event.get("fault") != "pause"]
+    starts = [i for i, event in enumerate(story) if event["kind"] == "injected"] + [len(story)]
+    parts = [story[i:j] for i, j in itertools.pairwise(starts)]
+    found = []
+    for kind, phase in faults:
+        if phase == "restart":
+            del parts[:1]  # the kill that makes the restart
+        if not parts or parts[0][0]["fault"] != kind:
+            found.append(Cell(phase, False, None, None, None))
+            continue
+        part = parts.pop(0)
+        failed = next((event for event in part if event["kind"] == "failed"), None)
+        if failed is None:
+            found.append(Cell(phase, True, None, None, None))
+            continue
+        # A fault in the first step of all follows: to where that begins.
+        end = "started" if phase == "start-up" else "first_step"
+        since = part[part.index(failed) :]
+        again = next((event["time"] - failed["time"] for event in since if event["kind"] == end), None)
+        found.append(Cell(phase, True, failed["cause"], failed["time"] - part[0]["time"], again))
+    return found
+
+
+def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
+    """A run of that name with these faults, judged."""
+    kinds = [KINDS[kind] for kind, _ in faults]
+    code = run(folder, name, plan(faults), max(k.data_workers for k in kinds), any(k.small_disk for k in kinds))
+    wrong, found = differences(folder, name, code), cells(folder / name, faults)
+    for (kind, phase), cell in zip(faults, found, strict=True):
+        if not cell.was_injected:
+            wrong.append(f"{phase}: not reached")
+        elif (cell.cause is not None) != KINDS[kind].restarts:
+            wrong.append(f"{phase}: {cell.cause or 'no restart'}, unlike expected")
+    return Outcome(found, wrong)
+
+
+def undisturbed(folder: Path) -> None:
+    """The data, and the run that all others are compared with."""
+    folder.mkdir(parents=True)
+    make_data(folder)
+    assert run(folder, "undisturbed", "") == 0, (folder / "undisturbed.log").read_text()
+
+
+def table(folder: Path) -> str:
+    """docs/faults.md from all outcomes of the folder."""
+    found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.outcome")}
+    what = {name: kind.what for name, kind in KINDS.items()} | NODES
+    lines = [f"| fault | {' | '.join(PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
+    for name in filter(found.get, what):
+        by_phase = {cell["phase"]: cell for cell in found[name]["cells"]}
+        shown = [_shown(by_phase[phase]) if phase in by_phase else "" for phase in PLACES]
+        failed = " **fails**" if found[name]["wrong"] else ""
+        lines.append(f"| {what[name]}{failed} | {' | '.join(shown)} |")
+    parts = [
+        HEAD.format(cores=os.cpu_count(), load=os.getloadavg()[2], hang=RESILIENCE["hang_seconds"]),
+        *lines,
+        "",
+    ]
+    parts += ["Cells are empty where there is nothing to be hurt:", ""]
+    parts += [f"- {kind.what}: {kind.elsewhere}" for name, kind in KINDS.items() if name in found and kind.elsewhere]
+    if wrong := [
+        f"- {what[name]}: {'; '.join(found[name]['wrong'])}" for name in what if found.get(name, {}).get("wrong")
+    ]:
+        parts += ["", "What fails:", "", *wrong]
+    return "\n".join(parts) + "\n"
+
+
+def _shown(cell: dict) -> str:
+    if not cell["was_injected"]:
+        return "not reached"
+    if cell["cause"] is None:
+        return "goes on"
+    return f"{cell['detection']:.1f} + " + ("?" if cell["recovery"] is None else f"{cell['recovery']:.1f}")
+
+
+HEAD = """# Faults and what becomes of a run
+
+Written by `make faults` (tests/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), two gloo
+ranks, a tiny model. Each run suffers one kind of fault in one phase after the other, and counts only if it ends by
+itself with the losses, grad norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit;
+otherwise it is marked.
+
+Seconds: from the fault until it is seen + from then until the next finished step (start-up: until the first step
+begins). A hang is told after {hang} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
+"""
+
+
+def outcome(folder: Path, name: str) -> Outcome:
+    """Of a kind of fault in all its phases."""
+    if name in KINDS:
+        return suffer(folder, name, [(name, phase) for phase in KINDS[name].phases])
+    from fault_nodes import suffer_apart  # it uses this module
+
+    wrong = suffer_apart(folder, name)
+    return Outcome(cells(folder / name, [(name, "steady state")]), wrong)
+
+
+def main() -> None:
+    """The command line, see above."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="a folder; outcomes that it has are not made again")
+    parser.add_argument("--table", type=Path, help="where to write the table of all outcomes in --out")
+    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="of faults, with commas")
+    chosen = parser.parse_args()
+    if not (chosen.out / "undisturbed").exists():
+        undisturbed(chosen.out)
+    failed = False
+    for name in chosen.kinds.split(","):
+        path = chosen.out / f"{name}.outcome"
+        if not path.exists():
+            path.write_text(json.dumps(asdict(outcome(chosen.out, name)), indent=1))
+        wrong = json.loads(path.read_text())["wrong"]
+        failed = failed or bool(wrong)
+        print(f"{name}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
+    if chosen.table is not None:
+        chosen.table.write_text(table(chosen.out))
+    sys.exit(int(failed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Faults between two nodes: the host of the rendezvous store ends, the network between them is cut for a while.
+
+    python tests/fault_nodes.py FOLDER lost_store|network_cut     a folder that fault_matrix.py has worked in
+
+Two commands on this machine are the nodes, one rank each. For the cut each is in a network namespace of its own (with
+its own host name), joined by a pair of virtual interfaces of which one goes down; that needs no root where
+unprivileged user namespaces are allowed. Judged like the runs of fault_matrix.py.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fault_matrix
+from fault_kinds import below, command_line
+from faults import record
+
+from megamm.resilience import events
+
+RENDEZVOUS = ("join=60", "last_call=1", "keep_alive=0.5")
+STEP, SECONDS = 5, 240
+HOSTS = {"node-a": "192.0.2.1", "node-b": "192.0.2.2"}
+"""RFC 5737: of no network; the namespaces have no way out."""
+IN_NAMESPACE = (
+    'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; touch "$3"; read _; shift 3; exec "$@" </dev/null'
+)
+
+
+def wait_for(what, seconds=SECONDS):
+    """The first true value of what()."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def can_cut() -> bool:
+    """Whether namespaces and virtual interfaces can be had here."""
+    try_it = "ip link add name ve-a type veth peer name ve-b && mount --bind /etc/hosts /etc/hosts"
+    command = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", try_it]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
+
+
+class Job:
+    """Two nodes; rank 0 pauses once at STEP for what is to be done to them."""
+
+    def __init__(self, folder: Path, name: str, endpoint: str) -> None:
+        self.folder, self.name, self.output = folder, name, folder / name
+        self.records = folder / f"{name}.records"
+        command, self.env = fault_matrix.prepare(folder, name, f">pause@step:{STEP}:0:*")
+        times = [f"resilience.rendezvous.{value}" for value in RENDEZVOUS]
+        self.command = [*command, "--nproc", "1", "--nnodes", "2:2", "--rendezvous", endpoint, *times]
+        self.nodes: list[subprocess.Popen] = []
+
+    def start(self, *before: str, **options) -> subprocess.Popen:
+        """One more node; `before`: what its command is given to."""
+        with (self.folder / f"{self.name}.log").open("a") as log:
+            node = subprocess.Popen([*before, *self.command], env=self.env, stdout=log, stderr=log, **options)
+        self.nodes.append(node)
+        return node
+
+    @contextlib.contextmanager
+    def paused(self, kind: str):
+        """Within, rank 0 is about to begin STEP."""
+        wait_for((self.records / "paused").exists)
+        record(self.output, kind, "step", STEP, 0, 0)
+        yield
+        (self.records / "paused").unlink()
+
+    def failed(self):
+        return [event for event in events.read(self.output) if event["kind"] == "failed"]
+
+    def end(self) -> list[str]:
+        """Wait; what is wrong, compared with the undisturbed run."""
+        codes = [node.wait(timeout=SECONDS) for node in self.nodes]
+        return fault_matrix.differences(self.folder, self.name, next(filter(None, codes), 0))
+
+    def kill(self) -> None:
+        for node in self.nodes:
+            node.kill()
+
+
+def lost_store(folder: Path) -> list[str]:
+    """The agent that hosts the store is killed -9; its command and the other node's agent have to mend it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    job = Job(folder, "lost_store", endpoint)
+    try:
+        host = job.start()
+        wait_for(lambda: _listens(endpoint))
+        job.start()
+        with job.paused("lost_store"):
+            agent = next(p for p in below(host.pid) if "megamm.resilience.agent" in command_line(p))
+            os.kill(agent, signal.SIGKILL)
+        return job.end()
+    finally:
+        job.kill()
+
+
+def _listens(endpoint):
+    host, port = endpoint.split(":")
+    with socket.socket() as client:
+        return client.connect_ex((host, int(port))) == 0
+
+
+def network_cut(folder: Path) -> list[str]:
+    """In a namespace of its own, see main: the link goes down in a step, and comes back when that was seen."""
+    job = Job(folder, "network_cut", "node-a:29400")
+    hosts = job.records / "hosts"
+    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in HOSTS.items()))
+    try:
+        _ip("link", "add", "name", "ve-a", "type", "veth", "peer", "name", "ve-b")
+        for (name, address), link in zip(HOSTS.items(), ("ve-a", "ve-b"), strict=True):
+            ready = job.records / name
+            shell = ["sh", "-e", "-c", IN_NAMESPACE, "sh", name, str(hosts), str(ready)]
+            node = job.start("unshare", "--uts", "--mount", "--net", *shell, stdin=subprocess.PIPE)
+            wait_for(ready.exists)
+            _ip("link", "set", link, "netns", str(node.pid))
+            _ip("addr", "add", f"{address}/24", "dev", link, within=node)
+            _ip("link", "set", link, "up", within=node)
+        for node in job.nodes:
+            node.stdin.write(b"\n")
+            node.stdin.close()
+        with job.paused("network_cut"):
+            _ip("link", "set", "ve-b", "down", within=job.nodes[1])
+        wait_for(job.failed)
+        _ip("link", "set", "ve-b", "up", within=job.nodes[1])
+        return job.end()
+    finally:
+        job.kill()
+
+
+def _ip(*arguments: str, within: subprocess.Popen | None = None) -> None:
+    enter = [] if within is None else ["nsenter", "--target", str(within.pid), "--net"]
+    subprocess.run([*enter, "ip", *arguments], check=True)
+
+
+def suffer_apart(folder: Path, kind: str) -> list[str]:
+    """What is wrong with a run under that fault, nothing if it is as undisturbed; in namespaces where it needs them."""
+    unshare = ["unshare", "--user", "--map-root-user", "--net"] if kind == "network_cut" else []
+    command = [*unshare, sys.executable, __file__, str(folder), kind]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * SECONDS)
+    return done.stdout.splitlines() if done.returncode == 0 else [done.stderr.strip().splitlines()[-1]]
+
+
+if __name__ == "__main__":
+    print(*{"lost_store": lost_store, "network_cut": network_cut}[sys.argv[2]](Path(sys.argv[1])), sep="\n", end="")
