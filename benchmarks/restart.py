@@ -80,9 +80,8 @@ def main() -> None:
         print(f"{row['fault']:12}" + "".join(f"{row[name]:12.2f}" for name in COLUMNS))
     killed = statistics.median(row["total"] for row in table if row["fault"] == "sigkill")
     load = os.getloadavg()[0]
-    print(
-        f"kill -9 of a rank to the next finished step: median {killed:.2f} s (load {load:.1f} on {os.cpu_count()} cores)"
-    )
+    on = f"load {load:.1f} on {os.cpu_count()} cores"
+    print(f"kill -9 of a rank to the next finished step: median {killed:.2f} s ({on})")
     if given.json:
         where = {"cpu": platform.processor(), "cores": os.cpu_count(), "load": load, "date": time.strftime("%Y-%m-%d")}
         report = {"machine": where, "hang_seconds": HANG_SECONDS, "rows": table, "kill_to_step_median": killed}
