@@ -77,6 +77,7 @@ KINDS = {
     "kill_template": lambda: _kill(os.getppid()),
     "kill_agent": lambda: _kill(parent(os.getppid())),
     "kill_command": lambda: _kill(parent(parent(os.getppid()))),
+    "own_signal": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "sigterm": lambda: os.kill(parent(parent(os.getppid())), signal.SIGTERM),
 }
 
