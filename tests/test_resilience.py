@@ -159,7 +159,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     assert (output / "checkpoints" / f"step_{done:08d}").is_dir()
 
     command = start(config, "--nproc", 2, faults="until_asked@step:8:0:0")
-    wait_for(lambda: [e for e in of_kind(output, "injected") if e["fault"] == "until_asked"], command)
+    wait_for(lambda: [e for e in of_kind(output, "injected") if e["step"] == 8], command)
     tree = psutil.Process(command.pid).children(recursive=True)
     assert {beat.pid for beat in heartbeat.read(output)} <= {process.pid for process in tree}
     command.kill()
