@@ -149,6 +149,7 @@ OUTSIDE = {
     "kill_template": kill_above(1),
     "kill_agent": kill_above(2),
     "kill_command": kill_above(3),
+    "own_signal": lambda run, pid: os.kill(pid, signal.SIGUSR1),
     "sigterm": lambda run, pid: os.kill(parent(parent(parent(pid))), signal.SIGTERM),
     "kill_loader": lambda run, pid: kill(loader_worker(pid)),
     "stop_loader": lambda run, pid: os.kill(loader_worker(pid), signal.SIGSTOP),

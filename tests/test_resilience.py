@@ -1,8 +1,6 @@
 """Faults in real runs: each is seen, the run goes on by itself, and its numbers are those of an undisturbed run."""
 
 import json
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +18,7 @@ from megamm.resilience import events, heartbeat
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9}
+COMMANDS = []
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +33,20 @@ def config_of(data, name, **resilience):
     return data / name, write_config(data, data / name, **sections)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    yield
+    while COMMANDS:
+        COMMANDS.pop().kill()
+
+
 def start(config, *options, faults=None):
     """The command in a process of its own; output goes to a file beside the config."""
     env = with_faults(faults, environment()) if faults else environment()
     with config.with_suffix(f".{time.monotonic_ns()}.log").open("w") as log:
         command = [sys.executable, "-m", "megamm", "train", str(config), *map(str, options)]
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log)
+        COMMANDS.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+    return COMMANDS[-1]
 
 
 def output_of(config):
@@ -67,12 +74,6 @@ def wait_for(what, process=None):
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
-
-
-def listens(endpoint):
-    host, port = endpoint.split(":")
-    with socket.socket() as client:
-        return client.connect_ex((host, int(port))) == 0
 
 
 @pytest.fixture(scope="module")
@@ -140,16 +141,18 @@ def test_hangs_are_explained(data, undisturbed):
 def test_faults_above_the_ranks(data, undisturbed):
     """Template and agent are killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
     output, config = config_of(data, "above")
-    faults = "kill_template@step:3:1:0,kill_agent@step:5:0:1,sigterm@step:7:1:2"
+    faults = "kill_template@step:3:1:0,kill_agent@step:5:0:1,sigterm@data:6:1:2,until_asked@step:6:1:2"
     assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
     causes = [event["cause"] for event in of_kind(output, "failed")]
     assert causes == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
-    assert numbers(output) == undisturbed[:-2]
-    assert (output / "checkpoints" / "step_00000007").is_dir()
+    done = numbers(output)[-1]["step"]
+    assert done in (6, 7)  # a rank that had begun step 7 went on to its end
+    assert numbers(output) == [line for line in undisturbed if line["step"] <= done]
+    assert (output / "checkpoints" / f"step_{done:08d}").is_dir()
 
     command = start(config, "--nproc", 2, faults="until_asked@step:8:0:0")
-    wait_for(lambda: [e for e in of_kind(output, "injected") if e["fault"] == "until_asked"], command)
+    wait_for(lambda: [e for e in of_kind(output, "injected") if e["step"] == 8], command)
     tree = psutil.Process(command.pid).children(recursive=True)
     assert {beat.pid for beat in heartbeat.read(output)} <= {process.pid for process in tree}
     command.kill()
@@ -187,34 +190,34 @@ def test_no_checkpoint_within_the_grace_time(data):
     assert not of_kind(output, "restarting")
 
 
-def test_a_single_process_without_restarts_saves_on_a_signal(data, undisturbed):
+def test_a_single_process_without_restarts_saves_on_a_signal(data):
     output, config = config_of(data, "single", max_restarts=0)
-    command = start(config)
-    wait_for(lambda: metrics.read_lines(output), command)
-    os.kill(command.pid, signal.SIGUSR1)
-    assert command.wait(timeout=60) in (0, 75)
-    done = max(line["step"] for line in metrics.read_lines(output))
-    state = json.loads((output / "checkpoints" / f"step_{done:08d}" / "state.json").read_text())
-    assert state["consumed_rows"] == 4 * done
+    assert run(config, faults="own_signal@step:3:0:0") == 75, output_of(config)
+    assert max(line["step"] for line in metrics.read_lines(output)) == 3
+    state = json.loads((output / "checkpoints" / "step_00000003" / "state.json").read_text())
+    assert state["consumed_rows"] == 12
     assert not of_kind(output, "launched")
 
 
 def test_nodes_come_and_go(data, undisturbed):
-    """Three nodes for two places: the spare takes over, one goes on alone, another joins; the rows stay the same."""
+    """One node, then two and a spare; the spare takes over, one goes on alone, another joins; the rows are the same."""
     output, config = config_of(data, "nodes", hang_seconds=60)
-    times = ["resilience.rendezvous.keep_alive=0.5", "resilience.rendezvous.last_call=1"]
+    times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
     options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
-    faults = "kill_command@step:3:1:0,kill_command@step:5:1:1,until_asked@data:7:0:2"
+    # Asked in step 3, it stops after 3 or 4: a rank that has begun the next step goes on to its end.
+    kills = "kill_command@step:5:1:1,kill_command@step:5:1:2"
+    faults = f"until_asked@data:3:0:0,{kills},until_asked@data:6:0:3"
     first = start(config, *options, faults=faults)  # it hosts the store
-    wait_for(lambda: listens(options[3]), first)
+    wait_for(lambda: of_kind(output, "launched"), first)
     others = [start(config, *options, faults=faults) for _ in range(2)]
     wait_for(lambda: [e for e in of_kind(output, "restarting") if e["ranks"] == 1], first)
     others.append(start(config, *options, faults=faults))
     assert first.wait(timeout=240) == 0, output_of(config)
-    assert [other.wait(timeout=60) for other in others] == [-9, -9, 0], output_of(config)
+    assert sorted(other.wait(timeout=60) for other in others) == [-9, -9, 0], output_of(config)
     story = [(e["kind"], e["ranks"], e.get("reason")) for e in of_kind(output, "launched", "restarting")]
     assert story == [
-        ("launched", 2, None),
+        ("launched", 1, None),
+        ("restarting", 2, "nodes changed"),
         ("restarting", 2, "failure"),
         ("restarting", 1, "failure"),
         ("restarting", 2, "nodes changed"),
@@ -222,8 +225,8 @@ def test_nodes_come_and_go(data, undisturbed):
     lines = numbers(output)
     assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
     for ours, theirs in zip(lines, undisturbed, strict=True):
-        assert {k: v for k, v in ours.items() if v is not None} == pytest.approx(
-            {k: v for k, v in theirs.items() if v is not None}, rel=1e-5
-        )
+        # How evenly the ranks are loaded depends on their number.
+        wanted = {k: v for k, v in theirs.items() if v is not None and k != "imbalance"}
+        assert {k: ours[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
     state = json.loads((output / "checkpoints" / "step_00000008" / "state.json").read_text())
     assert state["consumed_rows"] == 32 and state["world_size"] == 2

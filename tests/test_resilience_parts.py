@@ -3,6 +3,8 @@
 import itertools
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -252,10 +254,14 @@ def test_commands_come_line_by_line():
     os.write(write_end, b"USR1\n")
     commands.wait(5)
     assert commands.take() == "SIGUSR1"
-    os.close(write_end)
-    commands.wait(5)
-    assert commands.take() == "command ended"
     os.close(read_end)
+    os.close(write_end)
+
+
+def test_an_agent_ends_with_its_command_before_it_does_anything_else():
+    code = "from megamm.resilience.command import Commands as C; c = C(0); c.first_line(); c.wait(60); print('late')"
+    done = subprocess.run([sys.executable, "-c", code], input=b"plan\n", capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 
 
 @pytest.mark.parametrize(

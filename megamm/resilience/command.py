@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megamm.resilience import exit_codes
 from megamm.resilience.hang import Limits
 from megamm.resilience.membership import Times
 from megamm.resilience.policy import Rules
@@ -49,10 +50,13 @@ class Plan:
 
 
 class Commands:
-    """The pipe from the command. Its end needs no answer: the kernel kills the agent with the command."""
+    """The pipe from the command. Its end ends this process at once, without a word to other nodes.
+
+    The kernel does the same (processes.py), but closes a dying command's files first.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor, self._buffer, self._is_open = descriptor, b"", True
+        self.descriptor, self._buffer = descriptor, b""
 
     def first_line(self) -> str:
         """Waits for it."""
@@ -64,7 +68,7 @@ class Commands:
     def wait(self, seconds: float, others: Iterable[Any] = ()) -> None:
         """Return when there is something to take, one of the other files is readable, or time is up."""
         if b"\n" not in self._buffer:
-            watched: Sequence[Any] = [*([self.descriptor] if self._is_open else []), *others]
+            watched: Sequence[Any] = [self.descriptor, *others]
             readable, _, _ = select.select(watched, [], [], seconds)
             if self.descriptor in readable:
                 self._read()
@@ -79,7 +83,6 @@ class Commands:
 
     def _read(self) -> None:
         data = os.read(self.descriptor, 65536)
+        if not data:
+            os._exit(exit_codes.CRASHED)
         self._buffer += data
-        self._is_open = bool(data)
-        if not data and b"\n" not in self._buffer:
-            self._buffer += b"command ended\n"

@@ -36,6 +36,7 @@ def preload(device: Literal["auto", "cpu", "gpu"], engine: str) -> None:
         from megamm.mcore import cpu
 
         cpu.install()
+    import torch._dynamo  # the first optimizer imports it: a second
     import torch.utils.tensorboard  # noqa: F401
 
     import megamm.mcore.engine
