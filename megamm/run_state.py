@@ -5,6 +5,7 @@ The package `checkpoint` knows how one is written and verified; here is what is 
 
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,19 @@ UPLOAD_SECONDS = 300.0
 class RunStore:
     """Saves and restores one run; every rank calls every method."""
 
-    def __init__(self, config: RunConfig, data: RunData, engine: Engine, groups: Groups, place: Device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: RunData,
+        engine: Engine,
+        groups: Groups,
+        place: Device,
+        while_waiting: Callable[[], None],
+    ) -> None:
+        """while_waiting: of Saver."""
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
         c = config.checkpoint
-        self.saver = Saver(config.output, place, c.keep, c.keep_best)
+        self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting)
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
 

@@ -68,7 +68,7 @@ class Trainer:
         self.groups = grid.build(config.parallel, config.train.seed)
         self.engine = engine.build(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
-        self.store = RunStore(config, data, self.engine, self.groups, place)
+        self.store = RunStore(config, data, self.engine, self.groups, place, self._wait_for_writer)
         self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
         rank, gather = self.groups.rank, self.groups.gather
         self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
@@ -219,6 +219,9 @@ class Trainer:
         self.loader.close()
         waited, self.loader = self.loader.waited, self._loader(row)
         self.loader.waited = waited
+
+    def _wait_for_writer(self) -> None:
+        self.pulse.beat("wait", self.step)
 
     def close(self) -> None:
         self.store.close()

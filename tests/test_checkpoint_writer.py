@@ -54,7 +54,14 @@ def _start(memory: int) -> WriterProcess:
 
 
 def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int = 1, attempt: str = "") -> None:
-    job = {"kind": "save", "run": str(run), "step": step, "keep": 1, "attempt": attempt or f"{step}-{id(writer)}"}
+    job = {
+        "kind": "save",
+        "run": str(run),
+        "step": step,
+        "keep": 1,
+        "keep_best": False,
+        "attempt": attempt or f"{step}-{id(writer)}",
+    }
     contents = {f"rng_{rank:05d}.safetensors": b"r" * 100} | (
         {} if rank else {"state.json": b"{}", "tensors/.metadata": b"i"}
     )
@@ -103,9 +110,11 @@ def test_killed_at_every_change(memory, faulty, healthy, tmp_path, same_step):
         ended = _until_done(writer, "published") is not None
         writer.close(10)
         outcomes.add(_newest(run))
+        if _newest(run):
+            checkpoint.verify(run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip())
         _save(healthy, run, 3)
         assert _until_done(healthy, "published")["error"] is None
-        assert _newest(run) == 3 and _names(run) == ["step_00000003"], f"killed at call {kill_at}: {_names(run)}"
+        assert _newest(run) == 3 and _names(run) == ["latest", "step_00000003"], f"{kill_at}: {_names(run)}"
     assert kill_at > 35
     # While a whole checkpoint of the same step is replaced there is a moment without either name.
     assert outcomes == ({0, 1} if same_step else {1, 2})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -88,10 +89,10 @@ class Clock:
         return self.now
 
 
-def watch_of(hang_seconds=5.0, startup=600.0):
+def watch_of(hang_seconds=5.0, startup=600.0, run=Path("no heartbeats here")):
     clock = Clock()
     slots = Slots.create(2)
-    return clock, slots.ranks, hang.Watch(hang.Limits(hang_seconds, startup), clock)
+    return clock, slots.ranks, hang.Watch(hang.Limits(hang_seconds, startup), run, clock)
 
 
 def silence_until_overdue(clock, ranks, watch, tick=0.25):
@@ -125,6 +126,21 @@ def test_what_has_no_usual_time_yet_gets_the_long_limit_and_remembers():
         slot.write(1, "save", 3, clock.now, False)
     watch.begin()
     assert silence_until_overdue(clock, ranks, watch) == pytest.approx(13, abs=0.5)
+
+
+def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_path):
+    clock, ranks, watch = watch_of(run=tmp_path)
+    for slot in ranks:
+        slot.write(1, "save", 3, clock.now, True)
+        slot.set_longest("save", 1.0)
+    elsewhere = Heartbeat(tmp_path, rank=7, attempt=0)
+    for _ in range(60):
+        elsewhere.written = 0.0  # so that each is in the file
+        elsewhere.beat("wait", 3)
+        clock.now += 1
+        assert watch.overdue(ranks) == []
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(3, abs=1.5)  # the last word counts so long
+    elsewhere.close()
 
 
 def test_a_machine_that_slept_is_no_hang():

@@ -17,7 +17,7 @@ COMMAND = (sys.executable, "-S", "-m", "megamm.checkpoint.writer")
 
 
 class WriterProcess:
-    """It has no threads, no device and no torch; in a session of its own, so that Ctrl-C at a terminal spares it."""
+    """It has no device and no torch; in a session of its own, so that Ctrl-C at a terminal spares it."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         """descriptor, size: the shared memory (staging.py)."""

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +54,19 @@ class Published:
 class Saver:
     """Every rank makes one and calls every method but `poll` and `close` at the same time as the others."""
 
-    def __init__(self, run: Path, place: Device, keep: int, keep_best: bool = False) -> None:
-        """keep, keep_best: which checkpoints stay when a new one is complete (tiers/retention.py)."""
+    def __init__(
+        self,
+        run: Path,
+        place: Device,
+        keep: int,
+        keep_best: bool = False,
+        while_waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """keep, keep_best: which checkpoints stay when a new one is complete (tiers/retention.py).
+
+        while_waiting: called about twice a second while this rank waits for its writer and that is at work.
+        """
+        self.while_waiting = while_waiting
         self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.staging: Staging | None = None
@@ -167,6 +178,10 @@ class Saver:
             self._failed(str(error), self.job["step"])
             return
         for answer in answers:
+            if answer["kind"] == "alive":
+                if seconds is None:
+                    self.while_waiting()
+                continue
             self.awaited.remove(answer["kind"])
             if answer["error"] is not None:
                 # Rank 0's own part is told again with the whole.

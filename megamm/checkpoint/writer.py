@@ -1,7 +1,8 @@
 """The writer of a rank: a process that puts staged checkpoints on disk while the rank goes on with its steps.
 
 It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py), and answers one JSON line when
-the image may be changed again ("written"), rank 0's another when the checkpoint has its name ("published"). The writers
+the image may be changed again ("written"), rank 0's another when the checkpoint has its name ("published"); while it is
+at work, "alive" twice a second, so that a rank that waits for a slow disk is not taken for a hung one. The writers
 of a save know of each other by files alone, in a folder whose name no other save has:
 
     checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's
@@ -19,6 +20,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +39,7 @@ POLL_SECONDS = (0.002, 0.1)
 """Between looks for parts: at first, and at most."""
 NICENESS = 10
 """Where cores are scarce the writer takes what time the steps leave."""
+ALIVE_SECONDS = 0.5
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -129,15 +132,27 @@ class Attempt:
 
 def serve(image: mmap.mmap) -> None:
     """Do the jobs on standard input until it closes."""
+    working = threading.Event()
+    threading.Thread(target=_say_alive, args=(working,), daemon=True).start()
     constant: messages.Files = {}
     for job, contents in messages.read(sys.stdin.buffer):
         if job["kind"] == "constant":
             constant = contents
             continue
         attempt = Attempt(job)
+        working.set()
         _answer("written", job, partial(attempt.write_own, memoryview(image)[: job["bytes"]], contents | constant))
         if attempt.is_first:
             _answer("published", job, attempt.publish)
+        working.clear()
+
+
+def _say_alive(working: threading.Event) -> None:
+    """A thread of its own: the other one may be inside a call to the disk."""
+    while True:
+        working.wait()
+        _say({"kind": "alive"})
+        time.sleep(ALIVE_SECONDS)
 
 
 def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
@@ -146,8 +161,12 @@ def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] 
         said = {"error": None} | (action() or {})
     except OSError as error:
         said = {"error": str(error)}
-    sys.stdout.write(json.dumps({"kind": kind, "step": job["step"]} | said) + "\n")
-    sys.stdout.flush()
+    _say({"kind": kind, "step": job["step"]} | said)
+
+
+def _say(line: dict[str, Any]) -> None:
+    """One write of less than a pipe takes at once: lines of the two threads do not mix."""
+    os.write(sys.stdout.fileno(), (json.dumps(line) + "\n").encode())
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ class Agent:
     def __init__(self, plan: Plan, commands: Commands) -> None:
         self.plan, self.commands = plan, commands
         self.workers = Workers(plan.config, plan.processes)
-        self.watch = hang.Watch(plan.limits)
+        self.watch = hang.Watch(plan.limits, plan.run)
         self.membership: Membership
         self.is_fresh, self.attempt = plan.is_fresh, -1
         self.failures: list[policy.Failure] = []

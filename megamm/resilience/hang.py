@@ -4,9 +4,11 @@ A rank beats at every step, evaluation batch and change of phase. It is overdue 
 twice its longest recent time between beats plus resilience.hang_seconds; while that time is not known (start, resume,
 the first step, the first evaluation and checkpoint of a run), for longer than resilience.startup_seconds. Stacks are
 written by the C library's signal handler of faulthandler, which needs no GIL. What a rank waits for is the innermost
-function of the communication layers in them.
+function of the communication layers in them. While a rank of any node waits for its checkpoint writer, which says that
+it is at work (phase "wait"), nobody is overdue: the others wait for that rank.
 """
 
+import math
 import os
 import re
 import signal
@@ -15,13 +17,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megamm.resilience import processes
+from megamm.resilience import heartbeat, processes
 from megamm.resilience.rank import DUMP_SIGNAL
 from megamm.resilience.slots import TIMED, Slot
 from megamm.resilience.workers import Workers
 
 HANGS = "hangs"
 _DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
+_WAIT_SECONDS = 3.0
+"""For which a rank's word that its writer is at work counts; it is renewed every second or so."""
 _COMMUNICATION = (
     "torch/distributed/",
     "megatron/core/distributed/",
@@ -59,8 +63,10 @@ class Report:
 class Watch:
     """Says which ranks are overdue. Typical durations are remembered over attempts of the same agent."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.clock = limits, clock
+    def __init__(self, limits: Limits, run: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limits, self.run, self.clock = limits, run, clock
+        self._waits: dict[int, tuple[int, int]] = {}
+        self._written = -math.inf
         self.longest: dict[str, float] = {}
         self._seen: dict[int, tuple[int, float]] = {}
         self._looked = clock()
@@ -86,11 +92,21 @@ class Watch:
             seconds = [slot.longest()[what] for slot in slots if what in slot.longest()]
             if seconds:
                 self.longest[what] = max(seconds)
-        return [i for i, slot in enumerate(slots) if now - self._seen[i][1] > self.limit(slot)]
+        overdue = [i for i, slot in enumerate(slots) if now - self._seen[i][1] > self.limit(slot)]
+        return overdue if overdue and not self._writes(now) else []
+
+    def _writes(self, now: float) -> bool:
+        """Whether a rank's word that it waits for its writer is new."""
+        for beat in heartbeat.read(self.run):
+            if beat.phase == "wait" and self._waits.get(beat.rank) != (beat.attempt, beat.count):
+                self._waits[beat.rank], self._written = (beat.attempt, beat.count), now
+        return now - self._written < _WAIT_SECONDS
 
     def limit(self, slot: Slot) -> float:
         """Seconds of silence that are too many for this rank now."""
         known = dict(self.longest)
+        if slot.phase == "wait":
+            return self.limits.hang
         if slot.phase in ("data", "step"):
             # Either may take what both took: the loader reads ahead during steps.
             usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)

@@ -9,7 +9,7 @@ import os
 import struct
 from typing import Literal
 
-PHASES = ("start", "resume", "data", "step", "evaluate", "save", "end")
+PHASES = ("start", "resume", "data", "step", "evaluate", "save", "wait", "end")
 TIMED = (*PHASES, "first")
 """What has a typical duration: the phases, and everything until the first step is done (it warms up)."""
 NO_STEP = -1

@@ -10,11 +10,10 @@ loss is read from each checkpoint's own state.json: there is no second record th
 import json
 import logging
 import math
-import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+from megamm.checkpoint import files
 from megamm.tiers import manifest
 
 log = logging.getLogger(__name__)
@@ -81,21 +80,18 @@ def point(run: Path, pointer: str, name: str) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Write a small file under another name, sync and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    """Write a small file under another name, the same each time so that a kill leaves no more than one; rename it."""
+    temporary = path.with_name(f".{path.name}.new")
+    files.write(temporary, [data])
+    files.rename(temporary, path)
 
 
 def remove(folder: Path) -> None:
     """Remove a checkpoint; renamed first: a half-removed folder must not look like one."""
     aside = folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    files.remove_tree(aside)
+    files.rename(folder, aside)
+    files.remove_tree(aside)
 
 
 def set_uploading(run: Path, name: str) -> None:
