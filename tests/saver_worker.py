@@ -39,6 +39,7 @@ def run(trouble: Trouble) -> tuple[str, list[int]]:
     try:
         for step in range(1, trouble.steps + 1):
             if rank == trouble.rank and step in trouble.kills:
+                saver.settle()
                 while saver.awaited:
                     saver._hear(None)
                 os.kill(saver._writer().process.pid, signal.SIGSTOP)

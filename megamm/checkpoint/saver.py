@@ -78,7 +78,7 @@ class Saver:
         """Answers that the writer owes, in order, the last of them to `job`."""
         self.failures, self.problem, self.stall = 0, "", 0.0
         self.copier = ThreadPoolExecutor(1)
-        self.copying: Future[bool] | None = None
+        self.copying: Future[WriterProcess | None] | None = None
         self.settled = 0.0
         """Seconds in all that updates have waited for copies."""
         self.published: list[Published] = []
@@ -116,23 +116,26 @@ class Saver:
             self.finish()
         return self.stall
 
-    def _copy_and_send(self, writer: WriterProcess, blocks: Sequence[Block], contents: Mapping[str, bytes]) -> bool:
+    def _copy_and_send(
+        self, writer: WriterProcess, blocks: Sequence[Block], contents: Mapping[str, bytes]
+    ) -> WriterProcess | None:
+        """The writer, if it has ended."""
         assert self.staging is not None
         self.staging.copy(blocks, steady=True)
         try:
             writer.send(self.job, contents)
         except BrokenPipeError:
-            return False
-        return True
+            return writer
+        return None
 
     def settle(self) -> None:
         """Wait until steady blocks may be changed: an engine's `before_update`, and to be called before a load."""
         if self.copying is not None:
             start = time.monotonic()
             copying, self.copying = self.copying, None
-            sent = copying.result()
+            gone = copying.result()
             self.settled += time.monotonic() - start
-            if not sent:
+            if gone is not None and gone is self.writer:
                 self._hear(None)  # how it ended
 
     def _prepare(self, blocks: Sequence[Block]) -> None:
