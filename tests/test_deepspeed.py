@@ -106,7 +106,7 @@ def _tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by torch's own reader."""
     return {
         k: v
-        for k, v in _load_state_dict_from_keys(checkpoint_id=next((run / "checkpoints").iterdir()) / "tensors").items()
+        for k, v in _load_state_dict_from_keys(checkpoint_id=next((run / "checkpoints").glob("step_*")) / "tensors").items()
         if isinstance(v, torch.Tensor)
     }
 
