@@ -104,11 +104,8 @@ def _read(results: Path, name: str) -> dict[str, torch.Tensor]:
 @cache
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, by torch's own reader."""
-    return {
-        k: v
-        for k, v in _load_state_dict_from_keys(checkpoint_id=next((run / "checkpoints").glob("step_*")) / "tensors").items()
-        if isinstance(v, torch.Tensor)
-    }
+    folder = next((run / "checkpoints").glob("step_*")) / "tensors"
+    return {k: v for k, v in _load_state_dict_from_keys(checkpoint_id=folder).items() if isinstance(v, torch.Tensor)}
 
 
 def _assert_same_steps(ours: dict[str, torch.Tensor], native: dict[str, torch.Tensor], rtol: float = 1e-6) -> None:
