@@ -120,7 +120,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     _, stderr = launcher.communicate(timeout=60)
     assert launcher.returncode == 1
     assert "error: gave up: rank 1: signal 9 (SIGKILL), at step " in stderr.splitlines()[-1], stderr
-    assert _step(output, 4).exists()
+    assert _step(output, 2).exists() or _step(output, 4).exists()  # the latter may still have been being written
     shutil.rmtree(_step(output, 8), ignore_errors=True)  # a fast machine may have ended before the kill
 
     resumed = megamm("train", config, "--nproc", 2)
