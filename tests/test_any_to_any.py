@@ -54,6 +54,7 @@ def write_config(folder: Path, codecs: dict[str, Path], sources: list[dict]) -> 
         "tokenizers": {name: str(path) for name, path in codecs.items()},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
         "train": {"steps": 12, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 12},
+        "resilience": {"max_restarts": 0},  # in the process that knows the toy
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
