@@ -46,8 +46,8 @@ EVALUATED = "150"
 MAX_LOGITS_DIFFERENCE = 1e-4
 PROMISED = (("text", "image"), ("text", "audio"), ("text", "points"), ("image", "points"))
 GAINS = tuple(f"{x}_to_{y}" for a, b in PROMISED for x, y in ((a, b), (b, a)))
-"""Directions whose pair gain must be above zero. Of video it is shown with its standard error but not promised: there are
-few videos, and after minutes of training their gain is not surely above zero."""
+"""Directions whose pair gain must be above zero. Of video it is shown with its standard error but not promised: there
+are few videos, and after minutes of training their gain is not surely above zero."""
 
 
 class Demo:
