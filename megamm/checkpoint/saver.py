@@ -224,6 +224,8 @@ class Saver:
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         if not vote.item():
             return
+        # Here, in step: a rank that ended before rank 0 could end the job before that has told why.
+        self.close()
         problems: list[Any] = [None] * self.world
         dist.all_gather_object(problems, self.problem)
         raise UserError(
