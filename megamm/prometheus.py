@@ -6,13 +6,13 @@ hangs or restarts nobody rewrites the file, and `time() - megamm_heartbeat_oldes
 same. The file is replaced as a whole.
 """
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 from megamm.config import MetricsConfig
 from megamm.errors import UserError
+from megamm.resilience import heartbeat
 
 TEXTFILE = "metrics.prom"
 GAUGES = {
@@ -120,12 +120,6 @@ class Exporter:
 
 def oldest_heartbeat(run: Path) -> float:
     """Unix seconds of the newest attempt's rank not heard of for the longest (RUN/heartbeats); NaN without any."""
-    beats = []
-    for path in (run / "heartbeats").glob("rank_*.json"):
-        try:
-            beat = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError):
-            continue  # replaced or removed this moment: the rank is alive, or of an earlier, larger world
-        beats.append((beat["time"], beat["attempt"]))
+    beats = [(beat.time, beat.attempt) for beat in heartbeat.read(run)]
     newest = max(beats, default=(0.0, 0))[1]
     return min((at for at, attempt in beats if attempt == newest), default=float("nan"))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import TRAIN, _losses, _step, _tensors
-from tiny_run import make_data, megamm, write_config
+from test_train import TRAIN, _step, _tensors
+from tiny_run import make_data, megamm, numbers, write_config
 
 from megamm import checkpoint
 
@@ -61,8 +61,8 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
             stored = _tensors(_step(output, stop))
             for name in [name for name in stored if name.startswith(MAIN)]:
                 assert torch.equal(stored[name], stored[name.removeprefix(MAIN)]), f"{name} is not the weight"
-    wanted = {line["step"]: line for line in _losses(one)}
-    for line in _losses(moved):
+    wanted = {line["step"]: line for line in numbers(one)}
+    for line in numbers(moved):
         for key in ("loss/text", "loss/image", "lr"):
             assert line[key] == pytest.approx(wanted[line["step"]][key], rel=1e-6), (line["step"], key)
     ours, theirs = _tensors(_step(moved, 8)), _tensors(_step(one, 8))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import environment, make_data, megamm, write_config
+from tiny_run import environment, make_data, megamm, numbers, write_config
 
 from megamm import metrics
 from megamm.resilience import heartbeat
@@ -45,17 +45,6 @@ TRAIN = {
     "log_every": 1,
     "eval_every": 8,
 }
-TIMES = (
-    *("tokens_per_s", "seconds_left", "data_wait_share", "data_wait_seconds", "step_seconds", "evaluation_seconds"),
-    *("checkpoint_stall_seconds", "time", "goodput", "restarts", "heartbeat_age"),
-)
-
-
-def _losses(run: Path) -> list[dict]:
-    """Every reported value but the timings; equality of these is bit-identity (JSON keeps all digits)."""
-    lines = metrics.read_lines(run)
-    timings = (*TIMES, "steps")
-    return [{k: v for k, v in line.items() if k not in timings and "straggler/" not in k} for line in lines]
 
 
 def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -79,7 +68,7 @@ def _step(run: Path, number: int) -> Path:
 
 
 def test_loss_falls(undisturbed):
-    lines = [line for line in _losses(undisturbed) if "loss/text" in line]
+    lines = [line for line in numbers(undisturbed) if "loss/text" in line]
     assert len(lines) == 8
     for name in ("loss/text", "loss/image"):
         assert lines[-1][name] < lines[0][name] - 0.1
@@ -90,7 +79,7 @@ def test_plain_torch_operators_train_alike(data, undisturbed):
     config = write_config(data, data / "torch", train=TRAIN)
     done = megamm("train", config, "ops=torch", "--nproc", 2)
     assert "INFO megamm.mcore.backbone: ops: torch, asked for" in done.stderr
-    lines = list(zip(_losses(undisturbed), _losses(data / "torch"), strict=True))
+    lines = list(zip(numbers(undisturbed), numbers(data / "torch"), strict=True))
     assert len(lines) == 9  # eight steps and the held-out losses
     for compiled, plain in lines:
         absent = {name for name, value in compiled.items() if value is None}  # the data have no video
@@ -104,7 +93,7 @@ def test_metrics_are_read_back_by_tensorboard(undisturbed):
 
     events = EventAccumulator(str(undisturbed / "tensorboard"))
     events.Reload()
-    ours = [line["loss/image"] for line in _losses(undisturbed) if "loss/image" in line]
+    ours = [line["loss/image"] for line in numbers(undisturbed) if "loss/image" in line]
     assert [e.value for e in events.Scalars("loss/image")] == pytest.approx(ours, rel=1e-6)
     assert {"heldout/text", "grad_norm", "lr", "tokens_per_s"} <= set(events.Tags()["scalars"])
 
@@ -126,7 +115,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     resumed = megamm("train", config, "--nproc", 2)
     assert resumed.returncode == 0, resumed.stderr
     assert "saved by the same layout" in resumed.stdout
-    assert _losses(output) == _losses(undisturbed)
+    assert numbers(output) == numbers(undisturbed)
     ours, theirs = _tensors(_step(output, 8)), _tensors(_step(undisturbed, 8))
     assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
     assert ours.keys() == theirs.keys()
@@ -154,8 +143,8 @@ def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
         done = megamm("train", config, "--nproc", processes)
         assert done.returncode == 0, done.stderr
         assert "saved by layout" in done.stdout
-    wanted = {line["step"]: line for line in _losses(undisturbed) if "loss/text" in line}
-    for line in _losses(output):
+    wanted = {line["step"]: line for line in numbers(undisturbed) if "loss/text" in line}
+    for line in numbers(output):
         if "loss/text" in line:
             for key in ("loss/text", "loss/image", "lr"):
                 assert line[key] == pytest.approx(wanted[line["step"]][key], rel=1e-6)
@@ -196,8 +185,8 @@ def test_imported_weights_start_a_run(data, undisturbed):
     config = write_config(data, run, train=TRAIN | {"stop_after": 1})
     done = megamm("train", config)
     assert done.returncode == 0, done.stderr
-    first = next(line for line in _losses(run) if "loss/text" in line)
-    assert first["loss/text"] < _losses(undisturbed)[0]["loss/text"] - 0.1
+    first = next(line for line in numbers(run) if "loss/text" in line)
+    assert first["loss/text"] < numbers(undisturbed)[0]["loss/text"] - 0.1
 
 
 def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
@@ -205,7 +194,7 @@ def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
     train = TRAIN | {"precision": "bf16", "recompute": "full", "eval_every": 0}
     config = write_config(data, output, train=train, optimizer={"schedule": "wsd", "decay_steps": 2})
     assert megamm("train", config).returncode == 0
-    lines = _losses(output)
+    lines = numbers(output)
     assert lines[-1]["loss/image"] < lines[0]["loss/image"] - 0.1
     assert [round(line["lr"] * 1e3, 3) for line in lines] == [1.5, 3, 3, 3, 3, 3, 1.5, 0]
     tensors = _tensors(_step(output, 8))
@@ -236,6 +225,6 @@ def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
     assert [s["window"] for s in state["mixture"]["segments"]] == [0, 1]
     assert state["mixture"]["segments"][1]["weights"] == {"drawn": 1.0, "copied": 3.0}
     assert "in step " in done.stderr and "drawn 1 -> 0.25, copied 0.75 (new)" in done.stderr
-    wanted = {line["step"]: line for line in _losses(undisturbed) if "loss/text" in line}
-    lines = [line for line in _losses(output) if "loss/text" in line]
+    wanted = {line["step"]: line for line in numbers(undisturbed) if "loss/text" in line}
+    lines = [line for line in numbers(output) if "loss/text" in line]
     assert [line["step"] for line in lines] == [3, 4] and all(line == wanted[line["step"]] for line in lines)

@@ -107,17 +107,18 @@ def publish(temporary: Path, final: Path) -> None:
     """
     old = final.with_name(f".old-{final.name}")
     if final.exists():
-        files.rename(final, old if is_valid(final) else _aside(final))
+        files.rename(final, old if is_valid(final) else aside(final))
     files.rename(temporary, final)
     files.sync_folder(final.parent)
     files.remove_tree(old)
 
 
-def _aside(final: Path) -> Path:
+def aside(final: Path) -> Path:
+    """A name under which a damaged checkpoint is kept."""
     number = 1
-    while (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
+    while (other := final.with_name(f"damaged-{final.name}-{number}")).exists():
         number += 1
-    return aside
+    return other
 
 
 def remove_leftovers(run: Path, but: str) -> None:

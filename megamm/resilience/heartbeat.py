@@ -105,6 +105,6 @@ def read(run: Path) -> list[Beat]:
     for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
         try:
             beats.append(Beat(**json.loads(path.read_text())))
-        except (json.JSONDecodeError, TypeError):
+        except (OSError, json.JSONDecodeError, TypeError):
             continue
     return beats

@@ -14,6 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megamm import checkpoint
+from megamm.checkpoint import files
+from megamm.checkpoint.folder import aside
 from megamm.errors import UserError
 from megamm.resilience import events
 from megamm.tiers import manifest, retention
@@ -97,7 +99,8 @@ class _Chooser:
             if manifest.parse(data, tier.remote.url) != listed:
                 raise RemoteError(f"{name} was replaced while it was copied", tier.remote.url)
             retention.replace(temporary / manifest.NAME, data)
-            set_aside(final)
+            if final.exists():
+                files.rename(final, aside(final))
             temporary.rename(final)
             checkpoint.verify(final)
 
@@ -150,15 +153,6 @@ def choose(run: Path, durable: str | None = None) -> Choice | None:
     if last_error is not None:
         raise last_error
     return None
-
-
-def set_aside(final: Path) -> None:
-    """Keep a damaged checkpoint under another name."""
-    number = 1
-    while final.exists() and (aside := final.with_name(f"damaged-{final.name}-{number}")).exists():
-        number += 1
-    if final.exists():
-        final.rename(aside)
 
 
 def _told(error: UserError) -> dict[str, Any]:
