@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from guard_faults import Case
-from test_train import _losses, _step, _tensors
-from tiny_run import make_data, write_config
+from test_train import _step, _tensors
+from tiny_run import make_data, numbers, write_config
 
 from megamm import layout, metrics
 from megamm.config import StragglerConfig, config_from_dict
@@ -97,7 +97,7 @@ def test_skip_is_a_step_without_update_and_survives_a_restart(runs):
     runs.run("skip", nan, steps=5)
     ours = runs.run("skip", steps=8)
     reference = runs.run("no_update", ("no_update", {"at": [4]}), steps=8)
-    lines = list(zip(_losses(ours), _losses(reference), strict=True))
+    lines = list(zip(numbers(ours), numbers(reference), strict=True))
     assert len(lines) == 8
     for mine, theirs in lines:
         if mine["step"] == 4:
@@ -141,7 +141,7 @@ def test_flipped_bit_in_one_ranks_activation_is_transient(runs, undisturbed):
     run = runs.run("flipped", ("flipped_bit", {"rank": 1, "at": [4]}), steps=8)
     (event,) = [e for e in events.read(run) if e["kind"] == "loss_guard"]
     assert (event["step"], event["action"], event["ranks"]) == (4, "transient", [1])
-    assert _losses(run) == _losses(undisturbed)[:8]
+    assert numbers(run) == numbers(undisturbed)[:8]
     _assert_same_state(_step(run, 8), _step(undisturbed, 8))
 
 
@@ -174,7 +174,7 @@ def test_spike_of_poisoned_rows_is_skipped(runs, undisturbed):
     assert _actions(run) == [(9, "skip")]
     (event,) = [e for e in events.read(run) if e["kind"] == "loss_guard"]
     assert "deviations above the median" in event["why"] and event["rows"] == [32, 36]
-    assert _losses(run)[:8] == _losses(undisturbed)[:8]
+    assert numbers(run)[:8] == numbers(undisturbed)[:8]
     _assert_same_state(_step(run, 8), _step(undisturbed, 8))
 
 
@@ -188,7 +188,7 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs):
     run = runs.run("rollback", guard=guard, steps=12)
     reference = runs.run("left_out", ("rows_left_out", {"first": 28, "count": 8}), guard=guard, steps=12)
     assert _actions(run) == [(9, "rollback")]
-    assert _losses(run) == _losses(reference) and len(_losses(run)) == 12
+    assert numbers(run) == numbers(reference) and len(numbers(run)) == 12
     _assert_same_state(_step(run, 12), _step(reference, 12))
     assert (run / "checkpoints" / "rolled_back-step_00000008-1" / "manifest.json").exists()
     assert _state(run, 12)["consumed_rows"] == 48 + 8
