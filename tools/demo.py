@@ -41,6 +41,8 @@ CODECS = {
     "text": ("--vocabulary", "2048"),
 }
 """What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""
+RENDERED = ("sweethome", "blendswap")
+"""Sources whose pictures and videos are made here."""
 EVALUATED = "150"
 """Held-out samples of each source at most."""
 MAX_LOGITS_DIFFERENCE = 1e-4
@@ -66,6 +68,9 @@ class Demo:
     def stages(self) -> list[Stage]:
         out, codecs, export = self.out, self.out / "tokenizers", str(self.out / "export")
         raws, sources = [str(out / "raw" / name) for name in self.names], [str(shard) for shard in self.shards]
+        # Two at once: rendering the models takes two thirds of the time, and waits for its downloads.
+        parts = [[name for name in self.names if (name in RENDERED) == rendered] for rendered in (True, False)]
+        fetch = tuple(("data", "fetch", *part, "--to", str(out / "raw")) for part in parts)
         build = ("data", "build", *raws, "--to", str(out / "shards"), *BUILD)
         train = tuple(
             ("tokenizer", "train", name, *sources, "--to", str(codecs / name), *options)
@@ -75,7 +80,7 @@ class Demo:
         evaluation = (export, *sources, "--run", str(self.run_folder), "--json", str(out / "eval.json"))
         evaluation += ("--limit", EVALUATED)
         return [
-            Stage("fetch", (), (("data", "fetch", *self.names, "--to", str(out / "raw")),)),
+            Stage("fetch", (), fetch, at_once=True),
             Stage("build", ("shards",), (build,)),
             Stage("tokenizers", ("tokenizers",), train, at_once=True),
             Stage("tokenize", (), (("data", "tokenize", *sources, *options),)),
