@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from megamm.errors import UserError
 from megamm.prometheus import TEXTFILE, Exporter
 from megamm.report.run import write_report
 from megamm.report.svg import Series, number, plot, thin, ticks
-from megamm.resilience import events
+from megamm.resilience import events, heartbeat
 from megamm.resilience.goodput import account
 
 STEPS = 24
@@ -152,8 +153,8 @@ def test_textfile_is_read_back_by_prometheus(run):
 
 def _beat(run: Path, rank: int, seconds: float, attempt: int) -> None:
     (run / "heartbeats").mkdir(exist_ok=True)
-    beat = {"rank": rank, "time": seconds, "attempt": attempt, "phase": "step", "step": 1}
-    (run / "heartbeats" / f"rank_{rank:05d}.json").write_text(json.dumps(beat))
+    beat = heartbeat.Beat(rank, pid=1, host="node", phase="step", step=1, count=1, time=seconds, attempt=attempt)
+    (run / "heartbeats" / f"rank_{rank:05d}.json").write_text(json.dumps(asdict(beat)))
 
 
 def test_endpoint_tells_of_a_hang(tmp_path):
@@ -179,7 +180,7 @@ def test_endpoint_tells_of_a_hang(tmp_path):
             _beat(folder, rank, now - age, attempt)
         (folder / "heartbeats" / "rank_00009.json").write_text('{"rank"')
         found = scrape()
-        assert found[("megamm_heartbeat_oldest_timestamp_seconds",)] == pytest.approx(now - 90)
+        assert found[("megamm_heartbeat_oldest_timestamp_seconds",)] == pytest.approx(now - 90, abs=0.001)
         assert (found[("megamm_step",)], found[("megamm_restarts",)]) == (3, 2)
         assert exporter.heartbeat_age()["heartbeat_age"] == pytest.approx(90, abs=30)
         exporter.update({"step": 4, "loss/image": None, "loss/text": 1.5, "grad_norm": None, "mfu": 0.4, "time": now})
