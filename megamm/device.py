@@ -124,6 +124,12 @@ def gpus() -> list[str]:
     return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}" for p in found]
 
 
+def visible() -> list[str] | None:
+    """Indices or UUIDs of the GPUs that this process may use, None for all; found without touching the driver."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
 def torch_build() -> str:
     """What torch was built for, "CPU" or a version of the GPU's toolkit."""
     return "CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"

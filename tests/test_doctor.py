@@ -12,11 +12,12 @@ import pytest
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 from typer.testing import CliRunner
 
-from megamm import accelerators, doctor, layout
+from megamm import accelerators, layout
 from megamm.accelerators import describe, fuses_weight_gradients, installed
 from megamm.cli import app
 from megamm.config import RunConfig, load_config
 from megamm.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
+from megamm.doctor import installation
 from megamm.errors import UserError
 from megamm.ops import library
 
@@ -36,8 +37,8 @@ def test_report_of_this_environment():
     """Versions are those that the packages' metadata give; what is not installed is said to be so."""
     shown = CliRunner().invoke(app, ["doctor"])
     rows = _rows(shown.output)
-    assert shown.exit_code == (1 if doctor.examine().faults else 0), shown.output
-    assert not list(doctor._package_faults())
+    assert shown.exit_code == (1 if installation.examine().faults else 0), shown.output
+    assert not list(installation._package_faults())
     for package in ("torch", "megatron-core", "megamm"):
         # torch itself says more than the metadata of a GPU build: 2.13.0+cu130.
         assert rows[package].split(",")[0].split("+")[0] == importlib.metadata.version(package).split("+")[0]
@@ -87,7 +88,7 @@ def test_ops_that_do_not_load_are_wrong(tmp_path, monkeypatch):
     library.FILE.write_bytes(b"not a library")
     library.load.cache_clear()
     try:
-        report = doctor.examine()
+        report = installation.examine()
     finally:
         library.load.cache_clear()
     assert any("broken.so does not load" in f.what and "rebuild" in f.remedy for f in report.faults)

@@ -13,7 +13,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import checkpoint, data, observe, tokenizer, use
+from megamm.cli import checkpoint, data, doctor, observe, tokenizer, use
 from megamm.cli.common import log_to_console
 from megamm.errors import UserError
 from megamm.resilience import exit_codes
@@ -23,6 +23,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(use.app)
+app.add_typer(doctor.app)
 app.add_typer(observe.app)
 
 
@@ -78,15 +79,6 @@ def train(
 
     if run_training(run, boundary) == "requeue":
         raise typer.Exit(exit_codes.REQUEUE)
-
-
-@app.command()
-def doctor() -> None:
-    """What this machine and installation offer a run, and what is wrong; exit code 1 if something is."""
-    from megamm.doctor import examine
-
-    if not examine().show():
-        raise typer.Exit(1)
 
 
 def yaml_of(run: BaseModel) -> str:

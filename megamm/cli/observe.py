@@ -1,10 +1,13 @@
-"""What a run did, and what a larger one would do: `megamm report`, `megamm simulate-faults`."""
+"""How runs are, what they did, and what a larger one would do: `megamm runs|attach|report|simulate-faults`."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from megamm.cli.common import print_tables
 from megamm.errors import UserError
 
 app = typer.Typer()
@@ -25,6 +28,47 @@ def report(
     if out is not None and not out.parent.is_dir():
         raise UserError("no such folder", where=out.parent, remedy="make it, or write elsewhere")
     print(f"report: {write_report(run, out)}")
+
+
+@app.command("runs")
+def list_runs(
+    folders: Annotated[list[Path], typer.Argument(help="output folders of runs, or folders above them")],
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON object a run")] = False,
+) -> None:
+    """How runs are: state, step, losses, goodput, restarts, age of the oldest heartbeat, log; from their folders."""
+    from megamm.report import runs
+
+    found = [runs.status(run) for run in runs.find(folders)]
+    if as_json:
+        print(*(json.dumps(asdict(one)) for one in found), sep="\n")
+    elif found:
+        print_tables(runs.table(found))
+        print(
+            *(f"{one.run}: {one.state}, {one.why}" for one in found if one.state not in ("running", "done")), sep="\n"
+        )
+    else:
+        print("no run there")
+
+
+@app.command()
+def attach(
+    run: Annotated[Path, typer.Argument(help="a run's output folder")],
+    as_json: Annotated[bool, typer.Option("--json", help="events and metrics as they were recorded")] = False,
+) -> None:
+    """Follow a run's events and figures until it ends; exit code 1 if it has failed. Ctrl-C leaves the run alone."""
+    from megamm.report import follow, runs
+
+    if runs.find([run])[:1] != [run]:
+        raise UserError("no events and no metrics of a run", where=run, remedy="name the `output` folder of a run")
+    try:
+        for line in follow.follow(run):
+            print(json.dumps(line) if as_json else follow.text(line), flush=True)
+    except KeyboardInterrupt:
+        return
+    ended = runs.status(run)
+    print(json.dumps(asdict(ended)) if as_json else f"{ended.state}: {ended.why}")
+    if ended.state == "failed":
+        raise typer.Exit(1)
 
 
 @app.command("simulate-faults")

@@ -3,6 +3,7 @@
 Nothing of a run is started, no GPU is initialised beyond asking for its name, and Megatron-core is not imported.
 """
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -22,6 +23,7 @@ from rich.text import Text
 
 import megamm
 from megamm import accelerators, device, ops
+from megamm.checkpoint.state import code_version
 from megamm.ops import library
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -76,6 +78,19 @@ def examine() -> Report:
     }
     faults = [*_package_faults(), *_ops_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)]
     return Report(findings, faults)
+
+
+def versions() -> dict[str, str]:
+    """Everything whose version can change what a run computes or how its ranks talk; absent packages left out."""
+    packages = {needed.name: _version(needed.name) for needed in _requirements()}
+    library_ = hashlib.sha256(library.FILE.read_bytes()).hexdigest()[:12] if library.FILE.exists() else "not built"
+    return {
+        "python": platform.python_version(),
+        "megamm": code_version(),
+        "fused ops": library_,
+        "driver": device.driver_version() or "none",
+        **{name: version for name, version in packages.items() if version is not None},
+    }
 
 
 def _software() -> dict[str, str]:

@@ -1,0 +1,201 @@
+"""Several nodes before a run: whether they have the same versions and time, and which of them is slow.
+
+Every node looks at itself (node.py), then they meet (meeting.py). Pairs of nodes sum tensors, each node with up to
+three others, then all do (exchange.py). A node is as fast as in its best pair, so that a slow node spoils nobody's
+figure but its own. Bandwidths in GB/s, times in seconds.
+"""
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megamm import device
+from megamm.doctor import exchange, installation
+from megamm.doctor.findings import Finding, Node
+from megamm.doctor.meeting import TURN, Lost, Meeting
+from megamm.doctor.storage import CLOCK_REMEDY, MAX_SKEW
+from megamm.resilience.supervisor import Nodes
+
+ROUNDS = 3
+SLOW = 0.5
+"""Of the median of all nodes; a node below is slow, if no expectation is given."""
+ALL = "all"
+
+
+@dataclass(frozen=True)
+class Result:
+    """own: this node's; nodes: all of them on the node of the rendezvous, elsewhere this one; together: GB/s of all."""
+
+    own: Node
+    nodes: tuple[Node, ...]
+    together: float | None = None
+
+    @property
+    def is_fit(self) -> bool:
+        return not self.own.faults
+
+    def lines(self) -> list[str]:
+        return [line for node in self.nodes if (line := node.line())]
+
+    def to_json(self) -> dict[str, Any]:
+        several = {"nodes": [node.to_json() for node in self.nodes], "all_reduce_gb_per_s": self.together}
+        return self.own.to_json() | (several if len(self.nodes) > 1 else {})
+
+
+def compare(own: Node, nodes: Nodes, join: float, least_bandwidth: float | None) -> Result:
+    """Meet the others and be compared; least_bandwidth in GB/s between two nodes, None for SLOW times the median."""
+    meeting = None
+    try:
+        meeting = Meeting(nodes, join)
+        brought = {"node": own.to_json(), "facts": facts(own), "gpus": len(device.gpus()), "fit": not own.faults}
+        everyone = meeting.gather(nodes, brought)
+        result = _lead(meeting, everyone, least_bandwidth) if meeting.rank == 0 else _attend(meeting)
+        meeting.part(len(everyone))
+        return result
+    except Lost as error:
+        remedy = f"look at the node of {nodes.rendezvous}, and at name resolution and firewall"
+        lost = Node(own.name, (*own.findings, Finding("network", str(error), "wrong", remedy)))
+        return Result(lost, (lost,))
+
+
+def facts(own: Node) -> dict[str, str]:
+    """What must be the same on all nodes."""
+    ports = [f.text for f in own.findings if f.check == "InfiniBand" and f.verdict == "good"]
+    return installation.versions() | {"GPUs": ", ".join(device.gpus()) or "none", "InfiniBand": "; ".join(ports)}
+
+
+def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None) -> Result:
+    """On rank 0: ask, judge, and tell every node."""
+    ahead = meeting.clocks(len(everyone))
+    fit = [rank for rank, node in enumerate(everyone) if node["fit"]]
+    processes = min((everyone[rank]["gpus"] for rank in fit), default=0)
+    plan: dict[str, Any] = {
+        "fit": fit,
+        "processes": processes,
+        "names": names([node["node"]["node"] for node in everyone]),
+    }
+    meeting.tell("plan", plan)
+    figures = [_exchange(meeting, plan)]
+    for rank in range(1, len(everyone)):
+        told = meeting.hear(f"figures/{rank}", TURN)
+        figures.append({name: exchange.Exchange(**figure) for name, figure in told.items()})
+    compared = (
+        same([node["facts"] for node in everyone]),
+        times(ahead),
+        speeds(figures, plan["names"], least),
+    )
+    judged = []
+    for rank, (node, name, *added) in enumerate(zip(everyone, plan["names"], *compared, strict=True)):
+        judged.append(Node(name, (*Node.from_json(node["node"]).findings, *added)))
+        meeting.tell(f"verdict/{rank}", judged[-1].to_json())
+    together = [figure[ALL].bandwidth for figure in figures if ALL in figure]
+    known = [speed for speed in together if speed is not None]
+    return Result(judged[0], tuple(judged), min(known) if known and len(known) == len(together) else None)
+
+
+def _attend(meeting: Meeting) -> Result:
+    meeting.tell_time()
+    figures = _exchange(meeting, meeting.hear("plan", TURN))
+    meeting.tell(f"figures/{meeting.rank}", {name: asdict(figure) for name, figure in figures.items()})
+    own = Node.from_json(meeting.hear(f"verdict/{meeting.rank}", TURN))
+    return Result(own, (own,))
+
+
+def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exchange]:
+    """This node's part of the measurement; a node with a fault of its own would hold up the others and has none."""
+    fit, own = plan["fit"], meeting.rank
+    if own not in fit or len(fit) < 2:
+        return {}
+    processes = max(plan["processes"], 1)
+    members = [(f"pair/{i}-{j}", (i, j)) for pairs in rounds(fit) for i, j in pairs if own in (i, j)]
+    groups = [
+        exchange.Group(name, group.index(own) * processes, len(group) * processes)
+        for name, group in [*members, (ALL, tuple(fit))]
+    ]
+    backend = "nccl" if plan["processes"] else "gloo"
+    job = exchange.Job(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
+    return exchange.measure(job, meeting.store)
+
+
+def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
+    """Up to ROUNDS rounds of disjoint pairs, no pair twice: the circle method of tournaments."""
+    ring: list[int | None] = [*nodes] + [None] * (len(nodes) % 2)
+    found = []
+    for _ in range(min(ROUNDS, len(ring) - 1)):
+        pairs = zip(ring[: len(ring) // 2], reversed(ring[len(ring) // 2 :]), strict=True)
+        found.append([(min(i, j), max(i, j)) for i, j in pairs if i is not None and j is not None])
+        ring = [ring[0], ring[-1], *ring[1:-1]]
+    return found
+
+
+def names(given: Sequence[str]) -> list[str]:
+    """Unique: nodes of one name get their rank behind it."""
+    counts = Counter(given)
+    return [name if counts[name] == 1 else f"{name}#{rank}" for rank, name in enumerate(given)]
+
+
+def same(facts_of: Sequence[dict[str, str]]) -> list[Finding]:
+    """By rank: what a node has otherwise than most; among as many, than the node of the rendezvous."""
+    differing: list[list[str]] = [[] for _ in facts_of]
+    for key in dict.fromkeys(key for facts_here in facts_of for key in facts_here):
+        values = [facts_here.get(key, "not there") for facts_here in facts_of]
+        usual = max(values, key=values.count)  # the first of as many is that of the lowest rank
+        for texts, value in zip(differing, values, strict=True):
+            if value != usual:
+                texts.append(f"{key} {value}, most others {usual}")
+    remedy = "install there what the others have"
+    return [
+        Finding.judged("same versions", "" if texts else "as on the other nodes", "; ".join(texts) or None, remedy)
+        for texts in differing
+    ]
+
+
+def times(ahead: Sequence[float]) -> list[Finding]:
+    """By rank: every clock against the median of all."""
+    found = []
+    for seconds in ahead:
+        off = seconds - statistics.median_low(ahead)
+        fault = f"more than {MAX_SKEW:g} s" if abs(off) > MAX_SKEW else None
+        found.append(Finding.judged("time", f"{off:+.3f} s from the median of the nodes", fault, CLOCK_REMEDY))
+    return found
+
+
+def speeds(
+    figures: Sequence[dict[str, exchange.Exchange]], names_of: Sequence[str], least: float | None
+) -> list[Finding]:
+    """By rank: a node's best pair against `least`, or SLOW times the median of all nodes' best.
+
+    A pair that failed is held against a node that had no other: the fault may be its partner's.
+    """
+    pairs = [{name: figure for name, figure in of_node.items() if name != ALL} for of_node in figures]
+    best = [max((f.bandwidth for f in of_node.values() if f.bandwidth is not None), default=None) for of_node in pairs]
+    known = [speed for speed in best if speed is not None]
+    bound, why = least, "expected"
+    if least is None and len(known) > 2:
+        bound, why = SLOW * statistics.median(known), f"{SLOW:g} times the median of the nodes"
+    remedy = "look at its network (ibstat, ethtool, NCCL_DEBUG=INFO), or leave it out"
+    found = []
+    for rank, (of_node, speed) in enumerate(zip(pairs, best, strict=True)):
+        failed = {_partner(name, rank, names_of): f for name, f in of_node.items() if f.bandwidth is None}
+        told = "; ".join(f"no all-reduce with {name}: {f.why}" for name, f in failed.items())
+        if not of_node:
+            found.append(Finding("bandwidth", "not measured: too few nodes without faults", "unknown"))
+        elif speed is None:
+            is_partners = not known and all(f.of_another for f in failed.values())
+            found.append(Finding("bandwidth", told, "unknown" if is_partners else "wrong", remedy))
+        elif bound is not None and speed < bound:
+            text = f"{speed:.3g} GB/s in its best pair: below {bound:.3g} GB/s, {why}"
+            text += "; of two nodes the other may be the slow one" if len(known) == 2 else ""
+            found.append(Finding("bandwidth", text, "wrong", remedy))
+        else:
+            text = f"{speed:.3g} GB/s in its best pair"
+            found.append(Finding("bandwidth", f"{text}; {told}" if told else text, "warning" if told else "good"))
+    return found
+
+
+def _partner(name: str, rank: int, names_of: Sequence[str]) -> str:
+    """Of the pair "pair/i-j"."""
+    i, j = map(int, name.removeprefix("pair/").split("-"))
+    return names_of[j if i == rank else i]

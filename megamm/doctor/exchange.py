@@ -1,0 +1,188 @@
+"""How fast this node sums tensors with others: short all-reduces within groups of nodes, by gloo or NCCL.
+
+In: groups with this node's rank in each. Out: for every group the bus bandwidth in GB/s (10^9 bytes), 2 (n - 1) / n
+times the bytes over the seconds of the best of several (the definition of NVIDIA's nccl-tests), or what went wrong.
+
+A process a GPU (one on a CPU) does all groups one after the other. Where one fails or hangs, it is ended and another
+does the groups that are left. The nodes of a group wait for each other only, so a fault stays with those who meet it.
+"""
+
+import datetime
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import IO, Any, Literal
+
+STARTUP, LIMIT = 90.0, 30.0
+"""Seconds until a new process has done its first group, and for every further one."""
+BYTES = {"gloo": 2**22, "nccl": 2**28}
+SECONDS = 0.3
+"""About how long a group is measured, 3 to 20 times."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some nodes of the job; rank: of this node's first process, of `world` processes."""
+
+    name: str
+    rank: int
+    world: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be measured by each of a node's processes; host, port: of the store where they meet."""
+
+    host: str
+    port: int
+    backend: Literal["gloo", "nccl"]
+    processes: int
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Of one group; bandwidth in GB/s, None where it failed: then why, and whether that was another node's doing."""
+
+    bandwidth: float | None
+    why: str = ""
+    of_another: bool = False
+
+
+def measure(job: Job, store: Any) -> dict[str, Exchange]:
+    """This node's figures by group; store: where it tells the others of what fails here."""
+    found: dict[str, Exchange] = {}
+    while len(found) < len(job.groups):
+        rest = Job(job.host, job.port, job.backend, job.processes, job.groups[len(found) :])
+        workers = _Workers(rest)
+        limit = STARTUP
+        try:
+            for group in rest.groups:
+                found[group.name] = workers.wait(group.name, store, time.monotonic() + limit)
+                limit = LIMIT
+                if found[group.name].bandwidth is None:
+                    break
+        finally:
+            workers.end()
+    return found
+
+
+class _Workers:
+    """The processes of this node; what they print comes in through a queue."""
+
+    def __init__(self, job: Job) -> None:
+        self.told: queue.Queue[tuple[int, str]] = queue.Queue()
+        self.errors: list[IO[str]] = []
+        self.processes = []
+        for index in range(job.processes):
+            self.errors.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115  closed by `end`
+            env = os.environ | {"LOCAL_RANK": str(index)}
+            if job.host in ("127.0.0.1", "localhost"):
+                env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.errors[-1],
+                text=True,
+            )
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(asdict(job) | {"index": index}))
+            process.stdin.close()
+            threading.Thread(target=self._read, args=(index, process.stdout), daemon=True).start()
+            self.processes.append(process)
+
+    def _read(self, index: int, out: IO[str]) -> None:
+        for line in out:
+            self.told.put((index, line))
+        self.told.put((index, ""))
+
+    def wait(self, name: str, store: Any, deadline: float) -> Exchange:
+        """Until all have done this group, one has failed, or another node says that it has."""
+        speeds: list[float] = []
+        while len(speeds) < len(self.processes):
+            try:
+                index, line = self.told.get(timeout=0.1)
+            except queue.Empty:
+                if store.check([f"broken/{name}"]):
+                    return Exchange(None, store.get(f"broken/{name}").decode(), of_another=True)
+                if time.monotonic() > deadline:
+                    return self._broken(name, store, "it did not end")
+                continue
+            if not line:
+                return self._broken(name, store, self._last_words(index))
+            speeds.append(json.loads(line))
+        return Exchange(min(speeds))
+
+    def _broken(self, name: str, store: Any, why: str) -> Exchange:
+        if store.check([f"broken/{name}"]):  # what fails there makes it fail here
+            return Exchange(None, store.get(f"broken/{name}").decode(), of_another=True)
+        store.set(f"broken/{name}", why)
+        return Exchange(None, why)
+
+    def _last_words(self, index: int) -> str:
+        self.errors[index].seek(0)
+        return (self.errors[index].read().strip().splitlines() or ["it ended without a word"])[-1][:200]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process, errors in zip(self.processes, self.errors, strict=True):
+            process.wait()
+            errors.close()
+
+
+def main() -> None:
+    """One process: a line with the bandwidth for every group."""
+    import torch.distributed as dist
+
+    from megamm import device
+
+    job = json.load(sys.stdin)
+    place = device.choose("gpu" if job["backend"] == "nccl" else "cpu")
+    timeout = datetime.timedelta(seconds=STARTUP)
+    store = dist.TCPStore(job["host"], job["port"], is_master=False, timeout=timeout)
+    for group in job["groups"]:
+        dist.init_process_group(
+            job["backend"],
+            store=dist.PrefixStore(group["name"], store),
+            rank=group["rank"] + job["index"],
+            world_size=group["world"],
+            timeout=timeout,
+        )
+        print(json.dumps(_bus_bandwidth(place, BYTES[job["backend"]], group["world"])), flush=True)
+        dist.destroy_process_group()
+
+
+def _bus_bandwidth(place: Any, size: int, world: int) -> float:
+    import torch
+    import torch.distributed as dist
+
+    tensor = torch.full((size // 4,), dist.get_rank() + 1.0, device=place.torch_device)
+    dist.all_reduce(tensor)
+    if not bool((tensor == world * (world + 1) / 2).all()):
+        raise RuntimeError("an all-reduce gave a wrong sum")
+
+    def once() -> float:
+        dist.barrier()
+        place.synchronize()
+        begin = time.perf_counter()
+        dist.all_reduce(tensor.zero_())
+        place.synchronize()
+        return time.perf_counter() - begin
+
+    slowest = torch.tensor(once(), device=place.torch_device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    times = min(max(int(SECONDS / slowest.item()), 3), 20)
+    return 2 * (world - 1) / world * size / min(once() for _ in range(times)) / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Memory, process limits and InfiniBand ports of this node, as Linux shows them; nothing is written or opened.
+
+Sizes in GiB. InfiniBand: /sys/class/infiniband/HCA/ports/PORT (Linux, Documentation/ABI/stable/sysfs-class-infiniband).
+"""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+from megamm.doctor.findings import Finding
+
+INFINIBAND = Path("/sys/class/infiniband")
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+LEAST_GIB, LEAST_SHARE = 1.0, 0.1
+"""Of memory that must be free before a run starts: both."""
+HCAS = "NCCL_IB_HCA"
+FILES = (512, 4096)
+"""Open files: below the first a run fails, below the second a large one (rank 0 has a connection to every rank)."""
+
+
+def look() -> list[Finding]:
+    """Everything here."""
+    ports = list(_ports())
+    return [_memory(), *_limits(has_infiniband=bool(ports)), *_infiniband(ports)]
+
+
+def _memory() -> Finding:
+    import psutil
+
+    found = psutil.virtual_memory()
+    free, total = found.available / 2**30, found.total / 2**30
+    limit = _cgroup_memory()
+    if limit is not None:
+        free, total = min(free, limit[0]), min(total, limit[1])
+    least = max(LEAST_GIB, LEAST_SHARE * total)
+    fault = f"less than {least:.1f} GiB" if free < least else None
+    return Finding.judged(
+        "memory",
+        f"{free:.1f} of {total:.1f} GiB free",
+        fault,
+        "end what holds it (ps aux --sort=-rss), or ask for more of it",
+    )
+
+
+def _cgroup_memory() -> tuple[float, float] | None:
+    """Free and allowed GiB by the control group (version 2) of a container or job; None without a limit."""
+    own = next((line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")), "/")
+    for folder in (CGROUPS / own.lstrip("/"), CGROUPS):
+        try:
+            most = (folder / "memory.max").read_text().strip()
+            used = int((folder / "memory.current").read_text())
+            lines = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except OSError:
+            continue
+        if most != "max":
+            cache = int(lines.get("inactive_file", "0"))  # given up when memory is short
+            return (int(most) - used + cache) / 2**30, int(most) / 2**30
+    return None
+
+
+def _limits(has_infiniband: bool) -> Iterator[Finding]:
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    files = FILES[1] if files == resource.RLIM_INFINITY else files
+    if files < FILES[1]:
+        fails, suffices = FILES
+        remedy = f"ulimit -n {16 * suffices} (limits.conf, LimitNOFILE)"
+        yield Finding("limits", f"{files} open files", "wrong" if files < fails else "warning", remedy)
+    size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if size != resource.RLIM_INFINITY:
+        yield Finding("limits", f"files of at most {size / 2**30:.2f} GiB", "wrong", "ulimit -f unlimited")
+    locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    if has_infiniband and locked != resource.RLIM_INFINITY:
+        text = f"{locked / 2**20:.0f} MiB of locked memory, which InfiniBand needs without limit"
+        yield Finding("limits", text, "wrong", "ulimit -l unlimited (limits.conf, LimitMEMLOCK)")
+    yield Finding("limits", "open files, file size and locked memory looked at")
+
+
+def _ports() -> Iterator[tuple[str, int, str, str]]:
+    """HCA, port, state ("ACTIVE") and rate of every port."""
+    for port in sorted(INFINIBAND.glob("*/ports/*")):
+        state, rate = ((port / name).read_text().strip() for name in ("state", "rate"))
+        yield port.parts[-3], int(port.name), state.rpartition(":")[2].strip(), rate
+
+
+def _infiniband(ports: list[tuple[str, int, str, str]]) -> Iterator[Finding]:
+    """Ports that NCCL may use must be active; those that nobody named may be unused ones."""
+    setting = os.environ.get(HCAS, "")
+    if not ports and not setting:
+        yield Finding("InfiniBand", "no port")
+        return
+    absent = (
+        [] if setting.startswith("^") else [t for t in _tokens(setting) if not any(_is(t, p, setting) for p in ports)]
+    )
+    if absent:
+        yield Finding("InfiniBand", f"{', '.join(absent)} of {HCAS} is not there", "wrong", "look at lspci and ibstat")
+    chosen = [port for port in ports if _is_chosen(port, setting)]
+    active = [port for port in chosen if port[2] == "ACTIVE"]
+    down = [f"{hca}:{number} is {state}" for hca, number, state, _ in chosen if state != "ACTIVE"]
+    if down:
+        remedy = f"look at ibstat, cable and switch, or leave it out by {HCAS}"
+        yield Finding("InfiniBand", ", ".join(down), "wrong" if setting or not active else "warning", remedy)
+    rates = sorted({rate for *_, rate in active})
+    yield Finding("InfiniBand", f"{len(active)} of {len(chosen)} ports active" + "".join(f", {rate}" for rate in rates))
+
+
+def _tokens(setting: str) -> list[str]:
+    return [token for token in setting.lstrip("^=").split(",") if token]
+
+
+def _is(token: str, port: tuple[str, int, str, str], setting: str) -> bool:
+    """Whether NCCL takes this token for that port: "mlx5" or "mlx5_0:1"; a prefix, or the name after "="."""
+    hca, _, number = token.partition(":")
+    same = port[0] == hca if setting.lstrip("^").startswith("=") else port[0].startswith(hca)
+    return same and number in ("", str(port[1]))
+
+
+def _is_chosen(port: tuple[str, int, str, str], setting: str) -> bool:
+    named = any(_is(token, port, setting) for token in _tokens(setting))
+    return not setting or named != setting.startswith("^")
