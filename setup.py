@@ -68,7 +68,7 @@ INSTALL_REQUIRES = [
 
 # What a laptop run does not need. The drivers' versions decide on a cluster, so the ranges stay open.
 EXTRAS_REQUIRE = {
-    # Video decoding on the GPU; the health of GPUs for `megamm doctor --preflight` (NVIDIA's own binding of NVML, brings
+    # Video decoding on the GPU; the health of GPUs for `megamm doctor --preflight` (the binding of NVML, which brings
     # nothing). The kernels of megamm/ops need no package.
     "cuda": ["nvidia-dali-cuda130>=2.4,<3", "nvidia-ml-py>=12.560"],
     # Jobs sent from Python; launchers/slurm needs nothing.
