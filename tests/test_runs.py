@@ -59,6 +59,12 @@ STEPPING = [(1.0, "step", 3), (2.0, "data", 3)]
         ([LAUNCHED, STARTED], [(700.0, "save", 3), (700.0, "save", 3)], "silent", "rank 0 on host-0, in save"),
         ([LAUNCHED, STARTED, (5.0, "failed", FAILED)], STEPPING, "waiting", "for a restart after: killed by SIGKILL"),
         ([LAUNCHED, STARTED, (5.0, "failed", FAILED), (2.0, "restarting", {})], STEPPING, "waiting", "restarting"),
+        (
+            [LAUNCHED, STARTED, (5.0, "evicted", {"why": "slow"})],
+            STEPPING,
+            "waiting",
+            "for a restart after: evicted: slow",
+        ),
         ([LAUNCHED, STARTED, (700.0, "failed", FAILED)], STEPPING, "failed", "killed by SIGKILL"),
         ([LAUNCHED, STARTED, (5.0, "failed", FAILED | {"cause": "error: x; y"})], STEPPING, "failed", "error: x; y"),
         ([LAUNCHED, (5.0, "gave_up", {"why": "3 failures"})], STEPPING, "failed", "gave up: 3 failures"),

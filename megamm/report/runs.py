@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 State = Literal["waiting", "running", "silent", "stopping", "stopped", "done", "failed"]
 FINAL = ("stopped", "done", "failed")
-LIFE = ("launched", "restarting", "resumed", "started", "signal", "failed", "finished", "gave_up")
+LIFE = ("launched", "restarting", "resumed", "started", "signal", "failed", "evicted", "finished", "gave_up")
 SILENT_SECONDS, STARTUP_SECONDS = 60.0, 600.0
 """Without a heartbeat until a run counts as silent: within steps (three of its steps if that is longer), and in what
 may take long by itself. A failure that no restart has followed is final after the latter."""
@@ -122,7 +122,7 @@ def _state(
             return "done", "finished"
         case "gave_up":
             return "failed", f"gave up: {last.get('why', '')}"
-        case "failed":
+        case "failed" | "evicted":
             return _after_failure(last, life, now)
         case "signal":
             if ended or now - last["time"] > STARTUP_SECONDS:
@@ -142,7 +142,7 @@ def _state(
 
 def _after_failure(last: dict[str, Any], life: list[dict[str, Any]], now: float) -> tuple[State, str]:
     """A restart follows, unless the user has to mend something or had asked for the end."""
-    cause = str(last.get("cause", "failed"))
+    cause = str(last.get("cause") or f"{last['kind']}: {last.get('why', '')}")
     since_launch = life[max((i for i, e in enumerate(life) if e["kind"] in ("launched", "restarting")), default=0) :]
     is_final = cause.startswith("error: ") or any(event["kind"] == "signal" for event in since_launch)
     if is_final or now - last["time"] > STARTUP_SECONDS:
