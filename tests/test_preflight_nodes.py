@@ -24,6 +24,8 @@ from megamm.doctor.meeting import Lost, Meeting
 from megamm.resilience.supervisor import Nodes
 
 PACE = 10_000_000
+NODE = Node("stopped", ())
+BROUGHT = {"facts": {}, "gpus": 0, "fit": True}
 
 
 def free_port() -> int:
@@ -158,6 +160,33 @@ def test_clocks_and_latecomers(monkeypatch):
 def test_the_node_of_the_rendezvous_may_be_the_one_whose_clock_is_wrong():
     verdicts = [finding.verdict for finding in cluster.times([0.0, -7.0, -7.1, -6.9])]
     assert verdicts == ["wrong", "good", "good", "good"]
+
+
+def test_a_node_that_comes_and_then_stops(monkeypatch):
+    """It is named, and does not keep the others waiting."""
+    monkeypatch.setattr(meeting, "ANSWER", 0.3)
+    wanted = Nodes.parse("2", f"127.0.0.1:{free_port()}")
+    host = Meeting(wanted, 5.0)
+    thread = threading.Thread(target=lambda: Meeting(wanted, 5.0).gather(wanted, BROUGHT | {"node": NODE.to_json()}))
+    thread.start()
+    everyone = host.gather(wanted, BROUGHT | {"node": Node("host", ()).to_json()})
+    result = cluster._lead(host, everyone, None)
+    thread.join()
+    assert result.is_fit and [node.name for node in result.nodes] == ["host", "stopped"]
+    assert [f.check for f in result.nodes[1].faults] == ["network"]
+    assert result.lines() == ["bad node stopped: network: came, and does not answer any more; look at the node"]
+
+
+def test_no_place_to_meet(tmp_path):
+    """A mistake in the option is the user's; a host that nobody knows is a fault of the node."""
+    command = [sys.executable, "-m", "megamm", "doctor", "--nnodes", "2", "--join", "0.5", "--rendezvous"]
+    for endpoint, code, what in (
+        ("a:b:c", 2, "error: --rendezvous: "),
+        ("no.invalid:1", 1, "no.invalid:1 does not ans"),
+    ):
+        done = subprocess.run([*command, endpoint], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
+        assert what in done.stderr
 
 
 @pytest.mark.skipif(bool(gpus()), reason="the fault is a GPU that is not there")

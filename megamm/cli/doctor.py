@@ -36,8 +36,8 @@ def doctor(
     With --preflight or several --nnodes: GPUs, InfiniBand, memory, limits, disks, clocks, and between nodes versions
     and bandwidth. The exit code of a command is that of its own node; a bad one is named in one line on stderr.
     """
-    # Before torch is loaded: a node that leaves is told of in one line, not in stacks of the store's.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Before torch is loaded: what goes wrong between nodes is told in one line, not in stacks of the store's.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from megamm.resilience.supervisor import Nodes
 
     nodes = Nodes.parse(nnodes, rendezvous)

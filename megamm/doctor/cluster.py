@@ -69,7 +69,8 @@ def facts(own: Node) -> dict[str, str]:
 def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None) -> Result:
     """On rank 0: ask, judge, and tell every node."""
     ahead = meeting.clocks(len(everyone))
-    fit = [rank for rank, node in enumerate(everyone) if node["fit"]]
+    lost = {rank for rank, seconds in enumerate(ahead) if seconds is None}
+    fit = [rank for rank, node in enumerate(everyone) if node["fit"] and rank not in lost]
     processes = min((everyone[rank]["gpus"] for rank in fit), default=0)
     plan: dict[str, Any] = {
         "fit": fit,
@@ -79,7 +80,11 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
     meeting.tell("plan", plan)
     figures = [_exchange(meeting, plan)]
     for rank in range(1, len(everyone)):
-        told = meeting.hear(f"figures/{rank}", TURN)
+        try:
+            told = {} if rank in lost else meeting.hear(f"figures/{rank}", exchange.STARTUP + exchange.LIMIT)
+        except Lost:
+            told = {}
+            lost.add(rank)
         figures.append({name: exchange.Exchange(**figure) for name, figure in told.items()})
     compared = (
         same([node["facts"] for node in everyone]),
@@ -88,6 +93,8 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
     )
     judged = []
     for rank, (node, name, *added) in enumerate(zip(everyone, plan["names"], *compared, strict=True)):
+        if rank in lost:
+            added.append(Finding("network", "came, and does not answer any more", "wrong", "look at the node"))
         judged.append(Node(name, (*Node.from_json(node["node"]).findings, *added)))
         meeting.tell(f"verdict/{rank}", judged[-1].to_json())
     together = [figure[ALL].bandwidth for figure in figures if ALL in figure]
@@ -116,7 +123,10 @@ def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exch
     ]
     backend = "nccl" if plan["processes"] else "gloo"
     job = exchange.Job(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
-    return exchange.measure(job, meeting.store)
+    try:
+        return exchange.measure(job, meeting.store)
+    except meeting.failures as error:
+        raise Lost(f"the measurement broke off: {error}") from None
 
 
 def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
@@ -152,11 +162,15 @@ def same(facts_of: Sequence[dict[str, str]]) -> list[Finding]:
     ]
 
 
-def times(ahead: Sequence[float]) -> list[Finding]:
-    """By rank: every clock against the median of all."""
+def times(ahead: Sequence[float | None]) -> list[Finding]:
+    """By rank: every clock against the median of all that are known."""
+    middle = statistics.median_low([seconds for seconds in ahead if seconds is not None])
     found = []
     for seconds in ahead:
-        off = seconds - statistics.median_low(ahead)
+        if seconds is None:
+            found.append(Finding("time", "not told", "unknown"))
+            continue
+        off = seconds - middle
         fault = f"more than {MAX_SKEW:g} s" if abs(off) > MAX_SKEW else None
         found.append(Finding.judged("time", f"{off:+.3f} s from the median of the nodes", fault, CLOCK_REMEDY))
     return found

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
-STARTUP, LIMIT = 90.0, 30.0
+STARTUP, LIMIT = 90.0, 60.0
 """Seconds until a new process has done its first group, and for every further one."""
 BYTES = {"gloo": 2**22, "nccl": 2**28}
 SECONDS = 0.3

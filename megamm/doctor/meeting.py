@@ -10,11 +10,14 @@ import socket
 import time
 from typing import Any
 
+from megamm.errors import UserError
 from megamm.resilience.supervisor import Nodes
 
+PORT = 29400
+"""As `megamm train` takes it from torch where none is given."""
 PINGS = 5
-TURN = 600.0
-"""Until the other nodes are through with what comes before."""
+TURN, ANSWER = 600.0, 20.0
+"""Until the other nodes are through with what comes before; until a node that is there does the next thing."""
 LEAVE = 10.0
 
 
@@ -27,10 +30,13 @@ class Meeting:
 
     def __init__(self, nodes: Nodes, join: float) -> None:
         import torch.distributed as dist
+        from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-        assert nodes.rendezvous is not None
-        host, _, port = nodes.rendezvous.rpartition(":")
-        self.host, self.port, self.deadline = host, int(port), time.monotonic() + join
+        try:
+            self.host, self.port = parse_rendezvous_endpoint(nodes.rendezvous, default_port=PORT)
+        except ValueError as error:
+            raise UserError(f"--rendezvous: {error}", remedy="write HOST:PORT, the same on each node") from None
+        self.deadline = time.monotonic() + join
         self.failures = (RuntimeError, ValueError)
         listener = _listener(self.host, self.port)
         limit = datetime.timedelta(seconds=max(join, 1.0))
@@ -59,18 +65,22 @@ class Meeting:
             raise Lost("this node came too late")
         return [self.hear(f"node/{rank}", TURN) for rank in range(size)] if self.rank == 0 else []
 
-    def clocks(self, size: int) -> list[float]:
-        """Seconds that each node's clock is ahead of this one's; called on rank 0 while the others call `tell_time`.
+    def clocks(self, size: int) -> list[float | None]:
+        """Seconds that each node's clock is ahead of this one's, None for a node that does not answer any more; called
+        on rank 0 while the others call `tell_time`.
 
         Cristian (1989): of several questions, the one that was answered soonest tells best.
         """
-        ahead = [0.0]
+        ahead: list[float | None] = [0.0]
         for rank in range(1, size):
             self.tell(f"turn/{rank}", True)
-            for ping in range(PINGS):
-                self.hear(f"ping/{rank}/{ping}", TURN)
-                self.tell(f"pong/{rank}/{ping}", time.time())
-            ahead.append(self.hear(f"ahead/{rank}", TURN))
+            try:
+                for ping in range(PINGS):
+                    self.hear(f"ping/{rank}/{ping}", ANSWER)
+                    self.tell(f"pong/{rank}/{ping}", time.time())
+                ahead.append(self.hear(f"ahead/{rank}", ANSWER))
+            except Lost:
+                ahead.append(None)
         return ahead
 
     def tell_time(self) -> None:
