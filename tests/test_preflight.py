@@ -198,6 +198,7 @@ def test_limits_of_a_process():
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
+    pytest.importorskip("pynvml")
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
