@@ -5,14 +5,14 @@ write the same checkpoint tensors (mcore/store.py), so that a run can change its
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.blocks import Block, Shape
 from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
@@ -44,6 +44,13 @@ the weights. Without a way to run it again, the engine has changed them already.
 """
 
 
+Fill = Callable[[Sequence[Block], Mapping[str, Shape], set[str]], None]
+"""Sets blocks: of weights, and of main copies under `optimizer.state.param.NAME`. It is told all tensors of the whole
+
+model with their shapes, and which have the vocabulary as their first axis.
+"""
+
+
 class Engine(Protocol):
     """Every rank calls every method, in the same order. loss_weights is float64 `[modalities]`."""
 
@@ -65,6 +72,9 @@ class Engine(Protocol):
 
     def blocks(self) -> list[Block]:
         """This rank's share of the model and optimizer tensors: the same list at every call but for the data."""
+
+    def start_from(self, fill: Fill) -> None:
+        """Let `fill` set the weights, and their main copies where these are of another dtype; called once."""
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         """Read what any engine at any layout stored after `step` optimizer steps (updates made)."""

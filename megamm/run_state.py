@@ -18,6 +18,7 @@ from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.mcore.groups import Groups
 from megamm.resilience import events
+from megamm.start.begin import begin
 from megamm.tiers.choose import choose
 from megamm.tiers.uploader import Uploader
 
@@ -103,13 +104,18 @@ class RunStore:
             self.uploader.stop()
 
     def resume(self) -> checkpoint.RunState | None:
-        """Restore engine, data and generators from the newest valid checkpoint; None where there is none."""
+        """Restore engine, data and generators from the newest valid checkpoint.
+
+        None where there is none: the run is at its first step, with the weights of config.start_from if that is set.
+        """
         start, c = time.monotonic(), self.config.checkpoint
         found = choose(self.config.output, c.durable)
         if c.durable and self.groups.rank == 0:
             self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
         if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
+            if self.config.start_from is not None:
+                begin(self.config, self.data.vocabulary, self.engine, self.config.start_from)
             return None
         state = self.restore(found.folder)
         if self.groups.rank == 0:

@@ -17,6 +17,7 @@ from megamm.config.sections import (
     ResilienceConfig,
     RunConfig,
     SourceConfig,
+    StartConfig,
     StragglerConfig,
     TrainConfig,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "ResilienceConfig",
     "RunConfig",
     "SourceConfig",
+    "StartConfig",
     "StragglerConfig",
     "TrainConfig",
     "config_from_dict",

@@ -129,6 +129,29 @@ class TrainConfig(Section):
     eval_every: int = Field(0, ge=0)
 
 
+Action = Literal["load", "new", "ignore"]
+
+
+class StartConfig(Section):
+    """Other weights that a run begins with while it has no checkpoint of its own (docs/starting.md).
+
+    vocabulary: what is done with a range of ids; rules: with tensors, each `action: pattern` over their names, the
+    first that matches counts. load: taken from the source; new: as in a fresh model; ignore: in the source alone.
+    """
+
+    checkpoint: str = Field(description="a run, one checkpoint, a URL of checkpoints, an export or a Qwen3 folder")
+    vocabulary: dict[str, Action] = {}
+    rules: list[Annotated[dict[Action, str], Field(min_length=1, max_length=1)]] = []
+    model_changes: list[str] = Field([], description="keys of model that may differ though they change its function")
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _without_secrets(cls, place: str) -> str:
+        from megamm.tiers.remote import checked_url, is_url
+
+        return checked_url(place) if is_url(place) else place
+
+
 class CheckpointConfig(Section):
     """How often the state of a run is kept, in steps, and how many of its checkpoints stay."""
 
@@ -218,6 +241,7 @@ class RunConfig(Section):
     tokenizers: dict[str, Path] = Field(description="codec folders: text, visual (image and video), audio, points")
     optimizer: OptimizerConfig
     train: TrainConfig
+    start_from: StartConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -7,16 +7,18 @@ transformers keeps q, k, v, gate and up apart, one tensor a layer (and expert).
 G query groups, N heads, D head size, F feed-forward size, E experts; other letters as in data/sample.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from megamm.config import ModelConfig
+from megamm.config import ModelConfig, MoEConfig
 from megamm.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
 
+EMBEDDING = "embedding.word_embeddings.weight"
 _LAYER = "decoder.layers."
 _PLAIN = {  # one to one: stored name -> name in a layer of transformers
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -54,12 +56,10 @@ def check_expressible(m: ModelConfig) -> None:
 
 def to_transformers(stored: Tensors, m: ModelConfig, vocabulary_size: int) -> Tensors:
     """Stored tensors to a Qwen3 state dict; run-time padding of the vocabulary is cut off."""
+    tables = (EMBEDDING, "output_layer.weight")
     result = {
-        "model.embed_tokens.weight": stored["embedding.word_embeddings.weight"][:vocabulary_size],
-        "model.norm.weight": stored["decoder.final_layernorm.weight"],
+        name: stored[ours][:vocabulary_size] if ours in tables else stored[ours] for ours, name in unstacked(m).items()
     }
-    if not m.tie_embeddings:
-        result["lm_head.weight"] = stored["output_layer.weight"][:vocabulary_size]
     for layer in range(m.num_layers):
         for ours, theirs in _plain(m).items():
             result[f"model.layers.{layer}.{theirs}"] = stored[f"{_LAYER}{ours}"][layer]
@@ -86,21 +86,32 @@ def _split_layer(stored: Tensors, m: ModelConfig, layer: int) -> Iterator[tuple[
         yield f"{prefix}down_proj.weight", stored[f"{_LAYER}mlp.experts.experts.linear_fc2.weight"][layer, expert]
 
 
-def from_transformers(theirs: Tensors, m: ModelConfig) -> Tensors:
+def unstacked(m: ModelConfig) -> dict[str, str]:
+    """Stored tensors without an axis of layers: their names in transformers."""
+    tables = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
+    return tables if m.tie_embeddings else tables | {"output_layer.weight": "lm_head.weight"}
+
+
+def from_transformers(theirs: Mapping[str, torch.Tensor], m: ModelConfig) -> Tensors:
     """A Qwen3 state dict to stored tensors: the inverse of `to_transformers`. KeyError names a missing tensor."""
-    stored = {
-        "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": theirs["model.norm.weight"],
-    }
-    if not m.tie_embeddings:
-        stored["output_layer.weight"] = theirs["lm_head.weight"]
-    layers = [_join_layer(theirs, m, f"model.layers.{layer}.") for layer in range(m.num_layers)]
+    stored = {ours: theirs[name] for ours, name in unstacked(m).items()}
+    layers = [join_layer(theirs, m, layer) for layer in range(m.num_layers)]
     for name in layers[0]:
-        stored[f"{_LAYER}{name}"] = torch.stack([layer[name] for layer in layers])
+        stored[name] = torch.stack([layer[name] for layer in layers])
     return stored
 
 
-def _join_layer(theirs: Tensors, m: ModelConfig, prefix: str) -> Tensors:
+def is_stacked(name: str) -> bool:
+    """Whether a stored tensor's first axis are the layers."""
+    return name.startswith(_LAYER)
+
+
+def join_layer(theirs: Mapping[str, torch.Tensor], m: ModelConfig, layer: int) -> Tensors:
+    """A layer's stored tensors, without the axis of layers."""
+    return {f"{_LAYER}{name}": t for name, t in _join_layer(theirs, m, f"model.layers.{layer}.").items()}
+
+
+def _join_layer(theirs: Mapping[str, torch.Tensor], m: ModelConfig, prefix: str) -> Tensors:
     result = {ours: theirs[prefix + name] for ours, name in _plain(m).items()}
     per_group = m.num_attention_heads // m.num_query_groups
     heads = {"q": per_group, "k": 1, "v": 1}
@@ -157,3 +168,50 @@ def transformers_config(m: ModelConfig, vocabulary_size: int, seq_length: int, s
         architectures=["Qwen3MoeForCausalLM"],
         **common,
     )
+
+
+_WITHOUT_EFFECT = {
+    *("vocab_size", "max_position_embeddings", "initializer_range", "architectures", "dtype", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version", "_name_or_path", "router_aux_loss_coef"),
+    *("max_window_layers", "output_router_logits", "attention_dropout", "intermediate_size"),
+}
+"""Keys of config.json that change nothing of what the weights compute, or are compared by shape."""
+
+
+def read_model_config(folder: Path) -> ModelConfig:
+    """The backbone that a Qwen3 or Qwen3-MoE folder describes. UserError for what it cannot express, by its name."""
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    try:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"unreadable config: {reason}", where=file, remedy="restore it") from None
+    if theirs.model_type not in ("qwen3", "qwen3_moe"):
+        what = f"a model of type {theirs.model_type}"
+        raise UserError(what, where=file, remedy="only Qwen3 and Qwen3-MoE can be read")
+    values = theirs.to_dict()
+    moe = {
+        "num_experts": values["num_experts"],
+        "top_k": values["num_experts_per_tok"],
+        "ffn_hidden_size": values["moe_intermediate_size"],
+    }
+    ours = ModelConfig(
+        num_layers=values["num_hidden_layers"],
+        hidden_size=values["hidden_size"],
+        ffn_hidden_size=values["intermediate_size"],
+        num_attention_heads=values["num_attention_heads"],
+        num_query_groups=values["num_key_value_heads"],
+        head_dim=values["head_dim"],
+        rope_base=values["rope_parameters"]["rope_theta"],
+        norm_eps=values["rms_norm_eps"],
+        tie_embeddings=values["tie_word_embeddings"],
+        moe=MoEConfig(**moe) if theirs.model_type == "qwen3_moe" else MoEConfig(),
+    )
+    wanted = transformers_config(ours, values["vocab_size"], values["max_position_embeddings"], {}).to_dict()
+    for key in sorted((values.keys() | wanted.keys()) - _WITHOUT_EFFECT):
+        if values.get(key) != wanted.get(key):
+            what = f"{key} is {values.get(key)}, the backbone has {wanted.get(key)}"
+            raise UserError(what, where=file, remedy="another model: this one cannot be expressed")
+    return ours

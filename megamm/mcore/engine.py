@@ -14,7 +14,7 @@ from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import Judge, StepResult
+from megamm.engine import Fill, Judge, StepResult
 from megamm.mcore import backbone, optimizer, rng, step, store
 from megamm.mcore.groups import Groups
 from megamm.mcore.own_gradients import OwnNorms
@@ -87,6 +87,10 @@ class NativeEngine:
 
     def blocks(self) -> list[Block]:
         return self.stored
+
+    def start_from(self, fill: Fill) -> None:
+        plan = store.Plan(self.chunks, self.optimizer, self.groups)
+        fill(plan.to_start(), *plan.whole(self.groups))
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)

@@ -15,11 +15,12 @@ from typing import Any
 
 import megatron.core
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 
 from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
-from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.blocks import Block, Shape
 from megamm.mcore import compat, optimizer, parts
 from megamm.mcore.groups import Groups
 from megamm.mcore.parts import Part
@@ -90,6 +91,25 @@ class Plan:
                 for kind, tensor in owned.kinds.items():
                     blocks += part.blocks(tensor, owned.first, f"{STATE}{kind}.")
         return blocks
+
+    def to_start(self) -> list[Block]:
+        """Its weights whole, and what it owns of main copies that are not the weights themselves."""
+        by_tensor = self._by_tensor()
+        blocks = [part.block(part.tensor) for part in self.parts]
+        for owned in self.owned:
+            if owned.kinds[MAIN].dtype != owned.parameter.dtype:
+                for part in by_tensor[id(owned.parameter)]:
+                    blocks += part.blocks(owned.kinds[MAIN], owned.first, f"{STATE}{MAIN}.")
+        return blocks
+
+    def whole(self, groups: Groups) -> tuple[dict[str, Shape], set[str]]:
+        """Name and shape of every tensor of the model, and those whose first axis is the vocabulary, padded."""
+        stages: list[Any] = [None] * groups.collection.pp.size()
+        # What the ranks of a stage hold are parts of the same tensors.
+        own = {part.key: (part.shape, part.grows) for part in self.parts}
+        dist.all_gather_object(stages, own, group=groups.collection.pp)
+        found = {key: described for stage in stages for key, described in stage.items()}
+        return {key: shape for key, (shape, _) in found.items()}, {key for key, (_, grows) in found.items() if grows}
 
     def _by_tensor(self) -> dict[int, list[Part]]:
         found: dict[int, list[Part]] = {}

@@ -4,13 +4,11 @@ The folder is the one of `store` (same names, shapes and formats). `Names` is ma
 keeps what Megatron says of every tensor, no data.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
-from megamm.checkpoint import reader
 from megamm.checkpoint.blocks import Block
 from megamm.mcore import parts
 from megamm.mcore.backbone import Backbone
@@ -62,11 +60,10 @@ class Names:
         ]
 
 
-def load(folder: Path, names: Names, owned: Iterable[str], kinds: Mapping[str, Iterable[str]]) -> Whole:
-    """Read the tensors that this rank owns, on the CPU: of each name its `kinds`.
-
-    UserError for a folder with unsafe contents, or of another model.
-    """
+def load(
+    read: Callable[[Sequence[Block]], None], names: Names, owned: Iterable[str], kinds: Mapping[str, Iterable[str]]
+) -> Whole:
+    """The tensors that this rank owns, on the CPU: of each name its `kinds`, which `read` sets block by block."""
     empty = {
         name: {
             kind: torch.empty(names.shapes[name], dtype=names.dtypes[name] if kind == MODEL else torch.float32)
@@ -74,7 +71,7 @@ def load(folder: Path, names: Names, owned: Iterable[str], kinds: Mapping[str, I
         }
         for name in owned
     }
-    reader.load(folder, names.blocks(empty))
+    read(names.blocks(empty))
     return empty
 
 

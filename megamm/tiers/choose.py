@@ -46,14 +46,48 @@ class _Candidate:
         return -self.step, ("run", "durable").index(self.tier)
 
 
-class _Chooser:
-    """The ranks' common search; every rank calls every method."""
+class Ranks:
+    """What the ranks do in common, however long it takes; every rank calls every method."""
 
-    def __init__(self, run: Path, durable: str | None) -> None:
-        self.run = run
-        self.durable = DurableTier(durable) if durable else None
+    def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.rank = dist.get_rank()
+
+    def on_first(self, action: Callable[[], Any]) -> Any:
+        """Rank 0's result, or its UserError, on all ranks."""
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = action()
+            except UserError as error:
+                told[1] = _told(error)
+        dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[1] is not None:
+            raise UserError(**told[1], on_all_ranks=True)
+        return told[0]
+
+    def together(self, action: Callable[[], Any]) -> Any:
+        """Every rank does its part and has its own result; if one fails, all raise the first rank's error."""
+        result, problem = None, None
+        try:
+            result = action()
+        except UserError as error:
+            problem = _told(error)
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem, group=self.group)
+        first = next((p for p in problems if p), None)
+        if first is not None:
+            raise UserError(**first, on_all_ranks=True)
+        return result
+
+
+class _Chooser(Ranks):
+    """The ranks' common search."""
+
+    def __init__(self, run: Path, durable: str | None) -> None:
+        super().__init__()
+        self.run = run
+        self.durable = DurableTier(durable) if durable else None
 
     def candidates(self) -> list[_Candidate]:
         """All tiers' checkpoints, to be tried in this order. UserError if all that there may be is out of reach."""
@@ -107,32 +141,6 @@ class _Chooser:
         self.on_first(publish)
         return final
 
-    def on_first(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's result, or its UserError, on all ranks."""
-        told: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                told[0] = action()
-            except UserError as error:
-                told[1] = _told(error)
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        if told[1] is not None:
-            raise UserError(**told[1], on_all_ranks=True)
-        return told[0]
-
-    def together(self, action: Callable[[], None]) -> None:
-        """Every rank does its part; if one fails, all raise the first rank's error."""
-        problem = None
-        try:
-            action()
-        except UserError as error:
-            problem = _told(error)
-        problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem, group=self.group)
-        first = next((p for p in problems if p), None)
-        if first is not None:
-            raise UserError(**first, on_all_ranks=True)
-
 
 def choose(run: Path, durable: str | None = None) -> Choice | None:
     """The newest valid checkpoint; None in a fresh run. UserError if there are some and none is valid.
@@ -156,4 +164,4 @@ def choose(run: Path, durable: str | None = None) -> Choice | None:
 
 
 def _told(error: UserError) -> dict[str, Any]:
-    return {"what": error.what, "where": str(error.where), "remedy": error.remedy}
+    return {"what": error.what, "where": error.where and str(error.where), "remedy": error.remedy}

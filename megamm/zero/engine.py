@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
+from megamm.checkpoint import reader
 from megamm.checkpoint.blocks import Block
 from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import Judge, StepResult
+from megamm.engine import Fill, Judge, StepResult
 from megamm.errors import UserError
 from megamm.mcore import backbone, optimizer, plain_step, whole_store
 from megamm.mcore.groups import Groups
@@ -99,9 +100,20 @@ class DeepSpeedEngine:
     def blocks(self) -> list[Block]:
         return self.names.blocks(self.shards.gather())
 
+    def start_from(self, fill: Fill) -> None:
+        kinds = self.shards.kinds((whole_store.MAIN,))
+        described = {part.key: part for parts in self.names.parts.values() for part in parts}
+        whole = {key: part.shape for key, part in described.items()}
+        tables = {key for key, part in described.items() if part.grows}
+        owned = whole_store.load(lambda blocks: fill(blocks, whole, tables), self.names, self.shards.owned, kinds)
+        self.shards.scatter(owned, kinds, 0)
+
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
-        kinds = self.shards.kinds(with_optimizer)
-        self.shards.scatter(whole_store.load(folder, self.names, self.shards.owned, kinds), kinds, step)
+        # Without optimizer state main copies come from values.
+        model, main, moments = whole_store.MODEL, whole_store.MAIN, whole_store.MOMENTS
+        kinds = self.shards.kinds((main, *moments) if with_optimizer else (model,))
+        owned = whole_store.load(partial(reader.load, folder), self.names, self.shards.owned, kinds)
+        self.shards.scatter(owned, kinds, step)
         optimizer.set_schedule(self.schedule, step)
 
 

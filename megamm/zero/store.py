@@ -38,9 +38,8 @@ class Shards:
         for flat, parameters in zip(flats, parts, strict=True):
             utils.lazy_init_hp_params_optimizer_state(parameters, flat, self.adam.state)
 
-    def kinds(self, with_optimizer: bool) -> dict[str, tuple[str, ...]]:
-        """What is needed of each stored tensor to restore it; without optimizer state main copies come from values."""
-        of_parameter = (MAIN, *MOMENTS) if with_optimizer else (MODEL,)
+    def kinds(self, of_parameter: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+        """What is to be read of each stored tensor: these kinds of a parameter, a buffer's value."""
         return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.names.parts}
 
     def gather(self) -> Whole:

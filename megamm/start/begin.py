@@ -1,0 +1,174 @@
+"""The weights of a run that starts from others: read, moved and drawn where this rank keeps them.
+
+Every rank reads only what it needs, straight into its live tensors. Weights come from the source's float32 copies where
+it has them, and so do a bfloat16 run's own copies; moments, step and schedule are a fresh run's. The log says of every
+range of the vocabulary what becomes of it, and which tensors are new or left out.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megamm.checkpoint.blocks import Block, Shape
+from megamm.config import RunConfig, StartConfig
+from megamm.engine import Engine
+from megamm.errors import UserError
+from megamm.model.vocabulary import Vocabulary
+from megamm.resilience import events
+from megamm.start import draw, rules
+from megamm.start.draw import Around
+from megamm.start.source import MAIN_COPY, Source, opened
+from megamm.start.vocabulary import Growth, grow
+from megamm.tiers.choose import Ranks
+
+log = logging.getLogger(__name__)
+WINDOW = 1 << 24
+"""Values of text rows in memory at a time, for their mean and deviation."""
+FUNCTION = (
+    *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("moe.top_k", "moe.score", "mla.qk_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim"),
+)
+"""Keys of the model section that change what the same tensors compute."""
+
+
+def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
+    """Set the engine's weights as `start` says. UserError, the same on all ranks, where that cannot be."""
+    ranks = Ranks()
+    with opened(start.checkpoint, config.output, ranks) as source:
+        engine.start_from(_Fill(config, vocabulary, start, source, ranks))
+        if ranks.rank == 0:
+            events.record(config.output, "started_from", source=str(source.where))
+            print(f"started from {source.where}", flush=True)
+
+
+class _Fill:
+    """megamm.engine.Fill: sets the blocks that the engine shows it."""
+
+    def __init__(
+        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
+    ) -> None:
+        self.config, self.start, self.source, self.ranks = config, start, source, ranks
+        self.growth: Growth = ranks.together(lambda: self._grow(vocabulary))
+
+    def __call__(self, blocks: Sequence[Block], whole: Mapping[str, Shape], tables: set[str]) -> None:
+        actions: dict[str, str] = self.ranks.together(lambda: self._decide(whole, tables))
+        if self.ranks.rank == 0:
+            self._tell(actions)
+        around: dict[str, Around] = {}
+        if any(span.taken_from is None for span in self.growth.spans):
+            moved = [name for name in sorted(tables) if actions[name] == "load"]
+            around = self.ranks.on_first(lambda: {name: self._text(name) for name in moved})
+        read: list[Block] = []
+        for block in blocks:
+            name = block.key.removeprefix(MAIN_COPY)
+            if name in tables:
+                read += self._table(block, name, actions[name] == "new", around)
+            elif actions[name] == "new":
+                self._draw(block, name)
+            else:
+                read.append(self._stored(block, name))
+        self.ranks.together(lambda: self.source.read(read))
+
+    def _grow(self, vocabulary: Vocabulary) -> Growth:
+        try:
+            _check_function(self.source.model, self.config, self.start.model_changes)
+            return grow(self.source.vocabulary, vocabulary, self.start.vocabulary)
+        except UserError as error:
+            raise UserError(error.what, where=self.source.where, remedy=error.remedy) from None
+
+    def _decide(self, whole: Mapping[str, Shape], tables: set[str]) -> dict[str, str]:
+        theirs = {name: shape for name, shape in self.source.shapes.items() if not name.startswith("optimizer.")}
+        pairs = [pair for rule in self.start.rules for pair in rule.items()]
+        try:
+            return rules.decide(theirs, whole, tables, pairs)
+        except UserError as error:
+            raise UserError(error.what, where=self.source.where, remedy=error.remedy) from None
+
+    def _tell(self, actions: Mapping[str, str]) -> None:
+        for line in self.growth.lines:
+            log.info("vocabulary: %s", line)
+        by_action: dict[str, list[str]] = {"load": [], "new": [], "ignore": []}
+        for name in sorted(self.source.shapes.keys() | actions.keys()):
+            if not name.startswith("optimizer."):
+                by_action[actions.get(name, "ignore")].append(name)
+        log.info("tensors: %d loaded from %s", len(by_action["load"]), self.source.where)
+        for action, what in (("new", "new, as a fresh model's"), ("ignore", "left out")):
+            if by_action[action]:
+                log.info("tensors %s: %s", what, ", ".join(by_action[action]))
+
+    def _stored(self, block: Block, name: str) -> Block:
+        """The same block of the stored tensor: of the float32 copy where there is one."""
+        key = MAIN_COPY + name if MAIN_COPY + name in self.source.shapes else name
+        return replace(block, key=key, shape=tuple(self.source.shapes[key]), grows=False)
+
+    def _draw(self, block: Block, name: str, around: Around | None = None) -> None:
+        draw.set_new(block, name, self.config.model, self.config.train.seed, around)
+
+    def _table(self, block: Block, name: str, is_new: bool, around: Mapping[str, Around]) -> list[Block]:
+        """Sets new rows and padding of a block of a table; what of it is to be read."""
+        first, stop, size = block.offset[0], block.offset[0] + block.size[0], self.growth.spans[-1].stop
+        read = []
+        for span in self.growth.spans:
+            low, high = max(first, span.start), min(stop, span.stop)
+            if low >= high:
+                continue
+            rows = _rows(block, low, high)
+            if is_new or span.taken_from is None:
+                self._draw(rows, name, None if is_new else around[name])
+            else:
+                row = span.taken_from + low - span.start
+                read.append(self._stored(replace(rows, offset=(row, *rows.offset[1:])), name))
+        if stop > size:  # padding for tensor parallel: no id, and no one's row
+            _rows(block, max(first, size), stop).data.zero_()
+        return read
+
+    def _text(self, name: str) -> Around:
+        """Mean and deviation of the source's text rows, window by window: the same however they are stored."""
+        text, width = self.growth.text, self.source.shapes[name][1]
+        total = torch.zeros(2, width, dtype=torch.float64)
+        step = max(1, WINDOW // width)
+        for row in range(text.start, text.stop, step):
+            rows = torch.empty(min(step, text.stop - row), width)
+            self.source.read([self._stored(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
+            total += torch.stack([rows.sum(0, dtype=torch.float64), rows.double().square().sum(0)])
+        mean, square = total / len(text)
+        return Around(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
+
+
+def _rows(block: Block, low: int, high: int) -> Block:
+    """Rows [low, high) of the whole tensor, which the block has."""
+    first = low - block.offset[0]
+    data = block.data.view(block.size)[first : first + high - low]
+    return replace(block, offset=(low, *block.offset[1:]), size=(high - low, *block.size[1:]), data=data)
+
+
+def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequence[str]) -> None:
+    """UserError for a key that would let the same tensors compute something else, unless it is admitted."""
+    ours = config.model.model_dump(mode="json")
+    unknown = next((key for key in admitted if key not in FUNCTION), None)
+    if unknown is not None:
+        what = f"start_from.model_changes: {unknown} is none of the keys that need it"
+        raise UserError(what, remedy=f"they are {', '.join(FUNCTION)}")
+    for key in FUNCTION:
+        before, after = _at(theirs, key), _at(ours, key)
+        if before is None or before == after:
+            continue
+        if key not in admitted:
+            what = (
+                f"model.{key} is {before} in the source, {after} in the config: its weights would compute other things"
+            )
+            raise UserError(what, remedy=f"set it alike, or name {key} in start_from.model_changes")
+        log.info(
+            "model.%s: %s in the source, %s from here on: admitted by start_from.model_changes", key, before, after
+        )
+
+
+def _at(section: Mapping[str, Any], key: str) -> Any:
+    """A dotted key's value; None where there is none."""
+    *sections, last = key.split(".")
+    for name in sections:
+        section = section.get(name) or {}
+    return section.get(last)

@@ -1,0 +1,70 @@
+"""Values of what is new: a pure function of seed, tensor name and row, so that every layout has the same.
+
+A new row of the vocabulary is drawn around the source's text rows, w ~ N(mean, diag(std)^2) per channel: then it takes
+about a text row's share of the probability, where a small or zero row can take nearly all of it. Source: Hewitt 2021,
+"Initializing New Word Embeddings for Pretrained Language Models" (its covariance, here the diagonal of it).
+Other tensors get Megatron-core's initialisation: N(0, init_std), of what writes to the residual stream
+N(0, init_std / sqrt(2 layers)); norms 1, biases 0.
+"""
+
+import functools
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megamm.checkpoint.blocks import Block
+from megamm.config import ModelConfig
+from megamm.errors import UserError
+
+_TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@dataclass(frozen=True)
+class Around:
+    """A mean and a standard deviation for each channel, float32 `[H]` on the CPU."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+
+def noise(seed: int, name: str, row: int, width: int) -> torch.Tensor:
+    """Standard normal numbers of one row of a tensor, float32 `[width]`."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    # Counters of two rows are 2**64 draws apart.
+    generator = np.random.Philox(key=np.frombuffer(digest, np.uint64, 2), counter=[0, row, 0, 0])
+    return torch.from_numpy(np.random.Generator(generator).standard_normal(width, dtype=np.float32))
+
+
+def set_new(block: Block, name: str, model: ModelConfig, seed: int, around: Around | None = None) -> None:
+    """Set a block of the tensor `name`: `around` the text's for rows of the vocabulary, else as a fresh model's.
+
+    UserError for an initialisation that the config passes to Megatron.
+    """
+    data = block.data.view(block.size)
+    std = 0.0 if around is not None else _spread(name, model)
+    if around is None and std == 0.0:
+        data.fill_(1.0 if "norm" in name else 0.0)
+        return
+    width, first = block.shape[-1], block.offset[-1]
+    columns = slice(first, first + block.size[-1])
+    for inside in np.ndindex(*block.size[:-1]):
+        place = tuple(a + b for a, b in zip(block.offset[:-1], inside, strict=True))
+        row = functools.reduce(
+            lambda flat, axis: flat * axis[1] + axis[0], zip(place, block.shape[:-1], strict=True), 0
+        )
+        drawn = noise(seed, name, row, width)[columns]
+        data[inside] = drawn * around.std[columns] + around.mean[columns] if around is not None else drawn * std
+
+
+def _spread(name: str, model: ModelConfig) -> float:
+    """Standard deviation of a fresh tensor's values; 0 for one that begins with a constant."""
+    if "norm" in name or name.endswith("bias"):
+        return 0.0
+    passed = next((key for key in model.megatron if "init" in key or "mup" in key), None)
+    if passed is not None:
+        what = f"start_from.rules: {name} is to be new, and model.megatron.{passed} says how Megatron would begin it"
+        raise UserError(what, remedy="remove that field; model.init_std is known here", on_all_ranks=True)
+    return model.init_std / (math.sqrt(2.0 * model.num_layers) if name.endswith(_TO_RESIDUAL) else 1.0)

@@ -1,0 +1,285 @@
+"""Runs that start from other weights: rules as pure functions, then every layout and engine against plain torch.
+
+A source checkpoint of random numbers is written by one rank. Every layout starts from it with another vocabulary and
+saves; what it saved must be, bit for bit, what indexing the source's tensors by hand gives, and of what is new the
+numbers of one rank.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import _tensors
+
+from megamm import engine as engines
+from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.saver import save_now
+from megamm.config import config_from_dict
+from megamm.device import choose
+from megamm.errors import UserError
+from megamm.mcore import groups as grid
+from megamm.model.vocabulary import Vocabulary
+from megamm.parity.case import Case, Run
+from megamm.parity.worlds import Failure, Worlds
+from megamm.start import draw, rules
+from megamm.start.begin import begin
+from megamm.start.vocabulary import grow
+
+TEXT, AUDIO, VISUAL = (61, "t0"), (15, "a0"), (26, "v0")
+BEFORE = Vocabulary.of({"text": TEXT, "audio": AUDIO})
+AFTER = Vocabulary.of({"text": TEXT, "audio": AUDIO, "image": VISUAL})
+TABLES = ("embedding.word_embeddings.weight", "output_layer.weight")
+MAIN = "optimizer.state.param."
+
+
+def test_ranges_are_kept_moved_added_and_dropped():
+    growth = grow(BEFORE, AFTER, {})
+    assert [(s.start, s.stop, s.taken_from) for s in growth.spans] == [
+        *((0, 61, 0), (61, 93, 61)),
+        *((93, 119, None), (119, 134, 93)),
+    ]
+    assert growth.text == range(61)
+    assert growth.lines == (
+        *("text: 61 kept", "control: 32 kept"),
+        *("visual: 26 new (not in the source)", "audio: 15 moved from 93 to 119"),
+    )
+    back = grow(AFTER, BEFORE, {"visual": "ignore"})
+    assert back.lines[-1] == "visual: 26 dropped" and back.spans[-1].taken_from == 119
+    larger = Vocabulary.of({"text": (70, "t1"), "audio": (9, "a1")})
+    by_rule = grow(BEFORE, larger, {"text": "load", "audio": "new"})
+    assert [(s.start, s.stop, s.taken_from) for s in by_rule.spans] == [
+        *((0, 61, 0), (61, 70, None)),
+        *((70, 102, 61), (102, 111, None)),
+    ]
+    assert by_rule.lines[0] == "text: 61 kept, 9 new (by rule: another codec)"
+    assert grow(BEFORE, larger, {"text": "load", "audio": "load"}).lines[2] == (
+        "audio: 9 moved from 93 to 102, 6 dropped (by rule: another codec)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "given", "message"),
+    [
+        (
+            AFTER,
+            BEFORE,
+            {},
+            "the source has 26 ids of visual, the run has none; write start_from.vocabulary.visual: ig",
+        ),
+        (BEFORE, Vocabulary.of({"text": (61, "t1"), "audio": AUDIO}), {}, "text has codec t1, the source t0"),
+        (
+            AFTER,
+            Vocabulary.of({"text": TEXT, "audio": (9, "a0"), "image": VISUAL}),
+            {},
+            "audio has 9 ids, the source 15",
+        ),
+        (BEFORE, AFTER, {"visual": "load"}, "start_from.vocabulary.visual: load, but the source has no such range"),
+        (BEFORE, AFTER, {"audio": "ignore"}, "start_from.vocabulary.audio: ignore, but the run has this range"),
+        (BEFORE, AFTER, {"vision": "new"}, "neither vocabulary has it; the ranges are text, control, audio, visual"),
+    ],
+)
+def test_a_range_that_does_not_fit_needs_a_rule(theirs, ours, given, message):
+    with pytest.raises(UserError) as caught:
+        grow(theirs, ours, given)
+    assert message in str(caught.value)
+
+
+THEIRS = {"a": (3, 4), "b": (2,), "table": (99, 4), "old.x": (1,)}
+OURS = {"a": (3, 4), "b": (5,), "table": (120, 4), "adapter.x": (2,), "adapter.y": (2,)}
+
+
+def test_the_first_rule_that_matches_a_tensor_counts():
+    given = [("ignore", "old.*"), ("new", "adapter.?"), ("new", "b"), ("load", "*")]
+    actions = rules.decide(THEIRS, OURS, {"table"}, given)
+    assert actions == {"a": "load", "b": "new", "table": "load", "adapter.x": "new", "adapter.y": "new"}
+    # A source that holds adapters alone.
+    adapters = {name: shape for name, shape in OURS.items() if name.startswith("adapter")}
+    actions = rules.decide(adapters, OURS, {"table"}, [("load", "adapter.*"), ("new", "*")])
+    assert actions == dict.fromkeys(("a", "b", "table"), "new") | dict.fromkeys(adapters, "load")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            [],
+            "adapter.x (only in the model), adapter.y (only in the model), b ([2] in the source, [5] in the mo",
+        ),
+        (
+            [("new", "adapter.*"), ("new", "b"), ("new", "old.x")],
+            "fit the model: old.x (only in the source); say under",
+        ),
+        ([("new", "adapter.*"), ("ignore", "old.x"), ("ignore", "b")], "b (to be ignored, but the model has it)"),
+        ([("load", "adapter.*"), ("ignore", "old.x"), ("new", "b")], "adapter.x (only in the model), adapter.y"),
+        ([("new", "adaptor.*")], "new 'adaptor.*' matches no tensor; the nearest name is adapter."),
+    ],
+)
+def test_what_no_rule_covers_is_named(given, message):
+    with pytest.raises(UserError) as caught:
+        rules.decide(THEIRS, OURS, {"table"}, given)
+    assert message in str(caught.value)
+
+
+def test_drawn_numbers_depend_on_seed_name_and_row_alone():
+    rows = torch.stack([draw.noise(1, "a", row, 4096) for row in range(64)])
+    assert abs(rows.mean()) < 0.01 and abs(rows.std() - 1) < 0.01
+    assert rows.unique().numel() > 0.98 * rows.numel()  # no row again in another
+    assert torch.equal(draw.noise(1, "a", 5, 100), rows[5][:100])
+    assert not torch.equal(draw.noise(2, "a", 5, 4096), rows[5]) and not torch.equal(
+        draw.noise(1, "b", 5, 4096), rows[5]
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """fill: write random state to `out`; else start as the settings say, and write that."""
+
+    world: int
+    settings: tuple[tuple[str, Any], ...]
+    out: Path
+    fill: bool = False
+
+
+def run(job: Job) -> dict[str, float]:
+    """Of the engine's fresh tensors that are no table, the standard deviation (whole on one rank)."""
+    from megamm.mcore import rng
+
+    config = Run(job.world, 1, job.settings, ()).config
+    groups = grid.build(config.parallel, seed=job.world)
+    vocabulary = BEFORE if job.fill else AFTER
+    engine: Any = engines.build(config, vocabulary.size, groups, choose("cpu"))
+    fresh = {}
+    if job.fill:
+        blocks = {(block.key, block.offset): block.data for block in engine.blocks()}
+        for name in {name for name, _ in blocks}:
+            values = torch.cat([data.flatten().float() for (key, _), data in blocks.items() if key == name])
+            fresh[name] = float(values.std(correction=0))
+        torch.manual_seed(1)
+        for data in blocks.values():
+            data.copy_(torch.rand(data.shape) + 0.5)
+        for (name, offset), data in blocks.items():
+            data.copy_(blocks.get((MAIN + name, offset), data))
+    else:
+        assert config.start_from is not None
+        begin(config, vocabulary, engine, config.start_from)
+    state = RunState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
+    save_now(job.out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+    dist.barrier()
+    return fresh
+
+
+T, S, P, V, C, E, X = (
+    "parallel." + name
+    for name in ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+)
+MOE = {"model.moe.num_experts": 4, "model.moe.ffn_hidden_size": 24, "model.moe.shared_ffn_hidden_size": 32}
+MOE |= {"model.moe.score": "sigmoid", "model.moe.bias_update_rate": 0.01}
+MTP = {"model.mtp.num_layers": 1}
+DEEPSPEED = {"engine": "deepspeed", "resilience.loss_guard.action": "stop"}
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[int, dict[str, Any]]]]] = {
+    "dense": (
+        {},
+        {},
+        [(1, {}), (2, {}), (2, {T: 2}), (2, {P: 2, V: 2}), (2, DEEPSPEED | {"deepspeed.zero": 3}), (4, {T: 2, P: 2})],
+    ),
+    "bf16-tied": (
+        {"train.precision": "bf16", "model.tie_embeddings": True},
+        {},
+        [(1, {}), (2, {}), (2, {P: 2}), (2, DEEPSPEED)],
+    ),
+    # The module of multi-token prediction is new, the experts are not.
+    "moe": (MOE, MTP, [(1, {}), (2, {E: 2}), (2, {T: 2, S: True, X: 2}), (4, {P: 2, C: 2, E: 2})]),
+}
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    with Worlds() as worlds:
+        yield worlds
+
+
+def _done(worlds: Worlds, world: int, settings: dict[str, Any], out: Path, fill: bool = False) -> dict[str, float]:
+    case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1, "output": str(out)} | settings)
+    results = worlds.run(world, run, Job(world, case.settings, out, fill), timeout=120)
+    assert not isinstance(results, Failure), results.lines()
+    return results[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_layout_starts_with_the_same_bits(worlds, family, tmp_path):
+    model, more, layouts = FAMILIES[family]
+    source = tmp_path / "source"
+    _done(worlds, 1, model, source, fill=True)
+    theirs = _tensors(path_of(source, 0))
+    start: dict[str, Any] = {"start_from.checkpoint": str(source)}
+    if more:
+        start |= {"start_from.rules": [{"new": "mtp.*"}]}
+    first: dict[str, torch.Tensor] = {}
+    for number, (world, layout) in enumerate(layouts):
+        out = tmp_path / f"layout{number}"
+        _done(worlds, world, model | more | start | layout, out)
+        ours = _tensors(path_of(out, 0))
+        if not first:
+            first = ours
+            _check_against(theirs, ours, is_bf16="bf16" in family)
+        assert ours.keys() == first.keys()
+        for name, tensor in first.items():
+            mine = ours[name]
+            if name.removeprefix(MAIN) in TABLES:
+                assert not mine[AFTER.size :].any(), f"{name}: padding of {layout} is not 0"
+                mine = mine[: AFTER.size]
+            assert mine.dtype == tensor.dtype and torch.equal(mine, tensor), f"{name} of {layout}"
+
+
+def _check_against(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], is_bf16: bool) -> None:
+    """One rank's whole tensors, by indexing the source's: weights from its float32 copies."""
+    for name, tensor in ours.items():
+        if "exp_avg" in name:
+            assert not tensor.any(), f"{name} is not a fresh run's"
+            continue
+        main = theirs.get(MAIN + name.removeprefix(MAIN), theirs.get(name))
+        if name.removeprefix(MAIN) in TABLES:
+            assert main is not None
+            wanted = main.to(tensor.dtype)
+            assert torch.equal(tensor[:93], wanted[:93]) and torch.equal(tensor[119:134], wanted[93:108])
+            if not (is_bf16 and not name.startswith(MAIN)):
+                _check_drawn(tensor[93:119], main[:61])
+        elif main is not None:
+            assert torch.equal(tensor, main.to(tensor.dtype)), name
+
+
+def _check_drawn(new: torch.Tensor, text: torch.Tensor) -> None:
+    """Rows around the text's: their mean, and per channel its deviation, within what so few rows can say."""
+    z = (new - text.mean(0)) / text.std(0, correction=0)
+    assert abs(z.mean()) < 4 / math.sqrt(z.numel()) and abs(z.std() - 1) < 4 / math.sqrt(2 * z.numel())
+
+
+def test_new_tensors_are_spread_as_a_fresh_models(worlds, tmp_path):
+    """Against what Megatron itself draws, tensor by tensor."""
+    model = MOE | MTP
+    fresh = _done(worlds, 1, model, tmp_path / "fresh", fill=True)
+    start = {"start_from.checkpoint": str(tmp_path / "fresh"), "start_from.rules": [{"new": "*"}]}
+    _done(worlds, 1, model | start, tmp_path / "new")
+    ours = {k: v for k, v in _tensors(path_of(tmp_path / "new", 0)).items() if not k.startswith("optimizer.")}
+    assert ours.keys() == {key for key in fresh if not key.startswith("optimizer.")}
+    for name, tensor in ours.items():
+        if fresh[name] == 0:
+            assert tensor.unique().tolist() == [1.0 if "norm" in name else 0.0], name
+        else:
+            assert float(tensor.std()) == pytest.approx(fresh[name], rel=6 / math.sqrt(2 * tensor.numel())), name
+            assert abs(tensor.mean()) < 5 * fresh[name] / math.sqrt(tensor.numel()), name
+
+
+def test_a_passed_on_initialisation_is_not_guessed():
+    config = config_from_dict(
+        Run(1, 1, Case.of(1, {"model.megatron": {"embedding_init_method_std": 1.0}}).settings, ()).config.model_dump(),
+        "",
+    )
+    block = Block.whole("output_layer.weight", torch.zeros(3, 4))
+    with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std says"):
+        draw.set_new(block, block.key, config.model, seed=1)
