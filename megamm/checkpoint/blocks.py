@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 
 Shape = tuple[int, ...]
+STATE = "optimizer.state."
+MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
+"""Kinds of optimizer state: KEY's float32 main copy and Adam's moments are stored as `STATE + kind + "." + KEY`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -185,33 +185,44 @@ def read_model_config(folder: Path) -> ModelConfig:
     file = folder / "config.json"
     try:
         theirs = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever transformers makes of a damaged one
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"unreadable config: {reason}", where=file, remedy="restore it") from None
     if theirs.model_type not in ("qwen3", "qwen3_moe"):
         what = f"a model of type {theirs.model_type}"
         raise UserError(what, where=file, remedy="only Qwen3 and Qwen3-MoE can be read")
     values = theirs.to_dict()
-    moe = {
-        "num_experts": values["num_experts"],
-        "top_k": values["num_experts_per_tok"],
-        "ffn_hidden_size": values["moe_intermediate_size"],
-    }
-    ours = ModelConfig(
-        num_layers=values["num_hidden_layers"],
-        hidden_size=values["hidden_size"],
-        ffn_hidden_size=values["intermediate_size"],
-        num_attention_heads=values["num_attention_heads"],
-        num_query_groups=values["num_key_value_heads"],
-        head_dim=values["head_dim"],
-        rope_base=values["rope_parameters"]["rope_theta"],
-        norm_eps=values["rms_norm_eps"],
-        tie_embeddings=values["tie_word_embeddings"],
-        moe=MoEConfig(**moe) if theirs.model_type == "qwen3_moe" else MoEConfig(),
-    )
+    try:
+        ours = _backbone_of(theirs)
+    except (KeyError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the backbone cannot have its sizes: {reason}", where=file, remedy="another model") from None
     wanted = transformers_config(ours, values["vocab_size"], values["max_position_embeddings"], {}).to_dict()
     for key in sorted((values.keys() | wanted.keys()) - _WITHOUT_EFFECT):
         if values.get(key) != wanted.get(key):
             what = f"{key} is {values.get(key)}, the backbone has {wanted.get(key)}"
             raise UserError(what, where=file, remedy="another model: this one cannot be expressed")
     return ours
+
+
+def _backbone_of(theirs: Any) -> ModelConfig:
+    """The sizes that a Qwen3Config or Qwen3MoeConfig says."""
+    moe = MoEConfig()
+    if theirs.model_type == "qwen3_moe":
+        moe = MoEConfig(
+            num_experts=theirs.num_experts,
+            top_k=theirs.num_experts_per_tok,
+            ffn_hidden_size=theirs.moe_intermediate_size,
+        )
+    return ModelConfig(
+        num_layers=theirs.num_hidden_layers,
+        hidden_size=theirs.hidden_size,
+        ffn_hidden_size=theirs.intermediate_size,
+        num_attention_heads=theirs.num_attention_heads,
+        num_query_groups=theirs.num_key_value_heads,
+        head_dim=theirs.head_dim,
+        rope_base=theirs.rope_parameters["rope_theta"],
+        norm_eps=theirs.rms_norm_eps,
+        tie_embeddings=theirs.tie_word_embeddings,
+        moe=moe,
+    )

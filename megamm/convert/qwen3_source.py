@@ -30,7 +30,7 @@ class Qwen3Source:
         """UserError for another architecture, tensors that are missing, unknown or damaged, or no tokenizer."""
         self.where = folder
         self.config = qwen3.read_model_config(folder)
-        self.model = self.config.model_dump(mode="json")
+        self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
         self.vocabulary = read_own(folder)[1] if (folder / OWN).is_file() else _text_alone(folder)
         with _Weights(folder) as weights:
             try:

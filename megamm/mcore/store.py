@@ -20,13 +20,10 @@ from megatron.core.distributed import DistributedDataParallel
 
 from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
-from megamm.checkpoint.blocks import Block, Shape
+from megamm.checkpoint.blocks import MAIN, MOMENTS, STATE, Block, Shape
 from megamm.mcore import compat, optimizer, parts
 from megamm.mcore.groups import Groups
 from megamm.mcore.parts import Part
-
-STATE = "optimizer.state."
-MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)

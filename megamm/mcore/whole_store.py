@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.blocks import MAIN, MOMENTS, STATE, Block
 from megamm.mcore import parts
 from megamm.mcore.backbone import Backbone
 from megamm.mcore.groups import Groups
 from megamm.mcore.parts import Part
-from megamm.mcore.store import MAIN, MOMENTS, STATE
 
 MODEL = "model"
 """Kind of a parameter's value in the run's precision; MAIN and MOMENTS are float32."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megamm.checkpoint import folder
 from megamm.checkpoint.blocks import Block, Shape
 from megamm.config import RunConfig, StartConfig
 from megamm.engine import Engine
@@ -20,7 +21,7 @@ from megamm.model.vocabulary import Vocabulary
 from megamm.resilience import events
 from megamm.start import draw, rules
 from megamm.start.draw import Around
-from megamm.start.source import MAIN_COPY, Source, opened
+from megamm.start.source import MAIN_COPY, Source, glance, opened
 from megamm.start.vocabulary import Growth, grow
 from megamm.tiers.choose import Ranks
 
@@ -34,13 +35,22 @@ FUNCTION = (
 """Keys of the model section that change what the same tensors compute."""
 
 
+def check(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Refuse before any process starts what no tensor is needed for. UserError as `begin`."""
+    start, run = config.start_from, config.output
+    has_own = config.checkpoint.durable is not None or any(folder.all_of(run))
+    source = None if start is None or has_own else glance(start.checkpoint)
+    if start is not None and source is not None:
+        _growth(config, vocabulary, start, source)
+
+
 def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
     """Set the engine's weights as `start` says. UserError, the same on all ranks, where that cannot be."""
     ranks = Ranks()
     with opened(start.checkpoint, config.output, ranks) as source:
         engine.start_from(_Fill(config, vocabulary, start, source, ranks))
         if ranks.rank == 0:
-            events.record(config.output, "started_from", source=str(source.where))
+            events.record(config.output, "started_from", place=start.checkpoint, folder=str(source.where))
             print(f"started from {source.where}", flush=True)
 
 
@@ -51,7 +61,7 @@ class _Fill:
         self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
     ) -> None:
         self.config, self.start, self.source, self.ranks = config, start, source, ranks
-        self.growth: Growth = ranks.together(lambda: self._grow(vocabulary))
+        self.growth: Growth = ranks.together(lambda: _growth(config, vocabulary, start, source))
 
     def __call__(self, blocks: Sequence[Block], whole: Mapping[str, Shape], tables: set[str]) -> None:
         actions: dict[str, str] = self.ranks.together(lambda: self._decide(whole, tables))
@@ -71,13 +81,6 @@ class _Fill:
             else:
                 read.append(self._stored(block, name))
         self.ranks.together(lambda: self.source.read(read))
-
-    def _grow(self, vocabulary: Vocabulary) -> Growth:
-        try:
-            _check_function(self.source.model, self.config, self.start.model_changes)
-            return grow(self.source.vocabulary, vocabulary, self.start.vocabulary)
-        except UserError as error:
-            raise UserError(error.what, where=self.source.where, remedy=error.remedy) from None
 
     def _decide(self, whole: Mapping[str, Shape], tables: set[str]) -> dict[str, str]:
         theirs = {name: shape for name, shape in self.source.shapes.items() if not name.startswith("optimizer.")}
@@ -136,6 +139,15 @@ class _Fill:
             total += torch.stack([rows.sum(0, dtype=torch.float64), rows.double().square().sum(0)])
         mean, square = total / len(text)
         return Around(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
+
+
+def _growth(config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source) -> Growth:
+    """From the source's vocabulary to the run's. UserError for that, and for a model that computes other things."""
+    try:
+        _check_function(source.model, config, start.model_changes)
+        return grow(source.vocabulary, vocabulary, start.vocabulary)
+    except UserError as error:
+        raise UserError(error.what, where=source.where, remedy=error.remedy) from None
 
 
 def _rows(block: Block, low: int, high: int) -> Block:

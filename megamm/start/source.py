@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megamm import checkpoint
-from megamm.checkpoint import index, reader
-from megamm.checkpoint.blocks import Block, Shape
+from megamm.checkpoint import folder, index, reader
+from megamm.checkpoint.blocks import MAIN, STATE, Block, Shape
 from megamm.errors import UserError
-from megamm.mcore.store import MAIN, STATE
 from megamm.model.vocabulary import Vocabulary
 from megamm.tiers import remote
 from megamm.tiers.choose import Ranks, choose
 
 MAIN_COPY = f"{STATE}{MAIN}."
 """Prefix of a weight's name for its float32 copy."""
+HF_CONFIG = "config.json"
 
 
 class Source(Protocol):
@@ -37,7 +37,7 @@ class Source(Protocol):
         """Set the blocks, which name tensors of `shapes`, from what is stored. UserError if that is damaged."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class CheckpointSource:
     """A verified checkpoint's folder; shapes have main copies, too."""
 
@@ -47,14 +47,38 @@ class CheckpointSource:
     shapes: Mapping[str, Shape]
 
     @classmethod
-    def open(cls, folder: Path) -> "CheckpointSource":
+    def open(cls, step: Path) -> "CheckpointSource":
         """UserError for an index that is not safe to read."""
-        state = checkpoint.read_state(folder)
-        shapes = {name: stored.shape for name, stored in index.read(folder / "tensors").items()}
-        return cls(folder, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes)
+        state = checkpoint.read_state(step)
+        shapes = {name: stored.shape for name, stored in index.read(step / "tensors").items()}
+        return cls(step, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes)
 
     def read(self, blocks: Sequence[Block]) -> None:
         reader.load(self.where / "tensors", blocks)
+
+
+def glance(place: str) -> Source | None:
+    """The source unverified, a run's last checkpoint; None behind a URL. UserError if nothing is there."""
+    if remote.is_url(place):
+        return None
+    path = Path(place)
+    if (path / HF_CONFIG).is_file():
+        return _of_hugging_face(path)
+    folders = [path] if (path / checkpoint.STATE).is_file() else folder.all_of(path)
+    if not folders:
+        remedy = "name a run's output folder, one checkpoint, a URL of them, or a Hugging Face folder"
+        raise UserError("nothing to start from", where=path, remedy=remedy)
+    try:
+        return CheckpointSource.open(folders[-1])
+    except (UserError, OSError, ValueError):
+        return None  # damaged: named, and passed over if there is another, where it is verified
+
+
+def _of_hugging_face(path: Path) -> Source:
+    # Imported here: it brings transformers.
+    from megamm.convert.qwen3_source import Qwen3Source
+
+    return Qwen3Source(path)
 
 
 @contextmanager
@@ -75,13 +99,10 @@ def opened(place: str, run: Path, ranks: Ranks) -> Iterator[Source]:
                 shutil.rmtree(copy, ignore_errors=True)
         return
     path = Path(place)
-    if (path / "config.json").is_file():
-        # Imported here: it brings transformers.
-        from megamm.convert.qwen3_source import Qwen3Source
-
-        yield ranks.together(lambda: Qwen3Source(path))
+    if (path / HF_CONFIG).is_file():
+        yield ranks.together(lambda: _of_hugging_face(path))
         return
     from megamm.convert.hf import find_checkpoint
 
-    folder = ranks.on_first(lambda: find_checkpoint(path))
-    yield ranks.together(lambda: CheckpointSource.open(folder))
+    step = ranks.on_first(lambda: find_checkpoint(path))
+    yield ranks.together(lambda: CheckpointSource.open(step))

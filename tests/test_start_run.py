@@ -1,0 +1,247 @@
+"""Runs that start from others as a user starts them: text grows by images and trains on; Qwen3 becomes a backbone.
+
+Logits against those of the source's own model, and of transformers.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_train import TRAIN, _step, _tensors
+from tiny_run import make_data, megamm, numbers, write_config
+
+from megamm import checkpoint
+from megamm import engine as engines
+from megamm.checkpoint.saver import save_now
+from megamm.config import RunConfig, load_config
+from megamm.convert import qwen3
+from megamm.convert.hf import export
+from megamm.data.run_data import RunData, open_run_data
+from megamm.data.sample import IGNORE_LABEL, Batch, Row
+from megamm.device import choose
+from megamm.errors import UserError
+from megamm.mcore import groups as grid
+from megamm.parity.worlds import Failure, Worlds
+from megamm.resilience import events
+from megamm.start.begin import begin, check
+
+SHORT = TRAIN | {"eval_every": 0, "stop_after": 4}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+def _config(data: Path, name: str, *, text_alone: bool = False, **sections: dict[str, Any]) -> Path:
+    path = write_config(data, data / name, train=SHORT, **sections)
+    if text_alone:
+        values = yaml.safe_load(path.read_text())
+        del values["tokenizers"]["visual"]
+        path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text_run(data) -> Path:
+    done = megamm("train", _config(data, "text", text_alone=True), "resilience.max_restarts=0")
+    assert done.returncode == 0, done.stderr
+    return data / "text"
+
+
+def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
+    config, run = _config(data, "grown", start_from={"checkpoint": str(text_run)}), data / "grown"
+    done = megamm("train", config, "parallel.tensor=2", "train.stop_after=3", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert f"started from {_step(text_run, 4)}\n" in done.stdout
+    said = [line.partition("vocabulary: ")[2] for line in done.stderr.splitlines() if "megamm.start" in line]
+    assert said[:3] == ["text: 300 kept", "control: 32 kept", "visual: 25 new (not in the source)"]
+    lines, before = numbers(run), numbers(text_run)
+    assert (lines[0]["step"], lines[0]["lr"]) == (1, before[0]["lr"])
+    assert lines[0]["loss/text"] < before[0]["loss/text"] - 0.1
+    assert lines[2]["loss/image"] < lines[0]["loss/image"]
+    # From here on the run is resumed, and the source not looked at.
+    done = megamm("train", config, f"start_from.checkpoint={data / 'nowhere'}", "resilience.max_restarts=0")
+    assert done.returncode == 0 and "resumed" in done.stdout and "started from" not in done.stdout
+    kinds = [event["kind"] for event in events.read(run)]
+    assert [kind for kind in kinds if kind in ("started_from", "resumed")] == ["started_from", "resumed"]
+    again = megamm("train", config, f"output={text_run}", "resilience.max_restarts=0")
+    assert again.returncode == 2
+    assert f"or another `output` with start_from.checkpoint={_step(text_run, 4)}" in again.stderr
+
+
+@pytest.fixture(scope="module")
+def worlds():
+    with Worlds() as worlds:
+        yield worlds
+
+
+def _logits(engine: Any, rows: list[Any]) -> list[torch.Tensor]:
+    """Of each row, `[S, V]`."""
+    model = engine.chunks[0].eval()
+    with torch.no_grad():
+        batches = [Batch.stack([row]) for row in rows]
+        return [model.module(batch.input_ids, None, batch.row_map)[0] for batch in batches]
+
+
+def _built(path: Path) -> tuple[RunConfig, RunData, Any]:
+    config = load_config(path)
+    opened = open_run_data(config)
+    grid.destroy()
+    groups = grid.build(config.parallel, config.train.seed)
+    return config, opened, engines.build(config, opened.vocabulary.size, groups, choose("cpu"))
+
+
+def _started(path: Path) -> tuple[RunData, Any]:
+    config, opened, engine = _built(path)
+    assert config.start_from is not None
+    begin(config, opened.vocabulary, engine, config.start_from)
+    return opened, engine
+
+
+def text_logits(paths: tuple[Path, Path, Path]) -> tuple[float, float]:
+    """Of held-out text: largest difference of old ids' logits, and of the cross entropy over them, before and after."""
+    text, run, grown = paths
+    if not (run.parent / "export").exists():
+        export(run, run.parent / "export")
+    _, opened, source = _built(text)
+    source.load(_step(run, 4) / "tensors", 4, with_optimizer=False)
+    rows, ids = opened.heldout_rows, opened.vocabulary.size
+    theirs = _logits(source, rows)
+    ours = [logits[:, :ids] for logits in _logits(_started(grown)[1], rows)]
+    assert len(rows) and max(float(t.abs().max()) for t in theirs) > 0.1
+    labels = [torch.from_numpy(row.labels) for row in rows]
+    off = max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    losses = zip(*(map(torch.nn.functional.cross_entropy, side, labels) for side in (ours, theirs)), strict=True)
+    return off, max(float((a - b).abs()) for a, b in losses)
+
+
+@pytest.mark.parametrize(
+    "place", ["{run}", "{run}/checkpoints/step_00000004", "file://{run}/checkpoints", "{data}/export"]
+)
+def test_text_is_read_as_by_the_source(data, text_run, worlds, place, tmp_path):
+    """Whichever form the source has."""
+    start = {"checkpoint": place.format(run=text_run, data=data)}
+    grown = _config(data, tmp_path.name, start_from=start)
+    done = worlds.run(1, text_logits, (data / "text.yaml", text_run, grown), timeout=60)
+    assert not isinstance(done, Failure), done.lines()
+    ((off, loss_off),) = done
+    assert off <= 1e-6 and loss_off <= 1e-6, done
+    assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy is left behind"
+
+
+def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:
+    """As from a hub: random weights in two shards, more rows than its tokenizer has ids, and the tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    theirs = qwen3.transformers_config(config.model, 320, 128, {})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(folder, max_shard_size="60KB")
+    shutil.copy(data / "tokenizers" / "text" / "tokenizer.json", folder)
+    return folder
+
+
+def _row(ids: np.ndarray) -> Row:
+    """Ids alone, without the marks of a document."""
+    empty, zeros = np.full_like(ids, IGNORE_LABEL), np.zeros_like(ids)
+    return Row(ids, empty, zeros.astype(np.float32), zeros, np.tile(np.arange(len(ids)), (3, 1)), zeros)
+
+
+def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:
+    """Over documents of text: largest difference from transformers' logits, largest logit."""
+    from transformers import AutoModelForCausalLM
+
+    folder, path = paths
+    opened, engine = _started(path)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    off, largest, ids = 0.0, 0.0, opened.vocabulary["text"].size
+    for text in opened.modalities["text"].encode(["a red box", "the green fish and the black kite"]):
+        (ours,) = _logits(engine, [_row(text)])
+        with torch.no_grad():
+            wanted = theirs(torch.from_numpy(text)[None]).logits[0]
+        off = max(off, float((ours[:, :ids] - wanted[:, :ids]).abs().max()))
+        largest = max(largest, float(wanted.abs().max()))
+    return off, largest
+
+
+def started_tensors(job: tuple[Path, Path]) -> None:
+    """Start, and save."""
+    from megamm.mcore import rng
+
+    path, out = job
+    config = load_config(path)
+    _, engine = _started(path)
+    state = checkpoint.RunState(0, 0, 1, {}, [], config.model_dump(mode="json"), versions={})
+    save_now(out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+
+
+MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}}
+
+
+@pytest.mark.parametrize("model", [{}, {"tie_embeddings": True}, MOE], ids=["dense", "tied", "moe"])
+def test_qwen3_becomes_the_backbone_at_every_layout(data, worlds, tmp_path, model):
+    """Read layer by layer from two shards; one rank has transformers' logits, other layouts have its bits."""
+    layout = {"expert": 2, "pipeline": 2} if "moe" in model else {"tensor": 2, "pipeline": 2}
+    folder = tmp_path / "hub"
+    start = {"checkpoint": str(folder)}
+    one = _config(data, f"one{tmp_path.name}", model=model, start_from=start)
+    _qwen3(folder, data, load_config(one))
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    done = worlds.run(1, qwen3_logits, (folder, one), timeout=60)
+    assert not isinstance(done, Failure), done.lines()
+    ((off, largest),) = done
+    assert largest > 0.1 and off <= 1e-5 * largest, done
+    other = _config(data, f"other{tmp_path.name}", model=model, start_from=start, parallel=layout)
+    for world, path in ((1, one), (4, other)):
+        failed = worlds.run(world, started_tensors, (path, tmp_path / path.stem), timeout=60)
+        assert not isinstance(failed, Failure), failed.lines()
+    ours, theirs = (_tensors(_step(tmp_path / path.stem, 0)) for path in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[name][: len(tensor)], tensor), name
+
+
+LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for n in (1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention_bias": True}, "attention_bias is True, the backbone has False"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu, the backbone has silu"),
+        ({"model_type": "llama"}, "a model of type llama"),
+        ({"num_hidden_layers": 3}, "unreadable config: Class validation error"),
+        (LAYERS[3], "the weights do not fit config.json: 'model.layers.2.input_layernorm.weight'"),
+        (LAYERS[1], "tensors have no place in the backbone, the first is model.layers.1."),
+        ({"rms_norm_eps": 1e-5}, "model.norm_eps is 1e-05 in the source, 1e-06 in the config"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_folder_that_does_not_fit_is_refused_before_any_process_starts(data, tmp_path, changes, message):
+    config = load_config(_config(data, "refused", start_from={"checkpoint": str(tmp_path / "hub")}))
+    folder = _qwen3(tmp_path / "hub", data, config)
+    values = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        check(config, open_run_data(config).vocabulary)
+    assert message in str(caught.value)
+
+
+def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path, caplog):
+    start = {"checkpoint": str(tmp_path / "hub"), "model_changes": ["rope_base"]}
+    config = load_config(_config(data, "longer", model={"rope_base": 5e6}, start_from=start))
+    _qwen3(tmp_path / "hub", data, load_config(_config(data, "before")))
+    with caplog.at_level("INFO", logger="megamm"):
+        check(config, open_run_data(config).vocabulary)
+    assert "model.rope_base: 1000000.0 in the source, 5000000.0 from here on: admitted" in caplog.text
