@@ -26,7 +26,7 @@ from megamm.start.vocabulary import Growth, grow
 from megamm.tiers.choose import Ranks
 
 log = logging.getLogger(__name__)
-WINDOW = 1 << 24
+WINDOW = 1 << 22
 """Values of text rows in memory at a time, for their mean and deviation."""
 FUNCTION = (
     *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
@@ -136,7 +136,7 @@ class _Fill:
         for row in range(text.start, text.stop, step):
             rows = torch.empty(min(step, text.stop - row), width)
             self.source.read([self._stored(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
-            total += torch.stack([rows.sum(0, dtype=torch.float64), rows.double().square().sum(0)])
+            total += torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
         mean, square = total / len(text)
         return Around(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
 
