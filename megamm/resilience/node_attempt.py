@@ -46,6 +46,7 @@ class Attempt:
         first = group_rank * plan.processes
         self.ranks = list(range(first, first + plan.processes))
         self._asked_others, self.began = 0.0, 0.0
+        self._signalled = False
 
     def run(self, commands: Commands, listener: socket.socket | None) -> Outcome:
         """Start the ranks and stay with them; listener: this node's socket for the job's store, if it hosts it."""
@@ -81,11 +82,15 @@ class Attempt:
         }
 
     def _heed(self, commands: Commands) -> Outcome | None:
-        """Signals that the command got: the first asks for a checkpoint, a further one for the end."""
+        """Signals that the command got: the first asks for a checkpoint, a further one for the end.
+
+        Another node's signal is none of this one's: schedulers signal all nodes, one after the other.
+        """
         while (name := commands.take()) is not None:
             self._record("signal", signal=name, attempt=self.order.attempt)
-            if self.stop.why == "requeue":
+            if self._signalled:
                 return self._called_off(f"a second signal ({name}) before the checkpoint was complete")
+            self._signalled = True
             if not self.workers.pids:
                 return Outcome(exit_codes.REQUEUE)  # there is nothing to be saved
             log.warning("%s: a checkpoint at the end of the step, then the run ends", name)
