@@ -70,6 +70,9 @@ def admissible_nodes(config: RunConfig, processes: int, nodes: Nodes) -> tuple[i
 
 def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
     """Run this node's part of the job to its end; the exit code (resilience/exit_codes.py)."""
+    if nodes.most > 1 and _is_complete(config):
+        print(f"all steps of {config.output} are done", flush=True)
+        return exit_codes.DONE
     # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     r = config.resilience
@@ -101,6 +104,13 @@ def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
             print(f"error: gave up: the agent has ended {deaths} times ({how_it_ended(code)})", file=sys.stderr)
             return exit_codes.GAVE_UP
         print(f"the agent has ended with {how_it_ended(code)}: starting it again", file=sys.stderr, flush=True)
+
+
+def _is_complete(config: RunConfig) -> bool:
+    """Whether the last launch has done all steps: a node that is started again after that would have nobody to meet."""
+    last = [event for event in events.read(config.output) if event["kind"] in ("launched", "finished")][-1:]
+    steps = min(config.train.steps, config.train.stop_after or config.train.steps)
+    return any(event["kind"] == "finished" and event["step"] >= steps for event in last)
 
 
 def _record_death(plan: Plan, code: int) -> None:
