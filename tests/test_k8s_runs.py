@@ -1,0 +1,100 @@
+"""The rendered Indexed Job, run for real: two pods train, one is killed, both are drained: the same numbers."""
+
+import copy
+import shutil
+import socket
+import sys
+import time
+
+import pods
+import pytest
+from faults import environment as with_faults
+from manifests import K8S, container, job_spec, render
+from pods import IndexedJob
+from tiny_run import environment, make_data, megamm, numbers, write_config
+
+from megamm.resilience import events
+
+pytestmark = pytest.mark.skipif(bool(pods.why_not()), reason=pods.why_not())
+
+WORK = "/mnt/work"
+SECTIONS = {
+    "train": {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1},
+    "resilience": {"hang_seconds": 60, "rendezvous": {"last_call": 1, "keep_alive": 1}},
+}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The volume: data, and the run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("work")
+    make_data(folder)
+    done = megamm("train", write_config(folder, folder / "undisturbed", **SECTIONS), "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def job(work, tmp_path):
+    """name, faults -> the Job of local-cpu with the tiny config of that name, a free port and this environment."""
+
+    def make(name, faults):
+        config = tmp_path / "config"
+        config.mkdir()
+        text = write_config(work, work / name, **SECTIONS).read_text()
+        (config / "run.yaml").write_text(text.replace(str(work), WORK))
+        records = work / "records"
+        records.mkdir(exist_ok=True)
+        for path in [work, *work.rglob("*")]:  # as fsGroup does
+            shutil.chown(path, user=10001, group=10001)
+        spec = copy.deepcopy(job_spec(render(K8S / "overlays" / "local-cpu")))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        given = container(spec)
+        given["args"] = [text.replace(":29400", f":{port}") for text in given["args"]]
+        image = {key: environment()[key] for key in ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")}
+        image["PATH"] = f"{sys.prefix}/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        image = with_faults(faults, image) | {"MEGAMM_FAULTS_FOLDER": f"{WORK}/records"}
+        labels = {"batch.kubernetes.io/job-name": "megamm"}
+        return IndexedJob(spec, tmp_path / "pods", {"config": config, "work": work}, labels, image)
+
+    return make
+
+
+def of_kind(run, *kinds):
+    return [event for event in events.read(run) if event["kind"] in kinds]
+
+
+def injected(run, fault):
+    return [event for event in of_kind(run, "injected") if event["fault"] == fault]
+
+
+def test_pods_are_killed_and_drained(work, job):
+    """The pod that hosts the store is cut off, then both are drained, one while the other's checkpoint is written."""
+    run, paused = work / "run", work / "records" / "paused"
+    with job("run", "pause@step:3:0:0,until_asked@step:6:1:*,pause@save:6:0:*") as pods_of:
+        pods_of.start(1)
+        pods_of.start(0)
+        pods_of.until(paused.exists)
+        pods_of.pods[0].cut_power()
+        paused.unlink()
+        pods_of.until(lambda: injected(run, "until_asked"))
+        assert pods_of.ended == [(0, 137, "Count")], pods_of.story()
+
+        begin = time.monotonic()
+        pods_of.pods[0].drain()
+        pods_of.until(paused.exists)
+        pods_of.pods[1].drain()
+        pods_of.until(lambda: len(of_kind(run, "signal")) == 2)
+        paused.unlink()
+        pods_of.until(lambda: len(pods_of.ended) == 3)
+        assert time.monotonic() - begin < pods_of.job["template"]["spec"]["terminationGracePeriodSeconds"]
+        assert sorted(pods_of.ended[1:]) == [(0, 75, "Ignore"), (1, 75, "Ignore")], pods_of.story()
+
+        pods_of.until(lambda: pods_of.state != "running")
+        assert pods_of.state == "complete", pods_of.story()
+        assert numbers(run) == numbers(work / "undisturbed")
+
+        late = pods_of.start(1)  # lost after the last step, before its exit code was seen
+        pods_of.until(lambda: late.exit_code() is not None)
+        assert late.exit_code() == 0, pods_of.story()
