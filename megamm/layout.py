@@ -89,10 +89,11 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
         raise UserError(
             "latent attention has no query groups", remedy="set model.num_query_groups = model.num_attention_heads"
         )
-    if m.rope_axes == 3:
-        raise UserError(
-            "latent attention turns its keys inside Megatron, by the index in the row", remedy="set model.rope_axes=1"
-        )
+    inside = "latent attention turns its keys inside Megatron, by the index in the row"
+    if m.rope_axes == 3 or m.rope_scaling.kind != "none":
+        raise UserError(inside, remedy="set model.rope_axes=1, model.rope_scaling.kind=none")
+    if m.qkv_bias:
+        raise UserError("latent attention has no biases", remedy="set model.qkv_bias=false")
 
 
 def _check_experts(config: RunConfig, data_parallel: int) -> None:

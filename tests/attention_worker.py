@@ -17,6 +17,7 @@ from attention_reference import ROWS, attention, random_row_map, relative_error
 
 from megamm.device import choose
 from megamm.mcore import groups as grid
+from megamm.model.rope import Rope
 
 BASE = 10000.0
 ALONE: Any = types.SimpleNamespace(rank=lambda: 0, size=lambda: 1)
@@ -44,9 +45,9 @@ def build(group: Any, head_dim: int, axes: int, exchange: str = "allgather", ker
     from megamm.mcore.attention import PackedAttention
 
     config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
-    collection, base = types.SimpleNamespace(cp=group, tp=None), BASE if axes else None
+    collection, rope = types.SimpleNamespace(cp=group, tp=None), Rope(BASE, axes) if axes else None
     return PackedAttention(
-        config, 1, pg_collection=collection, rope_base=base, rope_axes=axes or 1, exchange=exchange, kernel=kernel
+        config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel
     )
 
 

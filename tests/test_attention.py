@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
 from attention_worker import ALONE, BASE, CASES, HEADS, build, errors, inputs
 
+from megamm.config import RopeScalingConfig
 from megamm.data.packing import Form, pack
 from megamm.data.sample import Batch, Document, Part
 from megamm.device import Device, choose
@@ -174,7 +175,7 @@ def test_three_axes_are_those_of_qwen3_vl(head_dim: int) -> None:
     query, position = torch.randn(33, 4, 2, head_dim), random_row_map(8, 33)[:, 1:]
     cosines, sines = theirs(query, position.transpose(0, 1))
     expected, _ = apply_rotary_pos_emb(*[query.permute(1, 2, 0, 3)] * 2, cosines, sines)
-    ours = rope.rotate(query, *rope.cosines_and_sines(position, head_dim, BASE, query.dtype))
+    ours = rope.rotate(query, *rope.cosines_and_sines(position, head_dim, rope.Rope(BASE, 3), query.dtype))
     torch.testing.assert_close(ours.permute(1, 2, 0, 3), expected, rtol=0, atol=1e-5)
     if head_dim == 128:
         assert section == [24, 20, 20], "Qwen3-VL's own"
@@ -190,6 +191,24 @@ def test_text_of_three_axes_is_text_of_one() -> None:
     one, three = (build(ALONE, 8, axes)(*qkv, row_map) for axes in (1, 3))
     assert used == 32
     assert torch.equal(one[:used], three[:used])
+
+
+@pytest.mark.parametrize("head_dim", [6, 64, 128])
+@pytest.mark.parametrize("kind", ["linear", "llama3"])
+def test_stretched_angles_are_those_of_transformers(head_dim: int, kind: str) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    own = {"factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 5.0, "original_length": 300}
+    parameters = {"rope_type": kind, "rope_theta": BASE, "factor": 8.0}
+    if kind == "llama3":
+        parameters |= {"low_freq_factor": 1.5, "high_freq_factor": 5.0, "original_max_position_embeddings": 300}
+    theirs = LlamaRotaryEmbedding(LlamaConfig(head_dim=head_dim, rope_parameters=parameters)).inv_freq
+    scaling = RopeScalingConfig(kind=kind, **own)
+    ours = rope.inverse_frequencies(head_dim, rope.Rope(BASE, scaling=scaling), torch.device("cpu"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    plain = rope.inverse_frequencies(head_dim, rope.Rope(BASE), torch.device("cpu"))
+    assert (ours < plain).any() and (kind == "linear" or (ours == plain).any())
 
 
 def test_too_small_a_head_for_three_axes() -> None:

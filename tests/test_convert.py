@@ -61,7 +61,7 @@ def _load_as_from_disk(theirs, weights, theirs_config, tmp_path) -> None:
     save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
 
 
-def _documents(batch):
+def documents(batch):
     """Every packed document of a batch on its own: (row, slice)."""
     for row in range(len(batch.segment)):
         for segment in range(int(batch.segment[row].max()) + 1):
@@ -76,7 +76,7 @@ def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
         ours = model.module(batch.input_ids, None, batch.row_map)
         worst = max(
             (ours[row, part] - theirs(batch.input_ids[row : row + 1, part]).logits[0]).abs().max().item()
-            for row, part in _documents(batch)
+            for row, part in documents(batch)
         )
     assert worst <= 2e-5, worst
 
@@ -91,7 +91,7 @@ def test_loss_and_gradients_equal_transformers(pair):
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     pieces = []
     for batch in batches:
-        for row, part in _documents(batch):
+        for row, part in documents(batch):
             logits = theirs(batch.input_ids[row : row + 1, part]).logits[0]
             labels, weight = batch.labels[row, part], batch.loss_weight[row, part]
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE_LABEL)

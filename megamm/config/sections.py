@@ -45,6 +45,16 @@ class MTPConfig(Section):
     loss_weight: float = Field(0.1, ge=0, description="of the mean of their losses")
 
 
+class RopeScalingConfig(Section):
+    """How angles of positions beyond the original row length are slowed down (megamm/model/rope.py)."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    factor: float = Field(1.0, ge=1, description="by which slow angles are divided; linear: all")
+    low_freq_factor: float = Field(1.0, gt=0, description="llama3: fewer turns in the original length are slow")
+    high_freq_factor: float = Field(4.0, gt=0, description="llama3: more turns stay as they are")
+    original_length: int = Field(8192, ge=1, description="llama3: tokens of a row in the original training")
+
+
 class ModelConfig(Section):
     """The backbone. `megatron` passes further TransformerConfig fields through as they are."""
 
@@ -56,6 +66,9 @@ class ModelConfig(Section):
     head_dim: int = Field(ge=2, multiple_of=2)
     rope_base: float = Field(1_000_000.0, gt=0)
     rope_axes: Literal[1, 3] = Field(1, description="1: index in the document; 3: the token's (t, h, w)")
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    qk_norm: bool = Field(True, description="normalise queries and keys; latent attention's norms stay")
+    qkv_bias: bool = False
     norm_eps: float = Field(1e-6, gt=0)
     init_std: float = Field(0.02, gt=0)
     tie_embeddings: bool = False

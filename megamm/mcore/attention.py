@@ -28,7 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megamm.device import Device
 from megamm.errors import UserError
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.model.rope import cosines_and_sines, rotate
+from megamm.model.rope import Rope, cosines_and_sines, rotate
 
 Kernel = Literal["sdpa", "flex"]
 Chunks = Sequence[tuple[int, int]]
@@ -57,8 +57,8 @@ class PackedAttention(MegatronModule):
     """query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]`, value `[S/cp, B, G, E]` and row map -> `[S/cp, B, N * E]`.
 
     N and G are this tensor rank's heads and groups; E, the values' head size, is D but for latent attention.
-    rope_base None: the keys come turned already. rope_axes 1: a token's position is its index in its document;
-    3: its (t, h, w). pg_collection.cp is the context group; `exchange` is how its ranks attend over the whole row.
+    rope None: the keys come turned already; of one axis: a token's position is its index in its document; of 3: its
+    (t, h, w). pg_collection.cp is the context group; `exchange` is how its ranks attend over the whole row.
     """
 
     def __init__(
@@ -67,8 +67,7 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *,
         pg_collection: Any,
-        rope_base: float | None,
-        rope_axes: Literal[1, 3],
+        rope: Rope | None,
         exchange: Literal["allgather", "alltoall"],
         kernel: Kernel,
         softmax_scale: float | None = None,
@@ -76,7 +75,7 @@ class PackedAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert config.attention_dropout == 0.0, "PackedAttention has no dropout"
-        self.layer_number, self.rope_base, self.rope_axes = layer_number, rope_base, rope_axes
+        self.layer_number, self.rope = layer_number, rope
         self.group, self.exchange = pg_collection.cp, exchange
         self.attend = _attend_flex if kernel == "flex" else _attend_sdpa
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
@@ -98,7 +97,7 @@ class PackedAttention(MegatronModule):
         if self.shared_channels and self.tensor_group.size() > 1:
             key = self._shared_by_all_heads(key)
         chunks = local_chunks(row_map.shape[2], self.group.rank(), size)
-        if self.rope_base is not None:
+        if self.rope is not None:
             angles = self._angles(row_map, chunks, query)
             query, key = rotate(query, *angles), rotate(key, *angles)
         if size > 1 and self.exchange == "alltoall":
@@ -119,15 +118,15 @@ class PackedAttention(MegatronModule):
 
     def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of this rank's tokens, `[S/cp, B, 1, D]` each."""
-        base, axes, head_dim = self.rope_base, self.rope_axes, query.shape[-1]
-        assert base is not None
+        rope, head_dim = self.rope, query.shape[-1]
+        assert rope is not None
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            position = row_map[:, 1:] if axes == 3 else document_positions(row_map[:, 0]).unsqueeze(1)
+            position = row_map[:, 1:] if rope.axes == 3 else document_positions(row_map[:, 0]).unsqueeze(1)
             local = torch.cat([position[..., start:stop] for start, stop in chunks], dim=-1)
-            return cosines_and_sines(local, head_dim, base, query.dtype)
+            return cosines_and_sines(local, head_dim, rope, query.dtype)
 
-        return _once_a_row_map(row_map, ("angles", *chunks, base, axes, head_dim, query.dtype), make)
+        return _once_a_row_map(row_map, ("angles", *chunks, rope, head_dim, query.dtype), make)
 
 
 class _GradientSum(torch.autograd.Function):

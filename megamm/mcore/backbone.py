@@ -1,7 +1,7 @@
 """The backbone: Megatron-core's GPTModel with our norm, packed attention, exact losses and fused operators.
 
-RMSNorm, SwiGLU, grouped queries with q/k norm (or latent attention), RoPE, optional mixture of experts and
-multi-token prediction. Its plain form is the architecture of Qwen3 / Qwen3-MoE (Yang et al. 2025), so that an export
+RMSNorm, SwiGLU, grouped queries with q/k norm or without (or latent attention), RoPE, optional mixture of experts and
+multi-token prediction. Its forms are those of Llama, Qwen and DeepSeek-V3 models, so that an export
 runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention, multi-token prediction).
 """
 
@@ -33,6 +33,7 @@ from megamm.mcore.attention import PackedAttention, choose_kernel
 from megamm.mcore.groups import Groups
 from megamm.mcore.norm import RMSNorm
 from megamm.mcore.transformer_config import transformer_config
+from megamm.model.rope import Rope
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +121,17 @@ def layer_spec(config: TransformerConfig, attention: dict[str, Any], norm: Modul
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,
-        qk_layernorm=True,
+        qk_layernorm=latent or config.qk_layernorm,
         multi_latent_attention=latent,
         normalization="RMSNorm",
     )
     own = layer.submodules.self_attention
     core = ModuleSpec(PackedAttention, attention)
-    norms = {"kv_layernorm" if latent else "k_layernorm": norm}
-    norms["q_layernorm"] = IdentityOp if latent and config.q_lora_rank is None else norm
+    norms = {}
+    if latent:
+        norms = {"kv_layernorm": norm, "q_layernorm": IdentityOp if config.q_lora_rank is None else norm}
+    elif config.qk_layernorm:
+        norms = {"k_layernorm": norm, "q_layernorm": norm}
     parts = replace(
         layer.submodules,
         input_layernorm=norm,
@@ -194,15 +198,15 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
         _reduce_experts_apart(chunks)
     # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
     # are; a latent's norm is before the split into heads, and summing would multiply its gradient.
-    megatron_config.qk_layernorm = not megatron_config.multi_latent_attention
+    megatron_config.qk_layernorm &= not megatron_config.multi_latent_attention
     return chunks
 
 
 def _attention_arguments(config: RunConfig, kernel: str) -> dict[str, Any]:
     """What PackedAttention is built with besides what Megatron gives it."""
+    m = config.model
     return dict(
-        rope_base=None if config.model.mla.kv_lora_rank else config.model.rope_base,
-        rope_axes=config.model.rope_axes,
+        rope=None if m.mla.kv_lora_rank else Rope(m.rope_base, m.rope_axes, m.rope_scaling),
         exchange=config.parallel.context_exchange,
         kernel=kernel,
     )

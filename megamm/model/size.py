@@ -10,10 +10,11 @@ from megamm.config import ModelConfig
 
 
 def attention_parameters(m: ModelConfig) -> int:
-    """Of one layer's attention, its q/k (or latent) norms included."""
+    """Of one layer's attention, its norms and biases included."""
     heads, hidden, a = m.num_attention_heads, m.hidden_size, m.mla
     if a.kv_lora_rank == 0:
-        return hidden * m.head_dim * (2 * heads + 2 * m.num_query_groups) + 2 * m.head_dim
+        qkv = m.head_dim * (heads + 2 * m.num_query_groups)
+        return hidden * (qkv + heads * m.head_dim) + m.qkv_bias * qkv + m.qk_norm * 2 * m.head_dim
     qk = heads * (a.qk_head_dim + a.qk_rope_head_dim)
     query = a.q_lora_rank * (hidden + 1 + qk) if a.q_lora_rank else hidden * qk
     latent = hidden * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank

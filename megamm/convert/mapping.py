@@ -1,0 +1,114 @@
+"""How a stored tensor is made of those of transformers: the few rules, each with its inverse, both exact.
+
+Stored tensors stack the layers on a first axis L, and experts on the next. Per layer (and expert) a rule says how one
+of ours is cut into theirs and put together again:
+    same  one tensor, as it is
+    rows  several, one below the other: gate, then up `[2F, H]`
+    qkv   q, k and v by query group: a group's queries, its key, its value `[G * (N/G + 2) * D, ...]`
+G query groups, N heads, D head size, F feed-forward size; other letters as in data/sample.py.
+A family's table of such entries (families.py) is all that differs from model to model.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from megamm.config import ModelConfig
+
+Tensors = dict[str, torch.Tensor]
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stored tensor of a layer, by its name after LAYERS, and what it is made of, by their names in a layer.
+
+    "{e}" in their names stands for the number of an expert: then ours is a stack over experts.
+    """
+
+    ours: str
+    theirs: tuple[str, ...]
+    rule: Literal["same", "rows", "qkv"] = "same"
+
+    @property
+    def is_of_experts(self) -> bool:
+        return "{e}" in self.theirs[0]
+
+    def names(self, layer: int, expert: int | None = None) -> list[str]:
+        """Their full names."""
+        return [f"model.layers.{layer}.{name.format(e=expert)}" for name in self.theirs]
+
+    def cut(self, ours: torch.Tensor, m: ModelConfig) -> Sequence[torch.Tensor]:
+        """Ours, of one layer and expert, to theirs in the order of their names."""
+        if self.rule == "same":
+            return [ours]
+        if self.rule == "rows":
+            return ours.chunk(len(self.theirs))
+        groups = ours.view(m.num_query_groups, -1, m.head_dim, *ours.shape[1:])
+        parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
+        return [part.reshape(-1, *ours.shape[1:]) for part in parts]
+
+    def join(self, theirs: Sequence[torch.Tensor], m: ModelConfig) -> torch.Tensor:
+        """The inverse of `cut`."""
+        if self.rule == "same":
+            return theirs[0]
+        if self.rule == "rows":
+            return torch.cat(list(theirs))
+        parts = [part.view(m.num_query_groups, -1, m.head_dim, *part.shape[1:]) for part in theirs]
+        return torch.cat(parts, dim=1).reshape(-1, *theirs[0].shape[1:])
+
+
+def to_transformers(
+    entries: Sequence[Entry], stored: Mapping[str, torch.Tensor], m: ModelConfig, vocabulary_size: int
+) -> Tensors:
+    """Stored tensors to a state dict of transformers; run-time padding of the vocabulary is cut off."""
+    result = {
+        "model.embed_tokens.weight": stored["embedding.word_embeddings.weight"][:vocabulary_size],
+        "model.norm.weight": stored["decoder.final_layernorm.weight"],
+    }
+    if not m.tie_embeddings:
+        result["lm_head.weight"] = stored["output_layer.weight"][:vocabulary_size]
+    for layer in range(m.num_layers):
+        for entry in entries:
+            ours = stored[LAYERS + entry.ours][layer]
+            for expert, tensor in _by_expert(entry, ours):
+                result |= dict(zip(entry.names(layer, expert), entry.cut(tensor, m), strict=True))
+    return {name: tensor.contiguous() for name, tensor in result.items()}
+
+
+def names(entries: Sequence[Entry], m: ModelConfig) -> Iterator[str]:
+    """Of every tensor that a model of transformers has on disk."""
+    yield from ("model.embed_tokens.weight", "model.norm.weight")
+    if not m.tie_embeddings:
+        yield "lm_head.weight"
+    for layer in range(m.num_layers):
+        for entry in entries:
+            for expert in range(m.moe.num_experts) if entry.is_of_experts else [None]:
+                yield from entry.names(layer, expert)
+
+
+def _by_expert(entry: Entry, ours: torch.Tensor) -> Iterator[tuple[int | None, torch.Tensor]]:
+    yield from enumerate(ours) if entry.is_of_experts else [(None, ours)]
+
+
+def from_transformers(entries: Sequence[Entry], theirs: Mapping[str, torch.Tensor], m: ModelConfig) -> Tensors:
+    """The inverse of `to_transformers`. KeyError names a missing tensor."""
+    stored = {
+        "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": theirs["model.norm.weight"],
+    }
+    if not m.tie_embeddings:
+        stored["output_layer.weight"] = theirs["lm_head.weight"]
+    for entry in entries:
+        layers = [_join_layer(entry, theirs, m, layer) for layer in range(m.num_layers)]
+        stored[LAYERS + entry.ours] = torch.stack(layers)
+    return stored
+
+
+def _join_layer(entry: Entry, theirs: Mapping[str, torch.Tensor], m: ModelConfig, layer: int) -> torch.Tensor:
+    def one(expert: int | None) -> torch.Tensor:
+        return entry.join([theirs[name] for name in entry.names(layer, expert)], m)
+
+    return torch.stack([one(e) for e in range(m.moe.num_experts)]) if entry.is_of_experts else one(None)
