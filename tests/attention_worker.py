@@ -46,9 +46,7 @@ def build(group: Any, head_dim: int, axes: int, exchange: str = "allgather", ker
 
     config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
     collection, rope = types.SimpleNamespace(cp=group, tp=None), Rope(BASE, axes) if axes else None
-    return PackedAttention(
-        config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel
-    )
+    return PackedAttention(config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel)
 
 
 def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
-from megamm.convert import qwen3
+from megamm.convert import mapping
+from megamm.convert.family_config import family_for, to_config
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
 from megamm.errors import UserError
@@ -45,10 +46,13 @@ def pair(request, tmp_path):
     state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, engine.blocks(), rng.fresh(), device)
     tensors = path_of(tmp_path, 0) / "tensors"
-    theirs_config = qwen3.transformers_config(config.model, VOCABULARY, config.data.seq_length, {})
+    family = family_for(config.model)
+    theirs_config = to_config(family, config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
     stored = store.export_tensors(tensors)
-    _load_as_from_disk(theirs, qwen3.to_transformers(stored, config.model, VOCABULARY), theirs_config, tmp_path)
+    _load_as_from_disk(
+        theirs, mapping.to_transformers(family.entries, stored, config.model, VOCABULARY), theirs_config, tmp_path
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     yield config, groups, model, theirs, stored
     grid.destroy()
@@ -104,7 +108,8 @@ def test_loss_and_gradients_equal_transformers(pair):
     total.backward()
     torch.testing.assert_close(result.mean, sums / counts, rtol=1e-5, atol=0)
     ours = {name: p.main_grad for name, p in model.module.named_parameters()}
-    stacked = qwen3.from_transformers(_gradients(theirs, config), config.model)
+    entries = family_for(config.model).entries
+    stacked = mapping.from_transformers(entries, _gradients(theirs, config), config.model)
     for name, gradient in ours.items():
         wanted = _of_live_name(stacked, name)
         error = (gradient - wanted).norm() / wanted.norm()
@@ -155,13 +160,14 @@ def _of_live_name(stacked, name):
 )
 def test_what_qwen3_cannot_express_is_refused_by_name(model):
     with pytest.raises(UserError, match=rf"cannot express model\.{next(iter(model))}"):
-        qwen3.check_expressible(model_config(model).model)
+        family_for(model_config(model).model)
 
 
 def test_names_round_trip_bit_for_bit(pair):
     config, _, _, _, stored = pair
-    there = qwen3.to_transformers(stored, config.model, VOCABULARY)
-    back = qwen3.from_transformers(there, config.model)
+    entries = family_for(config.model).entries
+    there = mapping.to_transformers(entries, stored, config.model, VOCABULARY)
+    back = mapping.from_transformers(entries, there, config.model)
     assert back.keys() == stored.keys() - ({"output_layer.weight"} if config.model.tie_embeddings else set())
     for name, tensor in back.items():
         assert torch.equal(tensor, stored[name]), name

@@ -12,8 +12,8 @@ from megamm.codecs.folders import save_codec
 from megamm.codecs.text import train_text_tokenizer
 from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.config import RunConfig, config_from_dict
-from megamm.convert import qwen3
 from megamm.convert.exported import Exported, open_export
+from megamm.convert.family_config import family_for, to_config
 from megamm.data.run_data import load_modalities, vocabulary_of
 from megamm.data.token_cache import tokenize
 from megamm.model.vocabulary import Vocabulary
@@ -58,7 +58,7 @@ def _config(folder: Path, source: Path, codecs: Path) -> RunConfig:
 
 def _save_model(export: Path, config: RunConfig, vocabulary: Vocabulary) -> None:
     special = {"bos_token_id": vocabulary.document_start, "eos_token_id": vocabulary.document_end}
-    theirs = qwen3.transformers_config(config.model, vocabulary.size, config.data.seq_length, special)
+    theirs = to_config(family_for(config.model), config.model, vocabulary.size, config.data.seq_length, special)
     torch.manual_seed(1)
     AutoModelForCausalLM.from_config(theirs, dtype=torch.float32).save_pretrained(export)
     own = {"vocabulary": vocabulary.to_json(), "config": config.model_dump(mode="json"), "step": 0, "versions": {}}

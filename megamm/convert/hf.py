@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from megamm import checkpoint, device
 from megamm.checkpoint import saver
 from megamm.config import RunConfig, config_from_dict
-from megamm.convert import qwen3
+from megamm.convert import mapping
+from megamm.convert.families import Family
+from megamm.convert.family_config import family_for, to_config
 from megamm.convert.tokenizer import export_tokenizer
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
@@ -50,7 +52,7 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     state = checkpoint.read_state(folder)
     config = config_from_dict(state.config, where=folder)
     vocabulary = Vocabulary.from_json(state.vocabulary)
-    qwen3.check_expressible(config.model)
+    family = family_for(config.model)
     _start_alone()
     from megamm.mcore import store
 
@@ -58,9 +60,9 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = qwen3.to_transformers(stored, config.model, vocabulary.size)
+    weights = mapping.to_transformers(family.entries, stored, config.model, vocabulary.size)
     save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-    _write_configs(temporary, config, vocabulary, weights["model.norm.weight"].dtype)
+    _write_configs(temporary, family, config, vocabulary, weights["model.norm.weight"].dtype)
     export_tokenizer(config.tokenizers["text"], vocabulary, temporary)
     for name, codec in config.tokenizers.items():
         shutil.copytree(codec, temporary / "codecs" / name)
@@ -70,7 +72,7 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def _write_configs(folder: Path, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+def _write_configs(folder: Path, family: Family, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
     from transformers import GenerationConfig
 
     special = {
@@ -78,7 +80,7 @@ def _write_configs(folder: Path, config: RunConfig, vocabulary: Vocabulary, dtyp
         "eos_token_id": vocabulary.document_end,
         "pad_token_id": vocabulary.padding,
     }
-    theirs = qwen3.transformers_config(config.model, vocabulary.size, config.data.seq_length, special)
+    theirs = to_config(family, config.model, vocabulary.size, config.data.seq_length, special)
     theirs.dtype = dtype
     theirs.save_pretrained(folder)
     GenerationConfig(**special).save_pretrained(folder)
@@ -104,8 +106,9 @@ def import_(export_folder: Path, run: Path) -> Path:
     if (run / "checkpoints").exists():
         raise UserError("the run has checkpoints", where=run, remedy="remove it or choose another output")
     config, vocabulary, own = read_own(export_folder)
+    family = family_for(config.model)
     try:
-        stored = qwen3.from_transformers(load_file(export_folder / WEIGHTS), config.model)
+        stored = mapping.from_transformers(family.entries, load_file(export_folder / WEIGHTS), config.model)
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         raise UserError(
             f"the weights do not fit config.json: {error}", where=export_folder / WEIGHTS, remedy="export again"

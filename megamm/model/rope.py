@@ -18,6 +18,8 @@ import torch
 from megamm.config import RopeScalingConfig
 from megamm.errors import UserError
 
+_NOT_SCALED = RopeScalingConfig()
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -25,7 +27,7 @@ class Rope:
 
     base: float
     axes: int = 1
-    scaling: RopeScalingConfig = RopeScalingConfig()
+    scaling: RopeScalingConfig = _NOT_SCALED
 
 
 def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> torch.Tensor:
