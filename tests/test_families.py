@@ -76,11 +76,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 SEQUENCE = 48
 
 
-def write_model(name: str, folder: Path) -> Any:
-    """Save a random model of that name as transformers does; returns it."""
+def write_model(name: str, folder: Path, sizes: dict[str, Any] | None = None) -> Any:
+    """Save a random model of that name, of other sizes if given, as transformers does; returns it."""
     kind, values = MODELS[name]
     torch.manual_seed(len(name))
-    config = getattr(transformers, f"{kind}Config")(**COMMON | values)
+    config = getattr(transformers, f"{kind}Config")(**COMMON | values | (sizes or {}))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for key, tensor in model.state_dict().items():
