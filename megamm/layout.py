@@ -15,7 +15,11 @@ def check(config: RunConfig, world_size: int) -> None:
     product = p.tensor * p.pipeline * p.context
     _divisible("world size", world_size, "tensor x pipeline x context", product, "start a multiple of that many")
     _divisible("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
-    _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
+    if p.tensor % m.num_query_groups:
+        _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
+    else:  # several ranks share a group, and the rows of its keys and values
+        rows = 2 * m.num_query_groups * m.head_dim
+        _divisible("rows of keys and values, 2 x num_query_groups x head_dim", rows, "parallel.tensor", p.tensor)
     _divisible("model.num_attention_heads", m.num_attention_heads, "model.num_query_groups", m.num_query_groups)
     _divisible("model.ffn_hidden_size", m.ffn_hidden_size, "parallel.tensor", p.tensor)
     if m.mtp.num_layers:  # their projections of hidden states are split over tensor ranks

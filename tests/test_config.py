@@ -63,7 +63,16 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (3, ["parallel.tensor=2"], "world size = 3 is not divisible by tensor x pipeline x context = 2"),
         (1, ["parallel.pipeline=2"], "world size = 1 is not divisible"),
         (8, ["parallel.tensor=8"], "model.num_attention_heads = 4 is not divisible by parallel.tensor = 8"),
-        (4, ["parallel.tensor=4"], "model.num_query_groups = 2 is not divisible by parallel.tensor = 4"),
+        (
+            4,
+            ["parallel.tensor=4", "model.num_attention_heads=12", "model.num_query_groups=6"],
+            "model.num_query_groups = 6 is not divisible by parallel.tensor = 4",
+        ),
+        (
+            12,
+            ["parallel.tensor=12", "model.num_attention_heads=12", "model.num_query_groups=1", "model.head_dim=8"],
+            "rows of keys and values, 2 x num_query_groups x head_dim = 16 is not divisible by parallel.tensor = 12",
+        ),
         (5, ["parallel.pipeline=5"], "model.num_layers = 4 are fewer than the 5 chunks of the pipeline"),
         (2, ["parallel.virtual_pipeline=2"], "parallel.virtual_pipeline needs parallel.pipeline > 1"),
         (2, ["parallel.pipeline=2", "parallel.layers_per_chunk=[4]"], "does not split 4 layers into 2 chunks"),

@@ -13,9 +13,9 @@ from megamm.parity.matrix import FEATURES, LAYOUTS, compose
 
 # Features that have nothing to do with each other are proven together.
 KITS = {
-    "experts": ("auxiliary loss", "bias balancing", "shared expert", "selective recompute"),
+    "experts": ("auxiliary loss", "bias balancing", "shared expert", "selective recompute", "biases, no q/k norm"),
     "latent": ("latent attention", "multi-token prediction"),
-    "rest": ("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text"),
+    "rest": ("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text", "one query group"),
 }
 ABSENT = {
     f"{mix} + {layout}": compose({"mix": mix, "data": 2}, LAYOUTS[layout])

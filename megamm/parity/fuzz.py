@@ -59,8 +59,12 @@ def _model(rng: random.Random, tensor: int) -> Settings:
         "model.rope_axes": rng.choice([1, 1, 3]),
         "model.tie_embeddings": rng.random() < 0.3,
     }
+    if rng.random() < 0.3:
+        settings |= {"model.qk_norm": rng.random() < 0.5, "model.qkv_bias": rng.random() < 0.5}
+    if tensor % groups == 0 and rng.random() < 0.3:  # ranks share groups
+        settings["model.num_query_groups"] = rng.choice(_divisors(groups))
     if rng.random() < 0.2:
-        settings |= {"model.num_query_groups": groups * per_group, "model.rope_axes": 1}
+        settings |= {"model.num_query_groups": groups * per_group, "model.rope_axes": 1, "model.qkv_bias": False}
         settings |= {"model.mla.kv_lora_rank": 5 * unit, "model.mla.q_lora_rank": rng.choice([0, 9 * unit])}
         settings |= {"model.mla.qk_head_dim": rng.choice([6, 8]), "model.mla.qk_rope_head_dim": 2 * tensor}
         settings["model.mla.v_head_dim"] = rng.choice([6, 8, 12])

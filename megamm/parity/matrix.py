@@ -43,6 +43,8 @@ FEATURES: dict[str, Settings] = {
     "multi-token prediction": {"model.mtp.num_layers": 1},
     "3-axis RoPE": {"model.rope_axes": 3},
     "tied embeddings": {"model.tie_embeddings": True},
+    "biases, no q/k norm": {"model.qkv_bias": True, "model.qk_norm": False},
+    "one query group": {"model.num_query_groups": 1},
     "full recompute": {"train.recompute": "full"},
     "selective recompute": {"train.recompute": "selective"},
     "a rank without images": {"mix": "rank_without_images", "data": 2},
