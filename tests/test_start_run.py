@@ -19,7 +19,7 @@ from megamm import checkpoint
 from megamm import engine as engines
 from megamm.checkpoint.saver import save_now
 from megamm.config import RunConfig, load_config
-from megamm.convert import qwen3
+from megamm.convert.family_config import family_for, to_config
 from megamm.convert.hf import export
 from megamm.data.run_data import RunData, open_run_data
 from megamm.data.sample import IGNORE_LABEL, Batch, Row
@@ -141,7 +141,7 @@ def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:
     """As from a hub: random weights in two shards, more rows than its tokenizer has ids, and the tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    theirs = qwen3.transformers_config(config.model, 320, 128, {})
+    theirs = to_config(family_for(config.model), config.model, 320, 128, {})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -218,9 +218,9 @@ LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention_bias": True}, "attention_bias is True, the backbone has False"),
-        ({"hidden_act": "gelu"}, "hidden_act is gelu, the backbone has silu"),
-        ({"model_type": "llama"}, "a model of type llama"),
+        ({"attention_bias": True}, "cannot express attention_bias = True"),
+        ({"hidden_act": "gelu"}, "cannot express hidden_act = gelu"),
+        ({"model_type": "gemma2"}, "model_type gemma2 is none of qwen3, "),
         ({"num_hidden_layers": 3}, "unreadable config: Class validation error"),
         (LAYERS[3], "the weights do not fit config.json: 'model.layers.2.input_layernorm.weight'"),
         (LAYERS[1], "tensors have no place in the backbone, the first is model.layers.1."),

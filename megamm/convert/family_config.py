@@ -1,5 +1,6 @@
 """config.json of transformers <-> the model section of a run's config, by the family's tables (families.py)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,19 @@ def to_config(family: Family, m: ModelConfig, vocabulary_size: int, seq_length: 
     return CONFIG_MAPPING[family.model_type](architectures=[family.architecture], **values)
 
 
+def read_model(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
+    """The family and the backbone that a folder's config.json describes, for rows of seq_length tokens.
+
+    UserError names what is unreadable, or the first key that our backbone cannot express.
+    """
+    file = folder / "config.json"
+    try:
+        family, section = read_config(json.loads(file.read_text()), seq_length, file)
+        return family, ModelConfig.model_validate(section)
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, file) from None
+
+
 def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[Family, dict[str, Any]]:
     """The family of a config.json (its values) and the model section of a run with rows of seq_length tokens.
 
@@ -53,7 +67,10 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
     if family is None:
         known = ", ".join(family.model_type for family in FAMILIES)
         raise UserError(f"model_type {model_type} is none of {known}", where=where, remedy="choose one of these")
-    theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
+    try:
+        theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
+    except Exception as error:  # whatever transformers makes of a damaged one
+        raise _unreadable(error, where) from None
     for key in values:
         if key not in family.known_keys() and key not in _of_any_model() and values[key] is not None:
             raise _inexpressible(key, values[key], where)
@@ -87,6 +104,11 @@ def _ours(family: Family, theirs: Any, where: Path) -> dict[str, Any]:
     if "head_dim" in family.unused:
         ours["head_dim"] = theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
     return ours | {key: ours[other] for key, other in family.same_as.items()}
+
+
+def _unreadable(error: Exception, where: Path) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"unreadable config: {reason}", where=where, remedy="restore it")
 
 
 def _inexpressible(key: str, value: Any, where: Path) -> UserError:

@@ -95,7 +95,7 @@ def read_own(export_folder: Path) -> tuple[RunConfig, Vocabulary, dict[str, Any]
         raise UserError(
             f"not an export of megamm: {error}",
             where=export_folder,
-            remedy="make one with `megamm convert export`; of a plain Qwen3 a run starts by start_from.checkpoint",
+            remedy="make one by `megamm convert export`; from other folders a run starts by start_from.checkpoint",
         ) from None
     inside = {name: export_folder / "codecs" / name for name in config.tokenizers}
     return config.model_copy(update={"tokenizers": inside}), Vocabulary.from_json(own["vocabulary"]), own

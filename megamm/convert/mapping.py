@@ -18,7 +18,7 @@ import torch
 from megamm.config import ModelConfig
 
 Tensors = dict[str, torch.Tensor]
-LAYERS = "decoder.layers."
+LAYERS, EMBEDDING, HEAD = "decoder.layers.", "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,20 @@ class Entry:
         return torch.cat(parts, dim=1).reshape(-1, *theirs[0].shape[1:])
 
 
+def unstacked(m: ModelConfig) -> dict[str, str]:
+    """Stored tensors without an axis of layers: their names in transformers."""
+    tables = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
+    return tables if m.tie_embeddings else tables | {HEAD: "lm_head.weight"}
+
+
 def to_transformers(
     entries: Sequence[Entry], stored: Mapping[str, torch.Tensor], m: ModelConfig, vocabulary_size: int
 ) -> Tensors:
     """Stored tensors to a state dict of transformers; run-time padding of the vocabulary is cut off."""
-    result = {
-        "model.embed_tokens.weight": stored["embedding.word_embeddings.weight"][:vocabulary_size],
-        "model.norm.weight": stored["decoder.final_layernorm.weight"],
-    }
-    if not m.tie_embeddings:
-        result["lm_head.weight"] = stored["output_layer.weight"][:vocabulary_size]
+    result = {theirs: stored[ours] for ours, theirs in unstacked(m).items()}
+    for theirs in ("model.embed_tokens.weight", "lm_head.weight"):
+        if theirs in result:
+            result[theirs] = result[theirs][:vocabulary_size]
     for layer in range(m.num_layers):
         for entry in entries:
             ours = stored[LAYERS + entry.ours][layer]
@@ -80,9 +84,7 @@ def to_transformers(
 
 def names(entries: Sequence[Entry], m: ModelConfig) -> Iterator[str]:
     """Of every tensor that a model of transformers has on disk."""
-    yield from ("model.embed_tokens.weight", "model.norm.weight")
-    if not m.tie_embeddings:
-        yield "lm_head.weight"
+    yield from unstacked(m).values()
     for layer in range(m.num_layers):
         for entry in entries:
             for expert in range(m.moe.num_experts) if entry.is_of_experts else [None]:
@@ -95,19 +97,16 @@ def _by_expert(entry: Entry, ours: torch.Tensor) -> Iterator[tuple[int | None, t
 
 def from_transformers(entries: Sequence[Entry], theirs: Mapping[str, torch.Tensor], m: ModelConfig) -> Tensors:
     """The inverse of `to_transformers`. KeyError names a missing tensor."""
-    stored = {
-        "embedding.word_embeddings.weight": theirs["model.embed_tokens.weight"],
-        "decoder.final_layernorm.weight": theirs["model.norm.weight"],
-    }
-    if not m.tie_embeddings:
-        stored["output_layer.weight"] = theirs["lm_head.weight"]
+    stored = {ours: theirs[name] for ours, name in unstacked(m).items()}
     for entry in entries:
-        layers = [_join_layer(entry, theirs, m, layer) for layer in range(m.num_layers)]
+        layers = [join_layer(entry, theirs, m, layer) for layer in range(m.num_layers)]
         stored[LAYERS + entry.ours] = torch.stack(layers)
     return stored
 
 
-def _join_layer(entry: Entry, theirs: Mapping[str, torch.Tensor], m: ModelConfig, layer: int) -> torch.Tensor:
+def join_layer(entry: Entry, theirs: Mapping[str, torch.Tensor], m: ModelConfig, layer: int) -> torch.Tensor:
+    """An entry's stored tensor of one layer, its experts stacked. KeyError names a missing tensor."""
+
     def one(expert: int | None) -> torch.Tensor:
         return entry.join([theirs[name] for name in entry.names(layer, expert)], m)
 

@@ -30,6 +30,8 @@ WINDOW = 1 << 22
 """Values of text rows in memory at a time, for their mean and deviation."""
 FUNCTION = (
     *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"),
+    *("rope_scaling.high_freq_factor", "rope_scaling.original_length"),
     *("moe.top_k", "moe.score", "mla.qk_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim"),
 )
 """Keys of the model section that change what the same tensors compute."""
@@ -39,7 +41,7 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
     """Refuse before any process starts what no tensor is needed for. UserError as `begin`."""
     start, run = config.start_from, config.output
     has_own = config.checkpoint.durable is not None or any(folder.all_of(run))
-    source = None if start is None or has_own else glance(start.checkpoint)
+    source = None if start is None or has_own else glance(start.checkpoint, config.data.seq_length)
     if start is not None and source is not None:
         _growth(config, vocabulary, start, source)
 
@@ -47,7 +49,7 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
 def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
     """Set the engine's weights as `start` says. UserError, the same on all ranks, where that cannot be."""
     ranks = Ranks()
-    with opened(start.checkpoint, config.output, ranks) as source:
+    with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
         engine.start_from(_Fill(config, vocabulary, start, source, ranks))
         if ranks.rank == 0:
             events.record(config.output, "started_from", place=start.checkpoint, folder=str(source.where))

@@ -1,7 +1,7 @@
 """What a run starts from, as names, shapes and a way to read blocks of it.
 
 A place is a run (its newest valid checkpoint), one checkpoint, a URL of checkpoints (its newest; copied to a folder of
-the run for as long as it is read), or a Hugging Face folder: an export, or a plain Qwen3.
+the run for as long as it is read), or a Hugging Face folder: an export, or a model of one of the families.
 """
 
 import shutil
@@ -57,13 +57,13 @@ class CheckpointSource:
         reader.load(self.where / "tensors", blocks)
 
 
-def glance(place: str) -> Source | None:
+def glance(place: str, seq_length: int) -> Source | None:
     """The source unverified, a run's last checkpoint; None behind a URL. UserError if nothing is there."""
     if remote.is_url(place):
         return None
     path = Path(place)
     if (path / HF_CONFIG).is_file():
-        return _of_hugging_face(path)
+        return _of_hugging_face(path, seq_length)
     folders = [path] if (path / checkpoint.STATE).is_file() else folder.all_of(path)
     if not folders:
         remedy = "name a run's output folder, one checkpoint, a URL of them, or a Hugging Face folder"
@@ -74,16 +74,19 @@ def glance(place: str) -> Source | None:
         return None  # damaged: named, and passed over if there is another, where it is verified
 
 
-def _of_hugging_face(path: Path) -> Source:
+def _of_hugging_face(path: Path, seq_length: int) -> Source:
     # Imported here: it brings transformers.
-    from megamm.convert.qwen3_source import Qwen3Source
+    from megamm.convert.hf_source import HuggingFaceSource
 
-    return Qwen3Source(path)
+    return HuggingFaceSource(path, seq_length)
 
 
 @contextmanager
-def opened(place: str, run: Path, ranks: Ranks) -> Iterator[Source]:
-    """The source for as long as it is read; every rank calls it. UserError, the same on all, if there is none."""
+def opened(place: str, run: Path, seq_length: int, ranks: Ranks) -> Iterator[Source]:
+    """The source for as long as it is read, for rows of seq_length tokens; every rank calls it.
+
+    UserError, the same on all, if there is none.
+    """
     if remote.is_url(place):
         copy = run / "start_from"
         found = choose(copy, place)
@@ -100,7 +103,7 @@ def opened(place: str, run: Path, ranks: Ranks) -> Iterator[Source]:
         return
     path = Path(place)
     if (path / HF_CONFIG).is_file():
-        yield ranks.together(lambda: _of_hugging_face(path))
+        yield ranks.together(lambda: _of_hugging_face(path, seq_length))
         return
     from megamm.convert.hf import find_checkpoint
 

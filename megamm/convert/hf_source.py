@@ -1,7 +1,7 @@
-"""A Hugging Face folder of Qwen3 or Qwen3-MoE as what a run starts from (megamm/start), layer by layer.
+"""A Hugging Face folder of any of the families as what a run starts from (megamm/start), layer by layer.
 
 An export of megamm has its vocabulary beside it; of a plain folder the ids of its tokenizer are the text, and rows
-beyond them, which pad its table, are nobody's. At most one layer is in memory.
+beyond them, which pad its table, are nobody's. At most one stored tensor of one layer is in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,36 +14,41 @@ from safetensors import SafetensorError, safe_open
 
 from megamm.checkpoint.blocks import Block, Shape
 from megamm.codecs.folders import WEIGHTS, weight_files
-from megamm.convert import qwen3
+from megamm.convert import mapping
+from megamm.convert.families import FAMILIES
+from megamm.convert.family_config import read_model
 from megamm.convert.hf import OWN, read_own
 from megamm.errors import UserError
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Range, Vocabulary
 
-_REMEDY = "name a folder of Qwen3 or Qwen3-MoE with its weights as safetensors"
+_REMEDY = f"name a folder of {', '.join(family.model_type for family in FAMILIES)} with its weights as safetensors"
 
 
-class Qwen3Source:
+class HuggingFaceSource:
     """megamm.start.source.Source over a folder's safetensors files."""
 
-    def __init__(self, folder: Path) -> None:
-        """UserError for another architecture, tensors that are missing, unknown or damaged, or no tokenizer."""
+    def __init__(self, folder: Path, seq_length: int) -> None:
+        """seq_length: tokens of the run's rows.
+
+        UserError for another architecture, tensors that are missing, unknown or damaged, or no tokenizer."""
         self.where = folder
-        self.config = qwen3.read_model_config(folder)
+        self.family, self.config = read_model(folder, seq_length)
+        self.entries = {mapping.LAYERS + entry.ours: entry for entry in self.family.entries}
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
         self.vocabulary = read_own(folder)[1] if (folder / OWN).is_file() else _text_alone(folder)
         with _Weights(folder) as weights:
             try:
-                stored = qwen3.from_transformers(weights.described(), self.config)
+                stored = mapping.from_transformers(self.family.entries, weights.described(), self.config)
             except (KeyError, RuntimeError) as error:
                 raise UserError(f"the weights do not fit config.json: {error}", where=folder, remedy=_REMEDY) from None
-            expected = qwen3.to_transformers(stored, self.config, len(stored[qwen3.EMBEDDING]))
-            unknown = sorted(weights.keys() - expected.keys() - {"lm_head.weight"})
+            expected = mapping.names(self.family.entries, self.config)
+            unknown = sorted(weights.keys() - {*expected, "lm_head.weight"})
         if unknown:
             what = f"{len(unknown)} tensors have no place in the backbone, the first is {unknown[0]}"
             raise UserError(what, where=folder, remedy=_REMEDY)
-        if len(stored[qwen3.EMBEDDING]) < self.vocabulary.size:
-            what = f"{len(stored[qwen3.EMBEDDING])} rows for {self.vocabulary.size} ids of the tokenizer"
+        if len(stored[mapping.EMBEDDING]) < self.vocabulary.size:
+            what = f"{len(stored[mapping.EMBEDDING])} rows for {self.vocabulary.size} ids of the tokenizer"
             raise UserError(what, where=folder, remedy="restore its tokenizer.json")
         self.shapes: Mapping[str, Shape] = {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
@@ -51,13 +56,16 @@ class Qwen3Source:
         """UserError for a file that cannot be read."""
         with _Weights(self.where) as weights, torch.no_grad():
             for block in blocks:
-                if (name := qwen3.unstacked(self.config).get(block.key)) is not None:
+                if (name := mapping.unstacked(self.config).get(block.key)) is not None:
                     _copy(weights[name], block, 0)
             for layer in range(self.config.num_layers):
-                wanted = [b for b in blocks if qwen3.is_stacked(b.key) and 0 <= layer - b.offset[0] < b.size[0]]
-                joined = qwen3.join_layer(weights, self.config, layer) if wanted else {}
-                for block in wanted:
-                    _copy(joined[block.key][None], block, layer)
+                wanted = [
+                    b for b in blocks if b.key.startswith(mapping.LAYERS) and 0 <= layer - b.offset[0] < b.size[0]
+                ]
+                for key in {block.key for block in wanted}:
+                    joined = mapping.join_layer(self.entries[key], weights, self.config, layer)[None]
+                    for block in (b for b in wanted if b.key == key):
+                        _copy(joined, block, layer)
 
 
 def _copy(tensor: torch.Tensor, block: Block, first: int) -> None:
