@@ -48,6 +48,8 @@ INSTALL_REQUIRES = [
     # Video files (FFmpeg inside its wheels); 15 knows how a frame is rotated.
     "av>=15,<19",
     "tensorboard>=2.18,<3",
+    # Digests of checkpoints: a hundredth of SHA-256's time, which counts where every step is saved; brings nothing.
+    "xxhash>=3.1,<5",
     # The figures of a run as metrics.prom or over HTTP; the project's own client, brings nothing.
     "prometheus-client>=0.21,<1",
     # Sound files: libsndfile comes inside the wheel; resampling is scipy's.

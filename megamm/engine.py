@@ -76,6 +76,9 @@ class Engine(Protocol):
     def start_from(self, fill: Fill) -> None:
         """Let `fill` set the weights, and their main copies where these are of another dtype; called once."""
 
+    def files_to_load(self, folder: Path) -> set[str]:
+        """Names of the files that `load` reads from this folder, which may have the index alone."""
+
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         """Read what any engine at any layout stored after `step` optimizer steps (updates made)."""
 

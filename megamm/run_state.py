@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megamm import checkpoint
 from megamm.checkpoint.saver import Saver
 from megamm.config import RunConfig
@@ -20,6 +22,7 @@ from megamm.mcore.groups import Groups
 from megamm.resilience import events
 from megamm.start.begin import begin
 from megamm.tiers.choose import choose
+from megamm.tiers.local import LocalTier
 from megamm.tiers.uploader import Uploader
 
 log = logging.getLogger(__name__)
@@ -42,9 +45,16 @@ class RunStore:
         """while_waiting: of Saver."""
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
         c = config.checkpoint
-        self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting)
+        self.local = self._local_tier()
+        self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
+
+    def _local_tier(self) -> LocalTier | None:
+        c = self.config.checkpoint
+        if c.local is None:
+            return None
+        return LocalTier(c.local, self.config.output, c.replicate, dist.new_group(backend="gloo"))
 
     def save(
         self,
@@ -54,11 +64,13 @@ class RunStore:
         loss_guard: dict[str, Any],
         heldout_loss: float | None,
         wait: bool = False,
+        to_run: bool = True,
     ) -> float:
         """Begin to write a checkpoint of the state after that many steps and rows; the seconds that this took.
 
         tokens: seen so far, by modality; loss_guard as LossGuard.state gives it; heldout_loss: if measured at this
-        step. With `wait` it is complete at the return; UserError on all ranks where it could not be.
+        step. With `wait` it is complete at the return; UserError on all ranks where it could not be. to_run: of
+        Saver.save.
         """
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
@@ -78,7 +90,7 @@ class RunStore:
         )
         if self.uploader is not None:
             self.uploader.check()
-        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait)
+        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait, to_run)
         self.poll()
         return stall
 
@@ -92,6 +104,12 @@ class RunStore:
         self.saver.drain()
         self.poll()
 
+    def leave_node(self) -> None:
+        """Free the memory of the local tier, unless it has what the run's folder lacks."""
+        self.drain()
+        if self.local is not None:
+            self.local.leave(self.saver.writing.failures == 0)
+
     def finish(self) -> None:
         """At the end of a run that went well: the last checkpoint reaches the durable tier."""
         if self.uploader is not None:
@@ -100,6 +118,8 @@ class RunStore:
     def close(self) -> None:
         """Let the writer complete what it has; what is not uploaded by now is taken up at the next start."""
         self.saver.close()
+        if self.local is not None:
+            self.local.close()
         if self.uploader is not None:
             self.uploader.stop()
 
@@ -109,7 +129,9 @@ class RunStore:
         None where there is none: the run is at its first step, with the weights of config.start_from if that is set.
         """
         start, c = time.monotonic(), self.config.checkpoint
-        found = choose(self.config.output, c.durable)
+        found = choose(self.config.output, c.durable, self.local, self._needed)
+        if self.local is not None:
+            self.local.begin(found.step if found else -1)
         if c.durable and self.groups.rank == 0:
             self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
         if found is None:
@@ -123,6 +145,16 @@ class RunStore:
             events.record(
                 self.config.output, "resumed", step=state.step, folder=folder, tier=found.tier, seconds=seconds
             )
+        return state
+
+    def _needed(self, folder: Path) -> set[str]:
+        return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
+
+    def go_back(self, folder: Path) -> checkpoint.RunState:
+        """`restore` an earlier checkpoint; what the local tier has beyond it counts no more."""
+        state = self.restore(folder)
+        if self.local is not None:
+            self.local.begin(state.step)
         return state
 
     def restore(self, folder: Path) -> checkpoint.RunState:

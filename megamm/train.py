@@ -50,6 +50,8 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
         trainer.resume()
         ending = trainer.run(boundary or of_this_rank())
         pulse.beat("end", trainer.step)
+        if ending != "regroup":
+            trainer.store.leave_node()
         if ending == "done":
             trainer.store.finish()
     finally:
@@ -94,6 +96,7 @@ class Trainer:
     def run(self, boundary: Boundary) -> Ending:
         """Steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, every = self.config.train, self.config.checkpoint.every
+        local_every = self.config.checkpoint.local_every if self.config.checkpoint.local is not None else 0
         if self.groups.rank == 0:
             run, world_size = self.config.output, self.groups.world_size
             self.metrics = metrics.Metrics(run, self.step, t.steps, self.config.metrics)
@@ -114,6 +117,8 @@ class Trainer:
             fault = self.guard.fault or self.stragglers.fault
             if last or fault or (every and self.step % every == 0):
                 self.save(heldout_loss, wait=last or fault is not None)
+            elif local_every and self.step % local_every == 0:
+                self.save(heldout_loss, to_run=False)
             else:
                 self.store.poll()
             if fault and not last:
@@ -165,7 +170,7 @@ class Trainer:
         if folder is None:
             why = f"{window.why}, and there is no checkpoint of before row {window.first} to go back to"
             self.guard.stop(self.step + 1, why, "save more often (checkpoint.every), or use action=skip")
-        self._go_on_from(self.store.restore(folder))
+        self._go_on_from(self.store.go_back(folder))
         self.guard.rolled_back(window)
         if self.metrics is not None:
             self.metrics.go_back(self.step)
@@ -189,14 +194,18 @@ class Trainer:
             self.metrics.report_heldout(self.step, means, time.monotonic() - start)
         return overall(total / count, self.weights.cpu())
 
-    def save(self, heldout_loss: float | None = None, wait: bool = False) -> None:
-        """Begin to write a checkpoint of the state after the current step; with `wait` it is complete at the return."""
+    def save(self, heldout_loss: float | None = None, wait: bool = False, to_run: bool = True) -> None:
+        """Begin to write a checkpoint of the state after the current step; with `wait` it is complete at the return.
+
+        to_run: into the run's folder, not only the local tier.
+        """
         self.pulse.beat("save", self.step)
         start = time.monotonic()
         with self.engine.clock.host("checkpoint"):
             tokens = dict(zip(self.data.vocabulary.modalities, map(int, self.tokens), strict=True))
-            self.store.save(self.step, self.loader.consumed_rows, tokens, self.guard.state(), heldout_loss, wait)
-        self.saved_step = self.step
+            rows, guard = self.loader.consumed_rows, self.guard.state()
+            self.store.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
+        self.saved_step = self.step if to_run else self.saved_step
         if self.metrics is not None:
             self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
 

@@ -95,7 +95,7 @@ def rows(records: Path) -> dict[int, list[str]]:
 def last_bytes(output: Path) -> dict[str, str]:
     """Digests of the last checkpoint's tensors and generators."""
     files = json.loads((output / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())["files"]
-    return {name: entry["sha256"] for name, entry in files.items() if name.endswith((".distcp", ".safetensors"))}
+    return {name: entry["xxh3_128"] for name, entry in files.items() if name.endswith((".distcp", ".safetensors"))}
 
 
 def differences(folder: Path, name: str, code: int) -> list[str]:

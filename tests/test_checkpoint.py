@@ -96,8 +96,8 @@ def test_resume_after_damage_sets_the_damaged_one_aside(data, run, trained):
     # The same step again is the same checkpoint, file by file.
     ours = json.loads((_step(run, 4) / "manifest.json").read_text())["files"]
     theirs = json.loads((_step(trained, 4) / "manifest.json").read_text())["files"]
-    assert {k: v["sha256"] for k, v in ours.items() if k.endswith(".distcp")} == {
-        k: v["sha256"] for k, v in theirs.items() if k.endswith(".distcp")
+    assert {k: v["xxh3_128"] for k, v in ours.items() if k.endswith(".distcp")} == {
+        k: v["xxh3_128"] for k, v in theirs.items() if k.endswith(".distcp")
     }
 
 

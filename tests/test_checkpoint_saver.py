@@ -50,12 +50,12 @@ def test_a_checkpoint_holds_the_state_of_its_step(saver, tmp_path):
     data = torch.zeros(1000)
     blocks = [Block.whole("a", data)]
     saver.save(state(0), blocks, RNG, wait=True)
-    os.kill(saver.writer.process.pid, signal.SIGSTOP)
+    os.kill(saver.writing.process.process.pid, signal.SIGSTOP)
     data.fill_(1)
     assert saver.save(state(1), blocks, RNG) < 5
     data.fill_(2)
     before, threads = psutil.Process().memory_full_info(), []
-    threads.append(threading.Timer(0.3, os.kill, [saver.writer.process.pid, signal.SIGCONT]))
+    threads.append(threading.Timer(0.3, os.kill, [saver.writing.process.process.pid, signal.SIGCONT]))
     threads[0].start()
     assert saver.poll()[0].folder.name == "step_00000000" and saver.poll() == []
     start = time.monotonic()
@@ -101,8 +101,8 @@ def test_one_failure_is_told_and_left_out(saver, tmp_path, caplog):
     data = torch.zeros(1000)
     saver.save(state(0), [Block.whole("a", data)], RNG, wait=True)
     for step in range(1, 2 * FAILURES, 2):
-        os.kill(saver.writer.process.pid, signal.SIGKILL)
-        saver.writer.process.wait()
+        os.kill(saver.writing.process.process.pid, signal.SIGKILL)
+        saver.writing.process.process.wait()
         saver.save(state(step), [Block.whole("a", data)], RNG)
         saver.save(state(step + 1), [Block.whole("a", data)], RNG, wait=True)
     assert checkpoint.newest(tmp_path) == checkpoint.path_of(tmp_path, 2 * FAILURES)
@@ -118,8 +118,8 @@ def test_failures_in_a_row_stop_the_run(saver, tmp_path):
     with pytest.raises(UserError, match="could not be written: the writer process ended with signal 9"):
         for step in range(2, 3 + FAILURES):
             saver.save(state(step), [Block.whole("a", data)], RNG)
-            saver.writer.process.kill()
-            saver.writer.process.wait()
+            saver.writing.process.process.kill()
+            saver.writing.process.process.wait()
             saver.poll()
     assert step == 2 + FAILURES, "at the save after the last failure"
     assert checkpoint.newest(tmp_path) is not None

@@ -41,7 +41,7 @@ def faulty(monkeypatch):
     """Have writers that start from now on kill themselves at a call (0: never), and list calls in a file."""
 
     def set_up(kill_at: int, trace: Path | None = None) -> None:
-        monkeypatch.setattr(process, "COMMAND", (sys.executable, "-S", str(FAULTS)))
+        monkeypatch.setattr(process, "COMMAND", (sys.executable, str(FAULTS)))
         monkeypatch.setenv("KILL_AT", str(kill_at))
         if trace is not None:
             monkeypatch.setenv("TRACE", str(trace))
@@ -65,7 +65,10 @@ def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int
     contents = {f"rng_{rank:05d}.safetensors": b"r" * 100} | (
         {} if rank else {"state.json": b"{}", "tensors/.metadata": b"i"}
     )
-    writer.send(job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0}, contents)
+    answers = ["written"] if rank else ["written", "published"]
+    writer.send(
+        job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0, "image": "", "answers": answers}, contents
+    )
 
 
 def _until_done(writer: WriterProcess, last: str) -> dict | None:

@@ -93,7 +93,7 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
     assert judged(lambda run: edit(folder / rows, first, "0" * 16)) == ["other rows"]
     lost = ["other rows", "not every row"]
     assert judged(lambda run: edit(folder / rows, f'"{first}", ', "")) == lost
-    assert judged(lambda run: edit(run / manifest, '"sha256": "', '"sha256": "0')) == ["another last checkpoint"]
+    assert judged(lambda run: edit(run / manifest, '"xxh3_128": "', '"xxh3_128": "0')) == ["another last checkpoint"]
     assert fault_matrix.differences(folder, "undisturbed", 3) == ["exit code 3"]
 
 

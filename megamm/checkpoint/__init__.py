@@ -4,7 +4,7 @@
         tensors/            model and optimizer blocks in torch's distributed checkpoint format (index.py)
         rng_00000.safetensors   each rank's generator states
         state.json          step, consumed rows, config, vocabulary ranges, layout, versions (state.py)
-        manifest.json       size and SHA-256 of every file; written last
+        manifest.json       size and digest of every file; written last (manifest.py)
 
 A save: staging.py copies the engine's blocks into the image of this rank's file, saver.py tells the rank's writer
 (writer.py, a process without torch), and rank 0's writer publishes when every rank's part is there. A load: reader.py
@@ -12,13 +12,8 @@ takes from the files just what a rank's blocks need. A damaged checkpoint is nam
 Nothing here imports torch, so that the writer starts at once.
 """
 
-from megamm.checkpoint.folder import (
-    MANIFEST,
-    STATE,
-    newest,
-    path_of,
-    verify,
-)
+from megamm.checkpoint.folder import newest, path_of, verify
+from megamm.checkpoint.manifest import STATE
 from megamm.checkpoint.state import (
     RunState,
     check_same_data,
@@ -29,7 +24,6 @@ from megamm.checkpoint.state import (
 )
 
 __all__ = [
-    "MANIFEST",
     "STATE",
     "RunState",
     "check_same_data",

@@ -3,19 +3,20 @@
 What is written is synced before it is named: a rename that is seen after a crash implies the contents.
 """
 
-import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+
+from megamm.checkpoint import manifest
+from megamm.checkpoint.manifest import Entry
 
 PIECE = 1 << 20
 """Bytes hashed and written at a time: they are still in the processor's cache for the second."""
 
 
-def write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write a new file and sync it; its size in bytes and SHA-256, as the manifest has them. OSError if it fails."""
-    digest, size = hashlib.sha256(), 0
+def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
+    """Write a new file and sync it; what the manifest says of it. OSError if it fails."""
+    digest, size = manifest.hasher(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
         for piece in pieces:
@@ -27,7 +28,16 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict[str, Any]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return {"size": size, "sha256": digest.hexdigest()}
+    return Entry(size, digest.hexdigest())
+
+
+def entry_of(pieces: Iterable[bytes | memoryview]) -> Entry:
+    """What the manifest says of a file with these contents."""
+    digest, size = manifest.hasher(), 0
+    for piece in pieces:
+        digest.update(piece)
+        size += len(piece)
+    return Entry(size, digest.hexdigest())
 
 
 def in_pieces(data: bytes | memoryview) -> Iterable[memoryview]:

@@ -5,19 +5,15 @@ RUN/checkpoints/.tmp-*, .old-*          being written, being removed: never read
 RUN/checkpoints/damaged-step_*          set aside when its step was written again
 """
 
-import hashlib
-import json
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from megamm.checkpoint import files
+from megamm.checkpoint import files, manifest
 from megamm.errors import UserError
 
 log = logging.getLogger(__name__)
-MANIFEST, STATE = "manifest.json", "state.json"
 READERS = 8
 """Threads that check files at a time (hashing lets other threads run)."""
 
@@ -32,47 +28,13 @@ def all_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_????????"))
 
 
-def manifest_of(listed: dict[str, dict[str, Any]]) -> bytes:
-    """The manifest of files with their sizes and digests."""
-    return json.dumps({"files": listed}, indent=1, sort_keys=True).encode()
-
-
-def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file by its path in the folder. UserError if there is no valid manifest."""
-    try:
-        listed = json.loads((folder / MANIFEST).read_bytes())["files"]
-        if not ({STATE} < set(listed) and all({"size", "sha256"} <= set(entry) for entry in listed.values())):
-            raise ValueError("files are not listed with their digests")
-        outside = [name for name in listed if Path(name).is_absolute() or ".." in Path(name).parts]
-        if outside:
-            raise ValueError(f"{outside[0]} is not in the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(folder, f"no valid {MANIFEST} ({error})") from None
-    return dict(listed)
-
-
-def _damaged(folder: Path, what: str) -> UserError:
-    remedy = "use another checkpoint, or remove this folder to start without it"
-    return UserError(f"damaged checkpoint: {what}", where=folder, remedy=remedy)
-
-
 def verify(folder: Path) -> None:
     """Compare every file with the manifest. UserError names the first that is missing or differs."""
-    listed = read_manifest(folder)
-
-    def problem(item: tuple[str, dict[str, Any]]) -> str:
-        name, entry = item
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            return f"{name} is missing or truncated"
-        with path.open("rb") as file:
-            same = hashlib.file_digest(file, "sha256").hexdigest() == entry["sha256"]
-        return "" if same else f"{name} fails its checksum"
-
+    listed = manifest.read(folder)
     with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
-        for found in pool.map(problem, listed.items()):
+        for found in pool.map(lambda item: manifest.problem_of(folder, *item), listed.items()):
             if found:
-                raise _damaged(folder, found)
+                raise manifest.damaged(found, folder)
 
 
 def is_valid(folder: Path) -> bool:

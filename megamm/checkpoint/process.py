@@ -12,8 +12,7 @@ from typing import Any
 
 from megamm.checkpoint import messages
 
-COMMAND = (sys.executable, "-S", "-m", "megamm.checkpoint.writer")
-"""Without site-packages, so that it starts in a moment and can import no torch by accident."""
+COMMAND = (sys.executable, "-m", "megamm.checkpoint.writer")
 
 
 class WriterProcess:

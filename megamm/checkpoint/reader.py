@@ -80,7 +80,8 @@ def _parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices
     hits = np.flatnonzero((low < high).all(axis=1))
     inside = np.minimum(offset + size, np.array(stored.shape, dtype=np.int64)) - offset
     covered = int((high - low)[hits].prod(axis=1).sum())
-    assert covered == int(np.maximum(inside, 0).prod()), f"the index does not cover {block.key} once"
+    if covered != int(np.maximum(inside, 0).prod()):
+        raise UserError(f"the checkpoint's index does not make up {block.key}", remedy="use another checkpoint")
     for hit in hits:
         entry = stored.blocks[hit]
         theirs, ours = low[hit] - stored.offsets[hit], low[hit] - offset

@@ -5,19 +5,21 @@ backward go on, and `settle`, which the engine calls before its update, waits fo
 may change at any time, the copy is done when `save` returns. A save waits for no disk, unless the one before is not
 written yet: then the step waits for it (back-pressure), and no more memory is taken.
 
+With a local tier the images are files of that tier: the writer only adds their digests, and a few of them take turns,
+so that nothing waits for the run's disk either. An image is taken for another step when no writer reads it and all
+ranks have a newer step; that they find out by the exchange that every save begins with (`Agreed`).
+
 A save that fails is told and left out; only FAILURES in a row, or a failure of one that is waited for, stop the run, on
 all ranks.
 """
 
-import contextlib
-import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -25,17 +27,19 @@ import torch.distributed as dist
 
 from megamm.checkpoint import index
 from megamm.checkpoint.blocks import Block
-from megamm.checkpoint.folder import STATE
 from megamm.checkpoint.image import Image
+from megamm.checkpoint.images import Images
+from megamm.checkpoint.manifest import STATE
 from megamm.checkpoint.process import WriterProcess
 from megamm.checkpoint.staging import Staging
 from megamm.checkpoint.state import RunState
-from megamm.checkpoint.writer import Attempt
+from megamm.checkpoint.writing import Owed, Published, Writing
 from megamm.device import Device
 from megamm.errors import UserError
-from megamm.resilience import events
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from megamm.tiers.local import LocalTier
+
 FAILURES = 3
 """Saves in a row that may fail before the run stops."""
 CLOSE_SECONDS = 30.0
@@ -43,12 +47,12 @@ CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Published:
-    """A checkpoint that is complete: its folder, bytes in all, seconds of the writer."""
+class Agreed:
+    """Of all ranks: the newest steps that all have in the local tier, and replicated, -1 for none; if one is at it."""
 
-    folder: Path
-    bytes: int
-    seconds: float
+    kept: int
+    replicated: int
+    replicating: bool
 
 
 class Saver:
@@ -61,54 +65,60 @@ class Saver:
         keep: int,
         keep_best: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
+        local: "LocalTier | None" = None,
     ) -> None:
         """keep, keep_best: which checkpoints stay when a new one is complete (tiers/retention.py).
 
         while_waiting: called about twice a second while this rank waits for its writer and that is at work.
         """
-        self.while_waiting = while_waiting
         self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.local = local
+        self.images: Images | None = None
         self.staging: Staging | None = None
-        self.writer: WriterProcess | None = None
+        """The image of the last save."""
+        self.writing = Writing(run, self.rank, while_waiting)
         self.constant: Mapping[str, bytes] = {}
         self.nonce, self.saves = "", 0
-        self.job: dict[str, Any] = {}
-        self.awaited: list[str] = []
-        """Answers that the writer owes, in order, the last of them to `job`."""
-        self.failures, self.problem, self.stall = 0, "", 0.0
+        self.replicating, self.stall = -1, 0.0
+        """The last step that was sent to a peer; seconds that the last save took."""
         self.copier = ThreadPoolExecutor(1)
         self.copying: Future[WriterProcess | None] | None = None
         self.settled = 0.0
         """Seconds in all that updates have waited for copies."""
-        self.published: list[Published] = []
 
     def save(
-        self, state: RunState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], wait: bool = False
+        self,
+        state: RunState,
+        blocks: Sequence[Block],
+        rng: Mapping[str, torch.Tensor],
+        wait: bool = False,
+        to_run: bool = True,
     ) -> float:
         """Begin to save; returns the seconds that it took, `stall`. With `wait`, it is complete at the return.
 
-        blocks: of this rank, the same list at every save but for the data. UserError on all ranks, see above.
+        blocks: of this rank, the same list at every save but for the data. to_run: into the run's folder, too, not only
+        the local tier. UserError on all ranks, see above.
         """
         start = time.monotonic()
         self.settle()
-        self._prepare(blocks)
-        assert self.staging is not None
-        while "written" in self.awaited:
-            self._hear(None)
-        self._agree(self.failures >= FAILURES)
+        images = self._prepare(blocks)
+        if self.writing.owed:
+            self.writing.hear(0.0)
+        while self.local is None and self.writing.owes("written"):
+            self.writing.wait()
+        agreed = self._agree(self.writing.failures >= FAILURES)
+        if self.local is not None:
+            self.local.passed(agreed.replicated if self.local.replicates else agreed.kept)
+        needed = {agreed.kept, agreed.replicated, self.replicating}
+        self.staging = images.take(needed, self.writing.read, self.writing.wait)
         self.staging.copy(blocks, steady=False)
         contents = {f"rng_{self.rank:05d}.safetensors": safetensors.torch.save(dict(rng))}
         if self.rank == 0:
             contents[STATE] = state.to_json()
-        self.saves += 1
-        self.job = {"kind": "save", "run": str(self.run.absolute()), "step": state.step, "keep": self.keep}
-        self.job |= {"keep_best": self.keep_best}
-        self.job |= {"attempt": f"{self.nonce}-{self.saves:06d}", "bytes": self.staging.image.size}
-        self.job |= {"rank": self.rank, "world": self.world, "stall": time.monotonic() - start}
-        self.awaited += ["written", "published"] if self.rank == 0 else ["written"]
-        writer = self._writer()
-        self.copying = self.copier.submit(self._copy_and_send, writer, blocks, contents)
+        job = self._job(state.step, to_run, agreed) | {"stall": time.monotonic() - start}
+        self.staging.step = state.step
+        self.copying = self.copier.submit(self._copy_and_send, self._writer(), self.staging, job, blocks, contents)
         if wait or self.place.is_gpu:
             self.settle()
         self.stall = time.monotonic() - start
@@ -116,14 +126,35 @@ class Saver:
             self.finish()
         return self.stall
 
+    def _job(self, step: int, to_run: bool, agreed: Agreed) -> dict[str, Any]:
+        """What the writer is told of this save; its answers are awaited from now on."""
+        assert self.staging is not None
+        self.saves += 1
+        replicates = self.local is not None and self.local.replicates and not agreed.replicating
+        kinds = {"kept": self.local is not None, "written": to_run, "published": to_run and self.rank == 0}
+        kinds["replicated"] = replicates
+        job: dict[str, Any] = {"kind": "save", "run": str(self.run.absolute()), "step": step, "keep": self.keep}
+        job |= {"keep_best": self.keep_best, "rank": self.rank, "world": self.world}
+        job |= {"attempt": f"{self.nonce}-{self.saves:06d}", "bytes": self.staging.image.size}
+        answers = [kind for kind, is_owed in kinds.items() if is_owed]
+        job |= {"image": str(self.staging.path or ""), "floor": agreed.replicated, "answers": answers}
+        self.writing.owed += [Owed(kind, job, self.staging) for kind in answers]
+        if replicates:
+            self.replicating = step
+        return job
+
     def _copy_and_send(
-        self, writer: WriterProcess, blocks: Sequence[Block], contents: Mapping[str, bytes]
+        self,
+        writer: WriterProcess,
+        staging: Staging,
+        job: dict[str, Any],
+        blocks: Sequence[Block],
+        contents: Mapping[str, bytes],
     ) -> WriterProcess | None:
         """The writer, if it has ended."""
-        assert self.staging is not None
-        self.staging.copy(blocks, steady=True)
+        staging.copy(blocks, steady=True)
         try:
-            writer.send(self.job, contents)
+            writer.send(job, contents)
         except BrokenPipeError:
             return writer
         return None
@@ -135,13 +166,13 @@ class Saver:
             copying, self.copying = self.copying, None
             gone = copying.result()
             self.settled += time.monotonic() - start
-            if gone is not None and gone is self.writer:
-                self._hear(None)  # how it ended
+            if gone is not None and gone is self.writing.process:
+                self.writing.wait()  # how it ended
 
-    def _prepare(self, blocks: Sequence[Block]) -> None:
+    def _prepare(self, blocks: Sequence[Block]) -> Images:
         """At the first save: the plan of all ranks, which stays the same."""
-        if self.staging is not None:
-            return
+        if self.images is not None:
+            return self.images
         image = Image.of(blocks, f"__{self.rank}_0.distcp")
         # Together with its count this names a save as no other attempt of the run has.
         told: list[Any] = [None] * self.world
@@ -150,62 +181,22 @@ class Saver:
         if self.rank == 0:
             made = index.files_of(entry for _, entries in told for entry in entries)
             self.constant = {f"tensors/{name}": data for name, data in made.items()}
-        self.staging = Staging(image, self.place)
+        self.images = Images(image, self.place, self.local, self.rank)
+        return self.images
 
     def _writer(self) -> WriterProcess:
         """The process, started again if it ended."""
-        assert self.staging is not None
-        if self.writer is None:
-            self.writer = WriterProcess(self.staging.descriptor, self.staging.size)
-            self.writer.send({"kind": "constant"}, self.constant)
-        return self.writer
+        assert self.images is not None
+        told = {} if self.local is None else {"local": self.local.told_to_writers}
+        return self.writing.start(self.images.all[0], told, self.constant)
 
     def poll(self) -> list[Published]:
         """What was completed since the last call (rank 0 alone knows). Costs microseconds: call it at every step."""
-        if self.awaited and (self.copying is None or self.copying.done()):
+        if self.writing.owed and (self.copying is None or self.copying.done()):
             self.settle()
-            self._hear(0.0)
-        done, self.published = self.published, []
+            self.writing.hear(0.0)
+        done, self.writing.published = self.writing.published, []
         return done
-
-    def _hear(self, seconds: float | None) -> None:
-        """Take the writer's answers; waits that long for some."""
-        if self.writer is None:
-            return
-        try:
-            answers = self.writer.answers(seconds)
-        except EOFError as error:
-            self.writer, self.awaited = None, []
-            with contextlib.suppress(OSError):
-                Attempt(self.job).give_up(str(error))
-            self._failed(str(error), self.job["step"])
-            return
-        for answer in answers:
-            if answer["kind"] == "alive":
-                if seconds is None:
-                    self.while_waiting()
-                continue
-            self.awaited.remove(answer["kind"])
-            if answer["error"] is not None:
-                # Rank 0's own part is told again with the whole.
-                if self.rank != 0 or answer["kind"] == "published":
-                    self._failed(answer["error"], answer["step"])
-            elif not self.awaited or answer["kind"] == "published":
-                self.failures, self.problem = 0, ""
-                if answer["kind"] == "published":
-                    self._completed(answer)
-
-    def _completed(self, answer: dict[str, Any]) -> None:
-        if "afterwards" in answer:
-            log.warning("%s is complete, but: %s", answer["folder"], answer["afterwards"])
-        self.published.append(Published(Path(answer["folder"]), answer["bytes"], answer["seconds"]))
-
-    def _failed(self, problem: str, step: int | None = None) -> None:
-        self.failures, self.problem = self.failures + 1, problem
-        if self.rank == 0:
-            log.warning("a checkpoint could not be written (%d in a row): %s", self.failures, problem)
-            with contextlib.suppress(OSError):  # it may be the disk of the events that is full
-                events.record(self.run, "save_failed", step=step, why=problem)
 
     def finish(self) -> None:
         """Wait until what was saved last is complete. UserError on all ranks if it is not."""
@@ -214,20 +205,23 @@ class Saver:
     def drain(self, failures: int = FAILURES) -> None:
         """Wait until no rank's writer is at work. UserError on all ranks after that many failures in a row."""
         self.settle()
-        while self.awaited:
-            self._hear(None)
-        self._agree(self.failures >= failures)
+        while self.writing.owes("kept", "written", "published"):
+            self.writing.wait()
+        self._agree(self.writing.failures >= failures)
 
-    def _agree(self, stop: bool) -> None:
-        """Raise on all ranks if one wants to stop."""
-        vote = torch.tensor([int(stop)], device=self.place.torch_device)
+    def _agree(self, stop: bool) -> Agreed:
+        """What all ranks have; raise on all of them if one wants to stop."""
+        kept = self.images.kept if self.images is not None else -1
+        said = [stop, self.writing.owes("replicated"), -kept, -self.writing.replicated]
+        vote = torch.tensor(said, dtype=torch.int64, device=self.place.torch_device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-        if not vote.item():
-            return
+        stops, replicates, *least = vote.tolist()
+        if not stops:
+            return Agreed(-least[0], -least[1], bool(replicates))
         # Here, in step: a rank that ended before rank 0 could end the job before that has told why.
         self.close()
         problems: list[Any] = [None] * self.world
-        dist.all_gather_object(problems, self.problem)
+        dist.all_gather_object(problems, self.writing.problem)
         raise UserError(
             f"the checkpoint could not be written: {next(p for p in problems if p)}",
             where=self.run / "checkpoints",
@@ -239,12 +233,10 @@ class Saver:
         """End the writer when it is done; what it still writes, it may complete."""
         self.settle()
         self.copier.shutdown()
-        if self.writer is not None:
-            self.writer.close(CLOSE_SECONDS)
-            self.writer = None
-        if self.staging is not None:
-            self.staging.close()
-            self.staging = None
+        self.writing.close(CLOSE_SECONDS)
+        if self.images is not None:
+            self.images.close()
+            self.images = self.staging = None
 
 
 def save_now(

@@ -1,9 +1,14 @@
-"""Shared memory that holds the image of this rank's file, and the one copy of the state into it."""
+"""Shared memory that holds the image of this rank's file, and the one copy of the state into it.
+
+Without a local tier a rank has one, without a name. With it, a few that are files of that tier (tiers/parts.py): a save
+there costs no further copy.
+"""
 
 import mmap
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -18,16 +23,23 @@ THREADS = 4
 
 
 class Staging:
-    """One image: a second would take the state's size of memory again, and only delay the wait for a slow disk.
+    """One image. step: of the state in it, -1 for none; is_kept: that counts in the local tier."""
 
-    The memory has no name in any file system: it is gone when the rank and its writer are.
-    """
+    def __init__(self, image: Image, place: Device, path: Path | None = None) -> None:
+        """path: of the file that it is to be; without, the memory is gone when the rank and its writer are.
 
-    def __init__(self, image: Image, place: Device) -> None:
-        self.image, self.place = image, place
-        self.descriptor = os.memfd_create("megamm-checkpoint", os.MFD_CLOEXEC)
+        OSError where there is no space.
+        """
+        self.image, self.place, self.path = image, place, path
+        self.step, self.is_kept = -1, False
         self.size = max(image.size, mmap.PAGESIZE)
-        os.ftruncate(self.descriptor, self.size)
+        if path is None:
+            self.descriptor = os.memfd_create("megamm-checkpoint", os.MFD_CLOEXEC)
+            os.ftruncate(self.descriptor, self.size)
+        else:
+            self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            # All of it now: a page that finds no space later ends the process with SIGBUS.
+            os.posix_fallocate(self.descriptor, 0, self.size)
         # All pages now: at the first save each would interrupt the copy.
         self.memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         image.lay_out(memoryview(self.memory))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megamm import __version__, redact
-from megamm.checkpoint.folder import STATE
+from megamm.checkpoint.manifest import STATE
 from megamm.errors import UserError
 
 if TYPE_CHECKING:  # the writer's process imports this package, and has no torch

@@ -17,19 +17,22 @@ import ctypes
 import json
 import mmap
 import os
+import queue
 import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint import files, folder, messages
+from megamm.checkpoint import files, folder, manifest, messages
+from megamm.checkpoint.manifest import Entry
 from megamm.resilience import events
-from megamm.tiers import retention
+from megamm.tiers import parts, retention, wire
 
 PART_SECONDS = 600.0
 """How long rank 0's waits for the others' parts after its own is written."""
@@ -70,7 +73,7 @@ class Attempt:
                 files.remove_file(self.temporary / f"tensors/__{self.job['rank']}_0.distcp")
                 self._tell({"error": self.problem})
             raise
-        self._tell({"files": entries})
+        self._tell({"files": {name: entry.to_json() for name, entry in entries.items()}})
 
     def give_up(self, problem: str) -> None:
         """Tell the others in place of a writer that ended before it had told them anything."""
@@ -87,7 +90,7 @@ class Attempt:
         files.write(path.with_suffix(".new"), [json.dumps(part).encode()])
         files.rename(path.with_suffix(".new"), path)
 
-    def gather(self) -> dict[str, dict[str, Any]]:
+    def gather(self) -> dict[str, Entry]:
         """All ranks' files, when every rank has told. OSError with the first problem known, or for ranks unheard."""
         told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
         pause, began = POLL_SECONDS[0], time.monotonic()
@@ -106,13 +109,13 @@ class Attempt:
             problem = f"no word of the writers of ranks {sorted(missing)} for {PART_SECONDS:.0f} s"
         if problem is not None:
             raise OSError(problem)
-        return {name: entry for part in told.values() for name, entry in part["files"].items()}
+        return {name: Entry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
 
     def publish(self) -> dict[str, Any]:
         """The manifest, the name, and what gives way to it; what the run is told. OSError leaves no checkpoint."""
         try:
             listed = self.gather()
-            files.write(self.temporary / folder.MANIFEST, [folder.manifest_of(listed)])
+            files.write(self.temporary / manifest.NAME, [manifest.render(listed)])
             for place in (self.temporary / "tensors", self.temporary):
                 files.sync_folder(place)
             folder.publish(self.temporary, self.final)
@@ -120,7 +123,8 @@ class Attempt:
             files.remove_tree(self.temporary)
             files.remove_tree(self.parts)
             raise
-        done = {"bytes": sum(entry["size"] for entry in listed.values()), "seconds": time.monotonic() - self.began}
+        size, seconds = sum(entry.size for entry in listed.values()), time.monotonic() - self.began
+        done: dict[str, Any] = {"bytes": size, "seconds": seconds}
         try:  # it is there; what follows takes nothing from it
             events.record(self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run", **done)
             files.remove_tree(self.parts)
@@ -130,42 +134,140 @@ class Attempt:
         return done | {"folder": str(self.final)}
 
 
-def serve(image: mmap.mmap) -> None:
-    """Do the jobs on standard input until it closes."""
-    working = threading.Event()
-    threading.Thread(target=_say_alive, args=(working,), daemon=True).start()
-    constant: messages.Files = {}
-    for job, contents in messages.read(sys.stdin.buffer):
-        if job["kind"] == "constant":
-            constant = contents
-            continue
+class Local:
+    """This rank's part of the local tier. told: LocalTier.told_to_writers."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.told, self.root = told, Path(told["root"])
+
+    def keep(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
+        """Make a save count in this node's folder; OSError if it fails."""
+        part = parts.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
+        placed = f"tensors/__{job['rank']}_0.distcp", Path(job["image"]), image
+        parts.write(self.root, job["step"], part, placed, contents)
+
+    def replicate(self, job: dict[str, Any]) -> None:
+        """Copy it to the peer; WireError if it fails."""
+        host, port = self.told["peer"]
+        key = bytes.fromhex(self.told["key"])
+        wire.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
+
+
+class Service:
+    """What the process does: the local tier at once, in turn; the run's folder and replicas each in a thread, in turn.
+
+    So a slow disk or line holds up nothing else.
+    """
+
+    def __init__(self, first: mmap.mmap) -> None:
+        """first: the image that has no name."""
+        self.images = {"": first}
+        self.constant: messages.Files = {}
+        self.local: Local | None = None
+        self.run_folder, self.replicas = Lane(), Lane()
+        self.working = Working()
+
+    def serve(self) -> None:
+        """Do the jobs on standard input until it closes."""
+        for job, contents in messages.read(sys.stdin.buffer):
+            if job["kind"] == "constant":
+                self.constant = contents
+                self.local = Local(job["local"]) if "local" in job else None
+            else:
+                self._save(job, contents | self.constant)
+        self.run_folder.finish()
+
+    def _save(self, job: dict[str, Any], contents: messages.Files) -> None:
+        image = memoryview(self._image(job["image"]))
+        if "kept" in job["answers"]:
+            assert self.local is not None
+            with self.working:
+                _answer("kept", job, partial(self.local.keep, job, image, contents))
+        if "replicated" in job["answers"]:
+            assert self.local is not None
+            self.replicas.do(partial(_answer, "replicated", job, partial(self.local.replicate, job)))
+        if "written" in job["answers"]:
+            self.run_folder.do(partial(self._write, job, image[: job["bytes"]], contents))
+
+    def _image(self, path: str) -> mmap.mmap:
+        if path not in self.images:
+            with open(path, "rb") as file:
+                self.images[path] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        return self.images[path]
+
+    def _write(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
         attempt = Attempt(job)
-        working.set()
-        _answer("written", job, partial(attempt.write_own, memoryview(image)[: job["bytes"]], contents | constant))
-        if attempt.is_first:
-            _answer("published", job, attempt.publish)
-        working.clear()
+        with self.working:
+            _answer("written", job, partial(attempt.write_own, image, contents))
+            if "published" in job["answers"]:
+                _answer("published", job, attempt.publish)
 
 
-def _say_alive(working: threading.Event) -> None:
-    """A thread of its own: the other one may be inside a call to the disk."""
-    while True:
-        working.wait()
-        _say({"kind": "alive"})
-        time.sleep(ALIVE_SECONDS)
+class Lane:
+    """A thread that does one thing after the other, started for the first; what raises there ends the process."""
+
+    def __init__(self) -> None:
+        self.things: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def do(self, thing: Callable[[], None]) -> None:
+        """When its turn comes."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        self.things.put(thing)
+
+    def _work(self) -> None:
+        try:
+            while (thing := self.things.get()) is not None:
+                thing()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+
+    def finish(self) -> None:
+        """Returns when all is done."""
+        self.things.put(None)
+        if self.thread is not None:
+            self.thread.join()
+
+
+class Working:
+    """While it is entered for longer, "alive" is said, by a thread: the others may be inside a call to the disk."""
+
+    def __init__(self) -> None:
+        self.entered, self.lock, self.is_entered = 0, threading.Lock(), threading.Event()
+        threading.Thread(target=self._say_alive, daemon=True).start()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.entered += 1
+            self.is_entered.set()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.entered -= 1
+            if not self.entered:
+                self.is_entered.clear()
+
+    def _say_alive(self) -> None:
+        while self.is_entered.wait():
+            time.sleep(ALIVE_SECONDS)
+            if self.is_entered.is_set():
+                _say({"kind": "alive"})
 
 
 def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
     """Do it and say how it went."""
     try:
         said = {"error": None} | (action() or {})
-    except OSError as error:
+    except (OSError, wire.WireError) as error:
         said = {"error": str(error)}
-    _say({"kind": kind, "step": job["step"]} | said)
+    _say({"kind": kind, "step": job["step"], "attempt": job["attempt"]} | said)
 
 
 def _say(line: dict[str, Any]) -> None:
-    """One write of less than a pipe takes at once: lines of the two threads do not mix."""
+    """One write of less than a pipe takes at once: lines of several threads do not mix."""
     os.write(sys.stdout.fileno(), (json.dumps(line) + "\n").encode())
 
 
@@ -179,7 +281,7 @@ def main() -> None:
     # The rank says when to end: it may want to save because of the same signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    serve(mmap.mmap(descriptor, size, prot=mmap.PROT_READ))
+    Service(mmap.mmap(descriptor, size, prot=mmap.PROT_READ)).serve()
 
 
 if __name__ == "__main__":

@@ -172,6 +172,9 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1, description="of the newest")
     keep_best: bool = Field(False, description="also the one of the lowest held-out loss; needs train.eval_every")
     durable: str | None = Field(None, description="URL that finished ones are copied to: s3://bucket/prefix, …")
+    local: str | None = Field(None, description="a folder of each node, best on a RAM disk, for saves in between")
+    local_every: int = Field(1, ge=1, description="steps between these")
+    replicate: bool = Field(True, description="with several nodes, each keeps a copy of another one's share of these")
 
     @field_validator("durable")
     @classmethod

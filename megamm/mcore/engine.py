@@ -92,6 +92,9 @@ class NativeEngine:
         plan = store.Plan(self.chunks, self.optimizer, self.groups)
         fill(plan.to_start(), *plan.whole(self.groups))
 
+    def files_to_load(self, folder: Path) -> set[str]:
+        return store.files_to_load(folder, self.chunks, self.optimizer, self.groups)
+
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)
         if not with_optimizer:

@@ -123,6 +123,13 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
     reader.load(folder, Plan(chunks, optim, groups).to_load())
 
 
+def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> set[str]:
+    """Names of the files that `load` reads."""
+    stored, blocks = index.read(folder), Plan(chunks, optim, groups).to_load()
+    reader.check(folder, stored, blocks)
+    return reader.needed_files(stored, blocks)
+
+
 def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[Block]:
     """Whole tensors (the names and shapes of `export_tensors`), to be stored by one process."""
     return [Block.whole(name, tensor) for name, tensor in tensors.items()]

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes: the newest valid one over RUN/checkpoints and the durable tier.
+"""Which checkpoint a run resumes: the newest valid one over the local tier, RUN/checkpoints and the durable tier.
 
 Every rank calls `choose` and gets the same folder. What is passed over is logged and becomes an event. A checkpoint of
 the durable tier is copied into RUN/checkpoints first, each rank fetching its share of the files.
@@ -14,12 +14,13 @@ from typing import Any
 import torch.distributed as dist
 
 from megamm import checkpoint
-from megamm.checkpoint import files
+from megamm.checkpoint import files, manifest
 from megamm.checkpoint.folder import aside
 from megamm.errors import UserError
 from megamm.resilience import events
-from megamm.tiers import manifest, retention
+from megamm.tiers import retention
 from megamm.tiers.durable import DurableTier
+from megamm.tiers.local import LocalTier, Needed
 from megamm.tiers.remote import RemoteError
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ _PATIENCE = datetime.timedelta(hours=6)
 
 @dataclass(frozen=True)
 class Choice:
-    """What to resume: `tier` is "run" or "durable" (copied to `folder` already)."""
+    """What to resume: `tier` is "local", "run" or "durable" (copied to `folder` already)."""
 
     folder: Path
     step: int
@@ -43,7 +44,7 @@ class _Candidate:
 
     def sort_key(self) -> tuple[int, int]:
         """The newest first, of one step what is nearest."""
-        return -self.step, ("run", "durable").index(self.tier)
+        return -self.step, ("local", "run", "durable").index(self.tier)
 
 
 class Ranks:
@@ -84,18 +85,20 @@ class Ranks:
 class _Chooser(Ranks):
     """The ranks' common search."""
 
-    def __init__(self, run: Path, durable: str | None) -> None:
+    def __init__(self, run: Path, durable: str | None, local: LocalTier | None, needed: Needed) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.local, self.needed = run, local, needed
         self.durable = DurableTier(durable) if durable else None
 
     def candidates(self) -> list[_Candidate]:
         """All tiers' checkpoints, to be tried in this order. UserError if all that there may be is out of reach."""
+        local = self.local.steps() if self.local else []
 
         def look() -> list[_Candidate]:
+            found = [_Candidate(step, "local") for step in local]
             folders = (self.run / "checkpoints").glob("step_????????")
             # Unfinished ones too: that they are damaged is said where they are verified.
-            found = [_Candidate(manifest.step_of(f.name), "run") for f in folders]
+            found += [_Candidate(manifest.step_of(f.name), "run") for f in folders]
             try:
                 names = self.durable.complete() if self.durable else []
             except RemoteError as error:
@@ -114,6 +117,9 @@ class _Chooser(Ranks):
         """The folder, whole and verified. The same UserError on all ranks if it is not."""
         name = f"step_{candidate.step:08d}"
         folder = self.run / "checkpoints" / name
+        if candidate.tier == "local":
+            assert self.local is not None
+            return self.local.restore(candidate.step, self.needed)
         if candidate.tier == "run":
             self.on_first(lambda: checkpoint.verify(folder))
             return folder
@@ -142,12 +148,14 @@ class _Chooser(Ranks):
         return final
 
 
-def choose(run: Path, durable: str | None = None) -> Choice | None:
+def choose(
+    run: Path, durable: str | None = None, local: LocalTier | None = None, needed: Needed = lambda _: set()
+) -> Choice | None:
     """The newest valid checkpoint; None in a fresh run. UserError if there are some and none is valid.
 
-    durable: URL of that tier.
+    durable: URL of that tier; local: this node's; needed: of LocalTier.restore.
     """
-    chooser = _Chooser(run, durable)
+    chooser = _Chooser(run, durable, local, needed)
     last_error: UserError | None = None
     for candidate in chooser.candidates():
         try:

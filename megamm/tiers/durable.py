@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamm.checkpoint import manifest
+from megamm.checkpoint.manifest import Entry
 from megamm.errors import UserError
-from megamm.tiers import manifest, retention
-from megamm.tiers.manifest import Entry
+from megamm.tiers import retention
 from megamm.tiers.remote import Remote, RemoteError
 
 log = logging.getLogger(__name__)
@@ -85,12 +86,12 @@ class DurableTier:
         with journal.open("a") as lines:
 
             def send(file: str) -> None:
-                if not manifest.is_whole(folder / file, listed[file]):
+                if found := manifest.problem_of(folder, file, listed[file]):
                     if not (folder / file).exists():
                         raise FileNotFoundError(folder / file)
-                    raise UserError(f"{file} fails its checksum: not uploaded", where=folder, remedy="look at the disk")
+                    raise UserError(f"{found}: not uploaded", where=folder, remedy="look at the disk")
                 self.remote.put(folder / file, f"{name}/{file}")
-                line = {"url": self.remote.url, "file": file, "sha256": listed[file].sha256}
+                line = {"url": self.remote.url, "file": file, "digest": listed[file].digest}
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
 
@@ -107,10 +108,14 @@ class DurableTier:
         for line in journal.read_text().splitlines() if journal.exists() else []:
             try:
                 done = json.loads(line)
-                file, sha256, url = done["file"], done["sha256"], done["url"]
+                file, digest, url = done["file"], done["digest"], done["url"]
             except (ValueError, KeyError, TypeError):
                 continue
-            if url == self.remote.url and file in listed and Entry(sizes.get(file, -1), sha256) == listed[file]:
+            if (
+                url == self.remote.url
+                and file in listed
+                and (sizes.get(file), digest) == (listed[file].size, listed[file].digest)
+            ):
                 arrived.add(file)
         return arrived
 
@@ -130,11 +135,8 @@ class DurableTier:
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             self.remote.get(f"{name}/{file}", path)
-            if not manifest.is_whole(path, entry):
-                where = f"{self.remote.url}/{name}"
-                raise UserError(
-                    f"damaged checkpoint: {file} fails its checksum", where=where, remedy="use another checkpoint"
-                )
+            if found := manifest.problem_of(target, file, entry):
+                raise manifest.damaged(found, f"{self.remote.url}/{name}")
 
         _each(fetch, files)
 

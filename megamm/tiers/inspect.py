@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megamm.checkpoint import manifest
 from megamm.errors import UserError
-from megamm.tiers import manifest, remote, retention
+from megamm.tiers import remote, retention
 from megamm.tiers.durable import DurableTier
 
 _REMEDY = "name a run's output folder, a step_XXXXXXXX folder, or a URL of checkpoints"
@@ -36,8 +37,7 @@ class Found:
         if self.tier is not None:
             return self.tier.listed(self.name)
         assert self.folder is not None
-        path = self.folder / manifest.NAME
-        return manifest.parse(path.read_bytes() if path.is_file() else b"", self.folder)
+        return manifest.read(self.folder)
 
     def sizes(self) -> dict[str, int]:
         """The files that are there, in bytes."""
@@ -78,8 +78,8 @@ class Found:
         if found:
             return found
         with self.here() as folder:
-            wrong = next((f for f, entry in self.listed().items() if not manifest.is_whole(folder / f, entry)), None)
-        return f"{wrong} fails its checksum" if wrong else ""
+            problems = (manifest.problem_of(folder, file, entry) for file, entry in self.listed().items())
+            return next(filter(None, problems), "")
 
     @contextmanager
     def here(self) -> Iterator[Path]:

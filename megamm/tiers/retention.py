@@ -13,8 +13,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from megamm.checkpoint import files
-from megamm.tiers import manifest
+from megamm.checkpoint import files, manifest
 
 log = logging.getLogger(__name__)
 LATEST, BEST = "latest", "best"

@@ -1,17 +1,14 @@
-"""The tensors of a checkpoint's folder, read without Megatron's or the run's help: names, shapes, dtypes, values.
+"""The tensors of a checkpoint's folder, whole, for the tools: names, shapes, dtypes, values, differences.
 
-Input: STEP_FOLDER/tensors in torch's distributed checkpoint format; its index is checked before it is read, values are
-read in batches of bounded size.
+Input: STEP_FOLDER/tensors in torch's distributed checkpoint format (checkpoint/reader.py), values in batches of bounded
+size.
 """
 
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from megamm.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -35,33 +32,21 @@ class Described:
 
 def described(folder: Path) -> dict[str, Described]:
     """All tensors of a checkpoint by name. UserError for an index that is not safe to read."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     from megamm.checkpoint import index
 
-    entries = index.check_index(folder / "tensors").state_dict_metadata
-    return {
-        name: Described(tuple(entry.size), str(entry.properties.dtype).removeprefix("torch."))
-        for name, entry in sorted(entries.items())
-        if isinstance(entry, TensorStorageMetadata)
-    }
+    stored = sorted(index.read(folder / "tensors").items())
+    return {name: Described(tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in stored}
 
 
 def values(folder: Path, wanted: dict[str, Described]) -> "dict[str, torch.Tensor]":
-    """Whole tensors, on the CPU; `wanted` is a part of `described(folder)`, which has checked the index."""
+    """Whole tensors, on the CPU; `wanted` is a part of `described(folder)`. UserError for damaged ones."""
     import torch
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.api import CheckpointException
+
+    from megamm.checkpoint import reader
+    from megamm.checkpoint.blocks import Block
 
     tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reader = checkpoint.FileSystemReader(folder / "tensors")
-        try:
-            checkpoint.load(dict(tensors), storage_reader=reader, no_dist=True)
-        except CheckpointException as error:
-            why = str(error).splitlines()[-1].strip()
-            raise UserError(f"its tensors cannot be read: {why}", where=folder, remedy="verify it") from None
+    reader.load(folder / "tensors", [Block.whole(name, tensor) for name, tensor in tensors.items()])
     return tensors
 
 

@@ -17,9 +17,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megamm.checkpoint import manifest
 from megamm.errors import UserError
 from megamm.resilience import events
-from megamm.tiers import manifest, retention
+from megamm.tiers import retention
 from megamm.tiers.durable import DurableTier
 from megamm.tiers.remote import RemoteError
 

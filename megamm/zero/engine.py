@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megamm.checkpoint import reader
+from megamm.checkpoint import index, reader
 from megamm.checkpoint.blocks import Block
 from megamm.clock import Clock
 from megamm.config import RunConfig
@@ -107,6 +107,9 @@ class DeepSpeedEngine:
         tables = {key for key, part in described.items() if part.grows}
         owned = whole_store.load(lambda blocks: fill(blocks, whole, tables), self.names, self.shards.owned, kinds)
         self.shards.scatter(owned, kinds, 0)
+
+    def files_to_load(self, folder: Path) -> set[str]:
+        return {block.file for tensor in index.read(folder).values() for block in tensor.blocks}  # by whole tensors
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         # Without optimizer state main copies come from values.

@@ -1,0 +1,63 @@
+"""The images of a rank's saves, which take turns: one without a name, or with a local tier a few that are its files.
+
+A step's part of the local tier is its image (no copy is made of it): before an image is taken for another step, that
+part ceases to count. How many there are is LocalTier.images: one is being filled, one holds the newest step that all
+ranks have, and so on.
+"""
+
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
+
+from megamm.checkpoint.image import Image
+from megamm.checkpoint.staging import Staging
+from megamm.device import Device
+from megamm.errors import UserError
+from megamm.tiers import parts
+
+if TYPE_CHECKING:
+    from megamm.tiers.local import LocalTier
+
+
+class Images:
+    """Of one rank; each is made when it is first needed."""
+
+    def __init__(self, layout: Image, place: Device, local: "LocalTier | None", rank: int) -> None:
+        self.layout, self.place, self.local, self.rank = layout, place, local, rank
+        self.all: list[Staging] = []
+        self.all.append(self._make())
+
+    def _make(self) -> Staging:
+        if self.local is None:
+            return Staging(self.layout, self.place)
+        path = self.local.root / parts.IMAGES / f"{self.rank}_{len(self.all)}"
+        try:
+            return Staging(self.layout, self.place, path)
+        except OSError as error:
+            what = f"checkpoint.local: {error}; this rank needs {self.local.images} times {self.layout.size:,} bytes"
+            remedy = "make room there, or leave checkpoint.local out"
+            raise UserError(what, where=self.local.root, remedy=remedy) from None
+
+    @property
+    def kept(self) -> int:
+        """The newest step that this rank has in the local tier; -1 for none."""
+        return max((image.step for image in self.all if image.is_kept), default=-1)
+
+    def take(self, needed: Collection[int], read: Callable[[], list[Staging]], wait: Callable[[], None]) -> Staging:
+        """An image to be filled anew: that of the oldest step that is not needed and that nobody reads.
+
+        needed: steps; read: images that are read; wait: called until there is one.
+        """
+        if self.local is not None and all(image.step >= 0 for image in self.all) and len(self.all) < self.local.images:
+            self.all.append(self._make())
+        while not (free := [i for i in self.all if i not in read() and (i.step < 0 or i.step not in needed)]):
+            wait()
+        oldest = min(free, key=lambda image: (image.is_kept, image.step))
+        if self.local is not None and oldest.step >= 0:
+            parts.retire(self.local.root, oldest.step, self.rank)
+        oldest.step, oldest.is_kept = -1, False
+        return oldest
+
+    def close(self) -> None:
+        """What is a file stays."""
+        for image in self.all:
+            image.close()

@@ -1,0 +1,139 @@
+"""A node's share of a checkpoint in the local tier: each rank's files, and a part record that makes them count.
+
+    LOCAL/<run id>/images/3_0 …           the memory into which rank 3 copies its state (checkpoint/staging.py)
+    LOCAL/<run id>/step_00001000/
+        tensors/__3_0.distcp              a second name of one of them, or a replica
+        rng_00003.safetensors, …          as in RUN/checkpoints
+        part_00003.json                   what rank 3 wrote, with digests; written last, removed before its image is
+                                          taken for another step
+
+Ranks need not agree on anything to write: a step is complete when the parts of all ranks of one save are found on any
+nodes. Nothing is synced: what a power cut takes, the digests tell. Nothing here imports torch.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import files, manifest
+from megamm.checkpoint.manifest import STEP_FOLDER, Entry
+
+IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank wrote. save: one id for all ranks of an attempt (`LocalTier.save_id`); node: where it was written.
+
+    files: by their path in the step's folder.
+    """
+
+    rank: int
+    world: int
+    save: str
+    node: str
+    files: dict[str, Entry]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        listed = {name: entry.to_json() for name, entry in self.files.items()}
+        return {"rank": self.rank, "world": self.world, "save": self.save, "node": self.node, "files": listed}
+
+    @classmethod
+    def from_json(cls, data: Any) -> "Part":
+        """ValueError for anything that is not a part, or names a file outside of its folder."""
+        try:
+            listed = {name: Entry.from_json(entry) for name, entry in data["files"].items()}
+            part = cls(int(data["rank"]), int(data["world"]), str(data["save"]), str(data["node"]), listed)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a part record: {error}") from None
+        unsafe = next((name for name in listed if not manifest.stays_inside(name)), None)
+        if unsafe is not None:
+            raise ValueError(f"a part record lists {unsafe!r}")
+        return part
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Of a step, there or not."""
+    return root / f"step_{step:08d}"
+
+
+def part_path(folder: Path, rank: int) -> Path:
+    """Of a rank's part record."""
+    return folder / f"part_{rank:05d}.json"
+
+
+def write(
+    root: Path, step: int, part: Part, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
+) -> None:
+    """Make a rank's image, already in place, and its small files count.
+
+    image: its name in the step's folder, the file that it is, its bytes. part: without files. OSError if it fails.
+    """
+    folder = folder_of(root, step)
+    files.make_folder(folder / "tensors")
+    files.remove_file(part_path(folder, part.rank))
+    entries = {name: files.write(folder / name, [data]) for name, data in contents.items()}
+    name, path, data = image
+    files.remove_file(folder / name)
+    os.link(path, folder / name)
+    entries[name] = files.entry_of(files.in_pieces(data))
+    commit(folder, Part(part.rank, part.world, part.save, part.node, entries))
+
+
+def commit(folder: Path, part: Part) -> None:
+    """Make a rank's files, which are all written, count."""
+    path = part_path(folder, part.rank)
+    temporary = path.with_suffix(".new")
+    files.write(temporary, [json.dumps(part.to_json()).encode()])
+    files.rename(temporary, path)
+
+
+def parts_in(folder: Path) -> list[Part]:
+    """All valid part records of a step's folder."""
+    found = []
+    for path in sorted(folder.glob("part_?????.json")):
+        with contextlib.suppress(ValueError, OSError):  # cut off by a kill, or just removed: it does not count
+            found.append(Part.from_json(json.loads(path.read_bytes())))
+    return found
+
+
+def steps_in(root: Path) -> list[int]:
+    """Steps that there are folders of, in order."""
+    return sorted(manifest.step_of(f.name) for f in root.glob("step_*") if STEP_FOLDER.fullmatch(f.name))
+
+
+def whole(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
+    """By save id, the parts by rank, of those saves whose ranks are all there."""
+    saves: dict[str, dict[int, Part]] = {}
+    for part in parts:
+        saves.setdefault(part.save, {})[part.rank] = part
+    return {save: ranks for save, ranks in saves.items() if len(ranks) == next(iter(ranks.values())).world}
+
+
+def retire(root: Path, step: int, rank: int) -> None:
+    """Remove a rank's part, its record first, and the folder when it was the last; gone already is fine."""
+    folder = folder_of(root, step)
+    path = part_path(folder, rank)
+    try:
+        part = Part.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError):
+        return
+    files.remove_file(path)
+    for name in part.files:
+        files.remove_file(folder / name)
+    with contextlib.suppress(OSError):  # other ranks' parts are there
+        os.rmdir(folder / "tensors")
+        os.rmdir(folder)
+
+
+def remove(root: Path, step: int) -> None:
+    """Remove a step's folder with all ranks' parts, the records first."""
+    folder = folder_of(root, step)
+    for path in folder.glob("part_?????.json"):
+        files.remove_file(path)
+    files.remove_tree(folder)

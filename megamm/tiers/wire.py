@@ -1,0 +1,139 @@
+"""Files between nodes over TCP: `Server` holds a node's folder, `put` and `get` send a part there and fetch a file.
+
+Both sides prove that they know the job's key (HMAC challenge of multiprocessing.connection) before a request is read.
+Requests are JSON, files raw chunks: nothing is unpickled. Names are checked to stay in their folder.
+"""
+
+import json
+import os
+import threading
+import uuid
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, answer_challenge, deliver_challenge
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import manifest
+from megamm.checkpoint.manifest import Entry
+from megamm.errors import UserError
+from megamm.tiers import parts
+
+CHUNK = 1 << 22
+_LONGEST_REQUEST = 1 << 26
+Address = tuple[str, int]
+
+
+class WireError(UserError):
+    """The other node did not do it: gone, refused, or the file did not arrive whole."""
+
+    def __init__(self, what: str, where: str) -> None:
+        super().__init__(what, where=where, remedy="look at that node; other copies are tried")
+
+
+class Server:
+    """Answers requests over one folder (parts.py) from threads."""
+
+    def __init__(self, root: Path, key: bytes, host: str) -> None:
+        self.root, self.key = root, key
+        # Without its own handshake, which would let one silent client keep all others waiting.
+        self.listener = Listener((host, 0), backlog=128)
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        """The TCP port."""
+        return int(self.listener.address[1])
+
+    def _accept(self) -> None:
+        while True:
+            connection = self.listener.accept()
+            threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+
+    def _serve(self, connection: "Connection[Any, Any]") -> None:
+        with connection:
+            try:
+                deliver_challenge(connection, self.key)
+                answer_challenge(connection, self.key)
+                request = json.loads(connection.recv_bytes(_LONGEST_REQUEST))
+                if request["do"] == "get":
+                    self._send(connection, request)
+                else:
+                    self._receive(connection, request)
+                    _say(connection, {"done": True})
+            except (AuthenticationError, OSError, EOFError, ValueError, KeyError):
+                return  # the other side sees the end of the connection and says what it wanted
+
+    def _folder(self, request: dict[str, Any]) -> Path:
+        return parts.folder_of(self.root, int(request["step"]))
+
+    def _send(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
+        name = str(request["name"])
+        if not manifest.stays_inside(name):
+            raise ValueError(name)
+        with (self._folder(request) / name).open("rb") as file:
+            while chunk := file.read(CHUNK):
+                connection.send_bytes(chunk)
+
+    def _receive(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
+        """Take a rank's part; those of its parts that are older than `floor` have been replaced everywhere."""
+        part, folder = parts.Part.from_json(request["part"]), self._folder(request)
+        parts.part_path(folder, part.rank).unlink(missing_ok=True)
+        for name, entry in part.files.items():
+            _write(connection, folder / name, entry)
+        parts.commit(folder, part)
+        for step in parts.steps_in(self.root):
+            theirs = parts.parts_in(parts.folder_of(self.root, step)) if step < int(request["floor"]) else []
+            if any((p.rank, p.node) == (part.rank, part.node) for p in theirs):
+                parts.retire(self.root, step, part.rank)
+
+
+def put(address: Address, key: bytes, root: Path, step: int, rank: int, floor: int) -> None:
+    """Send a rank's files and part record; floor: of Server._receive. WireError if they did not arrive."""
+    folder = parts.folder_of(root, step)
+    try:
+        part = parts.Part.from_json(json.loads(parts.part_path(folder, rank).read_bytes()))
+        with Client(address, authkey=key) as connection:
+            _say(connection, {"do": "put", "step": step, "part": part.to_json(), "floor": floor})
+            for name in part.files:
+                with (folder / name).open("rb") as file:
+                    while chunk := file.read(CHUNK):
+                        connection.send_bytes(chunk)
+            connection.recv_bytes(CHUNK)
+    except (OSError, EOFError, AuthenticationError, ValueError) as error:
+        raise WireError(
+            f"replica of step {step}: {type(error).__name__} {error}", f"{address[0]}:{address[1]}"
+        ) from None
+
+
+def get(address: Address, key: bytes, step: int, name: str, entry: Entry, target: Path) -> None:
+    """Fetch one file and verify it. WireError if it cannot be had."""
+    try:
+        with Client(address, authkey=key) as connection:
+            _say(connection, {"do": "get", "step": step, "name": name})
+            _write(connection, target, entry)
+    except (OSError, EOFError, AuthenticationError, ValueError) as error:
+        why = f"{name} of step {step}: {type(error).__name__} {error}"
+        raise WireError(why, f"{address[0]}:{address[1]}") from None
+
+
+def _say(connection: "Connection[Any, Any]", value: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(value).encode())
+
+
+def _write(connection: "Connection[Any, Any]", path: Path, entry: Entry) -> None:
+    """A file of known size from chunks; under its name only once its digest is right. ValueError if it is not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
+    hasher, left = manifest.hasher(), entry.size
+    try:
+        with temporary.open("wb") as file:
+            while left > 0:
+                chunk = connection.recv_bytes(CHUNK)
+                hasher.update(chunk)
+                file.write(chunk)
+                left -= len(chunk)
+        if left or hasher.hexdigest() != entry.digest:
+            raise ValueError(f"{path.name} fails its checksum")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
