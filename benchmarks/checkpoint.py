@@ -5,10 +5,13 @@ part stall: one rank, a model with about 300 MB of state in float32. Ours agains
 rounds. stall: seconds by which the next step ends later, as far as it waits (ours is copied while that step's forward
 and backward run; copy: seconds if it were waited for at once); durable: until the files are synced (torch.save syncs
 nothing: its figure is without); resume: seconds to read all back into the live tensors, files in the page cache.
-part every: two ranks with the demo's model and batch (examples/cpu_tiny.yaml) on random tokens. Blocks of steps with a
-save after each and without take turns; cost: 1 - tokens/s with / tokens/s without. cpu_cost: processor seconds of a
-save (rank and writer) over those of a step, which does not suffer from a busy machine.
-Run: `python benchmarks/checkpoint.py [--part stall|every] [--json OUT]`.
+part every: two ranks with the demo's model and batch (examples/cpu_tiny.yaml) on random tokens. Blocks of steps without
+a save, with one into the local tier (on a RAM disk, one node, no replica) and with one into the run's folder after each
+step take turns; cost: 1 - tokens/s with / tokens/s without; cpu_cost: processor seconds, of the rank and the processes
+that it started, with / without - 1; of the rounds' ratios. alone: processor seconds of a save while nothing is trained,
+share: that over those of a step. On a machine that others use, cost and cpu_cost are noise, share is not; it leaves
+out what training loses of the caches.
+Run: `python benchmarks/checkpoint.py [--part stall|every] [--rounds N] [--json OUT]`.
 """
 
 import argparse
@@ -41,6 +44,7 @@ from megamm.device import choose
 from megamm.mcore import groups as grid
 from megamm.parity.rows import random_row
 from megamm.parity.worlds import Failure, Worlds
+from megamm.tiers.local import LocalTier
 
 ROUNDS = 5
 LARGE = {"num_layers": 5, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
@@ -187,61 +191,100 @@ def _in_turns(sides: dict[str, Callable[[], Timed]]) -> dict[str, Any]:
     }
 
 
-def every(folder: str) -> dict[str, Any]:
+class Every:
     """Part every, on one of two ranks."""
-    place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
-    groups = grid.build(config.parallel, seed=1)
-    runner = engine.build(config, VOCABULARY, groups, place)
-    draw = np.random.default_rng(groups.data_rank)
-    rows = [random_row(draw, LENGTH) for _ in range(GLOBAL_BATCH // groups.data_size)]
-    batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
-    weights = torch.ones(2, dtype=torch.float64)
-    saver, step = Saver(Path(folder), place, keep=2), 0
-    runner.before_update = saver.settle
-    rates: dict[bool, list[float]] = {True: [], False: []}
-    cpu: dict[bool, list[float]] = {True: [], False: []}
-    stalls: list[float] = []
-    for number in range(2 * ROUNDS + 2):
-        saves = bool(number % 2)
+
+    def __init__(self, folder: Path) -> None:
+        place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
+        groups = grid.build(config.parallel, seed=1)
+        self.runner = engine.build(config, VOCABULARY, groups, place)
+        draw = np.random.default_rng(groups.data_rank)
+        rows = [random_row(draw, LENGTH) for _ in range(GLOBAL_BATCH // groups.data_size)]
+        self.batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
+        self.weights = torch.ones(2, dtype=torch.float64)
+        folder.mkdir(parents=True, exist_ok=True)
+        memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else folder
+        self.local = LocalTier(str(memory / f"megamm-benchmark-{os.getppid()}"), folder, replicate=False)
+        self.local.begin(-1)
+        self.savers = {"local": Saver(folder, place, 2, local=self.local), "run": Saver(folder, place, 2)}
+        self.runner.before_update = self._settle
+        self.step = 0
+
+    def _settle(self) -> None:
+        for saver in self.savers.values():
+            saver.settle()
+
+    def block(self, kind: str) -> Timed:
+        """Steps, each with a save of this kind, "none" for none; seconds and processor seconds a step, and stall."""
+        saver = self.savers.get(kind)
         dist.barrier()
         start, used = time.perf_counter(), _processor_seconds()
+        stalled, settled = 0.0, saver.settled if saver else 0.0
         for _ in range(STEPS_A_BLOCK):
-            step += 1
-            settled = saver.settled
-            runner.train_step(batches, weights)
-            if stalls:
-                stalls[-1] += saver.settled - settled
-            if saves:
-                stalls.append(saver.save(state(step), runner.blocks(), {"torch": torch.get_rng_state()}))
+            self.step += 1
+            self.runner.train_step(self.batches, self.weights)
+            if saver is not None:
+                rng = {"torch": torch.get_rng_state()}
+                stalled += saver.save(state(self.step), self.runner.blocks(), rng, to_run=kind == "run")
         dist.barrier()
-        rates[saves].append(STEPS_A_BLOCK * GLOBAL_BATCH * LENGTH / (time.perf_counter() - start))
-        saver.finish()
-        cpu[saves].append((_processor_seconds() - used) / STEPS_A_BLOCK)
-    saver.close()
-    medians = {saves: statistics.median(all_[1:]) for saves, all_ in rates.items()}
-    spent = {saves: min(all_[1:]) for saves, all_ in cpu.items()}
-    return {
-        "tokens_per_s": medians[False],
-        "tokens_per_s_saving": medians[True],
-        "cost": 1 - medians[True] / medians[False],
-        "stall_seconds": statistics.median(stalls[1:]),
-        "cpu_seconds_a_step": spent[False],
-        "cpu_seconds_a_save": spent[True] - spent[False],
-        "cpu_cost": spent[True] / spent[False] - 1,
-    }
+        seconds = (time.perf_counter() - start) / STEPS_A_BLOCK
+        if saver is not None:
+            saver.finish()
+            stalled += saver.settled - settled
+        spent = (_processor_seconds() - used) / STEPS_A_BLOCK
+        return {"seconds": seconds, "cpu": spent, "stall": stalled / STEPS_A_BLOCK}
+
+    def alone(self, kind: str) -> Timed:
+        """A save of this kind, complete, while nothing is trained: its processor seconds."""
+        used, saver = _processor_seconds(), self.savers[kind]
+        for _ in range(STEPS_A_BLOCK):
+            self.step += 1
+            saver.save(state(self.step), self.runner.blocks(), {"torch": torch.get_rng_state()}, to_run=kind == "run")
+            saver.finish()
+        return {"alone": (_processor_seconds() - used) / STEPS_A_BLOCK}
+
+    def run(self, rounds: int) -> dict[str, Any]:
+        """All kinds in turns; the first round does not count."""
+        kinds = ("none", *self.savers)
+        timed = [{kind: self.block(kind) for kind in kinds} for _ in range(rounds + 1)][1:]
+        alone = {kind: [self.alone(kind) for _ in range(ROUNDS)] for kind in self.savers}
+        for saver in self.savers.values():
+            saver.close()
+        self.local.leave(True)
+        self.local.close()
+        found: dict[str, Any] = {kind: _summary([turn[kind] for turn in timed]) for kind in kinds}
+        for kind in self.savers:
+            costs = [1 - turn["none"]["seconds"] / turn[kind]["seconds"] for turn in timed]
+            cpu_costs = [turn[kind]["cpu"] / turn["none"]["cpu"] - 1 for turn in timed]
+            found[kind] |= _summary([{"cost": a, "cpu_cost": b} for a, b in zip(costs, cpu_costs, strict=True)])
+            found[kind] |= _summary(alone[kind])
+            found[kind]["share"] = found[kind]["alone"]["median"] / found["none"]["cpu"]["median"]
+        tokens = GLOBAL_BATCH * LENGTH
+        return {"tokens_per_s": tokens / found["none"]["seconds"]["median"]} | found
+
+
+def _summary(timed: list[Timed]) -> dict[str, dict[str, float]]:
+    values = {what: [one[what] for one in timed] for what in timed[0]}
+    return {what: {"median": statistics.median(all_), "least": min(all_)} for what, all_ in values.items()}
+
+
+def every(told: tuple[str, int]) -> dict[str, Any]:
+    """Part every, on one of two ranks; told: folder, rounds."""
+    return Every(Path(told[0])).run(told[1])
 
 
 def _processor_seconds() -> float:
-    """Of this rank and its writer."""
-    own = psutil.Process()
-    times = [process.cpu_times() for process in (own, *own.children())]
-    return sum(t.user + t.system for t in times)
+    """Of this rank and its processes, to the nanosecond (proc(5), schedstat)."""
+    ranks = (psutil.Process(), *psutil.Process().children())
+    tasks = [task for rank in ranks for task in Path(f"/proc/{rank.pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def main() -> None:
     """Run and print; --json writes the figures too."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("stall", "every"))
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of part every")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -251,7 +294,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="megamm-checkpoint-") as folder:
         if arguments.part in (None, "every"):
             with Worlds() as worlds:
-                ranks = worlds.run(2, every, f"{folder}/every", timeout=1200)
+                ranks = worlds.run(2, every, (f"{folder}/every", arguments.rounds), timeout=1200)
             assert not isinstance(ranks, Failure), ranks.lines()
             result["every"] = ranks[0]
         if arguments.part in (None, "stall"):

@@ -3,6 +3,7 @@
 What is written is synced before it is named: a rename that is seen after a crash implies the contents.
 """
 
+import ctypes
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 from megamm.checkpoint import manifest
 from megamm.checkpoint.manifest import Entry
 
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of renameat2(2), which Python does not have; some network file systems refuse an exchange."""
+renameat2 = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
 PIECE = 1 << 20
 """Bytes hashed and written at a time: they are still in the processor's cache for the second."""
 
@@ -59,6 +63,11 @@ def make_folder(path: Path) -> None:
 def rename(old: Path, new: Path) -> None:
     """Within a folder, atomically; a file of the new name is replaced."""
     os.rename(old, new)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step, so that there is no moment without either; False where that cannot be done."""
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def sync_folder(path: Path) -> None:

@@ -68,9 +68,14 @@ def publish(temporary: Path, final: Path) -> None:
     gives way.
     """
     old = final.with_name(f".old-{final.name}")
-    if final.exists():
-        files.rename(final, old if is_valid(final) else aside(final))
-    files.rename(temporary, final)
+    if final.exists() and not is_valid(final):
+        files.rename(final, aside(final))
+    if final.exists() and files.exchange(temporary, final):
+        files.rename(temporary, old)
+    else:
+        if final.exists():
+            files.rename(final, old)
+        files.rename(temporary, final)
     files.sync_folder(final.parent)
     files.remove_tree(old)
 
