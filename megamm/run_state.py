@@ -151,11 +151,11 @@ class RunStore:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
     def go_back(self, folder: Path) -> checkpoint.RunState:
-        """`restore` an earlier checkpoint; what the local tier has beyond it counts no more."""
-        state = self.restore(folder)
+        """`restore` an earlier checkpoint of the run's folder; what the local tier has counts no more."""
+        self.saver.forget()
         if self.local is not None:
-            self.local.begin(state.step)
-        return state
+            self.local.begin(-1)
+        return self.restore(folder)
 
     def restore(self, folder: Path) -> checkpoint.RunState:
         """Restore engine, data and generators from a verified checkpoint."""

@@ -1,8 +1,8 @@
-"""The local tier: runs that lose ranks and nodes go on from it, bit for bit; its wire between nodes under attack."""
+"""The local tier: runs that lose ranks and nodes go on from it, bit for bit; what its images and its nodes hold."""
 
 import contextlib
+import errno
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -10,19 +10,26 @@ import sys
 import time
 
 import pytest
+import torch
 from faults import environment as with_faults
+from local_tier_worker import look
+from saver_worker import state
 from tiny_run import environment, make_data, numbers, write_config
 
-from megamm.checkpoint import manifest
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint import manifest, reader
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.saver import Saver
+from megamm.device import choose
+from megamm.errors import UserError
+from megamm.mcore import groups
+from megamm.parity.worlds import Failure, Worlds
 from megamm.resilience import events, heartbeat
-from megamm.tiers import parts, wire
+from megamm.tiers import parts
+from megamm.tiers.local import LocalTier
 
 TRAIN = {"steps": 14, "global_batch": 4, "micro_batch": 1, "log_every": 1}
 CHECKPOINT = {"every": 5, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
-KEY = bytes(range(32))
-SHARD = "tensors/__0_0.distcp"
 
 
 class Run:
@@ -140,79 +147,113 @@ def rank(run, number):
     return next(beat.pid for beat in heartbeat.read(run.output) if beat.rank == number)
 
 
+@pytest.fixture(scope="module")
+def worlds():
+    with Worlds() as worlds:
+        yield worlds
+
+
+FOUND = {
+    "a node is lost": lambda rank: ([4, 5], [rank, (rank + 2) % 4]),
+    "a copy is damaged": lambda rank: ([4, 5], [rank, (rank + 2) % 4]),
+    "all copies are damaged": lambda rank: (
+        [4, 5],
+        "damaged checkpoint: no node has tensors/__0_0.distcp of step 5 whole",
+    ),
+    "a part is missing": lambda rank: ([4], [rank, (rank + 2) % 4]),
+    "another run": lambda rank: ([], []),
+}
+
+
+@pytest.mark.parametrize("how", FOUND)
+def test_what_the_nodes_together_have(worlds, tmp_path, how):
+    """Four ranks on two nodes; a rank reads its own shard and that of one on the other node."""
+    (tmp_path / "run").mkdir()
+    found = worlds.run(4, look, (str(tmp_path), how), timeout=100)
+    assert not isinstance(found, Failure), found.lines()
+    for number, (steps, shards) in enumerate(found):
+        want_steps, want = FOUND[how](number)
+        assert (steps[-len(want_steps) :] if want_steps else steps, shards) == (want_steps, want)
+
+
 @pytest.fixture
-def node(tmp_path):
-    """A node's server over a folder that holds one part; (server, address, part, a secret file beside the folder)."""
-    root = tmp_path / "root"
-    folder = parts.folder_of(root, 3)
-    (folder / "tensors").mkdir(parents=True)
-    (folder / SHARD).write_bytes(b"x" * 9)
-    part = parts.Part(0, 1, "save", "me", {SHARD: manifest.digest(folder / SHARD)})
-    parts.commit(folder, part)
-    (tmp_path / "secret").write_bytes(b"secret")
-    server = wire.Server(root, KEY, "127.0.0.1")
-    return server, ("127.0.0.1", server.port), part, tmp_path / "secret"
+def one_rank(tmp_path):
+    """A saver with a local tier, and the tier."""
+    groups.start(choose("cpu"))
+    (tmp_path / "run").mkdir()
+    local = LocalTier(str(tmp_path / "node"), tmp_path / "run", replicate=True)
+    local.begin(-1)
+    saver = Saver(tmp_path / "run", choose("cpu"), keep=9, local=local)
+    yield saver, local
+    saver.close()
+    local.close()
 
 
-def test_wire_needs_the_key(node, tmp_path):
-    server, address, part, _ = node
-    wire.get(address, KEY, 3, SHARD, part.files[SHARD], tmp_path / "got")
-    assert (tmp_path / "got").read_bytes() == b"x" * 9
-    with pytest.raises(wire.WireError):
-        wire.get(address, b"wrong", 3, SHARD, part.files[SHARD], tmp_path / "refused")
-    with pytest.raises(wire.WireError):
-        wire.put(address, b"wrong", server.root, 3, 0, floor=0)
-    assert not (tmp_path / "refused").exists()
+def save(saver, data, step, to_run=False):
+    data.fill_(step)
+    saver.save(state(step), [Block.whole("a", data)], {"torch": torch.get_rng_state()}, to_run=to_run)
+    saver.settle()
 
 
-def test_wire_stays_in_its_folder_both_ways(node, tmp_path):
-    server, address, _part, secret = node
-    with pytest.raises(wire.WireError):
-        wire.get(address, KEY, 3, "../../secret", manifest.digest(secret), tmp_path / "stolen")
-    assert not (tmp_path / "stolen").exists()
-    source = parts.folder_of(tmp_path / "source", 4)
-    source.mkdir(parents=True)
-    (source.parent / "evil").write_bytes(b"evil")
-    parts.commit(source, parts.Part(0, 1, "save", "me", {"../evil": manifest.digest(source.parent / "evil")}))
-    with pytest.raises(wire.WireError):
-        wire.put(address, KEY, source.parent, 4, 0, floor=0)
-    assert not list(server.root.rglob("*evil*"))
+def kept(local):
+    """Steps whose part counts; each must be whole at any time, with the values of its step."""
+    found = []
+    for step in parts.steps_in(local.root):
+        folder = parts.folder_of(local.root, step)
+        for part in parts.parts_in(folder):
+            assert all(manifest.is_whole(folder / name, entry) for name, entry in part.files.items()), (step, found)
+            data = torch.zeros(1000)
+            reader.load(folder / "tensors", [Block.whole("a", data)])
+            assert data.unique().tolist() == [step]
+            found.append(step)
+    return found
 
 
-def test_a_silent_client_keeps_nobody_waiting(node, tmp_path):
-    _, address, part, _ = node
-    with socket.create_connection(address):
-        wire.get(address, KEY, 3, SHARD, part.files[SHARD], tmp_path / "got")
-    assert (tmp_path / "got").exists()
+def test_images_take_turns(one_rank):
+    saver, local = one_rank
+    data = torch.zeros(1000)
+    for step in range(1, 8):
+        save(saver, data, step)
+        assert kept(local)[: min(step - 1, 2)] == list(range(max(1, step - 2), step)), "before it is written"
+        saver.finish()
+        assert kept(local) == list(range(max(1, step - 2), step + 1))
+    assert len(list((local.root / parts.IMAGES).iterdir())) == 3
+    saver.forget()
+    local.begin(-1)
+    assert kept(local) == []
+    save(saver, data, 2)
+    saver.finish()
+    assert kept(local) == [2]
 
 
-def test_a_wrong_file_is_not_taken(node, tmp_path):
-    _, address, _part, _ = node
-    with pytest.raises(wire.WireError, match="checksum"):
-        wire.get(address, KEY, 3, SHARD, Entry(9, "0" * 32), tmp_path / "got")
-    assert list(tmp_path.glob("*got*")) == []
+def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
+    """In the run's folder the file is a pipe that is read when five more steps are kept: it has its own step."""
+    saver, local = one_rank
+    data = torch.zeros(1000)
+    save(saver, data, 1)
+    saver.finish()
+    temporary = f".tmp-step_00000002-{saver.nonce}-{saver.saves + 1:06d}"
+    pipe = tmp_path / "run" / "checkpoints" / temporary / "tensors" / "__0_0.distcp"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    save(saver, data, 2, to_run=True)
+    for step in range(3, 8):
+        save(saver, data, step)
+        while saver.writing.owes("kept"):
+            saver.writing.wait()
+        assert step in kept(local) and saver.writing.owes("written")
+    written = pipe.read_bytes()
+    assert torch.full((1000,), 2.0).numpy().tobytes() in written
+    while saver.writing.owed:
+        saver.writing.wait()
+    assert saver.writing.failures == 1, "a pipe cannot be synced"
 
 
-def test_replicas_replace_older_ones(node, tmp_path):
-    """What the sender says is replicated everywhere makes room for; parts of other ranks and nodes stay."""
-    server, address, part, _ = node
-    theirs = parts.Part(1, 1, "save", "other", {})
-    parts.commit(parts.folder_of(server.root, 3), theirs)
-    source = tmp_path / "source"
-    for step in (4, 5):
-        shutil.copytree(parts.folder_of(server.root, 3), parts.folder_of(source, step))
-    for step in (4, 5):
-        wire.put(address, KEY, source, step, 0, floor=4)
-    steps = {step: parts.parts_in(parts.folder_of(server.root, step)) for step in parts.steps_in(server.root)}
-    assert steps == {3: [theirs], 4: [part], 5: [part]}
+def test_no_space_is_one_line(one_rank, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-def test_part_records_are_checked():
-    good = parts.Part(0, 2, "save", "me", {"rng_00000.safetensors": Entry(1, "0" * 32)}).to_json()
-    assert parts.Part.from_json(good).to_json() == good
-    for name in ("../x", "/etc/passwd", "a/../../x", "a\\..\\x", ""):
-        with pytest.raises(ValueError, match="lists"):
-            parts.Part.from_json(good | {"files": {name: {"size": 1, "xxh3_128": ""}}})
-    for bad in ({}, [], good | {"files": 3}, good | {"rank": None}):
-        with pytest.raises(ValueError, match="not a part"):
-            parts.Part.from_json(bad)
+    saver, _ = one_rank
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=r"No space left.*3 times [0-9,]+ bytes"):
+        save(saver, torch.zeros(1000), 1)

@@ -209,6 +209,15 @@ class Saver:
             self.writing.wait()
         self._agree(self.writing.failures >= failures)
 
+    def forget(self) -> None:
+        """Before the run goes back: no image of a later step counts, and none is on its way to a peer."""
+        self.settle()
+        while self.writing.owed:
+            self.writing.wait()
+        for image in self.images.all if self.images is not None else []:
+            image.step, image.is_kept = -1, False
+        self.replicating = self.writing.replicated = -1
+
     def _agree(self, stop: bool) -> Agreed:
         """What all ranks have; raise on all of them if one wants to stop."""
         kept = self.images.kept if self.images is not None else -1

@@ -31,8 +31,9 @@ from typing import Any
 
 from megamm.checkpoint import files, folder, manifest, messages
 from megamm.checkpoint.manifest import Entry
+from megamm.errors import UserError
 from megamm.resilience import events
-from megamm.tiers import parts, retention, wire
+from megamm.tiers import parts, retention
 
 PART_SECONDS = 600.0
 """How long rank 0's waits for the others' parts after its own is written."""
@@ -147,7 +148,9 @@ class Local:
         parts.write(self.root, job["step"], part, placed, contents)
 
     def replicate(self, job: dict[str, Any]) -> None:
-        """Copy it to the peer; WireError if it fails."""
+        """Copy it to the peer; UserError if it fails."""
+        from megamm.tiers import wire
+
         host, port = self.told["peer"]
         key = bytes.fromhex(self.told["key"])
         wire.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
@@ -185,9 +188,13 @@ class Service:
                 _answer("kept", job, partial(self.local.keep, job, image, contents))
         if "replicated" in job["answers"]:
             assert self.local is not None
-            self.replicas.do(partial(_answer, "replicated", job, partial(self.local.replicate, job)))
+            self.replicas.do(partial(self._replicate, self.local, job))
         if "written" in job["answers"]:
             self.run_folder.do(partial(self._write, job, image[: job["bytes"]], contents))
+
+    def _replicate(self, local: Local, job: dict[str, Any]) -> None:
+        with self.working:
+            _answer("replicated", job, partial(local.replicate, job))
 
     def _image(self, path: str) -> mmap.mmap:
         if path not in self.images:
@@ -261,7 +268,7 @@ def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] 
     """Do it and say how it went."""
     try:
         said = {"error": None} | (action() or {})
-    except (OSError, wire.WireError) as error:
+    except (OSError, UserError) as error:
         said = {"error": str(error)}
     _say({"kind": kind, "step": job["step"], "attempt": job["attempt"]} | said)
 

@@ -69,7 +69,8 @@ class LocalTier:
         replicas also the newest that has been replicated."""
         self._held: list[_Held] = []
         self._resumed, self._passed = -1, True
-        self._peer = self._start_peer(len({host for _, host in told}) > 1) if self._is_leader else None
+        has_peer = self._is_leader and len(self.order) > 1
+        self._peer = self._start_peer(len({host for _, host in told}) > 1) if has_peer else None
         self.addresses = self._connect()
         if self.rank == 0:
             self._log(folder, replicate)
@@ -132,10 +133,10 @@ class LocalTier:
         return process, told, int(json.loads(process.stdout.readline())["port"])
 
     def _connect(self) -> list[wire.Address]:
-        """Of every node's process, in order."""
+        """Of every node's process, in order; of none where there is one node."""
         own = (self.node, *self._peer[1:]) if self._peer else None
         found = {node: (host, port) for node, host, port in filter(None, self._gather(own))}
-        return [found[node] for node in self.order]
+        return [found[node] for node in self.order if node in found]
 
     @property
     def told_to_writers(self) -> dict[str, Any]:
