@@ -1,8 +1,9 @@
 """The writer of a rank: a process that puts staged checkpoints on disk while the rank goes on with its steps.
 
-It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py), and answers one JSON line when
-the image may be changed again ("written"), rank 0's another when the checkpoint has its name ("published"); while it is
-at work, "alive" twice a second, so that a rank that waits for a slow disk is not taken for a hung one. The writers
+It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py), and answers a JSON line when
+the image counts in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's folder
+("written"), and rank 0's when the checkpoint there has its name ("published"); while it is at work, "alive" twice a
+second, so that a rank that waits for a slow disk is not taken for a hung one. The writers
 of a save know of each other by files alone, in a folder whose name no other save has:
 
     checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's
@@ -17,7 +18,6 @@ import ctypes
 import json
 import mmap
 import os
-import queue
 import shutil
 import signal
 import sys
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import files, folder, manifest, messages
+from megamm.checkpoint.lanes import Lane, Working
 from megamm.checkpoint.manifest import Entry
 from megamm.errors import UserError
 from megamm.resilience import events
@@ -43,7 +44,6 @@ POLL_SECONDS = (0.002, 0.1)
 """Between looks for parts: at first, and at most."""
 NICENESS = 10
 """Where cores are scarce the writer takes what time the steps leave."""
-ALIVE_SECONDS = 0.5
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
@@ -168,7 +168,7 @@ class Service:
         self.constant: messages.Files = {}
         self.local: Local | None = None
         self.run_folder, self.replicas = Lane(), Lane()
-        self.working = Working()
+        self.working = Working(partial(_say, {"kind": "alive"}))
 
     def serve(self) -> None:
         """Do the jobs on standard input until it closes."""
@@ -210,60 +210,6 @@ class Service:
                 _answer("published", job, attempt.publish)
 
 
-class Lane:
-    """A thread that does one thing after the other, started for the first; what raises there ends the process."""
-
-    def __init__(self) -> None:
-        self.things: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None
-
-    def do(self, thing: Callable[[], None]) -> None:
-        """When its turn comes."""
-        if self.thread is None:
-            self.thread = threading.Thread(target=self._work, daemon=True)
-            self.thread.start()
-        self.things.put(thing)
-
-    def _work(self) -> None:
-        try:
-            while (thing := self.things.get()) is not None:
-                thing()
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-
-    def finish(self) -> None:
-        """Returns when all is done."""
-        self.things.put(None)
-        if self.thread is not None:
-            self.thread.join()
-
-
-class Working:
-    """While it is entered for longer, "alive" is said, by a thread: the others may be inside a call to the disk."""
-
-    def __init__(self) -> None:
-        self.entered, self.lock, self.is_entered = 0, threading.Lock(), threading.Event()
-        threading.Thread(target=self._say_alive, daemon=True).start()
-
-    def __enter__(self) -> None:
-        with self.lock:
-            self.entered += 1
-            self.is_entered.set()
-
-    def __exit__(self, *_: object) -> None:
-        with self.lock:
-            self.entered -= 1
-            if not self.entered:
-                self.is_entered.clear()
-
-    def _say_alive(self) -> None:
-        while self.is_entered.wait():
-            time.sleep(ALIVE_SECONDS)
-            if self.is_entered.is_set():
-                _say({"kind": "alive"})
-
-
 def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
     """Do it and say how it went."""
     try:
@@ -278,6 +224,12 @@ def _say(line: dict[str, Any]) -> None:
     os.write(sys.stdout.fileno(), (json.dumps(line) + "\n").encode())
 
 
+def _end(error: threading.ExceptHookArgs) -> None:
+    """A thread has raised what nobody expects: the rank must learn of it."""
+    traceback.print_exception(error.exc_type, error.exc_value, error.exc_traceback)
+    os._exit(1)
+
+
 def main() -> None:
     """`python -m megamm.checkpoint.writer DESCRIPTOR BYTES PARENT`: the shared memory, and the rank's process."""
     descriptor, size, parent = map(int, sys.argv[1:])
@@ -288,6 +240,7 @@ def main() -> None:
     # The rank says when to end: it may want to save because of the same signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    threading.excepthook = _end
     Service(mmap.mmap(descriptor, size, prot=mmap.PROT_READ)).serve()
 
 
