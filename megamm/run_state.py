@@ -49,6 +49,8 @@ class RunStore:
         self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
+        self.is_in_run = True
+        """Whether what was resumed is in the run's folder, not only in the local tier."""
 
     def _local_tier(self) -> LocalTier | None:
         c = self.config.checkpoint
@@ -140,6 +142,7 @@ class RunStore:
                 begin(self.config, self.data.vocabulary, self.engine, self.config.start_from)
             return None
         state = self.restore(found.folder)
+        self.is_in_run = found.tier != "local"
         if self.groups.rank == 0:
             seconds, folder = time.monotonic() - start, str(found.folder)
             events.record(

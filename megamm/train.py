@@ -123,6 +123,8 @@ class Trainer:
                 self.store.poll()
             if fault and not last:
                 raise fault
+        if self.step > self.saved_step:  # there was nothing left to do but this
+            self.save(wait=True)
         return "done"
 
     def _one_step(self) -> bool:
@@ -215,6 +217,7 @@ class Trainer:
         resumed = self.store.resume()
         if resumed is not None:
             self._go_on_from(resumed)
+            self.saved_step = self.step if self.store.is_in_run else 0
 
     def _go_on_from(self, state: RunState) -> None:
         self.step = self.saved_step = state.step

@@ -16,6 +16,7 @@ from local_tier_worker import look
 from saver_worker import state
 from tiny_run import environment, make_data, numbers, write_config
 
+from megamm import checkpoint
 from megamm.checkpoint import manifest, reader
 from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import Saver
@@ -113,6 +114,19 @@ def test_a_killed_rank_costs_no_step(data, undisturbed):
     assert (resumed["tier"], resumed["step"]) == ("local", 8)
     assert numbers(run.output) == undisturbed
     assert not list((run.folder / "a").glob("*/")), "a run that is done takes no memory"
+
+
+def test_the_last_step_reaches_the_runs_folder(data, undisturbed):
+    """kill -9 while it is written there: resumed from the local tier, the run has no step left to do."""
+    run = Run(data, "last", "sigkill@write:14:0:0", local="$NODE")
+    try:
+        run.start("a", "--nproc", "2")
+        run.wait()
+    finally:
+        run.kill()
+    assert [event["tier"] for event in run.events("resumed")] == ["local"]
+    checkpoint.verify(checkpoint.path_of(run.output, 14))
+    assert numbers(run.output) == undisturbed
 
 
 def test_nodes_that_are_lost(data, undisturbed):
