@@ -248,15 +248,20 @@ def remember_engine(heart):
 
 
 def record_rows(heart):
-    """folder/rows_RANK.jsonl: for every step that this process reads, the rows' end and a digest of each own row."""
+    """folder/rows_RANK.jsonl: for every step that this process reads, the rows' end and a digest of each own row.
+
+    Each line has its attempt, too: how many launches there have been, and the attempt's number in the last one.
+    """
     from megamm.data.loader import Loader
+    from megamm.resilience import events
 
     plain, path = Loader.step, heart.folder / f"rows_{heart.rank}.jsonl"
+    attempt = (sum(event["kind"] == "launched" for event in events.read(heart.run)), heart.attempt)
 
     def step(self):
         batches = plain(self)
         rows = [_digest(batch, i) for batch in batches for i in range(len(batch.input_ids))]
-        line = {"attempt": heart.attempt, "end": self.consumed_rows, "rows": rows}
+        line = {"attempt": attempt, "end": self.consumed_rows, "rows": rows}
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         return batches

@@ -83,9 +83,9 @@ def run(folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool
 def rows(records: Path) -> dict[int, list[str]]:
     """Digests of the rows of every step (by where its rows end) in the last attempt that came to it, of all ranks."""
     lines = [json.loads(text) for path in records.glob("rows_*.jsonl") for text in path.read_text().splitlines()]
-    last = {line["end"]: 0 for line in lines}
+    last: dict[int, list[int]] = {}
     for line in lines:
-        last[line["end"]] = max(last[line["end"]], line["attempt"])
+        last[line["end"]] = max(last.get(line["end"], []), line["attempt"])
     return {
         end: sorted(row for line in lines if (line["end"], line["attempt"]) == (end, attempt) for row in line["rows"])
         for end, attempt in sorted(last.items())

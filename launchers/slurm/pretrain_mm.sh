@@ -1,0 +1,214 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=megamm
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+#
+# A run of megamm on the nodes of a Slurm job:
+#
+#     sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]
+#
+# Nodes and ranks a node follow from the allocation: --nodes, and --gpus-per-node (on a CPU --ntasks-per-node). All
+# that is special to a site is in cluster.env, beside this file. README.md there has examples: time limits, spare
+# nodes, arrays, chains of jobs.
+#
+# Every node is examined first; those that fail are left out. Then each good one runs `megamm train`, which watches its
+# ranks, starts them again in place, and ends with a code that says what the job is to do (megamm/resilience/exit_codes.py):
+# 0 end, 2 and 3 end in failure, 75 (a signal came, a checkpoint is written) requeue. A crash is requeued, too, up to
+# MEGAMM_MAX_RESTARTS. USR1 comes before the time limit, TERM with preemption; both reach `megamm train` here.
+set -uo pipefail
+
+readonly DONE=0 USER_ERROR=2 GAVE_UP=3 REQUEUE=75
+# A signal that came before `megamm train` listened: there was nothing to save yet.
+readonly BY_USR1=138 BY_TERM=143
+
+step=""     # process id of the srun that is waited for
+signal=""   # the signal that this job has got
+
+main() {
+    check_arguments "$@"
+    read_site
+    job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+    job=${job:-$SLURM_JOB_ID}
+    arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-}}")
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    ranks=${MEGAMM_NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+    least=${MEGAMM_NNODES_MIN:-${#nodes[@]}}
+    say "job $job ($SLURM_JOB_NAME), restart ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    [ "$MEGAMM_PREFLIGHT" = 0 ] || leave_out_bad_nodes
+    train
+}
+
+usage() {
+    echo "error: $1" >&2
+    echo "usage: sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]" >&2
+    exit $USER_ERROR
+}
+
+say() { echo "$(date +%FT%T) pretrain_mm: $*"; }
+
+check_arguments() {
+    [ $# -ge 1 ] || usage "no CONFIG given"
+    local config=${1//%a/${SLURM_ARRAY_TASK_ID:-}} override
+    [ -f "$config" ] || usage "there is no config $config (in $PWD)"
+    for override in "${@:2}"; do
+        [[ $override == [a-z]*=* ]] || usage "$override is not key=value; options of sbatch stand before the script"
+    done
+    [ -n "${SLURM_JOB_ID:-}" ] || usage "this is no Slurm job; start it with sbatch"
+}
+
+# sbatch runs a copy of this script; where the original is, the job's record knows.
+read_site() {
+    local beside
+    beside=$(dirname "${BASH_SOURCE[0]}")
+    [ -f "$beside/cluster.env" ] || beside=$(dirname "$(job_field "$SLURM_JOB_ID" Command)")
+    local file=${MEGAMM_CLUSTER_ENV:-$beside/cluster.env}
+    [ -f "$file" ] || usage "there is no $file; set MEGAMM_CLUSTER_ENV to the file of this site"
+    # shellcheck source=launchers/slurm/cluster.env
+    . "$file"
+}
+
+job_field() { scontrol show job -o "$1" | sed -n "s/.* $2=\([^ ]*\).*/\1/p" | head -n 1; }
+
+# --- nodes ---
+
+# Run a command once on each of $nodes, in the background: $step.
+on_nodes() {
+    local list options=()
+    list=$(IFS=,; echo "${nodes[*]}")
+    [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != pyxis ] || options=(
+        --container-image="$MEGAMM_CONTAINER_IMAGE" --container-mounts="$MEGAMM_CONTAINER_MOUNTS"
+        --container-workdir="$PWD")
+    # One agent has its node's CPUs and GPUs, however many tasks sbatch was asked for.
+    env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK -u SLURM_NTASKS_PER_NODE \
+        srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$list" \
+        --overlap --cpu-bind=none --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
+    step=$!
+}
+
+# The command line of megamm on a node: $megamm.
+set_megamm() {
+    megamm=(python3 -m megamm)
+    [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != apptainer ] || megamm=(
+        apptainer exec --nv --bind "$MEGAMM_CONTAINER_MOUNTS" --pwd "$PWD" "$MEGAMM_CONTAINER_IMAGE" "${megamm[@]}")
+}
+
+# Wait for $step; its exit code is $code. A trap ends `wait` early, so look again.
+wait_for_step() {
+    local late
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+        code=$?
+    done
+    wait "$step" 2>/dev/null
+    late=$?
+    [ $late = 127 ] || code=$late
+    step=""
+}
+
+leave_out_bad_nodes() {
+    local verdicts node good=() bad=()
+    verdicts=$(mktemp)
+    set_megamm
+    step_options=(--no-kill --wait=0)
+    # shellcheck disable=SC2016  # for the shell on the node
+    on_nodes timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >&2; echo "$SLURMD_NODENAME $?"' _ \
+        "${megamm[@]}" doctor --preflight >"$verdicts"
+    wait_for_step
+    for node in "${nodes[@]}"; do
+        if grep -qx "$node 0" "$verdicts"; then good+=("$node"); else bad+=("$node"); fi
+    done
+    rm -f "$verdicts"
+    [ -z "$signal" ] || conclude $REQUEUE
+    [ ${#bad[@]} -gt 0 ] || return
+    if [ ${#good[@]} = 0 ]; then
+        say "no node has passed the preflight, which says more of the set-up than of the nodes: not requeued"
+        exit $USER_ERROR
+    fi
+    say "left out, their preflight failed (see above): ${bad[*]}"
+    [ "$MEGAMM_DRAIN" = 0 ] || drain "${bad[@]}"
+    [ ${#good[@]} -ge "$least" ] || requeue "${#good[@]} good nodes, $least needed" "${bad[@]}"
+    nodes=("${good[@]}")
+}
+
+drain() {
+    local list
+    list=$(IFS=,; echo "$*")
+    scontrol update NodeName="$list" State=DRAIN Reason="megamm preflight, job $job" ||
+        say "not drained (only an operator of Slurm may): $list"
+}
+
+# --- the run ---
+
+train() {
+    local most=${MEGAMM_NNODES_MAX:-${#nodes[@]}} place=()
+    [ "$most" -le "${#nodes[@]}" ] || most=${#nodes[@]}
+    if [ ${#nodes[@]} -gt 1 ]; then
+        # Below the ports that Linux gives to clients; another one after a requeue, as the old one may linger.
+        local port=$((12000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 20000))
+        place=(--nnodes "$least:$most" --rendezvous "${nodes[0]}:$port")
+    fi
+    if [ "$least" -lt "${#nodes[@]}" ]; then
+        step_options=(--no-kill --wait=0)  # the others go on without a node
+    else
+        step_options=(--wait="$MEGAMM_WAIT_SECONDS")  # where one ends, all do
+    fi
+    set_megamm
+    say "training with $ranks ranks on each of ${#nodes[@]} nodes, on at least $least; ${place[*]}"
+    on_nodes "${megamm[@]}" train "${arguments[@]}" --nproc "$ranks" "${place[@]}"
+    [ -z "$signal" ] || kill -USR1 "$step"
+    wait_for_step
+    conclude "$code"
+}
+
+# shellcheck disable=SC2317  # called by traps
+on_signal() {
+    say "got $1"
+    # srun passes it on to every node; a second one would be taken as impatience.
+    [ -n "$signal" ] || [ -z "$step" ] || kill -USR1 "$step"
+    signal=$1
+}
+
+conclude() {
+    case $1 in
+    "$DONE") say "the run is done" && exit ;;
+    "$USER_ERROR") say "something is to be mended first (see above): not requeued" && exit "$1" ;;
+    "$GAVE_UP") say "the run has given up (see above): not requeued" && exit "$1" ;;
+    "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" ;;
+    "$BY_USR1" | "$BY_TERM") requeue "stopped before the first step" ;;
+    esac
+    [ -z "$signal" ] || requeue "stopped by $signal, exit code $1"
+    [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "failed with exit code $1"
+    say "failed with exit code $1, and MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS are used up: not requeued"
+    exit "$1"
+}
+
+# requeue WHY [NODE ...]: run this job again, not on those nodes.
+requeue() {
+    local why=$1 state reason excluded
+    shift
+    if [ "$MEGAMM_REQUEUE" = 0 ]; then
+        say "$why; whoever started this is to run it again"
+        exit $REQUEUE
+    fi
+    state=$(job_field "$job" JobState) reason=$(job_field "$job" Reason)
+    if [ "$state" = COMPLETING ] && [ "$reason" != TimeLimit ]; then
+        say "$why; Slurm has ended this job, and requeues it unless it was cancelled"
+        exit $REQUEUE
+    fi
+    say "$why: requeued"
+    trap '' TERM USR1  # the requeue ends this script
+    scontrol requeue "$job" || {
+        say "requeueing is not allowed: submit the next job by hand, or chain jobs with --dependency=singleton"
+        exit $REQUEUE
+    }
+    if [ $# -gt 0 ]; then
+        excluded=$(job_field "$job" ExcNodeList)
+        scontrol update JobId="$job" ExcNodeList="$(IFS=,; echo "$*")${excluded:+,${excluded#(null)}}"
+    fi
+    exit 0
+}
+
+main "$@"

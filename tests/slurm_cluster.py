@@ -1,0 +1,237 @@
+"""A real Slurm on this machine: a controller and a few nodes on loopback, for as long as a `with Cluster()` lasts.
+
+Every node is a host of its own as far as its programs can tell: host name nX, address 127.0.0.X, processes and mounts
+of its own (namespaces(7)), two GPUs (device files that hold nothing). Ending its first process is a power cut. All
+files are in one temporary folder; all processes end with the one that started them. Needs root, and Debian's packages
+slurm-wlm and munge; installs nothing. Slurm's times are short here: slurm.conf(5) has the meaning of each.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+NODES = ("n1", "n2", "n3", "n4")
+ADDRESSES = {name: f"127.0.0.{11 + i}" for i, name in enumerate(NODES)}
+GPUS, CPUS = 2, 64
+PROGRAMS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "munged", "unshare", "setpriv", "nsenter")
+_NAMESPACES = ("--uts", "--pid", "--mount", "--fork", "--mount-proc", "--propagation", "private")
+_WITH_US = ("setpriv", "--pdeathsig", "KILL")
+START_SECONDS = 30
+
+CONF = """
+ClusterName=virtual
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={controller}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# The default life of a credential, 120 s, is how long a requeued job waits.
+AuthInfo=socket={root}/munge.socket,cred_expire=5
+# Several daemons share ports here, on addresses of their own.
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/slurmd.%n.pid
+SlurmctldLogFile={root}/log/slurmctld.log
+SlurmdLogFile={root}/log/slurmd.%n.log
+MailProg=/bin/true
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1000
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=2,batch_sched_delay=0,requeue_setup_env_fail
+PriorityType=priority/basic
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+ReturnToService=2
+SlurmdParameters=config_overrides
+SlurmdTimeout=10
+SlurmctldTimeout=30
+MessageTimeout=5
+TCPTimeout=2
+KillWait=15
+UnkillableStepTimeout=20
+MinJobAge=3600
+JobRequeue=1
+GresTypes=gpu
+NodeName=n[1-{nodes}] NodeAddr=127.0.0.[11-{last}] Port={node} CPUs={cpus} Boards=1 SocketsPerBoard=2 \
+CoresPerSocket={half} ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:{gpus} State=UNKNOWN
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
+"""
+
+# With NoInAddrAny srun listens on what its host name means, 127.0.0.X; what answers it sees 127.0.0.1 as where the
+# connection comes from, and calls back there.
+SRUN = """#!/bin/sh
+exec unshare --uts sh -c 'hostname localhost && exec {root}/bin/srun.real "$@"' srun "$@"
+"""
+
+# The first process of a node.
+INIT = """#!/bin/sh -e
+hostname "$1"
+mount --bind {root}/hosts /etc/hosts
+mount --bind {root}/bin/srun /usr/bin/srun
+export SLURM_CONF={root}/slurm.conf
+while :; do slurmd -D -N "$1" || sleep 1; done
+"""
+
+
+def why_not() -> str:
+    """Why there can be no cluster here, "" if there can."""
+    if os.geteuid():
+        return "a Slurm of one's own needs root"
+    if missing := [name for name in PROGRAMS if not shutil.which(name)]:
+        return f"{', '.join(missing)} not found: apt-get install slurm-wlm munge"
+    tried = subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True, text=True)
+    return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else ""
+
+
+def free_port(*addresses: str) -> int:
+    """One that is free on all of them."""
+    while True:
+        with contextlib.ExitStack() as stack:
+            first = stack.enter_context(socket.create_server((addresses[0], 0)))
+            port = first.getsockname()[1]
+            try:
+                for address in addresses[1:]:
+                    stack.enter_context(socket.create_server((address, port)))
+            except OSError:
+                continue
+            return port
+
+
+class Cluster:
+    """Started by `with`; jobs are sent with `sbatch`, from `env`."""
+
+    def __init__(self) -> None:
+        self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.env = {"SLURM_CONF": str(self.root / "slurm.conf")}
+        self._daemons: list[subprocess.Popen] = []
+        self._nodes: dict[str, subprocess.Popen] = {}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._configure()
+            self._spawn("munged", *self._munge_files())
+            self._wait(lambda: (self.root / "munge.socket").exists(), "munged")
+            self._spawn("slurmctld", "-D", "-f", self.env["SLURM_CONF"])
+            for name in NODES:
+                self.start(name)
+            self._wait(lambda: self.idle() == list(NODES), "all nodes idle")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in [*self._nodes.values(), *reversed(self._daemons)]:
+            process.kill()
+            process.wait()
+        shutil.rmtree(self.root)
+
+    # --- nodes ---
+
+    def start(self, name: str) -> None:
+        """Power on."""
+        command = ["unshare", *_NAMESPACES, "--kill-child=KILL", str(self.root / "bin" / "init"), name]
+        self._nodes[name] = self._open(command, name)
+
+    def cut(self, name: str) -> None:
+        """Power off: every process of the node ends at once."""
+        process = self._nodes.pop(name)
+        process.kill()
+        process.wait()
+
+    def run_on(self, name: str, *command: str) -> None:
+        """Run a command as root of the node."""
+        init = self._nodes[name].pid
+        child = Path(f"/proc/{init}/task/{init}/children").read_text().split()[0]
+        subprocess.run(["nsenter", "--target", child, "--mount", "--uts", "--pid", *command], check=True)
+
+    def idle(self) -> list[str]:
+        """Nodes that wait for work."""
+        return sorted(self("sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N").split())
+
+    # --- jobs ---
+
+    def __call__(self, *command: object, **options: object) -> str:
+        """What a command of Slurm's prints."""
+        env = options.pop("env", {**os.environ, **self.env})
+        words = [str(word) for word in command]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, **options)
+        return done.stdout.strip() if done.returncode == 0 else f"error: {done.stderr.strip()}"
+
+    def job(self, number: str) -> dict[str, str]:
+        """The job's record: scontrol's names and values."""
+        words = self("scontrol", "show", "job", "--oneliner", number).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait_for(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
+        """Its record once it is in one of the states; by default in one that it does not leave."""
+        wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        return self._wait(lambda: (job := self.job(number)).get("JobState") in wanted and job, f"job {number}", seconds)
+
+    # --- inside ---
+
+    def _wait(self, what, name, seconds=START_SECONDS):
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < deadline, f"{name}: not after {seconds} s\n{self('squeue')}\n{self.logs()}"
+            time.sleep(0.05)
+        return found
+
+    def logs(self) -> str:
+        """The last lines of every daemon's log."""
+        files = sorted((self.root / "log").iterdir())
+        return "\n".join(f"== {file.name}\n" + "\n".join(file.read_text().splitlines()[-8:]) for file in files)
+
+    def _open(self, command: list[str], name: str) -> subprocess.Popen:
+        with (self.root / "log" / f"{name}.out").open("a") as log:
+            env = {**os.environ, **self.env}
+            return subprocess.Popen([*_WITH_US, *command], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+
+    def _spawn(self, *command: str) -> None:
+        self._daemons.append(self._open(list(command), command[0]))
+
+    def _munge_files(self) -> list[str]:
+        (self.root / "munge").mkdir(mode=0o700)
+        key = self.root / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o600)
+        files = {"key-file": key, "pid-file": key.with_name("pid"), "log-file": key.with_name("log")}
+        files |= {"seed-file": key.with_name("seed"), "socket": self.root / "munge.socket"}
+        return ["--foreground", *(f"--{option}={path}" for option, path in files.items())]
+
+    def _configure(self) -> None:
+        root = self.root
+        root.chmod(0o755)  # munged asks for that
+        for name in ("log", "state", "bin", "dev", *(f"spool/{node}" for node in NODES)):
+            (root / name).mkdir(parents=True)
+        lines = [Path("/etc/hosts").read_text(), *(f"{address} {name}\n" for name, address in ADDRESSES.items())]
+        (root / "hosts").write_text("".join(lines))
+        values = {"root": root, "host": socket.gethostname().partition(".")[0], "nodes": len(NODES), "cpus": CPUS}
+        values |= {"controller": free_port("127.0.0.1"), "node": free_port(*ADDRESSES.values())}
+        values |= {"last": 10 + len(NODES), "half": CPUS // 2, "gpus": GPUS}
+        (root / "slurm.conf").write_text(CONF.format(**values))
+        for i in range(GPUS):
+            os.mknod(root / "dev" / f"nvidia{i}", 0o666 | 0o020000, os.makedev(1, 3))
+        gres = f"NodeName=n[1-{len(NODES)}] Name=gpu File={root}/dev/nvidia[0-{GPUS - 1}]\n"
+        (root / "gres.conf").write_text(gres)
+        shutil.copy2("/usr/bin/srun", root / "bin" / "srun.real")
+        for name, text in (("srun", SRUN), ("init", INIT)):
+            (root / "bin" / name).write_text(text.format(root=root))
+            (root / "bin" / name).chmod(0o755)
