@@ -12,7 +12,8 @@
 # that is special to a site is in cluster.env, beside this file. README.md there has examples: time limits, spare
 # nodes, arrays, chains of jobs.
 #
-# Every node is examined first; those that fail are left out. Then each good one runs `megamm train`, which watches its
+# Every node is examined first (`megamm doctor`), by itself and then together with the others; those that fail are left
+# out. Then each good one runs `megamm train`, which watches its
 # ranks, starts them again in place, and ends with a code that says what the job is to do (megamm/resilience/exit_codes.py):
 # 0 end, 2 and 3 end in failure, 75 (a signal came, a checkpoint is written) requeue. A crash is requeued, too, up to
 # MEGAMM_MAX_RESTARTS. USR1 comes before the time limit, TERM with preemption; both reach `megamm train` here.
@@ -34,10 +35,12 @@ main() {
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     ranks=${MEGAMM_NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
     least=${MEGAMM_NNODES_MIN:-${#nodes[@]}}
+    # Below the ports that Linux gives to clients; another one after a requeue, as the old one may linger.
+    port=$((12000 + 2 * ((SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 10000)))
     say "job $job ($SLURM_JOB_NAME), restart ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
-    [ "$MEGAMM_PREFLIGHT" = 0 ] || leave_out_bad_nodes
+    [ "$MEGAMM_PREFLIGHT" = 0 ] || preflight
     train
 }
 
@@ -108,26 +111,38 @@ wait_for_step() {
     step=""
 }
 
+preflight() {
+    local options=()
+    read -ra options <<<"$MEGAMM_PREFLIGHT_OPTIONS"
+    options+=("${arguments[@]:1}" --preflight --config "${arguments[0]}" ${SLURM_GPUS_ON_NODE:+--gpus "$SLURM_GPUS_ON_NODE"})
+    leave_out_bad_nodes "${options[@]}"
+    # A node that cannot even start would hold up the others.
+    [ ${#nodes[@]} = 1 ] || leave_out_bad_nodes "${options[@]}" --nnodes "1:${#nodes[@]}" \
+        --rendezvous "${nodes[0]}:$((port + 1))" --join "$MEGAMM_PREFLIGHT_SECONDS"
+}
+
+# leave_out_bad_nodes OPTION ...: of $nodes, by what `megamm doctor` with these options says on each.
 leave_out_bad_nodes() {
     local verdicts node good=() bad=()
     verdicts=$(mktemp)
     set_megamm
     step_options=(--no-kill --wait=0)
     # shellcheck disable=SC2016  # for the shell on the node
-    on_nodes timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >&2; echo "$SLURMD_NODENAME $?"' _ \
-        "${megamm[@]}" doctor --preflight >"$verdicts"
+    on_nodes timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >/dev/null; echo "$SLURMD_NODENAME $?"' _ \
+        "${megamm[@]}" doctor "$@" >"$verdicts"
     wait_for_step
     for node in "${nodes[@]}"; do
         if grep -qx "$node 0" "$verdicts"; then good+=("$node"); else bad+=("$node"); fi
     done
+    [ -z "$signal" ] || requeue "stopped by $signal in the preflight"
+    [ -s "$verdicts" ] || try_again "$code" "no node has answered the preflight"
     rm -f "$verdicts"
-    [ -z "$signal" ] || conclude $REQUEUE
     [ ${#bad[@]} -gt 0 ] || return
     if [ ${#good[@]} = 0 ]; then
         say "no node has passed the preflight, which says more of the set-up than of the nodes: not requeued"
         exit $USER_ERROR
     fi
-    say "left out, their preflight failed (see above): ${bad[*]}"
+    say "left out, for what is said of them above: ${bad[*]}"
     [ "$MEGAMM_DRAIN" = 0 ] || drain "${bad[@]}"
     [ ${#good[@]} -ge "$least" ] || requeue "${#good[@]} good nodes, $least needed" "${bad[@]}"
     nodes=("${good[@]}")
@@ -145,11 +160,7 @@ drain() {
 train() {
     local most=${MEGAMM_NNODES_MAX:-${#nodes[@]}} place=()
     [ "$most" -le "${#nodes[@]}" ] || most=${#nodes[@]}
-    if [ ${#nodes[@]} -gt 1 ]; then
-        # Below the ports that Linux gives to clients; another one after a requeue, as the old one may linger.
-        local port=$((12000 + (SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 20000))
-        place=(--nnodes "$least:$most" --rendezvous "${nodes[0]}:$port")
-    fi
+    [ ${#nodes[@]} = 1 ] || place=(--nnodes "$least:$most" --rendezvous "${nodes[0]}:$port")
     if [ "$least" -lt "${#nodes[@]}" ]; then
         step_options=(--no-kill --wait=0)  # the others go on without a node
     else
@@ -157,8 +168,9 @@ train() {
     fi
     set_megamm
     say "training with $ranks ranks on each of ${#nodes[@]} nodes, on at least $least; ${place[*]}"
+    [ -z "$signal" ] || requeue "stopped by $signal before the start"
     on_nodes "${megamm[@]}" train "${arguments[@]}" --nproc "$ranks" "${place[@]}"
-    [ -z "$signal" ] || kill -USR1 "$step"
+    [ "$signal" != USR1 ] || kill -USR1 "$step"  # it came just now
     wait_for_step
     conclude "$code"
 }
@@ -166,22 +178,29 @@ train() {
 # shellcheck disable=SC2317  # called by traps
 on_signal() {
     say "got $1"
-    # srun passes it on to every node; a second one would be taken as impatience.
-    [ -n "$signal" ] || [ -z "$step" ] || kill -USR1 "$step"
+    # USR1 comes to this script alone (--signal=B:), and srun passes it on to every node. TERM Slurm sends to all
+    # processes of a job by itself. A second signal would be taken as impatience.
+    [ "$1" != USR1 ] || [ -n "$signal" ] || [ -z "$step" ] || kill -USR1 "$step"
     signal=$1
 }
 
+# conclude CODE: what the exit code of megamm train on all nodes, the largest of them, means for the job.
 conclude() {
     case $1 in
     "$DONE") say "the run is done" && exit ;;
     "$USER_ERROR") say "something is to be mended first (see above): not requeued" && exit "$1" ;;
     "$GAVE_UP") say "the run has given up (see above): not requeued" && exit "$1" ;;
     "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" ;;
-    "$BY_USR1" | "$BY_TERM") requeue "stopped before the first step" ;;
+    "$BY_USR1" | "$BY_TERM") requeue "stopped${signal:+ by $signal}, before there was anything to save" ;;
     esac
     [ -z "$signal" ] || requeue "stopped by $signal, exit code $1"
-    [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "failed with exit code $1"
-    say "failed with exit code $1, and MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS are used up: not requeued"
+    try_again "$1" "failed with exit code $1"
+}
+
+# try_again CODE WHY: requeue, if that has not been done too often.
+try_again() {
+    [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "$2"
+    say "$2, and this job has been requeued MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS times: not again"
     exit "$1"
 }
 

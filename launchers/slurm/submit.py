@@ -1,0 +1,144 @@
+"""The job of pretrain_mm.sh from Python, by submitit: a run, or a sweep of runs as an array.
+
+    python launchers/slurm/submit.py CONFIG [key=value ...] --nodes 2 --gpus-per-node 8 --minutes 1440
+    python launchers/slurm/submit.py CONFIG --sweep optimizer.lr=1e-3,3e-4 --sweep train.seed=1,2 --slurm qos=high
+
+In: a config, checked before anything is sent, and what sbatch is to be asked for; cluster.env as with sbatch. Out: a
+line a job, with its number, its run's folder and its log. On the first node submitit starts pretrain_mm.sh, which does
+all that it does under sbatch but for the requeue: that is submitit's, as it counts time limits (--max-timeouts).
+"""
+
+import argparse
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import submitit
+
+from megamm.config import load_config
+from megamm.errors import UserError
+from megamm.resilience import exit_codes
+
+SCRIPT = Path(__file__).resolve().parent / "pretrain_mm.sh"
+WARNING = "USR1"
+"""The signal before a time limit or preemption; it goes to all steps of a job: `megamm train` hears it directly."""
+WARNING_SECONDS = 300
+
+
+class Pretrain:
+    """What submitit runs, on the first node of the job."""
+
+    def __init__(self, script: str, arguments: list[str]) -> None:
+        self.script, self.arguments = script, arguments
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        # The script would pass the signal on to those who have it already.
+        command = ["env", f"--ignore-signal={WARNING}", "bash", self.script, *self.arguments]
+        self.process = subprocess.Popen(command)
+        code = self._exit_code()
+        if code == exit_codes.REQUEUE:
+            signal.raise_signal(signal.Signals[f"SIG{WARNING}"])  # submitit calls checkpoint() and requeues
+        if code:
+            raise RuntimeError(f"{self.script} ended with {code}")
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit in its signal handler: the same again, once the checkpoint is there."""
+        if self.process is not None:
+            self._exit_code()
+        return submitit.helpers.DelayedSubmission(Pretrain(self.script, self.arguments))
+
+    def _exit_code(self) -> int:
+        """Wait for the script; a handler may do so while its caller does (Popen.wait() would wait for itself)."""
+        assert self.process is not None
+        ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        return ended.si_status
+
+
+def points(sweeps: list[str]) -> list[list[str]]:
+    """["a=1,2", "b=3"] -> [["a=1", "b=3"], ["a=2", "b=3"]]."""
+    axes = []
+    for sweep in sweeps:
+        key, _, values = sweep.partition("=")
+        if not key or not values:
+            raise UserError("not a sweep", where=sweep, remedy="write --sweep key=value,value")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def runs_of(config: Path, overrides: list[str], sweeps: list[str]) -> list[tuple[list[str], Path]]:
+    """Arguments and output folder of every run; UserError if one is refused."""
+    found = []
+    for point in points(sweeps):
+        run = load_config(config, [*overrides, *point])
+        name = "_".join(part.rpartition(".")[2].replace("=", "-") for part in point)
+        place = [f"output={run.output / name}"] if name else []
+        found.append(([str(config), *overrides, *point, *place], run.output / name if name else run.output))
+    if len({output for _, output in found}) < len(found):
+        raise UserError("two runs of the sweep would have one folder", remedy="sweep keys with different last names")
+    return found
+
+
+def executor_of(chosen: argparse.Namespace) -> submitit.AutoExecutor:
+    """For submitit the job is one task, as the script starts the others by itself."""
+    extra = dict(option.split("=", 1) if "=" in option else (option, True) for option in chosen.slurm)
+    asked = {"nodes": chosen.nodes, "gpus-per-node": chosen.gpus_per_node, "requeue": True} | extra
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name in asked:  # sbatch takes its environment before the options of a file, where submitit writes them
+        os.environ.pop("SBATCH_" + name.replace("-", "_").upper(), None)
+    for name in ("SBATCH_TIMELIMIT", "SBATCH_SIGNAL", "SBATCH_JOB_NAME"):
+        os.environ.pop(name, None)
+    executor = submitit.AutoExecutor(chosen.folder / "%j", cluster="slurm", slurm_max_num_timeout=chosen.max_timeouts)
+    executor.update_parameters(
+        name="megamm",
+        timeout_min=chosen.minutes,
+        tasks_per_node=1,
+        stderr_to_stdout=True,
+        slurm_signal_delay_s=chosen.warning_seconds,
+        slurm_srun_args=["--nodes=1", "--ntasks=1", "--overlap", "--open-mode=append"],
+        slurm_additional_parameters=asked,
+    )
+    return executor
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--gpus-per-node", type=int)
+    parser.add_argument("--minutes", type=int, default=1440, help="time limit of a start of the job")
+    parser.add_argument("--sweep", action="append", default=[], metavar="key=v,v", help="a run for each; repeatable")
+    parser.add_argument("--slurm", action="append", default=[], metavar="name=value", help="an option of sbatch")
+    parser.add_argument("--folder", type=Path, default=Path("slurm"), help="for logs; on a disk that nodes share")
+    parser.add_argument("--max-timeouts", type=int, default=1000, help="requeues after time limits")
+    parser.add_argument("--warning-seconds", type=int, default=WARNING_SECONDS, help="before the time limit")
+    return parser
+
+
+def submit(chosen: argparse.Namespace) -> list[submitit.Job[None]]:
+    """Send the jobs, say where they are."""
+    runs = runs_of(chosen.config, chosen.overrides, chosen.sweep)
+    executor = executor_of(chosen)
+    # For the job; here submitit has read the variable when it was imported.
+    os.environ |= {"MEGAMM_REQUEUE": "0", "SUBMITIT_PREEMPT_SIGNAL": WARNING}
+    submitit.JobEnvironment.USR_SIG = WARNING
+    tasks = [Pretrain(str(SCRIPT), arguments) for arguments, _ in runs]
+    # As an array, even of one: then all are told of in one way.
+    with executor.batch():
+        jobs = [executor.submit(task) for task in tasks]
+    for job, (_, output) in zip(jobs, runs, strict=True):
+        print(f"job {job.job_id}: run {output}, log {job.paths.stdout}")
+    return jobs
+
+
+if __name__ == "__main__":
+    try:
+        submit(options().parse_intermixed_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(exit_codes.USER_ERROR)
