@@ -175,7 +175,7 @@ class Rule:
         ]
 
 
-CODE = ("megamm/", "tools/", "benchmarks/")
+CODE = ("megamm/", "tools/", "benchmarks/", "launchers/")
 EVERYWHERE = (*CODE, "tests/", "csrc/", "setup.py")
 _LONG_FUNCTION = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
 

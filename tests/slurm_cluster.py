@@ -13,7 +13,9 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 NODES = ("n1", "n2", "n3", "n4")
 ADDRESSES = {name: f"127.0.0.{11 + i}" for i, name in enumerate(NODES)}
@@ -127,11 +129,11 @@ class Cluster:
         try:
             self._configure()
             self._spawn("munged", *self._munge_files())
-            self._wait(lambda: (self.root / "munge.socket").exists(), "munged")
+            self.until(lambda: (self.root / "munge.socket").exists(), "munged")
             self._spawn("slurmctld", "-D", "-f", self.env["SLURM_CONF"])
             for name in NODES:
                 self.start(name)
-            self._wait(lambda: self.idle() == list(NODES), "all nodes idle")
+            self.until(lambda: self.idle() == list(NODES), "all nodes idle")
         except BaseException:
             self.__exit__()
             raise
@@ -183,16 +185,17 @@ class Cluster:
     def wait_for(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
         """Its record once it is in one of the states; by default in one that it does not leave."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        return self._wait(lambda: (job := self.job(number)).get("JobState") in wanted and job, f"job {number}", seconds)
+        return self.until(lambda: (job := self.job(number)).get("JobState") in wanted and job, f"job {number}", seconds)
 
-    # --- inside ---
-
-    def _wait(self, what, name, seconds=START_SECONDS):
+    def until(self, what: Callable[[], Any], name: str, seconds: float = START_SECONDS) -> Any:
+        """The first true value of what()."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < deadline, f"{name}: not after {seconds} s\n{self('squeue')}\n{self.logs()}"
-            time.sleep(0.05)
+            time.sleep(0.2)
         return found
+
+    # --- inside ---
 
     def logs(self) -> str:
         """The last lines of every daemon's log."""

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,7 +120,7 @@ def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
     return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
 
 
-TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "parquet", "s3", "speech")
+TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "parquet", "s3", "slurm", "speech")
 """The extras that `make venv` installs."""
 
 
@@ -198,10 +199,25 @@ def test_help_and_config_load_nothing_heavy() -> None:
 # --- scripts ---
 
 
-@pytest.mark.parametrize("script", [".ci/run", "tools/system_packages.sh"])
+SCRIPTS = [".ci/run", "tools/system_packages.sh", *(path.relative_to(ROOT) for path in ROOT.glob("launchers/**/*.sh"))]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_scripts_are_sound(script: str) -> None:
     done = _run("bash", "-n", script)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck: apt-get install shellcheck")
+def test_scripts_are_as_shellcheck_likes_them() -> None:
+    done = _run("shellcheck", "-x", *map(str, SCRIPTS), "launchers/slurm/cluster.env")
+    assert done.returncode == 0, done.stdout
+    assert (
+        subprocess.run(
+            ["shellcheck", "-"], input="#!/bin/sh\necho $1\n", text=True, stdout=subprocess.DEVNULL
+        ).returncode
+        == 1
+    )
 
 
 def test_ci_runs_the_tests() -> None:

@@ -51,7 +51,7 @@ class Job:
 
     def is_at(self, kind):
         """Wait for an event of that kind."""
-        self.lab.cluster._wait(lambda: self.events(kind), f"{self.name}: {kind}", 240)
+        self.lab.cluster.until(lambda: self.events(kind), f"{self.name}: {kind}", 240)
 
     def ends_as_undisturbed(self):
         """Its record, once it has ended well."""
@@ -171,8 +171,7 @@ def test_a_bad_node_is_left_out(lab):
     lab.cluster("scontrol", "update", "NodeName=n2", "State=RESUME")
 
     job = lab.sbatch("elsewhere", "--nodes=2", "--exclude=n3,n4", **env)
-    lab.cluster._wait(lambda: "requeued" in (lab.folder / "elsewhere.log").read_text(), "requeued", 120)
-    assert lab.cluster.job(job.number)["ExcNodeList"] == "n[2-4]"
+    lab.cluster.until(lambda: lab.cluster.job(job.number)["ExcNodeList"] == "n[2-4]", "n2 is excluded, too", 240)
     lab.cluster("scontrol", "update", f"JobId={job.number}", "ExcNodeList=n2")
     assert job.ends_as_undisturbed()["Restarts"] == "1"
     job.tells("restart 0, on n1 n2", "1 good nodes, 2 needed: requeued", "restart 1, on n1 n3")
@@ -197,7 +196,7 @@ def test_four_nodes_become_two(lab):
         # How evenly the ranks are loaded depends on their number.
         wanted = {key: value for key, value in theirs.items() if value is not None and key != "imbalance"}
         assert {key: ours[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
-    lab.cluster._wait(lambda: lab.cluster.idle() == list(NODES), "all nodes idle")
+    lab.cluster.until(lambda: lab.cluster.idle() == list(NODES), "all nodes idle")
 
 
 def test_an_array_and_a_chain(lab):

@@ -39,7 +39,7 @@ fi
 echo "installing with apt-get:$missing"
 # An image's package lists may be absent or older than the archive.
 $as_root apt-get update -qq
-# Unquoted: $missing is a list.
+# shellcheck disable=SC2086  # $missing is a list
 $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null || {
     echo "error: apt-get could not install$missing; give another Python 3.11 or newer: make PYTHON=..." >&2
     exit 2

@@ -16,10 +16,10 @@
 # out. Then each good one runs `megamm train`, which watches its
 # ranks, starts them again in place, and ends with a code that says what the job is to do (megamm/resilience/exit_codes.py):
 # 0 end, 2 and 3 end in failure, 75 (a signal came, a checkpoint is written) requeue. A crash is requeued, too, up to
-# MEGAMM_MAX_RESTARTS. USR1 comes before the time limit, TERM with preemption; both reach `megamm train` here.
+# MEGAMM_MAX_RESTARTS. A node that was evicted from the run (4) is excluded from then on. USR1 comes before the time limit, TERM with preemption; both reach `megamm train` here.
 set -uo pipefail
 
-readonly DONE=0 USER_ERROR=2 GAVE_UP=3 REQUEUE=75
+readonly DONE=0 USER_ERROR=2 GAVE_UP=3 EVICTED=4 REQUEUE=75
 # A signal that came before `megamm train` listened: there was nothing to save yet.
 readonly BY_USR1=138 BY_TERM=143
 
@@ -151,7 +151,7 @@ leave_out_bad_nodes() {
 drain() {
     local list
     list=$(IFS=,; echo "$*")
-    scontrol update NodeName="$list" State=DRAIN Reason="megamm preflight, job $job" ||
+    scontrol update NodeName="$list" State=DRAIN Reason="found bad by megamm, job $job" ||
         say "not drained (only an operator of Slurm may): $list"
 }
 
@@ -186,20 +186,33 @@ on_signal() {
 
 # conclude CODE: what the exit code of megamm train on all nodes, the largest of them, means for the job.
 conclude() {
+    local evicted=()
+    mapfile -t evicted < <(evicted_nodes)
+    [ ${#evicted[@]} = 0 ] || [ "$MEGAMM_DRAIN" = 0 ] || drain "${evicted[@]}"
     case $1 in
     "$DONE") say "the run is done" && exit ;;
     "$USER_ERROR") say "something is to be mended first (see above): not requeued" && exit "$1" ;;
     "$GAVE_UP") say "the run has given up (see above): not requeued" && exit "$1" ;;
-    "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" ;;
+    "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" "${evicted[@]}" ;;
     "$BY_USR1" | "$BY_TERM") requeue "stopped${signal:+ by $signal}, before there was anything to save" ;;
     esac
-    [ -z "$signal" ] || requeue "stopped by $signal, exit code $1"
-    try_again "$1" "failed with exit code $1"
+    [ -z "$signal" ] || requeue "stopped by $signal, exit code $1" "${evicted[@]}"
+    try_again "$1" "failed with exit code $1" "${evicted[@]}"
 }
 
-# try_again CODE WHY: requeue, if that has not been done too often.
+# Whose megamm train ended as a node that is at fault, in this start of the job: srun has named them in the log.
+evicted_nodes() {
+    local log list
+    log=$(job_field "$job" StdOut)
+    [ -f "$log" ] || return
+    list=$(tac "$log" | sed '/pretrain_mm: training with/q' |
+        sed -n "s/^srun[^:]*: error: \\([^:]*\\): tasks\\{0,1\\} .*: Exited with exit code $EVICTED\$/\\1/p")
+    [ -z "$list" ] || scontrol show hostnames "${list//$'\n'/,}"
+}
+
+# try_again CODE WHY [NODE ...]: requeue, if that has not been done too often; not on those nodes.
 try_again() {
-    [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "$2"
+    [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "${@:2}"
     say "$2, and this job has been requeued MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS times: not again"
     exit "$1"
 }
@@ -225,7 +238,8 @@ requeue() {
     }
     if [ $# -gt 0 ]; then
         excluded=$(job_field "$job" ExcNodeList)
-        scontrol update JobId="$job" ExcNodeList="$(IFS=,; echo "$*")${excluded:+,${excluded#(null)}}"
+        excluded=${excluded#(null)}
+        scontrol update JobId="$job" ExcNodeList="$(IFS=,; echo "$*")${excluded:+,$excluded}"
     fi
     exit 0
 }

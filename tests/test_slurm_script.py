@@ -1,0 +1,148 @@
+"""What pretrain_mm.sh makes of arguments, exit codes and its site's file; tests/test_slurm.py runs it for real.
+
+srun and scontrol are small programs that note what they are asked for, as are container runtimes, which no test can
+install.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tiny_run import environment
+
+ROOT = Path(__file__).parents[1]
+SLURM = ROOT / "launchers" / "slurm"
+USAGE = "usage: sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]"
+SRUN = """#!/bin/sh
+echo "srun $*" >>"$NOTES"
+case "$*" in
+*" doctor "*) for node in $GOOD; do echo "$node 0"; done ;;
+*" train "*) echo "$SAYS" >&2; exit "$CODE" ;;
+esac
+"""
+SCONTROL = """#!/bin/sh
+case "$1 $2" in
+"show hostnames") echo "$3" | tr , '\\n' ;;
+"show job") echo "JobId=7 JobState=$STATE Reason=$REASON ExcNodeList=(null) StdOut=$LOG" ;;
+*) echo "scontrol $*" >>"$NOTES" ;;
+esac
+"""
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "megamm", "SLURM_JOB_NODELIST": "n1,n2", "STATE": "RUNNING"}
+QUIET = {"REASON": "None", "SAYS": "", "GOOD": "n1 n2"}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Run the script; its exit code, log, and what it asked Slurm for."""
+
+    def run(*arguments, code=0, **env):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            (tmp_path / "bin" / name).write_text(text)
+            (tmp_path / "bin" / name).chmod(0o755)
+        (tmp_path / "config.yaml").touch()
+        notes, log = tmp_path / "notes", tmp_path / "log"
+        notes.write_text("")
+        all_env = environment() | JOB | QUIET | {"CODE": str(code), "NOTES": str(notes), "LOG": str(log)} | env
+        all_env = {key: value for key, value in all_env.items() if value is not None}
+        all_env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+        with log.open("w") as file:
+            command = ["bash", str(SLURM / "pretrain_mm.sh"), *arguments]
+            done = subprocess.run(command, cwd=tmp_path, env=all_env, stdout=file, stderr=file, timeout=60)
+        return SimpleNamespace(code=done.returncode, log=log.read_text(), asked=notes.read_text().splitlines())
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "why"),
+    [
+        ([], {}, "no CONFIG given"),
+        (["nowhere.yaml"], {}, "there is no config nowhere.yaml"),
+        (["config.yaml", "--nodes=2"], {}, "--nodes=2 is not key=value"),
+        (["config.yaml"], {"SLURM_JOB_ID": None}, "this is no Slurm job"),
+        (["config.yaml"], {"MEGAMM_CLUSTER_ENV": "/nowhere"}, "there is no /nowhere"),
+    ],
+)
+def test_wrong_arguments_are_refused(start, arguments, env, why):
+    done = start(*arguments, **env)
+    assert done.code == 2 and why in done.log and USAGE in done.log and not done.asked
+
+
+@pytest.mark.parametrize(
+    ("code", "env", "exit_code", "is_requeued"),
+    [
+        (0, {}, 0, False),
+        (2, {}, 2, False),
+        (3, {}, 3, False),
+        (75, {}, 0, True),
+        (75, {"SLURM_RESTART_COUNT": "500"}, 0, True),
+        (1, {}, 0, True),
+        (137, {"SLURM_RESTART_COUNT": "9"}, 0, True),
+        (137, {"SLURM_RESTART_COUNT": "10"}, 137, False),
+        (138, {"SLURM_RESTART_COUNT": "10"}, 0, True),
+        (75, {"STATE": "COMPLETING"}, 75, False),
+        (75, {"STATE": "COMPLETING", "REASON": "TimeLimit"}, 0, True),
+        (75, {"MEGAMM_REQUEUE": "0"}, 75, False),
+        (1, {"MEGAMM_REQUEUE": "0"}, 75, False),
+        (2, {"MEGAMM_REQUEUE": "0"}, 2, False),
+    ],
+)
+def test_exit_codes(start, code, env, exit_code, is_requeued):
+    done = start("config.yaml", code=code, MEGAMM_PREFLIGHT="0", **env)
+    assert (done.code, "scontrol requeue 7" in done.asked) == (exit_code, is_requeued), done.log
+
+
+def test_nodes_that_failed_are_excluded(start):
+    done = start("config.yaml", GOOD="n1")
+    assert done.asked[-2:] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"], done.log
+    says = "srun: error: n2: task 1: Exited with exit code 4\nsrun: error: n1: task 0: Exited with exit code 75"
+    done = start("config.yaml", code=75, SAYS=says, MEGAMM_DRAIN="1", MEGAMM_PREFLIGHT="0")
+    drain = "scontrol update NodeName=n2 State=DRAIN Reason=found bad by megamm, job 7"
+    assert done.asked[1:] == [drain, "scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"], done.log
+
+
+def test_all_nodes_bad_is_the_set_up(start):
+    done = start("config.yaml", GOOD="n9")
+    assert done.code == 2 and "not requeued" in done.log and len(done.asked) == 1
+
+
+def test_what_is_started_on_the_nodes(start):
+    """Ranks, least and spare nodes, the preflight by itself and together, the index of an array in arguments."""
+    sent = {"SLURM_GPUS_ON_NODE": "8", "MEGAMM_NNODES_MIN": "1", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
+    done = start("config.yaml", "train.seed=%a", **sent, MEGAMM_NNODES_MAX="1")
+    alone, together, train = done.asked
+    doctor = "python3 -m megamm doctor train.seed=3 --preflight --config config.yaml --gpus 8"
+    assert alone.endswith(doctor) and f"{doctor} --nnodes 1:2 --rendezvous n1:12225" in together
+    assert train.endswith("train config.yaml train.seed=3 --nproc 8 --nnodes 1:1 --rendezvous n1:12224")
+    assert "--nodelist=n1,n2" in train and "--no-kill" in train and "--ntasks-per-node=1" in train
+    train = start("config.yaml", SLURM_NTASKS_PER_NODE="4", SLURM_JOB_NODELIST="n1", MEGAMM_PREFLIGHT="0").asked[0]
+    assert train.endswith("python3 -m megamm train config.yaml --nproc 4") and "--no-kill" not in train
+
+
+def test_containers(start, tmp_path):
+    site = {"MEGAMM_CONTAINER_IMAGE": "/images/mm.sqsh", "MEGAMM_CONTAINER_MOUNTS": "/data:/data"}
+    (train,) = start("config.yaml", **site, MEGAMM_PREFLIGHT="0").asked
+    pyxis = "--container-image=/images/mm.sqsh --container-mounts=/data:/data --container-workdir="
+    assert f"{pyxis}{tmp_path} python3 -m megamm train" in train
+    (train,) = start("config.yaml", **site, MEGAMM_CONTAINER_RUNTIME="apptainer", MEGAMM_PREFLIGHT="0").asked
+    inside = f"apptainer exec --nv --bind /data:/data --pwd {tmp_path} /images/mm.sqsh python3 -m megamm train"
+    assert inside in train and "--container-image" not in train
+
+
+def test_sweeps(tmp_path):
+    """A wrong value or two runs of one folder are refused before anything is sent."""
+
+    def submit(*options):
+        command = [sys.executable, SLURM / "submit.py", ROOT / "examples" / "cpu_tiny.yaml", *options]
+        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=60)
+
+    wrong = submit("--sweep", "optimizer.lr=1e-3,high")
+    assert wrong.returncode == 2 and "optimizer.lr" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+    assert submit("--sweep", "optimizer.lr").stderr == (
+        "error: not a sweep (optimizer.lr); write --sweep key=value,value\n"
+    )
+    assert "one folder" in submit("--sweep", "train.seed=1,1").stderr
