@@ -13,10 +13,10 @@
 # nodes, arrays, chains of jobs.
 #
 # Every node is examined first (`megamm doctor`), by itself and then together with the others; those that fail are left
-# out. Then each good one runs `megamm train`, which watches its
-# ranks, starts them again in place, and ends with a code that says what the job is to do (megamm/resilience/exit_codes.py):
-# 0 end, 2 and 3 end in failure, 75 (a signal came, a checkpoint is written) requeue. A crash is requeued, too, up to
-# MEGAMM_MAX_RESTARTS. A node that was evicted from the run (4) is excluded from then on. USR1 comes before the time limit, TERM with preemption; both reach `megamm train` here.
+# out. Then each good one runs `megamm train`, which watches its ranks, starts them again in place, and ends with a code
+# that says what the job is to do (megamm/resilience/exit_codes.py): 0 end, 2 and 3 end in failure, 75 (a signal came, a
+# checkpoint is written) requeue. A crash is requeued, too, up to MEGAMM_MAX_RESTARTS. A node that was evicted from the
+# run (4) is excluded from then on.
 set -uo pipefail
 
 readonly DONE=0 USER_ERROR=2 GAVE_UP=3 EVICTED=4 REQUEUE=75
@@ -85,9 +85,9 @@ on_nodes() {
         --container-image="$MEGAMM_CONTAINER_IMAGE" --container-mounts="$MEGAMM_CONTAINER_MOUNTS"
         --container-workdir="$PWD")
     # One agent has its node's CPUs and GPUs, however many tasks sbatch was asked for.
-    env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK -u SLURM_NTASKS_PER_NODE \
-        srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 --nodelist="$list" \
-        --overlap --cpu-bind=none --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
+    env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK \
+        -u SLURM_NTASKS_PER_NODE srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
+        --nodelist="$list" --overlap --cpu-bind=none --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
     step=$!
 }
 
@@ -112,19 +112,20 @@ wait_for_step() {
 }
 
 preflight() {
-    local options=()
-    read -ra options <<<"$MEGAMM_PREFLIGHT_OPTIONS"
-    options+=("${arguments[@]:1}" --preflight --config "${arguments[0]}" ${SLURM_GPUS_ON_NODE:+--gpus "$SLURM_GPUS_ON_NODE"})
+    # shellcheck disable=SC2206  # a list
+    local options=($MEGAMM_PREFLIGHT_OPTIONS)
+    options+=("${arguments[@]:1}" --preflight --config "${arguments[0]}")
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || options+=(--gpus "$SLURM_GPUS_ON_NODE")
     leave_out_bad_nodes "${options[@]}"
     # A node that cannot even start would hold up the others.
     [ ${#nodes[@]} = 1 ] || leave_out_bad_nodes "${options[@]}" --nnodes "1:${#nodes[@]}" \
-        --rendezvous "${nodes[0]}:$((port + 1))" --join "$MEGAMM_PREFLIGHT_SECONDS"
+        --rendezvous "${nodes[0]}:$((port + 1))" --join $((MEGAMM_PREFLIGHT_SECONDS / 2))
 }
 
 # leave_out_bad_nodes OPTION ...: of $nodes, by what `megamm doctor` with these options says on each.
 leave_out_bad_nodes() {
     local verdicts node good=() bad=()
-    verdicts=$(mktemp)
+    verdicts=$(mktemp -p /dev/shm)  # this node's disks may be what is bad
     set_megamm
     step_options=(--no-kill --wait=0)
     # shellcheck disable=SC2016  # for the shell on the node
@@ -194,7 +195,7 @@ conclude() {
     "$USER_ERROR") say "something is to be mended first (see above): not requeued" && exit "$1" ;;
     "$GAVE_UP") say "the run has given up (see above): not requeued" && exit "$1" ;;
     "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" "${evicted[@]}" ;;
-    "$BY_USR1" | "$BY_TERM") requeue "stopped${signal:+ by $signal}, before there was anything to save" ;;
+    "$BY_USR1" | "$BY_TERM") requeue "stopped${signal:+ by $signal}, with nothing to save yet" "${evicted[@]}" ;;
     esac
     [ -z "$signal" ] || requeue "stopped by $signal, exit code $1" "${evicted[@]}"
     try_again "$1" "failed with exit code $1" "${evicted[@]}"
@@ -230,7 +231,7 @@ requeue() {
         say "$why; Slurm has ended this job, and requeues it unless it was cancelled"
         exit $REQUEUE
     fi
-    say "$why: requeued"
+    say "$why: requeueing"
     trap '' TERM USR1  # the requeue ends this script
     scontrol requeue "$job" || {
         say "requeueing is not allowed: submit the next job by hand, or chain jobs with --dependency=singleton"
