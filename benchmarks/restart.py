@@ -1,8 +1,9 @@
 """Restart in place: seconds from a fault to the next finished step, apart by what they go to, on a tiny run.
 
 Two ranks on this machine; each attempt has one fault (tests/faults.py), then the run resumes from its last checkpoint.
-detection: fault to the agent's knowledge; teardown: all ranks gone; decision: rendezvous and policy; start: fork,
-process groups, model; resume: checkpoint; first step: data and step. Run: `python benchmarks/restart.py [--json OUT]`.
+detection: fault to the knowledge of whoever starts again; teardown: all ranks gone; decision: a new agent if that was
+it, rendezvous and policy; start: fork, process groups, model; resume: checkpoint; first step: data and step.
+Run: `python benchmarks/restart.py [--json OUT]`.
 """
 
 import argparse
@@ -19,7 +20,10 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests"
 COLUMNS = ("detection", "teardown", "decision", "start", "resume", "first step", "total")
-FAULTS = ("sigkill", "sigkill", "sigkill", "exception", "sigsegv", "exit0", "sigstop", "deadlock")
+RANKS = ("sigkill", "sigkill", "sigkill", "exception", "sigsegv", "exit0", "sigstop", "deadlock")
+ABOVE = ("kill_agent", "kill_agent", "kill_agent", "kill_template", "kill_template", "kill_template")
+FAULTS = (*RANKS, *ABOVE)
+KILLED = {"sigkill": "a rank", "kill_agent": "the agent", "kill_template": "the template"}
 HANG_SECONDS = 5
 
 
@@ -75,13 +79,16 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         table = rows(run(Path(folder)))
-    print(f"{'fault':12}" + "".join(f"{name:>12}" for name in COLUMNS))
+    print(f"{'fault':14}" + "".join(f"{name:>12}" for name in COLUMNS))
     for row in table:
-        print(f"{row['fault']:12}" + "".join(f"{row[name]:12.2f}" for name in COLUMNS))
-    killed = statistics.median(row["total"] for row in table if row["fault"] == "sigkill")
+        print(f"{row['fault']:14}" + "".join(f"{row[name]:12.2f}" for name in COLUMNS))
+    killed = {
+        who: statistics.median(row["total"] for row in table if row["fault"] == kind) for kind, who in KILLED.items()
+    }
     load = os.getloadavg()[0]
-    on = f"load {load:.1f} on {os.cpu_count()} cores"
-    print(f"kill -9 of a rank to the next finished step: median {killed:.2f} s ({on})")
+    for who, seconds in killed.items():
+        print(f"kill -9 of {who} to the next finished step: median {seconds:.2f} s")
+    print(f"load {load:.1f} on {os.cpu_count()} cores")
     if given.json:
         where = {"cpu": platform.processor(), "cores": os.cpu_count(), "load": load, "date": time.strftime("%Y-%m-%d")}
         report = {"machine": where, "hang_seconds": HANG_SECONDS, "rows": table, "kill_to_step_median": killed}

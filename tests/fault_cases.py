@@ -31,9 +31,11 @@ _OWN = [p for p in ALL if p != "during a save"]
 _THREAD = "what the rank's main thread does, which is in a step while a save is written"
 _WORKERS = "there is no loader worker before the first step, and none has to do with saves"
 _WRITER = "there is no writer before the first save"
+_FORKED = "ranks that are there need it no more, whatever they do"
 _FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
 _SAME = "; before a save it is as idle as in the steady state"
 _WRITES = ["steady state", "evaluation", "during a save"]
+_RUNNING = ["start-up", "steady state", "restart"]
 _STEPS = ["first step", "steady state"]
 _LOADER = [*_STEPS, "evaluation"]
 _FOLDERS = ["steady state", "before a save", "evaluation", "restart"]
@@ -49,6 +51,7 @@ KINDS = {
     "slow": Kind("slow rank: a fifth of the time for 3 s", _OWN, _THREAD, restarts=False),
     "kill_template": Kind("kill -9 of the ranks' parent", ALL),
     "kill_agent": Kind("kill -9 of the agent", ALL),
+    "kill_fork_server": Kind("kill -9 of the fork server", _RUNNING, _FORKED, restarts=False),
     "kill_loader": Kind("kill -9 of a loader worker", _LOADER, _WORKERS, data_workers=1),
     "stop_loader": Kind("SIGSTOP of a loader worker", _LOADER, _WORKERS, data_workers=1),
     "kill_writer": Kind("kill -9 of a checkpoint writer", _WRITES, _WRITER + _SAME, restarts=False),

@@ -64,17 +64,35 @@ def kill(process):
 
 
 def kill_above(levels):
-    """Kill an ancestor of the rank: 1 the template, 2 the agent, 3 the command."""
+    """Kill an ancestor of the rank: 1 the template, 2 the command."""
 
     def act(run, pid):
         above = pid
         for _ in range(levels):
             above = parent(above)
         kill(above)
-        if pid == os.getpid():
-            threading.Event().wait()  # for the end that comes with it
+        wait_for_the_end(pid)
 
     return act
+
+
+def kill_agent(run, pid):
+    kill(beside_template(pid, "megamm.resilience.agent"))
+    wait_for_the_end(pid)
+
+
+def wait_for_the_end(pid):
+    """Which comes with that of another process, if `pid` is this one."""
+    if pid == os.getpid():
+        threading.Event().wait()
+
+
+def beside_template(rank, module):
+    """The command's child that runs this module; the template looks like the fork server that it comes from."""
+    from megamm.resilience.processes import children
+
+    template = parent(rank)
+    return only([p for p in children(parent(template)) if p != template and module in command_line(p)], module)
 
 
 def slow(run, pid):
@@ -147,10 +165,12 @@ OUTSIDE = {
     "sigstop": lambda run, pid: os.kill(pid, signal.SIGSTOP),
     "slow": slow,
     "kill_template": kill_above(1),
-    "kill_agent": kill_above(2),
-    "kill_command": kill_above(3),
+    "kill_agent": kill_agent,
+    "kill_fork_server": lambda run, pid: kill(beside_template(pid, "megamm.resilience.fork_server")),
+    "stop_fork_server": lambda run, pid: os.kill(beside_template(pid, "megamm.resilience.fork_server"), signal.SIGSTOP),
+    "kill_command": kill_above(2),
     "own_signal": lambda run, pid: os.kill(pid, signal.SIGUSR1),
-    "sigterm": lambda run, pid: os.kill(parent(parent(parent(pid))), signal.SIGTERM),
+    "sigterm": lambda run, pid: os.kill(parent(parent(pid)), signal.SIGTERM),
     "kill_loader": lambda run, pid: kill(loader_worker(pid)),
     "stop_loader": lambda run, pid: os.kill(loader_worker(pid), signal.SIGSTOP),
     "kill_writer": lambda run, pid: kill(writer(pid)),

@@ -140,9 +140,10 @@ def test_hangs_are_explained(data, undisturbed):
 
 
 def test_faults_above_the_ranks(data, undisturbed):
-    """Template and agent are killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
+    """What is above the ranks is killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
     output, config = config_of(data, "above")
-    faults = "kill_template@step:3:1:0,kill_agent@step:5:0:1,sigterm@data:6:1:2,until_asked@step:6:1:2"
+    faults = "kill_fork_server@step:2:0:0,kill_template@step:3:1:0,kill_agent@step:5:0:1"
+    faults += ",sigterm@data:6:1:2,until_asked@step:6:1:2"
     assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
     causes = [event["cause"] for event in of_kind(output, "failed")]
     assert causes == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]

@@ -5,7 +5,8 @@ ranks by importing everything anew and ends them by SIGTERM with half a minute o
 one inside a collective, needs in full. Ended ranks are seen at once, hung ones by hang.py; either way all ranks are
 killed, and group rank 0 decides by policy.py whether another attempt follows.
 
-`python -m megamm.resilience.agent`, with a plan (command.py) as the first line of its standard input, later commands.
+`python -m megamm.resilience.agent REQUESTS`, with a plan (command.py) as the first line of its standard input, later
+commands. REQUESTS: descriptor of the socket on which it asks the command for templates.
 """
 
 import logging
@@ -32,9 +33,9 @@ class Stopped(Exception):
 class Agent:
     """One node's. `run` returns the command's exit code."""
 
-    def __init__(self, plan: Plan, commands: Commands) -> None:
+    def __init__(self, plan: Plan, commands: Commands, requests: socket.socket) -> None:
         self.plan, self.commands = plan, commands
-        self.workers = Workers(plan.config, plan.processes)
+        self.workers = Workers(plan.processes, requests)
         self.watch = hang.Watch(plan.limits, plan.run)
         self.membership: Membership
         self.is_fresh, self.attempt = plan.is_fresh, -1
@@ -134,7 +135,7 @@ class Agent:
         try:
             self.workers.kill()
         except TemplateLost:
-            log.warning("the template of the ranks has ended; a new one has to import first")
+            log.warning("the template of the ranks has ended: the next attempt has another")
         self.teardown = time.monotonic() - begin
 
     def _spare(self) -> Outcome:
@@ -192,7 +193,7 @@ def main() -> None:
     commands = Commands(sys.stdin.fileno())
     plan = Plan.from_json(commands.first_line())
     processes.die_with_parent(plan.command)
-    code = Agent(plan, commands).run()
+    code = Agent(plan, commands, socket.socket(fileno=int(sys.argv[1]))).run()
     # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where the interpreter's way out ends
     # them by std::terminate: a good end would become SIGABRT.
     logging.shutdown()

@@ -10,7 +10,7 @@ from typing import Any
 
 from megamm.resilience import events, exit_codes, hang, policy, processes
 from megamm.resilience.command import Commands, Plan
-from megamm.resilience.heartbeat import ATTEMPT, SLOTS
+from megamm.resilience.heartbeat import ATTEMPT
 from megamm.resilience.membership import Membership, Order, StoreLost
 from megamm.resilience.stopping import Stop
 from megamm.resilience.workers import TemplateLost, Workers
@@ -64,7 +64,7 @@ class Attempt:
             return self._failed(None, "the process that starts ranks has ended", self.workers.slots.ranks[0].phase)
 
     def _environment(self, index: int) -> dict[str, str]:
-        """As torchrun gives it: torch.distributed and other libraries look for these names."""
+        """As torchrun gives it: torch.distributed and other libraries look for these names. (SLOTS: template.py)"""
         world = self.order.nodes * self.plan.processes
         return {
             "RANK": str(self.ranks[index]),
@@ -78,7 +78,6 @@ class Attempt:
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # rank 0 serves it from the start (rank.py)
             "TORCHELASTIC_RESTART_COUNT": str(self.order.attempt),
             ATTEMPT: str(self.order.attempt),
-            SLOTS: f"{self.workers.slots.descriptor}:{self.plan.processes}:{index}",
         }
 
     def _heed(self, commands: Commands) -> Outcome | None:
@@ -103,7 +102,7 @@ class Attempt:
         """At the local ranks: who has ended, who is silent for too long."""
         had_ranks = bool(self.workers.pids)
         self.workers.poll()
-        if not self.workers.pids:  # the template is still importing
+        if not self.workers.pids:  # there is no template yet
             slow = time.monotonic() - self.began > self.plan.limits.startup
             return (
                 self._failed(None, "no rank was started within resilience.startup_seconds", "start") if slow else None

@@ -1,15 +1,19 @@
 """Processes of a job's tree: none outlives the one above it, and how Linux sees one (prctl(2), proc(5)).
 
-The tree: command > agent > template > ranks > their helpers. Each asks the kernel for SIGKILL when the one above ends,
-which also reaches a process that is stopped or holds the GIL.
+The tree: command > agent, fork server, template > ranks > their helpers. Each asks the kernel for SIGKILL when the one
+above ends, which also reaches a process that is stopped or holds the GIL.
 """
 
 import ctypes
 import os
 import signal
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+SWEEP_SECONDS = 30.0
+"""A killed process that is still there after this long hangs in the kernel."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Sent to a job by people and schedulers; the command alone acts on them, the rest of the tree ignores them."""
 
@@ -21,9 +25,9 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def adopt_orphans() -> None:
-    """Become the parent of all processes below this one whose own parent ends."""
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+def adopt_orphans(do: bool = True) -> None:
+    """Become the parent of all processes below this one whose own parent ends, or no longer."""
+    _prctl(PR_SET_CHILD_SUBREAPER, int(do))
 
 
 def _prctl(option: int, value: int) -> None:
@@ -47,6 +51,28 @@ def children(process: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
     return found
+
+
+def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda *_: None) -> int:
+    """Kill and reap all processes below this one but those kept; the number of them.
+
+    What they had started comes to this process when they end (adopt_orphans), so: until none is left. told: each
+    process and its status as waitpid gives it. One that hangs in the kernel is given up after SWEEP_SECONDS.
+    """
+    count, empty, deadline = 0, 0, time.monotonic() + SWEEP_SECONDS
+    while empty < 2 and time.monotonic() < deadline:  # twice: the kernel's list may miss one while another ends
+        left = [process for process in children(os.getpid()) if process not in kept]
+        empty = 0 if left else empty + 1
+        for process in left:
+            os.kill(process, signal.SIGKILL)  # not reaped yet: nobody else can have its number
+        for process in left:
+            ended, status = os.waitpid(process, os.WNOHANG)
+            if ended:
+                told(process, status)
+                count += 1
+        if left:
+            time.sleep(0.0005)
+    return count
 
 
 def state(process: int) -> str:

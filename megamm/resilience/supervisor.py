@@ -1,25 +1,31 @@
 """The command's side of a run in processes of its own: it starts this node's agent (agent.py), passes on signals, and
 starts the agent again should it be killed.
 
-    command (this) > agent > template > ranks
+    command (this) > agent, fork server, template > ranks
 
-One command a node; with several nodes they find each other at `rendezvous`, a port on one of them. Whatever is ended
-takes what is right of it in this line along; what is left of it starts it again.
+One command a node; with several nodes they find each other at `rendezvous`, a port on one of them. The agent drives the
+template, and asks the command for it, which has the fork server make one. What ends takes what is below it along, the
+agent's end the template, too; what is above starts it again.
 """
 
+import contextlib
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
+from typing import IO, Any
 
 from megamm import layout
 from megamm.config import RunConfig
 from megamm.errors import UserError
-from megamm.resilience import events, exit_codes, heartbeat, policy
+from megamm.resilience import events, exit_codes, heartbeat, policy, processes
 from megamm.resilience.command import Plan
+from megamm.resilience.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES, ForkServer
 from megamm.resilience.hang import Limits
 from megamm.resilience.membership import Times
 from megamm.resilience.processes import STOP_SIGNALS, how_it_ended
@@ -54,12 +60,12 @@ class Nodes:
         return parsed
 
 
-def admissible_nodes(config: RunConfig, processes: int, nodes: Nodes) -> tuple[int, ...]:
-    """Numbers of nodes that the layout and the batch allow, ascending. UserError if the least is none of them."""
+def admissible_nodes(config: RunConfig, ranks: int, nodes: Nodes) -> tuple[int, ...]:
+    """Numbers of nodes that layout and batch allow, of `ranks` each. UserError if the least is none of them."""
     allowed = []
     for number in range(nodes.least, nodes.most + 1):
         try:
-            layout.check(config, number * processes)
+            layout.check(config, number * ranks)
         except UserError:
             if number == nodes.least:
                 raise
@@ -68,20 +74,28 @@ def admissible_nodes(config: RunConfig, processes: int, nodes: Nodes) -> tuple[i
     return tuple(allowed)
 
 
-def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
+def supervise(config: RunConfig, ranks: int, nodes: Nodes) -> int:
     """Run this node's part of the job to its end; the exit code (resilience/exit_codes.py)."""
     if nodes.most > 1 and _is_complete(config):
         print(f"all steps of {config.output} are done", flush=True)
         return exit_codes.DONE
     # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = _Command(config)
+    try:
+        return _supervise(command, config, ranks, nodes)
+    finally:
+        command.close()
+
+
+def _supervise(command: "_Command", config: RunConfig, ranks: int, nodes: Nodes) -> int:
     r = config.resilience
-    admissible = admissible_nodes(config, processes, nodes)
-    command, deaths, before = _Command(), 0, len(events.read(config.output))
+    admissible = admissible_nodes(config, ranks, nodes)
+    deaths, before = 0, len(events.read(config.output))
     while True:
         plan = Plan(
             config=config.model_dump(mode="json"),
-            processes=processes,
+            processes=ranks,
             nodes=(nodes.least, nodes.most),
             admissible=admissible,
             rendezvous=nodes.rendezvous,
@@ -100,6 +114,7 @@ def supervise(config: RunConfig, processes: int, nodes: Nodes) -> int:
         deaths += 1
         if code != exit_codes.CRASHED:
             _record_death(plan, code)
+        command.end_all()
         if deaths > r.max_restarts:
             print(f"error: gave up: the agent has ended {deaths} times ({how_it_ended(code)})", file=sys.stderr)
             return exit_codes.GAVE_UP
@@ -127,39 +142,78 @@ def _record_death(plan: Plan, code: int) -> None:
 
 
 class _Command:
-    """This process: the agent's parent, and where people and schedulers send signals."""
+    """This process: the parent of all, and where people and schedulers send signals."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.signalled_at = 0.0
-        self._agent: subprocess.Popen[bytes] | None = None
+        self._unheard: list[str] = []
+        self._hears: IO[bytes] | None = None
+        """Of an agent that has its plan."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
+        processes.adopt_orphans()
+        self._others = processes.children(os.getpid())
+        self._server = ForkServer(config.model_dump(mode="json"))
 
     def run_agent(self, plan: Plan) -> int:
-        """Start an agent and wait for its end: its exit code, or the negative number of the signal."""
+        """Start an agent and serve it until its end: its exit code, or the negative number of the signal."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A session of its own: a terminal's Ctrl-C comes here only, and the agent hears of it in order.
-        self._agent = subprocess.Popen(
-            [sys.executable, "-m", "megamm.resilience.agent"], stdin=subprocess.PIPE, start_new_session=True
+        agent = subprocess.Popen(
+            [sys.executable, "-m", "megamm.resilience.agent", str(its.fileno())],
+            pass_fds=[its.fileno()],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
         )
-        self._write(plan.to_json() + "\n")
-        try:
-            return self._agent.wait()
-        finally:
-            assert self._agent.stdin is not None
-            self._agent.stdin.close()
+        its.close()
+        assert agent.stdin is not None
+        with ours, contextlib.suppress(BrokenPipeError), agent.stdin as hears:
+            hears.write(f"{plan.to_json()}\n".encode())
+            hears.flush()
+            self._hears, unheard, self._unheard = hears, self._unheard, []
+            for name in unheard:
+                self._tell(name)
+            self._serve(agent.pid, ours)
+            self._hears = None
+        return agent.wait()
+
+    def _serve(self, agent: int, requests: socket.socket) -> None:
+        """Until the agent has ended, and with it its end of the socket."""
+        while True:
+            watched: list[Any] = [requests, *self._server.descriptors]
+            readable, _, _ = select.select(watched, [], [], 1.0)
+            self._server.attend()
+            if requests in readable:
+                request, descriptors, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, MAX_DESCRIPTORS)
+                if not request:
+                    return
+                self._sweep(agent)
+                self._server.fork(request, descriptors)
+
+    def end_all(self) -> None:
+        """What the agent's end has left."""
+        self._sweep()
+
+    def close(self) -> None:
+        self._server.close()
+        self._sweep()
+
+    def _sweep(self, agent: int | None = None) -> None:
+        kept = {*self._others, self._server.pid, agent}
+        processes.sweep([process for process in kept if process is not None])
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signalled_at and now - self.signalled_at < SAME_SIGNAL_SECONDS:
             return
         self.signalled_at = now
-        if self._agent is not None:
-            self._write(signal.Signals(number).name + "\n")
+        self._tell(signal.Signals(number).name)
 
-    def _write(self, text: str) -> None:
-        assert self._agent is not None and self._agent.stdin is not None
+    def _tell(self, name: str) -> None:
+        """A signal to the agent; if there is none, to the next one."""
         try:
-            self._agent.stdin.write(text.encode())
-            self._agent.stdin.flush()
-        except (BrokenPipeError, ValueError):
-            pass  # it has ended: wait() says how
+            if self._hears is None:
+                raise BrokenPipeError
+            os.write(self._hears.fileno(), f"{name}\n".encode())
+        except BrokenPipeError:
+            self._unheard.append(name)

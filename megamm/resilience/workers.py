@@ -5,17 +5,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from megamm.resilience.fork_server import MESSAGE_BYTES
+from megamm.resilience.processes import SWEEP_SECONDS
 from megamm.resilience.slots import Slots
-from megamm.resilience.template import MESSAGE_BYTES
-
-SWEEP_SECONDS = 30
-"""A killed process that is still there after this long hangs in the kernel."""
 
 
 class TemplateLost(Exception):
@@ -25,12 +21,12 @@ class TemplateLost(Exception):
 class Workers:
     """The local ranks. Everything here is to be called by the agent's main thread (the kernel ends a child with it)."""
 
-    def __init__(self, config: dict[str, Any], ranks: int) -> None:
-        self.config, self.slots = config, Slots.create(ranks)
+    def __init__(self, ranks: int, requests: socket.socket) -> None:
+        """requests: to the command, for templates (fork_server.py)."""
+        self.requests, self.slots = requests, Slots.create(ranks)
         self.dumps = [os.memfd_create(f"megamm-stacks-{index}") for index in range(ranks)]
         self.pids: list[int] = []
         self.ended: dict[int, int] = {}
-        self._template: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
 
     @property
@@ -39,19 +35,19 @@ class Workers:
         return self._channel
 
     def prepare(self) -> None:
-        """Have a template, which takes seconds to import; returns at once."""
-        if self._template is not None and self._template.poll() is None:
+        """Have a template, which takes as long as the fork server still imports; returns at once.
+
+        When the command reads the request, it ends everything that an earlier template has left.
+        """
+        if self._channel is not None:
             return
-        self._drop()
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
-        command = [sys.executable, "-m", "megamm.resilience.template", str(its.fileno()), str(os.getpid())]
-        kept = (its.fileno(), self.slots.descriptor, *self.dumps)
-        self._template = subprocess.Popen(command, pass_fds=kept, stdin=subprocess.DEVNULL)
+        given = [its.fileno(), self.slots.descriptor, *self.dumps]
+        socket.send_fds(self.requests, [json.dumps({"ranks": len(self.dumps)}).encode()], given)
         its.close()
         self._channel = ours
-        self._send({"config": self.config, "dumps": self.dumps})
 
     def start(self, environments: Sequence[dict[str, str]], store: socket.socket | None) -> None:
         """Fork the ranks as soon as the template is ready; `pids` has them then. store: of the job's rank 0."""
@@ -77,7 +73,7 @@ class Workers:
         if self._channel is None:
             return
         self._send({"sweep": True})
-        deadline = time.monotonic() + SWEEP_SECONDS
+        deadline = time.monotonic() + 2 * SWEEP_SECONDS
         while time.monotonic() < deadline:
             message = self._receive(wait=True)
             if message is not None:
@@ -116,13 +112,10 @@ class Workers:
         return json.loads(data)
 
     def _drop(self) -> None:
-        """End the template, if there is one; the kernel ends its ranks."""
-        if self._template is not None:
-            self._template.kill()
-            self._template.wait()
+        """Leave the template, which ends then; the next request ends one that does not."""
         if self._channel is not None:
             self._channel.close()
-        self._template, self._channel, self.pids = None, None, []
+        self._channel, self.pids = None, []
 
     def close(self) -> None:
         self._drop()

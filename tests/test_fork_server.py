@@ -1,0 +1,113 @@
+"""The fork server, its command played by this process: templates come whatever ends, stops or cannot import."""
+
+import json
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from megamm.resilience import fork_server, processes
+from megamm.resilience.fork_server import ForkServer
+from megamm.resilience.slots import Slots
+
+CONFIG = {"device": "cpu", "engine": "native"}
+
+
+class Command:
+    """A fork server, and templates asked of it as agents ask."""
+
+    def __init__(self, config):
+        self.before = processes.children(os.getpid())
+        self.server = ForkServer(config)
+
+    def templates(self):
+        return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]
+
+    def ask(self):
+        """The agent's end of a new template's socket."""
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        given = [os.dup(its.fileno()), os.dup(Slots.create(1).descriptor), os.memfd_create("stacks")]
+        self.server.fork(b'{"ranks": 1}', given)
+        its.close()
+        return ours
+
+    def answer(self, template, seconds=60):
+        """What the template says to an order to sweep; "" if it is gone."""
+        try:
+            template.send(b'{"sweep": true}')
+        except BrokenPipeError:
+            return ""
+        end = time.monotonic() + seconds
+        template.settimeout(0.05)
+        while time.monotonic() < end:
+            self.server.attend()
+            try:
+                return template.recv(4096).decode()
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                return ""
+        return "nothing"
+
+    def wait(self, what, seconds=60):
+        end = time.monotonic() + seconds
+        while not what():
+            self.server.attend()
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def command():
+    """Makes one of a config."""
+    processes.adopt_orphans()
+    made = []
+
+    def make(config):
+        made.append(Command(config))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.server.close()
+        processes.sweep(one.before)
+    processes.adopt_orphans(False)
+
+
+def test_templates_outlive_their_fork_server_and_come_from_another(command, monkeypatch, capfd):
+    monkeypatch.setattr(fork_server, "ANSWER_SECONDS", 1.0)
+    it = command(CONFIG)
+    first = it.ask()  # before it has imported
+    assert json.loads(it.answer(first)) == {"swept": 0}
+    (template,) = it.templates()
+
+    old = it.server.pid
+    os.kill(old, signal.SIGKILL)
+    it.wait(lambda: it.server.pid not in (None, old))
+    assert json.loads(it.answer(first)) == {"swept": 0} and it.templates() == [template]
+
+    second = it.ask()
+    assert json.loads(it.answer(second)) == {"swept": 0}
+    os.kill(it.server.pid, signal.SIGSTOP)
+    third = it.ask()
+    assert json.loads(it.answer(third)) == {"swept": 0}  # of the next one, though asked of the stopped one
+    assert len(it.templates()) == 3
+    for ours in (first, second, third):
+        ours.close()
+    it.wait(lambda: all(processes.state(p) == "Z" for p in it.templates()))
+    said = capfd.readouterr().err
+    assert said.count("has ended") == 1 and said.count("does not answer") == 1
+
+
+def test_one_that_cannot_import_is_tried_again_only_when_asked(command, capfd):
+    it = command({"device": "cpu"})
+    it.wait(lambda: it.server.pid is None)
+    for _ in range(2):
+        template = it.ask()
+        assert it.server.pid is not None
+        assert it.answer(template) == ""
+        it.wait(lambda: it.server.pid is None)
+        assert it.templates() == []
+    assert capfd.readouterr().err.count("the process that has imported for the ranks has ended") == 3
