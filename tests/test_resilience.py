@@ -224,11 +224,61 @@ def test_nodes_come_and_go(data, undisturbed):
         ("restarting", 1, "failure"),
         ("restarting", 2, "nodes changed"),
     ]
-    lines = numbers(output)
+    assert_near(numbers(output), undisturbed)
+    state = json.loads((output / "checkpoints" / "step_00000008" / "state.json").read_text())
+    assert state["consumed_rows"] == 32 and state["world_size"] == 2
+
+
+def assert_near(lines, undisturbed):
+    """As of another number of ranks, whose sums differ in the last digits."""
     assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
     for ours, theirs in zip(lines, undisturbed, strict=True):
         # How evenly the ranks are loaded depends on their number.
         wanted = {k: v for k, v in theirs.items() if v is not None and k != "imbalance"}
         assert {k: ours[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
-    state = json.loads((output / "checkpoints" / "step_00000008" / "state.json").read_text())
-    assert state["consumed_rows"] == 32 and state["world_size"] == 2
+
+
+def test_a_faulty_node_is_evicted(data, undisturbed):
+    """Of two nodes and a spare first the one with the store, which serves it to the end, then another one."""
+    output, config = config_of(data, "evicted", hang_seconds=60, loss_guard={"evict": True})
+    times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
+    options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
+    # Until asked: so that all three are there.
+    faults = "until_asked@data:2:0:0,nan@step:3:0:1,nan@step:6:1:2"
+    first = start(config, *options, faults=faults)
+    wait_for(lambda: of_kind(output, "launched"), first)
+    others = [start(config, *options, faults=faults) for _ in range(2)]
+    codes = sorted(other.wait(timeout=240) for other in others)
+    assert codes == [0, 4], output_of(config)
+    assert first.poll() is None
+    assert first.wait(timeout=60) == 4
+    evicted = of_kind(output, "evicted")
+    assert [(e["node"], e["attempt"], e["step"]) for e in evicted] == [
+        (socket.gethostname(), 1, 3),
+        (socket.gethostname(), 2, 6),
+    ]
+    assert [e["why"].partition(" at step")[0] for e in evicted] == [
+        "rank 0: transient fault",
+        "rank 1: transient fault",
+    ]
+    assert output_of(config).count("is evicted: rank ") == 2 and not of_kind(output, "failed")
+    story = [(e["kind"], e["ranks"], e.get("reason")) for e in of_kind(output, "launched", "restarting")]
+    assert story == [
+        ("launched", 1, None),
+        ("restarting", 2, "nodes changed"),
+        ("restarting", 2, "nodes changed"),
+        ("restarting", 1, "nodes changed"),
+    ]
+    assert_near(numbers(output), undisturbed)
+
+
+def test_the_only_node_is_evicted_with_a_diagnosis(data):
+    output, config = config_of(data, "alone", loss_guard={"evict": True})
+    assert run(config, "--nproc", 2, faults="nan@step:3:1:*") == 4, output_of(config)
+    (event,) = of_kind(output, "evicted")
+    assert event["why"].startswith("rank 1: transient fault at step 3: ") and event["step"] == 3
+    assert [line for line in output_of(config).splitlines() if line.startswith("error: ")] == [
+        f"error: node {event['node']} is evicted: {event['why']}; look at its hardware, then start again"
+    ]
+    assert not of_kind(output, "restarting", "failed", "gave_up")
+    assert (output / "checkpoints" / "step_00000003" / "manifest.json").is_file()

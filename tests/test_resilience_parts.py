@@ -13,11 +13,12 @@ import pytest
 
 from megamm.config import config_from_dict
 from megamm.errors import UserError
-from megamm.resilience import events, hang, policy
+from megamm.resilience import events, exit_codes, hang, policy, rank
 from megamm.resilience.boundary import AgentBoundary
 from megamm.resilience.command import Commands
 from megamm.resilience.heartbeat import Heartbeat, read
 from megamm.resilience.membership import Alone
+from megamm.resilience.node_fault import NodeFault
 from megamm.resilience.policy import Failure, Rules, judge
 from megamm.resilience.slots import Slots
 from megamm.resilience.stopping import Stop
@@ -317,3 +318,21 @@ def test_numbers_of_nodes_that_divide_the_batch():
     assert admissible_nodes(config(parallel={"tensor": 2}), 1, Nodes.parse("2:6", "h:1")) == (2, 4)
     with pytest.raises(UserError, match="global_batch"):
         admissible_nodes(config(), 3, Nodes())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "node", "nodes", "code"),
+    [
+        ([3], 1, 2, exit_codes.RANK_EVICTED),
+        ([3], 0, 2, exit_codes.RANK_REGROUP),
+        ([2, 3], 2, 3, exit_codes.RANK_REGROUP),
+        ([1, 2], 1, 3, exit_codes.RANK_EVICTED),
+        ([1, 2], 0, 2, exit_codes.CRASHED),
+        ([1], 0, 1, exit_codes.RANK_EVICTED),
+    ],
+)
+def test_which_nodes_leave_for_a_fault_of_ranks(ranks, node, nodes, code, monkeypatch):
+    """Two ranks a node."""
+    for name, value in {"LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}.items():
+        monkeypatch.setenv(name, str(value))
+    assert rank.code_of(NodeFault(ranks, "slow")) == code

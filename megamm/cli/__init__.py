@@ -43,7 +43,7 @@ def train(
 
     The processes are watched and, should one fail or hang, started again in place (resilience in the config); with
     resilience.max_restarts=0 a single process is this one. Exit codes: 0 done, 1 failed, 2 for you to mend, 3 given up,
-    75 ended by a signal with a checkpoint written.
+    4 this node is evicted, 75 ended by a signal with a checkpoint written.
     """
     from megamm import launch
     from megamm.config import load_config
@@ -76,10 +76,16 @@ def train(
 
         boundary = SignalBoundary()
     log_to_console()
+    from megamm.resilience import node_fault
     from megamm.train import train as run_training
 
-    if run_training(run, boundary) == "requeue":
-        raise typer.Exit(exit_codes.REQUEUE)
+    try:
+        if run_training(run, boundary) == "requeue":
+            raise typer.Exit(exit_codes.REQUEUE)
+    except node_fault.NodeFault as fault:
+        if os.environ.get("RANK", "0") == "0":
+            node_fault.tell(run.output, str(fault), step=None, attempt=0)
+        raise typer.Exit(exit_codes.EVICTED) from None
 
 
 def yaml_of(run: BaseModel) -> str:

@@ -206,7 +206,9 @@ class LossGuardConfig(Section):
     max_rollbacks: int = Field(3, ge=1, description="without a window of good steps after them; one more ends the run")
     margin: int = Field(0, ge=0, description="steps before the bad one whose rows a roll-back leaves out too")
     rerun: bool = Field(True, description="run a bad step again to tell a fault of the hardware from one of the run")
-    evict: bool = Field(False, description="end so that the launcher can go on without ranks of faulty hardware")
+    evict: bool = Field(
+        False, description="go on without the nodes of faulty hardware; their commands end with exit code 4"
+    )
 
 
 class StragglerConfig(Section):
@@ -214,7 +216,7 @@ class StragglerConfig(Section):
 
     threshold: float = Field(1.5, gt=1, description="times the median from which on a rank is slow")
     windows: int = Field(3, ge=1, description="that a rank is slow in a row until it is reported")
-    evict: bool = Field(False, description="end so that the launcher can go on without it")
+    evict: bool = Field(False, description="go on without its node; the command there ends with exit code 4")
 
 
 class DeepSpeedConfig(Section):

@@ -77,9 +77,10 @@ def _head(record: Record) -> str:
     speeds = [line["tokens_per_s"] for line in record.lines if "tokens_per_s" in line]
     total = record.state.get("config", {}).get("train", {}).get("steps")
     ratio = record.goodput.ratio
-    last = next((e for e in reversed(record.events) if e["kind"] in ("finished", "gave_up", "failed", "signal")), None)
-    later = last is not None and any(e["time"] > last["time"] and e["kind"] == "started" for e in record.events)
     how = {"finished": "finished", "gave_up": "gave up", "failed": "failed", "signal": "stopped by a signal"}
+    how |= {"evicted": "its node was evicted"}
+    last = next((e for e in reversed(record.events) if e["kind"] in how), None)
+    later = last is not None and any(e["time"] > last["time"] and e["kind"] == "started" for e in record.events)
     entries = [
         (f"{max(steps, default=0):,}" + (f" / {total:,}" if total else ""), "steps"),
         ("?" if ratio is None else f"{ratio:.1%}", "goodput (effective training time)"),

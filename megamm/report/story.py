@@ -46,6 +46,7 @@ MARKS = {
     "failed": "#c22f2f",
     "hang": "#c22f2f",
     "gave_up": "#c22f2f",
+    "evicted": "#c22f2f",
     "loss_guard": "#d9822b",
     "straggler": "#8a3ab9",
     "skipped_checkpoint": "#d9822b",

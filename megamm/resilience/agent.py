@@ -24,6 +24,8 @@ from megamm.resilience.workers import TemplateLost, Workers
 
 log = logging.getLogger(__name__)
 _TICK, _LINGER = 0.1, 1.5
+_NEEDED = 10.0
+"""Seconds without any agent at this node's store, after which the job has ended: one that starts again takes less."""
 
 
 class Stopped(Exception):
@@ -86,8 +88,10 @@ class Agent:
         self._end_ranks()
         if outcome.failure is not None:
             self.failures.append(outcome.failure)
-        if outcome.code is not None and (self.plan.rendezvous is not None):
-            self._leave(outcome.code, group_rank, nodes)
+        if outcome.code == exit_codes.EVICTED:
+            self._part()
+        elif outcome.code is not None and self.plan.rendezvous is not None:
+            self._leave(outcome.code, group_rank)
         return outcome
 
     def _decide(self, all_fresh: bool, nodes: int, begin: float) -> Order:
@@ -148,7 +152,18 @@ class Agent:
             if self.membership.told("lost") is not None or self.membership.waiting():
                 return Outcome(None)
 
-    def _leave(self, code: int, group_rank: int, nodes: int) -> None:
+    def _part(self) -> None:
+        """The job goes on elsewhere, but where its store is here, that is needed still."""
+        self.membership.part()
+        needed, signals = time.monotonic(), 0
+        # The first signal is for the others, too, which agree by this store on the step to stop after.
+        while self.membership.hosts_store and time.monotonic() - needed < _NEEDED and signals < 2:
+            if self.membership.serves():
+                needed = time.monotonic()
+            self.commands.wait(_LINGER)
+            signals += self.commands.take() is not None
+
+    def _leave(self, code: int, group_rank: int) -> None:
         """Let the others know how the job ended; the store may be this process's, so wait until they do."""
         try:
             self.membership.tell("end", str(code))

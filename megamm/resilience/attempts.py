@@ -113,7 +113,7 @@ def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], l
             has_lines = bool(begins) and any(begins[-1] <= line["time"] < begin for line in lines)
             is_new = state == "ended" or (state == "started" and has_lines)
             state = "started"
-        elif kind in ("failed", "hang", "finished", "gave_up"):
+        elif kind in ("failed", "hang", "finished", "gave_up", "evicted"):
             state = "ended"
         if is_new:
             begins.append(begin)

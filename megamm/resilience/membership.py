@@ -7,6 +7,7 @@ command above each starts a new one, which looks for the store again.
 """
 
 import datetime
+import gc
 import json
 import os
 import socket
@@ -65,6 +66,16 @@ class Membership(Protocol):
     def close(self) -> None:
         """The job has ended: nodes that wait to join end too."""
 
+    def part(self) -> None:
+        """This node leaves the job for good; the others see it by its missing signs of life."""
+
+    @property
+    def hosts_store(self) -> bool:
+        """Whether the job's store is in this process."""
+
+    def serves(self) -> bool:
+        """Whether other agents are connected to that store."""
+
 
 class Alone:
     """One node: no rendezvous, no store, no torch."""
@@ -97,6 +108,13 @@ class Alone:
 
     def close(self) -> None: ...
 
+    def part(self) -> None: ...
+
+    hosts_store = False
+
+    def serves(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True)
 class Times:
@@ -127,6 +145,7 @@ class Rendezvous:
             backend, store = create_backend(parameters)
         except RendezvousError as error:
             raise StoreLost(str(error.__cause__ or error)) from None
+        self._port: int = store.port  # type: ignore[attr-defined]  # a TCPStore
         seconds = datetime.timedelta(seconds=1)
         self._handler = DynamicRendezvousHandler.from_backend(
             parameters.run_id,
@@ -176,6 +195,26 @@ class Rendezvous:
 
     def close(self) -> None:
         self._call(self._handler.shutdown)
+
+    def part(self) -> None:
+        del self._handler  # with which its signs of life end
+        gc.collect()
+
+    @property
+    def hosts_store(self) -> bool:
+        return any(one.status == "LISTEN" for one in self._connections())
+
+    def serves(self) -> bool:
+        all_of_it = self._connections()
+        own = {one.laddr for one in all_of_it}
+        return any(one.laddr.port == self._port and one.raddr and one.raddr not in own for one in all_of_it)
+
+    def _connections(self) -> list[Any]:
+        """This process's sockets at either end of which is the store's port."""
+        import psutil
+
+        found = psutil.Process().net_connections("tcp")
+        return [one for one in found if self._port in (one.laddr.port, one.raddr.port if one.raddr else None)]
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         try:

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from megamm.resilience import events, exit_codes, hang, policy, processes
+from megamm.resilience import events, exit_codes, hang, node_fault, policy, processes
 from megamm.resilience.command import Commands, Plan
 from megamm.resilience.heartbeat import ATTEMPT
 from megamm.resilience.membership import Membership, Order, StoreLost
@@ -17,7 +17,7 @@ from megamm.resilience.workers import TemplateLost, Workers
 
 log = logging.getLogger(__name__)
 _TICK, _REMOTE = 0.1, 0.5
-_GOOD = (exit_codes.RANK_DONE, exit_codes.RANK_REGROUP, exit_codes.REQUEUE)
+_GOOD = (exit_codes.RANK_DONE, exit_codes.RANK_REGROUP, exit_codes.RANK_EVICTED, exit_codes.REQUEUE)
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,10 @@ class Attempt:
             return Outcome(code)
         if code == exit_codes.RANK_REGROUP:
             return Outcome(None)
+        if code == exit_codes.RANK_EVICTED:
+            slot = self.workers.slots.ranks[0]
+            node_fault.tell(self.plan.run, slot.cause, slot.step, self.order.attempt)
+            return Outcome(exit_codes.EVICTED)
         if self.order.nodes > 1 and not self._all_nodes_done():
             return Outcome(None)
         if self.group_rank == 0:

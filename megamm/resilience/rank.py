@@ -16,6 +16,7 @@ from typing import Any
 from megamm.errors import UserError
 from megamm.resilience import exit_codes
 from megamm.resilience.heartbeat import SLOTS
+from megamm.resilience.node_fault import NodeFault
 from megamm.resilience.slots import Slot, Slots
 
 DUMP_SIGNAL = signal.SIGUSR2
@@ -47,6 +48,9 @@ def run(config: dict[str, Any], seat: Seat) -> int:
         if not error.on_all_ranks or os.environ["RANK"] == "0":
             print(f"error: {error}", file=sys.stderr)
         return exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR
+    except NodeFault as fault:
+        slot.set_cause(str(fault))
+        return code_of(fault)
     except SystemExit as ending:
         return _left(ending, slot)
     except BaseException as error:
@@ -73,6 +77,14 @@ def _train(config: dict[str, Any], store_socket: int) -> int:
     ending = train(config_from_dict(config, where="the launcher's config"))
     del server
     return _CODES[ending]
+
+
+def code_of(fault: NodeFault) -> int:
+    """The node leaves, or goes on without others. Where all are named none can be told from the rest: a failure."""
+    guilty, nodes = fault.nodes(int(os.environ["LOCAL_WORLD_SIZE"])), int(os.environ["GROUP_WORLD_SIZE"])
+    if len(guilty) == nodes > 1:
+        return exit_codes.CRASHED
+    return exit_codes.RANK_EVICTED if int(os.environ["GROUP_RANK"]) in guilty else exit_codes.RANK_REGROUP
 
 
 def _left(ending: SystemExit, slot: Slot) -> int:

@@ -32,7 +32,7 @@ from megamm.resilience.processes import STOP_SIGNALS, how_it_ended
 
 SAME_SIGNAL_SECONDS = 1.0
 """A scheduler may signal a job's processes both one by one and as a group: that counts as one signal."""
-_FINAL = (exit_codes.DONE, exit_codes.USER_ERROR, exit_codes.GAVE_UP, exit_codes.REQUEUE)
+_FINAL = (exit_codes.DONE, exit_codes.USER_ERROR, exit_codes.GAVE_UP, exit_codes.EVICTED, exit_codes.REQUEUE)
 
 
 @dataclass(frozen=True)
