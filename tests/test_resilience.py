@@ -143,10 +143,12 @@ def test_faults_above_the_ranks(data, undisturbed):
     """What is above the ranks is killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
     output, config = config_of(data, "above")
     faults = "kill_fork_server@step:2:0:0,kill_template@step:3:1:0,kill_agent@step:5:0:1"
-    faults += ",sigterm@data:6:1:2,until_asked@step:6:1:2"
+    faults += ",sigstop@resume:0:0:2,sigterm@data:6:1:3,until_asked@step:6:1:3"
     assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
     causes = [event["cause"] for event in of_kind(output, "failed")]
-    assert causes == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
+    assert causes[:2] == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
+    (hang,) = of_kind(output, "hang")
+    assert len(causes) == 3 and hang["limit"] < 60  # the new agent knows how long a resumption takes
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
     done = numbers(output)[-1]["step"]
     assert done in (6, 7)  # a rank that had begun step 7 went on to its end

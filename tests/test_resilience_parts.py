@@ -13,13 +13,14 @@ import pytest
 
 from megamm.config import config_from_dict
 from megamm.errors import UserError
-from megamm.resilience import events, exit_codes, hang, policy, rank
+from megamm.resilience import events, exit_codes, hang, heartbeat, policy
 from megamm.resilience.boundary import AgentBoundary
 from megamm.resilience.command import Commands
 from megamm.resilience.heartbeat import Heartbeat, read
 from megamm.resilience.membership import Alone
 from megamm.resilience.node_fault import NodeFault
 from megamm.resilience.policy import Failure, Rules, judge
+from megamm.resilience.rank import code_of
 from megamm.resilience.slots import Slots
 from megamm.resilience.stopping import Stop
 from megamm.resilience.supervisor import Nodes, admissible_nodes
@@ -113,6 +114,45 @@ def test_a_silent_rank_is_overdue_after_two_step_times_and_the_limit():
         slot.set_longest("step", 1.5)
         slot.set_longest("data", 0.5)
     assert silence_until_overdue(clock, ranks, watch) == pytest.approx(2 * 2.0 + 5, abs=0.5)
+
+
+def test_the_first_of_its_kind_is_bounded_by_what_the_first_step_took():
+    clock, ranks, watch = watch_of()
+    for slot in ranks:
+        slot.set_longest("start", 1.0)
+        slot.set_longest("first", 3.0)
+        slot.write(1, "evaluate", 3, clock.now, True)
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(10 * 3 + 5, abs=0.5)
+    ranks[1].set_longest("first", 300.0)
+    watch.overdue(ranks)
+    assert watch.limit(ranks[1]) == 600
+    for slot in ranks:
+        slot.write(2, "end", 3, clock.now, True)  # what is uploaded then has nothing to do with steps
+    assert watch.limit(ranks[1]) == 600
+
+
+def test_a_new_agent_of_a_launch_knows_how_long_things_take(tmp_path):
+    def beats(attempt, rank, **seconds):
+        heart = Heartbeat(tmp_path, rank, attempt)
+        heart.longest |= seconds
+        heart.beat("start", 0)
+        heart.close()
+
+    beats(0, 0, start=50.0, step=9.0)
+    beats(0, 5, start=99.0)  # of an earlier launch with more ranks
+    assert heartbeat.longest(tmp_path) == {}
+    events.record(tmp_path, "launched", attempt=0)
+    assert heartbeat.longest(tmp_path) == {}
+    beats(0, 0, start=2.0, save=3.0)
+    beats(0, 1, start=4.0)
+    beats(1, 0, first=1.0)  # keeps what it knew
+    assert heartbeat.longest(tmp_path) == {"start": 4.0, "save": 3.0, "first": 1.0}
+    clock = Clock()
+    watch = hang.Watch(hang.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path))
+    slots = Slots.create(2)
+    for slot in slots.ranks:
+        slot.write(1, "start", 0, clock.now, False)
+    assert silence_until_overdue(clock, slots.ranks, watch) == pytest.approx(2 * 4 + 5, abs=0.5)
 
 
 def test_what_has_no_usual_time_yet_gets_the_long_limit_and_remembers():
@@ -335,4 +375,4 @@ def test_which_nodes_leave_for_a_fault_of_ranks(ranks, node, nodes, code, monkey
     """Two ranks a node."""
     for name, value in {"LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}.items():
         monkeypatch.setenv(name, str(value))
-    assert rank.code_of(NodeFault(ranks, "slow")) == code
+    assert code_of(NodeFault(ranks, "slow")) == code

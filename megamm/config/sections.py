@@ -241,7 +241,9 @@ class ResilienceConfig(Section):
     same_step_limit: int = Field(3, ge=1, description="failures at one step in a row after which the run gives up")
     backoff_seconds: float = Field(5.0, ge=0, description="before a restart without progress; doubles each time")
     hang_seconds: float = Field(5.0, gt=0, description="of silence beyond twice the usual time that make a hang")
-    startup_seconds: float = Field(600.0, gt=0, description="of silence where the usual time is not known yet")
+    startup_seconds: float = Field(
+        600.0, gt=0, description="of silence where no usual time is known: until a launch's first step is done"
+    )
     grace_seconds: float = Field(120.0, gt=0, description="from a signal to the checkpoint; then it is killed")
     rendezvous: RendezvousConfig = RendezvousConfig()
     loss_guard: LossGuardConfig = LossGuardConfig()

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Any
 
-from megamm.resilience import events, exit_codes, hang, policy, processes
+from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes
 from megamm.resilience.command import Commands, Plan
 from megamm.resilience.membership import Alone, Background, Ended, Membership, Order, Rendezvous, StoreLost
 from megamm.resilience.node_attempt import Attempt, Outcome
@@ -38,7 +38,9 @@ class Agent:
     def __init__(self, plan: Plan, commands: Commands, requests: socket.socket) -> None:
         self.plan, self.commands = plan, commands
         self.workers = Workers(plan.processes, requests)
-        self.watch = hang.Watch(plan.limits, plan.run)
+        # Of this launch only: another one may be of other machines.
+        known = {} if plan.is_fresh else heartbeat.longest(plan.run)
+        self.watch = hang.Watch(plan.limits, plan.run, longest=known)
         self.membership: Membership
         self.is_fresh, self.attempt = plan.is_fresh, -1
         self.failures: list[policy.Failure] = []

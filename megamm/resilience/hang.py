@@ -1,8 +1,9 @@
 """Hangs: when a rank is overdue, where every rank then is, and which one the others wait for.
 
 A rank beats at every step, evaluation batch and change of phase. It is overdue when it has been silent for longer than
-twice its longest recent time between beats plus resilience.hang_seconds; while that time is not known (start, resume,
-the first step, the first evaluation and checkpoint of a run), for longer than resilience.startup_seconds. Stacks are
+twice its longest recent time between beats plus resilience.hang_seconds. Where that time is not known, the limit is
+resilience.startup_seconds: before the first step of a launch is done. For the first evaluation and checkpoint after it
+_UNKNOWN times the longest that anything has taken is enough, plus hang_seconds. Stacks are
 written by the C library's signal handler of faulthandler, which needs no GIL. What a rank waits for is the innermost
 function of the communication layers in them. While a rank of any node waits for its checkpoint writer, which says that
 it is at work (phase "wait"), nobody is overdue: the others wait for that rank.
@@ -13,9 +14,10 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from megamm.resilience import heartbeat, processes
 from megamm.resilience.rank import DUMP_SIGNAL
@@ -24,6 +26,7 @@ from megamm.resilience.workers import Workers
 
 HANGS = "hangs"
 _DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
+_UNKNOWN = 10.0
 _WAIT_SECONDS = 3.0
 """For which a rank's word that its writer is at work counts; it is renewed every second or so."""
 _COMMUNICATION = (
@@ -61,13 +64,20 @@ class Report:
 
 
 class Watch:
-    """Says which ranks are overdue. Typical durations are remembered over attempts of the same agent."""
+    """Says which ranks are overdue. Usual durations are remembered over attempts, those of earlier agents if told."""
 
-    def __init__(self, limits: Limits, run: Path, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        run: Path,
+        clock: Callable[[], float] = time.monotonic,
+        longest: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """longest: as heartbeat.longest gives it."""
         self.limits, self.run, self.clock = limits, run, clock
         self._waits: dict[int, tuple[int, int]] = {}
         self._written = -math.inf
-        self.longest: dict[str, float] = {}
+        self.longest = dict(longest)
         self._seen: dict[int, tuple[int, float]] = {}
         self._looked = clock()
 
@@ -112,7 +122,12 @@ class Watch:
             usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)
         else:
             usual = known.get(slot.phase, 0.0)
-        return 2 * usual + self.limits.hang if usual else max(self.limits.startup, self.limits.hang)
+        if usual:
+            return 2 * usual + self.limits.hang
+        longest = max(self.limits.startup, self.limits.hang)
+        if slot.phase in ("evaluate", "save") and "first" in known:
+            return min(_UNKNOWN * max(known.values()) + self.limits.hang, longest)
+        return longest
 
 
 def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> list[Report]:

@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megamm.resilience import events
@@ -19,12 +19,15 @@ from megamm.resilience.slots import PHASES, Slot, Slots
 HEARTBEATS = "heartbeats"
 SLOTS, ATTEMPT = "MEGAMM_SLOTS", "MEGAMM_ATTEMPT"
 """Environment of a rank: "descriptor:ranks:index" of its slot, and the number of the attempt, from 0."""
-_RECORD, _RECENT, _SECONDS = 512, 32, 1.0
+_RECORD, _RECENT, _SECONDS = 1024, 32, 1.0
 
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last written heartbeat; time in Unix seconds, count is of its beats in this attempt."""
+    """A rank's last written heartbeat; time in Unix seconds, count is of its beats in this attempt.
+
+    longest: recent seconds between two beats by what of TIMED they were for, of earlier attempts where need be.
+    """
 
     rank: int
     pid: int
@@ -34,15 +37,18 @@ class Beat:
     count: int
     time: float
     attempt: int
+    longest: dict[str, float] = field(default_factory=dict)
 
 
 class Heartbeat:
     """A rank's own; beats come from its main thread, so that they stop when it does."""
 
     def __init__(self, run: Path, rank: int, attempt: int, slot: Slot | None = None) -> None:
-        folder = run / HEARTBEATS
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = os.open(folder / f"rank_{rank:05d}.json", os.O_WRONLY | os.O_CREAT, 0o644)
+        path = run / HEARTBEATS / f"rank_{rank:05d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = _read(path) if attempt > 0 else None  # attempt 0 is another launch's successor, maybe of another job
+        self.longest = dict(before.longest) if before is not None else {}
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self.rank, self.attempt, self.slot, self.host = rank, attempt, slot, socket.gethostname()
         self.count, self.written, self.since = 0, 0.0, time.monotonic()
         self.phase, self.first_step, self.is_warm = "", 0, False
@@ -65,7 +71,8 @@ class Heartbeat:
             self.slot.write(self.count, phase, step, now, self.is_warm)
         if changes or now - self.written >= _SECONDS:
             self.written = now
-            beat = Beat(self.rank, os.getpid(), self.host, phase, step, self.count, time.time(), self.attempt)
+            who = self.rank, os.getpid(), self.host
+            beat = Beat(*who, phase, step, self.count, time.time(), self.attempt, self.longest)
             # One write of one length: a reader never sees half of it.
             os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_RECORD - 1).encode() + b"\n", 0)
 
@@ -77,6 +84,7 @@ class Heartbeat:
         what = self.phase if self.is_warm or self.phase not in ("data", "step") else "first"
         recent = self._recent.setdefault(what, deque(maxlen=_RECENT))
         recent.append(seconds)
+        self.longest[what] = round(max(recent), 3)
         if self.slot is not None:
             self.slot.set_longest(what, max(recent))
 
@@ -101,10 +109,22 @@ def of_this_rank(run: Path) -> Heartbeat:
 
 def read(run: Path) -> list[Beat]:
     """The last heartbeat of every rank that ever wrote one to this run; what is not whole is left out."""
-    beats = []
-    for path in sorted((run / HEARTBEATS).glob("rank_*.json")):
-        try:
-            beats.append(Beat(**json.loads(path.read_text())))
-        except (OSError, json.JSONDecodeError, TypeError):
-            continue
-    return beats
+    found = [_read(path) for path in sorted((run / HEARTBEATS).glob("rank_*.json"))]
+    return [beat for beat in found if beat is not None]
+
+
+def _read(path: Path) -> Beat | None:
+    try:
+        return Beat(**json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def longest(run: Path) -> dict[str, float]:
+    """Of all ranks that have written since the run was launched: Beat.longest. Empty if no launch is recorded."""
+    launches = [event["time"] for event in events.read(run) if event["kind"] == "launched"]
+    known: dict[str, float] = {}
+    for beat in read(run):
+        if launches and beat.time >= launches[-1]:
+            known |= {what: max(seconds, known.get(what, 0.0)) for what, seconds in beat.longest.items()}
+    return known
