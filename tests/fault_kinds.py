@@ -191,6 +191,12 @@ def _user_error(heart):
     raise UserError("an injected mistake", remedy="mend it")
 
 
+def _common_error(heart):
+    from megamm.errors import UserError
+
+    raise UserError("a common mistake", remedy="mend it", on_all_ranks=True)
+
+
 def _deadlock(heart):
     lock = threading.Lock()
     lock.acquire()
@@ -230,6 +236,7 @@ INSIDE = {
     "abort": lambda heart: os.abort(),
     "exception": _exception,
     "user_error": _user_error,
+    "common_error": _common_error,
     "exit0": lambda heart: sys.exit(0),
     "_exit0": lambda heart: os._exit(0),
     "deadlock": _deadlock,

@@ -1,6 +1,7 @@
 """Faults in real runs: each is seen, the run goes on by itself, and its numbers are those of an undisturbed run."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -179,11 +180,45 @@ def test_a_crash_loop_gives_up_and_says_where(data):
     assert f"error: gave up: {why}" in output_of(config)
 
 
-def test_what_the_user_must_mend_is_not_tried_again(data):
-    output, config = config_of(data, "mistake")
-    assert run(config, faults="user_error@step:2:*:*") == 2
-    assert "error: an injected mistake; mend it" in output_of(config)
+def errors_of(config):
+    return [line for line in output_of(config).splitlines() if line.startswith("error: ") or "Traceback" in line]
+
+
+@pytest.mark.parametrize(
+    ("fault", "line"),
+    [
+        ("user_error@step:2:1:*", "error: an injected mistake; mend it"),
+        ("common_error@resume:0:*:*", "error: a common mistake; mend it"),
+    ],
+)
+def test_what_the_user_must_mend_is_told_in_one_line_and_not_tried_again(data, fault, line):
+    output, config = config_of(data, f"mistake_{fault.partition('@')[0]}")
+    assert run(config, "--nproc", 2, faults=fault) == 2
+    assert errors_of(config) == [line]
     assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
+
+
+def test_two_nodes_tell_the_users_mistake_once(data):
+    output, config = config_of(data, "mistake_of_nodes")
+    options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
+    nodes = [start(config, *options, faults="user_error@step:2:1:*") for _ in range(2)]
+    assert [node.wait(timeout=120) for node in nodes] == [2, 2], output_of(config)
+    assert errors_of(config) == ["error: an injected mistake; mend it"]
+    assert len(of_kind(output, "failed")) == 1
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(data, undisturbed):
+    """By real errors of two ranks, one after the other: another model, other data, all checkpoints damaged."""
+    output, config = config_of(data, "refused")
+    shutil.copytree(data / "undisturbed" / "checkpoints" / "step_00000002", output / "checkpoints" / "step_00000002")
+    for override in ("model.num_layers=3", "train.seed=5"):
+        assert run(config, "--nproc", 2, override) == 2
+        assert [line[:25] for line in errors_of(config)] == ["error: the checkpoint has"], override
+        for path in config.parent.glob(f"{config.stem}.*.log"):
+            path.unlink()
+    (output / "checkpoints" / "step_00000002" / "state.json").write_text("{}")
+    assert run(config, "--nproc", 2) == 2
+    assert [line[:25] for line in errors_of(config)] == ["error: damaged checkpoint"]
 
 
 def test_no_checkpoint_within_the_grace_time(data):

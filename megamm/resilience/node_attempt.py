@@ -109,7 +109,9 @@ class Attempt:
             )
         if not had_ranks:
             self.watch.begin()
-        ended = self.workers.ended
+        ended, slots = self.workers.ended, self.workers.slots.ranks
+        if mistaken := [index for index, slot in enumerate(slots) if slot.verdict == exit_codes.USER_ERROR]:
+            return self._ended_badly(mistaken[0], exit_codes.USER_ERROR)
         for index, code in ended.items():
             if code not in _GOOD:
                 return self._ended_badly(index, code)
@@ -117,15 +119,18 @@ class Attempt:
             if len(set(ended.values())) > 1:
                 return self._failed(None, f"ranks ended differently: {sorted(set(ended.values()))}", "end")
             return self._all_ended(ended[0])
-        if overdue := [i for i in self.watch.overdue(self.workers.slots.ranks) if i not in ended]:
+        if overdue := [i for i in self.watch.overdue(slots) if i not in ended]:
             return self._hung(overdue)
         return None
 
     def _ended_badly(self, index: int, code: int) -> Outcome:
         slot, rank = self.workers.slots.ranks[index], self.ranks[index]
         if code == exit_codes.USER_ERROR:
+            print(slot.cause, file=sys.stderr, flush=True)
             self._tell("end", str(code))
             self._record_failure(rank, slot.cause, slot.phase, self._entered())
+            if self.order.nodes > 1:
+                time.sleep(3 * _REMOTE)  # so that other nodes end their ranks before those see these ones end
             return Outcome(code)
         how = (
             f"ended early ({slot.cause or 'exit code 0'})" if code == 0 else slot.cause or processes.how_it_ended(code)

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from megamm.resilience.slots import Slot, Slots
 
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads, whatever it is doing."""
+_LAST_SECONDS = 60.0
 _CODES = {"done": exit_codes.RANK_DONE, "requeue": exit_codes.REQUEUE, "regroup": exit_codes.RANK_REGROUP}
 
 
@@ -45,9 +47,14 @@ def run(config: dict[str, Any], seat: Seat) -> int:
         return _train(config, seat.store_socket)
     except UserError as error:
         slot.set_cause(f"error: {error}")
+        if error.is_transient:
+            return exit_codes.CRASHED
+        # The agent prints the line of the first and ends all ranks. Until then this one stays: if its connections
+        # closed, the others would fail in their turn, each in many lines.
         if not error.on_all_ranks or os.environ["RANK"] == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR
+            slot.set_verdict(exit_codes.USER_ERROR)
+        time.sleep(_LAST_SECONDS)
+        return exit_codes.USER_ERROR
     except NodeFault as fault:
         slot.set_cause(str(fault))
         return code_of(fault)

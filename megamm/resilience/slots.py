@@ -13,12 +13,12 @@ PHASES = ("start", "resume", "data", "step", "evaluate", "save", "wait", "end")
 TIMED = (*PHASES, "first")
 """What has a typical duration: the phases, and everything until the first step is done (it warms up)."""
 NO_STEP = -1
-_WORDS = 8 * (8 + len(TIMED))
-_SLOT, _TEXT = 1024, 1024 - _WORDS - 8
-_FIELDS = {
-    name: 8 * i for i, name in enumerate(("count", "step", "phase", "since", "entered", "pid", "thread", "warm"))
-}
-_LONGEST = 8 * 8
+_NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict")
+_WORDS = 8 * (len(_NAMES) + len(TIMED))
+_SLOT = 4096
+_TEXT = _SLOT - _WORDS - 8
+_FIELDS = {name: 8 * i for i, name in enumerate(_NAMES)}
+_LONGEST = 8 * len(_NAMES)
 
 Ending = Literal["done", "requeue", "regroup"]
 """Why a rank's training ends: all steps done, a signal, or a change of the job's nodes."""
@@ -105,6 +105,15 @@ class Slot:
         place = self.begin + _WORDS
         struct.pack_into("q", self.memory, place, len(data))
         self.memory[place + 8 : place + 8 + len(data)] = data
+
+    def set_verdict(self, code: int) -> None:
+        """Say with which exit code the rank is going to end, for the cause set before."""
+        self._set_integer("verdict", code)
+
+    @property
+    def verdict(self) -> int:
+        """0 if the rank has not said."""
+        return self._integer("verdict")
 
     @property
     def cause(self) -> str:
