@@ -19,7 +19,7 @@ from megamm.device import Device
 from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.mcore.groups import Groups
-from megamm.resilience import events
+from megamm.resilience import events, roll_back
 from megamm.start.begin import begin
 from megamm.tiers.choose import choose
 from megamm.tiers.local import LocalTier
@@ -159,6 +159,16 @@ class RunStore:
         if self.local is not None:
             self.local.begin(-1)
         return self.restore(folder)
+
+    def checkpoint_before(self, row: int) -> Path | None:
+        """Of roll_back.checkpoint_before; what is being uploaded is left, for it may be one of those set aside."""
+        if self.uploader is not None:
+            self.uploader.stop()
+        c = self.config.checkpoint
+        found = roll_back.checkpoint_before(self.config.output, row, c.durable, c.keep_best)
+        if self.uploader is not None:
+            self.uploader.start()
+        return found
 
     def restore(self, folder: Path) -> checkpoint.RunState:
         """Restore engine, data and generators from a verified checkpoint."""

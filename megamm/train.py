@@ -24,7 +24,6 @@ from megamm.resilience import events, heartbeat
 from megamm.resilience.boundary import Boundary, of_this_rank
 from megamm.resilience.heartbeat import Heartbeat
 from megamm.resilience.loss_guard import LeftOut, LossGuard
-from megamm.resilience.roll_back import checkpoint_before
 from megamm.resilience.slots import Ending
 from megamm.resilience.stragglers import Stragglers
 from megamm.run_state import RunStore
@@ -168,7 +167,7 @@ class Trainer:
         """To the newest checkpoint of before the rows to leave out."""
         self.pulse.beat("resume", self.step)
         self.store.drain()
-        folder = checkpoint_before(self.config.output, window.first)
+        folder = self.store.checkpoint_before(window.first)
         if folder is None:
             why = f"{window.why}, and there is no checkpoint of before row {window.first} to go back to"
             self.guard.stop(self.step + 1, why, "save more often (checkpoint.every), or use action=skip")

@@ -123,6 +123,28 @@ def rows_left_out(first: int, count: int) -> None:
     RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
 
 
+def ended_by_roll_back() -> None:
+    """The run ends when it has set the later checkpoints aside."""
+    from megamm.errors import UserError
+    from megamm.resilience.loss_guard import LossGuard
+
+    def ended(self: Any, window: Any) -> None:
+        raise UserError("ended", remedy="none", on_all_ranks=True)
+
+    LossGuard.rolled_back = ended
+
+
+def no_durable_tier() -> None:
+    """It cannot be written to."""
+    from megamm.tiers.durable import DurableTier
+    from megamm.tiers.remote import RemoteError
+
+    def refused(self: Any, name: str) -> None:
+        raise RemoteError("no answer", self.remote.url)
+
+    DurableTier.withdraw = refused
+
+
 def no_update(at: list[int]) -> None:
     """The reference of a skipped step: the optimizer and its schedule stand still in these passes."""
     from megamm.mcore import optimizer

@@ -22,6 +22,7 @@ from megamm.resilience import events
 from megamm.resilience.second_run import compare, suspects
 from megamm.resilience.spikes import Spikes
 from megamm.resilience.stragglers import Stragglers, scores
+from megamm.tiers.durable import DurableTier
 
 TINY = {
     "num_layers": 1,
@@ -194,6 +195,26 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs):
     assert _state(run, 12)["consumed_rows"] == 48 + 8
     (window,) = _state(run, 12)["loss_guard"]["left_out"]
     assert (window["how"], window["first"], window["end"], window["step"]) == ("rollback", 28, 36, 9)
+
+
+def test_roll_back_holds_in_the_durable_tier_too(runs):
+    """The run ends right after it: the copy of step 8 must not be taken, and `latest` names what is there."""
+    guard, url = SPIKE | {"action": "rollback", "margin": 1}, f"file://{runs.folder}/durable_copies"
+    kept = {"guard": guard, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
+    run, poison = runs.run("durable", steps=8, **kept), ("poisoned_rows", {"rows": [33]})
+    tier, latest = DurableTier(url), run / "checkpoints" / "latest"
+    assert tier.complete()[-1] == "step_00000008"
+
+    kind, text = runs.end_of("durable", poison, ("no_durable_tier", {}), steps=10, **kept)
+    assert kind == "UserError" and text.startswith("not rolled back: no answer")
+    assert _step(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
+
+    kind, text = runs.end_of("durable", poison, ("ended_by_roll_back", {}), steps=10, **kept)
+    assert kind == "UserError" and text.startswith("ended")
+    assert "step_00000008" not in tier.complete() and not _step(run, 8).exists()
+    assert latest.read_text().strip() == "step_00000006"
+    runs.run("durable", steps=7, **kept)
+    assert [e["step"] for e in events.read(run) if e["kind"] == "resumed"] == [8, 8, 6]
 
 
 def test_roll_backs_end(runs):

@@ -8,29 +8,47 @@ import torch.distributed as dist
 
 from megamm import checkpoint
 from megamm.errors import UserError
+from megamm.tiers import manifest, retention
+from megamm.tiers.durable import DurableTier
+from megamm.tiers.remote import RemoteError
 
 log = logging.getLogger(__name__)
 
 
-def checkpoint_before(run: Path, row: int) -> Path | None:
+def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool) -> Path | None:
     """The newest valid checkpoint of which row `row` is not a part; None if there is none. Every rank calls it.
 
-    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for whoever looks into it.
+    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for whoever looks into it; in the durable tier (its
+    URL, to which nothing may be copied meanwhile) they count no more. UserError on all ranks if that does not answer.
     """
-    found: list[Any] = [None]
+    told: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        found[0] = _choose(run, row)
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+        try:
+            told[0] = _choose(run, row, durable)
+            retention.renew(run, keep_best)
+        except RemoteError as error:
+            told[1] = {"what": f"not rolled back: {error.what}", "where": error.where, "remedy": error.remedy}
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        # With the newer ones there a restart would undo the roll-back; before it, it comes to the same rows again.
+        raise UserError(**told[1], on_all_ranks=True, is_transient=True)
+    return told[0]
 
 
-def _choose(run: Path, row: int) -> Path | None:
+def _choose(run: Path, row: int, durable: str | None) -> Path | None:
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
     found = next((folder for folder in folders if _is_before(folder, row)), None)
-    if found is not None:
-        for folder in folders[: folders.index(found)]:
-            number = len(list(folder.parent.glob(f"rolled_back-{folder.name}-*"))) + 1
-            folder.rename(folder.with_name(f"rolled_back-{folder.name}-{number}"))
+    if found is None:
+        return None
+    tier = DurableTier(durable) if durable else None
+    for name in tier.complete() if tier else []:
+        if manifest.step_of(name) > manifest.step_of(found.name):
+            assert tier is not None
+            tier.withdraw(name)
+            log.info("%s counts no more in %s", name, tier.remote.url)
+    for folder in folders[: folders.index(found)]:
+        number = len(list(folder.parent.glob(f"rolled_back-{folder.name}-*"))) + 1
+        folder.rename(folder.with_name(f"rolled_back-{folder.name}-{number}"))
     return found
 
 

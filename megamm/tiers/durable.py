@@ -140,9 +140,13 @@ class DurableTier:
 
         _each(fetch, files)
 
+    def withdraw(self, name: str) -> None:
+        """From now on it does not count; the retention removes its files when there is a newer one."""
+        self.remote.remove(f"{name}/{manifest.NAME}")
+
     def remove(self, name: str) -> None:
         """Remove a checkpoint; its manifest first, so that half of it never counts."""
-        self.remote.remove(f"{name}/{manifest.NAME}")
+        self.withdraw(name)
         self.remote.remove(name)
 
     def apply_retention(self, keep: int, keep_best: bool) -> list[str]:

@@ -60,15 +60,21 @@ def _read(path: Path) -> bytes:
 
 def apply(run: Path, keep: int, keep_best: bool) -> list[str]:
     """After a save, by one process: renew the pointers, then remove what is not to be kept; the names removed."""
+    names, best_now = complete(run), renew(run, keep_best)
+    gone = doomed(names, keep, {name for name in (best_now, uploading(run)) if name})
+    for name in gone:
+        remove(run / "checkpoints" / name)
+    return gone
+
+
+def renew(run: Path, keep_best: bool) -> str | None:
+    """Make the pointers name what is there now; the best, if that is to be kept."""
     names, best_now = complete(run), best(run) if keep_best else None
     if names:
         point(run, LATEST, names[-1])
     if best_now:
         point(run, BEST, best_now)
-    gone = doomed(names, keep, {name for name in (best_now, uploading(run)) if name})
-    for name in gone:
-        remove(run / "checkpoints" / name)
-    return gone
+    return best_now
 
 
 def point(run: Path, pointer: str, name: str) -> None:

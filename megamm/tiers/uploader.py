@@ -38,10 +38,11 @@ class Uploader:
         DurableTier(url).check_writable()
         self._command = [sys.executable, "-m", __name__, str(run), url, str(keep), str(int(keep_best))]
         self._command.append(str(os.getpid()))
-        self._process = self._start()
+        self.start()
 
-    def _start(self) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
+    def start(self) -> None:
+        """Once more, after `stop`."""
+        self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     @property
     def pid(self) -> int:
@@ -52,7 +53,7 @@ class Uploader:
         """Start it anew if it has died; to be called now and then."""
         if self._process.poll() is not None:
             log.warning("the uploader ended with %s: started again", self._process.returncode)
-            self._process = self._start()
+            self.start()
 
     def finish(self, seconds: float) -> bool:
         """Let it copy what is finished by now, for so long at most; whether the newest checkpoint is there."""
