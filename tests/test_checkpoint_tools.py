@@ -1,6 +1,7 @@
 """`megamm checkpoint …`, pointers, best and durable copies of real runs; hostile checkpoints; no secret in a run."""
 
 import contextlib
+import errno
 import json
 import os
 import pickle
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typer.testing import CliRunner
 
 from megamm import checkpoint, cli
+from megamm.checkpoint import files
 from megamm.config import config_from_dict
 from megamm.errors import UserError
 from megamm.resilience import events
@@ -172,6 +174,30 @@ def test_diff_finds_every_difference(run):
         assert line == f"{name}: {count:,} of {both[0][name].numel():,} differ, by {difference:.3g} at most"
     assert lines[-1] == f"{len(both[0]) - len(differing)} tensors are the same bit for bit"
     assert checkpoint_command("diff", step(run, 6), run) == (0, [f"{len(both[0])} tensors are the same bit for bit"])
+
+
+def test_a_full_disk_gets_room_before_the_pointers_and_they_stay_valid(tmp_path, monkeypatch):
+    run, fits = tmp_path / "run", 2
+    for step in (2, 4, 6):
+        make_checkpoint(run, step)
+    retention.apply(run, keep=3, keep_best=False)
+    make_checkpoint(run, 8)
+    plain = files.write
+
+    def write(path, pieces):
+        if len(retention.complete(run)) > fits:
+            raise OSError(errno.ENOSPC, "no space")
+        return plain(path, pieces)
+
+    monkeypatch.setattr(files, "write", write)
+    latest = run / "checkpoints" / "latest"
+    assert retention.apply(run, keep=2, keep_best=False) == ["step_00000002", "step_00000004"]
+    assert retention.complete(run) == ["step_00000006", "step_00000008"] and latest.read_text() == "step_00000008\n"
+    make_checkpoint(run, 10)
+    fits = 0
+    with pytest.raises(OSError, match="no space"):
+        retention.apply(run, keep=1, keep_best=False)
+    assert retention.complete(run) == ["step_00000008", "step_00000010"] and latest.read_text() == "step_00000008\n"
 
 
 def test_prune_says_first_and_keeps_the_valid_and_the_best(tmp_path):

@@ -126,12 +126,16 @@ class Attempt:
             raise
         size, seconds = sum(entry.size for entry in listed.values()), time.monotonic() - self.began
         done: dict[str, Any] = {"bytes": size, "seconds": seconds}
-        try:  # it is there; what follows takes nothing from it
-            events.record(self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run", **done)
-            files.remove_tree(self.parts)
-            retention.apply(self.run, self.job["keep"], self.job["keep_best"])
-        except OSError as error:
-            done["afterwards"] = str(error)
+        told = partial(events.record, self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run")
+        for action in (
+            partial(told, **done),
+            partial(files.remove_tree, self.parts),
+            partial(retention.apply, self.run, self.job["keep"], self.job["keep_best"]),
+        ):
+            try:  # it is there; what follows takes nothing from it, and on a full disk some of it may be possible
+                action()
+            except OSError as error:
+                done["afterwards"] = str(error)
         return done | {"folder": str(self.final)}
 
 

@@ -59,12 +59,27 @@ def _read(path: Path) -> bytes:
 
 
 def apply(run: Path, keep: int, keep_best: bool) -> list[str]:
-    """After a save, by one process: renew the pointers, then remove what is not to be kept; the names removed."""
-    names, best_now = complete(run), renew(run, keep_best)
+    """After a save, by one process: renew the pointers, then remove what is not to be kept; the names removed.
+
+    On a full disk there may be no room for a pointer: then what no pointer names is removed first.
+    """
+    names, best_now = complete(run), best(run) if keep_best else None
     gone = doomed(names, keep, {name for name in (best_now, uploading(run)) if name})
-    for name in gone:
-        remove(run / "checkpoints" / name)
+    try:
+        renew(run, keep_best)
+    except OSError as error:
+        log.warning("the pointers to checkpoints could not be renewed: %s; room is made", error)
+        pointed = {_read(run / "checkpoints" / pointer).decode().strip() for pointer in (LATEST, BEST)}
+        _remove(run, [name for name in gone if name not in pointed])
+        renew(run, keep_best)
+    _remove(run, gone)
     return gone
+
+
+def _remove(run: Path, names: Sequence[str]) -> None:
+    for name in names:
+        if (run / "checkpoints" / name).exists():
+            remove(run / "checkpoints" / name)
 
 
 def renew(run: Path, keep_best: bool) -> str | None:
