@@ -83,9 +83,10 @@ def test_templates_outlive_their_fork_server_and_come_from_another(command, monk
     assert json.loads(it.answer(first)) == {"swept": 0}
     (template,) = it.templates()
 
-    old = it.server.pid
-    os.kill(old, signal.SIGKILL)
-    it.wait(lambda: it.server.pid not in (None, old))
+    for _ in range(2):  # the second one has hardly begun to import
+        old = it.server.pid
+        os.kill(old, signal.SIGKILL)
+        it.wait(lambda old=old: it.server.pid not in (None, old))
     assert json.loads(it.answer(first)) == {"swept": 0} and it.templates() == [template]
 
     second = it.ask()
@@ -98,11 +99,11 @@ def test_templates_outlive_their_fork_server_and_come_from_another(command, monk
         ours.close()
     it.wait(lambda: all(processes.state(p) == "Z" for p in it.templates()))
     said = capfd.readouterr().err
-    assert said.count("has ended") == 1 and said.count("does not answer") == 1
+    assert said.count("has ended") == 2 and said.count("does not answer") == 1
 
 
 def test_one_that_cannot_import_is_tried_again_only_when_asked(command, capfd):
-    it = command({"device": "cpu"})
+    it = command({"device": "cpu"})  # its engine is missing
     it.wait(lambda: it.server.pid is None)
     for _ in range(2):
         template = it.ask()

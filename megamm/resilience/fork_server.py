@@ -14,7 +14,6 @@ One JSON object a message:
 import contextlib
 import gc
 import json
-import logging
 import os
 import select
 import socket
@@ -31,7 +30,8 @@ MAX_DESCRIPTORS = 253
 """Of one message (SCM_MAX_FD of Linux)."""
 ANSWER_SECONDS = 10.0
 """A fork takes milliseconds: one that has imported and does not answer for so long is stopped or stuck."""
-log = logging.getLogger(__name__)
+_MAX_IN_VAIN = 3
+"""Of these processes in a row may be killed while they import."""
 
 
 class ForkServer:
@@ -45,7 +45,7 @@ class ForkServer:
         self._is_ready = False
         self._request: tuple[bytes, list[int]] | None = None
         """The one that it has not answered, to be repeated to another should it end."""
-        self._asked = 0.0
+        self._asked, self._in_vain = 0.0, 0
         self._start()
 
     @property
@@ -74,6 +74,9 @@ class ForkServer:
             except ConnectionResetError:  # it ended before it had read all
                 data = b""
             if not data:
+                assert self._process is not None
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(1.0)  # with its own exit code; its files close a moment before
                 self._replace("has ended")
             elif "ready" in json.loads(data):
                 self._is_ready, self._asked = True, time.monotonic()
@@ -101,11 +104,12 @@ class ForkServer:
             ours.send(json.dumps({"config": self._config}).encode())
 
     def _replace(self, why: str) -> None:
-        """One that never came to work is not tried again before somebody asks: it could be so for ever."""
-        was_ready = self._is_ready
-        self._end()
+        """One that cannot import is not tried again before somebody asks: it could be so for ever."""
+        self._in_vain = 0 if self._is_ready else self._in_vain + 1
+        code = self._end()
         print(f"the process that has imported for the ranks {why}", file=sys.stderr, flush=True)
-        if not was_ready:
+        if self._in_vain and (code >= 0 or self._in_vain >= _MAX_IN_VAIN):
+            self._in_vain = 0
             self._forget_request()  # whoever waits for a template sees its end of the socket close
             return
         self._start()
@@ -127,13 +131,16 @@ class ForkServer:
                 os.close(descriptor)
         self._request = None
 
-    def _end(self) -> None:
+    def _end(self) -> int:
+        """Its exit code: 0 if there is none."""
+        code = 0
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            code = self._process.wait()
         if self._channel is not None:
             self._channel.close()
         self._process, self._channel, self._is_ready = None, None, False
+        return code
 
 
 def preload(device: Literal["auto", "cpu", "gpu"], engine: str) -> None:
