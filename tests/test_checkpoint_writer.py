@@ -3,6 +3,7 @@
 After each, the newest checkpoint is the one before or the new one, whole; and the next save works and clears up.
 """
 
+import errno
 import json
 import mmap
 import os
@@ -18,8 +19,8 @@ import psutil
 import pytest
 
 from megamm import checkpoint
+from megamm.checkpoint import files, process, writer
 from megamm.checkpoint import folder as folders
-from megamm.checkpoint import process
 from megamm.checkpoint.process import WriterProcess
 from megamm.resilience import events
 
@@ -209,6 +210,27 @@ def test_events_tell_of_the_save(memory, tmp_path):
     (event,) = events.read(tmp_path)
     assert (event["kind"], event["step"], event["tier"]) == ("saved", 7, "run")
     assert event["bytes"] == done["bytes"] > SIZE and event["seconds"] > 0
+
+
+def test_a_rank_without_space_for_a_word_is_not_waited_for(tmp_path, monkeypatch):
+    job = {"run": str(tmp_path), "step": 3, "attempt": "a", "world": 2}
+    plain = files.write
+
+    def full(path, pieces):
+        plain(path, [])
+        if list(pieces):
+            raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OSError, match="no space"):
+        writer.Attempt(job | {"rank": 1}).write_own(memoryview(b"x"), {})
+    monkeypatch.setattr(files, "write", plain)
+    first = writer.Attempt(job | {"rank": 0})
+    first.write_own(memoryview(b"y"), {})
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="rank 1: no space left to tell more"):
+        first.publish()
+    assert time.monotonic() - begin < 5 and not list((tmp_path / "checkpoints").iterdir())
 
 
 def test_it_ignores_the_signals_of_a_terminal_and_a_scheduler(memory, tmp_path):

@@ -87,9 +87,15 @@ class Attempt:
 
     def _tell(self, part: dict[str, Any]) -> None:
         path = self.parts / f"{self.job['rank']}.json"
+        new = path.with_suffix(".new")
         files.make_folder(self.parts)
-        files.write(path.with_suffix(".new"), [json.dumps(part).encode()])
-        files.rename(path.with_suffix(".new"), path)
+        try:
+            files.write(new, [json.dumps(part).encode()])
+        except OSError:
+            files.write(new, [])  # a full disk may have room for the name alone: that this part has failed
+            files.rename(new, path)
+            raise
+        files.rename(new, path)
 
     def gather(self) -> dict[str, Entry]:
         """All ranks' files, when every rank has told. OSError with the first problem known, or for ranks unheard."""
@@ -98,7 +104,7 @@ class Attempt:
         while missing := set(range(self.job["world"])) - told.keys():
             for rank in missing:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    told[rank] = json.loads((self.parts / f"{rank}.json").read_bytes())
+                    told[rank] = _parsed(rank, (self.parts / f"{rank}.json").read_bytes())
             patience = DOOMED_SECONDS if any("error" in part for part in told.values()) else PART_SECONDS
             if time.monotonic() > began + patience:
                 break
@@ -137,6 +143,13 @@ class Attempt:
             except OSError as error:
                 done["afterwards"] = str(error)
         return done | {"folder": str(self.final)}
+
+
+def _parsed(rank: int, part: bytes) -> dict[str, Any]:
+    try:
+        return dict(json.loads(part))
+    except ValueError:
+        return {"error": f"rank {rank}: no space left to tell more"}
 
 
 class Local:
