@@ -163,7 +163,10 @@ def table(folder: Path) -> str:
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.outcome")}
     what = {name: kind.what for name, kind in KINDS.items()} | NODES
     lines = [f"| fault | {' | '.join(PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
-    for name in filter(found.get, what):
+    for name in what:
+        if name not in found:
+            lines.append(f"| {what[name]} | not run |" + " |" * (len(PLACES) - 1))
+            continue
         by_phase = {cell["phase"]: cell for cell in found[name]["cells"]}
         shown = [_shown(by_phase[phase]) if phase in by_phase else "" for phase in PLACES]
         failed = " **fails**" if found[name]["wrong"] else ""
