@@ -181,6 +181,7 @@ POLICY = {
     (exit_codes.REQUEUE, True): ("Ignore", "RestartJobSetAndIgnoreMaxRestarts"),
     (exit_codes.CRASHED, False): ("Count", "RestartJobSet"),
     (exit_codes.CRASHED, True): ("Ignore", "RestartJobSetAndIgnoreMaxRestarts"),
+    (exit_codes.EVICTED, False): ("Count", "RestartJobSet"),
     (KILLED, False): ("Count", "RestartJobSet"),
     (KILLED, True): ("Ignore", "RestartJobSetAndIgnoreMaxRestarts"),
 }

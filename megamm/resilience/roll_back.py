@@ -7,8 +7,9 @@ from typing import Any
 import torch.distributed as dist
 
 from megamm import checkpoint
+from megamm.checkpoint import manifest
 from megamm.errors import UserError
-from megamm.tiers import manifest, retention
+from megamm.tiers import retention
 from megamm.tiers.durable import DurableTier
 from megamm.tiers.remote import RemoteError
 
