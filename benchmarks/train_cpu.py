@@ -97,9 +97,9 @@ def plain_step(config: RunConfig) -> Callable[[], float]:
     """The same step in plain PyTorch: transformers' Qwen3, SDPA with the same document mask, fused AdamW."""
     from transformers import AutoModelForCausalLM
 
-    from megamm.convert.qwen3 import transformers_config
+    from megamm.convert.family_config import family_for, to_config
 
-    theirs = transformers_config(config.model, VOCABULARY, LENGTH, {})
+    theirs = to_config(family_for(config.model), config.model, VOCABULARY, LENGTH, {})
     model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, attn_implementation="sdpa")
     optim = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     batches = microbatches(0, 1)
