@@ -85,6 +85,9 @@ STEPPING = [(1.0, "step", 3), (2.0, "data", 3)]
         # A single process without an agent records neither a launch nor an end.
         ([STARTED], [(5.0, "end", 100)], "done", "all ranks ended"),
         ([STARTED], [(5.0, "end", 40)], "stopped", "run it again"),
+        # With one, its word is waited for, unless it has been killed meanwhile.
+        ([LAUNCHED, STARTED], [(5.0, "end", 100)], "running", "in end"),
+        ([LAUNCHED, STARTED], [(200.0, "end", 100)], "done", "all ranks ended"),
         # The next launch of a run that was stopped.
         ([LAUNCHED, (800.0, "signal", {"signal": "SIGTERM"}), (5.0, "launched", {})], STEPPING, "waiting", "launched"),
     ],

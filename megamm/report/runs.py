@@ -130,7 +130,8 @@ def _state(
             return "stopping", f"{last.get('signal', 'a signal')}: a checkpoint, then the end"
         case "launched" | "restarting" if now - max(last["time"], heard) <= STARTUP_SECONDS:
             return "waiting", f"{last['kind']}, no step yet"
-    if ended:  # a run without an agent records no end
+    has_agent = any(event["kind"] == "launched" for event in life)
+    if ended and not (has_agent and age <= SILENT_SECONDS):  # an agent records the end, a moment later
         is_done = steps is not None and max(beat.step for beat in beats) >= steps
         return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to go on")
     if age > limit:
