@@ -43,6 +43,8 @@ class Exporter:
         # Imported here: reading a config needs none of it.
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+        for left in run.glob(f"{TEXTFILE}.*"):
+            left.unlink(missing_ok=True)  # the client's temporary file, of a run that was killed while it wrote
         self.run, self.registry, self.label = run, CollectorRegistry(), run.resolve().name
         self.read_cost, self.read_at, self.oldest = 0.0, float("-inf"), float("nan")
         labels: dict[str, Any] = {"labelnames": ["run"], "registry": self.registry}
