@@ -157,6 +157,11 @@ def test_every_key_of_a_family_is_in_a_table(family: Any) -> None:
         ),
         ("mistral", {"sliding_window": 47}, r"cannot express sliding_window \(below data.seq_length = 48\) = 47"),
         ("qwen2", {"use_sliding_window": True}, "cannot express use_sliding_window = True"),
+        (
+            "qwen3",
+            {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            "cannot express layer_types = sliding",
+        ),
         ("qwen3-moe", {"norm_topk_prob": False}, "cannot express norm_topk_prob = False"),
         ("deepseek-v3", {"routed_scaling_factor": 2.5}, "cannot express routed_scaling_factor = 2.5"),
         ("deepseek-v3", {"rms_norm_eps": 1e-5}, "cannot express rms_norm_eps = 1e-05"),

@@ -77,6 +77,8 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
     for key, value in family.fixed.items():
         if getattr(theirs, key) != value:
             raise _inexpressible(key, getattr(theirs, key), where)
+    if other := set(getattr(theirs, "layer_types", None) or ()) - {"full_attention"}:
+        raise _inexpressible("layer_types", sorted(other)[0], where)
     window = getattr(theirs, "sliding_window", None)
     if window is not None and window < seq_length:
         raise _inexpressible(f"sliding_window (below data.seq_length = {seq_length})", window, where)
