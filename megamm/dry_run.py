@@ -165,20 +165,23 @@ def report(
 ) -> tuple[str, str | None]:
     """The printed text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
 
-    Without a vocabulary size it comes from the data. rank: one whose place is printed too. UserError for a layout that
-    is refused, for missing data, and for a rank that is not in the world.
+    Without a vocabulary size it comes from the data, and `start_from` is checked against it. rank: one whose place is
+    printed too. UserError for a layout or a start that is refused, for missing data, and for a rank not in the world.
     """
     layout.check(config, world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise UserError(f"rank {rank} is not one of {world_size} ranks", remedy=f"give --rank 0 to {world_size - 1}")
     if vocabulary_size is None:
         from megamm.data.run_data import open_run_data
+        from megamm.start.begin import check as check_start
 
         try:
-            vocabulary_size = open_run_data(config).vocabulary.size
+            vocabulary = open_run_data(config).vocabulary
         except UserError as error:
             remedy = f"{error.remedy}, or give the dry run --vocabulary-size"
             raise UserError(error.what, where=error.where, remedy=remedy) from None
+        check_start(config, vocabulary)
+        vocabulary_size = vocabulary.size
     return describe(config, vocabulary_size, world_size, rank)
 
 

@@ -4,7 +4,7 @@
 numbers are proven against one rank (docs/parallelism.md).
 """
 
-from megamm.config import ModelConfig, RunConfig
+from megamm.config import ModelConfig, MoEConfig, RunConfig
 from megamm.errors import UserError
 from megamm.model import size
 
@@ -35,6 +35,7 @@ def check(config: RunConfig, world_size: int) -> None:
             f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="use a head_dim of at least 6"
         )
     _check_latent_attention(m, p.tensor)
+    _check_window(m)
     _check_experts(config, data_parallel)
     _check_schedule(config)
     if config.engine == "deepspeed":
@@ -81,6 +82,8 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
 
 def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
     if m.mla.kv_lora_rank == 0:
+        if m.rope_scaling.kind == "yarn":
+            raise UserError("model.rope_scaling.kind = yarn is of latent attention", remedy="choose linear or llama3")
         return
     for key in ("qk_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(m.mla, key) == 0:
@@ -94,10 +97,28 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
             "latent attention has no query groups", remedy="set model.num_query_groups = model.num_attention_heads"
         )
     inside = "latent attention turns its keys inside Megatron, by the index in the row"
-    if m.rope_axes == 3 or m.rope_scaling.kind != "none":
-        raise UserError(inside, remedy="set model.rope_axes=1, model.rope_scaling.kind=none")
+    if m.rope_axes == 3 or m.rope_scaling.kind not in ("none", "yarn"):
+        raise UserError(inside, remedy="set model.rope_axes=1, model.rope_scaling.kind=none or yarn")
     if m.qkv_bias:
         raise UserError("latent attention has no biases", remedy="set model.qkv_bias=false")
+
+
+def _check_window(m: ModelConfig) -> None:
+    window = m.window
+    if window.size == 0 and (window.full_layers or window.rope_base):
+        raise UserError("model.window without a size", remedy="set model.window.size, or none of its keys")
+    if any(layer >= m.num_layers for layer in window.full_layers):
+        raise UserError(
+            f"model.window.full_layers = {window.full_layers} names more than layers 0 to {m.num_layers - 1}",
+            remedy="name layers that the model has",
+        )
+    if window.size and m.mtp.num_layers:
+        raise UserError("multi-token prediction of a model with windows", remedy="set model.mtp.num_layers=0")
+    if m.mla.kv_lora_rank:
+        for key in ("window.size", "query_pre_attn_scalar", "attention_softcap"):
+            section, _, last = key.rpartition(".")
+            if getattr(getattr(m, section) if section else m, last):
+                raise UserError(f"latent attention with model.{key}", remedy="set it to 0")
 
 
 def _check_experts(config: RunConfig, data_parallel: int) -> None:
@@ -116,15 +137,32 @@ def _check_experts(config: RunConfig, data_parallel: int) -> None:
     _divisible("model.moe.shared_ffn_hidden_size", moe.shared_ffn_hidden_size or p.tensor, "parallel.tensor", p.tensor)
     if moe.top_k > moe.num_experts:
         raise UserError("model.moe.top_k > model.moe.num_experts", remedy="choose a smaller top_k")
+    if moe.dense_layers >= config.model.num_layers:
+        raise UserError("model.moe.dense_layers leaves no layer with experts", remedy="choose fewer, or num_experts=0")
+    _check_expert_groups(moe)
     if moe.bias_update_rate and moe.score != "sigmoid":
         raise UserError("model.moe.bias_update_rate needs independent scores", remedy="set model.moe.score=sigmoid")
-    if moe.top_k == 1 and moe.score == "softmax":
+    if not moe.norm_top_k and moe.score == "sigmoid":
+        raise UserError("Megatron-core normalises sigmoid scores", remedy="set model.moe.norm_top_k=true")
+    if moe.top_k == 1 and moe.score == "softmax" and moe.norm_top_k:
         raise UserError(
             "model.moe.top_k = 1: a softmax over one score gives the router no gradient",
             remedy="set model.moe.score=sigmoid or top_k=2",
         )
     if p.tensor > 1 and not p.sequence:
         raise UserError("MoE with parallel.tensor > 1 needs sequence parallel", remedy="set parallel.sequence=true")
+
+
+def _check_expert_groups(moe: MoEConfig) -> None:
+    if moe.num_groups == 1 and moe.group_top_k == 1:
+        return
+    _divisible("model.moe.num_experts", moe.num_experts, "model.moe.num_groups", moe.num_groups)
+    _divisible("model.moe.top_k", moe.top_k, "model.moe.group_top_k", moe.group_top_k)
+    if moe.group_top_k > moe.num_groups or moe.top_k // moe.group_top_k > moe.num_experts // moe.num_groups:
+        raise UserError(
+            f"model.moe: {moe.num_groups} groups cannot give {moe.top_k} experts of {moe.group_top_k} groups",
+            remedy="choose a smaller top_k or group_top_k",
+        )
 
 
 def _check_schedule(config: RunConfig) -> None:

@@ -67,9 +67,14 @@ def attention(
     row_map: torch.Tensor,
     axes: int = 1,
     base: float | None = None,
+    form: tuple[float, float, int] | None = None,
 ) -> torch.Tensor:
-    """float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows -> `[S, B, N * E]`."""
+    """float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows -> `[S, B, N * E]`.
+
+    form: scale of the scores, their cap and the window, in tokens; None: 1 / sqrt(D), no cap and no window.
+    """
     length, rows, heads, head_dim = query.shape
+    scale, cap, window = form or (1 / math.sqrt(head_dim), math.inf, length)
     out = query.new_zeros(length, rows, heads, value.shape[3])
     for b in range(rows):
         for start, stop in documents(row_map[b, 0].tolist()):
@@ -78,9 +83,10 @@ def attention(
                 index = torch.arange(stop - start).expand(3, -1)
                 position = index if axes == 1 else row_map[b, 1:, start:stop]
                 q, k = turned(q, position, axes, base), turned(k, position, axes, base)
-            later = torch.ones(stop - start, stop - start).triu(1).bool()
-            scores = torch.einsum("qnd,knd->nqk", q, k) / math.sqrt(head_dim)
-            weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+            ones = torch.ones(stop - start, stop - start).bool()
+            scores = torch.einsum("qnd,knd->nqk", q, k) * scale
+            scores = scores if cap == math.inf else cap * torch.tanh(scores / cap)
+            weights = scores.masked_fill(ones.triu(1) | ones.tril(-window), -torch.inf).softmax(-1)
             out[start:stop, b] = torch.einsum("nqk,knd->qnd", weights, v)
     return out.flatten(2)
 

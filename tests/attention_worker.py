@@ -30,6 +30,8 @@ HEADS = [
     ("groups_share_no_rank", 12, 6, 4, 4, 1),
     ("latent", 4, 4, 12, 10, 0),
 ]
+# Scale and cap of scores, window: shorter than a block in which attention skips, and longer.
+FORMS = [(0.3, 0.6, 21), (0.5, 1.5, 150)]
 # Rows shorter and longer than the blocks in which attention skips.
 SIZES = [(2, 44), (2, 4 * 131), (4, 8 * 5), (4, 8 * 37)]
 CASES = {
@@ -39,14 +41,23 @@ CASES = {
     if length < 100 or heads[0] in ("grouped", "latent")
 }
 
+CASES |= {
+    f"{exchange}-cp2-524-{form[2]}": dict(exchange=exchange, cp=2, length=524, heads=HEADS[1], form=form)
+    for exchange, form in product(("allgather", "alltoall"), FORMS)
+}
 
-def build(group: Any, head_dim: int, axes: int, exchange: str = "allgather", kernel: str = "sdpa") -> torch.nn.Module:
-    """PackedAttention as Megatron would build it; axes 0: keys come turned."""
-    from megamm.mcore.attention import PackedAttention
+
+def build(
+    group: Any, head_dim: int, axes: int, exchange: str = "allgather", kernel: str = "sdpa", form: Any = ()
+) -> torch.nn.Module:
+    """PackedAttention as Megatron would build it; axes 0: keys come turned; form is one of FORMS, or none."""
+    from megamm.mcore.attention import PackedAttention, ScoreForm
 
     config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
     collection, rope = types.SimpleNamespace(cp=group, tp=None), Rope(BASE, axes) if axes else None
-    return PackedAttention(config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel)
+    return PackedAttention(
+        config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel, form=ScoreForm(*(form or ()))
+    )
 
 
 def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]:
@@ -58,23 +69,28 @@ def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]
     return [*tensors, torch.randn(length, ROWS, n * value_dim, generator=generator)]
 
 
-def expected(tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int) -> list[torch.Tensor]:
+def expected(tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int, form: Any = None) -> list[torch.Tensor]:
     """The reference's output and gradients of query, key and value, for whole rows."""
     *qkv, weight = (x.double() for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
-    out = attention(*leaves, row_map, axes or 1, BASE if axes else None)
+    out = attention(*leaves, row_map, axes or 1, BASE if axes else None, form)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
 def errors(
-    module: torch.nn.Module, index: torch.Tensor, tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int
+    module: torch.nn.Module,
+    index: torch.Tensor,
+    tensors: list[torch.Tensor],
+    row_map: torch.Tensor,
+    axes: int,
+    form: Any = None,
 ) -> list[float]:
     """Relative errors of a module given the tokens `index` of the rows: output, then the three gradients."""
     *qkv, weight = (x[index] for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
     out = module(*leaves, row_map)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, weight)]
-    return [relative_error(x, y[index]) for x, y in zip(ours, expected(tensors, row_map, axes), strict=True)]
+    return [relative_error(x, y[index]) for x, y in zip(ours, expected(tensors, row_map, axes, form), strict=True)]
 
 
 def main(out: Path) -> None:
@@ -88,9 +104,10 @@ def main(out: Path) -> None:
         group = pairs[rank // 2] if cp == 2 else dist.group.WORLD
         seed += 1000 * (rank // cp)
         index = local_index(length, dist.get_rank(group), cp, torch.device("cpu"))
-        module = build(group, heads[3], heads[5], case["exchange"])
+        form = case.get("form")
+        module = build(group, heads[3], heads[5], case["exchange"], form=form)
         row_map = random_row_map(seed, length, only_short=heads[0] == "grouped")
-        worst = torch.tensor(errors(module, index, inputs(seed, length, heads), row_map, heads[5]))
+        worst = torch.tensor(errors(module, index, inputs(seed, length, heads), row_map, heads[5], form))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         results[name] = worst.tolist()
     if rank == 0:

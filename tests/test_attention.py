@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
-from attention_worker import ALONE, BASE, CASES, HEADS, build, errors, inputs
+from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, inputs
 
 from megamm.config import RopeScalingConfig
 from megamm.data.packing import Form, pack
@@ -86,6 +86,20 @@ def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[An
     assert max(found[1:]) <= GRADIENT
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("only_short", [False, True])
+def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: bool) -> None:
+    length, heads = 301, HEADS[1]
+    row_map, tensors = random_row_map(4, length, only_short), inputs(4, length, heads)
+    module = build(ALONE, heads[3], heads[5], form=form)
+    found = errors(module, torch.arange(length), tensors, row_map, heads[5], form)
+    assert found[0] <= OUTPUT
+    assert max(found[1:]) <= GRADIENT
+    flex = build(ALONE, heads[3], heads[5], kernel="flex", form=form)(*tensors[:3], row_map)
+    wanted = attention(*(x.double() for x in tensors[:3]), row_map, heads[5], BASE, form)
+    assert relative_error(flex.detach(), wanted.detach()) <= OUTPUT
+
+
 @pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
 def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
     """The block mask and the call are those of a GPU; only there are they compiled and have a backward."""
@@ -98,15 +112,16 @@ def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not choose("auto").is_gpu, reason="needs a GPU")
 @pytest.mark.parametrize("kernel", ["sdpa", "flex"])
-def test_kernels_on_a_gpu(kernel: str) -> None:
+@pytest.mark.parametrize("form", [None, *FORMS], ids=str)
+def test_kernels_on_a_gpu(kernel: str, form: tuple[float, float, int] | None) -> None:
     device, length, heads = choose("auto").torch_device, 389, ("grouped", 4, 2, 32, 32, 3)
     row_map, tensors = random_row_map(3, length), inputs(3, length, heads)
-    module = build(ALONE, heads[3], heads[5], kernel=kernel)
+    module = build(ALONE, heads[3], heads[5], kernel=kernel, form=form)
 
     def on_gpu(*arguments: torch.Tensor) -> torch.Tensor:
         return module(*(x.to(device) for x in arguments)).cpu()
 
-    found = errors(on_gpu, torch.arange(length), tensors, row_map, heads[5])
+    found = errors(on_gpu, torch.arange(length), tensors, row_map, heads[5], form)
     assert max(found) <= GRADIENT
 
 

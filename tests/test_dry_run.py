@@ -14,8 +14,9 @@ import torch
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 
 from megamm import cli, dry_run, layout
-from megamm.config import RunConfig, config_from_dict
+from megamm.config import RunConfig, config_from_dict, load_config
 from megamm.device import choose
+from megamm.errors import UserError
 from megamm.mcore import groups
 from megamm.model.size import parameter_count
 
@@ -307,6 +308,10 @@ def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:
     assert "world size 4 = tensor 2 x pipeline 1 x data 2 x context 1\n" in done.stdout
     assert "256 tokens in 2 microbatches" in done.stdout
     assert not (tmp_path / "run").exists()
+    # The start is checked as before a run; the source's tensors are not read.
+    start = load_config(config, [f"start_from.checkpoint={tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match="nowhere"):
+        dry_run.report(start, 4)
 
 
 @pytest.mark.parametrize(

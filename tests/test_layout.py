@@ -1,10 +1,12 @@
-"""The pipeline's split: every layer placed once, the slowest chunk as fast as any split can make it."""
+"""The split over the pipeline: every layer once, the slowest chunk as fast as can be. What a layout refuses."""
 
 import itertools
 
 import pytest
 
+from megamm import layout
 from megamm.config import RunConfig, config_from_dict
+from megamm.errors import UserError
 from megamm.layout import layers_per_chunk
 from megamm.model import size
 
@@ -63,3 +65,27 @@ def test_counts_are_those_of_the_model_with_its_heads(model):
     own = 3 * size.layer_parameters(config.model) + MODEL["hidden_size"] + 2 * 100 * MODEL["hidden_size"]
     own += config.model.mtp.num_layers * size.mtp_parameters(config.model)
     assert size.parameter_count(config.model, 100) == own
+
+
+LATENT = {"mla": {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}}
+EXPERTS = {"num_experts": 8, "ffn_hidden_size": 32, "top_k": 4}
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"window": {"full_layers": [0]}}, "model.window without a size"),
+        ({"window": {"size": 8, "full_layers": [4]}}, "names more than layers 0 to 3"),
+        ({"window": {"size": 8}, "mtp": {"num_layers": 1}}, "multi-token prediction of a model with windows"),
+        (LATENT | {"window": {"size": 8}}, "latent attention with model.window.size"),
+        (LATENT | {"attention_softcap": 8.0}, "latent attention with model.attention_softcap"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2}}, "yarn is of latent attention"),
+        ({"moe": EXPERTS | {"dense_layers": 4}}, "leaves no layer with experts"),
+        ({"moe": EXPERTS | {"score": "sigmoid", "norm_top_k": False}}, "Megatron-core normalises sigmoid scores"),
+        ({"moe": EXPERTS | {"num_groups": 3, "group_top_k": 2}}, "not divisible by model.moe.num_groups = 3"),
+        ({"moe": EXPERTS | {"num_groups": 4, "group_top_k": 1}}, "4 groups cannot give 4 experts of 1 groups"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(model, message):
+    with pytest.raises(UserError, match=message):
+        layout.check(_config(4, 1, **model), 1)

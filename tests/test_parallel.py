@@ -13,8 +13,12 @@ from megamm.parity.matrix import FEATURES, LAYOUTS, compose
 
 # Features that have nothing to do with each other are proven together.
 KITS = {
-    "experts": ("auxiliary loss", "bias balancing", "shared expert", "selective recompute", "biases, no q/k norm"),
-    "latent": ("latent attention", "multi-token prediction"),
+    "experts": (
+        *("auxiliary loss", "bias balancing", "shared expert", "selective recompute", "biases, no q/k norm"),
+        "dense first layer, expert groups",
+    ),
+    "latent": ("latent attention, YaRN", "multi-token prediction"),
+    "gemma": ("windows", "Gemma's norms, activation and caps"),
     "rest": ("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text", "one query group"),
 }
 ABSENT = {

@@ -1,21 +1,25 @@
 """The typed configuration of a run: its sections and how it is read."""
 
-from megamm.config.load import config_from_dict, load_config
+from megamm.config.load import apply_overrides, config_from_dict, load_config
+from megamm.config.model import (
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    MTPConfig,
+    RopeScalingConfig,
+    Section,
+    WindowConfig,
+)
 from megamm.config.sections import (
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
     LossGuardConfig,
     MetricsConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    MTPConfig,
     OptimizerConfig,
     ParallelConfig,
     RendezvousConfig,
     ResilienceConfig,
-    RopeScalingConfig,
     RunConfig,
     SourceConfig,
     StartConfig,
@@ -39,10 +43,13 @@ __all__ = [
     "ResilienceConfig",
     "RopeScalingConfig",
     "RunConfig",
+    "Section",
     "SourceConfig",
     "StartConfig",
     "StragglerConfig",
     "TrainConfig",
+    "WindowConfig",
+    "apply_overrides",
     "config_from_dict",
     "load_config",
 ]

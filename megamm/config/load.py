@@ -27,8 +27,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"not valid YAML: {error}", where=path, remedy="mend the file") from None
     if not isinstance(data, dict):
         raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
-    for override in overrides:
-        _apply_override(data, override)
+    apply_overrides(data, overrides)
     return config_from_dict(data, where=path)
 
 
@@ -42,6 +41,12 @@ def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
         key = ".".join(str(part) for part in first["loc"])
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
         raise UserError(f"{key}: {first['msg']}{given}", where=where, remedy="correct this key") from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Set keys of a plain mapping by `key=value`. UserError for what is not that."""
+    for override in overrides:
+        _apply_override(data, override)
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

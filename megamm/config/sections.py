@@ -4,78 +4,12 @@ layout.py refuses what cannot run; load.py reads files. Nothing here imports tor
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from megamm.config.model import ModelConfig, Section
 from megamm.errors import UserError
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class MoEConfig(Section):
-    """Mixture of experts in every layer; num_experts 0 means a dense model."""
-
-    num_experts: int = Field(0, ge=0)
-    top_k: int = Field(2, ge=1)
-    ffn_hidden_size: int = Field(0, ge=0)
-    shared_ffn_hidden_size: int = Field(0, ge=0, description="of the expert that every token uses; 0: none")
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    aux_loss_coeff: float = Field(0.0, ge=0)
-    bias_update_rate: float = Field(0.0, ge=0, description="balance by a bias on the router, without a loss; 0: off")
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-
-
-class MLAConfig(Section):
-    """Multi-head latent attention (DeepSeek-AI 2024); kv_lora_rank 0 means grouped-query attention instead."""
-
-    kv_lora_rank: int = Field(0, ge=0)
-    q_lora_rank: int = Field(0, ge=0, description="0: queries are projected directly")
-    qk_head_dim: int = Field(0, ge=0, description="channels without position of a query or key head")
-    qk_rope_head_dim: int = Field(0, ge=0, multiple_of=2, description="channels with position")
-    v_head_dim: int = Field(0, ge=0)
-
-
-class MTPConfig(Section):
-    """Multi-token prediction (DeepSeek-AI 2024): num_layers further modules, each one token further ahead."""
-
-    num_layers: int = Field(0, ge=0)
-    loss_weight: float = Field(0.1, ge=0, description="of the mean of their losses")
-
-
-class RopeScalingConfig(Section):
-    """How angles of positions beyond the original row length are slowed down (megamm/model/rope.py)."""
-
-    kind: Literal["none", "linear", "llama3"] = "none"
-    factor: float = Field(1.0, ge=1, description="by which slow angles are divided; linear: all")
-    low_freq_factor: float = Field(1.0, gt=0, description="llama3: fewer turns in the original length are slow")
-    high_freq_factor: float = Field(4.0, gt=0, description="llama3: more turns stay as they are")
-    original_length: int = Field(8192, ge=1, description="llama3: tokens of a row in the original training")
-
-
-class ModelConfig(Section):
-    """The backbone. `megatron` passes further TransformerConfig fields through as they are."""
-
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=8)
-    ffn_hidden_size: int = Field(ge=8)
-    num_attention_heads: int = Field(ge=1)
-    num_query_groups: int = Field(ge=1)
-    head_dim: int = Field(ge=2, multiple_of=2)
-    rope_base: float = Field(1_000_000.0, gt=0)
-    rope_axes: Literal[1, 3] = Field(1, description="1: index in the document; 3: the token's (t, h, w)")
-    rope_scaling: RopeScalingConfig = RopeScalingConfig()
-    qk_norm: bool = Field(True, description="normalise queries and keys; latent attention's norms stay")
-    qkv_bias: bool = False
-    norm_eps: float = Field(1e-6, gt=0)
-    init_std: float = Field(0.02, gt=0)
-    tie_embeddings: bool = False
-    moe: MoEConfig = MoEConfig()
-    mla: MLAConfig = MLAConfig()
-    mtp: MTPConfig = MTPConfig()
-    megatron: dict[str, Any] = {}
 
 
 class ParallelConfig(Section):
@@ -153,8 +87,8 @@ class StartConfig(Section):
     """
 
     checkpoint: str = Field(description="a run, one checkpoint, a URL of checkpoints, an export or a Qwen3 folder")
-    vocabulary: dict[str, Action] = {}
-    rules: list[Annotated[dict[Action, str], Field(min_length=1, max_length=1)]] = []
+    vocabulary: dict[str, Action] = Field({})
+    rules: list[Annotated[dict[Action, str], Field(min_length=1, max_length=1)]] = Field([])
     model_changes: list[str] = Field([], description="keys of model that may differ though they change its function")
 
     @field_validator("checkpoint")
@@ -268,7 +202,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = "native"
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    loss_weights: dict[str, float] = {}
+    loss_weights: dict[str, float] = Field({})
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "RunConfig":

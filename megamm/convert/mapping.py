@@ -1,7 +1,7 @@
 """How a stored tensor is made of those of transformers: the few rules, each with its inverse, both exact.
 
-Stored tensors stack the layers on a first axis L, and experts on the next. Per layer (and expert) a rule says how one
-of ours is cut into theirs and put together again:
+Stored tensors stack the layers that have them on a first axis L, and experts on the next. Per layer (and expert) a
+rule says how one of ours is cut into theirs and put together again:
     same  one tensor, as it is
     rows  several, one below the other: gate, then up `[2F, H]`
     qkv   q, k and v by query group: a group's queries, its key, its value `[G * (N/G + 2) * D, ...]`
@@ -9,7 +9,7 @@ G query groups, N heads, D head size, F feed-forward size; other letters as in d
 A family's table of such entries (families.py) is all that differs from model to model.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,16 +21,31 @@ Tensors = dict[str, torch.Tensor]
 LAYERS, EMBEDDING, HEAD = "decoder.layers.", "embedding.word_embeddings.weight", "output_layer.weight"
 
 
+def all_layers(m: ModelConfig) -> range:
+    return range(m.num_layers)
+
+
+def dense_layers(m: ModelConfig) -> range:
+    """Those before the ones with experts."""
+    return range(m.moe.dense_layers if m.moe.num_experts else m.num_layers)
+
+
+def routed_layers(m: ModelConfig) -> range:
+    return range(dense_layers(m).stop, m.num_layers)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One stored tensor of a layer, by its name after LAYERS, and what it is made of, by their names in a layer.
 
-    "{e}" in their names stands for the number of an expert: then ours is a stack over experts.
+    "{e}" in their names stands for the number of an expert: then ours is a stack over experts. layers: those of a model
+    that have it; where there are none, nothing is stored.
     """
 
     ours: str
     theirs: tuple[str, ...]
     rule: Literal["same", "rows", "qkv"] = "same"
+    layers: Callable[[ModelConfig], range] = all_layers
 
     @property
     def is_of_experts(self) -> bool:
@@ -75,20 +90,43 @@ def to_transformers(
         if theirs in result:
             result[theirs] = result[theirs][:vocabulary_size]
     for layer in range(m.num_layers):
-        for entry in entries:
-            ours = stored[LAYERS + entry.ours][layer]
+        for entry in (entry for entry in entries if layer in entry.layers(m)):
+            ours = stored[LAYERS + entry.ours][entry.layers(m).index(layer)]
             for expert, tensor in _by_expert(entry, ours):
                 result |= dict(zip(entry.names(layer, expert), entry.cut(tensor, m), strict=True))
     return {name: tensor.contiguous() for name, tensor in result.items()}
 
 
+@dataclass(frozen=True)
+class Group:
+    """What is cut or joined at once: a stored tensor at `index` of its leading axes, and what it is made of.
+
+    entry None: all of a tensor without an axis of layers, as it is.
+    """
+
+    ours: str
+    index: tuple[int, ...]
+    theirs: tuple[str, ...]
+    entry: Entry | None
+
+
+def groups(entries: Sequence[Entry], m: ModelConfig) -> Iterator[Group]:
+    """The whole model, in the order of its layers."""
+    alone = [Group(ours, (), (theirs,), None) for ours, theirs in unstacked(m).items()]
+    yield from (group for group in alone if group.ours == EMBEDDING)
+    for layer in range(m.num_layers):
+        for entry in (entry for entry in entries if layer in entry.layers(m)):
+            for expert in range(m.moe.num_experts) if entry.is_of_experts else [None]:
+                place = entry.layers(m).index(layer)
+                index = (place,) if expert is None else (place, expert)
+                yield Group(LAYERS + entry.ours, index, tuple(entry.names(layer, expert)), entry)
+    yield from (group for group in alone if group.ours != EMBEDDING)
+
+
 def names(entries: Sequence[Entry], m: ModelConfig) -> Iterator[str]:
     """Of every tensor that a model of transformers has on disk."""
-    yield from unstacked(m).values()
-    for layer in range(m.num_layers):
-        for entry in entries:
-            for expert in range(m.moe.num_experts) if entry.is_of_experts else [None]:
-                yield from entry.names(layer, expert)
+    for group in groups(entries, m):
+        yield from group.theirs
 
 
 def _by_expert(entry: Entry, ours: torch.Tensor) -> Iterator[tuple[int | None, torch.Tensor]]:
@@ -99,8 +137,8 @@ def from_transformers(entries: Sequence[Entry], theirs: Mapping[str, torch.Tenso
     """The inverse of `to_transformers`. KeyError names a missing tensor."""
     stored = {ours: theirs[name] for ours, name in unstacked(m).items()}
     for entry in entries:
-        layers = [join_layer(entry, theirs, m, layer) for layer in range(m.num_layers)]
-        stored[LAYERS + entry.ours] = torch.stack(layers)
+        if layers := [join_layer(entry, theirs, m, layer) for layer in entry.layers(m)]:
+            stored[LAYERS + entry.ours] = torch.stack(layers)
     return stored
 
 

@@ -9,14 +9,15 @@ Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries an
 reach back to; "flex", torch's flex_attention, compiled, which skips what is masked inside one call.
 RoPE is relative, so counting positions through the row would be the same in exact arithmetic, but large angles lose
 float32 digits that a document read alone keeps.
-Sources: Vaswani et al. 2017 (attention); Ainslie et al. 2023 (grouped queries); Dong et al. 2024 (flex attention).
+Sources: Beltagy et al. 2020 (windows); Gemma Team 2024 (caps); Vaswani et al. 2017 (attention); Ainslie et al. 2023
+(grouped queries); Dong et al. 2024 (flex attention).
 """
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,12 +29,23 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megamm.device import Device
 from megamm.errors import UserError
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
+from megamm.mcore.row_map import once_a_row_map
 from megamm.model.rope import Rope, cosines_and_sines, rotate
 
 Kernel = Literal["sdpa", "flex"]
 Chunks = Sequence[tuple[int, int]]
 """(start, stop) in the row of the queries at hand."""
-T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """What scores are: q * k * scale (0: Megatron's), capped to softcap * tanh(score / softcap) (0: not), of keys less
+    than window tokens back (0: of all of the document)."""
+
+    scale: float = 0.0
+    softcap: float = 0.0
+    window: int = 0
+
 
 BLOCK = 128
 """Queries of one call of the "sdpa" kernel, at most: fewer skip more, but give a call too little work."""
@@ -70,6 +82,7 @@ class PackedAttention(MegatronModule):
         rope: Rope | None,
         exchange: Literal["allgather", "alltoall"],
         kernel: Kernel,
+        form: ScoreForm,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
@@ -78,7 +91,7 @@ class PackedAttention(MegatronModule):
         self.layer_number, self.rope = layer_number, rope
         self.group, self.exchange = pg_collection.cp, exchange
         self.attend = _attend_flex if kernel == "flex" else _attend_sdpa
-        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self.form = replace(form, scale=form.scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels))
         self.tensor_group = pg_collection.tp
         self.shared_channels = config.qk_pos_emb_head_dim if config.multi_latent_attention else 0
 
@@ -102,12 +115,12 @@ class PackedAttention(MegatronModule):
             query, key = rotate(query, *angles), rotate(key, *angles)
         if size > 1 and self.exchange == "alltoall":
             query, key, value = tokens_to_heads((query, key, value), self.group)
-            context = self.attend(query, key, value, row_map, [(0, row_map.shape[2])], self.softmax_scale)
+            context = self.attend(query, key, value, row_map, [(0, row_map.shape[2])], self.form)
             return heads_to_tokens(context, self.group).flatten(2)
         if size > 1:
             both = gather_row(torch.cat((key, value), dim=-1), self.group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
-        return self.attend(query, key, value, row_map, chunks, self.softmax_scale).flatten(2)
+        return self.attend(query, key, value, row_map, chunks, self.form).flatten(2)
 
     def _shared_by_all_heads(self, key: torch.Tensor) -> torch.Tensor:
         """The same keys. All heads of latent attention share the channels that carry position: their gradient is the
@@ -126,7 +139,7 @@ class PackedAttention(MegatronModule):
             local = torch.cat([position[..., start:stop] for start, stop in chunks], dim=-1)
             return cosines_and_sines(local, head_dim, rope, query.dtype)
 
-        return _once_a_row_map(row_map, ("angles", *chunks, rope, head_dim, query.dtype), make)
+        return once_a_row_map(row_map, ("angles", *chunks, rope, head_dim, query.dtype), make)
 
 
 class _GradientSum(torch.autograd.Function):
@@ -161,7 +174,7 @@ class _Block:
     mask: torch.Tensor
 
 
-def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype) -> list[_Block]:
+def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: int) -> list[_Block]:
     segment, length = row_map[:, 0], row_map.shape[2]
     ranges = [(at, min(at + BLOCK, stop)) for start, stop in chunks for at in range(start, stop, BLOCK)]
     index = torch.arange(length, device=row_map.device)
@@ -169,10 +182,13 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype) -> list[_
     reach = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]].tolist()
     blocks = []
     for (start, stop), first in zip(ranges, reach, strict=True):
+        first = max(first, start - window + 1) if window else first
         keys = slice(first // BLOCK, -(-stop // BLOCK))
         seen = slice(keys.start * BLOCK, min(keys.stop * BLOCK, length))
         allowed = segment[:, start:stop, None] == segment[:, None, seen]
         allowed &= index[start:stop, None] >= index[seen]
+        if window:
+            allowed &= index[start:stop, None] - index[seen] < window
         # A float mask is used as it is by every layer; torch would make one of a boolean in each.
         mask = torch.zeros(allowed.shape, dtype=dtype, device=row_map.device).masked_fill_(~allowed, -torch.inf)
         blocks.append(_Block(stop - start, keys, mask.unsqueeze(1)))
@@ -180,10 +196,14 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype) -> list[_
 
 
 def _attend_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
 ) -> torch.Tensor:
     """Queries of these chunks of the row `[Q, B, N, D]`, the row's keys and values -> `[Q, B, N, E]`."""
-    blocks = _once_a_row_map(row_map, ("blocks", *chunks, query.dtype), lambda: _blocks(row_map, chunks, query.dtype))
+    blocks = once_a_row_map(
+        row_map,
+        ("blocks", *chunks, query.dtype, form.window),
+        lambda: _blocks(row_map, chunks, query.dtype, form.window),
+    )
     # Grouped keys are repeated: GPU kernels that take a mask and need no S x S scores take no grouped queries.
     per_group = query.shape[2] // key.shape[2]
     if per_group > 1:
@@ -192,72 +212,58 @@ def _attend_sdpa(
     # Split and joined rather than sliced: the gradient of a slice is as long as the row.
     keys, values = (x.permute(1, 2, 0, 3).split(BLOCK, dim=2) for x in (key, value))
     parts = [
-        F.scaled_dot_product_attention(
-            part, torch.cat(keys[block.keys], 2), torch.cat(values[block.keys], 2), attn_mask=block.mask, scale=scale
-        )
+        _product(part, torch.cat(keys[block.keys], 2), torch.cat(values[block.keys], 2), block.mask, form)
         for part, block in zip(queries, blocks, strict=True)
     ]
     return torch.cat(parts, dim=2).permute(2, 0, 1, 3)
 
 
-def _block_mask(row_map: torch.Tensor, chunks: Chunks) -> BlockMask:
+def _product(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, form: ScoreForm
+) -> torch.Tensor:
+    """Attention of `[B, N, q, D]` with an additive mask; torch's fused one has no caps, so these write scores out."""
+    if not form.softcap:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=form.scale)
+    scores = form.softcap * torch.tanh(query @ key.transpose(2, 3) * (form.scale / form.softcap)) + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _block_mask(row_map: torch.Tensor, chunks: Chunks, window: int) -> BlockMask:
     segment, device = row_map[:, 0], row_map.device
     index = torch.cat([torch.arange(*chunk, device=device) for chunk in chunks])
 
     def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         at = index[q]
-        return (segment[b, at] == segment[b, k]) & (at >= k)
+        is_seen = (segment[b, at] == segment[b, k]) & (at >= k)
+        return is_seen & (at - k < window) if window else is_seen
 
     return create_block_mask(allowed, len(segment), None, len(index), segment.shape[1], device=device)
 
 
 def _attend_flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
 ) -> torch.Tensor:
     """The same as `_attend_sdpa`; on a CPU uncompiled and without gradients, for tests."""
-    mask = _once_a_row_map(row_map, ("block mask", *chunks), lambda: _block_mask(row_map, chunks))
+    kind = ("block mask", *chunks, form.window)
+    mask = once_a_row_map(row_map, kind, lambda: _block_mask(row_map, chunks, form.window))
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex()
-    context = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    cap = _capped(form.softcap) if form.softcap else None
+    grouped = query.shape[1] != key.shape[1]
+    context = attend(query, key, value, score_mod=cap, block_mask=mask, scale=form.scale, enable_gqa=grouped)
     return context.permute(2, 0, 1, 3)
+
+
+@functools.cache
+def _capped(softcap: float) -> Callable[..., torch.Tensor]:
+    """The score function of a cap; the same object for all layers, so that it is compiled once."""
+
+    def score(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return softcap * torch.tanh(value / softcap)
+
+    return score
 
 
 @functools.cache
 def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
-
-
-@dataclass
-class _Seen:
-    """A row map, how often it had been written to, and what was made of it."""
-
-    row_map: torch.Tensor
-    version: int
-    made: dict[Any, Any] = field(default_factory=dict)
-
-    def is_of(self, row_map: torch.Tensor) -> bool:
-        """Whether it is the same memory, unwritten since: recomputation hands on another tensor over it."""
-        own = self.row_map
-        return (own.data_ptr(), own.shape, own.stride(), self.version) == (
-            row_map.data_ptr(),
-            row_map.shape,
-            row_map.stride(),
-            row_map._version,
-        )
-
-
-_LAST: list[_Seen] = []
-"""The row map that layers saw last, if any. Kept alive, so that its address cannot become another's."""
-
-
-def _once_a_row_map(row_map: torch.Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """make(), by the first layer that asks, for all that ask about the same row map under the same key."""
-    if row_map.is_inference():  # such a tensor does not tell whether it was written to
-        return make()
-    if not (_LAST and _LAST[0].is_of(row_map)):
-        _LAST[:] = [_Seen(row_map, row_map._version)]
-    made = _LAST[0].made
-    if key not in made:
-        made[key] = make()
-    result: T = made[key]
-    return result

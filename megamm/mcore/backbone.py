@@ -1,14 +1,16 @@
 """The backbone: Megatron-core's GPTModel with our norm, packed attention, exact losses and fused operators.
 
-RMSNorm, SwiGLU, grouped queries with q/k norm or without (or latent attention), RoPE, optional mixture of experts and
-multi-token prediction. Its forms are those of Llama, Qwen and DeepSeek-V3 models, so that an export
-runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention, multi-token prediction).
+RMSNorm, SwiGLU, grouped queries with q/k norm or without (or latent attention), RoPE, optional mixture of experts,
+multi-token prediction, sliding windows, and what Gemma has besides. Its forms are those of Llama, Qwen, Gemma and
+DeepSeek models, so that an export runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention,
+multi-token prediction); Gemma Team 2024, Gemma 2.
 """
 
 import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,15 +25,16 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megamm import ops
 from megamm.config import RunConfig
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import Device
 from megamm.mcore import compat, mlp
-from megamm.mcore.attention import PackedAttention, choose_kernel
+from megamm.mcore.attention import PackedAttention, ScoreForm, choose_kernel
 from megamm.mcore.groups import Groups
-from megamm.mcore.norm import RMSNorm
+from megamm.mcore.norm import NormThenAdd, RMSNorm
 from megamm.mcore.transformer_config import transformer_config
 from megamm.model.rope import Rope
 
@@ -52,11 +55,18 @@ class Backbone(GPTModel):
         *args: Any,
         true_vocab_size: int,
         cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        logit_softcap: float = 0.0,
+        embedding_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        """cross_entropy is an implementation's `linear_cross_entropy` (megamm/ops)."""
+        """cross_entropy is an implementation's `linear_cross_entropy` (megamm/ops), which knows the cap, too."""
         super().__init__(*args, **kwargs)
-        self.true_vocab_size, self.cross_entropy = true_vocab_size, cross_entropy
+        self.true_vocab_size, self.cross_entropy, self.logit_softcap = true_vocab_size, cross_entropy, logit_softcap
+        if embedding_scale != 1.0 and hasattr(self, "embedding"):
+            # Rounded to the weights' precision first, as in the models that have one.
+            self.embedding.register_forward_hook(
+                lambda _, __, output: output * torch.tensor(embedding_scale, dtype=output.dtype).item()
+            )
 
     def _postprocess(
         self,
@@ -83,7 +93,9 @@ class Backbone(GPTModel):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         if labels is None:
             depths = hidden_states.chunk(1 + (self.config.mtp_num_layers or 0), dim=0)
-            return self.output_layer(depths[0], weight=tied)[0].transpose(0, 1).contiguous()
+            logits = self.output_layer(depths[0], weight=tied)[0].transpose(0, 1).contiguous()
+            cap = self.logit_softcap
+            return cap * torch.tanh(logits / cap) if cap else logits
         return self._loss(hidden_states, self.output_layer.weight if tied is None else tied, labels, loss_mask)
 
     def _loss(
@@ -115,11 +127,16 @@ class Backbone(GPTModel):
         return loss, by_part.permute(1, 3, 0, 2).reshape(labels.shape)
 
 
-def layer_spec(config: TransformerConfig, attention: dict[str, Any], norm: ModuleSpec) -> ModuleSpec:
-    """Megatron's local layer spec with our norm and core attention, built with these arguments besides Megatron's."""
+def layer_spec(
+    config: TransformerConfig, attention: dict[str, Any], norm: ModuleSpec, sandwich: bool, dense: bool
+) -> ModuleSpec:
+    """Megatron's local layer spec with our norm and core attention, built with these arguments besides Megatron's.
+
+    sandwich: with norms after attention and MLP; dense: without experts also where the model has them.
+    """
     latent = config.multi_latent_attention
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=None if dense else config.num_moe_experts,
         moe_grouped_gemm=False,
         qk_layernorm=latent or config.qk_layernorm,
         multi_latent_attention=latent,
@@ -138,6 +155,9 @@ def layer_spec(config: TransformerConfig, attention: dict[str, Any], norm: Modul
         pre_mlp_layernorm=norm,
         self_attention=replace(own, submodules=replace(own.submodules, core_attention=core, **norms)),
     )
+    if sandwich:
+        add = ModuleSpec(NormThenAdd, {"config": config} | norm.params)
+        parts = replace(parts, self_attn_bda=add, mlp_bda=add)
     return replace(layer, submodules=parts)
 
 
@@ -162,22 +182,28 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     chosen, why_chosen = ops.choose(config.ops, device.torch_device)
     megatron_config = transformer_config(config, vocabulary_size, device)
     norm = ModuleSpec(RMSNorm, {"ops": chosen})
-    layer = layer_spec(megatron_config, _attention_arguments(config, kernel), norm)
+    specs = [_spec_of(config, number, megatron_config, kernel, norm) for number in range(config.model.num_layers)]
+    cross_entropy, cap = chosen.linear_cross_entropy, config.model.logit_softcap
+    if cap:  # the one that never holds all logits knows no cap
+        cross_entropy = partial(ops.TORCH.linear_cross_entropy, softcap=cap)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
     chunks, virtual = [], config.parallel.virtual_pipeline
     for chunk in range(virtual):
         stage = chunk if virtual > 1 else None
-        layers = [layer] * get_num_layers_to_build(megatron_config, vp_stage=stage)
+        first = get_transformer_layer_offset(megatron_config, stage, groups.pipeline_rank)
+        layers = specs[first : first + get_num_layers_to_build(megatron_config, stage, groups.pipeline_rank)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             logging.getLogger("megatron.core").setLevel(logging.ERROR)
             model = Backbone(
                 config=megatron_config,
                 transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
-                mtp_block_spec=_mtp_spec(megatron_config, layer, norm, stage),
+                mtp_block_spec=_mtp_spec(megatron_config, specs[-1], norm, stage),
                 vocab_size=padded,
                 true_vocab_size=vocabulary_size,
-                cross_entropy=chosen.linear_cross_entropy,
+                cross_entropy=cross_entropy,
+                logit_softcap=config.model.logit_softcap,
+                embedding_scale=config.model.hidden_size**0.5 if config.model.scale_embeddings else 1.0,
                 max_sequence_length=config.data.seq_length,
                 pre_process=groups.pipeline_rank == 0 and chunk == 0,
                 post_process=groups.is_last_stage and chunk == virtual - 1,
@@ -192,8 +218,10 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     if groups.rank == 0:
         log.info("attention: %s, %s", kernel, why_kernel)
         log.info("ops: %s, %s", chosen.name, why_chosen)
+        if cap:
+            log.info("cross entropy: torch, model.logit_softcap = %s needs all logits at once", cap)
         if not all(gated):
-            log.info("MLP: Megatron-core's own, model.megatron asks for another than SwiGLU without bias or fp8")
+            log.info("MLP: Megatron-core's own, the model has another than SwiGLU without bias or fp8")
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
     # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
@@ -202,14 +230,23 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     return chunks
 
 
-def _attention_arguments(config: RunConfig, kernel: str) -> dict[str, Any]:
-    """What PackedAttention is built with besides what Megatron gives it."""
-    m = config.model
-    return dict(
-        rope=None if m.mla.kv_lora_rank else Rope(m.rope_base, m.rope_axes, m.rope_scaling),
+def _spec_of(
+    config: RunConfig, number: int, megatron_config: TransformerConfig, kernel: str, norm: ModuleSpec
+) -> ModuleSpec:
+    """Of one layer, its number in the model from 0."""
+    m, window = config.model, config.model.window
+    has_window = window.size > 0 and number not in window.full_layers
+    rope = Rope(m.rope_base, m.rope_axes, m.rope_scaling)
+    if has_window and window.rope_base:
+        rope = Rope(window.rope_base, m.rope_axes)
+    scale = m.query_pre_attn_scalar**-0.5 if m.query_pre_attn_scalar else 0.0
+    attention = dict(
+        rope=None if m.mla.kv_lora_rank else rope,
         exchange=config.parallel.context_exchange,
         kernel=kernel,
+        form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0),
     )
+    return layer_spec(megatron_config, attention, norm, m.sandwich_norm, dense=number < m.moe.dense_layers)
 
 
 def _reduce_experts_apart(chunks: list[Backbone]) -> None:

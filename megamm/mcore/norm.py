@@ -5,6 +5,7 @@ weight: Megatron then sums its gradient over tensor parallel ranks, each of whic
 row. Without the mark gradient norms are silently wrong.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,8 +21,30 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.ops = ops
         self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        neutral = 0.0 if self.zero_centered else 1.0
+        self.weight = torch.nn.Parameter(torch.full((hidden_size,), neutral, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight, self.eps, self.zero_centered)
+
+
+class NormThenAdd(torch.nn.Module):
+    """In the place of Megatron's sum of a part's output and the residual: the output is normalised first.
+
+    Source: Ding et al. 2021, "CogView" (sandwich norm).
+    """
+
+    def __init__(self, config: TransformerConfig, ops: Ops) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config, config.hidden_size, ops, config.layernorm_epsilon)
+
+    def forward(self, *_: Any) -> Callable[..., torch.Tensor]:
+        """(training, is fused) -> the sum, as Megatron asks for it."""
+        return self._add
+
+    def _add(self, output: tuple[torch.Tensor, None], residual: torch.Tensor, _: float) -> torch.Tensor:
+        """output `[S, B, H]` and its bias, residual `[S, B, H]` -> `[S, B, H]`."""
+        assert output[1] is None
+        return residual + self.norm(output[0])

@@ -69,11 +69,25 @@ def _routing(seen: Seen, layer: str) -> Any:
         scores = router.gating(arguments[0]).flatten(0, -2).float()
         if router.score_function == "sigmoid":
             scores = scores.sigmoid()
+        elif router.config.moe_router_pre_softmax:
+            scores = scores.softmax(-1)
         if router.expert_bias is not None:
             scores = scores + router.expert_bias
+        if router.config.moe_router_group_topk:
+            scores, lead = _of_best_groups(scores, router.config)
+            seen.margin = min(seen.margin, lead)
         if not chosen.all():
             last = scores.masked_fill(~chosen, torch.inf).amin(1)
             best = scores.masked_fill(chosen, -torch.inf).amax(1)
             seen.margin = min(seen.margin, (last - best).min().item())
 
     return hook
+
+
+def _of_best_groups(scores: torch.Tensor, config: Any) -> tuple[torch.Tensor, float]:
+    """Scores `[T, E]`, -inf outside a token's groups, and the smallest lead of a chosen group over one that is not."""
+    groups, wanted = scores.unflatten(1, (config.moe_router_num_groups, -1)), config.moe_router_group_topk
+    of_group = groups.topk(config.moe_router_topk // wanted, dim=-1).values.sum(-1)
+    best = of_group.topk(min(wanted + 1, of_group.shape[1])).values
+    lead = (best[:, wanted - 1] - best[:, wanted]).min().item() if best.shape[1] > wanted else float("inf")
+    return groups.masked_fill((of_group < best[:, wanted - 1 : wanted])[..., None], -torch.inf).flatten(1), lead

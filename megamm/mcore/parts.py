@@ -2,9 +2,11 @@
 
 Checkpoints (store.py, whole_store.py), comparison between layouts (assemble.py) and the dry run (paper.py) all go by
 it. Megatron names a whole tensor (`key`), its shape, and the boxes of it that a local tensor holds; most are one box,
-a SwiGLU's two halves are two.
+a SwiGLU's two halves are two. Megatron stacks layers on a first axis unless they are of two kinds; here they always
+are, over those layers that have the tensor.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,13 +65,14 @@ def of(module: nn.Module, groups: Groups) -> list[Part]:
     """Of all parameters and stored buffers of a model or pipeline chunk (not wrapped for data parallel)."""
     described: Any = module
     entries = described.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp}).values()
+    freq = described.config.moe_layer_freq
     tensors = {_storage(t): t for t in (*module.buffers(), *module.parameters())}
     found = [
         part
         # Layers' extra state is left out: always empty here, and the one thing that would be stored as a pickle.
         for entry in entries
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-        for part in _of_entry(entry, tensors[_storage(entry.data)])
+        for part in _of_entry(entry, tensors[_storage(entry.data)], freq if isinstance(freq, list) else [])
     ]
     missing = {id(p) for p in module.parameters()} - {id(part.tensor) for part in found}
     assert not missing, "Megatron stores not every parameter"
@@ -80,7 +83,9 @@ def _storage(tensor: Any) -> tuple[int, int, torch.Size]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 
 
-def _of_entry(entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor) -> list[Part]:
+def _of_entry(
+    entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor, is_routed: Sequence[int]
+) -> list[Part]:
     boxes: Sequence[ShardedTensor] = (
         list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
     )
@@ -91,18 +96,34 @@ def _of_entry(entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor)
         start = data.storage_offset() - tensor.storage_offset()
         replica = box.replica_id if isinstance(box.replica_id, tuple) else (0, 0, box.replica_id)
         assert len(replica) == 3, f"{box.key}: {replica} is not (stage, tensor, data)"
+        key, leading = _stacked(box.key, is_routed)
         parts.append(
             Part(
-                key=box.key,
+                key=key,
                 tensor=tensor,
                 start=start,
                 stop=start + data.numel(),
-                shape=tuple(box.global_shape),
-                offset=tuple(box.global_offset),
-                size=(1,) * box.prepend_axis_num + tuple(box.local_shape),
-                stacked=box.prepend_axis_num,
+                shape=(*(count for _, count in leading), *box.global_shape),
+                offset=(*(place for place, _ in leading), *box.global_offset),
+                size=(1,) * (len(leading) + box.prepend_axis_num) + tuple(box.local_shape),
+                stacked=len(leading) + box.prepend_axis_num,
                 replica=replica,
                 grows=box.allow_shape_mismatch,
             )
         )
     return parts
+
+
+def _stacked(key: str, is_routed: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
+    """A tensor's name without the number of its layer, and (place, number) among the layers that have such a tensor.
+
+    is_routed: of every layer whether it has experts, where some have not and Megatron thus numbers the names.
+    """
+    numbered = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", key)
+    if not is_routed or numbered is None:
+        return key, []
+    prefix, layer, name = numbered[1], int(numbered[2]), numbered[3]
+    # The norm before a dense MLP and that before a router are one tensor, which Megatron may name as the former's.
+    is_of_all = not name.startswith("mlp.") or name.startswith("mlp.linear_fc1.layer_norm_")
+    having = [i for i, kind in enumerate(is_routed) if is_of_all or kind == is_routed[layer]]
+    return prefix + name, [(having.index(layer), len(having))]

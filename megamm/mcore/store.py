@@ -17,6 +17,7 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
+from torch import nn
 
 from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
@@ -121,6 +122,11 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
     reader.load(folder, Plan(chunks, optim, groups).to_load())
+
+
+def load_weights(folder: Path, models: Sequence[nn.Module], groups: Groups) -> None:
+    """Read this rank's part of the weights into a model that is not wrapped, so that it has no gradient buffers."""
+    reader.load(folder, [part.block(part.tensor) for model in models for part in parts.of(model, groups)])
 
 
 def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> set[str]:

@@ -31,6 +31,11 @@ def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) 
         raise UserError(f"Megatron-core refuses model.megatron: {error}", remedy="change those fields") from None
 
 
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Hendrycks and Gimpel 2016, their approximation by tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
 def _model_fields(config: RunConfig) -> dict[str, Any]:
     m, dtype = config.model, DTYPES[config.train.precision]
     return dict(
@@ -42,8 +47,9 @@ def _model_fields(config: RunConfig) -> dict[str, Any]:
         kv_channels=m.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=m.norm_eps,
+        layernorm_zero_centered_gamma=m.zero_centered_norm,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if m.activation == "silu" else gelu_tanh,
         add_bias_linear=False,
         qk_layernorm=m.qk_norm or m.mla.kv_lora_rank > 0,
         add_qkv_bias=m.qkv_bias,
@@ -99,15 +105,22 @@ def _parallel_fields(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:
 
 
 def _moe_fields(config: RunConfig) -> dict[str, Any]:
-    moe = config.model.moe
+    moe, layers = config.model.moe, config.model.num_layers
     if moe.num_experts == 0:
         return {}
-    return dict(
+    fields: dict[str, Any] = {}
+    if moe.dense_layers:
+        fields["moe_layer_freq"] = [0] * moe.dense_layers + [1] * (layers - moe.dense_layers)
+    if moe.num_groups > 1:
+        fields |= dict(moe_router_num_groups=moe.num_groups, moe_router_group_topk=moe.group_top_k)
+    return fields | dict(
         num_moe_experts=moe.num_experts,
         moe_router_topk=moe.top_k,
         moe_ffn_hidden_size=moe.ffn_hidden_size,
         moe_shared_expert_intermediate_size=moe.shared_ffn_hidden_size or None,
         moe_router_score_function=moe.score,
+        moe_router_pre_softmax=moe.score == "softmax" and not moe.norm_top_k,
+        moe_router_topk_scaling_factor=None if moe.routed_scaling_factor == 1.0 else moe.routed_scaling_factor,
         moe_router_load_balancing_type="aux_loss" if moe.aux_loss_coeff else "none",
         moe_aux_loss_coeff=moe.aux_loss_coeff,
         moe_router_enable_expert_bias=moe.bias_update_rate > 0,
@@ -118,19 +131,28 @@ def _moe_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _latent_fields(config: RunConfig) -> dict[str, Any]:
-    mla = config.model.mla
+    mla, scaling = config.model.mla, config.model.rope_scaling
     if mla.kv_lora_rank == 0:
         return {}
-    return dict(
+    turned = dict(rope_type="rope", rotary_scaling_factor=1.0)  # another factor would scale the softmax as YaRN does
+    if scaling.kind == "yarn":
+        turned = dict(
+            rope_type="yarn",
+            rotary_scaling_factor=scaling.factor,
+            original_max_position_embeddings=scaling.original_length,
+            beta_fast=scaling.beta_fast,
+            beta_slow=scaling.beta_slow,
+            mscale=scaling.mscale,
+            mscale_all_dim=scaling.mscale_all_dim,
+        )
+    return turned | dict(
         multi_latent_attention=True,
         q_lora_rank=mla.q_lora_rank or None,
         kv_lora_rank=mla.kv_lora_rank,
         qk_head_dim=mla.qk_head_dim,
         qk_pos_emb_head_dim=mla.qk_rope_head_dim,
         v_head_dim=mla.v_head_dim,
-        rope_type="rope",
         rotary_base=config.model.rope_base,
-        rotary_scaling_factor=1.0,  # or it would scale the softmax as YaRN does
     )
 
 

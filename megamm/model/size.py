@@ -21,14 +21,14 @@ def attention_parameters(m: ModelConfig) -> int:
     return query + latent + a.kv_lora_rank * heads * (a.qk_head_dim + a.v_head_dim) + heads * a.v_head_dim * hidden
 
 
-def layer_parameters(m: ModelConfig, active: bool = False) -> int:
-    """Of one transformer layer."""
+def layer_parameters(m: ModelConfig, active: bool = False, dense: bool = False) -> int:
+    """Of one transformer layer, with experts where the model has them, unless it is one of the dense ones."""
     mlp = 3 * m.hidden_size * m.ffn_hidden_size
-    if m.moe.num_experts:
+    if m.moe.num_experts and not dense:
         experts = m.moe.top_k if active else m.moe.num_experts
         widths = experts * m.moe.ffn_hidden_size + m.moe.shared_ffn_hidden_size
         mlp = m.hidden_size * (m.moe.num_experts + 3 * widths)
-    return attention_parameters(m) + mlp + 2 * m.hidden_size
+    return attention_parameters(m) + mlp + (4 if m.sandwich_norm else 2) * m.hidden_size
 
 
 def mtp_parameters(m: ModelConfig, active: bool = False) -> int:
@@ -38,7 +38,9 @@ def mtp_parameters(m: ModelConfig, active: bool = False) -> int:
 
 def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) -> int:
     """Of the whole model."""
-    layers = m.num_layers * layer_parameters(m, active) + m.mtp.num_layers * mtp_parameters(m, active) + m.hidden_size
+    dense = m.moe.dense_layers
+    layers = (m.num_layers - dense) * layer_parameters(m, active) + dense * layer_parameters(m, active, dense=True)
+    layers += m.mtp.num_layers * mtp_parameters(m, active) + m.hidden_size
     heads = 1 + m.mtp.num_layers  # each depth is multiplied with the head
     tables = heads if active else 1 if m.tie_embeddings else 2
     return layers + tables * vocabulary_size * m.hidden_size
@@ -46,17 +48,19 @@ def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) 
 
 def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
     """Training FLOPs of one token: 6 per active parameter, and the causal attention products (Chowdhery 2022)."""
-    return 6.0 * parameter_count(m, vocabulary_size, active=True) + _attention_flops(m) * seq_length
+    return 6.0 * parameter_count(m, vocabulary_size, active=True) + _attention_flops(m, seq_length) / seq_length
 
 
 def flops_of_row(m: ModelConfig, vocabulary_size: int, row_length: int, documents: Iterable[int]) -> float:
     """Training FLOPs of a packed row: the products over all its tokens, attention inside each document (lengths)."""
     products = 6.0 * parameter_count(m, vocabulary_size, active=True) * row_length
-    return products + _attention_flops(m) * sum(length * length for length in documents)
+    return products + sum(_attention_flops(m, length) for length in documents)
 
 
-def _attention_flops(m: ModelConfig) -> float:
-    """Of the causal attention products of n tokens, over n squared."""
-    mla = m.mla
+def _attention_flops(m: ModelConfig, length: int) -> float:
+    """Of the causal attention products of a document: of n tokens n^2 / 2 pairs; with a window w < n, w n - w^2 / 2."""
+    mla, window = m.mla, min(m.window.size or length, length)
     head_dims = mla.qk_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla.kv_lora_rank else 2 * m.head_dim
-    return 3.0 * (m.num_layers + m.mtp.num_layers) * m.num_attention_heads * head_dims
+    layers, full = m.num_layers + m.mtp.num_layers, len(set(m.window.full_layers))
+    pairs = full * length**2 + (layers - full) * (2 * window * length - window**2)
+    return 3.0 * pairs * m.num_attention_heads * head_dims

@@ -25,8 +25,10 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy.linear_cross_entropy`, arguments, results and errors."""
+    """As `cross_entropy.linear_cross_entropy`, arguments, results and errors; softcap: logits are first taken to
+    softcap * tanh(logits / softcap)."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
     check_arguments(hidden, weight, labels, token_weight, size, ranks, label_smoothing)
@@ -35,6 +37,7 @@ def linear_cross_entropy(
     # An ignored token's logits could be anything, and 0 * inf is NaN.
     logits = F.linear(hidden.masked_fill(~counted[:, None], 0.0), weight[: max(size - start, 0)])
     logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     invalid = counted & ((labels < 0) | (labels >= size))
     label = labels.masked_fill(~counted | invalid, 0)
     if ranks == 1:

@@ -70,6 +70,14 @@ def _model(rng: random.Random, tensor: int) -> Settings:
         settings["model.mla.v_head_dim"] = rng.choice([6, 8, 12])
     if rng.random() < 0.25:
         settings["model.mtp.num_layers"] = rng.randint(1, 2)
+    is_plain = "model.mla.kv_lora_rank" not in settings and "model.mtp.num_layers" not in settings
+    if is_plain and rng.random() < 0.2:
+        settings |= {"model.window.size": rng.randint(1, 20), "model.window.full_layers": rng.choice([[], [0]])}
+    if is_plain and rng.random() < 0.2:
+        names = ("zero_centered_norm", "sandwich_norm", "scale_embeddings")
+        settings |= {f"model.{name}": rng.random() < 0.7 for name in names}
+        settings |= {"model.attention_softcap": rng.choice([0.0, 1.5]), "model.logit_softcap": rng.choice([0.0, 4.0])}
+        settings |= {"model.activation": rng.choice(["silu", "gelu_tanh"])}
     return settings
 
 
@@ -90,6 +98,8 @@ def _experts(rng: random.Random, tensor: int, ranks: int) -> Settings:
     }
     if settings["model.moe.score"] == "sigmoid" and rng.random() < 0.5:
         settings["model.moe.bias_update_rate"] = 0.01
+    if rng.random() < 0.3:
+        settings |= {"model.moe.dense_layers": 1, "model.moe.routed_scaling_factor": 1.5}
     return settings
 
 

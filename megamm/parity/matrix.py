@@ -39,8 +39,18 @@ FEATURES: dict[str, Settings] = {
     "auxiliary loss": _MOE | {"model.moe.aux_loss_coeff": 0.02},
     "bias balancing": _MOE | {"model.moe.score": "sigmoid", "model.moe.bias_update_rate": 0.01},
     "shared expert": _MOE | {"model.moe.shared_ffn_hidden_size": 40},
+    "dense first layer, expert groups": _MOE
+    | {"model.moe.dense_layers": 1, "model.moe.routed_scaling_factor": 2.5}
+    | {"model.moe.num_groups": 2, "model.moe.group_top_k": 1},
     "latent attention": _MLA,
+    "latent attention, YaRN": _MLA
+    | {"model.rope_scaling.kind": "yarn", "model.rope_scaling.factor": 4, "model.rope_scaling.original_length": 16}
+    | {"model.rope_scaling.mscale": 0.8, "model.rope_scaling.mscale_all_dim": 0.6},
     "multi-token prediction": {"model.mtp.num_layers": 1},
+    "windows": {"model.window.size": 7, "model.window.full_layers": [1, 3], "model.window.rope_base": 1e3},
+    "Gemma's norms, activation and caps": {"model.attention_softcap": 1.5, "model.logit_softcap": 4.0}
+    | dict.fromkeys(("model.zero_centered_norm", "model.sandwich_norm", "model.scale_embeddings"), True)
+    | {"model.activation": "gelu_tanh", "model.query_pre_attn_scalar": 11},
     "3-axis RoPE": {"model.rope_axes": 3},
     "tied embeddings": {"model.tie_embeddings": True},
     "biases, no q/k norm": {"model.qkv_bias": True, "model.qk_norm": False},

@@ -111,7 +111,8 @@ class _Writer:
         for piece in self.pieces:
             block = piece.cut(piece.tensor)
             if "norm" in piece.key:
-                piece.put(torch.empty_like(block).uniform_(0.5, 1.5, generator=generator))
+                low = -0.5 if self.job.run.config.model.zero_centered_norm else 0.5
+                piece.put(torch.empty_like(block).uniform_(low, low + 1.0, generator=generator))
             elif piece.key.endswith("router.weight"):
                 piece.put(torch.empty_like(block).normal_(0, 0.3, generator=generator))
             elif piece.key.endswith("expert_bias"):
