@@ -1,5 +1,7 @@
 """The one exception for what a user can mend: `cli.main` prints it as one line and exits with code 2."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 
@@ -23,3 +25,8 @@ class UserError(Exception):
         self.on_all_ranks, self.is_transient = on_all_ranks, is_transient
         place = f" ({where})" if where is not None else ""
         super().__init__(f"{what}{place}; {remedy}".replace("\n", " "))
+
+    def __reduce__(self) -> tuple[Callable[[str], "UserError"], tuple[str]]:
+        """It goes from one process to another as it is."""
+        made = partial(UserError, where=self.where, remedy=self.remedy)
+        return partial(made, on_all_ranks=self.on_all_ranks, is_transient=self.is_transient), (self.what,)

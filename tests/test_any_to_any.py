@@ -13,10 +13,12 @@ from tiny_run import ROOT, environment
 from toy_modality import SmellModality
 
 from megamm import metrics
+from megamm.convert.digests import check_digests
 from megamm.modalities import REGISTRY
 
 MODALITIES = REGISTRY | {"smell": SmellModality}
 NAMES = list(MODALITIES)
+PARTS = ["audio_encoder", "image_decoder", "multimodal_fusion", "text_base"]
 FIELDS = {"text": "caption"}
 """Of samples.jsonl, where it is not the modality's name."""
 
@@ -74,6 +76,11 @@ def commands_of(folder: Path) -> list[list[str]]:
         ["train", config],
         ["convert", "export", str(folder / "run"), export],
         ["eval", export, *shards, "--run", str(folder / "run"), "--json", str(folder / "eval.json")],
+        ["convert", "card", export, str(folder / "eval.json")],
+        ["convert", "modules", export, str(folder / "parts")],
+        ["convert", "join", str(folder / "parts"), str(folder / "joined")],
+        ["convert", "quantize", export, str(folder / "quantised"), "--to", "int8"],
+        ["convert", "gguf", export, str(folder / "model.gguf")],
     ]
     for a, b in permutations(NAMES, 2):
         data, ending = example(a, 50)
@@ -95,6 +102,21 @@ def made(tmp_path_factory):
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
+
+
+def test_the_export_tells_of_itself_and_comes_apart(made):
+    """Its card has the run's tokens and the figures of `megamm eval`; its parts are the export again, byte for byte."""
+    state = json.loads(sorted((made / "run" / "checkpoints").glob("*/state.json"))[-1].read_text())
+    losses = json.loads((made / "eval.json").read_text())["loss"]
+    text = (made / "export" / "README.md").read_text()
+    for name in NAMES:
+        assert f"| {name} | {state['tokens'][name]:,} |" in text and f"| {name} | {losses[name]:.4f} |" in text
+    assert sorted(part.name for part in (made / "parts").iterdir()) == PARTS
+    for folder in (made / "export", made / "joined", made / "quantised", *(made / "parts").iterdir()):
+        check_digests(folder)
+    assert (made / "model.gguf").read_bytes()[:4] == b"GGUF"
+    sums = [(made / name / "SHA256SUMS").read_text() for name in ("export", "joined")]
+    assert sums[0] == sums[1]
 
 
 def test_every_modality_is_trained_and_its_loss_falls(made):

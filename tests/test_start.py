@@ -289,3 +289,10 @@ def test_a_passed_on_initialisation_is_not_guessed():
     block = Block.whole("output_layer.weight", torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std says"):
         draw.set_new(block, block.key, config.model, seed=1)
+
+
+def test_a_new_zero_centred_norm_multiplies_by_one():
+    model = Case.of(1, {"model.zero_centered_norm": True}).config.model
+    block = Block.whole("decoder.final_layernorm.weight", torch.ones(4))
+    draw.set_new(block, block.key, model, seed=1)
+    assert not block.data.any()

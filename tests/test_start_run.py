@@ -28,7 +28,7 @@ from megamm.errors import UserError
 from megamm.mcore import groups as grid
 from megamm.parity.worlds import Failure, Worlds
 from megamm.resilience import events
-from megamm.start.begin import begin, check
+from megamm.start.begin import _check_function, begin, check
 
 SHORT = TRAIN | {"eval_every": 0, "stop_after": 4}
 
@@ -220,7 +220,7 @@ LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for
     [
         ({"attention_bias": True}, "cannot express attention_bias = True"),
         ({"hidden_act": "gelu"}, "cannot express hidden_act = gelu"),
-        ({"model_type": "gemma2"}, "model_type gemma2 is none of qwen3, "),
+        ({"model_type": "gpt_oss"}, "model_type gpt_oss is none of qwen3, "),
         ({"num_hidden_layers": 3}, "unreadable config: Class validation error"),
         (LAYERS[3], "the weights do not fit config.json: 'model.layers.2.input_layernorm.weight'"),
         (LAYERS[1], "tensors have no place in the backbone, the first is model.layers.1."),
@@ -245,3 +245,13 @@ def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path
     with caplog.at_level("INFO", logger="megamm"):
         check(config, open_run_data(config).vocabulary)
     assert "model.rope_base: 1000000.0 in the source, 5000000.0 from here on: admitted" in caplog.text
+
+
+def test_a_source_older_than_a_key_had_what_is_its_default(data):
+    config = load_config(_config(data, "newer"))
+    older = config.model.model_dump(mode="json")
+    del older["zero_centered_norm"], older["rope_scaling"]["beta_fast"]
+    _check_function(older, config, [])
+    gemma = load_config(_config(data, "gemma", model={"zero_centered_norm": True}))
+    with pytest.raises(UserError, match=r"model\.zero_centered_norm is False in the source, True in the config"):
+        _check_function(older, gemma, [])

@@ -77,8 +77,8 @@ class Demo:
             for name, options in CODECS.items()
         )
         options = [option for name in CODECS for option in ("--codec", f"{name}={codecs / name}")]
-        evaluation = (export, *sources, "--run", str(self.run_folder), "--json", str(out / "eval.json"))
-        evaluation += ("--limit", EVALUATED)
+        figures = str(out / "eval.json")
+        evaluate = ("eval", export, *sources, "--run", str(self.run_folder), "--json", figures, "--limit", EVALUATED)
         return [
             Stage("fetch", (), fetch, at_once=True),
             Stage("build", ("shards",), (build,)),
@@ -86,7 +86,7 @@ class Demo:
             Stage("tokenize", (), (("data", "tokenize", *sources, *options),)),
             Stage("train", ("run",), action=self._train, depends_on=CONFIG.read_text() + str(self.overrides())),
             Stage("export", ("export",), (("convert", "export", str(self.run_folder), export),)),
-            Stage("eval", ("eval.json",), (("eval", *evaluation),)),
+            Stage("eval", ("eval.json",), (evaluate, ("convert", "card", export, figures))),
             Stage("generate", ("heldout", "generated"), action=self._generate),
         ]
 

@@ -13,7 +13,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import checkpoint, data, doctor, observe, tokenizer, use
+from megamm.cli import checkpoint, convert, data, doctor, observe, tokenizer, use
 from megamm.cli.common import log_to_console
 from megamm.errors import UserError
 from megamm.resilience import exit_codes
@@ -22,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_comp
 app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(convert.app, name="convert")
 app.add_typer(use.app)
 app.add_typer(doctor.app)
 app.add_typer(observe.app)

@@ -18,21 +18,24 @@ Place = Annotated[str, typer.Argument(help="a checkpoint's folder or URL; of a r
 
 @app.command("list")
 def list_(places: Places) -> None:
-    """A line a checkpoint: step, size, age, tier, whole or not (by names and sizes), best or newest."""
+    """A line a checkpoint: step, size, age, tier, whole or not (by names and sizes), best or newest.
+
+    Of the local tier what this node has; a step is whole there if it has every rank's part.
+    """
     from megamm.tiers import inspect
 
     log_to_console()
     for place in places:
-        found = inspect.find(place)
-        best = inspect.best_of(found)
+        found = inspect.find(place, with_local=True)
+        best, newest = inspect.best_of([f for f in found if f.kind != "local"]), max(f.step for f in found)
         for each in found:
             problem, age = each.problem(), each.age()
-            marks = [m for m, is_so in (("newest", each is found[-1]), ("best", each.name == best)) if is_so]
+            marks = [m for m, is_so in (("newest", each.step == newest), ("best", each.name == best)) if is_so]
             columns = [
                 f"{each.step:>8}",
                 f"{sum(each.sizes().values()) / 1e6:>10.1f} MB",
                 f"{_duration(age) if age is not None else '-':>6}",
-                f"{'durable' if each.tier else 'run':<7}",
+                f"{each.kind:<7}",
                 "damaged: " + problem if problem else "whole",
                 *marks,
                 each.where,
@@ -120,6 +123,10 @@ def prune(
 
     log_to_console()
     found = inspect.find(place)
+    if found[0].kind == "local":
+        raise UserError(
+            "a local tier", where=place, remedy="its steps are the run's; remove the folder when it is over"
+        )
     valid = next((each for each in reversed(found) if not each.damage()), None)
     if valid is None:
         raise UserError("no checkpoint there is valid", where=place, remedy="nothing is removed; look at them first")

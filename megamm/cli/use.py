@@ -1,4 +1,4 @@
-"""What is done with a trained model: `megamm convert`, `megamm eval`, `megamm generate`."""
+"""What is done with an export: `megamm eval`, `megamm generate`."""
 
 import json
 from pathlib import Path
@@ -10,32 +10,6 @@ from megamm.cli.common import DeviceChoice, Sources, log_to_console
 from megamm.errors import UserError
 
 app = typer.Typer()
-convert_app = typer.Typer(no_args_is_help=True, help="Export to and import from Hugging Face folders.")
-app.add_typer(convert_app, name="convert")
-
-
-@convert_app.command("export")
-def export_run(
-    run: Annotated[Path, typer.Argument(help="a run's output folder, or one checkpoint")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to make")],
-) -> None:
-    """Write safetensors, config, tokenizer and codecs that transformers' AutoModelForCausalLM loads."""
-    from megamm.convert.hf import export
-
-    log_to_console()
-    print(f"exported to {export(run, out)}")
-
-
-@convert_app.command("import")
-def import_export(
-    folder: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
-    run: Annotated[Path, typer.Argument(help="output folder of a new run; it starts from these weights")],
-) -> None:
-    """Write step 0 of a new run from an export, weights bit for bit."""
-    from megamm.convert.hf import import_
-
-    log_to_console()
-    print(f"imported to {import_(folder, run)}")
 
 
 @app.command("eval")

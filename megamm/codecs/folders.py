@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from megamm.data.shards import ShardFolder
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 Split = Literal["train", "heldout"]
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class CodecConfig(BaseModel):
@@ -71,10 +73,6 @@ def read_config(folder: Path, family: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not (file.is_file() and weight_files(folder)):
         remedy = f"name a folder made by `megamm tokenizer train {family}`"
-        if file.is_file() and any(folder.glob("*.bin")):
-            remedy = (
-                "its weights are a pickle, which can run code: load it with transformers, save_pretrained elsewhere"
-            )
         raise UserError(f"no {family} codec (config.json and {WEIGHTS})", where=folder, remedy=remedy)
     try:
         return dict(json.loads(file.read_text()))
@@ -109,20 +107,70 @@ def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any
 def weight_files(folder: Path) -> list[Path]:
     """`model.safetensors`, or the shards that its index names, in the order of names; empty if there is neither.
 
-    UserError if the index is damaged, or a shard is missing or elsewhere.
+    Of a file itself: the file. UserError if the index is damaged or does not tell the truth, if a file is elsewhere, or
+    if the only weights are a pickle, which can run code: none is read, ever.
     """
-    index = folder / f"{WEIGHTS}.index.json"
-    if (folder / WEIGHTS).is_file() or not index.is_file():
-        return [folder / WEIGHTS] * (folder / WEIGHTS).is_file()
+    index = folder / INDEX
+    if folder.is_file():
+        return [folder]
+    if (folder / WEIGHTS).is_file():
+        return [_inside(folder, WEIGHTS)]
+    if index.is_file():
+        return _indexed(folder, index)
+    pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
+    if pickled is not None:
+        remedy = "load it with the library that wrote it, and save_pretrained elsewhere, which gives safetensors"
+        raise UserError(f"{pickled} is a pickle, which can run code", where=folder, remedy=remedy)
+    return []
+
+
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    """The shards; each tensor is in one of them, in the one that the index says."""
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        bad = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"unreadable index of weights: {error!r}", where=index, remedy="restore it") from error
-    if bad or not names:
-        what = f"no file {bad[0]!r} in this folder" if bad else "an index of no weights"
-        raise UserError(what, where=index, remedy="restore the folder")
-    return [folder / name for name in names]
+        said = dict(json.loads(index.read_text())["weight_map"])
+        names = sorted(set(said.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise UserError(f"unreadable index of weights: {error!r}", where=index, remedy="restore it") from None
+    if not names:
+        raise UserError("an index of no weights", where=index, remedy="restore the folder")
+    files = [_inside(folder, str(name)) for name in names]
+    found: dict[str, str] = {}
+    for file in files:
+        for tensor in tensor_names(file):
+            if tensor in found:
+                what = f"{tensor} is both in {found[tensor]} and in {file.name}"
+                raise UserError(what, where=folder, remedy="restore the folder")
+            found[tensor] = file.name
+    for tensor in sorted(said.keys() | found.keys()):
+        if said.get(tensor) != found.get(tensor):
+            is_said, is_so = (side.get(tensor, "no file") for side in (said, found))
+            what = f"the index has {tensor} in {is_said}, it is in {is_so}"
+            raise UserError(what, where=index, remedy="restore the folder")
+    return files
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Of a safetensors file. UserError if its header or its length is damaged."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"unreadable weights: {error}", where=file, remedy="restore the file") from None
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file of the folder. UserError for one elsewhere, by its name or through a link.
+
+    Links of a hub's cache lead from a snapshot to the blobs beside it, and nowhere else.
+    """
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise UserError(f"no file {name!r} in this folder", where=folder, remedy="restore the folder")
+    here, real = folder.resolve(), path.resolve()
+    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
+    if real.parent not in (here, blobs):
+        raise UserError(f"{name} is a link out of the folder", where=folder, remedy="copy the file there")
+    return path
 
 
 def codec_id(folder: Path) -> str:

@@ -6,6 +6,8 @@ held in float32, whatever they were saved in. Adapters: codecs/hf_audio.py, code
 """
 
 import logging
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,47 +31,75 @@ MODELS_WITH_A_CODEC = {"chameleon": "ChameleonModel", "emu3": "Emu3Model", "janu
 RESTORE = "restore the folder, or save it anew with save_pretrained"
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a folder holds: the adapter of ours, the model of transformers with its config, what is known of sizes."""
+
+    adapter: Any
+    model_class: Any
+    config: Any
+    sizes: Any
+
+
+def form_of(folder: Path, values: dict[str, Any]) -> Form:
+    """From the values of a folder's config.json, of a model_type that has an adapter.
+
+    UserError if the config is damaged, or the model is of a form that its adapter cannot use.
+    """
+    family = next(family for family, adapters in ADAPTERS.items() if values["model_type"] in adapters)
+    adapter = ADAPTERS[family][values["model_type"]]
+    import transformers  # seconds
+
+    model_class = getattr(transformers, adapter.model_class)
+    try:
+        safe = {k: v for k, v in values.items() if "attn_implementation" not in k}  # it can name code to download
+        config = model_class.config_class.from_dict(safe)
+        try:
+            return Form(adapter, model_class, config, adapter.sizes(config))
+        except ValueError as error:
+            remedy = f"use one of another form, or train a codec with `megamm tokenizer train {family}`"
+            raise UserError(f"{adapter.model_class} of no usable form: {error}", where=folder, remedy=remedy) from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers raises nearly any class for a config that it cannot use
+        raise _unusable(adapter, error, folder) from error
+
+
+def _unusable(adapter: Any, error: Exception, folder: Path) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"{adapter.model_class} cannot be used: {reason}", where=folder, remedy=RESTORE)
+
+
 def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
     """The adapter around the folder's model, on the CPU and in eval mode, and its codec_id.
 
     UserError if the model is no codec of this family, is of a form that its adapter cannot use, or is damaged.
     """
     values = read_config(folder, family)
-    adapter = _adapter(str(values["model_type"]), folder, family)
-    import transformers  # seconds
-
-    model_class = getattr(transformers, adapter.model_class)
+    _check_adapter(str(values["model_type"]), folder, family)
     state = _read_weights(folder)
+    form = form_of(folder, values)
+    adapter = form.adapter
     try:
-        safe = {k: v for k, v in values.items() if "attn_implementation" not in k}  # it can name code to download
-        config = model_class.config_class.from_dict(safe)
-        try:
-            sizes = adapter.sizes(config)
-        except ValueError as error:
-            remedy = f"use one of another form, or train a codec with `megamm tokenizer train {family}`"
-            raise UserError(f"{adapter.model_class} of no usable form: {error}", where=folder, remedy=remedy) from error
-        model, report = model_class.from_pretrained(
-            None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        model, report = form.model_class.from_pretrained(
+            None, config=form.config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
-    except UserError:
-        raise
-    except Exception as error:  # transformers raises nearly any class for a config or weights that it cannot use
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{adapter.model_class} cannot be used: {reason}", where=folder, remedy=RESTORE) from error
+    except Exception as error:  # transformers raises nearly any class for weights that it cannot use
+        raise _unusable(adapter, error, folder) from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
     if missing:  # transformers would go on with random ones
         what = f"the weights lack {len(missing)} tensors of {adapter.model_class}, such as {missing[0]}"
         raise UserError(what, where=folder, remedy=RESTORE)
     if unused:
         logger.warning("%s: %d tensors have no use in this config, such as %s", folder, len(unused), unused[0])
-    logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, transformers.__version__, sizes)
-    return adapter(model, sizes).eval(), codec_id(folder)
+    logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, version("transformers"), form.sizes)
+    return adapter(model, form.sizes).eval(), codec_id(folder)
 
 
-def _adapter(model_type: str, folder: Path, family: str) -> Any:
+def _check_adapter(model_type: str, folder: Path, family: str) -> None:
     adapters = ADAPTERS.get(family, {})
     if model_type in adapters:
-        return adapters[model_type]
+        return
     whole = MODELS_WITH_A_CODEC.get(model_type)
     if whole and family == "visual":
         remedy = f"save its codec alone: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"

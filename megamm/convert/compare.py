@@ -1,9 +1,13 @@
-"""An export against the run that it was made from: the same tokens through stock transformers and our own model.
+"""The same tokens through our model, from a native checkpoint, and through transformers' own, from a folder: float32.
 
-The packed rows of the run in our model, each document of them alone in transformers: conversion, packing and
-attention kept inside documents are checked at once. Unit: logits (no unit), largest absolute difference.
+Packed rows in ours; in transformers each document of them alone. So conversion, packing and attention that stays inside
+documents are checked at once. What is compared are logits and, to find where two models part, what goes into the first
+layer and comes out of each. Differences are relative to the largest value of transformers' (no unit).
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +15,56 @@ import numpy as np
 import torch
 
 from megamm import checkpoint, device
-from megamm.config import ParallelConfig, config_from_dict
-from megamm.convert.exported import Exported, open_export
-from megamm.convert.hf import find_checkpoint
+from megamm.config import ParallelConfig, RunConfig, config_from_dict
+from megamm.convert.exported import load_stock
+from megamm.convert.hf import find_checkpoint, read_own
 from megamm.data.run_data import open_run_data
-from megamm.data.sample import Batch, Row
+from megamm.data.sample import IGNORE_LABEL, Batch, Row
 from megamm.errors import UserError
+from megamm.model.vocabulary import Vocabulary
+
+EMBEDDING, LOGITS = "embedding", "logits"
 
 
-def logits_difference(run: Path, export_folder: Path, place: device.Device, rows: int = 20) -> float:
-    """Largest absolute difference of logits: the run's checkpoint in our model, packed, against the export.
+@dataclass(frozen=True)
+class Pass:
+    """One row through one model: float32 `[S, H]` by stage (EMBEDDING, "layer 0" …), then LOGITS `[S, V]`."""
 
-    Over all tokens of the first `rows` held-out rows; transformers reads each document on its own. UserError if the
-    export is of another step than the run's newest checkpoint.
-    """
-    export = open_export(export_folder, place.torch_device)
-    folder = find_checkpoint(run)
-    state = checkpoint.read_state(folder)
-    if state.step != export.step:
-        what = f"the export is of step {export.step}, the run's checkpoint of step {state.step}"
-        raise UserError(what, where=export_folder, remedy="export the run anew")
-    config = config_from_dict(state.config, where=folder).model_copy(update={"parallel": ParallelConfig()})
-    data = open_run_data(config)
+    stages: dict[str, torch.Tensor]
+
+    def of_first_ids(self, size: int) -> "Pass":
+        """With the logits of the first ids alone: rows of a table beyond them are nobody's."""
+        return Pass(self.stages | {LOGITS: self.stages[LOGITS][:, :size]})
+
+
+Forward = Callable[[Row], Pass]
+
+
+def random_rows(vocabulary_size: int, length: int, seed: int = 0) -> list[Row]:
+    """Random ids: two rows of one document, two of many with padding behind, as the trainer packs them."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for most in (length, length, max(2, length // 3), max(2, length // 6)):
+        segment, index = np.full(length, -1, dtype=np.int64), np.zeros(length, dtype=np.int64)
+        at, document, end = 0, 0, length if most == length else length - length // 16
+        while at < end:
+            size = length if most == length else min(int(rng.integers(1, most + 1)), end - at)
+            segment[at : at + size], index[at : at + size] = document, np.arange(size)
+            at, document = at + size, document + 1
+        ids = rng.integers(0, vocabulary_size, length)
+        nothing = np.full(length, IGNORE_LABEL, dtype=np.int64)
+        rows.append(Row(ids, nothing, np.zeros(length, np.float32), segment, np.tile(index, (3, 1)), nothing))
+    return rows
+
+
+@contextmanager
+def our_model(step: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
+    """A verified checkpoint in our backbone, in float32 on one process; its weights pass through these dtypes first."""
+    state = checkpoint.read_state(step)
+    made_with = config_from_dict(state.config, where=step)
+    train = made_with.train.model_copy(update={"precision": "fp32", "attention": "auto"})
+    config = made_with.model_copy(update={"parallel": ParallelConfig(), "train": train})
+    size = Vocabulary.from_json(state.vocabulary).size
     from megamm.mcore import groups as grid
 
     grid.start(place)
@@ -40,21 +72,101 @@ def logits_difference(run: Path, export_folder: Path, place: device.Device, rows
 
     groups = grid.build(config.parallel, config.train.seed)
     try:
-        chunks = backbone.build_chunks(config, data.vocabulary.size, groups, place)
-        store.load(folder / "tensors", backbone.wrap(chunks, groups, place), None, groups, state.step)
-        return max(_row_difference(chunks[0].eval(), export, row) for row in data.heldout_rows[:rows])
+        (model,) = backbone.build_chunks(config, size, groups, place)
+        store.load_weights(step / "tensors", [model], groups)
+        _round(model, rounded)
+        yield lambda row: _ours(model.eval(), row, size, place.torch_device)
     finally:
         grid.destroy()
 
 
+@contextmanager
+def their_model(folder: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
+    """A folder of transformers in its own class, in float32. UserError if it does not load whole."""
+    model = load_stock(folder, torch.float32).to(place.torch_device)
+    _round(model, rounded)
+    yield lambda row: _theirs(model, row, place.torch_device)
+
+
 @torch.inference_mode()
-def _row_difference(ours: Any, export: Exported, row: Row) -> float:
-    batch = Batch.stack([row]).to(export.device)
-    packed_SV = ours(batch.input_ids, None, batch.row_map)[0]
-    worst = 0.0
-    for segment in range(int(row.segment.max()) + 1):
-        places = np.flatnonzero(row.segment == segment)
-        part = slice(int(places[0]), int(places[-1]) + 1)
-        theirs_SV = export.model(batch.input_ids[:, part]).logits[0]
-        worst = max(worst, (packed_SV[part, : export.vocabulary.size] - theirs_SV).abs().max().item())
-    return worst
+def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pass:
+    batch = Batch.stack([row]).to(where)
+    with _recorded(model.decoder.layers) as stages:
+        logits = model(batch.input_ids, None, batch.row_map)[0, :, :vocabulary_size]
+    seen = {name: tensor[:, 0] for name, tensor in stages.items()}  # [S, B = 1, H]
+    return _seen(row, seen | {LOGITS: logits})
+
+
+@torch.inference_mode()
+def _theirs(model: Any, row: Row, where: torch.device) -> Pass:
+    found: dict[str, list[torch.Tensor]] = {}
+    ids = torch.from_numpy(row.input_ids).to(where)[None]
+    for document in range(int(row.segment.max()) + 1):
+        places = np.flatnonzero(row.segment == document)
+        with _recorded(model.get_decoder().layers) as stages:
+            logits = model(ids[:, int(places[0]) : int(places[-1]) + 1], use_cache=False).logits[0]
+        for name, tensor in ({name: tensor[0] for name, tensor in stages.items()} | {LOGITS: logits}).items():
+            found.setdefault(name, []).append(tensor)
+    return Pass({name: torch.cat(tensors).float().cpu() for name, tensors in found.items()})
+
+
+def _seen(row: Row, stages: dict[str, torch.Tensor]) -> Pass:
+    """What a row's documents are, without padding."""
+    inside = torch.from_numpy(row.segment >= 0)
+    return Pass({name: tensor.float().cpu()[inside] for name, tensor in stages.items()})
+
+
+@contextmanager
+def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """Fills what goes into the first of these modules and comes out of each, in their own order of axes."""
+    found: dict[str, torch.Tensor] = {}
+
+    def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        found[EMBEDDING] = given[0] if given else named["hidden_states"]
+
+    def after(number: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_: Any, __: Any, output: Any) -> None:
+            found[f"layer {number}"] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [layers[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(after(number)) for number, layer in enumerate(layers)]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def _round(model: torch.nn.Module, dtypes: Sequence[torch.dtype]) -> None:
+    for parameter in model.parameters():
+        for dtype in dtypes:
+            parameter.copy_(parameter.to(dtype))
+
+
+def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, float]:
+    """By stage, over all rows: the largest difference over the largest value of theirs. NaN where either has NaN."""
+    found = {}
+    for stage in theirs[0].stages:
+        pairs = [(a.stages[stage], b.stages[stage]) for a, b in zip(ours, theirs, strict=True)]
+        scale = torch.stack([b.abs().max() for _, b in pairs]).max()
+        found[stage] = float(torch.stack([(a - b).abs().max() for a, b in pairs]).max() / scale.clamp(min=1e-30))
+    return found
+
+
+def logits_difference(run: Path, export_folder: Path, place: device.Device, rows: int = 20) -> float:
+    """Largest absolute difference of logits over the first `rows` held-out rows of a run, an export against the run.
+
+    UserError if the export is of another step than the run's newest checkpoint.
+    """
+    folder = find_checkpoint(run)
+    state, step = checkpoint.read_state(folder), read_own(export_folder)[2]["step"]
+    if state.step != step:
+        what = f"the export is of step {step}, the run's checkpoint of step {state.step}"
+        raise UserError(what, where=export_folder, remedy="export the run anew")
+    config: RunConfig = config_from_dict(state.config, where=folder)
+    heldout = open_run_data(config).heldout_rows[:rows]
+    with our_model(folder, place) as ours, their_model(export_folder, place) as theirs:
+        return max(float((ours(r).stages[LOGITS] - theirs(r).stages[LOGITS]).abs().max()) for r in heldout)

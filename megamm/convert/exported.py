@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from megamm.config import RunConfig
-from megamm.convert.hf import read_own
+from megamm.convert.own import read_own
 from megamm.data.packing import pack
 from megamm.data.run_data import forms_of, load_modalities, vocabulary_of
 from megamm.data.sample import Document, Row
@@ -40,29 +40,38 @@ class Exported:
     @cached_property
     def model(self) -> Any:
         """The transformers model, in eval mode on the device. UserError if weights are missing or do not fit."""
-        from transformers import AutoModelForCausalLM  # seconds to import
-        from transformers.utils import logging as their_logging
-
-        their_logging.disable_progress_bar()
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False, output_loading_info=True
-            )
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"transformers cannot load it: {reason}", where=self.folder, remedy=_REMEDY) from error
-        model, found = loaded
-        # transformers would go on with random weights in place of missing ones.
-        wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
-        if wrong:
-            what = f"{len(wrong)} tensors are missing or unknown, the first is {wrong[0]}"
-            raise UserError(what, where=self.folder, remedy=_REMEDY)
+        model = load_stock(self.folder)
         log.info("%s from step %d on %s, %s", type(model).__name__, self.step, self.device, model.dtype)
-        return model.to(self.device).eval()
+        return model.to(self.device)
 
     def row(self, document: Document, length: int) -> Row:
         """One document as in training, padded to `length` tokens."""
         return pack([document], self.vocabulary, length, forms_of(self.modalities, length))
+
+
+def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model of any folder of transformers, in eval mode on the CPU; dtype None: as it is stored.
+
+    UserError if weights are missing or do not fit.
+    """
+    from transformers import AutoModelForCausalLM  # seconds to import
+    from transformers.utils import logging as their_logging
+
+    their_logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, output_loading_info=True, dtype=dtype or "auto"
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"transformers cannot load it: {reason}", where=folder, remedy=_REMEDY) from error
+    model, found = loaded
+    # transformers would go on with random weights in place of missing ones.
+    wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
+    if wrong:
+        what = f"{len(wrong)} tensors are missing or unknown, the first is {wrong[0]}"
+        raise UserError(what, where=folder, remedy=_REMEDY)
+    return model.eval()
 
 
 def open_export(folder: Path, device: torch.device) -> Exported:

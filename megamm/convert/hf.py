@@ -1,36 +1,54 @@
-"""`megamm convert export RUN OUT` and `megamm convert import OUT RUN2`.
+"""`megamm convert export RUN OUT` and `megamm convert import FOLDER RUN2`, tensor by tensor (docs/conversion.md).
 
-An export holds what stock engines read (config.json, model.safetensors, tokenizer.json), the codecs
-under codecs/<modality>/, and megamm.json (vocabulary ranges, run config, step) that import needs.
-It is written under a temporary name and renamed.
+An export holds what stock engines read (config.json, the weights as one safetensors file or several with an index,
+tokenizer.json), the codecs under codecs/<modality>/, megamm.json (own.py) that import needs, and the model card with
+the attribution of the data and a digest of every file. Neither direction builds the model: to_hugging_face.py and
+from_hugging_face.py say which bytes go where, work.py has processes write them into a temporary folder, which gets its
+name when all of it is complete and verified.
 """
 
 import json
 import logging
-import os
 import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from megamm import checkpoint, device
-from megamm.checkpoint import saver
-from megamm.config import RunConfig, config_from_dict
-from megamm.convert import mapping
+from megamm import __version__, checkpoint
+from megamm.checkpoint import RunState, files, manifest
+from megamm.checkpoint.folder import all_of
+from megamm.codecs.folders import WEIGHTS
+from megamm.config import ParallelConfig, RunConfig, apply_overrides, config_from_dict
+from megamm.convert import card, elements, from_hugging_face, to_hugging_face
 from megamm.convert.families import Family
-from megamm.convert.family_config import family_for, to_config
-from megamm.convert.tokenizer import export_tokenizer
+from megamm.convert.family_config import family_for, read_model, to_config
+from megamm.convert.hf_source import shapes_of, text_alone
+from megamm.convert.own import OWN, own_of, read_own
+from megamm.convert.plan import SHARD_SIZE, Conversion
+from megamm.convert.tokenizer import copy_tokenizer, export_tokenizer
+from megamm.convert.weights import Weights
+from megamm.convert.work import Work
 from megamm.errors import UserError
-from megamm.mcore import groups as grid
 from megamm.model.vocabulary import Vocabulary
+from megamm.resilience import events
+from megamm.tiers import retention
 
 log = logging.getLogger(__name__)
-OWN = "megamm.json"
-WEIGHTS = "model.safetensors"
+_NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.index.json")
+"""A text tokenizer's folder may be that of a whole model."""
+
+
+@dataclass(frozen=True)
+class Checks:
+    """logits: the gate (gate.py) compares them, too; refuse_nan: NaN and Inf are a UserError before the conversion."""
+
+    logits: bool = True
+    refuse_nan: bool = False
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -44,8 +62,23 @@ def find_checkpoint(run_or_checkpoint: Path) -> Path:
     return folder
 
 
-def export(run_or_checkpoint: Path, out: Path) -> Path:
-    """Write a Hugging Face folder that AutoModelForCausalLM loads; returns `out`. UserError if it exists."""
+def export(
+    run_or_checkpoint: Path,
+    out: Path,
+    *,
+    nproc: int = 0,
+    shard_size: int = SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+    checks: Checks = Checks(),
+) -> Path:
+    """Write a Hugging Face folder that AutoModelForCausalLM loads; returns `out`.
+
+    nproc: processes, 0: one a core; shard_size: bytes of a file; dtype: of the export's weights, None: the stored ones.
+    UserError if `out` exists, a value has no place in the dtype, there is no space, or another process is at it.
+    GateError if what was made is not the same model.
+    """
+    from megamm.convert import gate, tensors
+
     if out.exists():
         raise UserError("the output exists", where=out, remedy="remove it or choose another")
     folder = find_checkpoint(run_or_checkpoint)
@@ -53,85 +86,149 @@ def export(run_or_checkpoint: Path, out: Path) -> Path:
     config = config_from_dict(state.config, where=folder)
     vocabulary = Vocabulary.from_json(state.vocabulary)
     family = family_for(config.model)
-    _start_alone()
-    from megamm.mcore import store
-
-    stored = store.export_tensors(folder / "tensors")
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = mapping.to_transformers(family.entries, stored, config.model, vocabulary.size)
-    save_file(weights, temporary / WEIGHTS, metadata={"format": "pt"})
-    _write_configs(temporary, family, config, vocabulary, weights["model.norm.weight"].dtype)
-    export_tokenizer(config.tokenizers["text"], vocabulary, temporary)
     for name, codec in config.tokenizers.items():
-        shutil.copytree(codec, temporary / "codecs" / name)
-    own = {"vocabulary": state.vocabulary, "config": state.config, "step": state.step, "versions": state.versions}
-    (temporary / OWN).write_text(json.dumps(own, indent=1))
-    os.replace(temporary, out)
+        if not codec.is_dir():
+            raise UserError(f"tokenizers.{name}: no such folder", where=codec, remedy="put the run's codec there again")
+    if checks.logits:
+        gate.room_for_logits(config, vocabulary.size)
+    if checks.refuse_nan:
+        gate.refuse_not_finite(tensors.Native(folder))
+    planned = to_hugging_face.plan(folder, family.entries, config.model, vocabulary.size, dtype, shard_size)
+    _tell(planned, planned.dtypes)
+    media = [codec for name, codec in config.tokenizers.items() if name != "text"]
+    codecs = sum(f.stat().st_size for codec in media for f in codec.rglob("*") if f.is_file())
+    with Work(planned, out, nproc, more=codecs) as work:
+        work.fill()
+        if len(planned.files) > 1:
+            files.write(work.folder / f"{WEIGHTS}.index.json", [planned.index()])
+        _write_beside(work.folder, family, config, vocabulary, planned.dtypes[-1][1])
+        own = own_of(state, card.record(folder, state, config))
+        (work.folder / OWN).write_text(json.dumps(own, indent=1))
+        card.copy_attribution(state, config, work.folder)
+        card.write_card(work.folder, own)
+        gate.end(folder, work.folder, work.folder, logits=checks.logits)
+        work.publish()
     return out
 
 
-def _write_configs(folder: Path, family: Family, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+def _tell(planned: Conversion, dtypes: Sequence[tuple[torch.dtype, torch.dtype]]) -> None:
+    size = sum(item.size for items in planned.files.values() for item in items)
+    log.info("%s: %d files, %.2f GB", planned.name, len(planned.files), size / 1e9)
+    for line in elements.said(dtypes):
+        log.info("%s: %s", planned.name, line)
+
+
+def _write_beside(folder: Path, family: Family, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
+    """Config, tokenizer and codecs."""
     from transformers import GenerationConfig
 
-    special = {
-        "bos_token_id": vocabulary.document_start,
-        "eos_token_id": vocabulary.document_end,
-        "pad_token_id": vocabulary.padding,
-    }
+    if any(part.name == "control" for part in vocabulary.ranges):
+        export_tokenizer(config.tokenizers["text"], vocabulary, folder)
+        special = {
+            "bos_token_id": vocabulary.document_start,
+            "eos_token_id": vocabulary.document_end,
+            "pad_token_id": vocabulary.padding,
+        }
+    else:  # imported from a plain folder
+        special = copy_tokenizer(config.tokenizers["text"], folder, vocabulary.size)
     theirs = to_config(family, config.model, vocabulary.size, config.data.seq_length, special)
     theirs.dtype = dtype
     theirs.save_pretrained(folder)
     GenerationConfig(**special).save_pretrained(folder)
+    for name, codec in config.tokenizers.items():
+        shutil.copytree(codec, folder / "codecs" / name, ignore=_NO_MODEL if name == "text" else None)
 
 
-def read_own(export_folder: Path) -> tuple[RunConfig, Vocabulary, dict[str, Any]]:
-    """Run config, vocabulary and the rest of an export's megamm.json; its codecs are those in the export."""
-    try:
-        own = json.loads((export_folder / OWN).read_text())
-        config = config_from_dict(own["config"], where=export_folder / OWN)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"not an export of megamm: {error}",
-            where=export_folder,
-            remedy="make one by `megamm convert export`; from other folders a run starts by start_from.checkpoint",
-        ) from None
-    inside = {name: export_folder / "codecs" / name for name in config.tokenizers}
-    return config.model_copy(update={"tokenizers": inside}), Vocabulary.from_json(own["vocabulary"]), own
+def import_(
+    folder: Path,
+    run: Path,
+    *,
+    nproc: int = 0,
+    shard_size: int = SHARD_SIZE,
+    dtype: torch.dtype | None = None,
+    overrides: Sequence[str] = (),
+    checks: Checks = Checks(),
+) -> Path:
+    """Write step 0 of a new run from an export or any folder of a family: weights bit for bit, no optimizer state.
 
+    overrides: `key=value` for the config in the checkpoint; not of the model. Else as `export`.
+    """
+    from megamm.convert import complete, gate, tensors
 
-def import_(export_folder: Path, run: Path) -> Path:
-    """Write step 0 of a new run from an export: its weights bit for bit, no optimizer state."""
-    if (run / "checkpoints").exists():
+    if all_of(run):
         raise UserError("the run has checkpoints", where=run, remedy="remove it or choose another output")
-    config, vocabulary, own = read_own(export_folder)
-    family = family_for(config.model)
-    try:
-        stored = mapping.from_transformers(family.entries, load_file(export_folder / WEIGHTS), config.model)
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"the weights do not fit config.json: {error}", where=export_folder / WEIGHTS, remedy="export again"
-        ) from None
-    _start_alone()
-    from megamm.mcore import rng, store
+    config, vocabulary, family = _described(folder, run, overrides)
+    began = time.monotonic()
+    given = tensors.OfFiles(folder)
+    complete.check(folder, given.described)
+    if checks.logits:
+        gate.room_for_logits(config, vocabulary.size)
+    if checks.refuse_nan:
+        gate.refuse_not_finite(given)
+    with Weights(folder) as weights:
+        shapes_of(weights, family, config.model, vocabulary)
+        planned = from_hugging_face.plan(weights, family.entries, config.model, dtype, shard_size)
+    _tell(planned, planned.dtypes)
+    final = checkpoint.path_of(run, 0)
+    with Work(planned, final, nproc) as work:
+        listed = work.fill()
+        random = torch.get_rng_state()  # of a process that has drawn nothing in a parallel region
+        more = {f"tensors/{name}": data for name, data in planned.index().items()}
+        more["rng_00000.safetensors"] = safetensors.torch.save({"torch": random, "device": random.clone()})
+        more[checkpoint.STATE] = _state(config, vocabulary).to_json()
+        listed |= {name: files.write(work.folder / name, [data]) for name, data in more.items()}
+        files.write(work.folder / manifest.NAME, [manifest.render(listed)])
+        gate.end(work.folder, folder, work.folder, logits=checks.logits)
+        work.publish()
+    size = sum(entry.size for entry in listed.values())
+    events.record(run, "imported", folder=str(folder), bytes=size, seconds=time.monotonic() - began)
+    retention.apply(run, keep=1, keep_best=False)
+    return final
 
-    state = checkpoint.RunState(
+
+def _state(config: RunConfig, vocabulary: Vocabulary) -> RunState:
+    return RunState(
         step=0,
         consumed_rows=0,
         world_size=1,
-        layout=config.parallel.model_dump(),
+        layout=ParallelConfig().model_dump(),
         vocabulary=vocabulary.to_json(),
-        config=own["config"],
-        versions=store.versions(),
+        config=config.model_dump(mode="json"),
+        versions={"megamm": __version__, "code": checkpoint.code_version(), "torch": torch.__version__},
         has_optimizer=False,
     )
-    saver.save_now(run, state, store.whole_blocks(stored), rng.fresh(), device.choose("cpu"))
-    return checkpoint.path_of(run, state.step)
 
 
-def _start_alone() -> None:
-    """Stored tensors are read and written by one process on the CPU, with or without a GPU in the machine."""
-    os.environ.pop("RANK", None)
-    if not dist.is_initialized():
-        grid.start(device.choose("cpu"))
+def _described(folder: Path, run: Path, overrides: Sequence[str]) -> tuple[RunConfig, Vocabulary, Family]:
+    """What a folder holds. Of a plain one the config says the model and the tokenizer; the rest of it, which a run
+    has from its own config, is the least that is valid, and `overrides`."""
+    wrong = next((given for given in overrides if given.split("=")[0].split(".")[0] == "model"), None)
+    if wrong is not None:
+        raise UserError(f"{wrong}: the model is what the folder says", where=folder, remedy="leave it out")
+    if (folder / OWN).is_file():
+        _, vocabulary, own = read_own(folder)
+        apply_overrides(own["config"], overrides)
+        config = config_from_dict(own["config"], where=folder / OWN)
+        return config, vocabulary, family_for(config.model)
+    values: dict[str, Any] = {
+        "output": str(run),
+        "data": {"sources": [{"path": "none"}]},
+        "tokenizers": {"text": str(folder.absolute())},
+        "optimizer": {"lr": 1e-5},
+        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+    }
+    apply_overrides(values, overrides)
+    values["data"].setdefault("seq_length", _longest(folder))
+    family, model = read_model(folder, values["data"]["seq_length"])
+    config = config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
+    return config, text_alone(folder), family
+
+
+def _longest(folder: Path) -> int:
+    """Tokens of a row that the model was made for."""
+    file = folder / "config.json"
+    try:
+        return int(json.loads(file.read_text())["max_position_embeddings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"it has no max_position_embeddings: {error!r}"
+        raise UserError(what, where=file, remedy="name the length of a row: data.seq_length=N") from None

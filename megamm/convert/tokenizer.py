@@ -44,3 +44,14 @@ def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> 
         pad_token=vocabulary.control_name(vocabulary.padding),
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+
+
+def copy_tokenizer(text_codec: Path, folder: Path, size: int) -> dict[str, int]:
+    """Write the text tokenizer as it is, for a vocabulary of `size` ids of text alone; its bos/eos/pad token ids, if it
+    has them. Its class may add some that the model has no row for: they are left out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(text_codec, local_files_only=True, trust_remote_code=False)
+    tokenizer.save_pretrained(folder)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return {name: token for name, token in ids.items() if token is not None and token < size}

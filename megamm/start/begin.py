@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from megamm.checkpoint import folder
 from megamm.checkpoint.blocks import Block, Shape
-from megamm.config import RunConfig, StartConfig
+from megamm.config import ModelConfig, RunConfig, StartConfig
 from megamm.engine import Engine
 from megamm.errors import UserError
 from megamm.model.vocabulary import Vocabulary
@@ -31,8 +32,12 @@ WINDOW = 1 << 22
 FUNCTION = (
     *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"),
-    *("rope_scaling.high_freq_factor", "rope_scaling.original_length"),
-    *("moe.top_k", "moe.score", "mla.qk_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim"),
+    *("rope_scaling.high_freq_factor", "rope_scaling.original_length", "rope_scaling.beta_fast"),
+    *("rope_scaling.beta_slow", "rope_scaling.mscale", "rope_scaling.mscale_all_dim"),
+    *("moe.top_k", "moe.score", "moe.norm_top_k", "moe.routed_scaling_factor", "moe.num_groups", "moe.group_top_k"),
+    *("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "window.size", "window.full_layers"),
+    *("window.rope_base", "activation", "zero_centered_norm", "scale_embeddings"),
+    *("mla.qk_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim"),
 )
 """Keys of the model section that change what the same tensors compute."""
 
@@ -162,12 +167,18 @@ def _rows(block: Block, low: int, high: int) -> Block:
 def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequence[str]) -> None:
     """UserError for a key that would let the same tensors compute something else, unless it is admitted."""
     ours = config.model.model_dump(mode="json")
+    # A source that is older than a key had what is now the default: what it was made with had no other.
+    fields = ModelConfig.model_fields.items()
+    default = {name: field.get_default() for name, field in fields if not field.is_required()}
+    defaults = TypeAdapter(dict[str, Any]).dump_python(default, mode="json")
     unknown = next((key for key in admitted if key not in FUNCTION), None)
     if unknown is not None:
         what = f"start_from.model_changes: {unknown} is none of the keys that need it"
         raise UserError(what, remedy=f"they are {', '.join(FUNCTION)}")
     for key in FUNCTION:
         before, after = _at(theirs, key), _at(ours, key)
+        if before is None:
+            before = _at(defaults, key)
         if before is None or before == after:
             continue
         if key not in admitted:

@@ -4,7 +4,7 @@ A new row of the vocabulary is drawn around the source's text rows, w ~ N(mean, 
 about a text row's share of the probability, where a small or zero row can take nearly all of it. Source: Hewitt 2021,
 "Initializing New Word Embeddings for Pretrained Language Models" (its covariance, here the diagonal of it).
 Other tensors get Megatron-core's initialisation: N(0, init_std), of what writes to the residual stream
-N(0, init_std / sqrt(2 layers)); norms 1, biases 0.
+N(0, init_std / sqrt(2 layers)); norms 1 (zero-centred ones 0), biases 0.
 """
 
 import functools
@@ -46,7 +46,7 @@ def set_new(block: Block, name: str, model: ModelConfig, seed: int, around: Arou
     data = block.data.view(block.size)
     std = 0.0 if around is not None else _spread(name, model)
     if around is None and std == 0.0:
-        data.fill_(1.0 if "norm" in name else 0.0)
+        data.fill_(1.0 if "norm" in name and not model.zero_centered_norm else 0.0)
         return
     width, first = block.shape[-1], block.offset[-1]
     columns = slice(first, first + block.size[-1])

@@ -1,0 +1,160 @@
+"""Both ways of conversion against transformers' own reading and saving of the same model, and against the disk.
+
+The model: a Qwen3 in bfloat16 with random bits, in shards, of --gigabytes. Each side is a process of its own, once a
+round in turns, its source out of the page cache before; medians of the rounds.
+    raw          the shards copied as dd does, 4 MB at a time: read, written, synced
+    import       shards -> native checkpoint; export: that -> shards. Digests of the source checkpoint and of what was
+                 written and the comparison of all tensors are part of it, that of logits is not; all is synced
+    from_pretrained, save_pretrained    of transformers, one after the other in one process: nothing is synced
+MB/s: bytes of weights over seconds of the call (imports of libraries are left out); rss: peak resident MB of the
+process that needs most, its libraries included; share: MB/s over raw's of the same round, median of the ratios.
+Run: `python benchmarks/convert.py [--gigabytes G] [--shards N] [--nproc N] [--rounds N] [--folder F] [--json OUT]`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parents[1] / "tests"
+LAYER_BYTES = 18_900_000
+"""Of tests/stream_models.py's model."""
+PIECE = 4 << 20
+
+
+def side(name: str, folder: Path, nproc: int, shards: int) -> dict[str, float]:
+    """One side, on this process: seconds of each part, and peak memory."""
+    seconds: dict[str, float] = {}
+    if name == "raw":
+        began = time.perf_counter()
+        copy(folder / "hf", folder / "raw")
+        seconds["raw"] = time.perf_counter() - began
+    elif name == "transformers":
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        began = time.perf_counter()
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.bfloat16)
+        seconds["from_pretrained"] = time.perf_counter() - began
+        began = time.perf_counter()
+        model.save_pretrained(folder / "saved", max_shard_size=shard_size(folder, shards))
+        seconds["save_pretrained"] = time.perf_counter() - began
+    else:
+        import transformers.models.qwen3
+
+        from megamm.convert import hf
+
+        checks = hf.Checks(logits=False)
+        began = time.perf_counter()
+        if name == "import":
+            hf.import_(folder / "hf", folder / "run", nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
+        else:
+            hf.export(folder / "run", folder / "out", nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
+        seconds[name] = time.perf_counter() - began
+    # Not this process's ru_maxrss, which begins with that of the one that started it.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return seconds | {"rss": max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 / 1e6}
+
+
+def shard_size(folder: Path, shards: int) -> int:
+    """Bytes, so that there are about as many again."""
+    return size_of(folder) // shards + LAYER_BYTES
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the model's weights."""
+    return sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
+
+
+def copy(source: Path, target: Path) -> None:
+    """All shards, each synced."""
+    target.mkdir()
+    for file in sorted(source.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as read, (target / file.name).open("wb", buffering=0) as written:
+            while piece := read.read(PIECE):
+                written.write(piece)
+            os.fsync(written.fileno())
+
+
+def forget(folder: Path) -> None:
+    """Take a folder's files out of the page cache."""
+    for file in (f for f in folder.rglob("*") if f.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+SIDES = {"raw": ("hf", "raw"), "import": ("hf", "run"), "export": ("run", "out"), "transformers": ("hf", "saved")}
+"""What each reads and makes."""
+
+
+def turn(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Every side once: MB/s and memory of each."""
+    found: dict[str, dict[str, float]] = {}
+    for name, (source, target) in SIDES.items():
+        forget(folder / source)
+        command = [sys.executable, __file__, "--side", name, "--folder", str(folder), "--nproc", str(given.nproc)]
+        done = subprocess.run([*command, "--shards", str(given.shards)], stdout=subprocess.PIPE, text=True, check=True)
+        timed = json.loads(done.stdout.splitlines()[-1])
+        peak = timed.pop("rss")
+        for part, seconds in timed.items():
+            found[part] = {"MB/s": size_of(folder) / seconds / 1e6, "seconds": seconds, "rss": peak}
+        if name != "import":
+            shutil.rmtree(folder / target)
+    shutil.rmtree(folder / "run")
+    for part in found.values():
+        part["share"] = part["MB/s"] / found["raw"]["MB/s"]
+    print(json.dumps(found), flush=True)
+    return found
+
+
+def main() -> None:
+    """Run and print; --json writes the figures too."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=4.0)
+    parser.add_argument("--shards", type=int, default=5)
+    parser.add_argument("--nproc", type=int, default=0, help="processes of ours; 0: one a core")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="on the disk that is measured; by default the temporary folder")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if given.side:
+        print(json.dumps(side(given.side, given.folder, given.nproc, given.shards)))
+        return
+    sys.path.insert(0, str(TESTS))
+    import torch
+    from stream_models import write_synthetic
+
+    from megamm import __version__
+
+    result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__}
+    result |= {"megamm": __version__, "date": time.strftime("%Y-%m-%d"), "rounds": given.rounds}
+    result |= {"nproc": given.nproc or os.cpu_count(), "load_before": os.getloadavg()}
+    with tempfile.TemporaryDirectory(prefix="megamm-convert-", dir=given.folder) as place:
+        folder = Path(place)
+        group = write_synthetic(folder / "hf", round(given.gigabytes * 1e9 / LAYER_BYTES), given.shards, fill=True)
+        result |= {"bytes": size_of(folder), "shards": given.shards, "largest_group_bytes": group}
+        turns = [turn(folder, given) for _ in range(given.rounds)]
+    result["load_after"] = os.getloadavg()
+    for part in turns[0]:
+        result[part] = {what: statistics.median(one[part][what] for one in turns) for what in turns[0][part]}
+    print(json.dumps(result, indent=1))
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""One half of a codec in a folder of its own: an image decoder (ids to pixels), an audio encoder (waveform to ids).
+
+A half's folder is the codec's config.json with `half` in it, and model.safetensors without the tensors that only the
+other half needs, in float32. What it can do it does bit for bit as the whole codec; the other half is not there.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from megamm.codecs import audio, visual
+from megamm.codecs.folders import WEIGHTS, checked_config, load_codec, read_config
+from megamm.errors import UserError
+
+Half = Literal["encoder", "decoder"]
+KINDS: dict[str, dict[str, Any]] = {
+    "audio": {audio.KIND: audio.AudioCodec},
+    "visual": {visual.KIND: visual.VisualCodec},
+}
+"""Codecs of our own, by family."""
+_VQGAN: dict[str, tuple[str, ...]] = {
+    "encoder": ("model.encoder", "model.quant_conv"),
+    "decoder": ("model.decoder", "model.post_quant_conv"),
+}
+_PARTS: dict[str, dict[str, tuple[str, ...]]] = {
+    visual.KIND: {"encoder": ("encoder",), "decoder": ("decoder",)},
+    audio.KIND: {"encoder": ("encoder",), "decoder": ("decoder", "norm", "head")},
+    "mimi": {
+        "encoder": ("model.encoder", "model.encoder_transformer", "model.downsample"),
+        "decoder": ("model.decoder", "model.decoder_transformer", "model.upsample"),
+    },
+    "encodec": {"encoder": ("model.encoder",), "decoder": ("model.decoder",)},
+    "dac": {"encoder": ("model.encoder",), "decoder": ("model.decoder",)},
+    "emu3_vqgan": _VQGAN,
+    "janus_vqgan": _VQGAN,
+}
+"""Modules that only one half needs, by kind (of transformers' codecs, model_type). Chameleon's has no decoder."""
+_REMEDY = "make it anew with `megamm convert modules`"
+
+
+def save_half(codec: Path, family: str, half: Half, target: Path) -> bool:
+    """Write one half of a codec folder into the folder `target`, made if need be; False if the codec has it not."""
+    values = read_config(codec, family)
+    parts = _PARTS.get(_kind(values))
+    if parts is None:
+        return False
+    module, _ = load_codec(codec, KINDS[family], family)
+    kept = {
+        name: tensor.detach().contiguous()
+        for name, tensor in module.state_dict().items()
+        if not _is_in(name, parts[_other(half)])
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(values | {"half": half}, indent=2) + "\n")
+    save_file(kept, target / WEIGHTS, metadata={"format": "pt"})
+    return True
+
+
+def load_half(folder: Path) -> Any:
+    """The half codec on the CPU, in eval mode: `encode` or `decode` as the whole one has it.
+
+    UserError if the folder is none or is damaged.
+    """
+    values = read_config(folder, "half")
+    half = values.pop("half", None)
+    parts = _PARTS.get(_kind(values))
+    if half not in ("encoder", "decoder") or parts is None:
+        raise UserError("no half of a codec", where=folder, remedy=_REMEDY)
+    module = _whole(_kind(values), values, folder)
+    absent = parts[_other(half)]
+    try:
+        missing, unknown = module.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+    except (SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights do not fit the config: {reason}", where=folder, remedy=_REMEDY) from error
+    if wrong := [name for name in missing if not _is_in(name, absent)] + list(unknown):
+        raise UserError(f"{wrong[0]} is missing or unknown", where=folder, remedy=_REMEDY)
+    for part in absent:  # it has random weights, which nothing may compute with
+        parent, _, name = part.rpartition(".")
+        owner = module.get_submodule(parent)
+        if hasattr(owner, name):
+            delattr(owner, name)
+    return module.eval()
+
+
+def _whole(kind: str, values: dict[str, Any], folder: Path) -> nn.Module:
+    for codecs in KINDS.values():
+        if kind in codecs:
+            module: nn.Module = codecs[kind](checked_config(codecs[kind].Config, values, folder / "config.json"))
+            return module
+    from megamm.codecs.hf import form_of  # brings transformers
+
+    form = form_of(folder, values)
+    return form.adapter(form.model_class(form.config), form.sizes)
+
+
+def _kind(values: dict[str, Any]) -> str:
+    return str(values.get("kind", values.get("model_type")))
+
+
+def _other(half: str) -> str:
+    return "decoder" if half == "encoder" else "encoder"
+
+
+def _is_in(name: str, parts: tuple[str, ...]) -> bool:
+    return any(name.startswith(f"{part}.") for part in parts)

@@ -1,0 +1,58 @@
+"""SHA256SUMS of a folder: a digest of every file, as `sha256sum -c SHA256SUMS` reads it in that folder.
+
+One line a file, `<64 hex digits>  <path from the folder>`, in the order of paths; the file does not list itself.
+"""
+
+import hashlib
+from pathlib import Path
+
+from megamm.errors import UserError
+
+DIGESTS = "SHA256SUMS"
+
+
+def write_digests(folder: Path) -> Path:
+    """Write folder/SHA256SUMS over all files below it, in place of an older one; returns it."""
+    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+    partial = folder / f".{DIGESTS}.partial"
+    partial.write_text("".join(lines), encoding="utf-8")
+    return partial.replace(folder / DIGESTS)
+
+
+def check_digests(folder: Path) -> None:
+    """UserError names the first file that is missing, unlisted or altered, or that SHA256SUMS is none."""
+    listed = _read(folder)
+    found = set(_files(folder))
+    for name, digest in listed.items():
+        if name not in found:
+            raise UserError(f"{name} is missing", where=folder, remedy="copy or make the folder anew")
+        if _sha256(folder / name) != digest:
+            raise UserError(f"{name} is not as {DIGESTS} has it", where=folder, remedy="copy or make the folder anew")
+    if unlisted := sorted(found - listed.keys()):
+        remedy = "remove it, or make the folder anew"
+        raise UserError(f"{DIGESTS} does not list {unlisted[0]}", where=folder, remedy=remedy)
+
+
+def _read(folder: Path) -> dict[str, str]:
+    try:
+        text = (folder / DIGESTS).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"no readable {DIGESTS}: {error}", where=folder, remedy="make the folder anew") from None
+    listed = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        digest, gap, name = line[:64], line[64:66], line[66:]
+        if not name or gap != "  " or set(digest) - set("0123456789abcdef"):
+            raise UserError(f"line {number} is no digest", where=folder / DIGESTS, remedy="make the folder anew")
+        listed[name] = digest
+    return listed
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all regular files below the folder, but for the digests."""
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in files if name != DIGESTS and not name.startswith(f".{DIGESTS}"))
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -1,0 +1,236 @@
+"""The check that every conversion ends with: a native checkpoint and a folder of transformers are the same model.
+
+In order: digests of both; config, names and shapes, nothing missing and nothing more; every tensor, bit for bit (after
+the one conversion of dtype where both sides have another), streamed; then logits of both, in float32 on random and
+packed rows, at most TOLERANCE of their scale apart. Nothing is written and nothing deleted. Where it fails, the report
+names the first layer that differs, and what of its tensors does.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from megamm import device
+from megamm.config import ModelConfig, RunConfig
+from megamm.convert import compare, complete
+from megamm.convert.digests import DIGESTS, check_digests
+from megamm.convert.families import Family, leaves
+from megamm.convert.family_config import read_model
+from megamm.convert.hf import find_checkpoint
+from megamm.convert.tensors import AsTransformers, Native, OfFiles, Tensors, layer_of, not_finite
+from megamm.errors import UserError
+from megamm.model.size import parameter_count
+from megamm.start.begin import FUNCTION
+from megamm.tiers.tensors import Described, Difference, difference, pairs
+
+log = logging.getLogger(__name__)
+TOLERANCE = 1e-5
+"""Of the largest logit; of hidden states, of the largest value of a layer's."""
+ROW_LENGTH = 128
+"""Tokens of a row at most; both models are in float32, one after the other."""
+SHOWN = 3
+
+
+@dataclass
+class Report:
+    """What was checked (`lines`) and what failed (`problems`), a sentence each."""
+
+    checkpoint: Path
+    folder: Path
+    lines: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+    def say(self, line: str, level: int = logging.INFO) -> None:
+        """Add a line, and log it."""
+        self.lines.append(line)
+        log.log(level, "%s", line)
+
+
+@dataclass
+class _Compared:
+    """Of all tensors on both sides."""
+
+    changed: dict[str, str] = field(default_factory=dict)
+    """Names of those that differ, and a sentence on each."""
+    not_finite: list[str] = field(default_factory=list)
+    rounded: list[torch.dtype] = field(default_factory=list)
+    """What both models' weights have to pass through to be alike: the folder's dtype, the checkpoint's."""
+
+
+class GateError(Exception):
+    """A conversion whose result is not the model that it was made of. What was written is left where it is."""
+
+    def __init__(self, report: Report, left: Path) -> None:
+        self.report = report
+        super().__init__(f"the gate failed: {'; '.join(report.problems)}; the result is left in {left}")
+
+
+def check(native: Path, hugging_face: Path, *, logits: bool = True) -> Report:
+    """Compare a run or checkpoint with a folder of transformers. UserError where one of them cannot be read."""
+    report = Report(find_checkpoint(native), hugging_face)  # it verifies the manifest's digests
+    report.say("digests: the checkpoint's manifest holds")
+    if (hugging_face / DIGESTS).is_file():
+        check_digests(hugging_face)
+        report.say(f"digests: {DIGESTS} of the folder holds")
+    else:
+        report.say(f"digests: the folder has no {DIGESTS}")
+    own = Native(report.checkpoint)
+    config = own.config
+    family, model = read_model(hugging_face, config.data.seq_length)
+    _configs(report, config, family, model)
+    ours, theirs = AsTransformers(own, family, config.model), OfFiles(hugging_face)
+    common, is_complete = _names(report, ours, theirs)
+    done = _tensors(report, ours, theirs, common)
+    if not logits:
+        report.say("logits: not compared, as told")
+    elif not is_complete:
+        report.say("logits: not compared, the two have not the same tensors")
+    elif done.not_finite:
+        report.say("logits: not compared, with NaN or Inf in the weights they tell nothing")
+    else:
+        _logits(report, own, done)
+    return report
+
+
+def end(native: Path, hugging_face: Path, left: Path, *, logits: bool) -> None:
+    """The gate as the last step of a conversion whose result lies in `left`. GateError if it fails."""
+    report = check(native, hugging_face, logits=logits)
+    if not report.passed:
+        raise GateError(report, left)
+
+
+def refuse_not_finite(tensors: Tensors) -> None:
+    """UserError that names a tensor with NaN or Inf, before anything is converted."""
+    found = not_finite(tensors)
+    if found:
+        name, count = next(iter(found.items()))
+        what = f"{len(found)} tensors have NaN or Inf, the first is {name} ({count:,} values)"
+        raise UserError(what, where=tensors.where, remedy="take an older checkpoint, or leave out --refuse-nan")
+
+
+def room_for_logits(config: RunConfig, vocabulary_size: int) -> None:
+    """UserError, before anything is converted, if a model in float32 does not fit into memory."""
+    import psutil
+
+    needed, free = 4.5 * parameter_count(config.model, vocabulary_size), psutil.virtual_memory().available
+    if needed > free:
+        what = f"to compare logits takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
+        raise UserError(what, remedy="use a larger machine, or --no-logits: then tensors alone are compared")
+
+
+def _configs(report: Report, config: RunConfig, family: Family, model: ModelConfig) -> None:
+    """What config.json says of the function of the weights, and the checkpoint's config otherwise."""
+    ours = dict(leaves(config.model.model_dump()))
+    for key, value in leaves(model.model_dump(exclude_unset=True)):
+        if key in (*FUNCTION, "tie_embeddings") and key not in family.unused and ours[key] != value:
+            report.problems.append(f"config.json has {key} = {value}, the checkpoint {ours[key]}")
+
+
+def _names(report: Report, ours: AsTransformers, theirs: OfFiles) -> tuple[dict[str, Described], bool]:
+    """What both have, and whether that is all; the folder's tables may have more rows, which are nobody's."""
+    found = {}
+    folder = report.folder
+    lines = complete.problems(complete.read_config(folder), theirs.described, folder / "config.json")
+    for name, entry in ours.described.items():
+        other = theirs.described.get(name)
+        if other is None:
+            lines.append(f"{name} is missing in the folder")
+        elif other.shape == entry.shape or (name in ours.tables and _is_padded(entry, other)):
+            found[name] = entry
+        else:
+            lines.append(f"{name} is {list(entry.shape)} in the checkpoint, {list(other.shape)} in the folder")
+    report.say(f"names and shapes: {len(found)} tensors are on both sides")
+    if lines:
+        report.problems.append(_shortened(list(dict.fromkeys(lines))))
+    return found, not lines
+
+
+def _is_padded(ours: Described, theirs: Described) -> bool:
+    return theirs.shape[0] >= ours.shape[0] and theirs.shape[1:] == ours.shape[1:]
+
+
+def _tensors(report: Report, ours: AsTransformers, theirs: OfFiles, names: dict[str, Described]) -> _Compared:
+    done = _Compared()
+    kinds: dict[tuple[torch.dtype, torch.dtype], int] = {}
+    for name, a, b in pairs(ours.read, theirs.read, names):
+        kinds[a.dtype, b.dtype] = kinds.get((a.dtype, b.dtype), 0) + 1
+        b = b[: len(a)] if name in ours.tables else b
+        if not (_is_finite(a) and _is_finite(b)):
+            done.not_finite.append(name)
+        if found := _difference(name, a, b):
+            done.changed[name] = f"{name}: {found.differing:,} of {a.numel():,} differ, by {found.max_abs:.3g} at most"
+    for (mine, other), count in kinds.items():
+        as_what = "bit for bit" if mine == other else f"the checkpoint's {mine} beside the folder's {other}"
+        report.say(f"tensors: {count} compared, {as_what}".replace("torch.", ""))
+        if mine != other:
+            done.rounded += [other, mine]
+    if done.not_finite:
+        said = f"tensors: {len(done.not_finite)} have NaN or Inf, the first is {done.not_finite[0]}"
+        report.say(said, logging.WARNING)
+    if done.changed:
+        first = min(done.changed, key=_depth)
+        at = layer_of(first)
+        where = "the first lies outside of the layers" if at is None else f"the first layer that differs is layer {at}"
+        of_it = [said for name, said in done.changed.items() if layer_of(name) == at]
+        report.problems.append(f"{len(done.changed)} tensors differ, {where}: {_shortened(of_it)}")
+    return done
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Of all values; without the memory that `isfinite` takes. NaN is the least and the largest of what it is among."""
+    return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
+
+
+def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Difference | None:
+    """None where one is the other, rounded to its own dtype."""
+    found = difference(name, ours.to(theirs.dtype), theirs)
+    if found is None or ours.dtype == theirs.dtype:
+        return found
+    return difference(name, ours, theirs.to(ours.dtype))
+
+
+def _depth(name: str) -> tuple[int, bool]:
+    """The way of the data: the embedding, the layers, the last norm and the head."""
+    layer = layer_of(name)
+    return (-1 if "embed" in name else 1 << 30, True) if layer is None else (layer, False)
+
+
+def _logits(report: Report, own: Native, done: _Compared) -> None:
+    size, place = own.vocabulary_size, device.choose("cpu")
+    rows = compare.random_rows(size, min(ROW_LENGTH, own.config.data.seq_length))
+    with compare.our_model(report.checkpoint, place, done.rounded) as forward:
+        ours = [forward(row) for row in rows]
+    with compare.their_model(report.folder, place, done.rounded) as forward:
+        theirs = [forward(row).of_first_ids(size) for row in rows]
+    found = compare.relative_differences(ours, theirs)
+    worst, tokens = found[compare.LOGITS], sum(len(each.stages[compare.LOGITS]) for each in ours)
+    report.say(f"logits: at most {worst:.1e} of their scale apart, {tokens} tokens in {len(rows)} rows")
+    if worst <= TOLERANCE:
+        return
+    stages = list(found)
+    first = next(number for number, stage in enumerate(stages) if not found[stage] <= TOLERANCE)
+    before = f" (before it {found[stages[first - 1]]:.1e})" if first else ""
+    of_it = [said for name, said in done.changed.items() if _stage(name) == stages[first]]
+    why = _shortened(of_it) if of_it else "its tensors are the same: config.json, the mapping or a model's code differs"
+    report.problems.append(
+        f"logits differ by {worst:.1e} of their scale, {TOLERANCE:.0e} is allowed; "
+        f"the first that differs is {stages[first]}, by {found[stages[first]]:.1e}{before}: {why}"
+    )
+
+
+def _stage(name: str) -> str:
+    """Of the stages of a pass, the one that a tensor has a part in first."""
+    depth, is_alone = _depth(name)
+    return f"layer {depth}" if not is_alone else compare.EMBEDDING if depth < 0 else compare.LOGITS
+
+
+def _shortened(lines: Sequence[str]) -> str:
+    more = f" and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return ", ".join(lines[:SHOWN]) + more

@@ -1,0 +1,131 @@
+"""`megamm convert modules EXPORT OUT`: an export's parts in folders of their own, and `megamm convert join`, back.
+
+    text_base/          the backbone with the rows of text and control ids alone: an export of a text model
+    image_decoder/      the visual codec's decoder, ids to pixels (codecs/halves.py)
+    audio_encoder/      the audio codec's encoder, waveform to ids
+    multimodal_fusion/  the rows of the media ids `[M, H]`, and in whole/ all files of the export but its weights
+
+text_base and multimodal_fusion together are the export again, bit for bit. Every folder has SHA256SUMS. Parts are made
+from an export, not beside one: they take its size again, and any export can be cut without its run.
+"""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megamm.codecs.folders import WEIGHTS, new_folder
+from megamm.codecs.halves import Half, save_half
+from megamm.config import RunConfig
+from megamm.convert import card
+from megamm.convert.digests import check_digests, write_digests
+from megamm.convert.own import OWN, read_own
+from megamm.convert.rewrite import copy_without_weights, rewrite
+from megamm.convert.tokenizer import export_tokenizer
+from megamm.data.sources.attribution import FILE as ATTRIBUTION
+from megamm.errors import UserError
+from megamm.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+TEXT_BASE, FUSION, WHOLE = "text_base", "multimodal_fusion", "whole"
+KIND = "megamm-multimodal-fusion"
+CODEC_HALVES: dict[str, tuple[str, Half]] = {
+    "image_decoder": ("visual", "decoder"),
+    "audio_encoder": ("audio", "encoder"),
+}
+_ROWS = ("model.embed_tokens.weight", "lm_head.weight")
+_REMEDY = "make the parts anew with `megamm convert modules`"
+
+
+def split(export: Path, out: Path) -> list[str]:
+    """Make the folders that the export has parts for in the new folder `out`; their names.
+
+    UserError if it is no export, has no media, or `out` exists.
+    """
+    config, vocabulary, own = read_own(export)
+    text = Vocabulary(vocabulary.ranges[:2])
+    if [part.name for part in text.ranges] != ["text", "control"] or text == vocabulary:
+        raise UserError("no media in its vocabulary", where=export, remedy="it is a text model as it is")
+    made = [TEXT_BASE, FUSION]
+    with new_folder(out) as folder:
+        for name in made:
+            (folder / name).mkdir()
+        media = _write_text_base(export, folder / TEXT_BASE, own, config, text)
+        _write_fusion(export, folder / FUSION, media, vocabulary, text.size)
+        for name, (family, half) in CODEC_HALVES.items():
+            if family in config.tokenizers and save_half(config.tokenizers[family], family, half, folder / name):
+                made.append(name)
+            else:
+                log.info("no %s: there is no %s codec with this half", name, family)
+        for name in made:
+            write_digests(folder / name)
+    return made
+
+
+def _write_text_base(
+    export: Path, folder: Path, own: dict[str, Any], config: RunConfig, text: Vocabulary
+) -> dict[str, torch.Tensor]:
+    """An export of the text model; returns the rows that it has not."""
+    media: dict[str, torch.Tensor] = {}
+
+    def cut(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if name not in _ROWS:
+            return {name: tensor}
+        media[name] = tensor[text.size :].clone()
+        return {name: tensor[: text.size].clone()}
+
+    rewrite(export, folder, cut)
+    theirs = json.loads((export / "config.json").read_text()) | {"vocab_size": text.size}
+    (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+    export_tokenizer(config.tokenizers["text"], text, folder)
+    shutil.copytree(config.tokenizers["text"], folder / "codecs" / "text")
+    for name in ("generation_config.json", ATTRIBUTION):
+        if (export / name).is_file():
+            shutil.copy(export / name, folder / name)
+    run = own["config"] | {"tokenizers": {"text": own["config"]["tokenizers"]["text"]}}
+    run["loss_weights"] = {name: w for name, w in run.get("loss_weights", {}).items() if name == "text"}
+    own = own | {"vocabulary": text.to_json(), "config": run}
+    (folder / OWN).write_text(json.dumps(own, indent=1))
+    card.write_card(folder, own)
+    return media
+
+
+def _write_fusion(
+    export: Path, folder: Path, media: dict[str, torch.Tensor], vocabulary: Vocabulary, first: int
+) -> None:
+    save_file(media, folder / WEIGHTS, metadata={"format": "pt"})
+    described = {"kind": KIND, "first_id": first, "vocabulary": vocabulary.to_json()}
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    copy_without_weights(export, folder / WHOLE)
+
+
+def join(modules: Path, out: Path) -> Path:
+    """The export that text_base and multimodal_fusion below `modules` are parts of, in the new folder `out`.
+
+    UserError if either is damaged, or they are of different models.
+    """
+    base, fusion = modules / TEXT_BASE, modules / FUSION
+    for folder in (base, fusion):
+        check_digests(folder)
+    try:
+        described = json.loads((fusion / "config.json").read_text())
+        first, media = described["first_id"], load_file(fusion / WEIGHTS)
+        theirs, whole = (json.loads((at / "config.json").read_text()) for at in (base, fusion / WHOLE))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"no {FUSION}: {error}", where=fusion, remedy=_REMEDY) from None
+    if theirs | {"vocab_size": whole["vocab_size"]} != whole or theirs["vocab_size"] != first:
+        raise UserError(f"{TEXT_BASE} and {FUSION} are of different models", where=modules, remedy=_REMEDY)
+
+    def put_together(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {name: torch.cat([tensor, media[name]]) if name in media else tensor}
+
+    with new_folder(out) as folder:
+        shutil.copytree(fusion / WHOLE, folder, dirs_exist_ok=True)
+        rewrite(base, folder, put_together)
+        write_digests(folder)
+    return out

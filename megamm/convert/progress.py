@@ -1,0 +1,46 @@
+"""How far a long command is, for a person: bytes, bytes a second, time left.
+
+On a terminal one line that is written over, else a line now and then; both to standard error.
+"""
+
+import sys
+import time
+
+SECONDS = (0.2, 10.0)
+"""Between lines, on a terminal and elsewhere."""
+
+
+class Progress:
+    """Of `total` bytes; use it in a `with`."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total, self.done, self.old = name, total, 0, 0
+        self.is_terminal = sys.stderr.isatty()
+        self.began = self.told = time.monotonic()
+
+    def add(self, size: int, is_old: bool = False) -> None:
+        """So many bytes more; is_old: they were there before."""
+        self.done += size
+        self.old += size if is_old else 0
+        if time.monotonic() - self.told > SECONDS[not self.is_terminal]:
+            self._tell()
+
+    def line(self, seconds: float) -> str:
+        """After so many seconds."""
+        speed = (self.done - self.old) / max(seconds, 1e-9)
+        left = f"{(self.total - self.done) / speed:.0f} s left" if speed else "time left not known"
+        return f"{self.name}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.0f} MB/s, {left}"
+
+    def _tell(self) -> None:
+        self.told = time.monotonic()
+        line = self.line(self.told - self.began)
+        print(f"\r\x1b[K{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr)
+        sys.stderr.flush()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tell()
+        if self.is_terminal:
+            print(file=sys.stderr)

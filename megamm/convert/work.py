@@ -1,0 +1,195 @@
+"""A conversion at work: the bytes of its files made by several processes, kept over a kill, verified, then named.
+
+    PLACE/.tmp-NAME/journal.jsonl    what the conversion is of, then number and digest of every segment that is written
+    PLACE/.tmp-NAME/folder/          what becomes PLACE/NAME, by one rename, when all of it is written and verified
+
+Layout and length of every file are known before any data: a file is a list of items, a segment is a run of them, and
+any process makes any segment. Those whose digests are in the journal are done, so after kill -9 the same command goes
+on with the others. In the end every file is synced and read back: its segments must have their digests. What a power
+cut took from under the journal is found there, and made again.
+"""
+
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from megamm.checkpoint import code_version, files, manifest
+from megamm.convert.plan import Conversion, Segment, segments
+from megamm.convert.progress import Progress
+from megamm.convert.workers import Workers, made, read_back
+from megamm.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Work:
+    """The folder of a conversion that is to become `final`; one process at a time has it."""
+
+    def __init__(self, conversion: Conversion, final: Path, nproc: int, more: int = 0) -> None:
+        """nproc: processes, 0: one a core, as far as there are segments; more: bytes beside the conversion's files.
+
+        UserError if there is no space, or another process is at it.
+        """
+        self.conversion, self.final, self.nproc = conversion, final, nproc
+        self.place = final.with_name(f".tmp-{final.name}")
+        self.folder = self.place / "folder"
+        self.journal = _Journal(self.place, conversion)
+        self.segments = segments(conversion.files)
+        try:
+            self._need(more)
+        except UserError:
+            if not self.folder.exists():
+                files.remove_tree(self.place)
+            self.close()
+            raise
+
+    def _need(self, more: int) -> None:
+        """Space for what is not there yet."""
+        size = sum(segment.size for segment in self.segments) + more
+        there = sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
+        free = shutil.disk_usage(self.place).free
+        if size - there > free:
+            what = f"it needs {size - there:,} bytes, {free:,} are free"
+            raise UserError(what, where=self.final.parent, remedy="free disk space or choose another place")
+
+    def fill(self) -> dict[str, manifest.Entry]:
+        """Make every file, whole and synced; what a manifest says of each. UserError if it cannot be done."""
+        self._clear()
+        for file, items in self.conversion.files.items():
+            files.make_folder((self.folder / file).parent)
+            with (self.folder / file).open("ab") as opened:
+                opened.truncate(sum(item.size for item in items))
+        wanted = min(self.nproc or len(os.sched_getaffinity(0)), len(self.segments))
+        log.info("%s: %d segments, %d processes", self.conversion.name, len(self.segments), wanted)
+        try:
+            with Workers(self.conversion, self.folder, wanted) as workers:
+                self._make(workers)
+                found = self._verify(workers)
+                if self._undone():  # what was there of a killed one has been lost since
+                    self._make(workers)
+                    found = self._verify(workers)
+        except BrokenProcessPool:
+            what = "a process of the conversion was killed"
+            raise UserError(what, where=self.final, remedy="run the command again: it goes on") from None
+        except OSError as error:
+            remedy = "free disk space and run the command again: it goes on"
+            raise UserError(f"it could not be written: {error}", where=self.final, remedy=remedy) from None
+        if wrong := self._undone():
+            what = f"{wrong[0].file} is read back otherwise than it was written"
+            raise UserError(what, where=self.final, remedy="check the disk")
+        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of the items would be a tenth of the gate's memory
+        return found
+
+    def _clear(self) -> None:
+        """Remove what a killed one has laid beside the conversion's files: it will be laid there again."""
+        kept = {Path(file).parts[0] for file in self.conversion.files}
+        for path in self.folder.glob("*"):
+            if path.name not in kept:
+                (files.remove_tree if path.is_dir() else files.remove_file)(path)
+
+    def _undone(self) -> list[Segment]:
+        return [segment for segment in self.segments if segment.number not in self.journal.done]
+
+    def _make(self, workers: Workers) -> None:
+        undone = self._undone()
+        with Progress(self.conversion.name, sum(segment.size for segment in self.segments)) as progress:
+            progress.add(progress.total - sum(segment.size for segment in undone), is_old=True)
+            for segment, digest in workers.all(made, {segment: (segment,) for segment in undone}):
+                self.journal.add(segment.number, digest)
+                progress.add(segment.size)
+
+    def _verify(self, workers: Workers) -> dict[str, manifest.Entry]:
+        """Read all files; segments that are not what they were are taken out of the journal."""
+        by_file: dict[str, list[Segment]] = {}
+        for segment in self.segments:
+            by_file.setdefault(segment.file, []).append(segment)
+        arguments = {file: (file, [s.size for s in parts]) for file, parts in by_file.items()}
+        found = {}
+        with Progress(f"{self.conversion.name}, verifying", sum(s.size for s in self.segments)) as progress:
+            for file, (entry, digests) in workers.all(read_back, arguments):
+                found[file] = entry
+                progress.add(entry.size)
+                pairs = zip(by_file[file], digests, strict=True)
+                wrong = [segment.number for segment, digest in pairs if self.journal.done[segment.number] != digest]
+                self.journal.forget(wrong)
+        return found
+
+    def publish(self) -> None:
+        """Give the folder its name, durably; nothing else is left."""
+        for path in (*self.folder.rglob("*"), self.folder):
+            files.sync(path)
+        files.rename(self.folder, self.final)
+        files.sync(self.final.parent)
+        files.remove_tree(self.place)
+
+    def close(self) -> None:
+        """Let another process have it; what is done stays."""
+        self.journal.close()
+
+    def __enter__(self) -> "Work":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Journal:
+    """Segments that are written, by number, with their digests."""
+
+    def __init__(self, place: Path, conversion: Conversion) -> None:
+        """Go on with what is there if it is of the same conversion, else begin anew."""
+        files.make_folder(place)
+        self.path, self.done = place / "journal.jsonl", dict[int, str]()
+        self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.descriptor)
+            raise UserError("another process converts to it", where=place, remedy="wait for it, or end it") from None
+        self.first = {"identity": conversion.identity, "code": code_version()}
+        lines = list(_parsed(self.path.read_bytes()))
+        if lines and lines[0] == self.first:
+            self.done = {line["segment"]: line["digest"] for line in lines[1:]}
+            log.info("%s: goes on, %d segments are there", conversion.name, len(self.done))
+        elif (place / "folder").exists():
+            log.info("%s: what was begun is of other inputs: removed", conversion.name)
+            files.remove_tree(place / "folder")
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        os.ftruncate(self.descriptor, 0)
+        self._append([self.first, *({"segment": n, "digest": digest} for n, digest in self.done.items())])
+
+    def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        os.write(self.descriptor, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def add(self, number: int, digest: str) -> None:
+        self.done[number] = digest
+        self._append([{"segment": number, "digest": digest}])
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            del self.done[number]
+        if numbers:
+            self._rewrite()
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _parsed(data: bytes) -> Iterator[dict[str, Any]]:
+    """Lines up to the first that a kill has cut."""
+    for line in data.splitlines(keepends=True):
+        try:
+            yield dict(json.loads(line)) if line.endswith(b"\n") else {}
+        except ValueError:
+            return

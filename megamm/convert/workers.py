@@ -1,0 +1,124 @@
+"""The processes of a conversion: each makes segments, and reads files back. With one, it is this process."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from megamm.checkpoint import files, manifest
+from megamm.checkpoint.writer import DIE_WITH_PARENT
+from megamm.convert.plan import Conversion, Maker, Segment
+
+Key = TypeVar("Key", bound=Hashable)
+READ = 4 << 20
+"""Bytes read back at a time."""
+SYNC = 4 << 20
+"""Bytes of a segment from which on it is synced when it is written, so that the disk is at work all the time."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What a process works with."""
+
+    folder: Path
+    make: Maker
+
+
+_STATE: list[State] = []
+"""Of a process of the pool, where there is no other way to hand it to the calls."""
+
+
+class Workers:
+    """So many processes; use it in a `with`."""
+
+    def __init__(self, conversion: Conversion, folder: Path, count: int) -> None:
+        self.conversion, self.folder, self.count = conversion, folder, count
+        self.stack = ExitStack()
+        self.state: State | None = None
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self.count == 1:
+            self.state = State(self.folder, self.stack.enter_context(self.conversion.opened()))
+        else:
+            # Forked: torch need not be loaded again, which takes longer than a gigabyte.
+            begin = (self.conversion, self.folder, os.getpid())
+            self.pool = ProcessPoolExecutor(self.count, get_context("fork"), _begin, begin)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def all(self, work: Callable[..., Any], arguments: Mapping[Key, Sequence[Any]]) -> Iterator[tuple[Key, Any]]:
+        """(key, result of work(state, *arguments)), in the order in which they are done. Raises what one raises.
+
+        BrokenProcessPool if a process was killed.
+        """
+        if self.pool is None:
+            for key, given in arguments.items():
+                yield key, work(self.state, *given)
+            return
+        futures = {self.pool.submit(_call, work, *given): key for key, given in arguments.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _begin(conversion: Conversion, folder: Path, parent: int) -> None:
+    """In a new process: it ends with the one that started it, also if that is killed."""
+    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    torch.set_num_threads(1)  # those that this process may have had were not forked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, too, and ends the others
+    _STATE.append(State(folder, conversion.opened().__enter__()))
+
+
+def _call(work: Callable[..., Any], *arguments: Any) -> Any:
+    return work(_STATE[0], *arguments)
+
+
+def made(state: State, segment: Segment) -> str:
+    """Write a segment; its digest. UserError for its source, OSError for the disk."""
+    digest, place = manifest.hasher(), segment.start
+    descriptor = os.open(state.folder / segment.file, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        for item in segment.items:
+            end = place + item.size
+            for piece in state.make(item.what):
+                for part in files.in_pieces(piece):
+                    digest.update(part)
+                    while part:
+                        written = os.pwrite(descriptor, part, place)
+                        place, part = place + written, part[written:]
+            assert place == end, f"{item.what} has not {item.size} bytes"
+        if segment.size >= SYNC:
+            os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+    return digest.hexdigest()
+
+
+def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.Entry, list[str]]:
+    """Sync a file; what a manifest says of it, and the digests of its segments, of these sizes."""
+    whole, digests = manifest.hasher(), []
+    buffer = memoryview(bytearray(READ))
+    with (state.folder / file).open("rb", buffering=0) as opened:
+        os.fsync(opened.fileno())
+        for size in sizes:
+            digest, left = manifest.hasher(), size
+            while left and (read := opened.readinto(buffer[: min(left, READ)])):
+                digest.update(buffer[:read])
+                whole.update(buffer[:read])
+                left -= read
+            digests.append(digest.hexdigest())
+    return manifest.Entry(sum(sizes), whole.hexdigest()), digests

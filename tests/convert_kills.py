@@ -1,0 +1,105 @@
+"""A conversion that is killed (SIGKILL) at random times and begun again, until that has happened often enough.
+
+`python tests/convert_kills.py export|import SOURCE OUT KILLS [--nproc N] [--shard-size BYTES]`. After every kill there
+is either no output, or a whole one, with the bytes of a conversion that was left alone; its figures are printed as
+JSON. kills; resumed: kills after which the next one went on; finished: conversions that came to their end in between.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megamm import checkpoint
+from megamm.checkpoint import manifest
+from megamm.convert.hf import Checks, export, import_
+
+
+def convert(kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:
+    """What is killed; without logits, whose threads a forked process has not."""
+    checks = Checks(logits=False)
+    if kind == "export":
+        export(source, out, checks=checks, **options)
+    else:
+        import_(source, out, overrides=["data.seq_length=48"], checks=checks, **options)
+
+
+class Killing:
+    """The same conversion over and over."""
+
+    def __init__(self, kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:
+        self.given = kind, source, out, options
+        self.kind, self.out = kind, out
+        self.final = out if kind == "export" else checkpoint.path_of(out, 0)
+        self.place = self.final.with_name(f".tmp-{self.final.name}")
+        self.resumed = self.finished = 0
+
+    def run(self, seconds: float | None) -> bool:
+        """In a process of its own, killed after so long; whether it was. AssertionError for what is half."""
+        begun = self._done() > 0
+        process = multiprocessing.get_context("fork").Process(target=convert, args=self.given)
+        process.start()
+        process.join(seconds)
+        was_killed = process.exitcode is None
+        process.kill()
+        process.join()
+        self.resumed += begun and (self._done() > 0 or self.final.exists())
+        assert was_killed or process.exitcode == 0
+        assert self.final.exists() or not list(self.out.rglob("config.json"))
+        return was_killed
+
+    def _done(self) -> int:
+        """Segments in the journal."""
+        journal = self.place / "journal.jsonl"
+        return journal.read_bytes().count(b"segment") if journal.exists() else 0
+
+    def digests(self) -> dict[str, str]:
+        """Of all files of weights and, of an export, of what lies beside them; the output is removed."""
+        if self.kind == "import":
+            checkpoint.verify(self.final)
+        files = self.final.rglob("*.distcp") if self.kind == "import" else self.final.rglob("*")
+        found = {str(f.relative_to(self.final)): manifest.digest(f).digest for f in files if f.is_file()}
+        for folder in (self.out, self.place):
+            shutil.rmtree(folder, ignore_errors=True)
+        return found
+
+    def all(self, kills: int, draw: random.Random) -> dict[str, Any]:
+        """So many kills, and what was found."""
+        convert(*self.given)  # loads what is loaded when it is first needed
+        wanted, killed, began = self.digests(), 0, time.monotonic()
+        self.run(None)
+        seconds = time.monotonic() - began
+        assert self.digests() == wanted
+        while killed < kills:
+            killed += self.run(draw.uniform(0.0, seconds))
+            if self.final.exists():
+                self.finished += 1
+                assert self.digests() == wanted
+        self.run(None)
+        assert self.digests() == wanted
+        return {"kills": killed, "resumed": self.resumed, "finished": self.finished, "seconds_undisturbed": seconds}
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("export", "import"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("kills", type=int)
+    parser.add_argument("--nproc", type=int, default=1)
+    parser.add_argument("--shard-size", type=int, default=20_000)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    options = {"nproc": given.nproc, "shard_size": given.shard_size}
+    killing = Killing(given.kind, given.source, given.out, options)
+    print(json.dumps(killing.all(given.kills, random.Random(5))))
+
+
+if __name__ == "__main__":
+    main()

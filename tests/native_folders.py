@@ -1,0 +1,65 @@
+"""Native checkpoints of small models of transformers, in several ranks' files, without a training run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_folders import write_manifest
+from test_checkpoint_blocks import _write
+from test_families import SEQUENCE, VOCABULARY, write_model
+
+from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint.blocks import Block
+from megamm.convert import mapping
+from megamm.convert.family_config import read_config
+from megamm.convert.weights import Weights
+from megamm.model.vocabulary import Range, Vocabulary
+from megamm.parity.case import Case
+
+PADDING = 3
+"""Rows of the tables that are of no id, as tensor parallel leaves them."""
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def make_pair(name: str, folder: Path, shard: str = "60KB") -> tuple[Path, Path]:
+    """(folder/run of two ranks' files, folder/hf in shards), the same random model of a family."""
+    write_model(name, folder / "whole").save_pretrained(folder / "hf", max_shard_size=shard)
+    make_native(folder / "hf", folder / "run")
+    return folder / "run", folder / "hf"
+
+
+def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> Path:
+    """RUN's step 0 with a folder's tensors, each changed; layers are on different ranks, or halves of a tensor."""
+    family, section = read_config(json.loads((hf / "config.json").read_text()), SEQUENCE, hf)
+    config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
+    with Weights(hf) as weights:
+        stored = mapping.from_transformers(family.entries, weights, config.model)
+    ranks: list[list[Block]] = [[], []]
+    for key, tensor in stored.items():
+        if key in (mapping.EMBEDDING, mapping.HEAD):
+            tensor = torch.cat([tensor, torch.zeros(PADDING, tensor.shape[1], dtype=tensor.dtype)])
+        for rank, block in enumerate(_halves(key, change(tensor))):
+            ranks[rank].append(block)
+    step = path_of(run, 0)
+    step.mkdir(parents=True)
+    _write(step / "tensors", ranks)
+    (step / "state.json").write_bytes(_state(config).to_json())
+    write_manifest(step)
+    return step
+
+
+def _halves(key: str, tensor: torch.Tensor) -> list[Block]:
+    if len(tensor) < 2:
+        return [Block.whole(key, tensor)]
+    shape, middle = tuple(tensor.shape), len(tensor) // 2
+    return [
+        Block(key, shape, (start, *[0] * (len(shape) - 1)), (stop - start, *shape[1:]), tensor[start:stop].contiguous())
+        for start, stop in ((0, middle), (middle, shape[0]))
+    ]
+
+
+def _state(config: Any) -> RunState:
+    vocabulary = Vocabulary((Range("text", 0, VOCABULARY, "none", ("text",)),))
+    return RunState(0, 0, 1, {}, vocabulary.to_json(), config.model_dump(mode="json"), {}, has_optimizer=False)

@@ -1,0 +1,306 @@
+"""The gate of a conversion: what is the same passes; every kind of damage is found, and the layer that it is in named.
+
+Damage is done by hand to a tensor, to config.json, or to the mapping; layers are told apart by what was damaged alone.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from native_folders import make_native, make_pair
+from safetensors.torch import load_file, save_file
+from tiny_export import make_export
+from typer.testing import CliRunner
+
+from megamm import checkpoint, cli
+from megamm.convert import compare, gate
+from megamm.convert.digests import write_digests
+from megamm.convert.mapping import Entry
+from megamm.device import choose
+from megamm.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_pair("llama3", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def pair(llama, tmp_path):
+    """A run, and a copy of the folder to damage."""
+    return llama[0], Path(shutil.copytree(llama[1], tmp_path / "hf"))
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """Change a tensor of a folder in shards in place, or remove it (None)."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    changed = change(tensors.pop(name))
+    if changed is None:
+        del index["weight_map"][name]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors | ({} if changed is None else {name: changed.contiguous()}), file, metadata={"format": "pt"})
+
+
+def with_one_changed(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[1, 2] += 0.5
+    return tensor
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "qwen3-moe", "mixtral", "deepseek-v3"])
+def test_the_same_model_passes(name, tmp_path):
+    """Odd sizes, experts, shards, tables with padding, two ranks' files."""
+    run, folder = make_pair(name, tmp_path)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    report = gate.check(run, folder)
+    assert report.passed, report.problems
+    assert report.lines[-1].startswith("logits: at most ") and "4 rows" in report.lines[-1]
+
+
+def test_it_says_what_it_has_compared(llama):
+    report = gate.check(*llama)
+    assert report.passed, report.problems
+    count = 3 * 9 + 3
+    assert report.lines[:-1] == [
+        "digests: the checkpoint's manifest holds",
+        "digests: the folder has no SHA256SUMS",
+        f"names and shapes: {count} tensors are on both sides",
+        f"tensors: {count} compared, bit for bit",
+    ]
+    assert float(report.lines[-1].split()[3]) <= 5e-6
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_changed_tensor_is_found_twice_and_its_layer_named(pair, layer):
+    run, folder = pair
+    name = f"model.layers.{layer}.mlp.down_proj.weight"
+    edit(folder, name, with_one_changed)
+    report = gate.check(run, folder)
+    said = f"{name}: 1 of {48 * 56:,} differ, by 0.5 at most"
+    tensors, logits = report.problems
+    assert tensors == f"1 tensors differ, the first layer that differs is layer {layer}: {said}"
+    assert f"the first that differs is layer {layer}, by " in logits and logits.endswith(f": {said}")
+
+
+@pytest.mark.parametrize(("name", "where"), [("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "logits")])
+def test_a_changed_table_is_found(pair, name, where):
+    edit(pair[1], name, lambda tensor: tensor + (torch.arange(len(tensor)) % 2)[:, None])
+    tensors, logits = gate.check(*pair).problems
+    assert "the first lies outside of the layers: " + name in tensors and f"the first that differs is {where}" in logits
+
+
+def test_the_smallest_bit_of_a_norm_is_found(pair):
+    edit(pair[1], "model.layers.2.input_layernorm.weight", lambda t: torch.nextafter(t, torch.full_like(t, 9.0)))
+    (problem,) = gate.check(*pair, logits=False).problems
+    assert "layer 2: model.layers.2.input_layernorm.weight: 48 of 48 differ" in problem
+
+
+def test_another_config_is_found_by_its_key_and_by_logits(pair):
+    """The tensors are the same; only what is computed with them is not."""
+    values = json.loads((pair[1] / "config.json").read_text())
+    values["rope_parameters"]["rope_theta"] = 5e4
+    (pair[1] / "config.json").write_text(json.dumps(values))
+    config, logits = gate.check(*pair).problems
+    assert config == "config.json has rope_base = 50000.0, the checkpoint 10000.0"
+    assert "the first that differs is layer 0" in logits and "its tensors are the same" in logits
+
+
+def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
+    values = json.loads((pair[1] / "config.json").read_text())
+    values |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20}
+    (pair[1] / "config.json").write_text(json.dumps(values))
+    *config, logits = gate.check(*pair).problems
+    keys = {"num_attention_heads = 3", "num_query_groups = 1", "head_dim = 20"}
+    assert keys == {line.removeprefix("config.json has ").split(",")[0] for line in config}
+    assert "the first that differs is layer 0" in logits
+
+
+def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_path, monkeypatch):
+    """Gate and up swapped on the way in and back: bit for bit the same tensors, another model."""
+    join, cut = Entry.join, Entry.cut
+    monkeypatch.setattr(Entry, "join", lambda e, t, m: join(e, t[::-1] if e.rule == "rows" else t, m))
+    monkeypatch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+    make_native(pair[1], tmp_path / "run")
+    assert gate.check(tmp_path / "run", pair[1], logits=False).passed
+    (problem,) = gate.check(tmp_path / "run", pair[1]).problems
+    assert "the first that differs is layer 0" in problem and "its tensors are the same" in problem
+
+
+@pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
+def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
+    plain = compare.Batch.row_map.fget
+
+    def row_map(batch):
+        found = plain(batch).clone()
+        if fault == "positions go on":
+            found[:, 1:] = torch.arange(found.shape[-1]) * (found[:, 1:] + 1).sign()
+            found[:, 1:, 7:] += 3
+        else:
+            found[:, 0] = found[:, 0].clamp(max=0)
+        return found
+
+    monkeypatch.setattr(compare.Batch, "row_map", property(row_map))
+    report = gate.check(*llama)
+    assert not report.passed, report.lines
+
+
+def test_rows_are_whole_packed_and_padded():
+    rows = compare.random_rows(301, 48)
+    documents = [int(row.segment.max()) + 1 for row in rows]
+    assert documents[:2] == [1, 1] and min(documents[2:]) >= 3
+    for row in rows:
+        for document in range(int(row.segment.max()) + 1):
+            places = (row.segment == document).nonzero()[0]
+            assert places.tolist() == list(range(places[0], places[-1] + 1))
+            assert row.position[0, places].tolist() == list(range(len(places)))
+    assert [(row.segment < 0).sum() for row in rows] == [0, 0, 3, 3] and max(row.input_ids.max() for row in rows) > 280
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: None, "is missing"),
+        (lambda t: t[:-1], r"is \[47, 56\], the config says \[48, 56\]"),
+        (lambda t: t.to(torch.int32), "has values of int32"),
+    ],
+    ids=["missing", "shape", "integers"],
+)
+def test_names_and_shapes_are_complete(pair, change, message):
+    edit(pair[1], "model.layers.1.mlp.down_proj.weight", change)
+    report = gate.check(*pair)
+    assert "model.layers.1.mlp.down_proj.weight " in report.problems[0]
+    assert re.search(message, report.problems[0])
+    assert report.lines[-1] == "logits: not compared, the two have not the same tensors"
+
+
+def test_a_tensor_too_many_is_found(pair):
+    first = sorted(pair[1].glob("model-*"))[0]
+    save_file(load_file(first) | {"model.extra": torch.zeros(2)}, first)
+    index = json.loads((pair[1] / "model.safetensors.index.json").read_text())
+    index["weight_map"]["model.extra"] = first.name
+    (pair[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert gate.check(*pair).problems == ["model.extra has no place in the model"]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
+def test_a_conversion_of_dtype_is_said_and_compared_after_it(llama, tmp_path, ours, theirs):
+    """Either side is the other, rounded; logits of the rounded weights, in float32, are as near as others."""
+    folder = Path(shutil.copytree(llama[1], tmp_path / "hf"))
+    for file in folder.glob("*.safetensors"):
+        cast = {name: tensor.to(getattr(torch, theirs)) for name, tensor in load_file(file).items()}
+        save_file(cast, file, metadata={"format": "pt"})
+    make_native(llama[1], tmp_path / "run", lambda tensor: tensor.to(getattr(torch, ours)))
+    report = gate.check(tmp_path / "run", folder)
+    assert report.passed, report.problems
+    assert f"tensors: 30 compared, the checkpoint's {ours} beside the folder's {theirs}" in report.lines
+    make_native(llama[1], tmp_path / "other", lambda tensor: (tensor * 1.01).to(getattr(torch, ours)))
+    assert "30 tensors differ" in gate.check(tmp_path / "other", folder, logits=False).problems[0]
+
+
+def test_digests_of_both_sides_are_checked(pair, tmp_path):
+    write_digests(pair[1])
+    assert "digests: SHA256SUMS of the folder holds" in gate.check(*pair, logits=False).lines
+    (pair[1] / "generation_config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"generation_config.json is not as SHA256SUMS has it"):
+        gate.check(*pair, logits=False)
+    run = Path(shutil.copytree(pair[0], tmp_path / "run"))
+    shard = checkpoint.path_of(run, 0) / "tensors" / "__1_0.distcp"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"__1_0.distcp is missing or truncated"):
+        gate.check(run, pair[1], logits=False)
+
+
+def test_not_a_number_is_reported_and_logits_left_out(pair, tmp_path, caplog):
+    def broken(tensor):
+        tensor[0] = float("nan")
+        return tensor
+
+    edit(pair[1], "model.layers.1.self_attn.o_proj.weight", broken)
+    make_native(pair[1], tmp_path / "run")
+    report = gate.check(tmp_path / "run", pair[1])
+    assert report.passed and report.lines[-1].startswith("logits: not compared, with NaN")
+    assert "tensors: 1 have NaN or Inf, the first is model.layers.1.self_attn.o_proj.weight" in caplog.messages
+
+
+def test_no_room_for_a_model_is_said_first(llama, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    with pytest.raises(UserError, match=r"to compare logits takes 0.0 GB of memory, 0.0 are free.*--no-logits"):
+        gate.room_for_logits(gate.Native(gate.find_checkpoint(llama[0])).config, 301)
+
+
+# --- the commands ---
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    return make_export(tmp_path_factory.mktemp("export"), train=4, heldout=2)
+
+
+def convert(*arguments):
+    done = CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
+    caplog.set_level("INFO", "megamm.convert.gate")
+    assert convert("import", export, tmp_path / "run").exit_code == 0
+    assert convert("export", tmp_path / "run", tmp_path / "out").exit_code == 0
+    assert sum(line.startswith("logits: at most ") for line in caplog.messages) == 2
+    assert "digests: SHA256SUMS of the folder holds" in caplog.messages
+    assert not list(tmp_path.glob(".tmp-*"))
+    caplog.clear()
+    assert convert("export", tmp_path / "run", tmp_path / "again", "--no-logits").exit_code == 0
+    assert "logits: not compared, as told" in caplog.messages
+    for name, tensor in load_file(export / "model.safetensors").items():
+        assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
+
+
+def left_by(done) -> Path:
+    """Of a command whose gate has failed: where its result is."""
+    assert done.exit_code == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: the gate failed: ")]
+    return Path(line.rpartition("the result is left in ")[2])
+
+
+def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monkeypatch):
+    """Exit code 1, the layer, and where the result was left, whole; the names asked for are free."""
+    assert convert("import", export, tmp_path / "run").exit_code == 0
+    before, cut, end = checkpoint.path_of(tmp_path / "run", 0), Entry.cut, gate.end
+    with monkeypatch.context() as patch:  # what was made is not what it is compared as
+        patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+        done = convert("import", export, tmp_path / "wrong")
+    assert "differs is layer 0" in done.stderr
+    assert checkpoint.newest(tmp_path / "wrong") is None
+    left = left_by(done)
+    checkpoint.verify(left if (left / "state.json").is_file() else checkpoint.path_of(left, 0))
+
+    def damaged(native: Path, folder: Path, left: Path, *, logits: bool) -> None:
+        tensors = load_file(left / "model.safetensors")
+        with_one_changed(tensors["model.layers.1.mlp.up_proj.weight"])
+        save_file(tensors, left / "model.safetensors", metadata={"format": "pt"})
+        write_digests(left)
+        end(native, folder, left, logits=logits)
+
+    monkeypatch.setattr(gate, "end", damaged)
+    done = convert("export", tmp_path / "run", tmp_path / "out")
+    assert "the first layer that differs is layer 1: model.layers.1.mlp.up_proj.weight: 1 of " in done.stderr
+    assert not (tmp_path / "out").exists() and before.is_dir()
+    assert (left_by(done) / "model.safetensors").is_file()
+
+
+def test_the_held_out_rows_of_a_run_go_the_same_way(llama):
+    """`megamm eval --run` and the gate compare by one function."""
+    place = choose("cpu")
+    row = compare.random_rows(301, 48)[2]
+    step = checkpoint.path_of(llama[0], 0)
+    with compare.our_model(step, place) as ours, compare.their_model(llama[1], place) as theirs:
+        found = compare.relative_differences([ours(row)], [theirs(row)])
+    assert list(found) == ["embedding", "layer 0", "layer 1", "layer 2", "logits"] and max(found.values()) <= 1e-5

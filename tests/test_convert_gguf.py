@@ -1,0 +1,207 @@
+"""GGUF files of exports against llama.cpp itself (xllamacpp), transformers' reader and the package gguf."""
+
+import json
+import shutil
+import sys
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from safetensors.torch import load_file, save_file
+from tiny_export import make_export
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from megamm.convert.gguf import write_gguf
+from megamm.errors import UserError
+
+PLAIN = {"qk_norm": False}
+MOE = {"num_experts": 6, "top_k": 2, "ffn_hidden_size": 24}
+LLAMA3 = {"kind": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 24}
+MODELS = {
+    "llama": PLAIN | {"rope_base": 500.0},
+    "llama, linear": PLAIN | {"rope_scaling": {"kind": "linear", "factor": 3.0}},
+    "llama, llama3": PLAIN | {"rope_base": 100.0, "rope_scaling": LLAMA3},
+    "mixtral": PLAIN | {"moe": MOE, "ffn_hidden_size": MOE["ffn_hidden_size"]},
+    "qwen2": PLAIN | {"qkv_bias": True, "tie_embeddings": True},
+    "qwen3": {"head_dim": 12},
+    "qwen3moe": {"moe": MOE},
+}
+IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (3, 40)))
+
+
+def rewrite(export, change):
+    weights = {name: change(name, tensor) for name, tensor in load_file(export / "model.safetensors").items()}
+    save_file(weights, export / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """(name, export, its GGUF file); norms and biases are drawn, because ones and zeros would hide a swapped pair."""
+    folder = tmp_path_factory.mktemp("gguf")
+    export = make_export(folder, train=2, heldout=1, **MODELS[request.param])
+    generator = torch.Generator().manual_seed(3)
+    rewrite(export, lambda _, t: t if t.dim() > 1 else torch.rand(t.shape, generator=generator) + 0.5)
+    assert write_gguf(export, folder / "deep" / "m.gguf") == folder / "deep" / "m.gguf"
+    return request.param, export, folder / "deep" / "m.gguf"
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(IDS).logits
+
+
+def llama_cpp(file):
+    """llama.cpp on the CPU, in float32 throughout."""
+    import xllamacpp as xl
+
+    options = xl.CommonParams()
+    options.model.path, options.verbosity = str(file), -1
+    options.n_ctx, options.n_parallel, options.n_gpu_layers = 64, 1, 0
+    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
+    options.cache_type_k = options.cache_type_v = xl.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    options.warmup = options.fit_params = False
+    return xl.Server(options)
+
+
+def test_llama_cpp_predicts_as_transformers_does(pair):
+    _, export, file = pair
+    model = AutoModelForCausalLM.from_pretrained(export)
+    raw = logits(model).double()
+    expected, scale = torch.log_softmax(raw, -1), raw.abs().max()
+    server, size = llama_cpp(file), model.config.vocab_size
+    for row in range(len(IDS)):
+        for length in (1, 17, 40):
+            asked = {"prompt": IDS[row, :length].tolist(), "n_predict": 1, "n_probs": size, "cache_prompt": False}
+            asked |= {"logit_bias": [[64, 1000.0]]}  # draws "a": of a part of a character it tells no probabilities
+            answer = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            got = torch.full((size,), torch.nan, dtype=torch.float64)
+            for entry in answer:
+                got[entry["id"]] = entry["logprob"]
+            error = (got - expected[row, length - 1]).abs().max()  # NaN if an id is missing
+            assert error <= 1e-5 * scale, f"{error:.1e} of {scale:.1f}"
+
+
+def test_transformers_reads_the_same_model(pair):
+    name, export, file = pair
+    if name in ("mixtral", "llama, llama3"):
+        pytest.skip("transformers' reader of GGUF knows no experts in llama, and no factors of the rotation")
+    original = AutoModelForCausalLM.from_pretrained(export)
+    config = AutoConfig.from_pretrained(export)  # its reader leaves out sizes such as that of a head
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
+    theirs = read.state_dict()
+    for key, tensor in original.state_dict().items():
+        assert torch.equal(theirs[key], tensor), key
+    assert torch.equal(logits(read), logits(original))
+
+
+def test_llama_cpp_reads_text_as_the_export_does(pair):
+    _, export, file = pair
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    server = llama_cpp(file)
+    for text in (
+        "a red box<|image_start|><|visual_3|><|image_end|>",
+        "It's 12345 things\n\n  é!\t日本 🙂",
+        "<|audio_0|>x",
+    ):
+        body = json.dumps({"content": text, "parse_special": True, "add_special": True}).encode()
+        request = urllib.request.Request(
+            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
+        )
+        assert (
+            json.loads(urllib.request.urlopen(request, timeout=30).read())["tokens"] == tokenizer(text)["input_ids"]
+        ), text
+
+
+def test_the_file_says_what_the_config_says(pair):
+    name, export, file = pair
+    theirs = AutoConfig.from_pretrained(export)
+    fields = GGUFReader(file).fields
+    architecture = name.partition(",")[0].replace("mixtral", "llama")
+    read = {key: field.contents() for key, field in fields.items()}
+    assert read["general.architecture"] == architecture and read["tokenizer.ggml.pre"] == "gpt-2"
+    expected = {
+        "vocab_size": theirs.vocab_size,
+        "context_length": 64,
+        "block_count": 2,
+        "attention.key_length": 12 if name == "qwen3" else 8,
+        "attention.head_count_kv": 2,
+        "rope.freq_base": theirs.rope_parameters["rope_theta"],
+    }
+    assert {key: read[f"{architecture}.{key}"] for key in expected} == expected
+    special = [read[f"tokenizer.ggml.{key}_token_id"] for key in ("bos", "eos")]
+    assert special == [theirs.bos_token_id, theirs.eos_token_id]
+    tokens = read["tokenizer.ggml.tokens"]
+    assert len(tokens) == theirs.vocab_size and tokens[theirs.bos_token_id] == "<|document_start|>"
+    assert tokens[-1].startswith("<|visual_") and read["tokenizer.ggml.token_type"][-1] == 3  # a control token
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_kept_bit_for_bit(tmp_path, dtype):
+    export = make_export(tmp_path, train=2, heldout=1)
+    rewrite(export, lambda _, tensor: tensor.to(dtype))
+    write_gguf(export, tmp_path / "m.gguf")
+    weights = load_file(export / "model.safetensors")
+    read = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
+    assert len(read) == len(weights)
+    for ours, name in (("blk.1.attn_q", "layers.1.self_attn.q_proj"), ("token_embd", "embed_tokens")):
+        stored, original = read[f"{ours}.weight"], weights[f"model.{name}.weight"]
+        assert stored.tensor_type.name == {torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+        assert stored.data.tobytes() == original.view(torch.uint8).numpy().tobytes(), name
+    norm = read["blk.0.ffn_norm.weight"]
+    assert norm.data.dtype == np.float32
+    assert np.array_equal(norm.data, weights["model.layers.0.post_attention_layernorm.weight"].float().numpy())
+
+
+@pytest.mark.parametrize(("split", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2")])
+def test_the_splits_of_others_are_known(tmp_path, split, name):
+    """Of Llama 3 and Qwen 2, as transformers has them, and llama.cpp splits as they say."""
+    from tokenizers import Regex, pre_tokenizers
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    export = make_export(tmp_path, train=2, heldout=1)
+    pattern = GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"].replace(r"\p{N}{1,3}", split)
+    tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.save(str(export / "tokenizer.json"))
+    write_gguf(export, tmp_path / "m.gguf")
+    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
+
+
+def test_refusals(tmp_path, monkeypatch):
+    export = make_export(tmp_path / "a", train=2, heldout=1)
+    file = export / "tokenizer.json"
+    values, out = json.loads(file.read_text()), tmp_path / "m.gguf"
+    for key, value in (("model", values["model"] | {"type": "Unigram"}), ("pre_tokenizer", {"type": "Whitespace"})):
+        file.write_text(json.dumps(values | {key: value}))
+        with pytest.raises(UserError, match="tokenizer that cannot be written as GGUF"):
+            write_gguf(export, out)
+    file.write_text("{")
+    with pytest.raises(UserError, match="unreadable tokenizer"):
+        write_gguf(export, out)
+    file.write_text(json.dumps(values))
+    config = json.loads((export / "config.json").read_text())
+    for change, what in (
+        ({"model_type": "gpt_neox"}, "gpt_neox cannot be written as GGUF"),
+        ({"rope_parameters": config["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type dynamic"),
+    ):
+        (export / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=what):
+            write_gguf(export, out)
+    (export / "config.json").write_text(json.dumps(config))
+    shutil.copytree(export, tmp_path / "b")
+    weights = load_file(export / "model.safetensors") | {"model.layers.0.extra.weight": torch.zeros(2, 2)}
+    save_file(weights, tmp_path / "b" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers.0.extra.weight has no place"):
+        write_gguf(tmp_path / "b", out)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+    write_gguf(export, out)
+    with pytest.raises(UserError, match="the output exists"):
+        write_gguf(export, out)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(UserError, match=r"gguf is missing.*megamm\[gguf\]"):
+        write_gguf(export, tmp_path / "n.gguf")

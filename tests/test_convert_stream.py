@@ -1,0 +1,312 @@
+"""Streaming conversion: the bits of the conversion in memory, several processes, kills, a lying disk, little memory.
+
+Random tiny models of every family; `mapping` in memory is the reference.
+"""
+
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
+from test_families import MODELS, SEQUENCE, read_model, write_model
+from tiny_run import environment
+from transformers import AutoModelForCausalLM
+
+from megamm import checkpoint
+from megamm.checkpoint import index, path_of
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.pieces import Pieces
+from megamm.checkpoint.saver import save_now
+from megamm.convert import hf, mapping
+from megamm.convert.hf import export, import_
+from megamm.convert.weights import Weights
+from megamm.convert.work import Work
+from megamm.device import choose
+from megamm.errors import UserError
+from megamm.mcore import groups as grid
+from megamm.parity.rows import VOCABULARY
+
+LENGTH = [f"data.seq_length={SEQUENCE}"]
+
+
+def stored_in(step: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor, whole, by the reader that a run has."""
+    from megamm.checkpoint import reader
+
+    tensors = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in index.read(step / "tensors").items()}
+    reader.load(step / "tensors", [Block.whole(name, tensor) for name, tensor in tensors.items()])
+    return tensors
+
+
+def make(name: str, folder: Path) -> Path:
+    write_model(name, folder)
+    add_tokenizer(folder, VOCABULARY)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_ways_have_the_bits_of_the_conversion_in_memory(name: str, tmp_path: Path) -> None:
+    folder = make(name, tmp_path / "hf")
+    step = import_(folder, tmp_path / "run", nproc=1, shard_size=30_000, overrides=LENGTH)
+    family, section, file = read_model(folder)
+    state = checkpoint.read_state(step)
+    checkpoint.verify(step)
+    model = hf.config_from_dict(state.config, where=step).model
+    assert model.num_layers == section["num_layers"] and not state.has_optimizer
+    assert equal(stored_in(step), mapping.from_transformers(family.entries, file, model))
+    assert len(list((step / "tensors").glob("*.distcp"))) > 1
+    out = export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=40_000)
+    assert equal(tensors_of(out), file)
+    assert len(list(out.glob("*.safetensors"))) > 1
+    with Weights(out) as weights:  # by the index
+        assert weights.keys() == file.keys()
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "run", "out"}
+    assert {path.name for path in (tmp_path / "run").rglob("*") if path.name.startswith(".")} == {".metadata"}
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hf: a folder of transformers; run: imported from it; out: exported again, in files of 20 kB."""
+    folder = tmp_path_factory.mktemp("moe")
+    make("qwen3-moe", folder / "hf")
+    import_(folder / "hf", folder / "run", nproc=1, overrides=LENGTH)
+    export(folder / "run", folder / "out", nproc=1, shard_size=20_000)
+    return folder
+
+
+def same_files(one: Path, other: Path) -> bool:
+    files = {path.relative_to(one): path.read_bytes() for path in one.rglob("*") if path.is_file()}
+    return files == {path.relative_to(other): path.read_bytes() for path in other.rglob("*") if path.is_file()}
+
+
+def test_several_processes_write_the_same_bytes(moe: Path, tmp_path: Path) -> None:
+    export(moe / "run", tmp_path / "out", nproc=2, shard_size=20_000)
+    assert same_files(tmp_path / "out", moe / "out")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", moe / "hf"))
+    assert equal(ours, theirs)
+
+
+def test_a_process_that_is_killed_is_told(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite, parent = os.pwrite, os.getpid()
+
+    def dies(descriptor: int, data: Any, place: int) -> int:
+        if place > 0:
+            assert os.getpid() != parent
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pwrite(descriptor, data, place)
+
+    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"was killed .*it goes on"):
+        patched.setattr(os, "pwrite", dies)
+        export(moe / "run", tmp_path / "out", nproc=2, shard_size=20_000)
+    export(moe / "run", tmp_path / "out", nproc=2, shard_size=20_000)
+    assert same_files(tmp_path / "out", moe / "out")
+
+
+def test_a_problem_of_another_process_is_told(moe: Path, tmp_path: Path) -> None:
+    """fp16 has no 1e6: refused by name on the process that finds it; nothing has the output's name."""
+    folder = tmp_path / "hf"
+    shutil.copytree(moe / "hf", folder)
+    tensors = tensors_of(folder)
+    tensors["model.layers.1.mlp.experts.3.up_proj.weight"][1, 2] = 1e6
+    hf.safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model.layers.1.mlp.experts.3.gate_proj.weight.* 1e\+06, which float16 has not"
+    ):
+        import_(folder, tmp_path / "run", nproc=2, dtype=torch.float16, shard_size=20_000, overrides=LENGTH)
+    assert not path_of(tmp_path / "run", 0).exists()
+
+
+def test_dtypes_are_converted_and_told(moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="megamm"):
+        export(moe / "run", tmp_path / "out", nproc=1, dtype=torch.bfloat16)
+    theirs = {name: tensor.bfloat16() for name, tensor in tensors_of(moe / "hf").items()}
+    assert equal(tensors_of(tmp_path / "out"), theirs)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert f"export: {len(theirs)} tensors float32 -> bfloat16" in caplog.text
+    assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    step = import_(moe / "hf", tmp_path / "run", nproc=1, dtype=torch.bfloat16, overrides=LENGTH)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in stored_in(step).values())
+    export(tmp_path / "run", tmp_path / "again", nproc=1)
+    assert equal(tensors_of(tmp_path / "again"), theirs)
+
+
+def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
+    """Tensors stored in random boxes; random boxes of them, also into memory that is not contiguous."""
+    draw = random.Random(3)
+    tensors = {
+        "a": torch.randn(5, 3, 7, 4),
+        "b": torch.randn(23, 6).bfloat16(),
+        "c": torch.randn(9),
+        "d": torch.randn(()),
+    }
+
+    def boxes(shape: tuple[int, ...]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        found: list[tuple[tuple[int, ...], tuple[int, ...]]] = [((), ())]
+        for n in shape:
+            cuts = sorted({0, n, *draw.sample(range(n), min(2, n))})
+            pairs = list(itertools.pairwise(cuts))
+            found = [((*o, a), (*s, b - a)) for o, s in found for a, b in pairs]
+        return found
+
+    blocks = [
+        Block(key, tuple(t.shape), o, s, t[tuple(slice(a, a + n) for a, n in zip(o, s, strict=True))].contiguous())
+        for key, t in tensors.items()
+        for o, s in boxes(tuple(t.shape))
+    ]
+    grid.start(choose("cpu"))
+    state = checkpoint.RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
+    save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
+    grid.destroy()
+    pieces = Pieces(path_of(tmp_path, 0) / "tensors")
+    for key, tensor in tensors.items():
+        for _ in range(20):
+            offset = tuple(draw.randrange(n) for n in tensor.shape)
+            size = tuple(draw.randint(1, n - o) for n, o in zip(tensor.shape, offset, strict=True))
+            data = torch.empty(size, dtype=tensor.dtype)
+            pieces.read(Block(key, tuple(tensor.shape), offset, size, data))
+            box = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
+            assert torch.equal(data, tensor[box])
+    pieces.close()
+
+
+@pytest.mark.parametrize(("kind", "source", "nproc"), [("export", "run", "1"), ("import", "hf", "2")])
+def test_killed_at_any_time_it_goes_on_and_nothing_half_has_the_name(
+    kind: str, source: str, nproc: str, moe: Path
+) -> None:
+    """In memory, where there is such a place: a disk that others use takes minutes for so many small files."""
+    script, memory = Path(__file__).with_name("convert_kills.py"), Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        command = [sys.executable, script, kind, moe / source, Path(folder, "out"), "10", "--nproc", nproc]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["kills"] == 10 and found["resumed"] > 2, found
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _stopped(moe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
+    """Broken off when all segments are written; the temporary folder."""
+
+    def stop(*_: object) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patched, pytest.raises(_Killed):
+        patched.setattr(Work, "_verify", stop)
+        export(moe / "run", out, nproc=1, shard_size=20_000, **options)
+    return out.with_name(f".tmp-{out.name}")
+
+
+def test_what_the_disk_lost_is_made_again(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = _stopped(moe, tmp_path / "out", monkeypatch)
+    file = sorted(place.glob("folder/*.safetensors"))[2]
+    damaged = bytearray(file.read_bytes())
+    damaged[-3] ^= 4
+    file.write_bytes(damaged)
+    with caplog.at_level("INFO", logger="megamm"):
+        export(moe / "run", tmp_path / "out", nproc=1, shard_size=20_000)
+    assert "goes on" in caplog.text and same_files(tmp_path / "out", moe / "out")
+
+
+def test_what_was_begun_with_other_options_is_removed(
+    moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _stopped(moe, tmp_path / "out", monkeypatch, dtype=torch.bfloat16)
+    with caplog.at_level("INFO", logger="megamm"):
+        export(moe / "run", tmp_path / "out", nproc=1, shard_size=20_000)
+    assert "of other inputs: removed" in caplog.text and same_files(tmp_path / "out", moe / "out")
+
+
+def converted(kind: str, folder: Path, out: Path) -> None:
+    if kind == "export":
+        export(folder / "run", out, nproc=1, shard_size=20_000)
+    else:
+        import_(folder / "hf", out, nproc=1, shard_size=20_000, overrides=LENGTH)
+
+
+def test_two_at_once_are_refused(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def second(work: Work) -> None:
+        export(moe / "run", tmp_path / "out", nproc=1)
+
+    monkeypatch.setattr(Work, "fill", second)
+    with pytest.raises(UserError, match="another process converts to it"):
+        export(moe / "run", tmp_path / "out", nproc=1)
+
+
+@pytest.mark.parametrize("kind", ["export", "import"])
+def test_a_full_disk_is_told_before_and_while(
+    kind: str, moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        usage = shutil.disk_usage(tmp_path)
+        patched.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+        with pytest.raises(UserError, match=r"it needs [\d,]{7,} bytes, 100,000 are free"):
+            converted(kind, moe, tmp_path / "out")
+    written, pwrite = 0, os.pwrite
+
+    def fills(descriptor: int, data: Any, place: int) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 100_000:
+            raise OSError(28, "No space left on device")
+        return pwrite(descriptor, data, place)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", fills)
+        with pytest.raises(UserError, match=r"could not be written: .*No space left .*it goes on"):
+            converted(kind, moe, tmp_path / "out")
+    assert not list(tmp_path.glob("out/checkpoints/step*")) and not (tmp_path / "out" / "config.json").exists()
+    converted(kind, moe, tmp_path / "out")
+
+
+def test_a_codec_that_is_gone_is_told_before_anything_is_written(moe: Path, tmp_path: Path) -> None:
+    shutil.copytree(moe / "hf", tmp_path / "hf")
+    import_(tmp_path / "hf", tmp_path / "run", nproc=1, overrides=LENGTH)
+    shutil.rmtree(tmp_path / "hf")
+    with pytest.raises(UserError, match=r"tokenizers\.text: no such folder"):
+        export(tmp_path / "run", tmp_path / "out", nproc=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("given", ["model.num_layers=2", "model={}"])
+def test_the_model_is_not_overridden(moe: Path, tmp_path: Path, given: str) -> None:
+    with pytest.raises(UserError, match="the model is what the folder says"):
+        import_(moe / "hf", tmp_path / "run", overrides=[*LENGTH, given])
+
+
+LARGEST_RSS = """
+import sys
+from pathlib import Path
+from megamm.convert.hf import Checks, export, import_
+convert = import_ if sys.argv[1] == "import" else export
+convert(Path(sys.argv[2]), Path(sys.argv[3]), nproc=1, shard_size=200_000_000, checks=Checks(logits=False))
+print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def test_memory_is_a_group_and_half_a_gigabyte(tmp_path: Path) -> None:
+    """Both ways and the comparison of all tensors, of a model that is larger; zeros in files of holes."""
+    group = write_synthetic(tmp_path / "hf", layers=28, shards=3, fill=False)
+    size = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
+    assert size > group + 500_000_000
+    for kind, source, out in (("import", "hf", "run"), ("export", "run", "out")):
+        command = [sys.executable, "-c", LARGEST_RSS, kind, str(tmp_path / source), str(tmp_path / out)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        peak = int(done.stdout.split()[-1])
+        assert peak <= group + 500_000_000, f"{kind}: {peak:,}"
+    shutil.rmtree(tmp_path / "out")
