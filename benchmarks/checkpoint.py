@@ -194,7 +194,7 @@ def _in_turns(sides: dict[str, Callable[[], Timed]]) -> dict[str, Any]:
 class Every:
     """Part every, on one of two ranks."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory: Path) -> None:
         place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
         groups = grid.build(config.parallel, seed=1)
         self.runner = engine.build(config, VOCABULARY, groups, place)
@@ -203,8 +203,7 @@ class Every:
         self.batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
         self.weights = torch.ones(2, dtype=torch.float64)
         folder.mkdir(parents=True, exist_ok=True)
-        memory = Path("/dev/shm") if Path("/dev/shm").is_dir() else folder
-        self.local = LocalTier(str(memory / f"megamm-benchmark-{os.getppid()}"), folder, replicate=False)
+        self.local = LocalTier(str(memory), folder, replicate=False)
         self.local.begin(-1)
         self.savers = {"local": Saver(folder, place, 2, local=self.local), "run": Saver(folder, place, 2)}
         self.runner.before_update = self._settle
@@ -268,9 +267,10 @@ def _summary(timed: list[Timed]) -> dict[str, dict[str, float]]:
     return {what: {"median": statistics.median(all_), "least": min(all_)} for what, all_ in values.items()}
 
 
-def every(told: tuple[str, int]) -> dict[str, Any]:
-    """Part every, on one of two ranks; told: folder, rounds."""
-    return Every(Path(told[0])).run(told[1])
+def every(told: tuple[Path, Path, int]) -> dict[str, Any]:
+    """Part every, on one of two ranks; told: the run's folder, that of the local tier, rounds."""
+    folder, memory, rounds = told
+    return Every(folder, memory).run(rounds)
 
 
 def _processor_seconds() -> float:
@@ -293,8 +293,10 @@ def main() -> None:
     result |= {"date": time.strftime("%Y-%m-%d"), "rounds": ROUNDS, "load_before": os.getloadavg()}
     with tempfile.TemporaryDirectory(prefix="megamm-checkpoint-") as folder:
         if arguments.part in (None, "every"):
-            with Worlds() as worlds:
-                ranks = worlds.run(2, every, (f"{folder}/every", arguments.rounds), timeout=1200)
+            shared = "/dev/shm" if os.path.isdir("/dev/shm") else None
+            with Worlds() as worlds, tempfile.TemporaryDirectory(prefix="megamm-local-", dir=shared) as memory:
+                told = (Path(folder, "every"), Path(memory), arguments.rounds)
+                ranks = worlds.run(2, every, told, timeout=1200)
             assert not isinstance(ranks, Failure), ranks.lines()
             result["every"] = ranks[0]
         if arguments.part in (None, "stall"):

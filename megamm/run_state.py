@@ -5,7 +5,7 @@ The package `checkpoint` knows how one is written and verified; here is what is 
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ class RunStore:
         self.saver.drain()
         self.poll()
 
-    def leave_node(self) -> None:
-        """Free the memory of the local tier, unless it has what the run's folder lacks."""
+    def leave_node(self, ranks: Collection[int] | None = None) -> None:
+        """Free the memory of the local tier, unless it has what the run's folder lacks; ranks: only on their nodes."""
         self.drain()
         if self.local is not None:
-            self.local.leave(self.saver.writing.failures == 0)
+            self.local.leave(self.saver.writing.failures == 0, ranks)
 
     def finish(self) -> None:
         """At the end of a run that went well: the last checkpoint reaches the durable tier."""

@@ -24,6 +24,7 @@ from megamm.resilience import events, heartbeat
 from megamm.resilience.boundary import Boundary, of_this_rank
 from megamm.resilience.heartbeat import Heartbeat
 from megamm.resilience.loss_guard import LeftOut, LossGuard
+from megamm.resilience.node_fault import NodeFault
 from megamm.resilience.slots import Ending
 from megamm.resilience.stragglers import Stragglers
 from megamm.run_state import RunStore
@@ -53,6 +54,9 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
             trainer.store.leave_node()
         if ending == "done":
             trainer.store.finish()
+    except NodeFault as fault:
+        trainer.store.leave_node(fault.ranks)
+        raise
     finally:
         trainer.close()
     torch.distributed.barrier()

@@ -7,17 +7,21 @@ PLACES = {
     "first step": "step:1:1",
     "steady state": "step:5:1",
     "before a save": "save:6:1",
+    "restart": "resume:0:1",
     "evaluation": "evaluate:8:0",
     "during a save": "write:8:0",
-    "restart": "resume:0:1",
 }
-"""Phase, step and rank; see faults.py. "restart" follows a kill -9 at step 9."""
+"""Phase, step and rank, in the order of a run; see faults.py. "restart" follows a kill -9 at step 7. A save is written
+while steps go on, perhaps to the last: nothing can come after that."""
 ALL = list(PLACES)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is done, where it makes sense, why not elsewhere, and whether the run is expected to start again."""
+    """What is done, where it makes sense, why not elsewhere, and whether the run is expected to start again.
+
+    local_tier: the run has one. fault: of fault_kinds.py, if its name is another than the kind's.
+    """
 
     what: str
     phases: list[str]
@@ -25,6 +29,8 @@ class Kind:
     restarts: bool = True
     data_workers: int = 0
     small_disk: bool = False
+    local_tier: bool = False
+    fault: str = ""
 
 
 _OWN = [p for p in ALL if p != "during a save"]
@@ -35,10 +41,13 @@ _FORKED = "ranks that are there need it no more, whatever they do"
 _FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
 _SAME = "; before a save it is as idle as in the steady state"
 _WRITES = ["steady state", "evaluation", "during a save"]
+_KILLED = ["steady state", "during a save"]
+_ALIKE = "; elsewhere it is as in the steady state, and three saves in a row that fail stop a run"
 _RUNNING = ["start-up", "steady state", "restart"]
 _STEPS = ["first step", "steady state"]
 _LOADER = [*_STEPS, "evaluation"]
-_FOLDERS = ["steady state", "before a save", "evaluation", "restart"]
+_FOLDERS = ["steady state", "before a save", "restart", "evaluation"]
+_KEPT = "there is nothing in the tier yet, or (during a save) all of it is older"
 KINDS = {
     "sigkill": Kind("kill -9 of a rank", ALL),
     "sigstop": Kind("SIGSTOP of a rank", ALL),
@@ -54,13 +63,24 @@ KINDS = {
     "kill_fork_server": Kind("kill -9 of the fork server", _RUNNING, _FORKED, restarts=False),
     "kill_loader": Kind("kill -9 of a loader worker", _LOADER, _WORKERS, data_workers=1),
     "stop_loader": Kind("SIGSTOP of a loader worker", _LOADER, _WORKERS, data_workers=1),
-    "kill_writer": Kind("kill -9 of a checkpoint writer", _WRITES, _WRITER + _SAME, restarts=False),
+    "kill_writer": Kind("kill -9 of a checkpoint writer", _KILLED, _WRITER + _ALIKE, restarts=False),
     "stop_writer": Kind("SIGSTOP of a checkpoint writer", _WRITES, _WRITER + _SAME),
     "truncate": Kind("newest checkpoint truncated, kill -9", _FOLDERS, _FOLDER),
     "bit_flip": Kind("bit flipped in the newest checkpoint, kill -9", _FOLDERS, _FOLDER),
     "fill_disk": Kind("full disk", ["before a save"], "only a save writes much", False, small_disk=True),
     "nan": Kind("NaN in one rank's gradient", _STEPS, "only steps have gradients", restarts=False),
     "clock": Kind("time of day jumps by 2 h", _OWN, _THREAD, restarts=False),
+    "local_sigkill": Kind("kill -9 of a rank, with a local tier", ALL, local_tier=True, fault="sigkill"),
+    "local_kill_agent": Kind("kill -9 of the agent, with a local tier", ALL, local_tier=True, fault="kill_agent"),
+    "local_kill_writer": Kind(
+        "kill -9 of a checkpoint writer, with a local tier",
+        _KILLED,
+        _WRITER + _ALIKE,
+        restarts=False,
+        local_tier=True,
+        fault="kill_writer",
+    ),
+    "local_bit_flip": Kind("bit flipped in the newest of the local tier, kill -9", _FOLDERS, _KEPT, local_tier=True),
 }
 
 
@@ -74,12 +94,17 @@ Faults = list[tuple[str, str]]
 """Kind and phase of each, in order."""
 
 
+def fault_of(kind: str) -> str:
+    """Its name in fault_kinds.py."""
+    return KINDS[kind].fault or kind if kind in KINDS else kind
+
+
 def plan(faults: Faults) -> str:
     """The faults of a run, in order, for the environment."""
     chain = ""
     for kind, phase in faults:
         if phase == "restart":
-            chain += ">sigkill@step:9:1:*>"
+            chain += ">sigkill@step:7:1:*>"
         # One that brings the attempt down may do so much later.
-        chain += f">{kind}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
+        chain += f">{fault_of(kind)}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
     return chain.rstrip(">")

@@ -1,5 +1,6 @@
 """What faults do: OUTSIDE ones to a rank's process from any other, or from itself; INSIDE ones by the rank itself."""
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -110,14 +111,40 @@ def slow(run, pid):
 
 
 def newest_checkpoint(run):
-    return only(sorted((run / "checkpoints").glob("step_????????"))[::-1], "checkpoint")
+    """Of those that are whole, once there are two, one to go on from: a save is written while steps go on."""
+    end = time.monotonic() + 2
+    while len(found := _whole(run)) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    return only(found[::-1], "checkpoint")
 
 
-def damage(change):
+def _whole(run):
+    from megamm import checkpoint
+    from megamm.errors import UserError
+
+    found = []
+    for folder in sorted((run / "checkpoints").glob("step_????????")):
+        with contextlib.suppress(UserError):
+            checkpoint.verify(folder)
+            found.append(folder)
+    return found
+
+
+def newest_in_local_tier(run):
+    """The newest step of which all parts count."""
+    from megamm.resilience import events
+    from megamm.tiers import parts
+
+    root = Path(next(event["folder"] for event in events.read(run) if event["kind"] == "local_tier"))
+    folders = [parts.folder_of(root, step) for step in parts.steps_in(root)]
+    return only([folder for folder in folders if parts.whole(parts.parts_in(folder))][::-1], "step in the local tier")
+
+
+def damage(change, newest=newest_checkpoint):
     """Change the largest file of the newest checkpoint, then kill the rank so that the run has to resume."""
 
     def act(run, pid):
-        files = [path for path in newest_checkpoint(run).rglob("*") if path.is_file()]
+        files = [path for path in newest(run).rglob("*") if path.is_file()]
         path = max(files, key=lambda file: file.stat().st_size)
         with path.open("r+b") as file:
             change(file, path.stat().st_size)
@@ -177,6 +204,7 @@ OUTSIDE = {
     "stop_writer": lambda run, pid: os.kill(writer(pid), signal.SIGSTOP),
     "truncate": damage(_truncate),
     "bit_flip": damage(_flip_bit),
+    "local_bit_flip": damage(_flip_bit, newest_in_local_tier),
     "fill_disk": fill_disk,
 }
 
@@ -189,12 +217,6 @@ def _user_error(heart):
     from megamm.errors import UserError
 
     raise UserError("an injected mistake", remedy="mend it")
-
-
-def _common_error(heart):
-    from megamm.errors import UserError
-
-    raise UserError("a common mistake", remedy="mend it", on_all_ranks=True)
 
 
 def _deadlock(heart):
@@ -236,7 +258,6 @@ INSIDE = {
     "abort": lambda heart: os.abort(),
     "exception": _exception,
     "user_error": _user_error,
-    "common_error": _common_error,
     "exit0": lambda heart: sys.exit(0),
     "_exit0": lambda heart: os._exit(0),
     "deadlock": _deadlock,

@@ -17,7 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fault_cases import KINDS, NODES, PLACES, Faults, plan
+from fault_cases import KINDS, NODES, PLACES, Faults, fault_of, plan
 from faults import environment as with_faults
 from tiny_run import environment, make_data, numbers, write_config
 
@@ -28,10 +28,11 @@ TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1
 CHECKPOINT = {"every": 2, "keep": 9}
 RESILIENCE = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 3, "startup_seconds": 30}
 ON_SMALL_DISK = """
-cd "$1" && shift && mount -t tmpfs -o size=32m tmpfs checkpoints || exit 9
+run=$1 && shift && mount -t tmpfs -o size=32m tmpfs "$run/checkpoints" || exit 9
 "$@"
 code=$?
-cp -r checkpoints kept && umount checkpoints && rmdir checkpoints && mv kept checkpoints && exit $code
+cp -r "$run/checkpoints" "$run/kept" && umount "$run/checkpoints" && rmdir "$run/checkpoints" || exit 9
+mv "$run/kept" "$run/checkpoints" && exit $code
 """
 """A shell's text: run a command while its output's checkpoints are on a file system of their own, seen by it alone."""
 
@@ -64,7 +65,14 @@ def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, 
     return [sys.executable, "-m", "megamm", "train", str(config)], with_faults(faults, environment(), records)
 
 
-def run(folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool = False) -> int:
+def local_tier(folder: Path, name: str) -> Path:
+    """Of the runs that have one."""
+    return folder / f"{name}.local"
+
+
+def run(
+    folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool = False, has_local: bool = False
+) -> int:
     """Train to the end under these faults; the exit code. The console's text is in folder/name.log."""
     command, env = prepare(folder, name, faults)
     if small_disk:
@@ -73,6 +81,7 @@ def run(folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool
         command = [*unshare, "sh", "-c", ON_SMALL_DISK, "sh", str(folder / name), *command]
     with (folder / f"{name}.log").open("w") as log:
         options = ["--nproc", str(RANKS), f"data.workers={workers}"]
+        options += [f"checkpoint.local={local_tier(folder, name)}"] if has_local else []
         process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log)
         try:
             return process.wait(timeout=TIMEOUT)
@@ -122,7 +131,7 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
     for kind, phase in faults:
         if phase == "restart":
             del parts[:1]  # the kill that makes the restart
-        if not parts or parts[0][0]["fault"] != kind:
+        if not parts or parts[0][0]["fault"] != fault_of(kind):
             found.append(Cell(phase, False, None, None, None))
             continue
         part = parts.pop(0)
@@ -141,8 +150,12 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
 def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
     """A run of that name with these faults, judged."""
     kinds = [KINDS[kind] for kind, _ in faults]
-    code = run(folder, name, plan(faults), max(k.data_workers for k in kinds), any(k.small_disk for k in kinds))
+    workers, has_local = max(k.data_workers for k in kinds), any(k.local_tier for k in kinds)
+    code = run(folder, name, plan(faults), workers, any(k.small_disk for k in kinds), has_local)
     wrong, found = differences(folder, name, code), cells(folder / name, faults)
+    if has_local:
+        wrong += ["the local tier was not used"] if not local_tier(folder, name).exists() else []
+        wrong += ["memory is left in the local tier"] if list(local_tier(folder, name).glob("*/")) else []
     for (kind, phase), cell in zip(faults, found, strict=True):
         if not cell.was_injected:
             wrong.append(f"{phase}: not reached")

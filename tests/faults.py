@@ -101,7 +101,8 @@ def install():
 
     planned = parse(os.environ[FAULTS])
     plain_init, plain_beat = Heartbeat.__init__, Heartbeat.beat
-    folder = Path(os.environ[FOLDER]) if FOLDER in os.environ else None
+    # It may name variables: elements of an array of jobs differ by nothing else.
+    folder = Path(os.path.expandvars(os.environ[FOLDER])) if FOLDER in os.environ else None
     if folder is not None:
         fault_kinds.follow_clock(folder)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -123,6 +124,21 @@ def rows_left_out(first: int, count: int) -> None:
     RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
 
 
+def ended_before(step: int) -> None:
+    """The run ends where this step would begin, as by a mistake of the user's."""
+    from megamm import train
+    from megamm.errors import UserError
+
+    one_step = train.Trainer._one_step
+
+    def ended(self: Any) -> bool:
+        if self.step + 1 == step:
+            raise UserError("ended", remedy="none", on_all_ranks=True)
+        return one_step(self)
+
+    train.Trainer._one_step = ended
+
+
 def ended_by_roll_back() -> None:
     """The run ends when it has set the later checkpoints aside."""
     from megamm.errors import UserError
@@ -172,14 +188,17 @@ def no_update(at: list[int]) -> None:
 
 
 def slow_forward(rank: int, seconds: float) -> None:
-    """A busy loop in every forward of a norm."""
+    """A busy loop in every forward of a norm. Phases are measured in processor time: other processes slow no rank."""
+    from megamm import clock, device
     from megamm.mcore.norm import RMSNorm
+
+    clock.time = device.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
 
     original = RMSNorm.forward
 
     def slow(self: Any, *args: Any, **options: Any) -> Any:
-        until = time.perf_counter() + seconds * (dist.get_rank() == rank)
-        while time.perf_counter() < until:
+        until = time.thread_time() + seconds * (dist.get_rank() == rank)
+        while time.thread_time() < until:
             pass
         return original(self, *args, **options)
 

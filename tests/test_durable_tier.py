@@ -10,13 +10,14 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from checkpoint_folders import contents, make_checkpoint
 
 from megamm.errors import UserError
 from megamm.resilience import events
-from megamm.tiers import remote
-from megamm.tiers.durable import DurableTier
+from megamm.tiers import remote, retention
+from megamm.tiers.durable import STREAMS, DurableTier
 from megamm.tiers.remote import RemoteError
 from megamm.tiers.uploader import Uploader
 
@@ -52,10 +53,14 @@ def store(server, monkeypatch):
 
 
 class Proxy:
-    """TCP between a client and the server; `cut` connections are closed after that many bytes to the server."""
+    """TCP between a client and the server; `cut` connections are closed after that many bytes to the server.
 
-    def __init__(self, server, cuts, after):
+    rate: bytes a second that the line to the server takes, all connections together.
+    """
+
+    def __init__(self, server, cuts=0, after=0, rate=None):
         self.server, self.cuts, self.after, self.connections = server, cuts, after, 0
+        self.rate, self.line, self.passed = rate, threading.Lock(), 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -82,6 +87,10 @@ class Proxy:
                 if to_server and self.cuts and passed > self.after:
                     self.cuts -= 1
                     break
+                if to_server and self.rate:
+                    with self.line:
+                        time.sleep(len(data) / self.rate)
+                        self.passed += len(data)
                 sink.sendall(data)
         except OSError:
             pass
@@ -155,7 +164,7 @@ def test_the_uploader_outlasts_a_server_that_fails(server, store, tmp_path, monk
     url, _ = store
     run = tmp_path / "run"
     ill = Answering(500)
-    switch = Proxy(server, cuts=0, after=0)
+    switch = Proxy(server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", switch.url)
     uploader = Uploader(run, url, 2, False)
     try:
@@ -169,6 +178,38 @@ def test_the_uploader_outlasts_a_server_that_fails(server, store, tmp_path, monk
     kinds = [e["kind"] for e in events.read(run)]
     assert kinds.count("saved") == 1 and kinds[-1] == "saved"
     assert DurableTier(url).complete() == ["step_00000001"]
+
+
+def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tmp_path, monkeypatch):
+    """2 MB/s, checkpoints of 6 MB twelve times as fast: those in between are left out, and the end waits as told."""
+    url, _ = store
+    run, slow = tmp_path / "run", Proxy(server, rate=2e6)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", slow.url)
+    uploader, looks, memory = Uploader(run, url, 2, False), [], []
+    try:
+        make_checkpoint(run, 1, size=4 * MEBIBYTE)
+        wait_for(lambda: slow.passed > MEBIBYTE, 60)
+        for step in range(2, 14):
+            make_checkpoint(run, step, size=4 * MEBIBYTE)
+            begin = time.monotonic()
+            uploader.check()  # all that the run does between its steps
+            looks.append(time.monotonic() - begin)
+            retention.apply(run, keep=2, keep_best=False)
+            memory.append(psutil.Process(uploader.pid).memory_info().rss)
+            time.sleep(0.25)
+        begin = time.monotonic()
+        assert not uploader.finish(0.2) and time.monotonic() - begin < 5, "what is not there yet is left"
+        assert slow.passed < 11 * 6 * MEBIBYTE, "the line was not slow"
+        uploader.start()
+        assert uploader.finish(60)
+    finally:
+        uploader.stop()
+    assert max(looks) < 1 and max(memory) - memory[0] < 16 * MEBIBYTE, (looks, memory)
+    sent = [event["step"] for event in events.read(run) if event["kind"] == "saved"]
+    assert sent[-1] == 13 and len(sent) < 8, sent
+    there = DurableTier(url)
+    there.download("step_00000013", tmp_path / "back", there.listed("step_00000013"))
+    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "of large files, in parts of 50 MiB"
 
 
 def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from test_train import _step, _tensors
 from tiny_run import make_data, numbers, write_config
 
 from megamm import layout, metrics
+from megamm.clock import Clock
 from megamm.config import StragglerConfig, config_from_dict
+from megamm.device import choose
 from megamm.errors import UserError
 from megamm.parity.worlds import Worlds
 from megamm.resilience import events
 from megamm.resilience.second_run import compare, suspects
 from megamm.resilience.spikes import Spikes
 from megamm.resilience.stragglers import Stragglers, scores
+from megamm.tiers import parts
 from megamm.tiers.durable import DurableTier
 
 TINY = {
@@ -54,7 +58,7 @@ class Runs:
         sections["train"] = {"steps": 12, "stop_after": steps, "global_batch": 4, "micro_batch": 1, "log_every": 1}
         sections["resilience"] = sections.get("resilience", {}) | {"loss_guard": guard or {}}
         config = write_config(self.folder, self.folder / name, **sections)
-        ended = self.worlds.run(2, guard_faults.train, Case(str(config), list(faults)), timeout=60)
+        ended = self.worlds.run(2, guard_faults.train, Case(str(config), list(faults)), timeout=180)
         assert isinstance(ended, list), ended.lines()
         assert ended[0] == ended[1], "both ranks end alike"
         return ended[0]
@@ -179,15 +183,23 @@ def test_spike_of_poisoned_rows_is_skipped(runs, undisturbed):
     _assert_same_state(_step(run, 8), _step(undisturbed, 8))
 
 
-def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs):
+ROLL_BACK = SPIKE | {"action": "rollback", "margin": 1}
+POISON = ("poisoned_rows", {"rows": [33]})
+
+
+@pytest.fixture(scope="module")
+def left_out(runs: Runs) -> Path:
+    """The reference of a roll-back: its data lack the rows 28 to 35."""
+    return runs.run("left_out", ("rows_left_out", {"first": 28, "count": 8}), guard=ROLL_BACK, steps=12)
+
+
+def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, left_out):
     """The bad step is the ninth (rows 32 to 35), the margin one step: rows 28 to 35 go, the checkpoint of step 6 is
 
-    the newest without them, and that of step 8 must not be taken by a restart. The reference's data lack the rows.
+    the newest without them, and that of step 8 must not be taken by a restart.
     """
-    guard = SPIKE | {"action": "rollback", "margin": 1}
-    runs.run("rollback", ("poisoned_rows", {"rows": [33]}), guard=guard, steps=10)
-    run = runs.run("rollback", guard=guard, steps=12)
-    reference = runs.run("left_out", ("rows_left_out", {"first": 28, "count": 8}), guard=guard, steps=12)
+    runs.run("rollback", POISON, guard=ROLL_BACK, steps=10)
+    run, reference = runs.run("rollback", guard=ROLL_BACK, steps=12), left_out
     assert _actions(run) == [(9, "rollback")]
     assert numbers(run) == numbers(reference) and len(numbers(run)) == 12
     _assert_same_state(_step(run, 12), _step(reference, 12))
@@ -197,19 +209,41 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs):
     assert (window["how"], window["first"], window["end"], window["step"]) == ("rollback", 28, 36, 9)
 
 
+def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
+    """It has steps 7 and 8 of before the roll-back, then those of after it: a restart goes on from the newest of these.
+
+    A run that ends right after its roll-back leaves none that counts.
+    """
+    kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "local": str(tmp_path / "local")}}
+    kind, text = runs.end_of("local", POISON, ("ended_before", {"step": 12}), steps=12, **kept)
+    assert kind == "UserError" and text.startswith("ended")
+    (tier,) = (tmp_path / "local").glob("*/")
+    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder has step 10"
+    run = runs.run("local", steps=12, **kept)
+    assert [(e["tier"], e["step"]) for e in events.read(run) if e["kind"] == "resumed"] == [("local", 11)]
+    assert _actions(run) == [(9, "rollback")] and numbers(run) == numbers(left_out)
+    _assert_same_state(_step(run, 12), _step(left_out, 12))
+    assert not tier.exists()
+
+    kind, text = runs.end_of("local_ended", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
+    assert kind == "UserError" and text.startswith("ended")
+    (tier,) = (tmp_path / "local").glob("*/")
+    assert parts.steps_in(tier) == []
+
+
 def test_roll_back_holds_in_the_durable_tier_too(runs):
     """The run ends right after it: the copy of step 8 must not be taken, and `latest` names what is there."""
-    guard, url = SPIKE | {"action": "rollback", "margin": 1}, f"file://{runs.folder}/durable_copies"
-    kept = {"guard": guard, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
-    run, poison = runs.run("durable", steps=8, **kept), ("poisoned_rows", {"rows": [33]})
+    url = f"file://{runs.folder}/durable_copies"
+    kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
+    run = runs.run("durable", steps=8, **kept)
     tier, latest = DurableTier(url), run / "checkpoints" / "latest"
     assert tier.complete()[-1] == "step_00000008"
 
-    kind, text = runs.end_of("durable", poison, ("no_durable_tier", {}), steps=10, **kept)
+    kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("not rolled back: no answer")
     assert _step(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
 
-    kind, text = runs.end_of("durable", poison, ("ended_by_roll_back", {}), steps=10, **kept)
+    kind, text = runs.end_of("durable", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("ended")
     assert "step_00000008" not in tier.complete() and not _step(run, 8).exists()
     assert latest.read_text().strip() == "step_00000006"
@@ -241,6 +275,16 @@ def test_rank_that_computes_slowly_is_named(runs):
     lines = metrics.read_lines(run)
     assert [line["straggler/rank"] for line in lines[1:]] == [1, 1, 1]
     assert all(line["straggler/forward"] > line["straggler/data"] for line in lines[1:])
+
+
+def test_phases_are_measured_on_the_clock_on_the_wall():
+    clock = Clock(choose("cpu"))
+    with clock.device("forward"), clock.host("data"):
+        time.sleep(0.05)
+    with clock.device("forward"):
+        time.sleep(0.05)
+    taken = clock.take()
+    assert taken["forward"] >= 0.1 and taken["data"] >= 0.05 and clock.take() == {}
 
 
 def test_rank_that_reads_slowly_is_evicted(runs):

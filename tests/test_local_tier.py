@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -11,25 +12,27 @@ import time
 
 import pytest
 import torch
+from fault_matrix import TRAIN
 from faults import environment as with_faults
 from local_tier_worker import look
 from saver_worker import state
-from tiny_run import environment, make_data, numbers, write_config
+from tiny_run import environment, numbers, write_config
+from typer.testing import CliRunner
 
 from megamm import checkpoint
 from megamm.checkpoint import manifest, reader
 from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import Saver
+from megamm.cli import checkpoint as checkpoint_cli
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups
 from megamm.parity.worlds import Failure, Worlds
 from megamm.resilience import events, heartbeat
-from megamm.tiers import parts
+from megamm.tiers import inspect, parts, tensors
 from megamm.tiers.local import LocalTier
 
-TRAIN = {"steps": 14, "global_batch": 4, "micro_batch": 1, "log_every": 1}
-CHECKPOINT = {"every": 5, "keep": 9}
+CHECKPOINT = {"every": 4, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
 
 
@@ -83,55 +86,41 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
+def data(undisturbed):
+    return undisturbed
 
 
 @pytest.fixture(scope="module")
-def undisturbed(data):
-    run = Run(data, "undisturbed")
-    run.start("a", "--nproc", "2")
-    run.wait()
-    return numbers(run.output)
+def expected(data):
+    return numbers(data / "undisturbed")
 
 
-def test_a_killed_rank_costs_no_step(data, undisturbed):
-    """kill -9 in step 9, saved in the run's folder at step 5: the run goes on from step 8."""
-    run = Run(data, "killed", ">pause@step:9:0:0", local="$NODE")
+def test_a_killed_rank_costs_no_step(data, expected):
+    """kill -9 in step 8, saved in the run's folder at step 4: the run goes on from step 7.
+
+    And while the last step is written there: resumed from the local tier, the run has no step left to do.
+    """
+    run = Run(data, "killed", ">pause@step:8:0:0>sigkill@write:10:0:1", local="$NODE")
     try:
         run.start("a", "--nproc", "2")
         run.until((run.folder / "paused").exists)
-        run.until(lambda: 8 in run.steps("a", {0, 1}))
+        run.until(lambda: 7 in run.steps("a", {0, 1}))
         kept = run.steps("a", {0, 1})
         os.kill(rank(run, 1), signal.SIGKILL)
         run.wait()
     finally:
         run.kill()
-    assert kept[-2:] == [7, 8], "the newest is kept, and one to go back to"
-    (resumed,) = run.events("resumed")
-    assert (resumed["tier"], resumed["step"]) == ("local", 8)
-    assert numbers(run.output) == undisturbed
+    assert kept[-2:] == [6, 7], "the newest is kept, and one to go back to"
+    resumed = [(event["tier"], event["step"]) for event in run.events("resumed")]
+    assert resumed[0] == ("local", 7) and [tier for tier, _ in resumed] == ["local"] * 2
+    checkpoint.verify(checkpoint.path_of(run.output, 10))
+    assert numbers(run.output) == expected
     assert not list((run.folder / "a").glob("*/")), "a run that is done takes no memory"
 
 
-def test_the_last_step_reaches_the_runs_folder(data, undisturbed):
-    """kill -9 while it is written there: resumed from the local tier, the run has no step left to do."""
-    run = Run(data, "last", "sigkill@write:14:0:0", local="$NODE")
-    try:
-        run.start("a", "--nproc", "2")
-        run.wait()
-    finally:
-        run.kill()
-    assert [event["tier"] for event in run.events("resumed")] == ["local"]
-    checkpoint.verify(checkpoint.path_of(run.output, 14))
-    assert numbers(run.output) == undisturbed
-
-
-def test_nodes_that_are_lost(data, undisturbed):
+def test_nodes_that_are_lost(data, expected):
     """One node's memory is lost: its peer's replica serves. Both are: the run's folder."""
-    run = Run(data, "nodes", ">pause@step:9:0:0>pause@step:12:0:1", local="$NODE")
+    run = Run(data, "nodes", ">pause@step:7:0:0>pause@step:10:0:1", local="$NODE")
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     options = ["--nnodes", "2:2", "--rendezvous", endpoint, "resilience.rendezvous.last_call=1"]
@@ -139,7 +128,7 @@ def test_nodes_that_are_lost(data, undisturbed):
         for node in ("a", "b"):
             run.start(node, *options)
         found = []
-        for newest, lost in ((8, "b"), (11, "ab")):
+        for newest, lost in ((6, "b"), (9, "ab")):
             run.until((run.folder / "paused").exists)
             with contextlib.suppress(TimeoutError):  # replicas may leave out steps
                 run.until(lambda step=newest: all(step in run.steps(node, {0, 1}) for node in "ab"), seconds=10)
@@ -152,8 +141,8 @@ def test_nodes_that_are_lost(data, undisturbed):
     finally:
         run.kill()
     resumed = [(event["tier"], event["step"]) for event in run.events("resumed")]
-    assert resumed == [("local", max(found[0])), ("run", 10)], run.log()
-    assert numbers(run.output) == undisturbed
+    assert resumed == [("local", max(found[0])), ("run", 8)], run.log()
+    assert numbers(run.output) == expected
 
 
 def rank(run, number):
@@ -240,6 +229,37 @@ def test_images_take_turns(one_rank):
     assert kept(local) == [2]
 
 
+def test_what_a_node_has_is_listed(one_rank, tmp_path):
+    """Whole, damaged, and of one rank of two; the tools read it as they read the run's folder, and prune none of it."""
+    saver, local = one_rank
+    for step in (1, 2):
+        save(saver, torch.zeros(1000), step, to_run=step == 1)
+        saver.finish()
+    two = parts.folder_of(local.root, 2)
+
+    def listed(place):
+        done = CliRunner().invoke(checkpoint_cli.app, ["list", str(place)])
+        assert done.exit_code == 0, done.output
+        columns = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
+        return [[step, *told] for step, _, _, *told, _ in columns]
+
+    run, step_1, step_2 = ["1", "run", "whole"], ["1", "local", "whole"], ["2", "local", "whole", "newest"]
+    assert listed(tmp_path / "run") == [run, step_1, step_2]
+    assert listed(local.root) == [step_1, step_2] and listed(two) == [step_2]
+    assert inspect.find_one(str(two)).damage() == "" and list(tensors.described(two))
+    with pytest.raises(UserError, match="its steps are the run's"):
+        checkpoint_cli.prune(str(local.root), keep=1, delete=True)
+    (part,) = parts.parts_in(two)
+    parts.commit(two, parts.Part(part.rank, 2, part.save, part.node, part.files))
+    assert listed(local.root)[1][1:] == ["local", "damaged: parts of ranks 0 of 2", "newest"]
+    parts.commit(two, part)
+    image = two / "tensors" / "__0_0.distcp"
+    data = bytearray(image.read_bytes())
+    data[-1] ^= 1
+    image.write_bytes(data)
+    assert inspect.find_one(str(two)).damage() == "tensors/__0_0.distcp fails its checksum"
+
+
 def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
     """In the run's folder the file is a pipe that is read when five more steps are kept: it has its own step."""
     saver, local = one_rank
@@ -256,8 +276,11 @@ def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
         while saver.writing.owes("kept"):
             saver.writing.wait()
         assert step in kept(local) and saver.writing.owes("written")
-    written = pipe.read_bytes()
-    assert torch.full((1000,), 2.0).numpy().tobytes() in written
+    wanted, written = torch.full((1000,), 2.0).numpy().tobytes(), b""
+    # "r+": the writer first opens it for O_DIRECT, in vain, which would be the end of a pipe that is only read.
+    with pipe.open("r+b", buffering=0) as opened:
+        while wanted not in written:
+            written += opened.read(1 << 20)
     while saver.writing.owed:
         saver.writing.wait()
     assert saver.writing.failures == 1, "a pipe cannot be synced"

@@ -187,6 +187,13 @@ def test_imported_weights_start_a_run(data, undisturbed):
     assert done.returncode == 0, done.stderr
     first = next(line for line in numbers(run) if "loss/text" in line)
     assert first["loss/text"] < numbers(undisturbed)[0]["loss/text"] - 0.1
+    # The same at another layout.
+    run = data / "from_import_2"
+    assert megamm("convert", "import", out, run).returncode == 0
+    done = megamm("train", write_config(data, run, train=TRAIN | {"stop_after": 1}), "parallel.tensor=2", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    again = next(line for line in numbers(run) if "loss/text" in line)
+    assert again["loss/text"] == pytest.approx(first["loss/text"], rel=1e-6)
 
 
 def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
@@ -206,7 +213,10 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
     config = write_config(data, data / "bias", train=TRAIN | {"stop_after": 1, "eval_every": 0})
     done = megamm("train", config, "model.megatron={add_bias_linear: true}")
     assert done.returncode == 0, done.stderr
-    assert "INFO megamm.mcore.backbone: MLP: Megatron-core's own, model.megatron asks for another" in done.stderr
+    assert (
+        "INFO megamm.mcore.backbone: MLP: Megatron-core's own, the model has another than SwiGLU without bias"
+        in done.stderr
+    )
     assert any("mlp.linear_fc1.bias" in name for name in _tensors(_step(data / "bias", 1)))
 
 

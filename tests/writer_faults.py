@@ -5,6 +5,7 @@ call it ends before with SIGKILL; a write is half done then) or TRACE (a file th
 """
 
 import json
+import mmap
 import os
 import signal
 from collections.abc import Callable
@@ -34,8 +35,9 @@ class CountedOs:
         def counted(*arguments: Any) -> Any:
             self.calls += 1
             if self.calls == self.kill_at:
-                if name == "write":
-                    real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                if name == "write":  # whole pages, as O_DIRECT wants them
+                    half = len(arguments[1]) // 2
+                    real(arguments[0], arguments[1][: half - half % mmap.PAGESIZE or half])
                 os.kill(os.getpid(), signal.SIGKILL)
             result = real(*arguments)
             what = self.paths[arguments[0]] if name in ("write", "fsync") else str(arguments[0])

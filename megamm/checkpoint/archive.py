@@ -112,15 +112,24 @@ def _parse(archive: memoryview) -> tuple[int, int, bytes]:
     return start, elements.file_size, description
 
 
+def elements_at(archive: memoryview, dtype: torch.dtype, size: Shape) -> int | None:
+    """First byte of the elements of the tensor stored in an archive, `size` of dtype; None if it holds another, or
+    something else: what torch.load makes of that is for it to say. The elements are not looked at."""
+    try:
+        start, length, description = _parse(archive)
+    except (zipfile.BadZipFile, KeyError):
+        return None
+    fits = description == frame(dtype, size).description and length == dtype.itemsize * torch.Size(size).numel()
+    return start if fits else None
+
+
 def tensor_in(archive: memoryview, dtype: torch.dtype, size: Shape) -> torch.Tensor:
     """The tensor stored in an archive, `size` of dtype; over the same memory where that can be. UserError-free:
     ValueError if it holds another, whatever torch.load raises if it holds something else.
     """
-    try:
-        start, length, description = _parse(archive)
-    except (zipfile.BadZipFile, KeyError):
-        start, length, description = 0, 0, b""
-    if description == frame(dtype, size).description and length == dtype.itemsize * torch.Size(size).numel():
+    start = elements_at(archive, dtype, size)
+    if start is not None:
+        length = dtype.itemsize * torch.Size(size).numel()
         return torch.frombuffer(archive[start : start + length], dtype=dtype).view(size)
     tensor = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     if not isinstance(tensor, torch.Tensor) or tensor.dtype != dtype or tensor.numel() != torch.Size(size).numel():

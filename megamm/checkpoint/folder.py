@@ -76,7 +76,7 @@ def publish(temporary: Path, final: Path) -> None:
         if final.exists():
             files.rename(final, old)
         files.rename(temporary, final)
-    files.sync_folder(final.parent)
+    files.sync(final.parent)
     files.remove_tree(old)
 
 
@@ -88,9 +88,19 @@ def aside(final: Path) -> Path:
     return other
 
 
-def remove_leftovers(run: Path, but: str) -> None:
-    """What a killed save or removal left; names that contain `but` are of the save that is going on."""
+def remove_leftovers(run: Path, attempt: str) -> None:
+    """What killed saves and removals left. attempt: JOB-NUMBER of the save that begins, numbered within the job.
+
+    With a local tier another rank may be at a later save already: that one's folders stay.
+    """
     for pattern in (".tmp-*", ".old-*"):
         for folder in (run / "checkpoints").glob(pattern):
-            if but not in folder.name:
+            if not _is_of_later(folder.name, attempt):
                 files.remove_tree(folder)
+
+
+def _is_of_later(name: str, attempt: str) -> bool:
+    """Whether a temporary folder is of this save or of a later one of the same job."""
+    job, _, number = attempt.rpartition("-")
+    _, is_same_job, theirs = name.partition(f"-{job}-")
+    return bool(is_same_job) and theirs.removesuffix(".parts") >= number

@@ -42,7 +42,9 @@ class WriterProcess:
         """What it has said since the last call; waits that long (None: for ever) for something. EOFError: it ended."""
         assert self.process.stdout is not None
         descriptor = self.process.stdout.fileno()
-        if not select.select([descriptor], [], [], seconds)[0]:
+        waiting = select.poll()  # select() takes no descriptor above 1023
+        waiting.register(descriptor, select.POLLIN)
+        if not waiting.poll(None if seconds is None else 1000 * seconds):
             return []
         data = os.read(descriptor, 1 << 16)
         if not data:

@@ -33,7 +33,7 @@ def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> N
 
 def needed_files(stored: dict[str, Stored], blocks: Sequence[Block]) -> set[str]:
     """Names of the files, in the folder of tensors, that hold a part of the blocks."""
-    return {entry.file for block in blocks for entry, _, _ in _parts(stored[block.key], block)}
+    return {entry.file for block in blocks for entry, _, _ in parts(stored[block.key], block)}
 
 
 def load(folder: Path, blocks: Sequence[Block]) -> None:
@@ -42,21 +42,22 @@ def load(folder: Path, blocks: Sequence[Block]) -> None:
     check(folder, stored, blocks)
     by_item: dict[tuple[str, int], list[tuple[Block, Entry, Slices, Slices]]] = {}
     for block in blocks:
-        for entry, theirs, ours in _parts(stored[block.key], block):
+        for entry, theirs, ours in parts(stored[block.key], block):
             by_item.setdefault((entry.file, entry.start), []).append((block, entry, theirs, ours))
     with contextlib.ExitStack() as opened, torch.no_grad():
         maps: dict[str, memoryview] = {}
         for (file, _), wanted in sorted(by_item.items(), key=lambda item: item[0]):
             if file not in maps:
-                maps[file] = opened.enter_context(_mapped(folder / file))
+                maps[file] = opened.enter_context(mapped(folder / file))
             entry = wanted[0][1]
-            tensor = _tensor(folder, maps[file], entry)
+            tensor = tensor_of(folder, maps[file], entry)
             for block, _, theirs, ours in wanted:
                 block.data.view(block.size)[ours].copy_(tensor[theirs])
             del tensor
 
 
-def _tensor(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
+def tensor_of(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
+    """A stored block, over the file's memory where that can be. UserError if it is damaged."""
     try:
         return tensor_in(file[entry.start : entry.start + entry.length], entry.dtype, entry.size)
     except Exception as error:  # whatever torch's reader makes of a damaged item
@@ -65,14 +66,14 @@ def _tensor(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _mapped(path: Path) -> Iterator[memoryview]:
+def mapped(path: Path) -> Iterator[memoryview]:
     """The file's bytes, read when looked at. torch wants them writable: changes would stay in this process."""
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if path.stat().st_size else b""
     yield memoryview(pages)  # unmapped when the last tensor over it is gone
 
 
-def _parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]]:
+def parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]]:
     """Stored blocks that overlap with one that is wanted: where the overlap lies in theirs and in ours."""
     offset, size = np.array(block.offset, dtype=np.int64), np.array(block.size, dtype=np.int64)
     low = np.maximum(stored.offsets, offset)

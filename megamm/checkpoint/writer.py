@@ -49,7 +49,7 @@ DIE_WITH_PARENT = 1
 
 
 class Attempt:
-    """One save on one rank. job: run, step, attempt (unlike any other save's), rank, world, keep, stall, bytes."""
+    """One save on one rank. job: run, step, attempt (JOB-NUMBER, no other save's), rank, world, keep, stall, bytes."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         self.job, self.run = job, Path(job["run"])
@@ -57,16 +57,19 @@ class Attempt:
         self.temporary = self.final.with_name(f".tmp-{self.final.name}-{job['attempt']}")
         self.parts = self.temporary.with_name(f"{self.temporary.name}.parts")
         self.is_first, self.began, self.problem = job["rank"] == 0, time.monotonic(), ""
+        self.why_cached = ""
+        """Why this rank's image went through the page cache."""
 
     def write_own(self, image: memoryview, contents: messages.Files) -> None:
         """This rank's files, then its part; OSError is told there, too, and raised."""
         try:
             if self.is_first:
-                folder.remove_leftovers(self.run, but=self.job["attempt"])
+                folder.remove_leftovers(self.run, self.job["attempt"])
             files.make_folder(self.temporary / "tensors")
             files.make_folder(self.parts)
-            written = {f"tensors/__{self.job['rank']}_0.distcp": image} | contents
-            entries = {n: files.write(self.temporary / n, files.in_pieces(d)) for n, d in written.items()}
+            name = f"tensors/__{self.job['rank']}_0.distcp"
+            entry, self.why_cached = files.write_direct(self.temporary / name, image)
+            entries = {name: entry} | {n: files.write(self.temporary / n, [data]) for n, data in contents.items()}
         except OSError as error:
             self.problem = f"rank {self.job['rank']}: {self._said(error)}"
             with contextlib.suppress(OSError):
@@ -124,7 +127,7 @@ class Attempt:
             listed = self.gather()
             files.write(self.temporary / manifest.NAME, [manifest.render(listed)])
             for place in (self.temporary / "tensors", self.temporary):
-                files.sync_folder(place)
+                files.sync(place)
             folder.publish(self.temporary, self.final)
         except OSError:
             files.remove_tree(self.temporary)
@@ -142,7 +145,7 @@ class Attempt:
                 action()
             except OSError as error:
                 done["afterwards"] = str(error)
-        return done | {"folder": str(self.final)}
+        return done | {"folder": str(self.final), "why_cached": self.why_cached}
 
 
 def _parsed(rank: int, part: bytes) -> dict[str, Any]:

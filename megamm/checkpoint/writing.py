@@ -46,6 +46,8 @@ class Writing:
         self.replicated = -1
         """The newest step that a peer has."""
         self.published: list[Published] = []
+        self.way = ""
+        """How rank 0's image was written last, as it is in the log."""
 
     def start(self, first: Staging, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
         """The process, started again if it ended."""
@@ -94,6 +96,11 @@ class Writing:
                     self._completed(answer)
 
     def _completed(self, answer: Message) -> None:
+        why = answer["why_cached"]
+        way = f"through the page cache: {why}" if why else "past the page cache: that takes the least processor time"
+        if way != self.way:
+            log.info("checkpoints are written %s", way)
+            self.way = way
         if "afterwards" in answer:
             log.warning("%s is complete, but: %s", answer["folder"], answer["afterwards"])
         self.published.append(Published(Path(answer["folder"]), answer["bytes"], answer["seconds"]))

@@ -1,4 +1,4 @@
-"""Checkpoints as the tools see them: in a run's folder, alone, or behind a URL.
+"""Checkpoints as the tools see them: in a run's folder, alone, in this node's local tier, or behind a URL.
 
 `find` turns a command-line argument into `Found` checkpoints; all that is read of them goes through the manifest.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 
 from megamm.checkpoint import manifest
 from megamm.errors import UserError
-from megamm.tiers import remote, retention
+from megamm.resilience import events
+from megamm.tiers import parts, remote, retention
 from megamm.tiers.durable import DurableTier
 
-_REMEDY = "name a run's output folder, a step_XXXXXXXX folder, or a URL of checkpoints"
+_REMEDY = "name a run's output folder, a step_XXXXXXXX folder, a run's folder in a local tier, or a URL of checkpoints"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Found:
     where: str
     folder: Path | None = None
     tier: DurableTier | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of its tier: "run", "local" or "durable"."""
+        return "durable" if self.tier is not None else "run"
 
     @property
     def step(self) -> int:
@@ -95,9 +101,35 @@ class Found:
             yield Path(temporary)
 
 
-def find(text: str) -> list[Found]:
-    """The checkpoints that an argument means, by step; at least one. UserError if there is none."""
+class Local(Found):
+    """What this node has of a step in the local tier (parts.py)."""
+
+    @property
+    def kind(self) -> str:
+        return "local"
+
+    def listed(self) -> dict[str, manifest.Entry]:
+        """Its files. UserError unless this node has all ranks' parts of one save."""
+        found = parts.parts_in(Path(self.where))
+        for save in parts.whole(found).values():
+            return {name: entry for part in save.values() for name, entry in part.files.items()}
+        ranks = ", ".join(str(part.rank) for part in found) or "none"
+        what = f"parts of ranks {ranks} of {max((part.world for part in found), default=0)}"
+        raise UserError(what, where=self.where, remedy="other nodes may have the rest")
+
+    def age(self) -> float | None:
+        """Seconds since the last part was complete."""
+        times = [path.stat().st_mtime for path in Path(self.where).glob("part_?????.json")]
+        return time.time() - max(times) if times else None
+
+
+def find(text: str, with_local: bool = False) -> list[Found]:
+    """The checkpoints that an argument means, by step; at least one. UserError if there is none.
+
+    with_local: of a run, behind them, what this node has of its steps in the local tier.
+    """
     found = _behind_url(text) if remote.is_url(text) else _in_folder(Path(text))
+    found += _of_run_in_tier(Path(text)) if with_local and not remote.is_url(text) else []
     if not found:
         raise UserError("no checkpoint there", where=remote.redacted(text), remedy=_REMEDY)
     return found
@@ -114,7 +146,20 @@ def best_of(found: list[Found]) -> str | None:
     return retention.best_of(losses)
 
 
+def _of_run_in_tier(run: Path) -> list[Found]:
+    told = [event["folder"] for event in events.read(run) if event["kind"] == "local_tier"]
+    return _in_tier(Path(told[-1])) if told else []
+
+
+def _in_tier(root: Path) -> list[Found]:
+    folders = [parts.folder_of(root, step) for step in parts.steps_in(root)]
+    return [Local(folder.name, str(folder), folder=folder) for folder in folders]
+
+
 def _in_folder(path: Path) -> list[Found]:
+    if (path / parts.IMAGES).is_dir() or (path.parent / parts.IMAGES).is_dir():
+        root, one = (path, None) if (path / parts.IMAGES).is_dir() else (path.parent, path.name)
+        return [found for found in _in_tier(root) if one in (None, found.name)]
     if (path / manifest.NAME).is_file() or manifest.STEP_FOLDER.fullmatch(path.name):
         return [Found(path.name, str(path), folder=path)] if path.is_dir() else []
     parent = path / "checkpoints" if (path / "checkpoints").is_dir() else path

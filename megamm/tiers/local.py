@@ -13,7 +13,7 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from megamm.checkpoint import files, manifest
 from megamm.errors import UserError
+from megamm.resilience import events
 from megamm.tiers import parts, wire
 from megamm.tiers.parts import Part
 
@@ -74,6 +75,7 @@ class LocalTier:
         self.addresses = self._connect()
         if self.rank == 0:
             self._log(folder, replicate)
+            events.record(run, "local_tier", folder=str(self.root.absolute()))
 
     def _agreed(self, run: Path) -> tuple[str, bytes, str]:
         """The run's name, the job's key and this attempt's save id; rank 0's on all ranks."""
@@ -164,19 +166,25 @@ class LocalTier:
                 parts.remove(self.root, old)
             self._passed = True
 
-    def leave(self, is_saved: bool) -> None:
-        """Remove all that the run has here, if each rank says that what it goes on from is in the run's folder."""
-        if all(self._gather(is_saved)) and self._is_leader:
+    def leave(self, is_saved: bool, ranks: Collection[int] | None = None) -> None:
+        """Remove all that the run has here, if each rank says that what it goes on from is in the run's folder.
+
+        ranks: on the nodes of these only.
+        """
+        is_meant = ranks is None or not set(ranks).isdisjoint(self.ranks)
+        if all(self._gather(is_saved)) and self._is_leader and is_meant:
+            self.close()  # or a replica that is on its way would be put here afterwards
             files.remove_tree(self.root)
 
     def close(self) -> None:
         """End the process; the files stay."""
         if self._peer:
-            self._peer[0].kill()
-            self._peer[0].wait()
-            assert self._peer[0].stdin is not None and self._peer[0].stdout is not None
-            self._peer[0].stdin.close()
-            self._peer[0].stdout.close()
+            process, self._peer = self._peer[0], None
+            process.kill()
+            process.wait()
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.close()
+            process.stdout.close()
 
     # --- finding and fetching ---
 

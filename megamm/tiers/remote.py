@@ -27,6 +27,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     # Whether a store is slow or down is found within a minute; who calls repeats (uploader.py).
     "s3": {
         "use_listings_cache": False,
+        # Parts of a large file in memory at a time (50 MiB each), of each of durable.STREAMS files.
+        "max_concurrency": 2,
         "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 2}},
     },
     "file": {"auto_mkdir": True},

@@ -4,8 +4,9 @@ Input: STEP_FOLDER/tensors in torch's distributed checkpoint format (checkpoint/
 size.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-BATCH_BYTES = 1 << 28
+BATCH_BYTES = 1 << 24
 """Of values in memory at a time, a larger tensor apart."""
 
 
@@ -28,6 +29,10 @@ class Described:
     def elements(self) -> int:
         """Number of values."""
         return prod(self.shape)
+
+
+Read = Callable[[dict[str, Described]], "dict[str, torch.Tensor]"]
+"""Gives whole tensors of these names."""
 
 
 def described(folder: Path) -> dict[str, Described]:
@@ -52,7 +57,7 @@ def values(folder: Path, wanted: dict[str, Described]) -> "dict[str, torch.Tenso
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a tensor that both checkpoints have in the same shape and dtype; max_abs is NaN where one has NaN."""
+    """Of a tensor that both have in the same shape; max_abs is NaN where only one has NaN."""
 
     name: str
     differing: int
@@ -60,17 +65,45 @@ class Difference:
 
 
 def differences(one: Path, other: Path, names: dict[str, Described]) -> Iterator[Difference]:
-    """The tensors among `names` that are not the same bit for bit."""
+    """The tensors among `names`, of the same shape and dtype in two checkpoints, that are not the same bit for bit."""
+    for name, a, b in pairs(partial(values, one), partial(values, other), names):
+        if found := difference(name, a, b):
+            yield found
+
+
+def pairs(one: Read, other: Read, names: dict[str, Described]) -> "Iterator[tuple[str, torch.Tensor, torch.Tensor]]":
+    """Each tensor's name and its values on both sides; `names` describes the first's."""
+    for batch in _batches(names):
+        ours, theirs = one(batch), other(batch)
+        for name in batch:
+            yield name, ours.pop(name), theirs.pop(name)
+
+
+def stream(read: Read, names: dict[str, Described]) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Each tensor's name and values."""
+    for batch in _batches(names):
+        found = read(batch)
+        for name in batch:
+            yield name, found.pop(name)
+
+
+def difference(name: str, one: "torch.Tensor", other: "torch.Tensor") -> Difference | None:
+    """Of two tensors of the same shape; None if they are the same bit for bit, or, in two dtypes, value for value."""
     import torch
 
-    for batch in _batches(names):
-        ours, theirs = values(one, batch), values(other, batch)
-        for name in batch:
-            a, b = (tensors[name].reshape(-1).contiguous() for tensors in (ours, theirs))
-            unequal = (a.view(torch.uint8) != b.view(torch.uint8)).reshape(len(a), -1).any(1) if len(a) else a.bool()
-            if unequal.any():
-                distance = (a[unequal].double() - b[unequal].double()).abs().max()
-                yield Difference(name, int(unequal.sum()), float(distance))
+    a, b = (tensor.reshape(-1).contiguous() for tensor in (one, other))
+    if a.dtype == b.dtype:
+        bits = a.view(torch.uint8), b.view(torch.uint8)
+        if torch.equal(*bits):  # it needs no memory
+            return None
+        unequal = (bits[0] != bits[1]).reshape(len(a), -1).any(1)
+    else:
+        a, b = a.double(), b.double()
+        unequal = (a != b) & ~(a.isnan() & b.isnan())
+    if not unequal.any():
+        return None
+    distance = (a[unequal].double() - b[unequal].double()).abs().max()
+    return Difference(name, int(unequal.sum()), float(distance))
 
 
 def _batches(names: dict[str, Described]) -> Iterable[dict[str, Described]]:

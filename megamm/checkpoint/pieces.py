@@ -1,0 +1,118 @@
+"""Parts of stored tensors, one after the other, in memory that is no larger than they are.
+
+reader.py maps a rank's files and reads them once; a conversion goes through all of a checkpoint, and pages of a map
+count as its memory until they are unmapped. So here the elements are read (pread) into the block they are for.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megamm.checkpoint import index, reader
+from megamm.checkpoint.archive import elements_at
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.index import Entry, Stored
+from megamm.errors import UserError
+
+SCRATCH = 16 << 20
+"""Bytes read at a time where they do not lie in the block as they do in the file."""
+
+
+class Pieces:
+    """A folder of tensors, open; `close` it."""
+
+    def __init__(self, folder: Path) -> None:
+        """UserError for an index that is not safe to read."""
+        self.folder = folder
+        self.descriptors: dict[str, int] = {}
+        self.starts: dict[tuple[str, int], int | None] = {}
+
+    @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """What there is, by name."""
+        return index.read(self.folder)
+
+    def read(self, block: Block) -> None:
+        """Set a block on the CPU, of the stored dtype. UserError as reader.load."""
+        stored = self.stored.get(block.key)
+        reader.check(self.folder, self.stored, [block])
+        assert stored is not None and block.data.dtype == stored.dtype, f"{block.key} is stored as another dtype"
+        for entry, theirs, ours in reader.parts(stored, block):
+            self._read(entry, theirs, block.data.view(block.size)[ours])
+
+    def _read(self, entry: Entry, box: reader.Slices, target: torch.Tensor) -> None:
+        """The box of a stored block, run by run: elements that are one after the other in the file."""
+        start = self._start(entry)
+        if start is None:  # not as torch.save writes it today
+            with reader.mapped(self.folder / entry.file) as pages:
+                target.copy_(reader.tensor_of(self.folder, pages, entry)[box])
+            return
+        first = [part.start for part in box]
+        axis = len(box) - 1
+        while axis > 0 and target.shape[axis] == entry.size[axis]:
+            axis -= 1
+        strides = np.cumprod([1, *entry.size[:0:-1]])[::-1]
+        for inside in np.ndindex(*target.shape[: max(axis, 0)]):
+            place = [a + b for a, b in zip(first, (*inside, *[0] * (len(box) - len(inside))), strict=True)]
+            element = int(np.dot(place, strides[: len(place)])) if place else 0
+            self._run(entry, start + element * entry.dtype.itemsize, target[inside])
+
+    def _run(self, entry: Entry, start: int, target: torch.Tensor) -> None:
+        if target.is_contiguous():
+            self._fill(entry, start, target)
+            return
+        row = target[0].numel() * target.itemsize
+        step = max(1, SCRATCH // row)
+        for i in range(0, len(target), step):
+            rows = torch.empty(target[i : i + step].shape, dtype=target.dtype)
+            self._fill(entry, start + i * row, rows)
+            target[i : i + step] = rows
+
+    def _fill(self, entry: Entry, start: int, target: torch.Tensor) -> None:
+        try:
+            read_into(self._descriptor(entry.file), start, [target])
+        except (OSError, EOFError) as error:
+            what = f"{entry.key} cannot be read from {entry.file}: {error}"
+            raise UserError(what, where=self.folder, remedy="use another checkpoint") from None
+
+    def _start(self, entry: Entry) -> int | None:
+        """Of its elements in the file; None if they have to be asked of torch."""
+        at = entry.file, entry.start
+        if at not in self.starts:
+            with reader.mapped(self.folder / entry.file) as pages:
+                inside = elements_at(pages[entry.start : entry.start + entry.length], entry.dtype, entry.size)
+            self.starts[at] = None if inside is None else entry.start + inside
+        return self.starts[at]
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self.descriptors:
+            self.descriptors[file] = os.open(self.folder / file, os.O_RDONLY | os.O_CLOEXEC)
+        return self.descriptors[file]
+
+    def close(self) -> None:
+        for descriptor in self.descriptors.values():
+            os.close(descriptor)
+        self.descriptors.clear()
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def read_into(descriptor: int, start: int, targets: Sequence[torch.Tensor]) -> None:
+    """Set contiguous tensors, one after the other, from a file's bytes from `start` on. EOFError if it ends before."""
+    for target in targets:
+        assert target.is_contiguous()
+        left = bytes_of(target)
+        while left:
+            read = os.preadv(descriptor, [left], start)
+            if not read:
+                raise EOFError("the file has ended")
+            start, left = start + read, left[read:]
