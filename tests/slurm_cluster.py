@@ -29,6 +29,8 @@ CONF = """
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
+# Ports of jobs follow from their numbers: those of clusters side by side shall differ.
+FirstJobId={first_job}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -228,6 +230,7 @@ class Cluster:
         (root / "hosts").write_text("".join(lines))
         values = {"root": root, "host": socket.gethostname().partition(".")[0], "nodes": len(NODES), "cpus": CPUS}
         values |= {"controller": free_port("127.0.0.1"), "node": free_port(*ADDRESSES.values())}
+        values |= {"first_job": 1 + os.getpid() % 60000}
         values |= {"last": 10 + len(NODES), "half": CPUS // 2, "gpus": GPUS}
         (root / "slurm.conf").write_text(CONF.format(**values))
         for i in range(GPUS):

@@ -123,6 +123,19 @@ def test_what_no_schema_says(rendered, jobs, name):
     assert node["args"][-1].endswith(f":{node['ports'][0]['containerPort']}")
 
 
+def local_bytes(config, nodes):
+    """Of a node: images and replicas (docs/checkpoints.md) of bf16 weights, float32 ones and Adam's two moments.
+
+    Counted are the matrices of decoder layers, and an embedding of 2^17 tokens.
+    """
+    m = config.model
+    attention = (2 * m.num_attention_heads + 2 * m.num_query_groups) * m.head_dim
+    layers = m.num_layers * m.hidden_size * (attention + 3 * m.ffn_hidden_size)
+    # As many nodes as stages: one has the first stage alone.
+    share = layers / nodes + 2**17 * m.hidden_size * config.parallel.pipeline / nodes
+    return (4 + 3) * (2 + 4 + 8) * share
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_the_config_suits_the_nodes(rendered, jobs, name, tmp_path):
     given = settings_of(name)
@@ -133,6 +146,14 @@ def test_the_config_suits_the_nodes(rendered, jobs, name, tmp_path):
     assert nodes.most in admissible_nodes(config, int(given["processes"]), nodes)
     assert int(given["nodesFailed"]) == nodes.most - nodes.least
     assert jobs[name]["template"]["spec"]["terminationGracePeriodSeconds"] >= config.resilience.grace_seconds + 30
+    if config.checkpoint.local is not None:
+        volumes = {m["mountPath"]: m["name"] for m in container(jobs[name])["volumeMounts"]}
+        kept = next(
+            v for v in jobs[name]["template"]["spec"]["volumes"] if v["name"] == volumes[config.checkpoint.local]
+        )
+        limit = float(re.fullmatch("([0-9]+)Gi", kept["emptyDir"]["sizeLimit"])[1]) * 2**30
+        assert kept["emptyDir"]["medium"] == "Memory"
+        assert 1.1 * local_bytes(config, nodes.least) < limit < float(given["memory"].removesuffix("Gi")) * 2**29
     paths = [config.output, *config.tokenizers.values(), *(source.path for source in config.data.sources)]
     assert all(path.is_relative_to("/mnt/work") for path in paths)
 

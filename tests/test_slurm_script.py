@@ -5,6 +5,8 @@ install.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SLURM = ROOT / "launchers" / "slurm"
 USAGE = "usage: sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]"
 SRUN = """#!/bin/sh
-echo "srun $*" >>"$NOTES"
+printf "srun %s" "$*" | tr "\\n" ";" >>"$NOTES"; echo >>"$NOTES"
 case "$*" in
 *" doctor "*) for node in $GOOD; do echo "$node 0"; done ;;
 *" train "*) echo "$SAYS" >&2; exit "$CODE" ;;
@@ -36,9 +38,9 @@ QUIET = {"REASON": "None", "SAYS": "", "GOOD": "n1 n2"}
 
 @pytest.fixture
 def start(tmp_path):
-    """Run the script; its exit code, log, and what it asked Slurm for."""
+    """Run the script, or another command; its exit code, log, and what it asked Slurm for."""
 
-    def run(*arguments, code=0, **env):
+    def run(*arguments, command=("bash", SLURM / "pretrain_mm.sh"), code=0, **env):
         (tmp_path / "bin").mkdir(exist_ok=True)
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             (tmp_path / "bin" / name).write_text(text)
@@ -50,8 +52,9 @@ def start(tmp_path):
         all_env = {key: value for key, value in all_env.items() if value is not None}
         all_env["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
         with log.open("w") as file:
-            command = ["bash", str(SLURM / "pretrain_mm.sh"), *arguments]
-            done = subprocess.run(command, cwd=tmp_path, env=all_env, stdout=file, stderr=file, timeout=60)
+            done = subprocess.run(
+                [*command, *arguments], cwd=tmp_path, env=all_env, stdout=file, stderr=file, timeout=60
+            )
         return SimpleNamespace(code=done.returncode, log=log.read_text(), asked=notes.read_text().splitlines())
 
     return run
@@ -70,6 +73,27 @@ def start(tmp_path):
 def test_wrong_arguments_are_refused(start, arguments, env, why):
     done = start(*arguments, **env)
     assert done.code == 2 and why in done.log and USAGE in done.log and not done.asked
+
+
+@pytest.mark.parametrize(
+    ("env", "why"),
+    [
+        ({"MEGAMM_TASK_PER": "gpu"}, "MEGAMM_TASK_PER=gpu is neither node nor rank"),
+        (
+            {"SLURM_GPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "8"},
+            "--gpus-per-task=2, but a rank has one GPU: ask for 1",
+        ),
+        ({"SLURM_GPUS_ON_NODE": "4", "MEGAMM_NPROC": "8"}, "MEGAMM_NPROC=8, but the job has 4 GPUs a node"),
+        (
+            {"MEGAMM_TASK_PER": "rank", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "4"},
+            "8 tasks on a node with 4 CPUs: add --ntasks-per-node=8",
+        ),
+    ],
+)
+def test_tasks_that_cannot_be_are_refused(start, env, why):
+    done = start("config.yaml", **env)
+    assert done.code == 2 and not done.asked
+    assert done.log.startswith(f"error: {why}") and len(done.log.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -123,6 +147,24 @@ def test_what_is_started_on_the_nodes(start):
     assert train.endswith("python3 -m megamm train config.yaml --nproc 4") and "--no-kill" not in train
 
 
+def test_one_task_a_rank(start):
+    """Each an agent of one rank, with its share of CPUs and of the GPUs that the node's tasks all see."""
+    site = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "MEGAMM_NNODES_MIN": "1"}
+    alone, together, train = start("config.yaml", **site, SLURM_GPUS_PER_TASK="h100:1").asked
+    assert all("--ntasks=2 --ntasks-per-node=1 " in doctor for doctor in (alone, together))
+    assert "--ntasks=16 --ntasks-per-node=8 " in train and "--cpus-per-task=12 --gpus-per-node=8 " in train
+    assert train.endswith("python3 -m megamm train config.yaml --nproc 1 --nnodes 8:16 --rendezvous n1:12224")
+    own = re.search("bash -c (.*) _ python3", train)[1]
+    variable = re.search(r"\w+_VISIBLE_DEVICES", own)[0]
+    for visible, gpu in (({variable: "4,5,7"}, "7"), ({}, "2")):
+        env = {"PATH": os.environ["PATH"], "SLURM_LOCALID": "2"} | visible
+        assert subprocess.check_output(["bash", "-c", own, "_", "printenv", variable], env=env, text=True) == f"{gpu}\n"
+    (train,) = start("config.yaml", **site, SLURM_GPUS_PER_TASK="1", MEGAMM_TASK_PER="node", MEGAMM_PREFLIGHT="0").asked
+    assert "--ntasks=2 --ntasks-per-node=1 " in train and "--nproc 8 --nnodes 1:2" in train
+    (train,) = start("config.yaml", MEGAMM_TASK_PER="rank", MEGAMM_PREFLIGHT="0", SLURM_JOB_NODELIST="n1").asked
+    assert train.endswith("train config.yaml --nproc 1") and "bash -c" not in train
+
+
 def test_containers(start, tmp_path):
     site = {"MEGAMM_CONTAINER_IMAGE": "/images/mm.sqsh", "MEGAMM_CONTAINER_MOUNTS": "/data:/data"}
     (train,) = start("config.yaml", **site, MEGAMM_PREFLIGHT="0").asked
@@ -131,6 +173,25 @@ def test_containers(start, tmp_path):
     (train,) = start("config.yaml", **site, MEGAMM_CONTAINER_RUNTIME="apptainer", MEGAMM_PREFLIGHT="0").asked
     inside = f"apptainer exec --nv --bind /data:/data --pwd {tmp_path} /images/mm.sqsh python3 -m megamm train"
     assert inside in train and "--container-image" not in train
+
+
+def test_submitit_excludes_nodes(start, tmp_path):
+    """The job that submit.py sends, as submitit runs it on the first node: evicted and bad nodes, after the requeue."""
+    for name, text in (("sbatch", "#!/bin/sh\necho Submitted batch job 7\n"), ("sinfo", "#!/bin/sh\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    shutil.copy(ROOT / "examples" / "cpu_tiny.yaml", tmp_path / "config.yaml")
+    env = environment() | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    sent = [sys.executable, SLURM / "submit.py", "config.yaml", "--nodes=2", "--minutes=60"]
+    subprocess.run(sent, cwd=tmp_path, env=env, check=True, capture_output=True, timeout=60)
+    says = "srun: error: n2: task 1: Exited with exit code 4\nsrun: error: n1: task 0: Exited with exit code 75"
+    of_job = {"SUBMITIT_EXECUTOR": "slurm", "MEGAMM_REQUEUE": "0", "SUBMITIT_PREEMPT_SIGNAL": "USR1"}
+    started = [sys.executable, "-m", "submitit.core._submit", tmp_path / "slurm" / "%j"]
+    for what, excluded in ((dict(SAYS=says, MEGAMM_PREFLIGHT="0"), "n2"), (dict(GOOD="n2"), "n1"), ({}, "")):
+        done = start(command=started, code=75, **what, **of_job)
+        update = [f"scontrol update JobId=7 ExcNodeList={excluded}"] if excluded else []
+        asked = [line for line in done.asked if line.startswith("scontrol")]
+        assert asked == ["scontrol requeue 7", *update], done.log
 
 
 def test_sweeps(tmp_path):

@@ -10,7 +10,7 @@
 #
 # Nodes and ranks a node follow from the allocation: --nodes, and --gpus-per-node (on a CPU --ntasks-per-node). All
 # that is special to a site is in cluster.env, beside this file. README.md there has examples: time limits, spare
-# nodes, arrays, chains of jobs.
+# nodes, arrays, chains of jobs, one task a GPU.
 #
 # Every node is examined first (`megamm doctor`), by itself and then together with the others; those that fail are left
 # out. Then each good one runs `megamm train`, which watches its ranks, starts them again in place, and ends with a code
@@ -22,6 +22,10 @@ set -uo pipefail
 readonly DONE=0 USER_ERROR=2 GAVE_UP=3 EVICTED=4 REQUEUE=75
 # A signal that came before `megamm train` listened: there was nothing to save yet.
 readonly BY_USR1=138 BY_TERM=143
+# For the shell of a task, as Slurm's binding could put a GPU out of the reach of the node's others.
+# shellcheck disable=SC2016
+readonly OWN_GPU='IFS=, read -ra all <<<"$CUDA_VISIBLE_DEVICES"
+CUDA_VISIBLE_DEVICES=${all[SLURM_LOCALID]-$SLURM_LOCALID} exec "$@"'
 
 step=""     # process id of the srun that is waited for
 signal=""   # the signal that this job has got
@@ -34,6 +38,7 @@ main() {
     arguments=("${@//%a/${SLURM_ARRAY_TASK_ID:-}}")
     mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     ranks=${MEGAMM_NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
+    set_tasks
     least=${MEGAMM_NNODES_MIN:-${#nodes[@]}}
     # Below the ports that Linux gives to clients; another one after a requeue, as the old one may linger.
     port=$((12000 + 2 * ((SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 10000)))
@@ -44,10 +49,13 @@ main() {
     train
 }
 
-usage() {
+refuse() {
     echo "error: $1" >&2
-    echo "usage: sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]" >&2
     exit $USER_ERROR
+}
+
+usage() {
+    refuse "$1"$'\n'"usage: sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]"
 }
 
 say() { echo "$(date +%FT%T) pretrain_mm: $*"; }
@@ -77,17 +85,37 @@ job_field() { scontrol show job -o "$1" | sed -n "s/.* $2=\([^ ]*\).*/\1/p" | he
 
 # --- nodes ---
 
-# Run a command once on each of $nodes, in the background: $step.
+# How many tasks of Slurm's train on a node: $tasks. Either way each is a `megamm train`, which watches its ranks and
+# starts them again. Were a task a bare rank, nobody could: its end would be the end of all.
+set_tasks() {
+    local per=${MEGAMM_TASK_PER:-node} gpus=${SLURM_GPUS_ON_NODE:-$ranks} each=${SLURM_GPUS_PER_TASK:-1}
+    [ -n "$MEGAMM_TASK_PER" ] || [ -z "${SLURM_GPUS_PER_TASK:-}" ] || per=rank
+    [ "$ranks" -le "$gpus" ] || refuse "MEGAMM_NPROC=$ranks, but the job has $gpus GPUs a node: a rank has its own"
+    case $per in
+    node) tasks=1 && return ;;
+    rank) tasks=$ranks cpus=$((${SLURM_CPUS_ON_NODE:-$ranks} / ranks)) ;;
+    *) refuse "MEGAMM_TASK_PER=$per is neither node nor rank" ;;
+    esac
+    [ "${each##*:}" = 1 ] || refuse "--gpus-per-task=$each, but a rank has one GPU: ask for 1, or MEGAMM_TASK_PER=node"
+    [ "$cpus" -gt 0 ] || refuse "$ranks tasks on a node with ${SLURM_CPUS_ON_NODE:-} CPUs: add --ntasks-per-node=$ranks"
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
+}
+
+# on_nodes TASKS COMMAND ...: run a command so many times on each of $nodes, in the background: $step.
 on_nodes() {
-    local list options=()
+    local list options=(--cpu-bind=none) all=${#nodes[@]} each=$1
+    shift
+    [ "$each" = 1 ] || options=(--cpus-per-task="$cpus")  # their parts of the node's
+    # Else a step has as many as its tasks would by --gpus-per-task, and several tasks see none.
+    [ -z "${SLURM_GPUS_ON_NODE:-}" ] || options+=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
     list=$(IFS=,; echo "${nodes[*]}")
-    [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != pyxis ] || options=(
+    [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != pyxis ] || options+=(
         --container-image="$MEGAMM_CONTAINER_IMAGE" --container-mounts="$MEGAMM_CONTAINER_MOUNTS"
         --container-workdir="$PWD")
-    # One agent has its node's CPUs and GPUs, however many tasks sbatch was asked for.
+    # One task has its node's CPUs and GPUs, however many sbatch was asked for.
     env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK \
-        -u SLURM_NTASKS_PER_NODE srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" --ntasks-per-node=1 \
-        --nodelist="$list" --overlap --cpu-bind=none --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
+        -u SLURM_NTASKS_PER_NODE srun --nodes="$all" --ntasks=$((all * each)) --ntasks-per-node="$each" \
+        --nodelist="$list" --overlap --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
     step=$!
 }
 
@@ -129,7 +157,7 @@ leave_out_bad_nodes() {
     set_megamm
     step_options=(--no-kill --wait=0)
     # shellcheck disable=SC2016  # for the shell on the node
-    on_nodes timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >/dev/null; echo "$SLURMD_NODENAME $?"' _ \
+    on_nodes 1 timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >/dev/null; echo "$SLURMD_NODENAME $?"' _ \
         "${megamm[@]}" doctor "$@" >"$verdicts"
     wait_for_step
     for node in "${nodes[@]}"; do
@@ -159,18 +187,21 @@ drain() {
 # --- the run ---
 
 train() {
-    local most=${MEGAMM_NNODES_MAX:-${#nodes[@]}} place=()
+    local most=${MEGAMM_NNODES_MAX:-${#nodes[@]}} place=() own=()
     [ "$most" -le "${#nodes[@]}" ] || most=${#nodes[@]}
-    [ ${#nodes[@]} = 1 ] || place=(--nnodes "$least:$most" --rendezvous "${nodes[0]}:$port")
+    # Every task is a node to megamm.
+    [ $((${#nodes[@]} * tasks)) = 1 ] || place=(
+        --nnodes "$((least * tasks)):$((most * tasks))" --rendezvous "${nodes[0]}:$port")
     if [ "$least" -lt "${#nodes[@]}" ]; then
         step_options=(--no-kill --wait=0)  # the others go on without a node
     else
         step_options=(--wait="$MEGAMM_WAIT_SECONDS")  # where one ends, all do
     fi
     set_megamm
-    say "training with $ranks ranks on each of ${#nodes[@]} nodes, on at least $least; ${place[*]}"
+    [ "$tasks" = 1 ] || [ -z "${SLURM_GPUS_ON_NODE:-}" ] || own=(bash -c "$OWN_GPU" _)
+    say "training with $ranks ranks on each of ${#nodes[@]} nodes, $tasks tasks a node, on at least $least; ${place[*]}"
     [ -z "$signal" ] || requeue "stopped by $signal before the start"
-    on_nodes "${megamm[@]}" train "${arguments[@]}" --nproc "$ranks" "${place[@]}"
+    on_nodes "$tasks" "${own[@]}" "${megamm[@]}" train "${arguments[@]}" --nproc $((ranks / tasks)) "${place[@]}"
     [ "$signal" != USR1 ] || kill -USR1 "$step"  # it came just now
     wait_for_step
     conclude "$code"
@@ -220,10 +251,16 @@ try_again() {
 
 # requeue WHY [NODE ...]: run this job again, not on those nodes.
 requeue() {
-    local why=$1 state reason excluded
+    local why=$1 state reason excluded=""
     shift
+    if [ $# -gt 0 ]; then
+        excluded=$(job_field "$job" ExcNodeList)
+        excluded=${excluded#(null)}
+        excluded=$(IFS=,; echo "$*")${excluded:+,$excluded}
+    fi
     if [ "$MEGAMM_REQUEUE" = 0 ]; then
-        say "$why; whoever started this is to run it again"
+        say "$why; whoever started this is to run it again${excluded:+, without $excluded}"
+        [ -z "${MEGAMM_EXCLUDE_FILE:-}" ] || echo "$excluded" >"$MEGAMM_EXCLUDE_FILE"
         exit $REQUEUE
     fi
     state=$(job_field "$job" JobState) reason=$(job_field "$job" Reason)
@@ -237,11 +274,7 @@ requeue() {
         say "requeueing is not allowed: submit the next job by hand, or chain jobs with --dependency=singleton"
         exit $REQUEUE
     }
-    if [ $# -gt 0 ]; then
-        excluded=$(job_field "$job" ExcNodeList)
-        excluded=${excluded#(null)}
-        scontrol update JobId="$job" ExcNodeList="$(IFS=,; echo "$*")${excluded:+,$excluded}"
-    fi
+    [ -z "$excluded" ] || scontrol update JobId="$job" ExcNodeList="$excluded"
     exit 0
 }
 

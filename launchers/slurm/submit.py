@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import submitit
@@ -38,10 +39,14 @@ class Pretrain:
     def __call__(self) -> None:
         # The script would pass the signal on to those who have it already.
         command = ["env", f"--ignore-signal={WARNING}", "bash", self.script, *self.arguments]
-        self.process = subprocess.Popen(command)
-        code = self._exit_code()
-        if code == exit_codes.REQUEUE:
-            signal.raise_signal(signal.Signals[f"SIG{WARNING}"])  # submitit calls checkpoint() and requeues
+        with tempfile.NamedTemporaryFile("r", dir="/dev/shm") as bad:  # this node's disks may be what is bad
+            self.process = subprocess.Popen(command, env={**os.environ, "MEGAMM_EXCLUDE_FILE": bad.name})
+            try:
+                code = self._exit_code()
+                if code == exit_codes.REQUEUE:
+                    signal.raise_signal(signal.Signals[f"SIG{WARNING}"])  # submitit calls checkpoint() and requeues
+            finally:  # submitit leaves by an exception, here or from the line that waits
+                exclude(bad.read().strip())
         if code:
             raise RuntimeError(f"{self.script} ended with {code}")
 
@@ -57,6 +62,13 @@ class Pretrain:
         ended = os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         assert ended is not None
         return ended.si_status
+
+
+def exclude(nodes: str) -> None:
+    """Not on these nodes, with commas between them: of this job, which has been requeued (others cannot be changed)."""
+    if nodes:
+        update = ["scontrol", "update", f"JobId={submitit.JobEnvironment().job_id}", f"ExcNodeList={nodes}"]
+        subprocess.run(["env", "--ignore-signal=TERM", *update], check=False)  # the requeue ends all of the job
 
 
 def points(sweeps: list[str]) -> list[list[str]]:
