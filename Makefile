@@ -19,6 +19,9 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Processes of pytest that share the files among them; a test starts ranks of its own.
+WORKERS ?= 2
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Compiled at installation, so that a change of them installs anew.
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
@@ -43,7 +46,7 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 
 .PHONY: test
 test: lint  ## all checks on this machine: lint, types, tests
-	$(PYTEST_ENV) $(PY) -m pytest
+	$(PYTEST_ENV) $(PY) $(PYTEST)
 
 # The same commands as the hooks of .pre-commit-config.yaml, without the need of a git checkout.
 .PHONY: lint
@@ -61,7 +64,7 @@ MEGATRON_TESTS := $(addprefix tests/test_,$(addsuffix .py,parallel parity attent
 
 .PHONY: test-latest
 test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and conversion on the newest Megatron-core, Python 3.12
-	$(PYTEST_ENV) $(PY_LATEST) -m pytest $(MEGATRON_TESTS)
+	$(PYTEST_ENV) $(PY_LATEST) $(PYTEST) $(MEGATRON_TESTS)
 
 $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt $(CSRC)
 	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }

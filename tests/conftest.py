@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import emulated
+import fault_matrix
 import pytest
 import torch
 
@@ -16,6 +17,14 @@ def harness():
     """One start of torch and Megatron-core for all parity cases."""
     with Harness() as harness:
         yield harness
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """A folder with tiny data and the run "undisturbed": what runs with faults, beside it, are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "runs"
+    fault_matrix.undisturbed(folder)
+    return folder
 
 
 class Kernels(NamedTuple):

@@ -120,7 +120,7 @@ def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
     return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
 
 
-TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "parquet", "s3", "slurm", "speech")
+TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "gguf", "parquet", "quantize", "s3", "slurm", "speech")
 """The extras that `make venv` installs."""
 
 
@@ -128,7 +128,7 @@ def test_every_requirement_is_pinned_within_its_range() -> None:
     needed, extras = _setup_lists()
     assert not _unmet(needed, _pins("torch") | _pins("base"))
     assert not _unmet([r for extra in TESTED_EXTRAS for r in extras[extra]], _pins("dev"))
-    assert not _unmet([*needed, "pytest", "pytest-timeout"], _pins("latest"))
+    assert not _unmet([*needed, "pytest", "pytest-timeout", "pytest-xdist"], _pins("latest"))
     assert _unmet(needed, _pins("dev")) == [str(Requirement(r)) for r in needed]
 
 
@@ -225,7 +225,7 @@ def test_ci_runs_the_tests() -> None:
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
     planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()
-    assert planned[-1].endswith("-m pytest")
+    assert "-m pytest -n 2" in planned[-1]
     assert any("ruff check" in line for line in planned)
     assert any("-m mypy" in line for line in planned)
 
