@@ -19,6 +19,7 @@ from pathlib import Path
 import fault_matrix
 from fault_kinds import below, command_line
 from faults import record
+from ports import free_port
 
 from megamm.resilience import events
 
@@ -91,8 +92,7 @@ class Job:
 
 def lost_store(folder: Path) -> list[str]:
     """The agent that hosts the store is killed -9; its command and the other node's agent have to mend it."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     job = Job(folder, "lost_store", endpoint)
     try:
         host = job.start()

@@ -6,7 +6,6 @@ files are in one temporary folder; all processes end with the one that started t
 slurm-wlm and munge; installs nothing. Slurm's times are short here: slurm.conf(5) has the meaning of each.
 """
 
-import contextlib
 import os
 import shutil
 import socket
@@ -16,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 NODES = ("n1", "n2", "n3", "n4")
 ADDRESSES = {name: f"127.0.0.{11 + i}" for i, name in enumerate(NODES)}
@@ -102,20 +103,6 @@ def why_not() -> str:
         return f"{', '.join(missing)} not found: apt-get install slurm-wlm munge"
     tried = subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True, text=True)
     return f"namespaces are not allowed here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-def free_port(*addresses: str) -> int:
-    """One that is free on all of them."""
-    while True:
-        with contextlib.ExitStack() as stack:
-            first = stack.enter_context(socket.create_server((addresses[0], 0)))
-            port = first.getsockname()[1]
-            try:
-                for address in addresses[1:]:
-                    stack.enter_context(socket.create_server((address, port)))
-            except OSError:
-                continue
-            return port
 
 
 class Cluster:
@@ -229,7 +216,7 @@ class Cluster:
         lines = [Path("/etc/hosts").read_text(), *(f"{address} {name}\n" for name, address in ADDRESSES.items())]
         (root / "hosts").write_text("".join(lines))
         values = {"root": root, "host": socket.gethostname().partition(".")[0], "nodes": len(NODES), "cpus": CPUS}
-        values |= {"controller": free_port("127.0.0.1"), "node": free_port(*ADDRESSES.values())}
+        values |= {"controller": free_port(), "node": free_port(*ADDRESSES.values())}
         values |= {"first_job": 1 + os.getpid() % 60000}
         values |= {"last": 10 + len(NODES), "half": CPUS // 2, "gpus": GPUS}
         (root / "slurm.conf").write_text(CONF.format(**values))

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import socket
 import sys
 import time
 
@@ -13,6 +12,7 @@ from faults import FOLDER
 from faults import environment as with_faults
 from manifests import K8S, container, job_spec, render
 from pods import IndexedJob
+from ports import free_port
 from tiny_run import environment, write_config
 
 from megamm.resilience import events
@@ -49,8 +49,7 @@ def job(work, tmp_path):
         for path in [work, *work.rglob("*")]:  # as fsGroup does
             shutil.chown(path, user=10001, group=10001)
         spec = copy.deepcopy(job_spec(render(K8S / "overlays" / "local-cpu")))
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         given = container(spec)
         given["args"] = [text.replace(":29400", f":{port}") for text in given["args"]]
         image = {key: environment()[key] for key in ("OMP_NUM_THREADS", "PYTHONPATH", "PYTHONWARNINGS")}

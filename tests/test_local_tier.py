@@ -5,7 +5,6 @@ import errno
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from fault_matrix import TRAIN
 from faults import environment as with_faults
 from local_tier_worker import look
+from ports import free_port
 from saver_worker import state
 from tiny_run import environment, numbers, write_config
 from typer.testing import CliRunner
@@ -121,9 +121,7 @@ def test_a_killed_rank_costs_no_step(data, expected):
 def test_nodes_that_are_lost(data, expected):
     """One node's memory is lost: its peer's replica serves. Both are: the run's folder."""
     run = Run(data, "nodes", ">pause@step:7:0:0>pause@step:10:0:1", local="$NODE")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
-    options = ["--nnodes", "2:2", "--rendezvous", endpoint, "resilience.rendezvous.last_call=1"]
+    options = ["--nnodes", "2:2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
     try:
         for node in ("a", "b"):
             run.start(node, *options)

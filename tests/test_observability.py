@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_run import environment, make_data, megamm, write_config
 
@@ -164,8 +164,7 @@ def test_endpoint_tells_of_a_hang(tmp_path):
     folder.mkdir()
     killed = folder / f"{TEXTFILE}.1.2"  # a run was killed while it wrote
     killed.touch()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     config = MetricsConfig(prometheus_port=port)
     exporter = Exporter(folder, total_steps=10, step=3, restarts=2, config=config)
     try:

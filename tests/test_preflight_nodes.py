@@ -7,13 +7,13 @@ cannot be written. The judgement is also given figures that a large job would ha
 import itertools
 import json
 import shutil
-import socket
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from ports import free_port
 from tiny_run import ROOT, environment
 
 from megamm.device import gpus
@@ -26,11 +26,6 @@ from megamm.resilience.supervisor import Nodes
 PACE = 10_000_000
 NODE = Node("stopped", ())
 BROUGHT = {"facts": {}, "gpus": 0, "fit": True}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def other_version(folder):
