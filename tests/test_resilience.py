@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from faults import environment as with_faults
+from ports import free_port
 from tiny_run import environment, make_data, numbers, write_config
 
 from megamm import metrics
@@ -65,18 +66,14 @@ def of_kind(output, *kinds):
     return [event for event in events.read(output) if event["kind"] in kinds]
 
 
-def wait_for(what, process=None):
-    """The first true value of what()."""
+def wait_for(what, process, config):
+    """The first true value of what(), while the process runs."""
     deadline = time.monotonic() + 120
     while not (found := what()):
-        assert time.monotonic() < deadline and (process is None or process.poll() is None), "it did not happen"
+        assert process.poll() is None, output_of(config)
+        assert time.monotonic() < deadline, f"it did not happen: {output_of(config)}"
         time.sleep(0.02)
     return found
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +156,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     assert (output / "checkpoints" / f"step_{done:08d}").is_dir()
 
     command = start(config, "--nproc", 2, faults="until_asked@step:8:0:0")
-    wait_for(lambda: [e for e in of_kind(output, "injected") if e["step"] == 8], command)
+    wait_for(lambda: [e for e in of_kind(output, "injected") if e["step"] == 8], command, config)
     tree = psutil.Process(command.pid).children(recursive=True)
     assert {beat.pid for beat in heartbeat.read(output)} <= {process.pid for process in tree}
     command.kill()
@@ -254,9 +251,13 @@ def test_nodes_come_and_go(data, undisturbed):
     kills = "kill_command@step:5:1:1,kill_command@step:5:1:2"
     faults = f"until_asked@data:3:0:0,{kills},until_asked@data:6:0:3"
     first = start(config, *options, faults=faults)  # it hosts the store
-    wait_for(lambda: of_kind(output, "launched"), first)
+    wait_for(lambda: of_kind(output, "launched"), first, config)
+    lost, another = config_of(data, "lost")  # a job of its own, started at this one's port
+    assert run(another, *options) == 2
+    assert f'error: the job of other nodes is another one: config.output is "{output}" there' in output_of(another)
+    assert not lost.exists()
     others = [start(config, *options, faults=faults) for _ in range(2)]
-    wait_for(lambda: [e for e in of_kind(output, "restarting") if e["ranks"] == 1], first)
+    wait_for(lambda: [e for e in of_kind(output, "restarting") if e["ranks"] == 1], first, config)
     others.append(start(config, *options, faults=faults))
     assert first.wait(timeout=240) == 0, output_of(config)
     assert sorted(other.wait(timeout=60) for other in others) == [-9, -9, 0], output_of(config)
@@ -293,7 +294,7 @@ def test_a_faulty_node_is_evicted(data, undisturbed):
     # Until asked, so that all three are there: it stops after step 2 or 3.
     faults = "until_asked@data:2:0:0,nan@step:4:0:1,nan@step:6:1:2"
     first = start(config, *options, faults=faults)
-    wait_for(lambda: of_kind(output, "launched"), first)
+    wait_for(lambda: of_kind(output, "launched"), first, config)
     others = [start(config, *options, faults=faults) for _ in range(2)]
     codes = sorted(other.wait(timeout=240) for other in others)
     assert codes == [0, 4], output_of(config)

@@ -10,11 +10,9 @@ import socket
 import time
 from typing import Any
 
-from megamm.errors import UserError
+from megamm.resilience import endpoint
 from megamm.resilience.supervisor import Nodes
 
-PORT = 29400
-"""As `megamm train` takes it from torch where none is given."""
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0
 """Until the other nodes are through with what comes before; until a node that is there does the next thing."""
@@ -30,12 +28,9 @@ class Meeting:
 
     def __init__(self, nodes: Nodes, join: float) -> None:
         import torch.distributed as dist
-        from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
-        try:
-            self.host, self.port = parse_rendezvous_endpoint(nodes.rendezvous, default_port=PORT)
-        except ValueError as error:
-            raise UserError(f"--rendezvous: {error}", remedy="write HOST:PORT, the same on each node") from None
+        assert nodes.rendezvous is not None
+        self.host, self.port = endpoint.parse(nodes.rendezvous)
         self.deadline = time.monotonic() + join
         self.failures = (RuntimeError, ValueError)
         listener = _listener(self.host, self.port)

@@ -16,6 +16,8 @@ import sys
 import time
 from typing import Any
 
+from megamm import __version__
+from megamm.errors import UserError
 from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes
 from megamm.resilience.command import Commands, Plan
 from megamm.resilience.membership import Alone, Background, Ended, Membership, Order, Rendezvous, StoreLost
@@ -58,6 +60,9 @@ class Agent:
         except Ended:
             log.info("the job has ended while this node was waiting")
             return exit_codes.DONE
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return exit_codes.USER_ERROR
         except StoreLost as error:
             log.warning("the rendezvous is lost: %s", error)
             return exit_codes.CRASHED
@@ -67,9 +72,11 @@ class Agent:
             self.workers.close()
 
     def _meet(self) -> Membership:
-        if self.plan.rendezvous is None:
+        plan = self.plan
+        if plan.rendezvous is None:
             return Alone()
-        return Rendezvous(self.plan.rendezvous, self.plan.nodes, self.plan.times)
+        job = {"megamm": __version__, "nproc": plan.processes, "nnodes": plan.nodes, "config": plan.config}
+        return Rendezvous(plan.rendezvous, plan.nodes, plan.times, job)
 
     def _next_attempt(self) -> Outcome:
         begin = time.monotonic()

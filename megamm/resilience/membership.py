@@ -16,6 +16,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from megamm.errors import UserError
+from megamm.resilience import endpoint
+
 
 class StoreLost(Exception):
     """The rendezvous store does not answer."""
@@ -126,11 +129,12 @@ class Times:
 
 
 class Rendezvous:
-    """Several nodes, through torch's c10d rendezvous: a store on the node that `endpoint` (host:port) names."""
+    """Several nodes, through torch's c10d rendezvous: a store on the node that `place` (host:port) names."""
 
     KEEP_ALIVES_MISSED = 3
 
-    def __init__(self, endpoint: str, nodes: tuple[int, int], times: Times) -> None:
+    def __init__(self, place: str, nodes: tuple[int, int], times: Times, job: dict[str, Any]) -> None:
+        """job: JSON values that all nodes have to have in common. UserError if they do not (endpoint.py)."""
         # Imported here: an agent of one node stays small.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent gives ranks a store (rank.py)
         from torch.distributed.elastic.rendezvous import RendezvousParameters
@@ -138,13 +142,16 @@ class Rendezvous:
         from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-        is_local = endpoint.rpartition(":")[0] in ("127.0.0.1", "localhost")
+        endpoint.check(place)
+        is_local = endpoint.parse(place)[0] in ("127.0.0.1", "localhost")
         self.address = "127.0.0.1" if is_local else socket.getfqdn()
-        parameters = RendezvousParameters("c10d", endpoint, "megamm", *nodes, read_timeout=int(times.join))
+        parameters = RendezvousParameters("c10d", place, "megamm", *nodes, read_timeout=int(times.join))
         try:
             backend, store = create_backend(parameters)
         except RendezvousError as error:
             raise StoreLost(str(error.__cause__ or error)) from None
+        self._lost = (RendezvousError, RuntimeError, ValueError)
+        self._call(endpoint.agree, store, place, job)
         self._port: int = store.port  # type: ignore[attr-defined]  # a TCPStore
         seconds = datetime.timedelta(seconds=1)
         self._handler = DynamicRendezvousHandler.from_backend(
@@ -158,7 +165,6 @@ class Rendezvous:
             keep_alive_max_attempt=self.KEEP_ALIVES_MISSED,
         )
         self._store: Any = None
-        self._lost = (RendezvousError, RuntimeError, ValueError)
 
     def join(self) -> tuple[int, int]:
         from torch.distributed.elastic.rendezvous.api import RendezvousClosedError, RendezvousGracefulExitError
@@ -235,7 +241,7 @@ class Background:
     def _run(self, function: Callable[[], Any]) -> None:
         try:
             self._result = function()
-        except (StoreLost, Ended, OSError) as error:
+        except (StoreLost, Ended, UserError, OSError) as error:
             self._error = error
 
     @property
