@@ -14,9 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_export import make_export
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from megamm.cli import convert as cli
 from megamm.convert.digests import check_digests
 from megamm.convert.quantize import quantize
+from megamm.convert.verify import verify
 from megamm.errors import UserError
 
 TARGETS = ("int8", "int4", "fp8")
@@ -126,6 +129,31 @@ def test_what_is_written_is_small_and_safe(export, tmp_path, to):
     kept = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in load_file(export / "model.safetensors").items():
         assert "_proj." in name or torch.equal(tensor, kept[name])
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_the_tools_read_what_is_quantised(export, tmp_path, to):
+    """inspect, diff and verify: float8 and packed words, a value that is no number, a byte that is another one."""
+    out = tmp_path / "out"
+    quantize(export, out, to)
+    report = verify(out)
+    assert not report.problems and report.lines[0] == "SHA256SUMS holds"
+    assert report.lines[1] == "names and shapes: not compared, config.json says that the weights are quantised"
+    assert report.lines[2].endswith("tensors, all values are numbers")
+    for arguments, code in ((["inspect", out], 0), (["diff", out, out], 0), (["diff", export, out], 1)):
+        done = CliRunner().invoke(cli.app, list(map(str, arguments)))
+        assert done.exit_code == code, done.output
+    weights = load_file(out / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj." + ("weight" if to == "fp8" else "weight_scale")
+    weights[name].view({1: torch.uint8, 4: torch.float32}[weights[name].element_size()])[3, 0] = (
+        0x7F if to == "fp8" else torch.nan
+    )
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    report = verify(out, refuse_nan=True)
+    assert report.problems == [
+        "model.safetensors is not as SHA256SUMS has it",
+        f"1 tensors have NaN or Inf, the first is {name} (1 values)",
+    ]
 
 
 @pytest.mark.parametrize("to", TARGETS)
