@@ -18,15 +18,16 @@ from megamm.errors import UserError
 from megamm.tiers.local import LocalTier
 
 STEPS = 5
+COPIED = "a copy of the run"
 
 
 def shard(rank):
     return f"tensors/__{rank}_0.distcp"
 
 
-def tier(folder):
+def tier(folder, run="run"):
     os.environ["NODE"] = f"n{2 * dist.get_rank() // dist.get_world_size()}"
-    return LocalTier(f"{folder}/$NODE", folder / "run", replicate=True)
+    return LocalTier(f"{folder}/$NODE", folder / run, replicate=True)
 
 
 def save(folder):
@@ -64,6 +65,8 @@ def hurt(folder, how):
             path.unlink()
     if how == "another run":
         (folder / "run" / "run_id").unlink()
+    if how == COPIED:
+        shutil.copytree(folder / "run", folder / COPIED)
 
 
 def look(told):
@@ -73,7 +76,7 @@ def look(told):
     if dist.get_rank() == 0:
         hurt(folder, how)
     dist.barrier()
-    local = tier(folder)
+    local = tier(folder, COPIED if how == COPIED else "run")
     try:
         steps = local.steps()
         if not steps:

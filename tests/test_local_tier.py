@@ -13,7 +13,7 @@ import pytest
 import torch
 from fault_matrix import TRAIN
 from faults import environment as with_faults
-from local_tier_worker import look
+from local_tier_worker import COPIED, look
 from ports import free_port
 from saver_worker import state
 from tiny_run import environment, numbers, write_config
@@ -163,6 +163,7 @@ FOUND = {
     ),
     "a part is missing": lambda rank: ([4], [rank, (rank + 2) % 4]),
     "another run": lambda rank: ([], []),
+    COPIED: lambda rank: ([], []),
 }
 
 

@@ -3,9 +3,11 @@
 A node is the set of ranks that see the same folder `checkpoint.local` (environment variables in it are filled in): a
 random name in that folder tells them apart, so two launchers on one machine are two nodes if their folders differ.
 A step can be resumed if every rank's part of one save is whole on some node; files that a rank needs and its node
-lacks come from a node that has them. Only the run's own parts count: RUN/run_id names it.
+lacks come from a node that has them. Only the run's own parts count: RUN/run_id and its place
+name it.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -81,7 +83,7 @@ class LocalTier:
         """The run's name, the job's key and this attempt's save id; rank 0's on all ranks."""
         told: list[Any] = [None]
         if self.rank == 0:
-            told[0] = (_own_name(run, "run_id"), secrets.token_bytes(32), secrets.token_hex(8))
+            told[0] = (_name_of(run), secrets.token_bytes(32), secrets.token_hex(8))
         dist.broadcast_object_list(told, src=0, group=self.group)
         return told[0]
 
@@ -271,6 +273,11 @@ def _own_name(folder: Path, file: str) -> str:
     finally:
         temporary.unlink()
     return mine
+
+
+def _name_of(run: Path) -> str:
+    """Of the run as it is at its place: a copy of its folder has the same file, and must not find the other's steps."""
+    return hashlib.sha256(f"{_own_name(run, 'run_id')} {run.resolve()}".encode()).hexdigest()[:16]
 
 
 def _addresses(several_hosts: bool) -> tuple[str, str]:
