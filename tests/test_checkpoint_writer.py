@@ -209,6 +209,24 @@ def test_a_rank_ahead_of_the_first_loses_nothing(memory, tmp_path):
     second.close(10)
 
 
+def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path):
+    """But for others that are about to be done. What is left is removed by the next launch."""
+    _save(healthy_other := _start(memory), tmp_path, 1, 1, world=2, attempt="a-000001")
+    assert _until_done(healthy_other, "written")["error"] is None
+    for step, wanted in ((1, 1), (2, 1)):
+        first = _start(memory)
+        _save(first, tmp_path, step, world=2, attempt=f"a-{step:06d}")
+        begin = time.monotonic()
+        first.close(30)
+        assert time.monotonic() - begin < writer.LONE_SECONDS + 3 and _newest(tmp_path) == wanted
+    healthy_other.close(10)
+    assert any(".tmp-" in name for name in _names(tmp_path))
+    first = _start(memory)
+    _save(first, tmp_path, 2, attempt="b-000001")
+    assert _until_done(first, "published")["error"] is None and _names(tmp_path) == ["latest", "step_00000002"]
+    first.close(10)
+
+
 def give_up(run: Path) -> None:
     """What rank 1 does when it learns that its writer is gone."""
     from megamm.checkpoint.writer import Attempt

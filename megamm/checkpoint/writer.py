@@ -16,6 +16,7 @@ and told; earlier checkpoints stay. The process has no torch, so that it starts 
 import contextlib
 import ctypes
 import json
+import math
 import mmap
 import os
 import shutil
@@ -40,6 +41,8 @@ PART_SECONDS = 600.0
 """How long rank 0's waits for the others' parts after its own is written."""
 DOOMED_SECONDS = 10.0
 """The same once a save has failed: so that nothing is removed under a writer that is at work."""
+LONE_SECONDS = 3.0
+"""The same once this rank ends in the middle of a save, by an error: the others' nodes may be lost."""
 POLL_SECONDS = (0.002, 0.1)
 """Between looks for parts: at first, and at most."""
 NICENESS = 10
@@ -49,9 +52,13 @@ DIE_WITH_PARENT = 1
 
 
 class Attempt:
-    """One save on one rank. job: run, step, attempt (JOB-NUMBER, no other save's), rank, world, keep, stall, bytes."""
+    """One save on one rank. job: run, step, attempt (JOB-NUMBER, no other save's), rank, world, keep, stall, bytes.
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    over: set when the rank ends.
+    """
+
+    def __init__(self, job: dict[str, Any], over: threading.Event | None = None) -> None:
+        self.over = over or threading.Event()
         self.job, self.run = job, Path(job["run"])
         self.final = folder.path_of(self.run, job["step"])
         self.temporary = self.final.with_name(f".tmp-{self.final.name}-{job['attempt']}")
@@ -103,20 +110,22 @@ class Attempt:
     def gather(self) -> dict[str, Entry]:
         """All ranks' files, when every rank has told. OSError with the first problem known, or for ranks unheard."""
         told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
-        pause, began = POLL_SECONDS[0], time.monotonic()
+        pause, began, over = POLL_SECONDS[0], time.monotonic(), math.inf
         while missing := set(range(self.job["world"])) - told.keys():
             for rank in missing:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     told[rank] = _parsed(rank, (self.parts / f"{rank}.json").read_bytes())
             patience = DOOMED_SECONDS if any("error" in part for part in told.values()) else PART_SECONDS
-            if time.monotonic() > began + patience:
+            if self.over.is_set():
+                over = min(over, time.monotonic())
+            if time.monotonic() > min(began + patience, over + LONE_SECONDS):
                 break
             if len(told) < self.job["world"]:
                 time.sleep(pause)
                 pause = min(2 * pause, POLL_SECONDS[1])
         problem = next((part["error"] for part in told.values() if "error" in part), None)
         if missing and problem is None:
-            problem = f"no word of the writers of ranks {sorted(missing)} for {PART_SECONDS:.0f} s"
+            problem = f"no word of the writers of ranks {sorted(missing)} for {time.monotonic() - began:.0f} s"
         if problem is not None:
             raise OSError(problem)
         return {name: Entry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
@@ -130,8 +139,9 @@ class Attempt:
                 files.sync(place)
             folder.publish(self.temporary, self.final)
         except OSError:
-            files.remove_tree(self.temporary)
-            files.remove_tree(self.parts)
+            if not self.over.is_set():  # else the next launch will: other ranks' writers may be at work
+                files.remove_tree(self.temporary)
+                files.remove_tree(self.parts)
             raise
         size, seconds = sum(entry.size for entry in listed.values()), time.monotonic() - self.began
         done: dict[str, Any] = {"bytes": size, "seconds": seconds}
@@ -187,7 +197,7 @@ class Service:
         self.images = {"": first}
         self.constant: messages.Files = {}
         self.local: Local | None = None
-        self.run_folder, self.replicas = Lane(), Lane()
+        self.run_folder, self.replicas, self.over = Lane(), Lane(), threading.Event()
         self.working = Working(partial(_say, {"kind": "alive"}))
 
     def serve(self) -> None:
@@ -198,6 +208,7 @@ class Service:
                 self.local = Local(job["local"]) if "local" in job else None
             else:
                 self._save(job, contents | self.constant)
+        self.over.set()
         self.run_folder.finish()
 
     def _save(self, job: dict[str, Any], contents: messages.Files) -> None:
@@ -223,7 +234,7 @@ class Service:
         return self.images[path]
 
     def _write(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
-        attempt = Attempt(job)
+        attempt = Attempt(job, self.over)
         with self.working:
             _answer("written", job, partial(attempt.write_own, image, contents))
             if "published" in job["answers"]:
