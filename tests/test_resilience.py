@@ -256,6 +256,9 @@ def test_nodes_come_and_go(data, undisturbed):
     assert run(another, *options) == 2
     assert f'error: the job of other nodes is another one: config.output is "{output}" there' in output_of(another)
     assert not lost.exists()
+    again = [start(config, *second) for second in ((), ("resilience.max_restarts=0",))]  # with an agent, and without
+    assert [each.wait(timeout=60) for each in again] == [2, 2]
+    assert output_of(config).count("error: another job trains in this folder, process ") == 2
     others = [start(config, *options, faults=faults) for _ in range(2)]
     wait_for(lambda: [e for e in of_kind(output, "restarting") if e["ranks"] == 1], first, config)
     others.append(start(config, *options, faults=faults))

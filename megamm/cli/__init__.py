@@ -5,6 +5,7 @@ A UserError becomes one line on stderr and exit code 2.
 """
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -77,9 +78,11 @@ def train(
 
         boundary = SignalBoundary()
     log_to_console()
-    from megamm.resilience import node_fault
+    from megamm.resilience import heartbeat, node_fault, run_lock
     from megamm.train import train as run_training
 
+    if heartbeat.SLOTS not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent has it
+        run_lock.hold(run.output, f"{os.getpid()} of {socket.gethostname()}")
     try:
         if run_training(run, boundary) == "requeue":
             raise typer.Exit(exit_codes.REQUEUE)

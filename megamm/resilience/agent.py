@@ -14,11 +14,12 @@ import os
 import socket
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 from megamm import __version__
 from megamm.errors import UserError
-from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes
+from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes, run_lock
 from megamm.resilience.command import Commands, Plan
 from megamm.resilience.membership import Alone, Background, Ended, Membership, Order, Rendezvous, StoreLost
 from megamm.resilience.node_attempt import Attempt, Outcome
@@ -48,6 +49,7 @@ class Agent:
         self.failures: list[policy.Failure] = []
         self.teardown = 0.0
         self.listener: socket.socket | None = None
+        self._lock: int | None = None
 
     def run(self) -> int:
         try:
@@ -86,8 +88,11 @@ class Agent:
         )
         self.is_fresh, self.attempt = False, order.attempt
         if order.gives_up:
-            print(f"error: gave up: {order.gives_up}; see {self.plan.run / events.EVENTS}", file=sys.stderr)
-            return Outcome(exit_codes.GAVE_UP if self.plan.rules.max_restarts else exit_codes.CRASHED)
+            if group_rank == 0:
+                print(f"error: {order.gives_up}", file=sys.stderr)
+            if self.plan.rendezvous is not None:
+                self._leave(order.code, group_rank)
+            return Outcome(order.code)
         self._pause(order.pause)
         if group_rank >= order.nodes:
             log.info("a spare: this node waits for another one to be lost")
@@ -106,6 +111,10 @@ class Agent:
     def _decide(self, all_fresh: bool, nodes: int, begin: float) -> Order:
         """By group rank 0, for all nodes."""
         record, run = self._record, self.plan.run
+        try:
+            self._lock = self._lock or run_lock.hold(run, self._job())
+        except UserError as error:
+            return Order(0, nodes, 0.0, self.membership.address, 0, str(error), exit_codes.USER_ERROR)
         known = [] if all_fresh else events.read(run)
         seen = {f.attempt: f for f in [*policy.from_events(known), *self.failures]}
         self.failures = [seen[attempt] for attempt in sorted(seen)]
@@ -114,11 +123,14 @@ class Agent:
         verdict = policy.judge(self.failures, self.plan.rules) if failed else policy.Verdict()
         active = max(n for n in self.plan.admissible if n <= nodes)
         port = self._listen()
-        order = Order(attempt, active, verdict.pause, self.membership.address, port, verdict.gives_up)
+        order = Order(attempt, active, verdict.pause, self.membership.address, port)
         shape = {"attempt": attempt, "nodes": active, "spares": nodes - active, "ranks": active * self.plan.processes}
         if verdict.gives_up:
             record("gave_up", why=verdict.gives_up, attempt=attempt - 1)
-        elif attempt == 0:
+            code = exit_codes.GAVE_UP if self.plan.rules.max_restarts else exit_codes.CRASHED
+            why = f"gave up: {verdict.gives_up}; see {run / events.EVENTS}"
+            return replace(order, gives_up=why, code=code)
+        if attempt == 0:
             record("launched", restart=0, **shape)
         else:
             last = self.failures[-1] if failed else None
@@ -133,6 +145,12 @@ class Agent:
                 **shape,
             )
         return order
+
+    def _job(self) -> str:
+        """The same on every node of this job, and no other job's."""
+        if self.membership.address != "127.0.0.1":
+            return str(self.plan.rendezvous)
+        return f"{self.plan.rendezvous or self.plan.command} of {socket.gethostname()}"
 
     def _listen(self) -> int:
         """Open the socket of the job's store; ranks meet there."""

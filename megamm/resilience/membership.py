@@ -32,7 +32,8 @@ class Ended(Exception):
 class Order:
     """What group rank 0 decided for an attempt. nodes: the first so many take part, the others wait.
 
-    gives_up: why there is no further attempt. restarts, pause in seconds, and where rank 0's store listens.
+    gives_up: why there is no further attempt; code: the command's exit code then. pause in seconds. address, port: of
+    rank 0's store.
     """
 
     attempt: int
@@ -41,6 +42,7 @@ class Order:
     address: str
     port: int
     gives_up: str | None = None
+    code: int = 0
 
 
 class Membership(Protocol):
