@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 import yaml
@@ -18,6 +18,10 @@ from megamm.cli import checkpoint, convert, data, doctor, observe, tokenizer, us
 from megamm.cli.common import log_to_console
 from megamm.errors import UserError
 from megamm.resilience import exit_codes
+
+if TYPE_CHECKING:
+    from megamm.config import RunConfig
+    from megamm.resilience.boundary import SignalBoundary
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(data.app, name="data")
@@ -77,6 +81,11 @@ def train(
         from megamm.resilience.boundary import SignalBoundary
 
         boundary = SignalBoundary()
+    _train_here(run, boundary)
+
+
+def _train_here(run: "RunConfig", boundary: "SignalBoundary | None") -> None:
+    """As a rank, or as the only process of the run, with `boundary`."""
     log_to_console()
     from megamm.resilience import heartbeat, node_fault, run_lock
     from megamm.train import train as run_training
