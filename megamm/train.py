@@ -50,7 +50,9 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
         trainer.resume()
         ending = trainer.run(boundary or of_this_rank())
         pulse.beat("end", trainer.step)
-        if ending != "regroup":
+        if ending == "regroup":
+            trainer.store.drain()  # all go on from what is being written
+        else:
             trainer.store.leave_node()
         if ending == "done":
             trainer.store.finish()
