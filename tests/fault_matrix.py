@@ -139,9 +139,9 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
         if failed is None:
             found.append(Cell(phase, True, None, None, None))
             continue
-        # A fault in the first step of all follows: to where that begins.
+        # A fault in the first step of all follows: to where that begins, which rank 0 may tell after the fault's rank.
         end = "started" if phase == "start-up" else "first_step"
-        since = part[part.index(failed) :]
+        since = itertools.takewhile(lambda event: event["kind"] != "failed", story[story.index(failed) + 1 :])
         again = next((event["time"] - failed["time"] for event in since if event["kind"] == end), None)
         found.append(Cell(phase, True, failed["cause"], failed["time"] - part[0]["time"], again))
     return found
