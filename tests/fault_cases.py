@@ -11,8 +11,8 @@ PLACES = {
     "evaluation": "evaluate:8:0",
     "during a save": "write:8:0",
 }
-"""Phase, step and rank, in the order of a run; see faults.py. "restart" follows a kill -9 at step 7. A save is written
-while steps go on, perhaps to the last: nothing can come after that."""
+"""Phase, step and rank, in the order of a run; see faults.py. "restart" follows a kill -9 at step 7, when there are
+two whole checkpoints. A save is written while steps go on, perhaps to the last: nothing can come after that."""
 ALL = list(PLACES)
 
 
@@ -104,7 +104,7 @@ def plan(faults: Faults) -> str:
     chain = ""
     for kind, phase in faults:
         if phase == "restart":
-            chain += ">sigkill@step:7:1:*>"
+            chain += ">sigkill_once_saved@step:7:1:*>"
         # One that brings the attempt down may do so much later.
         chain += f">{fault_of(kind)}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
     return chain.rstrip(">")

@@ -113,9 +113,17 @@ def slow(run, pid):
 def newest_checkpoint(run):
     """Of those that are whole, once there are two, one to go on from: a save is written while steps go on."""
     end = time.monotonic() + 2
-    while len(found := _whole(run)) < 2 and time.monotonic() < end:
+    while len(found := _whole(run)) < 2:
+        if time.monotonic() > end:
+            raise LookupError("there is no second checkpoint to go on from")
         time.sleep(0.01)
-    return only(found[::-1], "checkpoint")
+    return found[-1]
+
+
+def kill_once_saved(run, pid):
+    """Once a checkpoint may be damaged: a save that this kill cuts off might leave but one."""
+    newest_checkpoint(run)
+    kill(pid)
 
 
 def _whole(run):
@@ -189,6 +197,7 @@ def empty_disk(run):
 
 OUTSIDE = {
     "sigkill": lambda run, pid: kill(pid),
+    "sigkill_once_saved": kill_once_saved,
     "sigstop": lambda run, pid: os.kill(pid, signal.SIGSTOP),
     "slow": slow,
     "kill_template": kill_above(1),

@@ -156,12 +156,18 @@ def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
     if has_local:
         wrong += ["the local tier was not used"] if not local_tier(folder, name).exists() else []
         wrong += ["memory is left in the local tier"] if list(local_tier(folder, name).glob("*/")) else []
+    return Outcome(found, wrong + surprises(faults, found))
+
+
+def surprises(faults: Faults, found: list[Cell]) -> list[str]:
+    """Injections that were not made, or did something else; LookupError is of a fault that finds nothing to hurt."""
+    wrong = []
     for (kind, phase), cell in zip(faults, found, strict=True):
         if not cell.was_injected:
             wrong.append(f"{phase}: not reached")
-        elif (cell.cause is not None) != KINDS[kind].restarts:
+        elif (cell.cause is not None) != KINDS[kind].restarts or "LookupError" in (cell.cause or ""):
             wrong.append(f"{phase}: {cell.cause or 'no restart'}, unlike expected")
-    return Outcome(found, wrong)
+    return wrong
 
 
 def undisturbed(folder: Path) -> None:

@@ -111,13 +111,24 @@ def test_cells_are_read_from_the_story(tmp_path):
     assert missed == Cell("evaluation", False, None, None, None)
 
 
+def test_a_fault_that_did_something_else_is_told():
+    faults = [("slow", "first step"), ("kill_loader", "steady state"), ("sigkill", "evaluation"), ("abort", "restart")]
+    causes = ["signal 9", "LookupError: there is no loader worker to hurt", None, "signal 6"]
+    found = [Cell(phase, True, cause, 0.1, 0.1) for (_, phase), cause in zip(faults, causes, strict=True)]
+    assert fault_matrix.surprises(faults, found) == [
+        "first step: signal 9, unlike expected",
+        "steady state: LookupError: there is no loader worker to hurt, unlike expected",
+        "evaluation: no restart, unlike expected",
+    ]
+
+
 def test_order_of_faults():
     chain = fault_cases.plan([("slow", "first step"), ("sigkill", "steady state"), ("abort", "restart")])
-    assert chain == ">slow@step:1:1:*>sigkill@step:5:1:*>>sigkill@step:7:1:*>>abort@resume:0:1:*"
+    assert chain == ">slow@step:1:1:*>sigkill@step:5:1:*>>sigkill_once_saved@step:7:1:*>>abort@resume:0:1:*"
     planned = faults.parse(f"exit0@end:1:*:*,{chain}")
     assert [(one.kind, one.turn, one.is_later) for one in planned[2:]] == [
         ("sigkill", 1, False),
-        ("sigkill", 2, True),
+        ("sigkill_once_saved", 2, True),
         ("abort", 3, True),
     ]
     assert planned[0].turn is None
