@@ -139,9 +139,10 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
         if failed is None:
             found.append(Cell(phase, True, None, None, None))
             continue
-        # A fault in the first step of all follows: to where that begins, which rank 0 may tell after the fault's rank.
+        # A fault in the first step of all follows: to where that begins, which rank 0 may tell after the next fault.
         end = "started" if phase == "start-up" else "first_step"
-        since = itertools.takewhile(lambda event: event["kind"] != "failed", story[story.index(failed) + 1 :])
+        of_next = itertools.takewhile(lambda event: event["kind"] != "failed", parts[0] if parts else [])
+        since = [*part[part.index(failed) :], *of_next]
         again = next((event["time"] - failed["time"] for event in since if event["kind"] == end), None)
         found.append(Cell(phase, True, failed["cause"], failed["time"] - part[0]["time"], again))
     return found
