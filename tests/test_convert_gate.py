@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_export import make_export
 from typer.testing import CliRunner
 
-from megamm import checkpoint, cli
+from megamm import checkpoint, cli, tiers
 from megamm.convert import compare, gate
 from megamm.convert.digests import write_digests
 from megamm.convert.mapping import Entry
@@ -146,6 +146,16 @@ def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
     monkeypatch.setattr(compare.Batch, "row_map", property(row_map))
     report = gate.check(*llama)
     assert not report.passed, report.lines
+
+
+def test_the_index_is_parsed_once_for_all_tensors(llama, monkeypatch):
+    """That takes longer than to compare some of them."""
+    parsed, plain = [], checkpoint.index.check_index
+    monkeypatch.setattr(checkpoint.index, "check_index", lambda folder: parsed.append(folder) or plain(folder))
+    monkeypatch.setattr(tiers.tensors, "BATCH_BYTES", 1)
+    assert gate.check(*llama, logits=False).passed and len(parsed) == 1
+    (step,) = (llama[0] / "checkpoints").glob("step_*")
+    assert not list(tiers.tensors.differences(step, step, tiers.tensors.described(step))) and len(parsed) == 4
 
 
 def test_rows_are_whole_packed_and_padded():

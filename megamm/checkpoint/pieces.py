@@ -6,7 +6,6 @@ count as its memory until they are unmapped. So here the elements are read (prea
 
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,11 @@ SCRATCH = 16 << 20
 class Pieces:
     """A folder of tensors, open; `close` it."""
 
-    def __init__(self, folder: Path) -> None:
-        """UserError for an index that is not safe to read."""
-        self.folder = folder
+    def __init__(self, folder: Path, stored: dict[str, Stored] | None = None) -> None:
+        """stored: what there is, by name, as index.read has it; read here if None: UserError if that is not safe."""
+        self.folder, self.stored = folder, index.read(folder) if stored is None else stored
         self.descriptors: dict[str, int] = {}
         self.starts: dict[tuple[str, int], int | None] = {}
-
-    @cached_property
-    def stored(self) -> dict[str, Stored]:
-        """What there is, by name."""
-        return index.read(self.folder)
 
     def read(self, block: Block) -> None:
         """Set a block on the CPU, of the stored dtype. UserError as reader.load."""

@@ -36,9 +36,12 @@ def needed_files(stored: dict[str, Stored], blocks: Sequence[Block]) -> set[str]
     return {entry.file for block in blocks for entry, _, _ in parts(stored[block.key], block)}
 
 
-def load(folder: Path, blocks: Sequence[Block]) -> None:
-    """Set the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts."""
-    stored = index.read(folder)
+def load(folder: Path, blocks: Sequence[Block], stored: dict[str, Stored] | None = None) -> None:
+    """Set the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts.
+
+    stored: what index.read gives, for one who loads in several calls.
+    """
+    stored = index.read(folder) if stored is None else stored
     check(folder, stored, blocks)
     by_item: dict[tuple[str, int], list[tuple[Block, Entry, Slices, Slices]]] = {}
     for block in blocks:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +89,7 @@ class Native:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = {name: torch.empty_like(meta(self.described[name]), device="cpu") for name in names}
-        with closing(Pieces(self.where / "tensors")) as pieces:
+        with closing(Pieces(self.where / "tensors", self.stored)) as pieces:
             for name, tensor in found.items():
                 key, place = self.places[name]
                 rest = tensor.shape
@@ -127,7 +128,7 @@ class AsTransformers:
             what = f"the tensors do not fit the checkpoint's config: {error}"
             raise UserError(what, where=self.where, remedy="use another checkpoint") from None
 
-    @property
+    @cached_property
     def tables(self) -> set[str]:
         """Names of the tensors whose first axis is the vocabulary; without padding here."""
         return {name for name, (piece, _, _) in self.parts.items() if piece in (mapping.EMBEDDING, mapping.HEAD)}

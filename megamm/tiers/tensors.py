@@ -6,7 +6,6 @@ size.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,16 +42,22 @@ def described(folder: Path) -> dict[str, Described]:
     return {name: Described(tensor.shape, str(tensor.dtype).removeprefix("torch.")) for name, tensor in stored}
 
 
-def values(folder: Path, wanted: dict[str, Described]) -> "dict[str, torch.Tensor]":
-    """Whole tensors, on the CPU; `wanted` is a part of `described(folder)`. UserError for damaged ones."""
+def values(folder: Path) -> Read:
+    """What gives whole tensors, on the CPU, of a part of `described(folder)`. UserError for damaged ones."""
     import torch
 
-    from megamm.checkpoint import reader
+    from megamm.checkpoint import index, reader
     from megamm.checkpoint.blocks import Block
 
-    tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
-    reader.load(folder / "tensors", [Block.whole(name, tensor) for name, tensor in tensors.items()])
-    return tensors
+    stored = index.read(folder / "tensors")
+
+    def read(wanted: dict[str, Described]) -> dict[str, torch.Tensor]:
+        tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
+        blocks = [Block.whole(name, tensor) for name, tensor in tensors.items()]
+        reader.load(folder / "tensors", blocks, stored)
+        return tensors
+
+    return read
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Difference:
 
 def differences(one: Path, other: Path, names: dict[str, Described]) -> Iterator[Difference]:
     """The tensors among `names`, of the same shape and dtype in two checkpoints, that are not the same bit for bit."""
-    for name, a, b in pairs(partial(values, one), partial(values, other), names):
+    for name, a, b in pairs(values(one), values(other), names):
         if found := difference(name, a, b):
             yield found
 
