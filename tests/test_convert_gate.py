@@ -4,8 +4,10 @@ Damage is done by hand to a tensor, to config.json, or to the mapping; layers ar
 """
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -158,6 +160,38 @@ def test_the_index_is_parsed_once_for_all_tensors(llama, monkeypatch):
     assert not list(tiers.tensors.differences(step, step, tiers.tensors.described(step))) and len(parsed) == 4
 
 
+def die(_sides, _names) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_several_processes_find_what_one_finds(pair, monkeypatch):
+    """In shares of two tensors or three; one that is killed is a line."""
+    run, folder = pair
+    for layer in (2, 0):
+        edit(folder, f"model.layers.{layer}.mlp.down_proj.weight", with_one_changed)
+    alone = gate.check(run, folder, logits=False, nproc=1)
+    assert len(alone.problems) == 1 and "layer 0" in alone.problems[0]
+    monkeypatch.setattr(gate, "SEGMENT", 5000)
+    together = gate.check(run, folder, logits=False, nproc=2)
+    assert (together.lines, together.problems) == (alone.lines, alone.problems)
+    monkeypatch.setattr(gate, "_compared", die)
+    with pytest.raises(UserError, match="a process that compares was killed"):
+        gate.check(run, folder, logits=False, nproc=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_bits_are_compared_at_every_size_and_place(dtype):
+    whole = torch.arange(100).to(dtype)
+    for start in range(9):
+        for stop in range(start + 1, 20):
+            ours, theirs = whole[start:stop], whole.clone()[start:stop]
+            assert tiers.tensors.difference("same", ours, theirs) is None
+            for at in (0, len(ours) - 1):
+                theirs = whole.clone()[start:stop]
+                theirs[at] += 1
+                assert tiers.tensors.difference("other", ours, theirs) == tiers.tensors.Difference("other", 1, 1.0)
+
+
 def test_rows_are_whole_packed_and_padded():
     rows = compare.random_rows(301, 48)
     documents = [int(row.segment.max()) + 1 for row in rows]
@@ -292,12 +326,12 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
     left = left_by(done)
     checkpoint.verify(left if (left / "state.json").is_file() else checkpoint.path_of(left, 0))
 
-    def damaged(native: Path, folder: Path, left: Path, *, logits: bool) -> None:
+    def damaged(native: Path, folder: Path, left: Path, **options) -> None:
         tensors = load_file(left / "model.safetensors")
         with_one_changed(tensors["model.layers.1.mlp.up_proj.weight"])
         save_file(tensors, left / "model.safetensors", metadata={"format": "pt"})
         write_digests(left)
-        end(native, folder, left, logits=logits)
+        end(native, folder, left, **options)
 
     monkeypatch.setattr(gate, "end", damaged)
     done = convert("export", tmp_path / "run", tmp_path / "out")

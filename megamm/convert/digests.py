@@ -4,6 +4,9 @@ One line a file, `<64 hex digits>  <path from the folder>`, in the order of path
 """
 
 import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megamm.errors import UserError
@@ -13,7 +16,7 @@ DIGESTS = "SHA256SUMS"
 
 def write_digests(folder: Path) -> Path:
     """Write folder/SHA256SUMS over all files below it, in place of an older one; returns it."""
-    lines = [f"{_sha256(folder / name)}  {name}\n" for name in _files(folder)]
+    lines = [f"{digest}  {name}\n" for name, digest in _sha256(folder, _files(folder))]
     partial = folder / f".{DIGESTS}.partial"
     partial.write_text("".join(lines), encoding="utf-8")
     return partial.replace(folder / DIGESTS)
@@ -23,10 +26,10 @@ def check_digests(folder: Path) -> None:
     """UserError names the first file that is missing, unlisted or altered, or that SHA256SUMS is none."""
     listed = _read(folder)
     found = set(_files(folder))
-    for name, digest in listed.items():
-        if name not in found:
-            raise UserError(f"{name} is missing", where=folder, remedy="copy or make the folder anew")
-        if _sha256(folder / name) != digest:
+    if missing := sorted(listed.keys() - found):
+        raise UserError(f"{missing[0]} is missing", where=folder, remedy="copy or make the folder anew")
+    for name, digest in _sha256(folder, listed):
+        if listed[name] != digest:
             raise UserError(f"{name} is not as {DIGESTS} has it", where=folder, remedy="copy or make the folder anew")
     if unlisted := sorted(found - listed.keys()):
         remedy = "remove it, or make the folder anew"
@@ -53,6 +56,12 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in files if name != DIGESTS and not name.startswith(f".{DIGESTS}"))
 
 
-def _sha256(file: Path) -> str:
+def _sha256(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Names and digests, in their order; a core for a file (hashing lets other threads run)."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        yield from pool.map(lambda name: (name, _digest(folder / name)), names)
+
+
+def _digest(file: Path) -> str:
     with file.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

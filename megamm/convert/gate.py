@@ -7,7 +7,9 @@ names the first layer that differs, and what of its tensors does.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from megamm.convert.digests import DIGESTS, check_digests
 from megamm.convert.families import Family, leaves
 from megamm.convert.family_config import read_model
 from megamm.convert.hf import find_checkpoint
+from megamm.convert.plan import SEGMENT
 from megamm.convert.tensors import AsTransformers, Native, OfFiles, Tensors, layer_of, not_finite
+from megamm.convert.workers import Workers
 from megamm.errors import UserError
 from megamm.model.size import parameter_count
 from megamm.start.begin import FUNCTION
@@ -60,8 +64,17 @@ class _Compared:
     changed: dict[str, str] = field(default_factory=dict)
     """Names of those that differ, and a sentence on each."""
     not_finite: list[str] = field(default_factory=list)
+    kinds: dict[tuple[torch.dtype, torch.dtype], int] = field(default_factory=dict)
+    """Tensors by both sides' dtypes."""
     rounded: list[torch.dtype] = field(default_factory=list)
     """What both models' weights have to pass through to be alike: the folder's dtype, the checkpoint's."""
+
+    def add(self, other: "_Compared") -> None:
+        """What was found of further tensors."""
+        self.changed |= other.changed
+        self.not_finite += other.not_finite
+        for kind, count in other.kinds.items():
+            self.kinds[kind] = self.kinds.get(kind, 0) + count
 
 
 class GateError(Exception):
@@ -72,8 +85,11 @@ class GateError(Exception):
         super().__init__(f"the gate failed: {'; '.join(report.problems)}; the result is left in {left}")
 
 
-def check(native: Path, hugging_face: Path, *, logits: bool = True) -> Report:
-    """Compare a run or checkpoint with a folder of transformers. UserError where one of them cannot be read."""
+def check(native: Path, hugging_face: Path, *, logits: bool = True, nproc: int = 0) -> Report:
+    """Compare a run or checkpoint with a folder of transformers. UserError where one of them cannot be read.
+
+    nproc: processes that compare tensors, 0: one a core, as far as there are SEGMENTs of bytes.
+    """
     report = Report(find_checkpoint(native), hugging_face)  # it verifies the manifest's digests
     report.say("digests: the checkpoint's manifest holds")
     if (hugging_face / DIGESTS).is_file():
@@ -87,7 +103,7 @@ def check(native: Path, hugging_face: Path, *, logits: bool = True) -> Report:
     _configs(report, config, family, model)
     ours, theirs = AsTransformers(own, family, config.model), OfFiles(hugging_face)
     common, is_complete = _names(report, ours, theirs)
-    done = _tensors(report, ours, theirs, common)
+    done = _tensors(report, ours, theirs, common, nproc)
     if not logits:
         report.say("logits: not compared, as told")
     elif not is_complete:
@@ -99,9 +115,9 @@ def check(native: Path, hugging_face: Path, *, logits: bool = True) -> Report:
     return report
 
 
-def end(native: Path, hugging_face: Path, left: Path, *, logits: bool) -> None:
+def end(native: Path, hugging_face: Path, left: Path, *, logits: bool, nproc: int) -> None:
     """The gate as the last step of a conversion whose result lies in `left`. GateError if it fails."""
-    report = check(native, hugging_face, logits=logits)
+    report = check(native, hugging_face, logits=logits, nproc=nproc)
     if not report.passed:
         raise GateError(report, left)
 
@@ -156,17 +172,20 @@ def _is_padded(ours: Described, theirs: Described) -> bool:
     return theirs.shape[0] >= ours.shape[0] and theirs.shape[1:] == ours.shape[1:]
 
 
-def _tensors(report: Report, ours: AsTransformers, theirs: OfFiles, names: dict[str, Described]) -> _Compared:
+def _tensors(
+    report: Report, ours: AsTransformers, theirs: OfFiles, names: dict[str, Described], nproc: int
+) -> _Compared:
     done = _Compared()
-    kinds: dict[tuple[torch.dtype, torch.dtype], int] = {}
-    for name, a, b in pairs(ours.read, theirs.read, names):
-        kinds[a.dtype, b.dtype] = kinds.get((a.dtype, b.dtype), 0) + 1
-        b = b[: len(a)] if name in ours.tables else b
-        if not (_is_finite(a) and _is_finite(b)):
-            done.not_finite.append(name)
-        if found := _difference(name, a, b):
-            done.changed[name] = f"{name}: {found.differing:,} of {a.numel():,} differ, by {found.max_abs:.3g} at most"
-    for (mine, other), count in kinds.items():
+    shares = list(_shares(names))
+    try:
+        with Workers(lambda: nullcontext((ours, theirs)), nproc, len(shares)) as workers:
+            found = dict(workers.all(_compared, {number: (share,) for number, share in enumerate(shares)}))
+    except BrokenProcessPool:
+        what = "a process that compares was killed"
+        raise UserError(what, where=report.folder, remedy="see that memory suffices, and run it again") from None
+    for number in range(len(shares)):
+        done.add(found[number])
+    for (mine, other), count in done.kinds.items():
         as_what = "bit for bit" if mine == other else f"the checkpoint's {mine} beside the folder's {other}"
         report.say(f"tensors: {count} compared, {as_what}".replace("torch.", ""))
         if mine != other:
@@ -180,6 +199,31 @@ def _tensors(report: Report, ours: AsTransformers, theirs: OfFiles, names: dict[
         where = "the first lies outside of the layers" if at is None else f"the first layer that differs is layer {at}"
         of_it = [said for name, said in done.changed.items() if layer_of(name) == at]
         report.problems.append(f"{len(done.changed)} tensors differ, {where}: {_shortened(of_it)}")
+    return done
+
+
+def _shares(names: dict[str, Described]) -> Iterator[dict[str, Described]]:
+    """In their order, each of about a segment's bytes."""
+    share, elements = dict[str, Described](), 0
+    for name, described in names.items():
+        share[name], elements = described, elements + described.elements
+        if 2 * elements >= SEGMENT:
+            yield share
+            share, elements = {}, 0
+    if share:
+        yield share
+
+
+def _compared(sides: tuple[AsTransformers, OfFiles], names: dict[str, Described]) -> _Compared:
+    ours, theirs = sides
+    done = _Compared()
+    for name, a, b in pairs(ours.read, theirs.read, names):
+        done.kinds[a.dtype, b.dtype] = done.kinds.get((a.dtype, b.dtype), 0) + 1
+        b = b[: len(a)] if name in ours.tables else b
+        if not (_is_finite(a) and _is_finite(b)):
+            done.not_finite.append(name)
+        if found := _difference(name, a, b):
+            done.changed[name] = f"{name}: {found.differing:,} of {a.numel():,} differ, by {found.max_abs:.3g} at most"
     return done
 
 

@@ -106,7 +106,7 @@ def export(
         (work.folder / OWN).write_text(json.dumps(own, indent=1))
         card.copy_attribution(state, config, work.folder)
         card.write_card(work.folder, own)
-        gate.end(folder, work.folder, work.folder, logits=checks.logits)
+        gate.end(folder, work.folder, work.folder, logits=checks.logits, nproc=nproc)
         work.publish()
     return out
 
@@ -178,7 +178,7 @@ def import_(
         more[checkpoint.STATE] = _state(config, vocabulary).to_json()
         listed |= {name: files.write(work.folder / name, [data]) for name, data in more.items()}
         files.write(work.folder / manifest.NAME, [manifest.render(listed)])
-        gate.end(work.folder, folder, work.folder, logits=checks.logits)
+        gate.end(work.folder, folder, work.folder, logits=checks.logits, nproc=nproc)
         work.publish()
     size = sum(entry.size for entry in listed.values())
     events.record(run, "imported", folder=str(folder), bytes=size, seconds=time.monotonic() - began)

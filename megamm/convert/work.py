@@ -17,13 +17,14 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import code_version, files, manifest
 from megamm.convert.plan import Conversion, Segment, segments
 from megamm.convert.progress import Progress
-from megamm.convert.workers import Workers, made, read_back
+from megamm.convert.workers import Workers, made, making, read_back
 from megamm.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -66,10 +67,10 @@ class Work:
             files.make_folder((self.folder / file).parent)
             with (self.folder / file).open("ab") as opened:
                 opened.truncate(sum(item.size for item in items))
-        wanted = min(self.nproc or len(os.sched_getaffinity(0)), len(self.segments))
-        log.info("%s: %d segments, %d processes", self.conversion.name, len(self.segments), wanted)
+        making_it = partial(making, self.conversion, self.folder)
         try:
-            with Workers(self.conversion, self.folder, wanted) as workers:
+            with Workers(making_it, self.nproc, len(self.segments)) as workers:
+                log.info("%s: %d segments, %d processes", self.conversion.name, len(self.segments), workers.count)
                 self._make(workers)
                 found = self._verify(workers)
                 if self._undone():  # what was there of a killed one has been lost since

@@ -1,11 +1,11 @@
-"""The processes of a conversion: each makes segments, and reads files back. With one, it is this process."""
+"""The processes of a conversion: each makes segments, reads files back, compares. With one, it is this process."""
 
 import ctypes
 import os
 import signal
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,25 +32,34 @@ class State:
     make: Maker
 
 
-_STATE: list[State] = []
+Opened = Callable[[], AbstractContextManager[Any]]
+_STATE: list[Any] = []
 """Of a process of the pool, where there is no other way to hand it to the calls."""
+
+
+@contextmanager
+def making(conversion: Conversion, folder: Path) -> Iterator[State]:
+    """What `made` and `read_back` work with."""
+    with conversion.opened() as make:
+        yield State(folder, make)
 
 
 class Workers:
     """So many processes; use it in a `with`."""
 
-    def __init__(self, conversion: Conversion, folder: Path, count: int) -> None:
-        self.conversion, self.folder, self.count = conversion, folder, count
+    def __init__(self, opened: Opened, most: int, pieces: int) -> None:
+        """opened: gives each process what it works with; most: processes, 0: one a core; pieces: more do not help."""
+        self.opened, self.count = opened, max(1, min(most or len(os.sched_getaffinity(0)), pieces))
         self.stack = ExitStack()
-        self.state: State | None = None
+        self.state: Any = None
         self.pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "Workers":
         if self.count == 1:
-            self.state = State(self.folder, self.stack.enter_context(self.conversion.opened()))
+            self.state = self.stack.enter_context(self.opened())
         else:
             # Forked: torch need not be loaded again, which takes longer than a gigabyte.
-            begin = (self.conversion, self.folder, os.getpid())
+            begin = (self.opened, os.getpid())
             self.pool = ProcessPoolExecutor(self.count, get_context("fork"), _begin, begin)
         return self
 
@@ -73,14 +82,14 @@ class Workers:
             yield futures[future], future.result()
 
 
-def _begin(conversion: Conversion, folder: Path, parent: int) -> None:
+def _begin(opened: Opened, parent: int) -> None:
     """In a new process: it ends with the one that started it, also if that is killed."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     torch.set_num_threads(1)  # those that this process may have had were not forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, too, and ends the others
-    _STATE.append(State(folder, conversion.opened().__enter__()))
+    _STATE.append(opened().__enter__())
 
 
 def _call(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -99,7 +99,9 @@ def difference(name: str, one: "torch.Tensor", other: "torch.Tensor") -> Differe
     a, b = (tensor.reshape(-1).contiguous() for tensor in (one, other))
     if a.dtype == b.dtype:
         bits = a.view(torch.uint8), b.view(torch.uint8)
-        if torch.equal(*bits):  # it needs no memory
+        whole = len(bits[0]) % 8 == 0 and not any(each.storage_offset() % 8 for each in bits)
+        # It needs no memory; by words of eight bytes it is eight times as fast.
+        if torch.equal(*(each.view(torch.int64) if whole else each for each in bits)):
             return None
         unequal = (bits[0] != bits[1]).reshape(len(a), -1).any(1)
     else:
