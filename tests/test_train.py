@@ -1,20 +1,15 @@
 """Runs from the command line in real processes: kill and resume bit for bit, reshard with optimizer state, export."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from faults import environment as with_faults
 from tiny_run import environment, make_data, megamm, numbers, write_config
-
-from megamm import metrics
-from megamm.resilience import heartbeat
 
 
 @pytest.fixture(scope="module")
@@ -103,14 +98,12 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     output = data / "killed"
     config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "resilience.max_restarts=0", "--nproc", "2"]
-    launcher = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    rank = _wait_for_step(launcher, output, step=5)
-    os.kill(rank, signal.SIGKILL)
-    _, stderr = launcher.communicate(timeout=60)
-    assert launcher.returncode == 1
-    assert "error: gave up: rank 1: signal 9 (SIGKILL), at step " in stderr.splitlines()[-1], stderr
-    assert _step(output, 2).exists() or _step(output, 4).exists()  # the latter may still have been being written
-    shutil.rmtree(_step(output, 8), ignore_errors=True)  # a fast machine may have ended before the kill
+    env = with_faults("sigkill@step:6:1:0", environment())
+    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert killed.returncode == 1
+    last = killed.stderr.splitlines()[-1]
+    assert "error: gave up: rank 1: signal 9 (SIGKILL), at step " in last, killed.stderr
+    assert _step(output, 2).exists() and not _step(output, 6).exists()
 
     resumed = megamm("train", config, "--nproc", 2)
     assert resumed.returncode == 0, resumed.stderr
@@ -120,16 +113,6 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def _wait_for_step(launcher: subprocess.Popen, output: Path, step: int) -> int:
-    """Process id of rank 1, once the run has reported this step."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and launcher.poll() is None:
-        if any(line["step"] >= step for line in metrics.read_lines(output)):
-            break
-        time.sleep(0.01)
-    return next(beat.pid for beat in heartbeat.read(output) if beat.rank == 1)
 
 
 def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
