@@ -3,8 +3,9 @@
 The model: a Qwen3 in bfloat16 with random bits, in shards, of --gigabytes. Each side is a process of its own, once a
 round in turns, its source out of the page cache before; medians of the rounds.
     raw          the shards copied as dd does, 4 MB at a time: read, written, synced
-    import       shards -> native checkpoint; export: that -> shards. Digests of the source checkpoint and of what was
-                 written and the comparison of all tensors are part of it, that of logits is not; all is synced
+    import       shards -> native checkpoint; export: that -> shards. With --no-gate: a checkpoint that is exported is
+                 verified first; all that is written is synced, read back and checked against its digests, then named
+    gated_import, gated_export    with the gate, which compares all tensors of both sides; but not the logits
     from_pretrained, save_pretrained    of transformers, one after the other in one process: nothing is synced
 MB/s: bytes of weights over seconds of the call (imports of libraries are left out); rss: peak resident MB of the
 process that needs most, its libraries included; share: MB/s over raw's of the same round, median of the ratios.
@@ -54,12 +55,11 @@ def side(name: str, folder: Path, nproc: int, shards: int) -> dict[str, float]:
 
         from megamm.convert import hf
 
-        checks = hf.Checks(logits=False)
+        source, target = (folder / part for part in SIDES[name])
+        convert = hf.export if name.endswith("export") else hf.import_
+        checks = hf.Checks(logits=False, gate=name.startswith("gated"))
         began = time.perf_counter()
-        if name == "import":
-            hf.import_(folder / "hf", folder / "run", nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
-        else:
-            hf.export(folder / "run", folder / "out", nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
+        convert(source, target, nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
         seconds[name] = time.perf_counter() - began
     # Not this process's ru_maxrss, which begins with that of the one that started it.
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -96,7 +96,14 @@ def forget(folder: Path) -> None:
         os.close(descriptor)
 
 
-SIDES = {"raw": ("hf", "raw"), "import": ("hf", "run"), "export": ("run", "out"), "transformers": ("hf", "saved")}
+SIDES = {
+    "raw": ("hf", "raw"),
+    "import": ("hf", "run"),
+    "gated_import": ("hf", "gated_run"),
+    "export": ("run", "out"),
+    "gated_export": ("run", "gated_out"),
+    "transformers": ("hf", "saved"),
+}
 """What each reads and makes."""
 
 

@@ -307,6 +307,23 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
 
 
+def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path, monkeypatch, caplog):
+    """What is written is what was made, though not of what it was made of; memory for models is not asked for."""
+    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("no model is built"))
+    cut = Entry.cut
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+        assert convert("import", export, tmp_path / "wrong", "--no-gate").exit_code == 0
+    assert convert("export", tmp_path / "wrong", tmp_path / "out", "--no-gate").exit_code == 0
+    assert (
+        caplog.messages.count("gate: left out, as told: nothing has compared the result with what it was made of") == 2
+    )
+    checkpoint.verify(checkpoint.newest(tmp_path / "wrong"))
+    (problem,) = gate.check(tmp_path / "wrong", export, logits=False).problems
+    assert "the first layer that differs is layer 0" in problem
+    assert gate.check(tmp_path / "wrong", tmp_path / "out", logits=False).passed
+
+
 def left_by(done) -> Path:
     """Of a command whose gate has failed: where its result is."""
     assert done.exit_code == 1
@@ -326,12 +343,12 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
     left = left_by(done)
     checkpoint.verify(left if (left / "state.json").is_file() else checkpoint.path_of(left, 0))
 
-    def damaged(native: Path, folder: Path, left: Path, **options) -> None:
+    def damaged(native: Path, folder: Path, left: Path, *options) -> None:
         tensors = load_file(left / "model.safetensors")
         with_one_changed(tensors["model.layers.1.mlp.up_proj.weight"])
         save_file(tensors, left / "model.safetensors", metadata={"format": "pt"})
         write_digests(left)
-        end(native, folder, left, **options)
+        end(native, folder, left, *options)
 
     monkeypatch.setattr(gate, "end", damaged)
     done = convert("export", tmp_path / "run", tmp_path / "out")

@@ -22,6 +22,7 @@ Processes = Annotated[int, typer.Option(help="that convert; 0: one a core", min=
 ShardSize = Annotated[int, typer.Option(help="bytes of a file", min=1)]
 Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; by default as they are")]
 Logits = Annotated[bool, typer.Option("--logits/--no-logits", help="compare both models' logits at the end")]
+Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="compare the result with what it was made of")]
 RefuseNan = Annotated[bool, typer.Option("--refuse-nan", help="NaN or Inf in a weight is an error, not a warning")]
 
 
@@ -34,6 +35,7 @@ def export_run(
     dtype: Dtype = None,
     logits: Logits = True,
     refuse_nan: RefuseNan = False,
+    gate: Gate = True,
 ) -> None:
     """Write safetensors, config, tokenizer and codecs that transformers' AutoModelForCausalLM loads.
 
@@ -43,7 +45,7 @@ def export_run(
     from megamm.convert.hf import Checks, export
 
     log_to_console()
-    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan)
+    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
     with _gated():
         print(f"exported to {export(run, out, nproc=nproc, shard_size=shard_size, dtype=chosen, checks=checks)}")
 
@@ -58,13 +60,14 @@ def import_export(
     dtype: Dtype = None,
     logits: Logits = True,
     refuse_nan: RefuseNan = False,
+    gate: Gate = True,
 ) -> None:
     """Write step 0 of a new run, weights bit for bit. If it is killed, the same command goes on."""
     from megamm.convert.elements import DTYPES
     from megamm.convert.hf import Checks, import_
 
     log_to_console()
-    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan)
+    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
     with _gated():
         made = import_(
             folder, run, nproc=nproc, shard_size=shard_size, dtype=chosen, overrides=overrides or [], checks=checks

@@ -45,10 +45,19 @@ _NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "
 
 @dataclass(frozen=True)
 class Checks:
-    """logits: the gate (gate.py) compares them, too; refuse_nan: NaN and Inf are a UserError before the conversion."""
+    """logits: the gate (gate.py) compares them, too; refuse_nan: NaN and Inf are a UserError before the conversion.
+
+    gate: without it, what is written is read back and nothing more.
+    """
 
     logits: bool = True
     refuse_nan: bool = False
+    gate: bool = True
+
+    @property
+    def need_models(self) -> bool:
+        """Whether both have to fit into memory, one after the other."""
+        return self.gate and self.logits
 
 
 def find_checkpoint(run_or_checkpoint: Path) -> Path:
@@ -89,7 +98,7 @@ def export(
     for name, codec in config.tokenizers.items():
         if not codec.is_dir():
             raise UserError(f"tokenizers.{name}: no such folder", where=codec, remedy="put the run's codec there again")
-    if checks.logits:
+    if checks.need_models:
         gate.room_for_logits(config, vocabulary.size)
     if checks.refuse_nan:
         gate.refuse_not_finite(tensors.Native(folder))
@@ -106,7 +115,7 @@ def export(
         (work.folder / OWN).write_text(json.dumps(own, indent=1))
         card.copy_attribution(state, config, work.folder)
         card.write_card(work.folder, own)
-        gate.end(folder, work.folder, work.folder, logits=checks.logits, nproc=nproc)
+        gate.end(folder, work.folder, work.folder, checks, nproc)
         work.publish()
     return out
 
@@ -161,7 +170,7 @@ def import_(
     began = time.monotonic()
     given = tensors.OfFiles(folder)
     complete.check(folder, given.described)
-    if checks.logits:
+    if checks.need_models:
         gate.room_for_logits(config, vocabulary.size)
     if checks.refuse_nan:
         gate.refuse_not_finite(given)
@@ -178,7 +187,7 @@ def import_(
         more[checkpoint.STATE] = _state(config, vocabulary).to_json()
         listed |= {name: files.write(work.folder / name, [data]) for name, data in more.items()}
         files.write(work.folder / manifest.NAME, [manifest.render(listed)])
-        gate.end(work.folder, folder, work.folder, logits=checks.logits, nproc=nproc)
+        gate.end(work.folder, folder, work.folder, checks, nproc)
         work.publish()
     size = sum(entry.size for entry in listed.values())
     events.record(run, "imported", folder=str(folder), bytes=size, seconds=time.monotonic() - began)
