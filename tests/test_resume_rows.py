@@ -50,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def run_world(folder, name, size, state, *, kill_after=0, steps=1000, weights=BEFORE, **reading):
+def run_world(folder, name, size, state, *, kill_after=0, steps=1_000_000, weights=BEFORE, **reading):
     """Start that many ranks from `state`; kill -9 them all when one has written kill_after steps, or let them end.
 
     Returns the state that every rank has reached, and the texts of the steps up to it.
