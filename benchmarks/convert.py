@@ -3,8 +3,8 @@
 The model: a Qwen3 in bfloat16 with random bits, in shards, of --gigabytes. Each side is a process of its own, once a
 round in turns, its source out of the page cache before; medians of the rounds.
     raw          the shards copied as dd does, 4 MB at a time: read, written, synced
-    import       shards -> native checkpoint; export: that -> shards. With --no-gate: a checkpoint that is exported is
-                 verified first; all that is written is synced, read back and checked against its digests, then named
+    import       shards -> native checkpoint; export: that -> shards. With --no-gate: the digests of an exported
+                 checkpoint are checked; all that is written is synced, read back and checked, then named
     gated_import, gated_export    with the gate, which compares all tensors of both sides; but not the logits
     from_pretrained, save_pretrained    of transformers, one after the other in one process: nothing is synced
 MB/s: bytes of weights over seconds of the call (imports of libraries are left out); rss: peak resident MB of the

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,59 @@ def test_what_was_begun_with_other_options_is_removed(
     with caplog.at_level("INFO", logger="megamm"):
         export(moe / "run", tmp_path / "out", nproc=1, shard_size=20_000)
     assert "of other inputs: removed" in caplog.text and same_files(tmp_path / "out", moe / "out")
+
+
+@pytest.fixture
+def damaged(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A copy of the run with 3e38 in a file that is no small one; call it to mend that."""
+    monkeypatch.setattr(hf, "_SMALL", 4096)
+    shutil.copytree(moe / "run", tmp_path / "run")
+    (file,) = path_of(tmp_path / "run", 0).glob("tensors/*.distcp")
+    whole, state = file.read_bytes(), file.stat()
+    assert len(whole) > 4096
+    here = whole.index(tensors_of(moe / "hf")["model.layers.1.self_attn.o_proj.weight"].numpy().tobytes())
+    file.write_bytes(whole[:here] + b"\x7f\x7f\x7f\x7f" + whole[here + 4 :])
+
+    def mend() -> None:
+        file.write_bytes(whole)
+        os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+    return mend
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["damage alone", "a value that fp16 has not"])
+def test_of_a_damaged_checkpoint_nothing_is_kept(
+    damaged: Callable[[], None], moe: Path, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    """Large files are compared with their digests when they were read; what was made of them is removed."""
+    with pytest.raises(UserError, match=r"damaged checkpoint: tensors/\S+ fails its checksum"):
+        export(
+            tmp_path / "run", tmp_path / "out", nproc=1, dtype=dtype, shard_size=20_000, checks=hf.Checks(gate=False)
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_what_was_made_of_damage_before_a_kill_is_removed(
+    damaged: Callable[[], None], moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mended, the file has its old size, digest and time; what a killed export made of the other bytes is not used."""
+    place = _stopped(tmp_path, tmp_path / "out", monkeypatch)
+    assert b"\x7f\x7f\x7f\x7f" in b"".join(file.read_bytes() for file in place.glob("folder/*.safetensors"))
+    damaged()
+    export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, checks=hf.Checks(gate=False))
+    shards = [file.name for file in (moe / "out").glob("*.safetensors")]
+    assert shards and all((tmp_path / "out" / s).read_bytes() == (moe / "out" / s).read_bytes() for s in shards)
+
+
+def test_a_checkpoint_that_is_cut_off_is_passed_over(
+    damaged: Callable[[], None], moe: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged()
+    shutil.copytree(path_of(tmp_path / "run", 0), path_of(tmp_path / "run", 7))
+    file = max(path_of(tmp_path / "run", 7).glob("tensors/*.distcp"), key=lambda file: file.stat().st_size)
+    os.truncate(file, file.stat().st_size - 1)
+    export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, checks=hf.Checks(logits=False))
+    assert same_files(tmp_path / "out", moe / "out") and "passed over: damaged checkpoint" in caplog.text
 
 
 def converted(kind: str, folder: Path, out: Path) -> None:

@@ -6,6 +6,7 @@ RUN/checkpoints/damaged-step_*          set aside when its step was written agai
 """
 
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,11 +29,14 @@ def all_of(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_????????"))
 
 
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest. UserError names the first that is missing or differs."""
+def verify(folder: Path, up_to: float = math.inf) -> None:
+    """Compare every file with the manifest, those of more bytes than `up_to` by their size alone.
+
+    UserError names the first that is missing or differs.
+    """
     listed = manifest.read(folder)
     with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
-        for found in pool.map(lambda item: manifest.problem_of(folder, *item), listed.items()):
+        for found in pool.map(lambda name: manifest.problem_of(folder, name, listed[name], up_to), listed):
             if found:
                 raise manifest.damaged(found, folder)
 
@@ -46,12 +50,15 @@ def is_valid(folder: Path) -> bool:
     return True
 
 
-def newest(run: Path) -> Path | None:
-    """The newest checkpoint that verifies; None in a fresh run. UserError if there are some and all are damaged."""
+def newest(run: Path, up_to: float = math.inf) -> Path | None:
+    """The newest checkpoint that verifies; None in a fresh run. UserError if there are some and all are damaged.
+
+    up_to: see `verify`.
+    """
     last_error: UserError | None = None
     for folder in reversed(all_of(run)):
         try:
-            verify(folder)
+            verify(folder, up_to)
             return folder
         except UserError as error:
             log.warning("passed over: %s", error)

@@ -9,6 +9,7 @@ name when all of it is complete and verified.
 
 import json
 import logging
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -39,6 +40,8 @@ from megamm.resilience import events
 from megamm.tiers import retention
 
 log = logging.getLogger(__name__)
+_SMALL = 16 << 20
+"""Bytes of a file that is verified before anything is read of it; of a larger one that is its size alone."""
 _NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.index.json")
 """A text tokenizer's folder may be that of a whole model."""
 
@@ -60,12 +63,12 @@ class Checks:
         return self.gate and self.logits
 
 
-def find_checkpoint(run_or_checkpoint: Path) -> Path:
-    """A run's newest valid checkpoint, or the checkpoint folder itself, verified."""
+def find_checkpoint(run_or_checkpoint: Path, up_to: float = math.inf) -> Path:
+    """A run's newest valid checkpoint, or the checkpoint folder itself, verified; up_to: see checkpoint.verify."""
     if (run_or_checkpoint / checkpoint.STATE).exists():
-        checkpoint.verify(run_or_checkpoint)
+        checkpoint.verify(run_or_checkpoint, up_to)
         return run_or_checkpoint
-    folder = checkpoint.newest(run_or_checkpoint)
+    folder = checkpoint.newest(run_or_checkpoint, up_to)
     if folder is None:
         raise UserError("no checkpoint here", where=run_or_checkpoint, remedy="name a run's `output` folder")
     return folder
@@ -83,14 +86,15 @@ def export(
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns `out`.
 
     nproc: processes, 0: one a core; shard_size: bytes of a file; dtype: of the export's weights, None: the stored ones.
-    UserError if `out` exists, a value has no place in the dtype, there is no space, or another process is at it.
+    UserError if `out` exists, a value has no place in the dtype, there is no space, or another process is at it; also
+    if a file of the newest checkpoint has other bytes than its manifest says. One that is cut off is passed over.
     GateError if what was made is not the same model.
     """
     from megamm.convert import gate, tensors
 
     if out.exists():
         raise UserError("the output exists", where=out, remedy="remove it or choose another")
-    folder = find_checkpoint(run_or_checkpoint)
+    folder = find_checkpoint(run_or_checkpoint, _SMALL)
     state = checkpoint.read_state(folder)
     config = config_from_dict(state.config, where=folder)
     vocabulary = Vocabulary.from_json(state.vocabulary)
@@ -107,7 +111,7 @@ def export(
     media = [codec for name, codec in config.tokenizers.items() if name != "text"]
     codecs = sum(f.stat().st_size for codec in media for f in codec.rglob("*") if f.is_file())
     with Work(planned, out, nproc, more=codecs) as work:
-        work.fill()
+        _fill(work, folder)
         if len(planned.files) > 1:
             files.write(work.folder / f"{WEIGHTS}.index.json", [planned.index()])
         _write_beside(work.folder, family, config, vocabulary, planned.dtypes[-1][1])
@@ -118,6 +122,25 @@ def export(
         gate.end(folder, work.folder, work.folder, checks, nproc)
         work.publish()
     return out
+
+
+def _fill(work: Work, source: Path) -> None:
+    """Fill it from a checkpoint, then compare that with its digests: so it comes from the disk once.
+
+    Of a damaged one nothing is kept; damage is also what is told where it has led to another error.
+    """
+    failed: UserError | None = None
+    try:
+        work.fill()
+    except UserError as error:
+        failed = error
+    try:
+        checkpoint.verify(source)
+    except UserError:
+        files.remove_tree(work.place)
+        raise
+    if failed is not None:
+        raise failed
 
 
 def _tell(planned: Conversion, dtypes: Sequence[tuple[torch.dtype, torch.dtype]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint import index
+from megamm.checkpoint import index, manifest
 from megamm.checkpoint.blocks import Block, Shape
 from megamm.checkpoint.index import Stored
 from megamm.checkpoint.pieces import Pieces
@@ -59,7 +59,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Export:
-    """A plan.Conversion. tensors: the folder of a verified checkpoint's."""
+    """A plan.Conversion. tensors: the folder of a checkpoint's."""
 
     tensors: Path
     entries: tuple[mapping.Entry, ...]
@@ -111,7 +111,7 @@ def plan(
     dtype: torch.dtype | None,
     shard_size: int,
 ) -> Export:
-    """Of a verified checkpoint's folder. UserError for tensors that are missing or have no place in the family."""
+    """Of a checkpoint's folder. UserError for tensors that are missing or have no place in the family."""
     tensors = step / "tensors"
     stored = {name: found for name, found in index.read(tensors).items() if not name.startswith("optimizer.")}
     groups = list(mapping.groups(entries, m))
@@ -129,9 +129,11 @@ def plan(
         files[name] = [Item(len(begin), begin), *(item for unit in ordered for item in unit.items())]
     placed = {name: file for file, shard in zip(files, shards, strict=True) for u in shard for name, _, _ in u.tensors}
     headers = hashlib.sha256(b"".join(items[0].what for items in files.values())).hexdigest()
-    source = hashlib.sha256((step / "manifest.json").read_bytes()).hexdigest()
+    source = hashlib.sha256((step / manifest.NAME).read_bytes()).hexdigest()
+    # A damaged file that is mended while a killed conversion lies there keeps size and digest.
+    changed = max(file.stat().st_ctime_ns for file in tensors.iterdir())
     dtypes = tuple((unit.stored_as, written) for unit in units for _, written, _ in unit.tensors)
-    return Export(tensors, entries, m, files, placed, dtypes, f"{source} {headers}")
+    return Export(tensors, entries, m, files, placed, dtypes, f"{source} {changed} {headers}")
 
 
 def _unit(group: Group, stored: Stored, m: ModelConfig, vocabulary_size: int, dtype: torch.dtype | None) -> Unit:
