@@ -110,9 +110,9 @@ def slow(run, pid):
     subprocess.Popen([sys.executable, "-S", "-c", code, str(pid), *times], start_new_session=True)
 
 
-def newest_checkpoint(run):
+def newest_checkpoint(run, seconds=2.0):
     """Of those that are whole, once there are two, one to go on from: a save is written while steps go on."""
-    end = time.monotonic() + 2
+    end = time.monotonic() + seconds
     while len(found := _whole(run)) < 2:
         if time.monotonic() > end:
             raise LookupError("there is no second checkpoint to go on from")
@@ -120,10 +120,14 @@ def newest_checkpoint(run):
     return found[-1]
 
 
-def kill_once_saved(run, pid):
-    """Once a checkpoint may be damaged: a save that this kill cuts off might leave but one."""
-    newest_checkpoint(run)
-    kill(pid)
+def once_saved(act):
+    """Once a checkpoint may be damaged, or is sure to be there: a save that a kill cuts off might leave but one."""
+
+    def wait(run, pid):
+        newest_checkpoint(run, seconds=30)
+        act(run, pid)
+
+    return wait
 
 
 def _whole(run):
@@ -197,7 +201,7 @@ def empty_disk(run):
 
 OUTSIDE = {
     "sigkill": lambda run, pid: kill(pid),
-    "sigkill_once_saved": kill_once_saved,
+    "sigkill_once_saved": once_saved(lambda run, pid: kill(pid)),
     "sigstop": lambda run, pid: os.kill(pid, signal.SIGSTOP),
     "slow": slow,
     "kill_template": kill_above(1),
@@ -205,6 +209,7 @@ OUTSIDE = {
     "kill_fork_server": lambda run, pid: kill(beside_template(pid, "megamm.resilience.fork_server")),
     "stop_fork_server": lambda run, pid: os.kill(beside_template(pid, "megamm.resilience.fork_server"), signal.SIGSTOP),
     "kill_command": kill_above(2),
+    "kill_command_once_saved": once_saved(kill_above(2)),
     "own_signal": lambda run, pid: os.kill(pid, signal.SIGUSR1),
     "sigterm": lambda run, pid: os.kill(parent(parent(pid)), signal.SIGTERM),
     "kill_loader": lambda run, pid: kill(loader_worker(pid)),

@@ -37,7 +37,7 @@ def run(tmp_path_factory) -> Path:
     train = {"steps": STEPS, "global_batch": 4, "micro_batch": 1, "log_every": 2, "eval_every": 8}
     config = write_config(folder, folder / "run", train=train, checkpoint={"every": 5})
     output = folder / "run"
-    env = with_faults("kill_command@data:15:0:0", environment())
+    env = with_faults("kill_command_once_saved@data:15:0:0", environment())
     killed = subprocess.run([sys.executable, "-m", "megamm", "train", str(config)], env=env)
     assert killed.returncode == -signal.SIGKILL
     done = megamm("train", config)

@@ -98,7 +98,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     output = data / "killed"
     config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "resilience.max_restarts=0", "--nproc", "2"]
-    env = with_faults("sigkill@step:6:1:0", environment())
+    env = with_faults("sigkill_once_saved@step:6:1:0", environment())
     killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert killed.returncode == 1
     last = killed.stderr.splitlines()[-1]
