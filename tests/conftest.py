@@ -5,6 +5,7 @@ from typing import NamedTuple
 import emulated
 import fault_matrix
 import pytest
+import shared
 import torch
 
 from megamm import device
@@ -19,11 +20,17 @@ def harness():
         yield harness
 
 
+@pytest.fixture(scope="session", autouse=True)
+def shared_folders(tmp_path_factory):
+    """Tests share folders with those of the other workers (tests/lib/shared.py)."""
+    shared.begin(tmp_path_factory.getbasetemp())
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """A folder with tiny data and the run "undisturbed": what runs with faults, beside it, are compared with."""
     folder = tmp_path_factory.mktemp("undisturbed") / "runs"
-    fault_matrix.undisturbed(folder)
+    shared.copy("undisturbed", fault_matrix.undisturbed, folder)
     return folder
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import shared
 import torch
 import yaml
 from PIL import Image, ImageDraw
@@ -25,6 +26,10 @@ NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door",
 
 def make_data(folder: Path) -> None:
     """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,visual} (an untrained codec)."""
+    shared.copy("tiny-data", _build_data, folder)
+
+
+def _build_data(folder: Path) -> None:
     raw = folder / "raw" / "drawn"
     raw.mkdir(parents=True)
     with (raw / "samples.jsonl").open("w") as pairs:

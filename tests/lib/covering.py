@@ -1,0 +1,50 @@
+"""A covering array: few rows in which every two values of two factors meet, instead of the product of all factors.
+
+Most faults of a composition come from two of its parts (D. R. Kuhn et al., IEEE TSE 30(6), 2004): rows that hold every
+pair find these, and a failing row is reduced to its pair by leaving out one part after the other.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations, product
+
+Row = dict[str, str]
+Pair = frozenset[tuple[str, str]]
+
+
+def pairs_of(row: Mapping[str, str]) -> set[Pair]:
+    """Every two (factor, value) of the row."""
+    return {frozenset(two) for two in combinations(row.items(), 2)}
+
+
+def wanted(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) -> list[tuple[Pair, Row]]:
+    """The pairs that can be had, each with the row that has nothing else: all other factors at their first value."""
+    plain = {name: values[0] for name, values in factors.items()}
+    found: dict[Pair, Row] = {}
+    for a, b in combinations(factors, 2):
+        for x, y in product(factors[a], factors[b]):
+            row = plain | {a: x, b: y}
+            if admits(row):
+                found[frozenset({(a, x), (b, y)})] = row
+    return list(found.items())
+
+
+def rows(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) -> list[Row]:
+    """Admitted rows that hold every pair of `wanted`; the same for the same input.
+
+    Each row begins with a pair that no row has yet, and takes for one factor after the other the value that adds most.
+    """
+    pairs = wanted(factors, admits)
+    left = {pair for pair, _ in pairs}
+    found = []
+    for pair, start in pairs:
+        if pair not in left:
+            continue
+        row = start
+        free = [name for name in factors if name not in dict(pair)]
+        for name in free:
+            options = [row | {name: value} for value in factors[name]]
+            options.sort(key=lambda option: -len(pairs_of(option) & left))  # stable: the first of equals stays first
+            row = next(option for option in options if option == row or admits(option))
+        left -= pairs_of(row)
+        found.append(row)
+    return found

@@ -1,0 +1,43 @@
+"""Folders that several test files want with the same content: made once in a session of pytest, by all its workers.
+
+The first worker that asks makes the folder, the others wait for it; nobody changes what is in it. Who wants to, or runs
+beside it, takes a copy.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+_session: Path | None = None
+"""The folder of the session, set by conftest.py."""
+
+
+def begin(own: Path) -> None:
+    """Take the temporary folder of this worker's tests; those of pytest-xdist's workers are in one of the session."""
+    global _session
+    _session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def shared(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder of that name, which `make` creates and fills; a call that fails is repeated by the next who asks."""
+    assert _session is not None, "conftest.py begins the session"
+    folder = _session / "shared" / name
+    folder.parent.mkdir(exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            part = folder.with_suffix(".part")
+            shutil.rmtree(part, ignore_errors=True)
+            make(part)
+            part.rename(folder)
+    return folder
+
+
+def copy(name: str, make: Callable[[Path], None], to: Path) -> None:
+    """Fill `to` with what is in the shared folder; outside of a session of pytest, `make` does it there."""
+    if _session is None:
+        make(to)
+    else:
+        shutil.copytree(shared(name, make), to, symlinks=True, dirs_exist_ok=True)
