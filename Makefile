@@ -86,7 +86,7 @@ parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 rando
 # What tests/test_faults.py samples, in full. Outcomes are kept in out/faults: remove that to have all of them again.
 .PHONY: faults
 faults: $(VENV)/installed  ## every fault in every phase of a run; writes docs/faults.md
-	$(PYTEST_ENV) $(PY) tests/fault_matrix.py --out out/faults --table docs/faults.md
+	$(PYTEST_ENV) $(PY) tests/lib/fault_matrix.py --out out/faults --table docs/faults.md
 
 OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy_kernels))
 
