@@ -13,8 +13,10 @@ PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/pyt
 
 VENV := .venv
 VENV_LATEST := .venv-latest
+VENV_DOCS := .venv-docs
 PY := $(VENV)/bin/python
 PY_LATEST := $(VENV_LATEST)/bin/python
+PY_DOCS := $(VENV_DOCS)/bin/python
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
@@ -110,6 +112,18 @@ sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory acces
 demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
 	$(PY) tools/demo.py --out out/demo
 
+# The API pages are read from the sources, so the environment needs neither torch nor megamm.
+.PHONY: docs
+docs: $(VENV_DOCS)/installed  ## the documentation site in site/; warnings and dead links are errors
+	$(PY_DOCS) -m mkdocs build --strict --clean
+
+$(VENV_DOCS)/installed: requirements/docs.txt
+	@sh tools/system_packages.sh "$(PYTHON)"
+	@test "$$($(PY_DOCS) -V 2>/dev/null)" = "$$("$(PYTHON)" -V)" || "$(PYTHON)" -m venv --clear $(VENV_DOCS)
+	$(PY_DOCS) $(PIP_INSTALL) -r requirements/docs.txt
+	$(PY_DOCS) -m pip check
+	@touch $@
+
 .PHONY: bench
 bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
 	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py here" >&2; exit 2; }
@@ -117,9 +131,9 @@ bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/resul
 
 .PHONY: clean
 clean:  ## remove build products and caches; environments and out/ stay
-	rm -rf build megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build site megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 .PHONY: distclean
 distclean: clean  ## clean, and remove the environments too
-	rm -rf $(VENV) $(VENV_LATEST)
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_DOCS)
