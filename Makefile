@@ -97,6 +97,11 @@ sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory acces
 demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
 	$(PY) tools/demo.py --out out/demo
 
+.PHONY: build
+build: $(VENV)/installed  ## a sdist, and a wheel made of it, in dist/
+	rm -rf dist
+	$(PY) -m build --no-isolation
+
 .PHONY: bench
 bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
 	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py here" >&2; exit 2; }
@@ -104,7 +109,7 @@ bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/resul
 
 .PHONY: clean
 clean:  ## remove build products and caches; environments and out/ stay
-	rm -rf build megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 .PHONY: distclean
