@@ -124,6 +124,11 @@ $(VENV_DOCS)/installed: requirements/docs.txt
 	$(PY_DOCS) -m pip check
 	@touch $@
 
+.PHONY: build
+build: $(VENV)/installed  ## a sdist, and a wheel made of it, in dist/
+	rm -rf dist
+	$(PY) -m build --no-isolation
+
 .PHONY: bench
 bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
 	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py here" >&2; exit 2; }
@@ -131,7 +136,7 @@ bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/resul
 
 .PHONY: clean
 clean:  ## remove build products and caches; environments and out/ stay
-	rm -rf build site megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf build dist site megamm.egg-info .mypy_cache .ruff_cache .pytest_cache
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 .PHONY: distclean

@@ -5,7 +5,9 @@ a working environment is rebuilt pin by pin (`make venv`).
 
 csrc/ becomes megamm/_csrc.so: its CPU kernels wherever there are torch and a C++ compiler, its CUDA kernels too
 where nvcc and a GPU build of torch are there. Without, the install is complete, on torch's own operators. What was
-decided is printed (`pip install -v`), and at run time by `megamm doctor` and the first lines of a run. Environment:
+decided is printed (`pip install -v`), and at run time by `megamm doctor` and the first lines of a run. The library is
+not a Python module and uses torch's stable ABI, so one wheel serves every supported Python: py3-none-PLATFORM. examples/
+and launchers/ are installed below share/megamm of the environment. Environment:
   MEGAMM_CUDA_ARCHS   compute capabilities, default "90a 90+PTX" (Hopper; as PTX whatever comes later)
 """
 
@@ -17,8 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).parent
+PYTHON_REQUIRES = ">=3.11,<3.13"
+"""Also in megamm/__main__.py and tools/system_packages.sh, which must say so where nothing can be installed."""
 
 
 def version() -> str:
@@ -117,6 +122,8 @@ EXTRAS_REQUIRE = {
         "accelerate>=1.1,<2",
         # The figures of benchmarks/ and of the demo.
         "matplotlib>=3.10,<4",
+        # `make build`: a sdist, and a wheel from it.
+        "build>=1.2,<2",
     ],
 }
 
@@ -126,6 +133,16 @@ CXX_FLAGS += ["-Wno-unused-parameter"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "-Werror=all-warnings"]
 # The oldest torch that setup.py allows: a build needs none of the newer functions.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def shared_files() -> list[tuple[str, list[str]]]:
+    """Folder of the environment -> files: what a user without a checkout copies and edits."""
+    folders: dict[str, list[str]] = {}
+    for top in ("examples", "launchers"):
+        for path in sorted(Path(top).rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                folders.setdefault(f"share/megamm/{path.parent}", []).append(str(path))
+    return sorted(folders.items())
 
 
 def arch_flags(archs: str) -> list[str]:
@@ -141,6 +158,14 @@ def toolkit_folders(nvcc: str) -> list[str]:
     """Folders that nvcc links from: torch guesses them from nvcc's place on PATH, where a toolkit need not be."""
     said = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     return re.findall(r'"-L([^"]+)"', said)
+
+
+class AnyPython(bdist_wheel):
+    """A wheel that a platform's every supported Python can install."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """py3-none, where the build's own Python would be: csrc/ is not linked with Python."""
+        return "py3", "none", super().get_tag()[2]
 
 
 def extensions() -> dict[str, Any]:
@@ -170,7 +195,7 @@ def extensions() -> dict[str, Any]:
     module = kind("megamm._csrc", sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
     # It is a library of operators that torch loads; no Python module, hence free of Python's version.
     build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=bool(shutil.which("ninja")))
-    return {"ext_modules": [module], "cmdclass": {"build_ext": build}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build, "bdist_wheel": AnyPython}}
 
 
 setup(
@@ -179,10 +204,19 @@ setup(
     description="Pretraining of any-to-any multimodal models on Megatron-core, from a laptop CPU to a cluster",
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
-    python_requires=">=3.11",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=PYTHON_REQUIRES,
     packages=find_packages(include=["megamm", "megamm.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
-    entry_points={"console_scripts": ["megamm = megamm.cli:main"]},
+    entry_points={"console_scripts": ["megamm = megamm.__main__:main"]},
+    data_files=shared_files(),
     **extensions(),
 )

@@ -1,3 +1,3 @@
 """megamm: pretraining of any-to-any multimodal models on Megatron-core, from a laptop CPU to a cluster."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

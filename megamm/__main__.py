@@ -1,6 +1,25 @@
-"""`python -m megamm` is the `megamm` command (torchrun starts it this way)."""
+"""The `megamm` command and `python -m megamm` (torchrun starts it this way), on a Python that megamm supports."""
 
-from megamm.cli import main
+import sys
+
+SUPPORTED = ((3, 11), (3, 12))
+"""Versions of Python; setup.py has the same as a range."""
+
+
+def main() -> None:
+    """Run the command; another Python gets one line and exit code 2."""
+    if sys.version_info[:2] not in SUPPORTED:
+        found = ".".join(map(str, sys.version_info[:3]))
+        print(
+            f"error: megamm needs Python 3.11 or 3.12, not {found} ({sys.executable}): install it there",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    # Imported here: on another Python this would end in a SyntaxError or a missing package.
+    from megamm import cli
+
+    cli.main()
+
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make sure of what pip cannot bring, a C++ compiler and a Python that can make environments:
+# Make sure of what pip cannot bring, a C++ compiler and a supported Python that can make environments:
 # `sh tools/system_packages.sh PYTHON`.
 #
 # Python is probed by using it, so nothing is installed where it is already there. What is missing is installed
@@ -8,8 +8,19 @@
 set -eu
 python=$1
 
+supported="3.11 or 3.12"  # as in setup.py
+
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)
+case $version in
+3.11 | 3.12 | "") ;;
+*)
+    echo "error: $python is Python $version, megamm needs $supported: make PYTHON=/path/to/python3.11" >&2
+    exit 2
+    ;;
+esac
+
 missing=""
-if ! "$python" -c "" 2>/dev/null; then
+if [ -z "$version" ]; then
     missing=" $python $python-venv"
 elif ! "$python" -c "import ensurepip, venv" 2>/dev/null; then
     # Debian splits venv off; another Python's venv comes with it and does not get here.
@@ -21,7 +32,7 @@ command -v "${CXX:-c++}" >/dev/null || missing="$missing g++"
 
 case $missing in
 */*)
-    echo "error: $python does not run; give the path of a Python 3.11 or newer: make PYTHON=..." >&2
+    echo "error: $python does not run; give the path of a Python $supported: make PYTHON=/path/to/python3.11" >&2
     exit 2
     ;;
 esac
@@ -41,6 +52,6 @@ echo "installing with apt-get:$missing"
 $as_root apt-get update -qq
 # shellcheck disable=SC2086  # $missing is a list
 $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null || {
-    echo "error: apt-get could not install$missing; give another Python 3.11 or newer: make PYTHON=..." >&2
+    echo "error: apt-get could not install$missing; give another Python $supported: make PYTHON=/path/to/python3.11" >&2
     exit 2
 }

@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megamm.resilience.processes import threads, without_blas_threads
+
 _GRACE = 1.0  # seconds in which ranks beside a crashed one may still say something of their own
 
 
@@ -61,7 +63,8 @@ class Worlds:
         context = multiprocessing.get_context("spawn")
         self._connection, far = context.Pipe()
         self._process = context.Process(target=_serve, args=(far,))
-        self._process.start()
+        with without_blas_threads():
+            self._process.start()
         far.close()
 
     def __enter__(self) -> "Worlds":
@@ -158,7 +161,7 @@ def _serve(connection: Connection) -> None:
             job: _Job = connection.recv()
         except EOFError:
             return
-        assert len(list(Path("/proc/self/task").glob("*"))) <= 1, "a fork copies one thread only"
+        assert len(threads()) == 1, f"a fork copies one thread only, and there are {threads()}"
         with tempfile.TemporaryDirectory(prefix="megamm-world-") as folder:
             world = _World(job, Path(folder))
             answer = world.answer()

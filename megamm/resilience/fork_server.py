@@ -144,7 +144,9 @@ class ForkServer:
 
 
 def preload(device: Literal["auto", "cpu", "gpu"], engine: str) -> None:
-    """Import what ranks use, for the device they will choose."""
+    """Import what ranks use, for the device they will choose. Starts no threads."""
+    with processes.without_blas_threads():
+        import numpy  # noqa: F401
     # Imported here: the command imports this module for its side, and stays small.
     from megamm import device as devices
     from megamm.cli.common import log_to_console

@@ -8,7 +8,8 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
@@ -40,6 +41,30 @@ def ignore_stop_signals() -> None:
     """Leave these to the command: a scheduler may send them to every process of a job."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def without_blas_threads() -> Iterator[None]:
+    """Start a process, or import numpy and scipy for the first time, without the threads of their OpenBLAS.
+
+    OpenBLAS starts one thread a core when it is loaded, unless OPENBLAS_NUM_THREADS or OMP_NUM_THREADS is 1. A process
+    that forks must not have them: a fork copies the calling thread only.
+    """
+    key = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
+
+
+def threads() -> list[str]:
+    """Names of this process's threads as the kernel lists them, also those that libraries have started."""
+    return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
 def children(process: int) -> list[int]:
