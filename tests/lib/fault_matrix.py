@@ -215,10 +215,10 @@ def _shown(cell: dict) -> str:
 
 HEAD = """# Fault matrix
 
-Written by `make faults` (tests/lib/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), with two
-gloo ranks and a tiny model. In each run one kind of fault is injected in one phase after the other. A run passes only
-if it finishes automatically with the losses, gradient norms, learning rates, last checkpoint and rows of a run without
-faults, bit for bit; otherwise it is marked.
+Written by `make faults` (tests/lib/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), with
+two gloo ranks and a tiny model. In each run one kind of fault is injected in one phase after the other. A run passes
+only if it finishes automatically with the losses, gradient norms, learning rates, last checkpoint and rows of a run
+without faults, bit for bit; otherwise it is marked.
 
 Cells are seconds: from the fault to its detection + from there to the next finished step (start-up: to the start of
 the first step). A hang is detected after {hang} s + twice a step (`resilience.hang_seconds`). "continues": no restart.
