@@ -111,13 +111,13 @@ def everything() -> dict[str, Case]:
     return singles() | pairs() | with_features()
 
 
-HEADER = """# Which layouts are proven
+HEADER = """# Verified layouts
 
-Each cell is a composition that ran as real gloo processes in float32, with the compiled operators of csrc/, beside
-one rank with plain torch's, the same weights and the same global batch: losses of each modality within 1e-6, every
-gradient, the gradient norm and every parameter after one step and after the last within 1e-5, the same tokens for
-every expert (megamm/parity). Random compositions of up to eight ranks: `tools/parity.py --fuzz 200 --seed 1`. This
-file is written by `make parity`.
+Each cell is a layout that ran as real gloo processes in float32 with the compiled operators of csrc/. It is compared
+with one rank that uses plain torch operators, the same weights and the same global batch. Required: losses of each
+modality within 1e-6; every gradient, the gradient norm and every parameter after one step and after the last within
+1e-5; the same tokens for every expert (megamm/parity). Random layouts of up to eight ranks:
+`tools/parity.py --fuzz 200 --seed 1`. This file is written by `make parity`.
 
 - **proven**: the numbers are those of one rank.
 - **refused (n)**: `megamm train` ends with exit code 2 and the reason below, before any GPU time is spent.

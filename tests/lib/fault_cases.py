@@ -34,20 +34,20 @@ class Kind:
 
 
 _OWN = [p for p in ALL if p != "during a save"]
-_THREAD = "what the rank's main thread does, which is in a step while a save is written"
-_WORKERS = "there is no loader worker before the first step, and none has to do with saves"
+_THREAD = "it acts in the rank's main thread, which runs a step while a save is written"
+_WORKERS = "there is no loader worker before the first step, and saves do not use them"
 _WRITER = "there is no writer before the first save"
-_FORKED = "ranks that are there need it no more, whatever they do"
-_FOLDER = "there is no checkpoint yet, or (during a save) none but the last, which the evaluation's case has"
-_SAME = "; before a save it is as idle as in the steady state"
+_FORKED = "running ranks do not need it in any phase"
+_FOLDER = "there is no checkpoint yet, or (during a save) only the last one, which the evaluation case covers"
+_SAME = "; before a save it is idle as in the steady state"
 _WRITES = ["steady state", "evaluation", "during a save"]
 _KILLED = ["steady state", "during a save"]
-_ALIKE = "; elsewhere it is as in the steady state, and three saves in a row that fail stop a run"
+_ALIKE = "; other phases equal the steady state, and three failed saves in a row stop a run"
 _RUNNING = ["start-up", "steady state", "restart"]
 _STEPS = ["first step", "steady state"]
 _LOADER = [*_STEPS, "evaluation"]
 _FOLDERS = ["steady state", "before a save", "restart", "evaluation"]
-_KEPT = "there is nothing in the tier yet, or (during a save) all of it is older"
+_KEPT = "the tier is still empty, or (during a save) contains only older steps"
 KINDS = {
     "sigkill": Kind("kill -9 of a rank", ALL),
     "sigstop": Kind("SIGSTOP of a rank", ALL),
@@ -67,7 +67,7 @@ KINDS = {
     "stop_writer": Kind("SIGSTOP of a checkpoint writer", _WRITES, _WRITER + _SAME),
     "truncate": Kind("newest checkpoint truncated, kill -9", _FOLDERS, _FOLDER),
     "bit_flip": Kind("bit flipped in the newest checkpoint, kill -9", _FOLDERS, _FOLDER),
-    "fill_disk": Kind("full disk", ["before a save"], "only a save writes much", False, small_disk=True),
+    "fill_disk": Kind("full disk", ["before a save"], "only a save writes large files", False, small_disk=True),
     "nan": Kind("NaN in one rank's gradient", _STEPS, "only steps have gradients", restarts=False),
     "clock": Kind("time of day jumps by 2 h", _OWN, _THREAD, restarts=False),
     "local_sigkill": Kind("kill -9 of a rank, with a local tier", ALL, local_tier=True, fault="sigkill"),
@@ -86,7 +86,7 @@ KINDS = {
 
 NODES = {
     "lost_store": "kill -9 of the agent that hosts the rendezvous store, two nodes",
-    "network_cut": "the network between two nodes is cut until that is seen",
+    "network_cut": "the network between two nodes is cut until it is detected",
 }
 """By fault_nodes.py, in the steady state."""
 

@@ -196,7 +196,7 @@ def table(folder: Path) -> str:
         *lines,
         "",
     ]
-    parts += ["Cells are empty where there is nothing to be hurt:", ""]
+    parts += ["Empty cells: the fault does not apply in that phase.", ""]
     parts += [f"- {kind.what}: {kind.elsewhere}" for name, kind in KINDS.items() if name in found and kind.elsewhere]
     if wrong := [
         f"- {what[name]}: {'; '.join(found[name]['wrong'])}" for name in what if found.get(name, {}).get("wrong")
@@ -209,19 +209,19 @@ def _shown(cell: dict) -> str:
     if not cell["was_injected"]:
         return "not reached"
     if cell["cause"] is None:
-        return "goes on"
+        return "continues"
     return f"{cell['detection']:.1f} + " + ("?" if cell["recovery"] is None else f"{cell['recovery']:.1f}")
 
 
-HEAD = """# Faults and what becomes of a run
+HEAD = """# Fault matrix
 
-Written by `make faults` (tests/lib/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), two
-gloo ranks, a tiny model. Each run suffers one kind of fault in one phase after the other, and counts only if it ends by
-itself with the losses, grad norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit;
-otherwise it is marked.
+Written by `make faults` (tests/lib/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), with
+two gloo ranks and a tiny model. In each run one kind of fault is injected in one phase after the other. A run passes
+only if it finishes automatically with the losses, gradient norms, learning rates, last checkpoint and rows of a run
+without faults, bit for bit; otherwise it is marked.
 
-Seconds: from the fault until it is seen + from then until the next finished step (start-up: until the first step
-begins). A hang is told after {hang} s + twice a step, `resilience.hang_seconds`. "goes on": no restart is needed.
+Cells are seconds: from the fault to its detection + from there to the next finished step (start-up: to the start of
+the first step). A hang is detected after {hang} s + twice a step (`resilience.hang_seconds`). "continues": no restart.
 """
 
 
