@@ -169,6 +169,8 @@ def slurm(entry: Entry, command: str, folder: Path) -> None:
 
 
 HOST = {"HOST": "127.0.0.1"}
+MANY = HOST | {"$": " train.global_batch=32 train.micro_batch=1"}
+"""For 32 ranks a row each: the tiny CONFIG has fewer."""
 LONG = "trains for minutes by default: a few steps here"
 ENTRIES = [
     # What cannot be done here as it is typed.
