@@ -25,7 +25,7 @@ from megamm.data.row_reader import Recipe, RowReader
 from megamm.data.row_stream import RowStream
 from megamm.data.sample import Batch
 from megamm.errors import UserError
-from megamm.resilience.processes import die_with_parent
+from megamm.resilience.processes import die_with_parent, without_blas_threads
 
 RowCost = Callable[[Sequence[int]], float]
 """Estimated cost of a row (any unit) from the lengths of its documents."""
@@ -85,7 +85,8 @@ class Loader:
         """The microbatches of the next global batch. UserError for damaged data and for a worker that died."""
         begin = time.monotonic()
         if self._batches is None:
-            self._batches = iter(self._data_loader())
+            with without_blas_threads():  # starts the server of the workers, which forks them
+                self._batches = iter(self._data_loader())
         batches = [self._next(self._batches) for _ in range(self.global_batch // (self.micro_batch * self.data_size))]
         self.figures = self._planned.popleft()
         self.consumed_rows += self.global_batch

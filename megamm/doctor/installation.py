@@ -98,10 +98,27 @@ def _software() -> dict[str, str]:
     return {
         "python": f"{platform.python_version()}, {platform.system()} {platform.machine()}",
         "megamm": megamm.__version__,
+        "examples, launchers": str(_shared_folder() or "not installed"),
         "torch": f"{torch.__version__}, built for {device.torch_build()}",
         "megatron-core": f"{_version('megatron-core') or 'not installed'}, "
         f"supported {ranges.get('megatron-core', 'unknown')}",
     }
+
+
+def _shared_folder() -> Path | None:
+    """Where examples/ and launchers/ are: in the checkout, else where pip has put them; None where it has not."""
+    checkout = Path(megamm.__file__).parents[1]
+    if (checkout / "launchers").is_dir():
+        return checkout
+    try:
+        files = importlib.metadata.files("megamm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        environment, found, _ = str(Path(file.locate()).resolve()).rpartition("/share/megamm/launchers/")
+        if found:
+            return Path(environment) / "share" / "megamm"
+    return None
 
 
 def _machine() -> dict[str, str]:

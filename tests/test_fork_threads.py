@@ -1,0 +1,43 @@
+"""What forks has one thread, however many OpenBLAS would start in it: a fork copies the calling thread only."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from documented_workshop import environment
+from tiny_run import ROOT
+
+THREADS = {"OPENBLAS_NUM_THREADS": "4"}
+"""As on a machine of four cores where nothing is set; OpenBLAS never starts more than there are cores."""
+
+
+def run(folder, *command):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *command],
+        cwd=ROOT,
+        env=environment(folder) | THREADS,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+COUNT = "from megamm.resilience import fork_server, processes; {}; print(len(processes.threads()))"
+
+
+@pytest.mark.parametrize(
+    ("loads", "threads"),
+    [("fork_server.preload('cpu', 'native')", 1), ("import numpy", min(4, len(os.sched_getaffinity(0))))],
+    ids=["fork server", "numpy"],
+)
+def test_what_a_rank_is_forked_from_has_one_thread(loads, threads, tmp_path):
+    """The second case shows that the first can fail."""
+    assert run(tmp_path, "-c", COUNT.format(loads)).split()[-1] == str(threads)
+
+
+def test_worlds_fork_where_no_number_of_threads_is_set(tmp_path):
+    """The server asserts before each fork that it has one thread: tools/parity.py ended there."""
+    assert "proven" in run(tmp_path, "tools/parity.py", "--case", "world=2 mix=mixed")
