@@ -8,9 +8,11 @@ its loss after its own, in nats per token of the second part, averaged over samp
 second part is read off the first: the other sample is of the same source, so its style gives nothing away, and of
 another normalised noun where there is one. Of a sample with more parts than two, every two are such a pair. The
 standard error is over nouns, because the variants of one noun (skin tones, plurals) are no independent samples
-(cluster-robust: Liang & Zeger 1986).
+(cluster-robust: Liang & Zeger 1986). Where the build's report says by which rule each sample is held out
+(data/heldout.py), the gains of each rule stand apart too.
 """
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -50,13 +52,17 @@ class PairGain:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss and tokens by modality, pair_gain by direction ("text_to_image"); step is that of the weights."""
+    """loss and tokens by modality, pair_gain by direction ("text_to_image"); step is that of the weights.
+
+    pair_gain_by_rule: the same of the samples that are held out by one rule, "noun" or "combination".
+    """
 
     step: int
     samples: int
     loss: dict[str, float]
     tokens: dict[str, int]
     pair_gain: dict[str, PairGain]
+    pair_gain_by_rule: dict[str, dict[str, PairGain]]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -79,6 +85,8 @@ class _Pair:
     own: Document
     other: Document
     noun: str
+    rule: str | None
+    """By which rule it is held out; None: its source has no report of it."""
 
 
 def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
@@ -98,19 +106,32 @@ def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None,
         samples += len(fitting)
         documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
         whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
-        pairs += list(_pairs(export, whole, np.random.default_rng([seed, number])))
+        pairs += list(_pairs(export, whole, heldout_rules(source), np.random.default_rng([seed, number])))
     if not samples:
         raise UserError("no held-out sample", where=", ".join(map(str, sources)), remedy="build more data")
     scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
     sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
     found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]
+    second = scores.second[len(documents) :].reshape(-1, 4)
+    rules = sorted({pair.rule for pair in pairs if pair.rule is not None})
+    of_rule = {rule: [i for i, pair in enumerate(pairs) if pair.rule == rule] for rule in rules}
     return Evaluation(
         step=export.step,
         samples=samples,
         loss={name: float(sums[m] / counts[m]) for m, name in found},
         tokens={name: int(counts[m]) for m, name in found},
-        pair_gain=_pair_gains(pairs, scores.second[len(documents) :].reshape(-1, 4)),
+        pair_gain=_pair_gains(pairs, second),
+        pair_gain_by_rule={rule: _pair_gains([pairs[i] for i in of], second[of]) for rule, of in of_rule.items()},
     )
+
+
+def heldout_rules(source: Path) -> dict[str, str]:
+    """Key -> rule by which it is held out, as the report of the build in SHARDS/<source> has it; {} without one."""
+    report = source / "report.json"
+    if not report.is_file():
+        return {}
+    by_rule = json.loads(report.read_bytes()).get("heldout_by", {})  # older builds have no such field
+    return {key: rule for rule, keys in by_rule.items() for key in keys}
 
 
 def _orders(document: Document) -> list[Document]:
@@ -138,7 +159,9 @@ def _score(export: Exported, documents: list[Document]) -> _Scores:
     return _Scores(sums[which], counts[which], second[which])
 
 
-def _pairs(export: Exported, documents: list[Document], rng: np.random.Generator) -> Iterator[_Pair]:
+def _pairs(
+    export: Exported, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
+) -> Iterator[_Pair]:
     """Every two parts of every sample of one source with their partners; what would not fit into a row is left out."""
     by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
     for document in documents:
@@ -150,7 +173,7 @@ def _pairs(export: Exported, documents: list[Document], rng: np.random.Generator
         if len(same) < 2:
             continue
         for own, other in enumerate(partners([noun for _, noun in same], rng)):
-            pair = _Pair(same[own][0], same[other][0], same[own][1])
+            pair = _Pair(same[own][0], same[other][0], same[own][1], rules.get(same[own][0].key))
             every = [*_orders(pair.own), *_mixed(pair)]
             if all(_length(document) <= export.config.data.seq_length for document in every):
                 yield pair
@@ -231,9 +254,15 @@ def summary_lines(figures: dict[str, Any]) -> Iterator[str]:
     yield f"step {figures['step']}, {figures['samples']} held-out samples, both orders"
     for name, loss in figures["loss"].items():
         yield f"loss {name}: {loss:.4f} nats/token over {figures['tokens'][name]} tokens"
-    for direction, gain in figures["pair_gain"].items():
+    rules = [(f", held out by {rule}", gains) for rule, gains in figures["pair_gain_by_rule"].items()]
+    for which, gains in [("", figures["pair_gain"]), *(rules if len(rules) > 1 else [])]:
+        yield from _gain_lines(which, gains)
+
+
+def _gain_lines(which: str, gains: dict[str, Any]) -> Iterator[str]:
+    for direction, gain in gains.items():
         error = "unknown" if gain["standard_error"] is None else f"{gain['standard_error']:.4f}"
         yield (
-            f"pair gain {direction}: {gain['mean']:+.4f} nats/token (standard error {error}), "
+            f"pair gain {direction}{which}: {gain['mean']:+.4f} nats/token (standard error {error}), "
             f"above 0 for {gain['positive_share']:.0%} of {gain['samples']} samples, {gain['nouns']} nouns"
         )

@@ -8,7 +8,9 @@ Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator an item, so an
 the batch that it is in.
 """
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +218,79 @@ def generate_files(
     if out is not None:
         _write([export.modalities[target].write_media(medium) for medium in made], target, out)
     return made
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a file of requests: make the modality `target` from `source`, and write it to `out`."""
+
+    source: Medium
+    modality: str
+    target: str
+    out: Path
+
+
+def read_requests(file: Path) -> list[Request]:
+    """The requests in a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
+
+    Relative paths are below the folder of `file`. UserError names the first line that is not a request, an output
+    that exists or is named twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the requests: {error}", where=file, remedy="name a readable file") from error
+    requests: list[Request] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            requests.append(_request(line, f"{file}:{number}", file.parent))
+    if not requests:
+        raise UserError("no request", where=file, remedy='write a line {"prompt": TEXT, "to": "image", "out": FILE}')
+    for out, count in Counter(request.out for request in requests).items():
+        if count > 1:
+            raise UserError(f"{count} requests write the same file", where=out, remedy="give each its own `out`")
+    return requests
+
+
+def _request(line: str, where: str, folder: Path) -> Request:
+    remedy = 'write {"prompt": TEXT, "to": "image", "out": FILE}, or "from": FILE in place of "prompt"'
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where, remedy=remedy) from error
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise UserError("not an object of texts", where=where, remedy=remedy)
+    given = {"prompt", "from"} & set(entry)
+    if len(given) != 1 or set(entry) - given != {"to", "out"}:
+        raise UserError(f"keys {', '.join(sorted(entry)) or 'missing'}", where=where, remedy=remedy)
+    if entry["to"] not in REGISTRY:
+        remedy = f"the modalities are {', '.join(REGISTRY)}"
+        raise UserError(f"no modality {entry['to']!r}", where=where, remedy=remedy)
+    out = folder / entry["out"]
+    _check_out(out, entry["to"], 1)
+    if "prompt" in entry:
+        return Request(Medium.of_prompt(entry["prompt"]), "text", entry["to"], out)
+    path = folder / entry["from"]
+    return Request(Medium.of_file(path), modality_of(path), entry["to"], out)
+
+
+def generate_requests(folder: Path, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
+    """Generate what is asked for with the export in `folder`, the requests of one direction in batches.
+
+    Within a direction, item i is drawn with seed + i. UserError before any model is loaded if an input is unfit.
+    """
+    directions: dict[tuple[str, str], list[Request]] = {}
+    for request in requests:
+        directions.setdefault((request.modality, request.target), []).append(request)
+    for (source, _), same in directions.items():
+        _check_media(source, [request.source for request in same])
+    export = open_export(folder, device)
+    for (source, target), same in directions.items():
+        reader = _modality(export, source)
+        media = [reader.read_media(request.source.data, request.source.extension) for request in same]
+        made = generate(export, media, source, target, sampling)
+        for request, medium in zip(same, made, strict=True):
+            _write([export.modalities[target].write_media(medium)], target, request.out)
 
 
 def _modality(export: Exported, name: str) -> Modality:

@@ -17,7 +17,7 @@ import matplotlib
 import torch
 import transformers
 from demo_media import show
-from demo_samples import PAIRS
+from demo_samples import PAIRS, SHOWN
 
 from megamm import metrics
 from megamm.data.run_data import load_modalities
@@ -87,7 +87,7 @@ def _gains(summary: dict[str, Any]) -> str:
     head = ["direction", "gain, nats/token", "standard error", "samples", "nouns", "samples above 0"]
     note = (
         "Loss of the second part after another sample's first part, minus its loss after its own. Above zero, one part "
-        "tells of the other. Subjects (nouns) of held-out samples never occur in training."
+        "tells of the other. Held out are new combinations of words that all occur in training."
     )
     return page.section("Pair gain on held-out samples", note, page.table(head, rows))
 
@@ -153,7 +153,8 @@ def _closing(out: Path, summary: dict[str, Any]) -> str:
 def write_report(out: Path) -> Path:
     """Write OUT/report.html from what the demo left in OUT."""
     summary = json.loads((out / "summary.json").read_text())
-    shown = json.loads((out / "stages" / "generate.json").read_text())["details"]
+    named = json.loads((out / "stages" / "generate.json").read_text())["details"]["combination"]
+    shown = {pair: files[:SHOWN] for pair, files in named.items()}
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
     codecs = load_modalities(folders, torch.device("cpu"))
     body = (

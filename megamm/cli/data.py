@@ -38,6 +38,9 @@ def build_shards(
         Form, typer.Option("--from", help="how the raw data lie; samples: with a samples.jsonl")
     ] = "samples",
     heldout: Annotated[float, typer.Option(help="share of the nouns that is held out")] = 0.05,
+    heldout_combinations: Annotated[
+        float, typer.Option(help="share of the other captions, of words that all occur in training")
+    ] = 0.0,
     max_broken: Annotated[float, typer.Option(help="share of broken samples above which nothing is written")] = 0.02,
     limit: Annotated[int | None, typer.Option(help="take a random subset of so many samples a source")] = None,
     image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
@@ -71,7 +74,7 @@ def build_shards(
         max_clipped=max_clipped,
         mask_pii=mask_pii,
     )
-    options = BuildOptions(heldout, max_broken, limit, image_size, form, curation)
+    options = BuildOptions(heldout, heldout_combinations, max_broken, limit, image_size, form, curation)
     for report in build(raws, to, options):
         print(report.summary())
     print(f"{to}/report.json names every sample that was left out")

@@ -46,10 +46,13 @@ def evaluate_export(
 @app.command()
 def generate(
     export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
-    to: Annotated[str, typer.Option(help="modality to make: text, image, audio, video, points")],
+    to: Annotated[str | None, typer.Option(help="modality to make: text, image, audio, video, points")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="text to start from; may be repeated")] = None,
     file: Annotated[list[Path] | None, typer.Option("--from", help="file to start from; may be repeated")] = None,
     out: Annotated[Path | None, typer.Option(help="file to write; for several inputs a folder")] = None,
+    requests: Annotated[
+        Path | None, typer.Option(help='JSON lines {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}')
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 1.0,
     top_k: Annotated[int, typer.Option(help="draw from so many tokens; 0 is off")] = 0,
     top_p: Annotated[float, typer.Option(help="draw from this share of the probability")] = 1.0,
@@ -59,14 +62,24 @@ def generate(
 ) -> None:
     """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
     from megamm.device import choose
-    from megamm.generate import Medium, Sampling, generate_files, modality_of
+    from megamm.generate import Medium, Sampling, generate_files, generate_requests, modality_of, read_requests
 
     log_to_console()
+    sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)
+    if requests is not None:
+        if prompt or file or to is not None or out is not None:
+            remedy = "give --requests alone; each of its lines names input, modality and output"
+            raise UserError("--requests with --prompt, --from, --to or --out", remedy=remedy)
+        asked = read_requests(requests)
+        generate_requests(export, asked, sampling, choose(device).torch_device)
+        print(f"{requests}: {len(asked)} generated")
+        return
+    if to is None:
+        raise UserError("no modality to make", remedy="give --to, or --requests")
     sources = {*(["text"] if prompt else []), *map(modality_of, file or [])}
     if len(sources) != 1:
         raise UserError("give --prompt, or --from with files of one modality", remedy="start from one modality")
     inputs = [Medium.of_prompt(p) for p in prompt or []] + [Medium.of_file(f) for f in file or []]
-    sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)
     source = sources.pop()
     made = generate_files(export, inputs, source, to, out, sampling, choose(device).torch_device)
     print(*(made if out is None else [f"{out}: {len(made)} {to}"]), sep="\n")

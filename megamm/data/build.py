@@ -6,6 +6,7 @@ reason) and `ATTRIBUTION.md`; SHARDS has both merged. A sample's parts are membe
 one `<key>.<number>.<ext>`, each in the folder of its modality.
 Every medium is decoded fully; equal samples are kept once; a noun, and a medium, is in one split only. Same input,
 same bytes. The order in each split is that of the SHA-256 of the keys, so that --limit takes a random subset.
+Two rules hold samples out (data/heldout.py): by noun, and by combination of words that all occur in training.
 """
 
 import hashlib
@@ -25,8 +26,8 @@ from pathlib import Path
 from megamm.data import curation
 from megamm.data.build_report import Report, merge_reports
 from megamm.data.curation import CurationOptions, NearDuplicates
+from megamm.data.heldout import Heldout
 from megamm.data.media_check import CheckedSample, Checks, LeftOut, check_sample
-from megamm.data.nouns import is_heldout
 from megamm.data.readers import READERS, media_root, source_name
 from megamm.data.samples import Broken, RawSample
 from megamm.data.shards import ShardWriter
@@ -44,12 +45,14 @@ _AHEAD = 32
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """heldout: share of nouns; max_broken: share of samples; limit: samples a source; image_size: pixels (drawings).
+    """heldout: share of nouns; heldout_combinations: share of the captions of the other nouns; max_broken: share of
+    samples; limit: samples a source; image_size: pixels (drawings).
 
     form: how the raw data lie (`readers.READERS`); curation: the rules that samples have to pass.
     """
 
     heldout: float = 0.05
+    heldout_combinations: float = 0.0
     max_broken: float = 0.02
     limit: int | None = None
     image_size: int = 128
@@ -57,7 +60,7 @@ class BuildOptions:
     curation: CurationOptions = field(default_factory=CurationOptions)
 
     def __post_init__(self) -> None:
-        for name in ("heldout", "max_broken"):
+        for name in ("heldout", "heldout_combinations", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a share between 0 and 1")
         if self.image_size < 1 or (self.limit is not None and self.limit < 1):
@@ -132,7 +135,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     report = Report(source_name(raw), curation=curation.parameters(options.curation))
     folder, spool = work / report.source, work / f".{report.source}.spool"
     spool.mkdir()
-    samples = _read(raw, spool, options, report)
+    samples, heldout = _read(raw, spool, options, report)
     checks = Checks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
     with ExitStack() as stack:
         writers = _SplitWriters(folder, stack)
@@ -140,12 +143,14 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
             if isinstance(checked, LeftOut):
                 report.leave_out(checked.rule, checked.what, checked.reason)
                 continue
-            split = "heldout" if is_heldout(sample.noun, options.heldout) else "train"
+            split = "heldout" if sample.key in heldout else "train"
             if refused := seen.admit(f"{report.source}/{sample.key}", checked, split):
                 report.leave_out(refused[0], sample.key, refused[1])
                 continue
             writers.add(split, sample, checked)
             report.count(split, checked)
+            if split == "heldout":
+                report.heldout_by[heldout.rule(sample.key)].append(sample.key)
         broken = len(report.left_out["broken"])
         if broken > options.max_broken * report.samples:
             what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
@@ -158,8 +163,8 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     return report
 
 
-def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> list[RawSample]:
-    """The usable samples in the order of the build; the report gets the others and the number of all."""
+def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tuple[list[RawSample], Heldout]:
+    """The usable samples in the order of the build, and which are held out; the report gets the others' number."""
     samples: dict[str, RawSample] = {}
     broken: list[Broken] = []
     ignored: Counter[str] = Counter()
@@ -174,15 +179,16 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> list
     for entry in broken:
         report.leave_out("broken", entry.what, entry.reason)
     chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
+    heldout = Heldout.of([samples[key] for key in chosen], options.heldout, options.heldout_combinations)
     # What is to be trained on first: of two samples that share a medium, the held-out one goes.
-    chosen.sort(key=lambda key: is_heldout(samples[key].noun, options.heldout))
+    chosen.sort(key=heldout.__contains__)
     report.samples = len(chosen) + len(broken)
     report.ignored_fields = dict(sorted(ignored.items()))
     if ignored:
         logger.warning("%s: fields that mean nothing here: %s", report.source, ", ".join(report.ignored_fields))
     if not chosen:
         raise UserError("no usable sample", where=raw, remedy=report.first_reason())
-    return [samples[key] for key in chosen]
+    return [samples[key] for key in chosen], heldout
 
 
 def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> Iterator[CheckedSample | LeftOut]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megamm.data import heldout
 from megamm.data.curation import RULES
 from megamm.data.media_check import CheckedSample
 
@@ -19,7 +20,10 @@ LEFT_OUT = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
 
 @dataclass
 class Report:
-    """What became of one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality."""
+    """What became of one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality.
+
+    heldout_by: the keys of the held-out samples by the rule that holds them out (data/heldout.py).
+    """
 
     source: str
     curation: dict[str, Any]
@@ -30,6 +34,7 @@ class Report:
     media_bytes: Counter[str] = field(default_factory=Counter)
     masked: Counter[str] = field(default_factory=Counter)
     ignored_fields: dict[str, int] = field(default_factory=dict)
+    heldout_by: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in heldout.RULES})
     left_out: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {rule: [] for rule in LEFT_OUT})
 
     def leave_out(self, rule: str, what: str, reason: str) -> None:

@@ -15,13 +15,15 @@ from megamm.data.sources.asterisk import write_asterisk
 from megamm.data.sources.attribution import write_attribution
 from megamm.data.sources.bunny import write_bunny
 from megamm.data.sources.clipart import write_clipart
-from megamm.data.sources.emoji import write_emoji
+from megamm.data.sources.digits import write_digits
+from megamm.data.sources.emoji import write_emoji, write_emoji_variants
 from megamm.data.sources.furniture import write_furniture
 from megamm.data.sources.gimp import write_gimp
 from megamm.data.sources.gnome import write_gnome
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
+from megamm.data.sources.things import write_things
 from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.data.sources.wesnoth import write_wesnoth
 from megamm.errors import UserError
@@ -52,6 +54,31 @@ _MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16dea
 SOURCES = {
     "emoji": Source(
         ("fonts-noto-color-emoji",), 9.9, "SIL OFL 1.1", "3,780 emoji pictures with their English names", write_emoji
+    ),
+    "emoji-variants": Source(
+        ("fonts-noto-color-emoji",),
+        9.9,
+        "SIL OFL 1.1",
+        "some 500 pictures of people and hands, with profession or hair, gender and skin as caption",
+        write_emoji_variants,
+    ),
+    "digits": Source(
+        (
+            *("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
+            *("asterisk-core-sounds-fr-g722", "asterisk-core-sounds-fr"),
+            *("asterisk-core-sounds-es-g722", "asterisk-core-sounds-es"),
+        ),
+        34.5,
+        "CC-BY-SA 3.0",
+        "720 sequences of three spoken digits, joined from recordings in English, French and Spanish",
+        write_digits,
+    ),
+    "things": Source(
+        ("sweethome3d",),
+        17.0,
+        "GPL-2+ or CC-BY 3.0",
+        "24 models of furniture in two poses and eight headings, and turning: clouds, pictures, videos, attributes",
+        write_things,
     ),
     "clipart": Source(
         ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
@@ -129,10 +156,11 @@ SOURCES = {
 }
 
 STARTERS = {
+    "combinations": ("emoji-variants", "digits", "things"),
     "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "fortunes"),
     "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "blendswap", "pingus", "gnome", "fortunes"),
 }
-"""Sets to begin with: at most 200 MB of downloads, and at most 120."""
+"""Sets to begin with. combinations: few words in many combinations, 62 MB; the others: at most 200 MB, and 120."""
 
 
 def expand(names: list[str]) -> list[str]:
@@ -158,6 +186,7 @@ def is_fetched(name: str, raw: Path) -> bool:
 def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
     """Fetch one source to raw/name; returns that folder and the number of samples, None if it was there already."""
     (name,) = expand([name])
+    raw = raw.resolve()  # apt-get and dpkg-deb run in another folder
     source, target = SOURCES[name], raw / name
     if is_fetched(name, raw):
         return target, None

@@ -38,7 +38,7 @@ def write_asterisk(package: Path, target: Path) -> list[RawSample]:
             if not recording.is_file():
                 continue
             key = f"asterisk-{language}-" + re.sub(r"[^A-Za-z0-9_]+", "-", name)
-            write_flac(target / "audio" / f"{key}.flac", _decode(recording), SAMPLE_RATE)
+            write_flac(target / "audio" / f"{key}.flac", decode_recording(recording), SAMPLE_RATE)
             parts = (RawPart("audio", f"audio/{key}.flac"), RawPart("text", transcript))
             noun = nouns.setdefault(name, normalise_noun(transcript))
             samples.append(RawSample(key, noun, parts, ordered=False))
@@ -52,7 +52,7 @@ def read_transcripts(text: str) -> dict[str, str]:
     return {name: words for name, words in cleaned.items() if words and not words.startswith(_REMARK)}
 
 
-def _decode(path: Path) -> np.ndarray:
+def decode_recording(path: Path) -> np.ndarray:
     """int16 [samples] at 16 kHz; the coding has no header, so the format is named."""
     import av
 

@@ -137,7 +137,7 @@ def _make(job: Job, target: Path) -> list[RawSample] | str:
     """Write one model's media and return its samples, or why it has none."""
     with zipfile.ZipFile(job.catalogue) as archive:
         try:
-            mesh = _load(archive, job.piece.model, own_materials(archive))
+            mesh = load_model(archive, job.piece.model, own_materials(archive))
             surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
         except (ValueError, KeyError, IndexError) as error:
             return str(error)
@@ -186,7 +186,8 @@ def own_materials(archive: zipfile.ZipFile) -> bytes:
     return b"\n".join(_MATERIALS.findall(archive.read(name))) if name in archive.namelist() else b""
 
 
-def _load(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Scene":
+def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Scene":
+    """A Wavefront OBJ model of a catalogue. ValueError, KeyError or IndexError if it is broken."""
     import trimesh
 
     text = archive.read(model)

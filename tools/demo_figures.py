@@ -1,0 +1,185 @@
+"""What the demo's model got right, in figures, each with its number of samples and a 95 % interval.
+
+In: OUT/heldout and OUT/generated (demo_samples.py), the shards and the export's codecs. Out, for each direction:
+- `exact`: share of the texts that are exactly the real one's.
+- `attributes`: share of samples whose attribute is right. A text's are its parts between commas, or the words of a
+  sequence without commas; a medium's are those of its nearest real medium, of all of the same sources, training and
+  held out. `reading`: the same of the real held-out media, encoded and decoded by the codec: how far the nearest real
+  medium can be trusted.
+- `retrieval`: share of the generated media whose own real medium is the nearest (`r1`), or among the five nearest
+  (`r5`), of the real media of all prompts; `chance_r1`, `chance_r5`.
+Nearest is the least distance of the features below. Intervals: Wilson 1927.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo_samples import asked, directions, made_file
+
+from megamm.codecs.points import halve
+from megamm.data.run_data import load_modalities
+from megamm.data.shards import ShardFolder
+from megamm.modalities.base import Modality, UnreadableMedia
+
+GENDERS, POSES = ("man", "woman"), ("upright", "lying")
+SPEEDS = ("slowly", "fast")
+Z = 1.959964
+"""Of the normal distribution: 95 % lie within."""
+_PATCHES, _SPECTRA = 64, 24
+
+
+def attributes(caption: str) -> dict[str, str]:
+    """Name -> value of what a caption of the demo's sources says, in its order."""
+    parts = [part.strip() for part in caption.split(",")]
+    if len(parts) == 1:
+        return {f"word {i}": word for i, word in enumerate(caption.split(), start=1)}
+    return {_name(part): part for part in parts}
+
+
+def _name(part: str) -> str:
+    """What kind of attribute a part of a caption is."""
+    words = part.split()
+    if words[-1:] == ["skin"]:
+        return "skin"
+    if words[:1] in (["facing"], ["turning"]):
+        return "heading" if words[0] == "facing" else "direction"
+    for name, values in (("gender", GENDERS), ("pose", POSES), ("speed", SPEEDS)):
+        if part in values:
+            return name
+    return "subject"
+
+
+def share(right: Sequence[bool]) -> dict[str, Any]:
+    """How many of how many, the share and its Wilson interval."""
+    n, hits = len(right), sum(right)
+    if n == 0:
+        return {"n": 0, "right": 0, "share": None, "interval": None}
+    p = hits / n
+    middle, width = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    interval = [(middle - width) / (1 + Z**2 / n), (middle + width) / (1 + Z**2 / n)]
+    return {"n": n, "right": hits, "share": p, "interval": [max(0.0, interval[0]), min(1.0, interval[1])]}
+
+
+def of_attributes(real: Sequence[str], read: Sequence[str]) -> dict[str, Any]:
+    """Of each attribute of the real captions, the share that the captions `read` have too."""
+    right: dict[str, list[bool]] = {}
+    for wanted, found in zip(real, read, strict=True):
+        values = attributes(found)
+        for name, value in attributes(wanted).items():
+            right.setdefault(name, []).append(values.get(name) == value)
+    return {name: share(values) for name, values in right.items()}
+
+
+def feature(modality: Modality, medium: Any) -> np.ndarray:
+    """A vector of a medium: pixels, pixels of frames, log-mel spectra over the clip's length, means of patches."""
+    if modality.name == "image":
+        return medium.astype(np.float32).ravel() / 255
+    if modality.name == "video":
+        frames = medium[np.linspace(0, len(medium) - 1, 9).round().astype(int)]
+        return frames.astype(np.float32).ravel() / 255
+    if modality.name == "points":
+        patches = halve(torch.from_numpy(np.ascontiguousarray(medium))[None], _PATCHES)[0].mean(1)
+        return torch.cat([patches[:, :3], 0.5 * patches[:, 6:]], dim=1).flatten().numpy()
+    assert modality.name == "audio", modality.name
+    codec: Any = modality
+    mel = codec.codec.mel(codec.codec.padded(torch.from_numpy(np.ascontiguousarray(medium)))[None])
+    return torch.nn.functional.interpolate(mel, _SPECTRA, mode="linear", align_corners=True)[0].flatten().numpy()
+
+
+class RealMedia:
+    """All real media of a modality that have a caption, of both splits: their features and captions."""
+
+    def __init__(self, modality: Modality, sources: list[Path]) -> None:
+        self.modality = modality
+        self.captions: list[str] = []
+        features = []
+        for folder in (source / split for source in sources for split in ("train", "heldout")):
+            if not (folder / modality.name).is_dir():
+                continue
+            shards, texts = ShardFolder(folder / modality.name), ShardFolder(folder / "text")
+            number = {key: i for i, key in enumerate(texts.keys)}
+            for i, key in enumerate(shards.keys):
+                features.append(feature(modality, modality.read_media(shards.read(i), shards.extensions[i])))
+                self.captions.append(texts.read(number[key]).decode())
+        self.features = np.stack(features)
+
+    def read(self, medium: Any) -> str:
+        """The caption of the real medium nearest to this one."""
+        return self.captions[int(_distances(self.features, feature(self.modality, medium)).argmin())]
+
+
+def _distances(features: np.ndarray, one: np.ndarray) -> np.ndarray:
+    """Squared distances of features `[N, D]` to one `[D]`."""
+    return np.square(features - one).sum(1)
+
+
+def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> dict[str, Any]:
+    """Among the real media of all prompts, is that of its own prompt the nearest to what was made, or of the five?"""
+    features = np.stack([feature(modality, medium) for medium in real])
+    ranks = []
+    for i, medium in enumerate(made):
+        if medium is None:
+            ranks.append(len(real))
+            continue
+        distance = _distances(features, feature(modality, medium))
+        ranks.append(int((distance < distance[i]).sum()))
+    n = len(real)
+    chances = {"chance_r1": 1 / n, "chance_r5": min(1.0, 5 / n)}
+    return {"r1": share([r < 1 for r in ranks]), "r5": share([r < 5 for r in ranks]), **chances}
+
+
+def figures(out: Path, sources: list[Path], named: dict[str, Any]) -> dict[str, Any]:
+    """{rule: {direction: figures}} of what lies in OUT/generated; named: as demo_samples.write_heldout gives it."""
+    folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
+    modalities = load_modalities(folders, torch.device("cpu"))
+    galleries: dict[str, RealMedia] = {}
+    result: dict[str, Any] = {}
+    for rule, pairs in named.items():
+        result[rule] = {}
+        for pair, source, target in directions():
+            samples = pairs[pair][: asked(rule, target)]
+            if not samples:
+                continue
+            files = [out / made_file(rule, source, target, i) for i in range(len(samples))]
+            if target == "text":
+                result[rule][f"{source}_to_text"] = _of_texts(out, samples, files)
+                continue
+            if target not in galleries:
+                galleries[target] = RealMedia(modalities[target], sources)
+            made = _of_media(out, samples, files, modalities[target], galleries[target])
+            result[rule][f"{source}_to_{target}"] = made
+    return result
+
+
+def _of_texts(out: Path, samples: list[dict[str, str]], files: list[Path]) -> dict[str, Any]:
+    real = [(out / names["text"]).read_text(encoding="utf-8").strip() for names in samples]
+    made = [file.read_text(encoding="utf-8").strip() for file in files]
+    exact = share([m == r for m, r in zip(made, real, strict=True)])
+    return {"exact": exact, "attributes": of_attributes(real, made)}
+
+
+def _of_media(
+    out: Path, samples: list[dict[str, str]], files: list[Path], modality: Modality, gallery: RealMedia
+) -> dict[str, Any]:
+    real = [_read(modality, out / names[modality.name]) for names in samples]
+    made = [_read(modality, file) for file in files]
+    result = {"retrieval": retrieval(modality, made, real)}
+    if all("text" in names for names in samples):
+        captions = [(out / names["text"]).read_text(encoding="utf-8").strip() for names in samples]
+        rebuilt = [modality.decode(ids) for ids in modality.encode(real)]
+        read = ["" if medium is None else gallery.read(medium) for medium in made]
+        result["attributes"] = of_attributes(captions, read)
+        result["reading"] = of_attributes(captions, [gallery.read(medium) for medium in rebuilt])
+    return result
+
+
+def _read(modality: Modality, file: Path) -> Any:
+    """A file's medium; None if it cannot be used: a model may make silence."""
+    try:
+        return modality.read_media(file.read_bytes(), file.suffix[1:])
+    except UnreadableMedia:
+        return None
