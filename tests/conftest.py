@@ -6,10 +6,18 @@ import emulated
 import fault_matrix
 import pytest
 import torch
+import warm
 
 from megamm import device
 from megamm.ops import library
 from megamm.parity.harness import Harness
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_server():
+    """Commands start from a process that has imported megamm (warm.py): it ends with the session."""
+    yield
+    warm.close()
 
 
 @pytest.fixture(scope="session")
