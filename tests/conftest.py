@@ -7,12 +7,20 @@ import fault_matrix
 import pytest
 import shared
 import torch
+import warm
 
 from megamm import device
 from megamm.ops import library
 from megamm.parity.harness import Harness
 
 pytest_plugins = ["suite"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_server():
+    """Commands start from a process that has imported megamm (warm.py): it ends with the session."""
+    yield
+    warm.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """The whole path on all modalities at once, a toy sixth one among them: raw files to every output from every input."""
 
 import json
-import subprocess
 import sys
 from itertools import permutations
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from media_samples import example, make_codecs
 from tiny_run import ROOT, environment
@@ -99,7 +99,7 @@ def made(tmp_path_factory):
         patch.setitem(REGISTRY, "smell", SmellModality)
         (folder / "commands.json").write_text(json.dumps(commands_of(folder)))
     command = [sys.executable, str(ROOT / "tests" / "any_to_any.py"), str(folder / "commands.json")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+    done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder
 

@@ -6,12 +6,12 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from checkpoint_folders import make_checkpoint, write_manifest
 from tiny_run import environment, make_data, megamm, write_config
 from torch.distributed.checkpoint import FileSystemReader, load
@@ -39,7 +39,7 @@ def trained(tmp_path_factory) -> Path:
     config = write_config(folder, folder / "run", train=TRAIN, checkpoint=section)
     secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "MY_TOKEN": SECRET}
     command = [sys.executable, "-m", "megamm", "train", str(config)]
-    done = subprocess.run(command, env=environment() | secrets, capture_output=True, text=True, timeout=240)
+    done = warm.run(command, env=environment() | secrets, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     (folder / "printed").write_text(done.stdout + done.stderr)
     return folder

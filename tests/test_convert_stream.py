@@ -9,7 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import warm
 from family_models import MODELS, SEQUENCE, read_model, write_model
 from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
 from tiny_run import environment
@@ -188,7 +188,7 @@ def test_killed_at_any_time_it_goes_on_and_nothing_half_has_the_name(
     script, memory = Path(__file__).parent / "lib" / "convert_kills.py", Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         command = [sys.executable, script, kind, moe / source, Path(folder, "out"), "10", "--nproc", nproc]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["kills"] == 10 and found["resumed"] > 2, found
@@ -359,7 +359,7 @@ def test_memory_is_a_group_and_half_a_gigabyte(tmp_path: Path) -> None:
     assert size > group + 500_000_000
     for kind, source, out in (("import", "hf", "run"), ("export", "run", "out")):
         command = [sys.executable, "-c", LARGEST_RSS, kind, str(tmp_path / source), str(tmp_path / out)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+        done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         peak = int(done.stdout.split()[-1])
         assert peak <= group + 500_000_000, f"{kind}: {peak:,}"

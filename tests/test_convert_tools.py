@@ -8,12 +8,12 @@ import os
 import re
 import shutil
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from checkpoint_folders import write_blocks, write_manifest
 from native_folders import convert, edit, make_native, make_pair
 from safetensors.torch import load_file, save_file
@@ -378,7 +378,7 @@ def test_the_script_is_the_command_and_ends_with_2(export, tmp_path):
     pickled(export)
     script = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
     command = [*script, "import", str(export), str(tmp_path / "run")]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert "pytorch_model.bin is a pickle" in line and "save_pretrained elsewhere" in line

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 from typer.testing import CliRunner
 
@@ -162,7 +163,7 @@ def test_broken_gpu_packages_leave_a_cpu_run_alone(data):
     config = write_config(data, data / "run", train={"steps": 1}, optimizer={"warmup_steps": 0})
     command = [sys.executable, "-m", "megamm", "train", str(config)]
     env = environment() | {"PYTHONPATH": f"{ROOT}:{broken}"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    done = warm.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Transformer Engine: of unknown version, not used on a CPU; " in done.stderr
     assert "apex: of unknown version, not used on a CPU; Adam is torch's fused AdamW" in done.stderr

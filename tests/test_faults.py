@@ -11,6 +11,7 @@ import fault_matrix
 import fault_nodes
 import faults
 import pytest
+import warm
 from fault_matrix import Cell
 from tiny_run import environment
 
@@ -50,12 +51,12 @@ def test_a_run_goes_on_by_itself_as_if_undisturbed(folder, suffered):
 def test_the_tool_injects_into_a_run_that_knows_nothing_of_it(folder):
     """Rank 0 is held in a save, so that the tool comes in time."""
     command, env = fault_matrix.prepare(folder, "outside", ">pause@save:6:0:*")
-    process = subprocess.Popen([*command, "--nproc", "2"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+    process = warm.start([*command, "--nproc", "2"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
         fault_nodes.wait_for((folder / "outside.records" / "paused").exists)
         tool = [sys.executable, faults.__file__, str(folder / "outside")]
         tool += ["--kind", "sigkill", "--phase", "save", "--step", "5", "--rank", "0"]
-        done = subprocess.run(tool, env=environment(), capture_output=True, text=True, timeout=60)
+        done = warm.run(tool, env=environment(), capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and "rank 0" in done.stdout and ", save, step 6" in done.stdout, done
         assert process.wait(timeout=fault_matrix.TIMEOUT) == 0
     finally:

@@ -5,12 +5,12 @@ import errno
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+import warm
 from fault_matrix import TRAIN
 from faults import environment as with_faults
 from local_tier_worker import COPIED, look
@@ -51,7 +51,7 @@ class Run:
         command = [sys.executable, "-m", "megamm", "train", str(self.config), *options]
         with (self.folder / f"{node}.log").open("w") as log:
             env = self.env | {"NODE": str(self.folder / node)}
-            self.commands.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+            self.commands.append(warm.start(command, env=env, stdout=log, stderr=log))
 
     def wait(self):
         codes = [command.wait(timeout=240) for command in self.commands]

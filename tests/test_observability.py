@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 import urllib.request
@@ -12,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import warm
 from faults import environment as with_faults
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
@@ -38,7 +38,7 @@ def run(tmp_path_factory) -> Path:
     config = write_config(folder, folder / "run", train=train, checkpoint={"every": 5})
     output = folder / "run"
     env = with_faults("kill_command_once_saved@data:15:0:0", environment())
-    killed = subprocess.run([sys.executable, "-m", "megamm", "train", str(config)], env=env)
+    killed = warm.run([sys.executable, "-m", "megamm", "train", str(config)], env=env)
     assert killed.returncode == -signal.SIGKILL
     done = megamm("train", config)
     assert done.returncode == 0, done.stderr

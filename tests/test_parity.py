@@ -1,12 +1,12 @@
 """The parity harness itself: it names faults, finds what is missing, and says how a world hung or crashed."""
 
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import parity_faults as faults
 import pytest
+import warm
 
 from megamm.errors import UserError
 from megamm.parity import fuzz, harness, matrix
@@ -215,8 +215,8 @@ def test_the_table_shows_what_the_matrix_proves_and_refuses():
 
 def test_the_tool_proves_refuses_and_counts():
     tool = [sys.executable, str(ROOT / "tools" / "parity.py")]
-    done = subprocess.run([*tool, "--fuzz", "4", "--seed", "2", "--max-ranks", "2"], capture_output=True, text=True)
+    done = warm.run([*tool, "--fuzz", "4", "--seed", "2", "--max-ranks", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 mismatches" in done.stdout
-    wrong = subprocess.run([*tool, "--case", "tensor"], capture_output=True, text=True)
+    wrong = warm.run([*tool, "--case", "tensor"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)

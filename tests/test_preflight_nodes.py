@@ -13,6 +13,7 @@ import threading
 import time
 
 import pytest
+import warm
 from ports import free_port
 from tiny_run import ROOT, environment
 
@@ -54,7 +55,7 @@ def nodes(tmp_path_factory):
     for name, fault in faults.items():
         output = "/proc/run" if name == "full" else folder / "run"
         command = [sys.executable, "-m", "megamm", "doctor", "--json", "--nnodes", "5", "--rendezvous", endpoint]
-        started[name] = subprocess.Popen(
+        started[name] = warm.start(
             [*command, "--output", str(output)],
             env=environment() | fault | {"SLURMD_NODENAME": name},
             stdout=subprocess.PIPE,
@@ -109,7 +110,7 @@ def test_the_node_of_the_rendezvous_has_all(nodes):
 
 def test_a_node_that_does_not_come(tmp_path):
     command = [sys.executable, "-m", "megamm", "doctor", "--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}"]
-    done = subprocess.run([*command, "--join", "0.2"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+    done = warm.run([*command, "--join", "0.2"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "network: only 1 of 2 nodes came in time; look at the node of 127.0.0.1:" in line
@@ -179,7 +180,7 @@ def test_no_place_to_meet(tmp_path):
         ("a:b:c", 2, "error: --rendezvous: "),
         ("no.invalid:1", 1, "no.invalid:1 does not ans"),
     ):
-        done = subprocess.run([*command, endpoint], env=environment(), cwd=tmp_path, capture_output=True, text=True)
+        done = warm.run([*command, endpoint], env=environment(), cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
         assert what in done.stderr
 

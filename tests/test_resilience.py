@@ -3,13 +3,13 @@
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import warm
 from faults import environment as with_faults
 from ports import free_port
 from tiny_run import environment, make_data, numbers, write_config
@@ -49,7 +49,7 @@ def start(config, *options, faults=None):
     env["NODE"] = str(config.with_suffix(f".{number}.node"))
     with config.with_suffix(f".{number}.log").open("w") as log:
         command = [sys.executable, "-m", "megamm", "train", str(config), *map(str, options)]
-        COMMANDS.append(subprocess.Popen(command, env=env, stdout=log, stderr=log))
+        COMMANDS.append(warm.start(command, env=env, stdout=log, stderr=log))
     return COMMANDS[-1]
 
 

@@ -8,7 +8,6 @@ sequence with what an epoch is.
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -18,6 +17,7 @@ import loader_worker
 import numpy as np
 import psutil
 import pytest
+import warm
 from tiny_run import environment
 
 from megamm.data.mixture import WINDOW
@@ -60,7 +60,7 @@ def run_world(folder, name, size, state, *, kill_after=0, steps=1_000_000, weigh
     path = folder / f"{name}.json"
     path.write_text(json.dumps(spec | state | rank_options))
     worker = [sys.executable, str(Path(loader_worker.__file__)), str(path)]
-    ranks = [subprocess.Popen([*worker, str(rank)], env=environment()) for rank in range(size)]
+    ranks = [warm.start([*worker, str(rank)], env=environment()) for rank in range(size)]
     logs = [folder / f"{name}.rank{rank}.jsonl" for rank in range(size)]
     children = []
     if kill_after:

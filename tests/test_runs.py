@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import warm
 from faults import environment as with_faults
 from tiny_run import environment, make_data, megamm, write_config
 
@@ -163,11 +164,11 @@ def followed(tmp_path_factory):
     config = write_config(folder, folder / "run", train={"steps": 6}, checkpoint={"every": 2})
     command = [sys.executable, "-m", "megamm"]
     env = with_faults("sigkill@step:4:0:0", environment())
-    run = subprocess.Popen([*command, "train", str(config)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    run = warm.start([*command, "train", str(config)], env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (folder / "run" / events.EVENTS).exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    follower = subprocess.run(
+    follower = warm.run(
         [*command, "attach", str(folder / "run"), "--json"], env=environment(), capture_output=True, text=True
     )
     _, error = run.communicate()

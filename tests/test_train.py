@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from faults import environment as with_faults
 from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import environment, make_data, megamm, numbers, write_config
@@ -71,7 +71,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "resilience.max_restarts=0", "--nproc", "2"]
     env = with_faults("sigkill_once_saved@step:6:1:0", environment())
-    killed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    killed = warm.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert killed.returncode == 1
     last = killed.stderr.splitlines()[-1]
     assert "error: gave up: rank 1: signal 9 (SIGKILL), at step " in last, killed.stderr

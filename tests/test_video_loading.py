@@ -15,6 +15,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import warm
 from codec_data import shape_video, video_bytes
 from typer.testing import CliRunner
 from video_worker import SIZES, digests
@@ -224,7 +225,7 @@ def test_batches_threads_and_starts_change_no_bit(decoder, folder):
 def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
     undisturbed = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
     command = [sys.executable, Path(__file__).parent / "lib" / "video_worker.py", folder, decoder[0], "2", "2", "0"]
-    process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = warm.start(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen, state = [], 0
     for _ in range(3):  # the fourth batch is being decoded by then
         process.stdin.write("\n")

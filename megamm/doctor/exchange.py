@@ -19,6 +19,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
+from megamm.resilience import processes
+
 STARTUP, LIMIT = 90.0, 60.0
 """Seconds until a new process has done its first group, and for every further one."""
 BYTES = {"gloo": 2**22, "nccl": 2**28}
@@ -85,8 +87,8 @@ class _Workers:
             env = os.environ | {"LOCAL_RANK": str(index)}
             if job.host in ("127.0.0.1", "localhost"):
                 env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__],
+            process = processes.start_module(
+                __name__,
                 env=env,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from megamm.doctor.findings import Finding
+from megamm.resilience import processes
 
 LIMIT = 60.0
 """Seconds that a probe may take."""
@@ -23,9 +24,8 @@ def probe(module: str, check: str, remedy: str, limit: float = LIMIT, **argument
 
     check, remedy: of that fault.
     """
-    command = [sys.executable, "-m", __name__, module]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    process = processes.start_module(
+        __name__, module, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         out, err = process.communicate(json.dumps(arguments), timeout=limit)

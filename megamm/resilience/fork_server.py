@@ -93,10 +93,10 @@ class ForkServer:
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
-        command = [sys.executable, "-m", __name__, str(its.fileno()), str(os.getpid())]
+        arguments = [str(its.fileno()), str(os.getpid())]
         # A session of its own: a terminal's Ctrl-C is the command's to hear.
-        self._process = subprocess.Popen(
-            command, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        self._process = processes.start_module(
+            __name__, *arguments, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         its.close()
         self._channel, self._is_ready = ours, False

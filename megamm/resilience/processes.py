@@ -7,16 +7,24 @@ above ends, which also reaches a process that is stopped or holds the GIL.
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEP_SECONDS = 30.0
 """A killed process that is still there after this long hangs in the kernel."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Sent to a job by people and schedulers; the command alone acts on them, the rest of the tree ignores them."""
+
+
+def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
+    """`python -m MODULE ARGUMENTS` with this interpreter; options are those of subprocess.Popen."""
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], **options)
 
 
 def die_with_parent(parent: int) -> None:

@@ -159,8 +159,9 @@ class _Command:
         """Start an agent and serve it until its end: its exit code, or the negative number of the signal."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A session of its own: a terminal's Ctrl-C comes here only, and the agent hears of it in order.
-        agent = subprocess.Popen(
-            [sys.executable, "-m", "megamm.resilience.agent", str(its.fileno())],
+        agent = processes.start_module(
+            "megamm.resilience.agent",
+            str(its.fileno()),
             pass_fds=[its.fileno()],
             stdin=subprocess.PIPE,
             start_new_session=True,

@@ -12,11 +12,11 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import warm
 from fault_cases import KINDS, NODES, PLACES, Faults, fault_of, plan
 from faults import environment as with_faults
 from tiny_run import environment, make_data, numbers, write_config
@@ -82,7 +82,7 @@ def run(
     with (folder / f"{name}.log").open("w") as log:
         options = ["--nproc", str(RANKS), f"data.workers={workers}"]
         options += [f"checkpoint.local={local_tier(folder, name)}"] if has_local else []
-        process = subprocess.Popen([*command, *options], env=env, stdout=log, stderr=log)
+        process = warm.start([*command, *options], env=env, stdout=log, stderr=log)
         try:
             return process.wait(timeout=TIMEOUT)
         finally:

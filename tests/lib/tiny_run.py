@@ -1,7 +1,6 @@
 """A tiny real data set and config: drawn images with captions, built, tokenized and ready to train on."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +8,11 @@ from typing import Any
 
 import shared
 import torch
+import warm
 import yaml
 from PIL import Image, ImageDraw
+from warm import ROOT as ROOT
+from warm import environment
 
 from megamm import metrics
 from megamm.codecs.folders import save_codec
@@ -19,7 +21,6 @@ from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.data.build import BuildOptions, build
 from megamm.data.token_cache import load_codecs, tokenize
 
-ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door", "bell", "kite", "drum")
 
@@ -89,13 +90,7 @@ def numbers(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("straggler/")} for line in lines]
 
 
-def environment() -> dict[str, str]:
-    """One thread a process, this repository importable, no leftovers of another launcher."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-
-
 def megamm(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
     command = [sys.executable, "-m", "megamm", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)
+    return warm.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)
