@@ -1,17 +1,21 @@
 """Fixtures of several test files."""
 
+import shutil
 from typing import NamedTuple
 
 import emulated
 import fault_matrix
 import pytest
 import shared
+import slurm_cluster
+import slurm_lab
 import torch
 import warm
 
 from megamm import device
 from megamm.ops import library
 from megamm.parity.harness import Harness
+from megamm.parity.worlds import Worlds
 
 pytest_plugins = ["suite"]
 
@@ -30,6 +34,13 @@ def harness():
         yield harness
 
 
+@pytest.fixture(scope="session")
+def worlds():
+    """One start of torch and Megatron-core for the ranks of all tests that run a function of their own in them."""
+    with Worlds() as worlds:
+        yield worlds
+
+
 @pytest.fixture(scope="session", autouse=True)
 def shared_folders(tmp_path_factory):
     """Tests share folders with those of the other workers (tests/lib/shared.py)."""
@@ -42,6 +53,17 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "runs"
     shared.copy("undisturbed", fault_matrix.undisturbed, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def lab(undisturbed, tmp_path_factory):
+    """A Slurm of the test file's own, and a folder with the run that its jobs are compared with."""
+    if why := slurm_cluster.why_not():
+        pytest.skip(why)
+    folder = tmp_path_factory.mktemp("slurm") / "runs"
+    shutil.copytree(undisturbed, folder)
+    with slurm_cluster.Cluster() as cluster:
+        yield slurm_lab.Lab(cluster, folder)
 
 
 class Kernels(NamedTuple):

@@ -19,16 +19,10 @@ from megamm.checkpoint.saver import FAILURES, Saver
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import Failure
 from megamm.resilience import events
 
 RNG = {"torch": torch.arange(9, dtype=torch.uint8)}
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
 
 
 @pytest.fixture

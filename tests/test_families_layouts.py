@@ -1,9 +1,12 @@
 """Models of transformers on tensor, pipeline and expert parallel ranks: loss as theirs, and the same tensors back.
 
-One gloo world a layout reads what was converted, gives the loss of packed rows, and saves; float32.
+One gloo world a layout reads what was converted, gives the loss of packed rows, and saves; float32. Every family and
+every layout is in OFTEN; `make test-all` has the product.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from megamm.device import choose
 from megamm.mcore import groups as grid
 from megamm.parity.case import Case, Run
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import Failure
 
 ROWS, SEQUENCE = [(True, True)] * 8, 48
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -39,6 +42,31 @@ DENSE = [(2, {T: 2}), (4, {T: 4}), (2, {P: 2}), (4, {P: 4}), (4, {T: 2, S: True,
 EXPERTS = [(2, {E: 2}), (4, {E: 4}), (4, {P: 2, E: 2}), (4, {T: 2, S: True, E: 2})]
 STAGES = [(4, {P: 4})]
 """Of which some have dense layers alone."""
+ALONE: list[tuple[int, dict[str, Any]]] = [(1, {})]
+LAYOUTS = {name: [*ALONE, *DENSE] for name in ("llama3", "mistral-window", "qwen2-tied", "qwen3", "gemma2", "gemma3")}
+LAYOUTS |= {name: [*ALONE, *EXPERTS] for name in ("qwen3-moe", "mixtral")}
+LAYOUTS |= {name: [*ALONE, *EXPERTS, *STAGES] for name in ("deepseek-v3-published", "deepseek-v2-lite")}
+OFTEN = {
+    "llama3": [(1, {}), (4, {T: 2, S: True, P: 2})],
+    "mistral-window": [(2, {T: 2})],  # one head of keys and values, on two ranks
+    "qwen2-tied": [(4, {T: 4})],  # two, on four
+    "qwen3": [(2, {P: 2})],
+    "gemma2": [(4, {P: 4})],
+    "gemma3": [(4, {T: 2, S: True, P: 2})],
+    "qwen3-moe": [(2, {E: 2}), (4, {P: 2, E: 2})],
+    "mixtral": [(4, {T: 2, S: True, E: 2})],
+    "deepseek-v3-published": [(4, {P: 4}), (4, {T: 2, S: True, E: 2})],
+    "deepseek-v2-lite": [(4, {E: 4})],
+}
+CASES = [
+    pytest.param(
+        *(name, world, parallel),
+        id=" ".join([name, *(f"{key.partition('.')[2]}={value}" for key, value in parallel.items())]),
+        marks=() if (world, parallel) in OFTEN[name] else pytest.mark.everything,
+    )
+    for name, layouts in LAYOUTS.items()
+    for world, parallel in layouts
+]
 
 
 @dataclass(frozen=True)
@@ -67,12 +95,6 @@ def run(job: Job) -> list[float]:
     return mean
 
 
-@pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
-
-
 def expected(theirs: Any) -> torch.Tensor:
     """transformers' mean loss of every modality, each document read alone."""
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -89,37 +111,59 @@ def expected(theirs: Any) -> torch.Tensor:
     return sums / counts
 
 
-NAMES = (
-    "llama3",
-    "mistral-window",
-    "qwen2-tied",
-    "qwen3",
-    "qwen3-moe",
-    "mixtral",
-    "deepseek-v3-published",
-    "deepseek-v2-lite",
-    "gemma2",
-)
-NAMES += ("gemma3",)
+@dataclass(frozen=True)
+class Converted:
+    """A model of transformers, what it was converted to, and the mean losses that it has there."""
+
+    file: dict[str, torch.Tensor]
+    entries: Any
+    settings: dict[str, Any]
+    checkpoint: Path
+    losses: torch.Tensor
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_converted_weights_at_every_layout(worlds: Any, name: str, tmp_path: Path) -> None:
-    theirs = write_model(name, tmp_path / "hf", SIZES | EVEN.get(name, {}))
-    family, section, file = read_model(tmp_path / "hf")
-    model = {f"model.{key}": value for key, value in section.items()}
-    wanted, m = expected(theirs), Case.of(1, model).config.model
-    layouts: list[tuple[int, dict[str, Any]]] = [(1, {}), *(EXPERTS if m.moe.num_experts else DENSE)]
-    layouts += STAGES if m.moe.dense_layers else []
-    source = tmp_path / "converted"
-    add_tokenizer(tmp_path / "hf", VOCABULARY)
-    import_(tmp_path / "hf", source, nproc=1, shard_size=100_000, overrides=[f"data.seq_length={SEQUENCE}"])
-    for i, (world, parallel) in enumerate(layouts):
-        case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1} | model | parallel)
-        out = tmp_path / f"layout{i}"
-        done = worlds.run(world, run, Job(world, case.settings, source, out), timeout=120)
-        assert not isinstance(done, Failure), done.lines()
-        for means in done:
-            torch.testing.assert_close(torch.tensor(means, dtype=torch.float64), wanted, rtol=1e-6, atol=0)
-        back = cut_weights(path_of(out, 5), family.entries, m, VOCABULARY, tmp_path / f"back{i}")
-        assert equal(back, file), case.line()
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    """name -> the model of that name, made and converted once for all its layouts."""
+
+    @cache
+    def make(name: str) -> Converted:
+        folder = tmp_path_factory.mktemp(name)
+        theirs = write_model(name, folder / "hf", SIZES | EVEN.get(name, {}))
+        family, section, file = read_model(folder / "hf")
+        add_tokenizer(folder / "hf", VOCABULARY)
+        overrides = [f"data.seq_length={SEQUENCE}"]
+        import_(folder / "hf", folder / "converted", nproc=1, shard_size=100_000, overrides=overrides)
+        settings = {f"model.{key}": value for key, value in section.items()}
+        return Converted(file, family.entries, settings, folder / "converted", expected(theirs))
+
+    return make
+
+
+@pytest.mark.parametrize(("name", "world", "parallel"), CASES)
+def test_converted_weights_at_every_layout(
+    worlds: Any, converted: Callable[[str], Converted], name: str, world: int, parallel: dict[str, Any], tmp_path: Path
+) -> None:
+    model = converted(name)
+    case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1} | model.settings | parallel)
+    m = case.config.model
+    assert LAYOUTS[name] == [
+        *ALONE,
+        *(EXPERTS if m.moe.num_experts else DENSE),
+        *(STAGES if m.moe.dense_layers else []),
+    ]
+    out = tmp_path / "saved"
+    done = worlds.run(world, run, Job(world, case.settings, model.checkpoint, out), timeout=120)
+    assert not isinstance(done, Failure), done.lines()
+    for means in done:
+        torch.testing.assert_close(torch.tensor(means, dtype=torch.float64), model.losses, rtol=1e-6, atol=0)
+    back = cut_weights(path_of(out, 5), model.entries, m, VOCABULARY, tmp_path / "back")
+    assert equal(back, model.file), case.line()
+
+
+def test_no_family_and_no_layout_is_in_the_product_alone() -> None:
+    assert OFTEN.keys() == LAYOUTS.keys()
+    for name, layouts in OFTEN.items():
+        assert all(layout in LAYOUTS[name] for layout in layouts), name
+    for layout in (*ALONE, *DENSE, *EXPERTS):
+        assert any(layout in layouts for layouts in OFTEN.values()), layout

@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +64,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Runs:
     folder = tmp_path_factory.mktemp("guard")
     make_data(folder)
-    with Worlds() as worlds:
-        yield Runs(folder, worlds)
+    return Runs(folder, worlds)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from megamm.cli import checkpoint as checkpoint_cli
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import Failure
 from megamm.resilience import events, heartbeat
 from megamm.tiers import inspect, parts, tensors
 from megamm.tiers.local import LocalTier
@@ -146,12 +146,6 @@ def test_nodes_that_are_lost(data, expected):
 def rank(run, number):
     """Its process."""
     return next(beat.pid for beat in heartbeat.read(run.output) if beat.rank == number)
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
 
 
 FOUND = {

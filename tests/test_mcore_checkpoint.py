@@ -7,6 +7,7 @@ must hold the same bits. Plain torch says what the folders hold.
 
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -190,37 +191,60 @@ FAMILIES = {
 }
 
 
+class Folders:
+    """What a family's layouts have saved, and the worlds that read it."""
+
+    def __init__(self, worlds: Worlds, family: str, folder: Path) -> None:
+        model, layouts = FAMILIES[family]
+        batch = {"train.global_batch": 24, "train.micro_batch": 1}
+        self.worlds = worlds
+        self.cases = [Case.of(world, batch | model | parallel) for world, parallel in [(1, {}), *layouts]]
+        self.saved = [folder / f"layout{i}" for i in range(len(self.cases))]
+
+    def job(self, number: int, read: list[int], write: bool = False) -> None:
+        """A world of that layout reads what these have saved, and saves it again."""
+        case, folders = self.cases[number], tuple(self.saved[i] for i in read)
+        told = Job(case.world, case.settings, folders, self.saved[number] if write else None, fill=not read)
+        done = self.worlds.run(case.world, run, told, timeout=120)
+        assert not isinstance(done, Failure), done.lines()
+        assert not any(done), f"{case.line()}: {next(wrong for wrong in done if wrong)[:5]}"
+
+
 @pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
+def folders_of(worlds, tmp_path_factory):
+    """family -> its Folders: every layout has read what all before it saved, and has saved it itself."""
+
+    @cache
+    def make(family: str) -> Folders:
+        folders = Folders(worlds, family, tmp_path_factory.mktemp(family))
+        for i in range(len(folders.cases)):
+            folders.job(i, read=list(range(i)), write=True)
+        return folders
+
+    return make
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_pairs_of_layouts(worlds, family, tmp_path):
-    model, layouts = FAMILIES[family]
-    batch = {"train.global_batch": 24, "train.micro_batch": 1}
-    cases = [Case.of(world, batch | model | parallel) for world, parallel in [(1, {}), *layouts]]
-    folders = [tmp_path / f"layout{i}" for i in range(len(cases))]
-
-    def job(i: int, read: list[int], write: bool) -> None:
-        told = Job(cases[i].world, cases[i].settings, tuple(folders[j] for j in read), folders[i] if write else None)
-        told = Job(told.world, told.settings, (), folders[0], fill=True) if i == 0 and write else told
-        done = worlds.run(cases[i].world, run, told, timeout=120)
-        assert not isinstance(done, Failure), done.lines()
-        assert not any(done), f"{cases[i].line()}: {next(wrong for wrong in done if wrong)[:5]}"
-
-    for i in range(len(cases)):
-        job(i, list(range(i)), write=True)
-    whole = read_tensors(path_of(folders[0], STEP))
+def test_layouts_read_what_others_saved(folders_of, family):
+    """Each what all before it saved; one rank what all saved. Plain torch finds the same bits in all folders."""
+    folders = folders_of(family)
+    whole = read_tensors(path_of(folders.saved[0], STEP))
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in whole)
-    for folder in folders[1:]:
+    for folder in folders.saved[1:]:
         again = read_tensors(path_of(folder, STEP))
         assert again.keys() == whole.keys()
         different = [n for n, t in whole.items() if again[n].dtype != t.dtype or not torch.equal(again[n], t)]
         assert not different, f"{folder.name}: {different[:3]}"
-    for i in range(len(cases) - 1):
-        job(i, [0, *range(i + 1, len(cases))], write=False)
+    folders.job(0, read=list(range(len(folders.cases))))
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layouts_read_what_later_ones_saved(folders_of, family):
+    """With the test above: all pairs."""
+    folders = folders_of(family)
+    for i in range(1, len(folders.cases) - 1):
+        folders.job(i, read=[0, *range(i + 1, len(folders.cases))])
 
 
 def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:

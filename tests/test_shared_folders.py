@@ -1,5 +1,6 @@
 """Shared folders (tests/lib/shared.py): made once by however many ask at the same time; a failure is not kept."""
 
+import fcntl
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
@@ -17,6 +18,8 @@ def test_a_folder_is_made_once(session):
     together, makers = Barrier(4), []
 
     def make(folder):
+        with folder.with_suffix(".lock").open("w") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the others wait
         folder.mkdir()
         makers.append(folder)
         (folder / "file").write_text("whole")

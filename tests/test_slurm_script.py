@@ -1,4 +1,4 @@
-"""What pretrain_mm.sh makes of arguments, exit codes and its site's file; tests/test_slurm.py runs it for real.
+"""What pretrain_mm.sh makes of arguments, exit codes and its site's file; for real it runs in test_slurm(_jobs).py.
 
 srun and scontrol are small programs that note what they are asked for, as are container runtimes, which no test can
 install.

@@ -200,12 +200,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[int, dict[s
 }
 
 
-@pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
-
-
 def _done(worlds: Worlds, world: int, settings: dict[str, Any], out: Path, fill: bool = False) -> dict[str, float]:
     case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1, "output": str(out)} | settings)
     results = worlds.run(world, run, Job(world, case.settings, out, fill), timeout=120)

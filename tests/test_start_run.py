@@ -26,7 +26,7 @@ from megamm.data.sample import IGNORE_LABEL, Batch, Row
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import Failure
 from megamm.resilience import events
 from megamm.start.begin import _check_function, begin, check
 
@@ -75,12 +75,6 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     again = megamm("train", config, f"output={text_run}", "resilience.max_restarts=0")
     assert again.returncode == 2
     assert f"or another `output` with start_from.checkpoint={step_folder(text_run, 4)}" in again.stderr
-
-
-@pytest.fixture(scope="module")
-def worlds():
-    with Worlds() as worlds:
-        yield worlds
 
 
 def _logits(engine: Any, rows: list[Any]) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """The matrix of layouts and features: every single one, every pair of layouts, every layout with every feature.
 
-docs/parallelism.md is its table; tests/test_parallel.py runs it (features of one kind in one case).
+docs/parallelism.md is its table. tests/test_parallel.py runs few compositions that hold every two parts of it, and with
+`make test-all` the matrix itself (features of one kind in one case).
 """
 
 from collections.abc import Callable, Iterator

@@ -32,8 +32,10 @@ def rows(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) ->
     """Admitted rows that hold every pair of `wanted`; the same for the same input.
 
     Each row begins with a pair that no row has yet, and takes for one factor after the other the value that adds most.
+    Pairs with first values come last: most are in rows by then.
     """
-    pairs = wanted(factors, admits)
+    first = set(zip(factors, (values[0] for values in factors.values()), strict=True))
+    pairs = sorted(wanted(factors, admits), key=lambda item: len(item[0] & first))
     left = {pair for pair, _ in pairs}
     found = []
     for pair, start in pairs:

@@ -7,9 +7,12 @@ beside it, takes a copy.
 import fcntl
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+EVENT = "shared.folder"
+"""An audit event (sys.audit) of each use: the processes that made the folder may be those of another worker."""
 _session: Path | None = None
 """The folder of the session, set by conftest.py."""
 
@@ -23,6 +26,7 @@ def begin(own: Path) -> None:
 def shared(name: str, make: Callable[[Path], None]) -> Path:
     """The folder of that name, which `make` creates and fills; a call that fails is repeated by the next who asks."""
     assert _session is not None, "conftest.py begins the session"
+    sys.audit(EVENT)
     folder = _session / "shared" / name
     folder.parent.mkdir(exist_ok=True)
     with folder.with_suffix(".lock").open("w") as lock:

@@ -217,7 +217,9 @@ class Cluster:
         (root / "hosts").write_text("".join(lines))
         values = {"root": root, "host": socket.gethostname().partition(".")[0], "nodes": len(NODES), "cpus": CPUS}
         values |= {"controller": free_port(), "node": free_port(*ADDRESSES.values())}
-        values |= {"first_job": 1 + os.getpid() % 60000}
+        # A port is used again after 625 jobs. Processes that start one after the other, as workers of pytest do, are
+        # this way at least 20 jobs apart.
+        values |= {"first_job": 1 + os.getpid() * 43 % 60000}
         values |= {"last": 10 + len(NODES), "half": CPUS // 2, "gpus": GPUS}
         (root / "slurm.conf").write_text(CONF.format(**values))
         for i in range(GPUS):

@@ -12,6 +12,8 @@ from tiny_run import ROOT, numbers
 from megamm.resilience import events
 
 SCRIPT = ROOT / "launchers" / "slurm" / "pretrain_mm.sh"
+HELD = ">until_asked@step:5:0:*"
+"""Rank 0 waits in step 5 until its agent is asked to stop."""
 # Others share the machine's cores: slow is no hang.
 PATIENCE = ("resilience.hang_seconds=300", "resilience.startup_seconds=300")
 

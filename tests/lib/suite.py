@@ -19,12 +19,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shared
 
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 FAST_SECONDS = 2.0
 """Of all parameters of a test together."""
-STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "multiprocessing.spawn"}
+STARTS = {
+    "subprocess.Popen",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.exec",
+    "os.system",
+    "multiprocessing.spawn",
+}
 """Audit events of a process that is started; the last is raised below, as Python has none for it."""
+STARTS.add(shared.EVENT)  # whoever comes first starts the processes for all
 
 
 def function_of(nodeid: str) -> str:
@@ -40,7 +50,9 @@ def read_durations() -> dict[str, Any]:
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("megamm")
     group.addoption("--everything", action="store_true", help="run all tests, as `make test-all` does")
-    group.addoption("--fast", action="store_true", help="run only tests that start no process, as `make test-fast` does")
+    group.addoption(
+        "--fast", action="store_true", help="run only tests that start no process, as `make test-fast` does"
+    )
     group.addoption("--record", metavar="FILE", help="write what each test took to FILE")
 
 

@@ -1,0 +1,108 @@
+"""launchers/slurm on a real Slurm: cancelled jobs, bad and lost nodes, tasks and GPUs, chains and arrays.
+
+After each, losses, rows and the last checkpoint are those of an undisturbed run of `megamm train` alone, bit for bit;
+where the number of ranks changes, losses but for the order of sums. Jobs that Slurm starts again: test_slurm.py.
+"""
+
+import os
+import re
+
+import faults
+import pytest
+from slurm_cluster import NODES
+from slurm_lab import HELD, SCRIPT, Job
+
+pytestmark = pytest.mark.slurm
+
+
+def test_a_cancelled_job_saves_and_does_not_come_back(lab):
+    job = lab.sbatch("cancelled", "--ntasks-per-node=2", faults=HELD)
+    job.is_at("injected")
+    lab.cluster("scancel", job.number)
+    record = job.wait()
+    job.tells("SIGTERM: a checkpoint", "with a checkpoint; Slurm has ended this job")
+    assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), job.log
+    assert [path.is_dir() for path in sorted((job.run / "checkpoints").glob("step_0000000[56]"))] == [True]
+
+
+@pytest.fixture
+def small_scratch(lab):
+    """The disk of temporary files is full on n1, the node that a job's script runs on: its environment."""
+    lab.cluster.run_on("n1", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(lab.scratch))
+    quick = "--least-write 0 --least-bandwidth 0"
+    yield {"MEGAMM_PREFLIGHT": "1", "MEGAMM_PREFLIGHT_OPTIONS": quick, "MEGAMM_SCRATCH": str(lab.scratch)}
+    lab.cluster.run_on("n1", "umount", str(lab.scratch))
+
+
+@pytest.mark.everything
+def test_a_job_leaves_a_bad_node(lab, small_scratch):
+    job = lab.sbatch("elsewhere", "--nodes=2", **small_scratch)
+    record = job.ends_as_undisturbed()
+    assert (record["Restarts"], record["ExcNodeList"]) == ("1", "n1"), job.log
+    job.tells("restart 0, on n1 n2", "1 good nodes, 2 needed: requeueing", "restart 1, on", "with 1 ranks on")
+
+
+def test_one_task_a_rank_and_a_bad_node(lab, small_scratch):
+    """The bad node is left out and drained. Then a rank is killed: its task stays, and starts it again with all."""
+    env = small_scratch | {"MEGAMM_NNODES_MIN": "2", "MEGAMM_DRAIN": "1", "MEGAMM_TASK_PER": "rank"}
+    job = lab.sbatch("bad", "--nodelist=n1,n2,n3", "--ntasks-per-node=2", faults="sigkill@step:7:1:0", **env)
+    assert job.ends_nearly_as_undisturbed()["Restarts"] == "0"
+    job.tells("bad node n1: scratch", "left out, for what is said of them above: n1")
+    job.tells("with 2 ranks on each of 2 nodes, 2 tasks a node", "attempt 0 failed", "resumed")
+    assert job.attempt_of_the_kill() == 0
+    assert [event["ranks"] for event in job.events("launched") + job.events("restarting")] == [4, 4]
+    assert "DRAIN" in lab.cluster("sinfo", "--noheader", "--nodes=n1", "--format=%T").upper()
+    lab.cluster("scontrol", "update", "NodeName=n1", "State=RESUME")
+
+
+def test_gpus_of_tasks(lab):
+    """A program in place of megamm tells what it sees: one task all GPUs of its node, several one each."""
+    variable = re.search(r"\w+_VISIBLE_DEVICES", SCRIPT.read_text())[0]
+    python = lab.folder / "bin" / "python3"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$(hostname) task $SLURM_LOCALID has ${variable}"\n')
+    python.chmod(0o755)
+    env = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    for per, seen in (("", ("0", "1")), ("node", ("0,1",))):
+        options = ("--nodelist=n1,n2", "--ntasks-per-node=2", "--gpus-per-task=1")
+        job = lab.sbatch(f"gpus-{per}", *options, MEGAMM_TASK_PER=per, **env)
+        job.ends()
+        told = {f"{node} task {i} has {gpus}" for node in ("n1", "n2") for i, gpus in enumerate(seen)}
+        assert {line for line in job.log.splitlines() if " has " in line} == told, job.log
+
+
+def test_four_nodes_become_two(lab):
+    fault, soon = ">pause@step:5:0:*", ["resilience.rendezvous.last_call=8"]
+    job = lab.sbatch("elastic", "--nodes=4", "--no-kill", faults=fault, overrides=soon, MEGAMM_NNODES_MIN="2")
+    job.is_at("injected")
+    for node in ("n3", "n4"):
+        lab.cluster.cut(node)
+    job.go_on()
+    assert job.ends_nearly_as_undisturbed()["Restarts"] == "0"
+    for node in ("n3", "n4"):
+        lab.cluster.start(node)
+    assert job.events("launched")[0]["ranks"] == 4
+    assert job.events("restarting")[-1]["ranks"] == 2
+    lab.cluster.until(lambda: lab.cluster.idle() == list(NODES), "all nodes idle")
+
+
+def test_a_chain_and_an_array(lab):
+    """A job that may not be requeued leaves the rest to the next of its name, here an array's first element.
+
+    Ranks follow from the GPUs of the allocation.
+    """
+    chain = ("--gpus-per-node=2", "--job-name=chain", "--dependency=singleton", "--no-requeue")
+    first = lab.sbatch("chain-0", *chain, faults=HELD)
+    records = {faults.FAULTS: "", faults.FOLDER: f"{lab.folder}/chain-$SLURM_ARRAY_TASK_ID.records"}
+    array = ("--array=0-1", f"--output={lab.folder}/chain-%a.log")
+    second = lab.sbatch("chain-1", *chain, *array, config=lab.folder / "chain-%a.yaml", **records)
+    first.is_at("injected")
+    assert lab.cluster.job(second.number)["JobState"] == "PENDING"
+    lab.cluster("scancel", "--batch", "--signal=USR1", first.number)
+    assert first.wait()["ExitCode"] == "75:0"
+    first.tells("requeueing is not allowed")
+    for i in range(2):
+        element = Job(lab, f"chain-{i}", f"{second.number}_{i}")
+        element.ends_as_undisturbed()
+        element.tells(f"job {second.number}_{i} (chain)", "with 2 ranks on each of 1 nodes")
+    first.tells("requeueing is not allowed", "resumed", "the run is done")
