@@ -19,8 +19,9 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-# Processes of pytest that share the files among them; a test starts ranks of its own.
-WORKERS ?= 2
+# Processes of pytest that share the files among them, the longest first. One more than there are cores: some tests
+# mostly wait (Slurm), and others start ranks of their own.
+WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 # Compiled at installation, so that a change of them installs anew.
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
@@ -45,8 +46,20 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 	@touch $@
 
 .PHONY: test
-test: lint  ## all checks on this machine: lint, types, tests
+test: lint  ## lint, types, and every subject by at least one real case; 12 minutes on two cores
 	$(PYTEST_ENV) $(PY) $(PYTEST)
+
+.PHONY: test-fast
+test-fast: $(VENV)/installed  ## the tests that start no further process; 90 seconds
+	$(PYTEST_ENV) $(PY) $(PYTEST) --fast
+
+.PHONY: test-all
+test-all: lint  ## all tests, with the full products and the repetitions; 30 minutes on two cores
+	$(PYTEST_ENV) $(PY) $(PYTEST) --everything
+
+.PHONY: durations
+durations: $(VENV)/installed  ## run all tests and write what each took to tests/durations.json
+	$(PYTEST_ENV) $(PY) $(PYTEST) --everything --record tests/durations.json
 
 # The same commands as the hooks of .pre-commit-config.yaml, without the need of a git checkout.
 .PHONY: lint
@@ -84,7 +97,7 @@ parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 rando
 # What tests/test_faults.py samples, in full. Outcomes are kept in out/faults: remove that to have all of them again.
 .PHONY: faults
 faults: $(VENV)/installed  ## every fault in every phase of a run; writes docs/faults.md
-	$(PYTEST_ENV) $(PY) tests/fault_matrix.py --out out/faults --table docs/faults.md
+	$(PYTEST_ENV) $(PY) tests/lib/fault_matrix.py --out out/faults --table docs/faults.md
 
 OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy_kernels))
 

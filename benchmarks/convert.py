@@ -26,9 +26,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "lib"
 LAYER_BYTES = 18_900_000
-"""Of tests/stream_models.py's model."""
+"""Of tests/lib/stream_models.py's model."""
 PIECE = 4 << 20
 
 

@@ -1,9 +1,9 @@
 """Restart in place: seconds from a fault to the next finished step, apart by what they go to, on a tiny run.
 
-Two ranks on this machine; each attempt has one fault (tests/faults.py), then the run resumes from its last checkpoint.
-detection: fault to the knowledge of whoever starts again; teardown: all ranks gone; decision: a new agent if that was
-it, rendezvous and policy; start: fork, process groups, model; resume: checkpoint; first step: data and step.
-Run: `python benchmarks/restart.py [--json OUT]`.
+Two ranks on this machine; each attempt has one fault (tests/lib/faults.py), then the run resumes from its last
+checkpoint. detection: fault to the knowledge of whoever starts again; teardown: all ranks gone; decision: a new agent
+if that was it, rendezvous and policy; start: fork, process groups, model; resume: checkpoint; first step: data and
+step. Run: `python benchmarks/restart.py [--json OUT]`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).parents[1] / "tests"
+TESTS = Path(__file__).parents[1] / "tests" / "lib"
 COLUMNS = ("detection", "teardown", "decision", "start", "resume", "first step", "total")
 RANKS = ("sigkill", "sigkill", "sigkill", "exception", "sigsegv", "exit0", "sigstop", "deadlock")
 ABOVE = ("kill_agent", "kill_agent", "kill_agent", "kill_template", "kill_template", "kill_template")

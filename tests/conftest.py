@@ -11,6 +11,8 @@ from megamm import device
 from megamm.ops import library
 from megamm.parity.harness import Harness
 
+pytest_plugins = ["suite"]
+
 
 @pytest.fixture(scope="session")
 def harness():

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
 from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, inputs
+from tiny_run import ROOT
 
 from megamm.config import RopeScalingConfig
 from megamm.data.packing import Form, pack
@@ -25,7 +26,7 @@ from megamm.modalities.base import sequential_positions
 from megamm.model import rope
 from megamm.model.vocabulary import Vocabulary
 
-HERE = Path(__file__).parent
+LIB = Path(__file__).parent / "lib"
 OUTPUT, GRADIENT = 1e-6, 1e-5
 
 
@@ -51,9 +52,9 @@ def context_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[f
     """One start of four processes for all cases."""
     out = tmp_path_factory.mktemp("attention") / "errors.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(LIB), str(ROOT), environment.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [*launcher, str(HERE / "attention_worker.py"), str(out)]
+    command = [*launcher, str(LIB / "attention_worker.py"), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())

@@ -6,11 +6,11 @@ Tensors of random shapes are cut into random boxes over several ranks' files, th
 import io
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from checkpoint_folders import write_blocks
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 
@@ -89,22 +89,6 @@ def _cut(draw: random.Random, tensor: torch.Tensor, key: str) -> list[Block]:
     return blocks
 
 
-def _write(folder: Path, ranks: list[list[Block]]) -> None:
-    folder.mkdir()
-    entries = []
-    for rank, blocks in enumerate(ranks):
-        image = Image.of(blocks, f"__{rank}_0.distcp")
-        data = bytearray(image.size)
-        image.lay_out(memoryview(data))
-        for place in image.places:
-            elements = blocks[place.block].data.view(-1).view(torch.uint8).numpy().tobytes()
-            data[place.start : place.start + len(elements)] = elements
-        (folder / f"__{rank}_0.distcp").write_bytes(data)
-        entries += image.entries
-    for name, contents in index.files_of(entries).items():
-        (folder / name).write_bytes(contents)
-
-
 def _tensors(draw: random.Random) -> dict[str, torch.Tensor]:
     found = {}
     for number in range(6):
@@ -121,7 +105,7 @@ def test_any_cut_to_any_cut(tmp_path, seed):
     blocks = [block for key, tensor in tensors.items() for block in _cut(draw, tensor, key)]
     draw.shuffle(blocks)
     ranks = draw.randint(1, 4)
-    _write(tmp_path / "t", [blocks[rank::ranks] for rank in range(min(ranks, len(blocks)))])
+    write_blocks(tmp_path / "t", [blocks[rank::ranks] for rank in range(min(ranks, len(blocks)))])
     # torch's own reader.
     theirs = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     dcp_load(theirs, storage_reader=FileSystemReader(tmp_path / "t"), no_dist=True)
@@ -143,7 +127,7 @@ def test_any_cut_to_any_cut(tmp_path, seed):
 def test_blocks_of_the_same_memory_are_stored_once(tmp_path):
     tensor = torch.randn(50, 20)
     blocks = [Block.whole("a", tensor), Block.whole("b", tensor), Block.whole("c", tensor[:25])]
-    _write(tmp_path / "t", [blocks])
+    write_blocks(tmp_path / "t", [blocks])
     assert 1.5 * tensor.nbytes < (tmp_path / "t" / "__0_0.distcp").stat().st_size < 1.5 * tensor.nbytes + 5000
     places = {key: stored.blocks[0].start for key, stored in index.read(tmp_path / "t").items()}
     assert places["a"] == places["b"] != places["c"] and all(place % ALIGNMENT == 0 for place in places.values())
@@ -162,7 +146,7 @@ def test_blocks_must_make_up_the_whole():
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    _write(tmp_path / "t", [[Block.whole("a", torch.arange(12.0).reshape(6, 2))]])
+    write_blocks(tmp_path / "t", [[Block.whole("a", torch.arange(12.0).reshape(6, 2))]])
     with pytest.raises(UserError, match="no tensor b"):
         reader.load(tmp_path / "t", [Block.whole("b", torch.zeros(1))])
     with pytest.raises(UserError, match=r"a has shape \(6, 2\), the config wants \(5, 2\)"):
@@ -179,7 +163,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
     block = Block.whole("a", torch.arange(3.0))
     (tmp_path / "secret").write_bytes(b"x" * 4000)
     for name in ("../secret", "/etc/passwd", ".metadata", "x/../../secret"):
-        _write(tmp_path / "t", [[block]])
+        write_blocks(tmp_path / "t", [[block]])
         for contents in index.files_of(Image.of([block], name).entries).items():
             (tmp_path / "t" / contents[0]).write_bytes(contents[1])
         with pytest.raises(UserError, match="is no file of the folder"):
@@ -192,7 +176,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
 @pytest.mark.parametrize("cut", [0, 1, 40, 700, 760, 1000])
 def test_a_file_that_is_too_short_is_an_error_not_a_crash(tmp_path, cut):
     """The checksums find it before; yet no read may leave the file's pages."""
-    _write(tmp_path / "t", [[Block.whole("a", torch.randn(4, 4))]])
+    write_blocks(tmp_path / "t", [[Block.whole("a", torch.randn(4, 4))]])
     file = tmp_path / "t" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(UserError, match=r"a cannot be read from __0_0\.distcp"):

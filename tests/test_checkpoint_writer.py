@@ -24,7 +24,7 @@ from megamm.checkpoint import folder as folders
 from megamm.checkpoint.process import WriterProcess
 from megamm.resilience import events
 
-FAULTS = Path(__file__).with_name("writer_faults.py")
+FAULTS = Path(__file__).parent / "lib" / "writer_faults.py"
 SIZE = 3 * mmap.PAGESIZE + 64
 """Bytes of an image: its end goes through the page cache, the rest past it."""
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from convert_rows import documents, model_config
 from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import RunState, path_of
@@ -12,7 +13,6 @@ from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
 from megamm.errors import UserError
 from megamm.mcore import groups as grid
-from megamm.parity.case import Case
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 MODELS = {
@@ -20,12 +20,6 @@ MODELS = {
     "tied": {"tie_embeddings": True},
     "moe": {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}},
 }
-
-
-def model_config(model):
-    """A run of one rank with these keys of the model section."""
-    settings = {f"model.{key}": value for key, value in model.items()} | {"model.init_std": 0.02}
-    return Case.of(1, settings).config
 
 
 @pytest.fixture(params=MODELS)
@@ -63,14 +57,6 @@ def _load_as_from_disk(theirs, weights, theirs_config, tmp_path) -> None:
 
     theirs_config.save_pretrained(tmp_path / "hf")
     save_file(weights, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
-
-
-def documents(batch):
-    """Every packed document of a batch on its own: (row, slice)."""
-    for row in range(len(batch.segment)):
-        for segment in range(int(batch.segment[row].max()) + 1):
-            places = (batch.segment[row] == segment).nonzero().flatten()
-            yield row, slice(int(places[0]), int(places[-1]) + 1)
 
 
 def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_folders import make_native, make_pair
+from native_folders import convert, edit, make_native, make_pair
 from safetensors.torch import load_file, save_file
 from tiny_export import make_export
-from typer.testing import CliRunner
 
-from megamm import checkpoint, cli, tiers
+from megamm import checkpoint, tiers
 from megamm.convert import compare, gate
 from megamm.convert.digests import write_digests
 from megamm.convert.mapping import Entry
@@ -34,18 +33,6 @@ def llama(tmp_path_factory):
 def pair(llama, tmp_path):
     """A run, and a copy of the folder to damage."""
     return llama[0], Path(shutil.copytree(llama[1], tmp_path / "hf"))
-
-
-def edit(folder: Path, name: str, change) -> None:
-    """Change a tensor of a folder in shards in place, or remove it (None)."""
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    file = folder / index["weight_map"][name]
-    tensors = load_file(file)
-    changed = change(tensors.pop(name))
-    if changed is None:
-        del index["weight_map"][name]
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    save_file(tensors | ({} if changed is None else {name: changed.contiguous()}), file, metadata={"format": "pt"})
 
 
 def with_one_changed(tensor: torch.Tensor) -> torch.Tensor:
@@ -284,13 +271,6 @@ def test_no_room_for_a_model_is_said_first(llama, monkeypatch):
 @pytest.fixture(scope="module")
 def export(tmp_path_factory):
     return make_export(tmp_path_factory.mktemp("export"), train=4, heldout=2)
-
-
-def convert(*arguments):
-    done = CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done
 
 
 def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from family_models import MODELS, SEQUENCE, read_model, write_model
 from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
-from test_families import MODELS, SEQUENCE, read_model, write_model
 from tiny_run import environment
 from transformers import AutoModelForCausalLM
 
@@ -185,7 +185,7 @@ def test_killed_at_any_time_it_goes_on_and_nothing_half_has_the_name(
     kind: str, source: str, nproc: str, moe: Path
 ) -> None:
     """In memory, where there is such a place: a disk that others use takes minutes for so many small files."""
-    script, memory = Path(__file__).with_name("convert_kills.py"), Path("/dev/shm")
+    script, memory = Path(__file__).parent / "lib" / "convert_kills.py", Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         command = [sys.executable, script, kind, moe / source, Path(folder, "out"), "10", "--nproc", nproc]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)

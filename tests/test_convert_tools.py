@@ -14,11 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_folders import write_manifest
-from native_folders import make_native, make_pair
+from checkpoint_folders import write_blocks, write_manifest
+from native_folders import convert, edit, make_native, make_pair
 from safetensors.torch import load_file, save_file
-from test_checkpoint_blocks import _write
-from test_convert_gate import convert, edit
 from tiny_export import make_export
 from tiny_run import ROOT, environment
 from torch.distributed.checkpoint import FileSystemReader
@@ -109,7 +107,7 @@ def test_stacks_of_some_layers_are_named_by_the_layers_they_are_of(mixtral, tmp_
     shutil.rmtree(step / "tensors")
     sizes = {"mlp.linear_fc2": (1, 4, 2), "mlp.router": (2, 3), "mlp.experts.experts.linear_fc2": (2, 2, 4, 3)}
     stored = [Block.whole(f"decoder.layers.{name}.weight", torch.rand(size)) for name, size in sizes.items()]
-    _write(step / "tensors", [stored])
+    write_blocks(step / "tensors", [stored])
     write_manifest(step)
     layers = {name.split(".", 2)[2].removesuffix(".weight") for name in Native(step).described}
     experts = {f"{layer}.mlp.experts.{e}.linear_fc2" for layer in (1, 2) for e in (0, 1)}

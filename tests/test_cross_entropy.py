@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cross_entropy_worker import CASES, CHUNKED, PLAIN, inputs, relative_error, run
+from tiny_run import ROOT
 
 from megamm.ops.cross_entropy import MOST_CHUNKS
 
-HERE = Path(__file__).parent
+LIB = Path(__file__).parent / "lib"
 # Of loss, token losses, gradient of hidden, gradient of weight. In bfloat16 logits and gradients have 8 bits.
 TOLERANCE = {
     "float64": [1e-12] * 4,
@@ -293,9 +294,9 @@ def parallel_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[
     """One start of four processes for all cases."""
     out = tmp_path_factory.mktemp("cross_entropy") / "errors.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(LIB), str(ROOT), environment.get("PYTHONPATH", "")])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [*launcher, str(HERE / "cross_entropy_worker.py"), str(out)]
+    command = [*launcher, str(LIB / "cross_entropy_worker.py"), str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(out.read_text())

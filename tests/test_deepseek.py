@@ -6,7 +6,7 @@ prediction modules against Qwen3 layers put together by hand, each document read
 
 import pytest
 import torch
-from test_convert import VOCABULARY, global_batch, model_config, rank_batches
+from convert_rows import model_config
 from torch.nn.functional import cross_entropy
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 from megamm.data.sample import IGNORE_LABEL
 from megamm.device import choose
 from megamm.mcore import groups as grid
+from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 LATENT = {
     "num_query_groups": 4,

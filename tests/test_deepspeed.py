@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 from deepspeed_worker import STEPS
-from tiny_run import environment, make_data, megamm, write_config
+from tiny_run import ROOT, environment, make_data, megamm, write_config
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from megamm.device import choose
 from megamm.errors import UserError
 
-HERE = Path(__file__).parent
+LIB = Path(__file__).parent / "lib"
 HALF = 8
 # More experts than some microbatches have tokens for them; balanced by loss and by bias; one that all tokens use.
 MOE = {"num_experts": 12, "top_k": 1, "ffn_hidden_size": 10, "shared_ffn_hidden_size": 12, "score": "sigmoid"}
@@ -80,10 +80,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One start of two processes serves all cases."""
     out = tmp_path_factory.mktemp("deepspeed")
     (out / "cases.json").write_text(json.dumps(_cases()))
-    paths = os.pathsep.join([str(HERE), str(HERE.parent)])
+    paths = os.pathsep.join([str(LIB), str(ROOT)])
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launcher, str(HERE / "deepspeed_worker.py"), str(out / "cases.json"), str(out)],
+        [*launcher, str(LIB / "deepspeed_worker.py"), str(out / "cases.json"), str(out)],
         # A home of its own: an operator compiled at first use would leave itself there.
         env=environment() | {"PYTHONPATH": paths, "HOME": str(out / "home")},
         capture_output=True,

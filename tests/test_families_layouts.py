@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from convert_rows import documents
+from family_models import read_model, write_model
 from saver_worker import state
 from stream_models import add_tokenizer, cut_weights, equal
-from test_convert import documents
-from test_families import read_model, write_model
 
 from megamm import engine as engines
 from megamm.checkpoint import path_of

@@ -134,7 +134,7 @@ def test_order_of_faults():
     assert planned[0].turn is None
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 @pytest.mark.parametrize("kind", fault_cases.NODES)
 def test_faults_between_nodes(folder, kind):
     if kind == "network_cut" and not fault_nodes.can_cut():

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from guard_faults import Case
-from test_train import _step, _tensors
+from run_folders import read_tensors, step_folder
 from tiny_run import make_data, numbers, write_config
 
 from megamm import layout, metrics
@@ -82,12 +82,12 @@ def _actions(run: Path) -> list[tuple[int, str]]:
 
 
 def _state(run: Path, step: int) -> dict[str, Any]:
-    return json.loads((_step(run, step) / "state.json").read_text())
+    return json.loads((step_folder(run, step) / "state.json").read_text())
 
 
 def _assert_same_state(ours: Path, theirs: Path) -> None:
     """Weights, moments, buffers: every tensor of two checkpoints has the same bits."""
-    a, b = _tensors(ours), _tensors(theirs)
+    a, b = read_tensors(ours), read_tensors(theirs)
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different
@@ -108,7 +108,7 @@ def test_skip_is_a_step_without_update_and_survives_a_restart(runs):
         if mine["step"] == 4:
             assert mine.pop("grad_norm") is None and theirs.pop("grad_norm") > 0
         assert mine == theirs
-    _assert_same_state(_step(ours, 8), _step(reference, 8))
+    _assert_same_state(step_folder(ours, 8), step_folder(reference, 8))
     (event,) = [e for e in events.read(ours) if e["kind"] == "loss_guard"]
     assert (event["step"], event["action"], event["rows"]) == (4, "skip", [12, 16])
     assert "deterministic" in event["why"]
@@ -123,7 +123,7 @@ def test_nan_that_stays_ends_the_run_after_so_many_skips(runs):
     )
     assert kind == "UserError" and "grad_norm nan (not run again), after 2 updates skipped in a row at step 5" in text
     assert _actions(runs.folder / "stays") == [(3, "skip"), (4, "skip"), (5, "stop")]
-    _assert_same_state(_step(runs.folder / "stays", 4), _step(runs.folder / "stays", 2))
+    _assert_same_state(step_folder(runs.folder / "stays", 4), step_folder(runs.folder / "stays", 2))
 
 
 def test_skip_leaves_the_routers_bias_too(runs):
@@ -131,15 +131,15 @@ def test_skip_leaves_the_routers_bias_too(runs):
     nan = ("nan_in_gradient", {"rank": 1, "at": [3, 4]})
     run = runs.run("moe", nan, steps=3, checkpoint={"every": 1}, model=TINY | {"moe": MOE})
     assert _actions(run) == [(3, "skip")]
-    assert any("expert_bias" in name for name in _tensors(_step(run, 3)))
-    _assert_same_state(_step(run, 3), _step(run, 2))
+    assert any("expert_bias" in name for name in read_tensors(step_folder(run, 3)))
+    _assert_same_state(step_folder(run, 3), step_folder(run, 2))
 
 
 def test_second_run_moves_the_routers_bias_once_and_draws_the_same(runs):
     kept = {"steps": 3, "model": TINY | {"moe": MOE, "megatron": {"hidden_dropout": 0.1}}}
     once = runs.run("moe_once", ("nan_in_gradient", {"rank": 1, "at": [3]}), **kept)
     assert _actions(once) == [(3, "transient")]
-    _assert_same_state(_step(once, 3), _step(runs.run("moe_undisturbed", **kept), 3))
+    _assert_same_state(step_folder(once, 3), step_folder(runs.run("moe_undisturbed", **kept), 3))
 
 
 def test_flipped_bit_in_one_ranks_activation_is_transient(runs, undisturbed):
@@ -147,14 +147,14 @@ def test_flipped_bit_in_one_ranks_activation_is_transient(runs, undisturbed):
     (event,) = [e for e in events.read(run) if e["kind"] == "loss_guard"]
     assert (event["step"], event["action"], event["ranks"]) == (4, "transient", [1])
     assert numbers(run) == numbers(undisturbed)[:8]
-    _assert_same_state(_step(run, 8), _step(undisturbed, 8))
+    _assert_same_state(step_folder(run, 8), step_folder(undisturbed, 8))
 
 
 def test_faulty_rank_is_evicted_at_the_step_boundary_with_a_checkpoint(runs, undisturbed):
     fault = ("flipped_bit", {"rank": 0, "at": [3]})
     kind, text = runs.end_of("evicted", fault, guard={"evict": True})
     assert kind == "NodeFault" and text.startswith("rank 0: transient fault at step 3: ")
-    _assert_same_state(_step(runs.folder / "evicted", 3), _step(runs.run("three", steps=3), 3))
+    _assert_same_state(step_folder(runs.folder / "evicted", 3), step_folder(runs.run("three", steps=3), 3))
 
 
 def test_bit_that_flips_again_is_no_bug_of_the_run(runs):
@@ -180,7 +180,7 @@ def test_spike_of_poisoned_rows_is_skipped(runs, undisturbed):
     (event,) = [e for e in events.read(run) if e["kind"] == "loss_guard"]
     assert "deviations above the median" in event["why"] and event["rows"] == [32, 36]
     assert numbers(run)[:8] == numbers(undisturbed)[:8]
-    _assert_same_state(_step(run, 8), _step(undisturbed, 8))
+    _assert_same_state(step_folder(run, 8), step_folder(undisturbed, 8))
 
 
 ROLL_BACK = SPIKE | {"action": "rollback", "margin": 1}
@@ -202,7 +202,7 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, le
     run, reference = runs.run("rollback", guard=ROLL_BACK, steps=12), left_out
     assert _actions(run) == [(9, "rollback")]
     assert numbers(run) == numbers(reference) and len(numbers(run)) == 12
-    _assert_same_state(_step(run, 12), _step(reference, 12))
+    _assert_same_state(step_folder(run, 12), step_folder(reference, 12))
     assert (run / "checkpoints" / "rolled_back-step_00000008-1" / "manifest.json").exists()
     assert _state(run, 12)["consumed_rows"] == 48 + 8
     (window,) = _state(run, 12)["loss_guard"]["left_out"]
@@ -222,7 +222,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     run = runs.run("local", steps=12, **kept)
     assert [(e["tier"], e["step"]) for e in events.read(run) if e["kind"] == "resumed"] == [("local", 11)]
     assert _actions(run) == [(9, "rollback")] and numbers(run) == numbers(left_out)
-    _assert_same_state(_step(run, 12), _step(left_out, 12))
+    _assert_same_state(step_folder(run, 12), step_folder(left_out, 12))
     assert not tier.exists()
 
     kind, text = runs.end_of("local_ended", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
@@ -241,11 +241,11 @@ def test_roll_back_holds_in_the_durable_tier_too(runs):
 
     kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("not rolled back: no answer")
-    assert _step(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
+    assert step_folder(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
 
     kind, text = runs.end_of("durable", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("ended")
-    assert "step_00000008" not in tier.complete() and not _step(run, 8).exists()
+    assert "step_00000008" not in tier.complete() and not step_folder(run, 8).exists()
     assert latest.read_text().strip() == "step_00000006"
     runs.run("durable", steps=7, **kept)
     assert [e["step"] for e in events.read(run) if e["kind"] == "resumed"] == [8, 8, 6]
@@ -294,7 +294,7 @@ def test_rank_that_reads_slowly_is_evicted(runs):
     assert kind == "NodeFault" and text.startswith("rank 0: slow at step ")
     (event,) = [e for e in events.read(runs.folder / "slow_reading") if e["kind"] == "straggler"]
     assert event["seconds"]["data"] > event["seconds"]["forward"]
-    assert _step(runs.folder / "slow_reading", event["step"]).exists()
+    assert step_folder(runs.folder / "slow_reading", event["step"]).exists()
 
 
 def test_spikes_are_those_of_median_and_deviation():

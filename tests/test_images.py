@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from manifests import K8S, ROOT, job_spec, render
 from packaging.requirements import Requirement
-from test_repository import IMPORT_NAMES_OF_EXTRAS, _pins, _setup_lists
+from requirement_files import IMPORT_NAMES_OF_EXTRAS, read_pins, setup_lists
 
 IMAGES = sorted((K8S / "images").glob("Dockerfile*"))
 CPU, GPU = "Dockerfile.cpu", "Dockerfile"
@@ -60,16 +60,16 @@ def test_images_are_pinned_and_not_root(path):
 
 def test_packages_of_images_are_the_requirements():
     """The CPU image has what setup.py needs and the extra "s3", in the tested versions; the GPU image that of 3.12."""
-    needed, extras = _setup_lists()
+    needed, extras = setup_lists()
     cpu, gpu = (" ".join(text for what, text in instructions(K8S / "images" / n) if what == "RUN") for n in (CPU, GPU))
     files = re.findall(r"-r requirements/(\w+)\.txt", cpu)
     assert files == ["torch", "base"] and cpu.count("-c requirements/constraints.txt") == 2
-    pins = {name: version for file in files for name, version in _pins(file).items()}
+    pins = {name: version for file in files for name, version in read_pins(file).items()}
     pins |= dict(re.findall(r"([a-z0-9-]+)==([0-9.]+)", cpu))
     wanted = {Requirement(r).name.lower().replace("_", "-") for r in [*needed, *extras["s3"]]}
     assert pins.keys() == wanted | {"setuptools", "wheel"}
-    assert pins.items() <= _pins("constraints").items()
+    assert pins.items() <= read_pins("constraints").items()
     assert re.findall(r"-r requirements/(\w+)\.txt", gpu) == ["latest"]
     more = dict(re.findall(r"([a-z0-9-]+)==([0-9.]+)", gpu))
     assert more.keys() == {IMPORT_NAMES_OF_EXTRAS["nvidia"], *(Requirement(r).name for r in extras["s3"])}
-    assert more.items() <= _pins("dev").items()
+    assert more.items() <= read_pins("dev").items()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from run_folders import read_tensors
 from saver_worker import state
-from test_train import _tensors
 
 from megamm import engine as engines
 from megamm.checkpoint import path_of
@@ -212,10 +212,10 @@ def test_all_pairs_of_layouts(worlds, family, tmp_path):
 
     for i in range(len(cases)):
         job(i, list(range(i)), write=True)
-    whole = _tensors(path_of(folders[0], STEP))
+    whole = read_tensors(path_of(folders[0], STEP))
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in whole)
     for folder in folders[1:]:
-        again = _tensors(path_of(folder, STEP))
+        again = read_tensors(path_of(folder, STEP))
         assert again.keys() == whole.keys()
         different = [n for n, t in whole.items() if again[n].dtype != t.dtype or not torch.equal(again[n], t)]
         assert not different, f"{folder.name}: {different[:3]}"

@@ -204,7 +204,7 @@ def library(tmp_path_factory) -> Path:
         pytest.skip("no C compiler")
     folder = tmp_path_factory.mktemp("nvml")
     built = folder / "libnvidia-ml.so.1"
-    source = ROOT / "tests" / "stubs" / "nvml.c"
+    source = ROOT / "tests" / "lib" / "stubs" / "nvml.c"
     subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", built, source], check=True)
     return folder
 

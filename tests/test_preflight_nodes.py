@@ -38,7 +38,7 @@ def other_version(folder):
 
 def slow(folder):
     library = folder / "pace.so"
-    source = ROOT / "tests" / "stubs" / "pace.c"
+    source = ROOT / "tests" / "lib" / "stubs" / "pace.c"
     subprocess.run(["cc", "-shared", "-fPIC", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
     return {"LD_PRELOAD": str(library), "PACE": str(PACE)}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_families import SEQUENCE
+from family_models import SEQUENCE
 
 from megamm.config import ModelConfig
 from megamm.convert.family import leaves

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from test_families import read_model
+from family_models import read_model
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now

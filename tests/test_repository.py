@@ -3,7 +3,6 @@
 Each code rule is also given snippets that break it, so that it is known to be able to fail.
 """
 
-import ast
 import dataclasses
 import importlib.metadata
 import re
@@ -17,6 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from repository_rules import EVERYWHERE, RULES, File, Rule
+from requirement_files import IMPORT_NAMES_OF_EXTRAS, read_pins, setup_lists
 
 import megamm
 
@@ -95,25 +95,6 @@ def test_no_exception_outlives_its_reason() -> None:
 # --- packages: setup.py says what is needed, requirements/ which version was tested ---
 
 
-def _setup_lists() -> tuple[list[str], dict[str, list[str]]]:
-    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup.py."""
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    values = {
-        node.targets[0].id: ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.isupper()
-        if node.targets[0].id.endswith("_REQUIRE") or node.targets[0].id.endswith("_REQUIRES")
-    }
-    return values["INSTALL_REQUIRES"], values["EXTRAS_REQUIRE"]
-
-
-def _pins(name: str) -> dict[str, str]:
-    """Canonical package name -> version, of requirements/NAME.txt, where every line must be a pin."""
-    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    return {canonicalize_name(package): version for package, version in pins.items()}
-
-
 def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
     """The requirements that no pin satisfies."""
     parsed = [Requirement(r) for r in requirements]
@@ -125,32 +106,28 @@ TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "gguf", "parquet", "quantize", "s3"
 
 
 def test_every_requirement_is_pinned_within_its_range() -> None:
-    needed, extras = _setup_lists()
-    assert not _unmet(needed, _pins("torch") | _pins("base"))
-    assert not _unmet([r for extra in TESTED_EXTRAS for r in extras[extra]], _pins("dev"))
-    assert not _unmet([*needed, "pytest", "pytest-timeout", "pytest-xdist"], _pins("latest"))
-    assert _unmet(needed, _pins("dev")) == [str(Requirement(r)) for r in needed]
+    needed, extras = setup_lists()
+    assert not _unmet(needed, read_pins("torch") | read_pins("base"))
+    assert not _unmet([r for extra in TESTED_EXTRAS for r in extras[extra]], read_pins("dev"))
+    assert not _unmet([*needed, "pytest", "pytest-timeout", "pytest-xdist"], read_pins("latest"))
+    assert _unmet(needed, read_pins("dev")) == [str(Requirement(r)) for r in needed]
 
 
 def test_no_pin_without_a_requirement() -> None:
-    needed, extras = _setup_lists()
+    needed, extras = setup_lists()
     tested = [r for extra in TESTED_EXTRAS for r in extras[extra]]
     declared = {canonicalize_name(Requirement(r).name) for r in needed + tested}
     build_tools = {"setuptools", "wheel"}
-    assert set(_pins("torch") | _pins("base") | _pins("dev")) == declared | build_tools
+    assert set(read_pins("torch") | read_pins("base") | read_pins("dev")) == declared | build_tools
 
 
 def test_pins_agree_with_the_constraints() -> None:
-    direct, locked = _pins("torch") | _pins("base") | _pins("dev"), _pins("constraints")
+    direct, locked = read_pins("torch") | read_pins("base") | read_pins("dev"), read_pins("constraints")
     assert direct.items() <= locked.items(), direct.items() - locked.items()
 
 
-IMPORT_NAMES_OF_EXTRAS = {"nvidia": "nvidia-dali-cuda130"}
-"""Import name -> package, where they differ and a laptop has not installed it."""
-
-
 def test_every_import_is_declared() -> None:
-    needed, extras = _setup_lists()
+    needed, extras = setup_lists()
     all_of_them = [*needed, *(r for extra in extras.values() for r in extra)]
     for_use = {canonicalize_name(Requirement(r).name) for r in all_of_them}
     shipped = for_use - {canonicalize_name(Requirement(r).name) for r in extras["dev"]}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import TRAIN, _step, _tensors
+from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
 from megamm import checkpoint
@@ -46,7 +46,7 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
     start = train | {"stop_after": 1}
     for output, legs in ((one, [(1, {}, 1), (8, {}, 1)]), (moved, LEGS)):
         if output is moved:  # ranks of another grid would draw other weights: both go on from one first step
-            shutil.copytree(_step(one, 1), _step(moved, 1))
+            shutil.copytree(step_folder(one, 1), step_folder(moved, 1))
         for stop, parallel, processes in legs:
             section = start if stop == 1 else train | {"stop_after": stop}
             done = megamm(
@@ -56,16 +56,16 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
                 processes,
             )
             assert done.returncode == 0, done.stderr
-            layout = json.loads((_step(output, stop) / checkpoint.STATE).read_text())["layout"]
+            layout = json.loads((step_folder(output, stop) / checkpoint.STATE).read_text())["layout"]
             assert layout.items() >= parallel.items()
-            stored = _tensors(_step(output, stop))
+            stored = read_tensors(step_folder(output, stop))
             for name in [name for name in stored if name.startswith(MAIN)]:
                 assert torch.equal(stored[name], stored[name.removeprefix(MAIN)]), f"{name} is not the weight"
     wanted = {line["step"]: line for line in numbers(one)}
     for line in numbers(moved):
         for key in ("loss/text", "loss/image", "lr"):
             assert line[key] == pytest.approx(wanted[line["step"]][key], rel=1e-6), (line["step"], key)
-    ours, theirs = _tensors(_step(moved, 8)), _tensors(_step(one, 8))
+    ours, theirs = read_tensors(step_folder(moved, 8)), read_tensors(step_folder(one, 8))
     assert any("mtp" in name for name in theirs) and any("expert_bias" in name for name in theirs)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():

@@ -68,7 +68,7 @@ def test_rows_wider_than_registers(kernels, width):
     close(actual_dw, dweight, x.dtype)
 
 
-@pytest.mark.slow
+@pytest.mark.everything
 def test_more_numbers_than_31_bits_count(ops_device):
     """13 GB; the last rows, whose offsets need more, are those of the same rows alone."""
     x = torch.zeros(2**21 + 3, 1024, dtype=torch.bfloat16, device=ops_device)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import _tensors
+from run_folders import read_tensors
 
 from megamm import engine as engines
 from megamm.checkpoint import RunState, path_of
@@ -218,7 +218,7 @@ def test_every_layout_starts_with_the_same_bits(worlds, family, tmp_path):
     model, more, layouts = FAMILIES[family]
     source = tmp_path / "source"
     _done(worlds, 1, model, source, fill=True)
-    theirs = _tensors(path_of(source, 0))
+    theirs = read_tensors(path_of(source, 0))
     start: dict[str, Any] = {"start_from.checkpoint": str(source)}
     if more:
         start |= {"start_from.rules": [{"new": "mtp.*"}]}
@@ -226,7 +226,7 @@ def test_every_layout_starts_with_the_same_bits(worlds, family, tmp_path):
     for number, (world, layout) in enumerate(layouts):
         out = tmp_path / f"layout{number}"
         _done(worlds, world, model | more | start | layout, out)
-        ours = _tensors(path_of(out, 0))
+        ours = read_tensors(path_of(out, 0))
         if not first:
             first = ours
             _check_against(theirs, ours, is_bf16="bf16" in family)
@@ -271,7 +271,7 @@ def test_new_tensors_are_spread_as_a_fresh_models(worlds, tmp_path):
     fresh = _done(worlds, 1, model, tmp_path / "fresh", fill=True)
     start = {"start_from.checkpoint": str(tmp_path / "fresh"), "start_from.rules": [{"new": "*"}]}
     _done(worlds, 1, model | start, tmp_path / "new")
-    ours = {k: v for k, v in _tensors(path_of(tmp_path / "new", 0)).items() if not k.startswith("optimizer.")}
+    ours = {k: v for k, v in read_tensors(path_of(tmp_path / "new", 0)).items() if not k.startswith("optimizer.")}
     assert ours.keys() == {key for key in fresh if not key.startswith("optimizer.")}
     for name, tensor in ours.items():
         if fresh[name] == 0:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_train import TRAIN, _step, _tensors
+from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
 from megamm import checkpoint
@@ -60,7 +60,7 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     config, run = _config(data, "grown", start_from={"checkpoint": str(text_run)}), data / "grown"
     done = megamm("train", config, "parallel.tensor=2", "train.stop_after=3", "--nproc", 2)
     assert done.returncode == 0, done.stderr
-    assert f"started from {_step(text_run, 4)}\n" in done.stdout
+    assert f"started from {step_folder(text_run, 4)}\n" in done.stdout
     said = [line.partition("vocabulary: ")[2] for line in done.stderr.splitlines() if "megamm.start" in line]
     assert said[:3] == ["text: 300 kept", "control: 32 kept", "visual: 25 new (not in the source)"]
     lines, before = numbers(run), numbers(text_run)
@@ -74,7 +74,7 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     assert [kind for kind in kinds if kind in ("started_from", "resumed")] == ["started_from", "resumed"]
     again = megamm("train", config, f"output={text_run}", "resilience.max_restarts=0")
     assert again.returncode == 2
-    assert f"or another `output` with start_from.checkpoint={_step(text_run, 4)}" in again.stderr
+    assert f"or another `output` with start_from.checkpoint={step_folder(text_run, 4)}" in again.stderr
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def text_logits(paths: tuple[Path, Path, Path]) -> tuple[float, float]:
     if not (run.parent / "export").exists():
         export(run, run.parent / "export")
     _, opened, source = _built(text)
-    source.load(_step(run, 4) / "tensors", 4, with_optimizer=False)
+    source.load(step_folder(run, 4) / "tensors", 4, with_optimizer=False)
     rows, ids = opened.heldout_rows, opened.vocabulary.size
     theirs = _logits(source, rows)
     ours = [logits[:, :ids] for logits in _logits(_started(grown)[1], rows)]
@@ -206,7 +206,7 @@ def test_qwen3_becomes_the_backbone_at_every_layout(data, worlds, tmp_path, mode
     for world, path in ((1, one), (4, other)):
         failed = worlds.run(world, started_tensors, (path, tmp_path / path.stem), timeout=60)
         assert not isinstance(failed, Failure), failed.lines()
-    ours, theirs = (_tensors(_step(tmp_path / path.stem, 0)) for path in (one, other))
+    ours, theirs = (read_tensors(step_folder(tmp_path / path.stem, 0)) for path in (one, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert torch.equal(theirs[name][: len(tensor)], tensor), name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import environment as with_faults
+from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import environment, make_data, megamm, numbers, write_config
 
 
@@ -31,35 +32,6 @@ def undisturbed(data) -> Path:
     # Rank 0 alone says what it found, in the words of `megamm doctor`.
     assert done.stderr.count("INFO megamm.accelerators: apex: ") == 1
     return output
-
-
-TRAIN = {
-    "steps": 8,
-    "global_batch": 4,
-    "micro_batch": 1,
-    "log_every": 1,
-    "eval_every": 8,
-}
-
-
-def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, optimizer state too, by plain torch."""
-    from torch.distributed.checkpoint import FileSystemReader, load
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    reader = FileSystemReader(checkpoint / "tensors")
-    entries = reader.read_metadata().state_dict_metadata
-    state = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def _step(run: Path, number: int) -> Path:
-    return run / "checkpoints" / f"step_{number:08d}"
 
 
 def test_loss_falls(undisturbed):
@@ -103,13 +75,13 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
     assert killed.returncode == 1
     last = killed.stderr.splitlines()[-1]
     assert "error: gave up: rank 1: signal 9 (SIGKILL), at step " in last, killed.stderr
-    assert _step(output, 2).exists() and not _step(output, 6).exists()
+    assert step_folder(output, 2).exists() and not step_folder(output, 6).exists()
 
     resumed = megamm("train", config, "--nproc", 2)
     assert resumed.returncode == 0, resumed.stderr
     assert "saved by the same layout" in resumed.stdout
     assert numbers(output) == numbers(undisturbed)
-    ours, theirs = _tensors(_step(output, 8)), _tensors(_step(undisturbed, 8))
+    ours, theirs = read_tensors(step_folder(output, 8)), read_tensors(step_folder(undisturbed, 8))
     assert any(name.startswith("optimizer.state.exp_avg_sq") for name in ours)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -118,7 +90,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
 def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
     """Two steps on each layout from step 2 on: the same losses and state as the undisturbed run to 1e-6."""
     output = data / "resharded"
-    shutil.copytree(_step(undisturbed, 2), _step(output, 2))
+    shutil.copytree(step_folder(undisturbed, 2), step_folder(output, 2))
     layouts = [(4, {"tensor": 2, "sequence": True}, 2), (6, {"pipeline": 2}, 2), (8, {}, 1)]
     for stop, parallel, processes in layouts:
         # The schedule is that of the whole run: it stops early by its limit, not by a shorter schedule.
@@ -131,7 +103,7 @@ def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
         if "loss/text" in line:
             for key in ("loss/text", "loss/image", "lr"):
                 assert line[key] == pytest.approx(wanted[line["step"]][key], rel=1e-6)
-    ours, theirs = _tensors(_step(output, 8)), _tensors(_step(undisturbed, 8))
+    ours, theirs = read_tensors(step_folder(output, 8)), read_tensors(step_folder(undisturbed, 8))
     for name, tensor in theirs.items():
         error = (ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-12)
         assert error <= 2e-5, f"{name}: {error:.1e}"
@@ -156,7 +128,7 @@ def test_export_loads_in_transformers_and_imports_bit_for_bit(data, undisturbed)
     assert megamm("convert", "export", run, again).returncode == 0
     assert (out / "model.safetensors").read_bytes() == (again / "model.safetensors").read_bytes()
     weights = load_file(out / "model.safetensors")
-    stored = _tensors(_step(run, 0))
+    stored = read_tensors(step_folder(run, 0))
     assert torch.equal(stored["decoder.final_layernorm.weight"], weights["model.norm.weight"])
 
 
@@ -187,7 +159,7 @@ def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
     lines = numbers(output)
     assert lines[-1]["loss/image"] < lines[0]["loss/image"] - 0.1
     assert [round(line["lr"] * 1e3, 3) for line in lines] == [1.5, 3, 3, 3, 3, 3, 1.5, 0]
-    tensors = _tensors(_step(output, 8))
+    tensors = read_tensors(step_folder(output, 8))
     assert tensors["decoder.final_layernorm.weight"].dtype == torch.bfloat16
     assert tensors["optimizer.state.param.decoder.final_layernorm.weight"].dtype == torch.float32
 
@@ -200,13 +172,13 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
         "INFO megamm.mcore.backbone: MLP: Megatron-core's own, the model has another than SwiGLU without bias"
         in done.stderr
     )
-    assert any("mlp.linear_fc1.bias" in name for name in _tensors(_step(data / "bias", 1)))
+    assert any("mlp.linear_fc1.bias" in name for name in read_tensors(step_folder(data / "bias", 1)))
 
 
 def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
     """What is planned stays: the next steps have the losses of the run without it; seed and row length stay, too."""
     output, copy = data / "added", data / "shards" / "copied"
-    shutil.copytree(_step(undisturbed, 2), _step(output, 2))
+    shutil.copytree(step_folder(undisturbed, 2), step_folder(output, 2))
     shutil.copytree(data / "shards" / "drawn", copy)
     sources = [{"path": str(data / "shards" / "drawn")}, {"path": str(copy), "weight": 3}]
     config = write_config(data, output, train=TRAIN | {"stop_after": 4}, data={"sources": sources})
@@ -214,7 +186,7 @@ def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
     assert refused.returncode == 2 and "the checkpoint has train.seed = 1, the config 2" in refused.stderr
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr
-    state = json.loads((_step(output, 4) / "state.json").read_text())
+    state = json.loads((step_folder(output, 4) / "state.json").read_text())
     assert [s["window"] for s in state["mixture"]["segments"]] == [0, 1]
     assert state["mixture"]["segments"][1]["weights"] == {"drawn": 1.0, "copied": 3.0}
     assert "in step " in done.stderr and "drawn 1 -> 0.25, copied 0.75 (new)" in done.stderr

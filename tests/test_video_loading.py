@@ -223,7 +223,7 @@ def test_batches_threads_and_starts_change_no_bit(decoder, folder):
 @pytest.mark.parametrize("decoder", DECODERS[:2], indirect=True)
 def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
     undisturbed = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
-    command = [sys.executable, Path(__file__).with_name("video_worker.py"), folder, decoder[0], "2", "2", "0"]
+    command = [sys.executable, Path(__file__).parent / "lib" / "video_worker.py", folder, decoder[0], "2", "2", "0"]
     process = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen, state = [], 0
     for _ in range(3):  # the fourth batch is being decoded by then

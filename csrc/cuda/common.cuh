@@ -1,6 +1,6 @@
 // What the CUDA kernels share: number types, 16-byte vectors, sums over threads, launches on the current stream.
 //
-// The kernels use no more of CUDA than tests/emulation/cuda.h offers too, so that the tests run them on a CPU.
+// The kernels use no more of CUDA than tests/lib/emulation/cuda.h offers too, so that the tests run them on a CPU.
 #pragma once
 
 #include "../common.h"

@@ -6,7 +6,7 @@
 // the numbers; fibres that wait for each other for ever end the program with a message. Dynamic shared memory starts as
 // NaN in every block.
 //
-// Included before each source with -include (tests/emulated.py); offers what csrc/cuda/common.cuh takes from CUDA.
+// Included before each source with -include (tests/lib/emulated.py); offers what csrc/cuda/common.cuh takes from CUDA.
 #pragma once
 
 #include <ucontext.h>

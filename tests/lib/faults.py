@@ -2,7 +2,7 @@
 
 From outside, on the host of the rank, when it is in that phase and at that step or later:
 
-    python tests/faults.py RUN --kind sigstop --phase step --step 300 --rank 5
+    python tests/lib/faults.py RUN --kind sigstop --phase step --step 300 --rank 5
 
 From within, for those that need the process itself, at an exact place: `environment("sigkill@step:3:1:0,...")` gives
 what a run's environment must have: kind@phase:step:rank:attempt, each of the last three a number or *. A rank that

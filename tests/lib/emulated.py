@@ -1,4 +1,4 @@
-"""The sources of csrc/cuda built for a CPU (tests/emulation/cuda.h), as torch.ops.megamm_emulated.
+"""The sources of csrc/cuda built for a CPU (tests/lib/emulation/cuda.h), as torch.ops.megamm_emulated.
 
 Built once per state of the sources into build/, in the time of a few tests; needs the C++ compiler that built csrc/.
 """
@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-ROOT = Path(__file__).parent.parent
-HEADER = ROOT / "tests/emulation/cuda.h"
+ROOT = Path(__file__).parents[2]
+HEADER = ROOT / "tests/lib/emulation/cuda.h"
 FLAGS = [
     *["-std=c++20", "-O1", "-fPIC", "-Wall", "-Werror", "-Wno-unused-function", "-Wno-unknown-pragmas"],
     *["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DMEGAMM_LIBRARY=megamm_emulated", "-DMEGAMM_CUDA_KEY=CPU"],

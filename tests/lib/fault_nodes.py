@@ -1,6 +1,6 @@
 """Faults between two nodes: the host of the rendezvous store ends, the network between them is cut for a while.
 
-    python tests/fault_nodes.py FOLDER lost_store|network_cut     a folder that fault_matrix.py has worked in
+    python tests/lib/fault_nodes.py FOLDER lost_store|network_cut     a folder that fault_matrix.py has worked in
 
 Two commands on this machine are the nodes, one rank each. For the cut each is in a network namespace of its own (with
 its own host name), joined by a pair of virtual interfaces of which one goes down; that needs no root where

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_folders import write_manifest
-from test_checkpoint_blocks import _write
-from test_families import SEQUENCE, VOCABULARY, write_model
+from checkpoint_folders import write_blocks, write_manifest
+from family_models import SEQUENCE, write_model
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
+from megamm import cli
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.blocks import Block
 from megamm.convert import mapping
@@ -17,6 +19,7 @@ from megamm.convert.family_config import read_config
 from megamm.convert.weights import Weights
 from megamm.model.vocabulary import Range, Vocabulary
 from megamm.parity.case import Case
+from megamm.parity.rows import VOCABULARY
 
 PADDING = 3
 """Rows of the tables that are of no id, as tensor parallel leaves them."""
@@ -44,7 +47,7 @@ def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> 
             ranks[rank].append(block)
     step = path_of(run, 0)
     step.mkdir(parents=True)
-    _write(step / "tensors", ranks)
+    write_blocks(step / "tensors", ranks)
     (step / "state.json").write_bytes(_state(config).to_json())
     write_manifest(step)
     return step
@@ -63,3 +66,22 @@ def _halves(key: str, tensor: torch.Tensor) -> list[Block]:
 def _state(config: Any) -> RunState:
     vocabulary = Vocabulary((Range("text", 0, VOCABULARY, "none", ("text",)),))
     return RunState(0, 0, 1, {}, vocabulary.to_json(), config.model_dump(mode="json"), {}, has_optimizer=False)
+
+
+def edit(folder: Path, name: str, change) -> None:
+    """Change a tensor of a folder in shards in place, or remove it (None)."""
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    file = folder / index["weight_map"][name]
+    tensors = load_file(file)
+    changed = change(tensors.pop(name))
+    if changed is None:
+        del index["weight_map"][name]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors | ({} if changed is None else {name: changed.contiguous()}), file, metadata={"format": "pt"})
+
+
+def convert(*arguments):
+    done = CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done

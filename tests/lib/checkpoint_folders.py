@@ -5,6 +5,12 @@ import json
 import random
 from pathlib import Path
 
+import torch
+
+from megamm.checkpoint import index
+from megamm.checkpoint.blocks import Block
+from megamm.checkpoint.image import Image
+
 
 def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float | None = None, seed: int = 0) -> Path:
     """RUN/checkpoints/step_X with two shards, generators, state and manifest; contents depend on (seed, step)."""
@@ -41,3 +47,20 @@ def write_manifest(folder: Path, **extra: str) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """All files by their path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def write_blocks(folder: Path, ranks: list[list[Block]]) -> None:
+    """A tensors/ folder as so many ranks write it: a data file of each rank, then the index over all."""
+    folder.mkdir()
+    entries = []
+    for rank, blocks in enumerate(ranks):
+        image = Image.of(blocks, f"__{rank}_0.distcp")
+        data = bytearray(image.size)
+        image.lay_out(memoryview(data))
+        for place in image.places:
+            elements = blocks[place.block].data.view(-1).view(torch.uint8).numpy().tobytes()
+            data[place.start : place.start + len(elements)] = elements
+        (folder / f"__{rank}_0.distcp").write_bytes(data)
+        entries += image.entries
+    for name, data in index.files_of(entries).items():
+        (folder / name).write_bytes(data)

@@ -1,8 +1,8 @@
 """A conversion that is killed (SIGKILL) at random times and begun again, until that has happened often enough.
 
-`python tests/convert_kills.py export|import SOURCE OUT KILLS [--nproc N] [--shard-size BYTES]`. After every kill there
-is either no output, or a whole one, with the bytes of a conversion that was left alone; its figures are printed as
-JSON. kills; resumed: kills after which the next one went on; finished: conversions that came to their end in between.
+`python tests/lib/convert_kills.py export|import SOURCE OUT KILLS [--nproc N] [--shard-size BYTES]`. After every kill
+there is either no output, or a whole one, with the bytes of a conversion that was left alone; its figures are printed
+as JSON. kills; resumed: kills after which the next one went on; finished: conversions that ended in between.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Every fault in every phase of a run, and what becomes of it; `make faults` writes docs/faults.md with this.
 
-    python tests/fault_matrix.py --out out/faults --table docs/faults.md [--kinds sigkill,sigstop]
+    python tests/lib/fault_matrix.py --out out/faults --table docs/faults.md [--kinds sigkill,sigstop]
 
 One run a kind of fault, on two gloo ranks, suffers it in one phase after the other. Its outcome counts only if the run
 ends by itself with exit code 0, reports the numbers of an undisturbed run to the last digit (losses, grad norms,
@@ -215,8 +215,8 @@ def _shown(cell: dict) -> str:
 
 HEAD = """# Faults and what becomes of a run
 
-Written by `make faults` (tests/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), two gloo
-ranks, a tiny model. Each run suffers one kind of fault in one phase after the other, and counts only if it ends by
+Written by `make faults` (tests/lib/fault_matrix.py) on {cores} processor cores (load average then: {load:.0f}), two
+gloo ranks, a tiny model. Each run suffers one kind of fault in one phase after the other, and counts only if it ends by
 itself with the losses, grad norms, learning rates, last checkpoint and rows of an undisturbed run, bit for bit;
 otherwise it is marked.
 

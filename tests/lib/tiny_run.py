@@ -18,7 +18,7 @@ from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.data.build import BuildOptions, build
 from megamm.data.token_cache import load_codecs, tokenize
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door", "bell", "kite", "drum")
 

@@ -1,0 +1,33 @@
+"""What tests read of a run folder: its checkpoints and their tensors, by plain torch."""
+
+from pathlib import Path
+
+import torch
+
+TRAIN = {
+    "steps": 8,
+    "global_batch": 4,
+    "micro_batch": 1,
+    "log_every": 1,
+    "eval_every": 8,
+}
+
+
+def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, optimizer state too, by plain torch."""
+    from torch.distributed.checkpoint import FileSystemReader, load
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    reader = FileSystemReader(checkpoint / "tensors")
+    entries = reader.read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def step_folder(run: Path, number: int) -> Path:
+    return run / "checkpoints" / f"step_{number:08d}"

@@ -1,0 +1,165 @@
+"""Which tests a target runs, in which order, and what each costs: the pytest plugin behind `make test` and its kin.
+
+    pytest                 what `make test` runs: every subject by at least one real case
+    pytest --everything    all tests, those marked `everything` included (`make test-all`)
+    pytest --fast          tests that are recorded to start no process and to take under FAST_SECONDS (`make test-fast`)
+    pytest --record FILE   also write what each test took to FILE (`make durations`: tests/durations.json)
+
+Files are ordered by their recorded time, the longest first, so that the workers end at about the same time. A record
+sums the parameters of one test function: {"seconds", "longest" (of one parameter), "processes" (whether it starts
+any)}; times in seconds of wall clock, fixtures included.
+"""
+
+import json
+import multiprocessing.util
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+DURATIONS = Path(__file__).parents[1] / "durations.json"
+FAST_SECONDS = 2.0
+"""Of all parameters of a test together."""
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system", "multiprocessing.spawn"}
+"""Audit events of a process that is started; the last is raised below, as Python has none for it."""
+
+
+def function_of(nodeid: str) -> str:
+    """The node id without its parameters."""
+    return nodeid.partition("[")[0]
+
+
+def read_durations() -> dict[str, Any]:
+    """tests/durations.json: {"tests": {function: record}, "reasons": {function: why it takes long}}."""
+    return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {"tests": {}, "reasons": {}}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("megamm")
+    group.addoption("--everything", action="store_true", help="run all tests, as `make test-all` does")
+    group.addoption("--fast", action="store_true", help="run only tests that start no process, as `make test-fast` does")
+    group.addoption("--record", metavar="FILE", help="write what each test took to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Selection(config), "selection")
+    config.pluginmanager.register(Starts(forbid=config.getoption("fast")), "starts")
+    if config.getoption("record") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Record(Path(config.getoption("record"))), "record")
+
+
+class Selection:
+    """Chooses and orders the tests, identically in every worker."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.records = config, read_durations()["tests"]
+
+    def _is_chosen(self, item: pytest.Item) -> bool:
+        if item.get_closest_marker("everything") and not self.config.getoption("everything"):
+            return False
+        if not self.config.getoption("fast"):
+            return True
+        record = self.records.get(function_of(item.nodeid))
+        return record is not None and not record["processes"] and record["seconds"] < FAST_SECONDS
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        # A test that was named on the command line runs, whatever it is marked with.
+        named = [argument for argument in self.config.args if "::" in argument]
+        chosen = [item for item in items if named or self._is_chosen(item)]
+        if left_out := [item for item in items if item not in set(chosen)]:
+            self.config.hook.pytest_deselected(items=left_out)
+        of_file: dict[str, float] = defaultdict(float)
+        for name in {function_of(item.nodeid) for item in chosen}:
+            of_file[name.partition("::")[0]] += self.records.get(name, {"seconds": 0.0})["seconds"]
+        items[:] = sorted(chosen, key=lambda item: -of_file[item.nodeid.partition("::")[0]])
+
+
+class Starts:
+    """Counts the processes that tests and their fixtures start, or forbids them."""
+
+    def __init__(self, forbid: bool) -> None:
+        self.count, self.is_watching, self.forbid = 0, False, forbid
+        self.fixtures: set[tuple[str, str]] = set()
+        """(baseid, name) of those that have started some: who uses them later depends on these processes."""
+        sys.addaudithook(self._heard)
+        spawn = multiprocessing.util.spawnv_passfds
+
+        def audited(*arguments: Any) -> int:
+            sys.audit("multiprocessing.spawn")
+            return spawn(*arguments)
+
+        multiprocessing.util.spawnv_passfds = audited
+
+    def _heard(self, event: str, _arguments: tuple[Any, ...]) -> None:
+        if self.is_watching and event in STARTS:
+            self.count += 1
+            if self.forbid:
+                raise RuntimeError(f"{event}: a test of `make test-fast` starts a process; `make durations` records it")
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[None]:
+        before = self.count
+        try:
+            return (yield)
+        finally:
+            if self.count > before:
+                self.fixtures.add((fixturedef.baseid, fixturedef.argname))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        self.is_watching = True
+        try:
+            return (yield)
+        finally:
+            self.is_watching = False
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
+        self.before = self.count
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        try:
+            return (yield)
+        finally:
+            definitions = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+            inherited = any((d.baseid, d.argname) in self.fixtures for of_name in definitions for d in of_name)
+            item.user_properties.append(("processes", inherited or self.count > self.before))
+
+
+class Record:
+    """Gathers the reports of all workers, and writes them when the session is over."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.processes: dict[str, bool] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid] += report.duration
+        if report.when == "teardown":
+            self.processes[report.nodeid] = dict(report.user_properties).get("processes", False) is True
+
+    def pytest_sessionfinish(self) -> None:
+        tests: dict[str, dict[str, Any]] = {}
+        for nodeid, seconds in sorted(self.seconds.items()):
+            record = tests.setdefault(function_of(nodeid), {"seconds": 0.0, "longest": 0.0, "processes": False})
+            record["seconds"] = round(record["seconds"] + seconds, 2)
+            record["longest"] = round(max(record["longest"], seconds), 2)
+            record["processes"] |= self.processes.get(nodeid, False)
+        known = read_durations()
+        reasons = {name: why for name, why in known["reasons"].items() if name in tests}
+        self.file.write_text(dumps({"tests": tests, "reasons": reasons}))
+
+
+def dumps(durations: dict[str, Any]) -> str:
+    """JSON with a line a test, so that a change of one is a change of one line."""
+    sections = []
+    for name, entries in durations.items():
+        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
+        sections.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}" if lines else f"  {json.dumps(name)}: {{}}")
+    return "{\n" + ",\n".join(sections) + "\n}\n"
