@@ -47,27 +47,27 @@ def make_data(folder: Path, place: device.Device) -> None:
 
 def train(folder: Path, place: device.Device) -> None:
     """Train on make_data's folder; the checkpoint in folder/run is one that `megamm` reads and resumes."""
-    heads, batch = {"num_attention_heads": 4, "num_query_groups": 2}, {"global_batch": 4, "micro_batch": 4}
+    heads, rows = {"num_attention_heads": 4, "num_query_groups": 2}, 4
     settings = {  # keys as in a YAML file
         "output": str(folder / "run"),
         "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "head_dim": 16, **heads},
         "data": {"seq_length": 64, "sources": [{"path": str(folder / "shards/drawn")}]},
         "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "visual")},
         "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-        "train": {"steps": 60, **batch},
+        "train": {"steps": 60, "global_batch": rows, "micro_batch": rows},
     }
     config = config_from_dict(settings, where="settings")  # a mistake raises UserError
     process_groups.start(place)  # torchrun's job, or a world of this process alone
     groups = process_groups.build(config.parallel, config.train.seed)  # tensor, pipeline, context, expert, data
     data = open_run_data(config)
-    vocabulary, rank = data.vocabulary, {"data_rank": groups.data_rank, "data_size": groups.data_size}
+    vocabulary, rank, size = data.vocabulary, groups.data_rank, groups.data_size
     cost = partial(flops_of_row, config.model, vocabulary.size, config.data.seq_length)  # to balance the ranks
-    loader = Loader(data.stream, cost=cost, **batch, **rank)
+    loader = Loader(data.stream, global_batch=rows, micro_batch=rows, data_rank=rank, data_size=size, cost=cost)
     model = engine.build(config, vocabulary.size, groups, place)  # with its optimizer and schedule
     weights = weight_tensor(config.loss_weights, vocabulary.modalities, place.torch_device)
     store = RunStore(config, data, model, groups, place, while_waiting=lambda: None)
     for step in range(1, config.train.steps + 1):
-        result = model.train_step([rows.to(place.torch_device) for rows in loader.step()], weights)
+        result = model.train_step([batch.to(place.torch_device) for batch in loader.step()], weights)
         if step % 10 == 0:
             print(f"step {step}: loss {overall(result.loss.mean, weights):.3f}", flush=True)
     store.save(step, loader.consumed_rows, tokens={}, loss_guard={}, heldout_loss=None, wait=True)

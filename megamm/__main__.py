@@ -9,10 +9,9 @@ SUPPORTED = ((3, 11), (3, 12))
 def main() -> None:
     """Run the command; another Python gets one line and exit code 2."""
     if sys.version_info[:2] not in SUPPORTED:
-        found = ".".join(map(str, sys.version_info[:3]))
+        found = f"{'.'.join(map(str, sys.version_info[:3]))} ({sys.executable})"
         print(
-            f"error: megamm needs Python 3.11 or 3.12, not {found} ({sys.executable}): install it there",
-            file=sys.stderr,
+            f"error: megamm needs Python 3.11 or 3.12, not {found}: install it in another environment", file=sys.stderr
         )
         sys.exit(2)
     # Imported here: on another Python this would end in a SyntaxError or a missing package.

@@ -29,9 +29,11 @@ from tiny_run import ROOT
 
 COMMANDS = commands()
 INLINE = in_text()
-LIGHT = [c for c in COMMANDS if not is_heavy(c.text)]
-HEAVY = [c for c in COMMANDS if is_heavy(c.text) and not wants_slurm(c.text)]
-SLURM = [c for c in COMMANDS if wants_slurm(c.text)]
+ONCE = list({shown(c.text)[0]: c for c in reversed(COMMANDS)}.values())[::-1]
+"""The first of those that are the same on several pages."""
+LIGHT = [c for c in ONCE if not is_heavy(c.text)]
+HEAVY = [c for c in ONCE if is_heavy(c.text) and not wants_slurm(c.text)]
+SLURM = [c for c in ONCE if wants_slurm(c.text)]
 
 
 def test_the_pages_are_read():

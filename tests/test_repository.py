@@ -132,7 +132,11 @@ def test_every_import_is_declared() -> None:
     for_use = {canonicalize_name(Requirement(r).name) for r in all_of_them}
     shipped = for_use - {canonicalize_name(Requirement(r).name) for r in extras["dev"]}
     packages_of = importlib.metadata.packages_distributions()
-    local = {"megamm", "tests", *(p.stem for folder in ("tests", "tests/lib", "tools") for p in (ROOT / folder).glob("*.py"))}
+    local = {
+        "megamm",
+        "tests",
+        *(p.stem for folder in ("tests", "tests/lib", "tools") for p in (ROOT / folder).glob("*.py")),
+    }
     undeclared = []
     for file in FILES:
         allowed = shipped | {"setuptools"} if file.path.startswith(("megamm/", "setup.py")) else for_use | {"packaging"}

@@ -25,7 +25,17 @@ from megamm.modalities import REGISTRY
 
 COPIED = ("docs", "examples", "launchers")
 LINKED = ("benchmarks", "csrc", "megamm", "requirements", "tests", "tools")
-LINKED += ("CONTRIBUTING.md", "LICENSE", "Makefile", "MANIFEST.in", "NOTICE", "README.md", "pyproject.toml", "setup.py")
+LINKED += (
+    ".pre-commit-config.yaml",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "Makefile",
+    "MANIFEST.in",
+    "NOTICE",
+    "README.md",
+    "pyproject.toml",
+    "setup.py",
+)
 SOURCES = ("mine", "emoji", "clipart")
 CLEAN = ("HOME", "LANG", "LC_ALL", "TZ", "USER")
 """What a new shell has; PATH besides."""
