@@ -101,7 +101,14 @@ def healthy(memory):
     writer.close(10)
 
 
-@pytest.mark.parametrize("kind", ["next step", "same step again", "same step, names cannot be exchanged"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "next step",
+        pytest.param("same step again", marks=pytest.mark.everything),
+        pytest.param("same step, names cannot be exchanged", marks=pytest.mark.everything),
+    ],
+)
 def test_killed_at_every_change(memory, faulty, healthy, tmp_path, monkeypatch, kind):
     same_step = kind != "next step"
     if "cannot" in kind:

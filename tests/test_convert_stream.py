@@ -180,7 +180,10 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
     pieces.close()
 
 
-@pytest.mark.parametrize(("kind", "source", "nproc"), [("export", "run", "1"), ("import", "hf", "2")])
+@pytest.mark.parametrize(
+    ("kind", "source", "nproc"),
+    [("export", "run", "1"), pytest.param("import", "hf", "2", marks=pytest.mark.everything)],
+)
 def test_killed_at_any_time_it_goes_on_and_nothing_half_has_the_name(
     kind: str, source: str, nproc: str, moe: Path
 ) -> None:
@@ -352,6 +355,7 @@ print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if 
 """
 
 
+@pytest.mark.everything
 def test_memory_is_a_group_and_half_a_gigabyte(tmp_path: Path) -> None:
     """Both ways and the comparison of all tensors, of a model that is larger; zeros in files of holes."""
     group = write_synthetic(tmp_path / "hf", layers=28, shards=3, fill=False)

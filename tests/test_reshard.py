@@ -37,6 +37,7 @@ MAIN = "optimizer.state.param."
 """Prefix of the optimizer's own copy of a weight, in float32 the same numbers."""
 
 
+@pytest.mark.everything
 def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_path: Path):
     make_data(tmp_path)
     one, moved = tmp_path / "one", tmp_path / "moved"

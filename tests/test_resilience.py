@@ -139,6 +139,7 @@ def test_hangs_are_explained(data, undisturbed):
         assert f"in {waiting['collective']}" in texts[f"rank_{waiting['rank']:05d}"]
 
 
+@pytest.mark.everything
 def test_faults_above_the_ranks(data, undisturbed):
     """What is above the ranks is killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
     output, config = config_of(data, "above")
@@ -191,6 +192,7 @@ def test_what_the_user_must_mend_is_told_in_one_line_and_not_tried_again(data):
     assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
 
 
+@pytest.mark.everything
 def test_two_nodes_tell_the_users_mistake_once(data):
     output, config = config_of(data, "mistake_of_nodes")
     options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
@@ -225,6 +227,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(data, undisturbed
         assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
 
 
+@pytest.mark.everything
 def test_no_checkpoint_within_the_grace_time(data):
     """The rank that should save hangs: it is killed when the time is up, and the run does not start again."""
     output, config = config_of(data, "grace", grace_seconds=1, hang_seconds=60)
@@ -286,6 +289,7 @@ def assert_near(lines, undisturbed):
         assert {k: ours[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
+@pytest.mark.everything
 def test_a_faulty_node_is_evicted(data, undisturbed):
     """Of two nodes and a spare first the one with the store, which serves it to the end, then another one.
 
@@ -324,6 +328,7 @@ def test_a_faulty_node_is_evicted(data, undisturbed):
     assert_near(numbers(output), undisturbed)
 
 
+@pytest.mark.everything
 def test_the_only_node_is_evicted_with_a_diagnosis(data):
     output, config = config_of(data, "alone", loss_guard={"evict": True})
     assert run(config, "--nproc", 2, faults="nan@step:3:1:*") == 4, output_of(config)

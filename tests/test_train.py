@@ -41,6 +41,7 @@ def test_loss_falls(undisturbed):
         assert lines[-1][name] < lines[0][name] - 0.1
 
 
+@pytest.mark.everything
 def test_plain_torch_operators_train_alike(data, undisturbed):
     """The undisturbed run chose the compiled operators by itself."""
     config = write_config(data, data / "torch", train=TRAIN)
@@ -132,6 +133,7 @@ def test_export_loads_in_transformers_and_imports_bit_for_bit(data, undisturbed)
     assert torch.equal(stored["decoder.final_layernorm.weight"], weights["model.norm.weight"])
 
 
+@pytest.mark.everything
 def test_imported_weights_start_a_run(data, undisturbed):
     """The first step of a run from imported weights has the loss that the trained weights give."""
     run, out = data / "from_import", data / "export3"
@@ -164,6 +166,7 @@ def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
     assert tensors["optimizer.state.param.decoder.final_layernorm.weight"].dtype == torch.float32
 
 
+@pytest.mark.everything
 def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
     config = write_config(data, data / "bias", train=TRAIN | {"stop_after": 1, "eval_every": 0})
     done = megamm("train", config, "model.megatron={add_bias_linear: true}")
@@ -175,6 +178,7 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
     assert any("mlp.linear_fc1.bias" in name for name in read_tensors(step_folder(data / "bias", 1)))
 
 
+@pytest.mark.everything
 def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
     """What is planned stays: the next steps have the losses of the run without it; seed and row length stay, too."""
     output, copy = data / "added", data / "shards" / "copied"

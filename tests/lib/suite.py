@@ -6,8 +6,9 @@
     pytest --record FILE   also write what each test took to FILE (`make durations`: tests/durations.json)
 
 Files are ordered by their recorded time, the longest first, so that the workers end at about the same time. A record
-sums the parameters of one test function: {"seconds", "longest" (of one parameter), "processes" (whether it starts
-any)}; times in seconds of wall clock, fixtures included.
+is of one test function: {"ordinary": seconds of all its parameters in `make test`, "ordinary_longest": of the longest
+one, "everything": of those that only `make test-all` runs, "processes": whether it starts any}. Times are wall clock,
+fixtures included.
 """
 
 import json
@@ -75,7 +76,7 @@ class Selection:
         if not self.config.getoption("fast"):
             return True
         record = self.records.get(function_of(item.nodeid))
-        return record is not None and not record["processes"] and record["seconds"] < FAST_SECONDS
+        return record is not None and not record["processes"] and record["ordinary"] < FAST_SECONDS
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         # A test that was named on the command line runs, whatever it is marked with.
@@ -85,7 +86,9 @@ class Selection:
             self.config.hook.pytest_deselected(items=left_out)
         of_file: dict[str, float] = defaultdict(float)
         for name in {function_of(item.nodeid) for item in chosen}:
-            of_file[name.partition("::")[0]] += self.records.get(name, {"seconds": 0.0})["seconds"]
+            record = self.records.get(name, {"ordinary": 0.0, "everything": 0.0})
+            more = record["everything"] if self.config.getoption("everything") else 0.0
+            of_file[name.partition("::")[0]] += record["ordinary"] + more
         items[:] = sorted(chosen, key=lambda item: -of_file[item.nodeid.partition("::")[0]])
 
 
@@ -141,6 +144,7 @@ class Starts:
             definitions = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
             inherited = any((d.baseid, d.argname) in self.fixtures for of_name in definitions for d in of_name)
             item.user_properties.append(("processes", inherited or self.count > self.before))
+            item.user_properties.append(("everything", item.get_closest_marker("everything") is not None))
 
 
 class Record:
@@ -149,20 +153,24 @@ class Record:
     def __init__(self, file: Path) -> None:
         self.file = file
         self.seconds: dict[str, float] = defaultdict(float)
-        self.processes: dict[str, bool] = {}
+        self.known: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
         if report.when == "teardown":
-            self.processes[report.nodeid] = dict(report.user_properties).get("processes", False) is True
+            self.known[report.nodeid] = dict(report.user_properties)
 
     def pytest_sessionfinish(self) -> None:
         tests: dict[str, dict[str, Any]] = {}
         for nodeid, seconds in sorted(self.seconds.items()):
-            record = tests.setdefault(function_of(nodeid), {"seconds": 0.0, "longest": 0.0, "processes": False})
-            record["seconds"] = round(record["seconds"] + seconds, 2)
-            record["longest"] = round(max(record["longest"], seconds), 2)
-            record["processes"] |= self.processes.get(nodeid, False)
+            known = self.known.get(nodeid, {})
+            empty = {"ordinary": 0.0, "ordinary_longest": 0.0, "everything": 0.0, "processes": False}
+            record = tests.setdefault(function_of(nodeid), empty)
+            kind = "everything" if known.get("everything") else "ordinary"
+            record[kind] = round(record[kind] + seconds, 2)
+            if kind == "ordinary":
+                record["ordinary_longest"] = round(max(record["ordinary_longest"], seconds), 2)
+            record["processes"] |= known.get("processes", False) is True
         known = read_durations()
         reasons = {name: why for name, why in known["reasons"].items() if name in tests}
         self.file.write_text(dumps({"tests": tests, "reasons": reasons}))
