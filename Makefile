@@ -14,6 +14,8 @@ PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/pyt
 VENV := .venv
 VENV_LATEST := .venv-latest
 VENV_DOCS := .venv-docs
+# The demo has an environment of its own, without the tools of the tests; one that `make venv` made does too.
+VENV_DEMO := $(if $(wildcard $(VENV)/installed),$(VENV),.venv-demo)
 PY := $(VENV)/bin/python
 PY_LATEST := $(VENV_LATEST)/bin/python
 PY_DOCS := $(VENV_DOCS)/bin/python
@@ -108,9 +110,21 @@ sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory acces
 	$(PYTEST_ENV) MEGAMM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY) -m pytest $(OPS_TESTS) -k emulated
 
+# SEED=2 trains and draws anew; what does not depend on the seed is kept.
+SEED ?= 1
+
 .PHONY: demo
-demo: $(VENV)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
-	$(PY) tools/demo.py --out out/demo
+demo: $(VENV_DEMO)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
+	$(VENV_DEMO)/bin/python tools/demo.py --out out/demo --seed $(SEED)
+
+.venv-demo/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/demo.txt requirements/constraints.txt $(CSRC)
+	@sh tools/system_packages.sh "$(PYTHON)"
+	@test "$$(.venv-demo/bin/python -V 2>/dev/null)" = "$$("$(PYTHON)" -V)" || "$(PYTHON)" -m venv --clear .venv-demo
+	.venv-demo/bin/python $(PIP_INSTALL) -r requirements/torch.txt $(PINS)
+	.venv-demo/bin/python $(PIP_INSTALL) -r requirements/base.txt -r requirements/demo.txt $(PINS)
+	.venv-demo/bin/python $(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	.venv-demo/bin/python -m pip check
+	@touch $@
 
 # The API pages are read from the sources, so the environment needs neither torch nor megamm.
 .PHONY: docs
@@ -141,4 +155,4 @@ clean:  ## remove build products and caches; environments and out/ stay
 
 .PHONY: distclean
 distclean: clean  ## clean, and remove the environments too
-	rm -rf $(VENV) $(VENV_LATEST) $(VENV_DOCS)
+	rm -rf $(VENV) $(VENV_LATEST) $(VENV_DOCS) .venv-demo

@@ -1,6 +1,7 @@
 """Generation: exact ranges and lengths, the same numbers as a plain loop without cache, draws that know no batch."""
 
 import copy
+import json
 import shutil
 
 import numpy as np
@@ -149,6 +150,59 @@ def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
     printed = _run(folder, *pictures, "--to", "text", "--max-tokens", 5)
     assert printed.stdout == "".join(caption + "\n" for caption in captions)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.png", "1.png", "captions", "new"]
+
+
+def test_requests_are_made_as_by_single_commands(folder, tmp_path):
+    """Lines of both directions, in any order: each direction's items are drawn as one command would draw them."""
+    for n in range(2):
+        (tmp_path / f"{n}.png").write_bytes(as_bytes(shape_picture(n)[0]))
+    lines = [
+        {"prompt": "a heart", "to": "image", "out": "made/a.png"},
+        {"from": "0.png", "to": "text", "out": "b.txt"},
+        {"prompt": "a long red heart", "to": "image", "out": "made/c.png"},
+        {"from": "1.png", "to": "text", "out": "d.txt"},
+    ]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    done = _run(folder, "--requests", requests, "--seed", 3, "--max-tokens", 5)
+    assert done.exit_code == 0 and done.stdout == f"{requests}: 4 generated\n", done.output
+    options = ["--seed", 3, "--max-tokens", 5, "--out", tmp_path / "single"]
+    done = _run(folder, "--prompt", "a heart", "--prompt", "a long red heart", "--to", "image", *options)
+    assert done.exit_code == 0, done.output
+    for name, single in (("made/a.png", "000.png"), ("made/c.png", "001.png")):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "single" / single).read_bytes()
+    shutil.rmtree(tmp_path / "single")
+    done = _run(folder, "--from", tmp_path / "0.png", "--from", tmp_path / "1.png", "--to", "text", *options)
+    assert done.exit_code == 0, done.output
+    for name, single in (("b.txt", "000.txt"), ("d.txt", "001.txt")):
+        assert (tmp_path / name).read_text() == (tmp_path / "single" / single).read_text()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "no request"),
+        (["{"], "not JSON"),
+        (["[]"], "not an object of texts"),
+        ([{"prompt": "a", "to": "image"}], "keys prompt, to"),
+        ([{"prompt": "a", "from": "b.png", "to": "image", "out": "c.png"}], "keys from, out, prompt, to"),
+        ([{"prompt": "a", "to": "smell", "out": "c.png"}], "no modality 'smell'"),
+        ([{"prompt": "a", "to": "image", "out": "c.gif"}], "written as .png"),
+        ([{"prompt": "a", "to": "image", "out": "taken.png"}], "the output exists"),
+        ([{"prompt": "a", "to": "image", "out": "c.png"}] * 2, "2 requests write the same file"),
+        ([{"from": "gone.png", "to": "text", "out": "c.txt"}], "cannot read: No such file"),
+        ([{"prompt": " ", "to": "image", "out": "c.png"}], "holds no text"),
+    ],
+)
+def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, message):
+    (tmp_path / "taken.png").write_bytes(b"x")
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    done = _run(folder, "--requests", requests)
+    assert isinstance(done.exception, UserError) and message in str(done.exception)
+    assert len(list(tmp_path.iterdir())) == 2
+    done = _run(folder, "--requests", requests, "--to", "text")
+    assert isinstance(done.exception, UserError) and "give --requests alone" in done.exception.remedy
 
 
 @pytest.mark.parametrize(

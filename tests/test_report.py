@@ -13,6 +13,7 @@ from media_samples import example, make_codecs
 from tiny_export import make_export
 
 from megamm.config import load_config
+from megamm.data.shards import ShardFolder, ShardWriter
 from megamm.modalities import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -27,12 +28,21 @@ def _tool(name):
     return module
 
 
-stages, samples = _tool("demo_stages"), _tool("demo_samples")
+stages, samples, _ = _tool("demo_stages"), _tool("demo_samples"), _tool("demo_figures")
 demo, _, report = _tool("demo"), _tool("demo_media"), _tool("demo_report")
 DIRECTIONS = [d for a, b in samples.PAIRS for d in ((a, b), (b, a))]
 GAIN = {"mean": 0.1, "standard_error": 0.01, "samples": 9, "nouns": 7, "positive_share": 0.8}
+SHARE = {"n": 48, "right": 24, "share": 0.5, "interval": [0.36, 0.64]}
+FOUND = {
+    "image_to_text": {"exact": SHARE, "attributes": {"skin": SHARE, "gender": SHARE | {"share": 0.9}}},
+    "text_to_image": {"retrieval": {"r1": SHARE, "r5": SHARE}},
+    "audio_to_text": {"exact": SHARE},
+    "points_to_text": {"exact": SHARE},
+}
 SUMMARY = {
     "pair_gain": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS},
+    "pair_gain_by_rule": {"combination": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS}},
+    "figures": {"combination": FOUND},
     "loss": {m: {"first": 8.0, "last": 4.0} for m in REGISTRY},
     "heldout_loss": dict.fromkeys(REGISTRY, 4.25),
     "codecs": {name: {"psnr_db": 18.5, "codes_used": 0.9} for name in ("text", "visual", "audio", "points")},
@@ -71,7 +81,8 @@ def page(tmp_path_factory):
                 _write(folder, f"generated/{source}_to_{target}/{i:03d}", target, i + 5, ["", "<b>said</b>"][i])
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     (folder / "stages" / "fetch.json").write_text(json.dumps({"peak_rss_gib": 0.5}))
-    (folder / "stages" / "generate.json").write_text(json.dumps({"peak_rss_gib": 1.5, "details": shown}))
+    mark = {"peak_rss_gib": 1.5, "details": {"combination": shown}}
+    (folder / "stages" / "generate.json").write_text(json.dumps(mark))
     (folder / "shards" / "ATTRIBUTION.md").write_text("Drawn by <nobody>")
     return folder, report.write_report(folder).read_text()
 
@@ -137,6 +148,13 @@ def test_the_demos_paths_are_moved_and_nothing_else(tmp_path):
     assert ours["output"] == str(tmp_path / "run")
 
 
+def test_the_seed_is_that_of_the_run_and_of_the_draws(tmp_path):
+    second = demo.Demo(tmp_path, seed=2)
+    assert load_config(demo.CONFIG, second.overrides()).train.seed == 2
+    commands = samples.write_requests(tmp_path / "export", tmp_path, {}, 2000)
+    assert all(command[command.index("--seed") + 1] == "2000" for command in commands)
+
+
 def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path, capsys):
     made = []
 
@@ -159,12 +177,24 @@ def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path,
     assert not (tmp_path / "stages" / "b.json").exists()
 
 
+def _with_gain(**change):
+    gains = SUMMARY["pair_gain_by_rule"]["combination"] | {"image_to_text": GAIN | change}
+    return {"pair_gain_by_rule": {"combination": gains}}
+
+
+def _with_share(direction, share):
+    return {"figures": {"combination": FOUND | {direction: {"exact": SHARE | {"share": share}}}}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"loss": {"text": {"first": 8.0, "last": 8.0}}}, "text loss did not fall"),
         ({"loss": {"image": {"first": 8.0, "last": math.nan}}}, "image loss did not fall"),
-        ({"pair_gain": SUMMARY["pair_gain"] | {"image_to_text": {"mean": -0.1}}}, "pair gain image_to_text"),
+        (_with_gain(mean=-0.1), "pair gain image_to_text is -0.1000"),
+        (_with_gain(mean=0.015), "not above twice its standard error 0.01"),
+        (_with_gain(standard_error=None), "pair gain image_to_text"),
+        (_with_share("audio_to_text", 0.05), "audio_to_text: exact is 5%, below 15%"),
         ({"logits_max_abs_diff": 1e-3}, "logits differ"),
         ({"logits_max_abs_diff": math.nan}, "logits differ"),
     ],
@@ -173,6 +203,29 @@ def test_a_broken_promise_is_named(change, message):
     demo.check(SUMMARY)
     with pytest.raises(stages.DemoError, match=message):
         demo.check(SUMMARY | change)
+
+
+def test_targets_are_reported_as_reached_or_not():
+    lines = {line["target"]: line for line in demo.targets(FOUND, {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS})}
+    assert lines["image_to_text: exact"]["reached"] and lines["text_to_image: retrieval r5"]["reached"]
+    attributes = lines["image_to_text: attributes"]  # the one that is least often right counts
+    assert not attributes["reached"] and attributes["value"]["attribute"] == "skin"
+    assert sum("pair gain" in name for name in lines) == len(DIRECTIONS)
+
+
+def test_an_unseen_word_in_a_combination_is_named(tmp_path):
+    shard = tmp_path / "people"
+    for split, texts in (("train", ["cook, man", "judge, woman"]), ("heldout", ["cook, woman"])):
+        with ShardWriter(shard / split / "text") as writer:
+            for i, text in enumerate(texts):
+                writer.add(f"{split}{i}", "txt", text.encode())
+    (shard / "report.json").write_text(json.dumps({"heldout_by": {"combination": ["heldout0"]}}))
+    demo.check_words([shard])
+    (tmp_path / "people" / "train" / "text").rename(tmp_path / "old")
+    with ShardWriter(shard / "train" / "text") as writer:
+        writer.add("train0", "txt", b"cook, man")
+    with pytest.raises(stages.DemoError, match="heldout0 of people is held out as a combination, but 'woman'"):
+        demo.check_words([shard])
 
 
 def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
@@ -185,13 +238,23 @@ def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
         stages.run_stages(tmp_path, [failing])
 
 
-def test_samples_of_the_report_are_of_different_nouns(tmp_path):
+def test_samples_asked_for_have_different_captions(tmp_path):
     source = make_export(tmp_path, heldout=30).parent / "shards" / "shapes"
-    chosen = samples.choose([source / "heldout"], "text", "image")
-    assert {text.decode().split()[-1] for (text, _), _ in chosen} == {"ellipse", "rectangle"} and len(chosen) == 2
-    captions = {shape_picture(n)[1]: example("image", n)[0] for n in range(10_000, 10_030)}
-    assert all(text.decode() in captions and ending == "png" for (text, _), (_, ending) in chosen)
-    files = samples.write_heldout([source], tmp_path / "out")["text-image"]
-    for names, ((text, _), (data, _)) in zip(files, chosen, strict=True):
-        assert (tmp_path / "out" / names["text"]).read_bytes() == text
-        assert (tmp_path / "out" / names["image"]).read_bytes() == data
+    texts = ShardFolder(source / "heldout" / "text")
+    rules = {"combination": list(texts.keys[:20]), "noun": list(texts.keys[20:])}
+    (source / "report.json").write_text(json.dumps({"heldout_by": rules}))
+    chosen = samples.choose([source], "combination", "text", "image", 100)
+    captions = [text.data.decode() for text, _ in chosen]
+    assert len(set(captions)) == len(captions) == len({texts.read(i) for i in range(20)})
+    images = {shape_picture(n)[1]: example("image", n)[0] for n in range(10_000, 10_030)}
+    assert set(captions) <= set(images) and all(picture.extension == "png" for _, picture in chosen)
+    named = samples.write_heldout([source], tmp_path / "out")
+    for names, (text, picture) in zip(named["combination"]["text-image"], chosen, strict=True):
+        assert (tmp_path / "out" / names["text"]).read_bytes() == text.data
+        assert (tmp_path / "out" / names["image"]).read_bytes() == picture.data
+    assert named["noun"]["text-image"] and not named["noun"]["text-audio"]
+    commands = samples.write_requests(tmp_path / "export", tmp_path / "out", named, 1)
+    lines = [json.loads(line) for command in commands for line in Path(command[3]).read_text().splitlines()]
+    pairs = [(rule, "text-image") for rule in named]
+    asked = sum(min(len(named[r][p]), samples.asked(r, t)) for r, p in pairs for t in ("text", "image"))
+    assert len(lines) == len({line["out"] for line in lines}) == asked

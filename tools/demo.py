@@ -1,6 +1,6 @@
 """`make demo`: from nothing to a trained, exported, evaluated and sampled any-to-any model, on a CPU.
 
-    python tools/demo.py --out out/demo [--seed N] [--fresh]
+    python tools/demo.py --out out/demo [--seed N] [--set train.steps=100 ...] [--fresh]
 
 Text, images, audio, video and 3D, each as input and as output. Every stage runs the real command line and is timed.
 A complete stage is kept if its command and all stages before it are unchanged; --fresh makes everything anew. In the
@@ -31,21 +31,24 @@ from demo_samples import PAIRS, REQUESTS, write_heldout, write_requests
 from demo_stages import ROOT, DemoError, Stage, follow, remove, run_commands, run_stages, start, write
 
 from megamm import checkpoint, metrics
+from megamm.config import load_config
 from megamm.data.heldout import words
 from megamm.data.shards import ShardFolder
 from megamm.evaluate import heldout_rules
 from megamm.resilience import heartbeat
 
 CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
-BUILD = ("--heldout", "0.06", "--heldout-combinations", "0.15")
+BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.15")
 """Of the subjects, few are held out; of the other captions, more, whose every word occurs in training."""
 CODECS = {
-    "visual": ("--image-size", "32", "--steps", "600"),
+    "visual": ("--image-size", "48", "--steps", "700", "--batch-size", "24"),
     "audio": ("--steps", "500", "--codebooks", "2"),
     "points": ("--steps", "300", "--points", "1024", "--patches", "16", "--cells", "8", "--levels", "8,8,4"),
     "text": ("--vocabulary", "512"),
 }
 """What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""
+RENDERED = ("things",)
+"""Sources whose pictures and videos are made here."""
 EVALUATED = "150"
 """Held-out samples of each source at most."""
 MAX_LOGITS_DIFFERENCE = 1e-4
@@ -71,8 +74,11 @@ FLOORS = (
 class Demo:
     """The stages over one output folder."""
 
-    def __init__(self, out: Path, seed: int = 1) -> None:
-        self.out, self.seed, self.config = out, seed, yaml.safe_load(CONFIG.read_text())
+    def __init__(self, out: Path, seed: int = 1, changes: tuple[str, ...] = ()) -> None:
+        self.out, self.seed, self.changes = out, seed, changes
+        self.config = yaml.safe_load(CONFIG.read_text())
+        resolved = load_config(CONFIG, list(changes))
+        self.steps, self.saved_every = resolved.train.steps, resolved.checkpoint.every
         self.run_folder = self._moved(self.config["output"])
         self.names = [Path(source["path"]).name for source in self.config["data"]["sources"]]
         self.shards = [out / "shards" / name for name in self.names]
@@ -84,7 +90,9 @@ class Demo:
     def stages(self) -> list[Stage]:
         out, codecs, export = self.out, self.out / "tokenizers", str(self.out / "export")
         raws, sources = [str(out / "raw" / name) for name in self.names], [str(shard) for shard in self.shards]
-        fetch = ("data", "fetch", *self.names, "--to", str(out / "raw"))
+        # Two at once: what is rendered takes as long as all else.
+        parts = [[name for name in self.names if (name in RENDERED) == rendered] for rendered in (True, False)]
+        fetch = tuple(("data", "fetch", *part, "--to", str(out / "raw")) for part in parts)
         build = ("data", "build", *raws, "--to", str(out / "shards"), *BUILD)
         train = tuple(
             ("tokenizer", "train", name, *sources, "--to", str(codecs / name), *options)
@@ -95,7 +103,7 @@ class Demo:
         evaluate = ("eval", export, *sources, "--run", str(self.run_folder), "--json", evaluation, "--limit", EVALUATED)
         made = ("heldout", "generated", *(f"requests-{name}.jsonl" for name in REQUESTS))
         return [
-            Stage("fetch", (), (fetch,)),
+            Stage("fetch", (), fetch, at_once=True),
             Stage("build", ("shards",), (build,)),
             Stage("tokenizers", ("tokenizers",), train, at_once=True),
             Stage("tokenize", (), (("data", "tokenize", *sources, *options),)),
@@ -107,16 +115,15 @@ class Demo:
         ]
 
     def overrides(self) -> list[str]:
-        """The example config's paths moved to this demo's folder, and the seed; nothing else is overridden."""
+        """The example config's paths moved to this demo's folder, the seed, and what --set changes."""
         sources = [s | {"path": str(self._moved(s["path"]))} for s in self.config["data"]["sources"]]
         paths = {f"tokenizers.{m}": str(self._moved(path)) for m, path in self.config["tokenizers"].items()}
         values = {"output": str(self.run_folder), "data.sources": sources, **paths, "train.seed": self.seed}
-        return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        return [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *self.changes]
 
     def _train(self, log: Path) -> dict[str, Any]:
         """Train on two ranks; kill one with SIGKILL half-way; the run must continue by itself from a checkpoint."""
-        every = self.config["checkpoint"]["every"]
-        wanted = max(every, self.config["train"]["steps"] // 2 // every * every)
+        wanted = max(self.saved_every, self.steps // 2 // self.saved_every * self.saved_every)
         process = start("train", str(CONFIG), *self.overrides(), "--nproc", "2")
         with ThreadPoolExecutor(1) as follower:
             output = follower.submit(follow, process, log)
@@ -265,13 +272,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything that is made")
     parser.add_argument("--seed", type=int, default=1, help="of the data's order, the first weights and the draws")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run's config")
     parser.add_argument("--fresh", action="store_true", help="make every stage anew")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     try:
         if out.is_dir() and any(out.iterdir()) and not (out / "stages").is_dir():
             raise DemoError(f"{out} holds something else; choose another --out")
-        demo = Demo(out, arguments.seed)
+        demo = Demo(out, arguments.seed, tuple(arguments.set))
         if arguments.fresh:
             for name in ("stages", "raw", *(path for stage in demo.stages() for path in stage.outputs)):
                 remove(out / name)

@@ -1,0 +1,130 @@
+"""The sources of the demo on tiny packages made here: captions of attributes, copies that differ, orders of digits."""
+
+import gzip
+import io
+import zipfile
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from test_sources import CUBE, contents, frames_of, png, put, target_folder, tone
+
+from megamm.data.sources import digits, things
+from megamm.data.sources.emoji import SIDE, copy_of, variant_caption
+from megamm.data.sources.things import about_vertical, on_its_back
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        (":woman_firefighter_medium-dark_skin_tone:", "firefighter, woman, medium-dark skin"),
+        (":man_cook:", "cook, man, yellow skin"),
+        (":woman_light_skin_tone_curly_hair:", "curly hair, woman, light skin"),
+        (":thumbs_up_dark_skin_tone:", "thumbs up, dark skin"),
+        (":backhand_index_pointing_up:", "backhand index pointing up, yellow skin"),
+        (":woman_and_man_holding_hands_dark_skin_tone:", None),
+        (":firefighter:", None),
+        (":red_heart:", None),
+    ],
+)
+def test_variants_are_spelled_out_in_a_fixed_order(name, caption):
+    assert variant_caption(name) == caption
+
+
+def test_copies_of_a_picture_differ_in_place_and_size_alone():
+    picture = png((255, 0, 0, 255), (32, 32))
+    copies = [np.asarray(Image.open(io.BytesIO(copy_of(picture, n)))) for n in range(4)]
+    assert all(copy.shape == (SIDE, SIDE, 3) for copy in copies)
+    red = [(copy[..., 1] < 128) for copy in copies]
+    assert red[0].all()  # the first fills the square
+    boxes = {tuple(int(x) for axis in np.nonzero(mask) for x in (axis.min(), axis.max())) for mask in red}
+    assert len(boxes) == 4 and all(mask.sum() >= (0.84 * SIDE) ** 2 for mask in red)
+    assert copy_of(picture, 3) == copy_of(picture, 3)
+
+
+def write_g722(path, samples):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), mode="w", format="g722") as container:
+        stream = container.add_stream("g722", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(samples[None], format="s16", layout="mono")
+        frame.sample_rate = 16_000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+
+
+def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "SEQUENCES", 5)
+    words = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
+    package = tmp_path / "package"
+    silence = np.zeros(4000, dtype=np.int16)
+    for digit in range(10):
+        recording = np.concatenate([silence, tone(0.2, 16_000, 300 + 100 * digit), silence])
+        write_g722(package / f"usr/share/asterisk/sounds/en_US_f/digits/{digit}.g722", recording)
+    lines = "".join(f"digits/{d}: {word.title()}\n" for d, word in enumerate(words))
+    put(package / "usr/share/doc/a/core-sounds-en.txt.gz", gzip.compress(lines.encode()))
+    samples = digits.write_digits(package, target_folder(tmp_path / "raw"))
+    assert len(samples) == len({contents(s)["text"] for s in samples}) == 5
+    assert {s.noun for s in samples} == {"digits en"}  # so that only combinations are held out
+    beat = round(digits.BEAT * 16_000)
+    for sample in samples:
+        said = [words.index(word) for word in contents(sample)["text"].split()]
+        assert sample.key == "digits-en-" + "".join(map(str, said))
+        heard, rate = soundfile.read(tmp_path / "raw" / contents(sample)["audio"])
+        assert rate == 16_000 and len(heard) % beat == 0
+        loud = np.abs(heard).reshape(-1, beat).max(1) > 0.05  # beats of tone: three runs, each from a beat on
+        starts = np.flatnonzero(np.diff(np.concatenate([[False], loud]).astype(int)) == 1)
+        pitches = []
+        for start in starts:
+            window = heard[start * beat + 800 : start * beat + 2400]
+            pitches.append(np.abs(np.fft.rfft(window * np.hanning(1600))).argmax() * 10)
+        # Two recordings without a pause between them are one run: their pitches are looked for at its start.
+        assert round((pitches[0] - 300) / 100) == said[0] and len(starts) <= 3
+
+
+def test_silence_is_trimmed_and_pauses_are_whole_beats():
+    beat = round(digits.BEAT * digits.SAMPLE_RATE)
+    recording = np.concatenate([np.zeros(5000), np.full(1000, 9000), np.zeros(3000)]).astype(np.int16)
+    edge = round(0.02 * digits.SAMPLE_RATE)
+    assert len(digits.trimmed(recording)) == 1000 + 2 * edge
+    whole = digits.joined([np.ones(10, np.int16), np.ones(beat, np.int16), np.ones(1, np.int16)], [2, 0])
+    assert np.flatnonzero(np.diff(np.concatenate([[0], whole])) == 1).tolist() == [0, 3 * beat]
+    assert len(whole) == 5 * beat and whole[4 * beat] == 1 and whole[4 * beat + 1] == 0
+
+
+def things_package(folder):
+    names = ("name#1=Sofa\nmodel#1=/m/sofa.obj\n", "name#2=Boat\nmodel#2=/m/boat.obj\n")
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "program.jar", "w") as archive:
+        archive.writestr("io/DefaultFurnitureCatalog.properties", "".join(names))
+        for name in ("sofa", "boat"):
+            archive.writestr(f"m/{name}.obj", CUBE.format(materials="mtllib a.mtl", material="paint"))
+        archive.writestr("m/a.mtl", "newmtl paint\nKd 1 0 0\n")
+    return folder
+
+
+def test_things_are_seen_in_every_pose_and_heading_and_turn(tmp_path):
+    raw = target_folder(tmp_path / "raw")
+    (raw / "ATTRIBUTION.md").write_text("")
+    samples = things.write_things(things_package(tmp_path / "package"), raw)
+    copies = len(things.WOBBLES)
+    stills = [s for s in samples if "points" in contents(s)]
+    videos = [s for s in samples if "video" in contents(s)]
+    assert len(stills) == 2 * 8 * copies and len(videos) == 2 * 2 * 2 * copies
+    assert {s.noun for s in samples} == {"sofa"}  # a boat is not among the things
+    captions = [contents(s)["text"] for s in samples]
+    assert {captions.count(caption) for caption in captions} == {copies}
+    assert "sofa, upright, facing front right" in captions and "sofa, lying, turning left, slowly" in captions
+    pictures = [np.asarray(Image.open(raw / contents(s)["image"])) for s in stills[:copies]]
+    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(pictures[0], pictures[1])
+    by_caption = {contents(s)["text"]: frames_of(raw / contents(s)["video"]).astype(float) for s in videos[::copies]}
+    left, fast = (by_caption[f"sofa, upright, turning left, {speed}"] for speed in things.SPEEDS)
+    assert left.shape == (things.FRAMES, 64, 64, 3)
+    assert np.abs(left[2] - fast[1]).mean() < 4 < np.abs(left[2] - left[0]).mean()  # twice as fast
+
+
+def test_a_cloud_is_turned_as_the_renderer_turns_it_and_tipped_backwards():
+    cloud = np.array([[1, 2, 3, 0, 0, 1, 0.5, 0.5, 0.5]], dtype=np.float32)
+    np.testing.assert_allclose(about_vertical(cloud, 90)[0, :6], [3, 2, -1, 1, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(about_vertical(about_vertical(cloud, 45), 315), cloud, atol=1e-6)
+    np.testing.assert_array_equal(on_its_back(cloud)[0], [1, 3, -2, 0, 1, 0, 0.5, 0.5, 0.5])
