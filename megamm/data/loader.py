@@ -8,6 +8,7 @@ state is the number of rows consumed: not those read ahead.
 """
 
 import multiprocessing
+import multiprocessing.util
 import os
 import threading
 import time
@@ -20,6 +21,7 @@ import torch
 import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
+from megamm.data import worker_server
 from megamm.data.balance import assign, imbalance
 from megamm.data.row_reader import Recipe, RowReader
 from megamm.data.row_stream import RowStream
@@ -108,7 +110,8 @@ class Loader:
             # Not fork: this process has threads of torch and of its communication, whose locks a fork would copy held.
             # Not spawn: that imports torch in each worker; a server imports it once and forks before it has threads.
             context = torch.multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["megamm.data.loader"])
+            context.set_forkserver_preload(["megamm.data.worker_server", "megamm.data.loader"])
+            os.environ[worker_server.FOLDER] = multiprocessing.util.get_temp_dir()
             ahead = max(1, -(-self.reading.prefetch * microbatches // workers))
             parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
         return DataLoader(

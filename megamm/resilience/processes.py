@@ -18,6 +18,10 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEP_SECONDS = 30.0
 """A killed process that is still there after this long hangs in the kernel."""
+CLEANING_SECONDS = 5.0
+"""Within which a process ends by itself that removes what a killed one has left outside of itself."""
+_CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
+"""In their command lines: they see that their starter has ended, and remove its semaphores and its sockets' folder."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Sent to a job by people and schedulers; the command alone acts on them, the rest of the tree ignores them."""
 
@@ -91,13 +95,16 @@ def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda 
 
     What they had started comes to this process when they end (adopt_orphans), so: until none is left. told: each
     process and its status as waitpid gives it. One that hangs in the kernel is given up after SWEEP_SECONDS.
+    Those that clean up for others have CLEANING_SECONDS to do so.
     """
     count, empty, deadline = 0, 0, time.monotonic() + SWEEP_SECONDS
+    patience = time.monotonic() + CLEANING_SECONDS
     while empty < 2 and time.monotonic() < deadline:  # twice: the kernel's list may miss one while another ends
         left = [process for process in children(os.getpid()) if process not in kept]
         empty = 0 if left else empty + 1
         for process in left:
-            os.kill(process, signal.SIGKILL)  # not reaped yet: nobody else can have its number
+            if time.monotonic() > patience or not _cleans_up(process):
+                os.kill(process, signal.SIGKILL)  # not reaped yet: nobody else can have its number
         for process in left:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -106,6 +113,15 @@ def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda 
         if left:
             time.sleep(0.0005)
     return count
+
+
+def _cleans_up(process: int) -> bool:
+    """Whether it ends by itself, once it has removed what its starter has left."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return any(name in command for name in _CLEANERS)
 
 
 def state(process: int) -> str:

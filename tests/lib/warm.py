@@ -63,7 +63,7 @@ class WarmPopen(subprocess.Popen):
     """A process that is the server's child: its status comes through a pipe, all else is as in the standard library."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
-        """See subprocess.Popen._execute_child; `_unlike` has looked at the arguments."""
+        """See subprocess.Popen._execute_child; `unlike` has looked at the arguments."""
         *_, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more[:9]
         request = {
             "arguments": [os.fspath(word) for word in args[1:]],
@@ -133,7 +133,7 @@ def _has_gpu() -> bool:
     return torch.accelerator.is_available()
 
 
-def _unlike(command: Sequence[Any], options: Mapping[str, Any]) -> str:
+def unlike(command: Sequence[Any], options: Mapping[str, Any]) -> str:
     """Why a fork would not be the same; empty if it would."""
     if command[0] != sys.executable or (str(command[1]).startswith("-") and command[1] != "-m"):
         return f"it is not a module or a script: {command[:2]}"
@@ -147,7 +147,7 @@ def _unlike(command: Sequence[Any], options: Mapping[str, Any]) -> str:
 
 def start(command: Sequence[Any], **options: Any) -> subprocess.Popen:
     """subprocess.Popen, warm where that is the same."""
-    why = _unlike(command, options)
+    why = unlike(command, options)
     if why:
         server().cold.append(why)
     return (subprocess.Popen if why else WarmPopen)(list(map(str, command)), **{"env": dict(os.environ)} | options)

@@ -44,7 +44,6 @@ class Environment:
         # The first entry is the folder of the server's script.
         self.path = [entry for entry in sys.path[1:] if entry not in own]
         self.filters = list(warnings.filters)
-        self.site = getattr(sys.modules.get(SITE), "__file__", None)
 
 
 def differing(variables: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
@@ -83,11 +82,12 @@ def become(
     sys.orig_argv = [sys.executable, *arguments]
     given = [entry for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if entry]
     first = os.getcwd() if arguments[0] == "-m" else str(Path(arguments[0]).resolve().parent)
-    sys.path[:] = [first, *given, *start.path]
+    sys.path[:] = [*given, *start.path]
     sys.modules["__main__"] = types.ModuleType("__main__")
     show_as(arguments)
     if given:
-        _import_sitecustomize(start)
+        _import_sitecustomize()
+    sys.path.insert(0, first)  # which an interpreter adds after that import
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         numpy.random.seed()  # as at import; its generator was copied
@@ -155,12 +155,14 @@ def _reset_signals() -> None:
             signal.signal(number, default)
 
 
-def _import_sitecustomize(start: Environment) -> None:
-    """That of the PYTHONPATH, if it is not the one that the interpreter has had at its start."""
-    sys.modules.pop(SITE, None)
+def _import_sitecustomize() -> None:
+    """That of the PYTHONPATH, unless this process, or one that it was forked from, has executed it."""
+    executed = sys.modules.pop(SITE, None)
     importlib.invalidate_caches()
     found = importlib.util.find_spec(SITE)
-    if found is not None and found.origin != start.site:
+    if executed is not None and (found is None or found.origin == executed.__file__):
+        sys.modules[SITE] = executed
+    elif found is not None:
         importlib.import_module(SITE)
 
 
@@ -187,6 +189,7 @@ class ForkedPopen(subprocess.Popen):
         self.pid = os.fork()
         if self.pid == 0:
             try:
+                show_as(args[1:])  # before it is looked for
                 atexit._clear()
                 become(
                     args[1:],
