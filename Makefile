@@ -63,7 +63,7 @@ test-all: lint  ## all tests, with the full products and the repetitions; 30 min
 
 .PHONY: durations
 durations: $(VENV)/installed  ## run all tests and write what each took to tests/durations.json
-	$(PYTEST_ENV) $(PY) $(PYTEST) --everything --record tests/durations.json
+	$(PYTEST_ENV) $(PY) $(PYTEST) --everything --record
 
 # The same commands as the hooks of .pre-commit-config.yaml, without the need of a git checkout.
 .PHONY: lint

@@ -3,32 +3,18 @@
 The file is written by `make durations`; it decides the order of the files and what `make test-fast` runs.
 """
 
-import ast
-from pathlib import Path
-
 import suite
 
-TESTS = Path(__file__).parent
 LONG = 20.0
 """Seconds from which a test of `make test` needs a written reason, under "reasons" in the file."""
 BUDGET = 1980.0
 """Seconds that the tests of `make test` may take together: eleven minutes of three workers, a minute left for lint."""
 
 
-def functions() -> set[str]:
-    """Every test function of the files, as the record names it."""
-    return {
-        f"tests/{path.name}::{node.name}"
-        for path in TESTS.glob("test_*.py")
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
-    }
-
-
 def test_every_test_is_recorded_and_no_other() -> None:
     recorded = suite.read_durations()["tests"].keys()
-    assert not functions() - recorded, "not recorded: run `make durations`"
-    assert not recorded - functions(), "recorded but gone: run `make durations`"
+    assert not suite.functions() - recorded, "not recorded: run `make durations`"
+    assert not recorded - suite.functions(), "recorded but gone: run `make durations`"
 
 
 def test_a_long_test_has_a_reason() -> None:

@@ -3,7 +3,7 @@
     pytest                 what `make test` runs: every subject by at least one real case
     pytest --everything    all tests, those marked `everything` included (`make test-all`)
     pytest --fast          tests that are recorded to start no process and to take under FAST_SECONDS (`make test-fast`)
-    pytest --record FILE   also write what each test took to FILE (`make durations`: tests/durations.json)
+    pytest --record        also write what each test took to tests/durations.json (`make durations`: all tests)
 
 Files are ordered by their recorded time, the longest first, so that the workers end at about the same time. A record
 is of one test function: {"ordinary": seconds of all its parameters in `make test`, "ordinary_longest": of the longest
@@ -11,6 +11,7 @@ one, "everything": of those that only `make test-all` runs, "processes": whether
 fixtures included.
 """
 
+import ast
 import json
 import multiprocessing.util
 import sys
@@ -25,6 +26,8 @@ import shared
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 FAST_SECONDS = 2.0
 """Of all parameters of a test together."""
+NOTHING = {"ordinary": 0.0, "ordinary_longest": 0.0, "everything": 0.0, "processes": False}
+"""The record of a test that has not run yet."""
 STARTS = {
     "subprocess.Popen",
     "os.fork",
@@ -54,14 +57,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--fast", action="store_true", help="run only tests that start no process, as `make test-fast` does"
     )
-    group.addoption("--record", metavar="FILE", help="write what each test took to FILE")
+    group.addoption("--record", action="store_true", help="write what each test took to tests/durations.json")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Selection(config), "selection")
     config.pluginmanager.register(Starts(forbid=config.getoption("fast")), "starts")
     if config.getoption("record") and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(Record(Path(config.getoption("record"))), "record")
+        config.pluginmanager.register(Record(), "record")
 
 
 class Selection:
@@ -86,7 +89,7 @@ class Selection:
             self.config.hook.pytest_deselected(items=left_out)
         of_file: dict[str, float] = defaultdict(float)
         for name in {function_of(item.nodeid) for item in chosen}:
-            record = self.records.get(name, {"ordinary": 0.0, "everything": 0.0})
+            record = self.records.get(name, NOTHING)
             more = record["everything"] if self.config.getoption("everything") else 0.0
             of_file[name.partition("::")[0]] += record["ordinary"] + more
         items[:] = sorted(chosen, key=lambda item: -of_file[item.nodeid.partition("::")[0]])
@@ -147,11 +150,20 @@ class Starts:
             item.user_properties.append(("everything", item.get_closest_marker("everything") is not None))
 
 
-class Record:
-    """Gathers the reports of all workers, and writes them when the session is over."""
+def functions() -> set[str]:
+    """Every test function of tests/test_*.py, as a record names it."""
+    return {
+        f"tests/{path.name}::{node.name}"
+        for path in DURATIONS.parent.glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+
+class Record:
+    """Gathers the reports of all workers and writes them at the end; the record of what did not run stays."""
+
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.known: dict[str, dict[str, Any]] = {}
 
@@ -160,20 +172,28 @@ class Record:
         if report.when == "teardown":
             self.known[report.nodeid] = dict(report.user_properties)
 
-    def pytest_sessionfinish(self) -> None:
-        tests: dict[str, dict[str, Any]] = {}
-        for nodeid, seconds in sorted(self.seconds.items()):
-            known = self.known.get(nodeid, {})
-            empty = {"ordinary": 0.0, "ordinary_longest": 0.0, "everything": 0.0, "processes": False}
-            record = tests.setdefault(function_of(nodeid), empty)
-            kind = "everything" if known.get("everything") else "ordinary"
-            record[kind] = round(record[kind] + seconds, 2)
-            if kind == "ordinary":
-                record["ordinary_longest"] = round(max(record["ordinary_longest"], seconds), 2)
+    def _measured(self) -> dict[str, dict[str, Any]]:
+        """By function, the keys of its record that this session has seen."""
+        tests: dict[str, dict[str, Any]] = defaultdict(lambda: {"processes": False})
+        for nodeid, seconds in self.seconds.items():
+            known, record = self.known.get(nodeid, {}), tests[function_of(nodeid)]
+            if known.get("everything"):
+                record["everything"] = round(record.get("everything", 0.0) + seconds, 2)
+            else:
+                record["ordinary"] = round(record.get("ordinary", 0.0) + seconds, 2)
+                record["ordinary_longest"] = round(max(record.get("ordinary_longest", 0.0), seconds), 2)
             record["processes"] |= known.get("processes", False) is True
-        known = read_durations()
-        reasons = {name: why for name, why in known["reasons"].items() if name in tests}
-        self.file.write_text(dumps({"tests": tests, "reasons": reasons}))
+        return tests
+
+    def pytest_sessionfinish(self) -> None:
+        durations, measured, there = read_durations(), self._measured(), functions()
+        tests = {}
+        for name in sorted(durations["tests"].keys() | measured.keys()):
+            if name in there:
+                before = durations["tests"].get(name, NOTHING)
+                tests[name] = before | measured.get(name, {})
+        reasons = {name: why for name, why in durations["reasons"].items() if name in tests}
+        DURATIONS.write_text(dumps({"tests": tests, "reasons": reasons}))
 
 
 def dumps(durations: dict[str, Any]) -> str:
