@@ -7,7 +7,7 @@ csrc/ becomes megamm/_csrc.so: its CPU kernels wherever there are torch and a C+
 where nvcc and a GPU build of torch are there. Without, the install is complete, on torch's own operators. What was
 decided is printed (`pip install -v`), and at run time by `megamm doctor` and the first lines of a run. The library is
 not a Python module and uses torch's stable ABI, so one wheel serves every supported Python: py3-none-PLATFORM.
-examples/ and launchers/ are installed below share/megamm of the environment. Environment:
+examples/ and launchers/ are installed below share/megamm of the environment. Environment variables:
   MEGAMM_CUDA_ARCHS   compute capabilities, default "90a 90+PTX" (Hopper; as PTX whatever comes later)
 """
 

@@ -184,7 +184,7 @@ ENTRIES = [
     Entry(r"megamm tokenizer train points ", run, LONG, {"$": " --steps 2 --batch-size 2"}, heavy=True),
     Entry(r"megamm train .*--world-size", run, names={"CONFIG": "examples/dense_8b.yaml"}, heavy=True),
     Entry(
-        r"megamm train .*--rendezvous", dry_run, "a job of several nodes; tests/test_resilience.py", HOST, heavy=True
+        r"megamm train .*--rendezvous", dry_run, "a job of several nodes; tests/test_resilience.py", MANY, heavy=True
     ),
     Entry(r"torchrun ", torchrun, "16 GPUs on two nodes", {" ... ": " --rdzv-endpoint 127.0.0.1:29400 "}, heavy=True),
     Entry(r"megamm doctor .*--nnodes", parse, "several nodes; tests/test_preflight_nodes.py", HOST),
