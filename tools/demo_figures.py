@@ -13,6 +13,7 @@ Nearest is the least distance of the features below. Intervals: Wilson 1927.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +97,20 @@ class RealMedia:
     def __init__(self, modality: Modality, sources: list[Path]) -> None:
         self.modality = modality
         self.captions: list[str] = []
-        features = []
+        files: list[tuple[bytes, str]] = []
         for folder in (source / split for source in sources for split in ("train", "heldout")):
             if not (folder / modality.name).is_dir():
                 continue
             shards, texts = ShardFolder(folder / modality.name), ShardFolder(folder / "text")
             number = {key: i for i, key in enumerate(texts.keys)}
             for i, key in enumerate(shards.keys):
-                features.append(feature(modality, modality.read_media(shards.read(i), shards.extensions[i])))
+                files.append((shards.read(i), shards.extensions[i]))
                 self.captions.append(texts.read(number[key]).decode())
-        self.features = np.stack(features)
+        with ThreadPoolExecutor() as threads:  # media are decoded outside the interpreter lock
+            self.features = np.stack(list(threads.map(self._feature, files)))
+
+    def _feature(self, file: tuple[bytes, str]) -> np.ndarray:
+        return feature(self.modality, self.modality.read_media(*file))
 
     def read(self, medium: Any) -> str:
         """The caption of the real medium nearest to this one."""
