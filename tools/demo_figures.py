@@ -139,6 +139,7 @@ def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> d
 
 def figures(out: Path, sources: list[Path], named: dict[str, Any]) -> dict[str, Any]:
     """{rule: {direction: figures}} of what lies in OUT/generated; named: as demo_samples.write_heldout gives it."""
+    torch.set_num_threads(1)  # many small tensors, on a thread for each core already
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
     modalities = load_modalities(folders, torch.device("cpu"))
     galleries: dict[str, RealMedia] = {}
