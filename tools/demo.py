@@ -49,7 +49,7 @@ CODECS = {
 """What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""
 RENDERED = ("things",)
 """Sources whose pictures and videos are made here."""
-EVALUATED = "150"
+EVALUATED = "250"
 """Held-out samples of each source at most."""
 MAX_LOGITS_DIFFERENCE = 1e-4
 GAINS = tuple(f"{x}_to_{y}" for a, b in PAIRS for x, y in ((a, b), (b, a)))

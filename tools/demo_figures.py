@@ -13,6 +13,7 @@ Nearest is the least distance of the features below. Intervals: Wilson 1927.
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ GENDERS, POSES = ("man", "woman"), ("upright", "lying")
 SPEEDS = ("slowly", "fast")
 Z = 1.959964
 """Of the normal distribution: 95 % lie within."""
-_PATCHES, _SPECTRA = 64, 24
+_PATCHES, _SPECTRA, _FRAMES = 64, 24, 9
 
 
 def attributes(caption: str) -> dict[str, str]:
@@ -75,12 +76,12 @@ def of_attributes(real: Sequence[str], read: Sequence[str]) -> dict[str, Any]:
 
 
 def feature(modality: Modality, medium: Any) -> np.ndarray:
-    """A vector of a medium: pixels, pixels of frames, log-mel spectra over the clip's length, means of patches."""
+    """A vector of a medium, float32: pixels at half the size, of an image or of frames, log-mel spectra over the
+    clip's length, or means of patches of points."""
     if modality.name == "image":
-        return medium.astype(np.float32).ravel() / 255
+        return _halved(medium[None])
     if modality.name == "video":
-        frames = medium[np.linspace(0, len(medium) - 1, 9).round().astype(int)]
-        return frames.astype(np.float32).ravel() / 255
+        return _halved(medium[np.linspace(0, len(medium) - 1, _FRAMES).round().astype(int)])
     if modality.name == "points":
         patches = halve(torch.from_numpy(np.ascontiguousarray(medium))[None], _PATCHES)[0].mean(1)
         return torch.cat([patches[:, :3], 0.5 * patches[:, 6:]], dim=1).flatten().numpy()
@@ -90,31 +91,39 @@ def feature(modality: Modality, medium: Any) -> np.ndarray:
     return torch.nn.functional.interpolate(mel, _SPECTRA, mode="linear", align_corners=True)[0].flatten().numpy()
 
 
+def _halved(frames: np.ndarray) -> np.ndarray:
+    """uint8 `[F, Y, X, 3]`, Y and X even, as a vector of the means of 2 x 2 pixels, in [0, 1]."""
+    count, height, width, _ = frames.shape
+    blocks = frames.reshape(count, height // 2, 2, width // 2, 2, 3).astype(np.float32)
+    return blocks.mean((2, 4)).ravel() / 255
+
+
 class RealMedia:
     """All real media of a modality that have a caption, of both splits: their features and captions."""
 
     def __init__(self, modality: Modality, sources: list[Path]) -> None:
         self.modality = modality
         self.captions: list[str] = []
-        features = []
+        files: list[tuple[bytes, str]] = []
         for folder in (source / split for source in sources for split in ("train", "heldout")):
             if not (folder / modality.name).is_dir():
                 continue
             shards, texts = ShardFolder(folder / modality.name), ShardFolder(folder / "text")
             number = {key: i for i, key in enumerate(texts.keys)}
             for i, key in enumerate(shards.keys):
-                features.append(feature(modality, modality.read_media(shards.read(i), shards.extensions[i])))
+                files.append((shards.read(i), shards.extensions[i]))
                 self.captions.append(texts.read(number[key]).decode())
-        self.features = np.stack(features)
+        with ThreadPoolExecutor() as threads:  # media are decoded outside the interpreter lock
+            self.features = np.stack(list(threads.map(self._feature, files)))
+        self.squares = np.square(self.features).sum(1)
+
+    def _feature(self, file: tuple[bytes, str]) -> np.ndarray:
+        return feature(self.modality, self.modality.read_media(*file))
 
     def read(self, medium: Any) -> str:
         """The caption of the real medium nearest to this one."""
-        return self.captions[int(_distances(self.features, feature(self.modality, medium)).argmin())]
-
-
-def _distances(features: np.ndarray, one: np.ndarray) -> np.ndarray:
-    """Squared distances of features `[N, D]` to one `[D]`."""
-    return np.square(features - one).sum(1)
+        distance = self.squares - 2 * self.features @ feature(self.modality, medium)  # and a constant
+        return self.captions[int(distance.argmin())]
 
 
 def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> dict[str, Any]:
@@ -125,7 +134,7 @@ def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> d
         if medium is None:
             ranks.append(len(real))
             continue
-        distance = _distances(features, feature(modality, medium))
+        distance = np.square(features - feature(modality, medium)).sum(1)
         ranks.append(int((distance < distance[i]).sum()))
     n = len(real)
     chances = {"chance_r1": 1 / n, "chance_r5": min(1.0, 5 / n)}
@@ -134,6 +143,7 @@ def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> d
 
 def figures(out: Path, sources: list[Path], named: dict[str, Any]) -> dict[str, Any]:
     """{rule: {direction: figures}} of what lies in OUT/generated; named: as demo_samples.write_heldout gives it."""
+    torch.set_num_threads(1)  # many small tensors, on a thread for each core already
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
     modalities = load_modalities(folders, torch.device("cpu"))
     galleries: dict[str, RealMedia] = {}

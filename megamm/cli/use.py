@@ -62,7 +62,8 @@ def generate(
 ) -> None:
     """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
     from megamm.device import choose
-    from megamm.generate import Medium, Sampling, generate_files, generate_requests, modality_of, read_requests
+    from megamm.generate import Sampling
+    from megamm.generate_files import Medium, generate_files, generate_requests, modality_of, read_requests
 
     log_to_console()
     sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)

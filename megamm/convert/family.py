@@ -27,6 +27,7 @@ _ROPE |= {"rope_scaling.high_freq_factor", "rope_scaling.original_length"}
 _ROPE |= {f"rope_scaling.{name}" for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 _TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.loss_weight", "init_std"}
 _TRAINING |= {f"megatron.{name}" for name in ("moe_z_loss_coeff", "moe_router_dtype", "deterministic_mode")}
+_TRAINING |= {"megatron.hidden_dropout"}
 """Fields of ours that leave the function of the weights as it is."""
 _IGNORED = {"vocab_size", "max_position_embeddings", "attention_dropout", "use_cache"}
 _IGNORED |= {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"}

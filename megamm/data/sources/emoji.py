@@ -46,7 +46,9 @@ HANDS = frozenset(
 
 COPIES = 5
 SIDE = 64
-MAX_SHRINK = 0.15
+"""Pixels of a copy."""
+SHRINK = (0.05, 0.18)
+"""By how much copies after the first are smaller, at least and at most."""
 
 
 def write_emoji(package: Path, target: Path) -> list[RawSample]:
@@ -78,13 +80,14 @@ def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
 def copy_of(png: bytes, number: int) -> bytes:
     """A PNG of SIDE pixels a side, on white; number 0 fills it, others are smaller, moved by their bytes' hash."""
     digest = hashlib.sha256(png + str(number).encode()).digest()
-    shrink, right, down = (0, 0, 0) if number == 0 else (value / 255 for value in digest[:3])
+    chance, right, down = (value / 255 for value in digest[:3])
+    shrink = SHRINK[0] + (SHRINK[1] - SHRINK[0]) * chance
+    if number == 0:
+        shrink, right, down = 0, 0.5, 0.5
     with Image.open(io.BytesIO(png)) as picture:
-        scale = SIDE * (1 - MAX_SHRINK * shrink) / max(picture.size)
+        scale = SIDE * (1 - shrink) / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
         small = picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
-    if number == 0:
-        right = down = 0.5
     square = Image.new("RGBA", (SIDE, SIDE), "white")
     square.alpha_composite(small, (round((SIDE - small.width) * right), round((SIDE - small.height) * down)))
     file = io.BytesIO()
