@@ -169,7 +169,7 @@ inline float __fdividef(float a, float b) { return a / b; }
 using std::max;
 using std::min;
 
-#include "../../csrc/cpu/number.h"
+#include "../../../csrc/cpu/number.h"
 
 namespace megamm {
 
