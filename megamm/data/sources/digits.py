@@ -19,10 +19,11 @@ from megamm.data.sources.asterisk import SAMPLE_RATE, decode_recording, read_tra
 from megamm.data.sources.media import write_flac
 from megamm.errors import UserError
 
-LENGTH = 3
-SEQUENCES = 500
+LENGTH = 2
+SEQUENCES = 100
+COPIES = 4
 BEAT = 0.05
-BEATS = 2
+BEATS = 4
 """Of a pause at most; it may be none."""
 _EDGE = 0.02
 """Seconds that are kept before and after what is loud."""
@@ -43,8 +44,8 @@ def write_digits(package: Path, target: Path) -> list[RawSample]:
         (folder,) = (folder for folder in folders if folder.name.startswith(f"{language}_"))
         transcripts = read_transcripts(gzip.decompress(file.read_bytes()).decode())
         spoken = {str(d): trimmed(decode_recording(folder / f"digits/{d}.g722")) for d in range(10)}
-        for digits in chosen_sequences(language):
-            key = f"digits-{language}-{digits}"
+        for digits, copy in product(chosen_sequences(language), range(COPIES)):
+            key = f"digits-{language}-{digits}-{copy}"
             pauses = [_pause(f"{key}-{place}") for place in range(LENGTH - 1)]
             write_flac(target / f"audio/{key}.flac", joined([spoken[d] for d in digits], pauses), SAMPLE_RATE)
             words = " ".join(transcripts[f"digits/{d}"].lower() for d in digits)
