@@ -7,6 +7,7 @@ import json
 import pytest
 import webdataset
 from PIL import Image
+from source_packages import dotted_png
 
 from megamm.data.build import BuildOptions, build
 from megamm.data.curation import CurationOptions
@@ -24,20 +25,12 @@ SVG = (
 RED = (255, 0, 0)
 
 
-def png(colour, size=(8, 8)):
-    file = io.BytesIO()
-    image = Image.new("RGB", size, colour)
-    image.putpixel((0, 0), (1, 2, 3))
-    image.save(file, format="PNG")
-    return file.getvalue()
-
-
 def raw_folder(folder, count=40):
     """A user's own samples: an image and a caption each, nothing else."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(png((i, 7 * i % 256, len(folder.name)), size=(8 + i % 3, 9)))
+        (folder / f"{i}.png").write_bytes(dotted_png((i, 7 * i % 256, len(folder.name)), size=(8 + i % 3, 9)))
         lines.append(json.dumps({"image": f"{i}.png", "caption": f"thing{chr(97 + i % 26) * (1 + i // 26)} {i}"}))
     (folder / "samples.jsonl").write_text("\n".join(lines) + "\n")
     return folder
@@ -109,7 +102,7 @@ def test_no_noun_is_on_both_sides_across_sources(tmp_path):
         raw.mkdir()
         (raw / "samples.jsonl").write_text("")
         for i, caption in enumerate(captions):
-            add(raw, f"{i}.png", png((i, number, 9)), caption)
+            add(raw, f"{i}.png", dotted_png((i, number, 9)), caption)
     build(raws, tmp_path / "shards", BuildOptions(heldout=0.4))
     sides = {"train": set(), "heldout": set()}
     for raw in raws:
@@ -142,9 +135,9 @@ def test_broken_samples_are_counted_and_named_and_equal_images_kept_once(tmp_pat
     raw = raw_folder(tmp_path / "mine")
     broken = {
         "empty.png": b"",
-        "cut.png": png(RED, (64, 64))[:-20],
+        "cut.png": dotted_png(RED, (64, 64))[:-20],
         "text.png": b"this is no image",
-        "wrong.jpg": png(RED),
+        "wrong.jpg": dotted_png(RED),
         "film.mp4": b"0000",
         "bad.svg": b"<svg",
         "blank.svg": SVG.format("").encode(),
@@ -174,7 +167,7 @@ def test_broken_samples_are_counted_and_named_and_equal_images_kept_once(tmp_pat
 
 def test_too_many_broken_samples_write_nothing(tmp_path):
     good, raw = raw_folder(tmp_path / "good"), raw_folder(tmp_path / "mine", count=9)
-    add(raw, "cut.png", png(RED)[:-20])
+    add(raw, "cut.png", dotted_png(RED)[:-20])
     with pytest.raises(UserError, match=r"1 of 10 samples are broken, more than 2\.0%.*cut\.png"):
         build([good, raw], tmp_path / "shards", BuildOptions())
     assert list((tmp_path / "shards").iterdir()) == []
@@ -226,10 +219,10 @@ def image_tag(href):
 
 
 def test_a_drawing_reads_no_other_file(tmp_path):
-    (tmp_path / "red.png").write_bytes(png(RED))
+    (tmp_path / "red.png").write_bytes(dotted_png(RED))
     path = str(tmp_path / "red.png")
     black = '<rect width="9" height="9"/>'
-    embedded = "data:image/png;base64," + base64.b64encode(png(RED)).decode()
+    embedded = "data:image/png;base64," + base64.b64encode(dotted_png(RED)).decode()
     assert RED in drawn(black + image_tag(embedded)).getdata()  # pictures inside the drawing are drawn
     inner = base64.b64encode(SVG.format(image_tag(path)).encode()).decode()
     for body, head in [

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
+from demo_tools import load_tool
 from scipy.stats import binomtest
-from test_report import _tool
 
-_tool("demo_samples")
-figures = _tool("demo_figures")
+load_tool("demo_samples")
+figures = load_tool("demo_figures")
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 10), (48, 48), (1, 200)])

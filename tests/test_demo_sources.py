@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
-from test_sources import CUBE, contents, frames_of, png, put, target_folder, tone
+from source_packages import CUBE, contents, frames_of, png, put, target_folder, tone
 
 from megamm.data.sources import digits, things
 from megamm.data.sources.emoji import SIDE, copy_of, variant_caption
@@ -21,9 +21,10 @@ from megamm.data.sources.things import about_vertical, on_its_back
     [
         (":woman_firefighter_medium-dark_skin_tone:", "firefighter, woman, medium-dark skin"),
         (":man_cook:", "cook, man, yellow skin"),
-        (":woman_light_skin_tone_curly_hair:", "curly hair, woman, light skin"),
+        (":woman_light_skin_tone_wearing_turban:", "wearing turban, woman, light skin"),
         (":thumbs_up_dark_skin_tone:", "thumbs up, dark skin"),
-        (":backhand_index_pointing_up:", "backhand index pointing up, yellow skin"),
+        (":victory_hand:", "victory hand, yellow skin"),
+        (":woman_light_skin_tone_curly_hair:", None),
         (":woman_and_man_holding_hands_dark_skin_tone:", None),
         (":firefighter:", None),
         (":red_heart:", None),
@@ -64,22 +65,22 @@ def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch
     lines = "".join(f"digits/{d}: {word.title()}\n" for d, word in enumerate(words))
     put(package / "usr/share/doc/a/core-sounds-en.txt.gz", gzip.compress(lines.encode()))
     samples = digits.write_digits(package, target_folder(tmp_path / "raw"))
-    assert len(samples) == len({contents(s)["text"] for s in samples}) == 5
+    assert len(samples) == 5 * digits.COPIES and len({contents(s)["text"] for s in samples}) == 5
     assert {s.noun for s in samples} == {"digits en"}  # so that only combinations are held out
     beat = round(digits.BEAT * 16_000)
     for sample in samples:
         said = [words.index(word) for word in contents(sample)["text"].split()]
-        assert sample.key == "digits-en-" + "".join(map(str, said))
+        assert sample.key.startswith("digits-en-" + "".join(map(str, said)) + "-")
         heard, rate = soundfile.read(tmp_path / "raw" / contents(sample)["audio"])
         assert rate == 16_000 and len(heard) % beat == 0
-        loud = np.abs(heard).reshape(-1, beat).max(1) > 0.05  # beats of tone: three runs, each from a beat on
+        loud = np.abs(heard).reshape(-1, beat).max(1) > 0.05  # beats of tone: two runs, each from a beat on
         starts = np.flatnonzero(np.diff(np.concatenate([[False], loud]).astype(int)) == 1)
         pitches = []
         for start in starts:
             window = heard[start * beat + 800 : start * beat + 2400]
             pitches.append(np.abs(np.fft.rfft(window * np.hanning(1600))).argmax() * 10)
         # Two recordings without a pause between them are one run: their pitches are looked for at its start.
-        assert round((pitches[0] - 300) / 100) == said[0] and len(starts) <= 3
+        assert round((pitches[0] - 300) / 100) == said[0] and len(starts) <= 2
 
 
 def test_silence_is_trimmed_and_pauses_are_whole_beats():
@@ -110,11 +111,11 @@ def test_things_are_seen_in_every_pose_and_heading_and_turn(tmp_path):
     copies = len(things.WOBBLES)
     stills = [s for s in samples if "points" in contents(s)]
     videos = [s for s in samples if "video" in contents(s)]
-    assert len(stills) == 2 * 8 * copies and len(videos) == 2 * 2 * 2 * copies
+    assert len(stills) == 2 * 4 * copies and len(videos) == 2 * 2 * 2 * copies
     assert {s.noun for s in samples} == {"sofa"}  # a boat is not among the things
     captions = [contents(s)["text"] for s in samples]
     assert {captions.count(caption) for caption in captions} == {copies}
-    assert "sofa, upright, facing front right" in captions and "sofa, lying, turning left, slowly" in captions
+    assert "sofa, upright, facing right" in captions and "sofa, lying, turning left, slowly" in captions
     pictures = [np.asarray(Image.open(raw / contents(s)["image"])) for s in stills[:copies]]
     assert pictures[0].shape == (64, 64, 3) and not np.array_equal(pictures[0], pictures[1])
     by_caption = {contents(s)["text"]: frames_of(raw / contents(s)["video"]).astype(float) for s in videos[::copies]}

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_build import png
+from source_packages import dotted_png
 
 from megamm.data.build import BuildOptions, build
 from megamm.data.heldout import Heldout, words
@@ -65,7 +65,7 @@ def test_the_build_says_by_which_rule_a_sample_is_held_out(tmp_path):
     raw.mkdir()
     lines = []
     for i, caption in enumerate(GRID):
-        (raw / f"{i}.png").write_bytes(png((i, 2 * i, 3 * i)))
+        (raw / f"{i}.png").write_bytes(dotted_png((i, 2 * i, 3 * i)))
         lines.append(
             json.dumps({"key": f"k{i}", "noun": caption.split(",")[0], "image": f"{i}.png", "caption": caption})
         )

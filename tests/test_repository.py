@@ -150,6 +150,12 @@ def test_every_import_is_declared() -> None:
     assert not undeclared, "\n".join(undeclared)
 
 
+def test_no_test_module_is_imported() -> None:
+    """What several test files use is in tests/lib."""
+    found = [f"{f.path}:{line}: imports {name}" for f in FILES for line, name in f.imports if name.startswith("test_")]
+    assert not found, "\n".join(found)
+
+
 # --- the command ---
 
 

@@ -2,7 +2,6 @@
 
 import gzip
 import hashlib
-import io
 import zipfile
 from pathlib import Path
 
@@ -11,8 +10,8 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from source_packages import CUBE, contents, frames_of, png, put, target_folder, tone
 
-from megamm.data.samples import RawSample
 from megamm.data.sources import furniture
 from megamm.data.sources.asterisk import read_transcripts, write_asterisk
 from megamm.data.sources.bunny import clips, write_bunny
@@ -21,43 +20,6 @@ from megamm.data.sources.media import write_flac, write_video
 from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.data.sources.wesnoth import action_caption, write_wesnoth
-
-CUBE = """{materials}
-v 0 0 0\nv 1 0 0\nv 1 2 0\nv 0 2 0\nv 0 0 1\nv 1 0 1\nv 1 2 1\nv 0 2 1
-usemtl {material}
-f 4 3 2 1\nf 5 6 7 8\nf 1 2 6 5\nf 2 3 7 6\nf 3 4 8 7\nf 4 1 5 8
-"""
-
-
-def put(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
-def png(colour, size=(8, 6), mode="RGBA") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, size, colour).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def contents(sample: RawSample) -> dict[str, str]:
-    return {part.modality: part.content for part in sample.parts}
-
-
-def frames_of(path: Path) -> np.ndarray:
-    with av.open(str(path), mode="r") as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def target_folder(path: Path) -> Path:
-    path.mkdir()
-    return path
-
-
-def tone(seconds: float, rate: int, hertz: float) -> np.ndarray:
-    return (8000 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)).astype(np.int16)
-
 
 # --- the sources ---
 
