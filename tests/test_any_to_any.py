@@ -98,7 +98,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(REGISTRY, "smell", SmellModality)
         (folder / "commands.json").write_text(json.dumps(commands_of(folder)))
-    command = [sys.executable, str(ROOT / "tests" / "any_to_any.py"), str(folder / "commands.json")]
+    command = [sys.executable, str(ROOT / "tests" / "lib" / "any_to_any.py"), str(folder / "commands.json")]
     done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder

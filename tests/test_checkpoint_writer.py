@@ -225,7 +225,7 @@ def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path
         _save(first, tmp_path, step, world=2, attempt=f"a-{step:06d}")
         begin = time.monotonic()
         first.close(30)
-        assert time.monotonic() - begin < writer.LONE_SECONDS + 3 and _newest(tmp_path) == wanted
+        assert time.monotonic() - begin < 15 and _newest(tmp_path) == wanted  # half of what others would be waited for
     healthy_other.close(10)
     assert any(".tmp-" in name for name in _names(tmp_path))
     first = _start(memory)

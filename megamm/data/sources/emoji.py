@@ -32,11 +32,7 @@ PEOPLE = frozenset(
     )
 )
 """Roles that the font draws of a man and a woman, in yellow and five skin tones."""
-HANDS = frozenset(
-    (
-        *("thumbs up", "thumbs down", "ok hand", "victory hand", "raised fist", "waving hand"),
-    )
-)
+HANDS = frozenset((*("thumbs up", "thumbs down", "ok hand", "victory hand", "raised fist", "waving hand"),))
 
 
 COPIES = 8
