@@ -158,6 +158,7 @@ def test_a_name_implies_contents(memory, faulty, tmp_path):
     assert str(final.parent) not in unsynced, "the new name is synced, too"
 
 
+@pytest.mark.everything
 def test_200_random_kills(memory, tmp_path):
     """A writer that saves again and again; every kill leaves a checkpoint that was there or the next, whole."""
     draw, step = random.Random(3), 0

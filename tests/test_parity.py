@@ -213,6 +213,7 @@ def test_the_table_shows_what_the_matrix_proves_and_refuses():
     assert (ROOT / "docs" / "parallelism.md").read_text() == matrix.table(matrix.expected), "make parity writes it"
 
 
+@pytest.mark.everything
 def test_the_tool_proves_refuses_and_counts():
     tool = [sys.executable, str(ROOT / "tools" / "parity.py")]
     done = warm.run([*tool, "--fuzz", "4", "--seed", "2", "--max-ranks", "2"], capture_output=True, text=True)

@@ -71,6 +71,7 @@ def test_gpus_of_tasks(lab):
         assert {line for line in job.log.splitlines() if " has " in line} == told, job.log
 
 
+@pytest.mark.everything
 def test_four_nodes_become_two(lab):
     fault, soon = ">pause@step:5:0:*", ["resilience.rendezvous.last_call=8"]
     job = lab.sbatch("elastic", "--nodes=4", "--no-kill", faults=fault, overrides=soon, MEGAMM_NNODES_MIN="2")
@@ -86,6 +87,7 @@ def test_four_nodes_become_two(lab):
     lab.cluster.until(lambda: lab.cluster.idle() == list(NODES), "all nodes idle")
 
 
+@pytest.mark.everything
 def test_a_chain_and_an_array(lab):
     """A job that may not be requeued leaves the rest to the next of its name, here an array's first element.
 

@@ -46,9 +46,9 @@ def function_of(nodeid: str) -> str:
     return nodeid.partition("[")[0]
 
 
-def read_durations() -> dict[str, Any]:
-    """tests/durations.json: {"tests": {function: record}, "reasons": {function: why it takes long}}."""
-    return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {"tests": {}, "reasons": {}}
+def read_durations() -> dict[str, dict[str, Any]]:
+    """tests/durations.json: {function: record}."""
+    return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +71,7 @@ class Selection:
     """Chooses and orders the tests, identically in every worker."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.config, self.records = config, read_durations()["tests"]
+        self.config, self.records = config, read_durations()
 
     def _is_chosen(self, item: pytest.Item) -> bool:
         if item.get_closest_marker("everything") and not self.config.getoption("everything"):
@@ -188,18 +188,9 @@ class Record:
     def pytest_sessionfinish(self) -> None:
         durations, measured, there = read_durations(), self._measured(), functions()
         tests = {}
-        for name in sorted(durations["tests"].keys() | measured.keys()):
+        for name in sorted(durations.keys() | measured.keys()):
             if name in there:
-                before = durations["tests"].get(name, NOTHING)
-                tests[name] = before | measured.get(name, {})
-        reasons = {name: why for name, why in durations["reasons"].items() if name in tests}
-        DURATIONS.write_text(dumps({"tests": tests, "reasons": reasons}))
-
-
-def dumps(durations: dict[str, Any]) -> str:
-    """JSON with a line a test, so that a change of one is a change of one line."""
-    sections = []
-    for name, entries in durations.items():
-        lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
-        sections.append(f"  {json.dumps(name)}: {{\n{lines}\n  }}" if lines else f"  {json.dumps(name)}: {{}}")
-    return "{\n" + ",\n".join(sections) + "\n}\n"
+                tests[name] = durations.get(name, NOTHING) | measured.get(name, {})
+        # A line a test, so that a change of one is a change of one line.
+        lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in tests.items())
+        DURATIONS.write_text(f"{{\n{lines}\n}}\n")
