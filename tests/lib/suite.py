@@ -88,11 +88,13 @@ class Selection:
         if left_out := [item for item in items if item not in set(chosen)]:
             self.config.hook.pytest_deselected(items=left_out)
         of_file: dict[str, float] = defaultdict(float)
-        for name in {function_of(item.nodeid) for item in chosen}:
+        # Sorted, so that every worker adds up in the same order and comes to the same order of files.
+        for name in sorted({function_of(item.nodeid) for item in chosen}):
             record = self.records.get(name, NOTHING)
             more = record["everything"] if self.config.getoption("everything") else 0.0
             of_file[name.partition("::")[0]] += record["ordinary"] + more
-        items[:] = sorted(chosen, key=lambda item: -of_file[item.nodeid.partition("::")[0]])
+        ranks = {file: (-seconds, file) for file, seconds in of_file.items()}
+        items[:] = sorted(chosen, key=lambda item: ranks[item.nodeid.partition("::")[0]])
 
 
 class Starts:
