@@ -50,15 +50,15 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 	@touch $@
 
 .PHONY: test
-test: lint  ## lint, types, and every subject by at least one real case; 12 minutes on two cores
+test: lint  ## lint, types, and every subject by at least one real case
 	$(PYTEST_ENV) $(PY) $(PYTEST)
 
 .PHONY: test-fast
-test-fast: $(VENV)/installed  ## the tests that start no further process; 90 seconds
+test-fast: $(VENV)/installed  ## the tests that start no further process
 	$(PYTEST_ENV) $(PY) $(PYTEST) --fast
 
 .PHONY: test-all
-test-all: lint  ## all tests, with the full products and the repetitions; 30 minutes on two cores
+test-all: lint  ## all tests, with the full products and the repetitions
 	$(PYTEST_ENV) $(PY) $(PYTEST) --everything
 
 .PHONY: durations
@@ -73,7 +73,7 @@ lint: $(VENV)/installed  ## format, lint and type checks; changes nothing
 	$(PY) -m mypy
 
 .PHONY: format
-format: $(VENV)/installed  ## format the code and mend what lint can mend
+format: $(VENV)/installed  ## format the code and fix what the linter can fix
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
