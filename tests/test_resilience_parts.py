@@ -202,6 +202,7 @@ Current thread 0x00000000000000bb (most recent call first):
   File "/x/torch/distributed/c10d_logger.py", line 83 in wrapper
   File "/x/torch/distributed/distributed_c10d.py", line 4287 in all_gather
   File "/x/megamm/train.py", line 99 in run
+  File "<frozen runpy>", line 198 in _run_module_as_main
 """
 
 
@@ -211,6 +212,16 @@ def test_the_collective_is_that_of_the_main_threads_innermost_frame():
     assert hang.collective(["/x/megatron/core/distributed/param_and_grad_buffer.py:5 finish_grad_sync"]) is not None
     assert hang.collective(["/x/megamm/train.py:99 run", "/x/torch/distributed/distributed_c10d.py:1 barrier"]) is None
     assert hang.collective([]) is None and hang.main_frames("", 0xBB) == []
+
+
+def test_a_dump_is_whole_once_the_main_thread_is_there_down_to_its_program():
+    assert hang.is_whole(DUMP, 0xBB)
+    assert not any(hang.is_whole(DUMP[:end], 0xBB) for end in range(len(DUMP)))
+    script = DUMP.replace("<frozen runpy>", "/x/train.py").replace("_run_module_as_main", "<module>")
+    deep = DUMP.replace('  File "<frozen runpy>", line 198 in _run_module_as_main', "  ...")
+    assert hang.is_whole(script, 0xBB) and hang.is_whole(deep, 0xBB)
+    first = DUMP.replace("00bb", "00cc").replace("00aa", "00bb")  # another thread's stack follows
+    assert hang.is_whole(first.replace("in wait", "in <module>"), 0xBB)
 
 
 def report(rank, collective="all_reduce", state="S", step=5):

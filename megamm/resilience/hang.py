@@ -37,6 +37,8 @@ _COMMUNICATION = (
 )
 _WRAPPERS = ("c10d_logger.py",)
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
+_OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
+"""How the last line of a whole stack ends: a program's frame, or faulthandler's mark that it left some out."""
 
 
 @dataclass(frozen=True)
@@ -157,21 +159,28 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
 def _stacks(workers: Workers) -> list[str]:
     """What each rank's faulthandler writes; one that was stopped is woken for it (it is going to be killed)."""
     alive = []
-    for pid, dump in zip(workers.pids, workers.dumps, strict=False):
+    for pid, dump, slot in zip(workers.pids, workers.dumps, workers.slots.ranks, strict=False):
         try:
             os.kill(pid, DUMP_SIGNAL)
             os.kill(pid, signal.SIGCONT)
-            alive.append(dump)
+            alive.append((dump, slot.thread))
         except ProcessLookupError:
             continue
     deadline = time.monotonic() + _DUMP_SECONDS
-    sizes: dict[int, int] = {}
-    while time.monotonic() < deadline:
-        before, sizes = sizes, {dump: os.fstat(dump).st_size for dump in alive}
-        if sizes == before and all(sizes.values()):
-            break  # written, and no longer growing
-        time.sleep(0.05)
-    return [os.pread(dump, _MAX_DUMP, 0).decode(errors="replace") for dump in workers.dumps]
+    while not all(is_whole(_read(dump), thread) for dump, thread in alive) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return [_read(dump) for dump in workers.dumps]
+
+
+def _read(dump: int) -> str:
+    return os.pread(dump, _MAX_DUMP, 0).decode(errors="replace")
+
+
+def is_whole(dump: str, thread: int) -> bool:
+    """Whether a dump has the whole stack of the main thread. It is written line by line, by a process that may have to
+    wait for a core in between, so that it does not grow for a moment proves nothing."""
+    stack, another, _ = dump.partition(f"0x{thread:016x}")[2].partition("\n\n")
+    return (bool(another) or stack.endswith("\n")) and stack.rstrip("\n").endswith(_OUTERMOST)
 
 
 def main_frames(dump: str, thread: int) -> list[str]:

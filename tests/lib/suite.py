@@ -14,6 +14,7 @@ fixtures included.
 import ast
 import json
 import multiprocessing.util
+import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -150,6 +151,19 @@ class Starts:
             inherited = any((d.baseid, d.argname) in self.fixtures for of_name in definitions for d in of_name)
             item.user_properties.append(("processes", inherited or self.count > self.before))
             item.user_properties.append(("everything", item.get_closest_marker("everything") is not None))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Give the next test the environment that this one had: commands that run in this process set variables of theirs,
+    and a command that is started with one more than the warm server has would be started cold."""
+    before = dict(os.environ)
+    try:
+        return (yield)
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def functions() -> set[str]:
