@@ -102,7 +102,7 @@ RANK_FAULTS = {
 
 def test_faults_of_ranks(data, undisturbed):
     """One fault an attempt: nine restarts, then the losses of an undisturbed run, bit for bit."""
-    output, config = config_of(data, "ranks", hang_seconds=4)
+    output, config = config_of(data, "ranks", hang_seconds=2)
     assert run(config, "--nproc", 2, faults=",".join(RANK_FAULTS)) == 0, output_of(config)
     assert numbers(output) == undisturbed
     failed = of_kind(output, "failed")

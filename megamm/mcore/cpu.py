@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -107,10 +107,21 @@ class _CpuDevice:
         dist.all_to_all_single(received.flatten(0, 1), torch.cat(parts), [len(own)] * len(parts), sizes, group)
         own.copy_(received.sum(0))
 
+    @staticmethod
+    def new_group(ranks: list[int], backend: str | None, **options: Any) -> Any:
+        """That of the same ranks, within `shared_groups`; what torch gives a rank that is not in it, likewise."""
+        if _GROUPS is None:
+            return dist.new_group(ranks, backend=backend, **options)
+        key = (tuple(ranks), backend or dist.get_backend())
+        if key not in _GROUPS:
+            _GROUPS[key] = dist.new_group(ranks, backend=backend, **options)
+        return _GROUPS[key]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
 
+_GROUPS: dict[tuple[tuple[int, ...], str], Any] | None = None
 _STREAM = _Stream()
 _DEVICE = _CpuDevice()
 
@@ -131,6 +142,8 @@ _EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\bpin_memory=True"), "pin_memory=False"),
 )
 _PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
+    # A process's twenty groups are mostly of the same few ranks, see `shared_groups`.
+    "megatron.core.parallel_state": (("group = torch.distributed.new_group(", f"group = {_API_NAME}.new_group("),),
     # torch.compile of Megatron's small pointwise functions costs more than it saves on a CPU.
     "megatron.core.jit": (("jit_fuser = torch.compile", "jit_fuser = noop_decorator"),),
     # The region's generator *is* the CPU generator here, so that it changed is no news.
@@ -148,6 +161,21 @@ _PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
         ("tensor.record_stream(", "(lambda _: None)("),
     ),
 }
+
+
+@contextlib.contextmanager
+def shared_groups() -> Iterator[None]:
+    """Within it, Megatron's groups of the same ranks are one.
+
+    Each group of gloo's keeps three threads, one of which wakes a hundred times a second, and takes a round of messages
+    to make. On a CPU every rank of a group issues its operations in the same order, so that one group carries them all.
+    """
+    global _GROUPS
+    _GROUPS = {}
+    try:
+        yield
+    finally:
+        _GROUPS = None
 
 
 def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:

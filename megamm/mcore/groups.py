@@ -3,6 +3,7 @@
 One process without a launcher gets a world of one over an in-memory store: no port, no network.
 """
 
+import contextlib
 import datetime
 import os
 from dataclasses import dataclass
@@ -93,14 +94,15 @@ def build(parallel: ParallelConfig, seed: int) -> Groups:
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-    )
+    with cpu.shared_groups() if dist.get_backend() == "gloo" else contextlib.nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=parallel.expert_tensor,
+        )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     # Stages draw different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * collection.pp.rank(), force_reset_rng=True)

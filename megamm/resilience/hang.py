@@ -139,12 +139,12 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
     """
     folder.mkdir(parents=True, exist_ok=True)
     slots = workers.slots.ranks
-    # All of it before the signal: one that was stopped goes on a little when it is woken.
+    # All of it before the signals: a rank that was stopped goes on a little when it is woken.
     before = [
         (slot.step, slot.phase, round(watch.silent(i, slot), 2), processes.state(workers.pids[i]))
         for i, slot in enumerate(slots)
     ]
-    texts = _stacks(workers)
+    texts = _stacks(workers, [state in ("T", "t") for *_, state in before])
     reports = []
     for index, (step, phase, silent, state) in enumerate(before):
         frames = main_frames(texts[index], slots[index].thread)
@@ -156,19 +156,25 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
     return reports
 
 
-def _stacks(workers: Workers) -> list[str]:
-    """What each rank's faulthandler writes; one that was stopped is woken for it (it is going to be killed)."""
-    alive = []
-    for pid, dump, slot in zip(workers.pids, workers.dumps, workers.slots.ranks, strict=False):
-        try:
-            os.kill(pid, DUMP_SIGNAL)
-            os.kill(pid, signal.SIGCONT)
-            alive.append((dump, slot.thread))
-        except ProcessLookupError:
-            continue
-    deadline = time.monotonic() + _DUMP_SECONDS
-    while not all(is_whole(_read(dump), thread) for dump, thread in alive) and time.monotonic() < deadline:
-        time.sleep(0.02)
+def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
+    """What each rank's faulthandler writes; one that was stopped is woken for it (it is going to be killed).
+
+    Such a rank comes last, when the stacks of the others are there: what they wait for may go on once it is awake.
+    """
+    ranks = list(zip(workers.pids, workers.dumps, workers.slots.ranks, stopped, strict=False))
+    for is_stopped in (False, True):
+        asked = []
+        for pid, dump, slot, _ in (rank for rank in ranks if rank[-1] == is_stopped):
+            try:
+                os.kill(pid, DUMP_SIGNAL)
+                if is_stopped:
+                    os.kill(pid, signal.SIGCONT)
+                asked.append((dump, slot.thread))
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + _DUMP_SECONDS
+        while not all(is_whole(_read(dump), thread) for dump, thread in asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
     return [_read(dump) for dump in workers.dumps]
 
 
