@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,20 +23,28 @@ NASTY = 'a <script>alert("x")</script> & "box"'
 
 
 stages, samples, _ = load_tool("demo_stages"), load_tool("demo_samples"), load_tool("demo_figures")
-demo, _, report = load_tool("demo"), load_tool("demo_media"), load_tool("demo_report")
+demo, media, words = load_tool("demo"), load_tool("demo_media"), load_tool("demo_words")
+gallery, report = load_tool("demo_gallery"), load_tool("demo_report")
 DIRECTIONS = [d for a, b in samples.PAIRS for d in ((a, b), (b, a))]
 GAIN = {"mean": 0.1, "standard_error": 0.01, "samples": 9, "nouns": 7, "positive_share": 0.8}
 SHARE = {"n": 48, "right": 24, "share": 0.5, "interval": [0.36, 0.64]}
-FOUND = {
-    "image_to_text": {"exact": SHARE, "attributes": {"skin": SHARE, "gender": SHARE | {"share": 0.9}}},
-    "text_to_image": {"retrieval": {"r1": SHARE, "r5": SHARE}},
-    "audio_to_text": {"exact": SHARE},
-    "points_to_text": {"exact": SHARE},
+ATTRIBUTES = {"skin": SHARE, "gender": SHARE | {"share": 0.9}}
+TEXTS = {"exact": SHARE, "attributes": ATTRIBUTES}
+MEDIA = {"retrieval": {"r1": SHARE, "r5": SHARE, "chance_r1": 0.02, "chance_r5": 0.1}}
+READ = {"attributes": ATTRIBUTES, "reading": ATTRIBUTES}
+FOUND = {f"{a}_to_{b}": TEXTS if b == "text" else MEDIA | (READ if a == "text" else {}) for a, b in DIRECTIONS} | {
+    "audio_to_text": {"exact": {"n": 9, "right": 7, "share": 7 / 9, "interval": [0.45, 0.94]}}
 }
+UNSEEN = {"image_to_text": {"exact": {"n": 24, "right": 1, "share": 1 / 24, "interval": [0.01, 0.2]}}}
 SUMMARY = {
     "pair_gain": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS},
-    "pair_gain_by_rule": {"combination": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS}},
-    "figures": {"combination": FOUND},
+    "pair_gain_by_rule": {"combination": {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS}, "noun": {}},
+    "figures": {"combination": FOUND, "noun": UNSEEN},
+    "targets": [
+        {"target": "audio_to_text: exact", "least": 0.5, "value": SHARE | {"right": 31}, "reached": True},
+        {"target": "image_to_text: attributes", "least": 0.85, "value": SHARE | {"attribute": "hat"}, "reached": False},
+        {"target": "text_to_image: pair gain above twice its standard error", "value": GAIN, "reached": True},
+    ],
     "loss": {m: {"first": 8.0, "last": 4.0} for m in REGISTRY},
     "heldout_loss": dict.fromkeys(REGISTRY, 4.25),
     "codecs": {name: {"psnr_db": 18.5, "codes_used": 0.9} for name in ("text", "visual", "audio", "points")},
@@ -85,51 +96,134 @@ def _write(folder, stem, modality, number, text):
 
 
 class _Reader(HTMLParser):
-    """Tags in order, sources of pictures, the shown text; fails on tags that do not close as they open."""
+    """Tags in order, pictures, the shown text, sections by their id; fails on tags that do not close as they open."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.sources, self.shown, self.references = [], [], [], "", []
+        self.open, self.tags, self.pictures, self.shown, self.references = [], [], [], "", []
+        self.sections, self.story, self.cards = {}, [], 0
         self.feed(text)
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
         self.tags.append(tag)
         self.references += [value for name, value in attrs if name in ("href", "src", "srcset")]
+        if tag == "section":
+            self.sections[found["id"]] = ""
+        if tag == "img":
+            self.pictures.append(found)
+        if tag == "p" and ("div", "story") in self.open:
+            self.story.append("")
+        self.cards += found.get("class") == "example"
         if tag not in ("img", "meta", "br"):
-            self.open.append(tag)
+            self.open.append((tag, found.get("class")))
 
     def handle_endtag(self, tag):
-        assert self.open.pop() == tag
+        assert self.open.pop()[0] == tag
 
     def handle_data(self, data):
         self.shown += data
+        if any(tag == "section" for tag, _ in self.open):
+            self.sections[list(self.sections)[-1]] += data
+        if ("div", "story") in self.open:
+            self.story[-1] += data
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page):
     read = _Reader(page[1])
-    assert read.references and all(r.startswith("data:") for r in read.references)
+    within = {f"#{name}" for name in read.sections}
+    assert read.references and all(r.startswith("data:") or r in within for r in read.references)
     assert not {"script", "link", "iframe", "nobody"} & set(read.tags)
     assert NASTY in read.shown and "<b>said</b>" in read.shown and "(holds no text)" in read.shown
-    for figure in ("+0.1000", "1,234", "psnr_db 18.5", "4.250", "step 10", "kill -9 at step 14", "1.2%"):
+    for figure in ("psnr db18.5", "4.250", "1.2%", "Drawn by <nobody>"):
         assert figure in read.shown
-    for a, b in DIRECTIONS:
-        assert f"{a} to {b}" in read.shown
     assert not list(page[0].glob(".*partial"))
 
 
-def test_media_of_every_kind_are_shown(page):
-    """Each sample of each direction as given, made and real; each codec's media as they were and rebuilt."""
+def test_the_first_screen_has_five_sentences_with_the_figures(page):
+    story = _Reader(page[1]).story
+    assert story == words.story(SUMMARY) and all(sentence.endswith(".") for sentence in story)
+    done, took, learnt, killed, same = story
+    assert all(several in done for _, several in words.THINGS.values())
+    assert "0.1 minutes" in took and "1,234 tokens per second" in took and "1.5 GiB" in took
+    assert "7 of 9 audio clips, 24 of 48 images" in learnt and "2 of 3 targets" in learnt  # the best first
+    assert "after step 14" in killed and "step 10" in killed and "repeated 4 steps" in killed
+    assert "1.0e-05" in same
+
+
+def test_every_direction_has_examples_and_figures(page):
     read = _Reader(page[1])
-    directions = {m: 2 * sum((a == m) + 2 * (b == m) for a, b in DIRECTIONS) for m in REGISTRY}
+    for a, b in DIRECTIONS:
+        shown = read.sections[f"{a}_to_{b}"]
+        assert f"{a} to {b}".capitalize() in shown and f"{a} to {b}".capitalize() in read.sections["figures"]
+        assert shown.count("Input") == shown.count("→ Output") == shown.count(f"Real {words.THINGS[b][0]}") == 2
+        assert shown.count("✓") + shown.count("✗") == 2, "each output is judged"
+        figures = "24 of 48 captions are exactly right" if b == "text" else "is among the five nearest (by chance 10"
+        assert figures in shown or (a == "audio" and "7 of 9 captions are exactly right" in shown)
+    assert "nothing usable was made" in read.sections["image_to_text"]
+    figures = read.sections["figures"]
+    assert "7 of 9 captions exactly right: 78\u00a0% (45 to 94\u00a0%)" in figures
+    assert figures.count("+0.1000 nats per token (standard error 0.0100, 9 samples)") == len(DIRECTIONS)
+    targets = read.sections["targets"]
+    assert "Not reached: 1 of 3" in targets and "Reached: 2 of 3" in targets
+    assert targets.index("least often hat") < targets.index("31 of 48") and "aimed at 85\u00a0%" in targets
+    assert "1 of 24 captions exactly right" in read.sections["unseen"]
+
+
+def test_media_of_every_kind_are_shown_large_enough(page):
+    """Each sample of each direction as given, made and real; each tokenizer's media as they were and rebuilt."""
+    read = _Reader(page[1])
+    media_of = {m: 2 * sum((a == m) + 2 * (b == m) for a, b in DIRECTIONS) for m in REGISTRY}
     rebuilt = {m: 4 for m in REGISTRY if m != "text"}
-    players = {m: directions[m] + rebuilt[m] for m in ("audio", "video")}
+    players = {m: media_of[m] + rebuilt[m] for m in ("audio", "video")}
     assert read.tags.count("audio") == players["audio"] and read.tags.count("video") == players["video"]
-    pictures = sum(directions[m] + rebuilt[m] for m in rebuilt)  # a spectrogram, a strip and a view are pictures
-    assert read.tags.count("img") == pictures
+    assert read.cards == 2 * len(DIRECTIONS) + 2 * len(rebuilt)
+    frames = sum(", frame " in picture["alt"] for picture in read.pictures)
+    assert players["video"] < frames <= players["video"] * media.FRAMES
+    views = len(media.ANGLES) * (media_of["points"] + rebuilt["points"])
+    assert len(read.pictures) == frames + views + sum(media_of[m] + rebuilt[m] for m in ("image", "audio"))
+    assert all(int(picture["width"]) >= 96 and picture["alt"] for picture in read.pictures)
     assert read.tags.count("svg") == len(REGISTRY)  # the plots of the losses
-    kinds = {reference.partition(";")[0] for reference in read.references}
+    kinds = {reference.partition(";")[0] for reference in read.references if reference[0] != "#"}
     assert kinds == {"data:image/png", "data:audio/flac", "data:video/mp4"}
+
+
+@pytest.mark.parametrize(
+    ("made", "real", "verdict"),
+    [
+        ("cook, man", "cook, man", ("✓ Right", "letter by letter.")),
+        ("cook, man", "cook, woman", ("✗ Wrong", "gender is “man”, should be “woman”. Right: subject.")),
+        ("one", "one two", ("✗ Wrong", "word 2 is missing: “two”. Right: word 1.")),
+        ("one two", "three", ("✗ Wrong", "is “one”, should be “three”; word 2 “two” is not asked for. No part is")),
+        ("cook,man", "cook, man", ("✗ Wrong", "should be “cook, man”")),
+    ],
+)
+def test_a_wrong_caption_is_told_apart_from_the_right_one(made, real, verdict):
+    sign, text = gallery.of_text(made, real)
+    assert sign == verdict[0] and verdict[1] in text
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_sticks_out_in_a_browser(page, tmp_path, width):
+    """The page in a frame of this width; a script, which the page itself forbids, measures it."""
+    measure = """<script>addEventListener('load', () => parent.postMessage(JSON.stringify({
+        width: document.documentElement.clientWidth, whole: document.documentElement.scrollWidth,
+        least: Math.min(...[...document.images].map(image => image.getBoundingClientRect().width)),
+        lines: Math.min(...[...document.querySelectorAll('.said')].map(text => text.getBoundingClientRect().width))
+    }), '*'))</script></body>"""
+    text = re.sub("<meta http-equiv[^>]*>", "", page[1], count=1).replace("</body>", measure)
+    (tmp_path / "page.html").write_text(text)
+    frame = f'<iframe src="page.html" width="{width}" height="800"></iframe>'
+    receive = "<script>onmessage = event => { document.body.textContent = event.data }</script>"
+    (tmp_path / "frame.html").write_text(f"<body>{frame}{receive}</body>")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--window-size=1400,900")
+    command = ["chromium", *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    shown = subprocess.run([*command, str(tmp_path / "frame.html")], capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r"\{[^{}]*\}", shown.stdout)[0])
+    assert found["whole"] <= found["width"] <= width, "no scrolling to the side"
+    assert found["least"] >= 96 and found["lines"] >= 150
 
 
 def test_the_demos_paths_are_moved_and_nothing_else(tmp_path):

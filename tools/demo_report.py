@@ -2,38 +2,127 @@
 
     python tools/demo_report.py out/demo
 
-In: what tools/demo.py left in that folder. Out: report.html in it. Losses and gains in nats per token, memory in GiB
-(summed over the process tree), time in seconds; what a codec's figures are says its training module.
+In: what tools/demo.py left in that folder. Out: report.html in it: what happened in five sentences, examples of every
+direction, their figures and targets, then losses, tokenizers and stages. Losses and gains in nats per token, memory in
+GiB (summed over the process tree), time in seconds; what a tokenizer's figures are says its training module.
 """
 
 import json
 import platform
+import re
 import sys
 from html import escape
 from pathlib import Path
 from typing import Any
 
+import demo_gallery as gallery
+import demo_media as media
+import demo_words as words
 import matplotlib
 import torch
 import transformers
-from demo_media import show
-from demo_samples import PAIRS, SHOWN
+from demo_samples import directions
 
 from megamm import metrics
 from megamm.data.run_data import load_modalities
-from megamm.modalities.base import Modality, UnreadableMedia
 from megamm.report import page
 from megamm.report.svg import Mark, Series, plot
 
 STYLE = """
-figcaption { color: var(--soft); font-size: .9rem; line-height: 1.35; overflow-wrap: anywhere }
-figcaption b { color: var(--ink); font-weight: 600 } figure { break-inside: avoid }
-.media { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(13rem, 1fr)) }
-.pair { display: flex; gap: 6px; align-items: flex-start } .pair > div { flex: 1; min-width: 0 }
-.said { margin: 0; font-weight: 600; overflow-wrap: anywhere } audio, video { width: 100%; display: block }
-.pixels { width: 100%; image-rendering: pixelated; border: 1px solid var(--line) }
+.story p { font-size: 1.1rem; margin: .6rem 0 } .links { margin: 1rem 0 0; line-height: 1.9 }
+.links a { white-space: nowrap; margin-right: .9rem }
+h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem } ul { padding-left: 1.2rem; margin: .3rem 0 }
+.figures { display: grid; gap: .2rem 2rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)) }
+.figures > div { break-inside: avoid; min-width: 0 } .figures p { margin: .2rem 0 }
+.bar { margin: .35rem 0; font-size: .9rem } .bar span { color: var(--soft) }
+.track { position: relative; height: .5rem; border-radius: 3px; background: var(--line) }
+.track i { position: absolute; top: 0; height: 100%; border-radius: 3px }
+.track .range { background: #7fa3e8 } .track .share { width: 4px; margin-left: -2px; background: #2457c5 }
+.track .chance { width: 2px; top: -3px; height: calc(100% + 6px); background: var(--ink) }
 """
+NUMBER = re.compile(r"\d+(?:[.,]\d+)*(?:e[+-]\d+)?(?: of \d+)?")
 COLOURS = ("#2457c5", "#c2541b", "#2b8a57", "#8a3ab9", "#9b2c3f")
+
+
+def _opening(summary: dict[str, Any]) -> str:
+    """The first screen: what happened, and where to read on."""
+    sentences = (NUMBER.sub(r"<b>\g<0></b>", escape(sentence)) for sentence in words.story(summary))
+    story = "".join(f"<p>{sentence}</p>" for sentence in sentences)
+    names = [f"{source}_to_{target}" for _, source, target in directions()]
+    places = [(name, words.direction(name)) for name in names]
+    places += [(name, name) for name in ("figures", "targets", "losses", "tokenizers", "stages")]
+    links = "".join(f'<a href="#{place}">{escape(name)}</a> ' for place, name in places)
+    return f'<h1>megamm: the demo</h1><div class="story">{story}</div><p class="links">{links}</p>'
+
+
+def _examples_note() -> str:
+    return (
+        "<h2>Examples</h2><p>Every input is held out: its words occur in training, but not in this combination. Shown "
+        "are the first samples of each direction, not the best ones. The output is what the model made from the "
+        "input alone. A caption is right if it is the real one, letter by letter; a generated medium is recognised if "
+        "the right real medium is nearer to it than those of all other prompts.</p>"
+    )
+
+
+def _bar(row: words.Row) -> str:
+    """A figure in words over its interval, share and chance level."""
+    text = f"<b>{escape(row.count())}:</b> <span>{escape(row.share())}</span>"
+    if row.value["share"] is None:
+        return f'<div class="bar">{text}</div>'
+    low, high = (100 * end for end in row.value["interval"])
+    marks = f'<i class="range" style="left:{low:.1f}%;width:{high - low:.1f}%"></i>'
+    if row.chance is not None:
+        marks += f'<i class="chance" style="left:{100 * row.chance:.1f}%"></i>'
+    marks += f'<i class="share" style="left:{100 * row.value["share"]:.1f}%"></i>'
+    return f'<div class="bar">{text}<div class="track">{marks}</div></div>'
+
+
+def _figures(summary: dict[str, Any]) -> str:
+    """Every direction's figures on new combinations, in words."""
+    found, gains = summary["figures"][words.NEW], summary["pair_gain_by_rule"][words.NEW]
+    parts = []
+    for _, source, target in directions():
+        name = f"{source}_to_{target}"
+        bars = "".join(_bar(row) for row in words.rows(target, found.get(name, {})))
+        gain = f"Pair gain {words.gain(gains[name])}" if name in gains else "No pair gain was measured."
+        parts.append(
+            f'<div><h3>{words.direction(name).capitalize()}</h3>{bars}<p class="soft">{escape(gain)}</p></div>'
+        )
+    note = (
+        "On new combinations. In brackets and as a light band: the 95 % interval; the thin line across a bar is the "
+        "chance level. An attribute of a generated medium is that of the nearest real medium; “read off real media” "
+        "is how often this is right for real held-out media, encoded and decoded. Pair gain: how much lower the loss "
+        "of the output is after its own input than after another sample's; it is sure above twice its standard error."
+    )
+    return page.section("Figures", note, f'<div class="figures">{"".join(parts)}</div>', "figures")
+
+
+def _targets(summary: dict[str, Any]) -> str:
+    """What was aimed at, and what was reached."""
+    lists = []
+    for title, wanted in (("Not reached", False), ("Reached", True)):
+        lines = [words.target(one) for one in summary["targets"] if one["reached"] is wanted]
+        items = "".join(f"<li>{escape(line)}</li>" for line in lines) or "<li>none</li>"
+        lists.append(f"<h3>{title}: {len(lines)} of {len(summary['targets'])}</h3><ul>{items}</ul>")
+    note = "On new combinations. Pair gains in nats per token; in brackets the 95 % interval of a share."
+    return page.section("Targets", note, "".join(lists), "targets")
+
+
+def _unseen(summary: dict[str, Any]) -> str:
+    """The table of subjects that training never sees."""
+    found, gains = summary["figures"].get(words.UNSEEN, {}), summary["pair_gain_by_rule"].get(words.UNSEEN, {})
+    rows = []
+    for name, figures in found.items():
+        target = name.partition("_to_")[2]
+        rows += [[words.direction(name), row.count(), row.share()] for row in words.rows(target, figures)]
+    rows += [[words.direction(name), "pair gain", words.gain(gain)] for name, gain in gains.items()]
+    note = (
+        "Other samples have a subject whose word and media training never shows. A model this small cannot know their "
+        "names, so these figures show what it cannot do; they are no part of those above."
+    )
+    head = ["direction", "figure", "share (95 % interval)"]
+    table = page.table(head, rows, head) if rows else "<p>No sample has an unseen subject.</p>"
+    return page.section("Unseen subjects", note, table, "unseen")
 
 
 def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: int, resumed: int) -> str:
@@ -46,24 +135,7 @@ def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: i
     return plot(modality, series, x_label="step", y_label="nats/token", marks=[mark])
 
 
-def _figure(shown: list[str], caption: str = "") -> str:
-    sides = "".join(f"<div>{one}</div>" for one in shown)
-    return f'<figure><div class="pair">{sides}</div><figcaption>{caption}</figcaption></figure>'
-
-
-def _cards(summary: dict[str, Any]) -> str:
-    cards = [
-        (f"{summary['seconds']['total'] / 60:.1f} min", "everything, downloads included"),
-        (f"{summary['peak_rss_gib']:.1f} GiB", "memory at most, all processes"),
-        (f"{summary['tokens_per_s']:,.0f}", "tokens/s in training (median)"),
-        (f"{summary['logits_max_abs_diff']:.0e}", "largest difference of logits to transformers"),
-        (f"{summary['padding_share']:.1%}", "padding in the rows"),
-        (f"step {summary['resumed_from_step']}", f"resumed there after kill -9 at step {summary['killed_at_step']}"),
-    ]
-    return page.cards(cards)
-
-
-def _losses(out: Path, run: Path, summary: dict[str, Any]) -> str:
+def _losses(run: Path, summary: dict[str, Any]) -> str:
     lines = metrics.read_lines(run)
     killed, resumed = summary["killed_at_step"], summary["resumed_from_step"]
     plots = [loss_plot(lines, m, COLOURS[i % len(COLOURS)], killed, resumed) for i, m in enumerate(summary["loss"])]
@@ -71,109 +143,51 @@ def _losses(out: Path, run: Path, summary: dict[str, Any]) -> str:
         [m, f"{loss['first']:.3f}", f"{loss['last']:.3f}", f"{summary['heldout_loss'][m]:.3f}"]
         for m, loss in summary["loss"].items()
     ]
-    table = page.table(["modality", "first step", "last step", "all held-out samples, at the end"], rows)
+    table = page.table(["modality", "first steps", "last steps", "held-out, at the end"], rows)
     note = (
-        "Mean cross entropy in nats per token. One rank was killed where the dotted line is; the run went on by itself."
+        "Mean cross entropy in nats per token. The dotted line is the checkpoint from which the run resumed after one "
+        "process was killed."
     )
-    return page.section("Loss", note, f'<div class="grid">{"".join(plots)}</div>{table}')
+    return page.section("Losses", note, f'<div class="grid">{"".join(plots)}</div>{table}', "losses")
 
 
-def _gains(summary: dict[str, Any]) -> str:
-    rows = []
-    for direction, gain in summary["pair_gain"].items():
-        error = "?" if gain["standard_error"] is None else f"{gain['standard_error']:.4f}"
-        counts = [str(gain["samples"]), str(gain["nouns"]), f"{gain['positive_share']:.0%}"]
-        rows.append([direction.replace("_", " "), f"{gain['mean']:+.4f}", error, *counts])
-    head = ["direction", "gain, nats/token", "standard error", "samples", "nouns", "samples above 0"]
-    note = (
-        "Loss of the second part after another sample's first part, minus its loss after its own. Above zero, one part "
-        "tells of the other. Held out are new combinations of words that all occur in training."
-    )
-    return page.section("Pair gain on held-out samples", note, page.table(head, rows))
-
-
-def _shown(modality: Modality, file: Path) -> str:
-    """A file's medium, or why there is nothing to show: a model may make silence, or no text."""
-    try:
-        return show(modality, modality.read_media(file.read_bytes(), file.suffix[1:]), file.name)
-    except UnreadableMedia as error:
-        return f'<p class="soft">({escape(str(error))})</p>'
-
-
-def _generated(out: Path, codecs: dict[str, Modality], shown: dict[str, Any]) -> str:
-    """Both directions of every pair: what was given, what was made of it, what it really was."""
-    sections = []
-    for a, b in PAIRS:
-        for source, target in ((a, b), (b, a)):
-            figures = []
-            for i, names in enumerate(shown[f"{a}-{b}"]):
-                folder = out / "generated" / f"{source}_to_{target}"
-                made = next(folder.glob(f"{i:03d}.*"))
-                parts = [(source, out / names[source]), (target, made), (target, out / names[target])]
-                figures.append(_figure([_shown(codecs[m], file) for m, file in parts]))
-            note = f"Left: a held-out {source}. Middle: the {target} made from it. Right: the real {target}."
-            sections.append(page.section(f"{source} to {target}", note, f'<div class="media">{"".join(figures)}</div>'))
-    return "".join(sections)
-
-
-def _rebuilt(out: Path, codecs: dict[str, Modality], shown: dict[str, Any], summary: dict[str, Any]) -> str:
-    """Held-out media and what is left of them after encoding and decoding."""
-    sections = []
-    for name, codec in codecs.items():
-        if name == "text":
-            continue
-        pair = next(f"{a}-{b}" for a, b in PAIRS if name in (a, b))
-        figures = []
-        for names in shown[pair]:
-            file = out / names[name]
-            medium = codec.read_media(file.read_bytes(), file.suffix[1:])
-            (ids,) = codec.encode([medium])
-            again = show(codec, codec.decode(ids), "rebuilt")
-            figures.append(_figure([show(codec, medium, "original"), again], f"{len(ids)} tokens"))
-        figures_of = summary["codecs"][codec.family]
-        shares = [f"{key} {value:.4g}" for key, value in figures_of.items() if isinstance(value, int | float)]
-        note = f"Left: held out. Right: the same from its tokens. All held-out media: {', '.join(shares)}."
-        sections.append(page.section(f"The {name} codec", note, f'<div class="media">{"".join(figures)}</div>'))
-    return "".join(sections)
-
-
-def _closing(out: Path, summary: dict[str, Any]) -> str:
+def _stages(out: Path, summary: dict[str, Any]) -> str:
     marks = {path.stem: json.loads(path.read_text()) for path in (out / "stages").glob("*.json")}
     names = [name for name in summary["seconds"] if name != "total"]
     rows = [[n, f"{summary['seconds'][n]:.1f}", f"{marks[n]['peak_rss_gib']:.1f}"] for n in names]
     rows.append(["total", f"{summary['seconds']['total']:.1f}", f"{summary['peak_rss_gib']:.1f}"])
     versions = json.loads((out / "export" / "megamm.json").read_text())["versions"]
     versions |= {"transformers": transformers.__version__, "python": platform.python_version()}
-    line = " · ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     credits = (out / "shards" / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    origin = page.folded("Origin and licence of the data", credits)
-    return page.section("Stages", line, page.table(["stage", "seconds", "GiB at most"], rows) + origin)
+    note = f"{summary['padding_share']:.1%} of the training rows were padding."
+    folded = page.folded("Versions", "\n".join(f"{name} {version}" for name, version in sorted(versions.items())))
+    folded += page.folded("Origin and licence of the data", credits)
+    return page.section("Stages", note, page.table(["stage", "seconds", "GiB at most"], rows) + folded, "stages")
 
 
 def write_report(out: Path) -> Path:
     """Write OUT/report.html from what the demo left in OUT."""
     summary = json.loads((out / "summary.json").read_text())
-    named = json.loads((out / "stages" / "generate.json").read_text())["details"]["combination"]
-    shown = {pair: files[:SHOWN] for pair, files in named.items()}
+    named = json.loads((out / "stages" / "generate.json").read_text())["details"]
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
     codecs = load_modalities(folders, torch.device("cpu"))
     body = (
-        "<h1>megamm: the demo</h1><p>Public text, pictures, speech, animations and 3D models, tokenizers trained on "
-        "them, one model over all their tokens, exported and run by stock transformers. All was made on this machine."
-        "</p>"
-        + _cards(summary)
-        + _losses(out, out / "run", summary)
-        + _gains(summary)
-        + _generated(out, codecs, shown)
-        + _rebuilt(out, codecs, shown, summary)
-        + _closing(out, summary)
+        _opening(summary)
+        + _examples_note()
+        + gallery.examples(out, codecs, named, summary)
+        + _figures(summary)
+        + _targets(summary)
+        + _unseen(summary)
+        + _losses(out / "run", summary)
+        + gallery.rebuilt(out, codecs, named, summary)
+        + _stages(out, summary)
     )
-    page.write(out / "report.html", "megamm demo", body, STYLE)
+    page.write(out / "report.html", "megamm demo", body, media.STYLE + gallery.STYLE + STYLE)
     return out / "report.html"
 
 
 def main() -> None:
-    matplotlib.use("agg")  # point clouds are drawn by it
+    matplotlib.use("agg")  # spectrograms are drawn by it
     print(f"  report: {write_report(Path(sys.argv[1]))}")
 
 

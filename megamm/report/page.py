@@ -6,16 +6,22 @@ from html import escape
 from pathlib import Path
 
 STYLE = """
-:root { --ink: #1c2126; --soft: #5b6670; --line: #dfe3e6; --good: #1a7f4b }
+:root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #dfe3e6; --page: #fff; --link: #2457c5;
+        --good: #1a7f4b; --bad: #b3261e }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e6e9ec; --soft: #a3adb6; --line: #3a4147; --page: #15181b; --link: #8fb1f5;
+          --good: #5fc992; --bad: #ff8a80 }
+  .plot polyline, .plot circle, .plot path, .plot .mark { filter: brightness(1.5) }
+}
 * { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: #fff; max-width: 70rem; margin: 0 auto;
-       padding: 1.5rem 1rem 3rem }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+       max-width: 70rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem }
-p { margin: .3rem 0 .8rem } .soft { color: var(--soft); font-size: .9rem }
+a { color: var(--link) } p { margin: .3rem 0 .8rem } .soft { color: var(--soft); font-size: .9rem }
 .cards, .grid { display: grid; gap: .8rem } .cards { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)) }
 .card { border: 1px solid var(--line); border-radius: 8px; padding: .6rem .8rem }
 .card b { display: block; font-size: 1.25rem } .card span { color: var(--soft); font-size: .85rem }
-.grid { grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)) }
+.grid { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
 .plot { width: 100%; height: auto; display: block } figure { margin: 0 } .empty { padding: .4rem }
 .plot text { font: 11px system-ui, sans-serif; fill: var(--soft) }
 .plot .title { font-size: 13px; font-weight: 600; fill: var(--ink) }
@@ -29,6 +35,9 @@ th, td { text-align: right; padding: .3rem .4rem; border-bottom: 1px solid var(-
 th:first-child, td:first-child, .text { text-align: left } th { color: var(--soft); font-weight: 500 }
 th, td { font-size: .9rem }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; color: var(--soft) }
+@media screen and (max-width: 30rem) {
+  .plot text, .plot .title tspan { font-size: 14px } .plot .title { font-size: 16px }
+}
 @media print { body { max-width: none; padding: 0; font-size: 11pt } h2 { break-after: avoid }
                svg { break-inside: avoid } }
 """
@@ -51,14 +60,20 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[st
     return f'<div class="scroll"><table><tr>{cells}</tr>{body}</table></div>'
 
 
-def section(title: str, note: str, content: str) -> str:
-    """note: plain text."""
-    return f'<section><h2>{escape(title)}</h2><p class="soft">{escape(note)}</p>{content}</section>'
+def section(title: str, note: str, content: str, anchor: str = "") -> str:
+    """note: plain text; anchor: the section's id, for links within the page."""
+    place = f' id="{escape(anchor, quote=True)}"' if anchor else ""
+    return f'<section{place}><h2>{escape(title)}</h2><p class="soft">{escape(note)}</p>{content}</section>'
+
+
+def details(title: str, content: str) -> str:
+    """Markup that a click opens."""
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def folded(title: str, text: str) -> str:
     """Long text that a click opens."""
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    return details(title, f"<pre>{escape(text)}</pre>")
 
 
 def write(path: Path, title: str, body: str, style: str = "") -> None:

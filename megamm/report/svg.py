@@ -149,7 +149,7 @@ def _legend(series: Sequence[Series]) -> str:
     x, parts = WIDTH - RIGHT, []
     for one in reversed(series):
         parts.append(f'<text class="tick" x="{x:.0f}" y="15" text-anchor="end">{escape(one.name)}</text>')
-        x -= 6.2 * len(one.name) + 8
+        x -= 7 * len(one.name) + 8
         sign = f'<circle cx="{x:.0f}" cy="11.5" r="3" fill="{one.colour}"/>'
         line = f'<path d="M{x - 6:.0f} 11.5 h12" stroke="{one.colour}" stroke-width="2"/>'
         parts.append(sign if one.dots else line)
