@@ -9,12 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from codec_data import shape_picture
 from demo_tools import load_tool
 from media_samples import example, make_codecs
+from PIL import Image
 from tiny_export import make_export
 
 from megamm.config import load_config
+from megamm.data.run_data import load_modalities
 from megamm.data.shards import ShardFolder, ShardWriter
 from megamm.modalities import REGISTRY
 
@@ -202,6 +205,22 @@ def test_media_of_every_kind_are_shown_large_enough(page):
 def test_a_wrong_caption_is_told_apart_from_the_right_one(made, real, verdict):
     sign, text = gallery.of_text(made, real)
     assert sign == verdict[0] and verdict[1] in text
+
+
+def test_a_picture_is_judged_by_the_real_one_that_is_nearest(page, tmp_path):
+    folders = {name: page[0] / "export" / "codecs" / name for name in ("text", "visual")}
+    codecs, given = load_modalities(folders, torch.device("cpu")), []
+    made = [samples.made_file("combination", "text", "image", i) for i in range(3)]
+    (tmp_path / made[0]).parent.mkdir(parents=True)
+    for i, (real, generated) in enumerate([(0, 20), (100, 210), (200, 160)]):  # the second is like the third
+        given.append({"text": f"{i}.txt", "image": f"{i}.png"})
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+        for file, grey in ((f"{i}.png", real), (made[i], generated)):
+            Image.new("RGB", (32, 32), (grey, grey, grey)).save(tmp_path / file)
+    shown = gallery.Direction(tmp_path, codecs, "text", "image", given).cards()
+    assert shown.count("✓ Recognised") == 2 and "of 3 real images, the right one is the nearest." in shown
+    assert shown.count("✗ Wrong") == 1
+    assert "nearer to 1 of 3 real images than to the right one; nearest to “number 2”, not to “number 1”." in shown
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

@@ -47,7 +47,7 @@ def examples(out: Path, codecs: dict[str, Modality], named: dict[str, Any], summ
         samples = named[words.NEW][pair][: asked(words.NEW, target)]
         name = f"{source}_to_{target}"
         note = words.headline(source, target, found[name]) if name in found else "No sample is held out."
-        shown = _Direction(out, codecs, source, target, samples).cards() if samples else ""
+        shown = Direction(out, codecs, source, target, samples).cards() if samples else ""
         sections.append(page.section(words.direction(name).capitalize(), note, shown, name))
     return "".join(sections)
 
@@ -76,7 +76,7 @@ def rebuilt(out: Path, codecs: dict[str, Modality], named: dict[str, Any], summa
     return page.section("Tokenizers", note, "".join(sections), "tokenizers")
 
 
-class _Direction:
+class Direction:
     """The examples of one direction."""
 
     def __init__(
