@@ -85,6 +85,20 @@ def test_a_row_token_by_token():
     ]
 
 
+@pytest.mark.parametrize("reversed", [False, True])
+def test_a_given_part_counts_to_no_loss_and_changes_nothing_else(reversed):
+    documents = [pair("a", 2, image=4, reversed=reversed), pair("b", 3, image=4)]
+    given = Document("a", documents[0].parts, given=1)
+    row, other = (pack([first, documents[1]], VOCABULARY, 24, POSITIONS) for first in (documents[0], given))
+    for name in ("input_ids", "labels", "segment", "position"):
+        assert np.array_equal(getattr(row, name), getattr(other, name))
+    # Neither the given part's tokens nor its marks; the mark that begins an image belongs to the image.
+    counts = [0, 0, 0, 0, 0, 0, 1, 1, 1] if reversed else [0, 0, 1, 1, 1, 1, 1, 0, 1]
+    assert other.loss_weight[: len(counts)].tolist() == counts
+    assert np.array_equal(other.modality >= 0, other.loss_weight > 0)
+    assert np.array_equal(row.loss_weight[10:], other.loss_weight[10:])
+
+
 def test_the_other_order_starts_with_the_image():
     row = pack([pair("a", 2, image=4, reversed=True)], VOCABULARY, 10, POSITIONS)
     assert row.input_ids[[0, 1, 6, 7, 8, 9]].tolist() == [START, IMAGE, IMAGE_END, 1, 2, END]

@@ -55,6 +55,21 @@ def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
     assert pairs.needed[0] == 2 + 5 + 4  # image and audio, the longest two
 
 
+def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
+    members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
+    split = write(tmp_path / "train", [*members, ("text", "alone", None, [7])])
+    pairs, answers = SampleSet(split, CODECS, "pairs"), SampleSet(split, CODECS, "answers")
+    for turn in range(6):
+        (piece,) = answers.pieces(0, turn, 64)
+        assert [piece] == pairs.pieces(0, turn, 64)
+        assert (pairs.read(0, piece).given, answers.read(0, piece).given) == (0, 1)
+    (piece,) = answers.pieces(1, 0, 64)
+    assert answers.read(1, piece).given == 0  # nothing else would be learnt of it
+    assert answers.needed.tolist() == pairs.needed.tolist() and answers.digest != pairs.digest
+    numbered = SampleSet(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
+    assert numbered.read(0, numbered.pieces(0, 0, 64)[0]).given == 0  # an order of its own: all of it is learnt
+
+
 def page(key, parts):
     return [(modality, key, number, ids) for number, (modality, ids) in enumerate(parts)]
 

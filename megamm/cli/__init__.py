@@ -73,9 +73,12 @@ def train(
         # Everything that can be refused is refused here, before a process starts.
         supervisor.admissible_nodes(run, nproc, nodes)
         from megamm.data.run_data import open_run_data
-        from megamm.start.begin import check as check_start
 
-        check_start(run, open_run_data(run).vocabulary)
+        vocabulary = open_run_data(run).vocabulary
+        if run.start_from is not None:
+            from megamm.start.begin import check as check_start  # here, as it takes a second to import
+
+            check_start(run, vocabulary)
         if run.resilience.max_restarts or nproc * nodes.most > 1:
             raise typer.Exit(supervisor.supervise(run, nproc, nodes))
         from megamm.resilience.boundary import SignalBoundary

@@ -29,12 +29,13 @@ class ParallelConfig(Section):
 class SourceConfig(Section):
     """One shard set of the mixture (a folder holding train/ and heldout/), its weight, and what a document of it is.
 
-    whole: all parts of a sample, in another order each epoch; pairs: another two of them each epoch.
+    whole: all parts of a sample, in another order each epoch; pairs: another two of them each epoch; answers: another
+    two, of which only the second counts to the loss, so that it is learnt as an answer to the first.
     """
 
     path: Path
     weight: float = Field(1.0, gt=0)
-    documents: Literal["whole", "pairs"] = "whole"
+    documents: Literal["whole", "pairs", "answers"] = "whole"
 
 
 class DataConfig(Section):

@@ -124,7 +124,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, for
         modality=np.full(row_length, -1, dtype=np.int64),
     )
     counts_to = np.full(row_length, -1, dtype=np.int64)
-    """The modality whose loss a token counts to as a label `[S]`; -1 for one that is certain."""
+    """The modality whose loss a token counts to as a label `[S]`; -1 for one that is certain, or given."""
     start = 0
     for segment, document in enumerate(documents):
         stop = _render(document, row, counts_to, start, vocabulary, forms)
@@ -168,7 +168,7 @@ def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocab
         place, at = place + 1, at + 1
 
     mark(vocabulary.document_start, 0)
-    for part in document.parts:
+    for number, part in enumerate(document.parts):
         code, form, size = codes[part.modality], forms[part.modality], part.ids.size
         if code.begin >= 0:
             mark(code.begin, 0)
@@ -181,6 +181,8 @@ def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocab
         if code.end >= 0:
             # Where the length is known, the end mark is certain: nothing to learn.
             mark(code.end, -1 if form.has_fixed_length else code.number)
+        if number < document.given:
+            counts_to[start:place] = -1
     mark(vocabulary.document_end, 0)
     return place
 

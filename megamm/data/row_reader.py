@@ -28,10 +28,11 @@ class StoredPart(NamedTuple):
 
 
 class StoredDocument(NamedTuple):
-    """A sample's key and the parts of it that are in the row, in reading order."""
+    """A sample's key and the parts of it that are in the row, in reading order; given: see sample.Document."""
 
     key: str
     parts: tuple[StoredPart, ...]
+    given: int = 0
 
 
 Recipe = tuple[StoredDocument, ...]
@@ -53,7 +54,8 @@ class RowReader:
 
 def read_document(tars: TarReader, document: StoredDocument) -> Document:
     """The tokens of a document."""
-    return Document(document.key, tuple(Part(part.modality, _ids(tars, document.key, part)) for part in document.parts))
+    parts = tuple(Part(part.modality, _ids(tars, document.key, part)) for part in document.parts)
+    return Document(document.key, parts, document.given)
 
 
 def _ids(tars: TarReader, key: str, part: StoredPart) -> IntArray:

@@ -34,10 +34,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """A sample with its parts in reading order; `key` names the sample it came from."""
+    """A sample with its parts in reading order; `key` names the sample it came from.
+
+    The first `given` parts are there to be read: their tokens count to no loss.
+    """
 
     key: str
     parts: tuple[Part, ...]
+    given: int = 0
 
     @property
     def sizes(self) -> list[tuple[str, int]]:

@@ -26,7 +26,7 @@ from megamm.data.shards import UNNUMBERED, ShardFolder
 from megamm.data.tar_reader import TarReader
 from megamm.errors import UserError
 
-DocumentKind = Literal["whole", "pairs"]
+DocumentKind = Literal["whole", "pairs", "answers"]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,16 @@ def piece_length(piece: Piece) -> int:
 
 def selections(parts: int, kind: DocumentKind) -> int:
     """How many documents a sample of that many unnumbered parts can be."""
-    return parts * (parts - 1) if kind == "pairs" and parts > 1 else math.factorial(parts)
+    return parts * (parts - 1) if kind != "whole" and parts > 1 else math.factorial(parts)
 
 
 def selection(parts: int, turn: int, kind: DocumentKind) -> list[int]:
-    """Which of a sample's parts in which order: the turn-th of all permutations, or of all ordered pairs."""
+    """Which of a sample's parts in which order: the turn-th of all permutations, or of all ordered pairs.
+
+    kind "answers" has the pairs of "pairs"; what differs is that their first part counts to no loss (`locate`).
+    """
     turn %= selections(parts, kind)
-    if kind == "pairs" and parts > 1:
+    if kind != "whole" and parts > 1:
         first, second = divmod(turn, parts - 1)
         return [first, second + (second >= first)]
     left, order = list(range(parts)), []
@@ -148,7 +151,7 @@ class SampleSet:
         place = np.arange(len(length)) - self._starts[sample]
         by_length = np.lexsort((-length, sample))
         of_pairs = np.bincount(sample, np.where(place < 2, length[by_length], 0), len(self))
-        whole = of_pairs if self.kind == "pairs" else np.bincount(sample, length, len(self))
+        whole = np.bincount(sample, length, len(self)) if self.kind == "whole" else of_pairs
         media = np.zeros(len(self), dtype=np.int64)
         np.maximum.at(media, sample, np.where(is_text, 0, length))
         uncut = np.where(self._part[self._starts[:-1]] != UNNUMBERED, media, whole)
@@ -166,7 +169,8 @@ class SampleSet:
             assert cache.tokens is not None, "_open_caches refuses a cache without lengths"
             member, tokens = cache.stored(part.member), int(cache.tokens[part.member])
             parts.append(StoredPart(part.modality, member, tokens, part.start, part.stop))
-        return StoredDocument(self.keys[i], tuple(parts))
+        given = int(self.kind == "answers" and len(parts) > 1 and not self.is_ordered(i))
+        return StoredDocument(self.keys[i], tuple(parts), given)
 
     @cached_property
     def digest(self) -> str:
