@@ -1,11 +1,6 @@
 """Packed attention against a plain float64 one, alone and over context ranks; its kernels, positions and skipping."""
 
-import json
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
-from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, inputs
-from tiny_run import ROOT
+from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, errors_of_cases, inputs
 
 from megamm.config import RopeScalingConfig
 from megamm.data.packing import Form, pack
@@ -25,8 +19,8 @@ from megamm.mcore import cpu
 from megamm.modalities.base import sequential_positions
 from megamm.model import rope
 from megamm.model.vocabulary import Vocabulary
+from megamm.parity.worlds import Failure, Worlds
 
-LIB = Path(__file__).parent / "lib"
 OUTPUT, GRADIENT = 1e-6, 1e-5
 
 
@@ -48,16 +42,12 @@ def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def context_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """One start of four processes for all cases."""
-    out = tmp_path_factory.mktemp("attention") / "errors.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(LIB), str(ROOT), environment.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [*launcher, str(LIB / "attention_worker.py"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+def context_errors(worlds: Worlds) -> dict[str, list[float]]:
+    """One world of four ranks for all cases."""
+    found = worlds.run(4, errors_of_cases, None, timeout=300)
+    assert not isinstance(found, Failure), found
+    assert all(one == found[0] for one in found)
+    return found[0]
 
 
 @pytest.mark.parametrize("name", CASES)

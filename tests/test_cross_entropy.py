@@ -4,23 +4,17 @@ Its kernels by themselves: test_cross_entropy_kernels.py.
 """
 
 import itertools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cross_entropy_worker import CASES, CHUNKED, PLAIN, inputs, relative_error, run
-from tiny_run import ROOT
+from cross_entropy_worker import CASES, CHUNKED, PLAIN, errors_of_cases, inputs, relative_error, run
 
 from megamm.ops.cross_entropy import MOST_CHUNKS
+from megamm.parity.worlds import Failure, Worlds
 
-LIB = Path(__file__).parent / "lib"
 # Of loss, token losses, gradient of hidden, gradient of weight. In bfloat16 logits and gradients have 8 bits.
 TOLERANCE = {
     "float64": [1e-12] * 4,
@@ -290,16 +284,12 @@ def test_arguments_that_do_not_fit(changed: dict[str, Any], message: str, functi
 
 
 @pytest.fixture(scope="module")
-def parallel_errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """One start of four processes for all cases."""
-    out = tmp_path_factory.mktemp("cross_entropy") / "errors.json"
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(LIB), str(ROOT), environment.get("PYTHONPATH", "")])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-    command = [*launcher, str(LIB / "cross_entropy_worker.py"), str(out)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(out.read_text())
+def parallel_errors(worlds: Worlds) -> dict[str, list[float]]:
+    """One world of four ranks for all cases."""
+    found = worlds.run(4, errors_of_cases, None, timeout=300)
+    assert not isinstance(found, Failure), found
+    assert all(one == found[0] for one in found)
+    return found[0]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -267,7 +267,8 @@ def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) ->
 # --- the command ---
 
 
-@pytest.mark.parametrize("example", [pytest.param("dense_8b", marks=pytest.mark.everything), "moe_200b"])
+@pytest.mark.everything
+@pytest.mark.parametrize("example", ["dense_8b", "moe_200b"])
 def test_examples_at_16384_ranks(example: str) -> None:
     """Within 60 s of processor time and 8 GiB, without data, a GPU or a network."""
     command = [sys.executable, "-m", "megamm", "train", str(ROOT / "examples" / f"{example}.yaml"), "--dry-run"]

@@ -42,6 +42,7 @@ def test_a_job_leaves_a_bad_node(lab, small_scratch):
     job.tells("restart 0, on n1 n2", "1 good nodes, 2 needed: requeueing", "restart 1, on", "with 1 ranks on")
 
 
+@pytest.mark.everything
 def test_one_task_a_rank_and_a_bad_node(lab, small_scratch):
     """The bad node is left out and drained. Then a rank is killed: its task stays, and starts it again with all."""
     env = small_scratch | {"MEGAMM_NNODES_MIN": "2", "MEGAMM_DRAIN": "1", "MEGAMM_TASK_PER": "rank"}

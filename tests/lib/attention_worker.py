@@ -1,22 +1,17 @@
-"""Attention over context ranks against the plain reference: `torchrun ... attention_worker.py OUT.json`.
+"""Attention over context ranks against the plain reference: what each of four ranks does (parity/worlds.py).
 
-Four processes. Cases with two context ranks run in two groups at once, each with its own rows. Every rank compares
-its tokens' output and gradients with the reference's of the whole rows; OUT gets each case's largest errors.
+Cases with two context ranks run in two groups at once, each with its own rows. Every rank compares its tokens' output
+and gradients with the reference's of the whole rows.
 """
 
-import json
-import sys
 import types
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from attention_reference import ROWS, attention, random_row_map, relative_error
 
-from megamm.device import choose
-from megamm.mcore import groups as grid
 from megamm.model.rope import Rope
 
 BASE = 10000.0
@@ -93,7 +88,8 @@ def errors(
     return [relative_error(x, y[index]) for x, y in zip(ours, expected(tensors, row_map, axes, form), strict=True)]
 
 
-def main(out: Path) -> None:
+def errors_of_cases(_: None) -> dict[str, list[float]]:
+    """Each case's largest errors over all ranks, the same on every one."""
     from megamm.mcore.context import local_index
 
     rank = dist.get_rank()
@@ -110,12 +106,4 @@ def main(out: Path) -> None:
         worst = torch.tensor(errors(module, index, inputs(seed, length, heads), row_map, heads[5], form))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         results[name] = worst.tolist()
-    if rank == 0:
-        out.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    grid.start(choose("cpu"))
-    main(Path(sys.argv[1]))
-    grid.stop()
+    return results

@@ -1,21 +1,15 @@
-"""Vocabulary-parallel cross entropy against one rank's: `torchrun ... cross_entropy_worker.py OUT.json`.
+"""Vocabulary-parallel cross entropy against one rank's: what each of four ranks does (parity/worlds.py).
 
-Four processes; cases with two ranks run in two groups at once. Every rank holds its rows of one weight, adds its part
-of hidden's gradient to the others' and compares with the float64 reference of the whole. OUT gets each case's largest
-relative errors: loss, token losses, gradient of hidden, gradient of weight; infinite where two runs differ in a bit.
+Cases with two ranks run in two groups at once. Every rank holds its rows of one weight, adds its part of hidden's
+gradient to the others' and compares with the float64 reference of the whole.
 """
 
-import json
-import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megamm.device import choose
-from megamm.mcore import groups as grid
 from megamm.ops import CSRC, TORCH, library
 
 assert not library.load(), library.load()
@@ -70,7 +64,9 @@ def errors(seed: int, case: tuple[Any, ...], group: dist.ProcessGroup) -> list[f
     return [relative_error(x, y) for x, y in zip(ours, expected, strict=True)]
 
 
-def main(out: Path) -> None:
+def errors_of_cases(_: None) -> dict[str, list[float]]:
+    """Each case's largest relative errors over all ranks: loss, token losses, gradient of hidden, gradient of weight;
+    infinite where two runs differ in a bit."""
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     results = {}
     for seed, (name, case) in enumerate(CASES.items()):
@@ -78,12 +74,4 @@ def main(out: Path) -> None:
         worst = torch.tensor(errors(seed, case, group))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         results[name] = worst.tolist()
-    if dist.get_rank() == 0:
-        out.write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    grid.start(choose("cpu"))
-    main(Path(sys.argv[1]))
-    grid.stop()
+    return results
