@@ -7,8 +7,8 @@
 
 Files are ordered by their recorded time, the longest first, so that the workers end at about the same time. A record
 is of one test function: {"ordinary": seconds of all its parameters in `make test`, "ordinary_longest": of the longest
-one, "everything": of those that only `make test-all` runs, "processes": whether it starts any}. Times are wall clock,
-fixtures included.
+one, "everything": of those that only `make test-all` runs, "processes": whether it starts any, and, written by hand,
+"reason": why it is long}. Times are wall clock, fixtures included. test_durations.py holds them.
 """
 
 import ast
@@ -166,10 +166,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         os.environ.update(before)
 
 
-def functions() -> set[str]:
-    """Every test function of tests/test_*.py, as a record names it."""
+def functions() -> dict[str, bool]:
+    """Every test function of tests/test_*.py, as a record names it, and whether only `make test-all` runs it."""
     return {
-        f"tests/{path.name}::{node.name}"
+        f"tests/{path.name}::{node.name}": any(ast.unparse(d) == "pytest.mark.everything" for d in node.decorator_list)
         for path in DURATIONS.parent.glob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
@@ -204,9 +204,9 @@ class Record:
     def pytest_sessionfinish(self) -> None:
         durations, measured, there = read_durations(), self._measured(), functions()
         tests = {}
-        for name in sorted(durations.keys() | measured.keys()):
-            if name in there:
-                tests[name] = durations.get(name, NOTHING) | measured.get(name, {})
+        for name in sorted((durations.keys() | measured.keys()) & there.keys()):
+            ordinary = {"ordinary": 0.0, "ordinary_longest": 0.0} if there[name] else {}
+            tests[name] = NOTHING | durations.get(name, {}) | measured.get(name, {}) | ordinary
         # A line a test, so that a change of one is a change of one line.
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in tests.items())
         DURATIONS.write_text(f"{{\n{lines}\n}}\n")

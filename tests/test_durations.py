@@ -1,0 +1,29 @@
+"""What tests cost, as tests/durations.json has it: everything is recorded, and what is slow says why.
+
+`pytest --record tests/test_X.py` records a new or changed file, `make durations` all of them.
+"""
+
+import suite
+
+LONG = 20.0
+"""Seconds that a case of `make test` may take without a `reason` in its record."""
+WORKERS, MINUTES = 3, 11
+"""`make test` runs the ordinary cases on so many workers; with them busy to the end it would take as long as this."""
+
+
+def test_every_test_is_recorded_and_nothing_else():
+    recorded, there = suite.read_durations().keys(), suite.functions()
+    ordinary = {name for name, only_everything in there.items() if not only_everything}
+    assert not ordinary - recorded, "pytest --record with their files"
+    assert not recorded - there.keys(), "make durations, or delete their lines"
+
+
+def test_a_long_case_says_why():
+    records = suite.read_durations()
+    without = {name for name, r in records.items() if r["ordinary_longest"] > LONG and not r.get("reason")}
+    assert not without, "a `reason` in the record, or the mark `everything`"
+
+
+def test_all_cases_together_fit_into_the_target():
+    seconds = sum(record["ordinary"] for record in suite.read_durations().values())
+    assert seconds <= WORKERS * MINUTES * 60
