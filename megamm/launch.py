@@ -6,6 +6,7 @@ For what is short enough to be run again; a training run has resilience/supervis
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 
 from megamm.errors import UserError
@@ -18,27 +19,30 @@ def launch(arguments: Sequence[str], processes: int) -> None:
     died otherwise.
     """
     # Imported here: torch is not needed to refuse a config.
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id="local",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.2,
-        start_method="spawn",
-    )
     # Its reports would stand between a rank's own line and ours.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        elastic_launch(config, sys.executable)("-m", "megamm", *arguments)
+        with tempfile.TemporaryDirectory(prefix="megamm-launch-") as folder:  # it makes one that it does not remove
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                run_id="local",
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                local_addr="127.0.0.1",
+                max_restarts=0,
+                monitor_interval=0.2,
+                start_method="spawn",
+                logs_specs=DefaultLogsSpecs(log_dir=folder),
+            )
+            elastic_launch(config, sys.executable)("-m", "megamm", *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode == 2:

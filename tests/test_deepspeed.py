@@ -104,7 +104,16 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 def _run(cases: list[dict[str, Any]], out: Path) -> None:
     (out / "cases.json").write_text(json.dumps(cases))
     paths = os.pathsep.join([str(LIB), str(ROOT)])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--log-dir",
+        str(out),
+    ]
     done = subprocess.run(
         [*launcher, str(LIB / "deepspeed_worker.py"), str(out / "cases.json"), str(out)],
         # A home of its own: an operator compiled at first use would leave itself there.

@@ -175,3 +175,14 @@ def test_what_our_backbone_has_not_is_refused_by_name(name: str, change: dict[st
     written = getattr(transformers, f"{kind}Config")(**COMMON | values).to_dict() | change
     with pytest.raises(UserError, match=message):
         read_config(written, SEQUENCE, Path("config.json"))
+
+
+def test_dropout_in_training_changes_no_export_and_axes_of_position_do() -> None:
+    sizes: Any = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
+    plain, dropped = (ModelConfig(**sizes, megatron=given) for given in ({}, {"hidden_dropout": 0.2}))
+    assert family_for(dropped) is family_for(plain)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    written = [to_config(family_for(m), m, 50, 32, special).to_dict() for m in (plain, dropped)]
+    assert written[0] == written[1]
+    with pytest.raises(UserError, match=r"cannot express model\.rope_axes"):
+        family_for(ModelConfig(**sizes, rope_axes=3))
