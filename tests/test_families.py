@@ -178,7 +178,8 @@ def test_what_our_backbone_has_not_is_refused_by_name(name: str, change: dict[st
 
 
 def test_dropout_in_training_changes_no_export_and_axes_of_position_do() -> None:
-    sizes: Any = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
+    sizes: Any = {"num_layers": 2, "hidden_size": 16, "ffn_hidden_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_query_groups": 1, "head_dim": 12}
     plain, dropped = (ModelConfig(**sizes, megatron=given) for given in ({}, {"hidden_dropout": 0.2}))
     assert family_for(dropped) is family_for(plain)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
