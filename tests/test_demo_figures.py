@@ -19,18 +19,18 @@ def test_intervals_are_wilsons(right, n):
 
 
 def test_attributes_of_every_form_of_caption():
-    assert figures.attributes("firefighter, woman, medium-dark skin") == {
-        "subject": "firefighter",
-        "gender": "woman",
+    assert figures.attributes("medium-dark skin, woman, firefighter") == {
         "skin": "medium-dark skin",
+        "gender": "woman",
+        "subject": "firefighter",
     }
-    assert figures.attributes("work lamp, lying, facing back left") == {
+    assert figures.attributes("tall, upside down, work lamp") == {
+        "shape": "tall",
+        "pose": "upside down",
         "subject": "work lamp",
-        "pose": "lying",
-        "heading": "facing back left",
     }
-    turning = figures.attributes("sofa, upright, turning left, slowly")
-    assert turning == {"subject": "sofa", "pose": "upright", "direction": "turning left", "speed": "slowly"}
+    turning = figures.attributes("turning left, upright, sofa")
+    assert turning == {"direction": "turning left", "pose": "upright", "subject": "sofa"}
     assert figures.attributes("three one four") == {"word 1": "three", "word 2": "one", "word 3": "four"}
 
 

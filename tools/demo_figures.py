@@ -26,8 +26,7 @@ from megamm.data.run_data import load_modalities
 from megamm.data.shards import ShardFolder
 from megamm.modalities.base import Modality, UnreadableMedia
 
-GENDERS, POSES = ("man", "woman"), ("upright", "lying")
-SPEEDS = ("slowly", "fast")
+GENDERS, POSES, SHAPES = ("man", "woman"), ("upright", "upside down", "lying"), ("tall", "flat")
 Z = 1.959964
 """Of the normal distribution: 95 % lie within."""
 _PATCHES, _SPECTRA, _FRAMES = 64, 24, 9
@@ -46,9 +45,9 @@ def _name(part: str) -> str:
     words = part.split()
     if words[-1:] == ["skin"]:
         return "skin"
-    if words[:1] in (["facing"], ["turning"]):
-        return "heading" if words[0] == "facing" else "direction"
-    for name, values in (("gender", GENDERS), ("pose", POSES), ("speed", SPEEDS)):
+    if words[:1] == ["turning"]:
+        return "direction"
+    for name, values in (("gender", GENDERS), ("pose", POSES), ("shape", SHAPES)):
         if part in values:
             return name
     return "subject"

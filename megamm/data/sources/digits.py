@@ -21,9 +21,9 @@ from megamm.errors import UserError
 
 LENGTH = 2
 SEQUENCES = 100
-COPIES = 4
+COPIES = 3
 BEAT = 0.05
-BEATS = 4
+BEATS = 2
 """Of a pause at most; it may be none."""
 _EDGE = 0.02
 """Seconds that are kept before and after what is loud."""

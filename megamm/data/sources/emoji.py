@@ -5,7 +5,6 @@ one a code point sequence that the font draws (directly or through a GSUB ligatu
 captions from the `emoji` package's CLDR names ("health worker: medium skin tone", "flag of samoa").
 """
 
-import hashlib
 import io
 import re
 from collections.abc import Iterator
@@ -26,20 +25,17 @@ _SKIN_TONE = re.compile(r"((?: (?:light|medium-light|medium|medium-dark|dark) sk
 
 PEOPLE = frozenset(
     (
-        *("artist", "astronaut", "construction worker", "cook", "detective", "farmer", "firefighter", "guard", "mage"),
-        *("health worker", "judge", "pilot", "police officer", "scientist", "singer", "student", "superhero"),
-        *("teacher", "wearing turban", "raising hand"),
+        *("artist", "astronaut", "bald", "construction worker", "cook", "curly hair", "detective", "farmer"),
+        *("firefighter", "guard", "health worker", "judge", "mage", "pilot", "police officer", "raising hand"),
+        *("red hair", "scientist", "singer", "student", "superhero", "teacher", "wearing turban", "white hair"),
     )
 )
-"""Roles that the font draws of a man and a woman, in yellow and five skin tones."""
-HANDS = frozenset((*("thumbs up", "thumbs down", "ok hand", "victory hand", "raised fist", "waving hand"),))
-
-
-COPIES = 8
-SIDE = 64
-"""Pixels of a copy."""
-SHRINK = (0.05, 0.18)
-"""By how much copies after the first are smaller, at least and at most."""
+"""Roles that the font draws of a man and a woman in every skin."""
+HANDS = frozenset(("ok hand", "raised fist", "thumbs down", "thumbs up", "victory hand", "waving hand"))
+SKINS = frozenset(("yellow", "light", "medium", "dark"))
+"""Of the six that the font has, those that differ at a glance."""
+SIDE = 72
+"""Pixels of a variant's picture."""
 
 
 def write_emoji(package: Path, target: Path) -> list[RawSample]:
@@ -55,52 +51,49 @@ def write_emoji(package: Path, target: Path) -> list[RawSample]:
 def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
     """The same of the people and hands in PEOPLE and HANDS alone, their attributes spelled out in a fixed order.
 
-    Captions are "firefighter, woman, medium-dark skin" and "thumbs up, dark skin"; the noun is the first attribute.
-    Each is there COPIES times, at another place and size: whole pictures cannot be learnt by heart.
+    Captions are "dark skin, woman, firefighter" and "dark skin, thumbs up"; the noun is the last attribute. What is
+    seen in few pixels comes first, so that no word before it tells which of its values go with them in training.
     """
     samples = []
     (target / "images").mkdir()
     for codes, name, png in _drawn(package):
         if caption := variant_caption(name):
-            noun = normalise_noun(caption.split(",")[0])
-            for number in range(COPIES):
-                samples.append(_sample(target, codes, copy_of(png, number), caption, noun, f"-{number}"))
+            noun = normalise_noun(caption.rpartition(", ")[2])
+            samples.append(_sample(target, codes, on_white(png), caption, noun))
     return samples
 
 
-def copy_of(png: bytes, number: int) -> bytes:
-    """A PNG of SIDE pixels a side, on white; number 0 fills it, others are smaller, moved by their bytes' hash."""
-    digest = hashlib.sha256(png + str(number).encode()).digest()
-    chance, right, down = (value / 255 for value in digest[:3])
-    shrink = SHRINK[0] + (SHRINK[1] - SHRINK[0]) * chance
-    if number == 0:
-        shrink, right, down = 0, 0.5, 0.5
+def on_white(png: bytes) -> bytes:
+    """A PNG of SIDE pixels a side: the picture on white, as large as it fits and in the middle."""
     with Image.open(io.BytesIO(png)) as picture:
-        scale = SIDE * (1 - shrink) / max(picture.size)
+        scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
         small = picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
     square = Image.new("RGBA", (SIDE, SIDE), "white")
-    square.alpha_composite(small, (round((SIDE - small.width) * right), round((SIDE - small.height) * down)))
+    square.alpha_composite(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
     file = io.BytesIO()
     square.convert("RGB").save(file, format="PNG")
     return file.getvalue()
 
 
 def variant_caption(name: str) -> str | None:
-    """The emoji package's ":woman_firefighter_dark_skin_tone:" as "firefighter, woman, dark skin"; None: no variant."""
+    """The emoji package's ":woman_firefighter_dark_skin_tone:" as "dark skin, woman, firefighter"; None: no variant."""
     words = name.strip(":").replace("_", " ").lower()
     tone = _TONE.search(words)
-    skin = f"{tone[1]} skin" if tone else "yellow skin"
+    colour = tone[1] if tone else "yellow"
+    if colour not in SKINS:
+        return None
+    skin = f"{colour} skin"
     subject = " ".join((words[: tone.start()] + words[tone.end() :] if tone else words).split())
     if subject in HANDS:
-        return f"{subject}, {skin}"
+        return f"{skin}, {subject}"
     gender, _, role = subject.partition(" ")
-    return f"{role}, {gender}, {skin}" if gender in ("man", "woman") and role in PEOPLE else None
+    return f"{skin}, {gender}, {role}" if gender in ("man", "woman") and role in PEOPLE else None
 
 
-def _sample(target: Path, codes: tuple[int, ...], png: bytes, caption: str, noun: str, ending: str = "") -> RawSample:
+def _sample(target: Path, codes: tuple[int, ...], png: bytes, caption: str, noun: str) -> RawSample:
     """Write one picture and return its sample."""
-    key = "emoji-" + "-".join(f"{code:x}" for code in codes) + ending
+    key = "emoji-" + "-".join(f"{code:x}" for code in codes)
     (target / "images" / f"{key}.png").write_bytes(png)
     return RawSample(key, noun, (RawPart("image", f"images/{key}.png"), RawPart("text", caption)))
 

@@ -1,20 +1,19 @@
-"""A few things in 3D, each in two poses and four headings, and turning: the models of Sweet Home 3D drawn by us.
+"""A few things in 3D, upright, upside down and lying, drawn out or flattened, and turning: drawn by us.
 
-In: the unpacked Debian package `sweethome3d`, read as in data/sources/furniture.py. Out, for each thing of THINGS,
-pose and heading: a point cloud (npz), a picture of it by data/render3d.py and a caption of attributes in a fixed order,
-"armchair, upright, facing left"; for each thing, pose, direction and speed a video of it turning,
-"armchair, lying, turning left, slowly". The noun is the thing. Chosen are things that look different from each side.
-Each is there once for each of WOBBLES, turned by that many steps more: whole pictures cannot be learnt by heart.
+In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
+thing of THINGS, pose and shape: point clouds (npz), pictures by data/render3d.py, and a caption of attributes in a
+fixed order, "tall, upside down, armchair"; for each thing, pose and direction a video of it turning, "turning left,
+upright, armchair". The noun is the thing. What is seen in few pixels comes first in a caption, so that no word before
+it tells which of its values go with them in training.
 """
 
 import multiprocessing
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -29,21 +28,20 @@ from megamm.errors import UserError
 
 THINGS = frozenset(
     (
-        *("armchair", "bunk bed", "chair", "desk", "fireplace", "front door", "laptop", "piano", "sofa", "staircase"),
-        *("toilet unit", "work lamp"),
+        *("armchair", "bath", "chair", "fireplace", "lamp", "laptop", "mannequin", "plant", "round table", "sofa"),
+        *("spiral staircase", "toilet unit"),
     )
 )
-HEADINGS = ("front", "right", "back", "left")
-"""Each is the one before it turned by a quarter, anticlockwise seen from above."""
-POSES = ("upright", "lying")
-SPEEDS = {"slowly": 4, "fast": 8}
-"""In steps of STEP from one frame to the next."""
-STEP = 5.625
-"""Degrees: 64 steps are a full turn, sixteen of them from one heading to the next."""
-WOBBLES = (0, -2, -1, 1, 2)
-"""In steps."""
+SHAPES = {"tall": 2.0, "flat": 0.4}
+"""By how much a thing is drawn out in height, after it is posed."""
+HEADING = 30.0
+"""Degrees by which a thing is turned to be seen."""
+COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0)
+"""Degrees by which the copies of a still are turned beside that, so that no copy is learnt by heart."""
+TURN = 45.0
+"""Degrees from one frame of a video to the next."""
 FRAMES, FRAME_RATE = 5, 8
-PICTURE = 64
+PICTURE = 72
 """Pixels a side."""
 POINTS = 2048
 _SURFACE = 6_000
@@ -89,36 +87,44 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
         mesh = load_model(archive, job.piece.model, own_materials(archive))
     surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
     samples: list[RawSample] = []
-    for pose in POSES:
-        if pose == "lying":
-            surface, cloud = on_its_back(surface), on_its_back(cloud)
-        views = np.stack([render(surface, step * STEP, PICTURE) for step in range(round(360 / STEP))])
-        samples += _stills(job, pose, cloud, views, target)
-        samples += _videos(job, pose, views, target)
+    for pose, posed in POSES.items():
+        for shape, factor in SHAPES.items():
+            clouds = drawn_out(posed(surface), factor), drawn_out(posed(cloud), factor)
+            samples += _stills(job, f"{shape}, {pose}", *clouds, target)
+        samples += _videos(job, pose, posed(surface), target)
     return samples
 
 
-def _stills(job: _Job, pose: str, cloud: CloudArray, views: np.ndarray, target: Path) -> Iterator[RawSample]:
-    """The thing in each heading: cloud, picture and caption."""
-    for (number, heading), wobble in product(enumerate(HEADINGS), WOBBLES):
-        key = f"{job.key}-{pose}-{heading.replace(' ', '-')}-{WOBBLES.index(wobble)}"
-        angle = (number * 360 / len(HEADINGS) + wobble * STEP) % 360
-        write_picture(target / f"images/{key}.png", views[round(angle / STEP)])
-        np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, angle))
-        caption = f"{job.piece.name}, {pose}, facing {heading}"
-        parts = (RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{key}.png"))
-        yield RawSample(key, normalise_noun(job.piece.name), (*parts, RawPart("text", caption)))
+def _stills(job: _Job, said: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
+    """Copies of the thing as `said`: cloud, picture and caption; a third of them have no picture, a third no cloud."""
+    for number, degrees in enumerate(COPIES):
+        key = f"{job.key}-{said.replace(', ', '-').replace(' ', '-')}-{number}"
+        if number % 3 != 1:
+            write_picture(target / f"images/{key}.png", render(surface, HEADING + degrees, PICTURE))
+        if number % 3 != 2:
+            np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, HEADING + degrees))
+        parts = [RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{key}.png")]
+        parts = {1: parts[:1], 2: parts[1:]}.get(number % 3, parts)
+        caption = RawPart("text", f"{said}, {job.piece.name}")
+        yield RawSample(key, normalise_noun(job.piece.name), (*parts, caption))
 
 
-def _videos(job: _Job, pose: str, views: np.ndarray, target: Path) -> Iterator[RawSample]:
-    """The thing turning, from its front on, each way and at each speed."""
-    for (direction, sign), speed, wobble in product((("left", -1), ("right", 1)), SPEEDS, WOBBLES):
-        key = f"{job.key}-{pose}-turning-{direction}-{speed}-{WOBBLES.index(wobble)}"
-        numbers = (sign * SPEEDS[speed] * np.arange(FRAMES) + wobble) % len(views)
-        write_video(target / f"video/{key}.mp4", views[numbers], FRAME_RATE)
-        caption = f"{job.piece.name}, {pose}, turning {direction}, {speed}"
-        parts = (RawPart("video", f"video/{key}.mp4"), RawPart("text", caption))
-        yield RawSample(key, normalise_noun(job.piece.name), parts)
+def _videos(job: _Job, pose: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
+    """The thing turning each way."""
+    for direction, sign in (("left", -1), ("right", 1)):
+        key = f"{job.key}-{pose.replace(' ', '-')}-turning-{direction}"
+        angles = HEADING + sign * TURN * np.arange(FRAMES)
+        write_video(target / f"video/{key}.mp4", np.stack([render(surface, a, PICTURE) for a in angles]), FRAME_RATE)
+        caption = RawPart("text", f"turning {direction}, {pose}, {job.piece.name}")
+        yield RawSample(key, normalise_noun(job.piece.name), (RawPart("video", f"video/{key}.mp4"), caption))
+
+
+def drawn_out(cloud: CloudArray, factor: float) -> CloudArray:
+    """A cloud `[N, 9]` that many times as high; its normals stay at right angles to it."""
+    height = np.array([1, factor, 1], dtype=np.float32)
+    normals = cloud[:, 3:6] / height
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
+    return np.concatenate([cloud[:, :3] * height, normals, cloud[:, 6:]], axis=1)
 
 
 def about_vertical(cloud: CloudArray, angle: float) -> CloudArray:
@@ -128,9 +134,21 @@ def about_vertical(cloud: CloudArray, angle: float) -> CloudArray:
     return np.concatenate([cloud[:, :3] @ matrix.T, cloud[:, 3:6] @ matrix.T, cloud[:, 6:]], axis=1)
 
 
+def upside_down(cloud: CloudArray) -> CloudArray:
+    """A cloud `[N, 9]` turned by half about the axis from its back to its front (z)."""
+    return cloud * np.array([-1, -1, 1, -1, -1, 1, 1, 1, 1], dtype=np.float32)
+
+
 def on_its_back(cloud: CloudArray) -> CloudArray:
     """A cloud `[N, 9]` tipped over backwards by a quarter: its front (z) is up (y), its top is behind."""
     result = cloud.copy()
     for first in (0, 3):
         result[:, first + 1], result[:, first + 2] = cloud[:, first + 2], -cloud[:, first + 1]
     return result
+
+
+POSES: dict[str, Callable[[CloudArray], CloudArray]] = {
+    "upright": lambda cloud: cloud,
+    "upside down": upside_down,
+    "lying": on_its_back,
+}
