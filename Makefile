@@ -23,10 +23,10 @@ PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root
 PINS := -c requirements/constraints.txt
 # The multi-process tests start several ranks: one thread each, so that they share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-# Processes of pytest that share the files among them, the longest first. One more than there are cores: some tests
-# mostly wait (Slurm), and others start ranks of their own.
+# Processes of pytest that share the files among them, the longest first (left to itself, xdist takes those with the
+# most tests first). One more than there are cores: some tests mostly wait (Slurm), and others start ranks of their own.
 WORKERS ?= 3
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled at installation, so that a change of them installs anew.
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from megamm.config import config_from_dict
 from megamm.errors import UserError
-from megamm.resilience import events, exit_codes, hang, heartbeat, policy
+from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes
 from megamm.resilience.boundary import AgentBoundary
 from megamm.resilience.command import Commands
 from megamm.resilience.heartbeat import Heartbeat, read
@@ -222,6 +223,24 @@ def test_a_dump_is_whole_once_the_main_thread_is_there_down_to_its_program():
     assert hang.is_whole(script, 0xBB) and hang.is_whole(deep, 0xBB)
     first = DUMP.replace("00bb", "00cc").replace("00aa", "00bb")  # another thread's stack follows
     assert hang.is_whole(first.replace("in wait", "in <module>"), 0xBB)
+
+
+def test_a_signal_to_a_main_thread_needs_a_process_and_reaches_it():
+    program = "import signal, threading; one = {signal.SIGUSR1}; print('up', flush=True)"
+    program += "; threading.Thread(target=signal.sigwait, args=[one]).start(); print(signal.sigwait(one), flush=True)"
+    blocked = {signal.SIGUSR1}  # in every thread, so that it waits for sigwait
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert child.stdout.readline() == "up\n"
+    processes.signal_main_thread(child.pid, signal.SIGUSR1)
+    assert child.stdout.readline() == f"{signal.SIGUSR1}\n"
+    child.kill()
+    child.wait()
+    with pytest.raises(ProcessLookupError):
+        processes.signal_main_thread(child.pid, signal.SIGUSR1)
 
 
 def report(rank, collective="all_reduce", state="S", step=5):

@@ -166,7 +166,7 @@ def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
         asked = []
         for pid, dump, slot, _ in (rank for rank in ranks if rank[-1] == is_stopped):
             try:
-                os.kill(pid, DUMP_SIGNAL)
+                processes.signal_main_thread(pid, DUMP_SIGNAL)  # before it goes on
                 if is_stopped:
                     os.kill(pid, signal.SIGCONT)
                 asked.append((dump, slot.thread))

@@ -124,6 +124,12 @@ def _cleans_up(process: int) -> bool:
     return any(name in command for name in _CLEANERS)
 
 
+def signal_main_thread(process: int, number: int) -> None:
+    """Send a signal that the main thread of a process takes, also once it is woken; os.kill lets any thread take it."""
+    if ctypes.CDLL(None, use_errno=True).tgkill(process, process, number):
+        raise OSError(ctypes.get_errno(), "tgkill")  # ESRCH: ProcessLookupError
+
+
 def state(process: int) -> str:
     """One letter: R running, S sleeping, D in the kernel, T stopped, Z ended; "" if there is none such."""
     try:
