@@ -24,13 +24,9 @@ def test_attributes_of_every_form_of_caption():
         "gender": "woman",
         "subject": "firefighter",
     }
-    assert figures.attributes("tall, upside down, work lamp") == {
-        "shape": "tall",
-        "pose": "upside down",
-        "subject": "work lamp",
-    }
-    turning = figures.attributes("turning left, upright, sofa")
-    assert turning == {"direction": "turning left", "pose": "upright", "subject": "sofa"}
+    assert figures.attributes("red, round table") == {"colour": "red", "subject": "round table"}
+    turning = figures.attributes("turning left, blue, sofa")
+    assert turning == {"direction": "turning left", "colour": "blue", "subject": "sofa"}
     assert figures.attributes("three one four") == {"word 1": "three", "word 2": "one", "word 3": "four"}
 
 

@@ -13,7 +13,7 @@ from source_packages import CUBE, contents, frames_of, png, put, target_folder, 
 
 from megamm.data.sources import digits, things
 from megamm.data.sources.emoji import SIDE, on_white, variant_caption
-from megamm.data.sources.things import about_vertical, drawn_out, on_its_back, upside_down
+from megamm.data.sources.things import about_vertical, painted
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def things_package(folder):
     return folder
 
 
-def test_things_are_seen_in_every_pose_and_shape_and_turn(tmp_path):
+def test_things_are_painted_seen_from_several_sides_and_turn(tmp_path):
     raw = target_folder(tmp_path / "raw")
     (raw / "ATTRIBUTION.md").write_text("")
     samples = things.write_things(things_package(tmp_path / "package"), raw)
@@ -114,33 +114,29 @@ def test_things_are_seen_in_every_pose_and_shape_and_turn(tmp_path):
     stills = [s for s in samples if "video" not in contents(s)]
     captions = [contents(s)["text"] for s in stills]
     copies = len(things.COPIES)
-    assert len(set(captions)) == 3 * 2 and {captions.count(caption) for caption in captions} == {copies}
-    assert {"tall, upside down, sofa", "flat, lying, sofa"} <= set(captions)
+    assert set(captions) == {f"{colour}, sofa" for colour in things.COLOURS}
+    assert {captions.count(caption) for caption in captions} == {copies}
     kinds = [tuple(kind in contents(s) for kind in ("points", "image")) for s in stills[:copies]]
     assert all(kinds.count(kind) >= 2 for kind in ((True, True), (True, False), (False, True)))
     pictures = [np.asarray(Image.open(raw / contents(s)["image"])) for s in (stills[0], stills[2])]
     assert pictures[0].shape == (things.PICTURE, things.PICTURE, 3) and not np.array_equal(pictures[0], pictures[1])
-    heights = {}
     for s in stills:
+        strongest = {"red": [0], "green": [1], "blue": [2], "yellow": [0, 1]}[contents(s)["text"].split(",")[0]]
         if "points" in contents(s):
             with np.load(raw / contents(s)["points"]) as file:
-                heights[contents(s)["text"]] = np.ptp(file["points"][:, 1])
-    ratio = heights["tall, upright, sofa"] / heights["flat, upright, sofa"]
-    assert ratio == pytest.approx(things.SHAPES["tall"] / things.SHAPES["flat"], rel=0.01)
+                colour = file["points"][:, 6:].mean(0)
+            assert min(colour[strongest]) > 1.5 * max(np.delete(colour, strongest))
     by_caption = {contents(s)["text"]: frames_of(raw / contents(s)["video"]).astype(float) for s in videos}
-    assert len(by_caption) == len(videos) == 2 * 3
-    left, right = (by_caption[f"turning {direction}, upright, sofa"] for direction in ("left", "right"))
+    assert len(by_caption) == len(videos) == 2 * len(things.COLOURS)
+    left, right = (by_caption[f"turning {direction}, red, sofa"] for direction in ("left", "right"))
     assert left.shape == (things.FRAMES, things.PICTURE, things.PICTURE, 3)
     assert np.abs(left[0] - right[0]).mean() < 1 < np.abs(left[1] - right[1]).mean()  # they begin alike
 
 
-def test_a_cloud_is_turned_as_the_renderer_turns_it_drawn_out_tipped_and_stood_on_its_head():
-    cloud = np.array([[1, 2, 3, 0, 0.6, 0.8, 0.5, 0.5, 0.5]], dtype=np.float32)
-    np.testing.assert_allclose(about_vertical(cloud, 90)[0, :6], [3, 2, -1, 0.8, 0.6, 0], atol=1e-6)
+def test_a_cloud_is_turned_as_the_renderer_turns_it_and_painted_as_bright_as_it_was():
+    cloud = np.array([[1, 2, 3, 0, 0, 1, 0.5, 0.5, 0.5], [0, 0, 0, 0, 1, 0, 1, 1, 1]], dtype=np.float32)
+    np.testing.assert_allclose(about_vertical(cloud, 90)[0, :6], [3, 2, -1, 1, 0, 0], atol=1e-6)
     np.testing.assert_allclose(about_vertical(about_vertical(cloud, 45), 315), cloud, atol=1e-6)
-    np.testing.assert_array_equal(upside_down(cloud)[0, :6], np.float32([-1, -2, 3, 0, -0.6, 0.8]))
-    np.testing.assert_array_equal(on_its_back(cloud)[0, :6], np.float32([1, 3, -2, 0, 0.8, -0.6]))
-    high = drawn_out(cloud, 2)[0]
-    np.testing.assert_allclose(high[:3], [1, 4, 3])
-    # The normal stays at right angles to the surface: here to the drawn-out (0, 0.8, -0.6).
-    assert high[3:6] @ [0, 1.6, -0.6] == pytest.approx(0, abs=1e-6) and np.linalg.norm(high[3:6]) == pytest.approx(1)
+    red = painted(cloud, "red")
+    np.testing.assert_array_equal(red[:, :6], cloud[:, :6])
+    np.testing.assert_allclose(red[:, 6:], np.outer([0.7, 1.0], things.COLOURS["red"]), atol=1e-6)

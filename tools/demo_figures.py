@@ -26,7 +26,7 @@ from megamm.data.run_data import load_modalities
 from megamm.data.shards import ShardFolder
 from megamm.modalities.base import Modality, UnreadableMedia
 
-GENDERS, POSES, SHAPES = ("man", "woman"), ("upright", "upside down", "lying"), ("tall", "flat")
+GENDERS, COLOURS = ("man", "woman"), ("red", "green", "blue", "yellow")
 Z = 1.959964
 """Of the normal distribution: 95 % lie within."""
 _PATCHES, _SPECTRA, _FRAMES = 64, 24, 9
@@ -47,7 +47,7 @@ def _name(part: str) -> str:
         return "skin"
     if words[:1] == ["turning"]:
         return "direction"
-    for name, values in (("gender", GENDERS), ("pose", POSES), ("shape", SHAPES)):
+    for name, values in (("gender", GENDERS), ("colour", COLOURS)):
         if part in values:
             return name
     return "subject"

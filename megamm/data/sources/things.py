@@ -1,16 +1,16 @@
-"""A few things in 3D, upright, upside down and lying, drawn out or flattened, and turning: drawn by us.
+"""A few things in 3D, painted in a few colours, seen from several sides and turning: drawn by us.
 
 In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
-thing of THINGS, pose and shape: point clouds (npz), pictures by data/render3d.py, and a caption of attributes in a
-fixed order, "tall, upside down, armchair"; for each thing, pose and direction a video of it turning, "turning left,
-upright, armchair". The noun is the thing. What is seen in few pixels comes first in a caption, so that no word before
-it tells which of its values go with them in training.
+thing of THINGS and colour of COLOURS: point clouds (npz), pictures by data/render3d.py, and a caption of attributes in
+a fixed order, "red, armchair"; for each also a video of it turning each way, "turning left, red, armchair". The noun
+is the thing. What is seen in few pixels comes first in a caption, so that no word before it tells which of its values
+go with them in training.
 """
 
 import multiprocessing
 import os
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -28,12 +28,12 @@ from megamm.errors import UserError
 
 THINGS = frozenset(
     (
-        *("armchair", "bath", "chair", "fireplace", "lamp", "laptop", "mannequin", "plant", "round table", "sofa"),
-        *("spiral staircase", "toilet unit"),
+        *("armchair", "bath", "bunk bed", "chair", "fireplace", "lamp", "laptop", "mannequin", "piano", "plant"),
+        *("round table", "sofa", "spiral staircase", "stool", "toilet unit", "washbasin"),
     )
 )
-SHAPES = {"tall": 2.0, "flat": 0.4}
-"""By how much a thing is drawn out in height, after it is posed."""
+COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.15, 0.7, 0.2), "blue": (0.15, 0.3, 0.9), "yellow": (1.0, 0.85, 0.1)}
+"""RGB in [0, 1]; a thing's own brightness stays."""
 HEADING = 30.0
 """Degrees by which a thing is turned to be seen."""
 COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0)
@@ -87,44 +87,40 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
         mesh = load_model(archive, job.piece.model, own_materials(archive))
     surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
     samples: list[RawSample] = []
-    for pose, posed in POSES.items():
-        for shape, factor in SHAPES.items():
-            clouds = drawn_out(posed(surface), factor), drawn_out(posed(cloud), factor)
-            samples += _stills(job, f"{shape}, {pose}", *clouds, target)
-        samples += _videos(job, pose, posed(surface), target)
+    for colour in COLOURS:
+        samples += _stills(job, colour, painted(surface, colour), painted(cloud, colour), target)
+        samples += _videos(job, colour, painted(surface, colour), target)
     return samples
 
 
-def _stills(job: _Job, said: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
-    """Copies of the thing as `said`: cloud, picture and caption; a third of them have no picture, a third no cloud."""
+def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
+    """Copies of the painted thing: cloud, picture and caption; a third of them have no picture, a third no cloud."""
     for number, degrees in enumerate(COPIES):
-        key = f"{job.key}-{said.replace(', ', '-').replace(' ', '-')}-{number}"
+        key = f"{job.key}-{colour}-{number}"
         if number % 3 != 1:
             write_picture(target / f"images/{key}.png", render(surface, HEADING + degrees, PICTURE))
         if number % 3 != 2:
             np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, HEADING + degrees))
         parts = [RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{key}.png")]
         parts = {1: parts[:1], 2: parts[1:]}.get(number % 3, parts)
-        caption = RawPart("text", f"{said}, {job.piece.name}")
+        caption = RawPart("text", f"{colour}, {job.piece.name}")
         yield RawSample(key, normalise_noun(job.piece.name), (*parts, caption))
 
 
-def _videos(job: _Job, pose: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
-    """The thing turning each way."""
+def _videos(job: _Job, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
+    """The painted thing turning each way."""
     for direction, sign in (("left", -1), ("right", 1)):
-        key = f"{job.key}-{pose.replace(' ', '-')}-turning-{direction}"
+        key = f"{job.key}-{colour}-turning-{direction}"
         angles = HEADING + sign * TURN * np.arange(FRAMES)
         write_video(target / f"video/{key}.mp4", np.stack([render(surface, a, PICTURE) for a in angles]), FRAME_RATE)
-        caption = RawPart("text", f"turning {direction}, {pose}, {job.piece.name}")
+        caption = RawPart("text", f"turning {direction}, {colour}, {job.piece.name}")
         yield RawSample(key, normalise_noun(job.piece.name), (RawPart("video", f"video/{key}.mp4"), caption))
 
 
-def drawn_out(cloud: CloudArray, factor: float) -> CloudArray:
-    """A cloud `[N, 9]` that many times as high; its normals stay at right angles to it."""
-    height = np.array([1, factor, 1], dtype=np.float32)
-    normals = cloud[:, 3:6] / height
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True).clip(1e-12)
-    return np.concatenate([cloud[:, :3] * height, normals, cloud[:, 6:]], axis=1)
+def painted(cloud: CloudArray, colour: str) -> CloudArray:
+    """A cloud `[N, 9]` in a colour of COLOURS, bright where it was bright: from 0.4 to 1 of it."""
+    brightness = 0.4 + 0.6 * cloud[:, 6:].mean(axis=1, keepdims=True)
+    return np.concatenate([cloud[:, :6], brightness * np.array(COLOURS[colour], dtype=np.float32)], axis=1)
 
 
 def about_vertical(cloud: CloudArray, angle: float) -> CloudArray:
@@ -132,23 +128,3 @@ def about_vertical(cloud: CloudArray, angle: float) -> CloudArray:
     sin, cos = np.sin(np.radians(angle)), np.cos(np.radians(angle))
     matrix = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=np.float32)
     return np.concatenate([cloud[:, :3] @ matrix.T, cloud[:, 3:6] @ matrix.T, cloud[:, 6:]], axis=1)
-
-
-def upside_down(cloud: CloudArray) -> CloudArray:
-    """A cloud `[N, 9]` turned by half about the axis from its back to its front (z)."""
-    return cloud * np.array([-1, -1, 1, -1, -1, 1, 1, 1, 1], dtype=np.float32)
-
-
-def on_its_back(cloud: CloudArray) -> CloudArray:
-    """A cloud `[N, 9]` tipped over backwards by a quarter: its front (z) is up (y), its top is behind."""
-    result = cloud.copy()
-    for first in (0, 3):
-        result[:, first + 1], result[:, first + 2] = cloud[:, first + 2], -cloud[:, first + 1]
-    return result
-
-
-POSES: dict[str, Callable[[CloudArray], CloudArray]] = {
-    "upright": lambda cloud: cloud,
-    "upside down": upside_down,
-    "lying": on_its_back,
-}
