@@ -105,7 +105,7 @@ def things_package(folder):
     return folder
 
 
-def test_things_are_painted_seen_from_several_sides_and_turn(tmp_path):
+def test_things_are_painted_and_turn(tmp_path):
     raw = target_folder(tmp_path / "raw")
     (raw / "ATTRIBUTION.md").write_text("")
     samples = things.write_things(things_package(tmp_path / "package"), raw)

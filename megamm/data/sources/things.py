@@ -1,4 +1,4 @@
-"""A few things in 3D, painted in a few colours, seen from several sides and turning: drawn by us.
+"""A few things in 3D, painted in a few colours, at slightly different angles and turning: drawn by us.
 
 In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
 thing of THINGS and colour of COLOURS: point clouds (npz), pictures by data/render3d.py, and a caption of attributes in
@@ -88,8 +88,9 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
     surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
     samples: list[RawSample] = []
     for colour in COLOURS:
-        samples += _stills(job, colour, painted(surface, colour), painted(cloud, colour), target)
-        samples += _videos(job, colour, painted(surface, colour), target)
+        seen = painted(surface, colour)
+        samples += _stills(job, colour, seen, painted(cloud, colour), target)
+        samples += _videos(job, colour, seen, target)
     return samples
 
 
