@@ -2,13 +2,15 @@
 
 noun: a share of the normalised nouns (data/nouns.py), so that held-out data has subjects that training never sees.
 combination: of the other samples with a text, a share of the different texts, so that held-out data has new
-combinations ("firefighter, woman, dark skin") of words that training has all seen in other ones. A text is put back
-into training where a word of it would occur in no text of the training split; samples of one text are on one side.
+combinations ("firefighter, woman, dark skin") of words that training has all seen in other ones. A text stays in
+training where a word of it would occur in no other text of the training split, and every word loses about the same
+share of its texts, so that no word becomes rare in training by chance; samples of one text are on one side.
 """
 
 import hashlib
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -55,16 +57,24 @@ def words(text: str) -> frozenset[str]:
 
 def _combinations(samples: list[RawSample], share: float) -> list[str]:
     """Keys of the samples whose text is held out though no noun of it is."""
-    texts = {s.key: " ".join(part.content for part in s.parts if part.modality == "text") for s in samples}
-    different = {text.casefold() for text in texts.values() if text}
-    left = Counter(word for text in different for word in words(text))
-    """In how many texts of the training split a word occurs."""
-    chosen = set()
-    for text in sorted((t for t in different if is_heldout(f"combination {t}", share)), key=_digest):
-        if all(left[word] > 1 for word in words(text)):
-            left.subtract(words(text))
-            chosen.add(text)
-    return [key for key, text in texts.items() if text.casefold() in chosen]
+    texts = {s.key: " ".join(part.content for part in s.parts if part.modality == "text").casefold() for s in samples}
+    media: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        media[texts[sample.key]].update(part.modality for part in sample.parts)
+    counted = {text: [(word, frozenset(media[text])) for word in words(text)] for text in media if text}
+    """The words of each text. A word counts apart with pictures and with videos, say: both need it in training."""
+    occurs = Counter(word for of_text in counted.values() for word in of_text)
+    wanted, chosen = round(share * len(counted)), set[str]()
+    held: Counter[tuple[str, frozenset[str]]] = Counter()
+    """In how many of the chosen texts a word occurs."""
+    # First at most the share of every word's texts. Of long texts those can be too few: then more.
+    for most in (share, 1.0):
+        for text in sorted(counted.keys() - chosen, key=_digest):
+            fits = all(held[word] < min(math.ceil(most * occurs[word]), occurs[word] - 1) for word in counted[text])
+            if len(chosen) < wanted and fits:
+                held.update(counted[text])
+                chosen.add(text)
+    return [key for key, text in texts.items() if text in chosen]
 
 
 def _digest(text: str) -> bytes:
