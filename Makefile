@@ -49,17 +49,22 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 	$(PY) -m pip check
 	@touch $@
 
+# Lint and tests at once: lint needs one core, and the tests not all of both at every time.
+define beside_lint
+@$(MAKE) --no-print-directory lint & lint=$$!; $(PYTEST_ENV) $(PY) $(PYTEST) $(1); tests=$$?; wait $$lint && exit $$tests
+endef
+
 .PHONY: test
-test: lint  ## lint, types, and every subject by at least one real case
-	$(PYTEST_ENV) $(PY) $(PYTEST)
+test: $(VENV)/installed  ## lint, types, and every subject by at least one real case
+	$(call beside_lint)
 
 .PHONY: test-fast
 test-fast: $(VENV)/installed  ## the tests that start no further process
 	$(PYTEST_ENV) $(PY) $(PYTEST) --fast
 
 .PHONY: test-all
-test-all: lint  ## all tests, with the full products and the repetitions
-	$(PYTEST_ENV) $(PY) $(PYTEST) --everything
+test-all: $(VENV)/installed  ## all tests, with the full products and the repetitions
+	$(call beside_lint,--everything)
 
 .PHONY: durations
 durations: $(VENV)/installed  ## run all tests and write what each took to tests/durations.json

@@ -28,17 +28,17 @@ def _warm_server():
 
 
 @pytest.fixture(scope="session")
-def harness():
-    """One start of torch and Megatron-core for all parity cases."""
-    with Harness() as harness:
-        yield harness
-
-
-@pytest.fixture(scope="session")
 def worlds():
     """One start of torch and Megatron-core for the ranks of all tests that run a function of their own in them."""
     with Worlds() as worlds:
         yield worlds
+
+
+@pytest.fixture(scope="session")
+def harness(worlds):
+    """Proves parity cases; it remembers the references."""
+    with Harness(worlds) as harness:
+        yield harness
 
 
 @pytest.fixture(scope="session", autouse=True)

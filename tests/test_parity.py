@@ -94,8 +94,8 @@ def test_a_crash_names_the_rank_and_its_error(harness):
     assert (outcome.verdict, outcome.findings) == ("crash", ["rank 1: ValueError: out of luck"])
 
 
-def test_a_hang_says_where_each_rank_stands():
-    with harness.Harness(timeout=12) as own:
+def test_a_hang_says_where_each_rank_stands(worlds):
+    with harness.Harness(worlds, timeout=12) as own:
         own.reference(Case.parse("world=2").run().reference())
         outcome = own.prove(Case.parse("world=2"), faults.last_rank_never_comes)
         assert outcome.verdict == "hang"

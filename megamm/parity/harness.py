@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -37,18 +38,19 @@ class RunFailed(Exception):
 class Harness:
     """One server of worlds and the references computed so far; a context manager."""
 
-    def __init__(self, timeout: float = 120.0) -> None:
-        """timeout: seconds after which a run counts as hanging."""
-        self._worlds, self._timeout = Worlds(), timeout
-        self._folder = tempfile.TemporaryDirectory(prefix="megamm-parity-")
+    def __init__(self, worlds: Worlds | None = None, timeout: float = 120.0) -> None:
+        """worlds: the server, which the caller ends; without it one is started and ended here. timeout: seconds after
+        which a run counts as hanging."""
+        self._own, self._timeout = ExitStack(), timeout
+        self._worlds = worlds or self._own.enter_context(Worlds())
+        self._folder = Path(self._own.enter_context(tempfile.TemporaryDirectory(prefix="megamm-parity-")))
         self._references: dict[str, RankReport] = {}
 
     def __enter__(self) -> "Harness":
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._worlds.__exit__(kind, error, trace)
-        self._folder.cleanup()
+        self._own.close()
 
     def prove(self, case: Case, fault: Callable[[], None] | None = None, explain: bool = True) -> Outcome:
         """Compare the case with its reference; on a mismatch say what is wrong (explain) and by how much.
@@ -97,7 +99,7 @@ class Harness:
 
     def path(self, run: Run) -> Path:
         """Where a reference's tensors lie."""
-        return Path(self._folder.name) / f"{run.name()}.safetensors"
+        return self._folder / f"{run.name()}.safetensors"
 
     def shapes(self, run: Run) -> dict[str, tuple[int, ...]]:
         """Shapes of a reference's whole tensors."""

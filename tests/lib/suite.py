@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 import shared
+from leftovers import Leftovers
 
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 FAST_SECONDS = 2.0
@@ -64,7 +65,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Selection(config), "selection")
     config.pluginmanager.register(Starts(forbid=config.getoption("fast")), "starts")
-    if config.getoption("record") and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    config.pluginmanager.register(Leftovers(), "leftovers")
+    if config.getoption("record"):
         config.pluginmanager.register(Record(), "record")
 
 
