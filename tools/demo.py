@@ -41,7 +41,7 @@ CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")
 """Of the subjects, few are held out; of the other captions, more, whose every word occurs in training."""
 CODECS = {
-    "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "700", "--batch-size", "24"),
+    "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "560", "--batch-size", "24"),
     "audio": ("--steps", "400", "--codebooks", "1", "--levels", "8,8,8"),
     "points": ("--steps", "900", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "4,4,4,4,4"),
     "text": ("--vocabulary", "600"),
@@ -49,7 +49,7 @@ CODECS = {
 """What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""
 RENDERED = ("things",)
 """Sources whose pictures and videos are made here."""
-EVALUATED = "250"
+EVALUATED = "150"
 """Held-out samples of each source at most."""
 MAX_LOGITS_DIFFERENCE = 1e-4
 GAINS = tuple(f"{x}_to_{y}" for a, b in PAIRS for x, y in ((a, b), (b, a)))
