@@ -144,8 +144,8 @@ def test_the_loss_is_that_of_brute_force() -> None:
             for p in one:
                 q = min(other, key=lambda q: (p[:3] - q[:3]).norm().item())
                 apart = ((p[:3] - q[:3]) / 0.25).square().sum()
-                total += 4 * apart + 0.1 * (1 - p[3:6] @ q[3:6]) + (p[6:] - q[6:]).square().sum()
-    assert patch_loss(target, output).item() == pytest.approx(float(total) / 30, rel=1e-5)
+                total += 4 * apart + 0.1 * (1 - p[3:6] @ q[3:6]) + 3 * (p[6:] - q[6:]).square().sum()
+    assert patch_loss(target, output, 3.0).item() == pytest.approx(float(total) / 30, rel=1e-5)
 
 
 def test_the_spread_is_least_for_latents_of_mean_0_and_variance_1() -> None:

@@ -43,7 +43,10 @@ BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")
 CODECS = {
     "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "560", "--batch-size", "24"),
     "audio": ("--steps", "400", "--codebooks", "1", "--levels", "8,8,8"),
-    "points": ("--steps", "900", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "4,4,4,4,4"),
+    "points": (
+        *("--steps", "800", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "6,6,6"),
+        *("--encoder-depth", "0", "--colour-weight", "4"),
+    ),
     "text": ("--vocabulary", "600"),
 }
 """What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""

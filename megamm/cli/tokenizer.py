@@ -163,6 +163,7 @@ def train_points(
     encoder_depth: Annotated[int, typer.Option(help="transformer layers of the encoder")] = 1,
     decoder_depth: Annotated[int, typer.Option(help="transformer layers of the decoder")] = 2,
     levels: Annotated[str, typer.Option(help="FSQ levels; their product is the number of shapes")] = "8,5,5,5",
+    colour_weight: Annotated[float, typer.Option(help="of colours in the training loss; shapes have 4")] = 1.0,
     device: DeviceChoice = "auto",
     dtype: Precision = "fp32",
     nproc: Processes = 1,
@@ -186,6 +187,7 @@ def train_points(
         "encoder_depth": encoder_depth,
         "decoder_depth": decoder_depth,
         "levels": levels.split(","),
+        "colour_weight": colour_weight,
     }
     codec = checked_config(PointsCodecConfig, values)
     training = Training(steps, batch_size, learning_rate, seed)

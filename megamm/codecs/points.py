@@ -29,12 +29,15 @@ HALVING_AXES = (1, 0, 2)
 """Height first: what stands on legs is most alike from one to the next in it."""
 PATCH_SIZE = 0.25
 """Length unit of a patch's own coordinates: about its radius, so that the network sees values around 1."""
-DISTANCE_WEIGHT, NORMAL_WEIGHT, COLOUR_WEIGHT = 4.0, 0.1, 1.0
+DISTANCE_WEIGHT, NORMAL_WEIGHT = 4.0, 0.1
 SPREAD_WEIGHT = 0.05
 
 
 class PointsCodecConfig(CodecConfig):
-    """Sizes of the codec: `points` in and out, `patches` of them, `cells` along each axis of [-1, 1]."""
+    """Sizes of the codec: `points` in and out, `patches` of them, `cells` along each axis of [-1, 1].
+
+    `colour_weight` is how much colours count in the training loss: at 1, codes keep shapes better than colours.
+    """
 
     kind: str = Field(default=KIND, pattern=f"^{KIND}$")
     points: int = Field(default=2048, ge=8, le=2**20)
@@ -44,6 +47,7 @@ class PointsCodecConfig(CodecConfig):
     encoder_depth: int = Field(default=1, ge=0, le=64)
     decoder_depth: int = Field(default=2, ge=0, le=64)
     levels: tuple[int, ...] = (8, 5, 5, 5)
+    colour_weight: float = Field(default=1.0, ge=0.0, le=1000.0)
 
     @model_validator(mode="after")
     def _check(self) -> "PointsCodecConfig":
@@ -143,7 +147,7 @@ class PointsCodec(nn.Module):
         centres = self._centres(self._cells(patches))
         latents = self.to_latent(self._encoded(patches, centres)).float()
         decoded = self._decoded(self.quantiser(latents), centres)
-        return patch_loss(patches, decoded) + SPREAD_WEIGHT * spread_loss(latents)
+        return patch_loss(patches, decoded, self.config.colour_weight) + SPREAD_WEIGHT * spread_loss(latents)
 
     @torch.inference_mode()
     def encode(self, clouds: Tensor) -> Tensor:
@@ -263,7 +267,7 @@ def spread_loss(latents: Tensor) -> Tensor:
     return (latents.mean(1).square() + (latents.var(1) - 1).square()).mean()
 
 
-def patch_loss(target: Tensor, output: Tensor) -> Tensor:
+def patch_loss(target: Tensor, output: Tensor, colour_weight: float) -> Tensor:
     """Squared distances within patches `[B, P, n, 9]`, and normals and colours of the nearest points, both ways."""
     target, output = target.flatten(0, 1), output.flatten(0, 1)
     with torch.no_grad():  # which point is nearest has no gradient; how far it is, has
@@ -275,5 +279,5 @@ def patch_loss(target: Tensor, output: Tensor) -> Tensor:
         apart = (mine[..., :3] - matched[..., :3]).square().sum(-1).mean() / PATCH_SIZE**2
         turned = (1 - (mine[..., 3:6] * matched[..., 3:6]).sum(-1)).mean()
         discoloured = (mine[..., 6:] - matched[..., 6:]).square().sum(-1).mean()
-        total = total + DISTANCE_WEIGHT * apart + NORMAL_WEIGHT * turned + COLOUR_WEIGHT * discoloured
+        total = total + DISTANCE_WEIGHT * apart + NORMAL_WEIGHT * turned + colour_weight * discoloured
     return total

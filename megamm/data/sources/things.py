@@ -36,8 +36,10 @@ COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.15, 0.7, 0.2), "blue": (0.15, 0.
 """RGB in [0, 1]; a thing's own brightness stays."""
 HEADING = 30.0
 """Degrees by which a thing is turned to be seen."""
-COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0)
-"""Degrees by which the copies of a still are turned beside that, so that no copy is learnt by heart."""
+SEEN_COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0, -18.0, 24.0)
+"""Degrees by which the copies with a picture are turned beside that. Every second one has a cloud, too."""
+CLOUD_COPIES = (-84.0, -70.0, -56.0, -42.0, 42.0, 56.0, 70.0, 84.0)
+"""The same of the copies that are a cloud alone. Of few copies, each is learnt by heart, and colours are not learnt."""
 TURN = 45.0
 """Degrees from one frame of a video to the next."""
 FRAMES, FRAME_RATE = 5, 8
@@ -95,17 +97,17 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
 
 
 def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
-    """Copies of the painted thing: cloud, picture and caption; a third of them have no picture, a third no cloud."""
-    for number, degrees in enumerate(COPIES):
-        key = f"{job.key}-{colour}-{number}"
-        if number % 3 != 1:
-            write_picture(target / f"images/{key}.png", render(surface, HEADING + degrees, PICTURE))
-        if number % 3 != 2:
+    """Copies of the painted thing: pictures, clouds or both, each with the caption."""
+    noun, caption = normalise_noun(job.piece.name), RawPart("text", f"{colour}, {job.piece.name}")
+    for number, degrees in enumerate((*SEEN_COPIES, *CLOUD_COPIES)):
+        key, parts = f"{job.key}-{colour}-{number}", []
+        if number >= len(SEEN_COPIES) or number % 2 == 0:
+            parts.append(RawPart("points", f"points/{key}.npz"))
             np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, HEADING + degrees))
-        parts = [RawPart("points", f"points/{key}.npz"), RawPart("image", f"images/{key}.png")]
-        parts = {1: parts[:1], 2: parts[1:]}.get(number % 3, parts)
-        caption = RawPart("text", f"{colour}, {job.piece.name}")
-        yield RawSample(key, normalise_noun(job.piece.name), (*parts, caption))
+        if number < len(SEEN_COPIES):
+            parts.append(RawPart("image", f"images/{key}.png"))
+            write_picture(target / f"images/{key}.png", render(surface, HEADING + degrees, PICTURE))
+        yield RawSample(key, noun, (*parts, caption))
 
 
 def _videos(job: _Job, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
