@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megamm import cli, layout
-from megamm.config import RunConfig, config_from_dict, load_config
+from megamm.config import RunConfig, config_from_dict, load_config, reference
 from megamm.errors import UserError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
@@ -22,6 +22,23 @@ def _config(*overrides: str) -> RunConfig:
 def test_every_example_is_valid():
     for path in EXAMPLE.parent.glob("*.yaml"):
         load_config(path)
+
+
+def test_the_reference_is_written_from_the_schema():
+    page = (EXAMPLE.parents[1] / "docs" / "config.md").read_text()
+    assert page == reference.page(), "run: python -m megamm.config.reference > docs/config.md"
+    assert (
+        "| `data.seq_length`" not in page
+        and "| `seq_length` | integer ≥ 8 | required | Tokens of a packed row." in page
+    )
+
+
+def test_every_key_is_described_in_a_sentence():
+    lines = [line for line in reference.page().splitlines() if line.startswith("| `")]
+    assert len(lines) > 120
+    for line in lines:
+        description = line.rstrip("| ").split(" | ")[-1]
+        assert description.endswith(".") and description != "None.", line
 
 
 def test_overrides_reach_nested_keys_and_keep_types():

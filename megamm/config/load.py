@@ -24,7 +24,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     except FileNotFoundError:
         raise UserError("no such config file", where=path, remedy="name one of examples/*.yaml") from None
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", where=path, remedy="mend the file") from None
+        raise UserError(f"not valid YAML: {error}", where=path, remedy="fix the line that is named") from None
     if not isinstance(data, dict):
         raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
     apply_overrides(data, overrides)
@@ -83,25 +83,25 @@ def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, whe
             siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
             nearest = prefix + siblings[0] if siblings else near[0]
             raise UserError(f"unknown key {prefix}{key}", where=where, remedy=f"the nearest valid key is {nearest}")
-        inner = _section_of(section.model_fields[key].annotation)
+        inner = section_of(section.model_fields[key].annotation)
         if inner is not None:
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, dict):
                     _check_keys(inner, item, f"{prefix}{key}.", where)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section class behind a field's type, also inside list[...]."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
-    return next((found for arg in typing.get_args(annotation) if (found := _section_of(arg))), None)
+    return next((found for arg in typing.get_args(annotation) if (found := section_of(arg))), None)
 
 
 def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
     keys: list[str] = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if inner is not None:
             keys += _all_keys(inner, f"{prefix}{name}.")
     return keys

@@ -1,6 +1,6 @@
-"""The model section of a run's configuration: the backbone's keys, with their units and bounds.
+"""The `model` section of a run's configuration: the architecture of the backbone.
 
-Which of them go together is layout.py's to say. Nothing here imports torch.
+Which keys go together is checked by layout.py. Nothing here imports torch.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,88 +13,136 @@ class Section(BaseModel):
 
 
 class MoEConfig(Section):
-    """Mixture of experts in every layer but the first dense_layers; num_experts 0 means a dense model."""
+    """Mixture of experts. `num_experts: 0` is a dense model; otherwise every layer after the first `dense_layers`
+    routes its tokens to experts."""
 
-    num_experts: int = Field(0, ge=0)
-    top_k: int = Field(2, ge=1)
-    ffn_hidden_size: int = Field(0, ge=0)
-    shared_ffn_hidden_size: int = Field(0, ge=0, description="of the expert that every token uses; 0: none")
-    dense_layers: int = Field(0, ge=0, description="first layers, with an MLP of model.ffn_hidden_size instead")
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    norm_top_k: bool = Field(True, description="weights of a token's top_k sum to 1; false: as scored among all")
-    routed_scaling_factor: float = Field(1.0, gt=0, description="of these weights, after that")
-    num_groups: int = Field(1, ge=1, description="of experts; 1: a token's may be any")
-    group_top_k: int = Field(1, ge=1, description="groups that a token's experts are of")
-    aux_loss_coeff: float = Field(0.0, ge=0)
-    bias_update_rate: float = Field(0.0, ge=0, description="balance by a bias on the router, without a loss; 0: off")
-    dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    num_experts: int = Field(0, ge=0, description="Routed experts of a layer. 0: a dense model.")
+    top_k: int = Field(2, ge=1, description="Experts that each token is sent to.")
+    ffn_hidden_size: int = Field(0, ge=0, description="Hidden size of one expert's MLP. Required with experts.")
+    shared_ffn_hidden_size: int = Field(
+        0, ge=0, description="Hidden size of the shared expert, which every token uses. 0: no shared expert."
+    )
+    dense_layers: int = Field(
+        0, ge=0, description="Number of first layers that have an MLP of `model.ffn_hidden_size` instead of experts."
+    )
+    score: Literal["softmax", "sigmoid"] = Field("softmax", description="Function that turns router logits to scores.")
+    norm_top_k: bool = Field(
+        True, description="Normalise the weights of a token's `top_k` experts to a sum of 1; false: use the scores."
+    )
+    routed_scaling_factor: float = Field(1.0, gt=0, description="Factor on these weights, after normalisation.")
+    num_groups: int = Field(1, ge=1, description="Groups that the experts are divided into. 1: no groups.")
+    group_top_k: int = Field(1, ge=1, description="Groups that a token's experts are chosen from.")
+    aux_loss_coeff: float = Field(0.0, ge=0, description="Weight of the load-balancing loss. 0: no such loss.")
+    bias_update_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Step of a bias on the router that balances experts without a loss (DeepSeek-AI 2024). 0: off.",
+    )
+    dispatcher: Literal["alltoall", "allgather"] = Field(
+        "alltoall", description="Collective that brings tokens to the ranks of their experts."
+    )
 
 
 class MLAConfig(Section):
-    """Multi-head latent attention (DeepSeek-AI 2024); kv_lora_rank 0 means grouped-query attention instead."""
+    """Multi-head latent attention (DeepSeek-AI 2024). `kv_lora_rank: 0` is grouped-query attention instead."""
 
-    kv_lora_rank: int = Field(0, ge=0)
-    q_lora_rank: int = Field(0, ge=0, description="0: queries are projected directly")
-    qk_head_dim: int = Field(0, ge=0, description="channels without position of a query or key head")
-    qk_rope_head_dim: int = Field(0, ge=0, multiple_of=2, description="channels with position")
-    v_head_dim: int = Field(0, ge=0)
+    kv_lora_rank: int = Field(
+        0, ge=0, description="Channels of the compressed keys and values. 0: no latent attention."
+    )
+    q_lora_rank: int = Field(0, ge=0, description="Channels of the compressed queries. 0: queries are not compressed.")
+    qk_head_dim: int = Field(0, ge=0, description="Channels without position of a query or key head.")
+    qk_rope_head_dim: int = Field(0, ge=0, multiple_of=2, description="Channels with position (RoPE) of such a head.")
+    v_head_dim: int = Field(0, ge=0, description="Channels of a value head.")
 
 
 class MTPConfig(Section):
-    """Multi-token prediction (DeepSeek-AI 2024): num_layers further modules, each one token further ahead."""
+    """Multi-token prediction (DeepSeek-AI 2024): each further module predicts one token further ahead."""
 
-    num_layers: int = Field(0, ge=0)
-    loss_weight: float = Field(0.1, ge=0, description="of the mean of their losses")
+    num_layers: int = Field(0, ge=0, description="Number of prediction modules. 0: only the next token is predicted.")
+    loss_weight: float = Field(0.1, ge=0, description="Weight of the mean of their losses in the total loss.")
 
 
 class RopeScalingConfig(Section):
-    """How angles of positions beyond the original row length are slowed down (megamm/model/rope.py)."""
+    """RoPE scaling: how rotary frequencies are lowered to extend the context length (megamm/model/rope.py)."""
 
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    factor: float = Field(1.0, ge=1, description="by which slow angles are divided; linear: all")
-    low_freq_factor: float = Field(1.0, gt=0, description="llama3: fewer turns in the original length are slow")
-    high_freq_factor: float = Field(4.0, gt=0, description="llama3: more turns stay as they are")
-    original_length: int = Field(8192, ge=1, description="llama3, yarn: tokens of a row in the original training")
-    beta_fast: float = Field(32.0, gt=0, description="yarn: more turns in the original length stay as they are")
-    beta_slow: float = Field(1.0, gt=0, description="yarn: fewer turns are slow")
-    mscale: float = Field(1.0, gt=0, description="yarn: growth of turned channels with ln(factor), over that of all")
-    mscale_all_dim: float = Field(0.0, ge=0, description="yarn: growth of all channels, by the softmax's scale")
+    kind: Literal["none", "linear", "llama3", "yarn"] = Field("none", description="Method of scaling.")
+    factor: float = Field(
+        1.0, ge=1, description="Divisor of the scaled frequencies; with `linear`, of all frequencies."
+    )
+    low_freq_factor: float = Field(
+        1.0, gt=0, description="`llama3`: frequencies with fewer turns within `original_length` are fully scaled."
+    )
+    high_freq_factor: float = Field(
+        4.0, gt=0, description="`llama3`: frequencies with more turns within `original_length` are not scaled."
+    )
+    original_length: int = Field(
+        8192, ge=1, description="`llama3` and `yarn`: context length of the original training, in tokens."
+    )
+    beta_fast: float = Field(
+        32.0, gt=0, description="`yarn`: frequencies with more turns within `original_length` are not scaled."
+    )
+    beta_slow: float = Field(
+        1.0, gt=0, description="`yarn`: frequencies with fewer turns within `original_length` are fully scaled."
+    )
+    mscale: float = Field(
+        1.0,
+        gt=0,
+        description="`yarn`: growth of the channels with position by ln(`factor`), relative to `mscale_all_dim`.",
+    )
+    mscale_all_dim: float = Field(
+        0.0, ge=0, description="`yarn`: growth of all channels by ln(`factor`), as part of the softmax scale."
+    )
 
 
 class WindowConfig(Section):
-    """Layers whose tokens see the last `size` tokens of their document, themselves included (Beltagy et al. 2020)."""
+    """Sliding-window attention: a token attends to the last `size` tokens of its document, itself included
+    (Beltagy et al. 2020)."""
 
-    size: int = Field(0, ge=0, description="tokens; 0: no layer has a window")
-    full_layers: list[Annotated[int, Field(ge=0)]] = Field([], description="numbers, from 0, of layers without it")
-    rope_base: float = Field(0.0, ge=0, description="of layers with it, their angles unscaled; 0: as in the others")
+    size: int = Field(0, ge=0, description="Window in tokens. 0: every layer attends to the whole document.")
+    full_layers: list[Annotated[int, Field(ge=0)]] = Field(
+        [], description="Layers without a window, numbered from 0; all others have it."
+    )
+    rope_base: float = Field(
+        0.0, ge=0, description="RoPE base of the layers with a window, without scaling. 0: as in the other layers."
+    )
 
 
 class ModelConfig(Section):
-    """The backbone. `megatron` passes further TransformerConfig fields through as they are."""
+    """The backbone: a decoder-only transformer over the tokens of all modalities."""
 
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=8)
-    ffn_hidden_size: int = Field(ge=8)
-    num_attention_heads: int = Field(ge=1)
-    num_query_groups: int = Field(ge=1)
-    head_dim: int = Field(ge=2, multiple_of=2)
-    rope_base: float = Field(1_000_000.0, gt=0)
-    rope_axes: Literal[1, 3] = Field(1, description="1: index in the document; 3: the token's (t, h, w)")
+    num_layers: int = Field(ge=1, description="Transformer layers.")
+    hidden_size: int = Field(ge=8, description="Channels of the residual stream.")
+    ffn_hidden_size: int = Field(ge=8, description="Hidden size of the MLP.")
+    num_attention_heads: int = Field(ge=1, description="Query heads.")
+    num_query_groups: int = Field(ge=1, description="Key and value heads; each serves a group of query heads.")
+    head_dim: int = Field(ge=2, multiple_of=2, description="Channels of an attention head.")
+    rope_base: float = Field(1_000_000.0, gt=0, description="Base of the rotary frequencies (RoPE theta).")
+    rope_axes: Literal[1, 3] = Field(
+        1, description="1: positions are indices within the document. 3: positions are (time, height, width)."
+    )
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
-    qk_norm: bool = Field(True, description="normalise queries and keys; latent attention's norms stay")
-    qkv_bias: bool = False
-    query_pre_attn_scalar: int = Field(0, ge=0, description="scores are divided by its root; 0: head_dim")
-    attention_softcap: float = Field(0.0, ge=0, description="scores become cap * tanh(score / cap); 0: they stay")
-    logit_softcap: float = Field(0.0, ge=0, description="the same of the logits")
+    qk_norm: bool = Field(
+        True, description="Normalise queries and keys. The norms of latent attention stay in either case."
+    )
+    qkv_bias: bool = Field(False, description="Biases of the query, key and value projections.")
+    query_pre_attn_scalar: int = Field(
+        0, ge=0, description="Attention scores are divided by the square root of this number. 0: of `head_dim`."
+    )
+    attention_softcap: float = Field(
+        0.0, ge=0, description="Attention scores become cap x tanh(score / cap). 0: no cap."
+    )
+    logit_softcap: float = Field(0.0, ge=0, description="The same cap of the output logits. 0: no cap.")
     window: WindowConfig = WindowConfig()
-    activation: Literal["silu", "gelu_tanh"] = Field("silu", description="of the gated MLP")
-    norm_eps: float = Field(1e-6, gt=0)
-    zero_centered_norm: bool = Field(False, description="norms multiply by 1 + weight")
-    sandwich_norm: bool = Field(False, description="norms after attention and MLP, too")
-    scale_embeddings: bool = Field(False, description="by the root of hidden_size")
-    init_std: float = Field(0.02, gt=0)
-    tie_embeddings: bool = False
+    activation: Literal["silu", "gelu_tanh"] = Field("silu", description="Activation of the gated MLP.")
+    norm_eps: float = Field(1e-6, gt=0, description="Epsilon of the RMS norms.")
+    zero_centered_norm: bool = Field(False, description="Norms multiply by 1 + weight instead of by the weight.")
+    sandwich_norm: bool = Field(False, description="Add norms after attention and after the MLP.")
+    scale_embeddings: bool = Field(False, description="Multiply embeddings by the square root of `hidden_size`.")
+    init_std: float = Field(0.02, gt=0, description="Standard deviation of the initial weights.")
+    tie_embeddings: bool = Field(False, description="The output layer shares the weights of the input embedding.")
     moe: MoEConfig = MoEConfig()
     mla: MLAConfig = MLAConfig()
     mtp: MTPConfig = MTPConfig()
-    megatron: dict[str, Any] = {}
+    megatron: dict[str, Any] = Field(
+        {}, description="Further fields of Megatron-core's TransformerConfig, as they are."
+    )

@@ -1,6 +1,7 @@
-"""Every section of a run's configuration and its keys, with their units and bounds; RunConfig is the whole.
+"""The sections of a run's configuration with units and bounds of every key; RunConfig is the whole.
 
-layout.py refuses what cannot run; load.py reads files. Nothing here imports torch.
+The descriptions are the text of docs/config.md (config/reference.py). layout.py checks which values can run together,
+load.py reads files. Nothing here imports torch.
 """
 
 from pathlib import Path
@@ -13,84 +14,110 @@ from megamm.errors import UserError
 
 
 class ParallelConfig(Section):
-    """Ranks per dimension; data parallel is what is left of the world size."""
+    """Sizes of the parallel dimensions. The data-parallel size is the world size divided by tensor x pipeline x
+    context (docs/parallelism.md)."""
 
-    tensor: int = Field(1, ge=1)
-    sequence: bool = False
-    pipeline: int = Field(1, ge=1)
-    virtual_pipeline: int = Field(1, ge=1, description="chunks of layers on a stage, interleaved")
-    layers_per_chunk: list[Annotated[int, Field(ge=1)]] = Field([], description="in order; empty: balanced by cost")
-    context: int = Field(1, ge=1)
-    context_exchange: Literal["allgather", "alltoall"] = "allgather"
-    expert: int = Field(1, ge=1)
-    expert_tensor: int = Field(1, ge=1)
+    tensor: int = Field(1, ge=1, description="Tensor-parallel ranks.")
+    sequence: bool = Field(
+        False, description="Sequence parallelism: tensor ranks also split the activations between their products."
+    )
+    pipeline: int = Field(1, ge=1, description="Pipeline stages.")
+    virtual_pipeline: int = Field(1, ge=1, description="Interleaved chunks of layers on each stage.")
+    layers_per_chunk: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Layers of each chunk, in order. Empty: balanced by cost."
+    )
+    context: int = Field(1, ge=1, description="Context-parallel ranks, which split every row.")
+    context_exchange: Literal["allgather", "alltoall"] = Field(
+        "allgather", description="Collective of context parallelism: gather keys and values, or exchange heads."
+    )
+    expert: int = Field(1, ge=1, description="Expert-parallel ranks.")
+    expert_tensor: int = Field(1, ge=1, description="Tensor-parallel ranks of an expert.")
 
 
 class SourceConfig(Section):
-    """One shard set of the mixture (a folder holding train/ and heldout/), its weight, and what a document of it is.
+    """One source of the data mixture."""
 
-    whole: all parts of a sample, in another order each epoch; pairs: another two of them each epoch; answers: another
-    two, of which only the second counts to the loss, so that it is learnt as an answer to the first.
-    """
-
-    path: Path
-    weight: float = Field(1.0, gt=0)
-    documents: Literal["whole", "pairs", "answers"] = "whole"
+    path: Path = Field(description="Shard set: a folder that holds `train/` and `heldout/` (docs/data.md).")
+    weight: float = Field(1.0, gt=0, description="Share of this source in the mixture, relative to the others.")
+    documents: Literal["whole", "pairs", "answers"] = Field(
+        "whole",
+        description="What a training document is. `whole`: all parts of a sample, in another order each epoch. "
+        "`pairs`: two of its parts, other ones each epoch. `answers`: the same, and only the second part counts in the "
+        "loss, so that it is learned as the answer to the first.",
+    )
 
 
 class DataConfig(Section):
-    """The mixture, the length of a packed row in tokens, and who reads: nothing of the latter changes a row."""
+    """Training data and the processes that read it. The number of workers does not change any row."""
 
-    sources: list[SourceConfig] = Field(min_length=1)
-    seq_length: int = Field(ge=8)
-    workers: int = Field(0, ge=0, description="processes of each rank that read and pack; 0: the rank itself")
-    prefetch: int = Field(2, ge=1, description="steps that the workers read ahead")
+    sources: list[SourceConfig] = Field(min_length=1, description="The sources of the mixture.")
+    seq_length: int = Field(ge=8, description="Tokens of a packed row.")
+    workers: int = Field(
+        0, ge=0, description="Processes of each rank that read and pack rows. 0: the rank reads itself."
+    )
+    prefetch: int = Field(2, ge=1, description="Steps that the workers read ahead.")
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule; steps count optimizer steps."""
+    """AdamW and its learning-rate schedule. Steps are optimizer steps."""
 
-    lr: float = Field(gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    decay_steps: int = Field(0, ge=0, description="WSD: length of the decay at the end")
-    weight_decay: float = Field(0.1, ge=0)
-    beta1: float = Field(0.9, gt=0, lt=1)
-    beta2: float = Field(0.95, gt=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    clip_grad: float = Field(1.0, ge=0)
+    lr: float = Field(gt=0, description="Peak learning rate.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate at the end of the schedule.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up from 0 to `lr`.")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine", description="Cosine decay, or warm-up, stable phase and decay (WSD)."
+    )
+    decay_steps: int = Field(0, ge=0, description="`wsd`: length of the decay at the end.")
+    weight_decay: float = Field(0.1, ge=0, description="Decoupled weight decay. Norms and biases have none.")
+    beta1: float = Field(0.9, gt=0, lt=1, description="Decay rate of the first moment.")
+    beta2: float = Field(0.95, gt=0, lt=1, description="Decay rate of the second moment.")
+    eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm. 0: no clipping.")
 
 
 class TrainConfig(Section):
-    """Batch sizes in rows, and what is run how often."""
+    """Length of the run, batch sizes, precision and intervals."""
 
-    steps: int = Field(ge=1)
-    stop_after: int = Field(0, ge=0, description="end after this step; the schedule stays that of all steps; 0: never")
-    global_batch: int = Field(ge=1)
-    micro_batch: int = Field(ge=1)
-    seed: int = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "selective", "full"] = "none"
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    log_every: int = Field(10, ge=1)
-    eval_every: int = Field(0, ge=0)
+    steps: int = Field(ge=1, description="Optimizer steps of the whole run; the schedule ends here.")
+    stop_after: int = Field(
+        0, ge=0, description="Stop after this step without changing the schedule. 0: run to the end."
+    )
+    global_batch: int = Field(ge=1, description="Rows of a step, over all ranks.")
+    micro_batch: int = Field(ge=1, description="Rows that a rank computes at once.")
+    seed: int = Field(1, description="Seed of the initial weights, the order of the data and dropout.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision of the computation; `bf16` keeps fp32 main weights in the optimizer."
+    )
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="Activations that are recomputed in the backward pass: none, of attention, or of layers."
+    )
+    attention: Literal["auto", "sdpa", "flex"] = Field(
+        "auto", description="Attention implementation; `auto` chooses by device and logs its choice."
+    )
+    log_every: int = Field(10, ge=1, description="Steps between reports.")
+    eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out data. 0: never.")
 
 
 Action = Literal["load", "new", "ignore"]
 
 
 class StartConfig(Section):
-    """Other weights that a run begins with while it has no checkpoint of its own (docs/starting.md).
+    """Weights that a run starts from while it has no checkpoint of its own (docs/starting.md).
 
-    vocabulary: what is done with a range of ids; rules: with tensors, each `action: pattern` over their names, the
-    first that matches counts. load: taken from the source; new: as in a fresh model; ignore: in the source alone.
+    Actions are `load` (take it from the source), `new` (initialize it as in a fresh model) and `ignore` (it exists in
+    the source only).
     """
 
-    checkpoint: str = Field(description="a run, one checkpoint, a URL of checkpoints, an export or a Qwen3 folder")
-    vocabulary: dict[str, Action] = Field({})
-    rules: list[Annotated[dict[Action, str], Field(min_length=1, max_length=1)]] = Field([])
-    model_changes: list[str] = Field([], description="keys of model that may differ though they change its function")
+    checkpoint: str = Field(
+        description="The source: a run, one checkpoint, a URL of checkpoints, an export, or a Qwen3 model folder."
+    )
+    vocabulary: dict[str, Action] = Field({}, description="Action for each range of token ids, by its name.")
+    rules: list[Annotated[dict[Action, str], Field(min_length=1, max_length=1)]] = Field(
+        [], description="`action: pattern` over tensor names. The first pattern that matches decides."
+    )
+    model_changes: list[str] = Field(
+        [], description="Keys of `model` that may differ from the source although they change the model's function."
+    )
 
     @field_validator("checkpoint")
     @classmethod
@@ -101,15 +128,23 @@ class StartConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """How often the state of a run is kept, in steps, and how many of its checkpoints stay."""
+    """When checkpoints are saved, where, and how many are kept (docs/checkpoints.md)."""
 
-    every: int = Field(0, ge=0, description="steps; 0: only at the end")
-    keep: int = Field(2, ge=1, description="of the newest")
-    keep_best: bool = Field(False, description="also the one of the lowest held-out loss; needs train.eval_every")
-    durable: str | None = Field(None, description="URL that finished ones are copied to: s3://bucket/prefix, …")
-    local: str | None = Field(None, description="a folder of each node, best on a RAM disk, for saves in between")
-    local_every: int = Field(1, ge=1, description="steps between these")
-    replicate: bool = Field(True, description="with several nodes, each keeps a copy of another one's share of these")
+    every: int = Field(0, ge=0, description="Steps between checkpoints. 0: only at the end.")
+    keep: int = Field(2, ge=1, description="Number of newest checkpoints that are kept.")
+    keep_best: bool = Field(
+        False, description="Also keep the checkpoint with the lowest held-out loss. Needs `train.eval_every`."
+    )
+    durable: str | None = Field(
+        None, description="URL that finished checkpoints are uploaded to, for example s3://bucket/prefix."
+    )
+    local: str | None = Field(
+        None, description="Folder on each node, best on a RAM disk, for frequent checkpoints in between."
+    )
+    local_every: int = Field(1, ge=1, description="Steps between checkpoints in the `local` folder.")
+    replicate: bool = Field(
+        True, description="With several nodes, each keeps a copy of another node's share of the `local` checkpoints."
+    )
 
     @field_validator("durable")
     @classmethod
@@ -121,79 +156,105 @@ class CheckpointConfig(Section):
 
 
 class MetricsConfig(Section):
-    """Where the figures of a run go besides its output folder (metrics.jsonl, tensorboard/, metrics.prom)."""
+    """Where metrics are published besides the output folder (metrics.jsonl, tensorboard/, metrics.prom)."""
 
-    prometheus_port: int = Field(0, ge=0, le=65535, description="of an HTTP endpoint on rank 0; 0: none")
-    prometheus_host: str = Field("127.0.0.1", description="address it listens on")
+    prometheus_port: int = Field(0, ge=0, le=65535, description="Port of an HTTP endpoint on rank 0. 0: no endpoint.")
+    prometheus_host: str = Field("127.0.0.1", description="Address that the endpoint listens on.")
 
 
 class LossGuardConfig(Section):
-    """What is done about a step whose loss or gradient is not finite, or far above those before it.
+    """What happens at a step whose loss or gradient is not finite, or is a spike (docs/loss_guard.md)."""
 
-    skip: its update is left out; rollback: the run goes back to a checkpoint and leaves the step's rows out; stop: the
-    run ends. auto: skip, or stop where the engine cannot leave an update out.
-    """
-
-    action: Literal["auto", "skip", "rollback", "stop"] = "auto"
-    spike: float = Field(0.0, ge=0, description="deviations above the median that are too far; 0: only what is finite")
-    window: int = Field(128, ge=8, description="good steps that median and deviation are taken of")
-    max_skips: int = Field(3, ge=1, description="in a row; one more ends the run")
-    max_rollbacks: int = Field(3, ge=1, description="without a window of good steps after them; one more ends the run")
-    margin: int = Field(0, ge=0, description="steps before the bad one whose rows a roll-back leaves out too")
-    rerun: bool = Field(True, description="run a bad step again to tell a fault of the hardware from one of the run")
+    action: Literal["auto", "skip", "rollback", "stop"] = Field(
+        "auto",
+        description="`skip`: do not apply the update. `rollback`: return to a checkpoint and skip the step's rows. "
+        "`stop`: end the run. `auto`: skip, or stop if the engine cannot discard an update.",
+    )
+    spike: float = Field(
+        0.0, ge=0, description="Deviations above the median that count as a spike. 0: only non-finite values count."
+    )
+    window: int = Field(128, ge=8, description="Number of last good steps that median and deviation are computed from.")
+    max_skips: int = Field(3, ge=1, description="Skipped steps in a row; one more ends the run.")
+    max_rollbacks: int = Field(
+        3, ge=1, description="Roll-backs without a full `window` of good steps after them; one more ends the run."
+    )
+    margin: int = Field(0, ge=0, description="Steps before the bad one whose rows a roll-back skips too.")
+    rerun: bool = Field(
+        True, description="Run a bad step again, to distinguish a hardware fault from a reproducible one."
+    )
     evict: bool = Field(
-        False, description="go on without the nodes of faulty hardware; their commands end with exit code 4"
+        False,
+        description="Continue without nodes with faulty hardware. `megamm train` exits there with code 4.",
     )
 
 
 class StragglerConfig(Section):
-    """Ranks whose own work takes long, compared with the others of their pipeline stage every train.log_every steps."""
+    """Detection of slow ranks: every `train.log_every` steps, the compute time of a rank is compared with the other
+    ranks of its pipeline stage."""
 
-    threshold: float = Field(1.5, gt=1, description="times the median from which on a rank is slow")
-    windows: int = Field(3, ge=1, description="that a rank is slow in a row until it is reported")
-    evict: bool = Field(False, description="go on without its node; the command there ends with exit code 4")
+    threshold: float = Field(1.5, gt=1, description="A rank is slow from this multiple of the median on.")
+    windows: int = Field(3, ge=1, description="Slow windows in a row before a rank is reported.")
+    evict: bool = Field(False, description="Continue without the slow node. `megamm train` exits there with code 4.")
 
 
 class DeepSpeedConfig(Section):
-    """For engine: deepspeed. ZeRO stage: 1 shards optimizer state, 2 gradients too, 3 parameters too."""
+    """Options of `engine: deepspeed`."""
 
-    zero: Literal[1, 2, 3] = 1
-    offload: bool = Field(False, description="optimizer state in the host's memory")
+    zero: Literal[1, 2, 3] = Field(
+        1, description="ZeRO stage: 1 shards the optimizer state, 2 also gradients, 3 also parameters."
+    )
+    offload: bool = Field(False, description="Keep the optimizer state in host memory.")
 
 
 class RendezvousConfig(Section):
-    """How long nodes of a job wait for each other, in seconds."""
+    """How long the nodes of a job wait for each other, in seconds."""
 
-    join: float = Field(600.0, gt=0, description="for the least number of nodes; then this try ends")
-    last_call: float = Field(5.0, gt=0, description="for further nodes, once there are enough")
-    keep_alive: float = Field(2.0, gt=0, description="between signs of life; a node that misses three is lost")
+    join: float = Field(600.0, gt=0, description="Time until the least number of nodes has joined, or the job fails.")
+    last_call: float = Field(5.0, gt=0, description="Wait for further nodes once there are enough.")
+    keep_alive: float = Field(
+        2.0, gt=0, description="Interval of keep-alive messages. A node that misses three is lost."
+    )
 
 
 class ResilienceConfig(Section):
-    """What is done about failures: how a hang is told, and how often the run is started again in place."""
+    """How failures and hangs are handled (docs/failures.md)."""
 
-    max_restarts: int = Field(20, ge=0, description="after failures, in all; 0: the first one ends the run")
-    same_step_limit: int = Field(3, ge=1, description="failures at one step in a row after which the run gives up")
-    backoff_seconds: float = Field(5.0, ge=0, description="before a restart without progress; doubles each time")
-    hang_seconds: float = Field(5.0, gt=0, description="of silence beyond twice the usual time that make a hang")
-    startup_seconds: float = Field(
-        600.0, gt=0, description="of silence where no usual time is known: until a launch's first step is done"
+    max_restarts: int = Field(
+        20, ge=0, description="Restarts after failures, in total. 0: the first failure ends the run."
     )
-    grace_seconds: float = Field(120.0, gt=0, description="from a signal to the checkpoint; then it is killed")
+    same_step_limit: int = Field(3, ge=1, description="Failures at the same step in a row that end the run.")
+    backoff_seconds: float = Field(
+        5.0, ge=0, description="Wait before a restart that follows no progress; doubled each time."
+    )
+    hang_seconds: float = Field(
+        5.0, gt=0, description="A rank hangs if it is silent for this long beyond twice its usual time."
+    )
+    startup_seconds: float = Field(
+        600.0,
+        gt=0,
+        description="The same limit while no usual time is known: until the first step of a launch is done.",
+    )
+    grace_seconds: float = Field(
+        120.0, gt=0, description="Time from a stop signal until the checkpoint must be saved; then ranks are killed."
+    )
     rendezvous: RendezvousConfig = RendezvousConfig()
     loss_guard: LossGuardConfig = LossGuardConfig()
     stragglers: StragglerConfig = StragglerConfig()
 
 
 class RunConfig(Section):
-    """A whole run. `output` receives checkpoints, metrics and logs."""
+    """A run."""
 
-    output: Path
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    ops: Literal["auto", "csrc", "torch"] = Field("auto", description="compiled or plain torch operators (megamm/ops)")
+    output: Path = Field(description="Folder that receives checkpoints, metrics and logs.")
+    device: Literal["auto", "cpu", "gpu"] = Field("auto", description="Device; `auto` is the GPU where there is one.")
+    ops: Literal["auto", "csrc", "torch"] = Field(
+        "auto", description="Compiled operators (`csrc`) or plain torch; `auto` is compiled where they are built."
+    )
     model: ModelConfig
     data: DataConfig
-    tokenizers: dict[str, Path] = Field(description="codec folders: text, visual (image and video), audio, points")
+    tokenizers: dict[str, Path] = Field(
+        description="Tokenizer folders: `text`, `visual` (image and video), `audio`, `points`."
+    )
     optimizer: OptimizerConfig
     train: TrainConfig
     start_from: StartConfig | None = None
@@ -201,9 +262,14 @@ class RunConfig(Section):
     resilience: ResilienceConfig = ResilienceConfig()
     metrics: MetricsConfig = MetricsConfig()
     parallel: ParallelConfig = ParallelConfig()
-    engine: Literal["native", "deepspeed"] = "native"
+    engine: Literal["native", "deepspeed"] = Field(
+        "native", description="Training engine: Megatron-core (`native`), or DeepSpeed (data parallel only)."
+    )
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    loss_weights: dict[str, float] = Field({})
+    loss_weights: dict[str, float] = Field(
+        {},
+        description="Weight of the mean loss of each modality in the total loss. Modalities that are not named have 1.",
+    )
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "RunConfig":
