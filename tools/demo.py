@@ -41,10 +41,10 @@ CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")
 """Of the subjects, few are held out; of the other captions, more, whose every word occurs in training."""
 CODECS = {
-    "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "560", "--batch-size", "24"),
-    "audio": ("--steps", "400", "--codebooks", "1", "--levels", "8,8,8"),
+    "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "500", "--batch-size", "24"),
+    "audio": ("--steps", "350", "--codebooks", "1", "--levels", "8,8,8"),
     "points": (
-        *("--steps", "800", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "6,6,6"),
+        *("--steps", "500", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "6,6,6"),
         *("--encoder-depth", "0", "--colour-weight", "4"),
     ),
     "text": ("--vocabulary", "600"),

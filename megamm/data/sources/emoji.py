@@ -25,17 +25,19 @@ _SKIN_TONE = re.compile(r"((?: (?:light|medium-light|medium|medium-dark|dark) sk
 
 PEOPLE = frozenset(
     (
-        *("artist", "astronaut", "bald", "construction worker", "cook", "curly hair", "detective", "farmer"),
-        *("firefighter", "guard", "health worker", "judge", "mage", "pilot", "police officer", "raising hand"),
-        *("red hair", "scientist", "singer", "student", "superhero", "teacher", "wearing turban", "white hair"),
+        *("artist", "bald", "bowing", "construction worker", "curly hair", "dancing", "facepalming", "farmer"),
+        *("gesturing no", "gesturing ok", "getting haircut", "health worker", "in tuxedo", "judge", "mage", "pilot"),
+        *("police officer", "raising hand", "red hair", "scientist", "singer", "student", "teacher", "white hair"),
     )
 )
-"""Roles that the font draws of a man and a woman in every skin."""
+"""Roles that the font draws of a man and a woman in every skin, so that the two differ in 24 x 24 pixels, too."""
 HANDS = frozenset(("ok hand", "raised fist", "thumbs down", "thumbs up", "victory hand", "waving hand"))
 SKINS = frozenset(("yellow", "light", "medium", "dark"))
 """Of the six that the font has, those that differ at a glance."""
 SIDE = 72
 """Pixels of a variant's picture."""
+COPIES = ((0, 0, False), (3, 0, True), (-3, 2, False))
+"""Of each variant: pixels that it is shifted to the right and down, and whether it is mirrored."""
 
 
 def write_emoji(package: Path, target: Path) -> list[RawSample]:
@@ -51,7 +53,7 @@ def write_emoji(package: Path, target: Path) -> list[RawSample]:
 def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
     """The same of the people and hands in PEOPLE and HANDS alone, their attributes spelled out in a fixed order.
 
-    Captions are "dark skin, woman, firefighter" and "dark skin, thumbs up"; the noun is the last attribute. What is
+    Captions are "dark skin, woman, farmer" and "dark skin, thumbs up"; the noun is the last attribute. What is
     seen in few pixels comes first, so that no word before it tells which of its values go with them in training.
     """
     samples = []
@@ -59,25 +61,28 @@ def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
     for codes, name, png in _drawn(package):
         if caption := variant_caption(name):
             noun = normalise_noun(caption.rpartition(", ")[2])
-            samples.append(_sample(target, codes, on_white(png), caption, noun))
+            for number, copy in enumerate(COPIES):
+                samples.append(_sample(target, codes, on_white(png, *copy), caption, noun, f"-{number}"))
     return samples
 
 
-def on_white(png: bytes) -> bytes:
-    """A PNG of SIDE pixels a side: the picture on white, as large as it fits and in the middle."""
+def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = False) -> bytes:
+    """A PNG of SIDE pixels a side: the picture on white, as large as fits, in the middle or shifted from it."""
     with Image.open(io.BytesIO(png)) as picture:
         scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
         small = picture.convert("RGBA").resize(size, Image.Resampling.LANCZOS)
-    square = Image.new("RGBA", (SIDE, SIDE), "white")
-    square.alpha_composite(small, ((SIDE - small.width) // 2, (SIDE - small.height) // 2))
+    if is_mirrored:
+        small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    square = Image.new("RGB", (SIDE, SIDE), "white")
+    square.paste(small, ((SIDE - small.width) // 2 + right, (SIDE - small.height) // 2 + down), mask=small)
     file = io.BytesIO()
-    square.convert("RGB").save(file, format="PNG")
+    square.save(file, format="PNG")
     return file.getvalue()
 
 
 def variant_caption(name: str) -> str | None:
-    """The emoji package's ":woman_firefighter_dark_skin_tone:" as "dark skin, woman, firefighter"; None: no variant."""
+    """The emoji package's ":woman_farmer_dark_skin_tone:" as "dark skin, woman, farmer"; None: no variant."""
     words = name.strip(":").replace("_", " ").lower()
     tone = _TONE.search(words)
     colour = tone[1] if tone else "yellow"
@@ -91,9 +96,9 @@ def variant_caption(name: str) -> str | None:
     return f"{skin}, {gender}, {role}" if gender in ("man", "woman") and role in PEOPLE else None
 
 
-def _sample(target: Path, codes: tuple[int, ...], png: bytes, caption: str, noun: str) -> RawSample:
+def _sample(target: Path, codes: tuple[int, ...], png: bytes, caption: str, noun: str, copy: str = "") -> RawSample:
     """Write one picture and return its sample."""
-    key = "emoji-" + "-".join(f"{code:x}" for code in codes)
+    key = "emoji-" + "-".join(f"{code:x}" for code in codes) + copy
     (target / "images" / f"{key}.png").write_bytes(png)
     return RawSample(key, noun, (RawPart("image", f"images/{key}.png"), RawPart("text", caption)))
 
