@@ -1,33 +1,33 @@
-# How to set up, test and try megamm; `make help` lists the targets.
-# Everything runs in .venv, which is made on first need and renewed when a requirement file changes.
+# Set up, test and try megamm; `make help` lists the targets.
+# Everything runs in .venv, which is created on first use and updated when a requirement file changes.
 
 SHELL := /bin/sh
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 
-# Which Python makes the environments: `make test PYTHON=/path/to/python3.11`.
+# Python for the environments: `make test PYTHON=/path/to/python3.11`.
 PYTHON ?= python3.11
-# The newest Megatron-core wants 3.12: the first that runs, on PATH or from pyenv.
+# The newest Megatron-core needs 3.12: the first that runs, on PATH or from pyenv.
 PYTHON312 ?= $(shell for p in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/python3.12; do \
 	"$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
 
 VENV := .venv
 VENV_LATEST := .venv-latest
 VENV_DOCS := .venv-docs
-# The demo has an environment of its own, without the tools of the tests; one that `make venv` made does too.
+# The demo has its own environment without the test tools, unless `make venv` has created .venv already.
 VENV_DEMO := $(if $(wildcard $(VENV)/installed),$(VENV),.venv-demo)
 PY := $(VENV)/bin/python
 PY_LATEST := $(VENV_LATEST)/bin/python
 PY_DOCS := $(VENV_DOCS)/bin/python
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore
 PINS := -c requirements/constraints.txt
-# The multi-process tests start several ranks: one thread each, so that they share the cores.
+# Multi-process tests start several ranks: use one thread per rank, so that the ranks share the cores.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
-# Processes of pytest that share the files among them, the longest first (left to itself, xdist takes those with the
-# most tests first). One more than there are cores: some tests mostly wait (Slurm), and others start ranks of their own.
+# pytest processes, which take the longest test files first (by default xdist takes the files with the most tests
+# first). One more than cores: some tests mostly wait (Slurm), and others start their own ranks.
 WORKERS ?= 3
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# Compiled at installation, so that a change of them installs anew.
+# Compiled at installation: a change reinstalls megamm.
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
 BENCHMARKS := $(sort $(wildcard benchmarks/*.py))
 
@@ -36,9 +36,9 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 .PHONY: venv
-venv: $(VENV)/installed  ## the environment: .venv with pinned packages and megamm, editable
+venv: $(VENV)/installed  ## create .venv with pinned packages and megamm, editable
 
-# An environment of another Python version is made anew. The stamp comes last, so that an interrupted install is
+# If the Python version differs, the environment is recreated. The stamp comes last, so that an interrupted install is
 # repeated; torch comes first, for the reason in requirements/torch.txt.
 $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt $(CSRC)
 	@sh tools/system_packages.sh "$(PYTHON)"
@@ -49,28 +49,28 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 	$(PY) -m pip check
 	@touch $@
 
-# Lint and tests at once: lint needs one core, and the tests not all of both at every time.
+# Run lint beside the tests: lint needs one core, and the tests do not always use both.
 define beside_lint
 @$(MAKE) --no-print-directory lint & lint=$$!; $(PYTEST_ENV) $(PY) $(PYTEST) $(1); tests=$$?; wait $$lint && exit $$tests
 endef
 
 .PHONY: test
-test: $(VENV)/installed  ## lint, types, and every subject by at least one real case
+test: $(VENV)/installed  ## lint, types, and at least one real case of every subject
 	$(call beside_lint)
 
 .PHONY: test-fast
-test-fast: $(VENV)/installed  ## the tests that start no further process
+test-fast: $(VENV)/installed  ## the tests that start no other process
 	$(PYTEST_ENV) $(PY) $(PYTEST) --fast
 
 .PHONY: test-all
-test-all: $(VENV)/installed  ## all tests, with the full products and the repetitions
+test-all: $(VENV)/installed  ## all tests, with full products and repetitions
 	$(call beside_lint,--everything)
 
 .PHONY: durations
-durations: $(VENV)/installed  ## run all tests and write what each took to tests/durations.json
+durations: $(VENV)/installed  ## run all tests and write their durations to tests/durations.json
 	$(PYTEST_ENV) $(PY) $(PYTEST) --everything --record
 
-# The same commands as the hooks of .pre-commit-config.yaml, without the need of a git checkout.
+# The same commands as the hooks of .pre-commit-config.yaml, but without a git checkout.
 .PHONY: lint
 lint: $(VENV)/installed  ## format, lint and type checks; changes nothing
 	$(PY) -m ruff format --check .
@@ -78,7 +78,7 @@ lint: $(VENV)/installed  ## format, lint and type checks; changes nothing
 	$(PY) -m mypy
 
 .PHONY: format
-format: $(VENV)/installed  ## format the code and fix what the linter can fix
+format: $(VENV)/installed  ## format the code and auto-fix lint
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
@@ -89,7 +89,7 @@ test-latest: $(VENV_LATEST)/installed  ## parallelism, checkpoints, runs and con
 	$(PYTEST_ENV) $(PY_LATEST) $(PYTEST) $(MEGATRON_TESTS)
 
 $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt $(CSRC)
-	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install one or give make PYTHON312=/path/to/python3.12" >&2; exit 2; }
+	@test -n "$(PYTHON312)" || { echo "error: no Python 3.12 found; install it or run make PYTHON312=/path/to/python3.12" >&2; exit 2; }
 	@sh tools/system_packages.sh "$(PYTHON312)"
 	@test "$$($(PY_LATEST) -V 2>/dev/null)" = "$$("$(PYTHON312)" -V)" || "$(PYTHON312)" -m venv --clear $(VENV_LATEST)
 	$(PY_LATEST) $(PIP_INSTALL) -r requirements/latest.txt
@@ -97,13 +97,13 @@ $(VENV_LATEST)/installed: setup.py megamm/__init__.py requirements/latest.txt $(
 	$(PY_LATEST) -m pip check
 	@touch $@
 
-# What tests/test_parallel.py samples, in full; docs/parallelism.md is written from the results.
+# All cases of which tests/test_parallel.py runs a sample; the results are written to docs/parallelism.md.
 .PHONY: parity
-parity: $(VENV)/installed  ## the matrix of layouts and features, then 200 random compositions, against one rank
+parity: $(VENV)/installed  ## compare the matrix of layouts and features, then 200 random layouts, with one rank
 	$(PYTEST_ENV) $(PY) tools/parity.py --table docs/parallelism.md
 	$(PYTEST_ENV) $(PY) tools/parity.py --fuzz 200 --seed 1
 
-# What tests/test_faults.py samples, in full. Outcomes are kept in out/faults: remove that to have all of them again.
+# All cases of which tests/test_faults.py runs a sample. Results are kept in out/faults: delete it to repeat all.
 .PHONY: faults
 faults: $(VENV)/installed  ## every fault in every phase of a run; writes docs/faults.md
 	$(PYTEST_ENV) $(PY) tests/lib/fault_matrix.py --out out/faults --table docs/faults.md
@@ -115,11 +115,11 @@ sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory acces
 	$(PYTEST_ENV) MEGAMM_SANITIZE=1 ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" $(PY) -m pytest $(OPS_TESTS) -k emulated
 
-# SEED=2 trains and draws anew; what does not depend on the seed is kept.
+# SEED=2 trains and samples again; results that do not depend on the seed are kept.
 SEED ?= 1
 
 .PHONY: demo
-demo: $(VENV_DEMO)/installed  ## data to a trained, exported and sampled model on this CPU, in out/demo
+demo: $(VENV_DEMO)/installed  ## fetch data, train, export and sample a model on this CPU, in out/demo
 	$(VENV_DEMO)/bin/python tools/demo.py --out out/demo --seed $(SEED)
 
 .venv-demo/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/demo.txt requirements/constraints.txt $(CSRC)
@@ -131,7 +131,7 @@ demo: $(VENV_DEMO)/installed  ## data to a trained, exported and sampled model o
 	.venv-demo/bin/python -m pip check
 	@touch $@
 
-# The API pages are read from the sources, so the environment needs neither torch nor megamm.
+# The API pages are generated from the sources, so this environment needs neither torch nor megamm.
 .PHONY: docs
 docs: $(VENV_DOCS)/installed  ## the documentation site in site/; warnings and dead links are errors
 	$(PY_DOCS) -m mkdocs build --strict --clean
@@ -144,13 +144,13 @@ $(VENV_DOCS)/installed: requirements/docs.txt
 	@touch $@
 
 .PHONY: build
-build: $(VENV)/installed  ## a sdist, and a wheel made of it, in dist/
+build: $(VENV)/installed  ## build an sdist and a wheel in dist/
 	rm -rf dist
 	$(PY) -m build --no-isolation
 
 .PHONY: bench
-bench: $(VENV)/installed  ## every benchmark; the figures go to benchmarks/results
-	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py here" >&2; exit 2; }
+bench: $(VENV)/installed  ## run every benchmark; results go to benchmarks/results
+	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py found; run make in a checkout" >&2; exit 2; }
 	@for b in $(BENCHMARKS); do echo "$$b"; $(PY) "$$b" || exit 1; done
 
 .PHONY: clean
@@ -159,5 +159,5 @@ clean:  ## remove build products and caches; environments and out/ stay
 	find . -name __pycache__ -not -path "./.venv*" -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean  ## clean, and remove the environments too
+distclean: clean  ## clean, and also remove the environments
 	rm -rf $(VENV) $(VENV_LATEST) $(VENV_DOCS) .venv-demo

@@ -278,7 +278,7 @@ def test_the_command_trains_and_reports(source, tmp_path):
     sizes = ["--width", "16", "--codebooks", "2", "--levels", "4,4", "--steps", "2", "--heldout-seconds", "1"]
     done = CliRunner().invoke(app, ["tokenizer", "train", "audio", str(source), "--to", str(tmp_path / "c"), *sizes])
     assert done.exit_code == 0, done.output
-    assert "40 tokens a second, mel distance" in done.output and "word error not measured" in done.output
+    assert "40 tokens per second, mel distance" in done.output and "word error not measured" in done.output
 
 
 # --- word error ---

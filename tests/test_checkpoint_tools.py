@@ -123,7 +123,7 @@ def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
         assert done.returncode == 0, done.stderr
         told.append([e["tier"] for e in events.read(output) if e["kind"] == "resumed"])
     assert told == [["durable"], ["run"]]
-    assert checkpoint_command("diff", lost, own)[1][-1].endswith("tensors are the same bit for bit")
+    assert checkpoint_command("diff", lost, own)[1][-1].endswith("tensors are bit-identical")
     names = tensors.described(step(own, 8))
     assert not list(tensors.differences(step(lost, 8), step(own, 8), names))
 
@@ -131,7 +131,7 @@ def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
 def test_list_and_verify(run, trained):
     code, lines = checkpoint_command("list", run, f"file://{trained}/durable")
     assert code == 0 and [line.split()[0] for line in lines][:3] == ["2", "4", "6"]
-    assert all("whole" in line for line in lines) and "durable" in lines[-1] and "newest" in lines[2]
+    assert all("valid" in line for line in lines) and "durable" in lines[-1] and "newest" in lines[2]
     assert sum("best" in line.split() for line in lines[:3]) == 1
     assert checkpoint_command("verify", run, f"file://{trained}/durable")[0] == 0
     shard = next((step(run, 4) / "tensors").glob("*.distcp"))
@@ -172,8 +172,8 @@ def test_diff_finds_every_difference(run):
         count = int((both[0][name] != both[1][name]).sum())
         (line,) = [text for text in lines if text.startswith(f"{name}: ")]
         assert line == f"{name}: {count:,} of {both[0][name].numel():,} differ, by {difference:.3g} at most"
-    assert lines[-1] == f"{len(both[0]) - len(differing)} tensors are the same bit for bit"
-    assert checkpoint_command("diff", step(run, 6), run) == (0, [f"{len(both[0])} tensors are the same bit for bit"])
+    assert lines[-1] == f"{len(both[0]) - len(differing)} tensors are bit-identical"
+    assert checkpoint_command("diff", step(run, 6), run) == (0, [f"{len(both[0])} tensors are bit-identical"])
 
 
 def test_a_full_disk_gets_room_before_the_pointers_and_they_stay_valid(tmp_path, monkeypatch):
@@ -218,7 +218,7 @@ def test_prune_says_first_and_keeps_the_valid_and_the_best(tmp_path):
 def test_prune_without_a_valid_one_removes_nothing(tmp_path):
     for number in (1, 2, 3):
         (make_checkpoint(tmp_path, number) / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="no checkpoint there is valid"):
+    with pytest.raises(UserError, match="no valid checkpoint"):
         checkpoint_command("prune", tmp_path, "--keep", 1, "--delete")
     assert len(retention.complete(tmp_path)) == 3
 

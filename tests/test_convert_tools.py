@@ -138,7 +138,7 @@ def test_diff_across_formats(mixtral, hf, tmp_path):
     assert done.exit_code == 1
     assert done.stdout.splitlines()[1:] == [
         "the first layer that differs is layer 1",
-        f"{found.same} tensors are the same bit for bit",
+        f"{found.same} tensors are bit-identical",
     ]
     assert convert("diff", run, mixtral[1]).exit_code == 0
 
@@ -194,13 +194,13 @@ def test_verify_of_what_is_not(mixtral, hf, tmp_path):
     write_digests(hf)
     edit(hf, name, lambda tensor: tensor.index_fill(0, torch.tensor([3]), NAN))
     done = convert("verify", hf)
-    assert done.exit_code == 1 and "wrong: model-000" in done.stdout and "is not as SHA256SUMS has it" in done.stdout
+    assert done.exit_code == 1 and "problem: model-000" in done.stdout and "is not as SHA256SUMS has it" in done.stdout
     assert f"1 tensors have NaN or Inf, the first is {name} (60 values)" in done.stdout
     (hf / "SHA256SUMS").unlink()
     assert convert("verify", hf).exit_code == 0
     assert convert("verify", hf, "--refuse-nan").exit_code == 1
     edit(hf, name, lambda tensor: None)
-    assert f"wrong: {name} is missing" in convert("verify", hf).stdout
+    assert f"problem: {name} is missing" in convert("verify", hf).stdout
     run = Path(shutil.copytree(mixtral[0], tmp_path / "run"))
     shard = checkpoint.path_of(run, 0) / "tensors" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
@@ -370,7 +370,7 @@ def test_malformed_input_is_one_line_and_nothing_is_written(kind, export, tmp_pa
             assert re.search(message, str(error)) and "\n" not in str(error)
         else:
             assert command[0] == "verify" and done.exit_code == 1, (command, done.stdout)
-            assert "wrong: " in done.stdout
+            assert "problem: " in done.stdout
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 

@@ -77,7 +77,7 @@ def test_missing_and_unsupported_packages_are_wrong(tmp_path):
         text=True,
     )
     assert done.returncode == 1, done.stderr
-    wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong ")]
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("problem ")]
     assert len(wrong) == 2, done.stdout
     assert "megatron-core 0.12.1 is not supported" in wrong[0] and "pip install" in wrong[0]
     assert "psutil is not installed: " in wrong[1] and "hangs" in wrong[1] and "pip install" in wrong[1]

@@ -236,11 +236,11 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
         columns = [re.split("  +", line.strip()) for line in done.stdout.splitlines()]
         return [[step, *told] for step, _, _, *told, _ in columns]
 
-    run, step_1, step_2 = ["1", "run", "whole"], ["1", "local", "whole"], ["2", "local", "whole", "newest"]
+    run, step_1, step_2 = ["1", "run", "valid"], ["1", "local", "valid"], ["2", "local", "valid", "newest"]
     assert listed(tmp_path / "run") == [run, step_1, step_2]
     assert listed(local.root) == [step_1, step_2] and listed(two) == [step_2]
     assert inspect.find_one(str(two)).damage() == "" and list(tensors.described(two))
-    with pytest.raises(UserError, match="its steps are the run's"):
+    with pytest.raises(UserError, match="prune does not change a local tier"):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
     (part,) = parts.parts_in(two)
     parts.commit(two, parts.Part(part.rank, 2, part.save, part.node, part.files))

@@ -208,7 +208,7 @@ def test_training_improves_and_repeats_bit_for_bit(tmp_path: Path) -> None:
         done = CliRunner().invoke(app, [*arguments, "--batch-size", "8", "--learning-rate", "1e-2"])
         assert done.exit_code == 0, done.output
         folders.append(to)
-    assert "32 tokens a cloud of 64 cells and 1000 shapes, Chamfer distance 0." in done.output
+    assert "32 tokens per cloud, 64 cells and 1000 shapes, Chamfer distance 0." in done.output
     a, b = ((folder / "model.safetensors").read_bytes() for folder in folders)
     assert a == b
     record = json.loads((folders[0] / "training.json").read_text())

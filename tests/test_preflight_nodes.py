@@ -79,9 +79,9 @@ def test_a_bad_node_fails_alone(nodes):
 def test_fault_and_remedy_are_in_one_line(nodes):
     lines = {name: err.splitlines() for name, (_, told, err) in nodes.items() if "nodes" not in told}
     words = {
-        "other": ["emoji 2.15.0, most others 2.", "install there what the others have"],
-        "slow": ["GB/s in its best pair: below", "look at its network"],
-        "full": ["/proc/run", "cannot be written", "make room there"],
+        "other": ["emoji 2.15.0, most other nodes 2.", "install the versions of the other nodes on it"],
+        "slow": ["GB/s in its best pair: below", "check its network"],
+        "full": ["/proc/run", "not writable", "free space there"],
     }
     for name, told in lines.items():
         assert len(told) == (name in words), told
@@ -113,7 +113,7 @@ def test_a_node_that_does_not_come(tmp_path):
     done = warm.run([*command, "--join", "0.2"], env=environment(), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "network: only 1 of 2 nodes came in time; look at the node of 127.0.0.1:" in line
+    assert "network: only 1 of 2 nodes joined in time; check the node of 127.0.0.1:" in line
 
 
 def test_clocks_and_latecomers(monkeypatch):
@@ -170,7 +170,7 @@ def test_a_node_that_comes_and_then_stops(monkeypatch):
     thread.join()
     assert result.is_fit and [node.name for node in result.nodes] == ["host", "stopped"]
     assert [f.check for f in result.nodes[1].faults] == ["network"]
-    assert result.lines() == ["bad node stopped: network: came, and does not answer any more; look at the node"]
+    assert result.lines() == ["bad node stopped: network: joined, then stopped responding; check the node"]
 
 
 def test_no_place_to_meet(tmp_path):
@@ -178,7 +178,7 @@ def test_no_place_to_meet(tmp_path):
     command = [sys.executable, "-m", "megamm", "doctor", "--nnodes", "2", "--join", "0.5", "--rendezvous"]
     for endpoint, code, what in (
         ("a:b:c", 2, "error: --rendezvous: "),
-        ("no.invalid:1", 1, "no.invalid:1 does not ans"),
+        ("no.invalid:1", 1, "no response from no.invalid:1"),
     ):
         # Cold: the command has torch say nothing, which torch reads when it is imported.
         done = subprocess.run([*command, endpoint], env=environment(), cwd=tmp_path, capture_output=True, text=True)
@@ -230,7 +230,7 @@ def figures(speeds):
     for i, j in itertools.chain(*cluster.rounds(range(len(speeds)))):
         both = None if None in (speeds[i], speeds[j]) else min(speeds[i], speeds[j])
         for rank in (i, j):
-            found[rank][f"pair/{i}-{j}"] = Exchange(both, "" if both else "it did not end")
+            found[rank][f"pair/{i}-{j}"] = Exchange(both, "" if both else "timed out")
     return found
 
 
@@ -252,7 +252,7 @@ def test_the_slow_node_is_named_and_no_other(speeds, least, bad):
     found = cluster.speeds(figures(speeds), [f"n{i}" for i in range(len(speeds))], least)
     assert [rank for rank, finding in enumerate(found) if finding.verdict == "wrong"] == bad
     if None in speeds and speeds[0] is not None:
-        assert any(f.verdict == "warning" and "no all-reduce with n2: it did not end" in f.text for f in found)
+        assert any(f.verdict == "warning" and "all-reduce with n2 failed: timed out" in f.text for f in found)
     if len(speeds) == 2 and bad:
         assert "the other may be the slow one" in found[0].text
 
@@ -263,7 +263,8 @@ def test_versions_that_differ():
     found = cluster.same([usual | {"torch": "2.12.0"}, usual, usual, {"torch": "2.13.0"}])
     assert [f.verdict for f in found] == ["wrong", "good", "good", "wrong"]
     assert (
-        found[0].text == "torch 2.12.0, most others 2.13.0" and found[3].text == "driver not there, most others 580.1"
+        found[0].text == "torch 2.12.0, most other nodes 2.13.0"
+        and found[3].text == "driver missing, most other nodes 580.1"
     )
     assert [f.verdict for f in cluster.same([usual, usual | {"torch": "2.12.0"}])] == ["good", "wrong"]
 

@@ -136,7 +136,7 @@ def test_wrong_folders_are_one_line(tmp_path):
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and what in done.stderr
     done = megamm("attach", tmp_path)
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "no events" in done.stderr
-    assert megamm("runs", tmp_path).stdout == "no run there\n"
+    assert megamm("runs", tmp_path).stdout == "no runs found\n"
 
 
 def test_tail_of_a_file_that_is_replaced_and_cut(tmp_path):

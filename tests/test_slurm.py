@@ -80,7 +80,7 @@ def test_submitit(lab, swept):
     if not limited.events("signal"):
         time_is_up(limited)
     assert limited.ends_as_undisturbed()["Restarts"] == "1"
-    again = "whoever started this is to run it again"
+    again = "the caller must run it again"
     limited.tells("restart 0", again, "Requeued job", "restart 1", "the run is done")
     assert short.ends()["Restarts"] == "0"
     whole = lab.folder / "undisturbed"

@@ -64,10 +64,10 @@ def start(tmp_path):
     ("arguments", "env", "why"),
     [
         ([], {}, "no CONFIG given"),
-        (["nowhere.yaml"], {}, "there is no config nowhere.yaml"),
+        (["nowhere.yaml"], {}, "config nowhere.yaml not found"),
         (["config.yaml", "--nodes=2"], {}, "--nodes=2 is not key=value"),
-        (["config.yaml"], {"SLURM_JOB_ID": None}, "this is no Slurm job"),
-        (["config.yaml"], {"MEGAMM_CLUSTER_ENV": "/nowhere"}, "there is no /nowhere"),
+        (["config.yaml"], {"SLURM_JOB_ID": None}, "not running in a Slurm job"),
+        (["config.yaml"], {"MEGAMM_CLUSTER_ENV": "/nowhere"}, "/nowhere not found"),
     ],
 )
 def test_wrong_arguments_are_refused(start, arguments, env, why):
@@ -81,9 +81,9 @@ def test_wrong_arguments_are_refused(start, arguments, env, why):
         ({"MEGAMM_TASK_PER": "gpu"}, "MEGAMM_TASK_PER=gpu is neither node nor rank"),
         (
             {"SLURM_GPUS_PER_TASK": "2", "SLURM_GPUS_ON_NODE": "8"},
-            "--gpus-per-task=2, but a rank has one GPU: ask for 1",
+            "--gpus-per-task=2, but a rank uses one GPU: set 1",
         ),
-        ({"SLURM_GPUS_ON_NODE": "4", "MEGAMM_NPROC": "8"}, "MEGAMM_NPROC=8, but the job has 4 GPUs a node"),
+        ({"SLURM_GPUS_ON_NODE": "4", "MEGAMM_NPROC": "8"}, "MEGAMM_NPROC=8, but the job has 4 GPUs per node"),
         (
             {"MEGAMM_TASK_PER": "rank", "SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "4"},
             "8 tasks on a node with 4 CPUs: add --ntasks-per-node=8",
@@ -125,7 +125,7 @@ def test_nodes_that_failed_are_excluded(start):
     assert done.asked[-2:] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"], done.log
     says = "srun: error: n2: task 1: Exited with exit code 4\nsrun: error: n1: task 0: Exited with exit code 75"
     done = start("config.yaml", code=75, SAYS=says, MEGAMM_DRAIN="1", MEGAMM_PREFLIGHT="0")
-    drain = "scontrol update NodeName=n2 State=DRAIN Reason=found bad by megamm, job 7"
+    drain = "scontrol update NodeName=n2 State=DRAIN Reason=failed a check of megamm, job 7"
     assert done.asked[1:] == [drain, "scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"], done.log
 
 
@@ -204,6 +204,6 @@ def test_sweeps(tmp_path):
     wrong = submit("--sweep", "optimizer.lr=1e-3,high")
     assert wrong.returncode == 2 and "optimizer.lr" in wrong.stderr and len(wrong.stderr.splitlines()) == 1
     assert submit("--sweep", "optimizer.lr").stderr == (
-        "error: not a sweep (optimizer.lr); write --sweep key=value,value\n"
+        "error: invalid --sweep (optimizer.lr); write --sweep key=value,value\n"
     )
-    assert "one folder" in submit("--sweep", "train.seed=1,1").stderr
+    assert "same output folder" in submit("--sweep", "train.seed=1,1").stderr

@@ -311,7 +311,7 @@ def test_the_command(source, tmp_path):
     command = ["tokenizer", "train", "visual", str(source), "--to", str(tmp_path / "c"), "--device", "cpu", *sizes]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    assert "16 tokens an image or latent frame, of 16 codes" in result.output and "video_ssim" in result.output
+    assert "16 tokens per image or latent frame, 16 codes" in result.output and "video_ssim" in result.output
     assert ImageModality.load(tmp_path / "c").vocabulary_size == 16
     wrong = CliRunner().invoke(app, [*command[:-1], "8", "--image-size", "30"])
     assert isinstance(wrong.exception, UserError) and "multiple of downsample" in str(wrong.exception)

@@ -8,27 +8,27 @@
 #
 #     sbatch [options] launchers/slurm/pretrain_mm.sh CONFIG [key=value ...]
 #
-# Nodes and ranks a node follow from the allocation: --nodes, and --gpus-per-node (on a CPU --ntasks-per-node). All
-# that is special to a site is in cluster.env, beside this file. README.md there has examples: time limits, spare
-# nodes, arrays, chains of jobs, one task a GPU.
+# The allocation gives the number of nodes and of ranks per node: --nodes, and --gpus-per-node (on a CPU
+# --ntasks-per-node). All site-specific settings are in cluster.env, beside this file. README.md there has examples:
+# time limits, spare nodes, arrays, chains of jobs, one task per GPU.
 #
-# Every node is examined first (`megamm doctor`), by itself and then together with the others; those that fail are left
-# out. Then each good one runs `megamm train`, which watches its ranks, starts them again in place, and ends with a code
-# that says what the job is to do (megamm/resilience/exit_codes.py): 0 end, 2 and 3 end in failure, 75 (a signal came, a
-# checkpoint is written) requeue. A crash is requeued, too, up to MEGAMM_MAX_RESTARTS. A node that was evicted from the
-# run (4) is excluded from then on.
+# `megamm doctor` checks every node first, alone and then together with the others; nodes that fail are excluded. Then
+# each good node runs `megamm train`, which watches its ranks and restarts them in place. Its exit code says what the
+# job does next (megamm/resilience/exit_codes.py): 0 end, 2 and 3 fail, 75 (stopped by a signal, checkpoint written)
+# requeue. A crash is requeued too, up to MEGAMM_MAX_RESTARTS times. A node that was evicted from the run (4) is
+# excluded from then on.
 set -uo pipefail
 
 readonly DONE=0 USER_ERROR=2 GAVE_UP=3 EVICTED=4 REQUEUE=75
-# A signal that came before `megamm train` listened: there was nothing to save yet.
+# Killed by a signal before `megamm train` handled it: there was nothing to save yet.
 readonly BY_USR1=138 BY_TERM=143
-# For the shell of a task, as Slurm's binding could put a GPU out of the reach of the node's others.
+# Run by the shell of each task: Slurm's own GPU binding could hide a task's GPU from the other tasks of the node.
 # shellcheck disable=SC2016
 readonly OWN_GPU='IFS=, read -ra all <<<"$CUDA_VISIBLE_DEVICES"
 CUDA_VISIBLE_DEVICES=${all[SLURM_LOCALID]-$SLURM_LOCALID} exec "$@"'
 
-step=""     # process id of the srun that is waited for
-signal=""   # the signal that this job has got
+step=""     # process id of the running srun
+signal=""   # the signal that this job received
 
 main() {
     check_arguments "$@"
@@ -40,7 +40,7 @@ main() {
     ranks=${MEGAMM_NPROC:-${SLURM_GPUS_ON_NODE:-${SLURM_NTASKS_PER_NODE:-1}}}
     set_tasks
     least=${MEGAMM_NNODES_MIN:-${#nodes[@]}}
-    # Below the ports that Linux gives to clients; another one after a requeue, as the old one may linger.
+    # Below the ports that Linux gives to clients; a different port after a requeue, as the old one may still be in use.
     port=$((12000 + 2 * ((SLURM_JOB_ID * 16 + ${SLURM_RESTART_COUNT:-0} % 16) % 10000)))
     say "job $job ($SLURM_JOB_NAME), restart ${SLURM_RESTART_COUNT:-0}, on ${nodes[*]}"
     trap 'on_signal USR1' USR1
@@ -63,20 +63,20 @@ say() { echo "$(date +%FT%T) pretrain_mm: $*"; }
 check_arguments() {
     [ $# -ge 1 ] || usage "no CONFIG given"
     local config=${1//%a/${SLURM_ARRAY_TASK_ID:-}} override
-    [ -f "$config" ] || usage "there is no config $config (in $PWD)"
+    [ -f "$config" ] || usage "config $config not found (in $PWD)"
     for override in "${@:2}"; do
-        [[ $override == [a-z]*=* ]] || usage "$override is not key=value; options of sbatch stand before the script"
+        [[ $override == [a-z]*=* ]] || usage "$override is not key=value; put options of sbatch before the script"
     done
-    [ -n "${SLURM_JOB_ID:-}" ] || usage "this is no Slurm job; start it with sbatch"
+    [ -n "${SLURM_JOB_ID:-}" ] || usage "not running in a Slurm job; start it with sbatch"
 }
 
-# sbatch runs a copy of this script; where the original is, the job's record knows.
+# sbatch runs a copy of this script; the path of the original is in the job's record.
 read_site() {
     local beside
     beside=$(dirname "${BASH_SOURCE[0]}")
     [ -f "$beside/cluster.env" ] || beside=$(dirname "$(job_field "$SLURM_JOB_ID" Command)")
     local file=${MEGAMM_CLUSTER_ENV:-$beside/cluster.env}
-    [ -f "$file" ] || usage "there is no $file; set MEGAMM_CLUSTER_ENV to the file of this site"
+    [ -f "$file" ] || usage "$file not found; set MEGAMM_CLUSTER_ENV to the file of this site"
     # shellcheck source=launchers/slurm/cluster.env
     . "$file"
 }
@@ -85,48 +85,48 @@ job_field() { scontrol show job -o "$1" | sed -n "s/.* $2=\([^ ]*\).*/\1/p" | he
 
 # --- nodes ---
 
-# How many tasks of Slurm's train on a node: $tasks. Either way each is a `megamm train`, which watches its ranks and
-# starts them again. Were a task a bare rank, nobody could: its end would be the end of all.
+# Set $tasks, the number of Slurm tasks per node. Each task is a `megamm train`, which watches its ranks and restarts
+# them. A task that is a bare rank could not be restarted: its exit would end the whole step.
 set_tasks() {
     local per=${MEGAMM_TASK_PER:-node} gpus=${SLURM_GPUS_ON_NODE:-$ranks} each=${SLURM_GPUS_PER_TASK:-1}
     [ -n "$MEGAMM_TASK_PER" ] || [ -z "${SLURM_GPUS_PER_TASK:-}" ] || per=rank
-    [ "$ranks" -le "$gpus" ] || refuse "MEGAMM_NPROC=$ranks, but the job has $gpus GPUs a node: a rank has its own"
+    [ "$ranks" -le "$gpus" ] || refuse "MEGAMM_NPROC=$ranks, but the job has $gpus GPUs per node: a rank needs its own"
     case $per in
     node) tasks=1 && return ;;
     rank) tasks=$ranks cpus=$((${SLURM_CPUS_ON_NODE:-$ranks} / ranks)) ;;
     *) refuse "MEGAMM_TASK_PER=$per is neither node nor rank" ;;
     esac
-    [ "${each##*:}" = 1 ] || refuse "--gpus-per-task=$each, but a rank has one GPU: ask for 1, or MEGAMM_TASK_PER=node"
+    [ "${each##*:}" = 1 ] || refuse "--gpus-per-task=$each, but a rank uses one GPU: set 1, or MEGAMM_TASK_PER=node"
     [ "$cpus" -gt 0 ] || refuse "$ranks tasks on a node with ${SLURM_CPUS_ON_NODE:-} CPUs: add --ntasks-per-node=$ranks"
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 }
 
-# on_nodes TASKS COMMAND ...: run a command so many times on each of $nodes, in the background: $step.
+# on_nodes TASKS COMMAND ...: run TASKS copies of a command on each of $nodes, in the background, as $step.
 on_nodes() {
     local list options=(--cpu-bind=none) all=${#nodes[@]} each=$1
     shift
-    [ "$each" = 1 ] || options=(--cpus-per-task="$cpus")  # their parts of the node's
-    # Else a step has as many as its tasks would by --gpus-per-task, and several tasks see none.
+    [ "$each" = 1 ] || options=(--cpus-per-task="$cpus")  # each task's part of the node's CPUs
+    # Otherwise srun derives the GPUs from --gpus-per-task, and some of several tasks would see no GPU.
     [ -z "${SLURM_GPUS_ON_NODE:-}" ] || options+=(--gpus-per-node="$SLURM_GPUS_ON_NODE")
     list=$(IFS=,; echo "${nodes[*]}")
     [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != pyxis ] || options+=(
         --container-image="$MEGAMM_CONTAINER_IMAGE" --container-mounts="$MEGAMM_CONTAINER_MOUNTS"
         --container-workdir="$PWD")
-    # One task has its node's CPUs and GPUs, however many sbatch was asked for.
+    # A single task gets all CPUs and GPUs of its node, whatever was requested from sbatch.
     env -u SLURM_CPUS_PER_TASK -u SRUN_CPUS_PER_TASK -u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK \
         -u SLURM_NTASKS_PER_NODE srun --nodes="$all" --ntasks=$((all * each)) --ntasks-per-node="$each" \
         --nodelist="$list" --overlap --kill-on-bad-exit=0 "${step_options[@]}" "${options[@]}" "$@" &
     step=$!
 }
 
-# The command line of megamm on a node: $megamm.
+# Set $megamm, the command line of megamm on a node.
 set_megamm() {
     megamm=(python3 -m megamm)
     [ -z "$MEGAMM_CONTAINER_IMAGE" ] || [ "$MEGAMM_CONTAINER_RUNTIME" != apptainer ] || megamm=(
         apptainer exec --nv --bind "$MEGAMM_CONTAINER_MOUNTS" --pwd "$PWD" "$MEGAMM_CONTAINER_IMAGE" "${megamm[@]}")
 }
 
-# Wait for $step; its exit code is $code. A trap ends `wait` early, so look again.
+# Wait for $step and set $code to its exit code. A trap interrupts `wait`, so wait in a loop.
 wait_for_step() {
     local late
     while kill -0 "$step" 2>/dev/null; do
@@ -145,18 +145,18 @@ preflight() {
     options+=("${arguments[@]:1}" --preflight --config "${arguments[0]}")
     [ -z "${SLURM_GPUS_ON_NODE:-}" ] || options+=(--gpus "$SLURM_GPUS_ON_NODE")
     leave_out_bad_nodes "${options[@]}"
-    # A node that cannot even start would hold up the others.
+    # Compare only nodes that passed alone: a node that cannot even start would delay the others.
     [ ${#nodes[@]} = 1 ] || leave_out_bad_nodes "${options[@]}" --nnodes "1:${#nodes[@]}" \
         --rendezvous "${nodes[0]}:$((port + 1))" --join $((MEGAMM_PREFLIGHT_SECONDS / 2))
 }
 
-# leave_out_bad_nodes OPTION ...: of $nodes, by what `megamm doctor` with these options says on each.
+# leave_out_bad_nodes OPTION ...: remove the nodes on which `megamm doctor` with these options fails from $nodes.
 leave_out_bad_nodes() {
     local verdicts node good=() bad=()
-    verdicts=$(mktemp -p /dev/shm)  # this node's disks may be what is bad
+    verdicts=$(mktemp -p /dev/shm)  # in memory: this node's disks may be faulty
     set_megamm
     step_options=(--no-kill --wait=0)
-    # shellcheck disable=SC2016  # for the shell on the node
+    # shellcheck disable=SC2016  # expanded by the shell on the node
     on_nodes 1 timeout -k 5 "$MEGAMM_PREFLIGHT_SECONDS" bash -c '"$@" >/dev/null; echo "$SLURMD_NODENAME $?"' _ \
         "${megamm[@]}" doctor "$@" >"$verdicts"
     wait_for_step
@@ -164,14 +164,14 @@ leave_out_bad_nodes() {
         if grep -qx "$node 0" "$verdicts"; then good+=("$node"); else bad+=("$node"); fi
     done
     [ -z "$signal" ] || requeue "stopped by $signal in the preflight"
-    [ -s "$verdicts" ] || try_again "$code" "no node has answered the preflight"
+    [ -s "$verdicts" ] || try_again "$code" "no node answered the preflight"
     rm -f "$verdicts"
     [ ${#bad[@]} -gt 0 ] || return
     if [ ${#good[@]} = 0 ]; then
-        say "no node has passed the preflight, which says more of the set-up than of the nodes: not requeued"
+        say "no node passed the preflight: check the setup (environment, cluster.env), not the nodes; not requeued"
         exit $USER_ERROR
     fi
-    say "left out, for what is said of them above: ${bad[*]}"
+    say "excluded for the faults listed above: ${bad[*]}"
     [ "$MEGAMM_DRAIN" = 0 ] || drain "${bad[@]}"
     [ ${#good[@]} -ge "$least" ] || requeue "${#good[@]} good nodes, $least needed" "${bad[@]}"
     nodes=("${good[@]}")
@@ -180,8 +180,8 @@ leave_out_bad_nodes() {
 drain() {
     local list
     list=$(IFS=,; echo "$*")
-    scontrol update NodeName="$list" State=DRAIN Reason="found bad by megamm, job $job" ||
-        say "not drained (only an operator of Slurm may): $list"
+    scontrol update NodeName="$list" State=DRAIN Reason="failed a check of megamm, job $job" ||
+        say "could not drain (needs operator rights in Slurm): $list"
 }
 
 # --- the run ---
@@ -189,20 +189,20 @@ drain() {
 train() {
     local most=${MEGAMM_NNODES_MAX:-${#nodes[@]}} place=() own=()
     [ "$most" -le "${#nodes[@]}" ] || most=${#nodes[@]}
-    # Every task is a node to megamm.
+    # megamm counts every task as a node.
     [ $((${#nodes[@]} * tasks)) = 1 ] || place=(
         --nnodes "$((least * tasks)):$((most * tasks))" --rendezvous "${nodes[0]}:$port")
     if [ "$least" -lt "${#nodes[@]}" ]; then
-        step_options=(--no-kill --wait=0)  # the others go on without a node
+        step_options=(--no-kill --wait=0)  # the others continue without a lost node
     else
-        step_options=(--wait="$MEGAMM_WAIT_SECONDS")  # where one ends, all do
+        step_options=(--wait="$MEGAMM_WAIT_SECONDS")  # when one task ends, all must end
     fi
     set_megamm
     [ "$tasks" = 1 ] || [ -z "${SLURM_GPUS_ON_NODE:-}" ] || own=(bash -c "$OWN_GPU" _)
-    say "training with $ranks ranks on each of ${#nodes[@]} nodes, $tasks tasks a node, on at least $least; ${place[*]}"
+    say "training with $ranks ranks on each of ${#nodes[@]} nodes, $tasks tasks per node, at least $least; ${place[*]}"
     [ -z "$signal" ] || requeue "stopped by $signal before the start"
     on_nodes "$tasks" "${own[@]}" "${megamm[@]}" train "${arguments[@]}" --nproc $((ranks / tasks)) "${place[@]}"
-    [ "$signal" != USR1 ] || kill -USR1 "$step"  # it came just now
+    [ "$signal" != USR1 ] || kill -USR1 "$step"  # it arrived while srun was starting
     wait_for_step
     conclude "$code"
 }
@@ -210,21 +210,21 @@ train() {
 # shellcheck disable=SC2317  # called by traps
 on_signal() {
     say "got $1"
-    # USR1 comes to this script alone (--signal=B:), and srun passes it on to every node. TERM Slurm sends to all
-    # processes of a job by itself. A second signal would be taken as impatience.
+    # Slurm sends USR1 only to this script (--signal=B:), and srun forwards it to every node. Slurm sends TERM to all
+    # processes of a job. Do not forward a second signal: it would kill the ranks before the checkpoint is written.
     [ "$1" != USR1 ] || [ -n "$signal" ] || [ -z "$step" ] || kill -USR1 "$step"
     signal=$1
 }
 
-# conclude CODE: what the exit code of megamm train on all nodes, the largest of them, means for the job.
+# conclude CODE: end or requeue the job; CODE is the largest exit code of megamm train on all nodes.
 conclude() {
     local evicted=()
     mapfile -t evicted < <(evicted_nodes)
     [ ${#evicted[@]} = 0 ] || [ "$MEGAMM_DRAIN" = 0 ] || drain "${evicted[@]}"
     case $1 in
     "$DONE") say "the run is done" && exit ;;
-    "$USER_ERROR") say "something is to be mended first (see above): not requeued" && exit "$1" ;;
-    "$GAVE_UP") say "the run has given up (see above): not requeued" && exit "$1" ;;
+    "$USER_ERROR") say "wrong input, fix it first (see above): not requeued" && exit "$1" ;;
+    "$GAVE_UP") say "the run gave up (see above): not requeued" && exit "$1" ;;
     "$REQUEUE") requeue "stopped${signal:+ by $signal}, with a checkpoint" "${evicted[@]}" ;;
     "$BY_USR1" | "$BY_TERM") requeue "stopped${signal:+ by $signal}, with nothing to save yet" "${evicted[@]}" ;;
     esac
@@ -232,7 +232,7 @@ conclude() {
     try_again "$1" "failed with exit code $1" "${evicted[@]}"
 }
 
-# Whose megamm train ended as a node that is at fault, in this start of the job: srun has named them in the log.
+# Print the nodes that were evicted in this start of the job: srun logs their exit code.
 evicted_nodes() {
     local log list
     log=$(job_field "$job" StdOut)
@@ -242,14 +242,14 @@ evicted_nodes() {
     [ -z "$list" ] || scontrol show hostnames "${list//$'\n'/,}"
 }
 
-# try_again CODE WHY [NODE ...]: requeue, if that has not been done too often; not on those nodes.
+# try_again CODE WHY [NODE ...]: requeue without those nodes, at most MEGAMM_MAX_RESTARTS times.
 try_again() {
     [ "${SLURM_RESTART_COUNT:-0}" -ge "$MEGAMM_MAX_RESTARTS" ] || requeue "${@:2}"
-    say "$2, and this job has been requeued MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS times: not again"
+    say "$2; not requeued: this job was already requeued MEGAMM_MAX_RESTARTS=$MEGAMM_MAX_RESTARTS times"
     exit "$1"
 }
 
-# requeue WHY [NODE ...]: run this job again, not on those nodes.
+# requeue WHY [NODE ...]: run this job again without those nodes.
 requeue() {
     local why=$1 state reason excluded=""
     shift
@@ -259,13 +259,13 @@ requeue() {
         excluded=$(IFS=,; echo "$*")${excluded:+,$excluded}
     fi
     if [ "$MEGAMM_REQUEUE" = 0 ]; then
-        say "$why; whoever started this is to run it again${excluded:+, without $excluded}"
+        say "$why; MEGAMM_REQUEUE=0: the caller must run it again${excluded:+, without $excluded}"
         [ -z "${MEGAMM_EXCLUDE_FILE:-}" ] || echo "$excluded" >"$MEGAMM_EXCLUDE_FILE"
         exit $REQUEUE
     fi
     state=$(job_field "$job" JobState) reason=$(job_field "$job" Reason)
     if [ "$state" = COMPLETING ] && [ "$reason" != TimeLimit ]; then
-        say "$why; Slurm has ended this job, and requeues it unless it was cancelled"
+        say "$why; Slurm has ended this job and requeues it unless it was cancelled"
         exit $REQUEUE
     fi
     say "$why: requeueing"

@@ -1,6 +1,6 @@
-"""The `megamm` command: one sub-command per stage of a run; each only parses and calls.
+"""The `megamm` command: one sub-command per stage of a run; each only parses its arguments and calls a function.
 
-Imports are inside the commands, so that `megamm --help` and a config error cost no torch import.
+Imports are inside the commands, so that `megamm --help` and a config error do not import torch.
 A UserError becomes one line on stderr and exit code 2.
 """
 
@@ -38,18 +38,18 @@ def train(
     config: Annotated[Path, typer.Argument(help="YAML file of the run")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.steps=100")] = None,
     nproc: Annotated[int, typer.Option(help="processes on this node", min=1)] = 1,
-    nnodes: Annotated[str, typer.Option(help="nodes of the job, or least:most; this command runs on each")] = "1",
+    nnodes: Annotated[str, typer.Option(help="number of nodes, or least:most; run this command on each")] = "1",
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where nodes meet; HOST is one of them")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved run, check it and stop")] = False,
-    world_size: Annotated[int | None, typer.Option(help="dry run: of a job of that many ranks", min=1)] = None,
-    vocabulary_size: Annotated[int | None, typer.Option(help="dry run: needs no data then", min=1)] = None,
-    rank: Annotated[int | None, typer.Option(help="dry run: print the place of this rank too")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved config, check it and exit")] = False,
+    world_size: Annotated[int | None, typer.Option(help="dry run: number of ranks of the job", min=1)] = None,
+    vocabulary_size: Annotated[int | None, typer.Option(help="dry run: use this size, needs no data", min=1)] = None,
+    rank: Annotated[int | None, typer.Option(help="dry run: also print the position of this rank")] = None,
 ) -> None:
     """Train, or resume from the newest valid checkpoint in the run's output folder.
 
-    The processes are watched and, should one fail or hang, started again in place (resilience in the config); with
-    resilience.max_restarts=0 a single process is this one. Exit codes: 0 done, 1 failed, 2 for you to mend, 3 given up,
-    4 this node is evicted, 75 ended by a signal with a checkpoint written.
+    Ranks that fail or hang are restarted in place (resilience in the config). With resilience.max_restarts=0, a single
+    rank runs in this process. Exit codes: 0 done, 1 failed, 2 wrong input, 3 gave up, 4 this node was evicted,
+    75 stopped by a signal with a checkpoint written.
     """
     from megamm import launch
     from megamm.config import load_config
@@ -70,7 +70,7 @@ def train(
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
     boundary = None
     if not launch.is_rank():
-        # Everything that can be refused is refused here, before a process starts.
+        # Every error that can be found before a process starts is found here.
         supervisor.admissible_nodes(run, nproc, nodes)
         from megamm.data.run_data import open_run_data
 
@@ -88,12 +88,12 @@ def train(
 
 
 def _train_here(run: "RunConfig", boundary: "SignalBoundary | None") -> None:
-    """As a rank, or as the only process of the run, with `boundary`."""
+    """Train in this process: as a rank, or as the only process of the run, then with `boundary`."""
     log_to_console()
     from megamm.resilience import heartbeat, node_fault, run_lock
     from megamm.train import train as run_training
 
-    if heartbeat.SLOTS not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent has it
+    if heartbeat.SLOTS not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent holds the lock
         run_lock.hold(run.output, f"{os.getpid()} of {socket.gethostname()}")
     try:
         if run_training(run, boundary) == "requeue":
@@ -105,13 +105,13 @@ def _train_here(run: "RunConfig", boundary: "SignalBoundary | None") -> None:
 
 
 def yaml_of(run: BaseModel) -> str:
-    """A config as YAML, defaults filled in."""
+    """Return a config as YAML, with defaults filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
 def main() -> None:
     """Entry point of the console script and of `python -m megamm`."""
-    # Before torch is loaded. Threads that spin while they wait make training ten times slower where cores are shared.
+    # Set before torch is loaded. Threads that spin while waiting make training ten times slower on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

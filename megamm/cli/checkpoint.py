@@ -1,4 +1,4 @@
-"""`megamm checkpoint list|show|verify|diff|prune`: what there is, what is in it, whether it is whole, what may go.
+"""`megamm checkpoint list|show|verify|diff|prune`: list, show, verify, compare and remove checkpoints.
 
 Each takes a run's output folder, a checkpoint's folder, or a URL of the durable tier.
 """
@@ -13,14 +13,14 @@ from megamm.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify, compare and remove checkpoints.")
 Places = Annotated[list[str], typer.Argument(help="output folder of a run, folder of a checkpoint, or URL")]
-Place = Annotated[str, typer.Argument(help="a checkpoint's folder or URL; of a run, its newest")]
+Place = Annotated[str, typer.Argument(help="checkpoint's folder or URL; for a run, its newest checkpoint")]
 
 
 @app.command("list")
 def list_(places: Places) -> None:
-    """A line a checkpoint: step, size, age, tier, whole or not (by names and sizes), best or newest.
+    """List checkpoints: step, size, age, tier, valid or damaged (by names and sizes), newest, best.
 
-    Of the local tier what this node has; a step is whole there if it has every rank's part.
+    Of the local tier, only this node's files are listed; a step is valid there if every rank's part is on this node.
     """
     from megamm.tiers import inspect
 
@@ -36,7 +36,7 @@ def list_(places: Places) -> None:
                 f"{sum(each.sizes().values()) / 1e6:>10.1f} MB",
                 f"{_duration(age) if age is not None else '-':>6}",
                 f"{each.kind:<7}",
-                "damaged: " + problem if problem else "whole",
+                "damaged: " + problem if problem else "valid",
                 *marks,
                 each.where,
             ]
@@ -46,9 +46,9 @@ def list_(places: Places) -> None:
 @app.command()
 def show(
     place: Place,
-    config: Annotated[bool, typer.Option("--config", help="also the config that it was made with")] = False,
+    config: Annotated[bool, typer.Option("--config", help="also print its config")] = False,
 ) -> None:
-    """State, layout, versions and every tensor with its shape and dtype."""
+    """Print state, layout, versions and every tensor with its shape and dtype."""
     from megamm.tiers import inspect, tensors
 
     log_to_console()
@@ -69,7 +69,7 @@ def show(
 
 @app.command()
 def verify(places: Places) -> None:
-    """Compare every file with its digest; exit code 1 if one differs, named."""
+    """Compare every file with its digest; exit code 1 if one differs."""
     from megamm.tiers import inspect
 
     log_to_console()
@@ -84,7 +84,7 @@ def verify(places: Places) -> None:
 
 @app.command()
 def diff(one: Place, other: Place) -> None:
-    """State, config and tensors that differ, with the largest difference of each; exit code 1 if any does."""
+    """Show differences in state, config and tensors, with the largest of each tensor; exit code 1 if there is any."""
     from megamm.tiers import inspect, tensors
 
     log_to_console()
@@ -107,7 +107,7 @@ def diff(one: Place, other: Place) -> None:
         found = list(tensors.differences(a, b, same_form))
     for d in found:
         lines.append(f"{d.name}: {d.differing:,} of {same_form[d.name].elements:,} differ, by {d.max_abs:.3g} at most")
-    print(*lines, f"{len(same_form) - len(found)} tensors are the same bit for bit", sep="\n")
+    print(*lines, f"{len(same_form) - len(found)} tensors are bit-identical", sep="\n")
     if lines:
         raise typer.Exit(1)
 
@@ -115,21 +115,23 @@ def diff(one: Place, other: Place) -> None:
 @app.command()
 def prune(
     place: Annotated[str, typer.Argument(help="output folder of a run, or URL")],
-    keep: Annotated[int, typer.Option(help="of the newest", min=1)],
-    delete: Annotated[bool, typer.Option("--delete", help="remove them; without, only say which")] = False,
+    keep: Annotated[int, typer.Option(help="how many of the newest to keep", min=1)],
+    delete: Annotated[bool, typer.Option("--delete", help="delete them; by default they are only listed")] = False,
 ) -> None:
-    """Remove all but the newest; never the newest valid one, the best, or one that is being uploaded."""
+    """Remove old checkpoints; never the newest valid one, the best one, or one that is being uploaded."""
     from megamm.tiers import inspect, retention
 
     log_to_console()
     found = inspect.find(place)
     if found[0].kind == "local":
         raise UserError(
-            "a local tier", where=place, remedy="its steps are the run's; remove the folder when it is over"
+            "prune does not change a local tier", where=place, remedy="delete the folder after the run has ended"
         )
     valid = next((each for each in reversed(found) if not each.damage()), None)
     if valid is None:
-        raise UserError("no checkpoint there is valid", where=place, remedy="nothing is removed; look at them first")
+        raise UserError(
+            "no valid checkpoint", where=place, remedy="nothing was removed; run `megamm checkpoint verify`"
+        )
     kept = {valid.name, inspect.best_of(found) or valid.name}
     if found[0].folder is not None:
         kept.add(retention.uploading(found[0].folder.parent.parent))
@@ -141,11 +143,11 @@ def prune(
             elif delete and each.folder is not None:
                 retention.remove(each.folder)
             print(f"{'removed' if delete else 'would remove'} {each.where}")
-    print(f"{len(found) - len(doomed)} stay" + ("" if delete or not doomed else "; --delete removes the others"))
+    print(f"{len(found) - len(doomed)} kept" + ("" if delete or not doomed else "; --delete removes the others"))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
+    """Flatten nested mappings to dotted keys."""
     if not isinstance(value, dict) or not value:
         return {prefix.removesuffix("."): value}
     return {key: inner for k, v in value.items() for key, inner in _flat(v, f"{prefix}{k}.").items()}

@@ -1,4 +1,4 @@
-"""What the commands share: option types, and where log lines and tables go."""
+"""Shared parts of the commands: option types, log lines and tables."""
 
 import logging
 import os
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Sources = Annotated[list[Path], typer.Argument(help="source folders: SHARDS/<source>")]
-Target = Annotated[Path, typer.Option(help="folder to make")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="of the computation")]
-DeviceChoice = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="where to compute")]
+Target = Annotated[Path, typer.Option(help="folder to create")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="dtype of the computation")]
+DeviceChoice = Annotated[Literal["auto", "cpu", "gpu"], typer.Option(help="device to compute on")]
 
 
 def print_tables(*tables: "Table") -> None:
-    """For the width of a terminal; a file gets all of every column, and no blanks at the ends of lines."""
+    """Print tables for the width of the terminal; a file gets all columns in full, without trailing blanks."""
     from rich.console import Console
 
     console = Console()
@@ -32,7 +32,7 @@ def print_tables(*tables: "Table") -> None:
 
 
 def log_to_console() -> None:
-    """Our own log lines on rank 0, warnings of every rank; libraries only from warnings up."""
+    """Log megamm's lines on rank 0 and its warnings on every rank; from libraries, only warnings and errors."""
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     logging.getLogger("megamm").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""`megamm convert export|import|inspect|diff|verify`: weights between native checkpoints and folders of transformers.
+"""`megamm convert export|import|inspect|diff|verify`: convert between native checkpoints and Hugging Face folders.
 
-Exit code 1: the gate failed, or a difference or damage was found; 2: something for the user to mend.
+Exit code 1: the verification failed, or a difference or damage was found; 2: wrong input.
 """
 
 import sys
@@ -15,21 +15,25 @@ from megamm.cli import exports
 from megamm.cli.common import log_to_console
 from megamm.convert.plan import SHARD_SIZE
 
-app = typer.Typer(no_args_is_help=True, help="Export to and import from Hugging Face folders; look at what there is.")
+app = typer.Typer(
+    no_args_is_help=True, help="Export to and import from Hugging Face folders; inspect, compare, verify."
+)
 app.add_typer(exports.app)
-Place = Annotated[Path, typer.Argument(help="run, checkpoint, folder of transformers or safetensors file")]
-Processes = Annotated[int, typer.Option(help="that convert; 0: one a core", min=0)]
-ShardSize = Annotated[int, typer.Option(help="bytes of a file", min=1)]
-Dtype = Annotated[Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="of the weights; by default as they are")]
+Place = Annotated[Path, typer.Argument(help="run, checkpoint, Hugging Face folder or safetensors file")]
+Processes = Annotated[int, typer.Option(help="number of processes; 0: one per core", min=0)]
+ShardSize = Annotated[int, typer.Option(help="maximum bytes of a weights file", min=1)]
+Dtype = Annotated[
+    Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="dtype of the weights (default: unchanged)")
+]
 Logits = Annotated[bool, typer.Option("--logits/--no-logits", help="compare both models' logits at the end")]
-Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="compare the result with what it was made of")]
+Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="verify the result against its source")]
 RefuseNan = Annotated[bool, typer.Option("--refuse-nan", help="NaN or Inf in a weight is an error, not a warning")]
 
 
 @app.command("export")
 def export_run(
     run: Annotated[Path, typer.Argument(help="a run's output folder, or one checkpoint")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to make")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to create")],
     nproc: Processes = 0,
     shard_size: ShardSize = SHARD_SIZE,
     dtype: Dtype = None,
@@ -37,9 +41,9 @@ def export_run(
     refuse_nan: RefuseNan = False,
     gate: Gate = True,
 ) -> None:
-    """Write safetensors, config, tokenizer and codecs that transformers' AutoModelForCausalLM loads.
+    """Export to a folder that transformers' AutoModelForCausalLM loads: safetensors, config, tokenizer and codecs.
 
-    If it is killed, the same command goes on.
+    After an interruption, the same command resumes.
     """
     from megamm.convert.elements import DTYPES
     from megamm.convert.hf import Checks, export
@@ -52,7 +56,7 @@ def export_run(
 
 @app.command("import")
 def import_export(
-    folder: Annotated[Path, typer.Argument(help="an export, or a folder of transformers with its tokenizer")],
+    folder: Annotated[Path, typer.Argument(help="an export, or a Hugging Face folder with its tokenizer")],
     run: Annotated[Path, typer.Argument(help="output folder of a new run; it starts from these weights")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.seq_length=4096")] = None,
     nproc: Processes = 0,
@@ -62,7 +66,7 @@ def import_export(
     refuse_nan: RefuseNan = False,
     gate: Gate = True,
 ) -> None:
-    """Write step 0 of a new run, weights bit for bit. If it is killed, the same command goes on."""
+    """Write step 0 of a new run with bit-identical weights. After an interruption, the same command resumes."""
     from megamm.convert.elements import DTYPES
     from megamm.convert.hf import Checks, import_
 
@@ -77,7 +81,7 @@ def import_export(
 
 @app.command()
 def inspect(place: Place) -> None:
-    """A tree of tensors with shapes, dtypes, norms and, of a native checkpoint, the ranks whose files hold them."""
+    """Print a tree of tensors: shapes, dtypes, norms and, for a native checkpoint, the ranks whose files hold them."""
     from megamm.convert.inspect import tree
 
     log_to_console()
@@ -87,7 +91,7 @@ def inspect(place: Place) -> None:
 
 @app.command()
 def diff(one: Place, other: Place) -> None:
-    """Tensors that differ between two of any format, and the first layer that has one; exit code 1 if any does."""
+    """Compare the tensors of two models in any format, find the first layer that differs; exit code 1 if any does."""
     from megamm.convert.diff import compare
 
     log_to_console()
@@ -95,26 +99,26 @@ def diff(one: Place, other: Place) -> None:
     print(*found.lines, sep="\n", end="\n" if found.lines else "")
     if found.first_layer is not None:
         print(f"the first layer that differs is layer {found.first_layer}")
-    print(f"{found.same} tensors are the same bit for bit")
+    print(f"{found.same} tensors are bit-identical")
     if found.lines:
         raise typer.Exit(1)
 
 
 @app.command()
 def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
-    """Digests, names and shapes against the config, NaN and Inf; exit code 1 if something is wrong."""
+    """Check digests, names and shapes against the config, NaN and Inf; exit code 1 if there is a problem."""
     from megamm.convert.verify import verify as verified
 
     log_to_console()
     report = verified(place, refuse_nan=refuse_nan)
-    print(*report.lines, *(f"wrong: {problem}" for problem in report.problems), sep="\n")
+    print(*report.lines, *(f"problem: {problem}" for problem in report.problems), sep="\n")
     if report.problems:
         raise typer.Exit(1)
 
 
 @contextmanager
 def _gated() -> Iterator[None]:
-    """A gate that fails is one line and exit code 1."""
+    """Print a failed verification as one line and exit with code 1."""
     from megamm.convert.gate import GateError
 
     try:

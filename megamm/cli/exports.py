@@ -1,4 +1,4 @@
-"""What is made of an export: `megamm convert modules | join | quantize | gguf | card`."""
+"""`megamm convert modules | join | quantize | gguf | card`: make other formats of an export."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +14,9 @@ Export = Annotated[Path, typer.Argument(help="a folder made by `megamm convert e
 @app.command("modules")
 def split_export(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="folder to make")],
+    out: Annotated[Path, typer.Argument(help="folder to create")],
 ) -> None:
-    """Write an export's parts, each loadable alone: text_base, image_decoder, audio_encoder, multimodal_fusion."""
+    """Split an export into parts that load alone: text_base, image_decoder, audio_encoder, multimodal_fusion."""
     from megamm.convert.modules import split
 
     log_to_console()
@@ -26,9 +26,9 @@ def split_export(
 @app.command("join")
 def join_modules(
     modules: Annotated[Path, typer.Argument(help="a folder made by `megamm convert modules`")],
-    out: Annotated[Path, typer.Argument(help="export to make")],
+    out: Annotated[Path, typer.Argument(help="export to create")],
 ) -> None:
-    """Put text_base and multimodal_fusion together again: the export they are parts of."""
+    """Join text_base and multimodal_fusion to the export that they were split from."""
     from megamm.convert.modules import join
 
     log_to_console()
@@ -38,10 +38,10 @@ def join_modules(
 @app.command("quantize")
 def quantize_export(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="folder to make")],
-    to: Annotated[Literal["int8", "int4", "fp8"], typer.Option(help="of the layers' matrices")],
+    out: Annotated[Path, typer.Argument(help="folder to create")],
+    to: Annotated[Literal["int8", "int4", "fp8"], typer.Option(help="format of the layers' matrices")],
 ) -> None:
-    """Write an export with quantised weights, in the format of compressed-tensors, which transformers reads."""
+    """Write an export with quantised weights in the format of compressed-tensors, which transformers reads."""
     from megamm.convert.quantize import quantize
 
     log_to_console()
@@ -51,7 +51,7 @@ def quantize_export(
 @app.command("gguf")
 def export_gguf(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="GGUF file to make")],
+    out: Annotated[Path, typer.Argument(help="GGUF file to create")],
 ) -> None:
     """Write an export's model and tokenizer as one GGUF file, which llama.cpp reads."""
     from megamm.convert.gguf import write_gguf
@@ -63,9 +63,9 @@ def export_gguf(
 @app.command("card")
 def write_model_card(
     export: Export,
-    evaluation: Annotated[Path, typer.Argument(help="figures of it that `megamm eval --json` wrote")],
+    evaluation: Annotated[Path, typer.Argument(help="file written by `megamm eval --json` for this export")],
 ) -> None:
-    """Write an export's README.md anew with its evaluation, and the digests of its files."""
+    """Rewrite an export's README.md with its evaluation, and update the digests of its files."""
     from megamm.convert.card import read_evaluation, write_card
     from megamm.convert.own import read_own
 

@@ -1,4 +1,4 @@
-"""What is done with an export: `megamm eval`, `megamm generate`."""
+"""`megamm eval` and `megamm generate`: evaluate an export and generate with it."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ app = typer.Typer()
 def evaluate_export(
     export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
     sources: Sources,
-    limit: Annotated[int | None, typer.Option(help="held-out samples a source at most", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="of the shuffled partners")] = 0,
+    limit: Annotated[int | None, typer.Option(help="most held-out samples per source", min=1)] = None,
+    seed: Annotated[int, typer.Option(help="seed of the shuffled partners")] = 0,
     run: Annotated[Path | None, typer.Option(help="also compare logits with this run's own model")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the figures there")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
     device: DeviceChoice = "auto",
 ) -> None:
-    """Held-out loss and pair gain (how much one part tells of the other) of an export, in stock transformers."""
+    """Evaluate an export in stock transformers: held-out loss, and pair gain (how much one part predicts the other)."""
     from megamm.convert.compare import logits_difference
     from megamm.convert.exported import open_export
     from megamm.device import choose
@@ -46,18 +46,18 @@ def evaluate_export(
 @app.command()
 def generate(
     export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
-    to: Annotated[str | None, typer.Option(help="modality to make: text, image, audio, video, points")] = None,
+    to: Annotated[str | None, typer.Option(help="output modality: text, image, audio, video, points")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="text to start from; may be repeated")] = None,
     file: Annotated[list[Path] | None, typer.Option("--from", help="file to start from; may be repeated")] = None,
-    out: Annotated[Path | None, typer.Option(help="file to write; for several inputs a folder")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; a folder for several inputs")] = None,
     requests: Annotated[
         Path | None, typer.Option(help='JSON lines {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}')
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="draw from so many tokens; 0 is off")] = 0,
-    top_p: Annotated[float, typer.Option(help="draw from this share of the probability")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="of generated text")] = 64,
-    seed: Annotated[int, typer.Option(help="item i is drawn with seed + i")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="sample from this many tokens; 0 is off")] = 0,
+    top_p: Annotated[float, typer.Option(help="sample from this share of the probability")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="most tokens of generated text")] = 64,
+    seed: Annotated[int, typer.Option(help="item i uses seed + i")] = 0,
     device: DeviceChoice = "auto",
 ) -> None:
     """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
@@ -70,16 +70,16 @@ def generate(
     if requests is not None:
         if prompt or file or to is not None or out is not None:
             remedy = "give --requests alone; each of its lines names input, modality and output"
-            raise UserError("--requests with --prompt, --from, --to or --out", remedy=remedy)
+            raise UserError("--requests cannot be combined with --prompt, --from, --to or --out", remedy=remedy)
         asked = read_requests(requests)
         generate_requests(export, asked, sampling, choose(device).torch_device)
         print(f"{requests}: {len(asked)} generated")
         return
     if to is None:
-        raise UserError("no modality to make", remedy="give --to, or --requests")
+        raise UserError("no output modality", remedy="give --to, or --requests")
     sources = {*(["text"] if prompt else []), *map(modality_of, file or [])}
     if len(sources) != 1:
-        raise UserError("give --prompt, or --from with files of one modality", remedy="start from one modality")
+        raise UserError("inputs must be of one modality", remedy="give --prompt, or --from with files of one modality")
     inputs = [Medium.of_prompt(p) for p in prompt or []] + [Medium.of_file(f) for f in file or []]
     source = sources.pop()
     made = generate_files(export, inputs, source, to, out, sampling, choose(device).torch_device)

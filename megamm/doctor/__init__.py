@@ -1,1 +1,1 @@
-"""What an installation offers, whether this node is fit for a run, and whether several are alike and well connected."""
+"""Checks of the installation, of a node before a run, and of several nodes against each other."""

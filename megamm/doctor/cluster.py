@@ -1,8 +1,8 @@
-"""Several nodes before a run: whether they have the same versions and time, and which of them is slow.
+"""Compare several nodes before a run: the same versions, the same time, and which of them is slow.
 
-Every node looks at itself (node.py), then they meet (meeting.py). Pairs of nodes sum tensors, each node with up to
-three others, then all do (exchange.py). A node is as fast as in its best pair, so that a slow node spoils nobody's
-figure but its own. Bandwidths in GB/s, times in seconds.
+Every node checks itself (node.py), then the nodes meet (meeting.py). Pairs of nodes all-reduce tensors, each node with
+up to three others, then all nodes together (exchange.py). A node's bandwidth is that of its best pair, so that a slow
+node does not affect the result of others. Bandwidths in GB/s, times in seconds.
 """
 
 import statistics
@@ -20,13 +20,16 @@ from megamm.resilience.supervisor import Nodes
 
 ROUNDS = 3
 SLOW = 0.5
-"""Of the median of all nodes; a node below is slow, if no expectation is given."""
+"""Share of the median of all nodes; a node below it is slow, unless a bandwidth is given."""
 ALL = "all"
 
 
 @dataclass(frozen=True)
 class Result:
-    """own: this node's; nodes: all of them on the node of the rendezvous, elsewhere this one; together: GB/s of all."""
+    """Result of a comparison.
+
+    own: this node; nodes: all nodes on the node of the rendezvous, elsewhere this one; together: GB/s of all nodes.
+    """
 
     own: Node
     nodes: tuple[Node, ...]
@@ -45,7 +48,7 @@ class Result:
 
 
 def compare(own: Node, nodes: Nodes, join: float, least_bandwidth: float | None) -> Result:
-    """Meet the others and be compared; least_bandwidth in GB/s between two nodes, None for SLOW times the median."""
+    """Meet the other nodes and compare; least_bandwidth in GB/s between two nodes, None for SLOW times the median."""
     meeting = None
     try:
         meeting = Meeting(nodes, join)
@@ -55,19 +58,19 @@ def compare(own: Node, nodes: Nodes, join: float, least_bandwidth: float | None)
         meeting.part(len(everyone))
         return result
     except Lost as error:
-        remedy = f"look at the node of {nodes.rendezvous}, and at name resolution and firewall"
+        remedy = f"check the node of {nodes.rendezvous}, name resolution and firewall"
         lost = Node(own.name, (*own.findings, Finding("network", str(error), "wrong", remedy)))
         return Result(lost, (lost,))
 
 
 def facts(own: Node) -> dict[str, str]:
-    """What must be the same on all nodes."""
+    """Return the facts that must be the same on all nodes."""
     ports = [f.text for f in own.findings if f.check == "InfiniBand" and f.verdict == "good"]
     return installation.versions() | {"GPUs": ", ".join(device.gpus()) or "none", "InfiniBand": "; ".join(ports)}
 
 
 def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None) -> Result:
-    """On rank 0: ask, judge, and tell every node."""
+    """On rank 0: collect the results, judge them, and send every node its own."""
     ahead = meeting.clocks(len(everyone))
     lost = {rank for rank, seconds in enumerate(ahead) if seconds is None}
     fit = [rank for rank, node in enumerate(everyone) if node["fit"] and rank not in lost]
@@ -94,7 +97,7 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
     judged = []
     for rank, (node, name, *added) in enumerate(zip(everyone, plan["names"], *compared, strict=True)):
         if rank in lost:
-            added.append(Finding("network", "came, and does not answer any more", "wrong", "look at the node"))
+            added.append(Finding("network", "joined, then stopped responding", "wrong", "check the node"))
         judged.append(Node(name, (*Node.from_json(node["node"]).findings, *added)))
         meeting.tell(f"verdict/{rank}", judged[-1].to_json())
     together = [figure[ALL].bandwidth for figure in figures if ALL in figure]
@@ -111,7 +114,7 @@ def _attend(meeting: Meeting) -> Result:
 
 
 def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exchange]:
-    """This node's part of the measurement; a node with a fault of its own would hold up the others and has none."""
+    """Run this node's part of the measurement; nodes with their own faults would delay others and are skipped."""
     fit, own = plan["fit"], meeting.rank
     if own not in fit or len(fit) < 2:
         return {}
@@ -126,11 +129,11 @@ def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exch
     try:
         return exchange.measure(job, meeting.store)
     except meeting.failures as error:
-        raise Lost(f"the measurement broke off: {error}") from None
+        raise Lost(f"the measurement failed: {error}") from None
 
 
 def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
-    """Up to ROUNDS rounds of disjoint pairs, no pair twice: the circle method of tournaments."""
+    """Return up to ROUNDS rounds of disjoint pairs, no pair twice: the circle method of tournaments."""
     ring: list[int | None] = [*nodes] + [None] * (len(nodes) % 2)
     found = []
     for _ in range(min(ROUNDS, len(ring) - 1)):
@@ -141,21 +144,21 @@ def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
 
 
 def names(given: Sequence[str]) -> list[str]:
-    """Unique: nodes of one name get their rank behind it."""
+    """Return unique names: nodes with the same name get their rank appended."""
     counts = Counter(given)
     return [name if counts[name] == 1 else f"{name}#{rank}" for rank, name in enumerate(given)]
 
 
 def same(facts_of: Sequence[dict[str, str]]) -> list[Finding]:
-    """By rank: what a node has otherwise than most; among as many, than the node of the rendezvous."""
+    """Compare facts by rank: a node differs if its value is not the most frequent one; ties go to the lowest rank."""
     differing: list[list[str]] = [[] for _ in facts_of]
     for key in dict.fromkeys(key for facts_here in facts_of for key in facts_here):
-        values = [facts_here.get(key, "not there") for facts_here in facts_of]
-        usual = max(values, key=values.count)  # the first of as many is that of the lowest rank
+        values = [facts_here.get(key, "missing") for facts_here in facts_of]
+        usual = max(values, key=values.count)  # of equally frequent values, the first: that of the lowest rank
         for texts, value in zip(differing, values, strict=True):
             if value != usual:
-                texts.append(f"{key} {value}, most others {usual}")
-    remedy = "install there what the others have"
+                texts.append(f"{key} {value}, most other nodes {usual}")
+    remedy = "install the versions of the other nodes on it"
     return [
         Finding.judged("same versions", "" if texts else "as on the other nodes", "; ".join(texts) or None, remedy)
         for texts in differing
@@ -163,12 +166,12 @@ def same(facts_of: Sequence[dict[str, str]]) -> list[Finding]:
 
 
 def times(ahead: Sequence[float | None]) -> list[Finding]:
-    """By rank: every clock against the median of all that are known."""
+    """Compare clocks by rank with the median of all known clocks."""
     middle = statistics.median_low([seconds for seconds in ahead if seconds is not None])
     found = []
     for seconds in ahead:
         if seconds is None:
-            found.append(Finding("time", "not told", "unknown"))
+            found.append(Finding("time", "not reported", "unknown"))
             continue
         off = seconds - middle
         fault = f"more than {MAX_SKEW:g} s" if abs(off) > MAX_SKEW else None
@@ -179,9 +182,9 @@ def times(ahead: Sequence[float | None]) -> list[Finding]:
 def speeds(
     figures: Sequence[dict[str, exchange.Exchange]], names_of: Sequence[str], least: float | None
 ) -> list[Finding]:
-    """By rank: a node's best pair against `least`, or SLOW times the median of all nodes' best.
+    """Compare bandwidths by rank: a node's best pair against `least`, or SLOW times the median of all nodes' best.
 
-    A pair that failed is held against a node that had no other: the fault may be its partner's.
+    A failed pair counts against a node only if none of its pairs succeeded: the fault may be its partner's.
     """
     pairs = [{name: figure for name, figure in of_node.items() if name != ALL} for of_node in figures]
     best = [max((f.bandwidth for f in of_node.values() if f.bandwidth is not None), default=None) for of_node in pairs]
@@ -189,11 +192,11 @@ def speeds(
     bound, why = least, "expected"
     if least is None and len(known) > 2:
         bound, why = SLOW * statistics.median(known), f"{SLOW:g} times the median of the nodes"
-    remedy = "look at its network (ibstat, ethtool, NCCL_DEBUG=INFO), or leave it out"
+    remedy = "check its network (ibstat, ethtool, NCCL_DEBUG=INFO), or exclude the node"
     found = []
     for rank, (of_node, speed) in enumerate(zip(pairs, best, strict=True)):
         failed = {_partner(name, rank, names_of): f for name, f in of_node.items() if f.bandwidth is None}
-        told = "; ".join(f"no all-reduce with {name}: {f.why}" for name, f in failed.items())
+        told = "; ".join(f"all-reduce with {name} failed: {f.why}" for name, f in failed.items())
         if not of_node:
             found.append(Finding("bandwidth", "not measured: too few nodes without faults", "unknown"))
         elif speed is None:
@@ -201,7 +204,7 @@ def speeds(
             found.append(Finding("bandwidth", told, "unknown" if is_partners else "wrong", remedy))
         elif bound is not None and speed < bound:
             text = f"{speed:.3g} GB/s in its best pair: below {bound:.3g} GB/s, {why}"
-            text += "; of two nodes the other may be the slow one" if len(known) == 2 else ""
+            text += "; with only two nodes, the other may be the slow one" if len(known) == 2 else ""
             found.append(Finding("bandwidth", text, "wrong", remedy))
         else:
             text = f"{speed:.3g} GB/s in its best pair"
@@ -210,6 +213,6 @@ def speeds(
 
 
 def _partner(name: str, rank: int, names_of: Sequence[str]) -> str:
-    """Of the pair "pair/i-j"."""
+    """Return the name of the other node of the pair "pair/i-j"."""
     i, j = map(int, name.removeprefix("pair/").split("-"))
     return names_of[j if i == rank else i]

@@ -1,10 +1,10 @@
-"""How fast this node sums tensors with others: short all-reduces within groups of nodes, by gloo or NCCL.
+"""Measure the bandwidth to other nodes: short all-reduces within groups of nodes, with gloo or NCCL.
 
 In: groups with this node's rank in each. Out: for every group the bus bandwidth in GB/s (10^9 bytes), 2 (n - 1) / n
-times the bytes over the seconds of the best of several (the definition of NVIDIA's nccl-tests), or what went wrong.
+times the bytes over the seconds of the best of several (the definition of NVIDIA's nccl-tests), or the error.
 
-A process a GPU (one on a CPU) does all groups one after the other. Where one fails or hangs, it is ended and another
-does the groups that are left. The nodes of a group wait for each other only, so a fault stays with those who meet it.
+One process per GPU (one on a CPU) measures all groups one after the other. If it fails or hangs, it is killed and a new
+process measures the remaining groups. Only the nodes of a group wait for each other, so a fault affects only them.
 """
 
 import datetime
@@ -22,15 +22,15 @@ from typing import IO, Any, Literal
 from megamm.resilience import processes
 
 STARTUP, LIMIT = 90.0, 60.0
-"""Seconds until a new process has done its first group, and for every further one."""
+"""Time limit in seconds for the first group of a new process, and for every further group."""
 BYTES = {"gloo": 2**22, "nccl": 2**28}
 SECONDS = 0.3
-"""About how long a group is measured, 3 to 20 times."""
+"""Approximate seconds that a group is measured, in 3 to 20 repetitions."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some nodes of the job; rank: of this node's first process, of `world` processes."""
+    """Some nodes of the job; rank: rank of this node's first process among the `world` processes."""
 
     name: str
     rank: int
@@ -39,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be measured by each of a node's processes; host, port: of the store where they meet."""
+    """Work of each process of a node; host, port: address of the store where the processes meet."""
 
     host: str
     port: int
@@ -50,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Exchange:
-    """Of one group; bandwidth in GB/s, None where it failed: then why, and whether that was another node's doing."""
+    """Result of one group; bandwidth in GB/s, None if it failed: then why, and whether another node caused it."""
 
     bandwidth: float | None
     why: str = ""
@@ -58,7 +58,7 @@ class Exchange:
 
 
 def measure(job: Job, store: Any) -> dict[str, Exchange]:
-    """This node's figures by group; store: where it tells the others of what fails here."""
+    """Measure this node's bandwidth by group; store: reports failures to the other nodes."""
     found: dict[str, Exchange] = {}
     while len(found) < len(job.groups):
         rest = Job(job.host, job.port, job.backend, job.processes, job.groups[len(found) :])
@@ -76,7 +76,7 @@ def measure(job: Job, store: Any) -> dict[str, Exchange]:
 
 
 class _Workers:
-    """The processes of this node; what they print comes in through a queue."""
+    """The processes of this node; threads put the lines that they print into a queue."""
 
     def __init__(self, job: Job) -> None:
         self.told: queue.Queue[tuple[int, str]] = queue.Queue()
@@ -107,7 +107,7 @@ class _Workers:
         self.told.put((index, ""))
 
     def wait(self, name: str, store: Any, deadline: float) -> Exchange:
-        """Until all have done this group, one has failed, or another node says that it has."""
+        """Wait until all processes finished this group, one failed, or another node reported a failure."""
         speeds: list[float] = []
         while len(speeds) < len(self.processes):
             try:
@@ -116,7 +116,7 @@ class _Workers:
                 if store.check([f"broken/{name}"]):
                     return Exchange(None, store.get(f"broken/{name}").decode(), of_another=True)
                 if time.monotonic() > deadline:
-                    return self._broken(name, store, "it did not end")
+                    return self._broken(name, store, "timed out")
                 continue
             if not line:
                 return self._broken(name, store, self._last_words(index))
@@ -124,14 +124,14 @@ class _Workers:
         return Exchange(min(speeds))
 
     def _broken(self, name: str, store: Any, why: str) -> Exchange:
-        if store.check([f"broken/{name}"]):  # what fails there makes it fail here
+        if store.check([f"broken/{name}"]):  # a failure on the other node causes the failure here
             return Exchange(None, store.get(f"broken/{name}").decode(), of_another=True)
         store.set(f"broken/{name}", why)
         return Exchange(None, why)
 
     def _last_words(self, index: int) -> str:
         self.errors[index].seek(0)
-        return (self.errors[index].read().strip().splitlines() or ["it ended without a word"])[-1][:200]
+        return (self.errors[index].read().strip().splitlines() or ["exited without an error message"])[-1][:200]
 
     def end(self) -> None:
         for process in self.processes:
@@ -142,7 +142,7 @@ class _Workers:
 
 
 def main() -> None:
-    """One process: a line with the bandwidth for every group."""
+    """Run one process: print a line with the bandwidth of every group."""
     import torch.distributed as dist
 
     from megamm import device

@@ -1,7 +1,7 @@
-"""What a check has found, how it is shown to people and handed to launchers.
+"""Findings of checks, as tables for users and as JSON for launchers.
 
-A node is bad if anything is "wrong" there; "warning" is for what costs time only, "unknown" for what could not be
-looked at. Texts have their units.
+A node is bad if any finding is "wrong"; "warning" marks what only costs time, "unknown" what could not be checked.
+Texts include units.
 """
 
 import os
@@ -18,7 +18,7 @@ Verdict = Literal["good", "warning", "wrong", "unknown"]
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one check on one node; remedy is empty where nothing is to be done."""
+    """Finding of one check on one node; remedy is empty if nothing needs to be done."""
 
     check: str
     text: str
@@ -27,13 +27,13 @@ class Finding:
 
     @classmethod
     def judged(cls, check: str, text: str, fault: str | None, remedy: str) -> "Finding":
-        """Good, or wrong with this fault behind the text."""
+        """Make a good finding, or a wrong one with the fault appended to the text."""
         return cls(check, text) if fault is None else cls(check, f"{text}: {fault}" if text else fault, "wrong", remedy)
 
 
 @dataclass(frozen=True)
 class Node:
-    """All findings of a node, in the order of looking."""
+    """All findings of a node, in the order of the checks."""
 
     name: str
     findings: tuple[Finding, ...]
@@ -43,7 +43,7 @@ class Node:
         return [finding for finding in self.findings if finding.verdict == "wrong"]
 
     def line(self) -> str:
-        """Node, faults and remedies in one line; "" for one that is fit."""
+        """Return node, faults and remedies in one line; "" for a fit node."""
         told = "; also ".join(f"{f.check}: {f.text}; {f.remedy}" for f in self.faults)
         return f"bad node {self.name}: {told}".replace("\n", " ") if told else ""
 
@@ -56,12 +56,12 @@ class Node:
 
 
 def node_name() -> str:
-    """As Slurm calls this node, which `scontrol` understands; else its host name."""
+    """Return Slurm's name of this node, which `scontrol` understands; else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def tables(nodes: Sequence[Node]) -> "list[Table]":
-    """One node: a line a finding. Several: node by check, then what is not good, with remedies."""
+    """Make tables. One node: one line per finding. Several: node by check, then all bad findings with remedies."""
     from rich.table import Table
     from rich.text import Text
 

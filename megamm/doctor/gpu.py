@@ -1,7 +1,7 @@
-"""The GPUs of this node by NVML (nvidia-ml-py) and the kernel's log; none is initialised, nothing runs on them.
+"""Check the GPUs of this node with NVML (nvidia-ml-py) and the kernel log; no GPU is initialised, nothing runs on them.
 
-Xid messages: NVIDIA, "Xid Errors" (docs.nvidia.com/deploy/xid-errors); those of the hardware alone are taken, since
-the others are mostly a program's. Memory in GiB.
+Xid messages: NVIDIA, "Xid Errors" (docs.nvidia.com/deploy/xid-errors); only hardware errors count, since the others are
+mostly caused by programs. Memory in GiB.
 """
 
 import importlib
@@ -29,20 +29,20 @@ XIDS = {
 }
 XID = re.compile(r"^\d+,\d+,(\d+),.*?;NVRM: Xid \(PCI:([0-9a-fA-F:.]+)\): (\d+)", re.MULTILINE)
 RECENT = 86400.0
-"""Seconds that a message of the kernel counts: what was mended since would else count until the node restarts."""
+"""Seconds that a kernel message counts; without a limit, a repaired fault would count until the node restarts."""
 SLOWDOWNS = {0x8: "hardware", 0x20: "heat (software)", 0x40: "heat", 0x80: "power brake"}
-"""Bits of NVML's reasons for lower clocks that are no ordinary ones (idle, power cap, user's settings)."""
+"""Bits of NVML's reasons for lower clocks, without the normal ones (idle, power cap, user settings)."""
 USED_GIB = 2.0
-"""Of memory that may be taken before a run starts: what driver and display hold."""
-RESET = "reset it (nvidia-smi --gpu-reset) or restart the node; replace the GPU if that comes back"
+"""Memory that may be in use before a run starts, by driver and display."""
+RESET = "reset it (nvidia-smi --gpu-reset) or restart the node; replace the GPU if the error returns"
 
 
 def look(expected: int | None, visible: list[str] | None) -> list[Finding]:
-    """expected: number of GPUs, None for any; visible: indices or UUIDs that a run may use, None for all."""
+    """Check the GPUs. expected: number of GPUs, None for any; visible: indices or UUIDs for a run, None for all."""
     try:
         nvml = importlib.import_module("pynvml")
     except ImportError:
-        text = "not looked at: nvidia-ml-py is not there"
+        text = "not checked: nvidia-ml-py is not installed"
         return [Finding("GPU", text, "unknown" if expected is None else "wrong", "pip install nvidia-ml-py")]
     try:
         nvml.nvmlInit()
@@ -54,7 +54,7 @@ def look(expected: int | None, visible: list[str] | None) -> list[Finding]:
             *_kernel_log(),
         ]
     except nvml.NVMLError as error:
-        return [Finding("GPU", f"NVML fails: {error}", "wrong", "look at nvidia-smi and dmesg; restart the node")]
+        return [Finding("GPU", f"NVML fails: {error}", "wrong", "check nvidia-smi and dmesg; restart the node")]
 
 
 def _handles(nvml: Any, visible: list[str] | None) -> Iterator[tuple[str, Any]]:
@@ -69,11 +69,11 @@ def _count(found: int, expected: int | None) -> Finding:
     if expected is None:
         return Finding("GPU", f"{found} found")
     fault = None if found == expected else f"{expected} expected"
-    return Finding.judged("GPU", f"{found} found", fault, "look at nvidia-smi and dmesg; restart the node")
+    return Finding.judged("GPU", f"{found} found", fault, "check nvidia-smi and dmesg; restart the node")
 
 
 def _each(nvml: Any, handles: dict[str, Any]) -> Iterator[Finding]:
-    """What is wrong with single GPUs, and a line for the rest."""
+    """Yield the faults of each GPU, and one line that it was checked."""
     for name, handle in handles.items():
         ask = _Asker(nvml, handle)
         errors = ask("TotalEccErrors", nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
@@ -87,21 +87,21 @@ def _each(nvml: Any, handles: dict[str, Any]) -> Iterator[Finding]:
         reasons = ask("CurrentClocksEventReasons") or 0
         slow = [why for bit, why in SLOWDOWNS.items() if reasons & bit]
         if slow:
-            remedy = "look at cooling and power (nvidia-smi -q -d PERFORMANCE)"
+            remedy = "check cooling and power (nvidia-smi -q -d PERFORMANCE)"
             yield Finding("GPU clocks", f"{name} is slowed down by {', '.join(slow)}", "wrong", remedy)
         memory = ask("MemoryInfo")
         if memory is not None and memory.used > USED_GIB * 2**30:
             text = f"{name} has {memory.used / 2**30:.1f} GiB in use before the run starts"
-            yield Finding("GPU memory", text, "wrong", "end what holds it (nvidia-smi)")
+            yield Finding("GPU memory", text, "wrong", "stop the processes that use it (nvidia-smi)")
         if ask("PersistenceMode") == 0:
-            text = f"{name} is not in persistence mode: each first use of it waits for the driver"
+            text = f"{name} is not in persistence mode: each first use waits for the driver"
             yield Finding("persistence", text, "warning", "nvidia-smi -pm 1")
-        unknown = "; it does not tell " + ", ".join(ask.unknown) if ask.unknown else ""
-        yield Finding("GPU", f"{name} looked at{unknown}")
+        unknown = "; it does not report " + ", ".join(ask.unknown) if ask.unknown else ""
+        yield Finding("GPU", f"{name} checked{unknown}")
 
 
 class _Asker:
-    """Queries of one GPU; what it does not support is None, and remembered."""
+    """Queries of one GPU; an unsupported query returns None and is remembered in `unknown`."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self.nvml, self.handle = nvml, handle
@@ -117,16 +117,16 @@ class _Asker:
 
 
 def _links(nvml: Any, handles: dict[str, Any]) -> Iterator[Finding]:
-    """NVLink: every GPU must have as many active links as the one that has most; none is a node without NVLink."""
+    """Check NVLink: every GPU must have as many active links as the GPU with the most; 0 is a node without NVLink."""
     active = {name: sum(_link_states(nvml, handle)) for name, handle in handles.items()}
     most = max(active.values(), default=0)
     for name, count in active.items():
         if count < most:
-            text = f"{name} has {count} active links, another has {most}"
+            text = f"{name} has {count} active links, another GPU has {most}"
             yield Finding(
-                "NVLink", text, "wrong", "look at nvidia-smi nvlink -s and nvidia-fabricmanager; restart the node"
+                "NVLink", text, "wrong", "check nvidia-smi nvlink -s and nvidia-fabricmanager; restart the node"
             )
-    yield Finding("NVLink", f"{most} links of a GPU active at most")
+    yield Finding("NVLink", f"up to {most} active links per GPU")
 
 
 def _link_states(nvml: Any, handle: Any) -> Iterator[bool]:
@@ -141,8 +141,8 @@ def _kernel_log() -> Iterator[Finding]:
     try:
         text = _read_kernel_log()
     except OSError as error:
-        text = f"the kernel's log cannot be read ({error.strerror})"
-        yield Finding("Xid", text, "unknown", "let this user read it (kernel.dmesg_restrict)")
+        text = f"cannot read the kernel log ({error.strerror})"
+        yield Finding("Xid", text, "unknown", "allow this user to read it (kernel.dmesg_restrict)")
         return
     now = float(UPTIME.read_text().split()[0])
     found = [(int(at) / 1e6, bus, int(xid)) for at, bus, xid in XID.findall(text)]
@@ -150,11 +150,11 @@ def _kernel_log() -> Iterator[Finding]:
     for bus, xid in sorted(faults):
         yield Finding("Xid", f"{xid} ({XIDS[xid]}) of the GPU at {bus} within a day", "wrong", RESET)
     if not faults:
-        yield Finding("Xid", "none of the hardware within a day")
+        yield Finding("Xid", "no hardware errors within a day")
 
 
 def _read_kernel_log() -> str:
-    """Records "priority,number,microseconds since start,flags;text" (Linux, Documentation/ABI/testing/dev-kmsg)."""
+    """Read "priority,number,microseconds since start,flags;text" lines (Linux, Documentation/ABI/testing/dev-kmsg)."""
     descriptor = os.open(KERNEL_LOG, os.O_RDONLY | os.O_NONBLOCK)
     parts, deadline = list[bytes](), time.monotonic() + 5.0
     try:

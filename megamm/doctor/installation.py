@@ -1,6 +1,6 @@
-"""`megamm doctor`: what this machine and installation offer a run, and what is wrong with them.
+"""`megamm doctor`: what this machine and installation offer a run, and their problems.
 
-Nothing of a run is started, no GPU is initialised beyond asking for its name, and Megatron-core is not imported.
+No part of a run is started, GPUs are only asked for their names, and Megatron-core is not imported.
 """
 
 import hashlib
@@ -27,13 +27,13 @@ from megamm.checkpoint.state import code_version
 from megamm.ops import library
 
 SHARED_MEMORY = Path("/dev/shm")
-REASONS = {"psutil": "without it Megatron-core hangs for ever when it saves a checkpoint"}
-"""Package -> what goes wrong without it, where its name does not say."""
+REASONS = {"psutil": "without it Megatron-core hangs forever when it saves a checkpoint"}
+"""Package -> what fails without it, if that is not obvious."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong, and what mends it."""
+    """A problem and its fix."""
 
     what: str
     remedy: str
@@ -41,21 +41,21 @@ class Fault:
 
 @dataclass(frozen=True)
 class Report:
-    """Subject -> finding, in the order of reading, and what is wrong."""
+    """Findings (subject -> text, in the order of printing) and problems."""
 
     findings: dict[str, str]
     faults: list[Fault]
 
     def show(self) -> bool:
-        """Print it, set for the width of a terminal if it is one; whether nothing is wrong."""
+        """Print the report, on a terminal as a table of its width; return whether there are no problems."""
         console = Console()
-        rows = list(self.findings.items()) + [("wrong", f"{f.what}; {f.remedy}") for f in self.faults]
+        rows = list(self.findings.items()) + [("problem", f"{f.what}; {f.remedy}") for f in self.faults]
         if not self.faults:
-            rows.append(("wrong", "nothing"))
+            rows.append(("problems", "none"))
         if console.is_terminal:
             table = Table.grid(padding=(0, 2))
             for name, text in rows:
-                table.add_row(Text(name, "bold red" if self.faults and name == "wrong" else "bold"), Text(text))
+                table.add_row(Text(name, "bold red" if name == "problem" else "bold"), Text(text))
             console.print(table)
         else:
             width = max(len(name) for name, _ in rows)
@@ -64,7 +64,7 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything; a second or two, most of it for importing torch."""
+    """Examine everything; takes a second or two, mostly to import torch."""
     found = accelerators.installed()
     is_gpu = bool(device.gpus())
     fused = accelerators.fuses_weight_gradients(found, is_gpu=is_gpu, engine="native")
@@ -81,7 +81,7 @@ def examine() -> Report:
 
 
 def versions() -> dict[str, str]:
-    """Everything whose version can change what a run computes or how its ranks talk; absent packages left out."""
+    """Return the versions that can change a run's results or how its ranks communicate; skips absent packages."""
     packages = {needed.name: _version(needed.name) for needed in _requirements()}
     library_ = hashlib.sha256(library.FILE.read_bytes()).hexdigest()[:12] if library.FILE.exists() else "not built"
     return {
@@ -106,7 +106,7 @@ def _software() -> dict[str, str]:
 
 
 def _shared_folder() -> Path | None:
-    """Where examples/ and launchers/ are: in the checkout, else where pip has put them; None where it has not."""
+    """Find examples/ and launchers/: in the checkout, else where pip installed them; None if it did not."""
     checkout = Path(megamm.__file__).parents[1]
     if (checkout / "launchers").is_dir():
         return checkout
@@ -150,7 +150,7 @@ def _space() -> dict[str, str]:
 
 
 def _requirements() -> list[Requirement]:
-    """Of megamm itself and its extras but "dev", as it was installed; empty where it was not."""
+    """Return the requirements of the installed megamm and its extras except "dev"; empty if it is not installed."""
     try:
         texts = importlib.metadata.requires("megamm") or []
     except importlib.metadata.PackageNotFoundError:
@@ -160,11 +160,11 @@ def _requirements() -> list[Requirement]:
 
 
 def _package_faults() -> Iterator[Fault]:
-    """Packages that are missing or out of range; those of an extra may be missing."""
+    """Find packages that are missing or out of range; packages of extras may be missing."""
     if _version("megamm") is None:
         yield Fault(
-            "megamm is not installed, so the versions that it needs are not known here",
-            "in its folder: pip install --no-build-isolation -e .",
+            "megamm is not installed, so the versions that it needs are unknown",
+            "run in its folder: pip install --no-build-isolation -e .",
         )
     for needed in _requirements():
         version, optional = _version(needed.name), needed.marker is not None
@@ -173,12 +173,12 @@ def _package_faults() -> Iterator[Fault]:
         if version is None and not optional:
             yield Fault(f"{needed.name} is not installed{reason}", remedy)
         elif version is not None and not needed.specifier.contains(version, prereleases=True):
-            yield Fault(f"{needed.name} {version} is not supported, {needed.specifier} is", remedy)
+            yield Fault(f"{needed.name} {version} is not supported, use {needed.specifier}", remedy)
     installed = _version("torch")
     if installed is not None and Version(installed).public != Version(torch.__version__).public:
         yield Fault(
             f"torch {torch.__version__} is imported ({Path(torch.__file__).parent}), but {installed} is installed",
-            "remove one of the two",
+            "uninstall one of them",
         )
 
 
@@ -190,41 +190,41 @@ def _version(package: str) -> str | None:
 
 
 def _ops_faults() -> Iterator[Fault]:
-    """A compiled library that does not load, for example one that was built for another torch."""
+    """Find a compiled library that does not load, for example because it was built for another torch."""
     if library.FILE.exists() and (failure := library.load()):
         yield Fault(failure, library.REMEDY)
 
 
 def _device_faults() -> Iterator[Fault]:
-    """A GPU that torch cannot use."""
+    """Find a GPU that torch cannot use."""
     driver = device.driver_version()
     if driver is None or device.gpus():
         return
     if device.torch_build() == "CPU":
-        yield Fault(f"a GPU's driver ({driver}) is loaded, but torch is built for CPU", "install a GPU build of torch")
+        yield Fault(f"a GPU driver ({driver}) is loaded, but torch is built for CPU", "install a GPU build of torch")
     else:
         yield Fault(
-            f"torch, built for {device.torch_build()}, sees no GPU under driver {driver}",
-            "see nvidia-smi; renew the driver, or install a torch built for an older one",
+            f"torch, built for {device.torch_build()}, finds no GPU with driver {driver}",
+            "check nvidia-smi; update the driver, or install a torch built for an older one",
         )
 
 
 def _accelerator_faults(found: accelerators.Installed, is_gpu: bool) -> Iterator[Fault]:
-    """Packages whose presence alone stops a run on a GPU, because Megatron-core takes them unasked."""
+    """Find packages that stop a run on a GPU by being installed, because Megatron-core uses them automatically."""
     if not is_gpu:
         return
     if found.transformer_engine:
-        # In a process of its own: what fails to load may take the process with it.
+        # In a separate process: an import that fails may crash the process.
         tried = subprocess.run(
             [sys.executable, "-c", "import transformer_engine.pytorch"], capture_output=True, text=True
         )
         if tried.returncode:
             said = (tried.stderr.strip().splitlines() or [f"exit code {tried.returncode}"])[-1]
             yield Fault(
-                f"Transformer Engine fails at import, and Megatron-core with it: {said}", "mend or uninstall it"
+                f"importing Transformer Engine fails, and Megatron-core with it: {said}", "reinstall or uninstall it"
             )
     elif found.apex and not found.apex_kernels:
         yield Fault(
-            "apex is installed without its kernels, and Megatron-core's Adam fails with it",
-            "build it with its C++ and GPU extensions, or uninstall it",
+            "apex is installed without its kernels, so Megatron-core's Adam fails",
+            "build apex with its C++ and GPU extensions, or uninstall it",
         )

@@ -1,4 +1,4 @@
-"""Memory, process limits and InfiniBand ports of this node, as Linux shows them; nothing is written or opened.
+"""Check memory, process limits and InfiniBand ports of this node as Linux reports them; nothing is written or opened.
 
 Sizes in GiB. InfiniBand: /sys/class/infiniband/HCA/ports/PORT (Linux, Documentation/ABI/stable/sysfs-class-infiniband).
 """
@@ -13,14 +13,14 @@ from megamm.doctor.findings import Finding
 INFINIBAND = Path("/sys/class/infiniband")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 LEAST_GIB, LEAST_SHARE = 1.0, 0.1
-"""Of memory that must be free before a run starts: both."""
+"""Memory that must be free before a run starts: at least both."""
 HCAS = "NCCL_IB_HCA"
 FILES = (512, 4096)
-"""Open files: below the first a run fails, below the second a large one (rank 0 has a connection to every rank)."""
+"""Open files: below the first a run fails, below the second a large run (rank 0 has a connection to every rank)."""
 
 
 def look() -> list[Finding]:
-    """Everything here."""
+    """Run all checks of this module."""
     ports = list(_ports())
     return [_memory(), *_limits(has_infiniband=bool(ports)), *_infiniband(ports)]
 
@@ -39,12 +39,12 @@ def _memory() -> Finding:
         "memory",
         f"{free:.1f} of {total:.1f} GiB free",
         fault,
-        "end what holds it (ps aux --sort=-rss), or ask for more of it",
+        "stop processes that use it (ps aux --sort=-rss), or request more memory",
     )
 
 
 def _cgroup_memory() -> tuple[float, float] | None:
-    """Free and allowed GiB by the control group (version 2) of a container or job; None without a limit."""
+    """Return free and allowed GiB of the control group (version 2) of a container or job; None without a limit."""
     own = next((line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")), "/")
     for folder in (CGROUPS / own.lstrip("/"), CGROUPS):
         try:
@@ -54,7 +54,7 @@ def _cgroup_memory() -> tuple[float, float] | None:
         except OSError:
             continue
         if most != "max":
-            cache = int(lines.get("inactive_file", "0"))  # given up when memory is short
+            cache = int(lines.get("inactive_file", "0"))  # released when memory is short
             return (int(most) - used + cache) / 2**30, int(most) / 2**30
     return None
 
@@ -68,37 +68,37 @@ def _limits(has_infiniband: bool) -> Iterator[Finding]:
         yield Finding("limits", f"{files} open files", "wrong" if files < fails else "warning", remedy)
     size = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if size != resource.RLIM_INFINITY:
-        yield Finding("limits", f"files of at most {size / 2**30:.2f} GiB", "wrong", "ulimit -f unlimited")
+        yield Finding("limits", f"files limited to {size / 2**30:.2f} GiB", "wrong", "ulimit -f unlimited")
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     if has_infiniband and locked != resource.RLIM_INFINITY:
-        text = f"{locked / 2**20:.0f} MiB of locked memory, which InfiniBand needs without limit"
+        text = f"{locked / 2**20:.0f} MiB of locked memory, but InfiniBand needs it unlimited"
         yield Finding("limits", text, "wrong", "ulimit -l unlimited (limits.conf, LimitMEMLOCK)")
-    yield Finding("limits", "open files, file size and locked memory looked at")
+    yield Finding("limits", "open files, file size and locked memory checked")
 
 
 def _ports() -> Iterator[tuple[str, int, str, str]]:
-    """HCA, port, state ("ACTIVE") and rate of every port."""
+    """Yield HCA, port, state ("ACTIVE") and rate of every port."""
     for port in sorted(INFINIBAND.glob("*/ports/*")):
         state, rate = ((port / name).read_text().strip() for name in ("state", "rate"))
         yield port.parts[-3], int(port.name), state.rpartition(":")[2].strip(), rate
 
 
 def _infiniband(ports: list[tuple[str, int, str, str]]) -> Iterator[Finding]:
-    """Ports that NCCL may use must be active; those that nobody named may be unused ones."""
+    """Check that ports for NCCL are active; ports that the variable does not name may be unused."""
     setting = os.environ.get(HCAS, "")
     if not ports and not setting:
-        yield Finding("InfiniBand", "no port")
+        yield Finding("InfiniBand", "no ports")
         return
     absent = (
         [] if setting.startswith("^") else [t for t in _tokens(setting) if not any(_is(t, p, setting) for p in ports)]
     )
     if absent:
-        yield Finding("InfiniBand", f"{', '.join(absent)} of {HCAS} is not there", "wrong", "look at lspci and ibstat")
+        yield Finding("InfiniBand", f"{', '.join(absent)} of {HCAS} not found", "wrong", "check lspci and ibstat")
     chosen = [port for port in ports if _is_chosen(port, setting)]
     active = [port for port in chosen if port[2] == "ACTIVE"]
     down = [f"{hca}:{number} is {state}" for hca, number, state, _ in chosen if state != "ACTIVE"]
     if down:
-        remedy = f"look at ibstat, cable and switch, or leave it out by {HCAS}"
+        remedy = f"check ibstat, cable and switch, or exclude it with {HCAS}"
         yield Finding("InfiniBand", ", ".join(down), "wrong" if setting or not active else "warning", remedy)
     rates = sorted({rate for *_, rate in active})
     yield Finding("InfiniBand", f"{len(active)} of {len(chosen)} ports active" + "".join(f", {rate}" for rate in rates))
@@ -109,7 +109,7 @@ def _tokens(setting: str) -> list[str]:
 
 
 def _is(token: str, port: tuple[str, int, str, str], setting: str) -> bool:
-    """Whether NCCL takes this token for that port: "mlx5" or "mlx5_0:1"; a prefix, or the name after "="."""
+    """Whether a token of NCCL_IB_HCA selects the port: "mlx5" or "mlx5_0:1"; a prefix, or the exact name after "="."""
     hca, _, number = token.partition(":")
     same = port[0] == hca if setting.lstrip("^").startswith("=") else port[0].startswith(hca)
     return same and number in ("", str(port[1]))

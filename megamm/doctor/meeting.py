@@ -1,7 +1,7 @@
-"""Where nodes meet before a run: a torch store on the node that HOST:PORT names, without torch's rendezvous.
+"""Meeting of nodes before a run: a torch store on the node of HOST:PORT, without torch's rendezvous.
 
-That would need clocks which agree, and whether they do is to be found out. The hosting node is rank 0, the others are
-numbered as they come; times in seconds.
+torch's rendezvous needs clocks that agree, which is yet to be checked. The hosting node is rank 0, the others are
+numbered in the order of arrival; times in seconds.
 """
 
 import datetime
@@ -15,16 +15,16 @@ from megamm.resilience.supervisor import Nodes
 
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0
-"""Until the other nodes are through with what comes before; until a node that is there does the next thing."""
+"""Time limits: until the other nodes have finished their turns; until a node that has joined answers."""
 LEAVE = 10.0
 
 
 class Lost(Exception):
-    """The nodes do not meet, or part too early."""
+    """The nodes could not connect, or one of them left too early."""
 
 
 class Meeting:
-    """One node's view. Lost if the others are not there within `join` seconds, or no longer."""
+    """One node's view. Raises Lost if the others do not join within `join` seconds, or stop responding."""
 
     def __init__(self, nodes: Nodes, join: float) -> None:
         import torch.distributed as dist
@@ -42,10 +42,10 @@ class Meeting:
             )
             self.rank = 0 if listener is not None else self.store.add("arrived", 1)
         except self.failures:
-            raise Lost(f"{nodes.rendezvous} does not answer within {join:g} s") from None
+            raise Lost(f"no response from {nodes.rendezvous} within {join:g} s") from None
 
     def gather(self, nodes: Nodes, own: dict[str, Any]) -> list[dict[str, Any]]:
-        """What every node brings, by rank; on rank 0 only, [] elsewhere. Lost if fewer than nodes.least are there."""
+        """Collect `own` of all nodes by rank on rank 0, [] elsewhere. Raises Lost if fewer than nodes.least join."""
         self.tell(f"node/{self.rank}", own)
         if self.rank == 0:
             while self.store.add("arrived", 0) < nodes.most - 1 and time.monotonic() < self.deadline:
@@ -55,16 +55,16 @@ class Meeting:
         else:
             size = self.hear("size", TURN)
         if size < nodes.least:
-            raise Lost(f"only {size} of {nodes.least} nodes came in time")
+            raise Lost(f"only {size} of {nodes.least} nodes joined in time")
         if self.rank >= size:
-            raise Lost("this node came too late")
+            raise Lost("this node joined too late")
         return [self.hear(f"node/{rank}", TURN) for rank in range(size)] if self.rank == 0 else []
 
     def clocks(self, size: int) -> list[float | None]:
-        """Seconds that each node's clock is ahead of this one's, None for a node that does not answer any more; called
-        on rank 0 while the others call `tell_time`.
+        """Return how many seconds each node's clock is ahead of this one's, None for a node that stopped responding.
 
-        Cristian (1989): of several questions, the one that was answered soonest tells best.
+        Called on rank 0 while the others call `tell_time`. Cristian (1989): of several requests, the one with the
+        shortest round trip gives the best estimate.
         """
         ahead: list[float | None] = [0.0]
         for rank in range(1, size):
@@ -79,7 +79,7 @@ class Meeting:
         return ahead
 
     def tell_time(self) -> None:
-        """The other side of `clocks`."""
+        """Answer `clocks` of rank 0."""
         self.hear(f"turn/{self.rank}", TURN)
         found = []
         for ping in range(PINGS):
@@ -94,10 +94,10 @@ class Meeting:
         try:
             self.store.set(key, json.dumps(value))
         except self.failures:
-            raise Lost(f"{self.host}:{self.port} does not answer any more") from None
+            raise Lost(f"{self.host}:{self.port} stopped responding") from None
 
     def hear(self, key: str, seconds: float) -> Any:
-        """Wait for it."""
+        """Wait for the value of a key and return it."""
         try:
             self.store.wait([key], datetime.timedelta(seconds=seconds))
             return json.loads(self.store.get(key))
@@ -105,8 +105,8 @@ class Meeting:
             raise Lost(f"no answer from the other nodes ({key})") from None
 
     def part(self, size: int) -> None:
-        """Rank 0, which has the store, leaves first: so a command that follows on another node cannot take the store
-        of this meeting for that of its own."""
+        """Leave; rank 0, which hosts the store, leaves first. So the next command on another node cannot connect to the
+        store of this meeting."""
         deadline = time.monotonic() + LEAVE
         try:
             if self.rank == 0:
@@ -118,15 +118,15 @@ class Meeting:
                 socket.create_connection((self.host, self.port), timeout=1.0).close()
                 time.sleep(0.05)
         except (OSError, *self.failures):
-            return  # it has left
+            return  # rank 0 has left
 
 
 def _listener(host: str, port: int) -> socket.socket | None:
-    """The store's socket, if `host` is this node and no other process has the port (two "nodes" of one machine)."""
+    """Open the store's socket, if `host` is this node and the port is free (two "nodes" may share a machine)."""
     try:
         socket.create_server((host, 0)).close()
         is_loopback = socket.gethostbyname(host).startswith("127.") and host in ("127.0.0.1", "localhost")
-        # A host's own name may be an address of its loopback (Debian), where no other node could come.
+        # A host's own name may resolve to loopback (Debian), which other nodes cannot reach.
         return socket.create_server((host if is_loopback else "", port), backlog=1024)
     except OSError:
         return None

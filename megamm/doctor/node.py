@@ -1,7 +1,7 @@
-"""The preflight of this node: everything that can be looked at before a rank starts, each with a bound and a remedy.
+"""Preflight of this node: all checks before a rank starts, each with a bound and a remedy.
 
-Seconds, but for what hangs (probe.py). What is looked at depends on the machine: no GPU is asked for where none is
-expected and no driver is loaded.
+Takes seconds, except for hardware that hangs (probe.py). The checks depend on the machine: GPUs are checked only if
+some are expected or a driver is loaded.
 """
 
 import tempfile
@@ -17,14 +17,14 @@ from megamm.doctor.probe import probe
 
 OUTPUT_GIB, SCRATCH_GIB, SHARED_GIB = 1.0, 1.0, 0.25
 LEAST_WRITE = 10.0
-"""MB/s; a disk below is broken or has no time for this node."""
+"""MB/s; a slower disk is broken or overloaded."""
 BYTES_OF_PARAMETER = 12
-"""In a checkpoint: float32 weight and two moments of Adam."""
+"""Bytes per parameter in a checkpoint: float32 weight and two moments of Adam."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Of a node. gpus: None for any number; output: the run's folder, None to look at this one; speeds in MB/s."""
+    """Requirements of a node. gpus: None for any number; output: run's folder, None for this folder; speeds in MB/s."""
 
     gpus: int | None = None
     output: Path | None = None
@@ -34,7 +34,7 @@ class Expected:
 
     @classmethod
     def by(cls, config: RunConfig | None, given: dict[str, Any]) -> "Expected":
-        """given: by the user, None where not; a config tells the rest."""
+        """Combine the user's values (`given`, None if not given) with those of the config."""
         known = {name: value for name, value in given.items() if value is not None}
         if config is not None:
             known = {"output": config.output, "output_gib": output_gib(config)} | known
@@ -42,17 +42,17 @@ class Expected:
 
 
 def output_gib(config: RunConfig) -> float:
-    """Room that the run's next checkpoints need: two, for an old one goes after a new one has come; 1 GiB at least."""
+    """Return the GiB for two checkpoints, as an old one is deleted only after a new one is written; at least 1 GiB."""
     from megamm.model.size import parameter_count
 
-    # The vocabulary is known from the data alone, which may not be there yet: without it this is a lower bound.
+    # The vocabulary is known only from the data, which may be missing here: without it this is a lower bound.
     size = parameter_count(config.model, 0) * BYTES_OF_PARAMETER
     return max(OUTPUT_GIB, 2 * size / 2**30)
 
 
 def preflight(expected: Expected) -> Node:
-    """Look at this node."""
-    # First, and in a process of its own: torch asks a GPU that hangs without a limit.
+    """Run all checks of this node."""
+    # First, and in a separate process: torch waits for a hanging GPU without a time limit.
     gpus = _gpus(expected.gpus)
     has_answer = not any(finding.text.startswith("no answer") for finding in gpus)
     found = (*(_installation() if has_answer else ()), *gpus, *machine.look(), *_storage(expected))
@@ -60,7 +60,7 @@ def preflight(expected: Expected) -> Node:
 
 
 def _installation() -> list[Finding]:
-    """What `megamm doctor` says, as findings: the versions in a line, or every fault."""
+    """Return the result of `megamm doctor` as findings: the versions in one line, or every problem."""
     report = installation.examine()
     rows = ("python", "megamm", "torch", "megatron-core", "driver", "fused ops")
     text = ", ".join(f"{name} {report.findings[name].split(',')[0]}" for name in rows)
@@ -70,19 +70,21 @@ def _installation() -> list[Finding]:
 
 def _gpus(expected: int | None) -> list[Finding]:
     if not expected and device.driver_version() is None:
-        return [Finding("GPU", "no NVIDIA driver is loaded, none is looked for")]
+        return [Finding("GPU", "not checked: no NVIDIA driver is loaded")]
     return probe("gpu", "GPU", "reset it or restart the node", expected=expected, visible=device.visible())
 
 
 def _storage(expected: Expected) -> list[Finding]:
-    """A probe a place, so that one that hangs does not hide the others. The clock is that of the output's file system,
-    which nodes share."""
+    """Probe each folder separately, so that one that hangs does not hide the others.
+
+    The clock is compared with that of the output's file system, which nodes share.
+    """
     places = {
         "output": (expected.output or Path.cwd(), expected.output_gib),
         "scratch": (expected.scratch or Path(tempfile.gettempdir()), SCRATCH_GIB),
         "shared memory": (installation.SHARED_MEMORY, SHARED_GIB),
     }
-    remedy = "look at the mount and its server (findmnt, dmesg)"
+    remedy = "check the mount and its server (findmnt, dmesg)"
     found = []
     for name, (folder, least_free) in places.items():
         told = probe(
