@@ -42,7 +42,7 @@ BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")
 """Of the subjects, few are held out; of the other captions, more, whose every word occurs in training."""
 CODECS = {
     "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "500", "--batch-size", "24"),
-    "audio": ("--steps", "350", "--codebooks", "1", "--levels", "8,8,8"),
+    "audio": ("--steps", "300", "--codebooks", "1", "--levels", "8,8,8"),
     "points": (
         *("--steps", "500", "--points", "1024", "--patches", "16", "--cells", "5", "--levels", "6,6,6"),
         *("--encoder-depth", "0", "--colour-weight", "4"),

@@ -36,7 +36,7 @@ SKINS = frozenset(("yellow", "light", "medium", "dark"))
 """Of the six that the font has, those that differ at a glance."""
 SIDE = 72
 """Pixels of a variant's picture."""
-COPIES = ((0, 0, False), (3, 0, True), (-3, 2, False))
+COPIES = ((0, 0, False), (3, 1, True))
 """Of each variant: pixels that it is shifted to the right and down, and whether it is mirrored."""
 
 
