@@ -106,7 +106,10 @@ def test_a_process_that_is_killed_is_told(moe: Path, tmp_path: Path, monkeypatch
             os.kill(os.getpid(), signal.SIGKILL)
         return pwrite(descriptor, data, place)
 
-    with monkeypatch.context() as patched, pytest.raises(UserError, match=r"was killed .*it goes on"):
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(UserError, match=r"was killed .*run the command again to resume"),
+    ):
         patched.setattr(os, "pwrite", dies)
         export(moe / "run", tmp_path / "out", nproc=2, shard_size=20_000)
     export(moe / "run", tmp_path / "out", nproc=2, shard_size=20_000)
@@ -223,7 +226,7 @@ def test_what_the_disk_lost_is_made_again(
     file.write_bytes(damaged)
     with caplog.at_level("INFO", logger="megamm"):
         export(moe / "run", tmp_path / "out", nproc=1, shard_size=20_000)
-    assert "goes on" in caplog.text and same_files(tmp_path / "out", moe / "out")
+    assert "resuming" in caplog.text and same_files(tmp_path / "out", moe / "out")
 
 
 def test_what_was_begun_with_other_options_is_removed(
@@ -232,7 +235,7 @@ def test_what_was_begun_with_other_options_is_removed(
     _stopped(moe, tmp_path / "out", monkeypatch, dtype=torch.bfloat16)
     with caplog.at_level("INFO", logger="megamm"):
         export(moe / "run", tmp_path / "out", nproc=1, shard_size=20_000)
-    assert "of other inputs: removed" in caplog.text and same_files(tmp_path / "out", moe / "out")
+    assert "discarding partial output of different inputs" in caplog.text and same_files(tmp_path / "out", moe / "out")
 
 
 @pytest.fixture
@@ -324,7 +327,7 @@ def test_a_full_disk_is_told_before_and_while(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "pwrite", fills)
-        with pytest.raises(UserError, match=r"could not be written: .*No space left .*it goes on"):
+        with pytest.raises(UserError, match=r"cannot write: .*No space left .*run the command again to resume"):
             converted(kind, moe, tmp_path / "out")
     assert not list(tmp_path.glob("out/checkpoints/step*")) and not (tmp_path / "out" / "config.json").exists()
     converted(kind, moe, tmp_path / "out")
@@ -341,7 +344,7 @@ def test_a_codec_that_is_gone_is_told_before_anything_is_written(moe: Path, tmp_
 
 @pytest.mark.parametrize("given", ["model.num_layers=2", "model={}"])
 def test_the_model_is_not_overridden(moe: Path, tmp_path: Path, given: str) -> None:
-    with pytest.raises(UserError, match="the model is what the folder says"):
+    with pytest.raises(UserError, match=r"the folder's config.json defines the model"):
         import_(moe / "hf", tmp_path / "run", overrides=[*LENGTH, given])
 
 

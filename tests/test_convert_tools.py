@@ -181,12 +181,12 @@ def test_diff_says_shapes_dtypes_and_what_only_one_has(hf, tmp_path):
 
 def test_verify_of_what_is_whole(mixtral, hf):
     report = verify.verify(mixtral[0])
-    assert not report.problems and report.lines[1] == "names and shapes are those of MixtralForCausalLM"
+    assert not report.problems and report.lines[1] == "names and shapes match MixtralForCausalLM"
     write_digests(hf)
     report = verify.verify(hf)
-    assert not report.problems and report.lines[:2] == ["SHA256SUMS holds", "names and shapes are those of config.json"]
+    assert not report.problems and report.lines[:2] == ["SHA256SUMS matches", "names and shapes match config.json"]
     done = convert("verify", hf)
-    assert done.exit_code == 0 and done.stdout.splitlines()[-1].endswith("tensors, all values are numbers")
+    assert done.exit_code == 0 and done.stdout.splitlines()[-1].endswith("tensors, all values are finite")
 
 
 def test_verify_of_what_is_not(mixtral, hf, tmp_path):
@@ -194,8 +194,8 @@ def test_verify_of_what_is_not(mixtral, hf, tmp_path):
     write_digests(hf)
     edit(hf, name, lambda tensor: tensor.index_fill(0, torch.tensor([3]), NAN))
     done = convert("verify", hf)
-    assert done.exit_code == 1 and "wrong: model-000" in done.stdout and "is not as SHA256SUMS has it" in done.stdout
-    assert f"1 tensors have NaN or Inf, the first is {name} (60 values)" in done.stdout
+    assert done.exit_code == 1 and "wrong: model-000" in done.stdout and "does not match SHA256SUMS" in done.stdout
+    assert f"1 tensors contain NaN or Inf, the first is {name} (60 values)" in done.stdout
     (hf / "SHA256SUMS").unlink()
     assert convert("verify", hf).exit_code == 0
     assert convert("verify", hf, "--refuse-nan").exit_code == 1
@@ -344,7 +344,7 @@ MALFORMED = {
     "no weights": (lambda folder: [file.unlink() for file in folder.glob("model*")], "no model.safetensors"),
     "heads that are not there": (
         lambda folder: config(folder, num_attention_heads=8),
-        r"is \[32, 32\], the config says",
+        r"has the shape \[32, 32\], the config requires",
     ),
     "groups that are not there": (lambda folder: config(folder, num_key_value_heads=4), r"k_proj.weight is \[16, 32\]"),
     "layers that are not there": (
@@ -401,12 +401,14 @@ def test_a_pickle_is_never_opened(export, tmp_path):
 
 def test_not_a_number_is_reported_and_by_choice_refused(export, tmp_path, caplog):
     edit(export, DOWN, lambda tensor: tensor.index_fill(0, torch.tensor([0]), NAN))
-    with pytest.raises(UserError, match=rf"1 tensors have NaN or Inf, the first is {DOWN} \(64 values\)"):
+    with pytest.raises(UserError, match=rf"1 tensors contain NaN or Inf, the first is {DOWN} \(64 values\)"):
         convert("import", export, tmp_path / "run", "--refuse-nan")
     assert not list(tmp_path.glob("*run*"))
     assert convert("import", export, tmp_path / "run").exit_code == 0
-    assert f"tensors: 1 have NaN or Inf, the first is {DOWN}" in caplog.messages
-    with pytest.raises(UserError, match=r"1 tensors have NaN or Inf, the first is decoder\.layers\.0\.mlp\.linear_fc2"):
+    assert f"tensors: 1 contain NaN or Inf, the first is {DOWN}" in caplog.messages
+    with pytest.raises(
+        UserError, match=r"1 tensors contain NaN or Inf, the first is decoder\.layers\.0\.mlp\.linear_fc2"
+    ):
         convert("export", tmp_path / "run", tmp_path / "out", "--refuse-nan")
     assert not list(tmp_path.glob("*out*"))
 

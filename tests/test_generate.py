@@ -236,7 +236,7 @@ def test_a_damaged_export_is_named(folder, tmp_path):
         _ = open_tiny(copied).model
     config = copied / "codecs" / "visual" / "config.json"
     config.write_text(config.read_text() + " ")
-    with pytest.raises(UserError, match="codecs are not those of the model"):
+    with pytest.raises(UserError, match="codecs do not match the model's vocabulary"):
         open_tiny(copied)
 
 
