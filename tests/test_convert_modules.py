@@ -117,7 +117,7 @@ def test_a_damaged_half_is_refused(parts, tmp_path):
         [
             ({k: v for k, v in kept.items() if k != "decoder.stem.weight"}, config, "decoder.stem.weight is missing"),
             (kept | {"decoder.more": torch.zeros(1)}, config, "decoder.more is missing or unknown"),
-            (kept, config.replace('"half": "decoder"', '"half": "both"'), "no half of a codec"),
+            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not a half of a codec"),
         ]
     ):
         folder = tmp_path / str(number)

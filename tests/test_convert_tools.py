@@ -315,17 +315,17 @@ MALFORMED = {
     "a shard that is not there": (lambda folder: shard(folder).unlink(), "no file 'model-00001-of-00002.safetensors'"),
     "an index of a wrong file": (
         lambda folder: point(folder, shard(folder, 1).name, DOWN),
-        f"the index has {DOWN} in model-00001-of-00002.safetensors, it is in model-00002",
+        f"the index places {DOWN} in model-00001-of-00002.safetensors, but it is in model-00002",
     ),
     "an index of an unknown tensor": (
         lambda folder: point(folder, shard(folder).name, "model.ghost"),
-        "the index has model.ghost in model-00001-of-00002.safetensors, it is in no file",
+        "the index places model.ghost in model-00001-of-00002.safetensors, but it is in no file",
     ),
     "an index that leaves one out": (
         lambda folder: (folder / INDEX).write_text(
             json.dumps({"weight_map": dict(list(json.loads((folder / INDEX).read_text())["weight_map"].items())[1:])})
         ),
-        "in no file, it is in model-0000",
+        "in no file, but it is in model-0000",
     ),
     "an index that leaves the folder": (traversal, "no file '../evil.safetensors' in this folder"),
     "an index of an absolute path": (absolute, "evil.safetensors' in this folder"),
@@ -337,7 +337,7 @@ MALFORMED = {
         "unreadable index of weights",
     ),
     "an index that is no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), "unreadable index"),
-    "a shard that is a link": (linked, "model-00001-of-00002.safetensors is a link out of the folder"),
+    "a shard that is a link": (linked, "model-00001-of-00002.safetensors is a link to outside the folder"),
     "a tensor in two shards": (twice, f"{NORM} is both in model-00001"),
     "a missing tensor": (lambda folder: edit(folder, DOWN, lambda tensor: None), f"config.json: {DOWN} is missing"),
     "a pickle": (pickled, "pytorch_model.bin is a pickle, which can run code"),
@@ -381,7 +381,7 @@ def test_the_script_is_the_command_and_ends_with_2(export, tmp_path):
     done = warm.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "pytorch_model.bin is a pickle" in line and "save_pretrained elsewhere" in line
+    assert "pytorch_model.bin is a pickle" in line and "save_pretrained" in line
 
 
 def test_a_pickle_is_never_opened(export, tmp_path):
@@ -425,5 +425,5 @@ def test_a_hub_cache_links_to_its_blobs(export, tmp_path):
     assert len(weight_files(snapshot)) == 2
     shard(snapshot).unlink()
     shard(snapshot).symlink_to(shard(export))
-    with pytest.raises(UserError, match="is a link out of the folder"):
+    with pytest.raises(UserError, match="is a link to outside the folder"):
         weight_files(snapshot)

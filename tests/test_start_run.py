@@ -245,7 +245,7 @@ def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path
     _qwen3(tmp_path / "hub", data, load_config(_config(data, "before")))
     with caplog.at_level("INFO", logger="megamm"):
         check(config, open_run_data(config).vocabulary)
-    assert "model.rope_base: 1000000.0 in the source, 5000000.0 from here on: admitted" in caplog.text
+    assert "model.rope_base: 1000000.0 in the source, now 5000000.0: allowed" in caplog.text
 
 
 def test_a_source_older_than_a_key_had_what_is_its_default(data):
