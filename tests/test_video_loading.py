@@ -312,7 +312,7 @@ BROKEN = {
     "headless": (WAVES[: len(WAVES) // 2], "mp4", "broken mp4"),
     "empty": (b"", "mp4", "zero bytes"),
     "text": (b"<html>not found</html>" * 50, "webm", "neither MP4"),
-    "misnamed": (FILES["tall"][0], "mp4", "ending .mp4"),
+    "misnamed": (FILES["tall"][0], "mp4", "extension .mp4"),
     "overwritten": (damaged(WAVES), "mp4", ""),
 }
 
