@@ -47,7 +47,7 @@ def test_the_same_model_passes(name, tmp_path):
     assert len(list(folder.glob("*.safetensors"))) > 1
     report = gate.check(run, folder)
     assert report.passed, report.problems
-    assert report.lines[-1].startswith("logits: at most ") and "4 rows" in report.lines[-1]
+    assert report.lines[-1].startswith("logits: differ by at most ") and "4 rows" in report.lines[-1]
 
 
 def test_it_says_what_it_has_compared(llama):
@@ -97,8 +97,8 @@ def test_another_config_is_found_by_its_key_and_by_logits(pair):
     values["rope_parameters"]["rope_theta"] = 5e4
     (pair[1] / "config.json").write_text(json.dumps(values))
     config, logits = gate.check(*pair).problems
-    assert config == "config.json has rope_base = 50000.0, the checkpoint 10000.0"
-    assert "the first stage that differs is layer 0" in logits and "its tensors are the same" in logits
+    assert config == "config.json has rope_base = 50000.0, but the checkpoint has 10000.0"
+    assert "the first stage that differs is layer 0" in logits and "its tensors are equal" in logits
 
 
 def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
@@ -119,7 +119,7 @@ def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_pa
     make_native(pair[1], tmp_path / "run")
     assert gate.check(tmp_path / "run", pair[1], logits=False).passed
     (problem,) = gate.check(tmp_path / "run", pair[1]).problems
-    assert "the first stage that differs is layer 0" in problem and "its tensors are the same" in problem
+    assert "the first stage that differs is layer 0" in problem and "its tensors are equal" in problem
 
 
 @pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
@@ -280,7 +280,7 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
     caplog.set_level("INFO", "megamm.convert.gate")
     assert convert("import", export, tmp_path / "run").exit_code == 0
     assert convert("export", tmp_path / "run", tmp_path / "out").exit_code == 0
-    assert sum(line.startswith("logits: at most ") for line in caplog.messages) == 2
+    assert sum(line.startswith("logits: differ by at most ") for line in caplog.messages) == 2
     assert "digests: the folder matches its SHA256SUMS" in caplog.messages
     assert not list(tmp_path.glob(".tmp-*"))
     caplog.clear()

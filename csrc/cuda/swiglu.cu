@@ -1,7 +1,7 @@
 // SwiGLU on a GPU, forward and backward: y = silu(gate) * up, with optional bias, clamp and weight of each row.
 //
 // gate, up, y [rows, width], each with its own row stride, bias [2 width], weight [rows]; see ../swiglu.h. If nothing
-// is summed, a thread processes kHeld vectors, a block's width apart in the order of memory and across the ends of rows:
+// is summed, a thread takes kHeld vectors, a block's width apart in the order of memory and across the ends of rows:
 // any shape fills the device. If bias or weights need sums, groups of threads process `lanes` vectors of a row each. A
 // weight's gradient is summed over a group, the bias's over the rows that a block processes; partial sums are added in
 // order.

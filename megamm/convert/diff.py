@@ -31,7 +31,7 @@ class Diff:
 
 
 def compare(one: Path, other: Path) -> Diff:
-    """Compare two places. Raises UserError if one is unreadable, or if a needed family of transformers is missing."""
+    """Compare two places. Raises UserError if one is unreadable, or if no family has a model that needs one."""
     by_family = not (is_native(one) and is_native(other))
     a, b = (open_place(place, by_family=by_family) for place in (one, other))
     done = Diff()

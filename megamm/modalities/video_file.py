@@ -84,7 +84,7 @@ def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, 
 
 
 def digest_of_frames(data: bytes, extension: str) -> str:
-    """Decode everything; SHA-256 (hex) of the frames. Raises UnreadableMedia if broken, truncated or too large."""
+    """Decode everything; SHA-256 (hex) of the frames. UnreadableMedia if broken, truncated, too long or too large."""
     digest, pixels = hashlib.sha256(), 0
     for shown in shown_frames(data, extension):
         image = shown.image()

@@ -1,7 +1,7 @@
 """Sets the weights of a run that starts from others: each rank reads, moves and draws the values that it holds.
 
 Every rank reads only what it needs, directly into its live tensors. Weights are read from the source's float32 copies
-where these exist, including the float32 copies of a bfloat16 run; moments, step and schedule start fresh. The log
+where these exist, and so are the float32 copies of a bfloat16 run; moments, step and schedule start fresh. The log
 reports the result for every range of the vocabulary, and which tensors are new or skipped.
 """
 

@@ -97,7 +97,7 @@ def opened(place: str, run: Path, seq_length: int, ranks: Ranks) -> Iterator[Sou
         try:
             yield ranks.together(lambda: CheckpointSource.open(found.folder))
         finally:
-            # No rank is still reading it: the ranks finish `together` in step.
+            # All ranks have read it: `together` waits for all of them.
             if ranks.rank == 0:
                 shutil.rmtree(copy, ignore_errors=True)
         return
