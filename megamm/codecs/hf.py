@@ -117,6 +117,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             state |= load_file(file)
         except (SafetensorError, OSError) as error:
-            what, again = f"unreadable weights: {error}", "download or copy the file again"
-            raise UserError(what, where=file, remedy=again) from error
+            what, remedy = f"unreadable weights: {error}", "download or copy the file again"
+            raise UserError(what, where=file, remedy=remedy) from error
     return state
