@@ -303,7 +303,7 @@ def test_two_at_once_are_refused(moe: Path, tmp_path: Path, monkeypatch: pytest.
         export(moe / "run", tmp_path / "out", nproc=1)
 
     monkeypatch.setattr(Work, "fill", second)
-    with pytest.raises(UserError, match="another process converts to it"):
+    with pytest.raises(UserError, match="another process is converting to this folder"):
         export(moe / "run", tmp_path / "out", nproc=1)
 
 

@@ -351,10 +351,22 @@ MALFORMED = {
         lambda folder: config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
         r"layers\.2\..* is missing",
     ),
-    "heads that are no number": (lambda folder: config(folder, num_attention_heads="many"), "no model of transformers"),
-    "no heads": (lambda folder: config(folder, num_attention_heads=0, head_dim=None), "no model of transformers"),
-    "a config that is a list": (lambda folder: (folder / "config.json").write_text("[1]"), "no model of transformers"),
-    "a config cut off": (lambda folder: (folder / "config.json").write_text('{"model_ty'), "no model of transformers"),
+    "heads that are no number": (
+        lambda folder: config(folder, num_attention_heads="many"),
+        "transformers cannot build this model",
+    ),
+    "no heads": (
+        lambda folder: config(folder, num_attention_heads=0, head_dim=None),
+        "transformers cannot build this model",
+    ),
+    "a config that is a list": (
+        lambda folder: (folder / "config.json").write_text("[1]"),
+        "transformers cannot build this model",
+    ),
+    "a config cut off": (
+        lambda folder: (folder / "config.json").write_text('{"model_ty'),
+        "transformers cannot build this model",
+    ),
 }
 
 

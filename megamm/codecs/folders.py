@@ -73,7 +73,9 @@ def read_config(folder: Path, family: str) -> dict[str, Any]:
     file = folder / "config.json"
     if not (file.is_file() and weight_files(folder)):
         remedy = f"give a folder made by `megamm tokenizer train {family}`"
-        raise UserError(f"not a codec of family {family} (config.json and {WEIGHTS})", where=folder, remedy=remedy)
+        raise UserError(
+            f"not a codec of family {family}: it needs config.json and {WEIGHTS}", where=folder, remedy=remedy
+        )
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:

@@ -68,4 +68,5 @@ def check(folder: Path, found: Mapping[str, Described]) -> None:
 
 def _no_model(error: Exception, where: Path) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"no model of transformers: {type(error).__name__} {reason}", where=where, remedy="restore it")
+    what = f"transformers cannot build this model: {type(error).__name__} {reason}"
+    return UserError(what, where=where, remedy="correct the config, or download or copy the folder again")

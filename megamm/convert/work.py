@@ -153,7 +153,9 @@ class _Journal:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self.descriptor)
-            raise UserError("another process converts to it", where=place, remedy="wait for it, or stop it") from None
+            raise UserError(
+                "another process is converting to this folder", where=place, remedy="wait for it, or stop it"
+            ) from None
         self.first = {"identity": conversion.identity, "code": code_version()}
         lines = list(_parsed(self.path.read_bytes()))
         if lines and lines[0] == self.first:
