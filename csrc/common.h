@@ -1,4 +1,4 @@
-// What every op's file shares: where it registers, the row view of a tensor, argument checks.
+// Common parts of all ops: registration, the row view of a tensor, argument checks.
 //
 // Only the stable ABI of torch is used (torch/csrc/stable), so that one build serves torch 2.11 and later.
 #pragma once
@@ -11,8 +11,8 @@
 #include <type_traits>
 #include <vector>
 
-// The library's name in torch.ops, and the dispatch key of what is in cuda/. Tests build the sources of cuda/ a second
-// time, under other names, to run them on a CPU.
+// The library's name in torch.ops, and the dispatch key of cuda/. Tests build the sources of cuda/ a second time, under
+// other names, to run them on a CPU.
 #ifndef MEGAMM_LIBRARY
 #define MEGAMM_LIBRARY megamm
 #endif
@@ -28,7 +28,7 @@ namespace megamm {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The type that numbers of type T are computed in.
+// The type in which numbers of type T are computed.
 template <class T>
 using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -67,11 +67,11 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// Elements from one row (all but the last axis) to the next, or -1 where that is not one number.
+// Elements from one row (all but the last axis) to the next, or -1 if this is not a single number.
 inline int64_t row_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) return -1;
-  int64_t stride = -1, reach = 0;  // `reach`: the stride that the next axis to the left must have
+  int64_t stride = -1, reach = 0;  // `reach`: the stride required of the next axis to the left
   for (int64_t i = last - 1; i >= 0; --i) {
     if (t.size(i) == 1) continue;
     if (stride < 0) {
@@ -84,13 +84,13 @@ inline int64_t row_stride(const Tensor& t) {
   return stride < 0 ? t.size(last) : stride;
 }
 
-// The tensor itself where its rows lie at one stride, else a contiguous copy.
+// The tensor itself if its rows have one stride, otherwise a contiguous copy.
 inline Tensor as_rows(const Tensor& t) {
   return row_stride(t) < 0 ? torch::stable::contiguous(t) : t;
 }
 
-// Kernels read through raw pointers: whatever they assume of a second tensor is checked here. megamm/ops checks the
-// same earlier, in words for users.
+// Kernels read through raw pointers: everything they assume about a second tensor is checked here. megamm/ops checks
+// the same earlier, with messages for users.
 inline void check_like(const Tensor& t, const Tensor& x, const char* op, const char* name) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", name, " has another dtype than the first argument");
   STD_TORCH_CHECK(t.device() == x.device(), op, ": ", name, " is on another device than the first argument");

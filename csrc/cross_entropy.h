@@ -1,9 +1,9 @@
-// What the CPU and CUDA sides of cross entropy share: the check of arguments.
+// Common parts of cross entropy for CPU and CUDA: the check of arguments.
 //
-// logits [rows, columns] at one row stride are this rank's columns of a vocabulary that may be split over ranks; target
-// [rows] is the label's index among them, or -1 where it is another rank's. statistics [rows, 4], in float32 (float64 for
-// float64), are of each row x: its maximum m, the sum of exp(x - m), x at the target (0 without one), the sum of x.
-// factor [rows] is what each row's loss is multiplied by.
+// logits [rows, columns] with one row stride are this rank's columns of a vocabulary that may be split over ranks;
+// target [rows] is the label's index among them, or -1 if it is on another rank. statistics [rows, 4], in float32
+// (float64 for float64), of each row x: its maximum m, the sum of exp(x - m), x at the target (0 without a target), the
+// sum of x. factor [rows] is the factor of each row's loss.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,4 @@
-// From a tensor's dtype to a C++ type: of the CPU's number types (cpu/number.h) or CUDA's (cuda/common.cuh), whichever
+// Converts a tensor's dtype to a C++ type: the CPU's number types (cpu/number.h) or CUDA's (cuda/common.cuh), whichever
 // was included before.
 #pragma once
 

@@ -1,9 +1,9 @@
-// What the CPU and CUDA sides of patchify_3d and unpatchify_3d share: the geometry, the checks, the dtypes.
+// Common parts of patchify_3d and unpatchify_3d for CPU and CUDA: the geometry, the checks, the dtypes.
 //
 // A video is [batch, channels, T, Y, X], or [batch, T, Y, X, channels] with channels_last. It is cut into patches of
 // t x p x q (frames, rows, columns); a patch is a row of numbers in the order channel, t, p, q, as in the weight of a
-// Conv3d. A grid that reaches beyond the video has zeros there. Causal: the first patch in time ends with frame 0; what
-// is before it is frame 0 again (replicated) or zeros.
+// Conv3d. A grid that extends beyond the video has zeros there. Causal: the first patch in time ends with frame 0;
+// before it are copies of frame 0 (replicated) or zeros.
 #pragma once
 
 // Included after the number types (dispatch.h).
@@ -21,7 +21,7 @@ struct Extent {
 struct Patching {
   int64_t batch, channels;
   Extent size, patch, grid;
-  int64_t front;  // frames of the first patch that are before frame 0
+  int64_t front;  // frames of the first patch before frame 0
   bool replicated, channels_last;
 
   int64_t width() const { return channels * patch.t * patch.y * patch.x; }  // numbers of a patch
@@ -32,7 +32,7 @@ struct Patching {
   }
 };
 
-// Elements between neighbours of a video.
+// Elements between neighbours in a video.
 struct VideoStrides {
   int64_t batch, channel, frame, row, column;
 };
@@ -87,8 +87,8 @@ inline VideoStrides video_strides(const Tensor& video, bool channels_last) {
   return {video.stride(0), video.stride(1), video.stride(2), video.stride(3), video.stride(4)};
 }
 
-// Calls f with zeros of the C++ types of the video and of the patches: the same one, or a video in float32, or, where
-// it is only read, in uint8.
+// Calls f with zeros of the C++ types of the video and of the patches: the same type, or a video in float32 or, if it
+// is only read, in uint8.
 template <bool kBytes, class F>
 void dispatch_video(ScalarType video, ScalarType patches, const char* op, const F& f) {
   dispatch(patches, op, [&](auto zero) {

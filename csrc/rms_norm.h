@@ -1,4 +1,4 @@
-// What RMSNorm's CPU and CUDA sides share: the check of arguments, and the shape of statistics.
+// Common parts of RMSNorm for CPU and CUDA: the check of arguments, and the shape of statistics.
 #pragma once
 
 #include "common.h"
@@ -26,7 +26,7 @@ inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dx_add
                   "rms_norm_backward: rstd is not the one that rms_norm gave");
 }
 
-// rms_norm and add_rms_norm of one side: `run` is its loop over rows. Without `residual`, `sum` is not written.
+// rms_norm and add_rms_norm of one device: `run` is its loop over rows. Without `residual`, `sum` is not written.
 template <class F>
 std::tuple<Tensor, Tensor> norm_with(const F& run, const Tensor& x_any, const Tensor& weight_any, double eps,
                                      bool zero_centered) {

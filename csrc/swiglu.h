@@ -1,6 +1,6 @@
-// What SwiGLU's CPU and CUDA sides share: the formulas, the operands as kernels read them, the check of arguments.
+// Common parts of SwiGLU for CPU and CUDA: the formulas, the operands as kernels read them, the check of arguments.
 //
-// Included after load, sigmoid and MEGAMM_INLINE of one side, which it names.
+// Included after the device's load, sigmoid and MEGAMM_INLINE, which it uses.
 // Source: Shazeer 2020, "GLU Variants Improve Transformer".
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace megamm {
 
-// Rows of `gate` and `up` at their own strides; for a fused projection they are the two halves of one row.
+// Rows of `gate` and `up` with their own strides; for a fused projection they are the two halves of one row.
 template <class T>
 struct SwigluInput {
   using C = compute_t<T>;
@@ -33,7 +33,7 @@ MEGAMM_INLINE compute_t<T> weight_of_row(const SwigluInput<T>& in, int64_t row) 
   return in.float_weight ? compute_t<T>(in.float_weight[row]) : compute_t<T>(1);
 }
 
-// gate to at most `limit`, up to between -limit and limit; a NaN stays one.
+// Limits gate to at most `limit`, up to between -limit and limit; keeps a NaN.
 template <class C>
 MEGAMM_INLINE void clamp(C& gate, C& up, C limit) {
   gate = gate > limit ? limit : gate;
@@ -50,14 +50,14 @@ MEGAMM_INLINE C swiglu_value(C gate, C up, C limit, bool clamps) {
 template <class C>
 struct SwigluGradient {
   C gate, up;
-  C value;  // of the function itself
+  C value;  // the value of the function
 };
 
-// Gradients of gate and up where that of the value is `dy`. Nothing passes beyond a bound; as in torch, nor past a NaN
-// that was to be clamped.
+// Gradients of gate and up if that of the value is `dy`. They are 0 beyond a limit and, as in torch, for a NaN that was
+// to be clamped.
 template <class C>
 MEGAMM_INLINE SwigluGradient<C> swiglu_gradient(C gate, C up, C dy, C limit, bool clamps) {
-  // Without branches, for the sake of vectors.
+  // Without branches, so that it can be vectorised.
   const bool gate_passes = (!clamps) | (gate <= limit);
   const bool up_passes = (!clamps) | ((up <= limit) & (up >= -limit));
   if (clamps) clamp(gate, up, limit);
@@ -67,7 +67,7 @@ MEGAMM_INLINE SwigluGradient<C> swiglu_gradient(C gate, C up, C dy, C limit, boo
   return {gate_passes ? dy * up * slope : C(0), up_passes ? dy * silu : C(0), silu * up};
 }
 
-// The gradient of y, rows at one stride, and where those of gate and up go.
+// The gradient of y, rows with one stride, and the outputs for those of gate and up.
 template <class T>
 struct SwigluOutput {
   const T* dy;
@@ -77,9 +77,9 @@ struct SwigluOutput {
   int64_t stride;  // of dgate and dup
 };
 
-namespace {  // torch's headers hide Tensor: what holds one must not be seen outside a file either
+namespace {  // torch's headers hide Tensor: types that hold one must not be visible outside a file either
 
-// The operands as tensors: rows at one stride, the small ones contiguous.
+// The operands as tensors: rows with one stride, the small ones contiguous.
 struct SwigluTensors {
   Tensor gate;
   std::optional<Tensor> up, bias, row_weight;
@@ -111,7 +111,7 @@ struct SwigluTensors {
   }
 };
 
-// Gradients of the operands; those of absent ones have no elements.
+// Gradients of the operands; those of absent operands have no elements.
 struct SwigluGradients {
   Tensor gate, up, bias, row_weight;
 
@@ -131,7 +131,7 @@ struct SwigluGradients {
   }
 };
 
-// Checks what kernels assume of each tensor and lays it out for them.
+// Checks what kernels assume about each tensor and prepares it for them.
 inline SwigluTensors swiglu_tensors(const Tensor& gate, const std::optional<Tensor>& up,
                                     const std::optional<Tensor>& bias, const std::optional<Tensor>& row_weight,
                                     std::optional<double> limit, const char* op) {

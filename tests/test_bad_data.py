@@ -67,4 +67,4 @@ def test_a_media_document_longer_than_a_row_is_refused(made, tmp_path, monkeypat
     monkeypatch.setattr(sys, "argv", ["megamm", "train", str(config), "--dry-run"])
     with pytest.raises(SystemExit):
         cli.main()
-    assert "set seq_length to at least" in capsys.readouterr().err
+    assert "set data.seq_length to at least" in capsys.readouterr().err

@@ -183,7 +183,7 @@ def test_a_bad_medium_is_named(tmp_path, modality, name):
     if modality not in REGISTRY:  # then the line has a part less, and the field is named instead
         raw = lines(raw, {"key": "bad", modality: name})
         report = built(tmp_path, raw)
-        assert "no part" in report.left_out["broken"][0]["reason"]
+        assert "no parts" in report.left_out["broken"][0]["reason"]
         return
     report = built(tmp_path, raw)
     entries = [entry for found in report.left_out.values() for entry in found]
@@ -254,7 +254,7 @@ def test_a_bad_path_is_named(tmp_path, path):
     (raw / "folder").mkdir()
     os.mkfifo(raw / "pipe.png")
     (entry,) = built(tmp_path, raw).left_out["broken"]
-    assert any(why in entry["reason"] for why in ("leads out of the folder", "not a plain file", "is not one of"))
+    assert any(why in entry["reason"] for why in ("leads outside the folder", "not a regular file", "is not one of"))
 
 
 def test_a_hostile_tar_is_read_and_not_extracted(tmp_path):
@@ -290,4 +290,4 @@ def test_a_medium_that_its_tar_cuts_off_is_named(tmp_path):
     part = RawPart("image", "0.tar:a.png", Span(tmp_path / "0.tar", 0, 200))
     checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (part,)), checks)
-    assert found == LeftOut("broken", "0.tar:a.png", "cut off")
+    assert found == LeftOut("broken", "0.tar:a.png", "truncated")

@@ -155,14 +155,14 @@ def test_broken_samples_are_counted_and_named_and_equal_images_kept_once(tmp_pat
     (report,) = build([raw], tmp_path / "shards", BuildOptions(max_broken=0.3))
     names = {entry["what"]: entry["reason"] for entry in report.left_out["broken"]}
     assert set(names) == {*broken, "gone.png", "samples.jsonl:51"}
-    assert names["empty.png"] == "zero bytes" and names["blank.svg"] == "draws nothing"
+    assert names["empty.png"] == "zero bytes" and names["blank.svg"] == "the drawing is blank"
     assert names["gone.png"] == "No such file or directory" and "not JSON" in names["samples.jsonl:51"]
     (double,) = report.left_out["duplicates"]
-    assert {double["what"], double["reason"].removeprefix("equal to mine/")} == {"mine-00000004", "mine-00000048"}
+    assert {double["what"], double["reason"].removeprefix("identical to mine/")} == {"mine-00000004", "mine-00000048"}
     assert report.train + report.heldout == 40
     stored = json.loads((tmp_path / "shards" / "mine" / "report.json").read_text())
     assert stored["left_out"] == report.left_out and stored["curation"]["near_duplicates"] == 0.8
-    assert "left out: 9 broken, 1 duplicates" in report.summary()
+    assert "skipped: 9 broken, 1 duplicates" in report.summary()
 
 
 def test_too_many_broken_samples_write_nothing(tmp_path):
@@ -176,7 +176,7 @@ def test_too_many_broken_samples_write_nothing(tmp_path):
 def test_what_is_built_is_not_overwritten(tmp_path):
     raw = raw_folder(tmp_path / "mine")
     build([raw], tmp_path / "shards", BuildOptions())
-    with pytest.raises(UserError, match="built already"):
+    with pytest.raises(UserError, match="already built"):
         build([raw], tmp_path / "shards", BuildOptions())
     build([raw_folder(tmp_path / "more")], tmp_path / "shards", BuildOptions())  # another source joins
     assert set(json.loads((tmp_path / "shards" / "report.json").read_text())) == {"mine", "more"}
@@ -200,7 +200,7 @@ def test_a_key_is_taken_once(tmp_path):
     with (raw / "samples.jsonl").open("a") as file:
         file.write('{"key": "k", "image": "0.png", "caption": "x"}\n{"key": "k", "image": "1.png", "caption": "y"}\n')
     (report,) = build([raw], tmp_path / "shards", BuildOptions(max_broken=0.3))
-    assert report.left_out["broken"] == [{"what": "k", "reason": "this key occurs twice"}]
+    assert report.left_out["broken"] == [{"what": "k", "reason": "duplicate key"}]
     assert report.train + report.heldout == 3
 
 

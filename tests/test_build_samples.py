@@ -108,7 +108,7 @@ def test_samples_are_double_only_if_every_part_is(tmp_path, toy):
     assert {double["what"] for double in doubles} | kept == set("abcdef") and len(doubles) == 2
     assert {"c", "d", "f"} <= kept and len(kept & {"a", "b", "e"}) == 1
     (double,) = more.left_out["duplicates"]
-    assert double["what"] == "a" and double["reason"].startswith("equal to mine/")
+    assert double["what"] == "a" and double["reason"].startswith("identical to mine/")
 
 
 def test_a_medium_is_in_one_split_only(tmp_path, toy):
@@ -172,10 +172,10 @@ def test_rules_and_masking_are_counted(tmp_path):
     (report,) = build([raw], tmp_path / "shards", options)
     assert stored(tmp_path / "shards" / "mine")["text"] == {"mail.txt": b"write to <EMAIL> or <IP>"}
     written = json.loads((tmp_path / "shards" / "report.json").read_text())["mine"]
-    assert written["left_out"]["image_sanity"] == [{"what": "flat.png", "reason": "blank: all of one colour"}]
+    assert written["left_out"]["image_sanity"] == [{"what": "flat.png", "reason": "blank: a single colour"}]
     assert written["left_out"]["text_length"][0]["what"] == "short"
     assert written["masked"] == {"EMAIL": 1, "IP": 1} and written["curation"]["min_characters"] == 3
-    assert report.summary().endswith("left out: 1 text length, 1 image sanity; masked: 1 EMAIL, 1 IP")
+    assert report.summary().endswith("skipped: 1 text length, 1 image sanity; masked: 1 EMAIL, 1 IP")
 
 
 def test_unknown_fields_are_reported(tmp_path):
@@ -190,4 +190,4 @@ def test_a_build_without_one_usable_sample_left_is_written(tmp_path):
     raws = [source(tmp_path / name, [RawSample("k", "a", (text("same"),))]) for name in ("one", "two")]
     build(raws, tmp_path / "shards", BuildOptions())
     report = json.loads((tmp_path / "shards" / "two" / "report.json").read_text())
-    assert report["left_out"]["duplicates"] == [{"what": "k", "reason": "equal to one/k"}]
+    assert report["left_out"]["duplicates"] == [{"what": "k", "reason": "identical to one/k"}]

@@ -47,7 +47,7 @@ def test_the_same_model_passes(name, tmp_path):
     assert len(list(folder.glob("*.safetensors"))) > 1
     report = gate.check(run, folder)
     assert report.passed, report.problems
-    assert report.lines[-1].startswith("logits: at most ") and "4 rows" in report.lines[-1]
+    assert report.lines[-1].startswith("logits: differ by at most ") and "4 rows" in report.lines[-1]
 
 
 def test_it_says_what_it_has_compared(llama):
@@ -55,7 +55,7 @@ def test_it_says_what_it_has_compared(llama):
     assert report.passed, report.problems
     count = 3 * 9 + 3
     assert report.lines[:-1] == [
-        "digests: the checkpoint's manifest holds",
+        "digests: the checkpoint matches its manifest",
         "digests: the folder has no SHA256SUMS",
         f"names and shapes: {count} tensors are on both sides",
         f"tensors: {count} compared, bit for bit",
@@ -72,14 +72,17 @@ def test_a_changed_tensor_is_found_twice_and_its_layer_named(pair, layer):
     said = f"{name}: 1 of {48 * 56:,} differ, by 0.5 at most"
     tensors, logits = report.problems
     assert tensors == f"1 tensors differ, the first layer that differs is layer {layer}: {said}"
-    assert f"the first that differs is layer {layer}, by " in logits and logits.endswith(f": {said}")
+    assert f"the first stage that differs is layer {layer}, by " in logits and logits.endswith(f": {said}")
 
 
 @pytest.mark.parametrize(("name", "where"), [("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "logits")])
 def test_a_changed_table_is_found(pair, name, where):
     edit(pair[1], name, lambda tensor: tensor + (torch.arange(len(tensor)) % 2)[:, None])
     tensors, logits = gate.check(*pair).problems
-    assert "the first lies outside of the layers: " + name in tensors and f"the first that differs is {where}" in logits
+    assert (
+        "the first is outside of the layers: " + name in tensors
+        and f"the first stage that differs is {where}" in logits
+    )
 
 
 def test_the_smallest_bit_of_a_norm_is_found(pair):
@@ -94,8 +97,8 @@ def test_another_config_is_found_by_its_key_and_by_logits(pair):
     values["rope_parameters"]["rope_theta"] = 5e4
     (pair[1] / "config.json").write_text(json.dumps(values))
     config, logits = gate.check(*pair).problems
-    assert config == "config.json has rope_base = 50000.0, the checkpoint 10000.0"
-    assert "the first that differs is layer 0" in logits and "its tensors are the same" in logits
+    assert config == "config.json has rope_base = 50000.0, but the checkpoint has 10000.0"
+    assert "the first stage that differs is layer 0" in logits and "its tensors are equal" in logits
 
 
 def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
@@ -105,7 +108,7 @@ def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
     *config, logits = gate.check(*pair).problems
     keys = {"num_attention_heads = 3", "num_query_groups = 1", "head_dim = 20"}
     assert keys == {line.removeprefix("config.json has ").split(",")[0] for line in config}
-    assert "the first that differs is layer 0" in logits
+    assert "the first stage that differs is layer 0" in logits
 
 
 def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_pa
     make_native(pair[1], tmp_path / "run")
     assert gate.check(tmp_path / "run", pair[1], logits=False).passed
     (problem,) = gate.check(tmp_path / "run", pair[1]).problems
-    assert "the first that differs is layer 0" in problem and "its tensors are the same" in problem
+    assert "the first stage that differs is layer 0" in problem and "its tensors are equal" in problem
 
 
 @pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
@@ -162,7 +165,7 @@ def test_several_processes_find_what_one_finds(pair, monkeypatch):
     together = gate.check(run, folder, logits=False, nproc=2)
     assert (together.lines, together.problems) == (alone.lines, alone.problems)
     monkeypatch.setattr(gate, "_compared", die)
-    with pytest.raises(UserError, match="a process that compares was killed"):
+    with pytest.raises(UserError, match="a process that compares tensors was killed"):
         gate.check(run, folder, logits=False, nproc=2)
 
 
@@ -195,8 +198,8 @@ def test_rows_are_whole_packed_and_padded():
     ("change", "message"),
     [
         (lambda t: None, "is missing"),
-        (lambda t: t[:-1], r"is \[47, 56\], the config says \[48, 56\]"),
-        (lambda t: t.to(torch.int32), "has values of int32"),
+        (lambda t: t[:-1], r"has the shape \[47, 56\], the config requires \[48, 56\]"),
+        (lambda t: t.to(torch.int32), "has the dtype int32"),
     ],
     ids=["missing", "shape", "integers"],
 )
@@ -205,7 +208,7 @@ def test_names_and_shapes_are_complete(pair, change, message):
     report = gate.check(*pair)
     assert "model.layers.1.mlp.down_proj.weight " in report.problems[0]
     assert re.search(message, report.problems[0])
-    assert report.lines[-1] == "logits: not compared, the two have not the same tensors"
+    assert report.lines[-1] == "logits: check skipped: the tensors of the two sides do not match"
 
 
 def test_a_tensor_too_many_is_found(pair):
@@ -214,7 +217,7 @@ def test_a_tensor_too_many_is_found(pair):
     index = json.loads((pair[1] / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.extra"] = first.name
     (pair[1] / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert gate.check(*pair).problems == ["model.extra has no place in the model"]
+    assert gate.check(*pair).problems == ["model.extra is not a tensor of the model"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
@@ -227,16 +230,16 @@ def test_a_conversion_of_dtype_is_said_and_compared_after_it(llama, tmp_path, ou
     make_native(llama[1], tmp_path / "run", lambda tensor: tensor.to(getattr(torch, ours)))
     report = gate.check(tmp_path / "run", folder)
     assert report.passed, report.problems
-    assert f"tensors: 30 compared, the checkpoint's {ours} beside the folder's {theirs}" in report.lines
+    assert f"tensors: 30 compared, the checkpoint's {ours} with the folder's {theirs}" in report.lines
     make_native(llama[1], tmp_path / "other", lambda tensor: (tensor * 1.01).to(getattr(torch, ours)))
     assert "30 tensors differ" in gate.check(tmp_path / "other", folder, logits=False).problems[0]
 
 
 def test_digests_of_both_sides_are_checked(pair, tmp_path):
     write_digests(pair[1])
-    assert "digests: SHA256SUMS of the folder holds" in gate.check(*pair, logits=False).lines
+    assert "digests: the folder matches its SHA256SUMS" in gate.check(*pair, logits=False).lines
     (pair[1] / "generation_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"generation_config.json is not as SHA256SUMS has it"):
+    with pytest.raises(UserError, match=r"generation_config.json does not match SHA256SUMS"):
         gate.check(*pair, logits=False)
     run = Path(shutil.copytree(pair[0], tmp_path / "run"))
     shard = checkpoint.path_of(run, 0) / "tensors" / "__1_0.distcp"
@@ -253,15 +256,15 @@ def test_not_a_number_is_reported_and_logits_left_out(pair, tmp_path, caplog):
     edit(pair[1], "model.layers.1.self_attn.o_proj.weight", broken)
     make_native(pair[1], tmp_path / "run")
     report = gate.check(tmp_path / "run", pair[1])
-    assert report.passed and report.lines[-1].startswith("logits: not compared, with NaN")
-    assert "tensors: 1 have NaN or Inf, the first is model.layers.1.self_attn.o_proj.weight" in caplog.messages
+    assert report.passed and report.lines[-1].startswith("logits: check skipped: weights contain NaN")
+    assert "tensors: 1 contain NaN or Inf, the first is model.layers.1.self_attn.o_proj.weight" in caplog.messages
 
 
 def test_no_room_for_a_model_is_said_first(llama, monkeypatch):
     import psutil
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
-    with pytest.raises(UserError, match=r"to compare logits takes 0.0 GB of memory, 0.0 are free.*--no-logits"):
+    with pytest.raises(UserError, match=r"the logit check needs 0.0 GB of memory, 0.0 GB are free.*--no-logits"):
         gate.room_for_logits(gate.Native(gate.find_checkpoint(llama[0])).config, 301)
 
 
@@ -277,12 +280,12 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
     caplog.set_level("INFO", "megamm.convert.gate")
     assert convert("import", export, tmp_path / "run").exit_code == 0
     assert convert("export", tmp_path / "run", tmp_path / "out").exit_code == 0
-    assert sum(line.startswith("logits: at most ") for line in caplog.messages) == 2
-    assert "digests: SHA256SUMS of the folder holds" in caplog.messages
+    assert sum(line.startswith("logits: differ by at most ") for line in caplog.messages) == 2
+    assert "digests: the folder matches its SHA256SUMS" in caplog.messages
     assert not list(tmp_path.glob(".tmp-*"))
     caplog.clear()
     assert convert("export", tmp_path / "run", tmp_path / "again", "--no-logits").exit_code == 0
-    assert "logits: not compared, as told" in caplog.messages
+    assert "logits: check skipped (--no-logits)" in caplog.messages
     for name, tensor in load_file(export / "model.safetensors").items():
         assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")[name], tensor)
 
@@ -296,7 +299,7 @@ def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path,
         assert convert("import", export, tmp_path / "wrong", "--no-gate").exit_code == 0
     assert convert("export", tmp_path / "wrong", tmp_path / "out", "--no-gate").exit_code == 0
     assert (
-        caplog.messages.count("gate: left out, as told: nothing has compared the result with what it was made of") == 2
+        caplog.messages.count("verification skipped (--no-gate): the result has not been compared with its source") == 2
     )
     checkpoint.verify(checkpoint.newest(tmp_path / "wrong"))
     (problem,) = gate.check(tmp_path / "wrong", export, logits=False).problems
@@ -307,8 +310,8 @@ def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path,
 def left_by(done) -> Path:
     """Of a command whose gate has failed: where its result is."""
     assert done.exit_code == 1
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: the gate failed: ")]
-    return Path(line.rpartition("the result is left in ")[2])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: verification failed: ")]
+    return Path(line.rpartition("the result is kept in ")[2])
 
 
 def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monkeypatch):

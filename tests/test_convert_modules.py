@@ -63,7 +63,7 @@ def test_text_base_has_the_logits_of_the_whole_model(export, parts):
 def test_text_base_is_an_export(parts):
     opened = open_tiny(parts / "text_base")
     assert list(opened.modalities) == ["text"] and [r.name for r in opened.vocabulary.ranges] == ["text", "control"]
-    with pytest.raises(UserError, match="no media in its vocabulary"):
+    with pytest.raises(UserError, match="the vocabulary has no media ids"):
         split(parts / "text_base", parts.parent / "again")
     assert not (parts.parent / "again").exists()
 
@@ -117,7 +117,7 @@ def test_a_damaged_half_is_refused(parts, tmp_path):
         [
             ({k: v for k, v in kept.items() if k != "decoder.stem.weight"}, config, "decoder.stem.weight is missing"),
             (kept | {"decoder.more": torch.zeros(1)}, config, "decoder.more is missing or unknown"),
-            (kept, config.replace('"half": "decoder"', '"half": "both"'), "no half of a codec"),
+            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not a half of a codec"),
         ]
     ):
         folder = tmp_path / str(number)
@@ -151,7 +151,7 @@ def test_parts_of_other_models_are_not_joined(parts, tmp_path):
     shutil.copytree(parts / "multimodal_fusion", tmp_path / "multimodal_fusion")
     config = tmp_path / "text_base" / "config.json"
     config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
-    with pytest.raises(UserError, match=r"config.json is not as SHA256SUMS"):
+    with pytest.raises(UserError, match=r"config.json does not match SHA256SUMS"):
         join(tmp_path, tmp_path / "out")
     write_digests(tmp_path / "text_base")
     with pytest.raises(UserError, match="different models"):
@@ -169,9 +169,9 @@ def test_digests_name_what_is_wrong(tmp_path):
     check_digests(tmp_path)
     for change, what in (
         (lambda: (tmp_path / "c").write_bytes(b""), "does not list c"),
-        (lambda: (tmp_path / "deep" / "a").write_bytes(b"abd"), "deep/a is not as"),
+        (lambda: (tmp_path / "deep" / "a").write_bytes(b"abd"), "deep/a does not match"),
         (lambda: (tmp_path / "deep" / "a").unlink(), "deep/a is missing"),
-        (lambda: (tmp_path / "SHA256SUMS").write_text("x"), "line 1 is no digest"),
+        (lambda: (tmp_path / "SHA256SUMS").write_text("x"), "line 1 is not a digest"),
         (lambda: (tmp_path / "SHA256SUMS").unlink(), "no readable SHA256SUMS"),
     ):
         change()
@@ -213,7 +213,7 @@ def test_the_card_tells_of_the_run(export, tmp_path):
     assert (result.metric_value, result.metric_name) == (2.5, "cross entropy of text in nats per token")
     for row in (
         "| shapes | 1 | CC-BY 4.0 |",
-        "| old | taken out | not recorded",
+        "| old | removed | not recorded",
         "| text | 12,345 |",
         "| text | 2.2500 | 4 |",
     ):
@@ -222,7 +222,7 @@ def test_the_card_tells_of_the_run(export, tmp_path):
         assert row in read.text, row
     assert "By A. N. Other" in (export / "ATTRIBUTION.md").read_text()
     check_digests(export)
-    with pytest.raises(UserError, match="of step 4, the export of step 5"):
+    with pytest.raises(UserError, match="of step 4, but the export is of step 5"):
         card.write_card(export, own | {"step": 5}, figures)
     with pytest.raises(UserError, match="pair_gain is missing"):
         (tmp_path / "eval.json").write_text(json.dumps({k: v for k, v in figures.items() if k != "pair_gain"}))

@@ -213,7 +213,7 @@ def test_logits_of_the_run_equal_those_of_the_export(folder, tmp_path):
         (tmp_path / "other" / path.name).symlink_to(path)
     (tmp_path / "other" / "megamm.json").unlink()
     (tmp_path / "other" / "megamm.json").write_text(json.dumps(own | {"step": 7}))
-    with pytest.raises(UserError, match=r"the export is of step 7, the run's checkpoint of step 0"):
+    with pytest.raises(UserError, match=r"the export is of step 7, but the run's newest checkpoint is of step 0"):
         logits_difference(run, tmp_path / "other", choose("cpu"))
 
 

@@ -191,7 +191,7 @@ def test_requests_are_made_as_by_single_commands(folder, tmp_path):
         ([{"prompt": "a", "to": "image", "out": "taken.png"}], "the output exists"),
         ([{"prompt": "a", "to": "image", "out": "c.png"}] * 2, "2 requests write the same file"),
         ([{"from": "gone.png", "to": "text", "out": "c.txt"}], "cannot read: No such file"),
-        ([{"prompt": " ", "to": "image", "out": "c.png"}], "holds no text"),
+        ([{"prompt": " ", "to": "image", "out": "c.png"}], "contains no text"),
     ],
 )
 def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, message):
@@ -208,7 +208,7 @@ def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, m
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", " ", "--to", "image", "--out", "a.png"], "holds no text"),
+        (["--prompt", " ", "--to", "image", "--out", "a.png"], "contains no text"),
         (["--prompt", "a", "--to", "smell", "--out", "a.png"], "no modality 'smell'"),
         (["--prompt", "a", "--to", "image"], "nowhere to write"),
         (["--prompt", "a", "--to", "image", "--out", "a.jpg"], "written as .png"),
@@ -236,7 +236,7 @@ def test_a_damaged_export_is_named(folder, tmp_path):
         _ = open_tiny(copied).model
     config = copied / "codecs" / "visual" / "config.json"
     config.write_text(config.read_text() + " ")
-    with pytest.raises(UserError, match="codecs are not those of the model"):
+    with pytest.raises(UserError, match="codecs do not match the model's vocabulary"):
         open_tiny(copied)
 
 

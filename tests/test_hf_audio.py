@@ -71,7 +71,7 @@ def test_the_company_of_a_clip_changes_none_of_its_ids(folders, name):
 def test_ids_of_no_sound_are_refused(folders, name):
     codec, _ = load(folders, name)
     for ids in ([], [0], [32] * codec.codebooks, [-1, 32, 64, 96][: codec.codebooks]):
-        with pytest.raises(ValueError, match=r"ids are no frames of|ids of level q"):
+        with pytest.raises(ValueError, match=r"ids are not a multiple of|ids of level q"):
             codec.decode(torch.tensor(ids, dtype=torch.int64))
     for lengths in ([0], [11], [5, 5]):
         with pytest.raises(ValueError, match="lengths"):

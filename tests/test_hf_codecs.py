@@ -63,11 +63,13 @@ def refused(folder, family_name, match):
 
 
 def test_other_models_are_refused(folders, tmp_path):
-    refused(folders["dac"], "visual", "'dac' is no visual codec.*emu3_vqgan or chameleon_vqgan or janus_vqgan")
-    refused(folders["emu3"], "audio", "'emu3_vqgan' is no audio codec.*mimi or encodec or dac")
-    refused(folders["emu3"], "points", "'emu3_vqgan' is no points codec.*tokenizer train points`$")
-    refused(edited(folders, "dac", tmp_path / "a", model_type="bert"), "audio", "'bert' is no audio codec")
-    refused(edited(folders, "dac", tmp_path / "k", kind="megamm-y"), "audio", "kind 'megamm-y' is no audio codec")
+    refused(
+        folders["dac"], "visual", "'dac' is not a codec of family visual.*emu3_vqgan or chameleon_vqgan or janus_vqgan"
+    )
+    refused(folders["emu3"], "audio", "'emu3_vqgan' is not a codec of family audio.*mimi or encodec or dac")
+    refused(folders["emu3"], "points", "'emu3_vqgan' is not a codec of family points.*tokenizer train points`$")
+    refused(edited(folders, "dac", tmp_path / "a", model_type="bert"), "audio", "'bert' is not a codec of family audio")
+    refused(edited(folders, "dac", tmp_path / "k", kind="megamm-y"), "audio", "kind 'megamm-y' is not of family audio")
     refused(edited(folders, "mimi", tmp_path / "b", audio_channels=2), "audio", "2 channels; only mono")
     refused(edited(folders, "encodec", tmp_path / "c", audio_channels=2), "audio", "2 channels; only mono")
     refused(edited(folders, "encodec", tmp_path / "d", normalize=True), "audio", "scale for each chunk")
@@ -96,7 +98,7 @@ def test_damage_is_named(folders, tmp_path):
         outside = edited(folders, "dac", tmp_path / f"f{number}")
         (outside / "model.safetensors").unlink()
         (outside / "model.safetensors.index.json").write_text(index)
-        refused(outside, "audio", "index of weights|no file '../d/model|an index of no weights")
+        refused(outside, "audio", "index of weights|no file '../d/model|the index names no weights")
 
 
 def test_the_remedy_for_a_whole_model_works(folders, tmp_path):

@@ -43,7 +43,7 @@ BAD = {
     "truncated webp": (WEBP[: len(WEBP) // 2], "webp", "WebP"),
     "text named png": (b"not an image\n" * 50, "png", "not a PNG, JPEG or WebP"),
     "html named jpg": (b"<html>404 not found</html>", "jpg", "not a PNG, JPEG or WebP"),
-    "jpg named png": (JPEG, "png", "a JPEG image with the ending .png"),
+    "jpg named png": (JPEG, "png", "a JPEG image with the extension .png"),
     "gif": (as_bytes(PICTURE, "GIF"), "png", "not a PNG, JPEG or WebP"),
     "large": (png_of_size(10_000, 10_000), "png", f"more than {MAX_PIXELS}"),
     "decompression bomb": (png_of_size(100_000, 100_000), "png", f"more than {MAX_PIXELS}"),

@@ -63,7 +63,7 @@ def test_caption_and_image_lengths_leave_little_padding():
 
 def test_no_documents_make_no_rows_and_a_long_one_is_named():
     assert plan_rows(np.array([], dtype=np.int64), 10) == []
-    with pytest.raises(UserError, match=r"document 1 has 11 tokens, a row 10.*seq_length to at least 11"):
+    with pytest.raises(UserError, match=r"document 1 has 11 tokens, but a row has 10.*seq_length to at least 11"):
         plan_rows(np.array([3, 11, 4]), 10)
 
 

@@ -106,7 +106,7 @@ def test_decoding_gives_clouds_and_refuses_wrong_ids() -> None:
             module.decode(wrong)
     ids = ids.clone()
     ids[0, 1] = 0
-    with pytest.raises(ValueError, match="a shape stands is none of the 12"):
+    with pytest.raises(ValueError, match="the place of a shape is not one of the 12"):
         module.decode(ids)
     with pytest.raises(ValueError, match="shape"):
         module.encode(clouds(1, points=64))
@@ -191,7 +191,7 @@ def test_a_saved_codec_gives_the_same_ids(tmp_path: Path) -> None:
     save_codec(module, tmp_path)
     loaded, codec_id = load_codec(tmp_path, {KIND: PointsCodec}, "points")
     assert torch.equal(loaded.eval().encode(batch), module.encode(batch)) and len(codec_id) == 12
-    with pytest.raises(UserError, match="no visual codec"):
+    with pytest.raises(UserError, match="not a codec of family visual"):
         load_codec(tmp_path, {"another": PointsCodec}, "visual")
 
 
@@ -225,7 +225,7 @@ def test_broken_shards_and_nothing_to_read_are_named(tmp_path: Path) -> None:
     for split in ("train", "heldout"):
         with ShardWriter(tmp_path / "s" / split / "points") as shards:
             shards.add("k1", "npz", b"broken")
-    for source, words in (("s", ["sample k1", "megamm data build"]), ("none", ["no points to read"])):
+    for source, words in (("s", ["sample k1", "megamm data build"]), ("none", ["no points data found"])):
         arguments = ["tokenizer", "train", "points", str(tmp_path / source), "--to", str(tmp_path / "to")]
         error = CliRunner().invoke(app, [*arguments, *OPTIONS]).exception
         assert isinstance(error, UserError) and all(word in str(error) for word in words)

@@ -133,9 +133,9 @@ BROKEN_CLOUDS = {
     "six channels": (npz(GOOD[:, :6]), r"\(32, 6\)"),
     "no points": (npz(GOOD[:0]), "0 points"),
     "column order": (npz(np.asfortranarray(GOOD)), "row order"),
-    "NaN": (npz(changed(0, np.nan)), "not finite"),
-    "infinite": (npz(changed(2, np.inf)), "not finite"),
-    "one place": (npz(np.repeat(GOOD[:1], 9, 0)), "one place"),
+    "NaN": (npz(changed(0, np.nan)), "NaN or Inf"),
+    "infinite": (npz(changed(2, np.inf)), "NaN or Inf"),
+    "one place": (npz(np.repeat(GOOD[:1], 9, 0)), "the same place"),
     "long normal": (npz(changed(4, 5.0)), "normals"),
     "colours to 255": (npz(changed(7, 255.0)), "colours"),
     "absurd count": (zipped(npy_header((2**50, 9))), "holds 0 bytes"),
@@ -200,8 +200,8 @@ BROKEN_MESHES = {
     "obj of text": (b"a story about a chair\n" * 9, "obj", "no faces"),
     "obj without faces": (TRIANGLE, "obj", "no faces"),
     "obj of other vertices": (TRIANGLE + b"f 7 8 9\n", "obj", "."),
-    "obj with NaN": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "obj", "finite"),
-    "obj beyond float32": (b"v 1e60 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "obj", "absurdly large"),
+    "obj with NaN": (b"v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "obj", "NaN, Inf"),
+    "obj beyond float32": (b"v 1e60 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n", "obj", "too large"),
     "obj without area": (b"v 0 0 0\nv 1 0 0\nv 2 0 0\nf 1 2 3\n", "obj", "area"),
     "empty glb": (b"", "glb", "too short"),
     "garbage glb": (b"glTF" + b"\x02\0\0\0" + b"\xff" * 90, "glb", "header"),
@@ -213,7 +213,7 @@ BROKEN_MESHES = {
     "glb of absurd counts": (
         of_glb(accessors=[*HEADER["accessors"], {"count": 2**40, "componentType": 5126, "type": "VEC3"}]),
         "glb",
-        r"claims 10995116\d+ elements",
+        r"declares 10995116\d+ elements",
     ),
     "glb of one array used often": (
         of_glb(
@@ -221,17 +221,17 @@ BROKEN_MESHES = {
             meshes=[{"primitives": [{"attributes": {"POSITION": 0}, "indices": 0}] * 50}],
         ),
         "glb",
-        "claims 100000000 elements",
+        "declares 100000000 elements",
     ),
     "glb of a circle": (of_glb(nodes=[{"children": [1]}, {"children": [0], "mesh": 0}]), "glb", "tree"),
     "empty ply": (b"", "ply", "no header"),
-    "ply of absurd counts": (PLY.replace(b"element vertex 8", b"element vertex 99999999999"), "ply", "claims"),
+    "ply of absurd counts": (PLY.replace(b"element vertex 8", b"element vertex 99999999999"), "ply", "declares"),
     "ply of odd counts": (PLY.replace(b"element vertex 8", b"element vertex -8"), "ply", "-8"),
     "truncated ply": (PLY[:-30], "ply", "."),
     "ply without faces": (trimesh.PointCloud(GOOD[:, :3]).export(file_type="ply"), "ply", "no faces"),
     "glb called obj": (BOX_GLB, "obj", "no faces"),
     "ply called glb": (PLY, "glb", "header"),
-    "an unknown ending": (PLY, "stl", "ending 'stl'"),
+    "an unknown ending": (PLY, "stl", "extension 'stl'"),
 }
 
 

@@ -132,9 +132,7 @@ def test_the_command_takes_every_option(tmp_path):
     ]
     result = CliRunner().invoke(app, [*command, "--keep-blank", "--mask-pii"])
     assert result.exit_code == 0, result.output
-    assert (
-        "mine: 3 train + 0 heldout of 3 samples: 3 image (0.0 MiB), 3 text (0.0 MiB); left out: none" in result.output
-    )
+    assert "mine: 3 train + 0 heldout of 3 samples: 3 image (0.0 MiB), 3 text (0.0 MiB); skipped: none" in result.output
     curation = json.loads((tmp_path / "shards" / "report.json").read_text())["mine"]["curation"]
     assert curation["languages"] == ["en"] and curation["max_aspect"] == 3.0 and curation["mask_pii"] is True
 
@@ -163,8 +161,8 @@ def test_a_folder_with_unfit_files(tmp_path):
     }
     assert samples["a"].noun == "thing"
     assert set(broken) == {"b", "c", "d", "out.png", "pipe.png"}
-    assert broken["b"].startswith("two image members") and "not UTF-8" in broken["c"] and "no part" in broken["d"]
-    assert "leads out" in broken["out.png"] and broken["pipe.png"] == "not a plain file"
+    assert broken["b"].startswith("two image members") and "not UTF-8" in broken["c"] and "no parts" in broken["d"]
+    assert "leads outside" in broken["out.png"] and broken["pipe.png"] == "not a regular file"
 
 
 def add(file, name, data=b"", **fields):
@@ -212,10 +210,10 @@ def test_tars_with_unfit_members(tmp_path):
         "a.tar:/abs.txt": "leads out",
         "a.tar:sym.png": "a link",
         "a.tar:dev.png": "a device",
-        "a.tar:two": "not JSON",
-        "a.tar:gap": "not 0, 1, 2",
+        "a.tar:two": "not valid JSON",
+        "a.tar:gap": "not numbered 0, 1, 2",
         "a.tar:twice": "two members .txt",
-        "b.tar": "cut off",
+        "b.tar": "truncated",
         "c.tar": "unreadable",
     }
     assert set(broken) == set(reasons)

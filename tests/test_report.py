@@ -138,7 +138,7 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     within = {f"#{name}" for name in read.sections}
     assert read.references and all(r.startswith("data:") or r in within for r in read.references)
     assert not {"script", "link", "iframe", "nobody"} & set(read.tags)
-    assert NASTY in read.shown and "<b>said</b>" in read.shown and "(holds no text)" in read.shown
+    assert NASTY in read.shown and "<b>said</b>" in read.shown and "(contains no text)" in read.shown
     for figure in ("psnr db18.5", "4.250", "1.2%", "Drawn by <nobody>"):
         assert figure in read.shown
     assert not list(page[0].glob(".*partial"))

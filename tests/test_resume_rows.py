@@ -168,10 +168,12 @@ def test_other_shards_under_the_name_are_refused(folder, tmp_path):
         write_source(tmp_path / name, number, samples - (name == "a"))
     stream, _ = loader_worker.open_stream(folder, BEFORE, None, 0)
     recorded = loader_worker.to_json(stream, 100, None)
-    with pytest.raises(UserError, match=r"source 'a' is not what it was .*229 samples now, 230 then.*restore"):
+    with pytest.raises(UserError, match=r"source 'a' have changed .*229 samples now, 230 before.*restore"):
         loader_worker.open_stream(tmp_path, BEFORE, recorded, 100)
     moved = {name: entry | {"path": f"/elsewhere/{name}"} for name, entry in recorded["sources"].items()}
     stream, change = loader_worker.open_stream(folder, BEFORE, recorded | {"sources": moved}, 100)
     assert change is None  # data that was moved is known by the end of its path
-    with pytest.raises(UserError, match=r"source 'b' is removed .*window in progress still needs it.*restore it"):
+    with pytest.raises(
+        UserError, match=r"source 'b' was removed .*current window of rows still needs it.*restore its shards"
+    ):
         loader_worker.open_stream(folder, {"a": 1.0}, recorded | {"sources": moved}, 100)

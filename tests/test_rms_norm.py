@@ -200,5 +200,5 @@ def test_unchecked_calls_are_refused_too(kernels):
 def test_choice():
     cpu = torch.device("cpu")
     assert ops.choose("auto", cpu) == (ops.CSRC, "built for cpu")
-    assert ops.choose("torch", cpu) == (ops.TORCH, "asked for")
+    assert ops.choose("torch", cpu) == (ops.TORCH, "requested")
     assert library.choose("auto", torch.device("meta"))[0] == "torch"

@@ -112,7 +112,7 @@ def test_text_alone_is_cut_to_rows_and_a_pair_never(tmp_path):
     assert [p[0].stop - p[0].start for p in pieces] == [30, 30, 30, 5] and sample_set.needed[0] == 3
     assert [i for p in pieces for i in sample_set.read(0, p).parts[0].ids.tolist()] == ids
     pair = SampleSet(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
-    with pytest.raises(UserError, match=r"'t' has 108 tokens, a row 32.*seq_length to at least 108"):
+    with pytest.raises(UserError, match=r"'t' has 108 tokens, but a row has 32.*seq_length to at least 108"):
         pair.pieces(0, 0, 32)
 
 

@@ -68,19 +68,19 @@ def test_written_samples_are_read_back(tmp_path):
         ({"caption": "x", "text": "y"}, 'both "caption" and "text"'),
         ({"image": "a.png", "caption": " \t"}, 'no "caption"'),
         ({"image": 3, "caption": "x"}, 'no "image"'),
-        ({"key": "k"}, "no part"),
-        ({"key": "a.b", "caption": "x"}, "unfit key 'a.b'"),
+        ({"key": "k"}, "no parts"),
+        ({"key": "a.b", "caption": "x"}, "invalid key 'a.b'"),
         ({"caption": "\ud800"}, "surrogate"),
         ({"parts": []}, '"parts" is not'),
         ({"parts": [{"text": "x"}, {"image": "a.png", "text": "y"}]}, "part 1 is not"),
         ({"parts": [{"smell": "x"}]}, "part 0 is not"),
-        ({"image": "../secret.png"}, "leads out of the folder"),
-        ({"image": "/etc/hostname"}, "leads out of the folder"),
-        ({"image": "inside/../../secret.png"}, "leads out of the folder"),
-        ({"image": "link.png"}, "leads out of the folder"),
-        ({"image": "loop"}, "leads out of the folder"),
-        ({"image": "a\0.png"}, "leads out of the folder"),
-        ({"parts": [{"text": "x"}, {"image": "link.png"}]}, "leads out of the folder"),
+        ({"image": "../secret.png"}, "leads outside the folder"),
+        ({"image": "/etc/hostname"}, "leads outside the folder"),
+        ({"image": "inside/../../secret.png"}, "leads outside the folder"),
+        ({"image": "link.png"}, "leads outside the folder"),
+        ({"image": "loop"}, "leads outside the folder"),
+        ({"image": "a\0.png"}, "leads outside the folder"),
+        ({"parts": [{"text": "x"}, {"image": "link.png"}]}, "leads outside the folder"),
     ],
 )
 def test_unusable_lines_are_named(tmp_path, line, reason):
@@ -95,7 +95,7 @@ def test_unusable_lines_are_named(tmp_path, line, reason):
 
 
 def test_a_folder_without_samples_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match=r"no samples\.jsonl.*write one line a sample"):
+    with pytest.raises(UserError, match=r"no samples\.jsonl.*write one line per sample"):
         list(read_samples(tmp_path))
 
 

@@ -156,7 +156,7 @@ def test_an_error_leaves_nothing_behind(tmp_path):
 
 def test_existing_shards_and_unfit_keys_are_refused(tmp_path):
     write(tmp_path / "text")
-    with pytest.raises(UserError, match="exist already"):
+    with pytest.raises(UserError, match="already exist"):
         ShardWriter(tmp_path / "text")
     for key, message in [("a.b", "unfit"), ("../x", "unfit"), ("", "unfit"), ("twice", "twice")]:
         with pytest.raises(UserError, match=message):

@@ -79,7 +79,7 @@ def furniture_package(folder: Path) -> Path:
 def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     raw = target_folder(tmp_path / "raw")
     samples = write_furniture(furniture_package(tmp_path / "package"), raw)
-    assert "broken.obj left out" in caplog.text
+    assert "broken.obj skipped" in caplog.text
     red, blue = samples[:5], samples[5:]
     assert [(contents(s)["text"], s.noun) for s in samples] == [("toy box: tall red cube", "cube")] * 5 + [
         ("tall blue cube", "cube")
@@ -126,7 +126,7 @@ def test_worker_processes_make_the_same_furniture(tmp_path, monkeypatch, caplog)
         monkeypatch.setattr(furniture, "_PIECES_PER_WORKER", least)
         raw = target_folder(tmp_path / f"raw{number}")
         made.append((write_furniture(package, raw), {p.name: p.read_bytes() for p in raw.rglob("*") if p.is_file()}))
-        assert "toys.sh3f: m/broken.obj left out" in caplog.text
+        assert "toys.sh3f: m/broken.obj skipped" in caplog.text
         caplog.clear()
     assert made[0] == made[1] and len(made[0][1]) > 12
 

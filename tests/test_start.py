@@ -69,7 +69,7 @@ def test_ranges_are_kept_moved_added_and_dropped():
             AFTER,
             BEFORE,
             {},
-            "the source has 26 ids of visual, the run has none; write start_from.vocabulary.visual: ig",
+            "the source has 26 ids of visual, the run has none; set start_from.vocabulary.visual: ig",
         ),
         (BEFORE, Vocabulary.of({"text": (61, "t1"), "audio": AUDIO}), {}, "text has codec t1, the source t0"),
         (
@@ -80,7 +80,7 @@ def test_ranges_are_kept_moved_added_and_dropped():
         ),
         (BEFORE, AFTER, {"visual": "load"}, "start_from.vocabulary.visual: load, but the source has no such range"),
         (BEFORE, AFTER, {"audio": "ignore"}, "start_from.vocabulary.audio: ignore, but the run has this range"),
-        (BEFORE, AFTER, {"vision": "new"}, "neither vocabulary has it; the ranges are text, control, audio, visual"),
+        (BEFORE, AFTER, {"vision": "new"}, "no such range; the ranges are text, control, audio, visual"),
     ],
 )
 def test_a_range_that_does_not_fit_needs_a_rule(theirs, ours, given, message):
@@ -112,9 +112,9 @@ def test_the_first_rule_that_matches_a_tensor_counts():
         ),
         (
             [("new", "adapter.*"), ("new", "b"), ("new", "old.x")],
-            "fit the model: old.x (only in the source); say under",
+            "match the model: old.x (only in the source); under",
         ),
-        ([("new", "adapter.*"), ("ignore", "old.x"), ("ignore", "b")], "b (to be ignored, but the model has it)"),
+        ([("new", "adapter.*"), ("ignore", "old.x"), ("ignore", "b")], "b (set to ignore, but the model has it)"),
         ([("load", "adapter.*"), ("ignore", "old.x"), ("new", "b")], "adapter.x (only in the model), adapter.y"),
         ([("new", "adaptor.*")], "new 'adaptor.*' matches no tensor; the nearest name is adapter."),
     ],

@@ -221,10 +221,10 @@ LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for
     [
         ({"attention_bias": True}, "cannot express attention_bias = True"),
         ({"hidden_act": "gelu"}, "cannot express hidden_act = gelu"),
-        ({"model_type": "gpt_oss"}, "model_type gpt_oss is none of qwen3, "),
+        ({"model_type": "gpt_oss"}, "model_type gpt_oss is not supported"),
         ({"num_hidden_layers": 3}, "unreadable config: Class validation error"),
         (LAYERS[3], "the weights do not fit config.json: 'model.layers.2.input_layernorm.weight'"),
-        (LAYERS[1], "tensors have no place in the backbone, the first is model.layers.1."),
+        (LAYERS[1], "tensors are unknown to the backbone, the first is model.layers.1."),
         ({"rms_norm_eps": 1e-5}, "model.norm_eps is 1e-05 in the source, 1e-06 in the config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -245,7 +245,7 @@ def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path
     _qwen3(tmp_path / "hub", data, load_config(_config(data, "before")))
     with caplog.at_level("INFO", logger="megamm"):
         check(config, open_run_data(config).vocabulary)
-    assert "model.rope_base: 1000000.0 in the source, 5000000.0 from here on: admitted" in caplog.text
+    assert "model.rope_base: 1000000.0 in the source, now 5000000.0: allowed" in caplog.text
 
 
 def test_a_source_older_than_a_key_had_what_is_its_default(data):

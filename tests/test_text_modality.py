@@ -118,9 +118,9 @@ def test_user_errors_name_the_place_and_leave_nothing(source, trained, tmp_path)
     for folder in (tmp_path / "missing", tmp_path / "broken", source):
         with pytest.raises(UserError, match=str(folder)):
             TextModality.load(folder)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         train_text_tokenizer([source], trained)
-    with pytest.raises(UserError, match="no text to read"):
+    with pytest.raises(UserError, match="no text data found"):
         train_text_tokenizer([tmp_path / "nowhere"], tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken"]
 

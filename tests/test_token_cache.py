@@ -93,7 +93,7 @@ def test_a_cache_of_other_samples_is_named(source, codecs):
     text = codecs[0]["text"]
     with ShardWriter(source / "train" / cache_name(text)):
         pass
-    with pytest.raises(UserError, match="does not hold the samples"):
+    with pytest.raises(UserError, match="does not match the samples"):
         tokenize([source], [text])
 
 

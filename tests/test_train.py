@@ -46,7 +46,7 @@ def test_plain_torch_operators_train_alike(data, undisturbed):
     """The undisturbed run chose the compiled operators by itself."""
     config = write_config(data, data / "torch", train=TRAIN)
     done = megamm("train", config, "ops=torch", "--nproc", 2)
-    assert "INFO megamm.mcore.backbone: ops: torch, asked for" in done.stderr
+    assert "INFO megamm.mcore.backbone: ops: torch, requested" in done.stderr
     lines = list(zip(numbers(undisturbed), numbers(data / "torch"), strict=True))
     assert len(lines) == 9  # eight steps and the held-out losses
     for compiled, plain in lines:

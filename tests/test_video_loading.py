@@ -293,7 +293,7 @@ def test_seeking_loses_no_frame_where_frames_are_reordered(options, container):
 
 
 def test_a_clip_after_the_end_is_unreadable():
-    with pytest.raises(UnreadableMedia, match=r"from 3 s on, of a video of 1\.20 s"):
+    with pytest.raises(UnreadableMedia, match=r"starts at 3 s, but the video ends at 1\.20 s"):
         plan_clip(WAVES, "mp4", 3.0, SIZES)
 
 
@@ -312,7 +312,7 @@ BROKEN = {
     "headless": (WAVES[: len(WAVES) // 2], "mp4", "broken mp4"),
     "empty": (b"", "mp4", "zero bytes"),
     "text": (b"<html>not found</html>" * 50, "webm", "neither MP4"),
-    "misnamed": (FILES["tall"][0], "mp4", "ending .mp4"),
+    "misnamed": (FILES["tall"][0], "mp4", "extension .mp4"),
     "overwritten": (damaged(WAVES), "mp4", ""),
 }
 
@@ -344,7 +344,7 @@ def test_broken_files_are_named_and_the_others_are_untouched(decoder, good_first
 
 def test_more_broken_files_than_allowed_end_it_with_a_line(decoder, tmp_path):
     folder = write_shards(tmp_path, mixed(True))
-    with pytest.raises(UserError, match=r"of 8 videos are broken, 50\.0% may be: .*cut: truncated"):
+    with pytest.raises(UserError, match=r"of 8 videos are broken, the limit is 50\.0%: .*cut: truncated"):
         list(stream_of(folder, decoder, batch_size=2, max_broken=0.5))
     with pytest.raises(UserError, match="1 of 8 videos are broken"):
         list(stream_of(folder, decoder, batch_size=2))
@@ -399,7 +399,7 @@ def test_the_decoder_is_chosen_by_device_and_logged(monkeypatch, caplog):
         assert choose_decoder("auto", CPU) == "pyav" and "PyAV: on a CPU" in caplog.text
         monkeypatch.setattr(video, "_has_dali", lambda: True)
         assert choose_decoder("auto", gpu) == "dali" and "by DALI" in caplog.text
-        assert choose_decoder("pyav", gpu) == "pyav" and "PyAV: asked for" in caplog.text
+        assert choose_decoder("pyav", gpu) == "pyav" and "PyAV: requested" in caplog.text
         monkeypatch.setattr(video, "_has_dali", lambda: False)
         assert choose_decoder("auto", gpu) == "pyav" and "is not installed" in caplog.text
     with pytest.raises(UserError, match="DALI is not installed"):
@@ -445,14 +445,14 @@ def test_tokenizing_says_what_decoded_and_what_was_left_out(name, source, codec)
     assert "(kept)" in tokenize_command(source, codec, *options).output
     other = {"pyav": "dali", "dali": "pyav"}[name]
     refused = tokenize_command(source, codec, "--video-decoder", other)
-    assert isinstance(refused.exception, UserError) and f"decoded by {name}, not {other}" in str(refused.exception)
+    assert isinstance(refused.exception, UserError) and f"decoded with {name}, not {other}" in str(refused.exception)
     (cache / "decoding.json").write_text("{")
     assert "unreadable decoding.json" in str(tokenize_command(source, codec).exception)
 
 
 def test_a_broken_video_is_an_error_unless_some_may_be(source, codec):
     failed = tokenize_command(source, codec)
-    assert "1 of 5 videos are broken, 0.0% may be" in str(failed.exception)
+    assert "1 of 5 videos are broken, the limit is 0.0%" in str(failed.exception)
     assert [p.name for p in (source / "train").iterdir()] == ["video"]
 
 

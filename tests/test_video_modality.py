@@ -60,9 +60,9 @@ BAD = {
     "html": (b"<html>404 not found</html>", "webm", "neither MP4"),
     "a playlist": (b"#EXTM3U\nfile:///etc/passwd\n", "mp4", "neither MP4"),
     "a picture": (as_bytes(Image.new("RGB", (32, 32))), "mp4", "neither MP4"),
-    "webm named mp4": (WEBM, "mp4", "a Matroska file with the ending .mp4"),
-    "mp4 named webm": (MP4, "webm", "an MP4 file with the ending .webm"),
-    "mp4 named avi": (MP4, "avi", "an MP4 file with the ending .avi"),
+    "webm named mp4": (WEBM, "mp4", "a Matroska file with the extension .mp4"),
+    "mp4 named webm": (MP4, "webm", "an MP4 file with the extension .webm"),
+    "mp4 named avi": (MP4, "avi", "an MP4 file with the extension .avi"),
     "sound only": (sound_only(), "mp4", "no video"),
     "damaged": (flipped(H264, len(H264) // 2), "mkv", "broken mkv"),
     "ten minutes and more": (

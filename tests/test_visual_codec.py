@@ -286,9 +286,9 @@ def test_two_ranks_that_share_images_and_clips_unevenly_train_the_codec_of_one(s
 
 
 def test_wrong_use_is_refused_and_leaves_nothing(source, trained, tmp_path):
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         train_visual_codec([source], trained[0], CONFIG, TRAINING, CPU)
-    with pytest.raises(UserError, match="no image to read"):
+    with pytest.raises(UserError, match="no image data found"):
         train_visual_codec([tmp_path], tmp_path / "codec", CONFIG, TRAINING, CPU)
     with pytest.raises(UserError, match="share between 0 and 1"):
         ClipMix(share=1.0)

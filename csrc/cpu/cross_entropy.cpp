@@ -1,7 +1,7 @@
-// Softmax cross entropy of rows of logits on a CPU: the numbers that a row's loss is made of, and its gradient in place.
+// Softmax cross entropy of rows of logits on a CPU: the statistics of a row's loss, and its gradient in place.
 //
-// Arguments are described in ../cross_entropy.h. Statistics are taken block by block of a row, so that a block is in the
-// first cache for its second pass and the row is read from memory once.
+// Arguments are described in ../cross_entropy.h. Statistics are computed block by block of a row, so that a block is in
+// the L1 cache for its second pass and the row is read from memory once.
 // Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 #include "../cross_entropy.h"
 #include "exp.h"
@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kBlock = 2048;
 
-// exp(x) of x <= 0, which a logit less the largest is; 0 from -88 on. A NaN stays one.
+// exp(x) of x <= 0, as for a logit minus the largest; 0 from -88 on. It keeps a NaN.
 MEGAMM_INLINE float exp_of(float x) { return exp_above(x < -88.0f ? -88.0f : x); }
 MEGAMM_INLINE double exp_of(double x) { return std::exp(x); }
 
@@ -34,15 +34,15 @@ MEGAMM_CLONES void statistics_rows(
 #pragma omp simd reduction(max : largest) reduction(+ : sum)
       for (int64_t i = 0; i < count; ++i) {
         const C value = load(in[i]);
-        largest = value > largest ? value : largest;  // a NaN is passed over here, and makes the sums NaN
+        largest = value > largest ? value : largest;  // a NaN is ignored here, but makes the sums NaN
         sum += value;
       }
       total += sum;
       if (largest > maximum) {
-        exponentials *= maximum > kLowest ? exp_of(maximum - largest) : C(1);  // 1: a NaN stays one
+        exponentials *= maximum > kLowest ? exp_of(maximum - largest) : C(1);  // 1: keeps a NaN
         maximum = largest;
       }
-      // Where all logits are -inf nothing may be subtracted.
+      // If all logits are -inf, nothing may be subtracted.
       const C reference = maximum > kLowest ? maximum : C(0);
       exponentials += sum_of<C>(count, [=](int64_t i) MEGAMM_LAMBDA { return exp_of(load(in[i]) - reference); });
     }
@@ -54,7 +54,7 @@ MEGAMM_CLONES void statistics_rows(
   }
 }
 
-// x = scale * exp(x - m) - uniform, and - at_target more at the target, where these are of the row.
+// x = scale * exp(x - m) - uniform, minus at_target at the target, if that is in the row.
 template <class T>
 MEGAMM_CLONES void gradient_rows(
     T* logits, int64_t stride, int64_t columns, const int64_t* target, const compute_t<T>* statistics,

@@ -1,11 +1,11 @@
-// Number types on a CPU and their conversions to and from the type that is computed in.
+// Number types on a CPU and their conversions to and from the type used for computing.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-// What a vectorised loop calls must be inlined into it, or it would be compiled for the baseline alone.
+// Functions called in a vectorised loop must be inlined into it, or they would be compiled for the baseline only.
 #define MEGAMM_INLINE inline __attribute__((always_inline))
 #define MEGAMM_LAMBDA __attribute__((always_inline))
 
@@ -30,7 +30,7 @@ MEGAMM_INLINE float load(uint8_t x) { return float(x); }
 MEGAMM_INLINE void store(Half& to, float x) { to = Half(x); }
 MEGAMM_INLINE void store(double& to, double x) { to = x; }
 MEGAMM_INLINE void store(float& to, float x) { to = x; }
-// To the nearest, ties to even; a NaN stays one.
+// Rounds to nearest, ties to even; keeps a NaN.
 MEGAMM_INLINE void store(BFloat16& to, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
@@ -38,7 +38,7 @@ MEGAMM_INLINE void store(BFloat16& to, float x) {
   to.bits = uint16_t(x == x ? rounded : 0x7fc0);
 }
 
-// x as it is after a store and a load. (Storing to a variable and loading it would not be vectorised.)
+// The value of x after a store and a load. (Storing to a variable and loading it would not be vectorised.)
 template <class T, class C>
 MEGAMM_INLINE C rounded(C x) {
   if constexpr (sizeof(T) == sizeof(C)) return x;

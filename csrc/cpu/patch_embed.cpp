@@ -1,9 +1,9 @@
 // Patches of a video on a CPU: patchify_3d normalises, gathers and casts in one pass, unpatchify_3d is its inverse.
 //
 // Parallel over lines of the patch grid (all patches at one position in batch, time, rows). A vectorised loop converts
-// an image row, to or from a buffer in the first cache; its pieces of q numbers go to patches or come from them.
+// an image row, to or from a buffer in the L1 cache; its pieces of q numbers are copied to or from patches.
 #include "simd.h"
-// After the number types.
+// Included after the number types.
 #include "../patch_embed.h"
 
 namespace megamm {
@@ -11,7 +11,7 @@ namespace {
 
 int64_t lines_of(const Patching& g) { return g.batch * g.grid.t * g.grid.y; }
 
-// Where a line of the grid begins.
+// Start of a line of the grid.
 struct Line {
   int64_t batch, frame, y;
 };
@@ -39,8 +39,8 @@ MEGAMM_INLINE void convert(const In* from, int64_t from_step, Out* to, int64_t t
   }
 }
 
-// Copies pieces of q numbers between an image row [count * q] and one row each of `count` patches. kQ: q where the
-// compiler knows it, so that no piece costs a call.
+// Copies pieces of q numbers between an image row [count * q] and one row each of `count` patches. kQ: q if the
+// compiler knows it, so that pieces cost no calls.
 template <bool kToPatches, int kQ = 0, class T>
 MEGAMM_INLINE void move_pieces(T* patches, int64_t patch_stride, T* row, int64_t count, int64_t q) {
   if constexpr (kQ == 0) {
@@ -92,7 +92,7 @@ MEGAMM_CLONES void unpatchify_lines(const Patching& g, const In* patches, int64_
                                     compute_t<In>* sums, int64_t begin, int64_t end) {
   using C = compute_t<In>;
   const int64_t t = g.patch.t, p = g.patch.y, q = g.patch.x;
-  const bool is_whole = strides.column == 1 && g.size.x == g.grid.x * q;  // rows of the video are made of whole pieces
+  const bool is_whole = strides.column == 1 && g.size.x == g.grid.x * q;  // rows of the video consist of whole pieces
   for (int64_t line = begin; line < end; ++line) {
     const Line at = line_at(g, line);
     // Only read; move_pieces writes to patches in its other direction.
@@ -104,7 +104,7 @@ MEGAMM_CLONES void unpatchify_lines(const Patching& g, const In* patches, int64_
       Out* to = video + row_at(strides, at.batch, c, frame, at.y + dy);
       In* pieces = from + ((c * t + dt) * p + dy) * q;
       const C factor = C(scale[per_channel ? c : 0]);
-      const bool is_sum = g.replicated && frame == 0 && dt > 0;  // frame 0 stood for those before it, too
+      const bool is_sum = g.replicated && frame == 0 && dt > 0;  // frame 0 also replaced those before it
       if constexpr (std::is_same_v<In, Out>) {
         if (is_whole && !is_sum && factor == 1) {
           move_pieces<false>(pieces, patch_stride, to, g.grid.x, q);

@@ -1,7 +1,7 @@
 // RMSNorm on a CPU, forward and backward: y = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of each row.
 //
-// x [rows, width] at one row stride, weight [width] (zero_centered: 1 + weight counts), rstd [rows] in float32 (float64
-// for float64). A row is read from memory once: its second pass finds it in the cache.
+// x [rows, width] with one row stride, weight [width] (zero_centered: 1 + weight is used), rstd [rows] in float32
+// (float64 for float64). A row is read from memory once: its second pass finds it in the cache.
 // Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 #include "../rms_norm.h"
 #include "simd.h"
@@ -9,7 +9,7 @@
 namespace megamm {
 namespace {
 
-// What rows are multiplied by, in the type that is computed in: converted once, not for every row.
+// The factors of rows, in the type used for computing: converted once, not for every row.
 template <class T>
 MEGAMM_CLONES void widen(const T* weight, double offset, compute_t<T>* factor, int64_t width) {
 #pragma omp simd
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::op
   const Tensor rstd = torch::stable::contiguous(rstd_any);
   const std::optional<Tensor> dx_add = dx_add_any ? std::optional(as_rows(*dx_add_any)) : std::nullopt;
   const int64_t rows = rows_of(x), width = x.size(x.dim() - 1);
-  // Blocks depend on the shape alone: dweight is the same bit by bit for any number of threads.
+  // Blocks depend only on the shape: dweight is bit-identical for any number of threads.
   const int64_t per_block = std::max<int64_t>(grain(width), (rows + 63) / 64);
   const int64_t blocks = (rows + per_block - 1) / per_block;
   Tensor dx = new_empty(x);

@@ -1,12 +1,12 @@
 // Plain loops that the compiler vectorises: one clone per instruction set.
 //
-// A function marked MEGAMM_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader takes the best that the
-// processor has. What it calls must be MEGAMM_INLINE, or it would be compiled for the baseline alone.
+// A function marked MEGAMM_CLONES is compiled for AVX-512, AVX2 and the baseline; the loader selects the best one that
+// the processor supports. Functions it calls must be MEGAMM_INLINE, or they would be compiled for the baseline only.
 #pragma once
 
 #include "../common.h"
 #include "number.h"
-// After the number types, which it names.
+// Included after the number types, which it uses.
 #include "../dispatch.h"
 
 #include <algorithm>
@@ -22,9 +22,9 @@ namespace megamm {
 
 constexpr int64_t kLanes = 32;
 
-// Sum of term(i) for i below `count`. A reduction over all of a loop would be vectorised no wider than the baseline's
-// instructions allow, so that neighbouring terms go to sums of their own, which are added in the end. `term` may do more
-// than give its number; it must be MEGAMM_LAMBDA.
+// Sum of term(i) for i below `count`. A reduction over a whole loop would be vectorised only as wide as the baseline's
+// instructions, so neighbouring terms go to separate sums, which are added at the end. `term` may do more than return
+// its number; it must be MEGAMM_LAMBDA.
 template <class C, class F>
 MEGAMM_INLINE C sum_of(int64_t count, const F& term) {
   C sums[kLanes] = {};
@@ -41,12 +41,12 @@ MEGAMM_INLINE C sum_of(int64_t count, const F& term) {
   return sums[0];
 }
 
-// So many rows that a thread's share is worth its start (about 32K elements).
+// Number of rows that makes a thread's share worth its start (about 32K elements).
 inline int64_t grain(int64_t width) { return width > 32768 ? 1 : 32768 / (width > 0 ? width : 1); }
 
 template <class T>
 MEGAMM_CLONES void add_blocks(const compute_t<T>* partial, int64_t blocks, int64_t width, T* to) {
-  for (int64_t begin = 0; begin < width; begin += 64) {  // 64 columns at a time stay in registers or first cache
+  for (int64_t begin = 0; begin < width; begin += 64) {  // 64 columns at a time stay in registers or the L1 cache
     compute_t<T> sums[64] = {};
     const int64_t columns = width - begin < 64 ? width - begin : 64;
     for (int64_t block = 0; block < blocks; ++block)
@@ -56,7 +56,7 @@ MEGAMM_CLONES void add_blocks(const compute_t<T>* partial, int64_t blocks, int64
   }
 }
 
-// Partial sums [blocks, width] added in order, in the dtype of `like` [width].
+// Adds partial sums [blocks, width] in order, in the dtype of `like` [width].
 inline Tensor sum_of_blocks(const Tensor& partial, const Tensor& like) {
   Tensor total = new_empty(like, {partial.size(1)}, like.scalar_type());
   dispatch(like.scalar_type(), "sum_of_blocks", [&](auto zero) {

@@ -1,16 +1,16 @@
 // SwiGLU on a CPU, forward and backward: y = silu(gate) * up, with optional bias, clamp and weight of each row.
 //
-// gate, up, y [rows, width], each at its own row stride, bias [2 width], weight [rows]; see ../swiglu.h.
+// gate, up, y [rows, width], each with its own row stride, bias [2 width], weight [rows]; see ../swiglu.h.
 #include "exp.h"
 #include "simd.h"
 
-// After sigmoid, which it names.
+// Included after sigmoid, which it uses.
 #include "../swiglu.h"
 
 namespace megamm {
 namespace {
 
-// Calls f with whether there are a bias, a limit, weights, as constants: branches would keep loops from vectorisation.
+// Calls f with the presence of bias, limit and weights as constants: branches would prevent vectorisation.
 template <class T, class F>
 void choose(const SwigluInput<T>& in, const F& f) {
   const auto as_constant = [](bool value, const auto& g) { value ? g(std::true_type{}) : g(std::false_type{}); };
@@ -40,7 +40,7 @@ MEGAMM_CLONES void forward_rows(const SwigluInput<T> in, T* y, int64_t begin, in
   }
 }
 
-// `dbias` [2 width] is added to; of the pointers for the weights' gradients that of their dtype is not null, if any.
+// Adds to `dbias` [2 width]; of the pointers for the weights' gradients, at most the one of their dtype is not null.
 template <class T, bool kBias, bool kClamps, bool kWeight>
 MEGAMM_CLONES void backward_rows(const SwigluInput<T> in, const SwigluOutput<T> to, compute_t<T>* dbias, T* dweight,
                                  float* dweight_float, int64_t begin, int64_t end) {
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> swiglu_backward(
   const Tensor dy = swiglu_rows_of(dy_any, tensors);
   SwigluGradients gradients(tensors);
   const int64_t rows = tensors.rows, width = tensors.width;
-  // Blocks depend on the shape alone: dbias is the same bit by bit for any number of threads.
+  // Blocks depend only on the shape: dbias is bit-identical for any number of threads.
   const int64_t per_block = std::max<int64_t>(grain(width), bias ? (rows + 63) / 64 : 0);
   const int64_t blocks = (rows + per_block - 1) / per_block;
   const std::vector<int64_t> partial_sizes{bias ? blocks : 0, 2 * width};

@@ -1,6 +1,6 @@
-// What the CUDA kernels share: number types, 16-byte vectors, sums over threads, launches on the current stream.
+// Common parts of the CUDA kernels: number types, 16-byte vectors, sums over threads, launches on the current stream.
 //
-// The kernels use no more of CUDA than tests/lib/emulation/cuda.h offers too, so that the tests run them on a CPU.
+// The kernels use only CUDA features that tests/lib/emulation/cuda.h has too, so that the tests can run them on a CPU.
 #pragma once
 
 #include "../common.h"
@@ -36,24 +36,25 @@ __device__ __forceinline__ double inverse_sqrt(double x) { return rsqrt(x); }
 
 }  // namespace megamm
 
-// After the number types, which it names.
+// Included after the number types, which it uses.
 #include "../dispatch.h"
 
 namespace megamm {
 
-// N numbers that one instruction moves.
+// N numbers that are moved by one instruction.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vector {
   T items[N];
 };
 
-// Numbers in 16 bytes, the widest access there is.
+// Numbers in 16 bytes, the widest memory access.
 template <class T>
 constexpr int kPerVector = 16 / sizeof(T);
 
 constexpr int kWarp = 32;
 
-// Sum over groups of `kGroup` neighbouring threads of a warp, on every thread of the group. All threads of the warp call.
+// Sum over groups of `kGroup` neighbouring threads of a warp, on every thread of the group. All threads of the warp
+// must call it.
 template <int kGroup, class C>
 __device__ __forceinline__ C sum_in_warp(C value) {
 #pragma unroll
@@ -61,8 +62,8 @@ __device__ __forceinline__ C sum_in_warp(C value) {
   return value;
 }
 
-// Sum over the kThreads threads of a block, on every thread, always in the same order. All threads call. `scratch` holds
-// kThreads / 32 numbers in shared memory and is free again after the next __syncthreads.
+// Sum over the kThreads threads of a block, on every thread, always in the same order. All threads must call it.
+// `scratch` holds kThreads / 32 numbers in shared memory and can be reused after the next __syncthreads.
 template <int kThreads, class C>
 __device__ __forceinline__ C sum_in_block(C value, C* scratch) {
   value = sum_in_warp<kWarp>(value);
@@ -74,7 +75,7 @@ __device__ __forceinline__ C sum_in_block(C value, C* scratch) {
   return total;
 }
 
-// Partial sums [blocks, width] added in order, 32 columns a thread block of 256, eight threads a column.
+// Adds partial sums [blocks, width] in order, 32 columns per thread block of 256, eight threads per column.
 template <class C, class T>
 __global__ void __launch_bounds__(256) add_partial(const C* partial, int64_t blocks, int64_t width, T* to) {
   __shared__ C sums[8][kWarp + 1];
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(256) add_partial(const C* partial, int64_t blo
 }
 
 #ifdef __CUDACC__
-// The kernel on the current stream of the device that the guard of the caller has made current.
+// Launches the kernel on the current stream of the device that the caller's guard has made current.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared_bytes, const Tensor& on,
             Arguments... arguments) {
@@ -103,7 +104,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t s
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-// Blocks of this kernel that run at the same time on the whole device, at least 1.
+// Number of blocks of this kernel that run at the same time on the whole device, at least 1.
 template <class... Parameters>
 int64_t resident_blocks(void (*kernel)(Parameters...), int threads, size_t shared_bytes, const Tensor& on) {
   int per_processor = 0, processors = 0;
@@ -124,8 +125,8 @@ __device__ __forceinline__ C* shared_memory() {
 }
 #endif
 
-// Whether rows of this tensor (at one stride) can be read in 16-byte vectors. The address decides, not the shape alone:
-// a view may begin anywhere.
+// Whether rows of this tensor (with one stride) can be read in 16-byte vectors. This depends on the address, not only
+// on the shape: a view can start anywhere.
 inline bool is_vectorisable(const Tensor& t) {
   const int64_t per_vector = 16 / int64_t(t.element_size());
   return t.size(t.dim() - 1) % per_vector == 0 && row_stride(t) % per_vector == 0 &&

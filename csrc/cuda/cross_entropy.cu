@@ -1,7 +1,7 @@
-// Softmax cross entropy of rows of logits on a GPU: the numbers that a row's loss is made of, and its gradient in place.
+// Softmax cross entropy of rows of logits on a GPU: the statistics of a row's loss, and its gradient in place.
 //
-// Arguments are described in ../cross_entropy.h. A block has a row and reads it from memory once in either kernel; the
-// columns that fill whole aligned vectors move in these, the rest one by one.
+// Arguments are described in ../cross_entropy.h. A block processes one row and reads it from memory once in either
+// kernel; columns in whole aligned vectors are moved as vectors, the rest one by one.
 // Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax".
 #include "../cross_entropy.h"
 #include "common.cuh"
@@ -17,7 +17,7 @@ constexpr int kThreads = 512;
 template <class C>
 constexpr C kLowest = -std::numeric_limits<C>::infinity();
 
-// Logits, their row stride, how many of the columns lie in vectors, all columns.
+// Logits, their row stride, the number of columns in vectors, the number of all columns.
 template <class T>
 struct Rows {
   T* logits;
@@ -26,20 +26,20 @@ struct Rows {
   compute_t<T>* statistics;
 };
 
-// A maximum m, and the sum of exp(x - m) over what was seen. Where all was -inf nothing may be subtracted.
+// A maximum m, and the sum of exp(x - m) over the values seen. If all are -inf, nothing may be subtracted.
 template <class C>
 struct Online {
   C maximum = kLowest<C>, exponentials = 0;
 
   __device__ __forceinline__ void raise(C to) {
     if (!(to > maximum)) return;
-    exponentials *= maximum > kLowest<C> ? std::exp(maximum - to) : C(1);  // 1: a NaN stays one
+    exponentials *= maximum > kLowest<C> ? std::exp(maximum - to) : C(1);  // 1: keeps a NaN
     maximum = to;
   }
   __device__ __forceinline__ void add(C x) { exponentials += std::exp(x - (maximum > kLowest<C> ? maximum : C(0))); }
 };
 
-// Largest over the threads of a block, on every thread. `scratch` as in sum_in_block.
+// Maximum over the threads of a block, on every thread. `scratch` as in sum_in_block.
 template <class C>
 __device__ __forceinline__ C max_in_block(C value, C* scratch) {
 #pragma unroll
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) statistics_of_rows(Rows<T> p) {
   C total = 0;
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.in_vectors; column += kThreads * kVector) {
     const auto held = *reinterpret_cast<const Vector<T, kVector>*>(x + column);
-    C largest = kLowest<C>;  // a NaN is passed over here, and makes the sums NaN
+    C largest = kLowest<C>;  // a NaN is ignored here, but makes the sums NaN
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const C value = load(held.items[i]);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kThreads) statistics_of_rows(Rows<T> p) {
   to[3] = total;
 }
 
-// scale * exp(x - m) - uniform, and - at_target more at the target.
+// scale * exp(x - m) - uniform, minus at_target at the target.
 template <class T>
 __global__ void __launch_bounds__(kThreads) gradient_of_rows(
     Rows<T> p, const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size,
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) gradient_of_rows(
   const C of_softmax = z_loss == 0 ? C(1) : C(1) + 2 * z_loss * (maximum + std::log(exponentials));
   const C scale = weight * of_softmax / exponentials, uniform = weight * (smoothing / vocabulary_size);
   const C at_target = weight * (1 - smoothing);
-  const bool counts = weight != 0;  // else 0 whatever the logits are: 0 * NaN is NaN
+  const bool counts = weight != 0;  // otherwise 0 whatever the logits are: 0 * NaN is NaN
   const auto gradient = [&](T logit, int64_t column) {
     return counts ? std::exp(load(logit) - maximum) * scale - uniform - (column == target ? at_target : C(0)) : C(0);
   };

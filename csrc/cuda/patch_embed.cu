@@ -1,12 +1,12 @@
 // Patches of a video on a GPU: patchify_3d normalises, gathers and casts in one pass, unpatchify_3d is its inverse.
 //
-// A thread takes kVector neighbouring columns of a patch row, in all channels: neighbouring threads have neighbouring
-// columns, then rows, frames and patches, so that a warp writes stretches of 512 bytes, channel by channel. kVector is
-// 16 bytes of the patches where both patches and image rows are made of such vectors, else 2 columns (an even q) or 1:
-// narrow threads keep what a warp reads at once in few image rows.
-// Every unit of work knows its place from its number alone; no thread waits for another.
+// A thread processes kVector neighbouring columns of a patch row, in all channels. Neighbouring threads have
+// neighbouring columns, then rows, frames and patches, so that a warp writes runs of 512 bytes, channel by channel.
+// kVector is 16 bytes of the patches if both patches and image rows consist of such vectors, otherwise 2 columns (an
+// even q) or 1: with narrow threads the reads of a warp stay in few image rows.
+// The position of every unit of work follows from its number alone; threads do not wait for each other.
 #include "common.cuh"
-// After the number types.
+// Included after the number types.
 #include "../patch_embed.h"
 
 namespace megamm {
@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kTogether = 4;  // channels that a thread has in flight
 
-// How the columns of the video are reached.
+// Access pattern for the columns of the video.
 enum class Columns {
   kRow,    // neighbours, in aligned vectors
   kColour, // three channels side by side, in aligned vectors
@@ -33,15 +33,15 @@ struct Factors {
   }
 };
 
-// Division by a number known to the host: of less than 2^31, by a multiplication. Source: Granlund and Montgomery 1994,
-// "Division by Invariant Integers using Multiplication".
+// Division by a number known to the host: for numerators below 2^31, by a multiplication. Source: Granlund and
+// Montgomery 1994, "Division by Invariant Integers using Multiplication".
 struct Divider {
   uint32_t factor = 0, shift = 0;
   uint64_t divisor;
 
   Divider() : Divider(1) {}
   explicit Divider(int64_t by) : divisor(by > 0 ? uint64_t(by) : 1) {
-    if (divisor > INT32_MAX) return;  // then no number of less than 2^31 units is divided by it
+    if (divisor > INT32_MAX) return;  // then no number of fewer than 2^31 units is divided by it
     while ((uint64_t(1) << shift) < divisor) ++shift;
     factor = uint32_t(((uint64_t(1) << 32) * ((uint64_t(1) << shift) - divisor)) / divisor + 1);
   }
@@ -52,7 +52,7 @@ struct Divider {
   __device__ __forceinline__ uint64_t quotient(uint64_t n) const { return n / divisor; }
 };
 
-// What a unit's number is made of, the fastest first: vectors of a patch row, rows and frames of a patch, the grid.
+// Components of a unit's number, the fastest first: vectors of a patch row, rows and frames of a patch, the grid.
 struct Dividers {
   Divider dx, dy, dt, x, y, t;
 };
@@ -65,15 +65,15 @@ struct Job {
   Patches* patches;
   int64_t patch_stride;
   uint64_t units = 0;
-  Dividers by{};  // set with the units
+  Dividers by{};  // set together with the units
 };
 
-// Where a unit's numbers are: video and patches point at its first column in channel 0.
+// Position of a unit's numbers: video and patches point at its first column in channel 0.
 template <class Video, class Patches>
 struct Unit {
   Video* video;
   Patches* patches;
-  int64_t columns;   // of the video from here on; 0 or less in the padding of its rows and columns
+  int64_t columns;   // remaining columns of the video; 0 or less in the padding of its rows and columns
   int64_t frame;     // negative before the video
   int64_t in_patch;  // frame of the patch
 };
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kThreads)
       Vector<Out, kVector> out;
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        // Vectors are in the video or outside of it, never cut.
+        // Vectors are either in the video or outside of it, never across its edge.
         const bool is_there = unit.columns > (kColumns == Columns::kAny ? i : 0);
         store(out.items[i], is_there ? C(load(in[k].items[i])) * scale.of[number] + shift.of[number] : C(0));
       }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto unit = unit_at<kVector>(j, n);
   if (unit.columns <= 0 || unit.frame < 0) return;
   const int64_t in_frame = j.g.patch.y * j.g.patch.x, in_patch = j.g.patch.t * in_frame;
-  // Frame 0 also stood for those before it.
+  // Frame 0 also replaced those before it.
   const int64_t before = j.g.replicated && unit.frame == 0 ? unit.in_patch : 0;
   for (int64_t channel = 0; channel < j.g.channels; channel += kTogether) {
     const int64_t count = j.g.channels - channel;
@@ -227,13 +227,13 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Whether vectors of `kVector` columns can be moved between patches that begin so and a video with these strides.
+// Whether vectors of `kVector` columns can be moved between patches at this address and a video with these strides.
 template <class Video, class Patches>
 bool has_vectors(const Job<Video, Patches>& j, int64_t vector, int64_t columns_apart) {
   const auto aligned = [vector](const void* at, size_t bytes) {
     return reinterpret_cast<uintptr_t>(at) % (size_t(vector) * bytes) == 0;
   };
-  // A colour image has no stride between channels to be a multiple of anything.
+  // In a colour image the stride between channels does not have to be a multiple.
   const int64_t channel_stride = columns_apart == 1 && j.g.channels > 1 ? j.strides.channel : 0;
   return j.g.patch.x % vector == 0 && j.g.size.x % vector == 0 && j.strides.column == columns_apart &&
          (j.strides.batch | channel_stride | j.strides.frame | j.strides.row | j.patch_stride) % vector == 0 &&

@@ -1,10 +1,10 @@
 // RMSNorm on a GPU, forward and backward: y = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) of each row.
 //
-// x [rows, width] at one row stride, weight [width] (zero_centered: 1 + weight counts), rstd [rows] in float32 (float64
-// for float64). A group of kGroup threads holds a row in registers, kHeld vectors a thread, so that every number is read
-// from memory once; a row too wide for that is read twice, the second time mostly from the second-level cache.
-// Backward goes through the rows with as many blocks as are resident and sums dweight per block, in shared memory; the
-// blocks' partial sums are added in order: the same bits in every run.
+// x [rows, width] with one row stride, weight [width] (zero_centered: 1 + weight is used), rstd [rows] in float32
+// (float64 for float64). A group of kGroup threads holds a row in registers, kHeld vectors per thread, so that every
+// number is read from memory once; a wider row is read twice, the second time mostly from the L2 cache.
+// Backward processes the rows with as many blocks as are resident and sums dweight per block, in shared memory; the
+// blocks' partial sums are added in order, so every run gives the same bits.
 // Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 #include "../rms_norm.h"
 #include "common.cuh"
@@ -42,7 +42,7 @@ struct Forward {
   compute_t<T> offset;
 };
 
-// What is normalised in one vector: x, or x + residual rounded to T and written to `sum`.
+// The value to normalise in one vector: x, or x + residual rounded to T and written to `sum`.
 template <class T, int kVector>
 __device__ __forceinline__ Vector<T, kVector> read(const Forward<T>& p, int64_t row, int64_t column) {
   using V = Vector<T, kVector>;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlock<kGroup>) forward_rows(Forward<T> p) {
   }
 }
 
-// A row per block, of any width.
+// One row per block, of any width.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kWideBlock) forward_wide(Forward<T> p) {
   using C = compute_t<T>;
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kWideBlock) forward_wide(Forward<T> p) {
   squares = sum_in_block<kWideBlock>(squares, scratch);
   const C scale = inverse_sqrt(squares / C(p.width) + p.eps);
   if (threadIdx.x == 0) p.rstd[row] = scale;
-  // Each thread reads back what it wrote itself.
+  // Each thread reads back the values that it wrote itself.
   const T* from = p.residual ? p.sum + row * p.width : p.x + row * p.x_stride;
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.width; column += step)
     write<T, kVector>(p, row, column, *reinterpret_cast<const Vector<T, kVector>*>(from + column), scale);
@@ -121,7 +121,7 @@ template <class T>
 struct Backward {
   const T* dy;
   int64_t dy_stride;
-  const T* dx_add;  // null, or what else reaches x: it is added to dx
+  const T* dx_add;  // null, or another gradient of x, which is added to dx
   int64_t add_stride;
   const T* x;
   int64_t x_stride;
@@ -160,14 +160,14 @@ __device__ __forceinline__ compute_t<T> dot(const Backward<T>& p, int64_t column
   return sum;
 }
 
-// Shared memory holds dweight of each row group, a thread's sums kThreads numbers apart: no two threads of a warp meet
-// in a bank, and nobody else touches them before the end.
+// Shared memory holds dweight of each row group, a thread's sums kThreads numbers apart: threads of a warp never access
+// the same bank, and no other thread touches these sums before the end.
 template <class T, int kVector, int kGroup>
 __global__ void __launch_bounds__(kBlock<kGroup>) backward_rows(Backward<T> p) {
   using C = compute_t<T>;
   using V = Vector<T, kVector>;
   constexpr int kThreads = kBlock<kGroup>, kRows = kThreads / kGroup;
-  __shared__ C scratch[2][kWarp];  // two, so that one barrier a row is enough
+  __shared__ C scratch[2][kWarp];  // two, so that one barrier per row is enough
   C* sums = shared_memory<C>() + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < kHeld * kVector; ++i) sums[i * kThreads] = 0;
@@ -211,7 +211,7 @@ __global__ void __launch_bounds__(kBlock<kGroup>) backward_rows(Backward<T> p) {
   }
 }
 
-// dx of a row per block, of any width.
+// dx of one row per block, of any width.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kWideBlock) backward_wide(Backward<T> p) {
   using C = compute_t<T>;
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kWideBlock) backward_wide(Backward<T> p) {
                       scale, shift);
 }
 
-// dweight of wide rows: a block sums kMinBlock columns over its share of the rows, the column blocks counting first.
+// dweight of wide rows: a block sums kMinBlock columns over its share of the rows; column blocks are numbered first.
 template <class T>
 __global__ void __launch_bounds__(kMinBlock) weight_wide(Backward<T> p, int64_t column_blocks) {
   const int64_t column = blockIdx.x % column_blocks * kMinBlock + threadIdx.x;
@@ -244,11 +244,11 @@ __global__ void __launch_bounds__(kMinBlock) weight_wide(Backward<T> p, int64_t 
   p.partial[part * p.width + column] = total;
 }
 
-// Backward of 16-bit rows computes in more registers than a block of 1024 threads has.
+// The backward pass for 16-bit rows needs more registers than a block of 1024 threads has.
 template <class T>
 constexpr int kMaxBackwardGroup = sizeof(T) == 2 ? 512 : 1024;
 
-// Calls run with (vector width, threads a row) as constants; 0 threads where kMaxGroup threads cannot hold a row.
+// Calls run with (vector width, threads per row) as constants; 0 threads if kMaxGroup threads cannot hold a row.
 template <class T, int kMaxGroup, int kVector, int kGroup = 8, class F>
 void choose_group(int64_t width, const F& run) {
   using Constant = std::integral_constant<int, kVector>;
@@ -257,7 +257,7 @@ void choose_group(int64_t width, const F& run) {
   } else if (width <= int64_t(kGroup) * kVector * kHeld) {
     run(Constant{}, std::integral_constant<int, kGroup>{});
   } else {
-    // A group is a part of a warp or a whole block, so there is none of 64.
+    // A group is part of a warp or a whole block, so a group of 64 does not exist.
     choose_group<T, kMaxGroup, kVector, kGroup == kWarp ? kMinBlock : 2 * kGroup>(width, run);
   }
 }

@@ -1,10 +1,10 @@
 // SwiGLU on a GPU, forward and backward: y = silu(gate) * up, with optional bias, clamp and weight of each row.
 //
-// gate, up, y [rows, width], each at its own row stride, bias [2 width], weight [rows]; see ../swiglu.h. Where nothing
+// gate, up, y [rows, width], each with its own row stride, bias [2 width], weight [rows]; see ../swiglu.h. If nothing
 // is summed, a thread takes kHeld vectors, a block's width apart in the order of memory and across the ends of rows:
-// any shape fills the device. Where bias or weights need sums, groups of threads take `lanes` vectors of a row each. A
-// weight's gradient is summed over a group, the bias's over the rows that a block goes through, and partial sums are
-// added in order.
+// any shape fills the device. If bias or weights need sums, groups of threads process `lanes` vectors of a row each. A
+// weight's gradient is summed over a group, the bias's over the rows that a block processes; partial sums are added in
+// order.
 #include "common.cuh"
 
 namespace megamm {
@@ -14,7 +14,7 @@ __device__ __forceinline__ double sigmoid(double x) { return 1 / (1 + exp(-x)); 
 
 }  // namespace megamm
 
-// After sigmoid, which it names.
+// Included after sigmoid, which it uses.
 #include "../swiglu.h"
 
 namespace megamm {
@@ -22,9 +22,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kHeld = 4;      // vectors of gate and up that a thread has in flight
-constexpr int kHeldRows = 2;  // where sums are taken too
+constexpr int kHeldRows = 2;  // the same when sums are computed too
 
-// Where a thread's next vector is. One division finds the first; the next are a fixed number of vectors later.
+// Position of a thread's next vector. One division finds the first; the next are a fixed number of vectors later.
 struct Position {
   int64_t row, vector;
 
@@ -39,7 +39,7 @@ struct Position {
   }
 };
 
-// Vectors a row, and a block's width in whole rows and vectors.
+// Vectors per row, and a block's width in whole rows and vectors.
 struct Steps {
   int64_t per_row, rows, vectors;
 };
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) forward(SwigluInput<T> in, T* y, Ste
   }
 }
 
-// Gradients of one vector, written; calls sum(i, gradient, dy) for each column.
+// Writes the gradients of one vector; calls sum(i, gradient, dy) for each column.
 template <class T, int kVector, class F>
 __device__ __forceinline__ void write_gradients(const SwigluInput<T>& in, const SwigluOutput<T>& to, int64_t row,
                                                 int64_t column, const Pair<T, kVector>& pair,
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) backward(SwigluInput<T> in, SwigluOu
   }
 }
 
-// Sums that a block leaves to add_partial; null where they are not wanted.
+// Sums that a block passes to add_partial; null if they are not needed.
 template <class C>
 struct Sums {
   C* weight;  // [column blocks, rows]
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(kThreads) backward_sums(SwigluInput<T> in, Swi
   }
 }
 
-// Calls run with the numbers a vector holds as a constant: 1 where a row does not allow more.
+// Calls run with the number of elements per vector as a constant: 1 if a row does not allow more.
 template <class T, class F>
 void choose_vector(const SwigluTensors& tensors, const Tensor* dy, const F& run) {
   const bool aligned = tensors.width % kPerVector<T> == 0 && is_vectorisable(tensors.gate) &&
@@ -212,7 +212,7 @@ void choose_vector(const SwigluTensors& tensors, const Tensor* dy, const F& run)
   aligned ? run(std::integral_constant<int, kPerVector<T>>{}) : run(std::integral_constant<int, 1>{});
 }
 
-// Calls run with the steps and the blocks that cover all vectors.
+// Calls run with the steps and blocks that cover all vectors.
 template <class F>
 void cover(const SwigluTensors& tensors, int per_vector, const F& run) {
   const int64_t per_row = tensors.width / per_vector;
@@ -246,7 +246,7 @@ void run_backward_sums(const SwigluTensors& tensors, const SwigluGradients& grad
   while (lanes > 1 && lanes / 2 >= per_row) lanes /= 2;
   const int64_t column_blocks = (per_row + lanes - 1) / lanes, block_rows = kThreads / lanes * kHeldRows;
   int64_t parts = (rows + block_rows - 1) / block_rows;
-  // The bias's sums go through many rows, for few partial ones.
+  // The bias's sums cover many rows, so that there are few partial sums.
   if (tensors.bias && column_blocks > 0)
     parts = std::min(parts, std::max<int64_t>(
                                 1, resident_blocks(backward_sums<T, kVector>, kThreads, 0, dy) / column_blocks));

@@ -1,10 +1,10 @@
 """The audio codec: residual FSQ of log-mel spectrograms, float32 `[B, samples]` mono <-> ids `[T]`.
 
-`stride` mel frames are one latent frame of `frame_samples` samples, which becomes Q ids: T = Q * frames, frame by
-frame, its levels inside. Level q has ids q * K .. (q + 1) * K - 1, so an id says its level. A waveform is padded
-with zeros to whole latent frames. The decoder predicts the log-mel; codecs/mel.py makes it a waveform.
+`stride` mel frames form one latent frame of `frame_samples` samples, which is coded as Q ids: T = Q * frames, ordered
+by frame, then by level. Level q has the ids q * K .. (q + 1) * K - 1, so an id determines its level. A waveform is
+padded with zeros to whole latent frames. The decoder predicts the log-mel; codecs/mel.py converts it to a waveform.
 
-All work is at the resolution of the latent frames, on blocks like those of ConvNeXt and Vocos (Siuzdak 2023,
+The network works at the resolution of the latent frames, with blocks like those of ConvNeXt and Vocos (Siuzdak 2023,
 "Vocos", section 3.3). Source of the quantiser: codecs/residual_fsq.py.
 """
 
@@ -20,9 +20,9 @@ from megamm.codecs.mel import LogMel
 from megamm.codecs.residual_fsq import ResidualFSQ
 
 KIND = "megamm-audio-rfsq"
-"""`kind` in config.json: what tells this codec's folder from any other."""
+"""`kind` in config.json, which identifies this codec's folder."""
 LOG_MEL_MEAN, LOG_MEL_SCALE = -5.0, 2.5
-"""Roughly of speech: they bring log-mel values to about [-3, 3]."""
+"""Approximate mean and deviation for speech, which scale log-mel values to about [-3, 3]."""
 
 
 class AudioCodecConfig(CodecConfig):
@@ -51,7 +51,7 @@ class AudioCodecConfig(CodecConfig):
 
     @property
     def codebook_size(self) -> int:
-        """K, the codes of one level."""
+        """K, the number of codes of one level."""
         return math.prod(self.levels)
 
     @property
@@ -61,7 +61,7 @@ class AudioCodecConfig(CodecConfig):
 
 
 class ConvBlock(nn.Module):
-    """A convolution over time, each channel for itself, then an MLP over the channels; `[B, D, frames]` to the same."""
+    """A depthwise convolution over time, then an MLP over the channels, with a residual; keeps `[B, D, frames]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ConvBlock(nn.Module):
 
 
 class AudioCodec(nn.Module):
-    """Encoder, residual FSQ and decoder between log-mel spectrograms, with the spectrogram in front and behind."""
+    """Encoder, residual FSQ and decoder between log-mel spectrograms, plus the spectrogram and its inverse."""
 
     Config: ClassVar[type[AudioCodecConfig]] = AudioCodecConfig
 
@@ -97,7 +97,7 @@ class AudioCodec(nn.Module):
         self.head = nn.Linear(width, patch)
 
     def forward(self, waveform: Tensor) -> Tensor:
-        """float32 `[B, samples]`, of whole latent frames, to the mean absolute error of the log-mel."""
+        """The mean absolute error of the log-mel for float32 `[B, samples]`, whole latent frames."""
         log_mel = self.mel(waveform)
         return nn.functional.l1_loss(self.reconstruct(log_mel)[0].float(), log_mel)
 
@@ -119,15 +119,15 @@ class AudioCodec(nn.Module):
         return patches.permute(0, 2, 1, 3).flatten(2) * LOG_MEL_SCALE + LOG_MEL_MEAN
 
     def padded(self, waveform: Tensor) -> Tensor:
-        """`[..., samples]` with zeros behind, up to whole latent frames."""
+        """Pad `[..., samples]` at the end with zeros to whole latent frames."""
         return nn.functional.pad(waveform, (0, -waveform.shape[-1] % self.frame_samples))
 
     @torch.inference_mode()
     def encode(self, waveform: Tensor, lengths: list[int]) -> list[Tensor]:
-        """float32 `[B, samples]`, clip i being its first lengths[i] samples, to ids `[T]` each, int64.
+        """Encode float32 `[B, samples]`, where clip i has lengths[i] samples, to ids `[T]` each, int64.
 
-        Each clip is computed for itself: what others it came with can change none of its ids, not by a last bit.
-        ValueError if a length is not in [1, samples].
+        Each clip is computed separately, so the other clips of a batch cannot change any of its ids. Raises ValueError
+        if a length is not in [1, samples].
         """
         if len(lengths) != len(waveform) or not all(1 <= length <= waveform.shape[1] for length in lengths):
             raise ValueError(f"lengths {lengths} for waveforms {list(waveform.shape)}")
@@ -142,10 +142,10 @@ class AudioCodec(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids `[T]` to float32 `[frames * frame_samples]` in [-1, 1].
 
-        ValueError if they are no whole latent frames, or an id is not one of its level.
+        Raises ValueError if they are not whole latent frames, or an id is not in the range of its level.
         """
         if not len(ids) or len(ids) % self.codebooks:
-            raise ValueError(f"{len(ids)} ids are no frames of {self.codebooks}")
+            raise ValueError(f"{len(ids)} ids are not a multiple of {self.codebooks} (whole frames)")
         codes = ids.view(-1, self.codebooks) - torch.arange(self.codebooks, device=ids.device) * self.codebook_size
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(

@@ -1,11 +1,11 @@
-"""What an audio codec is judged by: held-out clips against their reconstructions, computed in float32.
+"""Figures that judge an audio codec: held-out clips against their reconstructions, computed in float32.
 
-At any time: `loss` (mean absolute error of the log-mel), `mel_db` (the same in decibels), and for each level q of
-the residual quantiser `codes_used_q` and `perplexity_q` (codecs/training.py). At the end also, of the waveforms that
-Griffin-Lim makes: `stft_distance` (spectral convergence plus log-magnitude distance, each the mean over three
-resolutions; Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3) and, of clips whose words are known, the share
-`understood` in the original, at most half of their words wrong (the recogniser knows one language), and of these
-`word_error` beside `word_error_of_originals` (codecs/word_error.py).
+During training: `loss` (mean absolute error of the log-mel), `mel_db` (the same in decibels), and for each level q of
+the residual quantiser `codes_used_q` and `perplexity_q` (codecs/training.py). At the end also, for the waveforms of
+Griffin-Lim: `stft_distance` (spectral convergence plus log-magnitude distance, each the mean over three resolutions;
+Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3). For clips with known words: the share `understood` in the
+original (at most half of the words wrong; the recogniser knows one language), and for these clips `word_error` and
+`word_error_of_originals` (codecs/word_error.py).
 """
 
 import logging
@@ -24,16 +24,16 @@ from megamm.modalities.sound_file import Waveform, resample
 logger = logging.getLogger(__name__)
 
 DECIBELS = 20 / math.log(10)
-"""Of a natural logarithm of magnitudes."""
+"""Decibels per unit of a natural logarithm of magnitudes."""
 RESOLUTIONS = (512, 1024, 2048)
-"""Lengths of the Fourier transforms of `stft_distance` in samples; hops are a quarter."""
+"""Fourier transform lengths of `stft_distance` in samples; hops are a quarter."""
 SMALLEST = 1e-5
-"""Magnitude below which `stft_distance` hears no difference."""
+"""Magnitude below which `stft_distance` ignores differences."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One sound, float32 `[samples]`, with the words said in it, "" where they are not known."""
+    """A sound, float32 `[samples]`, with the words spoken in it, or "" if unknown."""
 
     waveform: Waveform
     said: str
@@ -41,7 +41,7 @@ class Clip:
 
 @torch.inference_mode()
 def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
-    """Mel distance and codebook use on clips of at least one sample each."""
+    """Mel distance and codebook use for clips of at least one sample each."""
     device = codec.norm.weight.device
     total, values = 0.0, 0
     counts = torch.zeros(codec.codebooks, codec.codebook_size, dtype=torch.int64)
@@ -59,7 +59,7 @@ def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
 
 
 def evaluate_waveforms(codec: AudioCodec, clips: list[Clip]) -> Figures:
-    """Distance of the decoded waveforms, and what a recogniser still understands of them."""
+    """Distance of the decoded waveforms, and the share of words that a recogniser still understands."""
     device = codec.norm.weight.device
     originals = [torch.from_numpy(clip.waveform).to(device) for clip in clips]
     decoded = [
@@ -73,7 +73,7 @@ def evaluate_waveforms(codec: AudioCodec, clips: list[Clip]) -> Figures:
 
 
 def stft_distance(made: Tensor, original: Tensor) -> float:
-    """Of waveforms `[samples]`: 0 for equal ones; an all-zero `made` has a spectral convergence of 1."""
+    """Distance of waveforms `[samples]`: 0 for equal ones; an all-zero `made` has a spectral convergence of 1."""
     total = 0.0
     for size in RESOLUTIONS:
         window = torch.hann_window(size, device=made.device)
@@ -88,7 +88,7 @@ def stft_distance(made: Tensor, original: Tensor) -> float:
 
 
 def _word_errors(clips: list[Clip], decoded: list[Waveform], sample_rate: int) -> Figures:
-    """Word error rates of the clips whose words are known, {} where that cannot be measured (logged)."""
+    """Word error rates of the clips with known words; {} if they cannot be measured (logged)."""
     spoken = [i for i, clip in enumerate(clips) if clip.said]
     missing = word_error.missing_package()
     if missing or not spoken:

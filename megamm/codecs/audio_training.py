@@ -1,6 +1,6 @@
-"""Training the audio codec on random crops of the clips, mean absolute error of the log-mel.
+"""Trains the audio codec on random crops of the clips; the loss is the mean absolute error of the log-mel.
 
-Reads the train split, reports on about `heldout_seconds` of the held-out split: codecs/audio_report.py says what.
+Reads the train split; reports figures (codecs/audio_report.py) on about `heldout_seconds` of the held-out split.
 """
 
 import json
@@ -29,11 +29,11 @@ from megamm.modalities.text import TextModality
 logger = logging.getLogger(__name__)
 
 MAX_CLIPS = 10_000
-"""More are thinned evenly: clips are kept in memory, 64 kB a second at 16 kHz."""
+"""More clips are thinned evenly: clips are kept in memory, 64 kB per second at 16 kHz."""
 
 
 class Crops:
-    """Training crops `[crop]` of the clips: one for every `crop` samples begun, at a random place each epoch."""
+    """Training crops `[crop]` of the clips: one per started `crop` samples, at a new random place each epoch."""
 
     def __init__(self, waveforms: list[Waveform], crop: int) -> None:
         self.waveforms, self.crop = waveforms, crop
@@ -43,7 +43,7 @@ class Crops:
         return len(self.clip_of)
 
     def batch(self, numbers: list[int], epoch: int) -> tuple[Tensor, ...]:
-        """float32 `[B, crop]`; a clip that is shorter has zeros behind it."""
+        """float32 `[B, crop]`; a shorter clip is padded with zeros."""
         crops = np.zeros((len(numbers), self.crop), dtype=np.float32)
         for row, number in zip(crops, numbers, strict=True):
             waveform = self.waveforms[self.clip_of[number]]
@@ -67,7 +67,7 @@ def train_audio_codec(
 ) -> Figures:
     """Train on `sources` and write the codec folder `target`, with training.json; returns the last report.
 
-    Crops are rounded to whole latent frames. UserError if there is no sound or the target exists.
+    Crops are rounded to whole latent frames. Raises UserError if there is no sound or the target exists.
     """
     crop = max(1, round(crop_seconds * config.sample_rate / config.frame_samples)) * config.frame_samples
     with new_folder(target) as folder:
@@ -80,7 +80,7 @@ def train_audio_codec(
         codec = AudioCodec(config)
         reports = train_codec(codec, data, training, place, lambda _, step: evaluate(codec, heldout), dtype)
         save_codec(codec, folder)
-        if reports:  # the first rank
+        if reports:  # only on the first rank
             reports[-1] |= evaluate_waveforms(codec, heldout)
         record = asdict(training) | {
             "crop_seconds": crop / config.sample_rate,
@@ -99,9 +99,9 @@ def train_audio_codec(
 
 
 def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seconds: float = math.inf) -> list[Clip]:
-    """The clips of a split, at most MAX_CLIPS, in a fixed random order, until they are as many seconds.
+    """The clips of a split, at most MAX_CLIPS, in a fixed random order, until they reach `seconds` in total.
 
-    UserError at an unreadable one.
+    Raises UserError for an unreadable clip.
     """
     members = [(shards, i) for shards in open_media(sources, split, AudioModality.name) for i in range(len(shards))]
     texts = _texts(sources, split)
@@ -115,9 +115,9 @@ def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seco
         try:
             waveform = read_waveform(shards.read(i), shards.extensions[i], config.sample_rate, config.max_seconds)
         except UnreadableMedia as error:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
-        whole = len(waveform) < round(config.max_seconds * config.sample_rate)  # else its end may be cut: no transcript
+        whole = len(waveform) < round(config.max_seconds * config.sample_rate)  # otherwise truncated: no transcript
         said = texts.get((shards.folder.parent, shards.keys[i]), "") if whole and shards.parts[i] < 0 else ""
         clips.append(Clip(waveform, said))
         read += len(waveform) / config.sample_rate
@@ -125,7 +125,7 @@ def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seco
 
 
 def _texts(sources: list[Path], split: Split) -> dict[tuple[Path, str], str]:
-    """(folder of the split, key) -> words of the sample's text, of samples that are not interleaved."""
+    """(folder of the split, key) -> words of the sample's text, for samples that are not interleaved."""
     texts = {}
     for source in sources:
         folder = source / split

@@ -1,8 +1,8 @@
-"""What all codecs share: which media they are trained on, and the folder they are kept in.
+"""Common parts of all codecs: access to their training media, and the format of a codec folder.
 
-In: source folders `SHARDS/<source>`, each with `<train|heldout>/<modality>/` shards. A codec folder is `config.json`,
-whose `kind` says which codec it is, and `model.safetensors`. One that transformers saved has `model_type` instead and
-may have its weights in shards; codecs/hf.py reads it.
+In: source folders `SHARDS/<source>`, each with `<train|heldout>/<modality>/` shards. A codec folder has `config.json`,
+whose `kind` identifies the codec, and `model.safetensors`. A folder saved by transformers has `model_type` instead and
+can have its weights in shards; codecs/hf.py reads it.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class CodecConfig(BaseModel):
-    """Sizes of a codec; each kind adds its own and fixes `kind`."""
+    """Sizes of a codec; each kind adds its own and sets `kind`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -41,7 +41,7 @@ class CodecConfig(BaseModel):
 
 
 class Codec(Protocol):
-    """A torch module made of its config alone; its class names the config's as `Config`."""
+    """A torch module built from its config alone; its class attribute `Config` is the config's class."""
 
     config: Any
 
@@ -52,13 +52,13 @@ AnyConfig = TypeVar("AnyConfig", bound=CodecConfig)
 
 
 def checked_config(config: type[AnyConfig], values: dict[str, Any], where: Path | None = None) -> AnyConfig:
-    """From untrusted values, of the file `where` if they have one. UserError names the first that is wrong."""
+    """The config from untrusted values, of the file `where` if any. Raises UserError for the first invalid value."""
     try:
         return config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"codec config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
-        raise UserError(what, where=where, remedy="correct it, or train the codec anew") from error
+        raise UserError(what, where=where, remedy="correct this value, or train the codec again") from error
 
 
 def save_codec(codec: Codec, folder: Path) -> None:
@@ -69,21 +69,23 @@ def save_codec(codec: Codec, folder: Path) -> None:
 
 
 def read_config(folder: Path, family: str) -> dict[str, Any]:
-    """A codec folder's config.json. UserError if it is no codec folder."""
+    """A codec folder's config.json. Raises UserError if it is not a codec folder."""
     file = folder / "config.json"
     if not (file.is_file() and weight_files(folder)):
-        remedy = f"name a folder made by `megamm tokenizer train {family}`"
-        raise UserError(f"no {family} codec (config.json and {WEIGHTS})", where=folder, remedy=remedy)
+        remedy = f"give a folder made by `megamm tokenizer train {family}`"
+        raise UserError(
+            f"not a codec of family {family}: it needs config.json and {WEIGHTS}", where=folder, remedy=remedy
+        )
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain it") from error
+        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain the codec") from error
 
 
 def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any, str]:
     """The codec on the CPU and its codec_id: the class that `kinds` has for the folder's `kind`.
 
-    A folder that transformers saved gives its adapter. UserError if it is no codec of this family or is damaged.
+    For a folder saved by transformers it returns its adapter. Raises UserError for another family, or a damaged codec.
     """
     values = read_config(folder, family)
     if "kind" not in values and "model_type" in values:
@@ -92,23 +94,23 @@ def load_codec(folder: Path, kinds: Mapping[str, Any], family: str) -> tuple[Any
         return load_hf_codec(folder, family)
     kind = str(values.get("kind"))
     if kind not in kinds:
-        what = f"a codec of kind {kind!r} is no {family} codec"
-        raise UserError(what, where=folder, remedy=f"name one of {' or '.join(kinds)}")
+        what = f"a codec of kind {kind!r} is not of family {family}"
+        raise UserError(what, where=folder, remedy=f"give one of kind {' or '.join(kinds)}")
     codec = kinds[kind](checked_config(kinds[kind].Config, values, folder / "config.json"))
     try:
         codec.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         where = folder / WEIGHTS
-        raise UserError(f"weights do not fit the config: {reason}", where=where, remedy="retrain it") from error
+        raise UserError(f"weights do not fit the config: {reason}", where=where, remedy="retrain the codec") from error
     return codec, codec_id(folder)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """`model.safetensors`, or the shards that its index names, in the order of names; empty if there is neither.
+    """`model.safetensors`, or the shards that its index names, sorted by name; empty if there is neither.
 
-    Of a file itself: the file. UserError if the index is damaged or does not tell the truth, if a file is elsewhere, or
-    if the only weights are a pickle, which can run code: none is read, ever.
+    For a path to a file: this file. Raises UserError if the index is damaged or wrong, if a file is outside the
+    folder, or if the only weights are a pickle; pickles can run code and are never read.
     """
     index = folder / INDEX
     if folder.is_file():
@@ -119,57 +121,62 @@ def weight_files(folder: Path) -> list[Path]:
         return _indexed(folder, index)
     pickled = next((path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))), None)
     if pickled is not None:
-        remedy = "load it with the library that wrote it, and save_pretrained elsewhere, which gives safetensors"
+        remedy = "load it with the library that wrote it, and save it as safetensors with save_pretrained"
         raise UserError(f"{pickled} is a pickle, which can run code", where=folder, remedy=remedy)
     return []
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
-    """The shards; each tensor is in one of them, in the one that the index says."""
+    """The shards; each tensor must be in exactly one of them, the one that the index names."""
     try:
         said = dict(json.loads(index.read_text())["weight_map"])
         names = sorted(set(said.values()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"unreadable index of weights: {error!r}", where=index, remedy="restore it") from None
+        what = f"unreadable index of weights: {error!r}"
+        raise UserError(what, where=index, remedy="download or copy the folder again") from None
     if not names:
-        raise UserError("an index of no weights", where=index, remedy="restore the folder")
+        what = "the index names no weights"
+        raise UserError(what, where=index, remedy="download or copy the folder again")
     files = [_inside(folder, str(name)) for name in names]
     found: dict[str, str] = {}
     for file in files:
         for tensor in tensor_names(file):
             if tensor in found:
                 what = f"{tensor} is both in {found[tensor]} and in {file.name}"
-                raise UserError(what, where=folder, remedy="restore the folder")
+                raise UserError(what, where=folder, remedy="download or copy the folder again")
             found[tensor] = file.name
     for tensor in sorted(said.keys() | found.keys()):
         if said.get(tensor) != found.get(tensor):
             is_said, is_so = (side.get(tensor, "no file") for side in (said, found))
-            what = f"the index has {tensor} in {is_said}, it is in {is_so}"
-            raise UserError(what, where=index, remedy="restore the folder")
+            what = f"the index places {tensor} in {is_said}, but it is in {is_so}"
+            raise UserError(what, where=index, remedy="download or copy the folder again")
     return files
 
 
 def tensor_names(file: Path) -> list[str]:
-    """Of a safetensors file. UserError if its header or its length is damaged."""
+    """Tensor names of a safetensors file. Raises UserError if its header or its length is damaged."""
     try:
         with safe_open(file, framework="pt") as opened:
             return list(opened.keys())
     except (SafetensorError, OSError) as error:
-        raise UserError(f"unreadable weights: {error}", where=file, remedy="restore the file") from None
+        what, remedy = f"unreadable weights: {error}", "download or copy the file again"
+        raise UserError(what, where=file, remedy=remedy) from None
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """A file of the folder. UserError for one elsewhere, by its name or through a link.
+    """A file of the folder. Raises UserError for one outside of it, by its name or through a link.
 
-    Links of a hub's cache lead from a snapshot to the blobs beside it, and nowhere else.
+    Links in a hub's cache may lead from a snapshot to its blobs, and nowhere else.
     """
     path = folder / name
     if Path(name).name != name or not path.is_file():
-        raise UserError(f"no file {name!r} in this folder", where=folder, remedy="restore the folder")
+        what = f"no file {name!r} in this folder"
+        raise UserError(what, where=folder, remedy="download or copy the folder again")
     here, real = folder.resolve(), path.resolve()
     blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
     if real.parent not in (here, blobs):
-        raise UserError(f"{name} is a link out of the folder", where=folder, remedy="copy the file there")
+        what = f"{name} is a link to outside the folder"
+        raise UserError(what, where=folder, remedy="replace the link by a copy of the file")
     return path
 
 
@@ -184,7 +191,7 @@ def codec_id(folder: Path) -> str:
 
 
 def open_media(sources: list[Path], split: Split, modality: str) -> list[ShardFolder]:
-    """The shards of one modality in every source that has it. UserError if none has."""
+    """The shards of one modality in every source that has it. Raises UserError if none has it."""
     folders = []
     for source in sources:
         folder = source / split / modality
@@ -193,23 +200,23 @@ def open_media(sources: list[Path], split: Split, modality: str) -> list[ShardFo
         else:
             logger.info("%s has no %s for %s", source, modality, split)
     if not any(folders):
-        remedy = f"name source folders with {split}/{modality}/ in them (`megamm data build` makes them)"
-        raise UserError(f"no {modality} to read", where=", ".join(map(str, sources)) or None, remedy=remedy)
+        remedy = f"give source folders with {split}/{modality}/ in them (made by `megamm data build`)"
+        raise UserError(f"no {modality} data found", where=", ".join(map(str, sources)) or None, remedy=remedy)
     return folders
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets its name when the block ends well. UserError if the target exists.
+    """A temporary folder that is renamed when the block ends without error. Raises UserError if the target exists.
 
-    Of many ranks only the first one's is kept.
+    With many ranks, only the first one's folder is kept.
     """
     if os.environ.get("RANK", "0") != "0":
         with tempfile.TemporaryDirectory() as unused:
             yield Path(unused)
         return
     if target.exists():
-        raise UserError("the folder exists already", where=target, remedy="name another one or delete it first")
+        raise UserError("the folder already exists", where=target, remedy="choose another one or delete it first")
     partial = target.with_name(f".{target.name}.partial")
     if partial.exists():  # left by a killed run
         shutil.rmtree(partial)

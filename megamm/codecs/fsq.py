@@ -1,7 +1,7 @@
-"""Finite scalar quantisation (FSQ): a codebook that is a grid, with nothing to learn and nothing to collapse.
+"""Finite scalar quantisation (FSQ): the codebook is a fixed grid, so it is not learned and cannot collapse.
 
 Source: Mentzer et al. 2023, "Finite Scalar Quantization: VQ-VAE Made Simple", section 3 and appendix A.1.
-Channel c of a latent `[..., C]` is bounded to levels[c] values and rounded; the C digits are one index in
+Channel c of a latent `[..., C]` is bounded to levels[c] values and rounded; the C digits form an index in
 [0, prod(levels)), mixed radix, first channel least significant. Codes are scaled to about [-1, 1].
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class FSQ(nn.Module):
-    """Quantises the last axis, one channel a level. The buffers are constants and not saved."""
+    """Quantises the last axis, one channel per entry of levels. The buffers are constants and not saved."""
 
     levels: Tensor
     basis: Tensor
@@ -36,7 +36,7 @@ class FSQ(nn.Module):
         """Squash channel c so that rounding gives exactly levels[c] integers: -(L//2) .. (L-1)//2."""
         half_width = (self.levels - 1) * (1 + 1e-3) / 2  # the margin keeps the outermost levels reachable
         offset = (self.levels % 2 == 0) * 0.5  # an even number of integers is not symmetric around 0 ...
-        shift = torch.atanh(offset / half_width)  # ... but latent 0 stays at bound 0
+        shift = torch.atanh(offset / half_width)  # ... but latent 0 still maps to 0
         return torch.tanh(latent + shift) * half_width - offset
 
     def to_indices(self, codes: Tensor) -> Tensor:

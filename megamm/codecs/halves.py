@@ -1,7 +1,7 @@
-"""One half of a codec in a folder of its own: an image decoder (ids to pixels), an audio encoder (waveform to ids).
+"""Saves and loads one half of a codec: an image decoder (ids to pixels), an audio encoder (waveform to ids).
 
-A half's folder is the codec's config.json with `half` in it, and model.safetensors without the tensors that only the
-other half needs, in float32. What it can do it does bit for bit as the whole codec; the other half is not there.
+The folder of a half has the codec's config.json with the added key `half`, and model.safetensors without the tensors
+that only the other half needs, in float32. Its results are bit-identical to the whole codec's.
 """
 
 import json
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "audio": {audio.KIND: audio.AudioCodec},
     "visual": {visual.KIND: visual.VisualCodec},
 }
-"""Codecs of our own, by family."""
+"""Our own codecs, by family."""
 _VQGAN: dict[str, tuple[str, ...]] = {
     "encoder": ("model.encoder", "model.quant_conv"),
     "decoder": ("model.decoder", "model.post_quant_conv"),
@@ -38,12 +38,12 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "emu3_vqgan": _VQGAN,
     "janus_vqgan": _VQGAN,
 }
-"""Modules that only one half needs, by kind (of transformers' codecs, model_type). Chameleon's has no decoder."""
-_REMEDY = "make it anew with `megamm convert modules`"
+"""Modules that only one half needs, by kind (model_type for transformers' codecs). Chameleon's has no decoder."""
+_REMEDY = "create it again with `megamm convert modules`"
 
 
 def save_half(codec: Path, family: str, half: Half, target: Path) -> bool:
-    """Write one half of a codec folder into the folder `target`, made if need be; False if the codec has it not."""
+    """Write one half of a codec folder into `target`, created if necessary; False if the codec lacks this half."""
     values = read_config(codec, family)
     parts = _PARTS.get(_kind(values))
     if parts is None:
@@ -61,15 +61,15 @@ def save_half(codec: Path, family: str, half: Half, target: Path) -> bool:
 
 
 def load_half(folder: Path) -> Any:
-    """The half codec on the CPU, in eval mode: `encode` or `decode` as the whole one has it.
+    """The half codec on the CPU, in eval mode, with `encode` or `decode` as in the whole codec.
 
-    UserError if the folder is none or is damaged.
+    Raises UserError if the folder is not a half or is damaged.
     """
     values = read_config(folder, "half")
     half = values.pop("half", None)
     parts = _PARTS.get(_kind(values))
     if half not in ("encoder", "decoder") or parts is None:
-        raise UserError("no half of a codec", where=folder, remedy=_REMEDY)
+        raise UserError("not a half of a codec", where=folder, remedy=_REMEDY)
     module = _whole(_kind(values), values, folder)
     absent = parts[_other(half)]
     try:
@@ -79,7 +79,7 @@ def load_half(folder: Path) -> Any:
         raise UserError(f"weights do not fit the config: {reason}", where=folder, remedy=_REMEDY) from error
     if wrong := [name for name in missing if not _is_in(name, absent)] + list(unknown):
         raise UserError(f"{wrong[0]} is missing or unknown", where=folder, remedy=_REMEDY)
-    for part in absent:  # it has random weights, which nothing may compute with
+    for part in absent:  # it has random weights, which must not be used
         parent, _, name = part.rpartition(".")
         owner = module.get_submodule(parent)
         if hasattr(owner, name):

@@ -1,8 +1,8 @@
-"""Codecs that transformers saved: which there are, and the way from their folder to an adapter.
+"""Loads codecs that transformers saved: the supported models, and the adapter for a folder.
 
-A folder written by `save_pretrained` says what it is by `model_type` in its config.json; nothing else is needed. What
-is read is JSON and safetensors, in one file or in shards: no pickles, no code of the folder's, no network. Weights are
-held in float32, whatever they were saved in. Adapters: codecs/hf_audio.py, codecs/hf_visual.py.
+A folder written by `save_pretrained` is identified by `model_type` in its config.json. Only JSON and safetensors are
+read, in one file or in shards: no pickles, no code from the folder, no network. Weights are kept in float32, whatever
+their stored dtype. Adapters: codecs/hf_audio.py, codecs/hf_visual.py.
 """
 
 import logging
@@ -24,16 +24,16 @@ from megamm.errors import UserError
 logger = logging.getLogger(__name__)
 
 ADAPTERS: dict[str, dict[str, Any]] = {"audio": AUDIO_ADAPTERS, "visual": VISUAL_ADAPTERS}
-"""By family and model_type."""
+"""Adapters by family and model_type."""
 MODELS_WITH_A_CODEC = {"chameleon": "ChameleonModel", "emu3": "Emu3Model", "janus": "JanusModel"}
-"""model_type of the language models that hold such a codec, with the class of transformers that reads it from them."""
+"""model_type of language models that contain such a codec, with the transformers class that can read it from them."""
 
-RESTORE = "restore the folder, or save it anew with save_pretrained"
+RESTORE = "download or copy the folder again, or save it again with save_pretrained"
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a folder holds: the adapter of ours, the model of transformers with its config, what is known of sizes."""
+    """The form of a folder: our adapter, the transformers model with its config, and the sizes known so far."""
 
     adapter: Any
     model_class: Any
@@ -42,13 +42,13 @@ class Form:
 
 
 def form_of(folder: Path, values: dict[str, Any]) -> Form:
-    """From the values of a folder's config.json, of a model_type that has an adapter.
+    """The form of a folder, given its config.json values, for a model_type that has an adapter.
 
-    UserError if the config is damaged, or the model is of a form that its adapter cannot use.
+    Raises UserError if the config is damaged, or the adapter does not support this variant of the model.
     """
     family = next(family for family, adapters in ADAPTERS.items() if values["model_type"] in adapters)
     adapter = ADAPTERS[family][values["model_type"]]
-    import transformers  # seconds
+    import transformers  # takes seconds
 
     model_class = getattr(transformers, adapter.model_class)
     try:
@@ -57,11 +57,11 @@ def form_of(folder: Path, values: dict[str, Any]) -> Form:
         try:
             return Form(adapter, model_class, config, adapter.sizes(config))
         except ValueError as error:
-            remedy = f"use one of another form, or train a codec with `megamm tokenizer train {family}`"
-            raise UserError(f"{adapter.model_class} of no usable form: {error}", where=folder, remedy=remedy) from error
+            remedy = f"use a supported variant, or train a codec with `megamm tokenizer train {family}`"
+            raise UserError(f"unsupported {adapter.model_class}: {error}", where=folder, remedy=remedy) from error
     except UserError:
         raise
-    except Exception as error:  # transformers raises nearly any class for a config that it cannot use
+    except Exception as error:  # transformers raises many kinds for a config that it cannot use
         raise _unusable(adapter, error, folder) from error
 
 
@@ -73,7 +73,7 @@ def _unusable(adapter: Any, error: Exception, folder: Path) -> UserError:
 def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
     """The adapter around the folder's model, on the CPU and in eval mode, and its codec_id.
 
-    UserError if the model is no codec of this family, is of a form that its adapter cannot use, or is damaged.
+    Raises UserError if the model is not a codec of this family, is not supported by its adapter, or is damaged.
     """
     values = read_config(folder, family)
     _check_adapter(str(values["model_type"]), folder, family)
@@ -84,14 +84,14 @@ def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
         model, report = form.model_class.from_pretrained(
             None, config=form.config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
-    except Exception as error:  # transformers raises nearly any class for weights that it cannot use
+    except Exception as error:  # transformers raises many kinds for weights that it cannot use
         raise _unusable(adapter, error, folder) from error
     missing, unused = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-    if missing:  # transformers would go on with random ones
+    if missing:  # transformers would continue with random weights
         what = f"the weights lack {len(missing)} tensors of {adapter.model_class}, such as {missing[0]}"
         raise UserError(what, where=folder, remedy=RESTORE)
     if unused:
-        logger.warning("%s: %d tensors have no use in this config, such as %s", folder, len(unused), unused[0])
+        logger.warning("%s: %d tensors are not used by this config, such as %s", folder, len(unused), unused[0])
     logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, version("transformers"), form.sizes)
     return adapter(model, form.sizes).eval(), codec_id(folder)
 
@@ -102,14 +102,13 @@ def _check_adapter(model_type: str, folder: Path, family: str) -> None:
         return
     whole = MODELS_WITH_A_CODEC.get(model_type)
     if whole and family == "visual":
-        remedy = f"save its codec alone: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
-        raise UserError(
-            f"a whole {model_type} model, of which only the image codec is needed", where=folder, remedy=remedy
-        )
-    remedy = f"name a folder made by `megamm tokenizer train {family}`"
+        remedy = f"save only its codec: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
+        raise UserError(f"a whole {model_type} model, but only its image codec is needed", where=folder, remedy=remedy)
+    remedy = f"give a folder made by `megamm tokenizer train {family}`"
     if adapters:
         remedy += f", or a transformers model of type {' or '.join(adapters)}"
-    raise UserError(f"a transformers model of type {model_type!r} is no {family} codec", where=folder, remedy=remedy)
+    what = f"a transformers model of type {model_type!r} is not a codec of family {family}"
+    raise UserError(what, where=folder, remedy=remedy)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -118,5 +117,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         try:
             state |= load_file(file)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"unreadable weights: {error}", where=file, remedy="restore the file") from error
+            what, remedy = f"unreadable weights: {error}", "download or copy the file again"
+            raise UserError(what, where=file, remedy=remedy) from error
     return state

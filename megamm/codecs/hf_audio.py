@@ -1,12 +1,12 @@
-"""Pretrained audio codecs of transformers: float32 `[B, samples]` mono <-> ids `[T]`, as codecs of our own.
+"""Adapters for transformers' pretrained audio codecs: float32 `[B, samples]` mono <-> ids `[T]`, like our own codecs.
 
 Mimi (Défossez et al. 2024, "Moshi", section 3.3), EnCodec (Défossez et al. 2022), DAC (Kumar et al. 2023). A latent
-frame of `frame_samples` samples is Q ids: T = Q * frames, frame by frame, its levels inside, and level q has the ids
+frame of `frame_samples` samples is Q ids: T = Q * frames, ordered by frame, then by level. Level q has the ids
 q * K .. (q + 1) * K - 1. frames = ceil(samples / frame_samples).
 
-All codebooks of the config are used, of EnCodec those of its highest bandwidth. Their levels refine each other, so
-fewer can be had: lower `num_quantizers` (Mimi), the last of `target_bandwidths` (EnCodec) or `n_codebooks` (DAC) in
-config.json; the weights may stay as they are.
+All codebooks of the config are used; for EnCodec those of its highest bandwidth. Their levels refine each other, so you
+can use fewer: lower `num_quantizers` (Mimi), the last of `target_bandwidths` (EnCodec) or `n_codebooks` (DAC) in
+config.json; the weights need no change.
 """
 
 import math
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from megamm.codecs.folders import CodecConfig
 
 MAX_SECONDS = 20.0
-"""Longest clip. These codecs take any; it is a bound for the rows: 20 s of Mimi with 8 codebooks are 2,000 tokens."""
+"""Maximum length of a clip. The codecs accept any; this limits rows: 20 s of Mimi with 8 codebooks are 2,000 tokens."""
 
 
 class HFAudioConfig(CodecConfig):
-    """What is known of a codec without its weights; `kind` is transformers' model_type."""
+    """Properties of a codec that are known without its weights; `kind` is transformers' model_type."""
 
     sample_rate: int
     codebooks: int
@@ -32,7 +32,7 @@ class HFAudioConfig(CodecConfig):
 
 
 class HFAudioCodec(nn.Module):
-    """An audio codec around a model of transformers; a subclass knows the model's own calls."""
+    """An audio codec around a transformers model; subclasses implement the model's calls."""
 
     model_class: ClassVar[str]
     """Name of the model in transformers."""
@@ -45,7 +45,7 @@ class HFAudioCodec(nn.Module):
 
     @classmethod
     def sizes(cls, config: Any) -> HFAudioConfig:
-        """From the model's own config. ValueError if the adapter cannot use such a model."""
+        """Sizes from the model's own config. Raises ValueError if the adapter does not support such a model."""
         raise NotImplementedError
 
     def to_codes(self, clip: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class HFAudioCodec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, waveform: Tensor, lengths: list[int]) -> list[Tensor]:
-        """float32 `[B, samples]`, clip i being its first lengths[i] samples, to ids `[T]` each, int64.
+        """Encode float32 `[B, samples]`, where clip i has lengths[i] samples, to ids `[T]` each, int64.
 
-        Each clip is computed for itself: these models pad a clip at its end, and some look ahead into what a batch
-        would pad it with, so ids would depend on the company. ValueError if a length is not in [1, samples].
+        Each clip is computed separately: these models pad a clip at its end, and some look ahead into the padding of a
+        batch, so ids would depend on the other clips. Raises ValueError if a length is not in [1, samples].
         """
         if len(lengths) != len(waveform) or not all(1 <= length <= waveform.shape[1] for length in lengths):
             raise ValueError(f"lengths {lengths} for waveforms {list(waveform.shape)}")
@@ -72,10 +72,10 @@ class HFAudioCodec(nn.Module):
     def decode(self, ids: Tensor) -> Tensor:
         """Ids `[T]` to float32 `[frames * frame_samples]`, clipped to [-1, 1].
 
-        ValueError if they are no whole latent frames, or an id is not one of its level.
+        Raises ValueError if they are not whole latent frames, or an id is not in the range of its level.
         """
         if not len(ids) or len(ids) % self.codebooks:
-            raise ValueError(f"{len(ids)} ids are no frames of {self.codebooks}")
+            raise ValueError(f"{len(ids)} ids are not a multiple of {self.codebooks} (whole frames)")
         codes = ids.view(-1, self.codebooks).T - self._first_ids(ids.device)
         if codes.min() < 0 or codes.max() >= self.codebook_size:
             raise ValueError(
@@ -91,19 +91,20 @@ class HFAudioCodec(nn.Module):
 
 
 class MimiCodec(HFAudioCodec):
-    """Mimi; its first levels carry what is said, the others how it sounds."""
+    """Mimi; its first levels carry the words, the others the sound."""
 
     model_class = "MimiModel"
 
     @classmethod
     def sizes(cls, config: Any) -> HFAudioConfig:
-        """ValueError unless mono, with both halves, and of whole samples a frame."""
+        """Raises ValueError unless it is mono, has both halves, and a whole number of samples per frame."""
         _check_mono(config.audio_channels)
         if config.encoder_config is None or config.decoder_config is None:
             raise ValueError("saved without its encoder or its decoder")
         frame_samples = round(config.sampling_rate / config.frame_rate)
         if not math.isclose(frame_samples * config.frame_rate, config.sampling_rate):
-            raise ValueError(f"{config.sampling_rate} Hz at {config.frame_rate} frames/s is no whole number of samples")
+            rates = f"{config.sampling_rate} Hz at {config.frame_rate} frames/s"
+            raise ValueError(f"{rates} is not a whole number of samples per frame")
         return HFAudioConfig(
             kind="mimi",
             sample_rate=config.sampling_rate,
@@ -120,17 +121,17 @@ class MimiCodec(HFAudioCodec):
 
 
 class EncodecCodec(HFAudioCodec):
-    """EnCodec of mono sound (24 and 32 kHz); the 48 kHz one needs a scale beside the codes of each chunk."""
+    """EnCodec for mono sound (24 and 32 kHz); the 48 kHz model also needs a scale for each chunk."""
 
     model_class = "EncodecModel"
 
     @classmethod
     def sizes(cls, config: Any) -> HFAudioConfig:
-        """ValueError if stereo, chunked or normalised, so that codes alone do not give the sound."""
+        """Raises ValueError if it is stereo, chunked or normalised, since then codes alone do not give the sound."""
         _check_mono(config.audio_channels)
         if config.normalize or config.chunk_length_s is not None:
             raise ValueError(
-                "its codes need a scale for each chunk; only EnCodec without normalize and chunks is usable"
+                "its codes need a scale for each chunk; only EnCodec without normalize and chunks is supported"
             )
         return HFAudioConfig(
             kind="encodec",
@@ -149,13 +150,13 @@ class EncodecCodec(HFAudioCodec):
 
 
 class DacCodec(HFAudioCodec):
-    """DAC; as its feature extractor does, a clip is padded with zeros to whole latent frames."""
+    """DAC; clips are padded with zeros to whole latent frames, as its feature extractor does."""
 
     model_class = "DacModel"
 
     @classmethod
     def sizes(cls, config: Any) -> HFAudioConfig:
-        """DAC is mono always."""
+        """DAC is always mono."""
         return HFAudioConfig(
             kind="dac",
             sample_rate=config.sampling_rate,
@@ -178,4 +179,4 @@ def _check_mono(channels: int) -> None:
 
 
 AUDIO_ADAPTERS: dict[str, type[HFAudioCodec]] = {"mimi": MimiCodec, "encodec": EncodecCodec, "dac": DacCodec}
-"""By transformers' model_type."""
+"""Adapters by transformers' model_type."""

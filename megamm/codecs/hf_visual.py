@@ -1,11 +1,11 @@
-"""Pretrained image codecs of transformers: uint8 `[B, F, Y, X, 3]` <-> ids `[B, T]`, as codecs of our own.
+"""Adapters for transformers' pretrained image codecs: uint8 `[B, F, Y, X, 3]` <-> ids `[B, T]`, like our own codecs.
 
-Emu3 (Wang et al. 2024), Chameleon (2024) and Janus (Wu et al. 2024): VQGANs with one code a cell of a square grid,
-row by row. All were trained on pixels in [-1, 1] (mean and standard deviation 0.5), which is what they are given.
+Emu3 (Wang et al. 2024), Chameleon (2024) and Janus (Wu et al. 2024) are VQGANs with one code per cell of a square
+grid, row by row. All were trained on pixels in [-1, 1] (mean and standard deviation 0.5), so they get these.
 An image is F = 1; a video F = 1 + n * frames_per_step, and T = (1 + n) * grid_size^2 in the order of time, rows,
-columns. Chameleon and Janus see one frame at a time. Emu3 sees `temporal_downsample_factor` frames, and an image as
-that many times itself: so a video is its first frame as an image, then clips of that many frames, each on its own as
-Emu3's example for videos (autoencode.py) has it. Ids thus never depend on later frames, nor on the batch.
+columns. Chameleon and Janus see one frame at a time. Emu3 sees `temporal_downsample_factor` frames, and an image
+repeated that many times. So a video is its first frame as an image, then clips of that many frames, each coded
+separately, as in Emu3's example for videos (autoencode.py). So ids never depend on later frames, nor on the batch.
 """
 
 import logging
@@ -21,16 +21,16 @@ from megamm.errors import UserError
 logger = logging.getLogger(__name__)
 
 EMU3_IMAGE_SIZE = 512
-"""Pixels. Emu3 takes any size and its config has none: add `resolution` to config.json for another."""
+"""Pixels. Emu3 takes any size and its config has none; add `resolution` to config.json for another size."""
 LATENT_FRAME_RATE = 2.0
-"""Latent frames per second of a video. They cost 576 tokens (Janus) to 4,096 (Emu3) each."""
+"""Latent frames per second of a video. Each costs 576 tokens (Janus) to 4,096 tokens (Emu3)."""
 MAX_LATENT_FRAMES = 5
 CLIPS_AT_ONCE = 8
-"""More would take gigabytes: a layer has 256 channels at full resolution."""
+"""More would take gigabytes: one layer has 256 channels at full resolution."""
 
 
 class HFVisualConfig(CodecConfig):
-    """What is known of a codec without its weights; `kind` is transformers' model_type. Units as in codecs of ours."""
+    """Properties of a codec that are known without its weights; `kind` is transformers' model_type. Our units."""
 
     codebook_size: int
     image_size: int
@@ -41,7 +41,7 @@ class HFVisualConfig(CodecConfig):
 
 
 class HFVisualCodec(nn.Module):
-    """A visual codec around a model of transformers; a subclass knows the model's own calls."""
+    """A visual codec around a transformers model; subclasses implement the model's calls."""
 
     model_class: ClassVar[str]
     """Name of the model in transformers."""
@@ -55,11 +55,11 @@ class HFVisualCodec(nn.Module):
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
-        """From the model's own config. ValueError if the adapter cannot use such a model."""
+        """Sizes from the model's own config. Raises ValueError if the adapter does not support such a model."""
         raise NotImplementedError
 
     def to_codes(self, clips: Tensor) -> Tensor:
-        """Pixels in [-1, 1] `[N, frames_per_step, 3, Y, X]` to codes, N * grid_size^2 of them in any shape."""
+        """Pixels in [-1, 1] `[N, frames_per_step, 3, Y, X]` to N * grid_size^2 codes, in any shape."""
         raise NotImplementedError
 
     def to_clips(self, codes: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class HFVisualCodec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 `[B, F, Y, X, 3]` to ids `[B, T]`, int64. ValueError for another F or size."""
+        """uint8 `[B, F, Y, X, 3]` to ids `[B, T]`, int64. Raises ValueError for an unsupported F or size."""
         batch, count, rows, columns, _ = frames.shape
         step, size = self.frames_per_step, self.image_size
         if not count or (count - 1) % step or rows != size or columns != size:
@@ -80,7 +80,7 @@ class HFVisualCodec(nn.Module):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. ValueError if T is not of whole frames or an id is out of range."""
+        """Ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. Raises ValueError for incomplete frames or an id out of range."""
         grid = self.grid_size
         check_ids(ids, grid, self.codebook_size)
         codes = ids.reshape(-1, grid, grid).split(CLIPS_AT_ONCE)
@@ -91,7 +91,7 @@ class HFVisualCodec(nn.Module):
 
 
 class Emu3Codec(HFVisualCodec):
-    """Emu3's codec of images and videos."""
+    """Emu3's codec for images and videos."""
 
     model_class = "Emu3VQVAE"
 
@@ -115,7 +115,7 @@ class ChameleonCodec(HFVisualCodec):
 
     def __init__(self, model: Any, config: HFVisualConfig) -> None:
         super().__init__(model, config)
-        logger.warning("Chameleon's codec can read images but not make them: transformers has no decoder for it")
+        logger.warning("Chameleon's codec can only read images: transformers has no decoder to generate them")
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
@@ -125,18 +125,16 @@ class ChameleonCodec(HFVisualCodec):
         return self.model.encode(clips[:, 0], return_dict=True).image_tokens
 
     def to_clips(self, codes: Tensor) -> Tensor:
-        """UserError, always."""
-        remedy = (
-            "use a codec that has a decoder where images are made (Emu3, Janus, or one of `megamm tokenizer train`)"
-        )
-        raise UserError("Chameleon's codec can read images but not make them", remedy=remedy)
+        """Always raises UserError."""
+        remedy = "use a codec with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
+        raise UserError("Chameleon's codec cannot generate images, only read them", remedy=remedy)
 
 
 class JanusCodec(HFVisualCodec):
     """Janus's image codec.
 
-    Its codebook is used at unit length, in both directions. transformers does so where it decodes only, but the
-    original (deepseek-ai/Janus, janus/models/vq_model.py, l2_norm) also where it looks for the nearest code.
+    Its codebook is used at unit length, in both directions. transformers normalises it only for decoding, but the
+    original (deepseek-ai/Janus, janus/models/vq_model.py, l2_norm) also for finding the nearest code.
     """
 
     model_class = "JanusVQVAE"
@@ -144,7 +142,7 @@ class JanusCodec(HFVisualCodec):
     def __init__(self, model: Any, config: HFVisualConfig) -> None:
         super().__init__(model, config)
         codebook = model.quantize.embedding.weight
-        codebook.data = nn.functional.normalize(codebook.data, dim=1)  # the latent's own length changes no order
+        codebook.data = nn.functional.normalize(codebook.data, dim=1)  # the length of the latent does not matter
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
@@ -158,12 +156,12 @@ class JanusCodec(HFVisualCodec):
 
 
 def _downsample(config: Any) -> int:
-    """Pixels a grid cell, along one side."""
+    """Pixels per grid cell, along one side."""
     return 2 ** (len(config.channel_multiplier) - 1)
 
 
 def _sizes(config: Any, image_size: int, codebook_size: int, frames_per_step: int) -> HFVisualConfig:
-    """ValueError if the image is not of whole cells or not RGB."""
+    """Sizes of a codec. Raises ValueError if the image does not have whole cells or is not RGB."""
     if image_size < 1 or image_size % _downsample(config):
         raise ValueError(f"resolution {image_size} is not a multiple of {_downsample(config)}")
     if config.in_channels != 3:
@@ -184,4 +182,4 @@ VISUAL_ADAPTERS: dict[str, type[HFVisualCodec]] = {
     "chameleon_vqgan": ChameleonCodec,
     "janus_vqgan": JanusCodec,
 }
-"""By transformers' model_type."""
+"""Adapters by transformers' model_type."""

@@ -1,12 +1,12 @@
-"""Waveforms to log-mel spectrograms and back: what the audio codec compresses, and how it is heard again.
+"""Waveforms to log-mel spectrograms, which the audio codec compresses, and back to waveforms.
 
 `LogMel`: float32 `[B, samples]` in [-1, 1] to the natural logarithm of mel magnitudes `[B, mels, frames]`, one frame
 every `hop` samples, centred on sample 0, hop, 2 hop .. (zeros beyond the ends); samples is a multiple of hop and
 frames = samples / hop. Filters: Slaney's mel scale and normalisation, 0 Hz to half the sample rate.
 
-The way back has no weights: magnitudes from the mel bands by least squares with no negative values (multiplicative
-updates, Lee and Seung 2001), phases by the fast Griffin-Lim algorithm (Perraudin, Balazs and Sondergaard 2013).
-It begins with the same random phases for every input, so the same spectrogram gives the same waveform.
+The inverse has no weights: magnitudes from the mel bands by non-negative least squares (multiplicative updates, Lee and
+Seung 2001), phases by the fast Griffin-Lim algorithm (Perraudin, Balazs and Sondergaard 2013). It starts with the same
+random phases for every input, so the same spectrogram gives the same waveform.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 FLOOR = 1e-5
-"""Magnitudes below are silence: the logarithm is at least -11.5."""
+"""Smaller magnitudes are silence: the logarithm is at least -11.5."""
 PHASE_STEPS = 32
 MAGNITUDE_STEPS = 20
 MOMENTUM = 0.99
@@ -32,7 +32,7 @@ class LogMel(nn.Module):
     def __init__(self, sample_rate: int, window: int, hop: int, mels: int) -> None:
         """sample_rate in Hz; window (a Hann window, and the length of the Fourier transform) and hop in samples."""
         super().__init__()
-        from transformers.audio_utils import mel_filter_bank  # a second to import
+        from transformers.audio_utils import mel_filter_bank  # takes a second to import
 
         self.hop = hop
         filters = mel_filter_bank(
@@ -68,19 +68,19 @@ class LogMel(nn.Module):
         return self.griffin_lim(self.magnitude(log_mel.float())).clamp(-1, 1)
 
     def magnitude(self, log_mel: Tensor) -> Tensor:
-        """Log-mel `[B, mels, frames]` to non-negative magnitudes `[B, window / 2 + 1, frames]` of these mel bands."""
+        """Log-mel `[B, mels, frames]` to non-negative magnitudes `[B, window / 2 + 1, frames]` with these mel bands."""
         mel = log_mel.exp()
-        magnitude = (self.inverse_filters @ mel).clamp(min=FLOOR**2)  # an exact zero could never grow again
+        magnitude = (self.inverse_filters @ mel).clamp(min=FLOOR**2)  # an exact zero could not grow again
         target = self.filters.T @ mel
         for _ in range(MAGNITUDE_STEPS):
             magnitude = magnitude * target / (self.filters.T @ (self.filters @ magnitude)).clamp(min=FLOOR**2)
         return magnitude
 
     def griffin_lim(self, magnitude: Tensor) -> Tensor:
-        """Magnitudes `[B, window / 2 + 1, frames]` to the waveform `[B, frames * hop]` whose own come close to them."""
+        """Magnitudes `[B, window / 2 + 1, frames]` to a waveform `[B, frames * hop]` with similar magnitudes."""
         samples = magnitude.shape[-1] * self.hop
         generator = torch.Generator().manual_seed(0)
-        angles = 2 * math.pi * torch.rand(magnitude.shape[1:], generator=generator)  # drawn on the CPU: one for all
+        angles = 2 * math.pi * torch.rand(magnitude.shape[1:], generator=generator)  # on the CPU: same on all devices
         phase = torch.polar(torch.ones_like(angles), angles).to(magnitude.device).expand(magnitude.shape)
         last = torch.zeros_like(phase)
         for _ in range(PHASE_STEPS):

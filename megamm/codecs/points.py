@@ -1,10 +1,10 @@
 """The points codec: clouds float32 `[B, N, 9]` <-> ids int64 `[B, T]`: explicit places and learnt shapes of patches.
 
-A cloud (xyz in [-1, 1], unit normal, RGB in [0, 1]) is halved at the median again and again, by height, then width,
-then depth, into patches of equally many points, so that patch number p is always the same part of the cloud's
-quantiles. Each patch is two tokens (T = 2 patches): a CELL, the cube of a regular grid that holds the patch's mean, and
-a SHAPE, the FSQ code of its points seen from the cell's centre. Ids: cells 0 .. cells^3 - 1, shapes from there on;
-order cell, shape, cell, shape. The order of the input's points changes nothing.
+A cloud (xyz in [-1, 1], unit normal, RGB in [0, 1]) is halved at the median repeatedly, by height, then width, then
+depth, into patches with equal numbers of points. So patch number p is always the same part of the cloud's quantiles.
+Each patch is two tokens (T = 2 patches): a CELL, the cube of a regular grid that holds the patch's mean, and a SHAPE,
+the FSQ code of its points relative to the cell's centre. Ids: cells 0 .. cells^3 - 1, then shapes; order cell, shape,
+cell, shape. The order of the input's points has no effect.
 
 Sources: Qi et al. 2017, "PointNet" (encoder of a patch); Bentley 1975, k-d trees (the halving); Fan et al. 2017, "A
 Point Set Generation Network", section 4 (Chamfer distance, here within patches); codecs/fsq.py.
@@ -23,20 +23,20 @@ from megamm.codecs.folders import CodecConfig
 from megamm.codecs.fsq import FSQ
 
 KIND = "megamm-points-fsq"
-"""`kind` in config.json: what tells this codec's folder from any other."""
+"""`kind` in config.json, which identifies this codec's folder."""
 CHANNELS = 9
 HALVING_AXES = (1, 0, 2)
-"""Height first: what stands on legs is most alike from one to the next in it."""
+"""Height first: it is the most similar axis from one standing thing to the next."""
 PATCH_SIZE = 0.25
-"""Length unit of a patch's own coordinates: about its radius, so that the network sees values around 1."""
+"""Length unit of a patch's own coordinates, about its radius, so that the network sees values around 1."""
 DISTANCE_WEIGHT, NORMAL_WEIGHT = 4.0, 0.1
 SPREAD_WEIGHT = 0.05
 
 
 class PointsCodecConfig(CodecConfig):
-    """Sizes of the codec: `points` in and out, `patches` of them, `cells` along each axis of [-1, 1].
+    """Sizes of the codec: `points` in and out, `patches` of points, `cells` along each axis of [-1, 1].
 
-    `colour_weight` is how much colours count in the training loss: at 1, codes keep shapes better than colours.
+    `colour_weight` is the weight of colours in the training loss: at 1, codes keep shapes better than colours.
     """
 
     kind: str = Field(default=KIND, pattern=f"^{KIND}$")
@@ -65,7 +65,7 @@ class PointsCodecConfig(CodecConfig):
 
     @property
     def codebook_size(self) -> int:
-        """Of the shapes."""
+        """Number of shape ids."""
         return math.prod(self.levels)
 
     @property
@@ -74,7 +74,7 @@ class PointsCodecConfig(CodecConfig):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer over the patches of a cloud, `[B, P, D]` to the same."""
+    """A pre-norm transformer layer over the patches of a cloud; keeps `[B, P, D]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class PatchPlaces(nn.Module):
-    """What a patch's number and cell say: centres `[B, P, 3]` to `[B, P, D]`."""
+    """Embedding of a patch's number and cell: centres `[B, P, 3]` to `[B, P, D]`."""
 
     def __init__(self, patches: int, width: int) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class PatchPlaces(nn.Module):
 
 
 class PointsCodec(nn.Module):
-    """Encoder, FSQ and decoder; places need no training, and bound the error before any."""
+    """Encoder, FSQ and decoder; places need no training, and limit the error even without it."""
 
     Config: ClassVar[type[PointsCodecConfig]] = PointsCodecConfig
 
@@ -127,18 +127,18 @@ class PointsCodec(nn.Module):
         self.decoder = nn.Sequential(*[Block(width) for _ in range(config.decoder_depth)], nn.LayerNorm(width))
         outputs = config.points // config.patches * CHANNELS
         last = nn.Linear(2 * width, outputs)
-        # Points that begin together are all nearest to nothing but one of them, and part slowly.
+        # Points that start at the same place all have the same nearest points, and separate slowly.
         last.bias.data.view(-1, CHANNELS)[:, :3].normal_(std=0.5)
         self.to_points = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
 
     @property
     def points(self) -> int:
-        """N, of the input and the output."""
+        """N, the number of points of the input and the output."""
         return self.config.points
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """T, the number of tokens."""
         return 2 * self.config.patches
 
     def forward(self, clouds: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class PointsCodec(nn.Module):
 
     @torch.inference_mode()
     def encode(self, clouds: Tensor) -> Tensor:
-        """Clouds `[B, N, 9]` to ids `[B, T]`. ValueError if they have another number of points."""
+        """Clouds `[B, N, 9]` to ids `[B, T]`. Raises ValueError if N is wrong."""
         if clouds.shape[1:] != (self.config.points, CHANNELS):
             raise ValueError(f"clouds of shape {tuple(clouds.shape[1:])}, not {(self.config.points, CHANNELS)}")
         patches = halve(_in_one_order(clouds), self.config.patches)
@@ -161,9 +161,9 @@ class PointsCodec(nn.Module):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids `[B, T]` to clouds `[B, N, 9]`. ValueError if T or the range of an id is wrong at its place."""
+        """Ids `[B, T]` to clouds `[B, N, 9]`. Raises ValueError if T is wrong, or an id is invalid at its place."""
         if ids.shape[1] != self.tokens:
-            raise ValueError(f"{ids.shape[1]} ids, not {self.tokens}")
+            raise ValueError(f"{ids.shape[1]} ids, expected {self.tokens}")
         cells, shapes = ids.view(len(ids), -1, 2).unbind(2)
         shapes = shapes - self.config.cell_count
         for name, index, count in (
@@ -171,11 +171,11 @@ class PointsCodec(nn.Module):
             ("shape", shapes, self.quantiser.codebook_size),
         ):
             if index.min() < 0 or index.max() >= count:
-                raise ValueError(f"an id where a {name} stands is none of the {count} {name}s")
+                raise ValueError(f"an id at the place of a {name} is not one of the {count} {name}s")
         return self._decoded(self.quantiser.to_codes(shapes), self._centres(cells)).flatten(1, 2).clamp(-1, 1)
 
     def choices(self, place: int) -> range:
-        """Ids that may stand at this place of a cloud's tokens."""
+        """Ids that are allowed at this place of a cloud's tokens."""
         return (
             range(self.config.cell_count)
             if place % 2 == 0
@@ -184,10 +184,10 @@ class PointsCodec(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, clouds: Tensor) -> None:
-        """Before training: make latents of clouds `[B, N, 9]` their patches' whitened principal components.
+        """Before training, set the latents of clouds `[B, N, 9]` to their patches' whitened principal components.
 
-        Drawn at random, nearly all patches start in a few codes, and stay there. Source of the idea: Salimans & Kingma
-        2016, "Weight Normalization", section 3 (data-dependent initialisation).
+        With random weights, nearly all patches start in a few codes, and stay there. Source of the idea: Salimans &
+        Kingma 2016, "Weight Normalization", section 3 (data-dependent initialisation).
         """
         patches = halve(clouds, self.config.patches)
         hidden = self._encoded(patches, self._centres(self._cells(patches))).flatten(0, 1).double()
@@ -199,7 +199,7 @@ class PointsCodec(nn.Module):
         self.to_latent.bias.copy_(-weight @ mean)
 
     def _cells(self, patches: Tensor) -> Tensor:
-        """The cells `[B, P]` that hold the means of patches `[B, P, n, 9]`; x is the least significant digit."""
+        """The cells `[B, P]` that contain the means of patches `[B, P, n, 9]`; x is the least significant digit."""
         digits = ((patches[..., :3].mean(2) + 1) / 2 * self.config.cells).floor().long().clamp(0, self.config.cells - 1)
         return digits[..., 0] + self.config.cells * (digits[..., 1] + self.config.cells * digits[..., 2])
 
@@ -213,7 +213,7 @@ class PointsCodec(nn.Module):
         return self.quantiser(self.to_latent(self._encoded(patches, centres)).float())
 
     def _encoded(self, patches: Tensor, centres: Tensor) -> Tensor:
-        """What the encoder makes of each patch, `[B, P, D]`."""
+        """The encoder's output for each patch, `[B, P, D]`."""
         xyz, normal, colour = patches.split((3, 3, 3), dim=-1)
         local = torch.cat([(xyz - centres[:, :, None]) / PATCH_SIZE, normal, 2 * colour - 1], dim=-1)
         points = self.point_encoder(local)
@@ -221,7 +221,7 @@ class PointsCodec(nn.Module):
         return self.encoder(hidden + self.encoder_places(centres))
 
     def _decoded(self, codes: Tensor, centres: Tensor) -> Tensor:
-        """Patches `[B, P, n, 9]`, float32."""
+        """The decoded patches `[B, P, n, 9]`, float32."""
         hidden = self.decoder(self.from_codes(codes) + self.decoder_places(centres))
         local, normal, colour = self.to_points(hidden).float().unflatten(-1, (-1, CHANNELS)).split((3, 3, 3), dim=-1)
         xyz = centres[:, :, None] + local * PATCH_SIZE
@@ -229,7 +229,7 @@ class PointsCodec(nn.Module):
 
 
 def quantile_of_patch(patches: int) -> npt.NDArray[np.int64]:
-    """`[3, patches]`: in which quantile of height, width and depth each patch is, from 0."""
+    """`[3, patches]`: the quantile of height, width and depth of each patch, from 0."""
     number, quantile = np.arange(patches), np.zeros((3, patches), dtype=np.int64)
     levels = patches.bit_length() - 1
     for level in range(levels):
@@ -248,7 +248,7 @@ def halve(clouds: Tensor, patches: int) -> Tensor:
 
 
 def _in_one_order(clouds: Tensor) -> Tensor:
-    """Points `[B, N, 9]` sorted by all their channels: what is equal in one coordinate has an order too."""
+    """Points `[B, N, 9]` sorted by all their channels, so that points with one equal coordinate have an order too."""
     for channel in reversed(range(CHANNELS)):
         clouds = _sorted(clouds, channel)
     return clouds
@@ -260,7 +260,7 @@ def _sorted(clouds: Tensor, channel: int) -> Tensor:
 
 
 def spread_loss(latents: Tensor) -> Tensor:
-    """How far the latents `[B, P, C]` of each cloud are from mean 0 and variance 1, where codes are used alike.
+    """Distance of the latents `[B, P, C]` of each cloud from mean 0 and variance 1, where all codes are used equally.
 
     Without it they drift to the ends of the levels before the decoder has learnt to use them, and stay there.
     """
@@ -268,9 +268,9 @@ def spread_loss(latents: Tensor) -> Tensor:
 
 
 def patch_loss(target: Tensor, output: Tensor, colour_weight: float) -> Tensor:
-    """Squared distances within patches `[B, P, n, 9]`, and normals and colours of the nearest points, both ways."""
+    """Squared distances within patches `[B, P, n, 9]`, plus normals and colours of nearest points, both directions."""
     target, output = target.flatten(0, 1), output.flatten(0, 1)
-    with torch.no_grad():  # which point is nearest has no gradient; how far it is, has
+    with torch.no_grad():  # the choice of the nearest point has no gradient, its distance has one
         distance = torch.cdist(target[..., :3], output[..., :3])
     total = output.new_zeros(())
     for axis, mine, others in ((2, target, output), (1, output, target)):

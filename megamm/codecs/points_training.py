@@ -1,15 +1,15 @@
-"""Training the points codec: clouds `[N, 9]` drawn from shards of meshes and clouds, Chamfer distance within patches.
+"""Trains the points codec: clouds `[N, 9]` drawn from shards of meshes and clouds, Chamfer distance within patches.
 
-Reads the train split; reports on the held-out split, of clouds in [-1, 1] (a distance of 0.02 is 1 % of the longest
-side), a = the input, b = its reconstruction, each N points:
+Reads the train split; reports on the held-out split, for clouds in [-1, 1] (a distance of 0.02 is 1 % of the longest
+side), a = the input, b = its reconstruction, N points each:
 - `chamfer`: mean over a of the distance to the nearest point of b, plus the same from b to a;
-  `chamfer_squared`: the same of squared distances.
+  `chamfer_squared`: the same with squared distances.
 - `f_score`: harmonic mean of the shares of a and of b that have a point of the other within 0.05
   (Tatarchenko et al. 2019, "What Do Single-view 3D Reconstruction Networks Learn?", section 4.3).
 - `colour_error`: root mean square difference of the RGB values, in [0, 1], from a point of a to the nearest of b;
   `normal_cosine`: mean absolute cosine between their normals.
-- `floor_...`: the same figures with another drawing of N points of the same surface as b. A cloud is one drawing of
-  many, so even a perfect codec of surfaces is not better than that by much; what is above it is the codec's.
+- `floor_...`: the same figures with b = another sample of N points of the same surface. A cloud is one sample of many,
+  so even a perfect codec of surfaces cannot be much better than this; only the error above it is the codec's.
 - `codes_used`, `perplexity` of the shape tokens (codecs/training.py); `cells_used`, a number of cells.
 """
 
@@ -33,13 +33,13 @@ from megamm.modalities.points import PointsModality, read_points
 logger = logging.getLogger(__name__)
 
 MAX_CLOUDS = {"train": 8192, "heldout": 256}
-"""Larger splits are thinned evenly: they are kept in memory, 72 kB a draw of 2048 points."""
+"""Larger splits are thinned evenly: they are kept in memory, 72 kB per draw of 2048 points."""
 DRAWS = {"train": 4, "heldout": 2}
-"""Drawings of points of each sample: training takes another one each epoch, the report has its floor from two."""
+"""Draws of points per sample: training uses another one each epoch, the report computes its floor from two."""
 CALIBRATION = 64
-"""Clouds that set the first scale of the codes."""
+"""Clouds used to calibrate the codes' first scale."""
 INTERIM = 16
-"""Clouds of the reports before the last, which takes all: they cost as much as training steps."""
+"""Clouds of the reports before the last, which uses all: they cost as much as training steps."""
 F_SCORE_DISTANCE = 0.05
 
 
@@ -66,7 +66,7 @@ def train_points_codec(
 ) -> Figures:
     """Train on `sources` and write the codec folder `target`, with training.json; returns the last report.
 
-    UserError if there is no mesh or cloud, or the target exists. Ranks other than the first return nothing.
+    Raises UserError if there is no mesh or cloud, or the target exists. Ranks other than the first return nothing.
     """
     with new_folder(target) as folder:
         train, heldout = (read_clouds(sources, split, config.points) for split in ("train", "heldout"))
@@ -93,7 +93,7 @@ def train_points_codec(
 
 
 def read_clouds(sources: list[Path], split: Split, points: int) -> Tensor:
-    """The clouds of a split, `[samples, draws, points, 9]`, at most MAX_CLOUDS. UserError at an unreadable one."""
+    """The clouds of a split, `[samples, draws, points, 9]`, at most MAX_CLOUDS. Raises UserError if unreadable."""
     members = [(shards, i) for shards in open_media(sources, split, PointsModality.name) for i in range(len(shards))]
     count = min(len(members), MAX_CLOUDS[split])
     clouds = np.empty((count, DRAWS[split], points, 9), dtype=np.float32)
@@ -102,14 +102,14 @@ def read_clouds(sources: list[Path], split: Split, points: int) -> Tensor:
         try:
             clouds[number] = read_points(shards.read(i), shards.extensions[i], points, DRAWS[split])
         except UnreadableMedia as error:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
     return torch.from_numpy(clouds)
 
 
 @torch.inference_mode()
 def evaluate(codec: PointsCodec, clouds: Tensor) -> Figures:
-    """The module docstring's figures, without the floor, on clouds `[samples, N, 9]`, computed in float32."""
+    """The module docstring's figures, except the floor, on clouds `[samples, N, 9]`, computed in float32."""
     counts = torch.zeros(codec.config.vocabulary_size, dtype=torch.int64, device=clouds.device)
     figures = []
     for cloud in clouds:
@@ -121,10 +121,10 @@ def evaluate(codec: PointsCodec, clouds: Tensor) -> Figures:
 
 
 def floor_of(heldout: Tensor) -> Figures:
-    """Figures between two draws of each sample `[samples, 2 or more, N, 9]`, of those whose draws share no point."""
+    """Figures between two draws of each sample `[samples, 2 or more, N, 9]`, if the draws share no point."""
     figures = [compare(draws[0], draws[1]) for draws in heldout if not _share_a_point(draws[0], draws[1])]
     if len(figures) < len(heldout):
-        what = "no floor is known for %d held-out clouds of less than two drawings' points"
+        what = "no floor figures for %d held-out clouds: they have too few points for two draws"
         logger.info(what, len(heldout) - len(figures))
     return {f"floor_{name}": value for name, value in _means(figures).items()}
 
@@ -139,7 +139,7 @@ def _means(figures: list[Figures]) -> Figures:
 
 def compare(a: Tensor, b: Tensor) -> Figures:
     """Figures of reconstruction b `[M, 9]` of cloud a `[N, 9]`."""
-    # The quick way, through a matrix product, loses the small distances that count here.
+    # The fast way, with a matrix product, loses the small distances that matter here.
     distance = torch.cdist(a[:, :3], b[:, :3], compute_mode="donot_use_mm_for_euclid_dist")
     from_a, from_b = distance.min(1), distance.min(0)
     nearest = b[from_a.indices]

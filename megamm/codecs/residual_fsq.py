@@ -1,12 +1,12 @@
-"""Residual FSQ: Q finite scalar quantisers in a row, each coding what the ones before it left over.
+"""Residual FSQ: Q finite scalar quantisers in a row, each coding the residual of the ones before it.
 
 Level q normalises the residual `[..., D]`, projects it to a few channels, quantises them (codecs/fsq.py) and projects
-the codes back; that is subtracted before level q + 1, and the sum over the levels is the output. Without the
-normalisation the later levels see ever smaller values and use few codes (Zhu 2025, "Robust Residual Finite Scalar
-Quantization for Neural Compression", which has LayerNorm too); with projections of its own each level chooses
-the directions in which it refines, not only the step. Sources: Zeghidour et al. 2021, "SoundStream", section III-C
-(residual quantisation); Kumar et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN", section 3.2
-(projections to few channels at each level).
+the codes back; this is subtracted before level q + 1, and the sum over the levels is the output. Without normalisation
+later levels get ever smaller values and use few codes (Zhu 2025, "Robust Residual Finite Scalar Quantization for
+Neural Compression", which also uses LayerNorm). With its own projections each level chooses the directions in which it
+refines, not only the step. Sources: Zeghidour et al. 2021, "SoundStream", section III-C (residual quantisation); Kumar
+et al. 2023, "High-Fidelity Audio Compression with Improved RVQGAN", section 3.2 (projections to few channels at each
+level).
 """
 
 import torch
@@ -16,7 +16,7 @@ from megamm.codecs.fsq import FSQ
 
 
 class ResidualFSQ(nn.Module):
-    """`[..., D]` to its quantised form and Q codes, each in [0, K), K the product of the FSQ levels."""
+    """`[..., D]` to its quantised form and Q codes, each in [0, K), where K is the product of the FSQ levels."""
 
     def __init__(self, width: int, levels: tuple[int, ...], codebooks: int) -> None:
         super().__init__()
@@ -37,6 +37,6 @@ class ResidualFSQ(nn.Module):
         return quantised, torch.stack(codes, -1)
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codes `[..., Q]` to the quantised `[..., D]` they stand for."""
+        """Codes `[..., Q]` to the quantised `[..., D]` that they represent."""
         levels = zip(self.up, codes.unbind(-1), strict=True)
         return torch.stack([up(self.quantiser.to_codes(code)) for up, code in levels]).sum(0)

@@ -1,6 +1,6 @@
-"""Training the text tokenizer: byte-level BPE, saved as a Hugging Face tokenizer folder.
+"""Trains the text tokenizer: byte-level BPE, saved as a Hugging Face tokenizer folder.
 
-Every byte is a token, so any string survives the round trip and nothing is unknown. Reads the train split only.
+Every byte is a token, so any string survives the round trip and no token is unknown. Reads the train split only.
 Sources: Sennrich et al. 2016 (BPE), Radford et al. 2019 (byte level, GPT-2's split into words).
 """
 
@@ -19,16 +19,17 @@ from megamm.modalities.text import TextModality
 logger = logging.getLogger(__name__)
 
 BYTES = 256
-"""The smallest vocabulary: one token a byte, no merges."""
+"""The smallest vocabulary: one token per byte, without merges."""
 
 
 def train_text_tokenizer(sources: list[Path], target: Path, *, vocabulary_size: int = 4096) -> dict[str, float]:
     """Train on `sources` and write the folder `target`; returns and writes (training.json) its statistics.
 
-    bytes_per_token is counted on held-out text. UserError if there is no text or the target exists.
+    bytes_per_token is measured on held-out text. Raises UserError if there is no text or the target exists.
     """
     if vocabulary_size < BYTES:
-        raise UserError(f"a vocabulary of {vocabulary_size}", remedy=f"use at least {BYTES}: one token for each byte")
+        what = f"vocabulary_size {vocabulary_size} is too small"
+        raise UserError(what, remedy=f"use at least {BYTES}: one token for each byte")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +39,7 @@ def train_text_tokenizer(sources: list[Path], target: Path, *, vocabulary_size: 
     with new_folder(target) as folder:
         tokenizer.train_from_iterator(_texts(sources, "train"), trainer)
         if tokenizer.get_vocab_size() < vocabulary_size:
-            logger.warning("only %d of %d tokens: the text is small", tokenizer.get_vocab_size(), vocabulary_size)
+            logger.warning("only %d of %d tokens: too little text", tokenizer.get_vocab_size(), vocabulary_size)
         _save(tokenizer, folder)
         statistics = _statistics(TextModality.load(folder), sources)
         (folder / "training.json").write_text(json.dumps(statistics, indent=2) + "\n")
@@ -46,19 +47,19 @@ def train_text_tokenizer(sources: list[Path], target: Path, *, vocabulary_size: 
 
 
 def _texts(sources: list[Path], split: Split) -> Iterator[str]:
-    """Every text of a split, in shard order. UserError at an unreadable one."""
+    """Every text of a split, in shard order. Raises UserError for an unreadable one."""
     for shards in open_media(sources, split, TextModality.name):
         for i in range(len(shards)):
             try:
                 yield TextModality.to_text(shards.read(i))
             except UnreadableMedia as error:
-                remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+                remedy = "rebuild these shards with `megamm data build`, which skips such samples"
                 raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
 
 
 def _save(tokenizer: Tokenizer, folder: Path) -> None:
-    """`tokenizer.json` and the config with which transformers loads it without altering any text."""
-    from transformers import PreTrainedTokenizerFast  # seconds to import
+    """Write `tokenizer.json` and a config with which transformers loads it without changing any text."""
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
     wrapped.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""The one training loop of all trainable codecs: AdamW with warm-up and cosine, on one or many ranks.
+"""The training loop of all trainable codecs: AdamW with warm-up and cosine decay, on one or more ranks.
 
-In: a codec whose `forward(*batch)` is its training loss (a mean over samples), and its samples in memory. Out: the
-codec trained in place, and its held-out reports. Ranks share each batch (DistributedDataParallel), so that any
-number of them takes the same steps. The same seed, data, device and thread count give the same weights, bit for bit.
+In: a codec whose `forward(*batch)` returns its training loss (a mean over samples), and its samples in memory. Out: the
+codec trained in place, and its held-out reports. Ranks share each batch (DistributedDataParallel), so any number of
+ranks takes the same steps. The same seed, data, device and thread count give the same weights, bit for bit.
 """
 
 import logging
@@ -24,14 +24,14 @@ logger = logging.getLogger(__name__)
 
 MAX_GRADIENT_NORM = 1.0
 COLLAPSED = 0.1
-"""Share of the codes that could occur in the held-out samples, below which a codebook counts as collapsed."""
+"""A codebook counts as collapsed below this share of the codes that could occur in the held-out samples."""
 
 Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: `steps` batches of `batch_size` samples over all ranks."""
+    """Training settings: `steps` batches of `batch_size` samples over all ranks."""
 
     steps: int
     batch_size: int
@@ -51,12 +51,12 @@ class Training:
 
 
 class CodecData(Protocol):
-    """Training samples in memory; whatever is random in a batch comes from the samples' numbers and the epoch."""
+    """Training samples in memory; the randomness of a batch depends only on the samples' numbers and the epoch."""
 
     def __len__(self) -> int: ...
 
     def batch(self, numbers: list[int], epoch: int) -> tuple[Tensor, ...]:
-        """What the codec's `forward` takes, on the CPU, of these samples."""
+        """The arguments of the codec's `forward`, on the CPU, for these samples."""
         ...
 
 
@@ -68,16 +68,16 @@ def train_codec(
     evaluate: Callable[[nn.Module, int], Figures],
     dtype: torch.dtype = torch.float32,
 ) -> list[Figures]:
-    """Train in place; `evaluate(codec, step)` is called ten times and at the end, on rank 0 alone.
+    """Train in place; `evaluate(codec, step)` is called ten times and at the end, on rank 0 only.
 
-    dtype is that of the computation (autocast); weights are float32. Returns the reports, none on other ranks.
-    UserError if the batch does not divide over the ranks.
+    dtype is that of the computation (autocast); weights are float32. Returns the reports; none on other ranks.
+    Raises UserError if the batch is not divisible by the number of ranks.
     """
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(place.backend)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if training.batch_size % ranks:
-        what = f"batch_size {training.batch_size} does not divide over {ranks} ranks"
+        what = f"batch_size {training.batch_size} is not divisible by {ranks} ranks"
         raise UserError(what, remedy=f"use a multiple of {ranks}", on_all_ranks=True)
     torch.manual_seed(training.seed)
     codec.to(place.torch_device)
@@ -116,7 +116,7 @@ def _optimizer(codec: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
 
 
 def _batches(samples: int, training: Training) -> Iterator[tuple[list[int], int]]:
-    """(sample numbers, epoch of the first) of every step: each sample once an epoch, ordered by the seed alone."""
+    """(sample numbers, epoch of the first) of every step: each sample once per epoch, in an order set by the seed."""
     generator = torch.Generator().manual_seed(training.seed)
     order: list[int] = []
     drawn = 0
@@ -130,7 +130,7 @@ def _batches(samples: int, training: Training) -> Iterator[tuple[list[int], int]
 
 
 def codebook_use(counts: Tensor) -> Figures:
-    """Of how often each code occurred `[codebook]`: the share that did, and exp of their frequencies' entropy."""
+    """From counts of each code `[codebook]`: the share of codes used, and exp of the entropy of their frequencies."""
     frequency = counts[counts > 0].double() / counts.sum()
     return {
         "codes_used": (counts > 0).double().mean().item(),
@@ -139,7 +139,8 @@ def codebook_use(counts: Tensor) -> Figures:
 
 
 def warn_of_collapse(codes_used: float, codebook_size: int, tokens: int, name: str = "codebook") -> None:
-    """Log a warning if far fewer codes are used than `tokens` held-out tokens could show."""
+    """Log a warning if far fewer codes are used than `tokens` held-out tokens could use."""
     possible, used = min(codebook_size, tokens), round(codes_used * codebook_size)
     if used < COLLAPSED * possible:
-        logger.warning("%s collapsed: %d codes of %d are used; train longer or at a lower rate", name, used, possible)
+        message = "%s collapsed: only %d of %d codes are used; train longer or with a lower learning rate"
+        logger.warning(message, name, used, possible)

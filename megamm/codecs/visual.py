@@ -1,10 +1,10 @@
 """The visual codec: an FSQ autoencoder of videos, uint8 `[B, F, Y, X, 3]` <-> ids `[B, T]`; an image is one frame.
 
-Causal in time: the first frame stands alone, and each latent frame after it holds `frames_per_step` frames, so that
-F = 1 + n * frames_per_step frames make 1 + n latent ones. Ids and decoded frames never depend on later frames, and a
-video's first latent frame is the image of its first frame, in one codebook. T = (1 + n) * (image_size / downsample)^2,
-in the order of time, rows, columns. Sources: ops/patch_embed.py (the causal patches), codecs/visual_blocks.py (the
-convolutions), codecs/fsq.py (the quantiser).
+Causal in time: the first frame is coded alone, and each further latent frame covers `frames_per_step` frames, so that
+F = 1 + n * frames_per_step frames give 1 + n latent frames. Ids and decoded frames never depend on later frames, and a
+video's first latent frame is that of its first frame as an image, with one codebook for both.
+T = (1 + n) * (image_size / downsample)^2, in the order of time, rows, columns. Sources: ops/patch_embed.py (the causal
+patches), codecs/visual_blocks.py (the convolutions), codecs/fsq.py (the quantiser).
 """
 
 import logging
@@ -27,11 +27,11 @@ from megamm.codecs.visual_blocks import CausalUpsample, ResidualBlock, TemporalB
 logger = logging.getLogger(__name__)
 
 KIND = "megamm-visual-fsq"
-"""`kind` in config.json: what tells this codec's folder from any other."""
+"""`kind` in config.json, which identifies this codec's folder."""
 FRAMES_AT_ONCE = 128
-"""Of a batch where nothing is learnt: more make it no faster, and take more memory."""
+"""Frames of a batch outside of training: more are not faster, and take more memory."""
 CENTRED = (0.5, 0.5, 0.5)
-"""Mean and standard deviation that bring x / 255 to [-1, 1]."""
+"""Mean and standard deviation that map x / 255 to [-1, 1]."""
 
 
 class VisualCodecConfig(CodecConfig):
@@ -67,7 +67,7 @@ class VisualCodecConfig(CodecConfig):
 
 
 class Encoder(nn.Module):
-    """Frames to what the quantiser rounds, all at the resolution of the latent grid, where it costs least."""
+    """Frames to latents for the quantiser, all at the resolution of the latent grid, where it costs least."""
 
     def __init__(self, config: VisualCodecConfig) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
         self.head = nn.Conv2d(config.width, len(config.levels), 1)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """uint8 `[B, F, Y, X, 3]` to `[B, T', Y', X', C]`, T' latent frames of Y' x X' with a channel a level."""
+        """uint8 `[B, F, Y, X, 3]` to `[B, T', Y', X', C]`, T' latent frames of Y' x X' with one channel per level."""
         patches = chosen_ops(frames.device).patch_embed_3d(
             frames,
             self.embed.weight,
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
             layout="channels_last",
             causal=True,
         )
-        hidden = patches.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory, which convolutions are fastest on
+        hidden = patches.flatten(0, 1).permute(0, 3, 1, 2)  # channels last in memory: fastest for convolutions
         for spatial, temporal in zip(self.spatial, self.temporal, strict=True):
             hidden = temporal(spatial(hidden), patches.shape[1])
         return self.head(hidden).permute(0, 2, 3, 1).unflatten(0, patches.shape[:2])
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, codes: Tensor) -> Tensor:
-        """Codes `[B, T', Y', X', C]` to pixels `[B, F, Y, X, 3]`, in [-1, 1] where they are right."""
+        """Codes `[B, T', Y', X', C]` to pixels `[B, F, Y, X, 3]`, nominally in [-1, 1]."""
         batch, steps = codes.shape[:2]
         implementation = chosen_ops(codes.device)
         hidden = self.stem(codes.flatten(0, 1).permute(0, 3, 1, 2))
@@ -130,7 +130,7 @@ class Decoder(nn.Module):
 
 
 class VisualCodec(nn.Module):
-    """Encoder, FSQ and decoder; its attributes are those that every visual codec has."""
+    """Encoder, FSQ and decoder, with the attributes of every visual codec."""
 
     Config: ClassVar[type[VisualCodecConfig]] = VisualCodecConfig
 
@@ -144,13 +144,13 @@ class VisualCodec(nn.Module):
         self.encoder, self.decoder = Encoder(config), Decoder(config)
 
     def forward(self, *batches: Tensor) -> Tensor:
-        """Batches uint8 `[B, F, Y, X, 3]`, each of videos of one length, to the mean of all samples' squared error."""
+        """Batches uint8 `[B, F, Y, X, 3]`, each with videos of one length, to the mean squared error of all samples."""
         samples = sum(len(frames) for frames in batches)
         losses = [len(f) * nn.functional.mse_loss(self.reconstruct(f)[0].float(), to_pixels(f)) for f in batches]
         return torch.stack(losses).sum() / samples
 
     def reconstruct(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 `[B, F, Y, X, 3]` to (pixels of the same shape, in [-1, 1] where they are right; ids `[B, T]`)."""
+        """uint8 `[B, F, Y, X, 3]` to (pixels of the same shape, nominally in [-1, 1]; ids `[B, T]`)."""
         codes = self.quantiser(self.encoder(frames))
         return self.decoder(codes), self.quantiser.to_indices(codes).flatten(1)
 
@@ -161,35 +161,35 @@ class VisualCodec(nn.Module):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. ValueError if T is not of whole frames or an id is out of range."""
+        """ids `[B, T]` to uint8 `[B, F, Y, X, 3]`. Raises ValueError for incomplete frames or an id out of range."""
         grid = self.grid_size
         check_ids(ids, grid, self.codebook_size)
         return to_frames(self.decoder(self.quantiser.to_codes(ids.unflatten(1, (-1, grid, grid)))))
 
 
 def check_ids(ids: Tensor, grid: int, codebook_size: int) -> None:
-    """ValueError unless `[B, T]` are ids of whole latent frames of grid x grid."""
+    """Raise ValueError unless `[B, T]` are ids of whole latent frames of grid x grid."""
     if not ids.shape[1] or ids.shape[1] % grid**2:
-        raise ValueError(f"{ids.shape[1]} ids for frames of {grid} x {grid}")
+        raise ValueError(f"{ids.shape[1]} ids are not whole frames of {grid} x {grid}")
     if ids.min() < 0 or ids.max() >= codebook_size:
         raise ValueError(f"ids must be in [0, {codebook_size})")
 
 
 def load_visual_codec(folder: Path) -> tuple[VisualCodec, str]:
-    """The codec on the CPU and its codec_id. UserError if the folder is no visual codec or is damaged."""
+    """The codec on the CPU and its codec_id. Raises UserError if it is not a visual codec or is damaged."""
     return load_codec(folder, {KIND: VisualCodec}, "visual")
 
 
 @cache
 def chosen_ops(device: torch.device) -> ops.Ops:
-    """The compiled patch operators where they are built for the device."""
+    """The compiled patch operators if they are built for the device, else torch's."""
     chosen, reason = ops.choose("auto", device)
     logger.info("visual codec on %s: %s operators, %s", device, chosen.name, reason)
     return chosen
 
 
 def batches_of_one_length(lengths: Sequence[int]) -> list[list[int]]:
-    """The numbers of videos of these lengths in frames, in batches of one length and at most FRAMES_AT_ONCE frames."""
+    """Batches of video numbers, given lengths in frames: one length each, at most FRAMES_AT_ONCE frames."""
     batches = []
     for length, alike in groupby(sorted(range(len(lengths)), key=lengths.__getitem__), lengths.__getitem__):
         numbers, at_once = list(alike), max(1, FRAMES_AT_ONCE // length)

@@ -1,7 +1,7 @@
 """Layers of the visual codec, all on frames `[B * T, C, Y, X]` of B videos of T frames each.
 
-Spatial layers see one frame at a time; temporal ones see a frame and earlier ones, so that what the codec makes of a
-frame never depends on a later one. Time is padded with zeros on the left: causal convolutions, as in MAGVIT-v2
+Spatial layers see one frame at a time; temporal layers see a frame and earlier ones, so that the code of a frame never
+depends on a later one. Time is padded with zeros on the left: causal convolutions, as in MAGVIT-v2
 (Yu et al. 2023, "Language Model Beats Diffusion", section 3.2).
 """
 
@@ -15,7 +15,7 @@ TEMPORAL_KERNEL = 3
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions around a residual, `[N, C, Y, X]` to the same."""
+    """Two 3x3 convolutions with a residual; keeps `[N, C, Y, X]`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class ResidualBlock(nn.Module):
 
 
 class TemporalBlock(nn.Module):
-    """A causal temporal convolution and a 1x1 one around a residual, `[B * T, C, Y, X]` to the same.
+    """A causal temporal convolution and a 1x1 convolution with a residual; keeps `[B * T, C, Y, X]`.
 
-    The temporal one is a 1x1 convolution over the channels of the three frames, which is faster than a Conv3d.
+    The temporal one is a 1x1 convolution over the channels of three frames, which is faster than a Conv3d.
     """
 
     def __init__(self, width: int) -> None:
@@ -47,7 +47,7 @@ class TemporalBlock(nn.Module):
 
     def _over_time(self, hidden: Tensor, frames: int) -> Tensor:
         weight, bias = self.conv_in.weight, self.conv_in.bias
-        seen = min(frames, TEMPORAL_KERNEL)  # an image pays for one frame: what would meet padding is left out
+        seen = min(frames, TEMPORAL_KERNEL)  # an image costs one frame: weights that would meet padding are not used
         videos = hidden.unflatten(0, (-1, frames))
         earlier = [
             torch.cat([torch.zeros_like(videos[:, :lag]), videos[:, : frames - lag]], 1)
@@ -70,7 +70,7 @@ class Upsample(nn.Module):
 class CausalUpsample(nn.Module):
     """`[B * T, width, Y, X]` to `[B * F, new_width, 2 Y, 2 X]`, F = 1 + (T - 1) * steps.
 
-    The first latent frame makes one: the last of `steps`, where the causal patch has it.
+    The first latent frame gives one frame: the last of `steps`, where the causal patch has it.
     """
 
     def __init__(self, width: int, new_width: int, steps: int) -> None:
@@ -81,7 +81,7 @@ class CausalUpsample(nn.Module):
     def forward(self, hidden: Tensor, frames: int, ops: Ops) -> Tensor:
         """frames: T."""
         *_, rows, columns = hidden.shape
-        if frames == 1:  # an image pays for one frame
+        if frames == 1:  # an image costs one frame
             weight, bias = (p.unflatten(0, (self.new_width, self.steps, 4)) for p in self.conv.parameters())
             made = nn.functional.conv2d(hidden, weight[:, -1].flatten(0, 1), bias[:, -1].flatten())
             return nn.functional.pixel_shuffle(made, 2)

@@ -1,4 +1,4 @@
-"""How alike two pictures are: PSNR in dB and SSIM, of uint8 `[N, Y, X, 3]` and its reconstruction."""
+"""Similarity of two pictures: PSNR in dB and SSIM, for uint8 `[N, Y, X, 3]` and its reconstruction."""
 
 import math
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 LUMA = (0.299, 0.587, 0.114)
-"""Of R'G'B' (ITU-R BT.601), which SSIM is computed on: the paper knows grey images only."""
+"""Luma weights of R'G'B' (ITU-R BT.601), used for SSIM: the paper defines it for grey images only."""
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def psnr_db(squared_error: float) -> float:
-    """Of the mean squared error of 8-bit values: 10 log10(255^2 / MSE), at most 148 dB (none at all would be inf)."""
+    """PSNR from the mean squared error of 8-bit values: 10 log10(255^2 / MSE), at most 148 dB (instead of inf)."""
     return 10 * math.log10(255**2 / max(squared_error, 1e-10))
 
 
@@ -20,7 +20,7 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
     """Mean SSIM of each pair of uint8 `[N, Y, X, 3]`, float64 `[N]`; Y and X at least 11.
 
     Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", equation 13,
-    with its constants: a Gaussian window of 11 x 11 (sigma 1.5), averaged over the places where it fits.
+    with its constants: a Gaussian window of 11 x 11 (sigma 1.5), averaged over the positions where it fits.
     """
     x, y = _luma(pictures), _luma(others)
     mean_x, mean_y, xx, yy, xy = (_windowed(each) for each in (x, y, x * x, y * y, x * y))
@@ -31,7 +31,7 @@ def ssim(pictures: Tensor, others: Tensor) -> Tensor:
 
 
 def _luma(pictures: Tensor) -> Tensor:
-    """`[N, 1, Y, X]`, float64: small variances are differences of large numbers."""
+    """Luma `[N, 1, Y, X]` in float64: small variances are differences of large numbers."""
     return (pictures.double() @ torch.tensor(LUMA, dtype=torch.float64, device=pictures.device)).unsqueeze(1)
 
 

@@ -1,7 +1,7 @@
-"""Training the visual codec on images and videos together, mean squared error.
+"""Trains the visual codec on images and videos together; the loss is the mean squared error.
 
-Reads the train split of both, decoded once and kept in memory. Reports on the held-out split, for images and videos
-apart (`image_...`, `video_...`): `loss` (MSE of pixels in [-1, 1]), `psnr_db` (over all 8-bit values) and `ssim`
+Reads the train split of both, decoded once and kept in memory. Reports on the held-out split, separately for images
+and videos (`image_...`, `video_...`): `loss` (MSE of pixels in [-1, 1]), `psnr_db` (over all 8-bit values) and `ssim`
 (mean over frames); for both together `codes_used` (share of the codebook that occurs) and `perplexity` (exp of the
 entropy of the codes' frequencies).
 """
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SAMPLES = {("image", "train"): 100_000, ("image", "heldout"): 1_000}
 MAX_SAMPLES |= {("video", "train"): 4_000, ("video", "heldout"): 100}
-"""Larger splits are thinned evenly: a codec needs no more, and they are kept in memory, 12 kB a frame at 64 pixels."""
+"""Larger splits are thinned evenly: they are kept in memory, 12 kB per frame at 64 pixels; more do not help a codec."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,16 @@ class ClipMix:
 
     def __post_init__(self) -> None:
         if not (0 < self.share < 1 and self.frames > 0):
-            what = f"clips of {self.frames} frames, a share of {self.share:g}"
+            what = f"invalid mix: clips of {self.frames} frames, a share of {self.share:g}"
             raise UserError(what, remedy="use at least one frame and a share between 0 and 1")
 
 
 class VisualData:
     """Images uint8 `[N, Y, X, 3]` and videos `[F, Y, X, 3]` as training samples (codecs/training.py: CodecData).
 
-    An epoch is every image once and as many clips as make their share; they go on through the videos from epoch to
-    epoch. Without images it is every video once. Which part of a video is taken follows from its number and the epoch.
+    An epoch contains every image once and the number of clips given by their share; clips continue through the videos
+    from epoch to epoch. Without images it contains every video once. The part of a video depends on its number and the
+    epoch.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ def train_visual_codec(
 ) -> Figures:
     """Train on `sources` and write the codec folder `target`, with training.json; returns the last report.
 
-    UserError if there is neither an image nor a video, or the target exists.
+    Raises UserError if there is neither an image nor a video, or the target exists.
     """
     mix = mix or ClipMix()
     with new_folder(target) as folder:
@@ -114,7 +115,7 @@ def train_visual_codec(
         record |= {"train_images": len(train.images), "train_videos": len(train.videos)}
         record |= {"heldout_images": len(images), "heldout_videos": len(videos), "heldout": reports}
         (folder / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    if not reports:  # not the first rank
+    if not reports:  # only the first rank has reports
         return {}
     latent_frames = len(images) + sum(1 + (len(video) - 1) // config.frames_per_step for video in videos)
     warn_of_collapse(reports[-1]["codes_used"], config.codebook_size, latent_frames * config.grid_size**2)
@@ -126,7 +127,7 @@ def read_samples(
 ) -> tuple[list[PixelArray], list[PixelArray]]:
     """Images uint8 `[Y, X, 3]` and videos `[F, Y, X, 3]` of a split, at most MAX_SAMPLES of each.
 
-    UserError at an unreadable one, or if there is nothing at all.
+    Raises UserError for an unreadable one, or if there are none at all.
     """
 
     def read_video(data: bytes, extension: str) -> PixelArray:
@@ -155,10 +156,10 @@ def _read(
         try:
             return read(media, shards.extensions[i])
         except UnreadableMedia as error:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
 
-    with ThreadPoolExecutor() as threads:  # Pillow and FFmpeg decode outside the interpreter lock
+    with ThreadPoolExecutor() as threads:  # Pillow and FFmpeg decode without the interpreter lock
         return list(threads.map(decoded, data))
 
 
@@ -185,9 +186,9 @@ def evaluate(codec: VisualCodec, images: list[PixelArray], videos: list[PixelArr
 
 
 def _errors(frames: Tensor, pixels: Tensor) -> Tensor:
-    """Of uint8 `[B, F, Y, X, 3]` and its reconstruction in [-1, 1], float64 `[3]`: squared, squared in 8 bit, SSIM.
+    """Errors of a reconstruction in [-1, 1] of uint8 `[B, F, Y, X, 3]`, float64 `[3]`: squared, squared 8-bit, SSIM.
 
-    Sums over values, values and frames.
+    These are sums over values, values and frames.
     """
     made = to_frames(pixels)
     squared = (pixels - to_pixels(frames)).double().square().sum()

@@ -1,6 +1,6 @@
-"""A run's configuration from a YAML file plus dotted `key=value` overrides.
+"""Loads a run's configuration from a YAML file plus dotted `key=value` overrides.
 
-An unknown or ill-typed key is one line that names the nearest valid key.
+An unknown key or a value of the wrong type is a one-line error; for an unknown key it names the nearest valid one.
 """
 
 import difflib
@@ -18,13 +18,13 @@ from megamm.errors import UserError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the YAML file, apply overrides like `train.steps=100`, validate. UserError names the key."""
+    """Read the YAML file, apply overrides like `train.steps=100`, validate. The UserError names the key."""
     try:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError:
-        raise UserError("no such config file", where=path, remedy="name one of examples/*.yaml") from None
+        raise UserError("no such config file", where=path, remedy="start from one of examples/*.yaml") from None
     except yaml.YAMLError as error:
-        raise UserError(f"not valid YAML: {error}", where=path, remedy="fix the line that is named") from None
+        raise UserError(f"not valid YAML: {error}", where=path, remedy="correct the line named above") from None
     if not isinstance(data, dict):
         raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
     apply_overrides(data, overrides)
@@ -44,7 +44,7 @@ def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set keys of a plain mapping by `key=value`. UserError for what is not that."""
+    """Set keys of a plain mapping from `key=value`. Raises UserError for any other form."""
     for override in overrides:
         _apply_override(data, override)
 
@@ -52,13 +52,15 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
 def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise UserError(f"override {override!r} is not key=value", remedy="write for example train.steps=100")
+        raise UserError(f"override {override!r} is not key=value", remedy="use the form train.steps=100")
     *parents, last = key.split(".")
     place: Any = data
     for parent in parents:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
-            raise UserError(f"override {override!r}: {parent} is not a section", remedy="use keys of the YAML file")
+            raise UserError(
+                f"override {override!r}: {parent} is not a section", remedy="use the keys in docs/config.md"
+            )
     try:
         place[last] = yaml.safe_load(text)
     except yaml.YAMLError:
@@ -68,7 +70,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _number(text: str) -> str | float:
-    """YAML 1.1 reads 3e-4 as a string; a person means the number."""
+    """YAML 1.1 reads 3e-4 as a string; convert it to the number."""
     try:
         return float(text)
     except ValueError:
@@ -76,7 +78,7 @@ def _number(text: str) -> str | float:
 
 
 def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, where: str | Path) -> None:
-    """Unknown keys, deepest message first: pydantic reports them without a suggestion."""
+    """Report unknown keys with a suggestion, which pydantic does not give."""
     for key, value in data.items():
         if key not in section.model_fields:
             near = difflib.get_close_matches(str(key), _all_keys(RunConfig, ""), n=1, cutoff=0.0)
@@ -91,7 +93,7 @@ def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, whe
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class behind a field's type, also inside list[...]."""
+    """The section class of a field's type, also inside list[...]."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for arg in typing.get_args(annotation) if (found := section_of(arg))), None)

@@ -1,1 +1,1 @@
-"""A run's checkpoint to a Hugging Face folder and back."""
+"""Converts a run's checkpoint to a Hugging Face folder and back."""

@@ -1,8 +1,8 @@
-"""The model card of an export: README.md after the Hub's specification, from what the export has beside it.
+"""The model card of an export: README.md in the format of the Hub, made from the files of the export.
 
-`record` and `copy_attribution` keep what a card tells of the run and its shards: training tokens by modality,
-held-out loss (nats per token), sources with their licences. `write_card` makes the card from the folder alone, so that
-it can be made anew, with the figures of `megamm eval`.
+`record` and `copy_attribution` store what the card reports about the run and its shards: training tokens by modality,
+held-out loss (nats per token), sources with their licences. `write_card` needs the export folder alone, so the card
+can be rewritten later with the figures of `megamm eval`.
 """
 
 import json
@@ -27,7 +27,7 @@ _UNKNOWN = f"not recorded: no {ATTRIBUTION} beside its shards"
 
 
 def record(folder: Path, state: checkpoint.RunState, config: RunConfig) -> dict[str, Any]:
-    """What a card tells of the run behind the checkpoint `folder`; JSON."""
+    """The run's data for the card, from the checkpoint `folder`; JSON."""
     lines = [line for line in _metrics(folder) if line["step"] <= state.step]
     heldout = {
         key.removeprefix("heldout/"): {"loss": value, "step": line["step"]}
@@ -43,13 +43,13 @@ def record(folder: Path, state: checkpoint.RunState, config: RunConfig) -> dict[
 
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
-    """Of the run that a checkpoint lies in, RUN/checkpoints/step_...; none if it was copied elsewhere."""
+    """Metrics of the run that holds the checkpoint, RUN/checkpoints/step_...; empty if it was copied elsewhere."""
     run = folder.absolute().parent.parent
     return metrics.read_lines(run) if (run / metrics.METRICS).is_file() else []
 
 
 def _sources(state: checkpoint.RunState, config: RunConfig) -> Iterator[tuple[str, Path, float | None]]:
-    """Name, shards and weight of every source trained on; one that the mixture has no more has no weight."""
+    """Name, shards and weight of every source trained on; a source removed from the mixture has the weight None."""
     sources = config.data.sources
     now = dict(zip(source_names([source.path for source in sources]), sources, strict=True))
     for name, source in now.items():
@@ -61,7 +61,7 @@ def _sources(state: checkpoint.RunState, config: RunConfig) -> Iterator[tuple[st
 
 
 def _licence(shards: Path) -> str | None:
-    """As the first line of ATTRIBUTION.md that names one has it; None without that file."""
+    """The first licence that ATTRIBUTION.md names; None without that file."""
     file = shards / ATTRIBUTION
     if not file.is_file():
         return None
@@ -70,19 +70,19 @@ def _licence(shards: Path) -> str | None:
 
 
 def copy_attribution(state: checkpoint.RunState, config: RunConfig, folder: Path) -> None:
-    """folder/ATTRIBUTION.md: those of all sources that have one, which their licences ask to travel with the work."""
+    """Write folder/ATTRIBUTION.md: the attributions of all sources, which their licences require to be passed on."""
     files = [shards / ATTRIBUTION for _, shards, _ in _sources(state, config)]
     if texts := [file.read_bytes() for file in files if file.is_file()]:
         (folder / ATTRIBUTION).write_bytes(b"\n".join(texts))
 
 
 def write_card(folder: Path, own: dict[str, Any], evaluation: dict[str, Any] | None = None) -> None:
-    """Write README.md, then SHA256SUMS. own: of the export's megamm.json; evaluation: what `megamm eval --json` wrote.
+    """Write README.md, then SHA256SUMS. own: the export's megamm.json; evaluation: the output of `megamm eval --json`.
 
-    UserError if the figures are of other weights.
+    Raises UserError if the figures belong to another step.
     """
     if evaluation is not None and evaluation.get("step") != own["step"]:
-        what = f"the figures are of step {evaluation.get('step')}, the export of step {own['step']}"
+        what = f"the evaluation is of step {evaluation.get('step')}, but the export is of step {own['step']}"
         raise UserError(what, where=folder, remedy=_EVALUATE)
     theirs = json.loads((folder / "config.json").read_text())
     text = _front_matter(folder, own, evaluation) + "\n".join(_body(folder, own, theirs, evaluation)) + "\n"
@@ -91,14 +91,14 @@ def write_card(folder: Path, own: dict[str, Any], evaluation: dict[str, Any] | N
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
-    """Figures that `megamm eval --json` wrote. UserError if they are none."""
+    """Figures that `megamm eval --json` wrote. Raises UserError if the file is not such a file."""
     try:
         values = dict(json.loads(file.read_text()))
         missing = {"step", "samples", "loss", "tokens", "pair_gain"} - values.keys()
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"no figures: {error}", where=file, remedy=_EVALUATE) from None
+        raise UserError(f"not an evaluation file: {error}", where=file, remedy=_EVALUATE) from None
     if missing:
-        raise UserError(f"no figures: {sorted(missing)[0]} is missing", where=file, remedy=_EVALUATE)
+        raise UserError(f"not an evaluation file: {sorted(missing)[0]} is missing", where=file, remedy=_EVALUATE)
     return values
 
 
@@ -141,34 +141,33 @@ def _body(folder: Path, own: dict[str, Any], theirs: dict[str, Any], evaluation:
     lines = [
         f"# {_title(own)}",
         "",
-        f"One model of {', '.join(vocabulary.modalities)}: each of them is tokens of one vocabulary, read and written "
-        f"by one decoder. `transformers` loads it as {theirs['architectures'][0]}; codecs/ has what turns media into "
-        f"tokens and back (megamm), megamm.json the whole configuration of the run.",
+        f"One model of {', '.join(vocabulary.modalities)}: all of them are tokens of one vocabulary, read and written "
+        f"by one decoder. `transformers` loads it as {theirs['architectures'][0]}. codecs/ holds the codecs that turn "
+        f"media into tokens and back (megamm). megamm.json holds the whole configuration of the run.",
         "",
-        f"Weights: {size / 2**20:,.1f} MiB. Every file's digest: `sha256sum -c {DIGESTS}`.",
+        f"Weights: {size / 2**20:,.1f} MiB. Check all files: `sha256sum -c {DIGESTS}`.",
     ]
     architecture = {key: value for key, value in theirs.items() if isinstance(value, int | float | str)}
     lines += ["", "## Configuration", "", *_table(("of config.json", ""), sorted(architecture.items()))]
     ranges = [(r.name, r.start, r.stop - 1, r.codec_id or "-") for r in vocabulary.ranges]
     lines += ["", "## Vocabulary", "", *_table(("range", "first id", "last id", "codec"), ranges)]
     rows = [
-        (s["name"], "taken out" if s["weight"] is None else f"{s['weight']:g}", s["licence"] or _UNKNOWN)
-        for s in sources
+        (s["name"], "removed" if s["weight"] is None else f"{s['weight']:g}", s["licence"] or _UNKNOWN) for s in sources
     ]
     lines += ["", "## Training data", "", *_table(("source", "weight", "licence"), rows)]
-    lines += ["", f"Origins and licences in full: {ATTRIBUTION}."] * (folder / ATTRIBUTION).is_file()
+    lines += ["", f"Full list of origins and licences: {ATTRIBUTION}."] * (folder / ATTRIBUTION).is_file()
     seen = [(name, f"{count:,}") for name, count in tokens.items()]
-    lines += ["", f"## Training tokens, to step {own['step']}", "", *_table(("modality", "tokens"), seen)]
+    lines += ["", f"## Training tokens up to step {own['step']}", "", *_table(("modality", "tokens"), seen)]
     lines += ["", "## Evaluation", "", *_evaluation(heldout, evaluation)]
     made_by = [f"{name} {version}" for name, version in sorted(own["versions"].items())]
-    return [*lines, "", f"Made by {', '.join(made_by)}."] if made_by else lines
+    return [*lines, "", f"Made with {', '.join(made_by)}."] if made_by else lines
 
 
 def _evaluation(heldout: dict[str, Any], evaluation: dict[str, Any] | None) -> Iterator[str]:
     rows = [(name, f"{found['loss']:.4f}", found["step"]) for name, found in heldout.items()]
     yield from _table(("held-out loss in training, nats per token", "", "step"), rows)
     if evaluation is not None:
-        yield from ("", f"By `megamm eval` on {evaluation['samples']} held-out samples:", "")
+        yield from ("", f"Measured with `megamm eval` on {evaluation['samples']} held-out samples:", "")
         losses = [(name, f"{loss:.4f}", evaluation["tokens"][name]) for name, loss in evaluation["loss"].items()]
         yield from _table(("modality", "cross entropy, nats per token", "tokens"), losses)
         gains = [(name, f"{g['mean']:+.4f}", g["samples"]) for name, g in evaluation["pair_gain"].items()]
@@ -176,7 +175,7 @@ def _evaluation(heldout: dict[str, Any], evaluation: dict[str, Any] | None) -> I
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Markdown; a line that says so where nothing is recorded."""
+    """A Markdown table; without rows, a line that says that nothing is recorded."""
     if not rows:
         return [f"({head[0]}: not recorded.)"]
     cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]

@@ -1,8 +1,8 @@
-"""The same tokens through our model, from a native checkpoint, and through transformers' own, from a folder: float32.
+"""Runs the same tokens through our model (a native checkpoint) and transformers' model (a folder), both in float32.
 
-Packed rows in ours; in transformers each document of them alone. So conversion, packing and attention that stays inside
-documents are checked at once. What is compared are logits and, to find where two models part, what goes into the first
-layer and comes out of each. Differences are relative to the largest value of transformers' (no unit).
+Our model gets packed rows; transformers gets each document of them separately. So one check covers conversion, packing
+and attention that stays inside documents. Compared are the logits and, to find where two models start to differ, the
+input of the first layer and the output of each layer. Differences are relative to the largest value of transformers'.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ class Pass:
     stages: dict[str, torch.Tensor]
 
     def of_first_ids(self, size: int) -> "Pass":
-        """With the logits of the first ids alone: rows of a table beyond them are nobody's."""
+        """A copy with the logits of the first ids only: padding rows of an embedding table are ignored."""
         return Pass(self.stages | {LOGITS: self.stages[LOGITS][:, :size]})
 
 
@@ -41,7 +41,7 @@ Forward = Callable[[Row], Pass]
 
 
 def random_rows(vocabulary_size: int, length: int, seed: int = 0) -> list[Row]:
-    """Random ids: two rows of one document, two of many with padding behind, as the trainer packs them."""
+    """Random ids: two rows of one document, two of many documents and padding, as the trainer packs them."""
     rng = np.random.default_rng(seed)
     rows = []
     for most in (length, length, max(2, length // 3), max(2, length // 6)):
@@ -59,7 +59,7 @@ def random_rows(vocabulary_size: int, length: int, seed: int = 0) -> list[Row]:
 
 @contextmanager
 def our_model(step: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
-    """A verified checkpoint in our backbone, in float32 on one process; its weights pass through these dtypes first."""
+    """Build our backbone from a verified checkpoint, in float32 on one process; weights are cast to `rounded` first."""
     state = checkpoint.read_state(step)
     made_with = config_from_dict(state.config, where=step)
     train = made_with.train.model_copy(update={"precision": "fp32", "attention": "auto"})
@@ -82,7 +82,7 @@ def our_model(step: Path, place: device.Device, rounded: Sequence[torch.dtype] =
 
 @contextmanager
 def their_model(folder: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
-    """A folder of transformers in its own class, in float32. UserError if it does not load whole."""
+    """Load a transformers folder with its own class, in float32. Raises UserError if the weights are incomplete."""
     model = load_stock(folder, torch.float32).to(place.torch_device)
     _round(model, rounded)
     yield lambda row: _theirs(model, row, place.torch_device)
@@ -111,14 +111,14 @@ def _theirs(model: Any, row: Row, where: torch.device) -> Pass:
 
 
 def _seen(row: Row, stages: dict[str, torch.Tensor]) -> Pass:
-    """What a row's documents are, without padding."""
+    """The values of a row's documents, without padding."""
     inside = torch.from_numpy(row.segment >= 0)
     return Pass({name: tensor.float().cpu()[inside] for name, tensor in stages.items()})
 
 
 @contextmanager
 def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """Fills what goes into the first of these modules and comes out of each, in their own order of axes."""
+    """Record the input of the first of these modules and the output of each, in their own order of axes."""
     found: dict[str, torch.Tensor] = {}
 
     def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ def _round(model: torch.nn.Module, dtypes: Sequence[torch.dtype]) -> None:
 
 
 def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, float]:
-    """By stage, over all rows: the largest difference over the largest value of theirs. NaN where either has NaN."""
+    """By stage, over all rows: largest difference / largest value of `theirs`. NaN where either side has NaN."""
     found = {}
     for stage in theirs[0].stages:
         pairs = [(a.stages[stage], b.stages[stage]) for a, b in zip(ours, theirs, strict=True)]
@@ -157,15 +157,15 @@ def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[s
 
 
 def logits_difference(run: Path, export_folder: Path, place: device.Device, rows: int = 20) -> float:
-    """Largest absolute difference of logits over the first `rows` held-out rows of a run, an export against the run.
+    """Largest absolute logit difference between an export and its run, over the first `rows` held-out rows of the run.
 
-    UserError if the export is of another step than the run's newest checkpoint.
+    Raises UserError if the export's step differs from the step of the run's newest checkpoint.
     """
     folder = find_checkpoint(run)
     state, step = checkpoint.read_state(folder), read_own(export_folder)[2]["step"]
     if state.step != step:
-        what = f"the export is of step {step}, the run's checkpoint of step {state.step}"
-        raise UserError(what, where=export_folder, remedy="export the run anew")
+        what = f"the export is of step {step}, but the run's newest checkpoint is of step {state.step}"
+        raise UserError(what, where=export_folder, remedy="export the run again")
     config: RunConfig = config_from_dict(state.config, where=folder)
     heldout = open_run_data(config).heldout_rows[:rows]
     with our_model(folder, place) as ours, their_model(export_folder, place) as theirs:

@@ -1,7 +1,7 @@
-"""What tensors a model of transformers has on disk: names and shapes as its own class has them.
+"""The tensors that a transformers model has on disk: names and shapes, taken from its own class.
 
-No table of ours is asked: the class is built without values, and what `save_pretrained` does to names and shapes is
-done to its tensors.
+This uses none of our tables: the class is built without values, and the changes that `save_pretrained` makes to names
+and shapes are applied to its tensors.
 """
 
 from collections.abc import Mapping
@@ -18,36 +18,36 @@ FLOATS = ("float32", "bfloat16", "float16")
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a folder. UserError for a config.json that transformers makes none of."""
+    """The configuration of a folder. Raises UserError if transformers cannot read its config.json."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers makes of a damaged one
+    except Exception as error:  # transformers raises many kinds for a damaged one
         raise _no_model(error, folder / "config.json") from None
 
 
 def problems(config: Any, found: Mapping[str, Described], where: Path) -> list[str]:
-    """Of a model's tensors: what is missing, unknown, of another shape than its configuration says, or no float.
+    """Problems with a model's tensors: missing, unknown, wrong shape, or not floating point.
 
-    UserError, about the file `where`, for a configuration that no class of transformers can be built of.
+    Raises UserError, about the file `where`, if transformers cannot build a model from the configuration.
     """
     try:
         shapes, tied = _expected(config)
-    except Exception as error:  # whatever transformers makes of sizes that no model has
+    except Exception as error:  # transformers raises many kinds for impossible sizes
         raise _no_model(error, where) from None
     lines = [f"{name} is missing" for name in sorted(shapes.keys() - found.keys() - tied)]
-    lines += [f"{name} has no place in the model" for name in sorted(found.keys() - shapes.keys())]
+    lines += [f"{name} is not a tensor of the model" for name in sorted(found.keys() - shapes.keys())]
     for name in sorted(shapes.keys() & found.keys()):
         if found[name].shape != shapes[name]:
-            lines.append(f"{name} is {list(found[name].shape)}, the config says {list(shapes[name])}")
+            lines.append(f"{name} has the shape {list(found[name].shape)}, the config requires {list(shapes[name])}")
         elif found[name].dtype not in FLOATS:
-            lines.append(f"{name} has values of {found[name].dtype}, none of {', '.join(FLOATS)}")
+            lines.append(f"{name} has the dtype {found[name].dtype}, expected one of {', '.join(FLOATS)}")
     return lines
 
 
 def _expected(config: Any) -> tuple[dict[str, Shape], set[str]]:
-    """Shapes by name, and names that may be left out because they are tied to another."""
+    """Shapes by name, and the names that may be missing because they are tied to another tensor."""
     from transformers import AutoModelForCausalLM
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -58,14 +58,15 @@ def _expected(config: Any) -> tuple[dict[str, Shape], set[str]]:
 
 
 def check(folder: Path, found: Mapping[str, Described]) -> None:
-    """UserError that names the first problem of a folder's tensors."""
+    """Raise UserError for the first problem with a folder's tensors."""
     lines = problems(read_config(folder), found, folder / "config.json")
     if lines:
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
         what = f"the weights do not fit config.json: {lines[0]}{more}"
-        raise UserError(what, where=folder, remedy="restore the folder")
+        raise UserError(what, where=folder, remedy="download or copy the folder again")
 
 
 def _no_model(error: Exception, where: Path) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"no model of transformers: {type(error).__name__} {reason}", where=where, remedy="restore it")
+    what = f"transformers cannot build this model: {type(error).__name__} {reason}"
+    return UserError(what, where=where, remedy="correct the config, or download or copy the folder again")

@@ -1,7 +1,7 @@
-"""`megamm convert diff`: what differs between the weights of two checkpoints, folders or files, of whatever format.
+"""`megamm convert diff`: compares the weights of two checkpoints, folders or files, whatever their formats.
 
-Two native checkpoints are compared under their own names; a native one beside anything else under the names of its
-family of transformers. A dtype alone is a difference, too; values are compared all the same.
+Two native checkpoints are compared under their own names; a native one and anything else under the names of its
+transformers family. A different dtype counts as a difference; the values are compared anyway.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from megamm.tiers.tensors import difference, pairs
 
 @dataclass
 class Diff:
-    """Sentences on what differs, the tensors they are about, and how many are the same."""
+    """A sentence for each difference, the tensors concerned, and the number of identical tensors."""
 
     lines: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
@@ -25,13 +25,13 @@ class Diff:
 
     @property
     def first_layer(self) -> int | None:
-        """The first layer that has a difference; None if none has."""
+        """The first layer that has a difference; None if no layer has one."""
         layers = [layer for layer in map(layer_of, self.names) if layer is not None]
         return min(layers) if layers else None
 
 
 def compare(one: Path, other: Path) -> Diff:
-    """UserError for what cannot be read, and for a model that no family of transformers has where one is needed."""
+    """Compare two places. Raises UserError if one is unreadable, or if no family has a model that needs one."""
     by_family = not (is_native(one) and is_native(other))
     a, b = (open_place(place, by_family=by_family) for place in (one, other))
     done = Diff()

@@ -1,6 +1,6 @@
-"""SHA256SUMS of a folder: a digest of every file, as `sha256sum -c SHA256SUMS` reads it in that folder.
+"""SHA256SUMS of a folder: a digest of every file; check it with `sha256sum -c SHA256SUMS` in that folder.
 
-One line a file, `<64 hex digits>  <path from the folder>`, in the order of paths; the file does not list itself.
+One line per file, `<64 hex digits>  <path from the folder>`, sorted by path; the file does not list itself.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ DIGESTS = "SHA256SUMS"
 
 
 def write_digests(folder: Path) -> Path:
-    """Write folder/SHA256SUMS over all files below it, in place of an older one; returns it."""
+    """Write folder/SHA256SUMS over all files below the folder, replacing an older one; returns its path."""
     lines = [f"{digest}  {name}\n" for name, digest in _sha256(folder, _files(folder))]
     partial = folder / f".{DIGESTS}.partial"
     partial.write_text("".join(lines), encoding="utf-8")
@@ -23,16 +23,16 @@ def write_digests(folder: Path) -> Path:
 
 
 def check_digests(folder: Path) -> None:
-    """UserError names the first file that is missing, unlisted or altered, or that SHA256SUMS is none."""
+    """Raise UserError for the first missing, unlisted or changed file, or if SHA256SUMS is not readable."""
     listed = _read(folder)
     found = set(_files(folder))
     if missing := sorted(listed.keys() - found):
-        raise UserError(f"{missing[0]} is missing", where=folder, remedy="copy or make the folder anew")
+        raise UserError(f"{missing[0]} is missing", where=folder, remedy="copy or create the folder again")
     for name, digest in _sha256(folder, listed):
         if listed[name] != digest:
-            raise UserError(f"{name} is not as {DIGESTS} has it", where=folder, remedy="copy or make the folder anew")
+            raise UserError(f"{name} does not match {DIGESTS}", where=folder, remedy="copy or create the folder again")
     if unlisted := sorted(found - listed.keys()):
-        remedy = "remove it, or make the folder anew"
+        remedy = "remove it, or create the folder again"
         raise UserError(f"{DIGESTS} does not list {unlisted[0]}", where=folder, remedy=remedy)
 
 
@@ -40,24 +40,24 @@ def _read(folder: Path) -> dict[str, str]:
     try:
         text = (folder / DIGESTS).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise UserError(f"no readable {DIGESTS}: {error}", where=folder, remedy="make the folder anew") from None
+        raise UserError(f"no readable {DIGESTS}: {error}", where=folder, remedy="create the folder again") from None
     listed = {}
     for number, line in enumerate(text.splitlines(), 1):
         digest, gap, name = line[:64], line[64:66], line[66:]
         if not name or gap != "  " or set(digest) - set("0123456789abcdef"):
-            raise UserError(f"line {number} is no digest", where=folder / DIGESTS, remedy="make the folder anew")
+            raise UserError(f"line {number} is not a digest", where=folder / DIGESTS, remedy="create the folder again")
         listed[name] = digest
     return listed
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths of all regular files below the folder, but for the digests."""
+    """Paths of all regular files below the folder, except the digests."""
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     return sorted(name for name in files if name != DIGESTS and not name.startswith(f".{DIGESTS}"))
 
 
 def _sha256(folder: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Names and digests, in their order; a core for a file (hashing lets other threads run)."""
+    """Names and digests, in the given order; files are hashed in parallel, one thread per core."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         yield from pool.map(lambda name: (name, _digest(folder / name)), names)
 

@@ -1,7 +1,7 @@
-"""Elements of a conversion on their way: joined, cut, in another dtype, packed into files of a size.
+"""The values of a conversion: joined, cut, cast to another dtype, packed into files of a given size.
 
-In memory at once: a group (mapping.Group), and a window of it in the other dtype. Of a group that is not made of views
-(query, key and value by query group) there are two copies.
+Memory use: one group (mapping.Group), and a window of it in the other dtype. A group that is not made of views
+(query, key and value by query group) takes two copies.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,19 +16,19 @@ from megamm.convert.weights import Weights
 from megamm.errors import UserError
 
 WINDOW = 16 << 20
-"""Bytes of a table's rows that are one item, and elements converted at a time."""
+"""Bytes of a table's rows that form one item; also the elements converted at a time."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Unit = TypeVar("Unit")
 
 
 def windows(rows: int, row_bytes: int) -> Iterator[range]:
-    """Rows of a table, WINDOW bytes at a time."""
+    """Ranges of a table's rows, WINDOW bytes each."""
     step = max(1, WINDOW // max(1, row_bytes))
     return (range(row, min(rows, row + step)) for row in range(0, rows, step))
 
 
 def packed(units: Sequence[Unit], size: Callable[[Unit], int], limit: int) -> list[list[Unit]]:
-    """Units in their order, in files of at most `limit` bytes; a larger one has its own."""
+    """Units in their order, split into files of at most `limit` bytes; a larger unit gets its own file."""
     found: list[list[Unit]] = [[]]
     filled = 0
     for unit in units:
@@ -41,7 +41,7 @@ def packed(units: Sequence[Unit], size: Callable[[Unit], int], limit: int) -> li
 
 
 def joined(group: Group, weights: Weights, m: ModelConfig) -> torch.Tensor:
-    """A group's part of the stored tensor, of the files' dtype. KeyError names a missing tensor; UserError."""
+    """A group's part of the stored tensor, in the files' dtype. Raises KeyError for a missing tensor, or UserError."""
     if group.entry is None:
         return weights[group.theirs[0]]
     described = [
@@ -60,7 +60,7 @@ def joined(group: Group, weights: Weights, m: ModelConfig) -> torch.Tensor:
 
 
 def bytes_as(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> Iterator[memoryview]:
-    """A tensor's elements as those of a dtype. UserError for a finite number that has none there."""
+    """A tensor's elements cast to a dtype. Raises UserError for a finite value that is out of range there."""
     flat = tensor.reshape(-1)
     if tensor.dtype == dtype:
         yield bytes_of(flat)
@@ -69,21 +69,21 @@ def bytes_as(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> Iterator[me
         new = part.to(dtype)
         if bool((new.isinf() & part.isfinite()).any()):
             largest = float(part[part.isfinite()].abs().max())
-            what = f"{name} has a value of {largest:.3g}, which {_named(dtype)} has not"
-            raise UserError(what, remedy="convert it to bf16 or fp32")
+            what = f"{name} has a value of {largest:.3g}, which is out of range for {_named(dtype)}"
+            raise UserError(what, remedy="convert it to bf16 or fp32: --dtype bf16")
         yield bytes_of(new)
 
 
 def target_of(dtype: torch.dtype, chosen: torch.dtype | None) -> torch.dtype:
-    """What a stored dtype becomes: numbers with a fraction the chosen one, if there is one."""
+    """The target of a stored dtype: the chosen one, if any, for floating point; otherwise the same."""
     return chosen if chosen is not None and dtype.is_floating_point else dtype
 
 
 def said(found: Sequence[tuple[torch.dtype, torch.dtype]]) -> list[str]:
-    """What becomes of dtypes, for a person."""
+    """The dtype changes as readable lines."""
     counts = {pair: found.count(pair) for pair in dict.fromkeys(found)}
     return [
-        f"{count} tensors {_named(old)}" + (f" -> {_named(new)}" if old != new else ", as they are")
+        f"{count} tensors {_named(old)}" + (f" -> {_named(new)}" if old != new else ", unchanged")
         for (old, new), count in counts.items()
     ]
 

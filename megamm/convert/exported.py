@@ -1,7 +1,7 @@
-"""An export opened for use: the stock transformers model, and the codecs and vocabulary that lie beside it.
+"""Opens an export for use: the stock transformers model, and the codecs and vocabulary stored with it.
 
-In: the folder that `megamm convert export` makes. Generation and evaluation see a model through this alone, so
-what they show is what any engine gets from the export.
+Generation and evaluation see a model only through this module, so their results are what any engine gets from the
+export, the folder that `megamm convert export` makes.
 """
 
 import logging
@@ -23,7 +23,7 @@ from megamm.modalities.base import Modality
 from megamm.model.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
-_REMEDY = "make the export anew with `megamm convert export`"
+_REMEDY = "create the export again with `megamm convert export`"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Exported:
 
     @cached_property
     def model(self) -> Any:
-        """The transformers model, in eval mode on the device. UserError if weights are missing or do not fit."""
+        """The transformers model, in eval mode on the device. Raises UserError if weights are missing or do not fit."""
         model = load_stock(self.folder)
         log.info("%s from step %d on %s, %s", type(model).__name__, self.step, self.device, model.dtype)
         return model.to(self.device)
@@ -50,9 +50,9 @@ class Exported:
 
 
 def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
-    """The model of any folder of transformers, in eval mode on the CPU; dtype None: as it is stored.
+    """The model of any transformers folder, in eval mode on the CPU; dtype None: the stored dtype.
 
-    UserError if weights are missing or do not fit.
+    Raises UserError if weights are missing or do not fit.
     """
     from transformers import AutoModelForCausalLM  # seconds to import
     from transformers.utils import logging as their_logging
@@ -66,7 +66,7 @@ def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"transformers cannot load it: {reason}", where=folder, remedy=_REMEDY) from error
     model, found = loaded
-    # transformers would go on with random weights in place of missing ones.
+    # transformers would continue with random weights in place of missing ones.
     wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
     if wrong:
         what = f"{len(wrong)} tensors are missing or unknown, the first is {wrong[0]}"
@@ -75,9 +75,9 @@ def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def open_export(folder: Path, device: torch.device) -> Exported:
-    """Open an export with its own codecs. UserError if it is none, or a codec is not the one it was trained with."""
+    """Open an export with its own codecs. Raises UserError if it is not an export, or a codec was exchanged."""
     config, vocabulary, own = read_own(folder)
     modalities = load_modalities(config.tokenizers, device)
     if vocabulary_of(modalities) != vocabulary:
-        raise UserError("the codecs are not those of the model", where=folder / "codecs", remedy=_REMEDY)
+        raise UserError("the codecs do not match the model's vocabulary", where=folder / "codecs", remedy=_REMEDY)
     return Exported(folder, config, vocabulary, modalities, own["step"], device)

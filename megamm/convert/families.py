@@ -1,7 +1,7 @@
-"""The model families of transformers that our backbone expresses, each a table of tensors and of config fields.
+"""The transformers model families that our backbone can express; each is a table of tensors and config fields.
 
-Nothing is dropped in silence: a key of theirs that no table names, or with a value that our backbone has not, is
-refused by name, and so is a field of ours that a family has no place for. mapping.py turns the tables into tensors.
+Nothing is ignored silently: a key of theirs that no table names, a value that our backbone does not support, or a
+field of ours that a family does not have is refused by name. mapping.py turns the tables into tensors.
 """
 
 from dataclasses import replace
@@ -50,7 +50,7 @@ _LATENT_ATTENTION = (
 def _mlp(
     ours: str, theirs: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 ) -> tuple[Entry, ...]:
-    """A gated MLP; names of gate, up and down."""
+    """A gated MLP, given the names of gate, up and down."""
     gate, up, down = (f"{theirs}{name}.weight" for name in names)
     return Entry(f"{ours}linear_fc1.weight", (gate, up), "rows"), Entry(f"{ours}linear_fc2.weight", (down,))
 
@@ -104,23 +104,23 @@ _DEEPSEEK_FIELDS = {ours: theirs for ours, theirs in FIELDS.items() if ours not 
     "mla.v_head_dim": "v_head_dim",
 }
 _UNBIASED = FIXED | {"attention_bias": False}
-_DEEPSEEK_FIXED = _UNBIASED | {"rms_norm_eps": 1e-6}  # the latents' norms have this one, whatever the others have
+_DEEPSEEK_FIXED = _UNBIASED | {"rms_norm_eps": 1e-6}  # the norms of the latents always use this value
 
 
 def _deepseek_v3(m: ModelConfig) -> str | None:
     if m.moe.num_groups > 1 and m.moe.top_k != 2 * m.moe.group_top_k:
-        return "moe.group_top_k"  # a group counts by its best two there, by its best top_k / group_top_k here
-    return "moe.top_k" if m.moe.top_k == 1 else _yarn(m)  # one sigmoid is not normalised here
+        return "moe.group_top_k"  # they score a group by its best two, we by its best top_k / group_top_k
+    return "moe.top_k" if m.moe.top_k == 1 else _yarn(m)  # our router does not normalise a single sigmoid
 
 
 def _yarn(m: ModelConfig) -> str | None:
-    """transformers takes mscale for 1 where mscale_all_dim is 0."""
+    """transformers uses mscale 1 where mscale_all_dim is 0."""
     wrong = m.rope_scaling.mscale != 1.0 and m.rope_scaling.mscale_all_dim == 0.0
     return "rope_scaling.mscale" if wrong else None
 
 
 def _local_rope(m: ModelConfig) -> str | None:
-    """Angles of windows are unscaled."""
+    """RoPE of window layers is unscaled."""
     as_others = m.window.size > 0 and m.window.rope_base == 0.0
     return "window.rope_base" if as_others and m.rope_scaling.kind != "none" else None
 
@@ -207,7 +207,7 @@ FAMILIES = (
         "Gemma3ForCausalLM",
         (*_GEMMA, *_QK_NORM),
         _GEMMA_FIELDS,
-        # Its attention has no cap, whatever its config says.
+        # Its attention has no softcap, whatever its config says.
         _GEMMA_FIXED | {"use_bidirectional_attention": False, "attn_logit_softcapping": None},
         _GEMMA_IMPLIED,
         ("query_pre_attn_scalar",),

@@ -1,6 +1,6 @@
-"""What a model family of transformers is: its tables of tensors and config fields, and what they cannot express.
+"""A transformers model family: its tables of tensors and config fields, and the values that it cannot express.
 
-families.py has one for each; mapping.py turns the tables into tensors.
+families.py defines one for each family; mapping.py turns the tables into tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ _ROPE |= {f"rope_scaling.{name}" for name in ("beta_fast", "beta_slow", "mscale"
 _TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.loss_weight", "init_std"}
 _TRAINING |= {f"megatron.{name}" for name in ("moe_z_loss_coeff", "moe_router_dtype", "deterministic_mode")}
 _TRAINING |= {"megatron.hidden_dropout"}
-"""Fields of ours that leave the function of the weights as it is."""
+"""Our fields that do not change what the weights compute."""
 _IGNORED = {"vocab_size", "max_position_embeddings", "attention_dropout", "use_cache"}
 _IGNORED |= {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"}
 _IGNORED |= {"sliding_window", "use_sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
@@ -36,8 +36,8 @@ _IGNORED |= {"bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"}
 _IGNORED |= {"output_router_logits", "router_jitter_noise", "router_aux_loss_coef", "max_window_layers"}
 _IGNORED |= {"num_local_experts", "qk_head_dim", "head_dim", "num_nextn_predict_layers"}
 _IGNORED |= {"auto_map", "ep_size", "seq_aux", "aux_loss_alpha", "n_group", "topk_group", "cache_implementation"}
-"""Keys of theirs that are read elsewhere, follow from others, or leave the function of the weights as it is. Tensors of
-prediction modules, which transformers leaves out too, are refused as tensors."""
+"""Their keys that are read elsewhere, follow from others, or do not change what the weights compute. Tensors of
+prediction modules, which transformers skips too, are refused as tensors."""
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -57,7 +57,7 @@ def _defaults() -> Iterator[tuple[str, Any]]:
 
 
 def _is_without_effect(key: str, m: ModelConfig) -> bool:
-    """Whether it is of a section that is off."""
+    """Whether the key belongs to a section that is switched off."""
     section, _, name = key.rpartition(".")
     switches = {"moe": ("num_experts", m.moe.num_experts), "mla": ("kv_lora_rank", m.mla.kv_lora_rank)}
     switch, is_on = switches.get(section, ("", True))
@@ -66,12 +66,12 @@ def _is_without_effect(key: str, m: ModelConfig) -> bool:
 
 @dataclass(frozen=True)
 class Family:
-    """fields: our keys (dotted, below `model`) -> theirs; fixed: their keys -> the one value that we have; if_given: of
-    keys that transformers does not read, where a config.json has them.
+    """fields: our keys (dotted, below `model`) -> their keys; fixed: their keys -> the only value that we support;
+    if_given: the same for keys that transformers does not read, checked where a config.json has them.
 
-    Of our other keys: implied is what a model of the family has there, positive must be above 0, same_as must have the
-    value of another, multiples must be a multiple of another, by their key; nothing depends on unused. wrong names what
-    else of ours the family cannot have.
+    For our other keys: `implied` is the value that every model of the family has; `positive` must be above 0; `same_as`
+    must equal another key; `multiples` must be a multiple of another key, the factor under their key; nothing depends
+    on `unused`. `wrong` names any other value of ours that the family cannot have.
     """
 
     model_type: str
@@ -88,11 +88,11 @@ class Family:
     unused: tuple[str, ...] = ()
     rope_kinds: tuple[str, ...] = ("none", "linear", "llama3")
     windows: Literal["none", "all", "some"] = "none"
-    """Which layers can have one."""
+    """Which layers can have a sliding window."""
     has_local_rope: bool = False
 
     def known_keys(self) -> set[str]:
-        """Their keys that some table names."""
+        """Their keys that any table names."""
         counts = {key for _, key in self.multiples.values()}
         return {*self.fields.values(), *self.fixed, *self.if_given, *counts, *_IGNORED}
 

@@ -1,4 +1,4 @@
-"""config.json of transformers <-> the model section of a run's config, by the family's tables (families.py)."""
+"""Converts config.json of transformers <-> the model section of a run's config, by the tables in families.py."""
 
 import json
 from pathlib import Path
@@ -23,26 +23,27 @@ _ROPE_NEEDS = {
     "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
 }
 _NONE = ("mla.q_lora_rank", "attention_softcap", "logit_softcap")
-"""Keys of ours that are 0 where theirs are None."""
+"""Our keys that are 0 where theirs are None."""
 
 
 def family_for(m: ModelConfig) -> Family:
-    """The first family that has this model. UserError names the field that keeps it out of the nearest one."""
+    """The first family that can express this model. Raises UserError naming the field that excludes the nearest one."""
     refused = {family.architecture: family.refused(m) for family in FAMILIES}
     nearest = min(FAMILIES, key=lambda family: len(refused[family.architecture]))
     if wrong := refused[nearest.architecture]:
-        raise UserError(f"{nearest.architecture} cannot express {wrong[0]}", remedy="train without it to export")
+        what = f"{nearest.architecture} cannot express {wrong[0]}"
+        raise UserError(what, remedy=f"to export, train with another value of {wrong[0]}")
     return nearest
 
 
 def to_config(family: Family, m: ModelConfig, vocabulary_size: int, seq_length: int, special: dict[str, int]) -> Any:
-    """transformers' configuration of our backbone; special holds bos/eos/pad token ids."""
+    """transformers' configuration of our backbone; special: the bos/eos/pad token ids."""
     from transformers import CONFIG_MAPPING
 
     ours = dict(leaves(m.model_dump()))
     values: dict[str, Any] = {theirs: ours[key] for key, theirs in family.fields.items()} | family.fixed
     values |= {count: ours[key] // ours[other] for key, (other, count) in family.multiples.items()}
-    # 0 stands for none there.
+    # 0 means none there.
     values |= {family.fields[key]: None for key in _NONE if key in family.fields and not ours[key]}
     values |= {"vocab_size": vocabulary_size, "max_position_embeddings": seq_length, **special}
     values |= _to_windows(family, m)
@@ -72,7 +73,7 @@ def _to_windows(family: Family, m: ModelConfig) -> dict[str, Any]:
 def read_model(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
     """The family and the backbone that a folder's config.json describes, for rows of seq_length tokens.
 
-    UserError names what is unreadable, or the first key that our backbone cannot express.
+    Raises UserError if it is unreadable, or for the first key that our backbone cannot express.
     """
     file = folder / "config.json"
     try:
@@ -83,9 +84,9 @@ def read_model(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
 
 
 def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[Family, dict[str, Any]]:
-    """The family of a config.json (its values) and the model section of a run with rows of seq_length tokens.
+    """The family of a config.json (its values), and the model section of a run with rows of seq_length tokens.
 
-    UserError names the first key that our backbone cannot express.
+    Raises UserError for the first key that our backbone cannot express.
     """
     from transformers import CONFIG_MAPPING
 
@@ -93,13 +94,14 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
     family = next((family for family in FAMILIES if family.model_type == model_type), None)
     if family is None:
         known = ", ".join(family.model_type for family in FAMILIES)
-        raise UserError(f"model_type {model_type} is none of {known}", where=where, remedy="choose one of these")
+        what = f"model_type {model_type} is not supported"
+        raise UserError(what, where=where, remedy=f"choose one of {known}")
     try:
         theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
-    except Exception as error:  # whatever transformers makes of a damaged one
+    except Exception as error:  # transformers raises many kinds for a damaged one
         raise _unreadable(error, where) from None
     for key in values:
-        # Notes of where a file came from begin with _; ids of tokens are the tokenizer's.
+        # Keys with a leading _ are notes on the file's origin; token ids are read from the tokenizer.
         is_note = key.startswith("_") or key.endswith("_token_id")
         if not is_note and key not in family.known_keys() | _of_any_model() and values[key] is not None:
             raise _inexpressible(key, values[key], where)
@@ -128,7 +130,7 @@ def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _windows(family: Family, theirs: Any, seq_length: int, where: Path) -> dict[str, Any]:
-    """Our keys, dotted. A window that reaches over whole rows is none, unless its layers turn by other angles."""
+    """Our dotted keys. A window as long as a row counts as none, unless its layers use other RoPE angles."""
     size, kinds = getattr(theirs, "sliding_window", None), getattr(theirs, "layer_types", None)
     if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         raise _inexpressible("layer_types", sorted(other)[0], where)
@@ -141,7 +143,7 @@ def _windows(family: Family, theirs: Any, seq_length: int, where: Path) -> dict[
 
 
 def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> dict[str, Any]:
-    """Our keys, dotted, and their values, given those of windows."""
+    """Our dotted keys with their values, given those of the windows."""
     rope = theirs.rope_parameters
     if family.has_local_rope:
         rope, local = rope["full_attention"], rope["sliding_attention"]
@@ -167,7 +169,7 @@ def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> 
 
 def _unreadable(error: Exception, where: Path) -> UserError:
     reason = " ".join(str(error).split())[:200]
-    return UserError(f"unreadable config: {reason}", where=where, remedy="restore it")
+    return UserError(f"unreadable config: {reason}", where=where, remedy="download or copy the file again")
 
 
 def _inexpressible(key: str, value: Any, where: Path) -> UserError:
@@ -182,7 +184,7 @@ def _defaults(family: Family) -> dict[str, Any]:
 
 
 def _of_any_model() -> set[str]:
-    """Keys that every configuration of transformers has: of generation, of heads for classes, its version."""
+    """Keys that every transformers configuration has: generation, classification heads, version."""
     from transformers import PreTrainedConfig
 
     return {*PreTrainedConfig().to_dict(), "model_type", "torch_dtype", "_name_or_path"}

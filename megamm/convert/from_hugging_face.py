@@ -1,7 +1,7 @@
-"""Tensors of safetensors files as a checkpoint's, group by group (mapping.Group): the layout, then the bytes.
+"""Converts the tensors of safetensors files to those of a checkpoint, group by group (mapping.Group).
 
-Each group is a block of its stacked tensor and an item of a file, as checkpoint/image.py lays them out: whole layers,
-which any layout takes its part of.
+It plans the layout first, then produces the bytes. Each group is a block of its stacked tensor and an item of a file,
+as checkpoint/image.py lays them out: whole layers, from which any parallel layout reads its part.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from megamm.errors import UserError
 
 @dataclass(frozen=True)
 class Unit:
-    """A block that is stored: a group, or rows of a table; its size without the axes of layers and experts."""
+    """A block that is stored: a group, or rows of a table; its size is without the axes of layers and experts."""
 
     group: Group
     rows: range | None
@@ -46,7 +46,7 @@ class Unit:
 
     @property
     def padded(self) -> int:
-        """The same, up to where the next one begins."""
+        """Its length, rounded up to where the next one begins."""
         return -(-self.length // ALIGNMENT) * ALIGNMENT
 
     @property
@@ -61,14 +61,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Import:
-    """A plan.Conversion."""
+    """The import as a plan.Conversion."""
 
     folder: Path
     model: ModelConfig
     files: Mapping[str, Sequence[Item]]
     stored: tuple[Entry, ...]
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
-    """Read, and stored, of each tensor."""
+    """The dtypes read and stored, for each tensor."""
     identity: str
     name: str = "import"
 
@@ -78,7 +78,7 @@ class Import:
             yield _Reading(weights, self.model)
 
     def index(self) -> dict[str, bytes]:
-        """The files of a checkpoint's tensors beside those with elements."""
+        """The checkpoint's tensor files that hold no elements."""
         return index.files_of(self.stored)
 
 
@@ -103,7 +103,7 @@ class _Reading:
 def plan(
     weights: Weights, entries: tuple[mapping.Entry, ...], m: ModelConfig, dtype: torch.dtype | None, file_size: int
 ) -> Import:
-    """Of a folder whose tensors are those of the model (hf_source.shapes_of). UserError for a tensor of two dtypes."""
+    """Plan the import of a checked folder (hf_source.shapes_of). Raises UserError if one tensor has several dtypes."""
     groups = list(mapping.groups(entries, m))
     units = [unit for group in groups for unit in _units(group, weights, m, dtype)]
     shapes = _shapes(units)
@@ -126,7 +126,7 @@ def _units(group: Group, weights: Weights, m: ModelConfig, dtype: torch.dtype | 
     read_as = described[0].dtype
     if any(place.dtype != read_as for place in described):
         names = ", ".join(group.theirs)
-        raise UserError(f"{names} have several dtypes", where=weights.folder, remedy="convert them to one")
+        raise UserError(f"{names} have several dtypes", where=weights.folder, remedy="convert them to one dtype")
     stored_as = elements.target_of(read_as, dtype)
     if group.entry is not None:
         parts = [torch.empty(place.shape, dtype=place.dtype, device="meta") for place in described]
@@ -138,7 +138,7 @@ def _units(group: Group, weights: Weights, m: ModelConfig, dtype: torch.dtype | 
 
 
 def _shapes(units: Sequence[Unit]) -> dict[str, Shape]:
-    """Of whole tensors: as large as their blocks reach."""
+    """Shapes of the whole tensors: as large as their blocks extend."""
     shapes: dict[str, Shape] = {}
     for unit in units:
         end = tuple(a + b for a, b in zip(unit.offset, unit.block_size, strict=True))
@@ -151,12 +151,12 @@ def _check_dtypes(stored: Sequence[Entry], folder: Path) -> None:
     found: dict[str, torch.dtype] = {}
     for entry in stored:
         if found.setdefault(entry.key, entry.dtype) != entry.dtype:
-            what = f"layers of {entry.key} are {found[entry.key]} and {entry.dtype}"
+            what = f"layers of {entry.key} have the dtypes {found[entry.key]} and {entry.dtype}"
             raise UserError(what, where=folder, remedy="convert them to one dtype (--dtype)")
 
 
 def _identity(weights: Weights, stored: Sequence[Entry]) -> str:
-    """Of what is read (files by name, size and time of change, where their tensors lie), and of what is written."""
+    """An identity of the input (files by name, size and mtime, tensor offsets) and of the output."""
     told: list[Any] = []
     for file in weights.files:
         state = file.stat()

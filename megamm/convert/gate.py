@@ -1,9 +1,9 @@
-"""The check that every conversion ends with: a native checkpoint and a folder of transformers are the same model.
+"""The final check of every conversion: a native checkpoint and a transformers folder are the same model.
 
-In order: digests of both; config, names and shapes, nothing missing and nothing more; every tensor, bit for bit (after
-the one conversion of dtype where both sides have another), streamed; then logits of both, in float32 on random and
-packed rows, at most TOLERANCE of their scale apart. Nothing is written and nothing deleted. Where it fails, the report
-names the first layer that differs, and what of its tensors does.
+In order: digests of both; config, names and shapes, with no missing and no extra tensor; every tensor bit for bit
+(after one dtype conversion where the two sides differ), streamed; then the logits of both, in float32 on random packed
+rows, with a difference of at most TOLERANCE of their scale. The check writes and deletes nothing. On failure the
+report names the first layer that differs, and which of its tensors.
 """
 
 import logging
@@ -32,9 +32,9 @@ from megamm.tiers.tensors import Described, Difference, difference, pairs
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-5
-"""Of the largest logit; of hidden states, of the largest value of a layer's."""
+"""Relative to the largest logit; for hidden states, to the largest value of a layer's output."""
 ROW_LENGTH = 128
-"""Tokens of a row at most; both models are in float32, one after the other."""
+"""Maximum tokens of a row; both models run in float32, one after the other."""
 SHOWN = 3
 
 
@@ -59,18 +59,18 @@ class Report:
 
 @dataclass
 class _Compared:
-    """Of all tensors on both sides."""
+    """Result of comparing tensors on both sides."""
 
     changed: dict[str, str] = field(default_factory=dict)
-    """Names of those that differ, and a sentence on each."""
+    """Names of the tensors that differ, with a sentence on each."""
     not_finite: list[str] = field(default_factory=list)
     kinds: dict[tuple[torch.dtype, torch.dtype], int] = field(default_factory=dict)
-    """Tensors by both sides' dtypes."""
+    """Number of tensors by the dtypes of both sides."""
     rounded: list[torch.dtype] = field(default_factory=list)
-    """What both models' weights have to pass through to be alike: the folder's dtype, the checkpoint's."""
+    """Dtypes that both models' weights must be rounded to before they are equal: the folder's, the checkpoint's."""
 
     def add(self, other: "_Compared") -> None:
-        """What was found of further tensors."""
+        """Add the result for further tensors."""
         self.changed |= other.changed
         self.not_finite += other.not_finite
         for kind, count in other.kinds.items():
@@ -78,23 +78,23 @@ class _Compared:
 
 
 class GateError(Exception):
-    """A conversion whose result is not the model that it was made of. What was written is left where it is."""
+    """The result of a conversion is not the same model as its source. The files written are kept."""
 
     def __init__(self, report: Report, left: Path) -> None:
         self.report = report
-        super().__init__(f"the gate failed: {'; '.join(report.problems)}; the result is left in {left}")
+        super().__init__(f"verification failed: {'; '.join(report.problems)}; the result is kept in {left}")
 
 
 def check(native: Path, hugging_face: Path, *, logits: bool = True, nproc: int = 0) -> Report:
-    """Compare a run or checkpoint with a folder of transformers. UserError where one of them cannot be read.
+    """Compare a run or checkpoint with a transformers folder. Raises UserError if one of them is unreadable.
 
-    nproc: processes that compare tensors, 0: one a core, as far as there are SEGMENTs of bytes.
+    nproc: processes that compare tensors, 0: one per core, but not more than there are SEGMENTs of bytes.
     """
     report = Report(find_checkpoint(native), hugging_face)  # it verifies the manifest's digests
-    report.say("digests: the checkpoint's manifest holds")
+    report.say("digests: the checkpoint matches its manifest")
     if (hugging_face / DIGESTS).is_file():
         check_digests(hugging_face)
-        report.say(f"digests: {DIGESTS} of the folder holds")
+        report.say(f"digests: the folder matches its {DIGESTS}")
     else:
         report.say(f"digests: the folder has no {DIGESTS}")
     own = Native(report.checkpoint)
@@ -105,20 +105,20 @@ def check(native: Path, hugging_face: Path, *, logits: bool = True, nproc: int =
     common, is_complete = _names(report, ours, theirs)
     done = _tensors(report, ours, theirs, common, nproc)
     if not logits:
-        report.say("logits: not compared, as told")
+        report.say("logits: check skipped (--no-logits)")
     elif not is_complete:
-        report.say("logits: not compared, the two have not the same tensors")
+        report.say("logits: check skipped: the tensors of the two sides do not match")
     elif done.not_finite:
-        report.say("logits: not compared, with NaN or Inf in the weights they tell nothing")
+        report.say("logits: check skipped: weights contain NaN/Inf")
     else:
         _logits(report, own, done)
     return report
 
 
 def end(native: Path, hugging_face: Path, left: Path, checks: Checks, nproc: int) -> None:
-    """The gate as the last step of a conversion whose result lies in `left`. GateError if it fails."""
+    """Check the conversion whose result is stored in `left`, as its last step. Raises GateError if it fails."""
     if not checks.gate:
-        log.warning("gate: left out, as told: nothing has compared the result with what it was made of")
+        log.warning("verification skipped (--no-gate): the result has not been compared with its source")
         return
     report = check(native, hugging_face, logits=checks.logits, nproc=nproc)
     if not report.passed:
@@ -126,34 +126,34 @@ def end(native: Path, hugging_face: Path, left: Path, checks: Checks, nproc: int
 
 
 def refuse_not_finite(tensors: Tensors) -> None:
-    """UserError that names a tensor with NaN or Inf, before anything is converted."""
+    """Raise UserError if a tensor has NaN or Inf, before anything is converted."""
     found = not_finite(tensors)
     if found:
         name, count = next(iter(found.items()))
-        what = f"{len(found)} tensors have NaN or Inf, the first is {name} ({count:,} values)"
-        raise UserError(what, where=tensors.where, remedy="take an older checkpoint, or leave out --refuse-nan")
+        what = f"{len(found)} tensors contain NaN or Inf, the first is {name} ({count:,} values)"
+        raise UserError(what, where=tensors.where, remedy="use an older checkpoint, or remove --refuse-nan")
 
 
 def room_for_logits(config: RunConfig, vocabulary_size: int) -> None:
-    """UserError, before anything is converted, if a model in float32 does not fit into memory."""
+    """Raise UserError, before anything is converted, if a model in float32 does not fit into memory."""
     import psutil
 
     needed, free = 4.5 * parameter_count(config.model, vocabulary_size), psutil.virtual_memory().available
     if needed > free:
-        what = f"to compare logits takes {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
-        raise UserError(what, remedy="use a larger machine, or --no-logits: then tensors alone are compared")
+        what = f"the logit check needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
+        raise UserError(what, remedy="use a larger machine, or compare only the tensors with --no-logits")
 
 
 def _configs(report: Report, config: RunConfig, family: Family, model: ModelConfig) -> None:
-    """What config.json says of the function of the weights, and the checkpoint's config otherwise."""
+    """Report keys that change what the weights compute and differ between config.json and the checkpoint."""
     ours = dict(leaves(config.model.model_dump()))
     for key, value in leaves(model.model_dump(exclude_unset=True)):
         if key in (*FUNCTION, "tie_embeddings") and key not in family.unused and ours[key] != value:
-            report.problems.append(f"config.json has {key} = {value}, the checkpoint {ours[key]}")
+            report.problems.append(f"config.json has {key} = {value}, but the checkpoint has {ours[key]}")
 
 
 def _names(report: Report, ours: AsTransformers, theirs: OfFiles) -> tuple[dict[str, Described], bool]:
-    """What both have, and whether that is all; the folder's tables may have more rows, which are nobody's."""
+    """Tensors on both sides, and whether these are all. Additional padding rows in the folder's tables are allowed."""
     found = {}
     folder = report.folder
     lines = complete.problems(complete.read_config(folder), theirs.described, folder / "config.json")
@@ -164,7 +164,7 @@ def _names(report: Report, ours: AsTransformers, theirs: OfFiles) -> tuple[dict[
         elif other.shape == entry.shape or (name in ours.tables and _is_padded(entry, other)):
             found[name] = entry
         else:
-            lines.append(f"{name} is {list(entry.shape)} in the checkpoint, {list(other.shape)} in the folder")
+            lines.append(f"{name} has the shape {list(entry.shape)}, in the folder {list(other.shape)}")
     report.say(f"names and shapes: {len(found)} tensors are on both sides")
     if lines:
         report.problems.append(_shortened(list(dict.fromkeys(lines))))
@@ -184,29 +184,29 @@ def _tensors(
         with Workers(lambda: nullcontext((ours, theirs)), nproc, len(shares)) as workers:
             found = dict(workers.all(_compared, {number: (share,) for number, share in enumerate(shares)}))
     except BrokenProcessPool:
-        what = "a process that compares was killed"
-        raise UserError(what, where=report.folder, remedy="see that memory suffices, and run it again") from None
+        what = "a process that compares tensors was killed"
+        raise UserError(what, where=report.folder, remedy="check for enough free memory, and run it again") from None
     for number in range(len(shares)):
         done.add(found[number])
     for (mine, other), count in done.kinds.items():
-        as_what = "bit for bit" if mine == other else f"the checkpoint's {mine} beside the folder's {other}"
+        as_what = "bit for bit" if mine == other else f"the checkpoint's {mine} with the folder's {other}"
         report.say(f"tensors: {count} compared, {as_what}".replace("torch.", ""))
         if mine != other:
             done.rounded += [other, mine]
     if done.not_finite:
-        said = f"tensors: {len(done.not_finite)} have NaN or Inf, the first is {done.not_finite[0]}"
+        said = f"tensors: {len(done.not_finite)} contain NaN or Inf, the first is {done.not_finite[0]}"
         report.say(said, logging.WARNING)
     if done.changed:
         first = min(done.changed, key=_depth)
         at = layer_of(first)
-        where = "the first lies outside of the layers" if at is None else f"the first layer that differs is layer {at}"
+        where = "the first is outside of the layers" if at is None else f"the first layer that differs is layer {at}"
         of_it = [said for name, said in done.changed.items() if layer_of(name) == at]
         report.problems.append(f"{len(done.changed)} tensors differ, {where}: {_shortened(of_it)}")
     return done
 
 
 def _shares(names: dict[str, Described]) -> Iterator[dict[str, Described]]:
-    """In their order, each of about a segment's bytes."""
+    """Split the names, in order, into shares of about a segment's bytes."""
     share, elements = dict[str, Described](), 0
     for name, described in names.items():
         share[name], elements = described, elements + described.elements
@@ -231,12 +231,12 @@ def _compared(sides: tuple[AsTransformers, OfFiles], names: dict[str, Described]
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """Of all values; without the memory that `isfinite` takes. NaN is the least and the largest of what it is among."""
+    """Whether all values are finite, without the memory that `isfinite` takes: aminmax returns NaN if one is NaN."""
     return not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
 
 
 def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Difference | None:
-    """None where one is the other, rounded to its own dtype."""
+    """The difference; None where one is equal to the other after rounding to its dtype."""
     found = difference(name, ours.to(theirs.dtype), theirs)
     if found is None or ours.dtype == theirs.dtype:
         return found
@@ -244,7 +244,7 @@ def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Differen
 
 
 def _depth(name: str) -> tuple[int, bool]:
-    """The way of the data: the embedding, the layers, the last norm and the head."""
+    """Sort key in the order of the forward pass: the embedding, the layers, the last norm and the head."""
     layer = layer_of(name)
     return (-1 if "embed" in name else 1 << 30, True) if layer is None else (layer, False)
 
@@ -258,22 +258,22 @@ def _logits(report: Report, own: Native, done: _Compared) -> None:
         theirs = [forward(row).of_first_ids(size) for row in rows]
     found = compare.relative_differences(ours, theirs)
     worst, tokens = found[compare.LOGITS], sum(len(each.stages[compare.LOGITS]) for each in ours)
-    report.say(f"logits: at most {worst:.1e} of their scale apart, {tokens} tokens in {len(rows)} rows")
+    report.say(f"logits: differ by at most {worst:.1e} of their scale, {tokens} tokens in {len(rows)} rows")
     if worst <= TOLERANCE:
         return
     stages = list(found)
     first = next(number for number, stage in enumerate(stages) if not found[stage] <= TOLERANCE)
-    before = f" (before it {found[stages[first - 1]]:.1e})" if first else ""
+    before = f" (the stage before: {found[stages[first - 1]]:.1e})" if first else ""
     of_it = [said for name, said in done.changed.items() if _stage(name) == stages[first]]
-    why = _shortened(of_it) if of_it else "its tensors are the same: config.json, the mapping or a model's code differs"
+    why = _shortened(of_it) if of_it else "its tensors are equal: config.json, the mapping or a model's code differs"
     report.problems.append(
-        f"logits differ by {worst:.1e} of their scale, {TOLERANCE:.0e} is allowed; "
-        f"the first that differs is {stages[first]}, by {found[stages[first]]:.1e}{before}: {why}"
+        f"logits differ by {worst:.1e} of their scale, allowed is {TOLERANCE:.0e}; "
+        f"the first stage that differs is {stages[first]}, by {found[stages[first]]:.1e}{before}: {why}"
     )
 
 
 def _stage(name: str) -> str:
-    """Of the stages of a pass, the one that a tensor has a part in first."""
+    """The first stage of a pass that uses the tensor."""
     depth, is_alone = _depth(name)
     return f"layer {depth}" if not is_alone else compare.EMBEDDING if depth < 0 else compare.LOGITS
 

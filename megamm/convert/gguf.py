@@ -1,9 +1,9 @@
 """`megamm convert gguf EXPORT OUT.gguf`: an export's model and tokenizer as one GGUF file, which llama.cpp reads.
 
-Matrices keep their dtype (float32, float16, bfloat16), vectors become float32 as llama.cpp wants them. What llama.cpp
-has otherwise than transformers: names (the package gguf has them), the experts of a layer stacked `[E, out, in]`, and
-for the architecture "llama" the rows of q and k, whose rotary pairs are neighbours instead of half a head apart. Media
-ids are control tokens of the vocabulary; the codecs have no place in the format. Tensor by tensor; at most a layer's
+Matrices keep their dtype (float32, float16, bfloat16); vectors become float32, as llama.cpp requires. Differences to
+transformers: the names (from the package gguf), the experts of a layer stacked `[E, out, in]`, and for the architecture
+"llama" the order of the rows of q and k: rotary pairs are neighbours instead of half a head apart. Media ids are
+control tokens of the vocabulary; the format cannot hold the codecs. It works tensor by tensor; at most one layer's
 stack of experts is in memory. Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3_moe": "qwen3moe",
 }
-"""llama.cpp's, by model_type of config.json."""
+"""llama.cpp's architectures, by model_type of config.json."""
 _EXPERTS = {
     "mixtral": ("block_sparse_moe.experts.", {"w1": "ffn_gate_exps", "w3": "ffn_up_exps", "w2": "ffn_down_exps"}),
     "qwen3_moe": (
@@ -42,7 +42,7 @@ _PERMUTED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One of the file: its name there, and the names in transformers that it is a stack of, or is."""
+    """A tensor of the file: its name there, and the one name in transformers, or all names that it stacks."""
 
     name: str
     parts: tuple[str, ...]
@@ -51,7 +51,7 @@ class _Tensor:
 
 
 def write_gguf(export: Path, out: Path) -> Path:
-    """Write the file `out`. UserError if it exists, or the model or the tokenizer has no place in the format."""
+    """Write the file `out`. Raises UserError if it exists, or GGUF cannot hold the model or the tokenizer."""
     try:
         import gguf
     except ImportError:
@@ -60,7 +60,7 @@ def write_gguf(export: Path, out: Path) -> Path:
 
     own = read_own(export)[2]
     if out.exists():
-        raise UserError("the output exists", where=out, remedy="remove it or choose another")
+        raise UserError("the output exists", where=out, remedy="remove it or choose another path")
     theirs = AutoConfig.from_pretrained(export, local_files_only=True, trust_remote_code=False)
     if theirs.model_type not in ARCHITECTURES or getattr(theirs, "quantization_config", None) is not None:
         kind = theirs.model_type if theirs.model_type not in ARCHITECTURES else "a quantised model"
@@ -83,7 +83,7 @@ def write_gguf(export: Path, out: Path) -> Path:
 
 
 def _add_sizes(writer: Any, theirs: Any, where: Path) -> None:
-    """The metadata that llama.cpp builds the model from."""
+    """Add the metadata from which llama.cpp builds the model."""
     head = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     writer.add_vocab_size(theirs.vocab_size)
     writer.add_context_length(theirs.max_position_embeddings)
@@ -114,7 +114,7 @@ def _add_sizes(writer: Any, theirs: Any, where: Path) -> None:
 
 
 def _rope_factors(theirs: Any) -> npt.NDArray[np.float32]:
-    """Of a llama3 scaling: what each frequency is divided by, `[D / 2]`."""
+    """The factors of llama3 scaling: the divisor of each frequency, `[D / 2]`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
@@ -124,7 +124,7 @@ def _rope_factors(theirs: Any) -> npt.NDArray[np.float32]:
 
 
 def _tensors(theirs: Any, weights: Weights) -> Iterator[_Tensor]:
-    """All of the file but the factors of the rotation, in a fixed order."""
+    """All tensors of the file except the RoPE factors, in a fixed order."""
     import gguf
 
     found = {name for name, key in gguf.MODEL_ARCH_NAMES.items() if key == ARCHITECTURES[theirs.model_type]}
@@ -143,7 +143,7 @@ def _tensors(theirs: Any, weights: Weights) -> Iterator[_Tensor]:
         if name not in stacked:
             new = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if new is None:
-                raise UserError(f"{name} has no place in GGUF", where=place.file, remedy="export a model without it")
+                raise UserError(f"GGUF has no name for {name}", where=place.file, remedy="export a model without it")
             yield _Tensor(new, (name,), place.shape, place.dtype)
 
 
@@ -180,12 +180,12 @@ def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
 
 
 def _keeps_dtype(tensor: _Tensor) -> bool:
-    """Matrices do; llama.cpp computes norms, biases and routers in float32."""
+    """Whether the dtype is kept: for matrices. llama.cpp computes norms, biases and routers in float32."""
     return len(tensor.shape) > 1 and "ffn_gate_inp" not in tensor.name
 
 
 def _as_in_gguf(name: str, tensor: torch.Tensor, theirs: Any) -> torch.Tensor:
-    """Rows of q and k in pairs: half 0 and half 1 of each head in turn."""
+    """Reorder the rows of q and k into pairs: half 0 and half 1 of each head interleaved."""
     if ARCHITECTURES[theirs.model_type] != "llama" or not name.endswith(_PERMUTED):
         return tensor
     heads = theirs.num_attention_heads if "q_proj" in name else theirs.num_key_value_heads

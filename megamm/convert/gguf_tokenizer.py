@@ -1,6 +1,6 @@
-"""The tokenizer of an export as llama.cpp's metadata: byte-level BPE, its tokens in the order of ids.
+"""The tokenizer of an export as llama.cpp's metadata: byte-level BPE, with its tokens sorted by id.
 
-llama.cpp names the rule that splits text into words; it has a list of them, and other rules have no place.
+llama.cpp selects the text-splitting rule by name from a fixed list; other rules cannot be expressed.
 """
 
 import json
@@ -12,11 +12,11 @@ from megamm.errors import UserError
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
-"""llama.cpp's names of splits, by pattern: of Llama 3 and of Qwen 2; GPT-2's is that of ByteLevel itself."""
+"""llama.cpp's names of splits, by pattern: Llama 3 and Qwen 2; the GPT-2 split is built into ByteLevel."""
 
 
 def add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
-    """Add the tokenizer of export/tokenizer.json. UserError if it is of another kind.
+    """Add the tokenizer of export/tokenizer.json. Raises UserError if it is of another kind.
 
     theirs: transformers' config of the model, with its special ids.
     """
@@ -27,10 +27,11 @@ def add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
         values = json.loads(file.read_text(encoding="utf-8"))
         model, split = values["model"], _split(values["pre_tokenizer"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"unreadable tokenizer: {error!r}", where=file, remedy="make the export anew") from None
+        what, remedy = f"unreadable tokenizer: {error!r}", "create the export again with `megamm convert export`"
+        raise UserError(what, where=file, remedy=remedy) from None
     if model["type"] != "BPE" or split is None:
         remedy = "use a byte-level BPE with the split of GPT-2, Llama 3 or Qwen 2"
-        raise UserError("a tokenizer that cannot be written as GGUF", where=file, remedy=remedy)
+        raise UserError("this tokenizer cannot be written as GGUF", where=file, remedy=remedy)
     tokens = {id_: (token, gguf.TokenType.NORMAL) for token, id_ in model["vocab"].items()}
     for added in values["added_tokens"]:
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
@@ -49,7 +50,7 @@ def add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
 
 
 def _split(pre_tokenizer: dict[str, Any]) -> str | None:
-    """llama.cpp's name of the rule."""
+    """llama.cpp's name of the split rule; None if there is none."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     kinds = [step["type"] for step in steps]
     if kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"]:

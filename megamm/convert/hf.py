@@ -1,10 +1,10 @@
 """`megamm convert export RUN OUT` and `megamm convert import FOLDER RUN2`, tensor by tensor (docs/conversion.md).
 
 An export holds what stock engines read (config.json, the weights as one safetensors file or several with an index,
-tokenizer.json), the codecs under codecs/<modality>/, megamm.json (own.py) that import needs, and the model card with
-the attribution of the data and a digest of every file. Neither direction builds the model: to_hugging_face.py and
-from_hugging_face.py say which bytes go where, work.py has processes write them into a temporary folder, which gets its
-name when all of it is complete and verified.
+tokenizer.json), the codecs under codecs/<modality>/, megamm.json (own.py), which import needs, the model card, the
+attribution of the data, and a digest of every file. Neither direction builds the model: to_hugging_face.py and
+from_hugging_face.py plan which bytes go where; work.py lets processes write them into a temporary folder, which is
+renamed when all of it is complete and verified.
 """
 
 import json
@@ -41,16 +41,16 @@ from megamm.tiers import retention
 
 log = logging.getLogger(__name__)
 _SMALL = 16 << 20
-"""Bytes of a file that is verified before anything is read of it; of a larger one that is its size alone."""
+"""Files up to this many bytes are fully verified before they are read; larger ones only by size."""
 _NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.index.json")
-"""A text tokenizer's folder may be that of a whole model."""
+"""Files to skip: a text tokenizer's folder may be that of a whole model."""
 
 
 @dataclass(frozen=True)
 class Checks:
-    """logits: the gate (gate.py) compares them, too; refuse_nan: NaN and Inf are a UserError before the conversion.
+    """logits: the gate (gate.py) also compares logits; refuse_nan: NaN and Inf are a UserError before the conversion.
 
-    gate: without it, what is written is read back and nothing more.
+    gate: if False, the output is read back, but not compared with its source.
     """
 
     logits: bool = True
@@ -59,18 +59,18 @@ class Checks:
 
     @property
     def need_models(self) -> bool:
-        """Whether both have to fit into memory, one after the other."""
+        """Whether both models have to fit into memory, one after the other."""
         return self.gate and self.logits
 
 
 def find_checkpoint(run_or_checkpoint: Path, up_to: float = math.inf) -> Path:
-    """A run's newest valid checkpoint, or the checkpoint folder itself, verified; up_to: see checkpoint.verify."""
+    """A run's newest valid checkpoint, or the given checkpoint folder, verified; up_to: see checkpoint.verify."""
     if (run_or_checkpoint / checkpoint.STATE).exists():
         checkpoint.verify(run_or_checkpoint, up_to)
         return run_or_checkpoint
     folder = checkpoint.newest(run_or_checkpoint, up_to)
     if folder is None:
-        raise UserError("no checkpoint here", where=run_or_checkpoint, remedy="name a run's `output` folder")
+        raise UserError("no checkpoint found", where=run_or_checkpoint, remedy="give a run's `output` folder")
     return folder
 
 
@@ -85,15 +85,15 @@ def export(
 ) -> Path:
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns `out`.
 
-    nproc: processes, 0: one a core; shard_size: bytes of a file; dtype: of the export's weights, None: the stored ones.
-    UserError if `out` exists, a value has no place in the dtype, there is no space, or another process is at it; also
-    if a file of the newest checkpoint has other bytes than its manifest says. One that is cut off is passed over.
-    GateError if what was made is not the same model.
+    nproc: processes, 0: one per core; shard_size: bytes of a file; dtype: of the export's weights, None: as stored.
+    Raises UserError if `out` exists, a value is out of range for the dtype, there is not enough space, another process
+    converts to the same folder, or a file of the newest checkpoint does not match its manifest. An incomplete newest
+    checkpoint is skipped. Raises GateError if the result is not the same model.
     """
     from megamm.convert import gate, tensors
 
     if out.exists():
-        raise UserError("the output exists", where=out, remedy="remove it or choose another")
+        raise UserError("the output exists", where=out, remedy="remove it or choose another folder")
     folder = find_checkpoint(run_or_checkpoint, _SMALL)
     state = checkpoint.read_state(folder)
     config = config_from_dict(state.config, where=folder)
@@ -101,7 +101,7 @@ def export(
     family = family_for(config.model)
     for name, codec in config.tokenizers.items():
         if not codec.is_dir():
-            raise UserError(f"tokenizers.{name}: no such folder", where=codec, remedy="put the run's codec there again")
+            raise UserError(f"tokenizers.{name}: no such folder", where=codec, remedy="restore the run's codec there")
     if checks.need_models:
         gate.room_for_logits(config, vocabulary.size)
     if checks.refuse_nan:
@@ -125,9 +125,9 @@ def export(
 
 
 def _fill(work: Work, source: Path) -> None:
-    """Fill it from a checkpoint, then compare that with its digests: so it comes from the disk once.
+    """Fill it from a checkpoint, then verify the checkpoint's digests, so that it is read from disk only once.
 
-    Of a damaged one nothing is kept; damage is also what is told where it has led to another error.
+    The files made from a damaged checkpoint are removed; its damage is reported instead of errors that follow from it.
     """
     failed: UserError | None = None
     try:
@@ -151,7 +151,7 @@ def _tell(planned: Conversion, dtypes: Sequence[tuple[torch.dtype, torch.dtype]]
 
 
 def _write_beside(folder: Path, family: Family, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype) -> None:
-    """Config, tokenizer and codecs."""
+    """Write the config, the tokenizer and the codecs."""
     from transformers import GenerationConfig
 
     if any(part.name == "control" for part in vocabulary.ranges):
@@ -183,12 +183,12 @@ def import_(
 ) -> Path:
     """Write step 0 of a new run from an export or any folder of a family: weights bit for bit, no optimizer state.
 
-    overrides: `key=value` for the config in the checkpoint; not of the model. Else as `export`.
+    overrides: `key=value` for the config in the checkpoint, except the model's. For the rest see `export`.
     """
     from megamm.convert import complete, gate, tensors
 
     if all_of(run):
-        raise UserError("the run has checkpoints", where=run, remedy="remove it or choose another output")
+        raise UserError("the run already has checkpoints", where=run, remedy="remove it or choose another output")
     config, vocabulary, family = _described(folder, run, overrides)
     began = time.monotonic()
     given = tensors.OfFiles(folder)
@@ -204,7 +204,7 @@ def import_(
     final = checkpoint.path_of(run, 0)
     with Work(planned, final, nproc) as work:
         listed = work.fill()
-        random = torch.get_rng_state()  # of a process that has drawn nothing in a parallel region
+        random = torch.get_rng_state()  # the state of a process that has not drawn in a parallel region
         more = {f"tensors/{name}": data for name, data in planned.index().items()}
         more["rng_00000.safetensors"] = safetensors.torch.save({"torch": random, "device": random.clone()})
         more[checkpoint.STATE] = _state(config, vocabulary).to_json()
@@ -232,11 +232,12 @@ def _state(config: RunConfig, vocabulary: Vocabulary) -> RunState:
 
 
 def _described(folder: Path, run: Path, overrides: Sequence[str]) -> tuple[RunConfig, Vocabulary, Family]:
-    """What a folder holds. Of a plain one the config says the model and the tokenizer; the rest of it, which a run
-    has from its own config, is the least that is valid, and `overrides`."""
+    """Config, vocabulary and family of a folder. In a plain folder, config.json gives the model and the tokenizer; the
+    rest is the minimum that is valid, plus `overrides`: a run has its own config."""
     wrong = next((given for given in overrides if given.split("=")[0].split(".")[0] == "model"), None)
     if wrong is not None:
-        raise UserError(f"{wrong}: the model is what the folder says", where=folder, remedy="leave it out")
+        what = f"{wrong}: the folder's config.json defines the model"
+        raise UserError(what, where=folder, remedy="remove this option")
     if (folder / OWN).is_file():
         _, vocabulary, own = read_own(folder)
         apply_overrides(own["config"], overrides)
@@ -257,10 +258,10 @@ def _described(folder: Path, run: Path, overrides: Sequence[str]) -> tuple[RunCo
 
 
 def _longest(folder: Path) -> int:
-    """Tokens of a row that the model was made for."""
+    """The maximum row length, in tokens, that the model was made for."""
     file = folder / "config.json"
     try:
         return int(json.loads(file.read_text())["max_position_embeddings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"it has no max_position_embeddings: {error!r}"
-        raise UserError(what, where=file, remedy="name the length of a row: data.seq_length=N") from None
+        what = f"max_position_embeddings is missing: {error!r}"
+        raise UserError(what, where=file, remedy="set the row length: data.seq_length=N") from None

@@ -1,7 +1,7 @@
-"""A Hugging Face folder of any of the families as what a run starts from (megamm/start), group by group.
+"""A Hugging Face folder of a supported family as the source of a run's start (megamm/start), group by group.
 
-An export of megamm has its vocabulary beside it; of a plain folder the ids of its tokenizer are the text, and rows
-beyond them, which pad its table, are nobody's. At most one group (mapping.Group) is in memory.
+An export of megamm contains its vocabulary. In a plain folder the ids of the tokenizer are the text range; padding rows
+of the embedding table beyond them are ignored. At most one group (mapping.Group) is in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from megamm.errors import UserError
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Range, Vocabulary
 
-_REMEDY = f"name a folder of {', '.join(family.model_type for family in FAMILIES)} with its weights as safetensors"
+_REMEDY = f"give a folder of {', '.join(family.model_type for family in FAMILIES)} with its weights as safetensors"
 
 
 class HuggingFaceSource:
@@ -31,7 +31,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, seq_length: int) -> None:
         """seq_length: tokens of the run's rows.
 
-        UserError for another architecture, tensors that are missing, unknown or damaged, or no tokenizer."""
+        Raises UserError for another architecture, missing, unknown or damaged tensors, or a missing tokenizer."""
         self.where = folder
         self.family, self.config = read_model(folder, seq_length)
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
@@ -40,7 +40,7 @@ class HuggingFaceSource:
             self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
 
     def read(self, blocks: Sequence[Block]) -> None:
-        """UserError for a file that cannot be read."""
+        """Fill the blocks. Raises UserError for an unreadable file."""
         with Weights(self.where) as weights, torch.no_grad():
             for group in mapping.groups(self.family.entries, self.config):
                 wanted = [block for block in blocks if block.key == group.ours and _has(block, group.index)]
@@ -54,19 +54,19 @@ class HuggingFaceSource:
 
 
 def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Vocabulary) -> Mapping[str, Shape]:
-    """Of the stored tensors that a folder's make up. UserError for some that are missing, unknown or do not fit."""
+    """Shapes of the stored tensors that a folder provides. Raises UserError if some are missing, unknown or misfit."""
     try:
         stored = mapping.from_transformers(family.entries, weights.described(), m)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights do not fit config.json: {error}", where=weights.folder, remedy=_REMEDY) from None
     unknown = sorted(weights.keys() - {*mapping.names(family.entries, m), "lm_head.weight"})
     if unknown:
-        what = f"{len(unknown)} tensors have no place in the backbone, the first is {unknown[0]}"
+        what = f"{len(unknown)} tensors are unknown to the backbone, the first is {unknown[0]}"
         raise UserError(what, where=weights.folder, remedy=_REMEDY)
     rows = len(stored[mapping.EMBEDDING])
     if rows < vocabulary.size:
-        what = f"{rows} rows for {vocabulary.size} ids of the tokenizer"
-        raise UserError(what, where=weights.folder, remedy="restore its tokenizer.json")
+        what = f"the embedding has {rows} rows, but the tokenizer has {vocabulary.size} ids"
+        raise UserError(what, where=weights.folder, remedy="restore the tokenizer.json of this model")
     return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
@@ -76,14 +76,14 @@ def _has(block: Block, index: tuple[int, ...]) -> bool:
 
 
 def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: Block) -> None:
-    """What a tensor, the whole one at `index`, has of a block."""
+    """Copy the part of a tensor, stored as a whole at `index`, that belongs to a block."""
     inside = tuple(i - first for i, first in zip(index, block.offset, strict=False))
     rest = zip(block.offset[len(index) :], block.size[len(index) :], strict=True)
     block.data.view(block.size)[inside].copy_(tensor[tuple(slice(start, start + n) for start, n in rest)])
 
 
 def _copy_rows(weights: Weights, name: str, block: Block) -> None:
-    """A block of a tensor that has no axis of layers: the rows of it that the block has."""
+    """Copy a block's rows of a tensor that has no axis of layers."""
     place = weights.places[name]
     rows = torch.empty((block.size[0], *place.shape[1:]), dtype=place.dtype)
     weights.read(name, rows, block.offset[0])
@@ -92,6 +92,6 @@ def _copy_rows(weights: Weights, name: str, block: Block) -> None:
 
 
 def text_alone(folder: Path) -> Vocabulary:
-    """Of a plain folder: the ids of its tokenizer. UserError if it has none."""
+    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none."""
     text = TextModality.load(folder)
     return Vocabulary((Range("text", 0, text.vocabulary_size, text.codec_id, ("text",)),))

@@ -1,6 +1,6 @@
 """`megamm convert inspect`: the tensors of a checkpoint, folder or file as a tree, with shapes, dtypes and norms.
 
-Of a native checkpoint also which rank's file holds which box. Values are read piece by piece.
+For a native checkpoint it also lists which rank's file holds which box. Values are read piece by piece.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from megamm.tiers.tensors import stream
 
 
 def tree(place: Path) -> Iterator[str]:
-    """The lines to print. UserError for what cannot be read."""
+    """The lines to print. Raises UserError for an unreadable place."""
     tensors = open_place(place)
     yield str(tensors.where)
     shown: list[str] = []
@@ -37,7 +37,7 @@ def tree(place: Path) -> Iterator[str]:
 
 
 def _branches(name: str) -> list[str]:
-    """A tensor's name without the last part, which belongs to the one before: `weight`, `bias`."""
+    """The parts of a tensor's name; the last part (`weight`, `bias`) stays with the one before."""
     parts = name.split(".")
     return parts if len(parts) < 2 else [*parts[:-2], ".".join(parts[-2:])]
 

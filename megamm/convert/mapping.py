@@ -1,12 +1,12 @@
-"""How a stored tensor is made of those of transformers: the few rules, each with its inverse, both exact.
+"""Rules that make a stored tensor from transformers' tensors; each has an inverse, and both are exact.
 
-Stored tensors stack the layers that have them on a first axis L, and experts on the next. Per layer (and expert) a
-rule says how one of ours is cut into theirs and put together again:
-    same  one tensor, as it is
-    rows  several, one below the other: gate, then up `[2F, H]`
+Stored tensors stack the layers that have them on a first axis L, and experts on the next. For each layer (and expert)
+a rule defines how our tensor is split into theirs and joined again:
+    same  one tensor, unchanged
+    rows  several, stacked by rows: gate, then up `[2F, H]`
     qkv   q, k and v by query group: a group's queries, its key, its value `[G * (N/G + 2) * D, ...]`
 G query groups, N heads, D head size, F feed-forward size; other letters as in data/sample.py.
-A family's table of such entries (families.py) is all that differs from model to model.
+Models differ only in their family's table of such entries (families.py).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ def all_layers(m: ModelConfig) -> range:
 
 
 def dense_layers(m: ModelConfig) -> range:
-    """Those before the ones with experts."""
+    """Layers before the ones with experts."""
     return range(m.moe.dense_layers if m.moe.num_experts else m.num_layers)
 
 
@@ -36,10 +36,10 @@ def routed_layers(m: ModelConfig) -> range:
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored tensor of a layer, by its name after LAYERS, and what it is made of, by their names in a layer.
+    """One stored tensor of a layer, by its name after LAYERS, and its sources, by their names in a layer.
 
-    "{e}" in their names stands for the number of an expert: then ours is a stack over experts. layers: those of a model
-    that have it; where there are none, nothing is stored.
+    "{e}" in their names stands for an expert's number: then our tensor stacks the experts. layers: the layers of a
+    model that have it; if there are none, nothing is stored.
     """
 
     ours: str
@@ -56,7 +56,7 @@ class Entry:
         return [f"model.layers.{layer}.{name.format(e=expert)}" for name in self.theirs]
 
     def cut(self, ours: torch.Tensor, m: ModelConfig) -> Sequence[torch.Tensor]:
-        """Ours, of one layer and expert, to theirs in the order of their names."""
+        """Split our tensor, of one layer and expert, into theirs in the order of their names."""
         if self.rule == "same":
             return [ours]
         if self.rule == "rows":
@@ -76,7 +76,7 @@ class Entry:
 
 
 def unstacked(m: ModelConfig) -> dict[str, str]:
-    """Stored tensors without an axis of layers: their names in transformers."""
+    """Stored tensors without an axis of layers, with their names in transformers."""
     tables = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
     return tables if m.tie_embeddings else tables | {HEAD: "lm_head.weight"}
 
@@ -84,7 +84,7 @@ def unstacked(m: ModelConfig) -> dict[str, str]:
 def to_transformers(
     entries: Sequence[Entry], stored: Mapping[str, torch.Tensor], m: ModelConfig, vocabulary_size: int
 ) -> Tensors:
-    """Stored tensors to a state dict of transformers; run-time padding of the vocabulary is cut off."""
+    """Convert stored tensors to a state dict of transformers, without run-time padding of the vocabulary."""
     result = {theirs: stored[ours] for ours, theirs in unstacked(m).items()}
     for theirs in ("model.embed_tokens.weight", "lm_head.weight"):
         if theirs in result:
@@ -99,9 +99,9 @@ def to_transformers(
 
 @dataclass(frozen=True)
 class Group:
-    """What is cut or joined at once: a stored tensor at `index` of its leading axes, and what it is made of.
+    """One unit of splitting or joining: a stored tensor at `index` of its leading axes, and its sources.
 
-    entry None: all of a tensor without an axis of layers, as it is.
+    entry None: the whole of a tensor without an axis of layers, unchanged.
     """
 
     ours: str
@@ -111,7 +111,7 @@ class Group:
 
 
 def groups(entries: Sequence[Entry], m: ModelConfig) -> Iterator[Group]:
-    """The whole model, in the order of its layers."""
+    """All groups of the model, in the order of its layers."""
     alone = [Group(ours, (), (theirs,), None) for ours, theirs in unstacked(m).items()]
     yield from (group for group in alone if group.ours == EMBEDDING)
     for layer in range(m.num_layers):
@@ -124,7 +124,7 @@ def groups(entries: Sequence[Entry], m: ModelConfig) -> Iterator[Group]:
 
 
 def names(entries: Sequence[Entry], m: ModelConfig) -> Iterator[str]:
-    """Of every tensor that a model of transformers has on disk."""
+    """Names of all tensors that a transformers model has on disk."""
     for group in groups(entries, m):
         yield from group.theirs
 
@@ -134,7 +134,7 @@ def _by_expert(entry: Entry, ours: torch.Tensor) -> Iterator[tuple[int | None, t
 
 
 def from_transformers(entries: Sequence[Entry], theirs: Mapping[str, torch.Tensor], m: ModelConfig) -> Tensors:
-    """The inverse of `to_transformers`. KeyError names a missing tensor."""
+    """The inverse of `to_transformers`. Raises KeyError for a missing tensor."""
     stored = {ours: theirs[name] for ours, name in unstacked(m).items()}
     for entry in entries:
         if layers := [join_layer(entry, theirs, m, layer) for layer in entry.layers(m)]:
@@ -143,7 +143,7 @@ def from_transformers(entries: Sequence[Entry], theirs: Mapping[str, torch.Tenso
 
 
 def join_layer(entry: Entry, theirs: Mapping[str, torch.Tensor], m: ModelConfig, layer: int) -> torch.Tensor:
-    """An entry's stored tensor of one layer, its experts stacked. KeyError names a missing tensor."""
+    """An entry's stored tensor of one layer, its experts stacked. Raises KeyError for a missing tensor."""
 
     def one(expert: int | None) -> torch.Tensor:
         return entry.join([theirs[name] for name in entry.names(layer, expert)], m)

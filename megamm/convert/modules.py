@@ -1,12 +1,12 @@
-"""`megamm convert modules EXPORT OUT`: an export's parts in folders of their own, and `megamm convert join`, back.
+"""`megamm convert modules EXPORT OUT` splits an export into folders; `megamm convert join` reverses it.
 
-    text_base/          the backbone with the rows of text and control ids alone: an export of a text model
+    text_base/          the backbone with only the rows of text and control ids: an export of a text model
     image_decoder/      the visual codec's decoder, ids to pixels (codecs/halves.py)
     audio_encoder/      the audio codec's encoder, waveform to ids
-    multimodal_fusion/  the rows of the media ids `[M, H]`, and in whole/ all files of the export but its weights
+    multimodal_fusion/  the rows of the media ids `[M, H]`, and in whole/ all files of the export except its weights
 
-text_base and multimodal_fusion together are the export again, bit for bit. Every folder has SHA256SUMS. Parts are made
-from an export, not beside one: they take its size again, and any export can be cut without its run.
+text_base and multimodal_fusion together give the export again, bit for bit. Every folder has SHA256SUMS. Parts are
+made from an export instead of during the export: they take its size again, and no run is needed to split an export.
 """
 
 import json
@@ -39,18 +39,19 @@ CODEC_HALVES: dict[str, tuple[str, Half]] = {
     "audio_encoder": ("audio", "encoder"),
 }
 _ROWS = ("model.embed_tokens.weight", "lm_head.weight")
-_REMEDY = "make the parts anew with `megamm convert modules`"
+_REMEDY = "create the parts again with `megamm convert modules`"
 
 
 def split(export: Path, out: Path) -> list[str]:
-    """Make the folders that the export has parts for in the new folder `out`; their names.
+    """Write the parts of an export into the new folder `out`; returns their names.
 
-    UserError if it is no export, has no media, or `out` exists.
+    Raises UserError if it is not an export, has no media, or `out` exists.
     """
     config, vocabulary, own = read_own(export)
     text = Vocabulary(vocabulary.ranges[:2])
     if [part.name for part in text.ranges] != ["text", "control"] or text == vocabulary:
-        raise UserError("no media in its vocabulary", where=export, remedy="it is a text model as it is")
+        what = "the vocabulary has no media ids: this is already a text model"
+        raise UserError(what, where=export, remedy="give an export with media")
     made = [TEXT_BASE, FUSION]
     with new_folder(out) as folder:
         for name in made:
@@ -70,7 +71,7 @@ def split(export: Path, out: Path) -> list[str]:
 def _write_text_base(
     export: Path, folder: Path, own: dict[str, Any], config: RunConfig, text: Vocabulary
 ) -> dict[str, torch.Tensor]:
-    """An export of the text model; returns the rows that it has not."""
+    """Write an export of the text model; returns the rows that it lacks."""
     media: dict[str, torch.Tensor] = {}
 
     def cut(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,9 +106,9 @@ def _write_fusion(
 
 
 def join(modules: Path, out: Path) -> Path:
-    """The export that text_base and multimodal_fusion below `modules` are parts of, in the new folder `out`.
+    """Join text_base and multimodal_fusion below `modules` into the original export, in the new folder `out`.
 
-    UserError if either is damaged, or they are of different models.
+    Raises UserError if either is damaged, or they belong to different models.
     """
     base, fusion = modules / TEXT_BASE, modules / FUSION
     for folder in (base, fusion):
@@ -117,9 +118,9 @@ def join(modules: Path, out: Path) -> Path:
         first, media = described["first_id"], load_file(fusion / WEIGHTS)
         theirs, whole = (json.loads((at / "config.json").read_text()) for at in (base, fusion / WHOLE))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"no {FUSION}: {error}", where=fusion, remedy=_REMEDY) from None
+        raise UserError(f"unreadable {FUSION}: {error}", where=fusion, remedy=_REMEDY) from None
     if theirs | {"vocab_size": whole["vocab_size"]} != whole or theirs["vocab_size"] != first:
-        raise UserError(f"{TEXT_BASE} and {FUSION} are of different models", where=modules, remedy=_REMEDY)
+        raise UserError(f"{TEXT_BASE} and {FUSION} belong to different models", where=modules, remedy=_REMEDY)
 
     def put_together(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
         return {name: torch.cat([tensor, media[name]]) if name in media else tensor}

@@ -1,5 +1,5 @@
-"""megamm.json of an export: vocabulary ranges, run config, step and versions, which its import needs, and what its card
-tells of the training."""
+"""megamm.json of an export: vocabulary ranges, run config, step and versions, which import needs, and the training
+data of its model card."""
 
 import json
 from pathlib import Path
@@ -14,13 +14,13 @@ OWN = "megamm.json"
 
 
 def own_of(state: RunState, training: dict[str, Any]) -> dict[str, Any]:
-    """The contents for an export of a checkpoint; training: card.py's record."""
+    """The contents for an export of a checkpoint; training: from card.record."""
     kept = {"vocabulary": state.vocabulary, "config": state.config, "step": state.step, "versions": state.versions}
     return kept | {"training": training}
 
 
 def read_own(export_folder: Path) -> tuple[RunConfig, Vocabulary, dict[str, Any]]:
-    """Run config, vocabulary and the rest of an export's megamm.json; its codecs are those in the export."""
+    """Run config, vocabulary and the remaining keys of an export's megamm.json; codec paths point into the export."""
     try:
         own = json.loads((export_folder / OWN).read_text())
         config = config_from_dict(own["config"], where=export_folder / OWN)
@@ -28,7 +28,7 @@ def read_own(export_folder: Path) -> tuple[RunConfig, Vocabulary, dict[str, Any]
         raise UserError(
             f"not an export of megamm: {error}",
             where=export_folder,
-            remedy="make one by `megamm convert export`; from other folders a run starts by start_from.checkpoint",
+            remedy="create one with `megamm convert export`; to start from other folders use start_from.checkpoint",
         ) from None
     inside = {name: export_folder / "codecs" / name for name in config.tokenizers}
     return config.model_copy(update={"tokenizers": inside}), Vocabulary.from_json(own["vocabulary"]), own

@@ -1,6 +1,6 @@
-"""What a conversion is to write: files as lists of items, known before any data, and runs of them as segments.
+"""The plan of a conversion: files as lists of items, known before any data, split into segments of items.
 
-Any process makes any segment, in any order: it knows where its bytes go.
+Any process can make any segment, in any order: its position in the file is known.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 SHARD_SIZE = 5_000_000_000
-"""Bytes of a file, what a larger tensor needs aside."""
+"""Bytes of a file; only a single larger tensor exceeds it."""
 SEGMENT = 64 << 20
-"""Bytes of a segment at most, one larger item aside."""
+"""Maximum bytes of a segment; only a single larger item exceeds it."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """So many bytes that are made together; `what` tells the conversion which."""
+    """A number of bytes that are made together; `what` identifies them for the conversion."""
 
     size: int
     what: Any
@@ -26,31 +26,31 @@ class Maker(Protocol):
     """A conversion, opened on a process."""
 
     def __call__(self, what: Any, /) -> Iterable[bytes | memoryview]:
-        """The bytes of an item, in pieces. UserError if its source is damaged."""
+        """The bytes of an item, in pieces. Raises UserError if the source is damaged."""
 
 
 class Conversion(Protocol):
-    """Plain data, so that every process gets it."""
+    """The plan of a conversion: plain data, so that it can be sent to every process."""
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """A name for log lines."""
 
     @property
     def files(self) -> Mapping[str, Sequence[Item]]:
-        """By their path in the folder that is made."""
+        """Items by path in the folder that is made."""
 
     @property
     def identity(self) -> str:
-        """Of source and options: what was begun under another one is of no use."""
+        """Identity of source and options: partial output with another identity is discarded."""
 
     def opened(self) -> AbstractContextManager[Maker]:
-        """Ready to make items, on this process."""
+        """Open the conversion for making items in this process."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Items of a file, from byte `start` on."""
+    """Consecutive items of a file, from byte `start` on."""
 
     number: int
     file: str
@@ -63,7 +63,7 @@ class Segment:
 
 
 def segments(of: Mapping[str, Sequence[Item]]) -> list[Segment]:
-    """Of all files, numbered in their order."""
+    """Segments of all files, numbered in their order."""
     found: list[Segment] = []
     for file, items in of.items():
         start, size, run = 0, 0, list[Item]()

@@ -1,17 +1,17 @@
-"""How far a long command is, for a person: bytes, bytes a second, time left.
+"""Progress of a long command: bytes, bytes per second, time left.
 
-On a terminal one line that is written over, else a line now and then; both to standard error.
+On a terminal one line is overwritten; otherwise a new line is printed now and then. Both go to standard error.
 """
 
 import sys
 import time
 
 SECONDS = (0.2, 10.0)
-"""Between lines, on a terminal and elsewhere."""
+"""Seconds between lines, on a terminal and elsewhere."""
 
 
 class Progress:
-    """Of `total` bytes; use it in a `with`."""
+    """Progress of a command with `total` bytes; use it in a `with`."""
 
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done, self.old = name, total, 0, 0
@@ -19,16 +19,16 @@ class Progress:
         self.began = self.told = time.monotonic()
 
     def add(self, size: int, is_old: bool = False) -> None:
-        """So many bytes more; is_old: they were there before."""
+        """Count `size` more bytes as done; is_old: they were done before this start."""
         self.done += size
         self.old += size if is_old else 0
         if time.monotonic() - self.told > SECONDS[not self.is_terminal]:
             self._tell()
 
     def line(self, seconds: float) -> str:
-        """After so many seconds."""
+        """The line to print after this many seconds."""
         speed = (self.done - self.old) / max(seconds, 1e-9)
-        left = f"{(self.total - self.done) / speed:.0f} s left" if speed else "time left not known"
+        left = f"{(self.total - self.done) / speed:.0f} s left" if speed else "time left unknown"
         return f"{self.name}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.0f} MB/s, {left}"
 
     def _tell(self) -> None:

@@ -1,12 +1,12 @@
 """`megamm convert quantize EXPORT OUT --to int8|int4|fp8`: weight-only quantisation in the compressed-tensors format.
 
-Quantised are the matrices of the layers `[out, in]`, experts one by one; embedding, head, norms, biases and routers
-stay as they are. A weight w becomes q = round(w / s), read back as q * s, symmetric and without data:
+It quantises the matrices of the layers `[out, in]`, experts one by one; embedding, head, norms, biases and routers
+stay unchanged. A weight w becomes q = round(w / s), read back as q * s, symmetric and without calibration data:
     int8  s by row, max |w| / 127.5, q in [-128, 127]
     int4  s by row and group of GROUPS inputs, max |w| / 7.5, q in [-8, 7], eight of them in an int32
     fp8   s by row, max |w| / 448, q in float8 e4m3 (Micikevicius et al. 2022, "FP8 formats for deep learning")
-transformers reads the folder through the package compressed-tensors. What is written is read back and compared:
-no weight may be off by more than half a step. Tensor by tensor; safetensors alone.
+transformers reads the folder through the package compressed-tensors. The output is read back and compared: no weight
+may be off by more than half a step. It works tensor by tensor, on safetensors only.
 """
 
 import json
@@ -25,13 +25,13 @@ from megamm.errors import UserError
 log = logging.getLogger(__name__)
 Target = Literal["int8", "int4", "fp8"]
 GROUPS = (128, 64, 32)
-"""Inputs that share a scale in int4: the first that divides those of every matrix."""
+"""Inputs that share a scale in int4: the first value that divides the inputs of every matrix."""
 _FORMATS = {"int8": "pack-quantized", "int4": "pack-quantized", "fp8": "naive-quantized"}
 _KEPT = ("embed_tokens", "lm_head", ".gate.", ".router.")
 
 
 def quantize(export: Path, out: Path, to: Target) -> Path:
-    """Write the quantised export `out`. UserError if it is none, cannot be quantised so, or `out` exists."""
+    """Write the quantised export `out`. Raises UserError for a bad export, an unsuitable model, or if `out` exists."""
     try:
         import compressed_tensors  # noqa: F401
     except ImportError:
@@ -40,7 +40,7 @@ def quantize(export: Path, out: Path, to: Target) -> Path:
     own = read_own(export)[2]
     theirs = json.loads((export / "config.json").read_text())
     if "quantization_config" in theirs:
-        raise UserError("it is quantised already", where=export, remedy="name the export that it was made from")
+        raise UserError("the export is already quantised", where=export, remedy="give the export it was made from")
     matrices = {name: shape for name, shape in shapes(export).items() if name.endswith(".weight") and len(shape) == 2}
     kept = [name for name in matrices if any(part in name for part in _KEPT)]
     scheme = _Scheme(to, {name: shape for name, shape in matrices.items() if name not in kept}, export)
@@ -56,7 +56,7 @@ def quantize(export: Path, out: Path, to: Target) -> Path:
 
 
 class _Scheme:
-    """The arithmetic is the library's; here is only which numbers share a scale."""
+    """A quantisation scheme. The library does the arithmetic; this class only sets which numbers share a scale."""
 
     def __init__(self, to: Target, matrices: dict[str, tuple[int, ...]], where: Path) -> None:
         from compressed_tensors.compressors import BaseCompressor
@@ -69,27 +69,28 @@ class _Scheme:
             group = next((g for g in GROUPS if all(inputs % g == 0 for _, inputs in matrices.values())), None)
             if group is None:
                 name, shape = next((n, s) for n, s in matrices.items() if s[1] % GROUPS[-1])
-                what = f"{name} has {shape[1]} inputs, no multiple of {GROUPS[-1]}"
+                what = f"{name} has {shape[1]} inputs, which is not a multiple of {GROUPS[-1]}"
                 raise UserError(what, where=where, remedy="use --to int8 or fp8")
-            log.info("int4: a scale for each %d inputs", group)
+            log.info("int4: one scale per %d inputs", group)
             values |= {"strategy": "group", "group_size": group}
         self.arguments = QuantizationArgs(**values)
         self.scheme = QuantizationScheme(targets=["Linear"], weights=self.arguments, format=_FORMATS[to])
         self.compressor = BaseCompressor.get_value_from_registry(_FORMATS[to])
 
     def change(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is written for one tensor. UserError if it is not finite."""
+        """The tensors written in place of one tensor. Raises UserError if it is not finite."""
         if name not in self.names:
             return {name: tensor}
         if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are not finite", where=self.where, remedy="export a sound step")
+            what, remedy = f"{name} contains NaN or Inf", "export an older checkpoint, without NaN and Inf"
+            raise UserError(what, where=self.where, remedy=remedy)
         scale = self._scale(tensor)
         made = self.compressor.compress({"weight": tensor, "weight_scale": scale}, self.scheme)
         self._check(name, tensor, scale, made)
         return {f"{name.removesuffix('weight')}{key}": value.contiguous() for key, value in made.items()}
 
     def _scale(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`[out, groups]`, in the weights' dtype."""
+        """The scales `[out, groups]`, in the weights' dtype."""
         from compressed_tensors.quantization.utils import calculate_qparams
 
         groups = tensor.unflatten(1, (-1, self.arguments.group_size or tensor.shape[1]))
@@ -97,14 +98,14 @@ class _Scheme:
         return scale
 
     def _check(self, name: str, tensor: torch.Tensor, scale: torch.Tensor, made: dict[str, torch.Tensor]) -> None:
-        """Read back, no weight may be off by more than half a step of its place."""
+        """Read the result back and check that no weight is off by more than half a step."""
         back = self.compressor.decompress(made, self.scheme)["weight"].float()
         error = (back - tensor.float()).abs()
         bound = half_step(tensor.float(), scale.float(), self.to) + tensor.float().abs() * torch.finfo(tensor.dtype).eps
         assert (error <= bound).all(), f"{name}: {error.max():.1e} off"
 
     def config(self, kept: list[str]) -> dict[str, Any]:
-        """quantization_config of config.json; kept: modules that are not quantised."""
+        """The quantization_config of config.json; kept: modules that are not quantised."""
         from compressed_tensors import __version__
         from compressed_tensors.quantization import QuantizationConfig
 
@@ -117,7 +118,7 @@ class _Scheme:
 
 
 def half_step(weight: torch.Tensor, scale: torch.Tensor, to: Target) -> torch.Tensor:
-    """Half the distance of neighbouring values where each weight is: `[out, in]`, for scales `[out, groups]`."""
+    """Half the distance between neighbouring values around each weight: `[out, in]`, for scales `[out, groups]`."""
     step = scale.repeat_interleave(weight.shape[1] // scale.shape[1], 1)
     if to == "fp8":  # e4m3 has 3 bits after the point, and below 2^-6 steps of 2^-9
         exponent = torch.frexp(weight.abs() / step).exponent - 1

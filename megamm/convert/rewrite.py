@@ -1,4 +1,4 @@
-"""A Hugging Face folder's weights written anew, tensor by tensor: its files, their names and their index stay.
+"""Rewrites a Hugging Face folder's weights tensor by tensor; the files, their names and their index are kept.
 
 At most one of the files is in memory.
 """
@@ -17,11 +17,11 @@ from megamm.convert.weights import Weights, header
 
 INDEX = f"{WEIGHTS}.index.json"
 Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
-"""From a tensor and its name to what is written in its place."""
+"""Maps a tensor and its name to the tensors written in its place."""
 
 
 def rewrite(source: Path, target: Path, change: Change) -> None:
-    """Write the weights of `source` into the folder `target`. UserError if there are none or they are damaged."""
+    """Write the weights of `source` into the folder `target`. Raises UserError if they are missing or damaged."""
     written_to: dict[str, str] = {}
     size = parameters = 0
     with Weights(source) as weights:
@@ -41,7 +41,7 @@ def rewrite(source: Path, target: Path, change: Change) -> None:
 
 
 def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """In the order given, as the source has them: what is put together again has the same bytes."""
+    """Write the tensors in the given order, that of the source, so that a joined file has the same bytes again."""
     with file.open("wb") as opened:
         opened.write(header((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()))
         for tensor in tensors.values():
@@ -49,13 +49,13 @@ def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def shapes(source: Path) -> dict[str, tuple[int, ...]]:
-    """Of every tensor, by name. UserError as in `rewrite`."""
+    """Shapes of all tensors, by name. Raises UserError as `rewrite` does."""
     with Weights(source) as weights:
         return {name: tuple(place.shape) for name, place in weights.places.items()}
 
 
 def copy_without_weights(source: Path, target: Path) -> None:
-    """All other files of an export into the folder `target`, but its digests."""
+    """Copy all other files of an export into the folder `target`, except its digests."""
     with Weights(source) as weights:
         left = {place.file.name for place in weights.places.values()} | {INDEX, DIGESTS}
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=lambda at, _: left if Path(at) == source else ())

@@ -1,8 +1,8 @@
-"""The tensors of what the tools are given, one by one: a native checkpoint or run, a folder of transformers, a file.
+"""The tensors of the tools' inputs, one by one: a native checkpoint or run, a transformers folder, a file.
 
-A checkpoint stacks the layers of a tensor, and its experts; here each is a piece of its own, under the checkpoint's
-name with the numbers put in (`decoder.layers.3.mlp.experts.0.linear_fc1.weight`) or, where a family of transformers
-has the model, under the names and in the shapes of that family. So a piece is what is in memory at a time.
+A checkpoint stacks the layers of a tensor, and its experts; here each is a separate piece, under the checkpoint's
+name with the numbers inserted (`decoder.layers.3.mlp.experts.0.linear_fc1.weight`) or, if a family of transformers has
+the model, under the names and in the shapes of that family. One piece is in memory at a time.
 """
 
 import itertools
@@ -37,18 +37,18 @@ _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 class Tensors(Protocol):
-    """Names with shapes and dtypes, and their values; each call to `read` may come back to the files."""
+    """Names with shapes and dtypes, and their values; each call to `read` may access the files again."""
 
     where: Path
     described: dict[str, Described]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Whole tensors on the CPU, where of one layer best together. UserError for damaged ones."""
+        """Whole tensors on the CPU; reading those of one layer together is fastest. Raises UserError if damaged."""
 
 
 @dataclass(frozen=True)
 class Owned:
-    """What a rank's file has of a piece: the box [offset, offset + size)."""
+    """The part of a piece that a rank's file holds: the box [offset, offset + size)."""
 
     rank: int
     offset: Shape
@@ -59,10 +59,10 @@ class Owned:
 
 
 class Native:
-    """The weights of a verified checkpoint, piece by piece; the optimizer's state is left out."""
+    """The weights of a verified checkpoint, piece by piece, without the optimizer state."""
 
     def __init__(self, step: Path) -> None:
-        """UserError for an index that is not safe to read."""
+        """Open it. Raises UserError if the index is not safe to read."""
         self.where, self.state = step, checkpoint.read_state(step)
         self.stored = {k: v for k, v in sorted(index.read(step / "tensors").items()) if not k.startswith("optimizer.")}
         self.places: dict[str, tuple[str, Shape]] = {}
@@ -79,12 +79,12 @@ class Native:
 
     @property
     def config(self) -> RunConfig:
-        """The config that it was made with."""
+        """The config of the run that wrote it."""
         return config_from_dict(self.state.config, where=self.where)
 
     @property
     def vocabulary_size(self) -> int:
-        """Ids, without the padding of the tables."""
+        """Number of ids, without the padding of the tables."""
         return Vocabulary.from_json(self.state.vocabulary).size
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ class Native:
         return found
 
     def owners(self, name: str) -> list[Owned]:
-        """Which rank's file holds which part of a piece."""
+        """The parts of a piece, with the rank whose file holds each."""
         key, place = self.places[name]
         found = []
         for entry in self.stored[key].blocks:
@@ -110,13 +110,13 @@ class Native:
 
 
 class AsTransformers:
-    """A checkpoint's weights as the family's tensors: the same names and shapes as an export has."""
+    """A checkpoint's weights as the family's tensors: with the names and shapes that an export has."""
 
     def __init__(self, native: Native, family: Family, m: ModelConfig) -> None:
-        """UserError for a checkpoint that lacks a tensor of its model, or has it in another shape."""
+        """Map the tensors. Raises UserError if the checkpoint lacks a tensor of its model, or its shape is wrong."""
         self.native, self.where, self.m = native, native.where, m
         self.parts: dict[str, tuple[str, mapping.Group, int]] = {}
-        """Theirs: the piece, and which part of it."""
+        """Their name -> the piece, and which part of it."""
         self.described: dict[str, Described] = {}
         try:
             for group in mapping.groups(family.entries, m):
@@ -125,12 +125,12 @@ class AsTransformers:
                     self.parts[group.theirs[number]] = piece, group, number
                     self.described[group.theirs[number]] = described_of(part)
         except (KeyError, RuntimeError) as error:
-            what = f"the tensors do not fit the checkpoint's config: {error}"
+            what = f"the tensors do not match the checkpoint's config: {error}"
             raise UserError(what, where=self.where, remedy="use another checkpoint") from None
 
     @cached_property
     def tables(self) -> set[str]:
-        """Names of the tensors whose first axis is the vocabulary; without padding here."""
+        """Names of the tensors whose first axis is the vocabulary; here without padding."""
         return {name for name, (piece, _, _) in self.parts.items() if piece in (mapping.EMBEDDING, mapping.HEAD)}
 
     def _cut(self, ours: torch.Tensor, group: mapping.Group) -> Sequence[torch.Tensor]:
@@ -148,10 +148,10 @@ class AsTransformers:
 
 
 class OfFiles:
-    """A folder of transformers, or a safetensors file."""
+    """The tensors of a transformers folder, or of a safetensors file."""
 
     def __init__(self, place: Path) -> None:
-        """UserError for one without weights, and for damaged ones."""
+        """Open it. Raises UserError if there are no weights, or they are damaged."""
         self.where = place
         self.weights = Weights(place)
         self.described = {
@@ -160,15 +160,15 @@ class OfFiles:
         }
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        with self.weights:  # its files are closed in between
+        with self.weights:  # closes its files between reads
             return {name: self.weights[name] for name in names}
 
 
 def open_place(place: Path, *, by_family: bool = False) -> Native | AsTransformers | OfFiles:
-    """A run (its newest valid checkpoint), one checkpoint, a folder of transformers, or a safetensors file.
+    """Open a run (its newest valid checkpoint), a checkpoint, a transformers folder, or a safetensors file.
 
-    by_family: a checkpoint under the names of transformers. UserError if it is none of these or, by_family, if no
-    family has the model.
+    by_family: a checkpoint under the names of transformers. Raises UserError if it is none of these or, by_family, if
+    no family has the model.
     """
     if place.is_file() or (place.is_dir() and not is_native(place)):
         return OfFiles(place)
@@ -180,27 +180,27 @@ def open_place(place: Path, *, by_family: bool = False) -> Native | AsTransforme
 
 
 def is_native(place: Path) -> bool:
-    """Whether it is a run's folder or a checkpoint's."""
+    """Whether it is the folder of a run or a checkpoint."""
     return (place / checkpoint.STATE).is_file() or (place / "checkpoints").is_dir()
 
 
 def not_finite(tensors: Tensors) -> dict[str, int]:
-    """Tensors that have NaN or Inf, and how many."""
+    """Tensors that contain NaN or Inf, with the number of such values."""
     floats = {name: entry for name, entry in tensors.described.items() if meta(entry).is_floating_point()}
-    # torch has no isfinite for 8 bits; all of their values are among those of 16.
+    # torch has no isfinite for 8 bits; all of their values exist in 16 bits.
     wide = ((name, v.bfloat16() if v.element_size() == 1 else v) for name, v in stream(tensors.read, floats))
     counts = {name: int((~values.isfinite()).sum()) for name, values in wide}
     return {name: count for name, count in counts.items() if count}
 
 
 def layer_of(name: str) -> int | None:
-    """The number of the layer that a tensor is of, by any of the names here."""
+    """The layer number in a tensor's name, in any of the naming schemes used here."""
     match = _LAYER.search(f".{name}")
     return int(match[1]) if match else None
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key to sort by, in which layer 2 is before layer 10."""
+    """A sort key that puts layer 2 before layer 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
@@ -210,18 +210,18 @@ def meta(entry: Described) -> torch.Tensor:
 
 
 def described_of(tensor: torch.Tensor) -> Described:
-    """Its shape and dtype."""
+    """The shape and dtype of a tensor."""
     return Described(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def _places(key: str, shape: Shape) -> Iterator[Shape]:
-    """Along the stacked axes of a stored tensor, what it is cut into."""
+    """Indices of the pieces along the stacked axes of a stored tensor."""
     stacked = 0 if not key.startswith(mapping.LAYERS) else 2 if _EXPERTS in key else 1
     yield from itertools.product(*map(range, shape[:stacked]))
 
 
 def _first_layer(key: str, shape: Shape, layers: int) -> int:
-    """Of a stack: with dense layers before the routed ones, tensors of experts and routers are of the last layers."""
+    """The first layer of a stack: with dense layers first, tensors of experts and routers exist only after them."""
     return layers - shape[0] if key.startswith(mapping.LAYERS) and _ROUTED.search(key) else 0
 
 

@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint as safetensors files, group by group (mapping.Group): the layout, then the bytes.
+"""Writes the tensors of a checkpoint as safetensors files, group by group (mapping.Group): the layout, then the bytes.
 
-In a file: the header; tensors in the order of the layers, those of wider dtypes first, so that each is aligned.
+A file has the header, then the tensors in the order of the layers, wider dtypes first so that each is aligned.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from megamm.errors import UserError
 
 @dataclass(frozen=True)
 class Unit:
-    """A group, what is read of it, and the tensors that it is cut into: name, dtype, shape."""
+    """A group, the shape read from it, and the tensors that it is split into: name, dtype, shape."""
 
     group: Group
     shape: Shape
@@ -39,7 +39,7 @@ class Unit:
         return sum(dtype.itemsize * torch.Size(shape).numel() for _, dtype, shape in self.tensors)
 
     def items(self) -> Iterator[Item]:
-        """All of it; of a table rows of it."""
+        """The whole unit as one item; a table as several, by rows."""
         _, dtype, _ = self.tensors[0]
         if self.group.entry is not None:
             yield Item(self.size, Cut(self, None))
@@ -51,7 +51,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Cut:
-    """Of a unit, all or rows of its only tensor."""
+    """A unit as a whole, or rows of its only tensor."""
 
     unit: Unit
     rows: range | None
@@ -59,7 +59,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Export:
-    """A plan.Conversion. tensors: the folder of a checkpoint's."""
+    """The export as a plan.Conversion. tensors: the tensors folder of a checkpoint."""
 
     tensors: Path
     entries: tuple[mapping.Entry, ...]
@@ -68,7 +68,7 @@ class Export:
     placed: Mapping[str, str]
     """The file of each tensor."""
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
-    """Stored, and written, of each tensor."""
+    """The dtypes stored and written, for each tensor."""
     identity: str
     name: str = "export"
 
@@ -78,7 +78,7 @@ class Export:
             yield _Reading(pieces, self.model)
 
     def index(self) -> bytes:
-        """model.safetensors.index.json."""
+        """The content of model.safetensors.index.json."""
         size = sum(item.size for items in self.files.values() for item in items[1:])
         return json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(self.placed.items()))}).encode()
 
@@ -111,12 +111,12 @@ def plan(
     dtype: torch.dtype | None,
     shard_size: int,
 ) -> Export:
-    """Of a checkpoint's folder. UserError for tensors that are missing or have no place in the family."""
+    """Plan the export of a checkpoint's folder. Raises UserError for missing tensors, or ones the family lacks."""
     tensors = step / "tensors"
     stored = {name: found for name, found in index.read(tensors).items() if not name.startswith("optimizer.")}
     groups = list(mapping.groups(entries, m))
     missing, unknown = {g.ours for g in groups} - stored.keys(), stored.keys() - {g.ours for g in groups}
-    for wrong, what in ((missing, "missing in the checkpoint"), (unknown, "without a place in the family")):
+    for wrong, what in ((missing, "missing in the checkpoint"), (unknown, "unknown to the family")):
         if wrong:
             raise UserError(f"tensors {what}: {', '.join(sorted(wrong))}", where=step, remedy="use another checkpoint")
     units = [_unit(group, stored[group.ours], m, vocabulary_size, dtype) for group in groups]
@@ -130,7 +130,7 @@ def plan(
     placed = {name: file for file, shard in zip(files, shards, strict=True) for u in shard for name, _, _ in u.tensors}
     headers = hashlib.sha256(b"".join(items[0].what for items in files.values())).hexdigest()
     source = hashlib.sha256((step / manifest.NAME).read_bytes()).hexdigest()
-    # A damaged file that is mended while a killed conversion lies there keeps size and digest.
+    # A damaged file that is repaired while a killed conversion waits has the same size and digest, but another ctime.
     changed = max(file.stat().st_ctime_ns for file in tensors.iterdir())
     dtypes = tuple((unit.stored_as, written) for unit in units for _, written, _ in unit.tensors)
     return Export(tensors, entries, m, files, placed, dtypes, f"{source} {changed} {headers}")
@@ -138,7 +138,7 @@ def plan(
 
 def _unit(group: Group, stored: Stored, m: ModelConfig, vocabulary_size: int, dtype: torch.dtype | None) -> Unit:
     shape = stored.shape[len(group.index) :]
-    if group.ours in (mapping.EMBEDDING, mapping.HEAD):  # without the padding of a layout
+    if group.ours in (mapping.EMBEDDING, mapping.HEAD):  # without the padding of a parallel layout
         shape = (vocabulary_size, *shape[1:])
     ours = torch.empty(shape, dtype=stored.dtype, device="meta")
     parts = [ours] if group.entry is None else group.entry.cut(ours, m)

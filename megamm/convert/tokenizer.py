@@ -1,6 +1,6 @@
 """The exported tokenizer: the text tokenizer plus one special token for every control and media id, in id order.
 
-So stock engines print `<|image_start|><|image_17|>...` and read it back to the same ids.
+Stock engines print `<|image_start|><|image_17|>...` and read it back to the same ids.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def special_tokens(vocabulary: Vocabulary) -> list[str]:
 
 
 def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json. UserError if the text tokenizer cannot be extended."""
+    """Write tokenizer.json and tokenizer_config.json. Raises UserError if the text tokenizer cannot be extended."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = text_codec / "tokenizer.json"
@@ -32,7 +32,8 @@ def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> 
     else:
         tokenizer = AutoTokenizer.from_pretrained(text_codec, local_files_only=True).backend_tokenizer
     if tokenizer.get_vocab_size(with_added_tokens=True) != vocabulary["text"].size:
-        raise UserError("the text tokenizer is not the run's", where=text_codec, remedy="restore the run's tokenizer")
+        what = "the text tokenizer does not match the run's vocabulary"
+        raise UserError(what, where=text_codec, remedy="restore the run's tokenizer")
     names = special_tokens(vocabulary)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     start = vocabulary["control"].start
@@ -47,8 +48,9 @@ def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> 
 
 
 def copy_tokenizer(text_codec: Path, folder: Path, size: int) -> dict[str, int]:
-    """Write the text tokenizer as it is, for a vocabulary of `size` ids of text alone; its bos/eos/pad token ids, if it
-    has them. Its class may add some that the model has no row for: they are left out."""
+    """Write the text tokenizer unchanged, for a vocabulary of `size` text ids; returns its bos/eos/pad token ids.
+
+    Token ids without a row in the model, which the tokenizer class may add, are skipped."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(text_codec, local_files_only=True, trust_remote_code=False)

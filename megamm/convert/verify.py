@@ -1,6 +1,6 @@
-"""`megamm convert verify`: is a checkpoint, a folder of transformers or a file whole, and are its weights numbers?
+"""`megamm convert verify`: checks that a checkpoint, folder or file is complete and its weights are finite.
 
-Digests where there are some, names and shapes against the config, NaN and Inf. Values are read piece by piece.
+It checks digests where present, names and shapes against the config, NaN and Inf. Values are read piece by piece.
 """
 
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ from megamm.tiers import inspect
 
 @dataclass
 class Report:
-    """What was found, a sentence each: to be known, and wrong."""
+    """The results, a sentence each: information (`lines`) and problems."""
 
     lines: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
 def verify(place: Path, *, refuse_nan: bool = False) -> Report:
-    """UserError for what cannot be read at all; refuse_nan: NaN and Inf are problems."""
+    """Check one place. Raises UserError if it is unreadable; refuse_nan: NaN and Inf are problems."""
     report = Report()
     tensors = _native(place, report) if is_native(place) else _files(place, report)
     if tensors is None:
@@ -31,33 +31,33 @@ def verify(place: Path, *, refuse_nan: bool = False) -> Report:
     broken = not_finite(tensors)
     if broken:
         name, count = next(iter(broken.items()))
-        line = f"{len(broken)} tensors have NaN or Inf, the first is {name} ({count:,} values)"
+        line = f"{len(broken)} tensors contain NaN or Inf, the first is {name} ({count:,} values)"
         (report.problems if refuse_nan else report.lines).append(line)
     else:
-        report.lines.append(f"{len(tensors.described)} tensors, all values are numbers")
+        report.lines.append(f"{len(tensors.described)} tensors, all values are finite")
     return report
 
 
 def _native(place: Path, report: Report) -> Tensors | None:
-    """A run's newest checkpoint."""
+    """Check a run's newest checkpoint."""
     found = inspect.find_one(str(place))
     assert found.folder is not None
     if damage := found.damage():
         report.problems.append(f"{found.where}: {damage}")
         return None
-    report.lines.append(f"{found.where}: the digests of its manifest hold")
+    report.lines.append(f"{found.where}: matches the digests of its manifest")
     native = Native(found.folder)
     model = native.config.model
     try:
         family = family_for(model)
     except UserError as error:
-        report.lines.append(f"names and shapes: compared with no class of transformers: {error.what}")
+        report.lines.append(f"names and shapes: no transformers class to compare with: {error.what}")
         return native
     theirs = AsTransformers(native, family, model)
     config = to_config(family, model, native.vocabulary_size, native.config.data.seq_length, {})
     problems = complete.problems(config, theirs.described, found.folder)
     used = {piece for piece, _, _ in theirs.parts.values()} | {mapping.HEAD}
-    problems += [f"{piece} has no place in the model" for piece in native.described if piece not in used]
+    problems += [f"{piece} is not a tensor of the model" for piece in native.described if piece not in used]
     _say(report, problems, family.architecture)
     return native
 
@@ -65,19 +65,19 @@ def _native(place: Path, report: Report) -> Tensors | None:
 def _files(place: Path, report: Report) -> Tensors:
     tensors = OfFiles(place)
     if place.is_file():
-        report.lines.append("a file alone: neither digests nor a config")
+        report.lines.append("single file: no digests and no config to check")
         return tensors
     if (place / DIGESTS).is_file():
         try:
             check_digests(place)
-            report.lines.append(f"{DIGESTS} holds")
+            report.lines.append(f"{DIGESTS} matches")
         except UserError as error:
             report.problems.append(error.what)
     else:
         report.lines.append(f"no {DIGESTS}")
     config = complete.read_config(place)
     if getattr(config, "quantization_config", None):
-        report.lines.append("names and shapes: not compared, config.json says that the weights are quantised")
+        report.lines.append("names and shapes: check skipped: config.json declares quantised weights")
     else:
         _say(report, complete.problems(config, tensors.described, place / "config.json"), "config.json")
     return tensors
@@ -86,4 +86,4 @@ def _files(place: Path, report: Report) -> Tensors:
 def _say(report: Report, problems: list[str], of: str) -> None:
     report.problems += problems
     if not problems:
-        report.lines.append(f"names and shapes are those of {of}")
+        report.lines.append(f"names and shapes match {of}")

@@ -1,5 +1,5 @@
-"""Tensors of safetensors files: read one at a time (pread, so that no page of a file counts as this process's memory),
-and the header of a file that is to be written.
+"""Reads tensors of safetensors files one at a time (with pread, so that file pages do not count as process memory),
+and makes the header of a file to be written.
 
 Format: 8 bytes with the length of the header, little-endian; the header, JSON: name -> dtype, shape, first and last
 byte after it; the elements without gaps. Source: github.com/huggingface/safetensors, README.
@@ -30,7 +30,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH = 8
-"""Bytes of the length of the header; the header ends at a multiple of it."""
+"""Bytes of the header's length field; the header is padded to a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Place:
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Tensors of a folder by name, read when asked for. `places`: what is known of them without."""
+    """Tensors of a folder by name, read on demand. `places`: shapes, dtypes and offsets, known without reading."""
 
     def __init__(self, folder: Path) -> None:
-        """UserError for a folder without weights, and for damaged files."""
+        """Read the headers. Raises UserError if there are no weights, or files are damaged."""
         self.folder = folder
         self.files = weight_files(folder)
         if not self.files:
-            raise UserError(f"no {WEIGHTS}", where=folder, remedy="name a folder with its weights as safetensors")
+            raise UserError(f"no {WEIGHTS}", where=folder, remedy="give a folder with its weights as safetensors")
         self.places: dict[str, Place] = {}
         for file in self.files:
             self.places |= read_header(file)
@@ -66,7 +66,7 @@ class Weights(Mapping[str, torch.Tensor]):
         self.descriptors.clear()
 
     def read(self, name: str, target: torch.Tensor, row: int = 0) -> None:
-        """Set a contiguous tensor from the elements of another one, from a row of it on. KeyError if there is none."""
+        """Fill a contiguous tensor from the named one, starting at one of its rows. Raises KeyError if missing."""
         place = self.places[name]
         assert target.dtype == place.dtype
         start = place.start + row * torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
@@ -75,7 +75,8 @@ class Weights(Mapping[str, torch.Tensor]):
         try:
             read_into(self.descriptors[place.file], start, [target])
         except (OSError, EOFError) as error:
-            raise UserError(f"{name} cannot be read: {error}", where=place.file, remedy="restore the file") from None
+            what, remedy = f"{name} cannot be read: {error}", "download or copy the file again"
+            raise UserError(what, where=place.file, remedy=remedy) from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         place = self.places[name]
@@ -95,19 +96,20 @@ class Weights(Mapping[str, torch.Tensor]):
 
 
 def read_header(file: Path) -> dict[str, Place]:
-    """Where a file's tensors lie. UserError if it is damaged or has elements of a kind that we have not."""
+    """The places of a file's tensors. Raises UserError if it is damaged or has an unsupported dtype."""
     try:
-        with safe_open(file, framework="pt"):  # it checks lengths and places
+        with safe_open(file, framework="pt"):  # it checks lengths and offsets
             pass
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(_LENGTH), "little")
             header = json.loads(opened.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"unreadable weights: {error}", where=file, remedy="restore the file") from None
+        what, remedy = f"unreadable weights: {error}", "download or copy the file again"
+        raise UserError(what, where=file, remedy=remedy) from None
     header.pop("__metadata__", None)
     unknown = next((name for name, found in header.items() if found["dtype"] not in DTYPES), None)
     if unknown is not None:
-        what = f"{unknown} has elements of {header[unknown]['dtype']}"
+        what = f"{unknown} has the unsupported dtype {header[unknown]['dtype']}"
         raise UserError(what, where=file, remedy=f"convert it to one of {', '.join(DTYPES)}")
     first = _LENGTH + length
     return {
@@ -117,7 +119,7 @@ def read_header(file: Path) -> dict[str, Place]:
 
 
 def header(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> bytes:
-    """The begin of a file with these tensors, in this order."""
+    """The length field and header of a file with these tensors, in this order."""
     found: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:

@@ -1,12 +1,12 @@
-"""A conversion at work: the bytes of its files made by several processes, kept over a kill, verified, then named.
+"""Runs a conversion: several processes write its files, resumable after a kill; verified, then renamed.
 
-    PLACE/.tmp-NAME/journal.jsonl    what the conversion is of, then number and digest of every segment that is written
-    PLACE/.tmp-NAME/folder/          what becomes PLACE/NAME, by one rename, when all of it is written and verified
+    PLACE/.tmp-NAME/journal.jsonl    the conversion's identity, then number and digest of every segment written
+    PLACE/.tmp-NAME/folder/          renamed to PLACE/NAME when everything is written and verified
 
-Layout and length of every file are known before any data: a file is a list of items, a segment is a run of them, and
-any process makes any segment. Those whose digests are in the journal are done, so after kill -9 the same command goes
-on with the others. In the end every file is synced and read back: its segments must have their digests. What a power
-cut took from under the journal is found there, and made again.
+The layout and length of every file are known before any data: a file is a list of items, a segment is a run of items,
+and any process can make any segment. Segments whose digests are in the journal are done, so the same command resumes
+after kill -9. At the end every file is synced and read back, and its segments must match their digests. This detects
+segments that a power failure lost although the journal lists them; they are made again.
 """
 
 import ctypes
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 
 class Work:
-    """The folder of a conversion that is to become `final`; one process at a time has it."""
+    """The temporary folder of a conversion to `final`; only one process at a time can use it."""
 
     def __init__(self, conversion: Conversion, final: Path, nproc: int, more: int = 0) -> None:
-        """nproc: processes, 0: one a core, as far as there are segments; more: bytes beside the conversion's files.
+        """nproc: processes, 0: one per core, at most one per segment; more: bytes besides the conversion's files.
 
-        UserError if there is no space, or another process is at it.
+        Raises UserError if there is not enough space, or another process uses the folder.
         """
         self.conversion, self.final, self.nproc = conversion, final, nproc
         self.place = final.with_name(f".tmp-{final.name}")
@@ -52,16 +52,16 @@ class Work:
             raise
 
     def _need(self, more: int) -> None:
-        """Space for what is not there yet."""
+        """Check the free space for the files that are not written yet."""
         size = sum(segment.size for segment in self.segments) + more
         there = sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
         free = shutil.disk_usage(self.place).free
         if size - there > free:
-            what = f"it needs {size - there:,} bytes, {free:,} are free"
-            raise UserError(what, where=self.final.parent, remedy="free disk space or choose another place")
+            what = f"not enough disk space: {size - there:,} bytes needed, {free:,} bytes free"
+            raise UserError(what, where=self.final.parent, remedy="free disk space or choose another folder")
 
     def fill(self) -> dict[str, manifest.Entry]:
-        """Make every file, whole and synced; what a manifest says of each. UserError if it cannot be done."""
+        """Write and sync every file; returns their manifest entries. Raises UserError on failure."""
         self._clear()
         for file, items in self.conversion.files.items():
             files.make_folder((self.folder / file).parent)
@@ -73,23 +73,23 @@ class Work:
                 log.info("%s: %d segments, %d processes", self.conversion.name, len(self.segments), workers.count)
                 self._make(workers)
                 found = self._verify(workers)
-                if self._undone():  # what was there of a killed one has been lost since
+                if self._undone():  # segments of an earlier, killed process have been lost
                     self._make(workers)
                     found = self._verify(workers)
         except BrokenProcessPool:
             what = "a process of the conversion was killed"
-            raise UserError(what, where=self.final, remedy="run the command again: it goes on") from None
+            raise UserError(what, where=self.final, remedy="run the command again to resume") from None
         except OSError as error:
-            remedy = "free disk space and run the command again: it goes on"
-            raise UserError(f"it could not be written: {error}", where=self.final, remedy=remedy) from None
+            remedy = "free disk space and run the command again to resume"
+            raise UserError(f"cannot write: {error}", where=self.final, remedy=remedy) from None
         if wrong := self._undone():
-            what = f"{wrong[0].file} is read back otherwise than it was written"
+            what = f"read-back mismatch after write: {wrong[0].file}"
             raise UserError(what, where=self.final, remedy="check the disk")
-        ctypes.CDLL(None).malloc_trim(0)  # what the C library keeps of the items would be a tenth of the gate's memory
+        ctypes.CDLL(None).malloc_trim(0)  # memory kept by the C library would be a tenth of the gate's
         return found
 
     def _clear(self) -> None:
-        """Remove what a killed one has laid beside the conversion's files: it will be laid there again."""
+        """Remove other files that a killed process wrote beside the conversion's; they will be written again."""
         kept = {Path(file).parts[0] for file in self.conversion.files}
         for path in self.folder.glob("*"):
             if path.name not in kept:
@@ -107,7 +107,7 @@ class Work:
                 progress.add(segment.size)
 
     def _verify(self, workers: Workers) -> dict[str, manifest.Entry]:
-        """Read all files; segments that are not what they were are taken out of the journal."""
+        """Read all files back; segments with another digest are removed from the journal."""
         by_file: dict[str, list[Segment]] = {}
         for segment in self.segments:
             by_file.setdefault(segment.file, []).append(segment)
@@ -123,7 +123,7 @@ class Work:
         return found
 
     def publish(self) -> None:
-        """Give the folder its name, durably; nothing else is left."""
+        """Rename the folder to its final name, durably, and remove the temporary one."""
         for path in (*self.folder.rglob("*"), self.folder):
             files.sync(path)
         files.rename(self.folder, self.final)
@@ -131,7 +131,7 @@ class Work:
         files.remove_tree(self.place)
 
     def close(self) -> None:
-        """Let another process have it; what is done stays."""
+        """Release the folder for other processes; finished segments are kept."""
         self.journal.close()
 
     def __enter__(self) -> "Work":
@@ -145,7 +145,7 @@ class _Journal:
     """Segments that are written, by number, with their digests."""
 
     def __init__(self, place: Path, conversion: Conversion) -> None:
-        """Go on with what is there if it is of the same conversion, else begin anew."""
+        """Resume a journal of the same conversion, or start a new one."""
         files.make_folder(place)
         self.path, self.done = place / "journal.jsonl", dict[int, str]()
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -153,14 +153,16 @@ class _Journal:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self.descriptor)
-            raise UserError("another process converts to it", where=place, remedy="wait for it, or end it") from None
+            raise UserError(
+                "another process is converting to this folder", where=place, remedy="wait for it, or stop it"
+            ) from None
         self.first = {"identity": conversion.identity, "code": code_version()}
         lines = list(_parsed(self.path.read_bytes()))
         if lines and lines[0] == self.first:
             self.done = {line["segment"]: line["digest"] for line in lines[1:]}
-            log.info("%s: goes on, %d segments are there", conversion.name, len(self.done))
+            log.info("%s: resuming, %d segments are done", conversion.name, len(self.done))
         elif (place / "folder").exists():
-            log.info("%s: what was begun is of other inputs: removed", conversion.name)
+            log.info("%s: discarding partial output of different inputs", conversion.name)
             files.remove_tree(place / "folder")
         self._rewrite()
 
@@ -188,7 +190,7 @@ class _Journal:
 
 
 def _parsed(data: bytes) -> Iterator[dict[str, Any]]:
-    """Lines up to the first that a kill has cut."""
+    """Parsed lines up to the first one that is cut off."""
     for line in data.splitlines(keepends=True):
         try:
             yield dict(json.loads(line)) if line.endswith(b"\n") else {}

@@ -1,4 +1,4 @@
-"""The processes of a conversion: each makes segments, reads files back, compares. With one, it is this process."""
+"""Processes of a conversion that make segments, read files back and compare. With one, it is the calling process."""
 
 import ctypes
 import os
@@ -21,12 +21,12 @@ Key = TypeVar("Key", bound=Hashable)
 READ = 4 << 20
 """Bytes read back at a time."""
 SYNC = 4 << 20
-"""Bytes of a segment from which on it is synced when it is written, so that the disk is at work all the time."""
+"""Segments of at least this many bytes are synced when written, so that the disk is busy all the time."""
 
 
 @dataclass(frozen=True)
 class State:
-    """What a process works with."""
+    """State of a worker process."""
 
     folder: Path
     make: Maker
@@ -34,21 +34,21 @@ class State:
 
 Opened = Callable[[], AbstractContextManager[Any]]
 _STATE: list[Any] = []
-"""Of a process of the pool, where there is no other way to hand it to the calls."""
+"""State of a pool process; the pool has no other way to pass it to calls."""
 
 
 @contextmanager
 def making(conversion: Conversion, folder: Path) -> Iterator[State]:
-    """What `made` and `read_back` work with."""
+    """Open the state for `made` and `read_back`."""
     with conversion.opened() as make:
         yield State(folder, make)
 
 
 class Workers:
-    """So many processes; use it in a `with`."""
+    """A pool of worker processes; use it in a `with`."""
 
     def __init__(self, opened: Opened, most: int, pieces: int) -> None:
-        """opened: gives each process what it works with; most: processes, 0: one a core; pieces: more do not help."""
+        """opened: opens a process's state; most: processes, 0: one per core; pieces: the maximum that is useful."""
         self.opened, self.count = opened, max(1, min(most or len(os.sched_getaffinity(0)), pieces))
         self.stack = ExitStack()
         self.state: Any = None
@@ -58,7 +58,7 @@ class Workers:
         if self.count == 1:
             self.state = self.stack.enter_context(self.opened())
         else:
-            # Forked: torch need not be loaded again, which takes longer than a gigabyte.
+            # Forked: importing torch again would take longer than converting a gigabyte.
             begin = (self.opened, os.getpid())
             self.pool = ProcessPoolExecutor(self.count, get_context("fork"), _begin, begin)
         return self
@@ -69,9 +69,9 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def all(self, work: Callable[..., Any], arguments: Mapping[Key, Sequence[Any]]) -> Iterator[tuple[Key, Any]]:
-        """(key, result of work(state, *arguments)), in the order in which they are done. Raises what one raises.
+        """(key, result of work(state, *arguments)), in order of completion. Passes on exceptions.
 
-        BrokenProcessPool if a process was killed.
+        Raises BrokenProcessPool if a process was killed.
         """
         if self.pool is None:
             for key, given in arguments.items():
@@ -83,12 +83,12 @@ class Workers:
 
 
 def _begin(opened: Opened, parent: int) -> None:
-    """In a new process: it ends with the one that started it, also if that is killed."""
+    """Initialise a new process: it ends when its parent ends, even if that is killed."""
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    torch.set_num_threads(1)  # those that this process may have had were not forked
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process is told, too, and ends the others
+    torch.set_num_threads(1)  # the parent's threads were not forked
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal too, and ends the others
     _STATE.append(opened().__enter__())
 
 
@@ -97,7 +97,7 @@ def _call(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def made(state: State, segment: Segment) -> str:
-    """Write a segment; its digest. UserError for its source, OSError for the disk."""
+    """Write a segment; returns its digest. Raises UserError for a bad source, OSError for the disk."""
     digest, place = manifest.hasher(), segment.start
     descriptor = os.open(state.folder / segment.file, os.O_WRONLY | os.O_CLOEXEC)
     try:
@@ -109,7 +109,7 @@ def made(state: State, segment: Segment) -> str:
                     while part:
                         written = os.pwrite(descriptor, part, place)
                         place, part = place + written, part[written:]
-            assert place == end, f"{item.what} has not {item.size} bytes"
+            assert place == end, f"{item.what} does not have {item.size} bytes"
         if segment.size >= SYNC:
             os.fdatasync(descriptor)
     finally:
@@ -118,7 +118,7 @@ def made(state: State, segment: Segment) -> str:
 
 
 def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.Entry, list[str]]:
-    """Sync a file; what a manifest says of it, and the digests of its segments, of these sizes."""
+    """Sync a file and read it back; returns its manifest entry and the digests of segments of these sizes."""
     whole, digests = manifest.hasher(), []
     buffer = memoryview(bytearray(READ))
     with (state.folder / file).open("rb", buffering=0) as opened:

@@ -1,1 +1,1 @@
-"""Raw files to training rows: sources -> shards -> mixture -> packing -> loader."""
+"""The data path from raw files to training rows: sources -> shards -> mixture -> packing -> loader."""

@@ -1,12 +1,12 @@
-"""Which rank takes which row of a global batch, so that none waits long for another.
+"""Assigns the rows of a global batch to ranks so that ranks wait little for each other.
 
 In: estimated cost of each row of the batch (FLOPs, see `model.size.flops_of_row`) `[rows]`, in order. Out: the row
-numbers of every microbatch. The rows of a step stay the same at every layout; only who computes which is chosen.
+numbers of every microbatch. The rows of a step are the same at every layout; only their distribution is chosen.
 
-Rows are first put together to microbatches of equal cost, by the longest-processing-time rule with a limit on the
-number (Graham 1969; Dell'Amico & Martello 2001). Microbatches that run at the same time are then neighbours in
-cost, because ranks that share experts or a pipeline wait for each other in each; a dearer one goes to the rank that
-has had less so far, because all wait for each other at the end of the step.
+Rows are first combined into microbatches of equal cost, by the longest-processing-time rule with a limit on the number
+of rows (Graham 1969; Dell'Amico & Martello 2001). Microbatches that run at the same time have similar cost, because
+ranks that share experts or a pipeline wait for each other in each of them. A more expensive one goes to the rank with
+the lower total so far, because all ranks wait for each other at the end of the step.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def assign(costs: Sequence[float], data_size: int, micro_batch: int) -> IntArray
 
 
 def _bundles(costs: Sequence[float], count: int, size: int) -> list[list[int]]:
-    """`count` bundles of `size` rows each, as equal in cost as the rule makes them."""
+    """`count` bundles of `size` rows each, with costs as equal as the rule makes them."""
     open_bundles: list[tuple[float, int]] = [(0.0, i) for i in range(count)]
     bundles: list[list[int]] = [[] for _ in range(count)]
     heapify(open_bundles)
@@ -47,9 +47,9 @@ def _bundles(costs: Sequence[float], count: int, size: int) -> list[list[int]]:
 
 
 def imbalance(costs: Sequence[float], chosen: IntArray) -> tuple[float, float]:
-    """Of an assignment: cost of the dearest rank over the mean, by the step's sums and slot by slot.
+    """Cost of the most expensive rank over the mean: of the step's totals, and of the microbatches slot by slot.
 
-    The second is the time of ranks that wait for each other after every microbatch, over that of equal ones.
+    The second is the relative time of ranks that wait for each other after every microbatch.
     """
     cost = np.asarray(costs, dtype=np.float64)[chosen].sum(2)
     return float(cost.sum(0).max() / cost.sum(0).mean()), float(cost.max(1).sum() / cost.mean(1).sum())

@@ -1,11 +1,11 @@
-"""Raw samples to shards: `megamm data build RAW/<source>... --to SHARDS`.
+"""Builds shards from raw samples: `megamm data build RAW/<source>... --to SHARDS`.
 
-In: raw data of a form that `readers` knows, by default folders with a `samples.jsonl` (see `samples`). Out, for each:
-SHARDS/<source>/<train|heldout>/<modality>/ (see `shards`), `report.json` (counts; every sample left out by name and
-reason) and `ATTRIBUTION.md`; SHARDS has both merged. A sample's parts are members `<key>.<ext>`, of an interleaved
-one `<key>.<number>.<ext>`, each in the folder of its modality.
-Every medium is decoded fully; equal samples are kept once; a noun, and a medium, is in one split only. Same input,
-same bytes. The order in each split is that of the SHA-256 of the keys, so that --limit takes a random subset.
+In: raw data in a format that `readers` supports, by default folders with a `samples.jsonl` (see `samples`). Out, for
+each source: SHARDS/<source>/<train|heldout>/<modality>/ (see `shards`), `report.json` (counts; every skipped sample
+with its reason) and `ATTRIBUTION.md`; SHARDS contains both merged. A sample's parts are members `<key>.<ext>`, or
+`<key>.<number>.<ext>` if interleaved, each in the folder of its modality.
+Every medium is decoded fully; identical samples are kept once; a noun or a medium is in one split only. The same input
+gives the same bytes. The order in each split is that of the SHA-256 of the keys, so --limit takes a random subset.
 Two rules hold samples out (data/heldout.py): by noun, and by combination of words that all occur in training.
 """
 
@@ -38,17 +38,17 @@ logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 _SAMPLES_PER_WORKER = 200
-"""A worker process takes about three seconds to start: not worth it for fewer."""
+"""A worker process takes about three seconds to start, so it is not started for fewer samples."""
 _AHEAD = 32
-"""Samples a worker that are checked ahead of the writing: they wait in memory."""
+"""Samples per worker that are checked ahead of writing; they wait in memory."""
 
 
 @dataclass(frozen=True)
 class BuildOptions:
     """heldout: share of nouns; heldout_combinations: share of the captions of the other nouns; max_broken: share of
-    samples; limit: samples a source; image_size: pixels (drawings).
+    samples; limit: samples per source; image_size: pixels (drawings).
 
-    form: how the raw data lie (`readers.READERS`); curation: the rules that samples have to pass.
+    form: format of the raw data (`readers.READERS`); curation: rules that samples have to pass.
     """
 
     heldout: float = 0.05
@@ -62,28 +62,28 @@ class BuildOptions:
     def __post_init__(self) -> None:
         for name in ("heldout", "heldout_combinations", "max_broken"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a share between 0 and 1")
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number from 0 to 1")
         if self.image_size < 1 or (self.limit is not None and self.limit < 1):
             raise UserError("image_size and limit must be at least 1", remedy="give a positive number")
         if self.form not in READERS:
-            raise UserError(f"no raw data of the form {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
+            raise UserError(f"unknown raw data format {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
 
 
 class _Seen:
-    """What is in the shards already, over all sources of a build, so that nothing is twice or on both sides."""
+    """Samples and media already in the shards of a build, so that nothing is stored twice or in both splits."""
 
     def __init__(self, near_duplicates: float) -> None:
         self.samples: dict[bytes, str] = {}
         self.media: dict[str, str] = {}
-        """Split of each medium, by its digest."""
+        """The split of each medium, by its digest."""
         self.texts = NearDuplicates(near_duplicates)
 
     def admit(self, name: str, sample: CheckedSample, split: str) -> tuple[str, str] | None:
-        """Keep the sample in mind; or the rule by which it is left out, and why."""
+        """Register the sample; if it is skipped, return the rule and the reason."""
         content = "\n".join(f"{part.modality} {part.digest}" for part in sample.parts)
         identity = hashlib.sha256(content.encode()).digest()
         if identity in self.samples:
-            return "duplicates", f"equal to {self.samples[identity]}"
+            return "duplicates", f"identical to {self.samples[identity]}"
         media = {part.digest: part.modality for part in sample.parts if part.modality != "text"}
         for digest, modality in media.items():
             if self.media.get(digest, split) != split:
@@ -98,7 +98,7 @@ class _Seen:
 
 
 class _SplitWriters:
-    """The shard writers of one source; a modality's folders are made, in both splits, when its first part comes."""
+    """The shard writers of one source; a modality's folders are created, in both splits, with its first part."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
@@ -115,11 +115,11 @@ class _SplitWriters:
 
 
 def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[Report]:
-    """Build every source, then name them all at once. UserError leaves SHARDS as it was. workers: None = all cores."""
+    """Build every source, then rename all at once. A UserError leaves SHARDS unchanged. workers: None = all cores."""
     for raw in raws:
         if (shards / source_name(raw)).exists():
-            remedy = "delete that folder to build it anew, or choose another --to"
-            raise UserError("this source is built already", where=shards / source_name(raw), remedy=remedy)
+            remedy = "delete that folder to rebuild it, or choose another --to"
+            raise UserError("this source is already built", where=shards / source_name(raw), remedy=remedy)
     shards.mkdir(parents=True, exist_ok=True)
     seen = _Seen(options.curation.near_duplicates)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=shards) as temporary:
@@ -154,7 +154,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
         broken = len(report.left_out["broken"])
         if broken > options.max_broken * report.samples:
             what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
-            remedy = f"{report.first_reason()}; mend or remove them, or raise --max-broken; nothing was written"
+            remedy = f"{report.first_reason()}; fix or remove them, or raise --max-broken; nothing was written"
             raise UserError(what, where=raw, remedy=remedy)
     report.write(folder)
     credits = media_root(raw) / "ATTRIBUTION.md"
@@ -164,7 +164,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
 
 
 def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tuple[list[RawSample], Heldout]:
-    """The usable samples in the order of the build, and which are held out; the report gets the others' number."""
+    """Read the usable samples in build order, and choose the held-out ones; the report counts the others."""
     samples: dict[str, RawSample] = {}
     broken: list[Broken] = []
     ignored: Counter[str] = Counter()
@@ -172,7 +172,7 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tupl
         if isinstance(entry, Broken):
             broken.append(entry)
         elif entry.key in samples:
-            broken.append(Broken(entry.key, "this key occurs twice"))
+            broken.append(Broken(entry.key, "duplicate key"))
         else:
             samples[entry.key] = entry
             ignored.update(entry.ignored)
@@ -180,19 +180,19 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tupl
         report.leave_out("broken", entry.what, entry.reason)
     chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
     heldout = Heldout.of([samples[key] for key in chosen], options.heldout, options.heldout_combinations)
-    # What is to be trained on first: of two samples that share a medium, the held-out one goes.
+    # Training samples come first: of two samples that share a medium, the held-out one is dropped.
     chosen.sort(key=heldout.__contains__)
     report.samples = len(chosen) + len(broken)
     report.ignored_fields = dict(sorted(ignored.items()))
     if ignored:
-        logger.warning("%s: fields that mean nothing here: %s", report.source, ", ".join(report.ignored_fields))
+        logger.warning("%s: ignoring unknown fields: %s", report.source, ", ".join(report.ignored_fields))
     if not chosen:
         raise UserError("no usable sample", where=raw, remedy=report.first_reason())
     return [samples[key] for key in chosen], heldout
 
 
 def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> Iterator[CheckedSample | LeftOut]:
-    """check_sample of every sample, in order; in worker processes if there are enough samples for them."""
+    """Run check_sample on every sample, in order; in worker processes if there are enough samples."""
     check = partial(check_sample, checks=checks)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(samples) // _SAMPLES_PER_WORKER)
@@ -206,5 +206,5 @@ def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> I
             for start in range(0, len(samples), _AHEAD * workers):
                 yield from pool.map(check, samples[start : start + _AHEAD * workers], chunksize=4)
         except BrokenProcessPool as error:
-            remedy = "most likely the memory ran out: find the sample with --limit, or remove the largest ones"
+            remedy = "probably out of memory: find the sample with --limit, or remove the largest samples"
             raise UserError("a worker process was killed", where=checks.root, remedy=remedy) from error

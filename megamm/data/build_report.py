@@ -1,6 +1,6 @@
-"""What became of every sample of a build: report.json of a source, one line for the console, and all sources' merged.
+"""The result for every sample of a build: report.json of a source, a console line, and the merged reports.
 
-Out: SHARDS/<source>/report.json with counts and, by rule, each sample left out with its reason; SHARDS/report.json
+Out: SHARDS/<source>/report.json with counts and, by rule, each skipped sample with its reason; SHARDS/report.json
 and SHARDS/ATTRIBUTION.md with those of all sources.
 """
 
@@ -15,12 +15,12 @@ from megamm.data.curation import RULES
 from megamm.data.media_check import CheckedSample
 
 LEFT_OUT = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
-"""Why a sample may be left out, in the order of the report."""
+"""Rules by which a sample can be skipped, in the order of the report."""
 
 
 @dataclass
 class Report:
-    """What became of one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality.
+    """Results for one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality.
 
     heldout_by: the keys of the held-out samples by the rule that holds them out (data/heldout.py).
     """
@@ -38,11 +38,11 @@ class Report:
     left_out: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {rule: [] for rule in LEFT_OUT})
 
     def leave_out(self, rule: str, what: str, reason: str) -> None:
-        """Note a sample that is not stored."""
+        """Record a skipped sample."""
         self.left_out[rule].append({"what": what, "reason": reason})
 
     def count(self, split: str, sample: CheckedSample) -> None:
-        """Note a sample that is stored in a split."""
+        """Record a sample stored in a split."""
         setattr(self, split, getattr(self, split) + 1)
         self.masked += sample.masked
         for part in sample.parts:
@@ -50,7 +50,7 @@ class Report:
             self.media_bytes[part.modality] += len(part.data)
 
     def summary(self) -> str:
-        """One line for the console."""
+        """A summary line for the console."""
         parts = ", ".join(
             f"{count} {modality} ({self.media_bytes[modality] / 2**20:.1f} MiB)"
             for modality, count in sorted(self.parts.items())
@@ -59,30 +59,30 @@ class Report:
         line = (
             f"{self.source}: {self.train} train + {self.heldout} heldout of {self.samples} samples: {parts or 'none'}"
         )
-        line += f"; left out: {left_out or 'none'}"
+        line += f"; skipped: {left_out or 'none'}"
         if self.masked:
             line += "; masked: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.masked.items()))
         return line
 
     def first_reason(self) -> str:
-        """The first broken sample and why it is."""
+        """The first broken sample and the reason."""
         if not self.left_out["broken"]:
-            return "there is no sample in it"
+            return "it contains no samples"
         return "the first is {what}: {reason}".format(**self.left_out["broken"][0])
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/report.json."""
-        folder.mkdir(parents=True, exist_ok=True)  # there is none yet if every sample was left out
+        folder.mkdir(parents=True, exist_ok=True)  # it does not exist yet if every sample was skipped
         (folder / "report.json").write_bytes(_to_json(self.__dict__))
 
 
 def _to_json(content: Any) -> bytes:
-    """File names may hold bytes that are no UTF-8: they are written escaped."""
+    """Encode as JSON. File names may contain bytes that are not UTF-8; these are escaped."""
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def merge_reports(shards: Path) -> None:
-    """SHARDS/report.json and SHARDS/ATTRIBUTION.md from those of the sources that are there now."""
+    """Write SHARDS/report.json and SHARDS/ATTRIBUTION.md from those of the present sources."""
     folders = sorted(file.parent for file in shards.glob("*/report.json") if not file.parent.name.startswith("."))
     reports = {folder.name: json.loads((folder / "report.json").read_bytes()) for folder in folders}
     credits = [folder / "ATTRIBUTION.md" for folder in folders if (folder / "ATTRIBUTION.md").exists()]

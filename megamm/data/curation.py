@@ -1,8 +1,8 @@
-"""Which samples are worth training on: the rules for texts, images and audio that `megamm data build` applies.
+"""Rules that select samples for training: text, image and audio checks that `megamm data build` applies.
 
-In: clean texts and decodable media of one sample. Out: why it is left out, if it is, by the name of the rule; texts
-with personal data masked, if asked for. Near-duplicate texts are found over all samples, by MinHash (Broder 1997)
-over shingles of words, banded so that only likely pairs are compared (locality-sensitive hashing).
+In: clean texts and decodable media of one sample. Out: the name of the rule that skips it and the reason, if any; texts
+with personal data masked, if requested. Near-duplicate texts are found over all samples, by MinHash (Broder 1997) over
+shingles of words, with banding so that only likely pairs are compared (locality-sensitive hashing).
 """
 
 import difflib
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
 
 RULES = ("text_length", "language", "image_sanity", "audio_sanity")
-"""Names in report.json of the rules that look at one sample."""
+"""Rules that check a single sample, as named in report.json."""
 LANGUAGE_WORDS = 20
-"""Shorter texts are too short to tell their language from."""
+"""The language of shorter texts cannot be detected reliably."""
 NEAR_DUPLICATE_WORDS = 50
-"""Shorter texts share their few shingles with others by chance."""
+"""Shorter texts have few shingles and share them by chance."""
 SHINGLE_WORDS, PERMUTATIONS, BAND_ROWS = 5, 128, 4
 """32 bands of 4: a pair of Jaccard similarity 0.8 is compared with certainty (1 - 5e-8), one of 0.2 in 5 % of cases."""
 SILENCE = 1e-3
-"""Peak amplitude below which audio is silent: -60 dB of full scale."""
+"""Peak amplitude below which audio counts as silent: -60 dB of full scale."""
 FULL_SCALE = 0.999
 """Amplitude from which a sample counts as clipped."""
 
@@ -38,7 +38,7 @@ Signature = npt.NDArray[np.uint32]
 
 
 class FilteredOut(ValueError):
-    """A sound sample that a rule leaves out: the name of the rule, and why."""
+    """A readable sample that a rule skips: the name of the rule, and the reason."""
 
     def __init__(self, rule: str, why: str) -> None:
         self.rule = rule
@@ -49,8 +49,8 @@ class FilteredOut(ValueError):
 class CurationOptions:
     """Lengths in characters, sides in pixels, aspect = longer / shorter side, durations in seconds.
 
-    languages: ISO 639-1 codes, none = all; near_duplicates: Jaccard similarity from which a text goes, 0 = off;
-    keep_blank: images of one colour and silent audio stay; max_clipped: share of audio samples at full scale.
+    languages: ISO 639-1 codes, none = all; near_duplicates: Jaccard similarity from which a text is skipped, 0 = off;
+    keep_blank: keep images of one colour and silent audio; max_clipped: share of audio samples at full scale.
     """
 
     min_characters: int = 1
@@ -68,7 +68,7 @@ class CurationOptions:
     def __post_init__(self) -> None:
         for name in ("near_duplicates", "max_clipped"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a share between 0 and 1")
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number from 0 to 1")
         for name in ("characters", "seconds"):
             if not 0 <= getattr(self, f"min_{name}") <= getattr(self, f"max_{name}"):
                 raise UserError(f"min_{name} is negative or above max_{name}", remedy="give 0 <= min <= max")
@@ -82,7 +82,7 @@ class CurationOptions:
 
 
 def parameters(options: CurationOptions) -> dict[str, Any]:
-    """The options and the fixed figures beside them, for the report."""
+    """The options and the fixed thresholds, for the report."""
     return asdict(options) | {
         "language_words": LANGUAGE_WORDS,
         "near_duplicate_words": NEAR_DUPLICATE_WORDS,
@@ -95,7 +95,7 @@ def parameters(options: CurationOptions) -> dict[str, Any]:
 
 
 def check_text(text: str, options: CurationOptions) -> None:
-    """FilteredOut if a sample's text is too short or long, or in a language that is not wanted."""
+    """Raise FilteredOut if a sample's text is too short or long, or in an unwanted language."""
     if not options.min_characters <= len(text) <= options.max_characters:
         limits = f"{options.min_characters} to {options.max_characters}"
         raise FilteredOut("text_length", f"{len(text)} characters, not {limits}")
@@ -107,13 +107,13 @@ def check_text(text: str, options: CurationOptions) -> None:
 
 @cache
 def _identifier() -> "LanguageIdentifier":
-    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # a second to load, needed for --language only
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes a second to load; used for --language only
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
 def check_image(data: bytes, options: CurationOptions) -> None:
-    """FilteredOut if a decodable image is tiny, a strip, or all of one colour."""
+    """Raise FilteredOut if a decodable image is tiny, a strip, or all of one colour."""
     with Image.open(io.BytesIO(data)) as image:
         short, long = sorted(image.size)
         if short < options.min_side:
@@ -124,11 +124,11 @@ def check_image(data: bytes, options: CurationOptions) -> None:
             return
         pixels_YXC = np.asarray(image.convert("RGBA"))
         if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
-            raise FilteredOut("image_sanity", "blank: all of one colour")
+            raise FilteredOut("image_sanity", "blank: a single colour")
 
 
 def check_audio(data: bytes, options: CurationOptions) -> None:
-    """FilteredOut if audio is too short or long, silent, or clipped. Decoded in blocks, whatever its length."""
+    """Raise FilteredOut if audio is too short or long, silent, or clipped. Decodes blocks, to limit memory."""
     import soundfile
 
     try:
@@ -152,7 +152,7 @@ def check_audio(data: bytes, options: CurationOptions) -> None:
 
 
 MEDIA_CHECKS = {"image": check_image, "audio": check_audio}
-"""The rules of a modality's media; others have none but that they decode."""
+"""The rules for a modality's media; for other modalities it is enough that they decode."""
 
 
 def signature(text: str) -> Signature | None:
@@ -168,13 +168,13 @@ def signature(text: str) -> Signature | None:
 
 
 def shingles(words: list[str]) -> list[str]:
-    """Every run of SHINGLE_WORDS words, once each."""
+    """All distinct runs of SHINGLE_WORDS words."""
     starts = range(len(words) - SHINGLE_WORDS + 1)
     return sorted({" ".join(words[start : start + SHINGLE_WORDS]) for start in starts})
 
 
 class NearDuplicates:
-    """The texts kept so far, by the bands of their signatures; 0.5 kB of signature each."""
+    """The texts kept so far, by the bands of their signatures; each signature has 0.5 kB."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold

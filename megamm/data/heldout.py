@@ -1,10 +1,10 @@
-"""Which samples of a source are held out, and by which rule; a pure function of their nouns and texts.
+"""Chooses the held-out samples of a source by two rules: a pure function of their nouns and texts.
 
 noun: a share of the normalised nouns (data/nouns.py), so that held-out data has subjects that training never sees.
-combination: of the other samples with a text, a share of the different texts, so that held-out data has new
-combinations ("firefighter, woman, dark skin") of words that training has all seen in other ones. A text stays in
-training where a word of it would occur in no other text of the training split, and every word loses about the same
-share of its texts, so that no word becomes rare in training by chance; samples of one text are on one side.
+combination: of the other samples with a text, a share of the distinct texts, so that held-out data has new
+combinations ("firefighter, woman, dark skin") of words that training has all seen in other texts. A text stays in
+training if otherwise one of its words would not occur in the training split. Every word loses about the same share of
+its texts, so that no word becomes rare in training by chance. Samples with the same text are in the same split.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ class Heldout:
 
     @classmethod
     def of(cls, samples: Iterable[RawSample], nouns: float, combinations: float) -> "Heldout":
-        """Choose from a source's samples; both are shares between 0 and 1."""
+        """Choose from a source's samples; both shares are between 0 and 1."""
         by_noun, rest = set(), []
         for sample in samples:
             if is_heldout(sample.noun, nouns):
@@ -45,7 +45,7 @@ class Heldout:
         return key in self.nouns or key in self.combinations
 
     def rule(self, key: str) -> Rule:
-        """By which rule a held-out sample is held out."""
+        """The rule by which a held-out sample was chosen."""
         assert key in self, f"{key} is not held out"
         return "noun" if key in self.nouns else "combination"
 
@@ -56,18 +56,18 @@ def words(text: str) -> frozenset[str]:
 
 
 def _combinations(samples: list[RawSample], share: float) -> list[str]:
-    """Keys of the samples whose text is held out though no noun of it is."""
+    """Keys of the samples held out by their text, not by their noun."""
     texts = {s.key: " ".join(part.content for part in s.parts if part.modality == "text").casefold() for s in samples}
     media: dict[str, set[str]] = defaultdict(set)
     for sample in samples:
         media[texts[sample.key]].update(part.modality for part in sample.parts)
     counted = {text: [(word, frozenset(media[text])) for word in words(text)] for text in media if text}
-    """The words of each text. A word counts apart with pictures and with videos, say: both need it in training."""
+    """The words of each text. A word counts separately with pictures and with videos: training needs both."""
     occurs = Counter(word for of_text in counted.values() for word in of_text)
     wanted, chosen = round(share * len(counted)), set[str]()
     held: Counter[tuple[str, frozenset[str]]] = Counter()
-    """In how many of the chosen texts a word occurs."""
-    # First at most the share of every word's texts. Of long texts those can be too few: then more.
+    """Number of chosen texts in which a word occurs."""
+    # First at most the share of every word's texts. With long texts this may give too few; then take more.
     for most in (share, 1.0):
         for text in sorted(counted.keys() - chosen, key=_digest):
             fits = all(held[word] < min(math.ceil(most * occurs[word]), occurs[word] - 1) for word in counted[text])

@@ -1,8 +1,8 @@
-"""The mixture of a run through its changes, as checkpoints record it: a source added or removed, other weights.
+"""The history of a run's mixture, as checkpoints record it: sources added or removed, weights changed.
 
-A change takes effect at the first window of which nothing is consumed yet: the window in progress ends as it was
-planned. Each source's documents go on being counted, so that none is lost or repeated in its epoch. The order is
-a pure function of seed and history; world size and readers are not in it.
+A change takes effect at the first window of which nothing has been consumed; the window in progress is finished as
+planned. The document count of each source continues, so that no document is lost or repeated in its epoch. The order is
+a pure function of seed and history, independent of world size and readers.
 
     recorded = to_json(stream, consumed_rows, earlier)                          # into the checkpoint
     stream, change = resume(sources, order, recorded, consumed_rows, open_it)   # out of it
@@ -32,7 +32,7 @@ class OpenSource:
 
 @dataclass(frozen=True)
 class Order:
-    """What the rows depend on besides the mixture."""
+    """Everything besides the mixture that determines the rows."""
 
     seed: int
     row_length: int
@@ -42,14 +42,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Change:
-    """Another mixture from row `row` on, in words."""
+    """A change of the mixture from row `row` on, as text."""
 
     row: int
     what: str
 
 
 def source_names(paths: Sequence[Path]) -> list[str]:
-    """Short names that tell the sources apart: last parts of their paths, so that moved data keeps its order."""
+    """Short distinct names of the sources: last parts of their paths, so that moved data keeps its order."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
@@ -64,7 +64,7 @@ def begin(sources: Sequence[OpenSource], order: Order) -> RowStream:
 
 
 def to_json(stream: RowStream, consumed_rows: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """What a checkpoint keeps after `consumed_rows`; earlier is what the one that the run resumed from kept."""
+    """The record for a checkpoint after `consumed_rows`; earlier: the record of the checkpoint resumed from."""
     described = dict(earlier["sources"]) if earlier else {}
     for source, samples in zip(stream.mixture.sources, stream.sample_sets, strict=True):
         if samples is not None:
@@ -90,9 +90,9 @@ def resume(
     consumed_rows: int,
     open_removed: Callable[[Path, DocumentKind], SampleSet],
 ) -> tuple[RowStream, Change | None]:
-    """The rows of a run that goes on after `consumed_rows`, with the change of its mixture if the config asks for one.
+    """The rows of a run that resumes after `consumed_rows`, with the change of its mixture if the config has one.
 
-    UserError if a source's shards are not those that it began with, or a removed one is still needed and missing.
+    Raises UserError if a source's shards have changed, or a removed source is still needed and missing.
     """
     names = _recorded_names([s.path for s in sources], recorded)
     now = _described(names, sources)
@@ -117,13 +117,13 @@ def resume(
 def _open_removed(
     source: Source, entry: dict[str, Any], open_removed: Callable[[Path, DocumentKind], SampleSet]
 ) -> SampleSet:
-    """A source that the config has no more, for the rest of the window in progress."""
+    """Open a source no longer in the config, for the rest of the window in progress."""
     try:
         samples = open_removed(Path(entry["path"]), entry["kind"])
         Mixture([source], 0).require_same([Source(source.name, 1.0, len(samples), samples.digest)])
     except UserError as error:
-        what = f"source {source.name!r} is removed from the config, but the window in progress still needs it: "
-        remedy = "restore it; it can go when the first checkpoint past the change is written"
+        what = f"source {source.name!r} was removed from the config, but the current window of rows still needs it: "
+        remedy = "restore its shards until the run has written the first checkpoint after the change"
         raise UserError(what + error.what, where=error.where or entry["path"], remedy=remedy) from None
     return samples
 
@@ -145,7 +145,7 @@ def _described(names: Sequence[str], sources: Sequence[OpenSource]) -> list[Sour
 
 
 def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str]:
-    """Names of the config's sources: a recorded one where the path is the same or ends alike, else a new one."""
+    """Names of the config's sources: a recorded name if the path or its end is the same, otherwise a new one."""
     by_path = {Path(entry["path"]): name for name, entry in recorded["sources"].items()}
     names: dict[Path, str] = {path: by_path[path] for path in paths if path in by_path}
     for path in (path for path in paths if path not in names):

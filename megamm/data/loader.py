@@ -1,10 +1,10 @@
-"""This data rank's batches: the rows of each global batch that are its own, read ahead by worker processes.
+"""Loads this data rank's batches: its own rows of each global batch, read ahead by worker processes.
 
     Loader   .step() -> list[Batch], the microbatches of the next global batch
 
-Rows are planned here and read, packed and stacked by `torch.utils.data.DataLoader`. Step after step takes the rows
-[consumed, consumed + global_batch) at every world size; which rank takes which is `balance.assign`. So the whole
-state is the number of rows consumed: not those read ahead.
+Rows are planned here, and read, packed and stacked by `torch.utils.data.DataLoader`. Each step takes the rows
+[consumed, consumed + global_batch), at every world size; `balance.assign` distributes them to ranks. So the whole
+state is the number of rows consumed, without those read ahead.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ RowCost = Callable[[Sequence[int]], float]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Of one global batch, over all ranks: share of padding, and cost of the dearest data rank over the mean."""
+    """Figures of a global batch over all ranks: padding share, and cost of the costliest data rank over the mean."""
 
     padding_share: float
     imbalance: float
@@ -43,9 +43,9 @@ class StepFigures:
 
 @dataclass(frozen=True)
 class Reading:
-    """Who reads: `workers` processes (0: the training process itself), `prefetch` steps ahead.
+    """How data is read: `workers` processes (0: in the training process), `prefetch` steps ahead.
 
-    pin_memory: into page-locked memory, from which a GPU copies while it computes.
+    pin_memory: use page-locked memory, from which a GPU can copy while it computes.
     """
 
     workers: int = 0
@@ -54,9 +54,9 @@ class Reading:
 
 
 class Loader:
-    """This data rank's share of each global batch. global_batch and micro_batch are in rows. UserError if they do
+    """This data rank's share of each global batch; global_batch and micro_batch are in rows.
 
-    not divide. `waited` is the time in seconds that `step` has taken so far.
+    Raises UserError if they do not divide. `waited`: seconds spent in `step` so far.
     """
 
     def __init__(
@@ -73,21 +73,21 @@ class Loader:
     ) -> None:
         if global_batch % (micro_batch * data_size):
             what = f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data size {data_size}"
-            raise UserError(what, remedy=f"set it to a multiple of {micro_batch * data_size}")
+            raise UserError(what, remedy=f"set train.global_batch to a multiple of {micro_batch * data_size}")
         assert 0 <= data_rank < data_size
         self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
         self.data_rank, self.data_size, self.cost, self.reading = data_rank, data_size, cost, reading
         self.consumed_rows, self.waited = consumed_rows, 0.0
         self.figures = StepFigures(0.0, 1.0)
-        """Of the last step."""
+        """Figures of the last step."""
         self._planned: deque[StepFigures] = deque()
         self._batches: Iterator[Any] | None = None
 
     def step(self) -> list[Batch]:
-        """The microbatches of the next global batch. UserError for damaged data and for a worker that died."""
+        """The microbatches of the next global batch. Raises UserError for damaged data or a dead worker."""
         begin = time.monotonic()
         if self._batches is None:
-            with without_blas_threads():  # starts the server of the workers, which forks them
+            with without_blas_threads():  # starts the worker server, which forks the workers
                 self._batches = iter(self._data_loader())
         batches = [self._next(self._batches) for _ in range(self.global_batch // (self.micro_batch * self.data_size))]
         self.figures = self._planned.popleft()
@@ -96,19 +96,19 @@ class Loader:
         return batches
 
     def state(self) -> dict[str, int]:
-        """All there is to save; pass it to a new Loader at any data size."""
+        """The complete state to save; pass it to a new Loader at any data size."""
         return {"consumed_rows": self.consumed_rows}
 
     def close(self) -> None:
-        """End the workers."""
+        """Stop the workers."""
         self._batches = None
 
     def _data_loader(self) -> "DataLoader[Batch]":
         workers, microbatches = self.reading.workers, self.global_batch // (self.micro_batch * self.data_size)
         parallel: dict[str, Any] = {}
         if workers:
-            # Not fork: this process has threads of torch and of its communication, whose locks a fork would copy held.
-            # Not spawn: that imports torch in each worker; a server imports it once and forks before it has threads.
+            # Not fork: this process has threads of torch and its communication; a fork would copy their held locks.
+            # Not spawn: every worker would import torch; a server imports it once and forks before it has threads.
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["megamm.data.worker_server", "megamm.data.loader"])
             os.environ[worker_server.FOLDER] = multiprocessing.util.get_temp_dir()
@@ -117,16 +117,16 @@ class Loader:
         return DataLoader(
             _Microbatches(self.stream.reader),
             sampler=self._recipes(self.consumed_rows),
-            batch_size=None,  # an item is a microbatch already
+            batch_size=None,  # an item is already a microbatch
             num_workers=workers,
             pin_memory=self.reading.pin_memory,
             worker_init_fn=_end_with_parent,
-            generator=torch.Generator(),  # it draws a seed: not from the model's generator
+            generator=torch.Generator(),  # DataLoader draws a seed: it must not use the model's generator
             **parallel,
         )
 
     def _recipes(self, first: int) -> Iterator[list[Recipe]]:
-        """This rank's microbatches from row `first` on, without end; asked for as far ahead as is read."""
+        """This rank's microbatches from row `first` on, endless; the DataLoader asks as far ahead as it reads."""
         while True:
             plans = [self.stream.plan(r) for r in range(first, first + self.global_batch)]
             costs = [self.cost(plan.lengths) for plan in plans]
@@ -141,12 +141,12 @@ class Loader:
         try:
             batch = next(batches)
         except (RuntimeError, OSError, EOFError):
-            # A worker that dies is missed after some seconds, or at once if it was just handing over a batch.
+            # A dead worker is noticed after some seconds, or at once if it was handing over a batch.
             died = [worker.pid for worker in getattr(batches, "_workers", []) if _has_ended(worker)]
             if not died:
                 raise
             what = f"a data worker (process {', '.join(map(str, died))}) ended unexpectedly"
-            remedy = "if the system was short of memory, lower data.workers or data.prefetch; the same command resumes"
+            remedy = "if the node ran out of memory, lower data.workers or data.prefetch; the same command resumes"
             raise UserError(what, remedy=remedy, is_transient=True) from None
         if isinstance(batch, _Failure):
             raise UserError(batch.what, where=batch.where, remedy=batch.remedy)
@@ -155,13 +155,13 @@ class Loader:
 
 
 def _has_ended(worker: multiprocessing.Process) -> bool:
-    worker.join(timeout=1)  # the connection breaks before the system reports the end
+    worker.join(timeout=1)  # the connection breaks before the system reports the exit
     return not worker.is_alive()
 
 
 @dataclass(frozen=True)
 class _Failure:
-    """A worker's UserError on its way: DataLoader can only rebuild exceptions of one argument."""
+    """Carries a worker's UserError: DataLoader can only rebuild exceptions with one argument."""
 
     what: str
     where: str | None
@@ -169,7 +169,7 @@ class _Failure:
 
 
 class _Microbatches(Dataset[Any]):
-    """What a worker computes: recipes of a microbatch's rows -> Batch."""
+    """The work of a worker: recipes of a microbatch's rows -> Batch."""
 
     def __init__(self, reader: RowReader) -> None:
         self.reader = reader
@@ -182,10 +182,10 @@ class _Microbatches(Dataset[Any]):
 
 
 def _end_with_parent(worker: int) -> None:
-    """In a worker: end when the training process does. torch looks at the parent, which is the server of the fork."""
-    die_with_parent(os.getppid())  # the server ends with the training process, and takes a stuck worker with it
+    """In a worker: exit when the training process exits. torch watches the parent, which here is the fork server."""
+    die_with_parent(os.getppid())  # the server exits with the training process, and the kernel kills a stuck worker
     parent = multiprocessing.parent_process()
-    assert parent is not None, "a worker is started by multiprocessing"
+    assert parent is not None, "workers are started by multiprocessing"
 
     def watch() -> None:
         parent.join()

@@ -1,7 +1,7 @@
-"""The media of a folder of shards in batches, as codecs take them: videos by a VideoStream, all else one by one.
+"""The media of a folder of shards in batches for codecs: videos through a VideoStream, other media one by one.
 
-A video's pixels, hence its tokens, depend a little on what decoded it (docs/video.md), so that is kept beside the
-tokens, with the videos left out: `decoding.json`, {"decoders": {"dali": clips, "pyav": clips}, "broken": {name: why}}.
+A video's pixels, and so its tokens, depend a little on the decoder (docs/video.md). So the decoder is recorded with the
+tokens, and so are skipped videos: `decoding.json`, {"decoders": {"dali": clips, "pyav": clips}, "broken": {name: why}}.
 """
 
 import json
@@ -23,7 +23,7 @@ RECORD = "decoding.json"
 
 @dataclass(frozen=True)
 class VideoReading:
-    """What decodes videos ("auto": DALI on a GPU, else PyAV), and the share of a folder's that may be broken."""
+    """The video decoder ("auto": DALI on a GPU, otherwise PyAV), and the allowed share of broken videos in a folder."""
 
     decoder: Literal["auto", "dali", "pyav"] = "auto"
     max_broken: float = 0.0
@@ -31,7 +31,7 @@ class VideoReading:
 
 @dataclass
 class Decoding:
-    """What decoded how many videos of a folder, and why which members were left out (by name, "key" or "key.3")."""
+    """Videos of a folder per decoder, and the skipped members with reasons (by name, "key" or "key.3")."""
 
     decoders: dict[str, int] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Decoding:
 
     @classmethod
     def read(cls, folder: Path) -> "Decoding | None":
-        """What `write` wrote; None if the folder has none. UserError if it is damaged."""
+        """Read what `write` wrote; None if the folder has none. Raises UserError if it is damaged."""
         if not (folder / RECORD).is_file():
             return None
         try:
@@ -58,9 +58,9 @@ def member_name(shards: ShardFolder, i: int) -> str:
 
 
 class MediaBatches:
-    """Iterates over (member numbers, codec inputs) of a folder. `decoding` is complete after that; None if no videos.
+    """Iterates over (member numbers, codec inputs) of a folder. `decoding` is complete afterwards; None without videos.
 
-    UserError if a sample cannot be read; of videos, if more than `max_broken` cannot, or one of an ordered document.
+    Raises UserError if a sample is unreadable; for videos, if more than `max_broken` are, or one in a document.
     """
 
     def __init__(self, shards: ShardFolder, modality: Modality, reading: VideoReading) -> None:
@@ -79,7 +79,7 @@ class MediaBatches:
         try:
             return self._modality.read_media(self._shards.read(i), self._shards.extensions[i])
         except UnreadableMedia as error:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(
                 f"sample {self._shards.keys[i]}: {error}", where=self._shards.folder, remedy=remedy
             ) from error
@@ -104,6 +104,6 @@ class MediaBatches:
     def _leave_out(self, clip: BrokenClip, decoding: Decoding) -> None:
         name = member_name(self._shards, clip.number)
         if self._shards.parts[clip.number] != UNNUMBERED:
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"{name}, part of a document: {clip.why}", where=self._shards.folder, remedy=remedy)
         decoding.broken[name] = clip.why

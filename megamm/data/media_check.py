@@ -1,9 +1,9 @@
-"""One raw sample to what is stored in shards: texts masked, every medium decoded, and the rules of curation applied.
+"""Checks one raw sample for the shards: masks texts, decodes every medium and applies the curation rules.
 
-In: a `RawSample`. Out: for each part its bytes, as they were, and the SHA-256 of what they decode to; drawings (SVG)
-are rendered as PNG, on white, the longer side `image_size` pixels. Runs in worker processes. Raw files may be
-hostile: a drawing is parsed and written anew without anything that refers out of it (files, addresses, entities)
-before resvg, which limits its nodes, draws it; text is drawn with the system's fonts.
+In: a `RawSample`. Out: for each part its unchanged bytes, and the SHA-256 of the decoded content. Drawings (SVG) are
+rendered as PNG, on white, with a longer side of `image_size` pixels. Runs in worker processes. Raw files may be
+hostile: a drawing is parsed and rewritten without external references (files, addresses, entities) before it is drawn
+by resvg, which limits its nodes; text is drawn with the system's fonts.
 """
 
 import io
@@ -28,13 +28,13 @@ MAX_BYTES = {"image": 64 * 2**20, "video": 2**30}
 MAX_OTHER_BYTES = 256 * 2**20
 MAX_SVG_BYTES = 16 * 2**20
 MAX_SVG_DEPTH = 100
-"""Drawings nest some ten deep; the renderer recurses, and would overflow its stack at thousands."""
+"""Maximum nesting: drawings nest some ten deep; the recursive renderer would overflow its stack at thousands."""
 _EMBEDDED = ("#", "data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/gif", "data:image/webp")
 
 
 @dataclass(frozen=True)
 class Checks:
-    """What a worker needs: the folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
+    """Settings for a worker: folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
 
     root: Path
     image_size: int
@@ -54,7 +54,7 @@ class CheckedPart:
 
 @dataclass(frozen=True)
 class CheckedSample:
-    """The parts in the sample's order; the signature of a text to compare with others; masked personal data by kind."""
+    """The parts in the sample's order; the signature of its text for comparison; masked personal data by kind."""
 
     parts: tuple[CheckedPart, ...]
     sketch: Signature | None = None
@@ -63,7 +63,7 @@ class CheckedSample:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A sample that is not stored: by which rule ("broken": it cannot be read), which part or sample, and why."""
+    """A skipped sample: the rule ("broken": unreadable), the part or sample, and the reason."""
 
     rule: str
     what: str
@@ -71,7 +71,7 @@ class LeftOut:
 
 
 def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
-    """What to store of a sample, or why nothing. It is kept whole or not at all."""
+    """Check a sample; returns what to store of it, or why it is skipped. It is kept as a whole or not at all."""
     parts, texts, masked, what = [], [], Counter[str](), sample.key
     try:
         for part in sample.parts:
@@ -94,32 +94,32 @@ def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
         return LeftOut("broken", what, str(error))
     except FilteredOut as error:
         return LeftOut(error.rule, what, str(error))
-    # A long caption may serve many media; a document is its text.
+    # Only documents are compared: a long caption may belong to many media.
     compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
     return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
 
 
 def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
-    """The bytes of a media part in a format of its modality, with the extension."""
+    """The bytes of a media part in a format of its modality, and the extension."""
     suffix = Path(part.content).suffix.lower().lstrip(".")
     ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
     is_drawing = part.modality == "image" and ext == "svg"
     if ext not in known and not is_drawing:
         others = ("svg", *known) if part.modality == "image" else known
-        raise UnreadableMedia(f"ending {suffix!r} is not one of {', '.join(others)}")
+        raise UnreadableMedia(f"extension {suffix!r} is not one of {', '.join(others)}")
     limit = MAX_SVG_BYTES if is_drawing else MAX_BYTES.get(part.modality, MAX_OTHER_BYTES)
     data = _read(part, checks.root, limit)
     return (render_svg(data, checks.image_size), "png") if is_drawing else (data, ext)
 
 
 def _read(part: RawPart, root: Path, limit: int) -> bytes:
-    """The whole medium. UnreadableMedia if it is too large, cut off or no plain file (a pipe would wait for ever)."""
+    """Read the medium. Raises UnreadableMedia if it is too large, truncated or not a regular file, such as a pipe."""
     path, offset = (part.span.file, part.span.offset) if part.span else (root / part.content, 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UnreadableMedia("not a plain file")
+                raise UnreadableMedia("not a regular file")
             file.seek(offset)
             data = file.read(min(limit + 1, part.span.size if part.span else limit + 1))
     except OSError as error:
@@ -127,12 +127,12 @@ def _read(part: RawPart, root: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise UnreadableMedia(f"larger than {limit >> 20} MiB")
     if part.span and len(data) < part.span.size:
-        raise UnreadableMedia("cut off")
+        raise UnreadableMedia("truncated")
     return data
 
 
 def render_svg(data: bytes, size: int) -> bytes:
-    """An SVG as an RGB PNG on white, fitted into size x size pixels. UnreadableMedia if it is broken or blank."""
+    """Render an SVG as an RGB PNG on white, fitted into size x size pixels. Raises UnreadableMedia if it fails."""
     drawing = _self_contained(data)
     has_text = "text>" in drawing
     try:
@@ -143,14 +143,14 @@ def render_svg(data: bytes, size: int) -> bytes:
     except (ValueError, OSError) as error:
         raise UnreadableMedia(f"cannot be drawn: {error}") from error
     if image.getextrema() == ((255, 255),) * 3:
-        raise UnreadableMedia("draws nothing")
+        raise UnreadableMedia("the drawing is blank")
     file = io.BytesIO()
     image.save(file, format="PNG")
     return file.getvalue()
 
 
 class _LimitedTree(ElementTree.TreeBuilder):
-    """Builds the tree of a drawing; UnreadableMedia if it nests too deep."""
+    """Builds the tree of a drawing; raises UnreadableMedia if it is nested too deep."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class _LimitedTree(ElementTree.TreeBuilder):
     def start(self, tag: str, attributes: dict[str, str], /) -> ElementTree.Element:  # type: ignore[override]
         self.depth += 1
         if self.depth > MAX_SVG_DEPTH:
-            raise UnreadableMedia(f"nests more than {MAX_SVG_DEPTH} deep")
+            raise UnreadableMedia(f"nested more than {MAX_SVG_DEPTH} levels deep")
         return super().start(tag, attributes)
 
     def end(self, tag: str, /) -> ElementTree.Element:
@@ -168,7 +168,7 @@ class _LimitedTree(ElementTree.TreeBuilder):
 
 
 def _self_contained(data: bytes) -> str:
-    """The drawing without document type, and without references to anything outside it."""
+    """The drawing without its document type, and without references to anything outside it."""
     parser = ElementTree.XMLParser(target=_LimitedTree())
     try:
         parser.feed(data)

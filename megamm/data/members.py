@@ -1,8 +1,8 @@
-"""Files that belong together, such as cat.png, cat.txt and cat.json, as one sample.
+"""Combines files that belong together, such as cat.png, cat.txt and cat.json, into one sample.
 
-In: the members of a sample by ending. Out: a `RawSample`. The ending decides the modality. The text is the .txt
-file, else "caption" or "text" of a .json file (which may give "noun" too), else the .cls file. Numbered endings
-(0.txt, 1.png) make an interleaved sample. Endings that mean nothing here are ignored by name.
+In: the members of a sample by extension. Out: a `RawSample`. The extension decides the modality. The text is the .txt
+file, else "caption" or "text" of a .json file (which may also give "noun"), else the .cls file. Numbered extensions
+(0.txt, 1.png) make an interleaved sample. Unknown extensions are ignored and reported.
 """
 
 import json
@@ -16,13 +16,13 @@ from megamm.modalities import REGISTRY
 TEXT_ENDINGS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 16 * 2**20
 ALIASES = {"jpeg": "jpg", "jpe": "jpg", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
-"""Other endings of the same formats."""
+"""Other extensions of the same formats."""
 _CAPTIONS = ("caption", "text")
 
 
 @dataclass(frozen=True)
 class Member:
-    """One file: its ending in lower case, its path or name, and its bytes (texts) or where they lie (see `Span`)."""
+    """One file: its extension in lower case, its path or name, and its bytes (texts) or its place (see `Span`)."""
 
     ending: str
     name: str
@@ -31,14 +31,14 @@ class Member:
 
 
 def modality_of(ending: str) -> str | None:
-    """The first modality of the registry that takes files of this ending."""
+    """The first modality of the registry that accepts files with this extension."""
     if ending == "svg":
         return "image"
     return next((name for name, kind in REGISTRY.items() if ALIASES.get(ending, ending) in kind.extensions), None)
 
 
 def assemble(key: str, members: list[Member]) -> RawSample:
-    """One sample of its members. UnusableSample if two compete for a place or none has a meaning."""
+    """Combine members into a sample. Raises UnusableSample if two have the same role, or none has one."""
     for member in members:
         if len(member.data) > MAX_TEXT_BYTES:
             raise UnusableSample(f"{member.name} is larger than {MAX_TEXT_BYTES >> 20} MiB")
@@ -68,12 +68,12 @@ def assemble(key: str, members: list[Member]) -> RawSample:
 
 def _interleaved(key: str, members: list[tuple[int, str, Member]]) -> RawSample:
     if [number for number, _, _ in members] != list(range(len(members))):
-        raise UnusableSample("the numbers of its parts are not 0, 1, 2, ...")
+        raise UnusableSample("its parts are not numbered 0, 1, 2, ...")
     entries, spans = [], []
     for _, ending, member in members:
         modality = modality_of(ending)
         if modality is None:
-            raise UnusableSample(f"ending {ending!r} belongs to no modality")
+            raise UnusableSample(f"extension {ending!r} belongs to no modality")
         entries.append({modality: decode(member) if modality == "text" else member.name})
         spans.append(member.span)
     sample = sample_of({"key": key, "parts": entries}, key)
@@ -91,7 +91,7 @@ def _text(found: dict[str, bytes]) -> dict[str, Any]:
         try:
             entry = json.loads(found["json"])
         except (ValueError, RecursionError) as error:
-            raise UnusableSample(f"its .json is not JSON: {error}") from error
+            raise UnusableSample(f"its .json is not valid JSON: {error}") from error
         if isinstance(entry, dict):
             fields = {name: entry[name] for name in ("noun",) if name in entry}
             caption = next((entry[name] for name in _CAPTIONS if entry.get(name)), None)
@@ -103,7 +103,7 @@ def _text(found: dict[str, bytes]) -> dict[str, Any]:
 
 
 def decode(member: Member) -> str:
-    """The text of a member. UnusableSample if it is not UTF-8."""
+    """The text of a member. Raises UnusableSample if it is not UTF-8."""
     try:
         return member.data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

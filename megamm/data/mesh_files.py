@@ -1,8 +1,8 @@
-"""Untrusted 3D files to surfaces and clouds: npz bytes -> float32 `[M, 9]` (data/meshes.py); glb, obj, ply -> meshes.
+"""Reads untrusted 3D files: npz bytes -> point cloud, float32 `[M, 9]` (data/meshes.py); glb, obj, ply -> meshes.
 
-Counts are read from the headers and limited before anything is allocated; nothing outside the file is opened
-(material libraries and texture files of obj and ply are left out; a glb that needs another file is refused); no
-pickle is loaded. Everything that is wrong is a ValueError that says what.
+Counts are read from the headers and limited before anything is allocated. No other file is opened: material libraries
+and texture files of obj and ply are ignored; a glb that needs another file is refused. No pickle is loaded. Every
+problem is reported as a ValueError with a description.
 """
 
 import io
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import trimesh
 
 MAX_POINTS = 4 * 2**20
-"""Of a cloud; 144 MiB."""
+"""Maximum points of a cloud; 144 MiB."""
 MAX_ELEMENTS = 8 * 2**20
-"""Vertices and indices, each, that a mesh file may claim in all, and faces it may place in its scene."""
+"""Maximum vertices, and indices, that a mesh file may declare in total, and maximum faces placed in its scene."""
 MAX_TEXTURE_PIXELS = 64 * 2**20
 MESH_EXTENSIONS = ("glb", "obj", "ply")
 ARRAY = "points"
@@ -34,7 +34,7 @@ def read_cloud(data: bytes) -> CloudArray:
     """The array `points` of npz bytes, float32 `[M, 9]`: finite, normals of length 1, RGB in [0, 1]."""
     cloud = _read_npz(data)
     if not np.isfinite(cloud).all():
-        raise ValueError("has values that are not finite")
+        raise ValueError("has values that are NaN or Inf")
     if (np.abs(np.linalg.norm(cloud[:, 3:6].astype(np.float64), axis=1) - 1) > 0.01).any():
         raise ValueError("has normals that are not of length 1")
     if (np.abs(cloud[:, 6:] - 0.5) > 0.501).any():
@@ -43,7 +43,7 @@ def read_cloud(data: bytes) -> CloudArray:
 
 
 def write_cloud(cloud: CloudArray) -> bytes:
-    """`[M, 9]` as npz bytes. The same cloud gives the same bytes: numpy's own writer would store the time."""
+    """Write `[M, 9]` as npz bytes. The same cloud gives the same bytes; numpy's own writer would store the time."""
     array, file = io.BytesIO(), io.BytesIO()
     np.lib.format.write_array(array, np.ascontiguousarray(cloud, dtype=np.float32), allow_pickle=False)
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -56,8 +56,8 @@ def _read_npz(data: bytes) -> CloudArray:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             member = archive.getinfo(f"{ARRAY}.npy")
             if member.file_size > MAX_POINTS * 36 + 4096:
-                raise ValueError(f"claims more than {MAX_POINTS} points")
-            array = archive.read(member)  # zipfile stops at the size that was checked
+                raise ValueError(f"declares more than {MAX_POINTS} points")
+            array = archive.read(member)  # zipfile stops at the declared size, which was checked
         file = io.BytesIO(array)
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -73,7 +73,7 @@ def _read_npz(data: bytes) -> CloudArray:
 
 
 def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
-    """The scene of a glb, obj or ply file, with at least one face; colours as far as the file itself has them."""
+    """The scene of a glb, obj or ply file, with at least one face; with the colours that the file itself contains."""
     import trimesh
 
     {"glb": _check_glb, "ply": _check_ply, "obj": _check_obj}[extension](data)
@@ -83,10 +83,10 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
         scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False, **options)
         placed = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
         faces = sum(len(getattr(part, "faces", ())) for part in placed)
-    except Exception as error:  # trimesh raises whatever its parsers run into
-        raise ValueError(f"not a {extension} file that can be read: {type(error).__name__}: {error}") from error
+    except Exception as error:  # trimesh passes on the exceptions of its parsers
+        raise ValueError(f"not a readable {extension} file: {type(error).__name__}: {error}") from error
     if faces == 0:
-        raise ValueError("has no faces (store a cloud of points as npz)")
+        raise ValueError("has no faces (store a point cloud as npz)")
     if faces > MAX_ELEMENTS:
         raise ValueError(f"has {faces} faces, more than {MAX_ELEMENTS}")
     for part in scene.geometry.values():
@@ -97,7 +97,7 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
 
 
 def _check_obj(data: bytes) -> None:
-    """An obj file can claim nothing: each element is a line. But trimesh takes any text for one."""
+    """Check for faces: trimesh takes any text for an obj file. Elements are lines, so counts cannot be false."""
     if b"\0" in data or not any(line.startswith((b"f ", b"f\t")) for line in data.splitlines()):
         raise ValueError("has no faces")
 
@@ -111,11 +111,11 @@ def _check_ply(data: bytes) -> None:
         if words[:1] == ["element"] and not (len(words) == 3 and words[2].isdecimal()):
             raise ValueError(f"not a ply file: {line!r}")
         if words[:1] == ["element"] and int(words[2]) > min(MAX_ELEMENTS, len(data)):
-            raise ValueError(f"claims {words[2]} elements {words[1]!r} in {len(data)} bytes")
+            raise ValueError(f"declares {words[2]} elements {words[1]!r} in {len(data)} bytes")
 
 
 def _check_glb(data: bytes) -> None:
-    """Refuse a glb that claims absurd counts, needs other files, or whose nodes form no tree."""
+    """Refuse a glb with impossible counts, references to other files, or nodes that do not form a tree."""
     if len(data) < _GLB.size:
         raise ValueError("not a glb file: too short")
     magic, version, _, length, kind = _GLB.unpack_from(data)
@@ -130,12 +130,12 @@ def _check_glb(data: bytes) -> None:
         primitives = [primitive for mesh in header.get("meshes", []) for primitive in mesh["primitives"]]
         used = [index for primitive in primitives for index in primitive["attributes"].values()]
         used += [primitive["indices"] for primitive in primitives if "indices" in primitive]
-        claimed = max(sum(counts), sum(counts[index] for index in used))  # one may be used many times, or never
+        claimed = max(sum(counts), sum(counts[index] for index in used))  # one can be used many times, or never
         children = [child for node in header.get("nodes", []) for child in node.get("children", [])]
         roots = [node for scene in header.get("scenes", []) for node in scene.get("nodes", [])]
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"not a glb file: broken header: {type(error).__name__}: {error}") from error
     if claimed > 8 * MAX_ELEMENTS:  # positions, normals, coordinates of textures, ... and indices
-        raise ValueError(f"claims {claimed} elements, more than {8 * MAX_ELEMENTS}")
+        raise ValueError(f"declares {claimed} elements, more than {8 * MAX_ELEMENTS}")
     if len(set(children)) != len(children) or set(children) & set(roots):
-        raise ValueError("its nodes form no tree")
+        raise ValueError("its nodes do not form a tree")

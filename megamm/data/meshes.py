@@ -1,9 +1,9 @@
-"""Surfaces of meshes as point clouds: positions, normals and colours of points drawn evenly by area.
+"""Samples surfaces of meshes as point clouds: positions, normals and colours of points, uniform by area.
 
 A cloud is float32 `[N, 9]`: x, y, z (the file's unit until `normalised`), unit normal, RGB in [0, 1] as the file
-stores it (sRGB by custom). In: a trimesh mesh or scene, already loaded; loading untrusted files is
-modalities/points.py's. Source of the even draw in a triangle: Osada et al. 2002, "Shape Distributions",
-section 4.2; the triangles are drawn by stratified sampling of their summed areas.
+stores it (sRGB by convention). In: a loaded trimesh mesh or scene; untrusted files are loaded by modalities/points.py.
+Source of the uniform sampling in a triangle: Osada et al. 2002, "Shape Distributions", section 4.2; triangles are
+chosen by stratified sampling of their cumulative area.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,11 +20,11 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 MAX_COORDINATE = 1e12
-"""Far from where float32 overflows, products of three included."""
+"""Limit that keeps float32 far from overflow, even for products of three coordinates."""
 
 
 class PlacedMesh(NamedTuple):
-    """One mesh of a scene and its corners `[F, 3, 3]` in the scene's frame."""
+    """One mesh of a scene, and its corners `[F, 3, 3]` in the scene's coordinates."""
 
     mesh: "trimesh.Trimesh"
     corners: FloatArray
@@ -33,7 +33,7 @@ class PlacedMesh(NamedTuple):
 def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: int) -> CloudArray:
     """`count` points of the surface, float32 `[count, 9]`; the same mesh and seed give the same points.
 
-    Normals are those of the faces, outward where the corners are listed counter-clockwise. ValueError if there is
+    Normals are those of the faces, outward if the corners are listed counter-clockwise. Raises ValueError if there is
     no face, a coordinate is not finite, or the surface has no area.
     """
     placed = placed_meshes(mesh)
@@ -41,7 +41,7 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
         raise ValueError("has no faces")
     corners = np.concatenate([part.corners for part in placed])
     if not (np.abs(corners) < MAX_COORDINATE).all():
-        raise ValueError("has coordinates that are not finite or absurdly large")
+        raise ValueError("has coordinates that are NaN, Inf or too large")
     doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     twice_area = np.linalg.norm(doubled, axis=1)
     below = np.cumsum(twice_area)
@@ -50,7 +50,7 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     random = np.random.default_rng(seed)
     strata = (np.arange(count) + random.random(count)) / count * below[-1]
     face = np.searchsorted(below, strata, side="right").clip(max=len(below) - 1)
-    face = np.where(twice_area[face] > 0, face, int(twice_area.argmax()))  # rounding may hit an empty last face
+    face = np.where(twice_area[face] > 0, face, int(twice_area.argmax()))  # rounding can select an empty last face
     root, share = np.sqrt(random.random(count)), random.random(count)
     weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
     xyz = (corners[face] * weights[:, :, None]).sum(1)
@@ -59,7 +59,7 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
 
 
 def placed_meshes(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[PlacedMesh]:
-    """The meshes with faces of a scene, in its order, each as often as the scene places it."""
+    """The meshes with faces of a scene, in its order, repeated as often as the scene places them."""
     import trimesh
 
     if isinstance(mesh, trimesh.Trimesh):
@@ -87,7 +87,7 @@ def _colours(placed: list[PlacedMesh], face: IntArray, weights: FloatArray) -> F
 
 
 def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) -> FloatArray:
-    """Texture where there is one, else the colours of vertices, faces or the material (trimesh's grey if none)."""
+    """The texture if there is one, else the colours of vertices, faces or the material (trimesh's grey if none)."""
     from trimesh.visual import TextureVisuals
 
     visual, corners = mesh.visual, mesh.faces[face]
@@ -98,16 +98,16 @@ def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) 
             return rgb
         uv = (np.asarray(visual.uv, dtype=np.float64)[corners] * weights[:, :, None]).sum(1)
         texel = _texels(np.asarray(image.convert("RGB")), uv) / 255
-        # glTF's factor tints the texture; the diffuse colour of an OBJ material is what programs without textures show.
+        # glTF's factor tints the texture; an OBJ material's diffuse colour is only for programs without textures.
         return texel * rgb if hasattr(visual.material, "baseColorFactor") else texel
-    assert visual is not None, "trimesh gives every mesh a visual"
+    assert visual is not None, "trimesh always sets visual"
     if visual.kind == "vertex":
         return (visual.vertex_colors[corners, :3] / 255 * weights[:, :, None]).sum(1)
     return visual.face_colors[face, :3] / 255
 
 
 def texture(mesh: "trimesh.Trimesh") -> "Image | None":
-    """The picture that colours a mesh, perhaps not decoded yet; None if it has none."""
+    """The picture that colours a mesh, possibly not decoded yet; None if it has none."""
     material = getattr(mesh.visual, "material", None)
     return getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
 
@@ -122,14 +122,14 @@ def _texels(picture: npt.NDArray[np.uint8], uv: FloatArray) -> npt.NDArray[np.ui
 
 
 def normalised(cloud: CloudArray) -> CloudArray:
-    """Centre of the bounding box to the origin, longest side to 2, so all of xyz is in [-1, 1]; one scale for all.
+    """Move the bounding box's centre to the origin and scale its longest side to 2, so that xyz is in [-1, 1].
 
-    ValueError if the points span nothing.
+    Raises ValueError if the points have no extent.
     """
     xyz = cloud[:, :3].astype(np.float64)
     low, high = xyz.min(0), xyz.max(0)
     side = (high - low).max()
     if not side > 0:
-        raise ValueError("all points are at one place")
+        raise ValueError("all points are at the same place")
     moved = ((xyz - (low + high) / 2) * (2 / side)).clip(-1, 1)
     return np.concatenate([moved.astype(np.float32), cloud[:, 3:]], axis=1)

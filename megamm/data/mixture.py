@@ -1,10 +1,10 @@
 """The global order of documents: a pure function of (seed, mixture, window), the same on every rank and restart.
 
-Documents come in windows of WINDOW. Of the first k documents, source s has had its share of k rounded to less
-than one document off, whatever k is. A source's documents are permuted anew each epoch, by a keyed Feistel
-network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any position is found
-without storing or drawing the permutation. Hashes are SplitMix64 (Steele et al. 2014); numpy's generators are not
-used because their streams may change between versions, and a resumed run must not.
+Documents are taken in windows of WINDOW. Among the first k documents, the count of each source differs from its share
+of k by less than one document, for every k. A source's documents are permuted again each epoch, by a keyed Feistel
+network with cycle walking (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): any position is computed
+without storing or drawing the permutation. Hashes are SplitMix64 (Steele et al. 2014). numpy's generators are not used
+because their streams may change between versions, which must not change a resumed run.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from megamm.data.sample import IntArray
 from megamm.errors import UserError
 
 WINDOW = 4096
-"""Documents that are shuffled and packed together; part of the order, so not an option."""
+"""Documents that are shuffled and packed together; it is part of the order, so not an option."""
 _ROUNDS = 6
 _Hash = npt.NDArray[np.uint64]
 
@@ -29,7 +29,7 @@ _Hash = npt.NDArray[np.uint64]
 class Source:
     """A sample set in the mixture: its name, relative weight (of documents) and number of documents.
 
-    shards: digest of what the order relies on besides (`SampleSet.digest`), to notice other shards under the name.
+    shards: digest of everything else that the order depends on (`SampleSet.digest`), to detect changed shards.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Window:
-    """The documents of one window in order, `[WINDOW]` each: which sample, its source's epoch, which turn of it.
+    """The documents of one window in order, `[WINDOW]` each: the sample, its source's epoch, and its turn.
 
-    turn: a random number of the sample's own plus the epoch, >= 0; it decides which parts come in which order.
+    turn: a random number per sample plus the epoch, >= 0; it selects the parts and their order.
     """
 
     source: IntArray
@@ -53,7 +53,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Segment:
-    """From window `window` on, these sources have their weights' shares, until the next segment begins."""
+    """These sources have the shares given by their weights from window `window` until the next segment begins."""
 
     window: int
     sources: tuple[Source, ...]
@@ -62,9 +62,9 @@ class Segment:
 class Mixture:
     """Weighted sources in one order; `then` changes them from a window on.
 
-    A source is known by its name: its documents are counted through all segments, so that its epochs go on where
-    they were. `sources` are all that ever were, first seen first. UserError for a source that is empty or could
-    never have its turn.
+    Sources are identified by name: their documents are counted through all segments, so that their epochs continue.
+    `sources` are all that ever took part, in order of first use. Raises UserError for a source that is empty or
+    whose share is too small to be used.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int) -> None:
@@ -72,13 +72,13 @@ class Mixture:
         self.sources: tuple[Source, ...] = ()
         self.segments: tuple[Segment, ...] = ()
         self._bounds: list[list[Fraction]] = []
-        """Of each segment, the cumulated shares of `sources`; exact, so that no machine's rounding is in the order."""
+        """Cumulative shares of `sources`, for each segment; exact, so that rounding cannot change the order."""
         self._append(Segment(0, tuple(sources)))
 
     def then(self, window: int, sources: Sequence[Source]) -> "Mixture":
-        """This mixture before `window`, these sources from it on, in place of what was to begin there or later.
+        """This mixture before `window`, and these sources from there on, replacing any later change.
 
-        UserError if a source has other shards than before.
+        Raises UserError if a source's shards have changed.
         """
         kept = [segment for segment in self.segments if segment.window < window]
         first, *others = [*kept, Segment(window, tuple(sources))]
@@ -88,18 +88,18 @@ class Mixture:
         return changed
 
     def require_same(self, sources: Sequence[Source]) -> None:
-        """UserError if one of these sources has other shards than that of the same name here."""
+        """Raise UserError if the shards of a source differ from those of the same name here."""
         known = {source.name: source for source in self.sources}
         for source in sources:
             before = known.get(source.name, source)
             if (before.documents, before.shards) != (source.documents, source.shards):
-                what = f"source {source.name!r} is not what it was when the run began with it"
-                what += f" ({source.documents:,} samples now, {before.documents:,} then)"
-                remedy = "restore its shards and `documents`, or put the new ones into a folder of another name"
+                what = f"the shards of source {source.name!r} have changed since the run began with it"
+                what += f" ({source.documents:,} samples now, {before.documents:,} before)"
+                remedy = "restore its shards and `documents`, or put the new shards into a folder with another name"
                 raise UserError(what, remedy=remedy)
 
     def has_shares_of(self, sources: Sequence[Source]) -> bool:
-        """Whether the last segment gives these sources the shares that their weights ask for, in whatever order."""
+        """Whether the last segment gives these sources the shares of their weights, in any order."""
         return _shares(self.segments[-1].sources) == _shares(sources)
 
     def _append(self, segment: Segment) -> None:
@@ -116,7 +116,7 @@ class Mixture:
         return [shares.get(source.name, Fraction(0)) for source in self.sources]
 
     def counts(self, documents: int) -> list[int]:
-        """How many of the first `documents` are of each source."""
+        """Number of documents of each source among the first `documents`."""
         counts = [0] * len(self.sources)
         starts = [segment.window * WINDOW for segment in self.segments]
         for start, stop, bounds in zip(starts, [*starts[1:], documents], self._bounds, strict=True):
@@ -128,7 +128,7 @@ class Mixture:
         return counts
 
     def counts_in(self, w: int) -> list[int]:
-        """How many documents of window w are of each source."""
+        """Number of documents of each source in window w."""
         quotas = zip(self.counts(w * WINDOW), self.counts((w + 1) * WINDOW), strict=True)
         return [stop - start for start, stop in quotas]
 
@@ -142,9 +142,9 @@ class Mixture:
             n = self.sources[index].documents
             epochs, places = np.divmod(np.arange(start, stop, dtype=np.int64), n)
             samples = np.empty_like(places)
-            for e in np.unique(epochs).tolist():  # a window may cross the epochs of a small source
+            for e in np.unique(epochs).tolist():  # one window can contain several epochs of a small source
                 samples[epochs == e] = permute(places[epochs == e], n, self._key(index, f"epoch {e}"))
-            # Drawn once a sample, then counted up every epoch: all orders of every sample are seen.
+            # Drawn once per sample, then increased every epoch, so that all orders of every sample occur.
             first = _hash(samples.astype(np.uint64) ^ self._key(index, "turn")).astype(np.int64) & 0x7FFFFFFF
             source.append(np.full(stop - start, index, dtype=np.int64))
             sample.append(samples)
@@ -159,10 +159,10 @@ class Mixture:
 
 def _check(sources: Sequence[Source]) -> None:
     if not sources:
-        raise UserError("no data sources", remedy="name at least one under `data` in the config")
+        raise UserError("no data sources", remedy="add at least one under data.sources")
     for source in sources:
         if not 0 < source.weight < float("inf"):
-            raise UserError(f"source {source.name!r} has weight {source.weight}", remedy="give a weight above 0")
+            raise UserError(f"source {source.name!r} has weight {source.weight}", remedy="set a weight above 0")
         if source.documents < 1:
             raise UserError(f"source {source.name!r} has no documents", remedy="remove it or build its shards")
     if len({source.name for source in sources}) < len(sources):
@@ -179,12 +179,12 @@ def _shares(sources: Sequence[Source]) -> dict[str, Fraction]:
 
 
 def permute(places: IntArray, n: int, key: np.uint64) -> IntArray:
-    """Where a permutation of range(n), chosen by the key, takes these places (each in [0, n))."""
+    """The images of these places (each in [0, n)) under a permutation of range(n) chosen by the key."""
     half = max(1, -(-(n - 1).bit_length() // 2))
     mask = np.uint64((1 << half) - 1)
     result = places.astype(np.uint64)
     outside = np.ones(len(result), dtype=np.bool_)
-    while outside.any():  # walk the cycle of the larger power of two until it is back inside; < 4 steps on average
+    while outside.any():  # follow the cycle in the larger power of two back into the range; < 4 steps on average
         left, right = result[outside] >> np.uint64(half), result[outside] & mask
         for turn in range(_ROUNDS):
             salt = key + np.uint64(turn * 0x9E3779B9)

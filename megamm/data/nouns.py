@@ -1,7 +1,7 @@
-"""What a caption is about, so that held-out data shares no subject with the training data.
+"""Extracts the subject of a caption, so that held-out data shares no subject with the training data.
 
-In: a caption. Out: its normalised noun, e.g. "man health worker: medium skin tone" -> "health worker". Every
-variant of a noun (skin tone, gender, colour, direction, number, plural), from every source, hashes to one side.
+In: a caption. Out: its normalised noun, e.g. "man health worker: medium skin tone" -> "health worker". All variants of
+a noun (skin tone, gender, colour, direction, number, plural), from every source, are hashed into the same split.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 def normalise_noun(caption: str) -> str:
-    """The caption's words: lower-case, singular, unordered, without variant words unless there are no others."""
+    """The caption's words: lower-case, singular, sorted, without variant words unless there are no others."""
     words = _WORD.findall(caption.casefold())
     kept = [word for word in words if word not in _VARIANTS] or words or [caption.strip()]
     return " ".join(sorted({_singular(word) for word in kept}))

@@ -1,10 +1,10 @@
-"""Packing: documents to rows of fixed length, with attention, loss and positions kept inside each document.
+"""Packs documents into rows of fixed length; attention, loss and positions stay inside each document.
 
 A document renders as `<document_start> part part ... <document_end>`; a text part is its ids, a media part is
-`<X_start> ids <X_end>`; all ids are shifted to their range of the vocabulary. Rows are planned from lengths alone,
-one after the other and the longest documents first, each filled exactly where a subset sum does (minimum bin
-slack: Gupta & Ho 1999). Positions (t, h, w) follow Qwen2-VL (Wang et al. 2024, section 2.1): text counts all
-three up, a media part starts at the running position, what follows starts at its maximum + 1.
+`<X_start> ids <X_end>`; all ids are shifted to their range of the vocabulary. Rows are planned from lengths alone, one
+after the other and the longest documents first; a row is filled exactly if a subset sum allows it (minimum bin slack:
+Gupta & Ho 1999). Positions (t, h, w) follow Qwen2-VL (Wang et al. 2024, section 2.1): text increments all three, a
+media part starts at the running position, and the next part starts at its maximum + 1.
 Lengths are in tokens; the arrays of a row are described in `sample.Row`.
 """
 
@@ -25,36 +25,36 @@ DOCUMENT_MARKS = 2
 MEDIA_MARKS = 2
 """<X_start> and <X_end> around a media part."""
 _EXACT = 3
-"""How many documents of a row, about, are chosen so that it gets full; more gain nothing and cost time."""
+"""About how many documents of a row are chosen to fill it exactly; more gain nothing and cost time."""
 _CANDIDATES = 32
-"""Of how many lengths they are chosen, about, where there are more."""
+"""About how many lengths they are chosen from."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A modality's parts: `Modality.positions` (length T to `[3, T]`), and whether all parts are equally long."""
+    """A modality's parts: `Modality.positions` (length T to `[3, T]`), and whether all parts have the same length."""
 
     positions: Callable[[int], IntArray]
     has_fixed_length: bool
 
 
 Forms = Mapping[str, Form]
-"""By modality name."""
+"""Forms by modality name."""
 
 
 def document_length(*parts: tuple[str, int]) -> int:
-    """Tokens of a document in a row, marks included, from (modality, tokens) of its parts."""
+    """Tokens of a document in a row, including marks, from (modality, tokens) of its parts."""
     return DOCUMENT_MARKS + sum(length + (0 if name == "text" else MEDIA_MARKS) for name, length in parts)
 
 
 def plan_rows(lengths: IntArray, row_length: int) -> list[list[int]]:
-    """Which documents `[documents]` go into which row; each exactly once, in order within a row.
+    """Assign the documents `[documents]` to rows: each exactly once, in order within a row.
 
-    UserError if a document is longer than a row.
+    Raises UserError if a document is longer than a row.
     """
     if lengths.size and lengths.max() > row_length:
-        what = f"document {int(lengths.argmax())} has {lengths.max()} tokens, a row {row_length}"
-        raise UserError(what, remedy=f"set seq_length to at least {lengths.max()}")
+        what = f"document {int(lengths.argmax())} has {lengths.max()} tokens, but a row has {row_length}"
+        raise UserError(what, remedy=f"set data.seq_length to at least {lengths.max()}")
     waiting: dict[int, list[int]] = {}  # length -> its documents, the first one last
     for i in range(len(lengths) - 1, -1, -1):
         waiting.setdefault(int(lengths[i]), []).append(i)
@@ -67,12 +67,12 @@ def plan_rows(lengths: IntArray, row_length: int) -> list[list[int]]:
             if not waiting[length]:
                 del distinct[bisect_left(distinct, length)]
         rows.append(sorted(row))
-    # By first document, so that rows of long documents do not all come first.
+    # Sorted by first document, so that rows of long documents do not all come first.
     return sorted(rows)
 
 
 def _fill_row(distinct: list[int], waiting: Mapping[int, list[int]], space: int) -> list[int]:
-    """Lengths to put into an empty row: the longest first; the last few are those that leave the least space."""
+    """Lengths for an empty row: the longest first; the last few are chosen to leave the least space."""
     taken: list[int] = []
     place = len(distinct)
     while place := bisect_right(distinct, space, 0, place):
@@ -91,7 +91,7 @@ def _fill_row(distinct: list[int], waiting: Mapping[int, list[int]], space: int)
 
 
 def _best_sum(candidates: list[int], waiting: Mapping[int, list[int]], taken: list[int], space: int) -> list[int]:
-    """The lengths with the largest sum up to `space`: subset sum, the reachable sums being the bits of an integer."""
+    """The lengths with the largest sum up to `space`: subset sum, with reachable sums as the bits of an integer."""
     reachable, steps = 1, []
     mask = (1 << (space + 1)) - 1
     for length in candidates:
@@ -112,9 +112,9 @@ def _best_sum(candidates: list[int], waiting: Mapping[int, list[int]], taken: li
 
 
 def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, forms: Forms) -> Row:
-    """One row `[S = row_length]` of documents that fit into it. UserError if an id is outside its codec's range."""
+    """Pack documents that fit into one row `[S = row_length]`. Raises UserError if an id is out of range."""
     used = sum(document_length(*document.sizes) for document in documents)
-    assert used <= row_length, "plan_rows puts no more into a row than fits"
+    assert used <= row_length, "plan_rows never exceeds a row"
     row = Row(
         input_ids=np.full(row_length, vocabulary.padding, dtype=np.int64),
         labels=np.full(row_length, IGNORE_LABEL, dtype=np.int64),
@@ -124,7 +124,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, for
         modality=np.full(row_length, -1, dtype=np.int64),
     )
     counts_to = np.full(row_length, -1, dtype=np.int64)
-    """The modality whose loss a token counts to as a label `[S]`; -1 for one that is certain, or given."""
+    """The modality whose loss a token counts towards as a label `[S]`; -1 for a token that is certain or given."""
     start = 0
     for segment, document in enumerate(documents):
         stop = _render(document, row, counts_to, start, vocabulary, forms)
@@ -138,7 +138,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, for
 
 
 class _Codes(NamedTuple):
-    """What packing asks of the vocabulary for one modality; begin and end are -1 for text, which has no marks."""
+    """The vocabulary values that packing needs for one modality; begin and end are -1 for text, which has no marks."""
 
     number: int
     start: int
@@ -149,7 +149,7 @@ class _Codes(NamedTuple):
 
 @cache
 def _codes(vocabulary: Vocabulary) -> dict[str, _Codes]:
-    """By modality: a row has hundreds of parts, and the vocabulary searches its ranges for each."""
+    """Codes by modality: a row has hundreds of parts, and the vocabulary searches its ranges on each access."""
     codes = {}
     for number, name in enumerate(vocabulary.modalities):
         marks = (-1, -1) if name == "text" else (vocabulary.begin(name), vocabulary.end(name))
@@ -158,7 +158,7 @@ def _codes(vocabulary: Vocabulary) -> dict[str, _Codes]:
 
 
 def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocabulary: Vocabulary, forms: Forms) -> int:
-    """Write ids, positions and modalities of a document into a row from `start` on; returns where it ends."""
+    """Write ids, positions and modalities of a document into a row from `start` on; returns the end position."""
     codes = _codes(vocabulary)
     place, at = start, 0  # the next token's index in the row, and its position if it is text
 
@@ -179,7 +179,7 @@ def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocab
             row.position[:, place:stop] = position + at
             place, at = stop, at + int(position.max()) + 1
         if code.end >= 0:
-            # Where the length is known, the end mark is certain: nothing to learn.
+            # If the length is fixed, the end mark is certain: there is nothing to learn.
             mark(code.end, -1 if form.has_fixed_length else code.number)
         if number < document.given:
             counts_to[start:place] = -1
@@ -190,7 +190,7 @@ def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocab
 def _check_ids(part: Part, key: str, code: _Codes) -> None:
     if not 0 <= part.ids.min() <= part.ids.max() < code.size:
         what = f"{part.modality} token id {part.ids.max()} in sample {key!r}, but its codec has {code.size}"
-        raise UserError(what, remedy="delete that token cache and run `megamm data tokenize` with this codec")
+        raise UserError(what, remedy="delete this token cache and run `megamm data tokenize` with this codec")
 
 
 def padding_share(row: Row) -> float:

@@ -1,8 +1,8 @@
-"""Personal data in texts masked: e-mail addresses, phone numbers, IP addresses and payment cards.
+"""Masks personal data in texts: e-mail addresses, phone numbers, IP addresses and payment cards.
 
-In: a text. Out: the text with <EMAIL>, <PHONE>, <IP> and <CARD> in their place, and how many of each. Phone numbers
-are those in international form (+49 30 1234567) and North American ones (555-123-4567); cards have 13 to 19 digits
-and a valid check digit (Luhn, ISO/IEC 7812-1). Names and postal addresses are not found.
+In: a text. Out: the text with <EMAIL>, <PHONE>, <IP> and <CARD> in their place, and the count of each. Phone numbers
+are recognised in international form (+49 30 1234567) and in North American form (555-123-4567); cards have 13 to 19
+digits and a valid check digit (Luhn, ISO/IEC 7812-1). Names and postal addresses are not detected.
 """
 
 import ipaddress
@@ -27,14 +27,14 @@ def mask(text: str) -> tuple[str, Counter[str]]:
 
 
 def is_card(text: str) -> bool:
-    """Whether 13 to 19 digits, maybe with spaces or hyphens, have a valid Luhn check digit and are not all equal."""
+    """Whether 13 to 19 digits, optionally with spaces or hyphens, are not all equal and pass the Luhn check."""
     digits = [int(character) for character in text if character.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
 
 
 def is_address(text: str) -> bool:
-    """Whether this is an IP address. Of version 6 with three groups or more: `a::b` is code more often."""
+    """Whether this is an IP address. Version 6 needs at least three groups: `a::b` is more often code."""
     try:
         address = ipaddress.ip_address(text)
     except ValueError:
@@ -54,4 +54,4 @@ _KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
     ),
     ("PHONE", re.compile(r"(?<![\w.-])(?:\([0-9]{3}\) ?|[0-9]{3}[-. ])[0-9]{3}[-. ][0-9]{4}(?![\w-])"), bool),
 )
-"""Kind, what it may look like (each of bounded length, so that no text takes long), and whether it is meant."""
+"""Kind, pattern (of bounded length, so that no text takes long), and the check of a match."""

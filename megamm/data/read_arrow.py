@@ -1,9 +1,9 @@
-"""Tables of the Hugging Face `datasets` library, by pyarrow alone: parquet files, or a folder of `save_to_disk`.
+"""Reads tables of the Hugging Face `datasets` library, with pyarrow only: parquet files, or a `save_to_disk` folder.
 
-In: a .parquet or .arrow file, or a folder with such anywhere in it. Columns "caption" or "text" are strings; "image",
-"audio", "video", ... (the names of the modalities) are bytes, or what the library's own features hold: {"bytes",
-"path"}; "key" and "noun" may be given. Out: samples, whose media are copied row by row to one file in the spool
-folder. Rows whose media lie elsewhere (bytes missing) are named as broken; other columns are ignored by name.
+In: a .parquet or .arrow file, or a folder with such files at any depth. Columns "caption" or "text" are strings;
+"image", "audio", "video", ... (the names of the modalities) are bytes, or the library's own features: {"bytes",
+"path"}; "key" and "noun" are optional. Out: samples, whose media are copied row by row to one file in the spool
+folder. Rows whose media are stored elsewhere (no bytes) are reported as broken; other columns are ignored and reported.
 """
 
 from collections.abc import Iterator
@@ -28,10 +28,10 @@ _SIGNATURES = (
 
 
 def read_arrow(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
-    """The rows of all tables, in order of the files' names."""
+    """The rows of all tables, sorted by file name."""
     files = sorted(p for p in raw.rglob("*") if p.suffix in (".parquet", ".arrow")) if raw.is_dir() else [raw]
     if not files or not raw.exists():
-        remedy = "name parquet files, a folder of them, or a folder saved by datasets.save_to_disk"
+        remedy = "give parquet files, a folder of them, or a folder saved by datasets.save_to_disk"
         raise UserError("no .parquet or .arrow files", where=raw, remedy=remedy)
     with (spool / "media").open("wb") as media:
         for file in files:
@@ -46,7 +46,7 @@ def read_arrow(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 
 class UnreadableTable(ValueError):
-    """A file that is no table, or ends too early."""
+    """A file that is not a table, or is truncated."""
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
@@ -54,7 +54,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         from pyarrow import ipc, parquet
     except ImportError as error:
-        raise UserError("reading tables needs pyarrow", remedy="pip install pyarrow") from error
+        raise UserError("reading tables needs pyarrow", remedy="install it: pip install pyarrow") from error
     try:
         if file.suffix == ".parquet":
             with parquet.ParquetFile(file) as table:
@@ -92,13 +92,13 @@ def _medium(value: Any, modality: str) -> tuple[bytes, str]:
     """(bytes, path or "") of a cell."""
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if not isinstance(data, bytes):
-        where = f", it lies at {path!r}" if path else ""
+        where = f", it is stored at {path!r}" if path else ""
         raise UnusableSample(f"the {modality} is not in the table{where}")
     return data, path if isinstance(path, str) else ""
 
 
 def _ending(data: bytes, path: str) -> str:
-    """The ending of the path, if there is one, else that of the format which the bytes begin with; or "unknown"."""
+    """The path's extension, if any, else that of the format detected from the first bytes, else "unknown"."""
     if suffix := Path(path).suffix:
         return suffix.lower().lstrip(".")
     if data[:4] == b"RIFF":

@@ -1,8 +1,8 @@
-"""WebDataset tars made by others, read in place: only headers and texts are read here, media by their offset later.
+"""Reads WebDataset tars made by other tools in place: headers and texts now, media later by their offset.
 
-In: a folder of .tar files (or one), whose members `<folder/key>.<ending>` belong together where they follow each
-other (see `members` for the endings). Out: samples with the key `<tar>-<key>`. Nothing is extracted: a member whose
-name leads out of the folder, a link, a device or a sparse file is named as broken.
+In: a folder of .tar files (or one file). Consecutive members `<folder/key>.<extension>` belong together (see `members`
+for the extensions). Out: samples with the key `<tar>-<key>`. Nothing is extracted: a member with path traversal in its
+name, a link, a device or a sparse file is reported as broken.
 Format: Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning".
 """
 
@@ -17,10 +17,10 @@ from megamm.errors import UserError
 
 
 def read_webdataset(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
-    """The samples of all tars, in order of their names."""
+    """The samples of all tars, sorted by tar name."""
     tars = sorted(raw.rglob("*.tar")) if raw.is_dir() else [raw]
     if not tars or not raw.exists():
-        raise UserError("no .tar files", where=raw, remedy="name a folder of WebDataset tars, or one; unpack .tar.gz")
+        raise UserError("no .tar files", where=raw, remedy="give a folder of WebDataset tars, or one; unpack .tar.gz")
     for tar in tars:
         name = tar.relative_to(raw).with_suffix("").as_posix() if raw.is_dir() else tar.stem
         for key, entries in groupby(_members(tar), key=lambda entry: entry[0]):
@@ -35,7 +35,7 @@ def read_webdataset(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 
 def _members(tar: Path) -> Iterator[tuple[str, Member | Broken]]:
-    """(key, member) of every file in a tar, or why it is not read: its whole sample is left out then."""
+    """(key, member) of every file in a tar, or the reason it is not read, in which case its sample is skipped."""
     try:
         with tarfile.open(tar, "r:") as file:
             for info in file:
@@ -52,20 +52,20 @@ def _members(tar: Path) -> Iterator[tuple[str, Member | Broken]]:
                     data = opened.read(MAX_TEXT_BYTES + 1) if opened else b""
                 span = Span(tar, info.offset_data, info.size)
                 yield key, Member(ending.lower(), what, data, span)
-            # tarfile takes a damaged header for the end.
+            # tarfile treats a damaged header as the end.
             with tar.open("rb") as plain:
                 plain.seek(file.offset)
                 if plain.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    yield "", Broken(tar.name, "cut off or damaged after its last whole member")
+                    yield "", Broken(tar.name, "truncated or damaged after its last complete member")
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         yield tar.name, Broken(tar.name, f"unreadable from here on: {error}")
 
 
 def _fault(info: tarfile.TarInfo, path: PurePosixPath) -> str | None:
     if path.is_absolute() or ".." in path.parts:
-        return "its name leads out of the folder"
+        return "its path leads outside the folder"
     if info.issym() or info.islnk():
         return "a link"
     if not (info.isreg() or info.isdir()):
-        return "a device, a pipe or of an unknown kind"
+        return "a device, a pipe or an unknown type"
     return "a sparse file" if info.issparse() else None

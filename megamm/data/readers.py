@@ -1,11 +1,11 @@
-"""The forms in which raw data may lie, each as a reader: `megamm data build --from samples|folder|jsonl|...`.
+"""The formats of raw data, each with a reader: `megamm data build --from samples|folder|jsonl|...`.
 
-In: a folder or file, and an empty folder for what has to be unpacked. Out: its samples, and by name what cannot be
-used. No reader decodes media, follows a path out of its folder or writes anything but that folder.
+In: a folder or file, and an empty folder for unpacked data. Out: its samples, and by name everything unusable. Readers
+do not decode media, follow paths out of their folder or write anywhere else.
     samples      a folder with samples.jsonl (see `samples`)
-    folder       files of one stem are a sample: cat.png + cat.txt + cat.flac; folders inside are part of the key
-    jsonl        any file of such lines, paths relative to it
-    webdataset   a folder of WebDataset tars, or one, made by others (see `read_webdataset`)
+    folder       files with the same stem are a sample: cat.png + cat.txt + cat.flac; subfolders are part of the key
+    jsonl        any file of such lines, with paths relative to it
+    webdataset   a folder of WebDataset tars, or a single one, made by other tools (see `read_webdataset`)
     hf-datasets  a folder saved by `datasets.save_to_disk`, or parquet files (see `read_arrow`)
 """
 
@@ -27,7 +27,7 @@ def media_root(raw: Path) -> Path:
 
 
 def source_name(raw: Path) -> str:
-    """The name of the source that raw data becomes: the folder's, or the file's without its ending."""
+    """The source's name for raw data: the folder's name, or the file's without its extension."""
     raw = raw.resolve()
     return raw.stem if raw.is_file() else raw.name
 
@@ -38,24 +38,24 @@ def _read_samples(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 def _read_jsonl(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
     if not raw.is_file():
-        raise UserError("not a file of JSON lines", where=raw, remedy="name the .jsonl file itself")
+        raise UserError("not a file of JSON lines", where=raw, remedy="give the .jsonl file itself")
     return read_lines(raw)
 
 
 def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
     if not raw.is_dir():
-        raise UserError("no such folder", where=raw, remedy="name a folder of media files")
+        raise UserError("no such folder", where=raw, remedy="give a folder of media files")
     stems: dict[str, list[Path]] = {}
     for path in sorted(raw.rglob("*")):
         relative = path.relative_to(raw)
         if any(name.startswith(".") for name in relative.parts) or relative.as_posix() in _NO_SAMPLES:
             continue
         if path.is_symlink() and not path.resolve().is_relative_to(raw.resolve()):
-            yield Broken(relative.as_posix(), "a link that leads out of the folder")
+            yield Broken(relative.as_posix(), "a link that leads outside the folder")
         elif path.is_file():
             stems.setdefault(relative.with_suffix("").as_posix(), []).append(relative)
         elif not path.is_dir():
-            yield Broken(relative.as_posix(), "not a plain file")
+            yield Broken(relative.as_posix(), "not a regular file")
     for stem, files in stems.items():
         try:
             yield assemble(fit_key(stem), [_member(raw, file) for file in files])

@@ -1,7 +1,7 @@
-"""Pictures of point clouds: float32 `[N, 9]` (data/meshes.py) -> uint8 `[size, size, 3]`, with numpy alone.
+"""Renders pictures of point clouds: float32 `[N, 9]` (data/meshes.py) -> uint8 `[size, size, 3]`, with numpy only.
 
-Orthographic view of points drawn as discs, the nearest on top (painter's algorithm), lit from the camera's upper
-left. The y axis points up. For a mesh, sample it densely once (`cloud_from_mesh`) and render every view of that.
+Orthographic view; points are drawn as discs, nearest on top (painter's algorithm), lit from the camera's upper left.
+The y axis points up. For a mesh, sample it densely once (`cloud_from_mesh`) and render all views from that.
 """
 
 import math
@@ -12,19 +12,19 @@ import numpy.typing as npt
 from megamm.data.meshes import CloudArray
 
 ELEVATION = math.radians(20)
-"""The camera looks down by this angle, so that the tops of things are seen."""
+"""The camera looks down at this angle, so that the tops of things are visible."""
 LIGHT = np.array([-0.4, 0.6, 0.7]) / math.sqrt(0.4**2 + 0.6**2 + 0.7**2)
 """Direction to the light, in camera axes: right, up, towards the viewer."""
 AMBIENT = 0.45
 FILL = 0.95
-"""Share of the picture that the cloud's bounding sphere spans: the same scale at every angle."""
+"""Share of the picture that the cloud's bounding sphere spans: the scale is the same at every angle."""
 SUPERSAMPLING = 2
 COVER = 6.0
-"""Discs are so large that their squares would cover the picture this many times: enough to close the surface."""
+"""Total area of the discs' bounding squares, in pictures: enough to close the surface."""
 
 
 def render(cloud: CloudArray, angle: float, size: int) -> npt.NDArray[np.uint8]:
-    """One picture on white, uint8 `[size, size, 3]`; angle: degrees the cloud is turned about the y axis.
+    """One picture on white, uint8 `[size, size, 3]`; angle: rotation of the cloud about the y axis in degrees.
 
     The cloud need not be normalised: its bounding box is centred and scaled.
     """
@@ -40,18 +40,18 @@ def render(cloud: CloudArray, angle: float, size: int) -> npt.NDArray[np.uint8]:
     column = np.floor(fine / 2 + x[far_first, None] + across).astype(np.int64)
     row = np.floor(fine / 2 - y[far_first, None] + down).astype(np.int64)
     pixel = row.clip(0, fine - 1) * fine + column.clip(0, fine - 1)
-    light = AMBIENT + (1 - AMBIENT) * np.abs(cloud[:, 3:6] @ (LIGHT @ camera))  # both sides: windings are unreliable
+    light = AMBIENT + (1 - AMBIENT) * np.abs(cloud[:, 3:6] @ (LIGHT @ camera))  # both sides: orientation is unreliable
     colour = (cloud[:, 6:9] * light[:, None]).clip(0, 1)[far_first]
     nearest = np.full(fine * fine, -1, dtype=np.int64)
-    # Of repeated indices the last assigned stays: the nearest point.
+    # For repeated indices the last assignment wins: the nearest point.
     nearest[pixel.ravel()] = np.repeat(np.arange(len(cloud)), pixel.shape[1])
     picture = np.where(nearest[:, None] >= 0, colour[nearest], 1.0)
     blocks = picture.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3)
-    return (blocks.mean(1).mean(2) * 255).round().astype(np.uint8)  # one axis at a time is thrice as fast
+    return (blocks.mean(1).mean(2) * 255).round().astype(np.uint8)  # one axis at a time is three times as fast
 
 
 def _camera(angle: float) -> npt.NDArray[np.float64]:
-    """Rows: the camera's right, up and towards-the-viewer axes in the cloud's frame."""
+    """Rows: the camera's right, up and towards-the-viewer axes in the cloud's coordinates."""
     sin, cos = math.sin(angle), math.cos(angle)
     turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
     sin, cos = math.sin(ELEVATION), math.cos(ELEVATION)

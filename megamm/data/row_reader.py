@@ -1,9 +1,9 @@
-"""From where a row's tokens lie to the row: all that a data worker does, and all that it needs.
+"""Reads a row from the places of its tokens: the complete task of a data worker, with everything it needs.
 
     RowReader(vocabulary, row_length, forms).row(recipe) -> Row
 
-A recipe names every member that is read, so that a worker holds no index of a data set and starts from some
-kilobytes. Nothing here knows of ranks, sources or order.
+A recipe names every member to read, so a worker holds no index of a data set and starts with a few kilobytes. This
+module is independent of ranks, sources and order.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from megamm.model.vocabulary import Vocabulary
 
 
 class StoredPart(NamedTuple):
-    """Tokens [start, stop) of a member that has `tokens` of them."""
+    """Tokens [start, stop) of a member that has `tokens` tokens in total."""
 
     modality: str
     member: Stored
@@ -28,7 +28,7 @@ class StoredPart(NamedTuple):
 
 
 class StoredDocument(NamedTuple):
-    """A sample's key and the parts of it that are in the row, in reading order; given: see sample.Document."""
+    """A sample's key and its parts in the row, in reading order; given: see sample.Document."""
 
     key: str
     parts: tuple[StoredPart, ...]
@@ -40,20 +40,20 @@ Recipe = tuple[StoredDocument, ...]
 
 
 class RowReader:
-    """Reads and packs rows of `row_length` tokens. It can be sent to another process, which opens files of its own."""
+    """Reads and packs rows of `row_length` tokens. A copy in another process opens its own files."""
 
     def __init__(self, vocabulary: Vocabulary, row_length: int, forms: Forms) -> None:
         self.vocabulary, self.row_length, self.forms = vocabulary, row_length, forms
         self.tars = TarReader()
 
     def row(self, recipe: Recipe) -> Row:
-        """UserError if a member is damaged or not what its index says."""
+        """Read a row. Raises UserError if a member is damaged or does not match its index."""
         documents = [read_document(self.tars, document) for document in recipe]
         return pack(documents, self.vocabulary, self.row_length, self.forms)
 
 
 def read_document(tars: TarReader, document: StoredDocument) -> Document:
-    """The tokens of a document."""
+    """Read the tokens of a document."""
     parts = tuple(Part(part.modality, _ids(tars, document.key, part)) for part in document.parts)
     return Document(document.key, parts, document.given)
 
@@ -62,9 +62,9 @@ def _ids(tars: TarReader, key: str, part: StoredPart) -> IntArray:
     try:
         ids = tokens_from_bytes(tars.read(part.member))
     except (ValueError, EOFError) as error:
-        raise _bad_cache(f"broken tokens of {key!r}", part) from error
+        raise _bad_cache(f"damaged tokens of {key!r}", part) from error
     if ids.size != part.tokens:
-        raise _bad_cache(f"tokens of {key!r} are not as many as its index says", part)
+        raise _bad_cache(f"the number of tokens of {key!r} does not match the index", part)
     return ids[part.start : part.stop]
 
 

@@ -1,10 +1,10 @@
-"""The one global sequence of packed rows: documents in the mixture's order, a window at a time, packed to rows.
+"""The global sequence of packed rows: documents in the mixture's order, packed into rows window by window.
 
-    RowStream   .plan(r) -> RowPlan (what row r is made of)   .locate(plan) -> Recipe (where it lies)   .row(r) -> Row
+    RowStream   .plan(r) -> RowPlan (content of row r)   .locate(plan) -> Recipe (where it is stored)   .row(r) -> Row
 
-Row r is a pure function of (seed, mixture, shards, vocabulary, row_length): it knows no rank and no world size.
-Windows are planned one after the other, because each has as many rows as it needs; a resumed stream starts at the
-window that the checkpoint recorded (`place`), not at the first.
+Row r is a pure function of (seed, mixture, shards, vocabulary, row_length), independent of ranks and world size.
+Windows are planned one after the other, because their numbers of rows differ; a resumed stream starts at the window
+recorded in the checkpoint (`place`).
 """
 
 from bisect import bisect_right
@@ -27,7 +27,7 @@ _WINDOWS_KEPT = 4
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What a row is made of: (source, sample, piece of it) of each document in it, by number; tokens of each."""
+    """The content of a row: (source, sample, piece) of each document in it, by number; tokens of each."""
 
     documents: tuple[tuple[int, int, Piece], ...]
     lengths: tuple[int, ...]
@@ -42,10 +42,10 @@ class Place:
 
 
 class RowStream:
-    """The endless sequence, from `start` on. sample_sets are in the order of mixture.sources; None for one whose
+    """The endless sequence, from `start` on.
 
-    documents are all before. UserError if a sample with media is longer than a row; text alone and interleaved
-    documents are cut.
+    sample_sets are in the order of mixture.sources; None for a source whose documents are all before `start`. Raises
+    UserError if a sample with media is longer than a row; text-only and interleaved documents are cut.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RowStream:
         self.sample_sets, self.mixture, self.start = list(sample_sets), mixture, start
         self.reader = RowReader(vocabulary, row_length, forms)
         self._first_rows = [start.row]
-        """First row of each window from `start` on, as far as they are planned."""
+        """First row of each planned window from `start` on."""
         self._windows: OrderedDict[int, list[RowPlan]] = OrderedDict()
 
     @property
@@ -81,19 +81,19 @@ class RowStream:
 
     def place(self, r: int) -> Place:
         """The window that row r is in."""
-        assert r >= self.start.row, "a stream begins at its start"
+        assert r >= self.start.row, "a stream has no rows before its start"
         while self._first_rows[-1] <= r:
             self.first_row(self.start.window + len(self._first_rows))
         w = bisect_right(self._first_rows, r) - 1
         return Place(self.start.window + w, self._first_rows[w])
 
     def plan(self, r: int) -> RowPlan:
-        """What row r is made of."""
+        """The content of row r."""
         place = self.place(r)
         return self._window(place.window)[r - place.row]
 
     def locate(self, plan: RowPlan) -> Recipe:
-        """Where the tokens of a planned row lie, for `RowReader.row`."""
+        """The places of a planned row's tokens, for `RowReader.row`."""
         return tuple(self._set(source).locate(sample, piece) for source, sample, piece in plan.documents)
 
     def row(self, r: int) -> Row:
@@ -102,7 +102,7 @@ class RowStream:
 
     def _set(self, source: int) -> SampleSet:
         sample_set = self.sample_sets[source]
-        assert sample_set is not None, "a source is left out only when its last window is over"
+        assert sample_set is not None, "a source is absent only after its last window"
         return sample_set
 
     def _window(self, w: int) -> list[RowPlan]:
@@ -129,6 +129,6 @@ def _check_lengths(sample_set: SampleSet, row_length: int) -> None:
     needed = sample_set.needed
     if needed.max() > row_length:
         key = sample_set.keys[int(needed.argmax())]
-        what = f"sample {key!r} needs {needed.max()} tokens, a row has {row_length} "
+        what = f"sample {key!r} needs {needed.max()} tokens, but a row has {row_length} "
         what += f"({int((needed > row_length).sum())} such samples)"
-        raise UserError(what, where=sample_set.folder, remedy=f"set seq_length to at least {needed.max()}")
+        raise UserError(what, where=sample_set.folder, remedy=f"set data.seq_length to at least {needed.max()}")

@@ -1,6 +1,6 @@
-"""All the data of a run, opened and checked before any step: vocabulary, training rows, held-out rows.
+"""Opens and checks all data of a run before any step: vocabulary, training rows, held-out rows.
 
-Also run by `--dry-run` and by the launcher, so that a missing or damaged shard costs no process start.
+`--dry-run` and the launcher also run it, so that a missing or damaged shard is found before processes start.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from megamm.modalities.base import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
 HELDOUT_ROWS = 64
-"""At most so many held-out rows are read at an evaluation during training."""
+"""Maximum number of held-out rows read at an evaluation during training."""
 
 
 @dataclass
 class RunData:
-    """What `open_run_data` gives; heldout_rows are packed from whole held-out documents in order."""
+    """The result of `open_run_data`; heldout_rows are packed from whole held-out documents in order."""
 
     vocabulary: Vocabulary
     modalities: dict[str, Modality]
@@ -38,10 +38,10 @@ class RunData:
     sources: list[OpenSource]
     order: Order
     resumed: dict[str, Any] | None = None
-    """The history that the run was resumed with."""
+    """The history that the run resumed from."""
 
     def resume(self, recorded: dict[str, Any], consumed_rows: int) -> Change | None:
-        """Go on with the mixture as recorded, changed where the config differs. UserError as in `history.resume`."""
+        """Resume the recorded mixture, changed where the config differs. Raises UserError as `history.resume` does."""
         codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
 
         def open_removed(path: Path, kind: DocumentKind) -> SampleSet:
@@ -56,19 +56,19 @@ class RunData:
         return history.to_json(self.stream, consumed_rows, self.resumed)
 
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
-        """This data rank's microbatches of every evaluation step; the same rows at every layout, each once."""
-        # A pipeline is filled by as many microbatches as it has stages.
+        """This data rank's microbatches of each evaluation step; together the same rows at every layout, each once."""
+        # A pipeline needs as many microbatches as it has stages.
         micro, microbatches = config.train.micro_batch, config.parallel.pipeline
         empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities, config.data.seq_length))
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
             parts = [self.heldout_rows[start : start + micro] for start in starts]
-            # A rank without a row left takes part with padding, which counts nothing.
+            # A rank without rows takes part with padding, which does not count.
             yield [Batch.stack(part + [empty] * (micro - len(part))) for part in parts]
 
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
-    """The modalities of the configured codecs, on `device`, in the registry's order. UserError for an unknown codec."""
+    """Load the modalities of the configured codecs, in the registry's order. Raises UserError for an unknown codec."""
     for family in tokenizers:
         if family not in families():
             raise UserError(f"tokenizers.{family}: no such codec", remedy=f"the codecs are {', '.join(families())}")
@@ -76,15 +76,15 @@ def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> 
 
 
 def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:
-    """The one vocabulary over these codecs."""
+    """The vocabulary over these codecs."""
     return Vocabulary.of({name: (m.vocabulary_size, m.codec_id) for name, m in modalities.items()})
 
 
 @dataclass(frozen=True)
 class PositionTable:
-    """Positions of every length up to that of `longest` `[3, length]`, without the codec: a data worker gets it.
+    """Positions `[3, length]` for every length up to that of `longest`, for data workers, which have no codec.
 
-    A part's positions begin alike however long it gets, since one that is generated has no length yet.
+    A part's first positions do not depend on its length, since the length of a generated part is not known yet.
     """
 
     longest: IntArray
@@ -94,7 +94,7 @@ class PositionTable:
 
 
 def forms_of(modalities: dict[str, Modality], row_length: int) -> Forms:
-    """What packing into rows of that many tokens has to know of each modality's parts."""
+    """The properties of each modality's parts that packing into rows of that many tokens needs."""
     return {
         name: Form(
             PositionTable(m.positions(m.tokens_per_item or row_length - row_length % m.stride)),
@@ -105,7 +105,7 @@ def forms_of(modalities: dict[str, Modality], row_length: int) -> Forms:
 
 
 def open_run_data(config: RunConfig) -> RunData:
-    """Open codecs and shards of the config. UserError names what is missing, damaged or does not fit."""
+    """Open the codecs and shards of the config. Raises UserError for missing, damaged or mismatched data."""
     modalities = load_modalities(config.tokenizers)
     for name in config.loss_weights:
         if name not in modalities:
@@ -125,7 +125,7 @@ def open_run_data(config: RunConfig) -> RunData:
 
 
 def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
-    """Rows of the first held-out documents of all sources in turn, as many as are evaluated."""
+    """Rows of the first held-out documents, from all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
     turns = [_usable_documents(samples, length) for samples in sets]
     documents: list[Document] = []

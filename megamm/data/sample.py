@@ -1,4 +1,4 @@
-"""What flows through the data path, and the shape legend of the whole project.
+"""Types of the data path, and the shape legend of the whole project.
 
 Shape letters, used as name suffixes (`hidden_SBH`, `labels_BS`):
     B  rows in a microbatch            S  tokens in a row (sequence length)
@@ -7,7 +7,7 @@ Shape letters, used as name suffixes (`hidden_SBH`, `labels_BS`):
     T  tokens of one part              C  channels;  Y, X  pixel rows and columns
     3  the axes (t, h, w) of a position
 
-A *sample* is one key of a shard: for each modality that it has, the token ids of that part.
+A *sample* is one key of a shard: the token ids of a part for each of its modalities.
 A *document* is a sample with an order of its parts; a *row* is documents packed to S tokens.
 """
 
@@ -21,12 +21,12 @@ IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
 
 IGNORE_LABEL = -100
-"""Label of a position that predicts nothing (the last token of a document, padding)."""
+"""Label of a position without a prediction (the last token of a document, padding)."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One modality's stretch of a document: codec-local token ids `[T]`, each in [0, vocabulary_size)."""
+    """One modality's part of a document: codec-local token ids `[T]`, each in [0, vocabulary_size)."""
 
     modality: str
     ids: IntArray
@@ -34,9 +34,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Document:
-    """A sample with its parts in reading order; `key` names the sample it came from.
+    """A sample with its parts in reading order; `key` is the key of the sample.
 
-    The first `given` parts are there to be read: their tokens count to no loss.
+    The first `given` parts are context only: their tokens count towards no loss.
     """
 
     key: str
@@ -57,7 +57,7 @@ class Row:
     loss_weight[s] is 0 where labels[s] is IGNORE_LABEL.
     segment[s] numbers the documents of the row from 0; padding is -1. Attention stays inside a segment.
     position[:, s] is (t, h, w); the three are equal for text.
-    modality[s] is the index (Vocabulary.modalities) of the modality whose loss labels[s] counts to; -1 for none.
+    modality[s] is the index (Vocabulary.modalities) of the modality whose loss includes labels[s]; -1 for none.
     """
 
     input_ids: IntArray
@@ -81,7 +81,7 @@ class Batch:
 
     @property
     def row_map(self) -> torch.Tensor:
-        """What attention needs to know of whole rows, `[B, 4, S]`: segment, then t, h, w of every token."""
+        """The values that attention needs for whole rows, `[B, 4, S]`: segment, then t, h, w of every token."""
         return torch.cat((self.segment[:, None], self.position), dim=1)
 
     @classmethod

@@ -1,12 +1,12 @@
-"""One source's split of shards as documents: token caches joined by key, lengths known without reading tokens.
+"""One source's split of shards as documents: token caches joined by key; lengths are known without reading tokens.
 
     SampleSet(SHARDS/<source>/<split>, codec_ids)
-        .pieces(i, turn, row_length) -> [Piece]   what of sample i goes into a row, for planning
+        .pieces(i, turn, row_length) -> [Piece]   the parts of sample i for a row, for planning
         .read(i, piece) -> Document               its tokens
 
-A sample's document has its parts in an order that `turn` picks (see `selection`), or in their own where they are
-numbered. A piece is all of it, except that text alone is cut where a row is full, and a document of numbered parts
-there or between two of them. Lengths in tokens, marks included.
+The order of a sample's parts depends on `turn` (see `selection`), or is their own order if they are numbered. A piece
+is a whole document; only text without media is cut at the end of a row, and a document of numbered parts there or
+between two parts. Lengths are in tokens, including marks.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ class Slice:
 
     @property
     def length(self) -> int:
-        """In a row: with its marks."""
+        """Length in a row, including marks."""
         return self.stop - self.start + (0 if self.modality == "text" else MEDIA_MARKS)
 
 
@@ -53,14 +53,14 @@ def piece_length(piece: Piece) -> int:
 
 
 def selections(parts: int, kind: DocumentKind) -> int:
-    """How many documents a sample of that many unnumbered parts can be."""
+    """Number of documents that can be made from a sample with that many unnumbered parts."""
     return parts * (parts - 1) if kind != "whole" and parts > 1 else math.factorial(parts)
 
 
 def selection(parts: int, turn: int, kind: DocumentKind) -> list[int]:
-    """Which of a sample's parts in which order: the turn-th of all permutations, or of all ordered pairs.
+    """The selected parts of a sample, in order: the turn-th of all permutations, or of all ordered pairs.
 
-    kind "answers" has the pairs of "pairs"; what differs is that their first part counts to no loss (`locate`).
+    kind "answers" has the same pairs as "pairs", but their first part counts towards no loss (`locate`).
     """
     turn %= selections(parts, kind)
     if kind != "whole" and parts > 1:
@@ -74,10 +74,10 @@ def selection(parts: int, turn: int, kind: DocumentKind) -> list[int]:
 
 
 class SampleSet:
-    """The samples of SHARDS/<source>/<split>: what each modality's token cache holds, joined by key.
+    """The samples of SHARDS/<source>/<split>: the contents of each modality's token cache, joined by key.
 
-    codec_ids: modality -> codec_id, in the order that turn 0 gives (text first). A modality that the split has no
-    folder for is absent. UserError if a cache is missing, no modality is there, or a sample's numbers have a gap.
+    codec_ids: modality -> codec_id, in the order of turn 0 (text first). Modalities without a folder in the split are
+    absent. Raises UserError if a cache is missing, no modality is present, or a sample's part numbers have a gap.
     """
 
     def __init__(self, folder: Path, codec_ids: Mapping[str, str], kind: DocumentKind = "whole") -> None:
@@ -103,7 +103,7 @@ class SampleSet:
         return len(self.keys)
 
     def _check_numbers(self) -> None:
-        """UserError unless every sample's parts are all unnumbered or numbered 0, 1, 2 ..."""
+        """Raise UserError unless every sample's parts are all unnumbered or numbered 0, 1, 2 ..."""
         place = np.arange(len(self._part)) - np.repeat(self._starts[:-1], np.diff(self._starts))
         unnumbered = self._part == UNNUMBERED
         sample = np.repeat(np.arange(len(self)), np.diff(self._starts))
@@ -112,7 +112,7 @@ class SampleSet:
         if wrong.any():
             key = self.keys[int(sample[wrong.argmax()])]
             what = f"the parts of {key!r} are not numbered 0, 1, 2 ... over the modalities of this run"
-            remedy = "give the run a codec for every modality of this source, or build it anew"
+            remedy = "set tokenizers for every modality of this source, or build it again"
             raise UserError(what, where=self.folder, remedy=remedy)
 
     def _parts(self, i: int) -> list[Slice]:
@@ -125,7 +125,7 @@ class SampleSet:
         return self._part[self._starts[i]] != UNNUMBERED
 
     def pieces(self, i: int, turn: int, row_length: int) -> list[Piece]:
-        """Sample i in its turn-th order, cut to rows. UserError if media of it are longer than a row."""
+        """Sample i in its turn-th order, cut to rows. Raises UserError if its media are longer than a row."""
         parts = self._parts(i)
         if not self.is_ordered(i):
             parts = [parts[p] for p in selection(len(parts), turn, self.kind)]
@@ -134,17 +134,17 @@ class SampleSet:
             return [tuple(parts)]
         if self.is_ordered(i) or all(part.modality == "text" for part in parts):
             return list(_cut(parts, room, self.keys[i]))
-        what = f"sample {self.keys[i]!r} has {piece_length(tuple(parts))} tokens, a row {row_length}"
-        remedy = f"set seq_length to at least {piece_length(tuple(parts))}"
+        what = f"sample {self.keys[i]!r} has {piece_length(tuple(parts))} tokens, but a row has {row_length}"
+        remedy = f"set data.seq_length to at least {piece_length(tuple(parts))}"
         raise UserError(what, where=self.folder, remedy=remedy)
 
     def turns(self, i: int) -> int:
-        """How many different documents sample i can be: its turns repeat after so many."""
+        """Number of distinct documents of sample i; its turns repeat after that many."""
         parts = int(self._starts[i + 1] - self._starts[i])
         return 1 if self.is_ordered(i) else selections(parts, self.kind)
 
     def _needed(self) -> IntArray:
-        """Tokens that a row must have for each sample in every turn `[samples]`: of all that cannot be cut."""
+        """Tokens that a row must have for each sample in every turn `[samples]`: those of all uncuttable parts."""
         is_text = np.array([name == "text" for name in self._names])[self._modality]
         length = self._tokens + np.where(is_text, 0, MEDIA_MARKS)
         sample = np.repeat(np.arange(len(self)), np.diff(self._starts))
@@ -162,7 +162,7 @@ class SampleSet:
         return read_document(self._tars, self.locate(i, piece))
 
     def locate(self, i: int, piece: Piece) -> StoredDocument:
-        """Where the tokens of a piece of sample i lie."""
+        """The places of the tokens of a piece of sample i."""
         parts = []
         for part in piece:
             cache = self._caches[part.modality]
@@ -174,25 +174,25 @@ class SampleSet:
 
     @cached_property
     def digest(self) -> str:
-        """12 hex digits over all that the order of a run relies on: keys, modalities, lengths, kind of document."""
+        """12 hex digits over everything that determines a run's order: keys, modalities, lengths, kind of document."""
         digest = hashlib.sha256(f"{self.kind} {self._names}\n".encode() + "\n".join(self.keys).encode())
         for column in (self._starts, self._modality, self._part, self._tokens):
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         return digest.hexdigest()[:12]
 
     def whole(self, i: int) -> Document:
-        """All parts of sample i in reading order, however long."""
+        """All parts of sample i in reading order, whatever their length."""
         return self.read(i, tuple(self._parts(i)))
 
     def documents(self, i: int, row_length: int) -> Iterator[Document]:
-        """Sample i for evaluation, cut to rows: its first and its last turn (the opposite order), or the one it has."""
+        """Sample i for evaluation, cut to rows: its first and last turn (opposite orders), or its own order."""
         for turn in sorted({0, self.turns(i) - 1}):
             for piece in self.pieces(i, turn, row_length):
                 yield self.read(i, piece)
 
 
 def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
-    """All keys once, and of each list the number of every key in it."""
+    """All distinct keys, and for each list the number of every key in it."""
     if all(other == keys[0] for other in keys[1:]) and len(set(keys[0])) == len(keys[0]):  # aligned, as built
         return keys[0], [np.arange(len(keys[0]))] * len(keys)
     joined = list(dict.fromkeys(key for one in keys for key in one))
@@ -201,7 +201,7 @@ def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
 
 
 def _cut(parts: list[Slice], room: int, key: str) -> Iterator[Piece]:
-    """Pieces of at most `room` tokens, each but the last as long as can be."""
+    """Pieces of at most `room` tokens, each as long as possible, the last one shorter."""
     taken: list[Slice] = []
     left = room
     for part in parts:
@@ -210,7 +210,7 @@ def _cut(parts: list[Slice], room: int, key: str) -> Iterator[Piece]:
                 taken.append(Slice("text", part.member, part.start, part.start + left))
                 part = Slice("text", part.member, part.start + left, part.stop)
             elif not taken:
-                remedy = f"set seq_length to at least {part.length + DOCUMENT_MARKS}"
+                remedy = f"set data.seq_length to at least {part.length + DOCUMENT_MARKS}"
                 raise UserError(f"{part.modality} of sample {key!r} is longer than a row", remedy=remedy)
             yield tuple(taken)
             taken, left = [], room
@@ -228,11 +228,11 @@ def _open_caches(folder: Path, codec_ids: Mapping[str, str]) -> dict[str, ShardF
             caches[modality] = ShardFolder(path)
             if len(caches[modality]) and caches[modality].tokens is None:
                 remedy = "delete the folder and run `megamm data tokenize` again"
-                raise UserError("no lengths in the index of a token cache", where=path, remedy=remedy)
+                raise UserError("the index of a token cache has no lengths", where=path, remedy=remedy)
         elif (folder / modality).is_dir():
             remedy = f"run `megamm data tokenize {folder.parent} --codec NAME=DIR` with the codec of the run"
             raise UserError(f"no {modality} tokens of codec {codec_id}", where=path, remedy=remedy)
     if not caches:
-        remedy = "make it with `megamm data build` and `megamm data tokenize`"
+        remedy = "create it with `megamm data build` and `megamm data tokenize`"
         raise UserError(f"no {' or '.join(codec_ids)} in this split", where=folder, remedy=remedy)
     return caches

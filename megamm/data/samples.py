@@ -1,11 +1,11 @@
-"""`samples.jsonl`: one sample a line, the form of all raw data, fetched or a user's own.
+"""`samples.jsonl`: one sample per line, the standard form of raw data, fetched or your own.
 
-Unordered, at most one part a modality:
+Unordered, at most one part per modality:
     {"image": "images/cat.png", "caption": "a cat", "audio": "cat.flac", "key": "cat-1", "noun": "cat"}
 Interleaved, parts in reading order:
     {"parts": [{"text": "This is a cat:"}, {"image": "images/cat.png"}, {"text": "It sleeps."}]}
-"caption" or "text" is the text, other modalities name a file, relative to the folder of the file and inside it;
-"key" and "noun" may be left out. The parts of an unordered sample are kept in the order of `REGISTRY`.
+"caption" or "text" is the text; other modalities name a file, relative to the folder of this file and inside it.
+"key" and "noun" are optional. The parts of an unordered sample are kept in the order of `REGISTRY`.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ FILE = "samples.jsonl"
 
 @dataclass(frozen=True)
 class Span:
-    """Where a medium lies inside another file, such as a tar: offset and size in bytes."""
+    """The place of a medium inside another file, such as a tar: offset and size in bytes."""
 
     file: Path
     offset: int
@@ -36,9 +36,9 @@ class Span:
 
 @dataclass(frozen=True)
 class RawPart:
-    """One part: of modality "text" the clean text itself, of others a path relative to the raw folder.
+    """One part: the clean text itself for modality "text", otherwise a path relative to the raw folder.
 
-    With a span the medium is those bytes, and the path is only its name in reports, with its extension.
+    With a span the medium is those bytes; the path is then only its name in reports, with its extension.
     """
 
     modality: str
@@ -55,36 +55,36 @@ class RawSample:
     parts: tuple[RawPart, ...]
     ordered: bool = False
     ignored: tuple[str, ...] = ()
-    """Fields of its line that mean nothing here; the build reports them, since one may be misspelt."""
+    """Unknown fields of its line; the build reports them, because one may be misspelt."""
 
     def __post_init__(self) -> None:
         modalities = [part.modality for part in self.parts]
         assert self.parts and set(modalities) <= set(REGISTRY), f"parts {modalities} of {self.key}"
         assert self.ordered or len(set(modalities)) == len(modalities), f"two parts of a modality in {self.key}"
-        assert KEY.fullmatch(self.key), f"unfit key {self.key!r}"
+        assert KEY.fullmatch(self.key), f"invalid key {self.key!r}"
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Something that cannot be used, for the report: which line or file, and why."""
+    """An unusable line or file for the report, with the reason."""
 
     what: str
     reason: str
 
 
 class UnusableSample(ValueError):
-    """A sample that cannot be read; the message says why. Readers turn it into `Broken`."""
+    """A sample that cannot be read; the message gives the reason. Readers turn it into `Broken`."""
 
 
 def clean_caption(text: str) -> str:
-    """One line: Unicode NFC, control characters gone, runs of white space as one space. NUL stays: see clean_text."""
+    """One line: Unicode NFC, no control characters, white space collapsed. NUL is kept: see clean_text."""
     return re.sub(r"\s+", " ", _printable(text, keep="\0")).strip()
 
 
 def clean_text(text: str) -> str:
-    """Unicode NFC with line breaks and indentation kept; at most one empty line, none at the ends.
+    """Unicode NFC with line breaks and indentation kept; at most one empty line, none at the start and end.
 
-    Control characters become spaces, except NUL: what holds one is binary data, which the build refuses by name.
+    Control characters become spaces, except NUL: a text with NUL is binary data, which the build refuses and reports.
     """
     text = re.sub(r"\r\n?|\u2028|\u2029", "\n", text)
     lines = [line.rstrip() for line in _printable(text, keep="\0\n\t").split("\n")]
@@ -97,7 +97,7 @@ def _printable(text: str, keep: str) -> str:
 
 
 def fit_key(name: str) -> str:
-    """A key made of any name: unfit characters become `-`, and what was changed or cut ends in 8 digits of a hash."""
+    """A key from any name: invalid characters become `-`; a changed or shortened key ends in 8 digits of a hash."""
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
     if key == name and KEY.fullmatch(key):
         return key
@@ -105,7 +105,7 @@ def fit_key(name: str) -> str:
 
 
 def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
-    """Write FOLDER/samples.jsonl; the media lie there already."""
+    """Write FOLDER/samples.jsonl; the media are already in the folder."""
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for sample in samples:
             assert not any(part.span for part in sample.parts), f"{sample.key} has parts inside other files"
@@ -118,16 +118,16 @@ def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
 
 
 def read_samples(folder: Path) -> Iterator[RawSample | Broken]:
-    """The samples of a raw folder in file order, unusable lines as Broken. UserError if there is no such file."""
+    """The samples of a raw folder in file order, unusable lines as Broken. Raises UserError if the file is missing."""
     yield from read_lines(folder / FILE)
 
 
 def read_lines(path: Path) -> Iterator[RawSample | Broken]:
-    """The samples of any file of such lines; paths in it are relative to its folder, and must stay inside."""
+    """The samples of any file of such lines; paths are relative to its folder, and must stay inside it."""
     try:
         lines = path.open("rb")
     except OSError as error:
-        remedy = 'write one line a sample: {"image": "a.png", "caption": "a cat"}'
+        remedy = 'write one line per sample: {"image": "a.png", "caption": "a cat"}'
         raise UserError(f"no {path.name} in the raw folder", where=path.parent, remedy=remedy) from error
     folder = path.parent.resolve()
     source = re.sub(r"[^A-Za-z0-9_-]", "-", folder.name)[:60]
@@ -147,27 +147,27 @@ def read_lines(path: Path) -> Iterator[RawSample | Broken]:
 
 
 def sample_of(entry: Any, default_key: str) -> RawSample:
-    """One line's JSON as a sample, texts cleaned. UnusableSample if it is none."""
+    """Convert one line's JSON to a sample, with cleaned texts. Raises UnusableSample if that is impossible."""
     if not isinstance(entry, dict):
         raise UnusableSample("not a JSON object")
     key = entry.get("key", default_key)
     if not isinstance(key, str) or not KEY.fullmatch(key):
-        raise UnusableSample(f"unfit key {key!r}: 1 to 80 letters, digits, `_` or `-`")
+        raise UnusableSample(f"invalid key {key!r}: use 1 to 80 letters, digits, `_` or `-`")
     known = {"key", "noun", "parts"} if "parts" in entry else {"key", "noun", "caption", *REGISTRY}
     if "parts" in entry:
         parts = _interleaved(entry["parts"])
     else:
         parts = _parts_of(entry)
         if not parts:
-            raise UnusableSample(f"no part: none of caption, {', '.join(REGISTRY)}")
+            raise UnusableSample(f"no parts: needs at least one of caption, {', '.join(REGISTRY)}")
     noun = str(entry.get("noun") or noun_of(parts, key))
     if not all(_is_unicode(text) for text in (noun, *entry, *(part.content for part in parts))):
-        raise UnusableSample("holds half of a surrogate pair, which is no text")
+        raise UnusableSample("contains half of a surrogate pair, which is not valid text")
     return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)))
 
 
 def noun_of(parts: Iterable[RawPart], key: str) -> str:
-    """The noun of the first text's first line; of a sample without text its key."""
+    """The noun of the first text's first line; for a sample without text, its key."""
     text = next((part.content for part in parts if part.modality == "text"), "")
     return normalise_noun(text.lstrip().partition("\n")[0]) if text.strip() else key
 
@@ -187,7 +187,7 @@ def _interleaved(entries: Any) -> list[RawPart]:
 def _parts_of(entry: dict[str, Any]) -> list[RawPart]:
     """The parts that the fields of one object name, in the order of REGISTRY."""
     if "caption" in entry and "text" in entry:
-        raise UnusableSample('both "caption" and "text"')
+        raise UnusableSample('has both "caption" and "text"')
     parts = []
     for modality in REGISTRY:
         field = "caption" if modality == "text" and "caption" in entry else modality
@@ -210,7 +210,7 @@ def _check_inside(part: RawPart, folder: Path) -> None:
     if part.modality != "text":
         try:
             inside = (folder / part.content).resolve().is_relative_to(folder)
-        except (OSError, RuntimeError, ValueError):  # too long, a loop of links, NUL
+        except (OSError, RuntimeError, ValueError):  # path too long, symlink loop, NUL
             inside = False
         if not inside:
-            raise UnusableSample(f"{part.content!r} leads out of the folder")
+            raise UnusableSample(f"{part.content!r} leads outside the folder")

@@ -1,7 +1,7 @@
-"""Indexes for WebDataset tars that have none, or a wrong one: what `megamm data index FOLDER` runs.
+"""Indexes WebDataset tars whose index is missing or wrong: `megamm data index FOLDER`.
 
-In: a folder of 000000.tar, 000001.tar, ..., one member `<key>.<ext>` a sample. Out: the `.jsonl` indexes beside
-them (see `shards`), offsets and sizes in bytes.
+In: a folder of 000000.tar, 000001.tar, ..., with one member `<key>.<ext>` per sample. Out: a `.jsonl` index beside
+each (see `shards`), offsets and sizes in bytes.
 """
 
 import tarfile
@@ -13,7 +13,7 @@ from megamm.errors import UserError
 
 
 def index_tar(tar: Path) -> list[Member]:
-    """The members of any WebDataset tar, in order. UserError if it is broken or holds what is no sample."""
+    """The members of any WebDataset tar, in order. Raises UserError if it is damaged or has other members."""
     members = []
     try:
         with tarfile.open(tar, "r:") as file:
@@ -21,7 +21,7 @@ def index_tar(tar: Path) -> list[Member]:
                 key, _, ext = info.name.partition(".")
                 if not info.isreg() or not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
                     what = f"{info.name!r} is neither `<key>.<ext>` nor `<key>.<number>.<ext>`"
-                    raise UserError(what, where=tar, remedy="repack the tar")
+                    raise UserError(what, where=tar, remedy="repack the tar with such member names")
                 tokens = None
                 if ext.endswith("npy"):
                     tokens = tokens_from_bytes(_read_exactly(file, info)).size
@@ -36,7 +36,7 @@ def _read_exactly(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     stream = file.extractfile(info)
     data = stream.read() if stream is not None else b""
     if len(data) != info.size:
-        raise tarfile.ReadError(f"{info.name} is cut off")
+        raise tarfile.ReadError(f"{info.name} is truncated")
     return data
 
 
@@ -44,11 +44,9 @@ def write_index(folder: Path) -> int:
     """(Re)build the index of every tar of a folder; returns the number of members."""
     tars = sorted(folder.glob("*.tar"))
     if not tars:
-        raise UserError("no tar files", where=folder, remedy="name a folder with 000000.tar, 000001.tar, ...")
+        raise UserError("no tar files", where=folder, remedy="give a folder with 000000.tar, 000001.tar, ...")
     if [tar.stem for tar in tars] != [f"{number:06d}" for number in range(len(tars))]:
-        raise UserError(
-            "tars are not numbered without a gap", where=folder, remedy="name them 000000.tar, 000001.tar, ..."
-        )
+        raise UserError("the tar numbers have a gap", where=folder, remedy="rename them to 000000.tar, 000001.tar, ...")
     indexes = {tar: index_tar(tar) for tar in tars}
     for tar, members in indexes.items():
         partial = tar.with_suffix(".jsonl.partial")

@@ -1,13 +1,13 @@
-"""Shards: aligned WebDataset tar files with an index beside each, and the token caches (which are shards too).
+"""Shards: aligned WebDataset tar files, each with an index beside it, and token caches (also stored as shards).
 
     SHARDS/<source>/<train|heldout>/<modality>/000000.tar, 000000.jsonl, 000001.tar, ...
     SHARDS/<source>/<train|heldout>/<modality>.tokens-<codec_id>/000000.tar, 000000.jsonl, ...
 
-A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the same order. A document of several
+A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the same order. A document with several
 parts in a fixed order (a page with pictures) has members `<key>.<number>.<ext>`: parts 0, 1, 2 ... over all
-folders, in reading order. An index has one JSON line a member: {"key", "ext", "offset", "size"}: ext with the
-number, offset and size (bytes) of the member's data in the tar; token caches add "tokens" (length). `shards.json`
-says how many shards there are.
+folders, in reading order. An index has one JSON line per member: {"key", "ext", "offset", "size"}: ext includes the
+number, offset and size (bytes) are those of the member's data in the tar; token caches add "tokens" (length).
+`shards.json` holds the number of shards.
 Format: WebDataset (Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning"), plain ustar/GNU tar.
 """
 
@@ -34,16 +34,16 @@ from megamm.errors import UserError
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 """A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
 EXTENSION = re.compile(r"(?:(\d{1,6})\.)?([A-Za-z0-9]{1,8})")
-"""What follows the key: the part's number, if the sample's parts have an order, and the file's ending."""
+"""The part after the key: the part's number, if the sample's parts have an order, and the file's extension."""
 UNNUMBERED = -1
-"""Part number of a member without one."""
+"""Part number of a member without a number."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tar member: its key and extension ("png", or "3.png" as part 3 of a document), where its data lies (bytes),
+    """One tar member: key, extension ("png", or "3.png" for part 3 of a document), place of its data (bytes).
 
-    and its length in tokens if it has one.
+    `tokens` is its length in tokens, if it has one.
     """
 
     key: str
@@ -60,7 +60,7 @@ class Member:
 
     @property
     def ending(self) -> str:
-        """The file's ending, without the part's number."""
+        """The file's extension, without the part's number."""
         return self.ext.rpartition(".")[2]
 
     def to_line(self) -> str:
@@ -69,14 +69,14 @@ class Member:
 
 
 class ShardWriter:
-    """Writes a folder of shards: deterministic bytes, and the folder appears under its name only when complete.
+    """Writes a folder of shards with deterministic bytes; the folder gets its name only when it is complete.
 
-    Use as a context manager. UserError if the folder exists, a key is unfit or the disk is full.
+    Use it as a context manager. Raises UserError if the folder exists, a key is invalid or the disk is full.
     """
 
     def __init__(self, folder: Path, *, samples_per_shard: int = 1000) -> None:
         if folder.exists():
-            raise UserError("shards exist already", where=folder, remedy="delete that folder to make them anew")
+            raise UserError("the shards already exist", where=folder, remedy="delete that folder to create them again")
         self.folder, self.samples_per_shard = folder, samples_per_shard
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.count = self._shards = 0
@@ -92,13 +92,13 @@ class ShardWriter:
         return self
 
     def add(self, key: str, ext: str, data: bytes, tokens: int | None = None) -> None:
-        """Append one member `<key>.<ext>`, ext with the part's number if it has one; tokens is a cache's length."""
+        """Append one member `<key>.<ext>`; ext includes the part's number, if any; tokens: length in a token cache."""
         if not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
-            remedy = "use 1 to 80 letters, digits, `_` or `-`, and an ending like png or 3.png"
-            raise UserError(f"unfit sample name {f'{key}.{ext}'[:100]!r}", where=self.folder, remedy=remedy)
+            remedy = "use 1 to 80 letters, digits, `_` or `-`, and an extension like png or 3.png"
+            raise UserError(f"invalid sample name {f'{key}.{ext}'[:100]!r}", where=self.folder, remedy=remedy)
         name = (key, Member(key, ext, 0, 0).part)
         if name in self._names:
-            raise UserError(f"sample key {key!r} occurs twice", where=self.folder, remedy="make the keys unique")
+            raise UserError(f"duplicate sample key {key!r}", where=self.folder, remedy="make the keys unique")
         with _disk_errors(self.folder):
             if len(self._members) >= self.samples_per_shard and self._members[-1].key != key:
                 self._close_shard()
@@ -146,13 +146,13 @@ class ShardWriter:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turns a full disk into a UserError that says what was being written."""
+    """Turn a full disk into a UserError that names the folder being written."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        remedy = "free some space and run the command again; nothing half-written was kept"
+        remedy = "free some space and run the command again; incomplete shards were removed"
         raise UserError("the disk is full", where=folder, remedy=remedy) from error
 
 
@@ -168,8 +168,8 @@ def _sync(path: Path) -> None:
 class ShardFolder:
     """Random access to one folder of shards; members are numbered through all its tars.
 
-    Opening reads the indexes and checks them against the tars' sizes and first headers; `read` checks the header
-    of what it reads. UserError, naming the file and the remedy, if a shard is missing, cut off or not its index's.
+    Opening reads the indexes and checks them against the tars' sizes and first headers; `read` checks the header of
+    the member it reads. Raises UserError, with the file and a remedy, if a shard is missing, truncated or mismatched.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -189,32 +189,32 @@ class ShardFolder:
         self.parts: IntArray = np.array([forms[ext].part for ext in self._exts], dtype=np.int64)
         """Number of each member's part `[members]`, UNNUMBERED where it has none."""
         self.extensions = [forms[ext].ending for ext in self._exts]
-        """Ending of each member without the part's number."""
+        """Extension of each member without the part's number."""
         self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
-        """Length in tokens of each member `[members]`; None if this is no token cache."""
+        """Length in tokens of each member `[members]`; None if this is not a token cache."""
         self._reader = TarReader()
         for first in np.unique(self._shard, return_index=True)[1].tolist():
             self.read(first)
         numbered = bool((self.parts != UNNUMBERED).any())
         names = set(zip(self.keys, self.parts.tolist(), strict=True)) if numbered else set(self.keys)
         if len(names) < len(self.keys):
-            remedy = "keep one modality a folder: one member a sample, or numbered parts"
+            remedy = "store one modality per folder, with one member per sample or numbered parts"
             raise UserError("a key has more than one member", where=folder, remedy=remedy)
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def stored(self, i: int) -> Stored:
-        """Where member i lies."""
+        """The place of member i."""
         tar, name = self._tars[self._shard[i]], f"{self.keys[i]}.{self._exts[i]}"
         return Stored(tar, name, int(self._offset[i]), int(self._size[i]))
 
     def read(self, i: int) -> bytes:
-        """The data of member i. UserError if the tar's header there is not this member's."""
+        """The data of member i. Raises UserError if the tar's header there does not match this member."""
         return self._reader.read(self.stored(i))
 
     def verify(self) -> None:
-        """Read every member once. UserError at the first that does not match its index."""
+        """Read every member once. Raises UserError for the first one that does not match its index."""
         for i in range(len(self)):
             self.read(i)
 
@@ -224,7 +224,7 @@ class ShardFolder:
 
 
 def _numbered_tars(folder: Path) -> list[Path]:
-    """000000.tar, 000001.tar, ... UserError for a missing shard, or a tar or an index without the other."""
+    """000000.tar, 000001.tar, ... Raises UserError for a missing shard, or a tar or index without its counterpart."""
     if not folder.is_dir():
         raise UserError("no such folder of shards", where=folder, remedy=rebuild_command(folder))
     tars, indexes = ({file.stem for file in folder.glob(f"*.{ext}")} for ext in ("tar", "jsonl"))
@@ -233,8 +233,8 @@ def _numbered_tars(folder: Path) -> list[Path]:
     try:
         count = json.loads((folder / "shards.json").read_text())["shards"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        remedy = f"make it with `megamm data index {folder}`"
-        raise UserError("missing or broken shards.json", where=folder, remedy=remedy) from error
+        remedy = f"create it with `megamm data index {folder}`"
+        raise UserError("missing or damaged shards.json", where=folder, remedy=remedy) from error
     expected = [f"{number:06d}" for number in range(max(count, len(tars | indexes)))]
     for stem in expected:
         if stem not in tars:
@@ -249,7 +249,7 @@ def _read_index(tar: Path) -> tuple[list[str], list[str], IntArray]:
     """Keys and extensions, and offset, size and tokens (-1: none) as `[3, members]`, of one shard."""
     index = tar.with_suffix(".jsonl")
     try:
-        # One list of all lines: five times as fast as line by line. JSON has no bare line break inside a value.
+        # One list of all lines is five times as fast as line by line. JSON values contain no bare line breaks.
         entries = json.loads("[" + ",".join(index.read_text(encoding="utf-8").splitlines()) + "]")
         numbers = [(e["offset"], e["size"], e.get("tokens", -1)) for e in entries]
         columns = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
@@ -260,7 +260,7 @@ def _read_index(tar: Path) -> tuple[list[str], list[str], IntArray]:
 
 
 def write_counts(folder: Path, shards: int) -> None:
-    """Write `shards.json`: without it, the loss of the last shard could not be seen."""
+    """Write `shards.json`: without it, a missing last shard could not be detected."""
     partial = folder / ".shards.json.partial"
     partial.write_text(json.dumps({"shards": shards}) + "\n")
     _sync(partial)
@@ -268,7 +268,7 @@ def write_counts(folder: Path, shards: int) -> None:
 
 
 def check_tar_end(tar: Path, data_end: int) -> None:
-    """UserError unless the tar covers its last member and ends with two zero blocks."""
+    """Raise UserError unless the tar covers its last member and ends with two zero blocks."""
     end = -(-data_end // BLOCK) * BLOCK
     with open(tar, "rb") as file:
         file.seek(end)
@@ -277,11 +277,11 @@ def check_tar_end(tar: Path, data_end: int) -> None:
         raise UserError("truncated tar", where=tar, remedy=rebuild_command(tar.parent))
     if tail != bytes(2 * BLOCK):
         remedy = f"rebuild the index with `megamm data index {tar.parent}`"
-        raise UserError("index and tar do not match: the tar goes on after the last member", where=tar, remedy=remedy)
+        raise UserError("the tar has data after the last member in its index", where=tar, remedy=remedy)
 
 
 def rebuild_command(folder: Path) -> str:
-    """The command that makes a folder of shards anew."""
+    """The command that rebuilds a folder of shards."""
     if ".tokens-" in folder.name:
         return f"delete {folder} and run `megamm data tokenize` again"
     return f"delete {folder.parent.parent} and run `megamm data build` again"

@@ -1,6 +1,6 @@
-"""Reading single members of tars by where they lie, without an index: what a data worker does.
+"""Reads single members of tars by their place, without an index, in data workers.
 
-In: `Stored`, a member's place. Out: its bytes, after its header there has been checked. Offsets and sizes in bytes.
+In: `Stored`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
 """
 
 import os
@@ -12,13 +12,13 @@ from typing import NamedTuple
 from megamm.errors import UserError
 
 BLOCK = 512
-"""Bytes of a tar block: a header is one, data is padded to whole ones, two zero blocks end the file."""
+"""Bytes of a tar block: a header is one block, data is padded to whole blocks, two zero blocks end the file."""
 _OPEN = 128
-"""Tars open at a time: a process may have some 1,000 files, a data set more shards."""
+"""Maximum number of open tars: a process can open about 1,000 files, and a data set has more shards."""
 
 
 class Stored(NamedTuple):
-    """A member `name` of a tar: where its data begins and how much it is."""
+    """A member `name` of a tar: the start and size of its data."""
 
     tar: str
     name: str
@@ -33,7 +33,7 @@ class TarReader:
         self._files: OrderedDict[str, int] = OrderedDict()
 
     def read(self, member: Stored) -> bytes:
-        """The data of a member. UserError if the tar's header there is not this member's."""
+        """The data of a member. Raises UserError if the tar's header there does not match this member."""
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
         if len(block) < BLOCK + member.size or not _is_header_of(block, member):
             try:
@@ -54,7 +54,7 @@ class TarReader:
             try:
                 self._files[tar] = os.open(tar, os.O_RDONLY)
             except OSError as error:
-                what = f"a shard cannot be read any more: {error.strerror}"
+                what = f"a shard can no longer be read: {error.strerror}"
                 raise UserError(what, where=tar, remedy="restore it; the same command resumes the run") from error
         self._files.move_to_end(tar)
         return self._files[tar]
@@ -73,5 +73,5 @@ class TarReader:
 
 
 def _is_header_of(block: bytes, member: Stored) -> bool:
-    """Whether a plain ustar or GNU header names this member and its size: ten times as fast as parsing it."""
+    """Whether a plain ustar or GNU header has this name and size: ten times as fast as parsing it."""
     return block[:100].rstrip(b"\0") == member.name.encode() and block[124:136].rstrip(b" \0") == b"%011o" % member.size

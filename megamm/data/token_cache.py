@@ -1,8 +1,8 @@
-"""Token caches: media shards through a codec, once, so that training never touches media.
+"""Token caches: media shards are tokenised by a codec once, so that training reads no media.
 
-In: `SHARDS/<source>/<split>/<modality>/`. Out, beside it: `<modality>.tokens-<codec_id>/`, shards of `.npy` ids
-`[T]` with the same keys in the same order and the same number of samples a tar, the index with each length T.
-Deterministic: the same media and codec give the same bytes. A complete cache is kept, a new codec makes a new one.
+In: `SHARDS/<source>/<split>/<modality>/`. Out, beside it: `<modality>.tokens-<codec_id>/`, shards of `.npy` ids `[T]`
+with the same keys in the same order and the same number of samples per tar; the index has each length T.
+Deterministic: the same media and codec give the same bytes. Complete caches are kept; a new codec creates a new one.
 """
 
 import logging
@@ -25,7 +25,7 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class Cache:
-    """One token cache: its folder, what it holds, and whether it was there already."""
+    """One token cache: its folder, its contents, and whether it existed before."""
 
     folder: Path
     samples: int
@@ -39,22 +39,22 @@ def cache_name(modality: Modality) -> str:
 
 
 def load_codecs(codecs: list[str], device: torch.device) -> list[Modality]:
-    """From `family=FOLDER` each: all modalities of these families. UserError if one has another form or no codec."""
+    """All modalities of the codecs given as `family=FOLDER`. Raises UserError for another form or a missing codec."""
     loaded = []
     for codec in codecs:
         family, separator, folder = codec.partition("=")
         if not separator or family not in families():
-            remedy = f"write NAME=FOLDER, with a name of {', '.join(families())}"
+            remedy = f"use NAME=FOLDER, where NAME is one of {', '.join(families())}"
             raise UserError(f"unknown codec {codec!r}", remedy=remedy)
         loaded += [m.load(Path(folder), device) for m in REGISTRY.values() if m.family == family]
     return loaded
 
 
 def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoReading | None = None) -> list[Cache]:
-    """Make the caches of every split of every source that has the modality; reading: how videos are decoded.
+    """Create the caches of every split of every source that has the modality; reading: how videos are decoded.
 
-    UserError if a codec has nothing to do, a sample cannot be read, or an existing cache holds other samples or was
-    made by another decoder than the one asked for.
+    Raises UserError if a codec has nothing to do, a sample is unreadable, or an existing cache has other samples or
+    was made with another decoder than requested.
     """
     reading = reading or VideoReading()
     media = [
@@ -67,7 +67,7 @@ def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoRead
     for family in dict.fromkeys(modality.family for modality in modalities):
         if not any(modality.family == family for _, modality in media):
             where = ", ".join(map(str, sources)) or None
-            remedy = "name source folders made by `megamm data build` (SHARDS/<source>), or leave that --codec out"
+            remedy = "give source folders made by `megamm data build` (SHARDS/<source>), or remove that --codec"
             raise UserError(f"no {family} shards", where=where, remedy=remedy)
     return [_tokenize_folder(folder, modality, reading) for folder, modality in media]
 
@@ -97,18 +97,18 @@ def _kept(target: Path, shards: ShardFolder, reading: VideoReading) -> Cache:
     is_whole = [member_name(cache, i) for i in range(len(cache))] == [n for n in names if n not in decoding.broken]
     remedy = "delete the cache and run `megamm data tokenize` again"
     if not is_whole or (cache.tokens is None and len(cache)):
-        what = f"the token cache does not hold the samples of {shards.folder.name}/"
+        what = f"the token cache does not match the samples of {shards.folder.name}/"
         raise UserError(what, where=target, remedy=remedy)
     if reading.decoder != "auto" and decoding.decoders and reading.decoder not in decoding.decoders:
         raise UserError(
-            f"decoded by {', '.join(decoding.decoders)}, not {reading.decoder}", where=target, remedy=remedy
+            f"decoded with {', '.join(decoding.decoders)}, not {reading.decoder}", where=target, remedy=remedy
         )
     tokens = 0 if cache.tokens is None else int(cache.tokens.sum())
-    logger.info("%s: kept, %d samples", target, len(cache))
+    logger.info("%s: already complete, %d samples", target, len(cache))
     return Cache(target, len(cache), tokens, kept=True)
 
 
 def _samples_per_shard(media: Path) -> int:
-    """Samples in the first tar; every tar of a ShardWriter but the last has as many."""
+    """Samples in the first tar; every tar of a ShardWriter except the last has the same number."""
     with open(media / "000000.jsonl", encoding="utf-8") as index:
         return max(1, sum(1 for _ in index))

@@ -10,7 +10,7 @@ from megamm.data.sample import IntArray
 _PLAIN = re.compile(
     rb"\x93NUMPY\x01\x00\x76\x00\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n"
 )
-"""How numpy writes the header of such an array; its own parser, of any array, takes ten times as long as the rest."""
+"""The header that numpy writes for such an array; numpy's general parser takes ten times as long as all the rest."""
 
 
 def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
@@ -22,7 +22,7 @@ def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
 
 
 def tokens_from_bytes(data: bytes) -> IntArray:
-    """The inverse of tokens_to_bytes: int64 `[T]`. ValueError if the bytes are no such array."""
+    """The inverse of tokens_to_bytes: int64 `[T]`. Raises ValueError if the bytes are not such an array."""
     plain = _PLAIN.match(data)
     if plain and len(data) == plain.end() + int(plain[1]) * int(plain[2]):
         return np.frombuffer(data, f"<u{int(plain[1])}", offset=plain.end()).astype(np.int64)

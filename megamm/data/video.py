@@ -1,12 +1,12 @@
-"""Video clips out of shards in a fixed order, decoded in batches: bytes -> uint8 `[F, Y, X, 3]` for the visual codec.
+"""Video clips from shards in a fixed order, decoded in batches: bytes -> uint8 `[F, Y, X, 3]` for the visual codec.
 
     stream = VideoStream(clips, codec, choose_decoder("auto", device), device, consumed=state)
     for batch in stream: ...; state = stream.state()
 
 The state is one integer, the clips consumed: clip i gives the same frames in a batch of any size, from any start and
-on any number of threads, so a stream goes on exactly where another one stopped. A batch is decoded while its
-predecessor is used. DALI decodes on a GPU, PyAV on a CPU; what DALI cannot take (data/video_dali.py) goes through PyAV,
-and each clip says what decoded it. Broken files are named, logged and left out, up to a limit.
+on any number of threads, so a stream resumes exactly where another one stopped. A batch is decoded while the previous
+one is used. DALI decodes on a GPU, PyAV on a CPU; clips that DALI cannot decode (data/video_dali.py) are decoded by
+PyAV. Each clip records its decoder. Broken files are logged by name and skipped, up to a limit.
 """
 
 import importlib.util
@@ -66,32 +66,32 @@ class BrokenClip:
 
 
 def choose_decoder(wanted: Literal["auto", "dali", "pyav"], device: torch.device) -> Decoder:
-    """What decodes videos for a codec on that device, logged with the reason. UserError if it is absent."""
+    """The video decoder for a codec on that device, logged with the reason. Raises UserError if it is missing."""
     has_dali = _has_dali()
     if wanted == "dali" and not has_dali:
-        raise UserError("DALI is not installed", remedy="install nvidia-dali of your GPU's toolkit, or use pyav")
+        raise UserError("DALI is not installed", remedy="install nvidia-dali for your CUDA version, or use pyav")
     if wanted != "auto":
-        reason = "asked for"
+        reason = "requested"
     elif device.type == "cpu":
         wanted, reason = "pyav", "on a CPU, where DALI cannot read H.264"
     elif has_dali:
-        wanted, reason = "dali", "its decoding is the GPU's"
+        wanted, reason = "dali", "it decodes on the GPU"
     else:
         wanted, reason = "pyav", "DALI, which decodes on the GPU, is not installed"
-    logger.info("videos are decoded by %s: %s", {"dali": "DALI", "pyav": "PyAV"}[wanted], reason)
+    logger.info("decoding videos with %s: %s", {"dali": "DALI", "pyav": "PyAV"}[wanted], reason)
     return wanted
 
 
 def _has_dali() -> bool:
-    """Whether nvidia.dali can be imported (the name "nvidia" alone belongs to many packages)."""
+    """Whether nvidia.dali can be imported (the name "nvidia" alone is used by many packages)."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 class VideoStream:
-    """The clips from number `consumed` on, in batches of `batch_size`; see the module.
+    """The clips from number `consumed` on, in batches of `batch_size`; see the module docstring.
 
-    sizes: what the codec takes. device: where DALI decodes. workers: threads. max_broken: share of all clips that may
-    be broken; UserError, naming some, at the batch where more were found since this stream began.
+    sizes: the codec's input sizes. device: where DALI decodes. workers: threads. max_broken: allowed share of broken
+    clips; the batch that exceeds it since this stream began raises a UserError that names some.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class VideoStream:
         self.clips, self.sizes, self.device = clips, sizes, device
         self.broken: list[BrokenClip] = []
         self.decoders: Counter[Decoder] = Counter()
-        """Clips decoded so far, by what."""
+        """Number of clips decoded so far, by decoder."""
         self._batch_size, self._max_broken, self._consumed = batch_size, max_broken, consumed
         self._workers = workers or min(8, len(os.sched_getaffinity(0)))
         self._obstacles: Counter[str] = Counter()
@@ -118,7 +118,7 @@ class VideoStream:
             self._dali = DaliDecoder(sizes.image_size, device, batch_size=batch_size, threads=self._workers)
 
     def state(self) -> int:
-        """Clips handed out so far, broken ones included: `consumed` of a stream that goes on from here."""
+        """Clips handed out so far, including broken ones: pass it as `consumed` to a stream that resumes here."""
         return self._consumed
 
     def __iter__(self) -> Iterator[list[DecodedClip]]:
@@ -137,14 +137,15 @@ class VideoStream:
                 yield decoded
 
     def _count(self, broken: list[BrokenClip]) -> None:
-        """UserError if these are too many, with those before."""
+        """Count broken clips; raises UserError if the total exceeds the limit."""
         for clip in broken:
-            logger.warning("left out: %s: %s", self.clips[clip.number], clip.why)
+            logger.warning("skipped: %s: %s", self.clips[clip.number], clip.why)
         self.broken += broken
         if broken and len(self.broken) > self._max_broken * len(self.clips):
             some = "; ".join(f"{self.clips[b.number]}: {b.why}" for b in self.broken[:NAMED])
-            what = f"{len(self.broken)} of {len(self.clips)} videos are broken, {self._max_broken:.1%} may be: {some}"
-            remedy = "rebuild these shards with `megamm data build`, which leaves such samples out, or allow more"
+            what = f"{len(self.broken)} of {len(self.clips)} videos are broken, "
+            what += f"the limit is {self._max_broken:.1%}: {some}"
+            remedy = "rebuild these shards with `megamm data build`, which skips such samples, or raise the limit"
             raise UserError(what, where=self.clips[broken[0].number].shards.folder, remedy=remedy)
 
     def _decode(self, pool: ThreadPoolExecutor, start: int) -> list[DecodedClip | BrokenClip]:
@@ -170,7 +171,7 @@ class VideoStream:
     def _log_once(self, reason: str) -> None:
         self._obstacles[reason] += 1
         if self._obstacles[reason] == 1:
-            logger.warning("PyAV decodes in place of DALI: %s", reason)
+            logger.warning("decoding with PyAV instead of DALI: %s", reason)
 
     def _plan(self, number: int, data: bytes) -> ClipPlan | BrokenClip:
         clip = self.clips[number]
@@ -191,7 +192,7 @@ class VideoStream:
             return BrokenClip(number, str(error))
 
     def _by_dali(self, clips: Sequence[tuple[int, bytes, ClipPlan]]) -> dict[int, DecodedClip | BrokenClip]:
-        """What DALI can decode of them. Where a batch fails, it is split in half until the culprits stand alone."""
+        """Decode with DALI. A failing batch is split in half until the failing clips are alone."""
         assert self._dali is not None
         try:
             squares = self._dali.decode([(data, plan) for _, data, plan in clips])

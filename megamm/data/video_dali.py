@@ -1,11 +1,11 @@
-"""Video clips by NVIDIA DALI: planned clips' bytes -> uint8 `[F, Y, X, 3]`, one pipeline for a GPU and for a CPU.
+"""Decodes video clips with NVIDIA DALI: planned clips' bytes -> uint8 `[F, Y, X, 3]`; one pipeline for GPU and CPU.
 
     bytes, frame numbers -> decode -> scale (antialiased Lanczos) -> colour matrix -> pad with white
 
-On a GPU the frames are decoded by its video engine and scaled there, and only the squares come back; they are a
-small part of what was decoded. On a CPU the pipeline is the same with other operators, for tests and comparison.
-DALI ignores rotation and the colour matrix (it takes BT.601): both are made good here. What it cannot decode, or
-would decode to other frames, `obstacle` names. Its pixels differ from PyAV's: see docs/video.md.
+On a GPU the frames are decoded by its video engine and scaled there; only the squares, a small part of the decoded
+data, are copied back. On a CPU the pipeline is the same with other operators, for tests and comparison. DALI ignores
+rotation and the colour matrix (it assumes BT.601); both are corrected here. `obstacle` names clips that DALI cannot
+decode, or would decode to other frames. Its pixels differ from PyAV's: see docs/video.md.
 """
 
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ GPU_CODECS = CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
 GPU_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 CPU_FORMATS = GPU_FORMATS | {"yuv422p", "yuvj422p", "yuv444p", "yuvj444p"}
 _KR_KB = {1: (0.2126, 0.0722), 2: (0.299, 0.114), 5: (0.299, 0.114), 6: (0.299, 0.114), 9: (0.2627, 0.0593)}
-"""Weights of red and blue in luma, by the code of the matrix (ISO/IEC 23091-2): BT.709, unknown, BT.601, BT.2020."""
+"""Weights of red and blue in luma, by matrix code (ISO/IEC 23091-2): BT.709, unknown, BT.601, BT.2020."""
 _BT601 = 6
 
 
 def obstacle(plan: ClipPlan, device: torch.device) -> str | None:
-    """Why DALI should not decode this clip on that device; None if it can."""
+    """The reason why DALI should not decode this clip on that device; None if it can."""
     on_cpu = device.type == "cpu"
     if plan.codec not in (CPU_CODECS if on_cpu else GPU_CODECS):
         return f"DALI does not decode {plan.codec} on a {'CPU' if on_cpu else 'GPU'}"
@@ -39,12 +39,12 @@ def obstacle(plan: ClipPlan, device: torch.device) -> str | None:
     if plan.colour_matrix not in _KR_KB:
         return f"colour matrix {plan.colour_matrix}"
     if plan.skipped:
-        return "a clip late in its file, before which DALI decodes everything"
-    return "frames that an edit list leaves out" if plan.has_cuts else None
+        return "the clip starts late in its file, and DALI decodes everything before it"
+    return "an edit list hides some frames" if plan.has_cuts else None
 
 
 class DaliDecoder:
-    """DALI's pipeline for squares of `size` pixels; at most `batch_size` clips a call. The device as in `Device`."""
+    """DALI's pipeline for squares of `size` pixels, at most `batch_size` clips per call; device: as in `Device`."""
 
     def __init__(self, size: int, device: torch.device, *, batch_size: int, threads: int) -> None:
         self.size = size
@@ -52,7 +52,7 @@ class DaliDecoder:
         self._pipeline = self._build()
 
     def decode(self, clips: Sequence[tuple[bytes, ClipPlan]]) -> list[FrameArray]:
-        """uint8 `[F, size, size, 3]` of each clip. UnreadableMedia if one of them fails: DALI does not say which."""
+        """uint8 `[F, size, size, 3]` of each clip. Raises UnreadableMedia if one fails; DALI does not report which."""
         if not clips:
             return []
         plans = [plan for _, plan in clips]
@@ -68,7 +68,7 @@ class DaliDecoder:
         try:
             (squares,) = self._pipeline.run()
         except RuntimeError as error:
-            self._pipeline = self._build()  # the old one is of no use after an error
+            self._pipeline = self._build()  # after an error the old one cannot be used
             raise UnreadableMedia(f"DALI: {_last_line(error)}") from error
         return [_upright(np.array(squares.as_cpu().at(i)), plan) for i, plan in enumerate(plans)]
 
@@ -80,7 +80,7 @@ def _pipeline(size: int, device: torch.device, batch_size: int, threads: int) ->
     types: Any = dali.types
     on_cpu = device.type == "cpu"
     number = None if on_cpu else device.index or 0
-    # Batches are handed over one by one, so that a failure belongs to the batch at hand.
+    # Batches are passed one by one, so that a failure belongs to the current batch.
     pipeline = dali.Pipeline(
         batch_size, threads, number, prefetch_queue_depth=1, exec_pipelined=False, exec_async=False
     )
@@ -101,7 +101,7 @@ def _pipeline(size: int, device: torch.device, batch_size: int, threads: int) ->
 
 
 def _corner(plan: ClipPlan, size: int) -> npt.NDArray[np.int32]:
-    """Row and column of the square's corner in the scaled picture, so that the upright one is padded as an image is."""
+    """Row and column of the square's corner in the scaled picture; upright pictures are padded as images are."""
     width, height = plan.stored_sides(size)
     rows, columns = size - height, size - width
     # Half of an odd padding is rounded down above and to the left of the upright picture.
@@ -111,7 +111,7 @@ def _corner(plan: ClipPlan, size: int) -> npt.NDArray[np.int32]:
 
 
 def _upright(frames: FrameArray, plan: ClipPlan) -> FrameArray:
-    """Distinct frames as stored to those of the plan, turned."""
+    """Convert the distinct stored frames to those of the plan, rotated."""
     distinct = sorted(set(plan.frames))
     if len(frames) != len(distinct):
         raise UnreadableMedia(f"DALI: {len(frames)} of {len(distinct)} frames")
@@ -120,7 +120,7 @@ def _upright(frames: FrameArray, plan: ClipPlan) -> FrameArray:
 
 
 def _to_rgb(matrix: int) -> npt.NDArray[np.float64]:
-    """R'G'B' of Y' in [0, 1] and Cb, Cr in [-1/2, 1/2], `[3, 3]` (ITU-R BT.601, BT.709: section 3)."""
+    """Matrix from Y' in [0, 1] and Cb, Cr in [-1/2, 1/2] to R'G'B', `[3, 3]` (ITU-R BT.601, BT.709: section 3)."""
     kr, kb = _KR_KB[matrix]
     kg = 1 - kr - kb
     red, blue = 2 * (1 - kr), 2 * (1 - kb)
@@ -128,11 +128,11 @@ def _to_rgb(matrix: int) -> npt.NDArray[np.float64]:
 
 
 def _from_bt601(matrix: int) -> npt.NDArray[np.float32]:
-    """Undoes the conversion by BT.601 and does that of the file's matrix: `[3, 3]`, the identity for BT.601."""
+    """Matrix that replaces BT.601 conversion by the file's, `[3, 3]`; the identity for BT.601."""
     return (_to_rgb(matrix) @ np.linalg.inv(_to_rgb(_BT601))).astype(np.float32)
 
 
 def _last_line(error: RuntimeError) -> str:
-    """The cause, of DALI's many lines."""
+    """The cause, extracted from DALI's many lines."""
     lines = [line for line in str(error).splitlines() if "/dali/" in line and "] " in line]
     return lines[0].partition("] ")[2][:200] if lines else "decoding failed"

@@ -1,6 +1,6 @@
-"""What is to be decoded of a video file, found by reading its packets and decoding its first frame alone.
+"""Plans which frames of a video file to decode, by reading its packets and decoding only its first frame.
 
-In: the file's bytes, where the clip starts (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, by
+In: the file's bytes, the start of the clip (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, from
 which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (data/frame_sampling.py).
 Times are in ticks of the file's video stream.
 """
@@ -19,33 +19,33 @@ from megamm.modalities.video_file import ShownFrame, check_end, open_video
 
 @dataclass(frozen=True)
 class ClipPlan:
-    """The frames of a clip, and what a decoder needs to know of the file. F frames, each maybe more than once."""
+    """The frames of a clip, and file properties that decoders need. F frames, possibly with repetitions."""
 
     frames: tuple[int, ...]
-    """`[F]` numbers in the order of showing, from 0 at the file's first."""
+    """`[F]` frame numbers in display order, counted from the file's first frame."""
     times: tuple[int, ...]
-    """`[F]` the same frames' presentation times."""
+    """`[F]` presentation times of the same frames."""
     keyframe: int
-    """Presentation time of the keyframe at which decoding can begin."""
+    """Presentation time of the keyframe from which to decode."""
     skipped: int
-    """Frames before that keyframe."""
+    """Number of frames before that keyframe."""
     codec: str
     """FFmpeg's name: "h264", "vp9"."""
     pixel_format: str
     colour_matrix: int
-    """Code of ISO/IEC 23091-2, MatrixCoefficients; 2 if the file does not say."""
+    """Code of ISO/IEC 23091-2, MatrixCoefficients; 2 if the file does not specify one."""
     has_cuts: bool
-    """Whether the container hides some of the packets' frames (edit lists)."""
+    """Whether the container hides frames of some packets (edit lists)."""
     width: int
     height: int
     """As stored, in pixels."""
     turns: int
-    """Quarters counter-clockwise, to be upright."""
+    """Quarter turns counter-clockwise that make it upright."""
     pixel_aspect: float
     """Width of a stored pixel over its height."""
 
     def stored_sides(self, size: int) -> tuple[int, int]:
-        """Width and height of the picture in a square of `size` pixels, still turned as it is stored."""
+        """Width and height of the picture in a square of `size` pixels, before rotation."""
         aspect = 1 / self.pixel_aspect if self.turns % 2 else self.pixel_aspect
         width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
         width, height = fitted_sides(width * aspect, height, size)
@@ -58,19 +58,19 @@ class _Packet:
     duration: int
     is_key: bool
     is_cut: bool
-    """Decoded, but left out by the container."""
+    """Decoded, but hidden by the container."""
 
 
 def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSizes) -> ClipPlan:
-    """Plan the clip that starts so many seconds after the file's first frame, F = 1 + n * frames_per_step.
+    """Plan the clip that starts this many seconds after the file's first frame, F = 1 + n * frames_per_step.
 
-    UnreadableMedia if the file is broken, truncated or of another format, or ends before the clip starts.
+    Raises UnreadableMedia if the file is broken, truncated, of another format, or ends before the clip starts.
     """
     with open_video(data, extension) as (container, stream):
         packets, first = _packets(container, stream)
         shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
         if first is None or not shown:
-            raise UnreadableMedia("no frame can be read")
+            raise UnreadableMedia("no readable frame")
         tick: Fraction = stream.time_base
         gap = shown[-1].duration or (shown[-1].time - shown[-2].time if len(shown) > 1 else 0)
         if not gap and stream.average_rate:
@@ -98,7 +98,7 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
 
 
 def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
-    """The packets that hold a frame, in the file's order, and the first frame that the decoder gives (or None)."""
+    """The packets that hold a frame, in the file's order, and the first frame that the decoder returns (or None)."""
     packets, first = [], None
     for packet in container.demux(stream):
         if first is None:
@@ -106,20 +106,20 @@ def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
         if not packet.size or _is_hidden(packet, stream):
             continue
         if packet.pts is None:
-            raise UnreadableMedia("a frame without a time")
+            raise UnreadableMedia("a frame has no timestamp")
         packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return packets, first
 
 
 def _is_hidden(packet: Any, stream: Any) -> bool:
-    """Whether it only helps to decode others: VP8 says so in its first byte (RFC 6386, section 9.1: show_frame)."""
+    """Whether its frame is never shown: VP8 has a flag in the first byte (RFC 6386, section 9.1: show_frame)."""
     return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
     if start >= end:
-        raise UnreadableMedia(f"a clip from {start:g} s on, of a video of {end:.2f} s")
+        raise UnreadableMedia(f"the clip starts at {start:g} s, but the video ends at {end:.2f} s")
     chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)
-    if chosen == [0]:  # or the end is nearer than the tolerance of a sample
+    if chosen == [0]:  # or the end is closer than the tolerance of a sample
         chosen = [bisect_right(starts, start) - 1]
     return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]

@@ -1,6 +1,6 @@
-"""Video clips by PyAV (FFmpeg) on the CPU: a planned clip's bytes -> uint8 `[F, Y, X, 3]`, the frames of read_media.
+"""Decodes video clips with PyAV (FFmpeg) on the CPU: bytes and plan -> uint8 `[F, Y, X, 3]`, the frames of read_media.
 
-Decoding begins at the keyframe before the clip and ends with its last frame; nothing else of the file is decoded.
+Decoding starts at the keyframe before the clip and ends with its last frame; the rest of the file is not decoded.
 """
 
 import numpy as np
@@ -13,7 +13,7 @@ from megamm.modalities.video_file import ShownFrame, open_video
 
 
 def decode_clip(data: bytes, extension: str, plan: ClipPlan, size: int) -> FrameArray:
-    """The plan's frames as squares, uint8 `[F, size, size, 3]`. UnreadableMedia if one of them cannot be decoded."""
+    """The plan's frames as squares, uint8 `[F, size, size, 3]`. Raises UnreadableMedia if one cannot be decoded."""
     wanted, squares = set(plan.times), dict[int, PixelArray]()
     with open_video(data, extension) as (container, stream):
         container.seek(plan.keyframe, stream=stream)

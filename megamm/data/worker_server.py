@@ -1,8 +1,8 @@
-"""Imported by the server that forks the data workers (loader.py): it removes the folder of their sockets at its end.
+"""Removes the folder of the data workers' sockets when their fork server (loader.py), which imports it, exits.
 
-Python makes that folder for the process that starts the server, and removes it at that process's own end. A rank that
-is killed never comes to it, while the server sees the kill and ends in order. What a server preloads is all that it
-does beside its forks, so this module works when it is imported.
+Python creates that folder for the process that starts the server, and removes it when that process exits. A killed
+rank cannot do so, but the server notices the kill and exits normally. A fork server runs no other code than its
+preloaded modules, so this module takes effect on import.
 """
 
 import atexit
@@ -11,19 +11,19 @@ import shutil
 import time
 
 FOLDER = "MEGAMM_WORKERS_FOLDER"
-"""The variable that names it."""
+"""The environment variable with its path."""
 _SECONDS = 1.0
-"""Within which the kernel, which has closed the files of a process that ends, gives its children another parent."""
+"""Seconds within which the kernel assigns a new parent to the children of an exiting process."""
 
 
 def _end(folder: str, starter: int) -> None:
-    """A starter that has only stopped its server goes on to use the folder, and Python removes it."""
+    """Remove the folder at exit, unless the starter only stopped its server: it continues to use the folder."""
     deadline = time.monotonic() + _SECONDS
     while os.getppid() == starter and time.monotonic() < deadline:
         time.sleep(0.001)
     if os.getppid() != starter:
         shutil.rmtree(folder, ignore_errors=True)
-    os._exit(0)  # the interpreter's own end takes tenths of a second with torch
+    os._exit(0)  # with torch, a normal interpreter exit takes tenths of a second
 
 
 if FOLDER in os.environ:

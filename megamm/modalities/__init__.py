@@ -1,4 +1,4 @@
-"""The modalities the model can read and write: one line each."""
+"""The modalities that the model can read and write, one line each."""
 
 from megamm.modalities.audio import AudioModality
 from megamm.modalities.base import Modality
@@ -7,7 +7,7 @@ from megamm.modalities.points import PointsModality
 from megamm.modalities.text import TextModality
 from megamm.modalities.video import VideoModality
 
-# The order of the lines is part of the vocabulary's format: append only.
+# The order of the lines is part of the vocabulary's format: only append.
 REGISTRY: dict[str, type[Modality]] = {
     "text": TextModality,
     "image": ImageModality,
@@ -18,5 +18,5 @@ REGISTRY: dict[str, type[Modality]] = {
 
 
 def families() -> list[str]:
-    """The codecs there are: what a run's `tokenizers` and `--codec` name."""
+    """Names of the codecs, as used by a run's `tokenizers` and by `--codec`."""
     return list(dict.fromkeys(modality.family for modality in REGISTRY.values()))

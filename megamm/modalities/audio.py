@@ -1,7 +1,7 @@
-"""Audio: sound files <-> float32 `[samples]` mono at the codec's rate <-> token ids `[T]`, latent frame by frame.
+"""Audio: sound files <-> float32 `[samples]` mono at the codec's rate <-> token ids `[T]`, by latent frame.
 
-Every latent frame is `stride` ids, one of each level of the codec's residual quantiser, first the coarsest. Only the
-first `max_seconds` of a file are used (both are sizes of the codec).
+Every latent frame has `stride` ids, one per level of the codec's residual quantiser, coarsest first. Only the first
+`max_seconds` of a file are used (both are sizes of the codec).
 """
 
 import io
@@ -36,21 +36,21 @@ class AudioModality:
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "AudioModality":
-        """Load an audio codec folder onto a device. UserError if it is not one."""
+        """Load an audio codec folder onto a device. Raises UserError if it is not one."""
         module, codec_id = load_codec(codec, {KIND: AudioCodec}, "audio")
         return cls(module, codec_id, device)
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Digest of the samples; UnreadableMedia if broken, of another format than its ending, silent or too short."""
+        """Digest of the samples. Raises UnreadableMedia if broken, of the wrong format, silent or too short."""
         return check_sound(data, extension)
 
     def read_media(self, data: bytes, extension: str) -> Waveform:
-        """Sound file to float32 `[samples]` in [-1, 1], its channels averaged. UnreadableMedia if broken."""
+        """Sound file to float32 `[samples]` in [-1, 1], its channels averaged. Raises UnreadableMedia if broken."""
         return read_waveform(data, extension, self.codec.sample_rate, self.codec.max_seconds)
 
     def write_media(self, media: Waveform) -> bytes:
-        """float32 `[samples]` to FLAC bytes, 16 bits a sample; what is beyond [-1, 1] is clipped."""
+        """float32 `[samples]` to FLAC bytes, 16 bits per sample; values beyond [-1, 1] are clipped."""
         import soundfile  # loads a shared library
 
         samples = (media * 2.0**15).round().clip(-(2**15), 2**15 - 1).astype(np.int16)
@@ -64,7 +64,7 @@ class AudioModality:
         return [self.codec.encode(waveform[None], [len(waveform)])[0].cpu().numpy() for waveform in waveforms]
 
     def decode(self, ids: IntArray) -> Waveform:
-        """Ids `[T]` to float32 `[samples]`. ValueError if T is not whole latent frames or an id not of its level."""
+        """Ids `[T]` to float32 `[samples]`. Raises ValueError for incomplete frames or an id of another level."""
         return self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(self.device)).cpu().numpy()
 
     def positions(self, length: int) -> IntArray:
@@ -73,6 +73,6 @@ class AudioModality:
         return np.stack([t, h, np.zeros_like(t)])
 
     def choices(self, place: int) -> range:
-        """The ids of the level that stands at this place."""
+        """The ids of the level at this place."""
         first = place % self.stride * self.codec.codebook_size
         return range(first, first + self.codec.codebook_size)

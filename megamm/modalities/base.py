@@ -1,7 +1,7 @@
 """The protocol of a modality: media bytes <-> arrays <-> token ids.
 
-A modality is one file that implements `Modality` and one line in `megamm.modalities.REGISTRY`.
-Its ids are codec-local, in [0, vocabulary_size); `model.vocabulary` shifts them to their range.
+A modality is one file that implements `Modality` and one line in `megamm.modalities.REGISTRY`. Its ids are local to
+the codec, in [0, vocabulary_size); `model.vocabulary` shifts them to their range.
 """
 
 from collections.abc import Sequence
@@ -17,43 +17,43 @@ CPU = torch.device("cpu")
 
 
 class UnreadableMedia(ValueError):
-    """A file that cannot be decoded; the message says why. Builds count these and name them in a report."""
+    """A file that cannot be decoded; the message gives the reason. Builds count these and list them in a report."""
 
 
 class Modality(Protocol):
-    """One kind of media with the tokenizer (codec) that turns it into tokens and back."""
+    """A kind of media with the tokenizer (codec) that converts it to tokens and back."""
 
     name: ClassVar[str]
     """Folder of the media in a shard set, and the modality's name everywhere: "text", "image"."""
     family: ClassVar[str]
-    """Which codec it uses: "text", "visual", "audio", "points". Modalities of one family share its folder and ids."""
+    """Codec family: "text", "visual", "audio", "points". Modalities of one family share its folder and ids."""
     extensions: ClassVar[tuple[str, ...]]
-    """File endings inside its shards, without dot; the first is the one `write_media` makes."""
+    """File extensions in its shards, without the dot; `write_media` uses the first."""
 
     vocabulary_size: int
     """Number of token ids of the loaded codec."""
     codec_id: str
     """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
     tokens_per_item: int | None
-    """Tokens of every item of the loaded codec; None where the length varies (text, audio, video)."""
+    """Tokens of every item of the loaded codec; None if the length varies (text, audio, video)."""
     stride: int
-    """The length of every part is a multiple of it: 1 for text, the tokens of a latent frame for video."""
+    """Every part's length is a multiple of this: 1 for text, the tokens of a latent frame for video."""
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "Modality":
-        """Load the codec from its folder, to compute on `device`. UserError if the folder is not such a codec."""
+        """Load the codec from its folder, to compute on `device`. Raises UserError if it is not such a codec."""
         ...
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Decode fully, without a codec; returns the SHA-256 (hex) of what it decodes to, which tells duplicates.
+        """Decode the media fully, without a codec; returns the SHA-256 (hex) of the result, to find duplicates.
 
-        UnreadableMedia if it cannot be used for training.
+        Raises UnreadableMedia if it cannot be used for training.
         """
         ...
 
     def read_media(self, data: bytes, extension: str) -> Any:
-        """Media bytes to the codec's input (text: str; image: uint8 `[Y, X, 3]`). UnreadableMedia if broken."""
+        """Media bytes to the codec's input (text: str; image: uint8 `[Y, X, 3]`). Raises UnreadableMedia if broken."""
         ...
 
     def write_media(self, media: Any) -> bytes:
@@ -71,15 +71,15 @@ class Modality(Protocol):
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: (t, h, w) of each token, from 0; for text all three count up together.
 
-        A shorter part's are the beginning of a longer one's: a part that is being generated has no length yet.
+        The positions of a shorter part are a prefix of a longer part's: the length of a generated part is not known.
         """
         ...
 
     def choices(self, place: int) -> range:
-        """The ids that can stand at this place of a part (of a residual codec: those of its level)."""
+        """The ids allowed at this place of a part (for a residual codec, those of its level)."""
         ...
 
 
 def sequential_positions(length: int) -> IntArray:
-    """Positions of a part without spatial axes: `[3, length]`, all rows 0 .. length - 1."""
+    """Positions of a part without spatial axes: `[3, length]`, each row 0 .. length - 1."""
     return np.broadcast_to(np.arange(length, dtype=np.int64), (3, length)).copy()

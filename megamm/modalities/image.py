@@ -1,7 +1,7 @@
 """Images: PNG, JPEG or WebP bytes <-> uint8 `[Y, X, 3]` (sRGB) <-> token ids `[T]`, row-major over the grid.
 
-Every image becomes a square of the codec's size: EXIF rotation applied, transparency laid on white, scaled
-with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped or stretched.
+Every image becomes a square of the codec's size: EXIF rotation is applied, transparency is replaced by white, the
+image is scaled with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped or stretched.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from megamm.modalities.base import CPU, UnreadableMedia
 PixelArray = npt.NDArray[np.uint8]
 
 MAX_PIXELS = 64 * 2**20
-"""Larger images are refused from the header alone: a few kB of PNG can claim gigabytes (decompression bomb)."""
+"""Larger images are refused based on the header: a few kB of PNG can declare gigabytes (decompression bomb)."""
 _FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 
 
@@ -43,13 +43,13 @@ class ImageModality:
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "ImageModality":
-        """Load a visual codec folder onto a device. UserError if it is not one."""
+        """Load a visual codec folder onto a device. Raises UserError if it is not one."""
         module, codec_id = load_visual_codec(codec)
         return cls(module, codec_id, device)
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Digest of size and pixels; UnreadableMedia if broken, of another format than its extension, or too large."""
+        """Digest of size and pixels. Raises UnreadableMedia if broken, of the wrong format, or too large."""
         image = _decode(data, extension)
         return hashlib.sha256(repr(image.size).encode() + image.convert("RGBA").tobytes()).hexdigest()
 
@@ -71,9 +71,9 @@ class ImageModality:
         return list(self.codec.encode(images_BFYX3).cpu().numpy())
 
     def decode(self, ids: IntArray) -> PixelArray:
-        """Ids `[T]` to uint8 `[Y, X, 3]`. ValueError if T is not the codec's grid or an id is out of range."""
+        """Ids `[T]` to uint8 `[Y, X, 3]`. Raises ValueError if T is not the codec's or an id is out of range."""
         if len(ids) != self.stride:
-            raise ValueError(f"{len(ids)} ids for an image of {self.stride}")
+            raise ValueError(f"{len(ids)} ids, but an image has {self.stride}")
         images_BFYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
         return images_BFYX3[0, 0].cpu().numpy()
 
@@ -83,12 +83,12 @@ class ImageModality:
         return np.stack([np.zeros_like(h), h, w])
 
     def choices(self, place: int) -> range:
-        """Every id, everywhere."""
+        """All ids, at every place."""
         return range(self.vocabulary_size)
 
 
 def square_pixels(data: bytes, extension: str, size: int) -> PixelArray:
-    """Image bytes to uint8 `[size, size, 3]`: on white, aspect kept, padded. UnreadableMedia if broken."""
+    """Image bytes to uint8 `[size, size, 3]`: on white, aspect kept, padded. Raises UnreadableMedia if broken."""
     return pad_to_square(_on_white(_decode(data, extension)), size)
 
 
@@ -105,7 +105,7 @@ def pad_to_square(image: Image.Image, size: int, pixel_aspect: float = 1.0) -> P
 
 
 def fitted_sides(width: float, height: float, size: int) -> tuple[int, int]:
-    """Width and height (pixels) that a picture has in a square of `size`: aspect kept, the longer side all of it."""
+    """Width and height (pixels) of a picture in a square of `size`: aspect kept, the longer side fills the square."""
     return max(1, round(width * size / max(width, height))), max(1, round(height * size / max(width, height)))
 
 
@@ -117,15 +117,15 @@ def _decode(data: bytes, extension: str) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=tuple(_FORMAT.values()))
     except Image.DecompressionBombError as error:
         raise UnreadableMedia(f"more than {MAX_PIXELS} pixels") from error
-    except Exception as error:  # broken headers make Pillow raise nearly any class
+    except Exception as error:  # Pillow raises many kinds for broken headers
         raise UnreadableMedia(f"not a PNG, JPEG or WebP image: {type(error).__name__}") from error
     if image.format != _FORMAT.get(extension):
-        raise UnreadableMedia(f"a {image.format} image with the ending .{extension}")
+        raise UnreadableMedia(f"a {image.format} image with the extension .{extension}")
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableMedia(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
     try:
-        image.verify()  # PNG: checksums up to the end mark, which decoding alone does not reach
-        image = Image.open(io.BytesIO(data))  # verify uses the file up
+        image.verify()  # PNG: checksums up to the end marker, which decoding alone does not read
+        image = Image.open(io.BytesIO(data))  # an image cannot be used after verify
         image.load()
         return ImageOps.exif_transpose(image)
     except Exception as error:
@@ -133,7 +133,7 @@ def _decode(data: bytes, extension: str) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, with transparency laid on white."""
+    """RGB, with white instead of transparency."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255 instead of scaling
         image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
     if image.has_transparency_data:

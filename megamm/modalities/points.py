@@ -1,8 +1,8 @@
 """3D: clouds (npz) and meshes (glb, obj, ply) <-> float32 `[N, 9]` <-> token ids `[T]`.
 
 A cloud is xyz, unit normal and RGB in [0, 1] (data/meshes.py), read with the centre of its bounding box at the origin
-and its longest side 2. A mesh is sampled evenly by area, a cloud of more points than N thinned, one of fewer
-repeated, at random from the file's own hash: the same file always gives the same points.
+and its longest side 2. A mesh is sampled uniformly by area; a cloud with more than N points is thinned, one with fewer
+is repeated, at random with a seed from the file's hash: the same file always gives the same points.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from megamm.data.sample import IntArray
 from megamm.modalities.base import CPU, UnreadableMedia
 
 _DIGEST_POINTS = 4096
-"""Of a mesh, which has many forms (formats, orders of its parts' bytes) with one surface."""
+"""Points of a mesh for its digest: one surface can have many forms (formats, orders of its parts' bytes)."""
 
 
 class PointsModality:
@@ -41,13 +41,13 @@ class PointsModality:
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "PointsModality":
-        """Load a points codec folder onto a device. UserError if it is not one."""
+        """Load a points codec folder onto a device. Raises UserError if it is not one."""
         module, codec_id = load_codec(codec, {KIND: PointsCodec}, "points")
         return cls(module, codec_id, device)
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Digest of the cloud, or of points drawn from the mesh with a fixed seed; UnreadableMedia if unusable."""
+        """Digest of the cloud, or of points of the mesh with a fixed seed. Raises UnreadableMedia if unusable."""
         cloud = _read(data, extension, _DIGEST_POINTS, seed=0)
         _readable(normalised, cloud)
         return hashlib.sha256(cloud.tobytes()).hexdigest()
@@ -67,12 +67,12 @@ class PointsModality:
         return list(self.codec.encode(torch.from_numpy(np.stack(media)).to(self.device)).cpu().numpy())
 
     def decode(self, ids: IntArray) -> CloudArray:
-        """Ids `[T]` to a cloud `[N, 9]`. ValueError if T is not the codec's or an id is wrong at its place."""
+        """Ids `[T]` to a cloud `[N, 9]`. Raises ValueError if T is not the codec's or an id is invalid at its place."""
         clouds = self.codec.decode(torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))[None].to(self.device))
         return clouds[0].cpu().numpy()
 
     def positions(self, length: int) -> IntArray:
-        """`[3, length]`: t counts the tokens; (h, w) are the quantiles of height and width that the patch is in."""
+        """`[3, length]`: t counts the tokens; (h, w) are the quantiles of height and width of the patch."""
         height, width, _ = quantile_of_patch(self.codec.config.patches)[:, np.arange(length) // 2]
         return np.stack([np.arange(length), height, width])
 
@@ -82,9 +82,9 @@ class PointsModality:
 
 
 def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> CloudArray:
-    """Media bytes to normalised clouds `[draws, count, 9]`; UnreadableMedia if broken.
+    """Media bytes to normalised clouds `[draws, count, 9]`. Raises UnreadableMedia if broken.
 
-    The draws share no point where the media has enough; the first is the same for any number of draws.
+    The draws share no point if the media has enough points; the first is the same for any number of draws.
     """
     seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
     if extension in MESH_EXTENSIONS:
@@ -99,16 +99,16 @@ def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> Clou
 
 
 def _read(data: bytes, extension: str, count: int, seed: int) -> CloudArray:
-    """A mesh as `count` points, a cloud as it is; neither is normalised."""
+    """A mesh as `count` points, a cloud unchanged; neither is normalised."""
     if extension == "npz":
         return _readable(read_cloud, data)
     if extension in MESH_EXTENSIONS:
         return _readable(cloud_from_mesh, _readable(read_mesh, data, extension), count, seed)
-    raise UnreadableMedia(f"ending {extension!r} is not one of {', '.join(PointsModality.extensions)}")
+    raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(PointsModality.extensions)}")
 
 
 def _readable(step: Callable[..., Any], *inputs: Any) -> Any:
-    """What the step makes of its inputs; its ValueError as UnreadableMedia."""
+    """Call `step` with its inputs; turn its ValueError into UnreadableMedia."""
     try:
         return step(*inputs)
     except ValueError as error:

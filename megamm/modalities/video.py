@@ -1,8 +1,8 @@
 """Videos: mp4, webm, mkv or mov bytes <-> uint8 `[F, Y, X, 3]` (sRGB) <-> token ids `[T]` of the visual codec.
 
-Frames are sampled by time at the codec's frame_rate, from the first one on, and cut to F = 1 + n * frames_per_step of
-at most max_frames. Each becomes the square that an image becomes: aspect kept, rotation applied, padded with white.
-Ids are in the order of time, rows and columns over the latent frames.
+Frames are sampled by time at the codec's frame_rate, starting with the first, and limited to F = 1 + n *
+frames_per_step, at most max_frames. Each becomes a square as an image does: aspect kept, rotation applied, padded with
+white. Ids are in the order of time, rows and columns over the latent frames.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ FrameArray = npt.NDArray[np.uint8]
 
 
 class VideoSizes(Protocol):
-    """What a visual codec, or its config, says of the videos that it takes; units as in codecs/visual.py."""
+    """Input sizes of a visual codec or its config; units as in codecs/visual.py."""
 
     @property
     def image_size(self) -> int: ...
@@ -52,17 +52,17 @@ class VideoModality:
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "VideoModality":
-        """Load a visual codec folder onto a device. UserError if it is not one."""
+        """Load a visual codec folder onto a device. Raises UserError if it is not one."""
         module, codec_id = load_visual_codec(codec)
         return cls(module, codec_id, device)
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Decode every frame; the digest of all. UnreadableMedia if broken, cut short, too large or long, misnamed."""
+        """Decode every frame; digest of all. Raises UnreadableMedia if broken, truncated, too large or misnamed."""
         return digest_of_frames(data, extension)
 
     def read_media(self, data: bytes, extension: str) -> FrameArray:
-        """Video bytes to uint8 `[F, Y, X, 3]`, Y = X = the codec's image_size; decodes no further than it needs."""
+        """Video bytes to uint8 `[F, Y, X, 3]`, Y = X = the codec's image_size; decodes no more than necessary."""
         return video_frames(data, extension, self.codec)
 
     def write_media(self, media: FrameArray) -> bytes:
@@ -70,7 +70,7 @@ class VideoModality:
         return write_mp4(media, self.codec.frame_rate)
 
     def encode(self, media: Sequence[FrameArray]) -> list[IntArray]:
-        """Videos `[F, Y, X, 3]` to ids `[T]` each, on the codec's device; those of one length are a batch."""
+        """Videos `[F, Y, X, 3]` to ids `[T]` each, on the codec's device; videos of one length form a batch."""
         ids: dict[int, IntArray] = {}
         for numbers in batches_of_one_length([len(frames) for frames in media]):
             videos_BFYX3 = torch.from_numpy(np.stack([media[i] for i in numbers])).to(self.device)
@@ -78,21 +78,21 @@ class VideoModality:
         return [ids[i] for i in range(len(media))]
 
     def decode(self, ids: IntArray) -> FrameArray:
-        """Ids `[T]` to uint8 `[F, Y, X, 3]`. ValueError if T is not of whole latent frames or an id is out of range."""
+        """Ids `[T]` to uint8 `[F, Y, X, 3]`. Raises ValueError for incomplete frames or an id out of range."""
         videos_BFYX3 = self.codec.decode(torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(self.device))
         return videos_BFYX3[0].cpu().numpy()
 
     def positions(self, length: int) -> IntArray:
-        """`[3, length]`: t the latent frame, (h, w) row-major over its grid."""
+        """`[3, length]`: t is the latent frame, (h, w) row-major over its grid."""
         t, place = np.divmod(np.arange(length, dtype=np.int64), self.stride)
         return np.stack([t, *np.divmod(place, self.codec.grid_size)])
 
     def choices(self, place: int) -> range:
-        """Every id, anywhere."""
+        """All ids, at every place."""
         return range(self.vocabulary_size)
 
 
 def video_frames(data: bytes, extension: str, sizes: VideoSizes) -> FrameArray:
-    """Video bytes to what the codec takes, uint8 `[F, Y, X, 3]`. UnreadableMedia if broken as far as it is read."""
+    """Video bytes to the codec's input, uint8 `[F, Y, X, 3]`. Raises UnreadableMedia if the part read is broken."""
     frames = sampled_squares(data, extension, sizes.frame_rate, sizes.max_frames, sizes.image_size)
     return frames[: usable_frames(len(frames), sizes.max_frames, sizes.frames_per_step)]

@@ -1,7 +1,7 @@
-"""Video files by PyAV (FFmpeg): bytes -> frames with their times, upright and in RGB; frames -> mp4 bytes.
+"""Video files with PyAV (FFmpeg): bytes -> frames with their times, upright and in RGB; frames -> mp4 bytes.
 
-Only the video stream that FFmpeg deems best is read; sound is another modality's. Nothing but the given bytes is
-opened: the file's ending fixes the container format, so that playlists and references are not followed.
+Only the video stream that FFmpeg selects is read; sound belongs to another modality. Only the given bytes are opened:
+the file's extension fixes the container format, so playlists and references are not followed.
 """
 
 import hashlib
@@ -22,24 +22,24 @@ from megamm.modalities.base import UnreadableMedia
 from megamm.modalities.image import PixelArray, pad_to_square
 
 MAX_PIXELS = 2**25
-"""Of one frame: 8K (7680 x 4320) and a little more."""
+"""Maximum pixels of one frame: 8K (7680 x 4320) and a little more."""
 MAX_SECONDS = 600.0
 MAX_DECODED_PIXELS = 2**35
-"""Of all frames together, minutes of decoding: eleven minutes of 1920 x 1080 at 25 Hz."""
+"""Maximum pixels of all frames, minutes of decoding: eleven minutes of 1920 x 1080 at 25 Hz."""
 MISSING_FRAMES, MISSING_SHARE = 2, 0.05
-"""How far before the duration it declares a file may end; what ends earlier counts as truncated."""
+"""How far before its declared duration a file may end; a file that ends earlier is truncated."""
 
 _MP4, _MATROSKA = "mp4", "matroska"
 _CONTAINER = {"mp4": _MP4, "mov": _MP4, "webm": _MATROSKA, "mkv": _MATROSKA}
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-"""One of them is the first box of an MP4 or QuickTime file."""
+"""The first box of an MP4 or QuickTime file is one of these."""
 _EBML = b"\x1a\x45\xdf\xa3"
 _TRANSPOSE = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
 
 
 @dataclass(frozen=True)
 class ShownFrame:
-    """A decoded frame (av.VideoFrame) and when it is shown, in seconds from the first.
+    """A decoded frame (av.VideoFrame) and the time it is shown, in seconds from the first.
 
     pixel_aspect: width of a stored pixel over its height.
     """
@@ -50,24 +50,24 @@ class ShownFrame:
     pixel_aspect: float
 
     def image(self) -> Image.Image:
-        """RGB and upright, in stored pixels."""
+        """The frame in RGB and upright, in stored pixels."""
         image = self.frame.to_image()
         turns = self.turns()
         return image.transpose(_TRANSPOSE[turns]) if turns else image
 
     def square(self, size: int) -> PixelArray:
-        """uint8 `[size, size, 3]`, aspect kept, padded as an image is."""
+        """uint8 `[size, size, 3]`, aspect kept, padded like an image."""
         return pad_to_square(self.image(), size, 1 / self.pixel_aspect if self.turns() % 2 else self.pixel_aspect)
 
     def turns(self) -> int:
-        """Quarters counter-clockwise that bring the stored picture upright."""
+        """Quarter turns counter-clockwise that make the stored picture upright."""
         return round(self.frame.rotation / 90) % 4
 
 
 def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, size: int) -> npt.NDArray[np.uint8]:
     """The frames shown at 0, 1 / frame_rate, ... s, uint8 `[F, size, size, 3]`, F from 1 to `limit`.
 
-    What comes after them is not decoded. UnreadableMedia if broken, truncated or of another format than its ending.
+    Later frames are not decoded. Raises UnreadableMedia if broken, truncated or of the wrong format.
     """
     squares: list[PixelArray] = []
     first = None
@@ -79,7 +79,7 @@ def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, 
                 squares += [shown.square(size)] * repeats
             if len(squares) == limit:
                 break
-    assert first, "shown_frames gives a frame or raises"
+    assert first, "shown_frames yields a frame or raises"
     return np.stack(squares or [first.square(size)])
 
 
@@ -99,32 +99,32 @@ def digest_of_frames(data: bytes, extension: str) -> str:
 
 
 def shown_frames(data: bytes, extension: str) -> Generator[ShownFrame, None, None]:
-    """Every frame in the order of showing, at least one. UnreadableMedia if broken or truncated, also after some."""
+    """Every frame in display order, at least one. Raises UnreadableMedia if broken or truncated, also after some."""
     with open_video(data, extension) as (container, stream):
         yield from _decode(container, stream)
 
 
 @contextmanager
 def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and video stream, with a decoder that does not guess at damage; closed on leaving.
+    """PyAV's container and video stream, with a decoder that does not hide damage; closed on exit.
 
-    UnreadableMedia if the file is broken, of another format or too large, and for what FFmpeg raises inside.
+    Raises UnreadableMedia if the file is broken, of another format or too large, and for FFmpeg's exceptions inside.
     """
-    import av  # FFmpeg's libraries: not needed to read text
+    import av  # FFmpeg's libraries are not needed to read text
 
     _check_container(data, extension)
     try:
         with av.open(io.BytesIO(data), format=_CONTAINER[extension]) as container:
             stream = container.streams.best("video")
             if stream is None:
-                raise UnreadableMedia("no video in it")
+                raise UnreadableMedia("contains no video")
             _check_size(stream.codec_context)
-            # The limit is for what a header does not say; it counts padding.
+            # The limit is for sizes that are not in the header; it includes padding.
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
             yield container, stream
     except UnreadableMedia:
         raise
-    except Exception as error:  # FFmpeg's errors are many classes; PyAV adds some on damaged headers
+    except Exception as error:  # FFmpeg's errors have many classes; PyAV adds some for damaged headers
         raise UnreadableMedia(f"broken {extension} data: {type(error).__name__}") from error
 
 
@@ -136,7 +136,7 @@ def _check_container(data: bytes, extension: str) -> None:
     if found is None:
         raise UnreadableMedia("neither MP4 (QuickTime) nor Matroska (WebM)")
     if found != wanted:
-        raise UnreadableMedia(f"{'an MP4' if found == _MP4 else 'a Matroska'} file with the ending .{extension}")
+        raise UnreadableMedia(f"{'an MP4' if found == _MP4 else 'a Matroska'} file with the extension .{extension}")
 
 
 def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
@@ -144,8 +144,8 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
     last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
     for frame in container.decode(stream):
         if frame.pts is None:
-            raise UnreadableMedia("a frame without a time")
-        _check_size(frame)  # it may change
+            raise UnreadableMedia("a frame has no timestamp")
+        _check_size(frame)  # the size can change
         time = frame.pts * frame.time_base
         origin = time if origin is None else origin
         if last is not None:
@@ -153,7 +153,7 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
             yield ShownFrame(float(last[0]), float(time - origin), last[1], aspect)
         last = (time - origin, frame)
     if last is None or origin is None:
-        raise UnreadableMedia("no frame can be read")
+        raise UnreadableMedia("no readable frame")
     gap = last[1].duration * last[1].time_base or gap
     end = last[0] + gap
     check_end(container, stream, end, origin, gap)
@@ -161,7 +161,7 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
 
 
 def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
-    """UnreadableMedia if the file ends before it should. Seconds: end from the first frame, at origin."""
+    """Raise UnreadableMedia if the file ends too early. Seconds: end from the first frame, at origin."""
     declared = _declared_duration(container, stream)
     missing = max(MISSING_FRAMES * gap, Fraction(MISSING_SHARE) * declared)
     if max(end, end + origin) < declared - missing:
@@ -174,7 +174,7 @@ def _check_size(given: Any) -> None:
 
 
 def _declared_duration(container: Any, stream: Any) -> Fraction:
-    """Of the video stream, in seconds; 0 if the file does not say."""
+    """Duration of the video stream in seconds; 0 if the file does not declare one."""
     if stream.duration:
         return stream.duration * stream.time_base
     if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):

@@ -1,1 +1,1 @@
-"""What is specific to the any-to-any model and independent of Megatron: the vocabulary, rotary positions."""
+"""The parts of the any-to-any model that do not depend on Megatron: the vocabulary, rotary positions, sizes."""

@@ -1,13 +1,13 @@
-"""Rotary position embedding at explicit positions, of one axis or three.
+"""Rotary position embedding at explicit positions, with one axis or three.
 
-Channel pair (i, i + D/2) of a head turns by the angle position * base^(-2i / D) (Su et al. 2021, "RoFormer").
-With three axes every pair follows one of (t, h, w), dealt in turn, so that each axis gets high and low
-frequencies; the slowest pairs are left to t (Qwen3-VL, Bai et al. 2025: the interleaved M-RoPE; Wang et al. 2024,
-Qwen2-VL, for M-RoPE itself). Where t = h = w, as in text, it is the one-axis embedding.
+Channel pair (i, i + D/2) of a head is rotated by the angle position * base^(-2i / D) (Su et al. 2021, "RoFormer").
+With three axes every pair follows one of (t, h, w), assigned in turn, so that each axis gets high and low
+frequencies; the slowest pairs follow t (Qwen3-VL, Bai et al. 2025: interleaved M-RoPE; M-RoPE itself: Wang et al.
+2024, Qwen2-VL). Where t = h = w, as in text, it equals the one-axis embedding.
 
-A longer context: "linear" divides all angles (Chen et al. 2023, position interpolation); "llama3" divides those of the
-pairs that turn less than low_freq_factor times in the original length, keeps those of more than high_freq_factor
-turns, and goes linearly between in the number of turns (Grattafiori et al. 2024, Llama 3.1).
+A longer context: "linear" divides all angles (Chen et al. 2023, position interpolation); "llama3" divides those of
+pairs with fewer than low_freq_factor turns within the original length, keeps those with more than high_freq_factor
+turns, and interpolates linearly in between (Grattafiori et al. 2024, Llama 3.1).
 """
 
 import math
@@ -23,7 +23,7 @@ _NOT_SCALED = RopeScalingConfig()
 
 @dataclass(frozen=True)
 class Rope:
-    """The base of the angles, whether positions have 1 axis or 3, and how slow angles are stretched."""
+    """The base of the angles, the number of position axes (1 or 3), and the scaling of slow angles."""
 
     base: float
     axes: int = 1
@@ -44,9 +44,9 @@ def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> torc
 
 
 def sections(head_dim: int) -> tuple[int, int, int]:
-    """How many of a head's D / 2 channel pairs follow t, h and w: in Qwen3-VL's proportion, 24 : 20 : 20 of 64.
+    """Number of a head's D / 2 channel pairs that follow t, h and w: Qwen3-VL's proportion, 24 : 20 : 20 of 64.
 
-    UserError if there are not three pairs.
+    Raises UserError if there are fewer than three pairs.
     """
     pairs = head_dim // 2
     if pairs < 3:
@@ -56,7 +56,7 @@ def sections(head_dim: int) -> tuple[int, int, int]:
 
 
 def axis_of_pairs(head_dim: int, axes: int, device: torch.device) -> torch.Tensor:
-    """Which axis (0 t, 1 h, 2 w) each channel pair follows, int64 `[D / 2]`: t h w t h w .. t t. One axis: all 0."""
+    """The axis (0 t, 1 h, 2 w) of each channel pair, int64 `[D / 2]`: t h w t h w .. t t. With one axis: all 0."""
     pair = torch.arange(head_dim // 2, device=device)
     if axes == 1:
         return torch.zeros_like(pair)
@@ -66,7 +66,7 @@ def axis_of_pairs(head_dim: int, axes: int, device: torch.device) -> torch.Tenso
 def cosines_and_sines(
     position_BAS: torch.Tensor, head_dim: int, rope: Rope, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the angles, computed in float32 and cast, `[S, B, 1, D]` each; sines are negative for the first of a pair.
+    """Cosines and sines, computed in float32 and cast, `[S, B, 1, D]`; sines are negative for the first of a pair.
 
     position `[B, A, S]` has A = rope.axes axes.
     """
@@ -78,5 +78,5 @@ def cosines_and_sines(
 
 
 def rotate(x_SBND: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn the heads of queries or keys: `[S, B, N, D]` to the same. Rolling by D / 2 swaps the two of a pair."""
+    """Rotate the heads of queries or keys, `[S, B, N, D]`. Rolling by D / 2 swaps the two channels of a pair."""
     return torch.addcmul(x_SBND * cosines, x_SBND.roll(x_SBND.shape[-1] // 2, dims=-1), sines)

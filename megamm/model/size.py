@@ -1,7 +1,7 @@
 """Parameters and training FLOPs of a model, from its config alone.
 
-"Active" are the parameters that one token is multiplied with: its top-k experts of all, the head, and not the
-embedding table, which is only looked up.
+"Active" parameters are those that multiply one token: its top-k experts and the head, without the embedding table,
+which is only looked up.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from megamm.config import ModelConfig
 
 
 def attention_parameters(m: ModelConfig) -> int:
-    """Of one layer's attention, its norms and biases included."""
+    """Parameters of one layer's attention, including norms and biases."""
     heads, hidden, a = m.num_attention_heads, m.hidden_size, m.mla
     if a.kv_lora_rank == 0:
         qkv = m.head_dim * (heads + 2 * m.num_query_groups)
@@ -22,7 +22,7 @@ def attention_parameters(m: ModelConfig) -> int:
 
 
 def layer_parameters(m: ModelConfig, active: bool = False, dense: bool = False) -> int:
-    """Of one transformer layer, with experts where the model has them, unless it is one of the dense ones."""
+    """Parameters of one transformer layer; with experts if the model has them, unless the layer is dense."""
     mlp = 3 * m.hidden_size * m.ffn_hidden_size
     if m.moe.num_experts and not dense:
         experts = m.moe.top_k if active else m.moe.num_experts
@@ -32,33 +32,33 @@ def layer_parameters(m: ModelConfig, active: bool = False, dense: bool = False) 
 
 
 def mtp_parameters(m: ModelConfig, active: bool = False) -> int:
-    """Of one multi-token-prediction module, without the embedding and the head that it shares with the model."""
+    """Parameters of one multi-token-prediction module, without the embedding and head that it shares."""
     return layer_parameters(m, active) + 2 * m.hidden_size**2 + 3 * m.hidden_size
 
 
 def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) -> int:
-    """Of the whole model."""
+    """Parameters of the whole model."""
     dense = m.moe.dense_layers
     layers = (m.num_layers - dense) * layer_parameters(m, active) + dense * layer_parameters(m, active, dense=True)
     layers += m.mtp.num_layers * mtp_parameters(m, active) + m.hidden_size
-    heads = 1 + m.mtp.num_layers  # each depth is multiplied with the head
+    heads = 1 + m.mtp.num_layers  # the head is used once per prediction depth
     tables = heads if active else 1 if m.tie_embeddings else 2
     return layers + tables * vocabulary_size * m.hidden_size
 
 
 def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
-    """Training FLOPs of one token: 6 per active parameter, and the causal attention products (Chowdhery 2022)."""
+    """Training FLOPs of one token: 6 per active parameter, plus the causal attention products (Chowdhery 2022)."""
     return 6.0 * parameter_count(m, vocabulary_size, active=True) + _attention_flops(m, seq_length) / seq_length
 
 
 def flops_of_row(m: ModelConfig, vocabulary_size: int, row_length: int, documents: Iterable[int]) -> float:
-    """Training FLOPs of a packed row: the products over all its tokens, attention inside each document (lengths)."""
+    """Training FLOPs of a packed row: parameter products of all tokens, attention inside documents (lengths)."""
     products = 6.0 * parameter_count(m, vocabulary_size, active=True) * row_length
     return products + sum(_attention_flops(m, length) for length in documents)
 
 
 def _attention_flops(m: ModelConfig, length: int) -> float:
-    """Of the causal attention products of a document: of n tokens n^2 / 2 pairs; with a window w < n, w n - w^2 / 2."""
+    """FLOPs of causal attention in a document: n tokens have n^2 / 2 pairs; with a window w < n, w n - w^2 / 2."""
     mla, window = m.mla, min(m.window.size or length, length)
     head_dims = mla.qk_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla.kv_lora_rank else 2 * m.head_dim
     layers, full = m.num_layers + m.mtp.num_layers, len(set(m.window.full_layers))

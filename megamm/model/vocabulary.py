@@ -1,8 +1,8 @@
 """One vocabulary for all modalities: [text | control | visual | audio | points], contiguous ranges.
 
 A range holds the ids of one codec; image and video share the visual one. The ranges are recorded in checkpoints and
-exports. CONTROL_SIZE slots are reserved so that a modality added later (its begin and end marks are control tokens)
-shifts no other id. Padding for tensor parallelism is not part of it: `padded_size` is a run-time figure.
+exports. CONTROL_SIZE slots are reserved, so that a modality added later (its begin and end marks are control tokens)
+shifts no other id. Padding for tensor parallelism is not included: `padded_size` is computed at run time.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,12 +13,12 @@ from megamm.modalities import REGISTRY
 
 CONTROL_SIZE = 32
 DOCUMENT_START, DOCUMENT_END, PADDING = 0, 1, 2
-"""Offsets in the control range; media number m of the registry (0 = image) begins with 3 + 2m and ends with 4 + 2m."""
+"""Offsets in the control range; media number m of the registry (0 = image) starts with 3 + 2m and ends with 4 + 2m."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Ids [start, start + size) of the codec `codec_id`, for these modalities ("" and none for control)."""
+    """Ids [start, start + size) of the codec `codec_id`, and its modalities (for control: "" and none)."""
 
     name: str
     start: int
@@ -33,15 +33,15 @@ class Range:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ranges in id order. Build with `Vocabulary.of`; text first, then control, then the media."""
+    """The ranges in id order: text, control, then the media. Build it with `Vocabulary.of`."""
 
     ranges: tuple[Range, ...]
 
     @classmethod
     def of(cls, codecs: dict[str, tuple[int, str]]) -> "Vocabulary":
-        """From modality name -> (vocabulary_size, codec_id); "text" must be there."""
+        """Build it from modality name -> (vocabulary_size, codec_id); "text" is required."""
         if "text" not in codecs:
-            raise UserError("no text tokenizer", remedy="name one under `tokenizers.text` in the config")
+            raise UserError("no text tokenizer", remedy="set tokenizers.text in the config")
         families: dict[str, list[str]] = {"text": [], "control": []}
         for name in REGISTRY:
             if name in codecs:
@@ -89,7 +89,7 @@ class Vocabulary:
         return self["control"].start + PADDING
 
     def padded_size(self, tensor_parallel: int, multiple: int = 1) -> int:
-        """Rows of the embedding at run time: the size rounded up so that every TP rank gets as many."""
+        """Rows of the embedding at run time: the size rounded up so that every TP rank gets the same number."""
         step = tensor_parallel * multiple
         return -(-self.size // step) * step
 
@@ -110,5 +110,5 @@ class Vocabulary:
 
 
 def _media() -> list[str]:
-    """The modalities with marks. The registry's order is part of the format: append only."""
+    """The modalities with marks. The registry's order is part of the format: only append to it."""
     return [name for name in REGISTRY if name != "text"]

@@ -1,6 +1,6 @@
 """The fused operators of csrc/ as functions: norm, gated activation, patch embedding, loss.
 
-`choose` gives the set of functions for a device, compiled or plain torch (reference.py); both take and return the same.
+`choose` returns the functions for a device, compiled or plain torch (reference.py); both have the same interface.
 """
 
 from collections.abc import Callable
@@ -41,16 +41,16 @@ TORCH = Ops(
 
 
 def choose(setting: str, device: torch.device) -> tuple[Ops, str]:
-    """The ops that `setting` (auto, csrc or torch) means on this device, and the reason in words.
+    """The ops that `setting` (auto, csrc or torch) selects for this device, and the reason as text.
 
-    UserError where csrc is asked for and was not built for the device.
+    Raises UserError if csrc is requested but was not built for the device.
     """
     name, reason = library.choose(setting, device)
     return (CSRC if name == "csrc" else TORCH), reason
 
 
 def describe() -> str:
-    """What `auto` means on each kind of device of this machine, for people."""
+    """The implementation that `auto` selects on each kind of device of this machine, as text."""
     kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     return "; ".join("{}: {} ({})".format(kind, *library.choose("auto", torch.device(kind))) for kind in kinds)
 

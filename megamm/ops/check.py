@@ -1,10 +1,10 @@
-"""Checks of an op's arguments that name both sides. They cost no synchronisation: only shapes and types are read."""
+"""Checks of an op's arguments, with both sides in the message. They read shapes and types only: no synchronisation."""
 
 from torch import Tensor
 
 
 def check_same_kind(op: str, **tensors: Tensor) -> None:
-    """ValueError unless all have the dtype and the device of the first."""
+    """Raise ValueError unless all have the dtype and the device of the first."""
     (first, x), *others = tensors.items()
     for name, tensor in others:
         if tensor.dtype != x.dtype:
@@ -13,7 +13,7 @@ def check_same_kind(op: str, **tensors: Tensor) -> None:
 
 
 def check_same_device(op: str, **tensors: Tensor) -> None:
-    """ValueError unless all are on the device of the first."""
+    """Raise ValueError unless all are on the device of the first."""
     (first, x), *others = tensors.items()
     for name, tensor in others:
         if tensor.device != x.device:
@@ -21,7 +21,7 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
 
 
 def check_same_shape(op: str, **tensors: Tensor) -> None:
-    """check_same_kind, and ValueError unless all have the shape of the first."""
+    """Check as check_same_kind does, and raise ValueError unless all have the shape of the first."""
     check_same_kind(op, **tensors)
     (first, x), *others = tensors.items()
     for name, tensor in others:
@@ -30,5 +30,5 @@ def check_same_shape(op: str, **tensors: Tensor) -> None:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """As in "float32"."""
+    """The name of a dtype, such as "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -1,16 +1,16 @@
-"""Cross entropy of a linear layer's outputs that never holds the full logits.
+"""Cross entropy of a linear layer's outputs without storing the full logits.
 
     logits = hidden @ weight^T,  lse_t = log(sum over v of exp(logits_tv)),
     CE_t = (1 - s) * (lse_t - logits_t,label) + s * (lse_t - mean over v of logits_tv),   s the label smoothing,
     loss = sum over t of w_t * (CE_t + z * lse_t^2).
 
-Tokens are taken chunk by chunk. Since every token's weight is known, a chunk's gradient is made at once: it is written
-over the chunk's logits and multiplied into those of hidden and weight, and the backward pass only scales these two.
-Over a group of tensor-parallel ranks, rank r holds rows [r * V_local, (r + 1) * V_local) of the weight; one exchange
-per chunk, of four numbers a token, gives every rank the same softmax.
+Tokens are processed chunk by chunk. Since every token's weight is known, a chunk's gradient is computed at once: it
+overwrites the chunk's logits and is multiplied into the gradients of hidden and weight; the backward pass only scales
+these two. In a tensor-parallel group, rank r holds rows [r * V_local, (r + 1) * V_local) of the weight; one exchange
+per chunk, of four numbers per token, gives every rank the same softmax.
 
-Memory beyond arguments and gradients is a chunk of logits: 1/24 of all from 8160 tokens on, the weight's gradient being
-counted in float32.
+The memory beyond arguments and gradients is one chunk of logits: 1/24 of all from 8160 tokens on, with the weight's
+gradient in float32.
 Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Shoeybi et al. 2019, "Megatron-LM"
 (vocabulary parallel); Chowdhery et al. 2022, "PaLM" (z-loss); Szegedy et al. 2016 (label smoothing).
 """
@@ -25,10 +25,10 @@ from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 from megamm.ops.check import check_same_device, check_same_kind
 
 MOST_CHUNKS, LEAST_ROWS = 24, 340
-"""Tokens are split evenly into so many chunks at most: one has 4 % of the logits, and the weight's gradient is read and
-written once for each. Products of fewer than LEAST_ROWS rows would be slow."""
+"""Maximum number of equal chunks that tokens are split into: a chunk has 4 % of the logits, and the weight's gradient
+is read and written once for each. Products of fewer than LEAST_ROWS rows would be slow."""
 _COLUMN_MULTIPLE = 64
-"""Rows of the logits start at multiples of this many elements, as fast matrix products want it."""
+"""Rows of the logits start at multiples of this many elements, as fast matrix products require."""
 
 
 def linear_cross_entropy(
@@ -44,21 +44,21 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, CE_t): the weighted sum, differentiable in hidden and weight, and each token's own `[T]`, detached.
+    """Return (loss, CE_t): the weighted sum, differentiable in hidden and weight, and each token's own `[T]`, detached.
 
-    hidden `[T, H]` and weight `[V_local, H]` of one floating dtype, labels int64 `[T]` (ids of the whole vocabulary),
-    token_weight float32 `[T]` (None: 1 each). Results are float32 (float64 for float64 arguments), as is all math from
-    the logits on; the logits and their gradient have hidden's dtype. The weight's gradient is summed over chunks in
-    float32 and rounded to its dtype once, in the backward pass. Bitwise the same from run to run.
+    hidden `[T, H]` and weight `[V_local, H]` have one floating dtype, labels int64 `[T]` (ids of the whole vocabulary),
+    token_weight float32 `[T]` (None: 1 each). Results are float32 (float64 for float64 arguments), as are all
+    computations after the logits; the logits and their gradient have hidden's dtype. The weight's gradient is summed
+    over chunks in float32 and rounded to its dtype once, in the backward pass. Runs are bitwise reproducible.
 
-    Rows of weight from vocabulary_size on (default: none) are padding: no part of softmax, smoothing or gradient.
-    A token labelled ignore_index has loss 0, CE_t 0 and adds no gradient, whatever its logits are. Any other label
-    outside [0, vocabulary_size) makes loss, CE_t and gradients NaN: to raise would need to wait for the device.
+    Rows of weight from vocabulary_size on (default: none) are padding: excluded from softmax, smoothing and gradient.
+    A token with the label ignore_index has loss 0, CE_t 0 and no gradient, whatever its logits are. Any other label
+    outside [0, vocabulary_size) makes loss, CE_t and gradients NaN: raising would have to wait for the device.
 
     With a group every rank passes the same hidden, labels and token_weight and gets the same results, but *its part* of
-    hidden's gradient (its columns' share): add it up over the group, as Megatron's mapping functions do.
+    hidden's gradient (from its columns): sum it over the group, as Megatron's mapping functions do.
 
-    ValueError, which names both sides, where shapes, dtypes or devices do not fit.
+    Raises ValueError, which names both sides, if shapes, dtypes or devices do not match.
     """
     ranks = 1 if group is None else group.size()
     size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
@@ -95,7 +95,7 @@ def check_arguments(
     ranks: int,
     label_smoothing: float,
 ) -> None:
-    """ValueError where the arguments of `linear_cross_entropy` do not fit each other."""
+    """Raise ValueError if the arguments of `linear_cross_entropy` do not match each other."""
 
     op = "linear_cross_entropy"
     check_same_kind(op, hidden=hidden, weight=weight)
@@ -135,7 +135,7 @@ def _in_chunks(
     with_hidden: bool,
     with_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, CE_t, and the loss's gradients of hidden and of weight; a gradient not asked for is empty)."""
+    """(loss, CE_t, and the loss's gradients of hidden and of weight; a gradient that is not needed is empty)."""
     kernels = torch.ops.megamm
     process_group = _resolve_process_group(GroupName(group)) if group else None
     start = weight.shape[0] * process_group.rank() if process_group else 0
@@ -143,7 +143,7 @@ def _in_chunks(
     used = weight[:columns]
     counted = labels != ignore_index
     factor = _factor(labels, token_weight, counted, vocabulary_size).to(_math_dtype(hidden))
-    # Among this rank's columns; -1: another rank's.
+    # Index among this rank's columns; -1: on another rank.
     target = torch.where((labels >= start) & (labels < start + columns), labels - start, -1)
 
     statistics = factor.new_empty(len(labels), 4)
@@ -169,7 +169,7 @@ def _in_chunks(
 
 
 def _factor(labels: Tensor, token_weight: Tensor | None, counted: Tensor, vocabulary_size: int) -> Tensor:
-    """What each token's loss is multiplied by: 0 where it is ignored, NaN where its label is none."""
+    """The factor of each token's loss: 0 if it is ignored, NaN if its label is invalid."""
     factor = counted.float() if token_weight is None else token_weight.where(counted, 0.0)
     return factor.masked_fill(counted & ((labels < 0) | (labels >= vocabulary_size)), torch.nan)
 
@@ -179,7 +179,7 @@ def _math_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _new_gradients(hidden: Tensor, weight: Tensor, with_hidden: bool, with_weight: bool) -> tuple[Tensor, Tensor]:
-    """Of hidden, yet to be written; of weight, zeros in the dtype that it is summed in."""
+    """Buffers for the gradients: hidden's uninitialised, weight's zeros in the dtype of the sum."""
     return (
         hidden.new_empty(hidden.shape if with_hidden else 0),
         weight.new_zeros(weight.shape if with_weight else 0, dtype=_math_dtype(weight)),
@@ -187,7 +187,7 @@ def _new_gradients(hidden: Tensor, weight: Tensor, with_hidden: bool, with_weigh
 
 
 def _combine(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The statistics `[C, 4]` of the columns of all ranks together: m, sum of exp(x - m), x at the target, sum of x."""
+    """Combine the statistics `[C, 4]` over all ranks' columns: m, sum of exp(x - m), x at the target, sum of x."""
     gathered = own.new_empty(group.size(), *own.shape)
     dist.all_gather(list(gathered.unbind()), own.contiguous(), group=group)
     maxima, exponentials, picked, sums = gathered.unbind(2)
@@ -197,11 +197,11 @@ def _combine(own: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
-    """total `[V, H]` += d_logits^T @ hidden, where total may be wider than the factors' dtype."""
+    """total `[V, H]` += d_logits^T @ hidden, where total may have a wider dtype than the factors."""
     if total.dtype == hidden.dtype:
         total.addmm_(d_logits.t(), hidden)
     elif hidden.device.type == "cpu":
-        # Rounded to hidden's dtype once per chunk, but summed in total's; in blocks, to hold little more than total.
+        # Rounded to hidden's dtype once per chunk, but summed in total's; in blocks, to need little extra memory.
         for part, columns in zip(total.split(1024), d_logits.split(1024, 1), strict=True):
             part += columns.t() @ hidden
     else:
@@ -255,7 +255,7 @@ _linear_cross_entropy = torch.library.custom_op("megamm::linear_cross_entropy", 
 
 
 def register() -> None:
-    """Shapes and gradients of the ops in torch.ops.megamm."""
+    """Register shapes and gradients of the ops in torch.ops.megamm."""
     _linear_cross_entropy.register_fake(_shapes)
     _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
     for kernel in ("cross_entropy_statistics", "cross_entropy_gradient_"):

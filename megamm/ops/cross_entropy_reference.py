@@ -1,7 +1,7 @@
 """Cross entropy of a linear layer's outputs in plain torch: full logits, gradients by autograd.
 
-The same function as cross_entropy.py, whose docstring has the formulas, in as few lines as it can be said in. It is
-what `ops: torch` trains with and what the chunked one is tested against. Math is float32 (float64 for float64).
+The same function as cross_entropy.py, whose docstring has the formulas, in as few lines as possible. `ops: torch`
+trains with it, and the chunked one is tested against it. Computations are in float32 (float64 for float64).
 """
 
 from typing import Any
@@ -27,14 +27,14 @@ def linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """As `cross_entropy.linear_cross_entropy`, arguments, results and errors; softcap: logits are first taken to
+    """Same arguments, results and errors as `cross_entropy.linear_cross_entropy`; softcap: first limits logits to
     softcap * tanh(logits / softcap)."""
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
     check_arguments(hidden, weight, labels, token_weight, size, ranks, label_smoothing)
     start = rank * weight.shape[0]
     counted = labels != ignore_index
-    # An ignored token's logits could be anything, and 0 * inf is NaN.
+    # An ignored token's logits can have any value, and 0 * inf is NaN.
     logits = F.linear(hidden.masked_fill(~counted[:, None], 0.0), weight[: max(size - start, 0)])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -57,7 +57,7 @@ def _over_group(logits: Tensor, target: Tensor, size: int, label_smoothing: floa
     dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
     exponentials = (logits - maximum[:, None]).exp().sum(1)
     here = (target >= 0) & (target < logits.shape[1])
-    # One column more, so that a rank with none has one to pick.
+    # One additional column, so that a rank without a target can pick one.
     padded = F.pad(logits, (0, 1))
     picked = padded.gather(1, target.where(here, logits.shape[1])[:, None])[:, 0]
     exponentials, picked, total = _SumOverGroup.apply(torch.stack([exponentials, picked, logits.sum(1)]), group)
@@ -66,7 +66,7 @@ def _over_group(logits: Tensor, target: Tensor, size: int, label_smoothing: floa
 
 
 class _SumOverGroup(torch.autograd.Function):
-    """Sum over ranks that all go on to the same loss: each takes its own part's gradient of that one loss."""
+    """Sum over ranks that all compute the same loss from it: each takes its own part of that loss's gradient."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""The compiled library of csrc/, loaded into torch.ops.megamm, and which implementation serves a device.
+"""Loads the compiled library of csrc/ into torch.ops.megamm, and chooses the implementation for a device.
 
-Loading it also registers what csrc/ leaves to Python: shapes for tracing (torch.compile, Meta) and gradients.
+Loading also registers what csrc/ leaves to Python: shapes for tracing (torch.compile, Meta) and gradients.
 """
 
 from functools import cache
@@ -17,27 +17,27 @@ REMEDY = "install a C++ compiler (and nvcc for a GPU) and rebuild: pip install -
 
 @cache
 def load() -> str:
-    """Load the library, once per process; what keeps it from being usable in words, "" where nothing does."""
+    """Load the library, once per process; returns why it cannot be used, or "" if it can."""
     if not FILE.exists():
         return "csrc/ was not built"
     try:
         torch.ops.load_library(FILE)
     except OSError as error:
-        return f"{FILE.name} does not load: {error.__cause__ or error}"
+        return f"{FILE.name} cannot be loaded: {error.__cause__ or error}"
     for op in (rms_norm, swiglu, cross_entropy, patch_embed):
         op.register()
     return ""
 
 
 def choose(setting: str, device: torch.device) -> tuple[str, str]:
-    """Name of the implementation and why; `setting` is auto, csrc or torch. UserError where csrc cannot be had."""
+    """Name of the implementation and the reason; `setting`: auto, csrc or torch. UserError if csrc is missing."""
     if setting == "torch":
-        return "torch", "asked for"
+        return "torch", "requested"
     missing = load()
     if not missing and not _has_kernels(device):
         missing = f"csrc/ was built without kernels for {device.type}"
     if not missing:
-        return "csrc", "asked for" if setting == "csrc" else f"built for {device.type}"
+        return "csrc", "requested" if setting == "csrc" else f"built for {device.type}"
     if setting == "csrc":
         raise UserError(f"ops: csrc, but {missing}", remedy=f"{REMEDY}, or use ops: auto")
     return "torch", missing

@@ -2,10 +2,10 @@
 
 A video is cut into patches of t x p x q (frames, rows, columns). `megamm::patchify_3d` normalises, gathers and casts in
 one pass and writes the matrix product's operand `[B, T', Y', X', K]`, K = C * t * p * q in the order of a Conv3d's
-weight; the product with the weight `[D, K]` is torch's. It is what a Conv3d with stride = kernel computes. Backward
-cuts the patches again: what is kept is the video (a byte a pixel), not the operand (two or four).
+weight; the product with the weight `[D, K]` is torch's. The result equals a Conv3d with stride = kernel. Backward cuts
+the patches again: it saves the video (one byte per pixel), not the operand (two or four).
 
-Causal in time, the first patch holds frame 0 alone, repeated to its t frames, and T = 1 + t * n frames make 1 + n
+Causal in time, the first patch holds only frame 0, repeated to its t frames, and T = 1 + t * n frames make 1 + n
 patches in time, so that an image is a video of one frame. Source: the patcher of the Cosmos tokenizer (NVIDIA 2025,
 "Cosmos World Foundation Model Platform for Physical AI"); 1 + t * n is also the count of MAGVIT-v2 (Yu et al. 2023),
 whose convolutions pad with zeros instead.
@@ -37,11 +37,11 @@ def patch_embed_3d(
 ) -> Tensor:
     """Video `[B, C, T, Y, X]`, or `[B, T, Y, X, C]` for channels_last, to embeddings `[B, T', Y', X', D]`.
 
-    weight `[D, C, t, p, q]`, as a Conv3d has it, or flattened `[D, K]`; bias `[D]`; float64, float32, bfloat16 or
-    float16, which is the dtype of the result. video: uint8, float32 or the weight's dtype, with any strides.
-    uint8 becomes (x / 255 - mean) / std, anything else (x - mean) / std, by channel; without them mean 0 and std 1.
-    T, Y and X must be multiples of the patch (causal: T = 1 + t * n); with odd="pad" the normalised video is continued
-    with zeros. ValueError names both sides where shapes, dtypes or devices do not fit.
+    weight `[D, C, t, p, q]`, as in a Conv3d, or flattened `[D, K]`; bias `[D]`; float64, float32, bfloat16 or float16,
+    which is the dtype of the result. video: uint8, float32 or the weight's dtype, with any strides.
+    uint8 becomes (x / 255 - mean) / std, other dtypes (x - mean) / std, by channel; defaults are mean 0 and std 1.
+    T, Y and X must be multiples of the patch (causal: T = 1 + t * n); with odd="pad" the normalised video is padded
+    with zeros. Raises ValueError, which names both sides, if shapes, dtypes or devices do not match.
     """
     channels = check_video(video, weight, bias, patch, layout, causal, odd)
     scale, shift = normalisation(video.dtype, channels, mean, std)
@@ -59,8 +59,8 @@ def unpatchify_3d(
 ) -> Tensor:
     """Patches `[B, T', Y', X', K]` to the video of `size` (T, Y, X) that they were cut from, in `layout`.
 
-    K = C * t * p * q in this order. What was added, at the end or (causal) before frame 0, is left out. The dtype stays
-    and nothing is normalised. Patches at one stride are read in place. ValueError where the grid or K does not fit.
+    K = C * t * p * q in this order. Padding at the end or (causal) before frame 0 is removed. The dtype is kept and
+    nothing is normalised. Patches with one stride are read in place. Raises ValueError if the grid or K does not match.
     """
     check_patches(patches, patch, channels, size, layout, causal)
     op = torch.ops.megamm.unpatchify_3d.default
@@ -68,7 +68,7 @@ def unpatchify_3d(
 
 
 class _PatchEmbed(torch.autograd.Function):
-    """patchify_3d and the product; autocast is off in it, so that the result has the weight's dtype as documented."""
+    """patchify_3d and the product, without autocast, so that the result has the weight's dtype as documented."""
 
     @staticmethod
     def forward(video: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
@@ -156,7 +156,7 @@ def _unpatchify_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def register() -> None:
-    """Shapes and gradients of the ops in torch.ops.megamm; each is the other's gradient."""
+    """Register shapes and gradients of the ops in torch.ops.megamm; each is the other's gradient."""
     fake, gradient = torch.library.register_fake, torch.library.register_autograd
     fake("megamm::patchify_3d", _fake_patchify)
     fake("megamm::unpatchify_3d", _fake_unpatchify)

@@ -1,4 +1,4 @@
-"""Checks and sizes of the patch operators, for the compiled and the plain functions. Nothing waits for a device."""
+"""Checks and sizes of the patch operators, for the compiled and the plain functions; no device synchronisation."""
 
 import math
 from collections.abc import Sequence
@@ -12,13 +12,13 @@ Size = tuple[int, int, int]
 """Frames, rows, columns."""
 
 MAX_CHANNELS = 128
-"""Channels that mean and std may have: GPU kernels take the numbers as arguments."""
+"""Maximum channels for mean and std: GPU kernels take the numbers as arguments."""
 
 
 def check_video(
     video: Tensor, weight: Tensor, bias: Tensor | None, patch: Size, layout: str, causal: bool, odd: str
 ) -> int:
-    """The number of channels. ValueError where the arguments of patch_embed_3d do not fit each other."""
+    """The number of channels. Raises ValueError if the arguments of patch_embed_3d do not match each other."""
     _check_patch("patch_embed_3d", patch, layout)
     if odd not in ("refuse", "pad"):
         raise ValueError(f"patch_embed_3d: odd is {odd!r}; it must be 'refuse' or 'pad'")
@@ -52,7 +52,7 @@ def _check_weight(video: Tensor, weight: Tensor, bias: Tensor | None, channels: 
 
 
 def check_patches(patches: Tensor, patch: Size, channels: int, size: Size, layout: str, causal: bool) -> None:
-    """ValueError where the arguments of unpatchify_3d do not fit each other."""
+    """Raise ValueError if the arguments of unpatchify_3d do not match each other."""
     _check_patch("unpatchify_3d", patch, layout)
     expected = (*grid(size, patch, causal), channels * math.prod(patch))
     if patches.dim() != 5 or tuple(patches.shape[1:]) != expected:
@@ -61,7 +61,7 @@ def check_patches(patches: Tensor, patch: Size, channels: int, size: Size, layou
 
 
 def grid(size: Size, patch: Size, causal: bool) -> Size:
-    """Patches in time, rows and columns that cover a video of `size`."""
+    """Number of patches in time, rows and columns that cover a video of `size`."""
     frames = size[0] + patch[0] - 1 if causal and size[0] else size[0]
     return -(-frames // patch[0]), -(-size[1] // patch[1]), -(-size[2] // patch[2])
 
@@ -72,7 +72,7 @@ def normalisation(
     """(scale, shift), one number for all channels or one each: a pixel x becomes x * scale + shift."""
     unit = 1 / 255 if dtype == torch.uint8 else 1.0
     if mean is None and std is None:
-        return [unit], [-0.0]  # the sum that keeps -0
+        return [unit], [-0.0]  # the shift that preserves -0
     mean = [0.0] * channels if mean is None else mean
     std = [1.0] * channels if std is None else std
     if len(mean) != channels or len(std) != channels or channels > MAX_CHANNELS:

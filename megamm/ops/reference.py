@@ -1,6 +1,6 @@
-"""The ops in plain torch: what the compiled ones are checked against, and what serves where those are not built.
+"""The ops in plain torch: the reference for the compiled ops, and the implementation where those are not built.
 
-Signatures, shapes and meaning are those of the functions of the same name in megamm/ops.
+Signatures, shapes and semantics are those of the functions with the same names in megamm/ops.
 """
 
 from collections.abc import Sequence

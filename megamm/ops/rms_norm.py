@@ -1,8 +1,8 @@
-"""RMSNorm over the last axis, alone and with the residual's addition before it.
+"""RMSNorm over the last axis, alone or with an addition of the residual before it.
 
     y = x * rstd * weight,  rstd = 1 / sqrt(mean(x^2) + eps)            (zero-centred: * (1 + weight))
 
-Statistics are float32 (float64 for float64) and y is rounded once. Backward needs x, weight and rstd alone:
+Statistics are float32 (float64 for float64) and y is rounded once. Backward needs only x, weight and rstd:
 
     dx = rstd * (g - x * rstd^2 * mean(g * x)),  g = dy * weight;       dweight = sum over rows of dy * x * rstd
 
@@ -20,7 +20,7 @@ from megamm.ops.check import check_same_kind, check_same_shape
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool = False) -> Tensor:
     """x `[..., N]`, weight `[N]` of the same dtype (float64, float32, bfloat16, float16) and device -> `[..., N]`.
 
-    Rows at one stride are read as they lie, others are copied first. ValueError where shapes, dtypes or devices differ.
+    Rows with one stride are read in place, others are copied first. ValueError if shapes, dtypes or devices differ.
     """
     _check_weight("rms_norm", x, weight)
     return torch.ops.megamm.rms_norm.default(x, weight, eps, zero_centered)[0]
@@ -29,9 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool =
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """rms_norm(x + residual) and x + residual itself, the new residual, `[..., N]` each, in one pass over memory.
+    """rms_norm(x + residual), and x + residual as the new residual, `[..., N]` each, in one pass over memory.
 
-    The sum is rounded to the dtype before it is normalised, as two separate operators would do.
+    The sum is rounded to the dtype before it is normalised, as with two separate operators.
     """
     check_same_shape("add_rms_norm", x=x, residual=residual)
     _check_weight("add_rms_norm", x, weight)
@@ -86,7 +86,7 @@ def _add_norm_gradient(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any
 
 
 def register() -> None:
-    """Shapes and gradients of the ops in torch.ops.megamm."""
+    """Register shapes and gradients of the ops in torch.ops.megamm."""
     fake, gradient = torch.library.register_fake, torch.library.register_autograd
     fake("megamm::rms_norm", lambda x, weight, eps, zero_centered: (_empty(x), _statistics(x)))
     fake(

@@ -1,9 +1,9 @@
-"""SwiGLU, the gated activation of an MLP, with what stands around it there: bias, clamp, MoE routing weight.
+"""SwiGLU, the gated activation of an MLP, fused with its neighbours: bias, clamp, MoE routing weight.
 
     g, u = halves of the fused projection (+ bias);  with a limit: g = min(g, limit), u = clamp(u, -limit, limit)
     y = silu(g) * u * row_weight,  silu(g) = g * s,  s = 1 / (1 + exp(-g))
 
-Backward needs the arguments alone and computes the rest again:
+Backward needs only the arguments and recomputes the rest:
 
     dg = dy * row_weight * u * s * (1 + g * (1 - s));    du = dy * row_weight * silu(g);    0 where clamped
     dbias = sums of (dg, du) over rows;    drow_weight = sum over the row of dy * silu(g) * u
@@ -30,10 +30,10 @@ def swiglu(
     """The fused projection `[..., 2H]`, first half gate, second half up; or `gate` and `up` `[..., H]` -> `[..., H]`.
 
     bias `[2H]` is added first: the gate's half, then up's. row_weight `[...]` multiplies each row; it may be float32
-    where the rest is not. dtypes are float64, float32, bfloat16, float16. All is computed in float32 (float64 for
-    float64) and rounded once at the end; Megatron-core, like the plain torch function, rounds before the row's weight
-    too. Rows at one stride, such as halves of one tensor, are read as they lie, others are copied first.
-    ValueError where shapes, dtypes or devices do not fit, or where limit is not positive.
+    for any dtype of the rest. dtypes are float64, float32, bfloat16, float16. Everything is computed in float32
+    (float64 for float64) and rounded once at the end; Megatron-core and the plain torch function also round before the
+    row's weight. Rows with one stride, such as halves of one tensor, are read in place, others are copied first.
+    Raises ValueError if shapes, dtypes or devices do not match, or if limit is not positive.
     """
     _check(gate, up, bias, row_weight, limit)
     return torch.ops.megamm.swiglu.default(gate, up, bias, row_weight, limit)
@@ -67,7 +67,7 @@ def _value_shape(gate: Tensor, up: Tensor | None) -> list[int]:
 
 
 def _like(gate: Tensor, tensor: Tensor | None) -> Tensor:
-    """Of the shape of the tensor; without elements where there is none."""
+    """An empty tensor with the shape of `tensor`; without elements if that is None."""
     return gate.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
 
 
@@ -86,7 +86,7 @@ def _gradient(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def register() -> None:
-    """Shapes and gradient of the op in torch.ops.megamm."""
+    """Register shapes and gradient of the op in torch.ops.megamm."""
     fake = torch.library.register_fake
     fake("megamm::swiglu", lambda gate, up, *_: gate.new_empty(_value_shape(gate, up)))
     fake("megamm::swiglu_backward", lambda dy, gate, *others: tuple(_like(gate, each) for each in (gate, *others[:3])))

@@ -1,10 +1,10 @@
-"""A run that begins with other weights: `start_from` in the config (docs/starting.md).
+"""Start a run from existing weights: `start_from` in the config (docs/starting.md).
 
-    source.py      what is started from: a checkpoint, or a Hugging Face folder (convert/hf_source.py)
-    vocabulary.py  ranges of ids: what is kept, moved, new, left out
-    rules.py       tensors: what is loaded, new, left out
-    draw.py        values of what is new, the same at every layout
-    begin.py       the whole, on every rank
+    source.py      the source of the weights: a checkpoint, or a Hugging Face folder (convert/hf_source.py)
+    vocabulary.py  ranges of ids: kept, moved, new or dropped
+    rules.py       tensors: loaded, new or skipped
+    draw.py        values of new rows and tensors, identical at every parallel layout
+    begin.py       the whole start, on every rank
 
-Used only where the run has no checkpoint of its own: a resume is exact and changes no shape.
+It is used only if the run has no checkpoint of its own: a resume is exact and changes no shape.
 """

@@ -1,8 +1,8 @@
-"""The weights of a run that starts from others: read, moved and drawn where this rank keeps them.
+"""Sets the weights of a run that starts from others: each rank reads, moves and draws the values that it holds.
 
-Every rank reads only what it needs, straight into its live tensors. Weights come from the source's float32 copies where
-it has them, and so do a bfloat16 run's own copies; moments, step and schedule are a fresh run's. The log says of every
-range of the vocabulary what becomes of it, and which tensors are new or left out.
+Every rank reads only what it needs, directly into its live tensors. Weights are read from the source's float32 copies
+where these exist, and so are the float32 copies of a bfloat16 run; moments, step and schedule start fresh. The log
+reports the result for every range of the vocabulary, and which tensors are new or skipped.
 """
 
 import logging
@@ -28,7 +28,7 @@ from megamm.tiers.choose import Ranks
 
 log = logging.getLogger(__name__)
 WINDOW = 1 << 22
-"""Values of text rows in memory at a time, for their mean and deviation."""
+"""Values of text rows in memory at a time, for computing their mean and deviation."""
 FUNCTION = (
     *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
     *("rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"),
@@ -43,7 +43,7 @@ FUNCTION = (
 
 
 def check(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Refuse before any process starts what no tensor is needed for. UserError as `begin`."""
+    """Check the start before any process runs, as far as no tensors are needed. Raises UserError as `begin` does."""
     start, run = config.start_from, config.output
     has_own = config.checkpoint.durable is not None or any(folder.all_of(run))
     source = None if start is None or has_own else glance(start.checkpoint, config.data.seq_length)
@@ -52,7 +52,7 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
 
 
 def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
-    """Set the engine's weights as `start` says. UserError, the same on all ranks, where that cannot be."""
+    """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
     ranks = Ranks()
     with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
         engine.start_from(_Fill(config, vocabulary, start, source, ranks))
@@ -62,7 +62,7 @@ def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: Star
 
 
 class _Fill:
-    """megamm.engine.Fill: sets the blocks that the engine shows it."""
+    """Implements megamm.engine.Fill: sets the blocks that the engine passes to it."""
 
     def __init__(
         self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
@@ -105,12 +105,12 @@ class _Fill:
             if not name.startswith("optimizer."):
                 by_action[actions.get(name, "ignore")].append(name)
         log.info("tensors: %d loaded from %s", len(by_action["load"]), self.source.where)
-        for action, what in (("new", "new, as a fresh model's"), ("ignore", "left out")):
+        for action, what in (("new", "new, initialised as in a new model"), ("ignore", "skipped")):
             if by_action[action]:
                 log.info("tensors %s: %s", what, ", ".join(by_action[action]))
 
     def _stored(self, block: Block, name: str) -> Block:
-        """The same block of the stored tensor: of the float32 copy where there is one."""
+        """The block to read from the source: of the float32 copy where there is one."""
         key = MAIN_COPY + name if MAIN_COPY + name in self.source.shapes else name
         return replace(block, key=key, shape=tuple(self.source.shapes[key]), grows=False)
 
@@ -118,7 +118,7 @@ class _Fill:
         draw.set_new(block, name, self.config.model, self.config.train.seed, around)
 
     def _table(self, block: Block, name: str, is_new: bool, around: Mapping[str, Around]) -> list[Block]:
-        """Sets new rows and padding of a block of a table; what of it is to be read."""
+        """Set the new rows and the padding of a table's block; returns the blocks to read from the source."""
         first, stop, size = block.offset[0], block.offset[0] + block.size[0], self.growth.spans[-1].stop
         read = []
         for span in self.growth.spans:
@@ -131,12 +131,12 @@ class _Fill:
             else:
                 row = span.taken_from + low - span.start
                 read.append(self._stored(replace(rows, offset=(row, *rows.offset[1:])), name))
-        if stop > size:  # padding for tensor parallel: no id, and no one's row
+        if stop > size:  # padding rows for tensor parallelism have no id
             _rows(block, max(first, size), stop).data.zero_()
         return read
 
     def _text(self, name: str) -> Around:
-        """Mean and deviation of the source's text rows, window by window: the same however they are stored."""
+        """Mean and deviation of the source's text rows, window by window: independent of how they are stored."""
         text, width = self.growth.text, self.source.shapes[name][1]
         total = torch.zeros(2, width, dtype=torch.float64)
         step = max(1, WINDOW // width)
@@ -149,7 +149,7 @@ class _Fill:
 
 
 def _growth(config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source) -> Growth:
-    """From the source's vocabulary to the run's. UserError for that, and for a model that computes other things."""
+    """Plan the change from the source's vocabulary to the run's. Raises UserError if model or vocabulary do not fit."""
     try:
         _check_function(source.model, config, start.model_changes)
         return grow(source.vocabulary, vocabulary, start.vocabulary)
@@ -158,23 +158,23 @@ def _growth(config: RunConfig, vocabulary: Vocabulary, start: StartConfig, sourc
 
 
 def _rows(block: Block, low: int, high: int) -> Block:
-    """Rows [low, high) of the whole tensor, which the block has."""
+    """Rows [low, high) of the whole tensor, all of which are in the block."""
     first = low - block.offset[0]
     data = block.data.view(block.size)[first : first + high - low]
     return replace(block, offset=(low, *block.offset[1:]), size=(high - low, *block.size[1:]), data=data)
 
 
 def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequence[str]) -> None:
-    """UserError for a key that would let the same tensors compute something else, unless it is admitted."""
+    """Raise UserError for a key that changes what the same tensors compute, unless it is in `admitted`."""
     ours = config.model.model_dump(mode="json")
-    # A source that is older than a key had what is now the default: what it was made with had no other.
+    # A source older than a key behaves like today's default of this key.
     fields = ModelConfig.model_fields.items()
     default = {name: field.get_default() for name, field in fields if not field.is_required()}
     defaults = TypeAdapter(dict[str, Any]).dump_python(default, mode="json")
     unknown = next((key for key in admitted if key not in FUNCTION), None)
     if unknown is not None:
-        what = f"start_from.model_changes: {unknown} is none of the keys that need it"
-        raise UserError(what, remedy=f"they are {', '.join(FUNCTION)}")
+        what = f"start_from.model_changes: {unknown} is not one of the keys that it can admit"
+        raise UserError(what, remedy=f"use only {', '.join(FUNCTION)}")
     for key in FUNCTION:
         before, after = _at(theirs, key), _at(ours, key)
         if before is None:
@@ -183,16 +183,15 @@ def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequ
             continue
         if key not in admitted:
             what = (
-                f"model.{key} is {before} in the source, {after} in the config: its weights would compute other things"
+                f"model.{key} is {before} in the source, but {after} in the config: the same weights would compute "
+                f"something else"
             )
-            raise UserError(what, remedy=f"set it alike, or name {key} in start_from.model_changes")
-        log.info(
-            "model.%s: %s in the source, %s from here on: admitted by start_from.model_changes", key, before, after
-        )
+            raise UserError(what, remedy=f"set model.{key}: {before}, or add {key} to start_from.model_changes")
+        log.info("model.%s: %s in the source, now %s: allowed by start_from.model_changes", key, before, after)
 
 
 def _at(section: Mapping[str, Any], key: str) -> Any:
-    """A dotted key's value; None where there is none."""
+    """A dotted key's value; None if it is missing."""
     *sections, last = key.split(".")
     for name in sections:
         section = section.get(name) or {}

@@ -1,10 +1,10 @@
-"""Values of what is new: a pure function of seed, tensor name and row, so that every layout has the same.
+"""Values of new rows and tensors: a pure function of seed, tensor name and row, identical at every parallel layout.
 
-A new row of the vocabulary is drawn around the source's text rows, w ~ N(mean, diag(std)^2) per channel: then it takes
-about a text row's share of the probability, where a small or zero row can take nearly all of it. Source: Hewitt 2021,
-"Initializing New Word Embeddings for Pretrained Language Models" (its covariance, here the diagonal of it).
-Other tensors get Megatron-core's initialisation: N(0, init_std), of what writes to the residual stream
-N(0, init_std / sqrt(2 layers)); norms 1 (zero-centred ones 0), biases 0.
+A new row of the vocabulary is drawn from the distribution of the source's text rows, w ~ N(mean, diag(std)^2) per
+channel. It then gets about a text row's share of the probability, where a small or zero row can get nearly all of it.
+Source: Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models" (it uses the covariance, this
+module its diagonal). Other tensors get Megatron-core's initialisation: N(0, init_std); tensors that write to the
+residual stream N(0, init_std / sqrt(2 layers)); norms 1 (zero-centred norms 0), biases 0.
 """
 
 import functools
@@ -33,15 +33,15 @@ class Around:
 def noise(seed: int, name: str, row: int, width: int) -> torch.Tensor:
     """Standard normal numbers of one row of a tensor, float32 `[width]`."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    # Counters of two rows are 2**64 draws apart.
+    # The counters of two rows are 2**64 draws apart.
     generator = np.random.Philox(key=np.frombuffer(digest, np.uint64, 2), counter=[0, row, 0, 0])
     return torch.from_numpy(np.random.Generator(generator).standard_normal(width, dtype=np.float32))
 
 
 def set_new(block: Block, name: str, model: ModelConfig, seed: int, around: Around | None = None) -> None:
-    """Set a block of the tensor `name`: `around` the text's for rows of the vocabulary, else as a fresh model's.
+    """Set a block of the tensor `name`: from `around` for rows of the vocabulary, otherwise as in a new model.
 
-    UserError for an initialisation that the config passes to Megatron.
+    Raises UserError for an initialisation that the config passes to Megatron.
     """
     data = block.data.view(block.size)
     std = 0.0 if around is not None else _spread(name, model)
@@ -60,11 +60,11 @@ def set_new(block: Block, name: str, model: ModelConfig, seed: int, around: Arou
 
 
 def _spread(name: str, model: ModelConfig) -> float:
-    """Standard deviation of a fresh tensor's values; 0 for one that begins with a constant."""
+    """Standard deviation of a new tensor's values; 0 for one that starts with a constant."""
     if "norm" in name or name.endswith("bias"):
         return 0.0
     passed = next((key for key in model.megatron if "init" in key or "mup" in key), None)
     if passed is not None:
-        what = f"start_from.rules: {name} is to be new, and model.megatron.{passed} says how Megatron would begin it"
-        raise UserError(what, remedy="remove that field; model.init_std is known here", on_all_ranks=True)
+        what = f"start_from.rules: {name} is to be new, but model.megatron.{passed} changes its initialisation"
+        raise UserError(what, remedy=f"remove model.megatron.{passed}, use model.init_std", on_all_ranks=True)
     return model.init_std / (math.sqrt(2.0 * model.num_layers) if name.endswith(_TO_RESIDUAL) else 1.0)

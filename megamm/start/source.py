@@ -1,7 +1,7 @@
-"""What a run starts from, as names, shapes and a way to read blocks of it.
+"""The source of a run's first weights: names, shapes and a way to read blocks.
 
 A place is a run (its newest valid checkpoint), one checkpoint, a URL of checkpoints (its newest; copied to a folder of
-the run for as long as it is read), or a Hugging Face folder: an export, or a model of one of the families.
+the run while it is read), or a Hugging Face folder: an export, or a model of a supported family.
 """
 
 import shutil
@@ -20,26 +20,26 @@ from megamm.tiers import remote
 from megamm.tiers.choose import Ranks, choose
 
 MAIN_COPY = f"{STATE}{MAIN}."
-"""Prefix of a weight's name for its float32 copy."""
+"""Prefix that turns a weight's name into the name of its float32 copy."""
 HF_CONFIG = "config.json"
 
 
 class Source(Protocol):
-    """Whole tensors under the names of a checkpoint (mcore/store.py)."""
+    """Whole tensors under their names in a checkpoint (mcore/store.py)."""
 
     where: Path
     vocabulary: Vocabulary
     model: Mapping[str, Any]
-    """The model section of the config that it was made with."""
+    """The model section of the source's config."""
     shapes: Mapping[str, Shape]
 
     def read(self, blocks: Sequence[Block]) -> None:
-        """Set the blocks, which name tensors of `shapes`, from what is stored. UserError if that is damaged."""
+        """Set the blocks, which name tensors of `shapes`, from storage. Raises UserError if that is damaged."""
 
 
 @dataclass
 class CheckpointSource:
-    """A verified checkpoint's folder; shapes have main copies, too."""
+    """A verified checkpoint's folder; `shapes` includes the float32 copies."""
 
     where: Path
     vocabulary: Vocabulary
@@ -48,7 +48,7 @@ class CheckpointSource:
 
     @classmethod
     def open(cls, step: Path) -> "CheckpointSource":
-        """UserError for an index that is not safe to read."""
+        """Open it. Raises UserError if the index is not safe to read."""
         state = checkpoint.read_state(step)
         shapes = {name: stored.shape for name, stored in index.read(step / "tensors").items()}
         return cls(step, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes)
@@ -58,7 +58,7 @@ class CheckpointSource:
 
 
 def glance(place: str, seq_length: int) -> Source | None:
-    """The source unverified, a run's last checkpoint; None behind a URL. UserError if nothing is there."""
+    """The source, unverified: a run's last checkpoint; None for a URL. Raises UserError if nothing is there."""
     if remote.is_url(place):
         return None
     path = Path(place)
@@ -66,16 +66,16 @@ def glance(place: str, seq_length: int) -> Source | None:
         return _of_hugging_face(path, seq_length)
     folders = [path] if (path / checkpoint.STATE).is_file() else folder.all_of(path)
     if not folders:
-        remedy = "name a run's output folder, one checkpoint, a URL of them, or a Hugging Face folder"
-        raise UserError("nothing to start from", where=path, remedy=remedy)
+        remedy = "give a run's output folder, a checkpoint, a URL of checkpoints, or a Hugging Face folder"
+        raise UserError("no checkpoint or model found", where=path, remedy=remedy)
     try:
         return CheckpointSource.open(folders[-1])
     except (UserError, OSError, ValueError):
-        return None  # damaged: named, and passed over if there is another, where it is verified
+        return None  # damaged: verification will report it, and use an older one if there is one
 
 
 def _of_hugging_face(path: Path, seq_length: int) -> Source:
-    # Imported here: it brings transformers.
+    # Imported here because it imports transformers.
     from megamm.convert.hf_source import HuggingFaceSource
 
     return HuggingFaceSource(path, seq_length)
@@ -83,21 +83,21 @@ def _of_hugging_face(path: Path, seq_length: int) -> Source:
 
 @contextmanager
 def opened(place: str, run: Path, seq_length: int, ranks: Ranks) -> Iterator[Source]:
-    """The source for as long as it is read, for rows of seq_length tokens; every rank calls it.
+    """Open the source while it is read, for rows of seq_length tokens; every rank calls it.
 
-    UserError, the same on all, if there is none.
+    Raises UserError, the same on all ranks, if there is none.
     """
     if remote.is_url(place):
         copy = run / "start_from"
         found = choose(copy, place)
         if found is None:
             raise UserError(
-                "no checkpoint there", where=place, remedy="name the URL that step_XXXXXXXX are in", on_all_ranks=True
+                "no checkpoint found", where=place, remedy="give the URL that contains step_XXXXXXXX", on_all_ranks=True
             )
         try:
             yield ranks.together(lambda: CheckpointSource.open(found.folder))
         finally:
-            # Nobody reads a part of it any more: what the ranks do next, they do together.
+            # All ranks have read it: `together` waits for all of them.
             if ranks.rank == 0:
                 shutil.rmtree(copy, ignore_errors=True)
         return

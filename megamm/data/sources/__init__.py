@@ -2,7 +2,7 @@
 
 Out, in RAW/<source>/: `samples.jsonl` (see `samples`), its media, and `ATTRIBUTION.md` (origin, licence, authors).
 The folder appears only when complete; the same packages give the same bytes. A source is one file with a function
-(unpacked packages, target folder) -> samples, and its line in SOURCES; STARTERS are sets of them.
+(unpacked packages, target folder) -> samples, plus an entry in SOURCES; STARTERS are sets of sources.
 """
 
 import tempfile
@@ -31,7 +31,7 @@ from megamm.errors import UserError
 
 @dataclass(frozen=True)
 class Source:
-    """A public data set in one or more packages; write(unpacked packages, target folder) makes its samples."""
+    """A public data set in one or more packages; write(unpacked packages, target folder) creates its samples."""
 
     packages: tuple[str | Sdist | DebianPrefix, ...]
     download_mb: float
@@ -160,11 +160,11 @@ STARTERS = {
     "starter": ("emoji", "clipart", "asterisk", "furniture", "pingus", "gnome", "fortunes"),
     "starter-small": ("emoji", "clipart", "asterisk", "sweethome", "blendswap", "pingus", "gnome", "fortunes"),
 }
-"""Sets to begin with. combinations: few words in many combinations, 62 MB; the others: at most 200 MB, and 120."""
+"""Starter sets. combinations: few words in many combinations, 62 MB; the others: at most 200 MB, and 120."""
 
 
 def expand(names: list[str]) -> list[str]:
-    """Source names, sets replaced by their members, each once. UserError for a name that is neither."""
+    """Distinct source names, with sets replaced by their members. Raises UserError for an unknown name."""
     for name in names:
         if name not in SOURCES and name not in STARTERS:
             known = [f"{key}: {s.summary}, {s.download_mb:.0f} MB, {s.licence}" for key, s in SOURCES.items()]
@@ -174,17 +174,17 @@ def expand(names: list[str]) -> list[str]:
 
 
 def is_fetched(name: str, raw: Path) -> bool:
-    """Whether raw/name is there and complete. UserError if something else is in its place."""
+    """Whether raw/name exists and is complete. Raises UserError if something else is in its place."""
     target = raw / name
     if (target / FILE).exists():
         return True
     if target.exists():
-        raise UserError(f"folder exists, without {FILE}", where=target, remedy="delete it or choose another --to")
+        raise UserError(f"the folder exists but has no {FILE}", where=target, remedy="delete it or choose another --to")
     return False
 
 
 def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
-    """Fetch one source to raw/name; returns that folder and the number of samples, None if it was there already."""
+    """Fetch one source to raw/name; returns that folder and the number of samples, None if it already existed."""
     (name,) = expand([name])
     raw = raw.resolve()  # apt-get and dpkg-deb run in another folder
     source, target = SOURCES[name], raw / name

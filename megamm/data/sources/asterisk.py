@@ -3,7 +3,7 @@
 In: the unpacked Debian packages `asterisk-core-sounds-LANGUAGE` (the transcripts) and
 `asterisk-core-sounds-LANGUAGE-g722` (the recordings: studio quality, 16 kHz, coded as ITU-T G.722). Out: FLAC, mono,
 16 bit, 16 kHz, with the transcript as caption. Prompts without words (tones, silence), whose transcript is a remark
-in brackets, are left out. A prompt and its translation have one noun, that of the English words.
+in brackets, are skipped. A prompt and its translation have the same noun, that of the English words.
 """
 
 import gzip
@@ -46,14 +46,14 @@ def write_asterisk(package: Path, target: Path) -> list[RawSample]:
 
 
 def read_transcripts(text: str) -> dict[str, str]:
-    """Prompt name ("digits/1") -> its words, from lines `name: words`; comments (;) and remarks left out."""
+    """Prompt name ("digits/1") -> its words, from lines `name: words`; comments (;) and remarks are skipped."""
     entries = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith(";"))
     cleaned = {name.strip(): clean_caption(words) for name, words in entries}
     return {name: words for name, words in cleaned.items() if words and not words.startswith(_REMARK)}
 
 
 def decode_recording(path: Path) -> np.ndarray:
-    """int16 [samples] at 16 kHz; the coding has no header, so the format is named."""
+    """int16 [samples] at 16 kHz; the coding has no header, so the format is passed explicitly."""
     import av
 
     with av.open(str(path), format="g722") as container:

@@ -1,9 +1,9 @@
 """Shots of the animated film Big Buck Bunny: video with its sound.
 
-In: the unpacked source distribution of the Python package moviepy, which carries the film (1280 x 720, 24 Hz) in a
-zip file. Out: shots as VP9 video of 320 x 180 pixels and FLAC, mono, 24 kHz, of the same stretch of time, without
-captions. The film is cut where its picture changes at once (mean change of colour over a small grid), and long shots
-into equal parts; what is shorter than a second and a half is left out. The parts of a shot share its noun.
+In: the unpacked source distribution of the Python package moviepy, which contains the film (1280 x 720, 24 Hz) in a
+zip file. Out: shots as VP9 video of 320 x 180 pixels and FLAC, mono, 24 kHz, of the same time range, without captions.
+The film is cut where its picture changes abruptly (mean change of colour over a small grid), and long shots into equal
+parts; parts shorter than a second and a half are skipped. The parts of a shot share its noun.
 """
 
 import io
@@ -29,9 +29,9 @@ SAMPLE_RATE = 24_000
 LONGEST, SHORTEST = 6.0, 1.5
 """Seconds of a clip."""
 _GRID = 20
-"""Pixels a cell of the grid of colours: 16 x 9 cells."""
+"""Pixels per cell of the colour grid: 16 x 9 cells."""
 _CUT = 25.0
-"""Mean change of colour (of 255) between two frames that is a cut."""
+"""Mean change of colour (of 255) between two frames that counts as a cut."""
 _CREDITS = (
     "Big Buck Bunny: (c) copyright 2008, Blender Foundation, www.bigbuckbunny.org; Creative Commons Attribution 3.0.",
     "Changed: cut into shots, made smaller, sound mixed to one channel.",
@@ -49,7 +49,7 @@ def write_bunny(package: Path, target: Path) -> list[RawSample]:
     with av.open(io.BytesIO(film_bytes), mode="r") as film:
         rate = film.streams.video[0].average_rate
         sound = _sound(film)
-    assert rate is not None, "a film of unknown frame rate"
+    assert rate is not None, "the film has no frame rate"
     samples = []
     with av.open(io.BytesIO(film_bytes), mode="r") as film:
         for shot, part, first, frames in clips(_frames(film), rate):
@@ -63,19 +63,19 @@ def write_bunny(package: Path, target: Path) -> list[RawSample]:
 
 
 def _film(package: Path) -> bytes:
-    """The longest video in the zip files of the package."""
+    """The longest video in the package's zip files."""
     for path in sorted(package.rglob("*.zip")):
         with zipfile.ZipFile(path) as archive:
             films = [entry for entry in archive.infolist() if entry.filename.endswith(".mp4")]
             if films:
                 return archive.read(max(films, key=lambda entry: entry.file_size))
-    raise UserError("no film in the package", where=package, remedy="report the version")
+    raise UserError("no film in the package", where=package, remedy="report the moviepy version as an issue")
 
 
 def clips(
     frames: Iterator[npt.NDArray[np.uint8]], rate: Fraction
 ) -> Iterator[tuple[int, int, int, npt.NDArray[np.uint8]]]:
-    """(shot, part, number of the first frame, frames [F, Y, X, 3]) of a film, long enough ones only."""
+    """(shot, part, number of the first frame, frames [F, Y, X, 3]) of a film, without parts that are too short."""
     first = 0
     for shot, stretch in enumerate(_shots(frames)):
         parts = -(-len(stretch) // int(LONGEST * rate))

@@ -1,9 +1,9 @@
 """Public-domain drawings with their titles, from the Open Clip Art Library.
 
-In: the unpacked Debian package `openclipart-svg`. Out: its SVG files as they are (links skipped) with a caption
-from the RDF title; where one title names a whole collection or the author, from the file's name, else from its
-folder. Left out are drawings that nothing names and gradient swatches (definitions that draw nothing); the 1,375
-star polygons that a program drew ("gramastar") are thinned, or they were a fifth of the data.
+In: the unpacked Debian package `openclipart-svg`. Out: its unchanged SVG files (links skipped) with a caption from the
+RDF title. If one title names a whole collection or the author, the caption is from the file's name, else from its
+folder. Drawings without any name and gradient swatches (definitions that draw nothing) are skipped; the 1,375 star
+polygons drawn by a program ("gramastar") are thinned, otherwise they would be a fifth of the data.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from megamm.errors import UserError
 
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _COLLECTION = 6
-"""A title on more files than this names their collection, not the drawing."""
+"""A title on more files than this is the name of a collection, not of a drawing."""
 _COLLECTION_TITLE = re.compile(r"clipart by|theme|icon ?set|collection|submission|sibmission|cliparts|AIGA", re.I)
 _STAR_SHARE = 25
 _UNTELLING_FOLDERS = ("icons", "unsorted")
@@ -33,7 +33,7 @@ def write_clipart(package: Path, target: Path) -> list[RawSample]:
     root = package / "usr/share/openclipart/svg"
     files = sorted(path for path in root.rglob("*.svg") if not path.is_symlink() and path.parent.name != "gradients")
     if not files:
-        raise UserError("no drawings in the package", where=root, remedy="report your Debian release")
+        raise UserError("no drawings in the package", where=root, remedy="report your Debian release as an issue")
     metadata = {path: _title_and_author(path) for path in files}
     count = Counter(title for title, _ in metadata.values())
     samples = []
@@ -55,7 +55,7 @@ def write_clipart(package: Path, target: Path) -> list[RawSample]:
 
 
 def clipart_caption(name: str, title: str, author: str) -> str:
-    """Lower-case caption from the path without ending, title ("" if it tells nothing) and author; "" if none tells."""
+    """Lower-case caption from the path without extension, title ("" if unusable) and author; "" if none is usable."""
     *folders, stem = name.split("/")
     if "cards" in folders and (card := re.fullmatch(r"[a-z]+_([cdhs])_(\d+|[ajqk])", stem)):
         return f"{_RANKS.get(card[2], card[2])} of {_SUITS[card[1]]} playing card"
@@ -71,7 +71,7 @@ def clipart_caption(name: str, title: str, author: str) -> str:
 
 
 def _words(text: str, without: str = "") -> str:
-    """Lower-case words of a title or file name, without numbers, codes and (cut-off) words of the author's name."""
+    """Lower-case words of a title or file name, without numbers, codes and (truncated) words of the author's name."""
     text = re.sub(r"\([^)]*\)|[_\-+.#]|\d+|\b(?:bw|aiga)\b", " ", text.lower().replace("_", " "))
     names = re.findall(r"\w+", without.lower())
     words = [w for w in text.split() if not any(name.startswith(w) for name in names)]
@@ -79,7 +79,7 @@ def _words(text: str, without: str = "") -> str:
 
 
 def _title_and_author(path: Path) -> tuple[str, str]:
-    """RDF dc:title of the work and dc:title of its creator; "" where there is none or the file is no XML."""
+    """RDF dc:title of the work and dc:title of its creator; "" if missing or the file is not XML."""
     try:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, ValueError):

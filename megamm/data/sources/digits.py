@@ -1,10 +1,10 @@
 """Spoken digits in new orders: sequences joined from single recordings of the Asterisk project's prompts.
 
-In: the unpacked packages of `asterisk` (data/sources/asterisk.py), of one or more languages, each with a voice of its
-own. Out: FLAC, mono, 16 bit, 16 kHz, with the words as caption ("three one four"), SEQUENCES of LENGTH digits for each
-language, chosen by a hash among all. A recording is trimmed of its silence and stays as it was otherwise; between two
-of them is a pause of BEATS, chosen by a hash too, and each begins on a beat of BEAT seconds, as if read to a metronome.
-The noun is that of all sequences of a language, so that only combinations are held out.
+In: the unpacked packages of `asterisk` (data/sources/asterisk.py), of one or more languages, each with its own voice.
+Out: FLAC, mono, 16 bit, 16 kHz, with the words as caption ("three one four"), SEQUENCES of LENGTH digits for each
+language, chosen by hash among all. A recording's silence is trimmed; otherwise it is unchanged. Between two recordings
+is a pause of BEATS, also chosen by hash, and each starts on a beat of BEAT seconds, as if read to a metronome.
+All sequences of a language have the same noun, so that only combinations are held out.
 """
 
 import gzip
@@ -24,11 +24,11 @@ SEQUENCES = 100
 COPIES = 3
 BEAT = 0.05
 BEATS = 2
-"""Of a pause at most; it may be none."""
+"""Maximum length of a pause; it can be zero."""
 _EDGE = 0.02
-"""Seconds that are kept before and after what is loud."""
+"""Seconds kept before and after the loud part."""
 _QUIET = 0.03
-"""Of a recording's peak: what is below is silence."""
+"""Share of a recording's peak below which it counts as silence."""
 
 
 def write_digits(package: Path, target: Path) -> list[RawSample]:
@@ -55,7 +55,7 @@ def write_digits(package: Path, target: Path) -> list[RawSample]:
 
 
 def chosen_sequences(language: str) -> list[str]:
-    """SEQUENCES strings of LENGTH digits, in order: those whose hashes are the smallest."""
+    """SEQUENCES strings of LENGTH digits, in order: those with the smallest hashes."""
     every = ("".join(digits) for digits in product("0123456789", repeat=LENGTH))
     return sorted(sorted(every, key=lambda digits: _digest(f"{language} {digits}"))[:SEQUENCES])
 
@@ -68,9 +68,9 @@ def trimmed(samples: np.ndarray) -> np.ndarray:
 
 
 def joined(recordings: list[np.ndarray], pauses: list[int]) -> np.ndarray:
-    """Recordings int16, each from a beat on, with pauses[i] more beats of silence after number i; none after the last.
+    """Join int16 recordings, each starting on a beat; pauses[i] more beats of silence follow number i, except the last.
 
-    The last is filled up to the next beat.
+    The last one is filled up to the next beat.
     """
     beat = round(BEAT * SAMPLE_RATE)
     return np.concatenate(
@@ -79,7 +79,7 @@ def joined(recordings: list[np.ndarray], pauses: list[int]) -> np.ndarray:
 
 
 def _pause(name: str) -> int:
-    """Beats, chosen by the hash of a name."""
+    """Number of beats, chosen by the hash of a name."""
     return int.from_bytes(_digest(name)[:8], "big") % (BEATS + 1)
 
 

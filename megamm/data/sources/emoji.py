@@ -1,7 +1,7 @@
 """Emoji pictures with their English names, from the Noto Color Emoji font.
 
-In: the unpacked Debian package `fonts-noto-color-emoji`. Out: 136 x 128 PNGs as they lie in the font's CBDT table,
-one a code point sequence that the font draws (directly or through a GSUB ligature), skin tones included, and
+In: the unpacked Debian package `fonts-noto-color-emoji`. Out: 136 x 128 PNGs unchanged from the font's CBDT table, one
+for each code point sequence that the font draws (directly or through a GSUB ligature), including skin tones, and
 captions from the `emoji` package's CLDR names ("health worker: medium skin tone", "flag of samoa").
 """
 
@@ -30,10 +30,10 @@ PEOPLE = frozenset(
         *("police officer", "raising hand", "red hair", "scientist", "singer", "student", "teacher", "white hair"),
     )
 )
-"""Roles that the font draws of a man and a woman in every skin, so that the two differ in 24 x 24 pixels, too."""
+"""Roles that the font draws as a man and as a woman in every skin tone, and whose two differ in 24 x 24 pixels, too."""
 HANDS = frozenset(("ok hand", "raised fist", "thumbs down", "thumbs up", "victory hand", "waving hand"))
 SKINS = frozenset(("yellow", "light", "medium", "dark"))
-"""Of the six that the font has, those that differ at a glance."""
+"""The skin tones that are easy to distinguish, of the six in the font."""
 SIDE = 72
 """Pixels of a variant's picture."""
 COPIES = ((0, 0, False), (3, 1, True))
@@ -51,10 +51,10 @@ def write_emoji(package: Path, target: Path) -> list[RawSample]:
 
 
 def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
-    """The same of the people and hands in PEOPLE and HANDS alone, their attributes spelled out in a fixed order.
+    """Write only the people and hands in PEOPLE and HANDS, with their attributes in a fixed order.
 
-    Captions are "dark skin, woman, farmer" and "dark skin, thumbs up"; the noun is the last attribute. What is
-    seen in few pixels comes first, so that no word before it tells which of its values go with them in training.
+    Captions are "dark skin, woman, farmer" and "dark skin, thumbs up"; the noun is the last attribute. Attributes
+    visible in few pixels come first, so that no earlier word predicts which of their values occur in training.
     """
     samples = []
     (target / "images").mkdir()
@@ -67,7 +67,7 @@ def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
 
 
 def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = False) -> bytes:
-    """A PNG of SIDE pixels a side: the picture on white, as large as fits, in the middle or shifted from it."""
+    """A PNG of SIDE x SIDE pixels: the picture on white, as large as fits, centred or shifted by so many pixels."""
     with Image.open(io.BytesIO(png)) as picture:
         scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
@@ -82,7 +82,7 @@ def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = Fals
 
 
 def variant_caption(name: str) -> str | None:
-    """The emoji package's ":woman_farmer_dark_skin_tone:" as "dark skin, woman, farmer"; None: no variant."""
+    """ ":woman_farmer_dark_skin_tone:" to "dark skin, woman, farmer"; None if it is not a variant."""
     words = name.strip(":").replace("_", " ").lower()
     tone = _TONE.search(words)
     colour = tone[1] if tone else "yellow"
@@ -107,10 +107,11 @@ def _drawn(package: Path) -> Iterator[tuple[tuple[int, ...], str, bytes]]:
     """Code points, the emoji package's name and PNG of every emoji that the font draws, in order of code points."""
     fonts = sorted(package.rglob("NotoColorEmoji.ttf"))
     if not fonts:
-        raise UserError("no NotoColorEmoji.ttf in the package", where=package, remedy="report your Debian release")
+        remedy = "report your Debian release as an issue"
+        raise UserError("no NotoColorEmoji.ttf in the package", where=package, remedy=remedy)
     with TTFont(fonts[0], lazy=True) as font:
         if "CBDT" not in font:
-            remedy = "use a release whose font holds bitmaps (CBDT), such as Debian 12"
+            remedy = "use a release whose font contains bitmaps (CBDT), such as Debian 12"
             raise UserError("the font has no bitmap table", where=fonts[0].name, remedy=remedy)
         glyphs = _glyphs(font)
         bitmaps, drawn = font["CBDT"].strikeData[0], set()
@@ -125,7 +126,7 @@ def _drawn(package: Path) -> Iterator[tuple[tuple[int, ...], str, bytes]]:
 
 
 def emoji_caption(name: str, *, is_flag: bool) -> str:
-    """The emoji package's ":woman_juggling_medium_skin_tone:" as "woman juggling: medium skin tone"."""
+    """ ":woman_juggling_medium_skin_tone:" (a name of the emoji package) as "woman juggling: medium skin tone"."""
     words = name.strip(":").replace("_", " ").lower()
     if is_flag:
         return f"flag of {words}"

@@ -1,11 +1,11 @@
 """Furniture and household things in 3D with their names, from the catalogues of Sweet Home 3D.
 
-In: the unpacked Debian package `sweethome3d` (the program's jar holds its default catalogue) or
+In: the unpacked Debian package `sweethome3d` (the program's jar contains its default catalogue) or
 `sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
-format, Wavefront OBJ models and icons; they are read in memory, nothing of them is unpacked. Out, for each: a point
-cloud (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D),
-and further samples of the thing turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first
-of these has a turntable video too. Models of one file under several names (lamps by colour of their light) count once.
+format, Wavefront OBJ models and icons; they are read in memory and not unpacked. Out, for each model: a point cloud
+(npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and
+further samples turned by TURNS, each with its own cloud and a rendering by data/render3d.py; the first of these also
+has a turntable video. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
@@ -39,17 +39,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 POINTS = 4096
 _SURFACE = 40_000
-"""Points that a rendering draws; half of them for a frame of the video."""
+"""Points drawn in a rendering; half of them in a frame of the video."""
 ANGLE = 30
-"""Degrees from which the renderings are seen: a front corner of what is not turned."""
+"""Viewing angle of the renderings in degrees: shows a front corner of a piece that is not turned."""
 TURNS = (0, 1, 2, 3)
-"""Quarter turns about the vertical axis: a picture and its cloud are turned alike."""
+"""Quarter turns about the vertical axis, the same for a picture and its cloud."""
 PICTURE = 128
-"""Pixels of a rendering; the icons are of about that size."""
+"""Pixels of a rendering, about the size of the icons."""
 TURN_FRAMES, TURN_RATE = 17, 8
-"""A full turn in two seconds: the last frame is the first again."""
+"""A full turn in two seconds: the last frame equals the first."""
 _PIECES_PER_WORKER = 20
-"""Fewer are done sooner than a process has started."""
+"""Fewer pieces are finished before a process has started."""
 _LISTS = re.compile(r"(?:.*/)?(?:DefaultFurnitureCatalog|PluginFurnitureCatalog)\.properties")
 _MATERIALS = re.compile(rb"newmtl \w+\n(?:\w+ [\d. ]+\n)+")
 _OWN_MATERIALS = "sweethome3d-materials.mtl"
@@ -58,7 +58,7 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 @dataclass(frozen=True)
 class Piece:
-    """One model of a catalogue: name, kind of thing ("" if it says none), author, and its files in the zip file."""
+    """A model of a catalogue: name, category ("" if unknown), author, and its files in the zip file."""
 
     name: str
     category: str
@@ -69,7 +69,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Job:
-    """One model to be drawn: where it is, and what its samples are called."""
+    """A model to be drawn: its place, and the names of its samples."""
 
     catalogue: Path
     key: str
@@ -77,13 +77,13 @@ class Job:
 
 
 class ZipFiles(Mapping[str, bytes]):
-    """The files that a model may name (materials, textures): those of its folder in the zip file, and `more`."""
+    """The files that a model may refer to (materials, textures): those of its folder in the zip file, and `more`."""
 
     def __init__(self, archive: zipfile.ZipFile, folder: str, more: dict[str, bytes]) -> None:
         self.archive, self.folder, self.more = archive, folder, more
 
     def __getitem__(self, name: str) -> bytes:
-        """The bytes of a file. KeyError if there is none."""
+        """The bytes of a file. Raises KeyError if it is missing."""
         return self.more.get(name) or self.archive.read(
             self.folder + name.strip().replace("\\", "/").removeprefix("./")
         )
@@ -112,14 +112,14 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
     samples = []
     for job, made in zip(jobs, _made(jobs, target), strict=True):
         if isinstance(made, str):
-            logger.warning("%s: %s left out: %s", job.catalogue.name, job.piece.model, made)
+            logger.warning("%s: %s skipped: %s", job.catalogue.name, job.piece.model, made)
         else:
             samples += made
     return samples
 
 
 def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
-    """The samples of every job in order, or why there are none; in worker processes if there is enough to do."""
+    """The samples of every job in order, or the reason for none; in worker processes if there are enough jobs."""
     make = partial(_make, target=target)
     workers = min(len(os.sched_getaffinity(0)), len(jobs) // _PIECES_PER_WORKER)
     if not workers:
@@ -129,12 +129,12 @@ def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
         try:
             yield from pool.map(make, jobs, chunksize=4)
         except BrokenProcessPool as error:
-            remedy = "most likely the memory ran out: free some and try again"
+            remedy = "probably out of memory: free some memory and try again"
             raise UserError("a worker process was killed", where=target, remedy=remedy) from error
 
 
 def _make(job: Job, target: Path) -> list[RawSample] | str:
-    """Write one model's media and return its samples, or why it has none."""
+    """Write one model's media; returns its samples, or the reason for none."""
     with zipfile.ZipFile(job.catalogue) as archive:
         try:
             mesh = load_model(archive, job.piece.model, own_materials(archive))
@@ -145,10 +145,10 @@ def _make(job: Job, target: Path) -> list[RawSample] | str:
 
 
 def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Piece]:
-    """The pieces of a catalogue, each model once; its licence and authors are added to the attribution in `target`."""
+    """The pieces of a catalogue, each model once; adds its licence and authors to the attribution in `target`."""
     lists = [entry for entry in archive.namelist() if _LISTS.fullmatch(entry)]
     if not lists:
-        raise UserError("no list of furniture in the catalogue", where=name, remedy="use Debian 12")
+        raise UserError("no furniture list in the catalogue", where=name, remedy="use Debian 12")
     values = read_properties(archive.read(lists[0]).decode("latin-1"))
     pieces, models = [], set()
     works: dict[str, list[str]] = defaultdict(list)
@@ -181,13 +181,13 @@ def furniture_caption(name: str) -> str:
 
 
 def own_materials(archive: zipfile.ZipFile) -> bytes:
-    """The program's named default materials, which its models use without saying so: text inside a class file."""
+    """The program's named default materials, which its models use implicitly: text inside a class file."""
     name = "com/eteks/sweethome3d/j3d/OBJLoader.class"
     return b"\n".join(_MATERIALS.findall(archive.read(name))) if name in archive.namelist() else b""
 
 
 def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trimesh.Scene":
-    """A Wavefront OBJ model of a catalogue. ValueError, KeyError or IndexError if it is broken."""
+    """A Wavefront OBJ model of a catalogue. Raises ValueError, KeyError or IndexError if it is damaged."""
     import trimesh
 
     text = archive.read(model)
@@ -211,7 +211,7 @@ def _write_piece(
         np.savez_compressed(target / f"points/{key}-turn{turns}.npz", points=turned(cloud, turns))
         parts = [RawPart("points", f"points/{key}-turn{turns}.npz"), RawPart("image", f"images/{name}.png")]
         parts += [RawPart("video", f"video/{key}.mp4")] if name.endswith("turn0") else []
-        # What a thing is for and how it is shaped tell of its form, also where its name was never seen.
+        # Category and proportion describe the form, even if the name was never seen in training.
         caption = f"{proportion(cloud)} {piece.name}"
         parts.append(RawPart("text", f"{piece.category}: {caption}" if piece.category else caption))
         samples.append(RawSample(name, normalise_noun(piece.name), tuple(parts)))
@@ -219,7 +219,7 @@ def _write_piece(
 
 
 def proportion(cloud: CloudArray) -> str:
-    """A word for the box about a cloud `[N, 9]`, the same for every quarter turn about the vertical axis (y)."""
+    """A word for the bounding box of a cloud `[N, 9]`, the same for every quarter turn about the vertical axis (y)."""
     x, height, z = cloud[:, :3].max(axis=0) - cloud[:, :3].min(axis=0)
     width, depth = max(x, z), min(x, z)
     if height > 1.5 * width:
@@ -230,7 +230,7 @@ def proportion(cloud: CloudArray) -> str:
 
 
 def turned(cloud: CloudArray, quarters: int) -> CloudArray:
-    """A cloud `[N, 9]` turned by so many quarters about the vertical axis (y): x goes to -z, z to x."""
+    """A cloud `[N, 9]` turned by this many quarters about the vertical axis (y): x goes to -z, z to x."""
     result = cloud.copy()
     for _ in range(quarters):
         result[:, [0, 2, 3, 5]] = result[:, [2, 0, 5, 3]] * np.array([1, -1, 1, -1], dtype=cloud.dtype)
@@ -238,7 +238,7 @@ def turned(cloud: CloudArray, quarters: int) -> CloudArray:
 
 
 def _on_white(icon: bytes) -> np.ndarray:
-    """A PNG with transparency as uint8 [Y, X, 3] on white, as the renderings are."""
+    """A PNG with transparency as uint8 [Y, X, 3] on white, like the renderings."""
     from PIL import Image
 
     with Image.open(io.BytesIO(icon)) as image:

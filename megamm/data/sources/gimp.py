@@ -1,7 +1,7 @@
 """Pages of the manual of GIMP, the image editor: interleaved text and pictures, English.
 
-In: the unpacked Debian package `gimp-help-en`, XHTML made from DocBook. Out: one interleaved sample a page with its
-screenshots and example pictures; without navigation, tables of contents, and the numbers of sections and figures.
+In: the unpacked Debian package `gimp-help-en`, XHTML made from DocBook. Out: one interleaved sample per page with its
+screenshots and example pictures; without navigation, tables of contents, and section and figure numbers.
 """
 
 import re
@@ -16,12 +16,12 @@ from megamm.errors import UserError
 _NUMBER = re.compile(r"^(?:(?:Chapter|Figure|Table|Part|Appendix) [\dIVXA-Z]+(?:\.\d+)*\.\s+|\d+(?:\.\d+)*\.\s+)")
 _NAVIGATION = {"navheader", "navfooter", "toc", "list-of-figures", "list-of-tables"}
 _LEAST_TEXT = 200
-"""Characters; shorter pages only list other pages."""
+"""Minimum characters; shorter pages only list other pages."""
 _BLOCKS = "pre li dt dd div ul ol dl table tr td th blockquote"
 
 
 def write_gimp(package: Path, target: Path) -> list[RawSample]:
-    """Copy the pictures under target/images and return the pages in order of names; pages of little text left out."""
+    """Copy the pictures under target/images and return the pages in order of names, without pages of little text."""
     root = package / "usr/share/gimp/2.0/help/en"
     files = sorted(root.glob("*.html"))
     if not files:
@@ -42,7 +42,7 @@ def _skip(element: Element) -> bool:
 
 
 def _picture(element: Element) -> str | None:
-    """The picture of a media object; the icons of notes and buttons inside a line are none."""
+    """The picture of a media object; inline icons of notes and buttons do not count."""
     if local_name(element) != "div" or "mediaobject" not in element.get("class", "").split():
         return None
     return next((inner.get("src") for inner in element.iter() if local_name(inner) == "img"), None)

@@ -1,8 +1,8 @@
 """Pages of the GNOME desktop's manuals: interleaved text and pictures, English.
 
 In: the unpacked Debian package `gnome-user-docs`, Mallard XML (projectmallard.org/1.0) under usr/share/help/C. Out:
-one interleaved sample a page, with its figures (PNG as they are, SVG to be rendered by the build). Of variants for
-other desktops and devices only those are kept that hold for an ordinary screen. Icons inside a line become their
+one interleaved sample per page, with its figures (PNG unchanged, SVG to be rendered by the build). Of the variants for
+different desktops and devices only those for an ordinary screen are kept. Inline icons are replaced by their
 alternative text.
 """
 
@@ -37,7 +37,7 @@ def write_gnome(package: Path, target: Path) -> list[RawSample]:
 
 
 def is_shown(test: str) -> bool:
-    """Whether a condition holds on an ordinary screen: every term (`,` means and) is the negation of something."""
+    """Whether a condition holds on an ordinary screen: every term (`,` means and) is a negation."""
     return all(term.strip().startswith("!") for term in test.split(","))
 
 

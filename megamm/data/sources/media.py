@@ -1,6 +1,6 @@
-"""Media files as the sources write them: FLAC for sound, VP9 in MP4 for video. The same input gives the same bytes.
+"""Writes the media files of the sources: FLAC for sound, VP9 in MP4 for video. The same input gives the same bytes.
 
-VP9 is the newest format that DALI decodes on a CPU; every player reads it too.
+VP9 is the newest format that DALI decodes on a CPU; all players support it too.
 """
 
 from fractions import Fraction
@@ -13,14 +13,14 @@ _QUALITY = "24"
 
 
 def write_flac(path: Path, samples: np.ndarray, sample_rate: int) -> None:
-    """Write int16 [samples] (mono) or [samples, channels], 16 bits a sample."""
+    """Write int16 [samples] (mono) or [samples, channels], 16 bits per sample."""
     import soundfile
 
     soundfile.write(path, samples, sample_rate, format="FLAC", subtype="PCM_16")
 
 
 def write_video(path: Path, frames: np.ndarray, frame_rate: Fraction | int) -> None:
-    """Write uint8 [F, Y, X, 3], Y and X even, at frame_rate (Hz), every frame shown equally long."""
+    """Write uint8 [F, Y, X, 3], Y and X even, at frame_rate (Hz), every frame with the same duration."""
     import av
 
     options = {"crf": _QUALITY, "b": "0", "deadline": "realtime", "cpu-used": "6"}

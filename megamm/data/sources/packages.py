@@ -1,8 +1,8 @@
-"""Packages fetched and unpacked in a private folder: nothing is installed, no code of theirs runs, no root is needed.
+"""Fetches and unpacks packages in a private folder, without installing them, running their code, or root.
 
-A Debian package comes through the system's apt-get and dpkg-deb, with its mirrors and signatures; of a large one the
-beginning may do, from the same mirror; a Python source distribution comes from the package index that pip is set to.
-The last two are checked against the SHA-256 given here.
+A Debian package is downloaded by the system's apt-get, with its mirrors and signatures, and unpacked by dpkg-deb. For a
+large package its first bytes, from the same mirror, can be enough. A Python source distribution is downloaded from
+pip's configured package index. The last two are checked against the SHA-256 given here.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _TIMEOUT = 60
 
 @dataclass(frozen=True)
 class Sdist:
-    """A source distribution of a Python package, of which only the files with these endings are unpacked."""
+    """A source distribution of a Python package; only the files with these extensions are unpacked."""
 
     name: str
     version: str
@@ -38,7 +38,7 @@ class Sdist:
 
 @dataclass(frozen=True)
 class DebianPrefix:
-    """The first `size` bytes of a Debian package, with their SHA-256, and the files in them that are unpacked."""
+    """The first `size` bytes of a Debian package, with their SHA-256, and the files to unpack from them."""
 
     name: str
     size: int
@@ -47,7 +47,7 @@ class DebianPrefix:
 
 
 def fetch_package(package: str | Sdist | DebianPrefix, work: Path, folder: Path) -> None:
-    """Download a package (a Debian package's name, or what the classes here say) into `work`, unpack into `folder`."""
+    """Download a package (a Debian package's name, or a class from this module) into `work`, unpack into `folder`."""
     if isinstance(package, Sdist):
         _unpack_sdist(package, _download_sdist(package, work), folder)
     elif isinstance(package, DebianPrefix):
@@ -57,17 +57,17 @@ def fetch_package(package: str | Sdist | DebianPrefix, work: Path, folder: Path)
 
 
 def _download_debian(package: str, work: Path) -> Path:
-    """apt-get download."""
+    """Download it with apt-get download."""
     _apt_get_download(work, package)
     return next(work.glob(f"{package}_*.deb"))
 
 
 def _apt_get_download(work: Path, package: str, *how: str) -> str:
-    """What it prints; with package lists of our own if the system's do not know the package."""
+    """Output of apt-get download; uses its own package lists if the system's do not contain the package."""
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
             remedy = "fetch on a Debian or Ubuntu machine and copy its RAW folder here, or bring your own samples.jsonl"
-            raise UserError(f"cannot fetch: {tool} is not on this system", remedy=remedy)
+            raise UserError(f"cannot fetch: {tool} is not installed", remedy=remedy)
     options = ["-q", "-o", "Acquire::Retries=2", "-o", f"Acquire::http::Timeout={_TIMEOUT}"]
     result = _run(["apt-get", *options, "download", *how, package], work)
     if result.returncode:
@@ -79,33 +79,33 @@ def _apt_get_download(work: Path, package: str, *how: str) -> str:
             result = _run(["apt-get", *options, *command], work)
             if result.returncode:
                 reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
-                remedy = "check the network and /etc/apt/sources.list, then try again; nothing was kept"
+                remedy = "check the network and /etc/apt/sources.list, then try again; nothing was stored"
                 raise UserError(f"apt-get could not fetch {package}: {reason}", remedy=remedy)
     return result.stdout
 
 
 def _download_prefix(prefix: DebianPrefix, work: Path) -> Path:
-    """The beginning, from where apt-get would get the package; else the whole: apt-get knows more ways to a mirror."""
+    """Download the first bytes from apt-get's address; if that fails the whole package with apt-get."""
     archive = work / f"{prefix.name}.prefix"
     try:
         address = _debian_address(prefix.name, work)
         request = urllib.request.Request(address, headers={"Range": f"bytes=0-{prefix.size - 1}"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
-            data = reply.read(prefix.size)  # a server that knows no ranges sends everything
+            data = reply.read(prefix.size)  # a server without range support sends everything
         if hashlib.sha256(data).hexdigest() != prefix.sha256:
-            raise OSError("not the bytes expected (SHA-256 differs)")
+            raise OSError("unexpected content (SHA-256 differs)")
     except (OSError, http.client.HTTPException) as error:
-        logger.warning("%s: its first %.1f MB do not do, fetching all: %s", prefix.name, prefix.size / 1e6, error)
+        logger.warning("%s: its first %.1f MB failed, fetching all: %s", prefix.name, prefix.size / 1e6, error)
         return _download_debian(prefix.name, work)
     archive.write_bytes(data)
     return archive
 
 
 def _debian_address(package: str, work: Path) -> str:
-    """Where apt-get would download a package from. OSError if that is not by HTTP."""
+    """The address from which apt-get would download a package. Raises OSError if it is not HTTP."""
     found = re.search(r"'(https?://[^']+)'", _apt_get_download(work, package, "--print-uris"))
     if found is None:
-        raise OSError("the mirror is not reached by HTTP")
+        raise OSError("the mirror does not use HTTP")
     return found[1]
 
 
@@ -117,7 +117,7 @@ def _unpack_debian(deb: Path, folder: Path) -> None:
 
 
 def _unpack_files(deb: Path, files: tuple[str, ...], folder: Path) -> None:
-    """These files of a package, which may be cut off behind the last of them. UserError if not all are there."""
+    """Unpack these files of a package that may be truncated after them. Raises UserError if some are missing."""
     missing = set(files)
     command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
@@ -137,10 +137,10 @@ def _unpack_files(deb: Path, files: tuple[str, ...], folder: Path) -> None:
 
 
 def _download_sdist(package: Sdist, work: Path) -> Path:
-    """Not by `pip download`, which runs the package's setup to learn its name."""
+    """Download without `pip download`, which would run the package's setup to learn its name."""
     archive = work / f"{package.name}-{package.version}.tar.gz"
     page = f"{_package_index()}/{package.name}/"
-    remedy = "check the network and pip's index-url, then try again; nothing was kept"
+    remedy = "check the network and pip's index-url, then try again; nothing was stored"
     try:
         accept = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
         with urllib.request.urlopen(
@@ -155,22 +155,22 @@ def _download_sdist(package: Sdist, work: Path) -> Path:
         raise UserError(f"could not fetch {archive.name}: {error}", remedy=remedy) from error
     with archive.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != package.sha256:
-            raise UserError(f"{archive.name} is not the file expected (SHA-256 differs)", where=page, remedy=remedy)
+            raise UserError(f"unexpected content of {archive.name} (SHA-256 differs)", where=page, remedy=remedy)
     return archive
 
 
 def _package_index() -> str:
-    """The simple index that pip would use; pip shows it as the default of --index-url, from all its settings."""
+    """The simple index that pip would use; pip prints it as the default of --index-url, from all its settings."""
     command = [sys.executable, "-m", "pip", "download", "--help"]
     result = subprocess.run(command, env={**os.environ, "COLUMNS": "999"}, capture_output=True, text=True)
     found = re.search(r"--index-url.*?\(default (\S+)\)", " ".join(result.stdout.split()))
     if not found:
-        raise UserError("pip does not say which package index it uses", remedy="install pip beside megamm")
+        raise UserError("pip does not print its package index", remedy="install pip in megamm's environment")
     return found[1].rstrip("/")
 
 
 def find_sdist(page: str, file: str, address: str) -> str | None:
-    """Absolute address of `file` on a page of a simple index (JSON, PEP 691, or HTML, PEP 503); None: not there."""
+    """Absolute address of `file` on a simple index page (JSON, PEP 691, or HTML, PEP 503); None if it is missing."""
     if page.lstrip().startswith("{"):
         links = [entry["url"] for entry in json.loads(page)["files"]]
     else:
@@ -179,14 +179,15 @@ def find_sdist(page: str, file: str, address: str) -> str | None:
 
 
 def _unpack_sdist(package: Sdist, archive: Path, folder: Path) -> None:
-    """Regular files only, and none outside the folder."""
+    """Unpack regular files only, and none outside the folder."""
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.isfile() and member.name.endswith(package.endings):
                     tar.extract(member, folder, filter="data")
     except tarfile.TarError as error:
-        raise UserError(f"cannot unpack {archive.name}: {error}", remedy="report it; nothing was kept") from error
+        remedy = "report it as an issue; nothing was stored"
+        raise UserError(f"cannot unpack {archive.name}: {error}", remedy=remedy) from error
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

@@ -1,7 +1,7 @@
-"""Pages of a manual, XHTML or Mallard XML, as interleaved text and pictures in reading order.
+"""Converts pages of a manual, XHTML or Mallard XML, to interleaved text and pictures in reading order.
 
-In: an XML tree and a `Markup` that says what its elements mean. Out: parts for a `RawSample`. Text between two
-pictures is one part, its paragraphs separated by an empty line; an element without block elements inside is a
+In: an XML tree and a `Markup` that defines the meaning of its elements. Out: parts for a `RawSample`. Text between two
+pictures is one part, with paragraphs separated by an empty line; an element without block elements inside is a
 paragraph. The caption of a picture follows it as text.
 """
 
@@ -22,11 +22,11 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg")
 
 @dataclass(frozen=True)
 class Markup:
-    """What elements mean, by local name; picture gives a file's name or None; skip leaves an element out."""
+    """Meaning of elements, by local name; picture returns a file's name or None; skip drops an element."""
 
     blocks: frozenset[str]
     paragraphs: frozenset[str]
-    """Blocks whose inside is one paragraph, whatever it is."""
+    """Blocks whose whole content is one paragraph."""
     items: frozenset[str]
     verbatim: frozenset[str]
     joined: dict[str, str]
@@ -34,12 +34,12 @@ class Markup:
     picture: Callable[[Element], str | None]
     skip: Callable[[Element], bool]
     mend: Callable[[str], str] = str
-    """Mends a paragraph, such as by taking section numbers away."""
+    """Cleans a paragraph, for example by removing section numbers."""
 
 
 @dataclass
 class Pictures:
-    """Copies pictures into target/images once, under names made of their paths below `root`, and only from there."""
+    """Copies pictures from below `root` into target/images, each once, under names made from their paths."""
 
     root: Path
     target: Path
@@ -60,12 +60,12 @@ class Pictures:
 
 
 def parsed(files: Iterable[Path]) -> Iterator[tuple[Path, Element]]:
-    """Every file with its root element; those that are no XML are logged and left out."""
+    """Every file with its root element; files that are not XML are logged and skipped."""
     for file in files:
         try:
             root = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:
-            logger.warning("%s left out: %s", file, error)
+            logger.warning("%s skipped: %s", file, error)
             continue
         yield file, root
 
@@ -91,7 +91,7 @@ def local_name(element: Element) -> str:
 
 
 def inline_text(element: Element, markup: Markup) -> str:
-    """The words of an element and all inside, white space as one space."""
+    """The words of an element and its descendants, with white space collapsed."""
     return " ".join(_inline(element, markup).split())
 
 
@@ -112,7 +112,7 @@ def _walk(element: Element, markup: Markup) -> list[tuple[str, str]]:
     found = [("image", name)] if name is not None else []
     if local_name(element) in markup.verbatim:
         return [*found, *_paragraph("".join(element.itertext()).strip("\n"))]
-    run = element.text or ""  # text and elements inside a line, up to the next block
+    run = element.text or ""  # text and inline elements up to the next block
     for child in element:
         if local_name(element) in markup.paragraphs or not _is_block(child, markup):
             run += _inline(child, markup)

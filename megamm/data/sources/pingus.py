@@ -1,8 +1,8 @@
-"""Animated sprites with what they show, from the game Pingus: penguins at work, traps, liquids.
+"""Animated sprites with captions, from the game Pingus: penguins at work, traps, liquids.
 
-In: the unpacked Debian package `pingus-data`, whose .sprite files say how a picture is cut into frames. Out: VP9
-videos (see `sprites`) with captions written here, since the game names its sprites for programmers ("drownfall").
-Sprites whose left and right picture are the same count once, without a direction.
+In: the unpacked Debian package `pingus-data`, whose .sprite files define how a picture is cut into frames. Out: VP9
+videos (see `sprites`) with captions from this file, since the game's sprite names are for programmers ("drownfall").
+Sprites with identical left and right pictures count once, without a direction.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Sprite animations as short videos: pictures with transparency on white, square, enlarged by whole factors.
+"""Writes sprite animations as short videos: square, on white instead of transparency, enlarged by whole factors.
 
 Small pixel art is enlarged without smoothing so that VP9's halved colour resolution does not smear it.
 """
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SIDE = 128
-"""Pixels that a small sprite is enlarged to, or nearly."""
+"""Approximate size in pixels to which a small sprite is enlarged."""
 SECONDS = 2
-"""A looped animation is repeated to this length; one that ends stands still for the rest."""
+"""Length of a looped animation, by repetition; one that does not loop shows its last frame for the rest."""
 
 
 def write_animation(path: Path, frames: Sequence["Image"], frame_ms: int, *, loops: bool) -> None:
@@ -32,7 +32,7 @@ def write_animation(path: Path, frames: Sequence["Image"], frame_ms: int, *, loo
 
 
 def on_white(frame: "Image") -> npt.NDArray[np.uint8]:
-    """uint8 [S, S, 3]: the picture in the middle of a white square of even side, enlarged to nearly SIDE if smaller."""
+    """uint8 [S, S, 3]: the picture centred on a white square of even side, enlarged to nearly SIDE if smaller."""
     from PIL import Image
 
     side = max(frame.size)

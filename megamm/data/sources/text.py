@@ -1,8 +1,8 @@
 """Plain English text: the glosses of WordNet, the GNU Collaborative International Dictionary, and sayings.
 
-In: the unpacked Debian packages `wordnet-base`, `dict-gcide`, `fortunes`. Out: text samples. Entries of a dictionary
-are a few lines each, so as many as follow each other are one document as make up some thousand characters; the noun
-of the first decides its split. A saying is a document of its own.
+In: the unpacked Debian packages `wordnet-base`, `dict-gcide`, `fortunes`. Out: text samples. Dictionary entries have a
+few lines each, so consecutive entries are combined into documents of some thousand characters; the noun of the first
+entry decides the split. Each saying is a separate document.
 """
 
 import gzip
@@ -15,7 +15,7 @@ from megamm.data.samples import RawPart, RawSample, clean_text
 from megamm.errors import UserError
 
 DOCUMENT = 4000
-"""Characters from which on a document of dictionary entries is full."""
+"""Number of characters at which a document of dictionary entries is full."""
 _PARTS_OF_SPEECH = {"adj": "adjective", "adv": "adverb", "noun": "noun", "verb": "verb"}
 _UNFIT_SAYINGS = {"ascii-art", "ethnic", "men-women", "translate-me"}
 """Pictures made of letters; jokes at the cost of groups of people; other languages."""
@@ -23,7 +23,7 @@ _UNFIT_SAYINGS = {"ascii-art", "ethnic", "men-women", "translate-me"}
 
 def write_wordnet(package: Path, target: Path) -> list[RawSample]:
     """Synsets as `dog, domestic dog (noun): a member of the genus Canis ...`, in order of the files."""
-    del target  # nothing but text
+    del target  # there are no media
     folder = _folder(package / "usr/share/wordnet")
     samples: list[RawSample] = []
     for ending, name in _PARTS_OF_SPEECH.items():
@@ -44,7 +44,7 @@ def read_synset(line: str, part_of_speech: str) -> tuple[str, str] | None:
 
 
 def write_gcide(package: Path, target: Path) -> list[RawSample]:
-    """Entries as they lie in the dictionary, in its order, from the first headword on."""
+    """Unchanged entries of the dictionary, in its order, from the first headword on."""
     del target
     file = _folder(package / "usr/share/dictd") / "gcide.dict.dz"
     text = gzip.decompress(file.read_bytes()).decode("utf-8", errors="replace")
@@ -52,7 +52,7 @@ def write_gcide(package: Path, target: Path) -> list[RawSample]:
 
 
 def read_gcide(text: str) -> Iterator[tuple[str, str]]:
-    r"""Headword and entry; an entry begins at the left margin with `Headword \pronunciation\`."""
+    r"""Headword and entry; an entry starts at the left margin with `Headword \pronunciation\`."""
     starts = [match.start() for match in re.finditer(r"^\S[^\n\\]*\\[^\n]*\\", text, re.MULTILINE)]
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
         entry = re.sub(r"^\s*\[(?:1913 Webster|WordNet|PJC)[^\]]*\]\n?", "", text[start:end], flags=re.MULTILINE)
@@ -92,5 +92,5 @@ def _documents(prefix: str, entries: Iterable[tuple[str, str]]) -> list[RawSampl
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise UserError("the package holds no such folder", where=path, remedy="use Debian 12")
+        raise UserError("no such folder in the package", where=path, remedy="use Debian 12")
     return path

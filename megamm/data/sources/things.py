@@ -1,10 +1,10 @@
-"""A few things in 3D, painted in a few colours, at slightly different angles and turning: drawn by us.
+"""Renders a few 3D things in a few colours, at slightly different angles and turning.
 
 In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
 thing of THINGS and colour of COLOURS: point clouds (npz), pictures by data/render3d.py, and a caption of attributes in
-a fixed order, "red, armchair"; for each also a video of it turning each way, "turning left, red, armchair". The noun
-is the thing. What is seen in few pixels comes first in a caption, so that no word before it tells which of its values
-go with them in training.
+a fixed order, "red, armchair"; also a video of it turning each way, "turning left, red, armchair". The noun is the
+thing. Attributes visible in few pixels come first in a caption, so that no earlier word predicts which of their values
+occur in training.
 """
 
 import multiprocessing
@@ -33,26 +33,26 @@ THINGS = frozenset(
     )
 )
 COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.15, 0.7, 0.2), "blue": (0.15, 0.3, 0.9), "yellow": (1.0, 0.85, 0.1)}
-"""RGB in [0, 1]; a thing's own brightness stays."""
+"""RGB in [0, 1]; a thing's own brightness is kept."""
 HEADING = 30.0
-"""Degrees by which a thing is turned to be seen."""
+"""Viewing angle in degrees."""
 SEEN_COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0, -18.0, 24.0)
-"""Degrees by which the copies with a picture are turned beside that. Every second one has a cloud, too."""
+"""Degrees added to HEADING for the copies with a picture. Every second one also has a cloud."""
 CLOUD_COPIES = (-84.0, -70.0, -56.0, -42.0, 42.0, 56.0, 70.0, 84.0)
-"""The same of the copies that are a cloud alone. Of few copies, each is learnt by heart, and colours are not learnt."""
+"""The same for copies with only a cloud. With few copies the model memorises each instead of learning colours."""
 TURN = 45.0
 """Degrees from one frame of a video to the next."""
 FRAMES, FRAME_RATE = 5, 8
 PICTURE = 72
-"""Pixels a side."""
+"""Side of a picture in pixels."""
 POINTS = 2048
 _SURFACE = 6_000
-"""Points that a rendering draws."""
+"""Points drawn in a rendering."""
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One thing to be drawn from the catalogue at `path`."""
+    """A thing to be drawn from the catalogue at `path`."""
 
     path: Path
     piece: Piece
@@ -74,7 +74,7 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
     first = {piece.name: piece for piece in reversed(pieces) if piece.name in THINGS}
     jobs = [_Job(catalogues[0], first[name]) for name in sorted(first)]
     if not jobs:
-        raise UserError("none of the things in the catalogue", where=catalogues[0], remedy="use Debian 12")
+        raise UserError("the catalogue has none of the things", where=catalogues[0], remedy="use Debian 12")
     make = partial(_make, target=target)
     workers = min(len(os.sched_getaffinity(0)), len(jobs) // 4)
     if workers < 2:
@@ -121,13 +121,13 @@ def _videos(job: _Job, colour: str, surface: CloudArray, target: Path) -> Iterat
 
 
 def painted(cloud: CloudArray, colour: str) -> CloudArray:
-    """A cloud `[N, 9]` in a colour of COLOURS, bright where it was bright: from 0.4 to 1 of it."""
+    """A cloud `[N, 9]` in a colour of COLOURS, with its brightness mapped to 0.4 to 1 of the colour."""
     brightness = 0.4 + 0.6 * cloud[:, 6:].mean(axis=1, keepdims=True)
     return np.concatenate([cloud[:, :6], brightness * np.array(COLOURS[colour], dtype=np.float32)], axis=1)
 
 
 def about_vertical(cloud: CloudArray, angle: float) -> CloudArray:
-    """A cloud `[N, 9]` turned by `angle` degrees about the y axis, as `render` turns what it draws."""
+    """A cloud `[N, 9]` turned by `angle` degrees about the y axis, like the clouds that `render` draws."""
     sin, cos = np.sin(np.radians(angle)), np.cos(np.radians(angle))
     matrix = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=np.float32)
     return np.concatenate([cloud[:, :3] @ matrix.T, cloud[:, 3:6] @ matrix.T, cloud[:, 6:]], axis=1)

@@ -1,10 +1,10 @@
 """Rubber stamps with a description, written and spoken, from the drawing program Tux Paint.
 
 In: the unpacked Debian package `tuxpaint-stamps-default`: X.png or X.svg, X.txt (first line English, then lines
-`LANGUAGE.utf8=TEXT`), X_desc.ogg (spoken English) and X_desc_LANGUAGE.ogg. Out: a sample a stamp with picture,
-English description and speech; and one a further language that is spoken, with its own text and speech and the same
-picture. Speech is stored as it is (Vorbis), drawings as SVG. Every language shares the English noun, so no stamp is
-on both sides of the split.
+`LANGUAGE.utf8=TEXT`), X_desc.ogg (spoken English) and X_desc_LANGUAGE.ogg. Out: a sample per stamp with picture,
+English description and speech; and one per further spoken language, with its own text and speech and the same picture.
+Speech is stored unchanged (Vorbis), drawings as SVG. All languages share the English noun, so no stamp is in both
+splits.
 """
 
 import logging
@@ -50,7 +50,7 @@ def write_tuxpaint(package: Path, target: Path) -> list[RawSample]:
 
 
 def read_descriptions(text: str) -> dict[str, str]:
-    """Language -> description, English ("en") first; languages without text are left out."""
+    """Language -> description, English ("en") first; languages without text are skipped."""
     first, *lines = text.splitlines() or [""]
     texts = {"en": clean_caption(first)}
     for line in lines:

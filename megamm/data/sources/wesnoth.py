@@ -1,9 +1,9 @@
-"""Figures of the game The Battle for Wesnoth: pictures with a description, and animations with what they do.
+"""Figures of the game The Battle for Wesnoth: pictures with a description, and captioned animations.
 
 In: the unpacked Debian package `wesnoth-1.16-data`; data/core/units/*.cfg name the figures, describe them and name
-their picture, and the animations are numbered files beside it: `spearman-attack-s-1.png`. Out: a sample a figure,
-picture and text, and a VP9 video an animation of four frames or more (see `sprites`), such as "spearman: attack,
-facing south". All samples of a figure share its noun. The magenta that the game replaces by a player's colour stays.
+their picture, and the animations are numbered files beside it: `spearman-attack-s-1.png`. Out: a sample per figure,
+picture and text, and a VP9 video per animation of four frames or more (see `sprites`), such as "spearman: attack,
+facing south". All samples of a figure share its noun. The magenta that the game replaces by a player's colour is kept.
 """
 
 import re
@@ -23,7 +23,7 @@ _CORE = "usr/share/games/wesnoth/1.16/data/core"
 _FRAMES = 4
 _FRAME_MS = 100
 _LEAST_DESCRIPTION = 40
-"""Characters; shorter ones are names of weapons."""
+"""Minimum characters; shorter ones are names of weapons."""
 _FIELD = r'^[ \t]*{}[ \t]*=[ \t]*_?[ \t]*"([^"]*)"'
 _FACING = {"n": "north", "ne": "north-east", "e": "east", "se": "south-east", "s": "south", "sw": "south-west"} | {
     "w": "west",
@@ -34,7 +34,7 @@ _WORDS = {"defend": "defence", "die": "death", "dying": "death", "stand": "stand
 
 @dataclass(frozen=True)
 class Figure:
-    """A unit's name, description and picture (path below images/, without ending)."""
+    """A unit's name, description and picture (path below images/, without extension)."""
 
     name: str
     description: str
