@@ -238,7 +238,7 @@ def test_roll_back_holds_in_the_durable_tier_too(runs):
     assert tier.complete()[-1] == "step_00000008"
 
     kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
-    assert kind == "UserError" and text.startswith("not rolled back: no answer")
+    assert kind == "UserError" and text.startswith("cannot roll back: no answer")
     assert step_folder(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
 
     kind, text = runs.end_of("durable", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
