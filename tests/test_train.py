@@ -187,7 +187,7 @@ def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
     sources = [{"path": str(data / "shards" / "drawn")}, {"path": str(copy), "weight": 3}]
     config = write_config(data, output, train=TRAIN | {"stop_after": 4}, data={"sources": sources})
     refused = megamm("train", config, "train.seed=2")
-    assert refused.returncode == 2 and "the checkpoint has train.seed = 1, the config 2" in refused.stderr
+    assert refused.returncode == 2 and "the checkpoint has train.seed = 1, but the config has 2" in refused.stderr
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     state = json.loads((step_folder(output, 4) / "state.json").read_text())
