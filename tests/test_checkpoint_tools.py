@@ -232,7 +232,7 @@ def test_best_ignores_what_is_not_a_number():
 
 def test_nothing_there_is_one_line(tmp_path):
     for place in (tmp_path, tmp_path / "absent", f"file://{tmp_path}"):
-        with pytest.raises(UserError, match="no checkpoint there"):
+        with pytest.raises(UserError, match="no checkpoint found"):
             inspect.find(str(place))
 
 
