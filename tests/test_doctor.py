@@ -194,7 +194,7 @@ def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
 
     place = choose("cpu")
     assert not transformer_config(_config(tmp_path), 300, place).gradient_accumulation_fusion
-    with pytest.raises(UserError, match="needs apex's kernels of weight gradients, a GPU"):
+    with pytest.raises(UserError, match="needs apex's weight gradient kernels, a GPU"):
         transformer_config(_config(tmp_path, f"model.megatron.{FUSION}=true"), 300, place)
 
 
