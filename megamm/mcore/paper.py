@@ -126,7 +126,7 @@ class PaperWorld:
             RankGenerator.get_ranks, dist.new_group = get_ranks, new_group
 
     def _is_expert_grid(self, generator: Any) -> bool:
-        """Whether this is the expert grid (tensor, expert, data, ...) or the other (tensor, context, data, pipeline)."""
+        """Whether it is the grid (tensor, expert, data, ...) of experts, not (tensor, context, data, pipeline)."""
         p = self.config.parallel
         return (generator.tp, generator.cp, generator.ep) != (p.tensor, p.context, 1)
 
