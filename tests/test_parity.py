@@ -146,7 +146,7 @@ def test_a_case_is_its_line():
     assert case.run().config.parallel.layers_per_chunk == [1, 3]
     with pytest.raises(UserError, match="not key=value"):
         Case.parse("world")
-    with pytest.raises(UserError, match="no mix 'none'"):
+    with pytest.raises(UserError, match="unknown mix 'none'"):
         Case.parse("mix=none")
     with pytest.raises(UserError, match=r"nearest valid key is parallel\.tensor"):
         Case.parse("parallel.tensr=2").run()
