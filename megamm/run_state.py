@@ -27,7 +27,7 @@ from megamm.tiers.uploader import Uploader
 
 log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 300.0
-"""How long the end of a run waits for its last checkpoint to reach the durable tier."""
+"""Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
 
 
 class RunStore:

@@ -19,7 +19,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block's elements are copied to. block: index in the list; start: first byte in the image."""
+    """Place of a block's elements in the image. block: index in the list; start: first byte."""
 
     block: int
     start: int

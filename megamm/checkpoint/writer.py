@@ -39,7 +39,7 @@ from megamm.resilience import events
 from megamm.tiers import parts, retention
 
 PART_SECONDS = 600.0
-"""How long rank 0's writer waits for the others' parts after its own is written."""
+"""Seconds that rank 0's writer waits for the others' parts after its own is written."""
 DOOMED_SECONDS = 10.0
 """The same after a part of the save has failed: so that no file is removed while another writer writes it."""
 LONE_SECONDS = 3.0

@@ -47,7 +47,7 @@ class Writing:
         """The newest step that a peer has."""
         self.published: list[Published] = []
         self.way = ""
-        """How rank 0's image was last written, as logged."""
+        """The way in which rank 0's image was last written, as logged."""
 
     def start(self, first: Staging, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
         """Return the writer process, restarted if it has exited."""

@@ -24,7 +24,7 @@ Whole = dict[str, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Names:
-    """Where the tensors of a model are stored: parameters and persistent buffers by their name in the module."""
+    """Stored parts of a model's tensors: parameters and persistent buffers by their name in the module."""
 
     parts: Mapping[str, list[Part]]
     shapes: Mapping[str, torch.Size]

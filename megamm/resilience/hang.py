@@ -39,7 +39,7 @@ _COMMUNICATION = (
 _WRAPPERS = ("c10d_logger.py",)
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
-"""How the last line of a complete stack ends: a program's frame, or faulthandler's mark that frames are omitted."""
+"""Ends of the last line of a complete stack: a program's frame, or faulthandler's mark that frames are omitted."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Report:
-    """Where one rank was. state: see processes.state; collective: None for a rank that does not wait in one."""
+    """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one."""
 
     rank: int
     step: int | None

@@ -191,7 +191,7 @@ class Attempt:
         )
 
     def _ask_others(self) -> Outcome | None:
-        """With several nodes, check whether one has lost its ranks, wants to stop, or is waiting to join."""
+        """Check, with several nodes, whether one has lost its ranks, wants to stop, or is waiting to join."""
         now = time.monotonic()
         if self.plan.rendezvous is None or now - self._asked_others < _REMOTE:
             return None

@@ -28,7 +28,7 @@ _CODES = {"done": exit_codes.RANK_DONE, "requeue": exit_codes.REQUEUE, "regroup"
 
 @dataclass(frozen=True)
 class Seat:
-    """What a rank receives: its environment, the file for its stacks, and the listening socket of the store, or -1."""
+    """A rank's environment, the file for its stacks, and the listening socket of the job's store, or -1."""
 
     environment: dict[str, str]
     dump: int

@@ -25,7 +25,7 @@ from megamm.tiers.remote import RemoteError
 
 log = logging.getLogger(__name__)
 _PATIENCE = datetime.timedelta(hours=6)
-"""How long ranks wait for each other here: a share of a large checkpoint may come over a slow network."""
+"""Time that ranks wait for each other here: a share of a large checkpoint may come over a slow network."""
 
 
 @dataclass(frozen=True)
