@@ -1,11 +1,11 @@
-"""Optional packages that can make a run faster: which are installed, what each does here, what is used without it.
+"""Optional packages that can make a run faster: which are installed, their use here, and the replacements.
 
-None is imported to find out: that takes seconds, and Transformer Engine raises where its own libraries are missing.
-Of what is installed, Megatron-core 0.16 and 0.19 take on a GPU, unasked: Adam, gradient norm and clipping of
-Transformer Engine, else of apex, else of torch; Transformer Engine's product in the routers; and apex's weight
-gradients, if its configuration asks (mcore/transformer_config.py does). Layers are Megatron's local ones around an
-attention of our own (mcore/backbone.py), so the layers and attention of Transformer Engine, apex and flash-attn stay
-unused. On a CPU nothing of them is taken (mcore/cpu.py).
+They are found without importing them: an import takes seconds, and Transformer Engine raises if its own libraries are
+missing. On a GPU, Megatron-core 0.16 and 0.19 automatically use from the installed packages: Adam, gradient norm and
+clipping of Transformer Engine, else of apex, else of torch; Transformer Engine's matrix product in the routers; and
+apex's weight gradients, if enabled in the configuration (mcore/transformer_config.py does this). Layers are Megatron's
+local ones with our own attention (mcore/backbone.py), so the layers and attention of Transformer Engine, apex and
+flash-attn are not used. On a CPU none of these packages is used (mcore/cpu.py).
 """
 
 import importlib.metadata
@@ -25,22 +25,22 @@ Engine = Literal["native", "deepspeed"]
 
 @dataclass(frozen=True)
 class Installed:
-    """Versions, None where a package is absent."""
+    """Versions of the packages; None if a package is not installed."""
 
     transformer_engine: str | None
     apex: str | None
-    """NVIDIA's; another project has the name on PyPI."""
+    """NVIDIA's apex; another project has this name on PyPI."""
     apex_kernels: bool
-    """Whether apex was built with the kernels of its Adam."""
+    """Whether apex was built with its Adam kernels."""
     apex_weight_gradients: bool
-    """Whether its kernel is there that adds a weight gradient to a float32 buffer in the product that makes it."""
+    """Whether apex has the kernel that adds a weight gradient to a float32 buffer in the matrix product itself."""
     flash_attention: str | None
     dali: str | None
     deepspeed: str | None
 
 
 def installed() -> Installed:
-    """Look the packages up; nothing of them runs."""
+    """Look the packages up, without importing them."""
     apex = _version("apex", "apex") if _has("apex", "optimizers") else None
     return Installed(
         transformer_engine=_version("transformer_engine", "transformer-engine"),
@@ -54,12 +54,12 @@ def installed() -> Installed:
 
 
 def fuses_weight_gradients(found: Installed, *, is_gpu: bool, engine: Engine) -> bool:
-    """Whether apex can add weight gradients up: into the native engine's gradient buffers, which DeepSpeed has not."""
+    """Whether apex can accumulate weight gradients into the native engine's gradient buffers (DeepSpeed has none)."""
     return found.apex_weight_gradients and is_gpu and engine == "native"
 
 
 def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> dict[str, str]:
-    """Package -> what is there, what it is used for and what is used instead; fused: apex adds weight gradients up."""
+    """Return for each package its version, use and replacement; fused: whether apex accumulates weight gradients."""
     return {
         "Transformer Engine": _of_transformer_engine(found, is_gpu, engine),
         "apex": _of_apex(found, is_gpu, engine, fused),
@@ -70,7 +70,7 @@ def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> 
 
 
 def log_use(config: RunConfig, device: Device) -> None:
-    """One line a package, for the head of a run's log."""
+    """Log one line per package at the begin of a run's log."""
     found = installed()
     fused = fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
     fused = fused and bool(config.model.megatron.get("gradient_accumulation_fusion", True))
@@ -91,9 +91,9 @@ def _of_transformer_engine(found: Installed, is_gpu: bool, engine: Engine) -> st
 
 def _of_apex(found: Installed, is_gpu: bool, engine: Engine, fused: bool) -> str:
     adam = _adam(found, is_gpu, engine)
-    without = adam if fused else f"{adam}, weight gradients are added up by a pass of their own"
+    without = adam if fused else f"{adam}, weight gradients are accumulated in a separate pass"
     uses = ["Adam, gradient norm and clipping"] if adam == APEX_ADAM else []
-    uses += ["adding weight gradients up"] if fused else []
+    uses += ["accumulating weight gradients"] if fused else []
     if uses:
         return f"{found.apex}, used for {' and '.join(uses)}; {without}"
     if found.apex is None:
@@ -103,15 +103,15 @@ def _of_apex(found: Installed, is_gpu: bool, engine: Engine, fused: bool) -> str
 
 def _of_deepspeed(found: Installed, engine: Engine) -> str:
     if engine == "deepspeed":
-        return f"{found.deepspeed or 'not installed'}, asked for by engine=deepspeed"
-    return f"{found.deepspeed or 'not installed'}, needed by engine=deepspeed alone"
+        return f"{found.deepspeed or 'not installed'}, required by engine=deepspeed"
+    return f"{found.deepspeed or 'not installed'}, needed only by engine=deepspeed"
 
 
 def _of_dali(found: Installed, is_gpu: bool) -> str:
-    without = "training reads token caches, no media"
+    without = "training reads token caches, not media"
     if found.dali is None:
-        return f"not installed; `megamm data tokenize` decodes videos by PyAV; {without}"
-    used = "used" if is_gpu else "not used on a CPU, if not asked for,"
+        return f"not installed; `megamm data tokenize` decodes videos with PyAV; {without}"
+    used = "used" if is_gpu else "not used on a CPU, unless requested,"
     return f"{found.dali}, {used} by `megamm data tokenize` for videos; {without}"
 
 
@@ -125,7 +125,7 @@ TORCH_ADAM = "Adam is torch's fused AdamW"
 
 
 def _adam(found: Installed, is_gpu: bool, engine: Engine) -> str:
-    """Megatron's order of preference; the DeepSpeed engine is given torch's."""
+    """Return which Adam is used, in Megatron's order of preference; the DeepSpeed engine uses torch's."""
     if is_gpu and engine == "native" and found.transformer_engine:
         return TRANSFORMER_ENGINE_ADAM
     if is_gpu and engine == "native" and found.apex:
@@ -134,7 +134,7 @@ def _adam(found: Installed, is_gpu: bool, engine: Engine) -> str:
 
 
 def _has(module: str, folder: str = "") -> bool:
-    """Whether the top-level module is there, with this sub-package if one is named. (find_spec of that imports it.)"""
+    """Whether a top-level module is installed, with a sub-package if given (find_spec of that would import it)."""
     spec = importlib.util.find_spec(module)
     if spec is None or not folder:
         return spec is not None
@@ -142,7 +142,7 @@ def _has(module: str, folder: str = "") -> bool:
 
 
 def _version(module: str, package: str) -> str | None:
-    """Of an installed module, by its package's metadata."""
+    """Return the version of an installed module, from its package's metadata."""
     if not _has(module):
         return None
     try:
@@ -152,6 +152,6 @@ def _version(module: str, package: str) -> str | None:
 
 
 def _dali_version() -> str:
-    """Its package is named after the version of the GPU's toolkit."""
+    """Return DALI's version; its package name contains the version of the GPU toolkit."""
     found = (d.version for d in importlib.metadata.distributions() if d.name.startswith("nvidia-dali-"))
     return next(found, "of unknown version")

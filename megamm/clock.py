@@ -1,7 +1,7 @@
-"""Seconds that a rank spends by itself in each phase of its steps, with as little disturbance as can be.
+"""Measures the seconds that a rank spends in each phase of its steps, with minimal overhead.
 
 with clock.device("forward"): ...     work of the device; on a GPU by events on its stream, read out later
-with clock.host("data"): ...          work of the process itself, waiting included
+with clock.host("data"): ...          work of the process itself, including waiting
 clock.take()                          {"data": ..., "forward": ...}, seconds since the last call
 """
 
@@ -14,7 +14,7 @@ from megamm.device import Device, Mark
 
 
 class Clock:
-    """Of one rank; phases are named by whoever measures them."""
+    """Clock of one rank; the caller names the phases."""
 
     def __init__(self, place: Device) -> None:
         self.place = place
@@ -23,7 +23,7 @@ class Clock:
 
     @contextlib.contextmanager
     def host(self, phase: str) -> Iterator[None]:
-        """Count the body's wall time to a phase."""
+        """Add the body's wall time to a phase."""
         begin = time.perf_counter()
         try:
             yield
@@ -32,7 +32,7 @@ class Clock:
 
     @contextlib.contextmanager
     def device(self, phase: str) -> Iterator[None]:
-        """Count the time in which the device works on what the body gives it to a phase."""
+        """Add the time of the device's work that the body queues to a phase."""
         begin = self.place.mark()
         try:
             yield
@@ -40,7 +40,7 @@ class Clock:
             self._device[phase].append((begin, self.place.mark()))
 
     def take(self) -> dict[str, float]:
-        """Seconds of every phase since the last call; waits for the device."""
+        """Return the seconds of every phase since the last call; waits for the device."""
         self.place.synchronize()
         seconds = dict(self._host)
         for phase, spans in self._device.items():

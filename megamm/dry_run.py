@@ -1,7 +1,7 @@
-"""What a run would be, without starting it: the layout, each stage's parameters and memory, and whether it all fits.
+"""Dry run: describes the layout and each stage's parameters and memory, and checks consistency, without starting a run.
 
-The real model of enough ranks is built on the meta device (mcore/paper.py) to cover every shard of every weight:
-all of tensor x pipeline and of expert x expert tensor x pipeline, and the last rank of every stage. Checked are the
+It builds the real model of some ranks on the meta device (mcore/paper.py), enough to cover every shard of every weight:
+all of tensor x pipeline and of expert x expert tensor x pipeline, and the last rank of every stage. It checks the
 groups of the whole world, the pipeline split, the tokens of a row and the ownership of every parameter element.
 Input: a resolved config, a vocabulary size, a world size. Output: a text, and the first inconsistency if there is one.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megamm.mcore.paper import Family, RankModel
 
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
-"""Of a parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; sharded by ZeRO-1)."""
+"""Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Place:
 
 
 class Grid:
-    """Megatron's rank order, fastest first: tensor, context, data, pipeline; of experts tensor, expert, data, pipeline.
+    """Megatron's rank order, fastest first: tensor, context, data, pipeline; experts: tensor, expert, data, pipeline.
 
-    `dense` and `expert` give each axis (by Megatron's name) the coordinate of every rank, int64 `[world]`.
+    `dense` and `expert` have for each axis (by Megatron's name) the coordinate of every rank, int64 `[world]`.
     """
 
     def __init__(self, config: RunConfig, world_size: int) -> None:
@@ -60,14 +60,14 @@ class Grid:
         return Place(rank, tensor, context, data, pipeline, int(self.expert["ep"][rank]))
 
     def built_ranks(self) -> list[int]:
-        """Ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
+        """Return ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
         each = max(self.tensor, self.expert_ranks)
         starts = range(0, self.world_size, self.stage)
         firsts = [start + i for start in starts for i in range(each)]
         return firsts + [start + self.stage - 1 for start in starts if each < self.stage]
 
     def first_with(self, rank: int, is_expert: bool) -> int:
-        """The lowest rank that holds the same dense (or expert) shards."""
+        """Return the lowest rank that holds the same dense (or expert) shards."""
         start = rank - rank % self.stage
         return start + (rank - start) % (self.expert_ranks if is_expert else self.tensor)
 
@@ -80,12 +80,12 @@ def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndar
 
 
 def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
-    """Megatron's groups of each kind must hold every rank once and vary over their own axes only."""
+    """Check that Megatron's groups of each kind contain every rank once and vary only along their own axes."""
     for family in families:
         name = f"{'expert ' if family.expert_grid else ''}{'-'.join(family.axes)} groups"
         coordinates = grid.expert if family.expert_grid else grid.dense
         if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
-            return f"{name} do not hold every rank once"
+            return f"{name} do not contain every rank once"
         for axis, of_rank in coordinates.items():
             inside = of_rank[family.ranks]
             if axis not in family.axes and (inside != inside[:, :1]).any():
@@ -98,7 +98,7 @@ def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
 
 
 def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[int]) -> str | None:
-    """Every rank must have the coordinates and the layers that the layout gives it; split: layers of each chunk."""
+    """Check that every rank has the coordinates and layers given by the layout; split: number of layers per chunk."""
     ends = np.cumsum([0, *split])
     stages = int(grid.dense["pp"][-1]) + 1
     for rank, model in models.items():
@@ -113,12 +113,12 @@ def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[
 
 
 def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
-    """Every element owned once and held as often as its gradient is reduced; equal ranks hold equal shards."""
+    """Check that every element has one owner and as many copies as its gradient reduction sums, equal on replicas."""
     held = []
     for rank, model in models.items():
         described = sum(piece.size for piece in model.pieces if piece.is_parameter)
         if described != model.parameters:
-            return f"rank {rank} holds {model.parameters} parameters and a checkpoint would have {described} of them"
+            return f"rank {rank} holds {model.parameters} parameters, but a checkpoint would have {described} of them"
         for is_expert in (False, True):
             pieces = [piece for piece in model.pieces if piece.is_expert == is_expert]
             first = grid.first_with(rank, is_expert)
@@ -129,12 +129,12 @@ def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
             others = [piece for piece in models[first].pieces if piece.is_expert == is_expert]
             for piece, other in zip(pieces, others, strict=True):
                 if piece != other._replace(is_owner=False):
-                    return f"tensor {piece.key}: rank {rank} has {piece.box}, no replica of rank {first}'s {other.box}"
+                    return f"tensor {piece.key}: rank {rank} has {piece.box}, rank {first} has {other.box}"
     return ownership.fault(held)
 
 
 def tokens_fault(config: RunConfig) -> str | None:
-    """Every token of a row must be on one context rank, in equal parts for sequence parallel."""
+    """Check that every token of a row is on one context rank, in equal parts for sequence parallelism."""
     import torch
 
     from megamm.mcore.context import local_index
@@ -149,7 +149,7 @@ def tokens_fault(config: RunConfig) -> str | None:
 
 
 def size_fault(config: RunConfig, vocabulary_size: int, models: Mapping[int, "RankModel"]) -> str | None:
-    """The built tensors must add up to the model that the config describes, padding of the vocabulary included."""
+    """Check that the built tensors add up to the model in the config, including padding of the vocabulary."""
     p = config.parallel
     padded = -(-vocabulary_size // p.tensor) * p.tensor
     wanted, built = parameter_count(config.model, padded), sum(_tensor_sizes(models).values())
@@ -163,10 +163,10 @@ def _tensor_sizes(models: Mapping[int, "RankModel"]) -> dict[str, int]:
 def report(
     config: RunConfig, world_size: int, vocabulary_size: int | None = None, rank: int | None = None
 ) -> tuple[str, str | None]:
-    """The printed text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
+    """Return the text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
 
-    Without a vocabulary size it comes from the data, and `start_from` is checked against it. rank: one whose place is
-    printed too. UserError for a layout or a start that is refused, for missing data, and for a rank not in the world.
+    The default vocabulary size comes from the data, and `start_from` is checked against it. rank: a rank whose place is
+    printed too. UserError for an invalid layout or start, for missing data, and for a rank outside the world.
     """
     layout.check(config, world_size)
     if rank is not None and not 0 <= rank < world_size:
@@ -178,7 +178,7 @@ def report(
         try:
             vocabulary = open_run_data(config).vocabulary
         except UserError as error:
-            remedy = f"{error.remedy}, or give the dry run --vocabulary-size"
+            remedy = f"{error.remedy}, or add --vocabulary-size to the dry run"
             raise UserError(error.what, where=error.where, remedy=remedy) from None
         check_start(config, vocabulary)
         vocabulary_size = vocabulary.size
@@ -188,7 +188,7 @@ def report(
 def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
-    """The same for a layout that layout.check admits and a known vocabulary. Not from within a job."""
+    """Do the same for a layout that layout.check accepts and a known vocabulary. Do not call it within a job."""
     from megamm.mcore.paper import PaperWorld
 
     start = time.monotonic()
@@ -204,7 +204,7 @@ def describe(
     lines = _layout_lines(config, grid, vocabulary_size) + _stage_lines(config, grid, models)
     lines += [] if rank is None else _rank_lines(config, models[rank], rank)
     lines.append(
-        f"built {len(models):,} ranks without storage, which hold every shard of tensor x pipeline x expert; "
+        f"built {len(models):,} ranks without storage, with every shard of tensor x pipeline x expert; "
         f"the other {world_size - len(models):,} repeat their coordinates"
     )
     if not found:
@@ -236,7 +236,7 @@ def _layout_lines(config: RunConfig, grid: Grid, vocabulary_size: int) -> list[s
 
 
 def _stage_lines(config: RunConfig, grid: Grid, models: Mapping[int, "RankModel"]) -> list[str]:
-    """One line for the ranks of a stage, which differ in nothing that is counted here."""
+    """Return one line per stage: its ranks do not differ in the numbers shown."""
     weight, gradient, state = BYTES[config.train.precision]
     lines = ["stage  ranks  parameters of each  weights  gradients  optimizer (ZeRO-1)  GiB of each  layers"]
     for start in range(0, grid.world_size, grid.stage):

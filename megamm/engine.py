@@ -1,4 +1,4 @@
-"""What the training loop asks of an engine, and the choice between the two: native (Megatron) and DeepSpeed.
+"""The interface between the training loop and an engine, and the choice of the engine: native (Megatron) or DeepSpeed.
 
 An engine owns model, optimizer and learning-rate schedule. Both run the same backbone on the same microbatches and
 write the same checkpoint tensors (mcore/store.py), so that a run can change its engine at any checkpoint.
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StepResult:
-    """Of one optimizer step: losses before it, norm of the whole gradient before clipping, learning rate used.
+    """Result of an optimizer step: losses before it, norm of the whole gradient before clipping, learning rate.
 
-    These are the same on every rank. own_norms is this rank's own: the norm of its gradient in each bucket before it
-    was summed over ranks, float32 `[buckets]`; None where the engine does not know it.
+    These are the same on every rank. own_norms belongs to this rank: the norm of its gradient in each bucket before the
+    sum over ranks, float32 `[buckets]`; None if the engine does not measure it.
     """
 
     loss: StepLoss
@@ -38,53 +38,51 @@ class StepResult:
 
 
 Judge = Callable[[StepResult, Callable[[], StepResult] | None], tuple[StepResult, bool]]
-"""Told a step's result and how to run it again from the same state, gives the result to use and whether it may change
-
-the weights. Without a way to run it again, the engine has changed them already.
+"""Receives a step's result and a function that runs the step again from the same state; returns the result to use and
+whether it may change the weights. If that function is None, the engine has already changed them.
 """
 
 
 Fill = Callable[[Sequence[Block], Mapping[str, Shape], set[str]], None]
-"""Sets blocks: of weights, and of main copies under `optimizer.state.param.NAME`. It is told all tensors of the whole
-
-model with their shapes, and which have the vocabulary as their first axis.
+"""Sets blocks of weights, and of main copies under `optimizer.state.param.NAME`. It receives the shapes of all tensors
+of the whole model, and the names of those whose first axis is the vocabulary.
 """
 
 
 class Engine(Protocol):
-    """Every rank calls every method, in the same order. loss_weights is float64 `[modalities]`."""
+    """Interface of an engine; all ranks call all methods, in the same order. loss_weights: float64 `[modalities]`."""
 
     clock: Clock
-    """Counts "forward", in which no rank waits for another data-parallel one or stage, and "update"."""
+    """Measures "forward", in which a rank does not wait for other data-parallel ranks or stages, and "update"."""
     before_update: Callable[[], None]
-    """Called in a train_step before weights and optimizer state change; to be set by who reads them meanwhile."""
+    """Called in train_step before weights and optimizer state change; set by code that reads them in parallel."""
 
     def train_step(
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
     ) -> StepResult:
-        """Forward and backward of this rank's microbatches, one optimizer step, one step of the schedule.
+        """Run forward and backward of this rank's microbatches, one optimizer step, and one step of the schedule.
 
-        Both steps only if the judge lets them; if not, nothing is changed.
+        Both steps are made only if the judge allows them; otherwise nothing changes.
         """
 
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
-        """Losses only."""
+        """Compute only the losses."""
 
     def blocks(self) -> list[Block]:
-        """This rank's share of the model and optimizer tensors: the same list at every call but for the data."""
+        """Return this rank's share of the model and optimizer tensors: always the same list, except for the data."""
 
     def start_from(self, fill: Fill) -> None:
-        """Let `fill` set the weights, and their main copies where these are of another dtype; called once."""
+        """Let `fill` set the weights, and their main copies if these have another dtype; called once."""
 
     def files_to_load(self, folder: Path) -> set[str]:
-        """Names of the files that `load` reads from this folder, which may have the index alone."""
+        """Return the names of the files that `load` reads from this folder, which may contain only the index."""
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
-        """Read what any engine at any layout stored after `step` optimizer steps (updates made)."""
+        """Load the state that any engine at any layout saved after `step` optimizer steps (applied updates)."""
 
 
 def build(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> Engine:
-    """The configured engine, with freshly initialised weights."""
+    """Build the configured engine with newly initialised weights."""
     if config.engine == "deepspeed":
         from megamm.zero.engine import DeepSpeedEngine
 

@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend: `cli.main` prints it as one line and exits with code 2."""
+"""The exception for errors that a user can fix: `cli.main` prints it as one line and exits with code 2."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Wrong input of a user: what is wrong, where it is, and the remedy, in one line each."""
+    """Wrong user input: what is wrong, where, and the remedy, in one line each."""
 
     def __init__(
         self,
@@ -17,9 +17,9 @@ class UserError(Exception):
         on_all_ranks: bool = False,
         is_transient: bool = False,
     ) -> None:
-        """on_all_ranks: every rank of the job raises it, so that one is enough to print it.
+        """on_all_ranks: every rank of the job raises it, so that only one needs to print it.
 
-        is_transient: another try may well succeed, so a run is restarted (exit code 1, not 2).
+        is_transient: a retry may succeed, so a run is restarted (exit code 1, not 2).
         """
         self.what, self.where, self.remedy = what, where, remedy
         self.on_all_ranks, self.is_transient = on_all_ranks, is_transient
@@ -27,6 +27,6 @@ class UserError(Exception):
         super().__init__(f"{what}{place}; {remedy}".replace("\n", " "))
 
     def __reduce__(self) -> tuple[Callable[[str], "UserError"], tuple[str]]:
-        """It goes from one process to another as it is."""
+        """Pickle it with all its fields, for another process."""
         made = partial(UserError, where=self.where, remedy=self.remedy)
         return partial(made, on_all_ranks=self.on_all_ranks, is_transient=self.is_transient), (self.what,)

@@ -1,15 +1,15 @@
-"""`megamm eval`: what an export has learned, on held-out samples, through stock transformers.
+"""`megamm eval`: evaluates an export on held-out samples with standard transformers.
 
-Loss: mean cross entropy (nats per token) of each modality, over every held-out sample in its first and its last turn
-(the parts in reading order and in the opposite one).
+Loss: mean cross entropy (nats per token) of each modality, over every held-out sample in both orders (the parts in
+reading order and in reverse).
 
-Pair gain of a direction, say text_to_image: the loss of the second part after another sample's first part, minus
-its loss after its own, in nats per token of the second part, averaged over samples. It is above zero only if the
-second part is read off the first: the other sample is of the same source, so its style gives nothing away, and of
-another normalised noun where there is one. Of a sample with more parts than two, every two are such a pair. The
-standard error is over nouns, because the variants of one noun (skin tones, plurals) are no independent samples
-(cluster-robust: Liang & Zeger 1986). Where the build's report says by which rule each sample is held out
-(data/heldout.py), the gains of each rule stand apart too.
+Pair gain of a direction, for example text_to_image: the loss of the second part after another sample's first part,
+minus its loss after its own first part, in nats per token of the second part, averaged over samples. It is above zero
+only if the model predicts the second part from the first: the other sample is from the same source, so its style does
+not help, and has another normalised noun if possible. In a sample with more than two parts, every two parts are such a
+pair. The standard error is over nouns, because the variants of one noun (skin tones, plurals) are not independent
+samples (cluster-robust: Liang & Zeger 1986). If the build's report tells by which rule each sample is held out
+(data/heldout.py), gains are also reported for each rule.
 """
 
 import json
@@ -35,13 +35,13 @@ from megamm.errors import UserError
 log = logging.getLogger(__name__)
 
 _LOGITS, _LOGITS_CPU = 2**25, 2**22
-"""Logits computed at a time (128 and 16 MiB in float32): decides how many documents are one batch. On a CPU, memory
-that the allocator keeps and the cache holds saves a quarter of the time."""
+"""Logits computed at a time (128 and 16 MiB in float32): determines the number of documents per batch. On a CPU, memory
+that the allocator reuses and that fits into the cache saves a quarter of the time."""
 
 
 @dataclass(frozen=True)
 class PairGain:
-    """Nats per token of the second part; positive_share is the share of samples with a gain above 0."""
+    """Pair gain in nats per token of the second part; positive_share: share of samples with a gain above 0."""
 
     mean: float
     standard_error: float | None
@@ -52,9 +52,9 @@ class PairGain:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """loss and tokens by modality, pair_gain by direction ("text_to_image"); step is that of the weights.
+    """Loss and tokens by modality, pair_gain by direction ("text_to_image"); step: training step of the weights.
 
-    pair_gain_by_rule: the same of the samples that are held out by one rule, "noun" or "combination".
+    pair_gain_by_rule: the same for the samples held out by one rule, "noun" or "combination".
     """
 
     step: int
@@ -70,8 +70,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Of every document: summed loss and number of tokens of each modality `[n, modalities]`; `second` `[n]`: mean
-    loss over the second part's own tokens, NaN where there is none."""
+    """Scores of every document: summed loss and number of tokens by modality `[n, modalities]`.
+
+    second: mean loss over the second part's own tokens `[n]`, NaN if there is no second part.
+    """
 
     sums: npt.NDArray[np.float64]
     counts: IntArray
@@ -80,19 +82,19 @@ class _Scores:
 
 @dataclass(frozen=True)
 class _Pair:
-    """Two parts of a held-out sample, and the same two of the sample of its source that it is compared with."""
+    """Two parts of a held-out sample, and the same two parts of the sample that it is compared with."""
 
     own: Document
     other: Document
     noun: str
     rule: str | None
-    """By which rule it is held out; None: its source has no report of it."""
+    """The rule by which it is held out; None if its source has no report."""
 
 
 def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
-    """Evaluate on SHARDS/<source>/heldout of every source, at most `limit` samples each.
+    """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
 
-    UserError if a split has no tokens of the export's codecs, or there is no sample.
+    UserError if a split has no tokens of the export's codecs, or if there is no sample.
     """
     codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
     kinds = {source.path.name: source.documents for source in export.config.data.sources}
@@ -101,14 +103,14 @@ def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None,
         heldout = SampleSet(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
         fitting = np.flatnonzero(heldout.needed <= export.config.data.seq_length).tolist()
         if len(fitting) < len(heldout):
-            log.warning("%s: %d samples are longer than a row and left out", source, len(heldout) - len(fitting))
+            log.warning("%s: skipped %d samples that are longer than a row", source, len(heldout) - len(fitting))
         fitting = fitting[:limit]
         samples += len(fitting)
         documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
         whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
         pairs += list(_pairs(export, whole, heldout_rules(source), np.random.default_rng([seed, number])))
     if not samples:
-        raise UserError("no held-out sample", where=", ".join(map(str, sources)), remedy="build more data")
+        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy="build more data")
     scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
     sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
     found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]
@@ -126,7 +128,7 @@ def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None,
 
 
 def heldout_rules(source: Path) -> dict[str, str]:
-    """Key -> rule by which it is held out, as the report of the build in SHARDS/<source> has it; {} without one."""
+    """Return key -> rule by which it is held out, from the build's report in SHARDS/<source>; {} without a report."""
     report = source / "report.json"
     if not report.is_file():
         return {}
@@ -143,7 +145,7 @@ def _length(document: Document) -> int:
 
 
 def _score(export: Exported, documents: list[Document]) -> _Scores:
-    """Equal documents are computed once: the right pairs are most often among those that the loss is over."""
+    """Score the documents; equal ones are computed once: most pairs are also among the documents of the loss."""
     number: dict[tuple[tuple[str, bytes], ...], int] = {}
     contents = [tuple((part.modality, part.ids.tobytes()) for part in document.parts) for document in documents]
     which = [number.setdefault(content, len(number)) for content in contents]
@@ -162,7 +164,7 @@ def _score(export: Exported, documents: list[Document]) -> _Scores:
 def _pairs(
     export: Exported, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
 ) -> Iterator[_Pair]:
-    """Every two parts of every sample of one source with their partners; what would not fit into a row is left out."""
+    """Yield every two parts of every sample of one source with their partners; skip those too long for a row."""
     by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
     for document in documents:
         noun = _noun(export, document)
@@ -185,9 +187,10 @@ def _noun(export: Exported, document: Document) -> str:
 
 
 def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
-    """A random permutation `[n]` without fixed points, of another noun wherever no noun has more than half of all.
+    """Return a random permutation `[n]` without fixed points; partners differ in noun if no noun has more than half.
 
-    Sorted by noun and moved on by the size of the largest group, every sample lands in another group.
+    Samples are sorted by noun and shifted by the size of the largest group, so that each gets a partner from another
+    group.
     """
     _, group, sizes = np.unique(np.array(nouns), return_inverse=True, return_counts=True)
     rank = rng.permutation(len(sizes))
@@ -198,13 +201,16 @@ def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
 
 
 def _mixed(pair: _Pair) -> tuple[Document, Document]:
-    """The sample in both orders, its first part replaced by the partner's."""
+    """Return the sample in both orders, with its first part replaced by the partner's."""
     (first, second), (other_first, other_second) = pair.own.parts, pair.other.parts
     return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
 
 
 def _pair_gains(pairs: list[_Pair], second: npt.NDArray[np.float64]) -> dict[str, PairGain]:
-    """second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part."""
+    """Return the gains by direction.
+
+    second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part.
+    """
     gains: dict[str, tuple[list[float], list[str]]] = {}
     for pair, means in zip(pairs, second, strict=True):
         for document, gain in zip(_orders(pair.own), means[2:] - means[:2], strict=True):
@@ -215,14 +221,14 @@ def _pair_gains(pairs: list[_Pair], second: npt.NDArray[np.float64]) -> dict[str
 
 
 def _second_part(document: Document) -> slice:
-    """Where in the labels of its row the second part's own tokens lie, without any mark."""
+    """Return the positions of the second part's own tokens in the labels of its row, without special tokens."""
     first, second = document.parts
     before = document_length((first.modality, first.ids.size)) - 1 + (second.modality != "text")
     return slice(before - 1, before - 1 + second.ids.size)
 
 
 def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
-    """Mean over samples, with the standard error over nouns (None for a single noun)."""
+    """Return the mean over samples, with the standard error over nouns (None for a single noun)."""
     mean = float(gains.mean())
     _, group = np.unique(np.array(nouns), return_inverse=True)
     residuals = np.bincount(group, weights=gains - mean)
@@ -233,7 +239,7 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
 
 @torch.inference_mode()
 def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
-    """(index, row, cross entropy of each label `[S]`, 0 where there is none) of every document, longest first."""
+    """Yield (index, row, cross entropy of each label `[S]`, 0 without a label) of every document, longest first."""
     order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
     logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS
     while order:
@@ -250,7 +256,7 @@ def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tu
 
 
 def summary_lines(figures: dict[str, Any]) -> Iterator[str]:
-    """The figures (`Evaluation.to_json`) for a person to read."""
+    """Format the figures (`Evaluation.to_json`) for people."""
     yield f"step {figures['step']}, {figures['samples']} held-out samples, both orders"
     for name, loss in figures["loss"].items():
         yield f"loss {name}: {loss:.4f} nats/token over {figures['tokens'][name]} tokens"

@@ -1,11 +1,11 @@
 """`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
 
-In: media of one modality, as its codec reads them. Out: as many of the other. The prompt is rendered as in training:
-`<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its `<Y_start>`. Only ids that
-the target's codec allows at their place can follow: exactly as many as it has for one item, else up to the end mark,
-which comes after a whole number of its strides (frames). Sampling is
-Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator an item, so an item's result does not depend on
-the batch that it is in.
+Input: media of one modality, as its codec reads them. Output: the same number of the other modality. The prompt has the
+same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its
+`<Y_start>`. At each position, only ids that the target's codec allows can follow: exactly the number of one item, or,
+for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
+Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not depend on its
+batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,23 +35,23 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 takes the likeliest token; top_k 0 and top_p 1 are off. Item number i is drawn with seed + i."""
+    """Sampling settings. temperature 0: the most likely token; top_k 0 and top_p 1 are off. Item i uses seed + i."""
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
     max_tokens: int = 64
-    """Of a target without fixed length (text)."""
+    """Maximum length of a text target."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
             remedy = "use temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_tokens >= 1"
-            raise UserError(f"unfit sampling {self}", remedy=remedy)
+            raise UserError(f"invalid sampling settings {self}", remedy=remedy)
 
 
 class OnlyChoices(LogitsProcessor):
-    """Gives every id that cannot stand at its place of the target no probability; `stop` is None for a fixed length."""
+    """Excludes every id that is not allowed at the target's current position; `stop` is None for a fixed length."""
 
     def __init__(self, modality: Modality, first_id: int, stop: int | None, prompt_length: int) -> None:
         self.modality, self.first_id, self.stop, self.prompt_length = modality, first_id, stop, prompt_length
@@ -75,7 +75,7 @@ class GumbelNoise(LogitsProcessor):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        # Drawn on the CPU in float64: the same numbers on every device, and no rounding of the tail.
+        # Drawn on the CPU in float64: the same numbers on every device, without rounding of the tail.
         draws = [
             torch.empty(scores_BV.shape[1], dtype=torch.float64).exponential_(generator=g) for g in self.generators
         ]
@@ -83,34 +83,34 @@ class GumbelNoise(LogitsProcessor):
 
 
 def generate(export: Exported, media: Sequence[Any], source: str, target: str, sampling: Sampling) -> list[Any]:
-    """One medium of `target` for each of `source` (what `Modality.read_media` gives).
+    """Generate one medium of `target` for each medium of `source` (as returned by `Modality.read_media`).
 
     UserError if the export lacks a modality, both are the same, or an item is too long for the model.
     """
     reader, codec = modality_in(export, source), modality_in(export, target)
     if source == target:
-        raise UserError(f"{source} to {target}", remedy="ask for another modality than the one given")
+        raise UserError(f"cannot generate {source} to {target}", remedy="choose a target other than the source")
     parts = [Part(source, ids) for ids in reader.encode(media)]
     items = [_prompt(export, part, target) for part in parts]
     return [codec.decode(ids) for ids in _continue_all(export, items, target, sampling)]
 
 
 def _prompt(export: Exported, part: Part, target: str) -> IntArray:
-    """Ids `[T]` up to where the target's first token comes."""
+    """Return the ids `[T]` before the target's first token."""
     target_length = export.modalities[target].stride
     needed = document_length((part.modality, len(part.ids)), (target, target_length))
     if needed > export.config.data.seq_length:
         what = (
             f"{part.modality} of {len(part.ids)} tokens leaves no room for {target} in {export.config.data.seq_length}"
         )
-        raise UserError(what, where=export.folder, remedy="give a shorter one")
+        raise UserError(what, where=export.folder, remedy="give a shorter input")
     length = document_length((part.modality, len(part.ids)))
     before_end = export.row(Document("prompt", (part,)), length).input_ids[:-1]
     return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
 
 
 def _continue_all(export: Exported, prompts: list[IntArray], target: str, sampling: Sampling) -> Iterator[IntArray]:
-    """The target's codec-local ids `[T]` after each prompt."""
+    """Yield the target's codec-local ids `[T]` after each prompt."""
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
         seeds = [sampling.seed + i for i in range(first, first + len(batch))]
@@ -125,7 +125,7 @@ def _continue(
     ids_range, fixed = vocabulary[target], modality.tokens_per_item
     stop = vocabulary.document_end if target == "text" else vocabulary.end(target)
     longest = max(map(len, prompts))
-    # Padded on the left, so that every prompt ends where the new tokens begin.
+    # Padded on the left, so that all prompts end at the same position.
     padded = [np.pad(p, (longest - len(p), 0), constant_values=vocabulary.padding) for p in prompts]
     input_BS = torch.from_numpy(np.stack(padded)).to(export.device)
     config = GenerationConfig(
@@ -148,8 +148,8 @@ def _continue(
 
 
 def _most_tokens(modality: Modality, sampling: Sampling, room: int) -> int:
-    """Of a target whose length varies: text is limited by the sampling, media by the row, whole strides of it."""
-    most = min(sampling.max_tokens, room) if modality.name == "text" else room - 2  # its end mark, and the document's
+    """Return the maximum length of a variable target: text by the sampling, media by the row, in whole strides."""
+    most = min(sampling.max_tokens, room) if modality.name == "text" else room - 2  # its end token and the document's
     return most // modality.stride * modality.stride
 
 
@@ -166,8 +166,8 @@ def _processors(only: OnlyChoices, sampling: Sampling, seeds: list[int]) -> Logi
 
 
 def modality_in(export: Exported, name: str) -> Modality:
-    """A modality of the export. UserError if it has none of that name."""
+    """Return a modality of the export. UserError if it does not have it."""
     if name not in export.modalities:
-        remedy = f"it has {', '.join(export.modalities)}"
+        remedy = f"use one of {', '.join(export.modalities)}"
         raise UserError(f"the export has no modality {name!r}", where=export.folder, remedy=remedy)
     return export.modalities[name]

@@ -1,7 +1,7 @@
-"""`megamm generate` on files: inputs as a user gives them, outputs as they are written, one by one or by a list.
+"""`megamm generate` on files: reads prompts and files, or a file of requests, and writes the generated media.
 
-In: prompts and files, or a file of requests, each with its own input, modality and output. Everything is checked
-before the model is loaded; an output gets its name when it is complete.
+Each request has its own input, modality and output. All are checked before the model is loaded. An output gets its
+final name when it is complete.
 """
 
 import json
@@ -22,7 +22,7 @@ from megamm.modalities.base import UnreadableMedia
 
 @dataclass(frozen=True)
 class Medium:
-    """An input as a user gives it; `where` names it in messages."""
+    """An input given by the user; `where` names it in messages."""
 
     data: bytes
     extension: str
@@ -30,7 +30,7 @@ class Medium:
 
     @classmethod
     def of_prompt(cls, prompt: str) -> "Medium":
-        # What the shell passed on as bytes that are no UTF-8 stays that, and is refused.
+        # Bytes from the shell that are not UTF-8 are kept, so that they are rejected later.
         return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}")
 
     @classmethod
@@ -38,7 +38,7 @@ class Medium:
         try:
             return cls(path.read_bytes(), path.suffix[1:].lower(), str(path))
         except OSError as error:
-            raise UserError(f"cannot read: {error.strerror}", where=path, remedy="name a readable file") from error
+            raise UserError(f"cannot read: {error.strerror}", where=path, remedy="give a readable file") from error
 
 
 def generate_files(
@@ -52,13 +52,13 @@ def generate_files(
 ) -> list[Any]:
     """Generate with the export in `folder`, and write `out`: a file, or for several inputs a folder of 000.png, ...
 
-    Returns the generated media. UserError before any model is loaded if an input or `out` is unfit.
+    Return the generated media. UserError, before any model is loaded, if an input or `out` is invalid.
     """
     _check_media(source, inputs)
     if target not in REGISTRY:
-        raise UserError(f"no modality {target!r}", remedy=f"the modalities are {', '.join(REGISTRY)}")
+        raise UserError(f"unknown modality {target!r}", remedy=f"use one of {', '.join(REGISTRY)}")
     if out is None and target != "text":
-        raise UserError(f"nowhere to write the {target}", remedy="give --out")
+        raise UserError(f"no output given for {target}", remedy="add --out")
     if out is not None:
         _check_out(out, target, len(inputs))
     export = open_export(folder, device)
@@ -72,7 +72,7 @@ def generate_files(
 
 @dataclass(frozen=True)
 class Request:
-    """One line of a file of requests: make the modality `target` from `source`, and write it to `out`."""
+    """One line of a file of requests: generate the modality `target` from `source`, and write it to `out`."""
 
     source: Medium
     modality: str
@@ -81,21 +81,21 @@ class Request:
 
 
 def read_requests(file: Path) -> list[Request]:
-    """The requests in a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
+    """Read requests from a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
 
-    Relative paths are below the folder of `file`. UserError names the first line that is not a request, an output
-    that exists or is named twice.
+    Relative paths are relative to the folder of `file`. UserError for the first line that is not a request, and for an
+    output that exists or is used twice.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the requests: {error}", where=file, remedy="name a readable file") from error
+        raise UserError(f"cannot read the requests: {error}", where=file, remedy="give a readable file") from error
     requests: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
             requests.append(_request(line, f"{file}:{number}", file.parent))
     if not requests:
-        raise UserError("no request", where=file, remedy='write a line {"prompt": TEXT, "to": "image", "out": FILE}')
+        raise UserError("no requests", where=file, remedy='add a line {"prompt": TEXT, "to": "image", "out": FILE}')
     for out, count in Counter(request.out for request in requests).items():
         if count > 1:
             raise UserError(f"{count} requests write the same file", where=out, remedy="give each its own `out`")
@@ -109,13 +109,13 @@ def _request(line: str, where: str, folder: Path) -> Request:
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, remedy=remedy) from error
     if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
-        raise UserError("not an object of texts", where=where, remedy=remedy)
+        raise UserError("not a JSON object of strings", where=where, remedy=remedy)
     given = {"prompt", "from"} & set(entry)
     if len(given) != 1 or set(entry) - given != {"to", "out"}:
-        raise UserError(f"keys {', '.join(sorted(entry)) or 'missing'}", where=where, remedy=remedy)
+        raise UserError(f"wrong keys: {', '.join(sorted(entry)) or 'missing'}", where=where, remedy=remedy)
     if entry["to"] not in REGISTRY:
-        remedy = f"the modalities are {', '.join(REGISTRY)}"
-        raise UserError(f"no modality {entry['to']!r}", where=where, remedy=remedy)
+        remedy = f"use one of {', '.join(REGISTRY)}"
+        raise UserError(f"unknown modality {entry['to']!r}", where=where, remedy=remedy)
     out = folder / entry["out"]
     _check_out(out, entry["to"], 1)
     if "prompt" in entry:
@@ -125,9 +125,9 @@ def _request(line: str, where: str, folder: Path) -> Request:
 
 
 def generate_requests(folder: Path, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
-    """Generate what is asked for with the export in `folder`, the requests of one direction in batches.
+    """Generate all requests with the export in `folder`, in batches of the same direction.
 
-    Within a direction, item i is drawn with seed + i. UserError before any model is loaded if an input is unfit.
+    Within a direction, item i uses seed + i. UserError, before any model is loaded, if an input is invalid.
     """
     directions: dict[tuple[str, str], list[Request]] = {}
     for request in requests:
@@ -144,21 +144,21 @@ def generate_requests(folder: Path, requests: list[Request], sampling: Sampling,
 
 
 def modality_of(path: Path) -> str:
-    """Which modality a file is of, by its ending. UserError if none reads it."""
+    """Return the modality of a file, by its extension. UserError if no modality reads it."""
     ending = path.suffix[1:].lower()
     for name, modality in REGISTRY.items():
         if ending in modality.extensions:
             return name
     known = ", ".join(f".{ending}" for modality in REGISTRY.values() for ending in modality.extensions)
-    raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"give one of {known}")
+    raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"use one of {known}")
 
 
 def _check_media(source: str, inputs: list[Medium]) -> None:
-    """Decode every input as `source`. UserError names the first that fails."""
+    """Decode every input as `source`. UserError for the first that fails."""
     modality = REGISTRY[source]
     for item in inputs:
         if item.extension not in modality.extensions:
-            remedy = f"give one of .{', .'.join(modality.extensions)}"
+            remedy = f"use one of .{', .'.join(modality.extensions)}"
             raise UserError(f"not a file of {source}", where=item.where, remedy=remedy)
         try:
             modality.check_media(item.data, item.extension)
@@ -167,16 +167,16 @@ def _check_media(source: str, inputs: list[Medium]) -> None:
 
 
 def _check_out(out: Path, target: str, items: int) -> None:
-    """UserError if `out` exists, or its ending is not that of the target's files."""
+    """Raise UserError if `out` exists, or its extension is not that of the target's files."""
     if out.exists():
-        raise UserError("the output exists", where=out, remedy="remove it or choose another")
+        raise UserError("the output exists", where=out, remedy="remove it or choose another output")
     ending = f".{REGISTRY[target].extensions[0]}"
     if items == 1 and out.suffix != ending:
-        raise UserError(f"{target} is written as {ending}", where=out, remedy=f"let --out end with {ending}")
+        raise UserError(f"{target} is written as {ending}", where=out, remedy=f"use the extension {ending}")
 
 
 def _write(media: list[bytes], target: str, out: Path) -> None:
-    """One file, or a folder of 000.png, 001.png, ...; it gets its name when complete."""
+    """Write one file, or a folder of 000.png, 001.png, ...; it gets its name when complete."""
     partial = out.with_name(f".{out.name}.partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
     if len(media) == 1:

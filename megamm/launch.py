@@ -1,6 +1,6 @@
-"""Start processes of a command on this machine with torch's elastic launcher, and say plainly how they ended.
+"""Starts the processes of a command on this machine with torch's elastic launcher, and reports how they exited.
 
-For what is short enough to be run again; a training run has resilience/supervisor.py.
+It is for short commands that can simply be run again; training runs use resilience/supervisor.py.
 """
 
 import logging
@@ -13,22 +13,21 @@ from megamm.errors import UserError
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
-    """Run `python -m megamm ARGUMENTS` as that many ranks and wait.
+    """Run `python -m megamm ARGUMENTS` with `processes` ranks and wait.
 
-    Raises SystemExit(2) if a rank ended with a user error (it has printed the line itself), UserError if one
-    died otherwise.
+    Raises SystemExit(2) if a rank exited with a user error (the rank has printed it), UserError if one died otherwise.
     """
-    # Imported here: torch is not needed to refuse a config.
+    # Imported here: torch is not needed to reject a config.
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
+    # Ranks share the cores; OMP_NUM_THREADS set by the user takes precedence.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # Its reports would stand between a rank's own line and ours.
+    # Its log lines would appear between a rank's own error line and ours.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
-        with tempfile.TemporaryDirectory(prefix="megamm-launch-") as folder:  # it makes one that it does not remove
+        with tempfile.TemporaryDirectory(prefix="megamm-launch-") as folder:  # by default it leaves its own behind
             config = LaunchConfig(
                 min_nodes=1,
                 max_nodes=1,
@@ -49,8 +48,8 @@ def launch(arguments: Sequence[str], processes: int) -> None:
             raise SystemExit(2) from None
         how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit code {failure.exitcode}"
         raise UserError(
-            f"rank {rank} (process {failure.pid}) ended with {how}; the other ranks were stopped",
-            remedy="its output is above; the same command resumes from the last checkpoint",
+            f"rank {rank} (process {failure.pid}) exited with {how}; the other ranks were stopped",
+            remedy="its output is above; run the same command again to resume from the last checkpoint",
         ) from None
 
 

@@ -1,7 +1,7 @@
-"""Which layouts a run can have: refusals before any process starts, and how layers are split over the pipeline.
+"""Validates the layout of a run before any process starts, and splits layers over the pipeline.
 
-`check` raises one UserError that names the keys and the remedy. A composition that passes is one whose
-numbers are proven against one rank (docs/parallelism.md).
+`check` raises a UserError that names the keys and the remedy. For a composition that passes, the numbers are proven
+to match one rank (docs/parallelism.md).
 """
 
 from megamm.config import ModelConfig, MoEConfig, RunConfig
@@ -10,10 +10,10 @@ from megamm.model import size
 
 
 def check(config: RunConfig, world_size: int) -> None:
-    """Refuse what cannot run on world_size ranks."""
+    """Raise UserError if the config cannot run on world_size ranks."""
     m, p, t = config.model, config.parallel, config.train
     product = p.tensor * p.pipeline * p.context
-    _divisible("world size", world_size, "tensor x pipeline x context", product, "start a multiple of that many")
+    _divisible("world size", world_size, "tensor x pipeline x context", product, "start a multiple of that many ranks")
     _divisible("model.num_attention_heads", m.num_attention_heads, "parallel.tensor", p.tensor)
     if p.tensor % m.num_query_groups:
         _divisible("model.num_query_groups", m.num_query_groups, "parallel.tensor", p.tensor)
@@ -32,7 +32,7 @@ def check(config: RunConfig, world_size: int) -> None:
     _check_pipeline(config, data_parallel)
     if m.rope_axes == 3 and m.head_dim < 6:
         raise UserError(
-            f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="use a head_dim of at least 6"
+            f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="set model.head_dim to at least 6"
         )
     _check_latent_attention(m, p.tensor)
     _check_window(m)
@@ -44,7 +44,7 @@ def check(config: RunConfig, world_size: int) -> None:
 
 def _check_sequence(config: RunConfig) -> None:
     m, p = config.model, config.parallel
-    # Every context rank holds an early and a late chunk of the row, so that causal work is even.
+    # Every context rank holds an early and a late chunk of the row, so that all have the same work under a causal mask.
     chunks = 2 * p.context if p.context > 1 else 1
     parts = chunks * (p.tensor if p.sequence else 1)
     _divisible("data.seq_length", config.data.seq_length, "parts of a row over tensor and context ranks", parts)
@@ -60,7 +60,7 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
         raise UserError("parallel.virtual_pipeline needs parallel.pipeline > 1", remedy="set virtual_pipeline=1")
     if m.num_layers < chunks:
         raise UserError(
-            f"model.num_layers = {m.num_layers} are fewer than the {chunks} chunks of the pipeline",
+            f"model.num_layers = {m.num_layers} is less than the {chunks} chunks of the pipeline",
             remedy="lower parallel.pipeline or parallel.virtual_pipeline",
         )
     if m.tie_embeddings and m.mtp.num_layers and p.pipeline > 1:
@@ -72,7 +72,7 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
     if given and (len(given) != chunks or sum(given) != m.num_layers):
         raise UserError(
             f"parallel.layers_per_chunk = {given} does not split {m.num_layers} layers into {chunks} chunks",
-            remedy="give one number for each of pipeline x virtual_pipeline chunks",
+            remedy="give one number per chunk (pipeline x virtual_pipeline), with this sum",
         )
     microbatches = t.global_batch // (t.micro_batch * data_parallel)
     if p.virtual_pipeline > 1:
@@ -83,12 +83,12 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
 def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
     if m.mla.kv_lora_rank == 0:
         if m.rope_scaling.kind == "yarn":
-            raise UserError("model.rope_scaling.kind = yarn is of latent attention", remedy="choose linear or llama3")
+            raise UserError("model.rope_scaling.kind = yarn requires MLA", remedy="set it to linear or llama3")
         return
     for key in ("qk_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(m.mla, key) == 0:
             raise UserError(f"model.mla.{key} is not set", remedy="set it, or kv_lora_rank=0 for grouped queries")
-    # Tensor ranks share the projections down to the latents, too.
+    # The projections down to the latents are also split over tensor ranks.
     latent = m.mla.kv_lora_rank + m.mla.qk_rope_head_dim
     _divisible("model.mla.kv_lora_rank + qk_rope_head_dim", latent, "parallel.tensor", tensor)
     _divisible("model.mla.q_lora_rank", m.mla.q_lora_rank or tensor, "parallel.tensor", tensor)
@@ -96,7 +96,7 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
         raise UserError(
             "latent attention has no query groups", remedy="set model.num_query_groups = model.num_attention_heads"
         )
-    inside = "latent attention turns its keys inside Megatron, by the index in the row"
+    inside = "MLA applies RoPE inside Megatron with 1-D positions"
     if m.rope_axes == 3 or m.rope_scaling.kind not in ("none", "yarn"):
         raise UserError(inside, remedy="set model.rope_axes=1, model.rope_scaling.kind=none or yarn")
     if m.qkv_bias:
@@ -106,29 +106,29 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
 def _check_window(m: ModelConfig) -> None:
     window = m.window
     if window.size == 0 and (window.full_layers or window.rope_base):
-        raise UserError("model.window without a size", remedy="set model.window.size, or none of its keys")
+        raise UserError("model.window needs a size", remedy="set model.window.size, or remove its other keys")
     if any(layer >= m.num_layers for layer in window.full_layers):
         raise UserError(
-            f"model.window.full_layers = {window.full_layers} names more than layers 0 to {m.num_layers - 1}",
-            remedy="name layers that the model has",
+            f"model.window.full_layers = {window.full_layers} is not within layers 0 to {m.num_layers - 1}",
+            remedy="remove the layers that the model does not have",
         )
     if window.size and m.mtp.num_layers:
-        raise UserError("multi-token prediction of a model with windows", remedy="set model.mtp.num_layers=0")
+        raise UserError("multi-token prediction does not support windows", remedy="set model.mtp.num_layers=0")
     if m.mla.kv_lora_rank:
         for key in ("window.size", "query_pre_attn_scalar", "attention_softcap"):
             section, _, last = key.rpartition(".")
             if getattr(getattr(m, section) if section else m, last):
-                raise UserError(f"latent attention with model.{key}", remedy="set it to 0")
+                raise UserError(f"latent attention does not support model.{key}", remedy="set it to 0")
 
 
 def _check_experts(config: RunConfig, data_parallel: int) -> None:
     moe, p = config.model.moe, config.parallel
     if moe.num_experts == 0:
         if p.expert > 1 or p.expert_tensor > 1:
-            raise UserError("parallel.expert > 1 with a dense model", remedy="set model.moe.num_experts")
+            raise UserError("parallel.expert > 1 needs a model with experts", remedy="set model.moe.num_experts")
         return
     if moe.ffn_hidden_size == 0:
-        raise UserError("model.moe.ffn_hidden_size is not set", remedy="set the hidden size of one expert")
+        raise UserError("model.moe.ffn_hidden_size is not set", remedy="set it to the hidden size of one expert")
     _divisible("model.moe.num_experts", moe.num_experts, "parallel.expert", p.expert)
     expert_ranks = p.expert * p.expert_tensor
     ranks = data_parallel * p.tensor * p.context
@@ -138,7 +138,7 @@ def _check_experts(config: RunConfig, data_parallel: int) -> None:
     if moe.top_k > moe.num_experts:
         raise UserError("model.moe.top_k > model.moe.num_experts", remedy="choose a smaller top_k")
     if moe.dense_layers >= config.model.num_layers:
-        raise UserError("model.moe.dense_layers leaves no layer with experts", remedy="choose fewer, or num_experts=0")
+        raise UserError("model.moe.dense_layers leaves no layer with experts", remedy="lower it, or set num_experts=0")
     _check_expert_groups(moe)
     if moe.bias_update_rate and moe.score != "sigmoid":
         raise UserError("model.moe.bias_update_rate needs independent scores", remedy="set model.moe.score=sigmoid")
@@ -160,8 +160,8 @@ def _check_expert_groups(moe: MoEConfig) -> None:
     _divisible("model.moe.top_k", moe.top_k, "model.moe.group_top_k", moe.group_top_k)
     if moe.group_top_k > moe.num_groups or moe.top_k // moe.group_top_k > moe.num_experts // moe.num_groups:
         raise UserError(
-            f"model.moe: {moe.num_groups} groups cannot give {moe.top_k} experts of {moe.group_top_k} groups",
-            remedy="choose a smaller top_k or group_top_k",
+            f"model.moe: cannot choose {moe.top_k} experts from {moe.group_top_k} of {moe.num_groups} groups",
+            remedy="lower top_k or group_top_k",
         )
 
 
@@ -169,13 +169,13 @@ def _check_schedule(config: RunConfig) -> None:
     o, t = config.optimizer, config.train
     if o.warmup_steps >= t.steps:
         raise UserError(
-            f"optimizer.warmup_steps={o.warmup_steps} leaves nothing of train.steps={t.steps}",
-            remedy="choose a shorter warm-up",
+            f"optimizer.warmup_steps={o.warmup_steps} must be less than train.steps={t.steps}",
+            remedy="lower optimizer.warmup_steps",
         )
     if o.schedule == "wsd" and not 0 < o.decay_steps <= t.steps - o.warmup_steps:
         raise UserError("optimizer.schedule=wsd needs decay_steps", remedy="set 0 < decay_steps <= steps - warmup")
     if o.schedule == "cosine" and o.decay_steps:
-        raise UserError("optimizer.decay_steps is for schedule=wsd", remedy="remove it, cosine decays to the end")
+        raise UserError("optimizer.decay_steps is only for schedule=wsd", remedy="remove it, cosine decays to the end")
     if o.min_lr > o.lr:
         raise UserError("optimizer.min_lr > optimizer.lr", remedy="choose a smaller min_lr")
 
@@ -185,39 +185,41 @@ def _check_deepspeed(config: RunConfig) -> None:
     for key in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
         if getattr(p, key) > 1:
             raise UserError(
-                f"engine=deepspeed shards over data parallel only, parallel.{key} = {getattr(p, key)}",
+                f"engine=deepspeed supports only data parallelism, but parallel.{key} = {getattr(p, key)}",
                 remedy=f"set parallel.{key}=1 or engine=native",
             )
     if config.resilience.loss_guard.action == "skip":
         raise UserError(
-            "resilience.loss_guard.action=skip: engine=deepspeed updates weights within its backward pass, too early",
+            "resilience.loss_guard.action=skip: engine=deepspeed updates weights in its backward pass",
             remedy="set the action to rollback, stop or auto, or engine=native",
         )
     if config.model.megatron.get("gradient_accumulation_fusion"):
         raise UserError(
-            "model.megatron.gradient_accumulation_fusion needs Megatron's gradient buffers, engine=deepspeed has none",
+            "model.megatron.gradient_accumulation_fusion needs Megatron's gradient buffers: not with engine=deepspeed",
             remedy="remove it or set engine=native",
         )
 
 
-def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "change one of the two") -> None:
+def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "") -> None:
     if value % divisor or value < divisor:
+        remedy = remedy or f"make {what} a multiple of {divisor}, or lower {by}"
         raise UserError(f"{what} = {value} is not divisible by {by} = {divisor}", remedy=remedy)
 
 
 def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
-    """Layers of every pipeline chunk in model order, as configured or balanced.
+    """Return the number of layers of every pipeline chunk in model order, as configured or balanced.
 
-    Balanced: the slowest stage is as fast as possible, counting the head (and the multi-token-prediction modules in
-    front of it) as work of the last; among equals, the largest stage has the fewest parameters, which counts the
-    embedding table of the first. A stage's layers are spread over its chunks, earlier ones taking what is left over.
+    Balanced: the slowest stage is as fast as possible; the head (and the multi-token-prediction modules before it)
+    count as work of the last stage. Among equal splits, the largest stage has the fewest parameters, where the
+    embedding table counts for the first stage. A stage's layers are spread over its chunks; the remainder goes to
+    earlier chunks.
     """
     p, m = config.parallel, config.model
     if p.layers_per_chunk:
         return list(p.layers_per_chunk)
     if p.pipeline == 1:
         return [m.num_layers]
-    # A token's time in a layer is proportional to the weights that it is multiplied with.
+    # A token's time in a layer is proportional to the number of weights it is multiplied with.
     layer, table = size.layer_parameters(m, active=True), vocabulary_size * m.hidden_size
     tail = table + m.mtp.num_layers * (size.mtp_parameters(m, active=True) + table)
 
@@ -233,7 +235,7 @@ def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
 
 
 def _candidates(layers: int, stages: int, least: int) -> list[list[int]]:
-    """Every size of the first and of the last stage, at least `least`, with the rest spread evenly between."""
+    """Return all splits by size of the first and last stage, at least `least`, with the rest spread evenly between."""
     if stages == 2:
         return [[layers - last, last] for last in range(least, layers - least + 1)]
     found, between = [], stages - 2

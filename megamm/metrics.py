@@ -1,7 +1,7 @@
-"""What a run reports: TensorBoard, one JSON object a line, Prometheus and a console line; written by rank 0 only.
+"""Metrics of a run: TensorBoard, JSON lines, Prometheus and the console; written by rank 0 only.
 
-Units: losses in nats per token, learning rate per step, tokens/s over the whole job, time left in seconds. Of rank 0
-alone: data_wait_share, the share of the time that went by waiting for data. docs/observability.md has every field.
+Units: losses in nats per token, learning rate per step, tokens/s of the whole job, time left in seconds.
+data_wait_share, the share of time spent waiting for data, is measured on rank 0. docs/observability.md has every field.
 """
 
 import json
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 METRICS, DROPPED = "metrics.jsonl", "metrics_dropped.jsonl"
 STARVED = 0.1
-"""Share of a step's time spent on waiting for data from which on the console says so."""
+"""Share of a step's time spent waiting for data above which the console reports it."""
 LEFT_OUT = ("evaluation_seconds", "checkpoint_stall_seconds")
 
 
 class Metrics:
-    """Writer of one run. Opened at a step, it drops what an earlier, killed attempt wrote from that step on."""
+    """Writes the metrics of one run. It drops lines that an earlier, killed attempt wrote after the start step."""
 
     def __init__(self, run: Path, start_step: int, total_steps: int, config: MetricsConfig = MetricsConfig()) -> None:
-        # Imported here: TensorBoard takes a second that `megamm --help` need not pay.
+        # Imported here: TensorBoard takes a second to import, which `megamm --help` does not need.
         from torch.utils.tensorboard import SummaryWriter
 
         run.mkdir(parents=True, exist_ok=True)
@@ -40,16 +40,16 @@ class Metrics:
         self.file = (run / METRICS).open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         self.prometheus = Exporter(run, total_steps, start_step, self.restarts, config)
-        # The same moment on both clocks: lines are placed on the time line without gaps between their parts.
+        # Read both clocks at the same moment, so that there are no gaps between lines on the time line.
         self.clock, self.time = time.monotonic(), time.time()
         self.since, self.waited = start_step, 0.0
         self.left_out = dict.fromkeys(LEFT_OUT, 0.0)
         self.is_first_report, self.told_starved = True, False
 
     def report(self, step: int, values: dict[str, Any], tokens_per_step: float, peak_flops: float | None) -> None:
-        """Record values after `step`; adds throughput, time left and where the time went since the last call.
+        """Record values after `step`; add throughput, time left, and the use of time since the last call.
 
-        "data_wait" is the time in seconds that the run has waited for data so far, recorded as a share.
+        "data_wait": seconds that the run has waited for data so far; it is recorded as a share.
         """
         now, self.time = time.monotonic(), time.time()
         seconds, steps = max(now - self.clock, 1e-9), max(step - self.since, 1)
@@ -85,27 +85,27 @@ class Metrics:
         if is_starved and not self.is_first_report and not self.told_starved:
             self.told_starved = True
             log.warning(
-                "starved: %.0f %% of the time of steps goes by waiting for data; raise data.workers, or data.prefetch "
-                "if reading is uneven (said once; metrics have data_wait_share)",
+                "starved: %.0f %% of the time of steps is spent waiting for data; raise data.workers, or data.prefetch "
+                "if reading is uneven (reported once; metrics have data_wait_share)",
                 100 * values["data_wait_share"],
             )
-        self.is_first_report = False  # whose steps also wait for the workers to start
+        self.is_first_report = False  # the first steps also wait for the workers to start
 
     def report_heldout(self, step: int, losses: dict[str, float | None], seconds: float) -> None:
-        """Record held-out losses, which took that long."""
+        """Record held-out losses and the seconds of the evaluation."""
         self.leave_out("evaluation_seconds", seconds)
         self._write({"step": step} | losses)
         shown = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in losses.items() if v is not None)
         print(f"step {step}/{self.total_steps}  held-out loss {shown}", flush=True)
 
     def leave_out(self, part: str, seconds: float) -> None:
-        """Time that was no step's (part: one of LEFT_OUT) is no part of the throughput."""
+        """Exclude time outside of steps (part: one of LEFT_OUT) from the throughput."""
         self.clock += seconds
         self.time += seconds
         self.left_out[part] += seconds
 
     def go_back(self, step: int) -> None:
-        """The run goes on after an earlier step, without a restart: the lines from there on are dropped."""
+        """Drop the lines after an earlier step, from which the run continues without a restart."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.file.close()
@@ -133,7 +133,7 @@ class Metrics:
 
 
 def drop_after(run: Path, step: int) -> None:
-    """Take the lines after this step out of the metrics: their steps are made again. The goodput needs them still."""
+    """Move the lines after this step to metrics_dropped.jsonl: these steps are repeated, but goodput needs them."""
     lines = read_lines(run)
     dropped = [line for line in lines if line["step"] > step]
     with (run / DROPPED).open("a") as file:
@@ -144,12 +144,12 @@ def drop_after(run: Path, step: int) -> None:
 
 
 def read_lines(run: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics; a line cut off by a kill is left out."""
+    """Return all complete lines of a run's metrics; a line cut off by a kill is skipped."""
     return _whole_lines(run / METRICS)
 
 
 def read_all_lines(run: Path) -> list[dict[str, Any]]:
-    """With those of steps that were made again, in no order; each once, also after a kill while they were dropped."""
+    """Return all lines, including those of repeated steps, unordered and each once, even after a kill in drop_after."""
     kept = read_lines(run)
     return kept + [line for line in _whole_lines(run / DROPPED) if line not in kept]
 
@@ -167,5 +167,5 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN: a modality without tokens in a step has no loss."""
+    """Return None for a value that is not finite: JSON has no NaN (a modality without tokens has no loss)."""
     return value if math.isfinite(value) else None

@@ -1,10 +1,10 @@
-"""The loss: summed over tokens, divided once by the job-wide count of its modality, weighted by config.
+"""The loss: summed over tokens, divided once by the job-wide token count of its modality, weighted by the config.
 
     L = sum over modalities m of  weight_m * (sum over tokens t of m: w_t * CE_t) / N_m,
     N_m = sum of w_t over all data- and context-parallel ranks and microbatches of the step.
 
 A modality without tokens in a step has N_m = 0 and adds nothing. Counts are known before the forward pass, so every
-token has its final factor then (`token_factor`), and gradients are plain sums.
+token already has its final factor there (`token_factor`), and gradients are plain sums.
 
 With K depths of multi-token prediction each depth has such an L over its own labels, and
     L_total = L_0 + mtp_weight / K * (L_1 + ... + L_K).
@@ -20,14 +20,14 @@ from megamm.data.sample import IGNORE_LABEL, Batch
 
 @dataclass(frozen=True)
 class Targets:
-    """What is predicted, `[1 + K, B, S]` each: depth 0 is the batch's own, depth k is k tokens further on."""
+    """Prediction targets, `[1 + K, B, S]` each: depth 0 is the batch's own, depth k is k tokens further ahead."""
 
     labels: torch.Tensor
     loss_weight: torch.Tensor
     modality: torch.Tensor
 
     def at(self, index: torch.Tensor) -> "Targets":
-        """Of the tokens at `index` alone."""
+        """Return the targets of the tokens at `index`."""
         return Targets(self.labels[..., index], self.loss_weight[..., index], self.modality[..., index])
 
 
@@ -40,7 +40,7 @@ class StepLoss:
 
 
 def targets_of(batch: Batch, depths: int) -> Targets:
-    """Targets of all depths; a token whose target would lie beyond its document has none."""
+    """Return the targets of all depths; a token whose target would be outside its document has none."""
     labels, weights, modality = [batch.labels], [batch.loss_weight], [batch.modality]
     for depth in range(1, depths):
         inside = torch.zeros_like(batch.segment, dtype=torch.bool)
@@ -52,14 +52,14 @@ def targets_of(batch: Batch, depths: int) -> Targets:
 
 
 def token_counts(targets: Sequence[Targets], modalities: int) -> torch.Tensor:
-    """N_m of these microbatches alone, float64 `[1 + K, modalities]`; sum it over the job for the job's."""
+    """Return N_m of these microbatches, float64 `[1 + K, modalities]`; sum it over the job for the job's N_m."""
     return torch.stack([_sums(t.loss_weight, t.modality, modalities) for t in targets]).sum(0)
 
 
 def token_factor(targets: Targets, counts: torch.Tensor, weights: torch.Tensor, mtp_weight: float) -> torch.Tensor:
-    """What each token's cross entropy is multiplied by in L_total, float32 `[1 + K, B, S]`.
+    """Return the factor of each token's cross entropy in L_total, float32 `[1 + K, B, S]`.
 
-    counts are the job's N_m `[1 + K, modalities]`, weights the modalities' `[modalities]`, both float64.
+    counts: the job's N_m `[1 + K, modalities]`; weights: of the modalities, `[modalities]`; both float64.
     """
     depths = len(counts)
     depth_weight = torch.full_like(counts[:, :1], mtp_weight / max(depths - 1, 1))
@@ -72,23 +72,23 @@ def token_factor(targets: Targets, counts: torch.Tensor, weights: torch.Tensor, 
 
 
 def modality_sums(loss_KBS: torch.Tensor, targets: Targets, modalities: int) -> torch.Tensor:
-    """Sums of w_t * CE_t per modality at depth 0, float64 `[modalities]`."""
+    """Return the sums of w_t * CE_t per modality at depth 0, float64 `[modalities]`."""
     return _sums(loss_KBS[:1] * targets.loss_weight[:1], targets.modality[:1], modalities)[0]
 
 
 def means(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean loss of each modality, NaN for one without tokens."""
+    """Return the mean loss of each modality, NaN for one without tokens."""
     return torch.where(counts > 0, sums / counts.clamp(min=1e-30), torch.nan)
 
 
 def overall(means: torch.Tensor, weights: torch.Tensor) -> float | None:
-    """One figure of the modalities' means `[modalities]`: weighted, of those that have tokens; None if none has."""
+    """Return the weighted mean of the modalities' means `[modalities]` over those with tokens; None without tokens."""
     known = ~means.isnan() & (weights > 0)
     return float((means * weights)[known].sum() / weights[known].sum()) if known.any() else None
 
 
 def _sums(values_KBS: torch.Tensor, modality_KBS: torch.Tensor, modalities: int) -> torch.Tensor:
-    """Sum of values per depth and modality, float64 `[K, modalities]`."""
+    """Return the sum of values per depth and modality, float64 `[K, modalities]`."""
     sums = torch.zeros(len(values_KBS), modalities, dtype=torch.float64, device=values_KBS.device)
     for depth, (values, modality) in enumerate(zip(values_KBS, modality_KBS, strict=True)):
         counted = modality >= 0
@@ -97,5 +97,5 @@ def _sums(values_KBS: torch.Tensor, modality_KBS: torch.Tensor, modalities: int)
 
 
 def weight_tensor(weights: Mapping[str, float], modalities: Sequence[str], device: torch.device) -> torch.Tensor:
-    """Config's weight of each modality (1 where none is given), float64 `[modalities]`."""
+    """Return the configured weight of each modality (default 1), float64 `[modalities]`."""
     return torch.tensor([weights.get(m, 1.0) for m in modalities], dtype=torch.float64, device=device)

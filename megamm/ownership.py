@@ -1,7 +1,8 @@
-"""Is every parameter element of a model owned exactly once, and held by as many ranks as its gradient is reduced over?
+"""Checks that every parameter element has exactly one owner, and as many copies as its gradient is reduced over.
 
-Input: the `Piece`s that ranks hold, boxes in the tensors of the whole model. Every tensor is cut along the borders of
-all its pieces into cells, and owners and holders are counted in each: exact, and as small as the number of pieces.
+Input: the `Piece`s that ranks hold, boxes in the tensors of the whole model. Every tensor is cut into cells along the
+borders of all its pieces, and owners and holders of each cell are counted: this is exact, and the work depends only on
+the number of pieces.
 """
 
 import math
@@ -16,15 +17,15 @@ class Piece(NamedTuple):
 
     key: str
     shape: tuple[int, ...]
-    """Of the whole tensor."""
+    """Shape of the whole tensor."""
     offset: tuple[int, ...]
     extent: tuple[int, ...]
     is_owner: bool
-    """This rank's copy is the one that a checkpoint stores; the others are its replicas."""
+    """Whether a checkpoint stores this rank's copy; the other copies are replicas."""
     is_expert: bool
     is_parameter: bool
     copies: int
-    """Ranks that must hold these elements: those over which Megatron reduces the parameter's gradient."""
+    """Number of ranks that must hold these elements: those over which Megatron reduces the parameter's gradient."""
 
     @property
     def size(self) -> int:
@@ -37,9 +38,9 @@ class Piece(NamedTuple):
 
 
 def fault(pieces: Iterable[tuple[Piece, int]]) -> str | None:
-    """The first tensor with an element that is not owned once or not held by `copies` ranks, None if there is none.
+    """Return the first tensor with an element that is not owned once or not held by `copies` ranks, or None.
 
-    pieces: what one rank of every kind holds, each with the number of ranks of that kind in the world.
+    pieces: the pieces of one rank of every kind, each with the number of ranks of that kind in the world.
     """
     by_key: dict[str, list[tuple[Piece, int]]] = {}
     for piece, ranks in pieces:

@@ -1,9 +1,9 @@
-"""A run's figures for Prometheus: RUN/metrics.prom for node_exporter's textfile collector, and over HTTP if asked.
+"""Prometheus metrics of a run: RUN/metrics.prom for node_exporter's textfile collector, and optionally over HTTP.
 
-In: lines of metrics (megamm/metrics.py), on rank 0. Out: gauges named megamm_*, labelled with the run's folder name;
-docs/observability.md lists them with their units. Times are exported as timestamps, as Prometheus advises: while a run
-hangs or restarts nobody rewrites the file, and `time() - megamm_heartbeat_oldest_timestamp_seconds` is right all the
-same. The file is replaced as a whole.
+Input: lines of metrics (megamm/metrics.py), on rank 0. Output: gauges named megamm_*, labelled with the run's folder
+name; docs/observability.md lists them with their units. Times are exported as timestamps, as Prometheus recommends:
+while a run hangs or restarts, the file is not rewritten, but `time() - megamm_heartbeat_oldest_timestamp_seconds` is
+still correct. The file is replaced atomically.
 """
 
 import time
@@ -27,7 +27,7 @@ GAUGES = {
     "goodput": ("goodput_ratio", "Time in steps whose result was kept, over the time since the first launch."),
     "time": ("report_timestamp_seconds", "When this was last reported."),
 }
-"""Key of a line -> name behind "megamm_", help."""
+"""Key of a line -> name after "megamm_", help."""
 COUNTERS = {
     "step_seconds": ("step_seconds", "Seconds in steps, of this attempt."),
     "data_wait_seconds": ("data_wait_seconds", "Seconds in steps that rank 0 waited for data, of this attempt."),
@@ -37,14 +37,14 @@ COUNTERS = {
 
 
 class Exporter:
-    """The figures of one run. UserError if the endpoint's port is taken."""
+    """Exports the metrics of one run. UserError if the endpoint's port is taken."""
 
     def __init__(self, run: Path, total_steps: int, step: int, restarts: int, config: MetricsConfig) -> None:
-        # Imported here: reading a config needs none of it.
+        # Imported here: reading a config does not need it.
         from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
         for left in run.glob(f"{TEXTFILE}.*"):
-            left.unlink(missing_ok=True)  # the client's temporary file, of a run that was killed while it wrote
+            left.unlink(missing_ok=True)  # the client's temporary file, left by a run that was killed while writing
         self.run, self.registry, self.label = run, CollectorRegistry(), run.resolve().name
         self.read_cost, self.read_at, self.oldest = 0.0, float("-inf"), float("nan")
         labels: dict[str, Any] = {"labelnames": ["run"], "registry": self.registry}
@@ -60,7 +60,7 @@ class Exporter:
         self.loss = Gauge("megamm_loss_nats", what, ["run", "split", "modality"], registry=self.registry)
         gauge("target_steps", "Steps that the run is to make.").set(total_steps)
         gauge("restarts", "Attempts before this one.").set(restarts)
-        oldest = gauge("heartbeat_oldest_timestamp_seconds", "Of the rank not heard of for the longest; NaN: of none.")
+        oldest = gauge("heartbeat_oldest_timestamp_seconds", "Time of the oldest rank's heartbeat; NaN without any.")
         oldest.set_function(self.oldest_heartbeat)
         self.make_gauge = gauge
         self.gauges["step"].set(step)
@@ -73,12 +73,12 @@ class Exporter:
                 )
             except OSError as error:
                 where = f"{config.prometheus_host}:{config.prometheus_port}"
-                remedy = "choose another metrics.prometheus_port, or 0 for none"
-                raise UserError(f"no metrics endpoint: {error}", where=where, remedy=remedy) from None
+                remedy = "set metrics.prometheus_port to another port, or to 0 for none"
+                raise UserError(f"cannot open the metrics endpoint: {error}", where=where, remedy=remedy) from None
         self._write()
 
     def update(self, line: dict[str, Any]) -> None:
-        """Take over what a line of metrics has, and rewrite the file. None (a modality without tokens) becomes NaN."""
+        """Set the gauges from a line of metrics, and rewrite the file. None (a modality without tokens) becomes NaN."""
         if "mfu" in line and "mfu" not in self.gauges:
             self.gauges["mfu"] = self.make_gauge(*GAUGES["mfu"])
         for key, given in line.items():
@@ -94,7 +94,7 @@ class Exporter:
         self._write()
 
     def oldest_heartbeat(self) -> float:
-        """As the function below; read again only after 100 times what reading took: at most one percent of the time."""
+        """Return the result of the function below, cached for 100 times its duration (at most 1 % of the time)."""
         begin = time.monotonic()
         if begin - self.read_at >= 100 * self.read_cost:
             self.oldest = oldest_heartbeat(self.run)
@@ -103,7 +103,7 @@ class Exporter:
         return self.oldest
 
     def heartbeat_age(self) -> dict[str, float]:
-        """{"heartbeat_age": seconds} of that rank, or nothing without heartbeats."""
+        """Return {"heartbeat_age": seconds} of that rank, or {} without heartbeats."""
         oldest = self.oldest_heartbeat()
         return {} if oldest != oldest else {"heartbeat_age": max(time.time() - oldest, 0.0)}
 
@@ -113,7 +113,7 @@ class Exporter:
         write_to_textfile(str(self.run / TEXTFILE), self.registry)
 
     def close(self) -> None:
-        """The file stays, with the last figures and their time."""
+        """Stop the server; the file stays, with the last figures and their time."""
         if self.server is not None:
             self.server.shutdown()
             self.server.server_close()
@@ -121,7 +121,7 @@ class Exporter:
 
 
 def oldest_heartbeat(run: Path) -> float:
-    """Unix seconds of the newest attempt's rank not heard of for the longest (RUN/heartbeats); NaN without any."""
+    """Return the oldest heartbeat of the newest attempt's ranks (RUN/heartbeats), in Unix seconds; NaN without any."""
     beats = [(beat.time, beat.attempt) for beat in heartbeat.read(run)]
     newest = max(beats, default=(0.0, 0))[1]
     return min((at for at, attempt in beats if attempt == newest), default=float("nan"))

@@ -1,6 +1,6 @@
-"""Secrets are taken out of what is shown or written for others to read.
+"""Removes secrets from text that is shown or written for others.
 
-In: text, or a mapping as of JSON. Out: the same with *** for user and password of a URL, for values behind names like
+Input: text, or JSON-like data. Output: the same with *** for user and password of a URL, for values after names like
 token, password or secret, and for the value of every environment variable with such a name.
 """
 
@@ -22,12 +22,12 @@ _SHORTEST = 6
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable or key of that name holds a secret: AWS_SECRET_ACCESS_KEY does, tokens_per_s does not."""
+    """Whether a variable or key of this name holds a secret: AWS_SECRET_ACCESS_KEY does, tokens_per_s does not."""
     return _NAME.search(name) is not None
 
 
 def text(value: str) -> str:
-    """Of a variable of the environment only what has at least 6 characters is looked for: shorter ones are words."""
+    """Redact a text; secrets from environment variables only if they have 6 characters or more: others may be words."""
     for name, secret in os.environ.items():
         if is_secret_name(name) and len(secret) >= _SHORTEST:
             value = value.replace(secret, HIDDEN)
@@ -35,7 +35,7 @@ def text(value: str) -> str:
 
 
 def values(data: Any) -> Any:
-    """A copy of JSON-like data, redacted at every depth; numbers are no secrets."""
+    """Return a copy of JSON-like data, redacted at every depth; numbers are not secrets."""
     if isinstance(data, Mapping):
         return {
             key: HIDDEN if is_secret_name(str(key)) and isinstance(value, str) else values(value)

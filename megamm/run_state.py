@@ -1,6 +1,6 @@
-"""What of a run goes into a checkpoint and comes back from it: tensors, generators, the data's history, config.
+"""Saves and restores the state of a run: tensors, random generators, the history of the data, config.
 
-The package `checkpoint` knows how one is written and verified; here is what is in it.
+The package `checkpoint` writes and verifies checkpoints; this module defines their contents.
 """
 
 import logging
@@ -27,7 +27,7 @@ from megamm.tiers.uploader import Uploader
 
 log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 300.0
-"""How long the end of a run waits for its last checkpoint to reach the durable tier."""
+"""Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
 
 
 class RunStore:
@@ -42,7 +42,7 @@ class RunStore:
         place: Device,
         while_waiting: Callable[[], None],
     ) -> None:
-        """while_waiting: of Saver."""
+        """while_waiting: see Saver."""
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
         c = config.checkpoint
         self.local = self._local_tier()
@@ -50,7 +50,7 @@ class RunStore:
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
         self.is_in_run = True
-        """Whether what was resumed is in the run's folder, not only in the local tier."""
+        """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
 
     def _local_tier(self) -> LocalTier | None:
         c = self.config.checkpoint
@@ -68,10 +68,10 @@ class RunStore:
         wait: bool = False,
         to_run: bool = True,
     ) -> float:
-        """Begin to write a checkpoint of the state after that many steps and rows; the seconds that this took.
+        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows; return the seconds.
 
-        tokens: seen so far, by modality; loss_guard as LossGuard.state gives it; heldout_loss: if measured at this
-        step. With `wait` it is complete at the return; UserError on all ranks where it could not be. to_run: of
+        tokens: seen so far, by modality; loss_guard: the result of LossGuard.state; heldout_loss: if measured at this
+        step. With `wait` the checkpoint is complete on return; UserError on all ranks if it fails. to_run: see
         Saver.save.
         """
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
@@ -97,28 +97,28 @@ class RunStore:
         return stall
 
     def poll(self) -> None:
-        """Say which checkpoints have been completed; to be called at every step."""
+        """Print which checkpoints have been completed; call it at every step."""
         for done in self.saver.poll():
             print(f"saved {done.folder}", flush=True)
 
     def drain(self) -> None:
-        """Wait until nothing is being written any more."""
+        """Wait until all writes are done."""
         self.saver.drain()
         self.poll()
 
     def leave_node(self, ranks: Collection[int] | None = None) -> None:
-        """Free the memory of the local tier, unless it has what the run's folder lacks; ranks: only on their nodes."""
+        """Free the local tier's memory, unless the run's folder lacks its state; ranks: only on these ranks' nodes."""
         self.drain()
         if self.local is not None:
             self.local.leave(self.saver.writing.failures == 0, ranks)
 
     def finish(self) -> None:
-        """At the end of a run that went well: the last checkpoint reaches the durable tier."""
+        """At the end of a successful run, wait until the last checkpoint is in the durable tier."""
         if self.uploader is not None:
             self.uploader.finish(UPLOAD_SECONDS)
 
     def close(self) -> None:
-        """Let the writer complete what it has; what is not uploaded by now is taken up at the next start."""
+        """Let the writer complete its work; the next start continues unfinished uploads."""
         self.saver.close()
         if self.local is not None:
             self.local.close()
@@ -128,7 +128,7 @@ class RunStore:
     def resume(self) -> checkpoint.RunState | None:
         """Restore engine, data and generators from the newest valid checkpoint.
 
-        None where there is none: the run is at its first step, with the weights of config.start_from if that is set.
+        Return None if there is none: the run starts at step 0, with the weights of config.start_from if that is set.
         """
         start, c = time.monotonic(), self.config.checkpoint
         found = choose(self.config.output, c.durable, self.local, self._needed)
@@ -154,14 +154,14 @@ class RunStore:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
     def go_back(self, folder: Path) -> checkpoint.RunState:
-        """`restore` an earlier checkpoint of the run's folder; what the local tier has counts no more."""
+        """Restore an earlier checkpoint of the run's folder and discard the local tier's steps."""
         self.saver.forget()
         if self.local is not None:
             self.local.begin(-1)
         return self.restore(folder)
 
     def checkpoint_before(self, row: int) -> Path | None:
-        """Of roll_back.checkpoint_before; what is being uploaded is left, for it may be one of those set aside."""
+        """Call roll_back.checkpoint_before; uploads stop meanwhile, since it may rename the uploaded checkpoint."""
         if self.uploader is not None:
             self.uploader.stop()
         c = self.config.checkpoint
@@ -192,7 +192,7 @@ class RunStore:
         return state
 
     def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
-        """Go on in the recorded mixture; say where that of the config takes over, if it is another one."""
+        """Continue with the recorded mixture; log where the config's mixture takes over, if it differs."""
         try:
             change = self.data.resume(recorded, state.consumed_rows)
         except UserError as error:

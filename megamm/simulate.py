@@ -1,11 +1,11 @@
-"""Simulated goodput of a large run: published failure rates against given or measured costs of a failure.
+"""Simulated goodput of a large run, from published failure rates and given or measured costs of a failure.
 
-In: a `Scenario` (GPUs, seconds, published rates). Out: the share of the wall time that each kind of time takes, over
-many simulated runs. Nothing here is a measurement of a large cluster, and every text made of it says "simulated".
+Input: a `Scenario` (GPUs, seconds, published rates). Output: the share of wall time by kind, over many simulated runs.
+Nothing here is a measurement on a large cluster, and every text made from it says "simulated".
 
-Failures are a Poisson process whose rate is that of Llama 3's pretraining per GPU (Grattafiori et al. 2024, "The Llama
+Failures are a Poisson process with the rate per GPU of Llama 3's pretraining (Grattafiori et al. 2024, "The Llama
 3 Herd of Models", section 3.3.4 and table 5: 466 stops in 54 days on 16,384 GPUs, 47 planned and 419 unexpected; the
-counts are used, not the printed percentages, which do not all agree with them). Best interval between checkpoints:
+counts are used, not the printed percentages, some of which do not agree with them). Best interval between checkpoints:
 Young 1974 ("A first order approximation to the optimum checkpoint interval") and Daly 2006 ("A higher order estimate
 of the optimum checkpoint interval for restart dumps", equation 37; the expected time of a run is his equation 20).
 """
@@ -19,7 +19,7 @@ from itertools import accumulate
 from typing import Literal
 
 Kind = Literal["hardware", "software", "hang", "planned"]
-"""hardware: a node is lost too; hang: nothing ends by itself; planned: a checkpoint is written first."""
+"""hardware: a node is also lost; hang: no process exits; planned: a checkpoint is written first."""
 
 LLAMA3_GPUS, LLAMA3_DAYS = 16_384, 54
 LLAMA3_STOPS: tuple[tuple[str, int, Kind], ...] = (
@@ -43,14 +43,14 @@ LLAMA3_STOPS: tuple[tuple[str, int, Kind], ...] = (
     ("system memory", 2, "hardware"),
     ("planned maintenance or change", 47, "planned"),
 )
-"""Cause, stops in those 54 days, and what a stop of that cause does here (our reading: the table does not say)."""
+"""Cause, number of stops in the 54 days, and kind of the stop (our interpretation: the table does not tell)."""
 
 DAY = 86_400.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of the whole job. lag: from a checkpoint's stall until it can be resumed from (it is written beside)."""
+    """Costs in seconds of the whole job. lag: from a checkpoint's stall until the written checkpoint is usable."""
 
     detection: float
     hang_detection: float
@@ -61,9 +61,9 @@ class Costs:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is simulated. interval: seconds of training between checkpoints; spares: nodes that stand by.
+    """The simulated scenario. interval: seconds of training between checkpoints; spares: number of spare nodes.
 
-    max_restarts: restarts of one job before somebody has to start it again, which takes operator_seconds; None: any.
+    max_restarts: restarts of one job before an operator must start it again, which takes operator_seconds; None: any.
     """
 
     gpus: int
@@ -78,12 +78,12 @@ class Scenario:
     stops: tuple[tuple[str, int, Kind], ...] = LLAMA3_STOPS
 
     def every(self, interval: float) -> "Scenario":
-        """The same with another interval."""
+        """Return the scenario with another interval."""
         return replace(self, interval=interval)
 
     @property
     def mean_seconds_between_stops(self) -> float:
-        """Of the whole job: the published rate per GPU times the GPUs."""
+        """Mean seconds between stops of the whole job, from the published rate per GPU times the number of GPUs."""
         published = sum(count for _, count, _ in self.stops)
         return LLAMA3_DAYS * DAY * LLAMA3_GPUS / (published * self.gpus * self.rate_factor)
 
@@ -93,7 +93,7 @@ SHARES = ("productive", "repeated", "checkpoint_stall", "detection", "restart", 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of `runs` simulated runs. shares: mean part of the wall time by kind, in the order of SHARES, of sum 1."""
+    """Result of the simulated runs. shares: mean share of the wall time by kind, in the order of SHARES; sum 1."""
 
     goodput: tuple[float, ...]
     shares: dict[str, float]
@@ -106,11 +106,11 @@ class Outcome:
 
     @property
     def standard_error(self) -> float:
-        """Of the mean: the Monte-Carlo error."""
+        """Standard error of the mean (Monte-Carlo error)."""
         return statistics.stdev(self.goodput) / math.sqrt(len(self.goodput)) if len(self.goodput) > 1 else math.nan
 
     def percentile(self, percent: float) -> float:
-        """Of a run's goodput, between the nearest ranks."""
+        """Return a percentile of the runs' goodput, interpolated linearly."""
         ordered = sorted(self.goodput)
         place = percent / 100 * (len(ordered) - 1)
         low, part = int(place), place - int(place)
@@ -118,7 +118,7 @@ class Outcome:
 
 
 def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
-    """The same seed gives the same outcome."""
+    """Simulate `runs` runs; the same seed gives the same outcome."""
     simulated = [_Run(scenario, random.Random(f"{seed}:{i}")) for i in range(runs)]
     total = scenario.days * DAY
     for run in simulated:
@@ -132,7 +132,7 @@ def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
 
 
 class _Run:
-    """One simulated run: training until a stop, then restarts until one of them holds."""
+    """One simulated run: training until a stop, then restarts until one succeeds."""
 
     def __init__(self, scenario: Scenario, draw: random.Random) -> None:
         self.scenario, self.draw = scenario, draw
@@ -168,7 +168,7 @@ class _Run:
         self.clock += seconds
 
     def _train(self, seconds: float, is_kept: bool) -> None:
-        """Checkpoints end at every `interval` of training; what is after the last usable one is done again."""
+        """Train; a checkpoint ends every `interval` of training, and the work after the last usable one is repeated."""
         interval, stall = self.scenario.interval, self.scenario.costs.stall
         count, rest = divmod(seconds, interval + stall)
         worked = count * interval + min(rest, interval)
@@ -179,7 +179,7 @@ class _Run:
         self._spend("checkpoint_stall", seconds - worked)
 
     def _restart(self, kind: Kind) -> bool:
-        """From a stop to the next step; False if it is stopped, too."""
+        """Simulate the time from a stop to the next step; return False if this is stopped too."""
         costs = self.scenario.costs
         if kind == "hardware":
             self._take_spare()
@@ -194,7 +194,7 @@ class _Run:
         return undisturbed >= seen + costs.restart
 
     def _take_spare(self) -> None:
-        """A lost node is repaired and becomes a spare; without a spare the run waits for the first one repaired."""
+        """Replace a lost node, which becomes a spare after repair; without a spare wait for the first repaired node."""
         while self.repaired_at and self.repaired_at[0] <= self.clock:
             heapq.heappop(self.repaired_at)
             self.spares += 1
@@ -206,12 +206,12 @@ class _Run:
 
 
 def young(stall: float, mean_seconds_between_stops: float) -> float:
-    """Best seconds of training between checkpoints to first order (Young 1974)."""
+    """Return the best seconds of training between checkpoints, to first order (Young 1974)."""
     return math.sqrt(2 * stall * mean_seconds_between_stops)
 
 
 def daly(stall: float, mean_seconds_between_stops: float) -> float:
-    """The same to a higher order (Daly 2006, equation 37)."""
+    """Return the same to a higher order (Daly 2006, equation 37)."""
     if stall >= 2 * mean_seconds_between_stops:
         return mean_seconds_between_stops
     ratio = stall / (2 * mean_seconds_between_stops)
@@ -219,16 +219,16 @@ def daly(stall: float, mean_seconds_between_stops: float) -> float:
 
 
 def expected_goodput(interval: float, stall: float, recovery: float, mean_seconds_between_stops: float) -> float:
-    """Daly's expectation for a run without end: recovery in seconds of detection and restart, stops at any time.
+    """Return Daly's expected goodput of an endless run; recovery: seconds of detection and restart; stops at any time.
 
-    Exact where a checkpoint is usable at once (lag 0), no stop is planned and there is always a spare.
+    It is exact if a checkpoint is usable at once (lag 0), no stop is planned and there is always a spare.
     """
     m = mean_seconds_between_stops
     return interval / (m * math.exp(recovery / m) * math.expm1((interval + stall) / m))
 
 
 def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: int) -> str:
-    """What is printed: result, where the time goes, and every assumption. sources: where each cost is from."""
+    """Return the text to print: result, shares of time, and all assumptions. sources: the source of each cost."""
     s, c, mean = scenario, scenario.costs, scenario.mean_seconds_between_stops
     total = sum(count for _, count, _ in s.stops)
     low, high = outcome.percentile(5), outcome.percentile(95)
@@ -238,7 +238,7 @@ def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: in
         f"seed {seed})",
         "simulated shares of the wall time: "
         + ", ".join(f"{name} {outcome.shares[name]:.3%}" for name in SHARES if outcome.shares[name] > 0),
-        f"simulated stops: {outcome.stops:.1f} a run, one every {mean / 3600:.2f} h; jobs started {outcome.jobs:.1f}",
+        f"simulated stops: {outcome.stops:.1f} per run, one every {mean / 3600:.2f} h; jobs started {outcome.jobs:.1f}",
         f"checkpoint every {s.interval:.0f} s; best by Young {young(c.stall, mean):.0f} s, by Daly "
         f"{daly(c.stall, mean):.0f} s; expected goodput by Daly, without lag, planned stops and spares: "
         f"{expected_goodput(s.interval, c.stall, c.detection + c.restart, mean):.2%}",
@@ -248,10 +248,10 @@ def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: in
         *(f"  {name}: {getattr(c, name):.3g} s, {sources[name]}" for name in c.__dataclass_fields__),
         f"  hang: {_share(s, 'hang'):.1%} of stops; planned: {_share(s, 'planned'):.1%}, without loss of work; "
         f"hardware: {_share(s, 'hardware'):.1%}, each takes one node away",
-        f"  {s.spares} spare nodes; a node is back after {s.repair_hours:g} h, the run waits where none is left",
-        f"  restarts before somebody is needed: {'any' if s.max_restarts is None else s.max_restarts}"
+        f"  {s.spares} spare nodes; a node is repaired after {s.repair_hours:g} h, the run waits if no spare is left",
+        f"  restarts before an operator is needed: {'any' if s.max_restarts is None else s.max_restarts}"
         + (f", who takes {s.operator_seconds:g} s" if s.max_restarts is not None else ""),
-        "  undisturbed steps are productive in full: waiting for data, evaluation and stragglers are not simulated",
+        "  steps without a stop are fully productive: waiting for data, evaluation and stragglers are not simulated",
     ]
     return "\n".join(lines)
 

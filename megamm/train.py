@@ -1,7 +1,7 @@
-"""The run, top to bottom: device, groups, vocabulary, data, model, optimizer, resume, then step after step.
+"""A training run from top to bottom: device, groups, vocabulary, data, model, optimizer, resume, training steps.
 
-Every process of the job calls `train` with the same config; a run continues by itself from the
-newest valid checkpoint in its output folder.
+Every process of the job calls `train` with the same config; a run continues automatically from the newest valid
+checkpoint in its output folder.
 """
 
 import logging
@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
-    """Run to train.steps, or to the step boundary where the job is asked to stop; why it ended.
+    """Run to train.steps, or to the step boundary at which the job must stop; return why it ended.
 
-    boundary: by default the launcher's. UserError for what the user can mend; every rank raises the same one.
+    boundary: by default the launcher's. UserError for errors that the user can fix; every rank raises the same one.
     """
     pulse = heartbeat.of_this_rank(config.output)
     pulse.beat("start", 0)
@@ -51,7 +51,7 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
         ending = trainer.run(boundary or of_this_rank())
         pulse.beat("end", trainer.step)
         if ending == "regroup":
-            trainer.store.drain()  # all go on from what is being written
+            trainer.store.drain()  # all nodes resume from the checkpoint that is being written
         else:
             trainer.store.leave_node()
         if ending == "done":
@@ -99,7 +99,7 @@ class Trainer:
         )
 
     def run(self, boundary: Boundary) -> Ending:
-        """Steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
+        """Run steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, every = self.config.train, self.config.checkpoint.every
         local_every = self.config.checkpoint.local_every if self.config.checkpoint.local is not None else 0
         if self.groups.rank == 0:
@@ -128,12 +128,12 @@ class Trainer:
                 self.store.poll()
             if fault and not last:
                 raise fault
-        if self.step > self.saved_step:  # there was nothing left to do but this
+        if self.step > self.saved_step:  # no step was left, but the last one is not saved
             self.save(wait=True)
         return "done"
 
     def _one_step(self) -> bool:
-        """One step forward, or back to an earlier one if the loss guard wants it: then False."""
+        """Run one step; return False if the loss guard rolled back to an earlier step instead."""
         t = self.config.train
         self.pulse.beat("data", self.step + 1)
         row = self.guard.next_row(self.loader.consumed_rows, t.global_batch)
@@ -155,7 +155,7 @@ class Trainer:
         return True
 
     def _report(self, done: engine.StepResult) -> None:
-        """Figures of the step, compared between ranks and, by rank 0, written."""
+        """Compare the step's figures between ranks; rank 0 writes them."""
         seconds = self.engine.clock.take()
         scores = self.stragglers.window(self.step, seconds, self.place.torch_device)
         if self.metrics is None:
@@ -170,20 +170,20 @@ class Trainer:
         self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
 
     def _roll_back(self, window: LeftOut) -> None:
-        """To the newest checkpoint of before the rows to leave out."""
+        """Roll back to the newest checkpoint from before the rows to skip."""
         self.pulse.beat("resume", self.step)
         self.store.drain()
         folder = self.store.checkpoint_before(window.first)
         if folder is None:
-            why = f"{window.why}, and there is no checkpoint of before row {window.first} to go back to"
-            self.guard.stop(self.step + 1, why, "save more often (checkpoint.every), or use action=skip")
+            why = f"{window.why}, and there is no checkpoint from before row {window.first} to roll back to"
+            self.guard.stop(self.step + 1, why, "lower checkpoint.every, or set resilience.loss_guard.action=skip")
         self._go_on_from(self.store.go_back(folder))
         self.guard.rolled_back(window)
         if self.metrics is not None:
             self.metrics.go_back(self.step)
 
     def _evaluate(self) -> float | None:
-        """Mean loss per modality over the held-out rows, weighted by tokens; returned is their weighted mean."""
+        """Report the mean loss per modality over the held-out rows, weighted by tokens; return their weighted mean."""
         names, start = self.data.vocabulary.modalities, time.monotonic()
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
@@ -202,9 +202,9 @@ class Trainer:
         return overall(total / count, self.weights.cpu())
 
     def save(self, heldout_loss: float | None = None, wait: bool = False, to_run: bool = True) -> None:
-        """Begin to write a checkpoint of the state after the current step; with `wait` it is complete at the return.
+        """Start to write a checkpoint of the state after the current step; with `wait` it is complete on return.
 
-        to_run: into the run's folder, not only the local tier.
+        to_run: save into the run's folder too, not only into the local tier.
         """
         self.pulse.beat("save", self.step)
         start = time.monotonic()
@@ -232,7 +232,7 @@ class Trainer:
         self._open_loader(state.consumed_rows)
 
     def _open_loader(self, row: int) -> None:
-        """Read on from this row."""
+        """Continue reading from this row."""
         self.loader.close()
         waited, self.loader = self.loader.waited, self._loader(row)
         self.loader.waited = waited

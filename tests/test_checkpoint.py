@@ -105,7 +105,7 @@ def test_resume_after_damage_sets_the_damaged_one_aside(data, run, trained):
     ("sections", "message"),
     [
         ({"tokenizers": {"visual": None}}, "another vocabulary"),
-        ({"model": {"num_layers": 4}}, "model.num_layers = 2, the config 4"),
+        ({"model": {"num_layers": 4}}, "model.num_layers = 2, but the config has 4"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(data, run, sections, message, tmp_path):

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     write_blocks(tmp_path / "t", [[Block.whole("a", torch.arange(12.0).reshape(6, 2))]])
     with pytest.raises(UserError, match="no tensor b"):
         reader.load(tmp_path / "t", [Block.whole("b", torch.zeros(1))])
-    with pytest.raises(UserError, match=r"a has shape \(6, 2\), the config wants \(5, 2\)"):
+    with pytest.raises(UserError, match=r"a has shape \(6, 2\), but the config needs \(5, 2\)"):
         reader.load(tmp_path / "t", [Block.whole("a", torch.zeros(5, 2))])
     for rows in (4, 8):  # a vocabulary whose padding differs: what both have
         data = torch.full((rows, 2), -1.0)
@@ -166,7 +166,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
         write_blocks(tmp_path / "t", [[block]])
         for contents in index.files_of(Image.of([block], name).entries).items():
             (tmp_path / "t" / contents[0]).write_bytes(contents[1])
-        with pytest.raises(UserError, match="is no file of the folder"):
+        with pytest.raises(UserError, match="is not a file in the folder"):
             reader.load(tmp_path / "t", [block])
         for path in (tmp_path / "t").iterdir():
             path.unlink()

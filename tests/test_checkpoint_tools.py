@@ -232,7 +232,7 @@ def test_best_ignores_what_is_not_a_number():
 
 def test_nothing_there_is_one_line(tmp_path):
     for place in (tmp_path, tmp_path / "absent", f"file://{tmp_path}"):
-        with pytest.raises(UserError, match="no checkpoint there"):
+        with pytest.raises(UserError, match="no checkpoint found"):
             inspect.find(str(place))
 
 
@@ -285,7 +285,7 @@ def test_an_index_that_leaves_its_folder_is_refused(run):
     for stored in metadata.storage_data.values():
         stored.relative_path = "../../step_00000004/tensors/__0_0.distcp"
     path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match=r"not safe to read: .*is no file of the folder"):
+    with pytest.raises(UserError, match=r"not safe to read: .*is not a file in the folder"):
         tensors.described(step(run, 6))
 
 

@@ -278,7 +278,7 @@ def test_a_rank_without_space_for_a_word_is_not_waited_for(tmp_path, monkeypatch
     first = writer.Attempt(job | {"rank": 0})
     first.write_own(memoryview(b"y"), {})
     begin = time.monotonic()
-    with pytest.raises(OSError, match="rank 1: no space left to tell more"):
+    with pytest.raises(OSError, match="rank 1: no space left for an error message"):
         first.publish()
     assert time.monotonic() - begin < 5 and not list((tmp_path / "checkpoints").iterdir())
 

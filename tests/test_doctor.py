@@ -81,7 +81,7 @@ def test_missing_and_unsupported_packages_are_wrong(tmp_path):
     assert len(wrong) == 2, done.stdout
     assert "megatron-core 0.12.1 is not supported" in wrong[0] and "pip install" in wrong[0]
     assert "psutil is not installed: " in wrong[1] and "hangs" in wrong[1] and "pip install" in wrong[1]
-    assert _rows(done.stdout)["DeepSpeed"] == "not installed, needed by engine=deepspeed alone"
+    assert _rows(done.stdout)["DeepSpeed"] == "not installed, needed only by engine=deepspeed"
 
 
 def test_ops_that_do_not_load_are_wrong(tmp_path, monkeypatch):
@@ -100,13 +100,13 @@ def test_ops_that_do_not_load_are_wrong(tmp_path, monkeypatch):
     ("found", "is_gpu", "engine", "te", "apex"),
     [
         (NOTHING, True, "native", "not installed; ", "not installed; Adam is torch's fused AdamW, weight"),
-        (APEX, True, "native", "Adam is apex's", "clipping and adding weight gradients up; Adam is apex's"),
+        (APEX, True, "native", "Adam is apex's", "clipping and accumulating weight gradients; Adam is apex's"),
         (
             BOTH,
             True,
             "native",
             "2.9, used for Adam, gradient norm",
-            "0.1, used for adding weight gradients up; Adam is Tr",
+            "0.1, used for accumulating weight gradients; Adam is Tr",
         ),
         (BOTH, True, "deepspeed", "2.9, used for the routers", "0.1, not used; Adam is torch's fused AdamW, weight"),
         (BOTH, False, "native", "2.9, not used on a CPU; ", "0.1, not used on a CPU; Adam is torch's fused AdamW"),
@@ -117,7 +117,7 @@ def test_what_is_used_and_what_instead(found, is_gpu, engine, te, apex):
     assert fused == (found.apex_weight_gradients and is_gpu and engine == "native")
     lines = describe(found, is_gpu=is_gpu, engine=engine, fused=fused)
     assert te in lines["Transformer Engine"] and apex in lines["apex"]
-    assert ("weight gradients are added up by a pass" in lines["apex"]) == (not fused)
+    assert ("weight gradients are accumulated in a separate pass" in lines["apex"]) == (not fused)
 
 
 def test_what_is_installed_in_vain_is_said_so():
@@ -129,7 +129,7 @@ def test_what_is_installed_in_vain_is_said_so():
 @pytest.mark.parametrize(
     ("dali", "is_gpu", "expected"),
     [
-        (None, True, "not installed; `megamm data tokenize` decodes videos by PyAV; "),
+        (None, True, "not installed; `megamm data tokenize` decodes videos with PyAV; "),
         ("2.4.0", True, "2.4.0, used by `megamm data tokenize`"),
         ("2.4.0", False, "2.4.0, not used on a CPU"),
     ],
@@ -194,7 +194,7 @@ def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
 
     place = choose("cpu")
     assert not transformer_config(_config(tmp_path), 300, place).gradient_accumulation_fusion
-    with pytest.raises(UserError, match="needs apex's kernels of weight gradients, a GPU"):
+    with pytest.raises(UserError, match="needs apex's weight gradient kernels, a GPU"):
         transformer_config(_config(tmp_path, f"model.megatron.{FUSION}=true"), 300, place)
 
 

@@ -215,7 +215,7 @@ def test_a_missing_layer_and_a_wrong_order_are_found() -> None:
     wrong = replace(models[0], place=models[1].place)
     assert "rank 0 is (1, 0, 0, 0, 1)" in str(dry_run.stages_fault({0: wrong}, grid, split))
     lost = {r: replace(m, pieces=[p for p in m.pieces if "router" not in p.key]) for r, m in models.items()}
-    assert "parameters and a checkpoint would have" in str(dry_run.shards_fault(lost, grid))
+    assert "parameters, but a checkpoint would have" in str(dry_run.shards_fault(lost, grid))
     assert "the ranks hold a model of" in str(dry_run.size_fault(config, VOCABULARY + 2, models))
 
 
@@ -319,7 +319,7 @@ def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--dry-run", "--world-size", "16"], "or give the dry run --vocabulary-size"),
+        (["--dry-run", "--world-size", "16"], "or add --vocabulary-size to the dry run"),
         (["--dry-run", "--world-size", "24", "--vocabulary-size", "9"], "world size = 24 is not divisible"),
         (["--dry-run", "--world-size", "16", "--vocabulary-size", "9", "--rank", "16"], "give --rank 0 to 15"),
         (["--world-size", "16"], "add --dry-run"),

@@ -21,7 +21,7 @@ def test_places():
     assert endpoint.parse("node-1:1234") == ("node-1", 1234)
     assert endpoint.parse("[::1]:1234") == ("::1", 1234)
     assert endpoint.parse("node-1") == ("node-1", 29400)
-    with pytest.raises(UserError, match=r"--rendezvous: .* 'a:b:c'.*write HOST:PORT"):
+    with pytest.raises(UserError, match=r"--rendezvous: .* 'a:b:c'.*give HOST:PORT"):
         endpoint.parse("a:b:c")
 
 
@@ -35,7 +35,7 @@ def test_another_program_listens():
     with socket.create_server(("127.0.0.1", 0)) as server:
         threading.Thread(target=answer, args=(server,), daemon=True).start()
         place = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match=rf"what listens .* is no rendezvous \({place}\); give .* another port"):
+        with pytest.raises(UserError, match=rf"in use by another service \({place}\); give another port"):
             endpoint.check(place)
 
 
@@ -52,7 +52,7 @@ def answer(server):
 def test_another_program_has_a_connection_from_that_port():
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
         place = f"127.0.0.1:{client.getsockname()[1]}"
-        with pytest.raises(UserError, match="is taken by another program's connection"):
+        with pytest.raises(UserError, match="in use by another program's connection"):
             endpoint.check(place)
 
 
@@ -68,8 +68,9 @@ def test_nodes_agree_on_the_job(store):
     with pytest.raises(UserError) as refused:
         endpoint.agree(store, "there", other)
     assert str(refused.value) == (
-        "the job of other nodes is another one: config.train.steps is 8 there and 9 here; nnodes is [1, 2] there and "
-        "[2, 2] here (there); start every node with the same config, or another job at another port"
+        "this node's job does not match the other nodes': config.train.steps is 8 there and 9 here; nnodes is [1, 2] "
+        "there and [2, 2] here (there); start every node with the same config; give a different job another port in "
+        "--rendezvous"
     )
     endpoint.agree(store, "there", job)
 

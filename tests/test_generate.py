@@ -117,7 +117,7 @@ def test_gumbel_noise_draws_from_the_softmax():
 def test_a_prompt_that_leaves_no_room_is_a_user_error(export):
     with pytest.raises(UserError, match="leaves no room for image in 64"):
         generate(export, ["word " * 60], "text", "image", GREEDY)
-    with pytest.raises(UserError, match="text to text"):
+    with pytest.raises(UserError, match="cannot generate text to text"):
         generate(export, CAPTIONS, "text", "text", GREEDY)
     with pytest.raises(UserError, match="no modality 'audio'"):
         generate(export, CAPTIONS, "text", "audio", GREEDY)
@@ -125,7 +125,7 @@ def test_a_prompt_that_leaves_no_room_is_a_user_error(export):
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}, {"max_tokens": 0}])
 def test_unfit_sampling_is_a_user_error(values):
-    with pytest.raises(UserError, match="unfit sampling"):
+    with pytest.raises(UserError, match="invalid sampling settings"):
         Sampling(**values)
 
 
@@ -183,10 +183,10 @@ def test_requests_are_made_as_by_single_commands(folder, tmp_path):
     [
         ([], "no request"),
         (["{"], "not JSON"),
-        (["[]"], "not an object of texts"),
-        ([{"prompt": "a", "to": "image"}], "keys prompt, to"),
-        ([{"prompt": "a", "from": "b.png", "to": "image", "out": "c.png"}], "keys from, out, prompt, to"),
-        ([{"prompt": "a", "to": "smell", "out": "c.png"}], "no modality 'smell'"),
+        (["[]"], "not a JSON object of strings"),
+        ([{"prompt": "a", "to": "image"}], "wrong keys: prompt, to"),
+        ([{"prompt": "a", "from": "b.png", "to": "image", "out": "c.png"}], "wrong keys: from, out, prompt, to"),
+        ([{"prompt": "a", "to": "smell", "out": "c.png"}], "unknown modality 'smell'"),
         ([{"prompt": "a", "to": "image", "out": "c.gif"}], "written as .png"),
         ([{"prompt": "a", "to": "image", "out": "taken.png"}], "the output exists"),
         ([{"prompt": "a", "to": "image", "out": "c.png"}] * 2, "2 requests write the same file"),
@@ -209,8 +209,8 @@ def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, m
     ("arguments", "message"),
     [
         (["--prompt", " ", "--to", "image", "--out", "a.png"], "contains no text"),
-        (["--prompt", "a", "--to", "smell", "--out", "a.png"], "no modality 'smell'"),
-        (["--prompt", "a", "--to", "image"], "nowhere to write"),
+        (["--prompt", "a", "--to", "smell", "--out", "a.png"], "unknown modality 'smell'"),
+        (["--prompt", "a", "--to", "image"], "no output given"),
         (["--prompt", "a", "--to", "image", "--out", "a.jpg"], "written as .png"),
         (["--prompt", "a", "--to", "image", "--out", "taken.png"], "the output exists"),
         (["--from", "gone.png", "--to", "text"], "cannot read: No such file"),

@@ -93,7 +93,7 @@ def test_what_is_made_again_twice_is_repeated_twice():
     result = account(events, lines)
     assert seconds(result) == pytest.approx({"productive": 4, "repeated": 8, "down": 12})
     assert result.attempts == 3
-    assert any("without a word" in note for note in result.notes)
+    assert any("has no end record" in note for note in result.notes)
 
 
 def test_a_roll_back_inside_of_an_attempt_is_seen_by_its_lines():
@@ -125,7 +125,7 @@ def test_what_is_missing_is_said_and_not_guessed():
     assert seconds(unlaunched) == pytest.approx({"productive": 10, "unknown": 5})
     assert len(unlaunched.notes) == 2
     back = account([event(0, "launched"), event(0, "started", step=0)], [line(10, 5, 5, 5.0), line(11, 10, 5, 5.0)])
-    assert back.notes == ["a clock went back: the parts of the time are longer than the time line"]
+    assert back.notes == ["a clock was set back: the recorded parts are longer than the elapsed time"]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -238,7 +238,7 @@ def test_roll_back_holds_in_the_durable_tier_too(runs):
     assert tier.complete()[-1] == "step_00000008"
 
     kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
-    assert kind == "UserError" and text.startswith("not rolled back: no answer")
+    assert kind == "UserError" and text.startswith("cannot roll back: no answer")
     assert step_folder(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
 
     kind, text = runs.end_of("durable", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
@@ -260,7 +260,7 @@ def test_roll_backs_end(runs):
 def test_roll_back_without_a_checkpoint_ends_the_run(runs):
     nan = ("nan_in_gradient", {"rank": 0, "at": [2, 3]})
     kind, text = runs.end_of("no_checkpoint", nan, guard={"action": "rollback"}, checkpoint={"every": 4})
-    assert kind == "UserError" and "no checkpoint of before row 4 to go back to" in text
+    assert kind == "UserError" and "no checkpoint from before row 4 to roll back to" in text
 
 
 def test_rank_that_computes_slowly_is_named(runs):

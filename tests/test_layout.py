@@ -74,16 +74,16 @@ EXPERTS = {"num_experts": 8, "ffn_hidden_size": 32, "top_k": 4}
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"window": {"full_layers": [0]}}, "model.window without a size"),
-        ({"window": {"size": 8, "full_layers": [4]}}, "names more than layers 0 to 3"),
-        ({"window": {"size": 8}, "mtp": {"num_layers": 1}}, "multi-token prediction of a model with windows"),
-        (LATENT | {"window": {"size": 8}}, "latent attention with model.window.size"),
-        (LATENT | {"attention_softcap": 8.0}, "latent attention with model.attention_softcap"),
-        ({"rope_scaling": {"kind": "yarn", "factor": 2}}, "yarn is of latent attention"),
+        ({"window": {"full_layers": [0]}}, "model.window needs a size"),
+        ({"window": {"size": 8, "full_layers": [4]}}, "is not within layers 0 to 3"),
+        ({"window": {"size": 8}, "mtp": {"num_layers": 1}}, "multi-token prediction does not support windows"),
+        (LATENT | {"window": {"size": 8}}, "latent attention does not support model.window.size"),
+        (LATENT | {"attention_softcap": 8.0}, "latent attention does not support model.attention_softcap"),
+        ({"rope_scaling": {"kind": "yarn", "factor": 2}}, "yarn requires MLA"),
         ({"moe": EXPERTS | {"dense_layers": 4}}, "leaves no layer with experts"),
         ({"moe": EXPERTS | {"score": "sigmoid", "norm_top_k": False}}, "Megatron-core normalises sigmoid scores"),
         ({"moe": EXPERTS | {"num_groups": 3, "group_top_k": 2}}, "not divisible by model.moe.num_groups = 3"),
-        ({"moe": EXPERTS | {"num_groups": 4, "group_top_k": 1}}, "4 groups cannot give 4 experts of 1 groups"),
+        ({"moe": EXPERTS | {"num_groups": 4, "group_top_k": 1}}, "cannot choose 4 experts from 1 of 4 groups"),
     ],
 )
 def test_what_does_not_go_together_is_refused(model, message):

@@ -153,7 +153,7 @@ FOUND = {
     "a copy is damaged": lambda rank: ([4, 5], [rank, (rank + 2) % 4]),
     "all copies are damaged": lambda rank: (
         [4, 5],
-        "damaged checkpoint: no node has tensors/__0_0.distcp of step 5 whole",
+        "damaged checkpoint: no node has a valid tensors/__0_0.distcp of step 5",
     ),
     "a part is missing": lambda rank: ([4], [rank, (rank + 2) % 4]),
     "another run": lambda rank: ([], []),
@@ -244,7 +244,7 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
     (part,) = parts.parts_in(two)
     parts.commit(two, parts.Part(part.rank, 2, part.save, part.node, part.files))
-    assert listed(local.root)[1][1:] == ["local", "damaged: parts of ranks 0 of 2", "newest"]
+    assert listed(local.root)[1][1:] == ["local", "damaged: this node has only parts of ranks 0 of 2", "newest"]
     parts.commit(two, part)
     image = two / "tensors" / "__0_0.distcp"
     data = bytearray(image.read_bytes())

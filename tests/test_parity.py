@@ -43,11 +43,11 @@ NAMED = [
         faults.tied_embedding_sum_dropped,
         "a sum over the pipeline parallel group is missing: gradient of embedding.word_embeddings.weight",
     ),
-    ("world=2 parallel.tensor=2", faults.document_index_shifted, "positions by which attention turns queries and keys"),
+    ("world=2 parallel.tensor=2", faults.document_index_shifted, "positions used for RoPE in attention"),
     (
         "world=2 parallel.context=2 model.rope_axes=3",
         faults.row_positions_shifted,
-        "segments or positions (row map) handed to attention differ from the row's: row 0, token 1: 0 instead of 1",
+        "segments or positions (row map) passed to attention differ from the row's: row 0, token 1: 0 instead of 1",
     ),
     (
         f"world=2 parallel.expert=2 model.moe.aux_loss_coeff=0.02 {MOE}",
@@ -129,7 +129,7 @@ def _report(**changes):
         ({"routed": {}}, "step 1 layer 1: expert 0 got 0 tokens instead of 6"),
         ({"extents": [Extent("w", (0, 0), (2, 3), True)]}, "elements of w are owned by no rank, or by several"),
         ({"extents": [Extent("w", (0, 0), (4, 3), True)] * 2}, "elements of w are owned by no rank, or by several"),
-        ({"extents": [Extent("w", (0, 0), (4, 3), True), Extent("v", (0,), (1,), True)]}, "v is no tensor of"),
+        ({"extents": [Extent("w", (0, 0), (4, 3), True), Extent("v", (0,), (1,), True)]}, "v is not a tensor of"),
         ({"strange": ["positions differ"]}, "positions differ"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_case_is_its_line():
     assert case.run().config.parallel.layers_per_chunk == [1, 3]
     with pytest.raises(UserError, match="not key=value"):
         Case.parse("world")
-    with pytest.raises(UserError, match="no mix 'none'"):
+    with pytest.raises(UserError, match="unknown mix 'none'"):
         Case.parse("mix=none")
     with pytest.raises(UserError, match=r"nearest valid key is parallel\.tensor"):
         Case.parse("parallel.tensr=2").run()

@@ -147,7 +147,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     faults += ",sigstop@resume:0:0:2,sigterm@data:6:1:3,until_asked@step:6:1:3"
     assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
     causes = [event["cause"] for event in of_kind(output, "failed")]
-    assert causes[:2] == ["the process that starts ranks has ended", "the agent ended with signal 9 (SIGKILL)"]
+    assert causes[:2] == ["the ranks' template process exited", "the agent exited with signal 9 (SIGKILL)"]
     (hang,) = of_kind(output, "hang")
     assert len(causes) == 3 and hang["limit"] < 60  # the new agent knows how long a resumption takes
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
@@ -257,7 +257,9 @@ def test_nodes_come_and_go(data, undisturbed):
     wait_for(lambda: of_kind(output, "launched"), first, config)
     lost, another = config_of(data, "lost")  # a job of its own, started at this one's port
     assert run(another, *options) == 2
-    assert f'error: the job of other nodes is another one: config.output is "{output}" there' in output_of(another)
+    assert f"error: this node's job does not match the other nodes': config.output is \"{output}\" there" in output_of(
+        another
+    )
     assert not lost.exists()
     again = [start(config, *second) for second in ((), ("resilience.max_restarts=0",))]  # with an agent, and without
     assert [each.wait(timeout=60) for each in again] == [2, 2]
@@ -335,7 +337,7 @@ def test_the_only_node_is_evicted_with_a_diagnosis(data):
     (event,) = of_kind(output, "evicted")
     assert event["why"].startswith("rank 1: transient fault at step 3: ") and event["step"] == 3
     assert [line for line in output_of(config).splitlines() if line.startswith("error: ")] == [
-        f"error: node {event['node']} is evicted: {event['why']}; look at its hardware, then start again"
+        f"error: node {event['node']} is evicted: {event['why']}; check its hardware, then restart it"
     ]
     assert not of_kind(output, "restarting", "failed", "gave_up")
     assert (output / "checkpoints" / "step_00000003" / "manifest.json").is_file()

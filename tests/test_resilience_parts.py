@@ -354,10 +354,10 @@ def test_an_agent_ends_with_its_command_before_it_does_anything_else():
 @pytest.mark.parametrize(
     ("nodes", "rendezvous", "what"),
     [
-        ("x", None, "is no number"),
-        ("4:2", "h:1", "is no range"),
-        ("0", None, "is no range"),
-        ("1:2", None, "place to meet"),
+        ("x", None, "invalid --nnodes x"),
+        ("4:2", "h:1", "invalid range --nnodes 4:2"),
+        ("0", None, "invalid range --nnodes 0"),
+        ("1:2", None, "requires --rendezvous"),
     ],
 )
 def test_nodes_that_are_refused(nodes, rendezvous, what):

@@ -37,7 +37,7 @@ def at_once(monkeypatch):
 def test_another_job_is_refused_until_the_holder_has_ended(holder, tmp_path, at_once):
     run = tmp_path / "run"
     said = (
-        rf"another job trains in this folder, process {holder.pid} on \S+ since 20.* UTC \({run}\); end that job first"
+        rf"another job trains in this folder, process {holder.pid} on \S+ since 20.* UTC \({run}\); stop that job first"
     )
     for _ in range(2):
         with pytest.raises(UserError, match=said):
@@ -72,4 +72,4 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(fcntl, "flock", none)
     assert run_lock.hold(tmp_path / "run", "first") is None
-    assert "cannot be locked ([Errno 95] Operation not supported): nothing keeps a second job out" in caplog.text
+    assert "([Errno 95] Operation not supported): a second job could use it" in caplog.text

@@ -80,7 +80,7 @@ STEPPING = [(1.0, "step", 3), (2.0, "data", 3)]
             [LAUNCHED, STARTED, (5.0, "signal", {"signal": "SIGTERM"})],
             [(1.0, "end", 4), (1.0, "end", 4)],
             "stopped",
-            "SIGTERM: run it again to go on",
+            "SIGTERM: run it again to continue",
         ),
         ([LAUNCHED, STARTED, (5.0, "finished", {"step": 100})], [(5.0, "end", 100)], "done", "finished"),
         # A single process without an agent records neither a launch nor an end.

@@ -91,7 +91,7 @@ def test_command_prints_result_and_assumptions():
 
 
 def test_costs_of_a_run(tmp_path):
-    with pytest.raises(UserError, match="no failure and no checkpoint"):
+    with pytest.raises(UserError, match="no timed failure or checkpoint"):
         costs.measure(tmp_path, 64)
     events.record(tmp_path, "launched", restart=0)
     events.record(tmp_path, "started", step=0, world=4)

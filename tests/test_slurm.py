@@ -69,7 +69,8 @@ def test_the_life_of_a_job(lab, swept):
     swept[0].is_at("injected")
     time_is_up(job, swept[0])
     assert job.ends_as_undisturbed()["Restarts"] == "3"
-    job.tells("restart 2", "got USR1", "SIGUSR1: a checkpoint", "with a checkpoint: requeueing", "restart 3", "resumed")
+    words = "restart 2", "got USR1", "SIGUSR1: writing a checkpoint", "with a checkpoint: requeueing", "restart 3"
+    job.tells(*words, "resumed")
     assert [event["ranks"] for event in job.events("launched")] == [2] * 4
 
 

@@ -20,7 +20,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(lab):
     job.is_at("injected")
     lab.cluster("scancel", job.number)
     record = job.wait()
-    job.tells("SIGTERM: a checkpoint", "with a checkpoint; Slurm has ended this job")
+    job.tells("SIGTERM: writing a checkpoint", "with a checkpoint; Slurm has ended this job")
     assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), job.log
     assert [path.is_dir() for path in sorted((job.run / "checkpoints").glob("step_0000000[56]"))] == [True]
 

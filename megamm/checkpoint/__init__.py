@@ -6,10 +6,10 @@
         state.json          step, consumed rows, config, vocabulary ranges, layout, versions (state.py)
         manifest.json       size and digest of every file; written last (manifest.py)
 
-A save: staging.py copies the engine's blocks into the image of this rank's file, saver.py tells the rank's writer
-(writer.py, a process without torch), and rank 0's writer publishes when every rank's part is there. A load: reader.py
-takes from the files just what a rank's blocks need. A damaged checkpoint is named and passed over (folder.py).
-Nothing here imports torch, so that the writer starts at once.
+Save: staging.py copies the engine's blocks into the image of this rank's file, saver.py notifies the rank's writer
+(writer.py, a process without torch), and rank 0's writer publishes the checkpoint when every rank's part is there.
+Load: reader.py reads from the files only what a rank's blocks need. A damaged checkpoint is logged and skipped
+(folder.py). This module does not import torch, so that the writer starts at once.
 """
 
 from megamm.checkpoint.folder import newest, path_of, verify

@@ -1,8 +1,8 @@
-"""One tensor as `torch.save` stores it: a zip archive in which the elements lie uncompressed, little-endian.
+"""One tensor as `torch.save` stores it: a zip archive with the elements uncompressed and little-endian.
 
-`frame` gives what surrounds the elements, which depends on dtype and size alone; `elements_of` finds them in an archive
-that was read. Neither runs what is in one: a description that is not, byte for byte, what torch.save writes of such a
-tensor is left to torch.load(weights_only=True).
+`frame` returns the bytes around the elements, which depend only on dtype and size; `elements_at` finds the elements in
+an archive. Neither unpickles anything: if the description differs from what torch.save writes for such a tensor by a
+single byte, torch.load(weights_only=True) reads the archive.
 """
 
 import functools
@@ -18,12 +18,12 @@ from torch.serialization import skip_data
 from megamm.checkpoint.blocks import Shape
 
 _LOCAL_HEADER = 30
-"""Bytes before the name in a record of a zip archive; its last four are the lengths of name and extra field."""
+"""Bytes before the name in a zip record; the last four are the lengths of the name and of the extra field."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Bytes before the elements and behind them; description: the record that says dtype, size and strides."""
+    """Bytes before and after the elements; description: the record with dtype, size and strides."""
 
     head: bytes
     tail: bytes
@@ -31,7 +31,7 @@ class Frame:
 
 
 class _Sparse:
-    """A file for torch.save, which skips the elements: keeps what is written and where."""
+    """A file for torch.save that skips the elements: it keeps what is written, and where."""
 
     def __init__(self) -> None:
         self.place, self.written = 0, list[tuple[int, bytes]]()
@@ -81,13 +81,13 @@ class _Window(io.RawIOBase):
 
 @functools.cache
 def frame(dtype: torch.dtype, size: Shape) -> Frame:
-    """Of a contiguous tensor on the CPU, made by torch.save of one without elements."""
+    """Return the frame of a contiguous CPU tensor, created by torch.save of a tensor without elements."""
     with FakeTensorMode():
         tensor = torch.empty(size, dtype=dtype)
     sparse = _Sparse()
     with skip_data(materialize_fake_tensors=True):
         torch.save(tensor, sparse)  # type: ignore[arg-type]
-    space = mmap.mmap(-1, sparse.place)  # pages that nobody writes to take no memory
+    space = mmap.mmap(-1, sparse.place)  # pages that are never written take no memory
     for place, data in sparse.written:
         space[place : place + len(data)] = data
     start, length, description = _parse(memoryview(space))
@@ -96,7 +96,7 @@ def frame(dtype: torch.dtype, size: Shape) -> Frame:
 
 
 def _parse(archive: memoryview) -> tuple[int, int, bytes]:
-    """First byte and number of bytes of the elements, and the description. zipfile.BadZipFile or KeyError."""
+    """Return the elements' first byte and number of bytes, and the description; zipfile.BadZipFile or KeyError."""
     window = _Window(archive)
     with zipfile.ZipFile(window) as read:
         names = {name.partition("/")[2]: name for name in read.namelist()}
@@ -113,8 +113,11 @@ def _parse(archive: memoryview) -> tuple[int, int, bytes]:
 
 
 def elements_at(archive: memoryview, dtype: torch.dtype, size: Shape) -> int | None:
-    """First byte of the elements of the tensor stored in an archive, `size` of dtype; None if it holds another, or
-    something else: what torch.load makes of that is for it to say. The elements are not looked at."""
+    """Return the first byte of the elements of the stored tensor, which has this dtype and size.
+
+    Return None if the archive holds another tensor or something else; torch.load decides about those. The elements are
+    not checked.
+    """
     try:
         start, length, description = _parse(archive)
     except (zipfile.BadZipFile, KeyError):
@@ -124,8 +127,9 @@ def elements_at(archive: memoryview, dtype: torch.dtype, size: Shape) -> int | N
 
 
 def tensor_in(archive: memoryview, dtype: torch.dtype, size: Shape) -> torch.Tensor:
-    """The tensor stored in an archive, `size` of dtype; over the same memory where that can be. UserError-free:
-    ValueError if it holds another, whatever torch.load raises if it holds something else.
+    """Return the tensor stored in an archive, with this dtype and size; it shares the memory if possible.
+
+    ValueError if the archive holds another tensor; any error of torch.load if it holds something else. Never UserError.
     """
     start = elements_at(archive, dtype, size)
     if start is not None:

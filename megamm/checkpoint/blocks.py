@@ -1,4 +1,4 @@
-"""Blocks: boxes of a whole tensor that lie in this rank's memory, to be stored or to be read.
+"""Blocks: boxes of a whole tensor in this rank's memory, to be saved or loaded.
 
 A whole tensor `key` has `shape`; a block starts at `offset` in it, has `size`, and `data` is its live, contiguous
 storage. A rank's flat range of a tensor (the distributed optimizer's shards) is cut into boxes by `flat_boxes`.
@@ -13,14 +13,17 @@ import torch
 Shape = tuple[int, ...]
 STATE = "optimizer.state."
 MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
-"""Kinds of optimizer state: KEY's float32 main copy and Adam's moments are stored as `STATE + kind + "." + KEY`."""
+"""Kinds of optimizer state: the float32 main copy and Adam's moments of KEY have the key `STATE + kind + "." + KEY`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """data: contiguous, of `size` elements, any device. grows: stored with another first size it still fits
-    (the vocabulary's padding depends on the layout); only what both have is read. steady: nothing but an optimizer's
-    update, and a load, changes the data (engine.before_update tells of the first)."""
+    """A block of a tensor. data: contiguous, `size` elements, on any device.
+
+    grows: a stored tensor with another first size still fits (the vocabulary's padding depends on the layout); only the
+    rows that both have are read. steady: only an optimizer update (see engine.before_update) or a load changes the
+    data.
+    """
 
     key: str
     shape: Shape
@@ -32,15 +35,16 @@ class Block:
 
     @classmethod
     def whole(cls, key: str, tensor: torch.Tensor) -> "Block":
-        """All of a tensor."""
+        """Return a block of all of a tensor."""
         shape = tuple(tensor.shape)
         return cls(key, shape, (0,) * len(shape), shape, tensor.detach().contiguous())
 
 
 def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape, int]]:
-    """(offset, size, flat place of the first element) of boxes that make up elements [start, stop) in row-major order.
+    """Yield (offset, size, flat index of the first element) of boxes that cover the row-major elements [start, stop).
 
-    At most 2 n - 1 boxes for n axes: the end of the first row, whole rows, the begin of the last, all by the same rule.
+    There are at most 2 n - 1 boxes for n axes: the end of the first row, whole rows, and the begin of the last row,
+    each split recursively.
     """
     if start >= stop:
         return

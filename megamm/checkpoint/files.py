@@ -1,6 +1,6 @@
-"""Every change that a save makes to a file system goes through these few calls, so that a test can stop at each.
+"""All changes that a save makes to a file system go through these few functions, so that a test can stop at each.
 
-What is written is synced before it is named: a rename that is seen after a crash implies the contents.
+Data is synced before a file is renamed: if a rename has survived a crash, the contents have too.
 """
 
 import ctypes
@@ -15,16 +15,16 @@ from megamm.checkpoint import manifest
 from megamm.checkpoint.manifest import Entry
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-"""Of renameat2(2), which Python does not have; some network file systems refuse an exchange."""
+"""Arguments of renameat2(2), which Python lacks; some network file systems do not support an exchange."""
 renameat2 = getattr(ctypes.CDLL(None), "renameat2", lambda *_: -1)
 PIECE = 1 << 20
-"""Bytes hashed and written at a time: they are still in the processor's cache for the second."""
+"""Bytes hashed and written at a time: when they are written, they are still in the processor's cache."""
 DIRECT_PIECE = 16 << 20
-"""The same past the page cache: there a call costs more than the bytes."""
+"""The same with O_DIRECT, where a call costs more than copying the bytes."""
 
 
 def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
-    """Write a new file and sync it; what the manifest says of it. OSError if it fails."""
+    """Write a new file and sync it; return its manifest entry. OSError if it fails."""
     digest, size = manifest.hasher(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
@@ -41,9 +41,10 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
 
 
 def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
-    """`write` of memory that begins where a page does, past the page cache (O_DIRECT, open(2)).
+    """Write page-aligned memory with O_DIRECT (open(2)), like `write` otherwise.
 
-    The copy into the cache is most of a write's processor time. Also why it was made all the same, "" if it was not.
+    The copy into the page cache takes most of a write's processor time. Also return why the page cache was used, or ""
+    if it was not.
     """
     digest, flags, direct, why = manifest.hasher(), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, True, ""
     try:
@@ -51,7 +52,7 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        direct, why = False, "the file system has no O_DIRECT"
+        direct, why = False, "the file system does not support O_DIRECT"
         descriptor = os.open(path, flags, 0o644)
     try:
         for left in in_pieces(image, DIRECT_PIECE):
@@ -65,7 +66,7 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
                 except OSError as error:
                     if not direct or error.errno != errno.EINVAL:
                         raise
-                    direct, why = _use_cache(descriptor), "the file system takes no pages by O_DIRECT"
+                    direct, why = _use_cache(descriptor), "the file system rejects page-aligned writes with O_DIRECT"
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -73,13 +74,13 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
 
 
 def _use_cache(descriptor: int) -> bool:
-    """From now on; False, what O_DIRECT is then."""
+    """Switch a descriptor to the page cache; return False, the new value of `direct`."""
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT)
     return False
 
 
 def entry_of(pieces: Iterable[bytes | memoryview]) -> Entry:
-    """What the manifest says of a file with these contents."""
+    """Return the manifest entry of a file with these contents."""
     digest, size = manifest.hasher(), 0
     for piece in pieces:
         digest.update(piece)
@@ -88,13 +89,13 @@ def entry_of(pieces: Iterable[bytes | memoryview]) -> Entry:
 
 
 def in_pieces(data: bytes | memoryview, length: int = PIECE) -> Iterable[memoryview]:
-    """The same bytes, so many at a time."""
+    """Return the same bytes in pieces of `length`."""
     view = memoryview(data)
     return (view[i : i + length] for i in range(0, len(view), length))
 
 
 def make_folder(path: Path) -> None:
-    """With its parents; there already is fine."""
+    """Create a folder and its parents; it may exist already."""
     for folder in (*reversed(path.parents), path):
         if not folder.exists():
             try:
@@ -104,17 +105,17 @@ def make_folder(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Within a folder, atomically; a file of the new name is replaced."""
+    """Rename within a folder, atomically; a file of the new name is replaced."""
     os.rename(old, new)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step, so that there is no moment without either; False where that cannot be done."""
+    """Swap two names atomically, so that both always exist; return False if that is not supported."""
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
+    """Sync a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,7 +124,7 @@ def sync(path: Path) -> None:
 
 
 def remove_file(path: Path) -> None:
-    """Gone already is fine."""
+    """Remove a file; it may be missing."""
     try:
         os.unlink(path)
     except FileNotFoundError:
@@ -131,7 +132,7 @@ def remove_file(path: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """A folder with all that is in it, links not followed; gone already is fine."""
+    """Remove a folder with its contents, without following links; it may be missing."""
     try:
         entries = list(os.scandir(path))
     except FileNotFoundError:

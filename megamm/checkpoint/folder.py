@@ -1,8 +1,8 @@
-"""The folders of a run's checkpoints: which there are, whether they are whole, which one to resume, which to remove.
+"""The checkpoint folders of a run: lists and verifies them, finds the newest valid one, publishes, removes leftovers.
 
-RUN/checkpoints/step_00001000/          a checkpoint; it has this name only once it is complete
+RUN/checkpoints/step_00001000/          a checkpoint; it gets this name only when it is complete
 RUN/checkpoints/.tmp-*, .old-*          being written, being removed: never read
-RUN/checkpoints/damaged-step_*          set aside when its step was written again
+RUN/checkpoints/damaged-step_*          a damaged checkpoint, renamed when its step was written again
 """
 
 import logging
@@ -16,23 +16,23 @@ from megamm.errors import UserError
 
 log = logging.getLogger(__name__)
 READERS = 8
-"""Threads that check files at a time (hashing lets other threads run)."""
+"""Maximum number of threads that check files (hashing releases the GIL)."""
 
 
 def path_of(run: Path, step: int) -> Path:
-    """The folder of a step's checkpoint, there or not."""
+    """Return the folder of a step's checkpoint, whether or not it exists."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 
 def all_of(run: Path) -> list[Path]:
-    """The run's checkpoints by step, damaged ones too."""
+    """Return the run's checkpoints by step, including damaged ones."""
     return sorted((run / "checkpoints").glob("step_????????"))
 
 
 def verify(folder: Path, up_to: float = math.inf) -> None:
-    """Compare every file with the manifest, those of more bytes than `up_to` by their size alone.
+    """Compare every file with the manifest; of files larger than `up_to` bytes only the size.
 
-    UserError names the first that is missing or differs.
+    UserError for the first file that is missing or differs.
     """
     listed = manifest.read(folder)
     with ThreadPoolExecutor(min(READERS, len(os.sched_getaffinity(0)))) as pool:
@@ -42,7 +42,7 @@ def verify(folder: Path, up_to: float = math.inf) -> None:
 
 
 def is_valid(folder: Path) -> bool:
-    """Whether it verifies."""
+    """Whether `verify` succeeds."""
     try:
         verify(folder)
     except UserError:
@@ -51,7 +51,7 @@ def is_valid(folder: Path) -> bool:
 
 
 def newest(run: Path, up_to: float = math.inf) -> Path | None:
-    """The newest checkpoint that verifies; None in a fresh run. UserError if there are some and all are damaged.
+    """Return the newest valid checkpoint; None in a fresh run. UserError if there are checkpoints but all are damaged.
 
     up_to: see `verify`.
     """
@@ -61,7 +61,7 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
             verify(folder, up_to)
             return folder
         except UserError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
             last_error = error
     if last_error is not None:
         raise last_error
@@ -69,10 +69,10 @@ def newest(run: Path, up_to: float = math.inf) -> Path | None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Give a complete, synced folder its name, durably.
+    """Rename a complete, synced folder to its final name, durably.
 
-    One of the same name that is damaged is kept under another; a whole one (the run went back and came here again)
-    gives way.
+    A damaged checkpoint with that name is renamed and kept; a valid one is replaced (the run was rolled back and has
+    reached this step again).
     """
     old = final.with_name(f".old-{final.name}")
     if final.exists() and not is_valid(final):
@@ -88,7 +88,7 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def aside(final: Path) -> Path:
-    """A name under which a damaged checkpoint is kept."""
+    """Return a free name under which a damaged checkpoint is kept."""
     number = 1
     while (other := final.with_name(f"damaged-{final.name}-{number}")).exists():
         number += 1
@@ -96,9 +96,9 @@ def aside(final: Path) -> Path:
 
 
 def remove_leftovers(run: Path, attempt: str) -> None:
-    """What killed saves and removals left. attempt: JOB-NUMBER of the save that begins, numbered within the job.
+    """Remove what killed saves and removals left. attempt: JOB-NUMBER of the current save, numbered within the job.
 
-    With a local tier another rank may be at a later save already: that one's folders stay.
+    With a local tier another rank may already be at a later save: the folders of that save stay.
     """
     for pattern in (".tmp-*", ".old-*"):
         for folder in (run / "checkpoints").glob(pattern):
@@ -107,7 +107,7 @@ def remove_leftovers(run: Path, attempt: str) -> None:
 
 
 def _is_of_later(name: str, attempt: str) -> bool:
-    """Whether a temporary folder is of this save or of a later one of the same job."""
+    """Whether a temporary folder belongs to this save or a later one of the same job."""
     job, _, number = attempt.rpartition("-")
     _, is_same_job, theirs = name.partition(f"-{job}-")
     return bool(is_same_job) and theirs.removesuffix(".parts") >= number

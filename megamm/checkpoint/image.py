@@ -1,7 +1,7 @@
-"""The image of the file that a rank writes, in torch's distributed checkpoint format: one item a block (archive.py).
+"""The image of the file that a rank writes, in torch's distributed checkpoint format: one item per block (archive.py).
 
-Everything but the elements is the same at every save: it is laid out once, and a save copies elements only. Blocks that
-share their memory (in float32 a weight is its own main copy) are one item, to which the index points twice.
+Everything except the elements is the same at every save: it is written once, and a save copies only elements. Blocks
+that share memory (in float32 a weight is its own main copy) are one item, to which the index points twice.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where the elements of a block of the list are copied to: first byte in the image."""
+    """Place of a block's elements in the image. block: index in the list; start: first byte."""
 
     block: int
     start: int
@@ -27,17 +27,17 @@ class Place:
 
 @dataclass(frozen=True)
 class Image:
-    """Layout of `size` bytes. entries: one of every block, for the index."""
+    """Layout of `size` bytes. entries: one per block, for the index."""
 
     size: int
     places: tuple[Place, ...]
     entries: tuple[Entry, ...]
     fixed: tuple[tuple[int, bytes], ...]
-    """Bytes that surround elements, and where."""
+    """(position, bytes) of everything around the elements."""
 
     @classmethod
     def of(cls, blocks: Sequence[Block], file: str) -> "Image":
-        """file: the name that the entries give it."""
+        """Lay out the image of these blocks. file: file name in the entries."""
         end, places, entries, fixed = 0, [], [], []
         items: dict[tuple[object, ...], tuple[int, int]] = {}
         for number, block in enumerate(blocks):
@@ -56,6 +56,6 @@ class Image:
         return cls(end, tuple(places), tuple(entries), tuple(fixed))
 
     def lay_out(self, memory: memoryview) -> None:
-        """Write what does not change."""
+        """Write the parts that do not change."""
         for start, data in self.fixed:
             memory[start : start + len(data)] = data

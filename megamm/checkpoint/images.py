@@ -1,8 +1,8 @@
-"""The images of a rank's saves, which take turns: one without a name, or with a local tier a few that are its files.
+"""The images of a rank's saves, used in turn: one anonymous image, or several that are files of the local tier.
 
-A step's part of the local tier is its image (no copy is made of it): before an image is taken for another step, that
-part ceases to count. How many there are is LocalTier.images: one is being filled, one holds the newest step that all
-ranks have, and so on.
+A step's part in the local tier is the image itself, not a copy: before an image is reused for another step, that part
+is invalidated. LocalTier.images is their number: one is being filled, one holds the newest step that all ranks have,
+and so on.
 """
 
 from collections.abc import Callable, Collection
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Images:
-    """Of one rank; each is made when it is first needed."""
+    """Images of one rank; each is created when it is first needed."""
 
     def __init__(self, layout: Image, place: Device, local: "LocalTier | None", rank: int) -> None:
         self.layout, self.place, self.local, self.rank = layout, place, local, rank
@@ -34,7 +34,7 @@ class Images:
             return Staging(self.layout, self.place, path)
         except OSError as error:
             what = f"checkpoint.local: {error}; this rank needs {self.local.images} times {self.layout.size:,} bytes"
-            remedy = "make room there, or leave checkpoint.local out"
+            remedy = "free space there, or remove checkpoint.local from the config"
             raise UserError(what, where=self.local.root, remedy=remedy) from None
 
     @property
@@ -43,9 +43,9 @@ class Images:
         return max((image.step for image in self.all if image.is_kept), default=-1)
 
     def take(self, needed: Collection[int], read: Callable[[], list[Staging]], wait: Callable[[], None]) -> Staging:
-        """An image to be filled anew: that of the oldest step that is not needed and that nobody reads.
+        """Return an image to fill: that of the oldest step that is not needed and not being read.
 
-        needed: steps; read: images that are read; wait: called until there is one.
+        needed: steps; read: images that are being read; wait: called until there is a free image.
         """
         if self.local is not None and all(image.step >= 0 for image in self.all) and len(self.all) < self.local.images:
             self.all.append(self._make())
@@ -58,6 +58,6 @@ class Images:
         return oldest
 
     def close(self) -> None:
-        """What is a file stays."""
+        """Close the images; those that are files stay."""
         for image in self.all:
             image.close()

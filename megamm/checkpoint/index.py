@@ -1,6 +1,6 @@
-"""The index of a checkpoint's tensors: torch's distributed checkpoint metadata, written once a run and read safely.
+"""The index of a checkpoint's tensors: torch's distributed checkpoint metadata, created once per run and read safely.
 
-torch stores it as a pickle: it is rebuilt from torch's data classes and nothing else, so that no other code can run.
+torch stores it as a pickle: it is unpickled with torch's data classes only, so that no other code can run.
 """
 
 import io
@@ -42,7 +42,7 @@ _DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, n
 
 @dataclass(frozen=True)
 class Entry:
-    """A stored block: its place in the whole tensor, and the item of a file that holds it (first byte, bytes)."""
+    """A stored block: its place in the whole tensor, and the item of a file that holds it (first byte, length)."""
 
     key: str
     shape: Shape
@@ -66,7 +66,7 @@ class Stored:
 
 
 class _Checker(pickle.Unpickler):
-    """Rebuilds torch's index from its data classes; anything else is refused."""
+    """Unpickles torch's index from its data classes; anything else is rejected."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _CLASSES | _DTYPES:
@@ -75,7 +75,7 @@ class _Checker(pickle.Unpickler):
 
 
 def check_index(folder: Path) -> Metadata:
-    """torch's metadata of a folder of tensors. UserError for one that holds anything but the index's data classes."""
+    """Return torch's metadata of a folder of tensors. UserError if it contains anything but the index's classes."""
     try:
         data = (folder / INDEX).read_bytes()
         list(pickletools.genops(data))
@@ -88,17 +88,17 @@ def check_index(folder: Path) -> Metadata:
 
 def _checked(found: Any) -> Metadata:
     if not isinstance(found, Metadata):
-        raise ValueError("it is no torch.distributed.checkpoint.metadata.Metadata")
+        raise ValueError("it is not a torch.distributed.checkpoint.metadata.Metadata")
     for info in found.storage_data.values():
         if Path(info.relative_path).name != info.relative_path or info.relative_path.startswith("."):
-            raise ValueError(f"{info.relative_path} is no file of the folder")
+            raise ValueError(f"{info.relative_path} is not a file in the folder")
         if getattr(info, "transform_descriptors", None):
             raise ValueError("it has transformed items")
     return found
 
 
 def read(folder: Path) -> dict[str, Stored]:
-    """Every stored tensor by its key (stored objects are left out). UserError as check_index."""
+    """Return every stored tensor by its key (stored objects are skipped). UserError as check_index."""
     metadata = check_index(folder)
     storage = {(at.fqn, tuple(at.offset or ())): info for at, info in metadata.storage_data.items()}
     tensors = {}
@@ -118,9 +118,9 @@ def read(folder: Path) -> dict[str, Stored]:
 
 
 def files_of(entries: Iterable[Entry]) -> dict[str, bytes]:
-    """The files beside the ranks': torch's index, and what Megatron's loader wants to see. The entries of all ranks.
+    """Return the files besides the ranks': torch's index, and those that Megatron's loader expects.
 
-    An assert guards that they make up every tensor: none twice, nothing left out.
+    entries: of all ranks. Asserts check that they cover every tensor exactly once.
     """
     tensors: dict[str, TensorStorageMetadata] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}

@@ -1,4 +1,4 @@
-"""Threads of the writer: what is done in turn beside the rest, and the sign of life while something is done."""
+"""Threads of the writer: queues of work in the background, and the keep-alive while work is in progress."""
 
 import queue
 import threading
@@ -9,14 +9,14 @@ ALIVE_SECONDS = 0.5
 
 
 class Lane:
-    """A thread that does one thing after the other, started for the first; errors go to threading.excepthook."""
+    """A thread that runs functions one after the other, started at the first; errors go to threading.excepthook."""
 
     def __init__(self) -> None:
         self.things: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
     def do(self, thing: Callable[[], None]) -> None:
-        """When its turn comes."""
+        """Queue a function."""
         if self.thread is None:
             self.thread = threading.Thread(target=self._work, daemon=True)
             self.thread.start()
@@ -27,14 +27,14 @@ class Lane:
             thing()
 
     def finish(self) -> None:
-        """Returns when all is done."""
+        """Wait until all queued functions have run."""
         self.things.put(None)
         if self.thread is not None:
             self.thread.join()
 
 
 class Working:
-    """While it is entered for longer, `say` is called, by a thread: the others may be inside a call to the disk."""
+    """While entered, a thread calls `say` every ALIVE_SECONDS: the other threads may be blocked in disk I/O."""
 
     def __init__(self, say: Callable[[], None]) -> None:
         self.say = say

@@ -1,10 +1,10 @@
-"""The list of a checkpoint's files as bytes from anywhere: names that stay in their folder, sizes, digests.
+"""The manifest of a checkpoint: names, sizes and digests of its files; it is treated as untrusted input.
 
     {"digest": "xxh3_128", "files": {"state.json": {"size": 812, "xxh3_128": "99aa…"}, …}}
 
-`digest` names the function; without it, it is SHA-256, as manifests had it at first. XXH3 (Collet, xxhash.com) finds
-damage as well and costs a fortieth; neither tells who wrote a file: whoever can change a file can change its manifest.
-Whoever can write a manifest must not be able to name a file outside of the checkpoint's folder.
+`digest` is the hash function; without it, it is SHA-256, as in the first manifests. XXH3 (Collet, xxhash.com) detects
+damage equally well at a fortieth of the cost. Neither proves who wrote a file: whoever can change a file can change its
+manifest. A manifest must not be able to name a file outside of the checkpoint's folder.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from megamm.errors import UserError
 NAME, STATE = "manifest.json", "state.json"
 STEP_FOLDER = re.compile(r"step_\d{8}")
 DIGEST, FIRST_DIGEST = "xxh3_128", "sha256"
-"""Of what is written now, and of manifests that name none."""
+"""Hash function of new manifests, and of manifests that name none."""
 _CHUNK = 1 << 22
 
 
 class Hasher(Protocol):
-    """As hashlib has it."""
+    """The interface of hashlib's hash objects."""
 
     def update(self, data: bytes | memoryview, /) -> None: ...
 
@@ -34,43 +34,43 @@ class Hasher(Protocol):
 
 
 def hasher(name: str = DIGEST) -> Hasher:
-    """A new one. ValueError for a function that is not known."""
+    """Create a hasher. ValueError for an unknown function."""
     if name == DIGEST:
         import xxhash
 
         return xxhash.xxh3_128()
     if name == FIRST_DIGEST:
         return hashlib.sha256()
-    raise ValueError(f"the digest {name!r} is not known")
+    raise ValueError(f"unknown digest {name!r}")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One file: size in bytes, digest as hex, and the function that gave it."""
+    """One file: size in bytes, digest as hex, and the hash function."""
 
     size: int
     digest: str
     function: str = DIGEST
 
     def to_json(self) -> dict[str, Any]:
-        """As it is in a manifest."""
+        """Return the entry as it is in a manifest."""
         return {"size": self.size, self.function: self.digest}
 
     @classmethod
     def from_json(cls, entry: Any, function: str = DIGEST) -> "Entry":
-        """KeyError, TypeError or ValueError for anything else."""
+        """Parse an entry; KeyError, TypeError or ValueError if it is not one."""
         hasher(function)
         return cls(int(entry["size"]), str(entry[function]), function)
 
 
 def render(listed: Mapping[str, Entry]) -> bytes:
-    """The manifest of files by their path inside the checkpoint."""
+    """Return the manifest for files by their path inside the checkpoint."""
     files = {name: entry.to_json() for name, entry in listed.items()}
     return json.dumps({"digest": DIGEST, "files": files}, indent=1, sort_keys=True).encode()
 
 
 def parse(data: bytes, where: str | Path) -> dict[str, Entry]:
-    """The files listed, by their path inside the checkpoint. UserError for anything but a complete, safe list."""
+    """Return the listed files by their path inside the checkpoint. UserError for anything but a complete, safe list."""
     try:
         whole = json.loads(data)
         function = whole.get("digest", FIRST_DIGEST)
@@ -86,7 +86,7 @@ def parse(data: bytes, where: str | Path) -> dict[str, Entry]:
 
 
 def read(folder: Path) -> dict[str, Entry]:
-    """`parse` of a folder's own manifest."""
+    """Parse a folder's own manifest."""
     try:
         data = (folder / NAME).read_bytes()
     except OSError as error:
@@ -95,19 +95,19 @@ def read(folder: Path) -> dict[str, Entry]:
 
 
 def stays_inside(name: str) -> bool:
-    """Whether a path in "/" notation names something below the folder that it is relative to."""
+    """Whether a path in "/" notation stays below the folder that it is relative to."""
     path = PurePosixPath(name)
     plain = bool(name) and "\\" not in name and "\0" not in name and str(path) == name
     return plain and not path.is_absolute() and ".." not in path.parts
 
 
 def step_of(name: str) -> int:
-    """The step in a folder's name, `step_00001000`."""
+    """Return the step of a folder name, `step_00001000`."""
     return int(name.removeprefix("step_"))
 
 
 def digest(path: Path, function: str = DIGEST) -> Entry:
-    """Size and digest of a file. OSError if it cannot be read."""
+    """Return size and digest of a file. OSError if it cannot be read."""
     made, size = hasher(function), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -117,7 +117,7 @@ def digest(path: Path, function: str = DIGEST) -> Entry:
 
 
 def problem_of(folder: Path, name: str, entry: Entry, up_to: float = math.inf) -> str:
-    """What is wrong with a file of a folder; "" if it is there with this size and, up to so many bytes, digest."""
+    """Return what is wrong with a file; "" if it has this size and digest (checked up to `up_to` bytes only)."""
     path = folder / name
     if not path.is_file() or path.stat().st_size != entry.size:
         return f"{name} is missing or truncated"
@@ -127,11 +127,11 @@ def problem_of(folder: Path, name: str, entry: Entry, up_to: float = math.inf) -
 
 
 def is_whole(path: Path, entry: Entry) -> bool:
-    """Whether the file is there with this size and digest."""
+    """Whether the file exists with this size and digest."""
     return not problem_of(path.parent, path.name, entry)
 
 
 def damaged(what: str, where: str | Path) -> UserError:
-    """What to raise about a checkpoint that is not whole."""
+    """Return the error for a damaged checkpoint."""
     remedy = "use another checkpoint, or remove this one to start without it"
     return UserError(f"damaged checkpoint: {what}", where=where, remedy=remedy)

@@ -1,7 +1,7 @@
-"""Parts of stored tensors, one after the other, in memory that is no larger than they are.
+"""Reads parts of stored tensors, one after the other, without more memory than the parts themselves.
 
-reader.py maps a rank's files and reads them once; a conversion goes through all of a checkpoint, and pages of a map
-count as its memory until they are unmapped. So here the elements are read (pread) into the block they are for.
+reader.py maps a rank's files and reads them once. A conversion reads a whole checkpoint, and mapped pages count as its
+memory until they are unmapped. So here the elements are read (pread) directly into their block.
 """
 
 import os
@@ -19,20 +19,20 @@ from megamm.checkpoint.index import Entry, Stored
 from megamm.errors import UserError
 
 SCRATCH = 16 << 20
-"""Bytes read at a time where they do not lie in the block as they do in the file."""
+"""Bytes read at a time if the order of elements in the block differs from that in the file."""
 
 
 class Pieces:
-    """A folder of tensors, open; `close` it."""
+    """An open folder of tensors; call `close` after use."""
 
     def __init__(self, folder: Path, stored: dict[str, Stored] | None = None) -> None:
-        """stored: what there is, by name, as index.read has it; read here if None: UserError if that is not safe."""
+        """stored: the result of index.read; if None, it is read here, with UserError if it is not safe to read."""
         self.folder, self.stored = folder, index.read(folder) if stored is None else stored
         self.descriptors: dict[str, int] = {}
         self.starts: dict[tuple[str, int], int | None] = {}
 
     def read(self, block: Block) -> None:
-        """Set a block on the CPU, of the stored dtype. UserError as reader.load."""
+        """Read a block on the CPU, of the stored dtype. UserError as reader.load."""
         stored = self.stored.get(block.key)
         reader.check(self.folder, self.stored, [block])
         assert stored is not None and block.data.dtype == stored.dtype, f"{block.key} is stored as another dtype"
@@ -40,9 +40,9 @@ class Pieces:
             self._read(entry, theirs, block.data.view(block.size)[ours])
 
     def _read(self, entry: Entry, box: reader.Slices, target: torch.Tensor) -> None:
-        """The box of a stored block, run by run: elements that are one after the other in the file."""
+        """Read the box of a stored block in runs of elements that are contiguous in the file."""
         start = self._start(entry)
-        if start is None:  # not as torch.save writes it today
+        if start is None:  # not in the format that torch.save writes today
             with reader.mapped(self.folder / entry.file) as pages:
                 target.copy_(reader.tensor_of(self.folder, pages, entry)[box])
             return
@@ -75,7 +75,7 @@ class Pieces:
             raise UserError(what, where=self.folder, remedy="use another checkpoint") from None
 
     def _start(self, entry: Entry) -> int | None:
-        """Of its elements in the file; None if they have to be asked of torch."""
+        """Return the first byte of its elements in the file; None if torch must read them."""
         at = entry.file, entry.start
         if at not in self.starts:
             with reader.mapped(self.folder / entry.file) as pages:
@@ -95,18 +95,18 @@ class Pieces:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor on the CPU."""
+    """Return the memory of a contiguous CPU tensor."""
     array: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
     return memoryview(array)
 
 
 def read_into(descriptor: int, start: int, targets: Sequence[torch.Tensor]) -> None:
-    """Set contiguous tensors, one after the other, from a file's bytes from `start` on. EOFError if it ends before."""
+    """Fill contiguous tensors, one after the other, from a file's bytes from `start` on. EOFError at its end."""
     for target in targets:
         assert target.is_contiguous()
         left = bytes_of(target)
         while left:
             read = os.preadv(descriptor, [left], start)
             if not read:
-                raise EOFError("the file has ended")
+                raise EOFError("unexpected end of file")
             start, left = start + read, left[read:]

@@ -1,4 +1,4 @@
-"""The rank's side of its writer process (writer.py): start, jobs, answers, end."""
+"""The rank's side of its writer process (writer.py): start, jobs, answers, exit."""
 
 import json
 import os
@@ -16,7 +16,7 @@ COMMAND = (sys.executable, "-m", "megamm.checkpoint.writer")
 
 
 class WriterProcess:
-    """It has no device and no torch; in a session of its own, so that Ctrl-C at a terminal spares it."""
+    """A writer process without device and torch, in its own session, so that it does not receive Ctrl-C."""
 
     def __init__(self, descriptor: int, size: int) -> None:
         """descriptor, size: the shared memory (staging.py)."""
@@ -33,13 +33,13 @@ class WriterProcess:
         self.rest = b""
 
     def send(self, message: messages.Message, contents: Mapping[str, bytes]) -> None:
-        """Give it a job. BrokenPipeError if it is gone."""
+        """Send a job. BrokenPipeError if the process has exited."""
         assert self.process.stdin is not None
         self.process.stdin.write(messages.encode(message, contents))
         self.process.stdin.flush()
 
     def answers(self, seconds: float | None = 0.0) -> list[dict[str, Any]]:
-        """What it has said since the last call; waits that long (None: for ever) for something. EOFError: it ended."""
+        """Return its answers since the last call; wait up to `seconds` (None: for ever). EOFError: it has exited."""
         assert self.process.stdout is not None
         descriptor = self.process.stdout.fileno()
         waiting = select.poll()  # select() takes no descriptor above 1023
@@ -53,7 +53,7 @@ class WriterProcess:
         return [json.loads(line) for line in lines]
 
     def close(self, grace: float) -> None:
-        """No more jobs: it ends when it has done those it has, or is ended after `grace` seconds."""
+        """Send no more jobs: the process exits when it has done its jobs, or is killed after `grace` seconds."""
         assert self.process.stdin is not None and self.process.stdout is not None
         end = time.monotonic() + grace
         try:

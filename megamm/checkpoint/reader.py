@@ -1,4 +1,4 @@
-"""Stored tensors into this rank's blocks: of the files only the parts that are needed, whatever layout wrote them."""
+"""Loads stored tensors into this rank's blocks: reads only the needed parts of files, whatever layout wrote them."""
 
 import contextlib
 import mmap
@@ -18,8 +18,8 @@ Slices = tuple[slice, ...]
 
 
 def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> None:
-    """Every tensor asked for must be there with its whole shape, a vocabulary's padding aside. UserError."""
-    remedy = "resume with the config it was made with"
+    """Raise UserError unless every requested tensor is stored with its shape (except for the vocabulary's padding)."""
+    remedy = "resume with the model config that wrote the checkpoint"
     for block in blocks:
         found = stored.get(block.key)
         if found is None:
@@ -27,19 +27,19 @@ def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> N
             raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
         theirs, ours = (found.shape[1:], block.shape[1:]) if block.grows else (found.shape, block.shape)
         if theirs != ours:
-            what = f"{block.key} has shape {found.shape}, the config wants {block.shape}"
+            what = f"{block.key} has shape {found.shape}, but the config needs {block.shape}"
             raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
 
 
 def needed_files(stored: dict[str, Stored], blocks: Sequence[Block]) -> set[str]:
-    """Names of the files, in the folder of tensors, that hold a part of the blocks."""
+    """Return the names of the files in the folder of tensors that contain a part of the blocks."""
     return {entry.file for block in blocks for entry, _, _ in parts(stored[block.key], block)}
 
 
 def load(folder: Path, blocks: Sequence[Block], stored: dict[str, Stored] | None = None) -> None:
-    """Set the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts.
+    """Load the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts.
 
-    stored: what index.read gives, for one who loads in several calls.
+    stored: the result of index.read, for callers that load in several calls.
     """
     stored = index.read(folder) if stored is None else stored
     check(folder, stored, blocks)
@@ -60,24 +60,24 @@ def load(folder: Path, blocks: Sequence[Block], stored: dict[str, Stored] | None
 
 
 def tensor_of(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
-    """A stored block, over the file's memory where that can be. UserError if it is damaged."""
+    """Return a stored block, in the file's memory if possible. UserError if it is damaged."""
     try:
         return tensor_in(file[entry.start : entry.start + entry.length], entry.dtype, entry.size)
-    except Exception as error:  # whatever torch's reader makes of a damaged item
+    except Exception as error:  # torch's reader may raise any error for a damaged item
         what = f"{entry.key} cannot be read from {entry.file}: {error}"
         raise UserError(what, where=folder, remedy="use another checkpoint") from None
 
 
 @contextlib.contextmanager
 def mapped(path: Path) -> Iterator[memoryview]:
-    """The file's bytes, read when looked at. torch wants them writable: changes would stay in this process."""
+    """Map a file; pages are read on access. torch needs them writable: changes would stay in this process."""
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if path.stat().st_size else b""
     yield memoryview(pages)  # unmapped when the last tensor over it is gone
 
 
 def parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]]:
-    """Stored blocks that overlap with one that is wanted: where the overlap lies in theirs and in ours."""
+    """Yield the stored blocks that overlap a requested block, with the overlap as slices of each."""
     offset, size = np.array(block.offset, dtype=np.int64), np.array(block.size, dtype=np.int64)
     low = np.maximum(stored.offsets, offset)
     high = np.minimum(stored.offsets + stored.sizes, offset + size)
@@ -85,7 +85,7 @@ def parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]
     inside = np.minimum(offset + size, np.array(stored.shape, dtype=np.int64)) - offset
     covered = int((high - low)[hits].prod(axis=1).sum())
     if covered != int(np.maximum(inside, 0).prod()):
-        raise UserError(f"the checkpoint's index does not make up {block.key}", remedy="use another checkpoint")
+        raise UserError(f"the checkpoint's index does not cover all of {block.key}", remedy="use another checkpoint")
     for hit in hits:
         entry = stored.blocks[hit]
         theirs, ours = low[hit] - stored.offsets[hit], low[hit] - offset

@@ -1,16 +1,16 @@
-"""Saves of one rank: copy the state into shared memory, tell the writer process, go on with the steps.
+"""Saves of one rank: copies the state into shared memory, notifies the writer process, and continues with the steps.
 
-Weights and optimizer state change at an update alone: on a CPU a thread copies them while the next step's forward and
-backward go on, and `settle`, which the engine calls before its update, waits for what is left. On a GPU, and of what
-may change at any time, the copy is done when `save` returns. A save waits for no disk, unless the one before is not
-written yet: then the step waits for it (back-pressure), and no more memory is taken.
+Weights and optimizer state change only in an update. On a CPU a thread copies them during the next step's forward and
+backward pass, and `settle`, which the engine calls before its update, waits for the rest. On a GPU, and for data that
+may change at any time, the copy is done when `save` returns. A save does not wait for the disk, unless the previous one
+is not written yet: then the step waits for it (back-pressure), so that no more memory is needed.
 
-With a local tier the images are files of that tier: the writer only adds their digests, and a few of them take turns,
-so that nothing waits for the run's disk either. An image is taken for another step when no writer reads it and all
-ranks have a newer step; that they find out by the exchange that every save begins with (`Agreed`).
+With a local tier the images are files of that tier: the writer only adds their digests. Several images are used in
+turn, so that a save does not wait for the run's disk either. An image is reused when no writer reads it and all ranks
+have a newer step; every save begins with an exchange that tells this (`Agreed`).
 
-A save that fails is told and left out; only FAILURES in a row, or a failure of one that is waited for, stop the run, on
-all ranks.
+A failed save is logged and skipped. The run stops, on all ranks, only after FAILURES failures in a row, or if a save
+that is waited for fails.
 """
 
 import time
@@ -41,14 +41,17 @@ if TYPE_CHECKING:
     from megamm.tiers.local import LocalTier
 
 FAILURES = 3
-"""Saves in a row that may fail before the run stops."""
+"""Number of failed saves in a row that stops the run."""
 CLOSE_SECONDS = 30.0
-"""For what is being written when a run ends by an error."""
+"""Seconds to finish writing when a run ends by an error."""
 
 
 @dataclass(frozen=True)
 class Agreed:
-    """Of all ranks: the newest steps that all have in the local tier, and replicated, -1 for none; if one is at it."""
+    """State of all ranks. kept, replicated: newest step that all have in the local tier, and replicated, or -1.
+
+    replicating: whether a rank is replicating.
+    """
 
     kept: int
     replicated: int
@@ -56,7 +59,7 @@ class Agreed:
 
 
 class Saver:
-    """Every rank makes one and calls every method but `poll` and `close` at the same time as the others."""
+    """Saves checkpoints. Every rank has one; all ranks call its methods together, except `poll` and `close`."""
 
     def __init__(
         self,
@@ -67,9 +70,9 @@ class Saver:
         while_waiting: Callable[[], None] = lambda: None,
         local: "LocalTier | None" = None,
     ) -> None:
-        """keep, keep_best: which checkpoints stay when a new one is complete (tiers/retention.py).
+        """keep, keep_best: which checkpoints to keep when a new one is complete (tiers/retention.py).
 
-        while_waiting: called about twice a second while this rank waits for its writer and that is at work.
+        while_waiting: called about twice a second while this rank waits for its writer and the writer is working.
         """
         self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -81,11 +84,11 @@ class Saver:
         self.constant: Mapping[str, bytes] = {}
         self.nonce, self.saves = "", 0
         self.replicating, self.stall = -1, 0.0
-        """The last step that was sent to a peer; seconds that the last save took."""
+        """The last step that was sent to a peer; the seconds that the last save took."""
         self.copier = ThreadPoolExecutor(1)
         self.copying: Future[WriterProcess | None] | None = None
         self.settled = 0.0
-        """Seconds in all that updates have waited for copies."""
+        """Total seconds that updates have waited for copies."""
 
     def save(
         self,
@@ -95,10 +98,10 @@ class Saver:
         wait: bool = False,
         to_run: bool = True,
     ) -> float:
-        """Begin to save; returns the seconds that it took, `stall`. With `wait`, it is complete at the return.
+        """Start a save; return the seconds that this took, `stall`. With `wait`, the save is complete on return.
 
-        blocks: of this rank, the same list at every save but for the data. to_run: into the run's folder, too, not only
-        the local tier. UserError on all ranks, see above.
+        blocks: of this rank; the same list at every save, except for the data. to_run: save into the run's folder too,
+        not only into the local tier. UserError on all ranks, see the module docstring.
         """
         start = time.monotonic()
         self.settle()
@@ -127,7 +130,7 @@ class Saver:
         return self.stall
 
     def _job(self, step: int, to_run: bool, agreed: Agreed) -> dict[str, Any]:
-        """What the writer is told of this save; its answers are awaited from now on."""
+        """Return the writer's job for this save, and register the answers that it owes."""
         assert self.staging is not None
         self.saves += 1
         replicates = self.local is not None and self.local.replicates and not agreed.replicating
@@ -151,7 +154,7 @@ class Saver:
         blocks: Sequence[Block],
         contents: Mapping[str, bytes],
     ) -> WriterProcess | None:
-        """The writer, if it has ended."""
+        """Copy the steady blocks and send the job; return the writer if it has exited."""
         staging.copy(blocks, steady=True)
         try:
             writer.send(job, contents)
@@ -160,21 +163,21 @@ class Saver:
         return None
 
     def settle(self) -> None:
-        """Wait until steady blocks may be changed: an engine's `before_update`, and to be called before a load."""
+        """Wait until steady blocks may be changed. It is the engine's `before_update`; call it before a load too."""
         if self.copying is not None:
             start = time.monotonic()
             copying, self.copying = self.copying, None
             gone = copying.result()
             self.settled += time.monotonic() - start
             if gone is not None and gone is self.writing.process:
-                self.writing.wait()  # how it ended
+                self.writing.wait()  # for its exit code
 
     def _prepare(self, blocks: Sequence[Block]) -> Images:
-        """At the first save: the plan of all ranks, which stays the same."""
+        """Create the images, and at the first save the index of all ranks, which stays the same."""
         if self.images is not None:
             return self.images
         image = Image.of(blocks, f"__{self.rank}_0.distcp")
-        # Together with its count this names a save as no other attempt of the run has.
+        # Together with a counter this gives every save a name that is unique over all attempts of the run.
         told: list[Any] = [None] * self.world
         dist.all_gather_object(told, (uuid.uuid4().hex[:12], image.entries))
         self.nonce = told[0][0]
@@ -185,13 +188,13 @@ class Saver:
         return self.images
 
     def _writer(self) -> WriterProcess:
-        """The process, started again if it ended."""
+        """Return the writer process, restarted if it has exited."""
         assert self.images is not None
         told = {} if self.local is None else {"local": self.local.told_to_writers}
         return self.writing.start(self.images.all[0], told, self.constant)
 
     def poll(self) -> list[Published]:
-        """What was completed since the last call (rank 0 alone knows). Costs microseconds: call it at every step."""
+        """Return the checkpoints completed since the last call (on rank 0 only). It is cheap: call it at every step."""
         if self.writing.owed and (self.copying is None or self.copying.done()):
             self.settle()
             self.writing.hear(0.0)
@@ -199,18 +202,18 @@ class Saver:
         return done
 
     def finish(self) -> None:
-        """Wait until what was saved last is complete. UserError on all ranks if it is not."""
+        """Wait until the last save is complete. UserError on all ranks if it failed."""
         self.drain(failures=1)
 
     def drain(self, failures: int = FAILURES) -> None:
-        """Wait until no rank's writer is at work. UserError on all ranks after that many failures in a row."""
+        """Wait until no rank's writer is working. UserError on all ranks after `failures` failures in a row."""
         self.settle()
         while self.writing.owes("kept", "written", "published"):
             self.writing.wait()
         self._agree(self.writing.failures >= failures)
 
     def forget(self) -> None:
-        """Before the run goes back: no image of a later step counts, and none is on its way to a peer."""
+        """Prepare for a roll-back: invalidate all images, after the transfers to peers are done."""
         self.settle()
         while self.writing.owed:
             self.writing.wait()
@@ -219,7 +222,7 @@ class Saver:
         self.replicating = self.writing.replicated = -1
 
     def _agree(self, stop: bool) -> Agreed:
-        """What all ranks have; raise on all of them if one wants to stop."""
+        """Return the state of all ranks; raise UserError on all of them if one wants to stop."""
         kept = self.images.kept if self.images is not None else -1
         said = [stop, self.writing.owes("replicated"), -kept, -self.writing.replicated]
         vote = torch.tensor(said, dtype=torch.int64, device=self.place.torch_device)
@@ -227,19 +230,19 @@ class Saver:
         stops, replicates, *least = vote.tolist()
         if not stops:
             return Agreed(-least[0], -least[1], bool(replicates))
-        # Here, in step: a rank that ended before rank 0 could end the job before that has told why.
+        # All ranks do this together: if another rank exited first, the job could end before rank 0 reports why.
         self.close()
         problems: list[Any] = [None] * self.world
         dist.all_gather_object(problems, self.writing.problem)
         raise UserError(
             f"the checkpoint could not be written: {next(p for p in problems if p)}",
             where=self.run / "checkpoints",
-            remedy="free disk space or choose another `output`; earlier checkpoints are untouched",
+            remedy="free disk space or choose another `output`; earlier checkpoints are unchanged",
             on_all_ranks=True,
         )
 
     def close(self) -> None:
-        """End the writer when it is done; what it still writes, it may complete."""
+        """Stop the writer after it has completed its current writes."""
         self.settle()
         self.copier.shutdown()
         self.writing.close(CLOSE_SECONDS)
@@ -251,7 +254,7 @@ class Saver:
 def save_now(
     run: Path, state: RunState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], place: Device, keep: int = 1
 ) -> None:
-    """Write one checkpoint, complete at the return. Every rank calls it; UserError on all of them if it fails."""
+    """Write one checkpoint; it is complete on return. Every rank calls it; UserError on all of them if it fails."""
     saver = Saver(run, place, keep)
     try:
         saver.save(state, blocks, rng, wait=True)

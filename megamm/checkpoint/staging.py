@@ -1,7 +1,7 @@
-"""Shared memory that holds the image of this rank's file, and the one copy of the state into it.
+"""Shared memory with the image of this rank's file, and the single copy of the state into it.
 
-Without a local tier a rank has one, without a name. With it, a few that are files of that tier (tiers/parts.py): a save
-there costs no further copy.
+Without a local tier a rank has one anonymous image. With a local tier it has several that are files of that tier
+(tiers/parts.py), so that a save there needs no further copy.
 """
 
 import mmap
@@ -17,18 +17,18 @@ from megamm.checkpoint.image import Image
 from megamm.device import Device
 
 PIECE = 4 << 20
-"""Bytes: larger blocks are cut, so that threads have equal shares."""
+"""Bytes; larger blocks are split, so that threads get equal shares."""
 THREADS = 4
-"""At most; more do not copy faster than memory allows."""
+"""Maximum number of threads; more do not copy faster, because memory bandwidth is the limit."""
 
 
 class Staging:
-    """One image. step: of the state in it, -1 for none; is_kept: that counts in the local tier."""
+    """One image. step: step of the state in it, -1 for none; is_kept: whether it is valid in the local tier."""
 
     def __init__(self, image: Image, place: Device, path: Path | None = None) -> None:
-        """path: of the file that it is to be; without, the memory is gone when the rank and its writer are.
+        """path: file for the image; without it, the memory is freed when the rank and its writer have exited.
 
-        OSError where there is no space.
+        OSError if there is not enough space.
         """
         self.image, self.place, self.path = image, place, path
         self.step, self.is_kept = -1, False
@@ -38,20 +38,20 @@ class Staging:
             os.ftruncate(self.descriptor, self.size)
         else:
             self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            # All of it now: a page that finds no space later ends the process with SIGBUS.
+            # Allocate all of it now: a page without space would later end the process with SIGBUS.
             os.posix_fallocate(self.descriptor, 0, self.size)
-        # All pages now: at the first save each would interrupt the copy.
+        # Map all pages now: at the first save each page fault would interrupt the copy.
         self.memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         image.lay_out(memoryview(self.memory))
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
         place.page_lock(self.bytes)
-        # A GPU copies by itself; ranks on one machine share the cores.
+        # A GPU copies without CPU threads; ranks on one machine share the cores.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.threads = 1 if place.is_gpu else max(1, min(THREADS, cores))
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def copy(self, blocks: Sequence[Block], steady: bool) -> None:
-        """Take the elements of those blocks that are steady, or of the others; when it returns they may be changed."""
+        """Copy the elements of the steady blocks, or of the others; on return these blocks may be changed."""
         shares: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in range(self.threads)]
         loads = [0] * self.threads
         for place in (place for place in self.image.places if blocks[place.block].steady == steady):

@@ -1,4 +1,4 @@
-"""What of a checkpoint is not a tensor: `RunState`, and whether it fits the config that wants to go on from it."""
+"""The non-tensor part of a checkpoint: `RunState`, and checks that it matches the config that resumes from it."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from megamm import __version__, redact
 from megamm.checkpoint.manifest import STATE
 from megamm.errors import UserError
 
-if TYPE_CHECKING:  # the writer's process imports this package, and has no torch
+if TYPE_CHECKING:  # the writer process imports this package without torch
     import torch
 
     from megamm.model.vocabulary import Range, Vocabulary
@@ -20,12 +20,12 @@ if TYPE_CHECKING:  # the writer's process imports this package, and has no torch
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything of a checkpoint that is not a tensor. `layout` is the grid that wrote it.
+    """The non-tensor part of a checkpoint. layout: the process grid that wrote it.
 
-    Without optimizer state (an import) training starts with fresh moments. mixture is the history of the data
-    (data/history.py); None in an import and in checkpoints from before it was kept. tokens: seen so far, by modality.
-    loss_guard is LossGuard.state. heldout_loss: weighted mean over modalities
-    (objective.overall), None where it was not measured at this step. versions: of what wrote it, its code too.
+    Without optimizer state (an import) training starts with new moments. mixture: history of the data mixture
+    (data/history.py); None in an import and in old checkpoints without it. tokens: seen so far, by modality.
+    loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it was not
+    measured at this step. versions: of the software that wrote it, including the code.
     """
 
     step: int
@@ -42,18 +42,18 @@ class RunState:
     heldout_loss: float | None = None
 
     def to_json(self) -> bytes:
-        """The contents of state.json, without secrets."""
+        """Return the contents of state.json, without secrets."""
         whole = asdict(self) | {"config": _redacted(json.dumps(self.config))}
         return json.dumps(whole, indent=1).encode()
 
 
 def read_state(folder: Path) -> RunState:
-    """The non-tensor part of a verified checkpoint."""
+    """Read the non-tensor part of a verified checkpoint."""
     return RunState(**json.loads((folder / STATE).read_bytes()))
 
 
 def check_same_model(folder: Path, state: RunState, vocabulary: "Vocabulary", model: dict[str, Any]) -> None:
-    """Refuse a checkpoint of another vocabulary or another architecture, naming the first difference."""
+    """Reject a checkpoint with another vocabulary or architecture; the UserError names the first difference."""
     from megamm.model.vocabulary import Vocabulary
 
     theirs = Vocabulary.from_json(state.vocabulary)
@@ -61,7 +61,7 @@ def check_same_model(folder: Path, state: RunState, vocabulary: "Vocabulary", mo
         both = zip_longest(theirs.ranges, vocabulary.ranges)
         other, ours = next((a, b) for a, b in both if a != b)
         raise UserError(
-            f"the checkpoint has another vocabulary: {_described(other)}, the config's is {_described(ours)}",
+            f"the checkpoint has another vocabulary: {_described(other)}, but the config has {_described(ours)}",
             where=folder,
             remedy=f"use the tokenizers it was trained with, or another `output` with start_from.checkpoint={folder}",
             on_all_ranks=True,
@@ -69,7 +69,7 @@ def check_same_model(folder: Path, state: RunState, vocabulary: "Vocabulary", mo
     for key, value in state.config["model"].items():
         if key != "megatron" and value != model[key]:
             raise UserError(
-                f"the checkpoint has model.{key} = {value}, the config {model[key]}",
+                f"the checkpoint has model.{key} = {value}, but the config has {model[key]}",
                 where=folder,
                 remedy="resume with the checkpoint's model, or choose another `output`",
                 on_all_ranks=True,
@@ -81,23 +81,23 @@ def _described(part: "Range | None") -> str:
 
 
 def check_same_data(folder: Path, state: RunState, config: dict[str, Any]) -> None:
-    """Refuse another order of the data than that of which the checkpoint has consumed a part; the mixture may differ.
+    """Reject a config that changes the order of the data after a part of it was consumed; the mixture may change.
 
-    config as `RunConfig.model_dump(mode="json")` gives it.
+    config: the result of `RunConfig.model_dump(mode="json")`.
     """
     kept = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
     for section, key in kept if state.consumed_rows else []:
         theirs, ours = state.config[section][key], config[section][key]
         if theirs != ours:
-            what = f"the checkpoint has {section}.{key} = {theirs}, the config {ours}"
+            what = f"the checkpoint has {section}.{key} = {theirs}, but the config has {ours}"
             if key == "sources":
-                what += ", and it is from before changes of the mixture were recorded"
+                what += ", and this old checkpoint has no history of the mixture"
             remedy = f"resume with the checkpoint's {key}, or choose another `output`"
             raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
 
 
 def read_rng(folder: Path, rank: int) -> dict[str, "torch.Tensor"]:
-    """The generator states of this rank (same layout only)."""
+    """Read the random generator states of this rank (for the same layout only)."""
     from safetensors.torch import load_file
 
     return load_file(folder / f"rng_{rank:05d}.safetensors")
@@ -105,7 +105,7 @@ def read_rng(folder: Path, rank: int) -> dict[str, "torch.Tensor"]:
 
 @functools.cache
 def code_version() -> str:
-    """The commit that this package is of, marked if files differ from it; its version where there is no repository."""
+    """Return this package's commit, marked if files differ from it; without a repository, its version."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return __version__
@@ -119,5 +119,5 @@ def code_version() -> str:
 
 @functools.lru_cache(maxsize=1)
 def _redacted(config: str) -> Any:
-    """As JSON, without secrets; a run's config is the same at every save."""
+    """Return the config as JSON values without secrets (cached: it is the same at every save)."""
     return redact.values(json.loads(config))

@@ -1,16 +1,17 @@
-"""The writer of a rank: a process that puts staged checkpoints on disk while the rank goes on with its steps.
+"""The writer of a rank: a process that writes staged checkpoints to disk while the rank continues with its steps.
 
-It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py), and answers a JSON line when
-the image counts in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's folder
-("written"), and rank 0's when the checkpoint there has its name ("published"); while it is at work, "alive" twice a
-second, so that a rank that waits for a slow disk is not taken for a hung one. The writers
-of a save know of each other by files alone, in a folder whose name no other save has:
+It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py). It answers with a JSON line
+when the image is valid in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's folder
+("written"), and, on rank 0, when the checkpoint there has its final name ("published"). While it is working it sends
+"alive" twice a second, so that a rank that waits for a slow disk does not count as hung. The writers of a save
+communicate only through files, in a folder with a name that is unique to this save:
 
-    checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's
+    checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's writer
     checkpoints/.tmp-step_X-ATTEMPT.parts/R.json                                then this: sizes, digests, or the error
 
-Rank 0's waits for all parts, writes the index and, last, the manifest, syncs, renames. A save that fails is removed
-and told; earlier checkpoints stay. The process has no torch, so that it starts in a moment and is small.
+Rank 0's writer waits for all parts, writes the index and, last, the manifest, syncs, and renames the folder. A failed
+save is removed and reported; earlier checkpoints stay. The process does not import torch, so it starts fast and is
+small.
 """
 
 import contextlib
@@ -38,23 +39,23 @@ from megamm.resilience import events
 from megamm.tiers import parts, retention
 
 PART_SECONDS = 600.0
-"""How long rank 0's waits for the others' parts after its own is written."""
+"""Seconds that rank 0's writer waits for the others' parts after its own is written."""
 DOOMED_SECONDS = 10.0
-"""The same once a save has failed: so that nothing is removed under a writer that is at work."""
+"""The same after a part of the save has failed: so that no file is removed while another writer writes it."""
 LONE_SECONDS = 3.0
-"""The same once this rank ends in the middle of a save, by an error: the others' nodes may be lost."""
+"""The same after this rank has exited with an error during a save: the other nodes may be lost."""
 POLL_SECONDS = (0.002, 0.1)
-"""Between looks for parts: at first, and at most."""
+"""Seconds between checks for parts: initial and maximum."""
 NICENESS = 10
-"""Where cores are scarce the writer takes what time the steps leave."""
+"""If cores are scarce, the training steps take precedence over the writer."""
 DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
 class Attempt:
-    """One save on one rank. job: run, step, attempt (JOB-NUMBER, no other save's), rank, world, keep, stall, bytes.
+    """One save on one rank. job: run, step, attempt (JOB-NUMBER, unique), rank, world, keep, stall, bytes.
 
-    over: set when the rank ends.
+    over: set when the rank exits.
     """
 
     def __init__(self, job: dict[str, Any], over: threading.Event | None = None) -> None:
@@ -65,10 +66,10 @@ class Attempt:
         self.parts = self.temporary.with_name(f"{self.temporary.name}.parts")
         self.is_first, self.began, self.problem = job["rank"] == 0, time.monotonic(), ""
         self.why_cached = ""
-        """Why this rank's image went through the page cache."""
+        """Why this rank's image was written through the page cache."""
 
     def write_own(self, image: memoryview, contents: messages.Files) -> None:
-        """This rank's files, then its part; OSError is told there, too, and raised."""
+        """Write this rank's files, then its part; an OSError is written there too, and raised."""
         try:
             if self.is_first:
                 folder.remove_leftovers(self.run, self.job["attempt"])
@@ -80,14 +81,14 @@ class Attempt:
         except OSError as error:
             self.problem = f"rank {self.job['rank']}: {self._said(error)}"
             with contextlib.suppress(OSError):
-                # Space for the part, which tells the others; the rank itself hears it in any case.
+                # Free space for the part, which notifies the other writers; the rank itself is notified in any case.
                 files.remove_file(self.temporary / f"tensors/__{self.job['rank']}_0.distcp")
                 self._tell({"error": self.problem})
             raise
         self._tell({"files": {name: entry.to_json() for name, entry in entries.items()}})
 
     def give_up(self, problem: str) -> None:
-        """Tell the others in place of a writer that ended before it had told them anything."""
+        """Write the part of a writer that exited before it had written one."""
         if not (self.parts / f"{self.job['rank']}.json").exists():
             self._tell({"error": f"rank {self.job['rank']}: {problem}"})
 
@@ -102,13 +103,13 @@ class Attempt:
         try:
             files.write(new, [json.dumps(part).encode()])
         except OSError:
-            files.write(new, [])  # a full disk may have room for the name alone: that this part has failed
+            files.write(new, [])  # a full disk may have space for the name only: an empty part means failure
             files.rename(new, path)
             raise
         files.rename(new, path)
 
     def gather(self) -> dict[str, Entry]:
-        """All ranks' files, when every rank has told. OSError with the first problem known, or for ranks unheard."""
+        """Wait for all ranks' parts; return their files. OSError with the first known problem, or for missing parts."""
         told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
         pause, began, over = POLL_SECONDS[0], time.monotonic(), math.inf
         while missing := set(range(self.job["world"])) - told.keys():
@@ -125,13 +126,13 @@ class Attempt:
                 pause = min(2 * pause, POLL_SECONDS[1])
         problem = next((part["error"] for part in told.values() if "error" in part), None)
         if missing and problem is None:
-            problem = f"no word of the writers of ranks {sorted(missing)} for {time.monotonic() - began:.0f} s"
+            problem = f"no answer from the writers of ranks {sorted(missing)} for {time.monotonic() - began:.0f} s"
         if problem is not None:
             raise OSError(problem)
         return {name: Entry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
 
     def publish(self) -> dict[str, Any]:
-        """The manifest, the name, and what gives way to it; what the run is told. OSError leaves no checkpoint."""
+        """Write the manifest, rename the folder, apply the retention; return the answer. OSError: no checkpoint."""
         try:
             listed = self.gather()
             files.write(self.temporary / manifest.NAME, [manifest.render(listed)])
@@ -139,7 +140,7 @@ class Attempt:
                 files.sync(place)
             folder.publish(self.temporary, self.final)
         except OSError:
-            if not self.over.is_set():  # else the next launch will: other ranks' writers may be at work
+            if not self.over.is_set():  # otherwise the next launch removes them: other writers may still be working
                 files.remove_tree(self.temporary)
                 files.remove_tree(self.parts)
             raise
@@ -151,7 +152,7 @@ class Attempt:
             partial(files.remove_tree, self.parts),
             partial(retention.apply, self.run, self.job["keep"], self.job["keep_best"]),
         ):
-            try:  # it is there; what follows takes nothing from it, and on a full disk some of it may be possible
+            try:  # the checkpoint is complete; on a full disk some of these actions may still succeed
                 action()
             except OSError as error:
                 done["afterwards"] = str(error)
@@ -162,23 +163,23 @@ def _parsed(rank: int, part: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(part))
     except ValueError:
-        return {"error": f"rank {rank}: no space left to tell more"}
+        return {"error": f"rank {rank}: no space left for an error message"}
 
 
 class Local:
-    """This rank's part of the local tier. told: LocalTier.told_to_writers."""
+    """This rank's part in the local tier. told: LocalTier.told_to_writers."""
 
     def __init__(self, told: dict[str, Any]) -> None:
         self.told, self.root = told, Path(told["root"])
 
     def keep(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
-        """Make a save count in this node's folder; OSError if it fails."""
+        """Make a save valid in this node's folder; OSError if it fails."""
         part = parts.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
         placed = f"tensors/__{job['rank']}_0.distcp", Path(job["image"]), image
         parts.write(self.root, job["step"], part, placed, contents)
 
     def replicate(self, job: dict[str, Any]) -> None:
-        """Copy it to the peer; UserError if it fails."""
+        """Copy the save to the peer; UserError if it fails."""
         from megamm.tiers import wire
 
         host, port = self.told["peer"]
@@ -187,13 +188,13 @@ class Local:
 
 
 class Service:
-    """What the process does: the local tier at once, in turn; the run's folder and replicas each in a thread, in turn.
+    """The work of the process: local tier in the main thread; run folder and replicas each in a thread of their own.
 
-    So a slow disk or line holds up nothing else.
+    So a slow disk or network does not delay the others.
     """
 
     def __init__(self, first: mmap.mmap) -> None:
-        """first: the image that has no name."""
+        """first: the anonymous image."""
         self.images = {"": first}
         self.constant: messages.Files = {}
         self.local: Local | None = None
@@ -242,7 +243,7 @@ class Service:
 
 
 def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
-    """Do it and say how it went."""
+    """Run an action and send its result."""
     try:
         said = {"error": None} | (action() or {})
     except (OSError, UserError) as error:
@@ -251,24 +252,24 @@ def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] 
 
 
 def _say(line: dict[str, Any]) -> None:
-    """One write of less than a pipe takes at once: lines of several threads do not mix."""
+    """Send a line in one write, smaller than PIPE_BUF, so that lines of several threads do not mix."""
     os.write(sys.stdout.fileno(), (json.dumps(line) + "\n").encode())
 
 
 def _end(error: threading.ExceptHookArgs) -> None:
-    """A thread has raised what nobody expects: the rank must learn of it."""
+    """Exit after an unexpected error in a thread, so that the rank notices it."""
     traceback.print_exception(error.exc_type, error.exc_value, error.exc_traceback)
     os._exit(1)
 
 
 def main() -> None:
-    """`python -m megamm.checkpoint.writer DESCRIPTOR BYTES PARENT`: the shared memory, and the rank's process."""
+    """Run `python -m megamm.checkpoint.writer DESCRIPTOR BYTES PARENT`: the shared memory, and the rank's process."""
     descriptor, size, parent = map(int, sys.argv[1:])
     ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before this one asked to end with it
+    if os.getppid() != parent:  # it exited before the call to prctl
         return
     os.nice(NICENESS)
-    # The rank says when to end: it may want to save because of the same signal.
+    # The rank decides when to exit: it may want to save because of the same signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     threading.excepthook = _end

@@ -1,4 +1,4 @@
-"""What a rank's writer owes it, and what became of that: completed checkpoints, failures, steps in the local tier."""
+"""Pending answers of a rank's writer, and their results: completed checkpoints, failures, steps in the local tier."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint that is complete: its folder, bytes in all, seconds of the writer."""
+    """A completed checkpoint: its folder, total bytes, seconds of the writer."""
 
     folder: Path
     bytes: int
@@ -26,7 +26,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Owed:
-    """An answer that the writer owes. kind: "kept" in the local tier, "replicated", "written", "published"."""
+    """A pending answer of the writer. kind: "kept" in the local tier, "replicated", "written", "published"."""
 
     kind: str
     job: Message
@@ -34,42 +34,42 @@ class Owed:
 
 
 class Writing:
-    """This rank's side of what its writer does."""
+    """This rank's view of its writer's work."""
 
     def __init__(self, run: Path, rank: int, while_waiting: Callable[[], None]) -> None:
-        """while_waiting: of Saver."""
+        """while_waiting: see Saver."""
         self.run, self.rank, self.while_waiting = run, rank, while_waiting
         self.process: WriterProcess | None = None
         self.owed: list[Owed] = []
         self.failures, self.problem, self.local_problem = 0, "", ""
-        """Saves into the run's folder that failed in a row, and the last one's reason; that of the local tier's."""
+        """Failed saves in a row into the run's folder, the reason of the last one, and that of the local tier."""
         self.replicated = -1
         """The newest step that a peer has."""
         self.published: list[Published] = []
         self.way = ""
-        """How rank 0's image was written last, as it is in the log."""
+        """The way in which rank 0's image was last written, as logged."""
 
     def start(self, first: Staging, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
-        """The process, started again if it ended."""
+        """Return the writer process, restarted if it has exited."""
         if self.process is None:
             self.process = WriterProcess(first.descriptor, first.size)
             self.process.send({"kind": "constant"} | message, constant)
         return self.process
 
     def owes(self, *kinds: str) -> bool:
-        """Whether an answer of one of these kinds is to come."""
+        """Whether an answer of one of these kinds is pending."""
         return any(owed.kind in kinds for owed in self.owed)
 
     def read(self) -> list[Staging]:
-        """Images that the writer may be reading."""
+        """Return the images that the writer may be reading."""
         return [owed.staging for owed in self.owed if owed.kind != "published"]
 
     def wait(self) -> None:
-        """Until it has said something."""
+        """Wait for an answer."""
         self.hear(None)
 
     def hear(self, seconds: float | None) -> None:
-        """Take the writer's answers; waits that long (None: for ever) for some."""
+        """Process the writer's answers; wait up to `seconds` (None: for ever) for one."""
         if self.process is None:
             return
         try:
@@ -87,7 +87,7 @@ class Writing:
             if owed.kind in ("kept", "replicated"):
                 self._local(owed, answer["error"])
             elif answer["error"] is not None:
-                # Rank 0's own part is told again with the whole.
+                # A failure of rank 0's own part is reported again with "published".
                 if self.rank != 0 or owed.kind == "published":
                     self._failed(answer["error"], answer["step"])
             elif self.rank != 0 or owed.kind == "published":
@@ -97,16 +97,16 @@ class Writing:
 
     def _completed(self, answer: Message) -> None:
         why = answer["why_cached"]
-        way = f"through the page cache: {why}" if why else "past the page cache: that takes the least processor time"
+        way = f"through the page cache: {why}" if why else "with O_DIRECT, which takes the least processor time"
         if way != self.way:
             log.info("checkpoints are written %s", way)
             self.way = way
         if "afterwards" in answer:
-            log.warning("%s is complete, but: %s", answer["folder"], answer["afterwards"])
+            log.warning("%s is complete, but a follow-up action failed: %s", answer["folder"], answer["afterwards"])
         self.published.append(Published(Path(answer["folder"]), answer["bytes"], answer["seconds"]))
 
     def _lost(self, how: str) -> None:
-        """The writer has ended: of what it owed the others are told."""
+        """Handle the exit of the writer: the other writers are notified of its pending parts."""
         lost, self.process, self.owed = self.owed, None, []
         for owed in lost:
             if owed.kind == "written":
@@ -122,11 +122,11 @@ class Writing:
         self.failures, self.problem = self.failures + 1, problem
         if self.rank == 0:
             log.warning("a checkpoint could not be written (%d in a row): %s", self.failures, problem)
-            with contextlib.suppress(OSError):  # it may be the disk of the events that is full
+            with contextlib.suppress(OSError):  # the disk with the events may be full too
                 events.record(self.run, "save_failed", step=step, why=problem)
 
     def _local(self, owed: Owed, error: str | None) -> None:
-        """An answer about the local tier; the run goes on without what it has not."""
+        """Handle an answer about the local tier; after an error the run continues without that part."""
         if error is not None:
             self._local_trouble(error, owed.job["step"])
         elif owed.kind == "kept":

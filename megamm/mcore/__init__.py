@@ -1,5 +1,5 @@
-"""Megatron-core behind plain interfaces; no other folder imports megatron.
+"""Wraps Megatron-core behind plain interfaces; no other folder imports megatron.
 
-`groups.start(device)` must run before any other module here is imported: it installs the CPU adaptations
-when no GPU was chosen (`cpu`, `groups` and this package import no megatron themselves).
+Call `groups.start(device)` before importing any other module here: it installs the CPU adaptations if no GPU was chosen
+(`cpu`, `groups` and this package do not import megatron at load time).
 """

@@ -1,7 +1,7 @@
-"""Where every element of this rank's tensors lies in the whole model's, for comparison between layouts.
+"""Maps every element of this rank's tensors to the whole model's tensors, for comparison between layouts.
 
-By the description that checkpoints are written by (parts.py), any tensor of a parameter's shape - value, gradient - can
-be cut or set.
+It uses the same description as checkpoints (parts.py), so any tensor with a parameter's shape (its value or gradient)
+can be read or set.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from megamm.mcore.groups import Groups
 
 
 def coordinates(groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
-    """This rank's place along every axis of the grid, and the axes' sizes."""
+    """Return this rank's coordinate along every axis of the grid, and the sizes of the axes."""
     c = groups.collection
     axes = {"tensor": c.tp, "context": c.cp, "data": c.dp, "pipeline": c.pp, "expert": c.ep, "expert tensor": c.expt_tp}
     axes["expert data"] = c.expt_dp
@@ -26,9 +26,9 @@ def coordinates(groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
 class Piece:
     """A block of the whole tensor `key`, whose shape is `shape` (without vocabulary padding it may be shorter).
 
-    The block starts at `offset` and has `size`; leading axes that only the whole tensor has (layer, expert) count as 1
-    in it, `stacked` says how many. index: its elements' places in the flattened local tensor. Replicas of a block are
-    in other ranks' pieces: exactly one of them all is main.
+    The block starts at `offset` and has `size`. `size` is 1 along leading axes that only the whole tensor has (layer,
+    expert); `stacked` is the number of these axes. index: indices of its elements in the flattened local tensor. Other
+    ranks may have replicas of the block; exactly one replica is main.
     """
 
     key: str
@@ -41,18 +41,18 @@ class Piece:
     is_main: bool
 
     def cut(self, local: torch.Tensor) -> torch.Tensor:
-        """The block `[*size]` out of a tensor of the local parameter's shape."""
+        """Return the block `[*size]` of a tensor with the local parameter's shape."""
         return local.detach().flatten()[self.index].reshape(self.size)
 
     @torch.no_grad()
     def put(self, block: torch.Tensor) -> None:
-        """Set the local tensor's elements; a block that ends before the vocabulary's padding leaves the rest."""
+        """Set the local tensor's elements; a block without the vocabulary's padding leaves the padding unchanged."""
         index = self.index.reshape(self.size)[tuple(slice(n) for n in block.shape)]
         self.tensor.data.view(-1)[index.flatten()] = block.flatten().to(self.tensor.dtype)
 
 
 def pieces(chunks: Sequence[DistributedDataParallel], groups: Groups) -> list[Piece]:
-    """Of all parameters and stored buffers of this rank's pipeline chunks (wrapped for data parallel)."""
+    """Return the pieces of all parameters and stored buffers of this rank's pipeline chunks (wrapped for DP)."""
     return [
         Piece(
             key=part.key,

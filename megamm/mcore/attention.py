@@ -1,14 +1,14 @@
-"""Core attention for packed rows: causal inside each document of a row, nothing across, RoPE restarting in each.
+"""Core attention for packed rows: causal within each document of a row, none across documents, RoPE per document.
 
-Megatron's own core attention knows neither packed rows nor context parallel without Transformer Engine. This one
-takes the place of `core_attention` in the layer spec. Megatron hands `attention_mask` through unchanged; here it is
-the row map, int64 `[B, 4, S]`: segment (data/sample.py), then t, h, w of every token of the whole row, also where a
-context rank holds S/cp of its tokens. Mask and positions follow from it.
+Without Transformer Engine, Megatron's own core attention supports neither packed rows nor context parallelism. This
+module replaces `core_attention` in the layer spec. Megatron passes `attention_mask` through unchanged; here it is the
+row map, int64 `[B, 4, S]`: segment (data/sample.py), then t, h, w of every token of the whole row, even if a context
+rank holds only S/cp of its tokens. Mask and positions are derived from it.
 
-Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys that their documents
-reach back to; "flex", torch's flex_attention, compiled, which skips what is masked inside one call.
-RoPE is relative, so counting positions through the row would be the same in exact arithmetic, but large angles lose
-float32 digits that a document read alone keeps.
+Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys back to the start of
+their documents; "flex", torch's flex_attention, compiled, which skips masked blocks within one call.
+RoPE is relative, so in exact arithmetic positions could count through the row, but large angles would lose float32
+digits that a document on its own keeps.
 Sources: Beltagy et al. 2020 (windows); Gemma Team 2024 (caps); Vaswani et al. 2017 (attention); Ainslie et al. 2023
 (grouped queries); Dong et al. 2024 (flex attention).
 """
@@ -34,13 +34,16 @@ from megamm.model.rope import Rope, cosines_and_sines, rotate
 
 Kernel = Literal["sdpa", "flex"]
 Chunks = Sequence[tuple[int, int]]
-"""(start, stop) in the row of the queries at hand."""
+"""(start, stop) in the row of the given queries."""
 
 
 @dataclass(frozen=True)
 class ScoreForm:
-    """What scores are: q * k * scale (0: Megatron's), capped to softcap * tanh(score / softcap) (0: not), of keys less
-    than window tokens back (0: of all of the document)."""
+    """Form of attention scores.
+
+    scale: scores are q * k * scale (0: Megatron's scale). softcap: scores become softcap * tanh(score / softcap) (0:
+    no cap). window: only keys less than `window` tokens back are used (0: the whole document).
+    """
 
     scale: float = 0.0
     softcap: float = 0.0
@@ -48,29 +51,29 @@ class ScoreForm:
 
 
 BLOCK = 128
-"""Queries of one call of the "sdpa" kernel, at most: fewer skip more, but give a call too little work."""
+"""Maximum number of queries per call of the "sdpa" kernel: fewer would skip more keys, but make calls inefficient."""
 
 
 def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> tuple[Kernel, str]:
-    """The kernel for train.attention and the reason, for the log. UserError if the device cannot run it."""
+    """Return the kernel for train.attention, and the reason for the log. UserError if the device cannot run it."""
     if setting == "flex" and not device.is_gpu:
         raise UserError(
             "train.attention=flex: torch's flex_attention has no backward on a CPU",
             remedy="set train.attention=auto or sdpa",
         )
     if setting != "auto":
-        return setting, "asked for by train.attention"
+        return setting, "set by train.attention"
     if device.is_gpu:
-        return "flex", "on a GPU it skips what the documents mask, in one call"
+        return "flex", "on a GPU it skips masked blocks in one call"
     return "sdpa", "the only kernel with a backward on a CPU"
 
 
 class PackedAttention(MegatronModule):
     """query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]`, value `[S/cp, B, G, E]` and row map -> `[S/cp, B, N * E]`.
 
-    N and G are this tensor rank's heads and groups; E, the values' head size, is D but for latent attention.
-    rope None: the keys come turned already; of one axis: a token's position is its index in its document; of 3: its
-    (t, h, w). pg_collection.cp is the context group; `exchange` is how its ranks attend over the whole row.
+    N and G are this tensor rank's heads and groups; E, the values' head size, is D except for latent attention (MLA).
+    rope None: RoPE is already applied to queries and keys; with 1 axis a token's position is its index in its document,
+    with 3 axes its (t, h, w). pg_collection.cp is the context group; `exchange` is how its ranks attend over the row.
     """
 
     def __init__(
@@ -123,14 +126,17 @@ class PackedAttention(MegatronModule):
         return self.attend(query, key, value, row_map, chunks, self.form).flatten(2)
 
     def _shared_by_all_heads(self, key: torch.Tensor) -> torch.Tensor:
-        """The same keys. All heads of latent attention share the channels that carry position: their gradient is the
-        sum over the heads of all tensor ranks, and Megatron sums this rank's only."""
+        """Return the same keys with a correct gradient for their position channels.
+
+        In latent attention all heads share these channels: their gradient is the sum over the heads of all tensor
+        ranks, but Megatron sums only this rank's heads.
+        """
         own, shared = key.split([key.shape[-1] - self.shared_channels, self.shared_channels], dim=-1)
         shared = _GradientSum.apply(shared[:, :, :1], self.tensor_group)
         return torch.cat((own, shared.expand(-1, -1, key.shape[2], -1)), dim=-1)
 
     def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of this rank's tokens, `[S/cp, B, 1, D]` each."""
+        """Return cosines and sines for this rank's tokens, `[S/cp, B, 1, D]` each."""
         rope, head_dim = self.rope, query.shape[-1]
         assert rope is not None
 
@@ -143,7 +149,7 @@ class PackedAttention(MegatronModule):
 
 
 class _GradientSum(torch.autograd.Function):
-    """The same tensor; its gradient is summed over the group. (Megatron's own leaves a strided gradient unsummed.)"""
+    """Identity whose gradient is summed over the group. (Megatron's own does not sum a strided gradient.)"""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -158,7 +164,7 @@ class _GradientSum(torch.autograd.Function):
 
 
 def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
-    """`[B, S]`: index of every token in its document (a row's padding is a segment of its own)."""
+    """Return the index of every token in its document, `[B, S]` (a row's padding is a segment of its own)."""
     index = torch.arange(segment_BS.shape[1], device=segment_BS.device)
     starts = torch.zeros_like(segment_BS)
     starts[:, 1:] = torch.where(segment_BS[:, 1:] != segment_BS[:, :-1], index[1:], 0)
@@ -167,7 +173,7 @@ def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """Consecutive local queries, the blocks of keys that they see, and -inf where they see them not, `[B, 1, q, k]`."""
+    """Consecutive local queries, the key blocks they attend to, and the additive mask (0 or -inf) `[B, 1, q, k]`."""
 
     queries: int
     keys: slice
@@ -178,7 +184,7 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: i
     segment, length = row_map[:, 0], row_map.shape[2]
     ranges = [(at, min(at + BLOCK, stop)) for start, stop in chunks for at in range(start, stop, BLOCK)]
     index = torch.arange(length, device=row_map.device)
-    # The one transfer from the device: for each block, where the first document that it touches starts.
+    # The only transfer from the device: for each block, the start of the first document in it.
     reach = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]].tolist()
     blocks = []
     for (start, stop), first in zip(ranges, reach, strict=True):
@@ -189,7 +195,7 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: i
         allowed &= index[start:stop, None] >= index[seen]
         if window:
             allowed &= index[start:stop, None] - index[seen] < window
-        # A float mask is used as it is by every layer; torch would make one of a boolean in each.
+        # Every layer uses a float mask directly; torch would convert a boolean mask in each layer.
         mask = torch.zeros(allowed.shape, dtype=dtype, device=row_map.device).masked_fill_(~allowed, -torch.inf)
         blocks.append(_Block(stop - start, keys, mask.unsqueeze(1)))
     return blocks
@@ -198,18 +204,18 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: i
 def _attend_sdpa(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
 ) -> torch.Tensor:
-    """Queries of these chunks of the row `[Q, B, N, D]`, the row's keys and values -> `[Q, B, N, E]`."""
+    """Compute attention of the chunks' queries `[Q, B, N, D]` over the row's keys and values -> `[Q, B, N, E]`."""
     blocks = once_a_row_map(
         row_map,
         ("blocks", *chunks, query.dtype, form.window),
         lambda: _blocks(row_map, chunks, query.dtype, form.window),
     )
-    # Grouped keys are repeated: GPU kernels that take a mask and need no S x S scores take no grouped queries.
+    # Grouped keys are repeated: GPU kernels with a mask and without S x S scores do not support grouped queries.
     per_group = query.shape[2] // key.shape[2]
     if per_group > 1:
         key, value = (x.repeat_interleave(per_group, dim=2) for x in (key, value))
     queries = query.permute(1, 2, 0, 3).split([block.queries for block in blocks], dim=2)
-    # Split and joined rather than sliced: the gradient of a slice is as long as the row.
+    # Split and concatenated instead of sliced: the gradient of a slice is as long as the row.
     keys, values = (x.permute(1, 2, 0, 3).split(BLOCK, dim=2) for x in (key, value))
     parts = [
         _product(part, torch.cat(keys[block.keys], 2), torch.cat(values[block.keys], 2), block.mask, form)
@@ -221,7 +227,7 @@ def _attend_sdpa(
 def _product(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, form: ScoreForm
 ) -> torch.Tensor:
-    """Attention of `[B, N, q, D]` with an additive mask; torch's fused one has no caps, so these write scores out."""
+    """Compute attention of `[B, N, q, D]` with an additive mask; with a cap it is not fused, as torch has no cap."""
     if not form.softcap:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=form.scale)
     scores = form.softcap * torch.tanh(query @ key.transpose(2, 3) * (form.scale / form.softcap)) + mask
@@ -243,7 +249,7 @@ def _block_mask(row_map: torch.Tensor, chunks: Chunks, window: int) -> BlockMask
 def _attend_flex(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
 ) -> torch.Tensor:
-    """The same as `_attend_sdpa`; on a CPU uncompiled and without gradients, for tests."""
+    """Compute the same as `_attend_sdpa`; on a CPU it is uncompiled and without gradients, for tests."""
     kind = ("block mask", *chunks, form.window)
     mask = once_a_row_map(row_map, kind, lambda: _block_mask(row_map, chunks, form.window))
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -256,7 +262,7 @@ def _attend_flex(
 
 @functools.cache
 def _capped(softcap: float) -> Callable[..., torch.Tensor]:
-    """The score function of a cap; the same object for all layers, so that it is compiled once."""
+    """Return the score function of a cap; it is the same object for all layers, so that it is compiled once."""
 
     def score(value: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return softcap * torch.tanh(value / softcap)

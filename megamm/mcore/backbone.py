@@ -1,9 +1,9 @@
 """The backbone: Megatron-core's GPTModel with our norm, packed attention, exact losses and fused operators.
 
-RMSNorm, SwiGLU, grouped queries with q/k norm or without (or latent attention), RoPE, optional mixture of experts,
-multi-token prediction, sliding windows, and what Gemma has besides. Its forms are those of Llama, Qwen, Gemma and
-DeepSeek models, so that an export runs in stock engines. Sources: DeepSeek-AI 2024, DeepSeek-V3 (latent attention,
-multi-token prediction); Gemma Team 2024, Gemma 2.
+It has RMSNorm, SwiGLU, grouped-query attention with or without q/k norm (or latent attention), RoPE, and optionally
+mixture of experts, multi-token prediction, sliding windows, and Gemma's variants. Its architectures match Llama, Qwen,
+Gemma and DeepSeek models, so that an export runs in standard inference engines. Sources: DeepSeek-AI 2024, DeepSeek-V3
+(latent attention, multi-token prediction); Gemma Team 2024, Gemma 2.
 """
 
 import logging
@@ -42,12 +42,12 @@ log = logging.getLogger(__name__)
 
 
 class Backbone(GPTModel):
-    """GPTModel with the run's loss over every prediction depth, without the vocabulary's run-time padding in it.
+    """GPTModel with the run's loss over all prediction depths; the loss excludes the vocabulary's run-time padding.
 
     forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32 of labels'
-    shape) gives, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the cross entropy of each
-    token `[1 + K, B, S/cp]`, detached: of the next token, then of K = mtp.num_layers further ahead. Without labels it
-    gives logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
+    shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached cross
+    entropy of each token `[1 + K, B, S/cp]`: of the next token, then of K = mtp.num_layers tokens further ahead.
+    Without labels it returns logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Backbone(GPTModel):
         embedding_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        """cross_entropy is an implementation's `linear_cross_entropy` (megamm/ops), which knows the cap, too."""
+        """cross_entropy: the `linear_cross_entropy` of an implementation (megamm/ops); it also applies the cap."""
         super().__init__(*args, **kwargs)
         self.true_vocab_size, self.cross_entropy, self.logit_softcap = true_vocab_size, cross_entropy, logit_softcap
         if embedding_scale != 1.0 and hasattr(self, "embedding"):
-            # Rounded to the weights' precision first, as in the models that have one.
+            # Rounded to the weights' precision first, as in the models that use a scale.
             self.embedding.register_forward_hook(
                 lambda _, __, output: output * torch.tensor(embedding_scale, dtype=output.dtype).item()
             )
@@ -78,9 +78,9 @@ class Backbone(GPTModel):
         mtp_in_postprocess: bool,
         **_: Any,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Megatron's own averages a depth's loss over a microbatch and lets it cross documents; here labels say."""
+        """Compute loss or logits; Megatron's own averages a depth's loss per microbatch and across documents."""
         if mtp_in_postprocess:
-            # position_ids are rolled along but enter nothing: positions are attention's.
+            # position_ids are rolled too but have no effect: attention computes positions itself.
             hidden_states = self.mtp(
                 input_ids=input_ids,
                 position_ids=input_ids,
@@ -101,9 +101,9 @@ class Backbone(GPTModel):
     def _loss(
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `forward` gives; hidden `[(1 + K) * S, B, H]`, or of S / tp tokens each under sequence parallelism."""
+        """Return `forward`'s result; hidden `[(1 + K) * S, B, H]`, with S / tp tokens under sequence parallelism."""
         group, parts = self.pg_collection.tp, 1
-        # What the output layer does before its product: every rank's gradient is a part of hidden's.
+        # As the output layer does before its product: every rank's gradient is a part of hidden's gradient.
         if self.output_layer.sequence_parallel:
             hidden, parts = gather_from_sequence_parallel_region(hidden, group=group), group.size()
         else:
@@ -111,7 +111,7 @@ class Backbone(GPTModel):
         depths, rows, length = labels.shape
 
         def as_hidden(values_KBS: torch.Tensor) -> torch.Tensor:
-            """In the order of hidden's tokens: a rank's tokens of all depths lie together."""
+            """Reorder to hidden's token order, in which a rank's tokens of all depths are contiguous."""
             return values_KBS.view(depths, rows, parts, length // parts).permute(2, 0, 3, 1).flatten()
 
         loss, token_loss = self.cross_entropy(
@@ -130,9 +130,9 @@ class Backbone(GPTModel):
 def layer_spec(
     config: TransformerConfig, attention: dict[str, Any], norm: ModuleSpec, sandwich: bool, dense: bool
 ) -> ModuleSpec:
-    """Megatron's local layer spec with our norm and core attention, built with these arguments besides Megatron's.
+    """Return Megatron's local layer spec with our norm and core attention, which gets these additional arguments.
 
-    sandwich: with norms after attention and MLP; dense: without experts also where the model has them.
+    sandwich: with norms after attention and MLP; dense: without experts, even if the model has them.
     """
     latent = config.multi_latent_attention
     layer = get_gpt_layer_local_spec(
@@ -162,7 +162,7 @@ def layer_spec(
 
 
 def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, norm: ModuleSpec, vp_stage: int | None) -> Any:
-    """Of this chunk's multi-token-prediction modules, None where it has none."""
+    """Return the spec of this chunk's multi-token-prediction modules, None if it has none."""
     if not config.mtp_num_layers:
         return None
     block = get_gpt_mtp_block_spec(config, layer, use_transformer_engine=False, vp_stage=vp_stage)
@@ -176,7 +176,7 @@ def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, norm: ModuleSpec, vp
 
 
 def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> list[Backbone]:
-    """This rank's pipeline chunks (one unless the pipeline is interleaved), on the device, in the run's precision."""
+    """Build this rank's pipeline chunks (one unless interleaved) on the device, in the run's precision."""
     compat.apply()
     kernel, why_kernel = choose_kernel(config.train.attention, device)
     chosen, why_chosen = ops.choose(config.ops, device.torch_device)
@@ -184,7 +184,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
     norm = ModuleSpec(RMSNorm, {"ops": chosen})
     specs = [_spec_of(config, number, megatron_config, kernel, norm) for number in range(config.model.num_layers)]
     cross_entropy, cap = chosen.linear_cross_entropy, config.model.logit_softcap
-    if cap:  # the one that never holds all logits knows no cap
+    if cap:  # the memory-saving implementation, which never holds all logits, does not support a cap
         cross_entropy = partial(ops.TORCH.linear_cross_entropy, softcap=cap)
     padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
     chunks, virtual = [], config.parallel.virtual_pipeline
@@ -209,7 +209,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
                 post_process=groups.is_last_stage and chunk == virtual - 1,
                 parallel_output=True,
                 share_embeddings_and_output_weights=config.model.tie_embeddings,
-                position_embedding_type="none",  # PackedAttention turns queries and keys
+                position_embedding_type="none",  # PackedAttention applies RoPE
                 pg_collection=groups.collection,
                 vp_stage=stage,
             ).to(device.torch_device)
@@ -219,13 +219,13 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
         log.info("attention: %s, %s", kernel, why_kernel)
         log.info("ops: %s, %s", chosen.name, why_chosen)
         if cap:
-            log.info("cross entropy: torch, model.logit_softcap = %s needs all logits at once", cap)
+            log.info("cross entropy: torch, because model.logit_softcap = %s needs all logits at once", cap)
         if not all(gated):
-            log.info("MLP: Megatron-core's own, the model has another than SwiGLU without bias or fp8")
+            log.info("using Megatron-core's MLP: fused SwiGLU needs no bias and no fp8")
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
-    # From here on the switch only says that gradients of q norms are partial sums over tensor parallel. Those of heads
-    # are; a latent's norm is before the split into heads, and summing would multiply its gradient.
+    # From here on the flag only means that gradients of q norms are partial sums over tensor ranks. This is true for
+    # norms per head; a latent's norm is before the split into heads, and summing would multiply its gradient.
     megatron_config.qk_layernorm &= not megatron_config.multi_latent_attention
     return chunks
 
@@ -233,7 +233,7 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device
 def _spec_of(
     config: RunConfig, number: int, megatron_config: TransformerConfig, kernel: str, norm: ModuleSpec
 ) -> ModuleSpec:
-    """Of one layer, its number in the model from 0."""
+    """Return the spec of one layer; `number` counts the model's layers from 0."""
     m, window = config.model, config.model.window
     has_window = window.size > 0 and number not in window.full_layers
     rope = Rope(m.rope_base, m.rope_axes, m.rope_scaling)
@@ -250,9 +250,9 @@ def _spec_of(
 
 
 def _reduce_experts_apart(chunks: list[Backbone]) -> None:
-    """Have gradients of experts summed over the expert grid's data-parallel group, which is not the dense one.
+    """Sum gradients of experts over the expert grid's data-parallel group, which differs from the dense one.
 
-    Megatron does so itself where parallel.expert > 1, and else leaves the sum over tensor ranks out.
+    Megatron does this itself only if parallel.expert > 1; otherwise it omits the sum over tensor ranks.
     """
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
@@ -261,7 +261,7 @@ def _reduce_experts_apart(chunks: list[Backbone]) -> None:
 
 
 def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[DistributedDataParallel]:
-    """The chunks with gradient buffers, reduced over data and context parallel."""
+    """Wrap the chunks with gradient buffers that are reduced over data and context parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -275,7 +275,7 @@ def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[Distrib
             ddp_config=settings,
             module=chunk,
             pg_collection=groups.collection,
-            # Later chunks' gradients come first, when there is nothing yet to overlap their reduction with.
+            # Gradients of later chunks come first, when there is nothing to overlap their reduction with.
             disable_bucketing=i > 0,
         )
         for i, chunk in enumerate(chunks)

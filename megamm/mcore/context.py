@@ -1,11 +1,11 @@
-"""Context parallel: a row's tokens split over ranks, and the two ways to attend over the whole row nevertheless.
+"""Context parallelism: splits a row's tokens over ranks, with two ways to attend over the whole row.
 
-The split is a zigzag: of n ranks' 2n equal chunks of a row, rank r holds chunks r and 2n - 1 - r, so that under
-a causal mask every rank has the same work. To attend, either the ranks gather every token's keys and values
-(`gather_row`), or they trade tokens for heads, so that a rank has the whole row of some heads (`tokens_to_heads`)
-and trades back (`heads_to_tokens`). All are differentiable; gradients are exact.
+The split is a zigzag: a row has 2n equal chunks for n ranks, and rank r holds chunks r and 2n - 1 - r, so that every
+rank has the same work under a causal mask. For attention, the ranks either gather every token's keys and values
+(`gather_row`), or exchange tokens for heads, so that a rank has the whole row for some heads (`tokens_to_heads`), and
+back (`heads_to_tokens`). All functions are differentiable; gradients are exact.
 Sources: the zigzag order is Megatron-core's; Llama team 2024, section 3.3.2 (gathered keys and values);
-Jacobs et al. 2023 (DeepSpeed-Ulysses, the trade of heads).
+Jacobs et al. 2023 (DeepSpeed-Ulysses, exchange of heads).
 """
 
 import math
@@ -17,9 +17,9 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 
 
 def local_chunks(length: int, rank: int, size: int) -> list[tuple[int, int]]:
-    """(start, stop) in the row of the stretches that context rank `rank` holds, in their order there.
+    """Return (start, stop) in the row of the chunks that context rank `rank` holds, in its order.
 
-    The length must be a multiple of 2 * size where size > 1 (layout.check sees to it).
+    The length must be a multiple of 2 * size if size > 1 (layout.check ensures it).
     """
     if size == 1:
         return [(0, length)]
@@ -29,20 +29,21 @@ def local_chunks(length: int, rank: int, size: int) -> list[tuple[int, int]]:
 
 
 def local_index(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
-    """Index in the row of each token of context rank `rank`, int64 `[S / size]`, ascending."""
+    """Return the index in the row of each token of context rank `rank`, int64 `[S / size]`, ascending."""
     return torch.cat([torch.arange(*chunk, device=device) for chunk in local_chunks(length, rank, size)])
 
 
 def gather_row(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Every rank's tokens in row order: `[S/cp, ...]` -> `[S, ...]`; the gradient is summed over the ranks."""
+    """Gather every rank's tokens in row order: `[S/cp, ...]` -> `[S, ...]`; the gradient is summed over the ranks."""
     gathered = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
     return ranks_to_row(gathered, group.size())
 
 
 def tokens_to_heads(heads: Sequence[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Of each tensor `[S/cp, B, N, D]` this rank's share of the heads, over the row: `[S, B, N'/cp, D]`.
+    """Exchange each tensor `[S/cp, B, N, D]` for this rank's share of the heads over the whole row: `[S, B, N'/cp, D]`.
 
-    One exchange serves all. Heads too few for the ranks are repeated: N' is the least common multiple of N and cp.
+    There is one exchange for all tensors. If there are fewer heads than ranks, heads are repeated: N' is the least
+    common multiple of N and cp.
     """
     size = group.size()
     repeated = [x.repeat_interleave(size // math.gcd(size, x.shape[2]), dim=2) for x in heads]
@@ -55,14 +56,14 @@ def tokens_to_heads(heads: Sequence[torch.Tensor], group: dist.ProcessGroup) -> 
 
 
 def heads_to_tokens(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The whole row of this rank's heads to this rank's tokens of all heads: `[S, B, N/cp, D]` -> `[S/cp, B, N, D]`."""
+    """Exchange this rank's heads of the row for its tokens of all heads: `[S, B, N/cp, D]` -> `[S/cp, B, N, D]`."""
     size = group.size()
     received = all_to_all(group, row_to_ranks(x, size))
     return torch.cat(received.chunk(size), dim=2)
 
 
 def ranks_to_row(x: torch.Tensor, size: int) -> torch.Tensor:
-    """The ranks' tokens laid end to end, put into the row's order: `[S, ...]` to the same."""
+    """Reorder the ranks' concatenated tokens into row order: `[S, ...]` -> `[S, ...]`."""
     if size == 1:
         return x
     early, late = x.unflatten(0, (size, 2, -1)).unbind(1)
@@ -70,7 +71,7 @@ def ranks_to_row(x: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def row_to_ranks(x: torch.Tensor, size: int) -> torch.Tensor:
-    """The inverse of `ranks_to_row`: `[S, ...]` to the same."""
+    """Reorder row order into the ranks' order, the inverse of `ranks_to_row`: `[S, ...]` -> `[S, ...]`."""
     if size == 1:
         return x
     early, late = x.unflatten(0, (2, size, -1)).unbind(0)

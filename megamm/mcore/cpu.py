@@ -1,8 +1,8 @@
-"""Every adaptation of Megatron-core to a CPU, each with its reason; installed only when no GPU is chosen.
+"""All adaptations of Megatron-core to a CPU, each with its reason; installed only when no GPU is chosen.
 
-Megatron-core names the GPU in its source: `torch.cuda.*` calls, `device="cuda"` literals, tensor type
-strings. An import hook rewrites those in the source of `megatron.core` modules as they are loaded
-and leaves torch itself untouched. On a GPU not one line of this file runs.
+Megatron-core names the GPU in its source: `torch.cuda.*` calls, `device="cuda"` literals, tensor type strings. An
+import hook rewrites these in the source of `megatron.core` modules when they are loaded; torch itself is not changed.
+On a GPU nothing in this file runs.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _API_NAME = "_megamm_cpu_device"
 
 
 class _Stream:
-    """A CPU runs one thing after another: a stream or event is always done."""
+    """A stream or event that is always done: a CPU runs operations one after the other."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -51,7 +51,7 @@ class _Random:
 
 
 class _CpuDevice:
-    """What `torch.cuda` means in the rewritten source; names not here are torch.cuda's own."""
+    """Replaces `torch.cuda` in the rewritten source; names that are not defined here are torch.cuda's own."""
 
     Stream = Event = _Stream
     random = _Random
@@ -60,7 +60,7 @@ class _CpuDevice:
 
     @staticmethod
     def current_device() -> torch.device:
-        """The CPU, or within `with torch.device("meta")` no storage at all (paper.py)."""
+        """Return the CPU, or within `with torch.device("meta")` the meta device without storage (paper.py)."""
         return torch.get_default_device()
 
     @staticmethod
@@ -92,7 +92,7 @@ class _CpuDevice:
 
     @staticmethod
     def all_gather(parts: list[torch.Tensor], own: torch.Tensor, group: dist.ProcessGroup) -> None:
-        """Ranks' tensors, whose first sizes may differ: gloo gathers equal ones only, but trades any."""
+        """Gather tensors with different first sizes: gloo gathers only equal sizes, but its all-to-all takes any."""
         received = torch.empty((sum(map(len, parts)), *own.shape[1:]), dtype=own.dtype)
         sizes = [len(part) for part in parts]
         dist.all_to_all_single(received, torch.cat([own] * len(parts)), sizes, [len(own)] * len(parts), group)
@@ -101,7 +101,7 @@ class _CpuDevice:
 
     @staticmethod
     def reduce_scatter(own: torch.Tensor, parts: list[torch.Tensor], group: dist.ProcessGroup) -> None:
-        """The sum of all ranks' part for this one; parts' first sizes may differ."""
+        """Sum all ranks' parts for this rank; the first sizes of the parts may differ."""
         received = torch.empty((len(parts), *own.shape), dtype=own.dtype)
         sizes = [len(part) for part in parts]
         dist.all_to_all_single(received.flatten(0, 1), torch.cat(parts), [len(own)] * len(parts), sizes, group)
@@ -109,7 +109,7 @@ class _CpuDevice:
 
     @staticmethod
     def new_group(ranks: list[int], backend: str | None, **options: Any) -> Any:
-        """That of the same ranks, within `shared_groups`; what torch gives a rank that is not in it, likewise."""
+        """Return the existing group of the same ranks within `shared_groups`, also torch's value for non-members."""
         if _GROUPS is None:
             return dist.new_group(ranks, backend=backend, **options)
         key = (tuple(ranks), backend or dist.get_backend())
@@ -135,27 +135,27 @@ _EVERYWHERE: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(['\"])cuda\1"), '"cpu"'),
     # Copies to the device (an argument may itself hold one call).
     (re.compile(r"\.cuda\((?:[^()]|\([^()]*\))*\)"), f".to({_API_NAME}.current_device())"),
-    # Packages of GPU kernels, which Megatron takes wherever they import (some raise then): here none is found.
+    # Packages of GPU kernels, which Megatron uses if they can be imported (some then raise): here the import fails.
     (re.compile(rf"^(\s*(?:import|from) )(?=(?:{_GPU_PACKAGES})\b)", re.MULTILINE), r"\1_not_on_a_cpu."),
-    # Pinned memory exists only beside a GPU.
+    # Pinned memory exists only with a GPU.
     (re.compile(r"\.pin_memory\(\)"), ""),
     (re.compile(r"\bpin_memory=True"), "pin_memory=False"),
 )
 _PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
-    # A process's twenty groups are mostly of the same few ranks, see `shared_groups`.
+    # Most of a process's twenty groups have the same few ranks, see `shared_groups`.
     "megatron.core.parallel_state": (("group = torch.distributed.new_group(", f"group = {_API_NAME}.new_group("),),
     # torch.compile of Megatron's small pointwise functions costs more than it saves on a CPU.
     "megatron.core.jit": (("jit_fuser = torch.compile", "jit_fuser = noop_decorator"),),
-    # The region's generator *is* the CPU generator here, so that it changed is no news.
+    # The region's generator *is* the CPU generator here, so it may have changed.
     "megatron.core.tensor_parallel.random": (
         ("if not torch.all(cpu_rng_state == torch.get_rng_state()).item():", "if False:"),
     ),
-    # Experts split over tensor ranks gather tokens of which every rank has another number.
+    # Experts split over tensor ranks gather tokens, and every rank has a different number of them.
     "megatron.core.tensor_parallel.mappings": (
         ("torch.distributed.all_gather(output_tensor_list", f"{_API_NAME}.all_gather(output_tensor_list"),
         ("torch.distributed.reduce_scatter(output, input_", f"{_API_NAME}.reduce_scatter(output, input_"),
     ),
-    # The all-to-all dispatcher wants numpy split sizes also when the tensor is on the CPU already.
+    # The all-to-all dispatcher needs numpy split sizes even if the tensor is already on the CPU.
     "megatron.core.transformer.moe.moe_utils": (
         ("if torch.is_tensor(tensor) and tensor.is_cuda:", "if torch.is_tensor(tensor) and as_numpy:"),
         ("tensor.record_stream(", "(lambda _: None)("),
@@ -165,10 +165,10 @@ _PER_MODULE: dict[str, tuple[tuple[str, str], ...]] = {
 
 @contextlib.contextmanager
 def shared_groups() -> Iterator[None]:
-    """Within it, Megatron's groups of the same ranks are one.
+    """Share one process group between all of Megatron's groups with the same ranks.
 
-    Each group of gloo's keeps three threads, one of which wakes a hundred times a second, and takes a round of messages
-    to make. On a CPU every rank of a group issues its operations in the same order, so that one group carries them all.
+    Each gloo group keeps three threads, one of which wakes a hundred times a second, and needs a round of messages to
+    create. On a CPU every rank of a group issues its operations in the same order, so one group can serve them all.
     """
     global _GROUPS
     _GROUPS = {}
@@ -179,7 +179,7 @@ def shared_groups() -> Iterator[None]:
 
 
 def _set_rng_state(state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    """Megatron queues this for a GPU that never initialises; set the CPU generator at once instead."""
+    """Set the CPU generator at once; Megatron would queue this for a GPU that is never initialised."""
     torch.set_rng_state(state)
 
 
@@ -188,7 +188,7 @@ def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = F
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a megatron.core module from rewritten source; no bytecode of it is cached."""
+    """Loads a megatron.core module from rewritten source; its bytecode is not cached."""
 
     def get_code(self, fullname: str) -> CodeType:
         source = self.get_data(self.path).decode()
@@ -209,7 +209,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Gives `_Loader` to the source modules of megatron.core."""
+    """Assigns `_Loader` to the source modules of megatron.core."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -223,7 +223,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Install the hook once, before the first import of megatron.core; later is a programming error."""
+    """Install the hook once, before the first import of megatron.core; a later call is a programming error."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     loaded = [name for name in sys.modules if name.startswith("megatron.core")]

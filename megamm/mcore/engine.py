@@ -1,6 +1,6 @@
 """The native engine: Megatron's schedules, data-parallel gradient buffers and distributed optimizer (ZeRO-1).
 
-A step is made in two parts, gradients and update, so that it can be looked at, run again or left out in between.
+A step has two parts, gradients and update, so that it can be judged, run again or skipped in between.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ class NativeEngine:
     def train_step(
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
     ) -> StepResult:
-        # All that gradients change besides themselves: what dropout draws, and the routers' balancing bias.
+        # All other state that a backward pass changes: random generators (dropout) and the routers' balancing bias.
         generators, buffers = rng.states(self.device), self._buffers()
 
         def again() -> StepResult:
@@ -59,7 +59,7 @@ class NativeEngine:
         return result
 
     def _gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
-        """Forward and backward; the parameters stay."""
+        """Run forward and backward; the parameters do not change."""
         weight = self.config.model.mtp.loss_weight
         timed = partial(self.clock.device, "forward")
         loss = step.run(self.chunks, batches, loss_weights, weight, self.groups, timed=timed)

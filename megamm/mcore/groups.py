@@ -1,6 +1,6 @@
-"""Process groups of a run: torch.distributed and Megatron's TP x CP x PP x EP x DP grid, and back down again.
+"""Process groups of a run: sets up and destroys torch.distributed and Megatron's TP x CP x PP x EP x DP grid.
 
-One process without a launcher gets a world of one over an in-memory store: no port, no network.
+A single process without a launcher gets a world of one over an in-memory store: no port, no network.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class Groups:
         return tensor
 
     def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor of this shape, in order of ranks."""
+        """Gather every rank's tensor of this shape, in rank order."""
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         return parts
@@ -77,7 +77,7 @@ class Groups:
 
 
 def start(device: Device, timeout_minutes: float = 10) -> None:
-    """Join the job: torchrun's environment if there is one, else a world of this process alone."""
+    """Join the job from torchrun's environment; without one, create a world of this process only."""
     if not device.is_gpu:
         cpu.install()
     if dist.is_initialized():
@@ -90,7 +90,7 @@ def start(device: Device, timeout_minutes: float = 10) -> None:
 
 
 def build(parallel: ParallelConfig, seed: int) -> Groups:
-    """Lay the grid over the started job and seed the parallel regions' generators."""
+    """Create the grid over the started job and seed the parallel regions' generators."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -104,19 +104,19 @@ def build(parallel: ParallelConfig, seed: int) -> Groups:
             expert_tensor_parallel_size=parallel.expert_tensor,
         )
     collection = ProcessGroupCollection.use_mpu_process_groups()
-    # Stages draw different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.
+    # Stages initialise different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * collection.pp.rank(), force_reset_rng=True)
     torch.manual_seed(seed + 100 * collection.pp.rank())
     return Groups(collection, dist.get_rank(), dist.get_world_size())
 
 
 def destroy() -> None:
-    """Undo `build`, so that a process can lay another grid (tests and conversion do). Without a grid: nothing."""
+    """Undo `build`, so that a process can create another grid (tests and conversion do). Without a grid, do nothing."""
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
         return
-    # Megatron only forgets its groups; each keeps threads and sockets until it is destroyed.
+    # Megatron only drops its references; each group keeps threads and sockets until it is destroyed.
     values = list(vars(parallel_state).values())
     flat = [group for value in values for group in (value if isinstance(value, list) else [value])]
     for group in {id(group): group for group in flat if isinstance(group, dist.ProcessGroup)}.values():

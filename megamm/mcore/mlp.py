@@ -1,8 +1,8 @@
-"""Gated MLPs, dense, routed and shared, on the run's SwiGLU (megamm/ops/swiglu.py).
+"""Gated MLPs (dense, routed and shared experts) with the run's SwiGLU operator (megamm/ops/swiglu.py).
 
-A routed expert's weight for each token is applied inside of the activation, in the same pass over memory. The specs of
-Megatron-core's versions name their MLPs in different ways; the modules that come of them are the same, so these are
-taken over when they are built. Source: Shazeer 2020, "GLU Variants Improve Transformer".
+A routed expert's weight for each token is applied inside the activation, in the same pass over memory. The layer specs
+of Megatron-core's versions name their MLPs differently but build the same modules, so the modules are replaced after
+they are built. Source: Shazeer 2020, "GLU Variants Improve Transformer".
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from megamm.ops import Ops
 
 
 class GatedMLP(MLP):
-    """`[..., hidden_size]` -> the same shape, and no bias; per_token_scale `[...]` float32 are routing weights."""
+    """Maps `[..., hidden_size]` to the same shape, without bias; per_token_scale `[...]` float32: routing weights."""
 
     ops: Ops
 
@@ -30,11 +30,11 @@ class GatedMLP(MLP):
 
 
 class GatedSharedExpertMLP(SharedExpertMLP, GatedMLP):
-    """The expert of every token: Megatron's gate around a GatedMLP."""
+    """The shared expert for every token: Megatron's gate around a GatedMLP."""
 
 
 def use_ops(model: torch.nn.Module, config: TransformerConfig, ops: Ops) -> bool:
-    """Have the model's MLPs compute with these operators; False where `model.megatron` asks for another form."""
+    """Make the model's MLPs use these operators; return False if `model.megatron` requires another form."""
     is_swiglu = config.gated_linear_unit and config.activation_func is F.silu and not config.glu_linear_offset
     if not is_swiglu or config.add_bias_linear or config.activation_func_fp8_input_store:
         return False

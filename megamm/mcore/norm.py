@@ -1,8 +1,8 @@
-"""RMSNorm for the layer spec, on the run's operators (megamm/ops/rms_norm.py).
+"""RMSNorm for the layer spec, with the run's operators (megamm/ops/rms_norm.py).
 
-Megatron's torch norm refuses sequence parallel. What that needs is the `sequence_parallel` mark on the
-weight: Megatron then sums its gradient over tensor parallel ranks, each of which saw a part of the
-row. Without the mark gradient norms are silently wrong.
+Megatron's torch norm does not support sequence parallelism. Sequence parallelism needs the attribute
+`sequence_parallel` on the weight: Megatron then sums its gradient over the tensor parallel ranks, each of which has
+seen a part of the row. Without the attribute gradient norms would be wrong without any error.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from megamm.ops import Ops
 
 
 class RMSNorm(torch.nn.Module):
-    """`[..., hidden_size]` -> the same shape; statistics in float32."""
+    """Maps `[..., hidden_size]` to the same shape; statistics are in float32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, ops: Ops, eps: float = 1e-6, **_: Any) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class NormThenAdd(torch.nn.Module):
-    """In the place of Megatron's sum of a part's output and the residual: the output is normalised first.
+    """Replaces Megatron's sum of a sub-layer's output and the residual: it normalises the output first.
 
     Source: Ding et al. 2021, "CogView" (sandwich norm).
     """
@@ -41,10 +41,10 @@ class NormThenAdd(torch.nn.Module):
         self.norm = RMSNorm(config, config.hidden_size, ops, config.layernorm_epsilon)
 
     def forward(self, *_: Any) -> Callable[..., torch.Tensor]:
-        """(training, is fused) -> the sum, as Megatron asks for it."""
+        """Return the function that Megatron calls for the sum; the arguments (training, is fused) are ignored."""
         return self._add
 
     def _add(self, output: tuple[torch.Tensor, None], residual: torch.Tensor, _: float) -> torch.Tensor:
-        """output `[S, B, H]` and its bias, residual `[S, B, H]` -> `[S, B, H]`."""
+        """Add output `[S, B, H]` (with bias None) and residual `[S, B, H]` -> `[S, B, H]`."""
         assert output[1] is None
         return residual + self.norm(output[0])

@@ -1,4 +1,4 @@
-"""What a model saw while it ran: row maps and positions that attention used, experts that routers chose."""
+"""Observes a running model: row maps and positions that attention used, and experts that routers chose."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,9 +16,9 @@ from megamm.mcore import attention
 
 @dataclass
 class Seen:
-    """row_maps `[B, 4, S]` and positions `[B, axes, S/cp]` as attention got them; tokens per expert by layer.
+    """row_maps `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
 
-    margin is the smallest lead of a chosen expert over the best that was not: how near a tie routing came.
+    margin: smallest lead of a chosen expert over the best expert not chosen, that is, how close routing was to a tie.
     """
 
     row_maps: list[torch.Tensor] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Seen:
 
 @contextmanager
 def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
-    """Fill a `Seen` while the body runs. A recomputed forward pass counts once."""
+    """Record a `Seen` while the body runs. A recomputed forward pass counts once."""
     seen, hooks = Seen(), []
     for chunk in chunks:
         for name, module in chunk.named_modules():
@@ -85,7 +85,7 @@ def _routing(seen: Seen, layer: str) -> Any:
 
 
 def _of_best_groups(scores: torch.Tensor, config: Any) -> tuple[torch.Tensor, float]:
-    """Scores `[T, E]`, -inf outside a token's groups, and the smallest lead of a chosen group over one that is not."""
+    """Return scores `[T, E]`, -inf outside a token's groups, and the smallest lead of a chosen group over another."""
     groups, wanted = scores.unflatten(1, (config.moe_router_num_groups, -1)), config.moe_router_group_topk
     of_group = groups.topk(config.moe_router_topk // wanted, dim=-1).values.sum(-1)
     best = of_group.topk(min(wanted + 1, of_group.shape[1])).values

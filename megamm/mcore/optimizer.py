@@ -1,4 +1,4 @@
-"""AdamW by Megatron's distributed optimizer (ZeRO-1), and its learning-rate schedule.
+"""AdamW with Megatron's distributed optimizer (ZeRO-1), and its learning-rate schedule.
 
 Sources: Loshchilov and Hutter 2019 (AdamW); Rajbhandari et al. 2020 (ZeRO); Hu et al. 2024 (WSD).
 """
@@ -19,7 +19,7 @@ from megamm.mcore import compat
 
 
 def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
-    """Megatron's optimizer over the chunks' parameters; norms and biases get no weight decay."""
+    """Build Megatron's optimizer for the chunks' parameters; norms and biases have no weight decay."""
     o, bf16 = config.optimizer, config.train.precision == "bf16"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -42,25 +42,28 @@ def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
     for part in parts(optimizer):
         compat.prime_adam(part, step=0)
         for group in part.optimizer.param_groups:
-            # One fused pass over a parameter; torch's default for a CPU is one pass per operation.
+            # One fused pass over a parameter; torch's default on a CPU is one pass per operation.
             if "fused" in group and group.get("foreach") is None:
                 group["fused"] = True
     return optimizer
 
 
 def parts(optimizer: Any) -> list[Any]:
-    """The distributed optimizers inside: one for dense parameters, one for experts where they are parallel."""
+    """Return the inner distributed optimizers: one for dense parameters, and one for experts if they are parallel."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def norm(optimizer: Any) -> float:
-    """Of the whole job's gradient, made ready for `update`; the same on every rank, and not finite if that is not."""
+    """Prepare the gradient for `update` and return its norm over the whole job.
+
+    The norm is the same on every rank, and not finite if the gradient is not finite.
+    """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
 
 def update(optimizer: Any, grad_norm: float) -> None:
-    """Clip the gradient of that norm and change the parameters: with `norm`, what Megatron's `step` does in one."""
+    """Clip the gradient, given its norm, and update the parameters; `norm` and `update` replace Megatron's `step`."""
     for part in parts(optimizer):
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
@@ -69,7 +72,7 @@ def update(optimizer: Any, grad_norm: float) -> None:
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine to min_lr, or constant with a linear decay at the end (WSD)."""
+    """Build the schedule: linear warm-up, then cosine to min_lr, or constant with a linear decay at the end (WSD)."""
     o, steps = config.optimizer, config.train.steps
     schedule = OptimizerParamScheduler(
         optimizer,
@@ -91,6 +94,6 @@ def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler
 
 
 def set_schedule(schedule: OptimizerParamScheduler, updates: int) -> None:
-    """To where it is after that many updates, from wherever it is: a roll-back goes back."""
+    """Set the schedule to its state after `updates` updates; a roll-back moves it backwards."""
     schedule.num_steps = 0
     schedule.step(1 + updates)  # at 0 the first step would have learning rate 0 and be wasted

@@ -1,6 +1,6 @@
-"""Norms of this rank's own gradients, taken bucket by bucket just before they are summed over data-parallel ranks.
+"""Norms of this rank's own gradients, computed bucket by bucket just before the sum over data-parallel ranks.
 
-After the sum nobody can tell any more which rank a wrong value came from. One pass over the gradient a step.
+After the sum it is unknown which rank produced a wrong value. The cost is one pass over the gradient per step.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 
 class OwnNorms:
-    """Watches the buckets of these chunks, those of expert-parallel parameters too."""
+    """Measures the gradient buckets of these chunks, including those of expert-parallel parameters."""
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
         self._norms: dict[int, torch.Tensor] = {}
@@ -20,7 +20,7 @@ class OwnNorms:
                 group.start_grad_sync = self._watching(group, group.start_grad_sync)
 
     def latest(self) -> torch.Tensor:
-        """Of the last backward pass, float32 `[buckets]`, in the same order every time."""
+        """Return the norms of the last backward pass, float32 `[buckets]`, always in the same order."""
         return torch.stack([self._norms[key] for key in sorted(self._norms)])
 
     def _watching(self, group: Any, start_grad_sync: Callable[..., Any]) -> Callable[..., Any]:

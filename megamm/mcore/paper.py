@@ -1,7 +1,7 @@
-"""The real model of any rank of a world that is not there: fake process groups, tensors without storage.
+"""Builds the real model of any rank of a simulated world, with fake process groups and tensors without storage.
 
-One process takes the place of one rank after another. Megatron lays its own grid over the whole world (16,384 ranks
-in a second), of which only the groups that hold the rank are made, and builds that rank's layers on the meta device.
+One process takes the role of one rank after another. Megatron computes its own grid for the whole world (16,384 ranks
+in a second), but only the groups that contain the rank are created; it builds that rank's layers on the meta device.
 Source: torch's fake process group, whose collectives do nothing.
 """
 
@@ -36,7 +36,7 @@ class Family:
 
 @dataclass(frozen=True)
 class RankModel:
-    """What one rank holds; `layers` are the 1-based numbers of each of its chunks, `place` as Megatron's groups say."""
+    """Contents of one rank. layers: 1-based layer numbers of each of its chunks; place: from Megatron's groups."""
 
     place: tuple[int, int, int, int, int]
     """Rank in the tensor, context, data, pipeline and expert group."""
@@ -52,11 +52,11 @@ class RankModel:
 
 
 class PaperWorld:
-    """`families`: every kind of group as Megatron laid it (filled by the first rank); `rank(r)` builds one rank."""
+    """The simulated world. families: every kind of group of Megatron's grid (filled by the first rank built)."""
 
     def __init__(self, config: RunConfig, vocabulary_size: int, world_size: int) -> None:
-        assert not dist.is_initialized(), "a process in a job cannot take the place of other ranks"
-        cpu.install()  # no device is used, and on a machine with a GPU none must be
+        assert not dist.is_initialized(), "a process in a job cannot take the role of other ranks"
+        cpu.install()  # no device is used, not even on a machine with a GPU
         self.config, self.vocabulary_size, self.world_size = config, vocabulary_size, world_size
         self._fast_config = _quick_to_build(config, vocabulary_size)
         self.families: dict[tuple[Any, ...], Family] = {}
@@ -78,7 +78,7 @@ class PaperWorld:
             from megatron.core import parallel_state
 
             parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()  # every group of it
+            dist.destroy_process_group()  # destroys all groups
 
     def _describe(self, chunks: list[Any], built: groups.Groups) -> RankModel:
         pieces = [piece for chunk in chunks for piece in _pieces(chunk, built)]
@@ -97,9 +97,9 @@ class PaperWorld:
 
     @contextmanager
     def _only_groups_of(self, rank: int) -> Iterator[None]:
-        """Within it, Megatron's grid gives only the groups that hold the rank, and every group made is a fake one.
+        """Make Megatron's grid return only the groups that contain the rank, and create only fake groups.
 
-        Otherwise every rank would make the groups of the whole world, a hundred thousand objects each.
+        Otherwise every rank would create the groups of the whole world, a hundred thousand objects each time.
         """
         from megatron.core.parallel_state import RankGenerator
 
@@ -126,16 +126,17 @@ class PaperWorld:
             RankGenerator.get_ranks, dist.new_group = get_ranks, new_group
 
     def _is_expert_grid(self, generator: Any) -> bool:
-        """Megatron lays two grids: (tensor, context, data, pipeline), and for experts (tensor, expert, data, ...)."""
+        """Whether it is the grid (tensor, expert, data, ...) of experts, not (tensor, context, data, pipeline)."""
         p = self.config.parallel
         return (generator.tp, generator.cp, generator.ep) != (p.tensor, p.context, 1)
 
 
 def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:
-    """The same model, its layers split once and for all, and its weights left as allocated.
+    """Return a config of the same model with a fixed split of its layers and without weight initialisation.
 
-    Drawing weights on the meta device, to no effect, would take half of the time. How gradients are added up changes
-    nothing that is counted here, and may need what only the job's machines have.
+    Initialising weights on the meta device has no effect, but would take half of the time. The accumulation of
+    gradients does not change any number counted here, and its fused form may need packages that only the job's machines
+    have.
     """
 
     def leave(_: torch.Tensor) -> None: ...
@@ -149,12 +150,12 @@ def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:
 
 
 def _is_expert(parameter: torch.Tensor) -> bool:
-    """Megatron reduces the gradient over the expert-data group."""
+    """Whether Megatron reduces the parameter's gradient over the expert-data group."""
     return not getattr(parameter, "allreduce", True)
 
 
 def _pieces(chunk: Any, built: groups.Groups) -> Iterator[Piece]:
-    """What a checkpoint of this chunk would store, with the number of copies that gradient reduction assumes."""
+    """Yield the pieces that a checkpoint of this chunk stores, with the number of copies in gradient reduction."""
     from megamm.mcore import parts  # after cpu.install
 
     parameters = {id(p) for p in chunk.parameters()}
@@ -173,7 +174,7 @@ def _pieces(chunk: Any, built: groups.Groups) -> Iterator[Piece]:
 
 
 def _copies(parameter: torch.Tensor | None, collection: Any) -> int:
-    """Ranks whose gradients of these elements Megatron sums, by the marks on the parameter; None: a buffer."""
+    """Return the number of ranks whose gradients Megatron sums, by the parameter's attributes; None: a buffer."""
     is_sharded = getattr(parameter, "tensor_model_parallel", False)
     if parameter is not None and _is_expert(parameter):
         return collection.expt_dp.size() * (1 if is_sharded else collection.expt_tp.size())

@@ -1,9 +1,9 @@
-"""Where this rank's tensors lie in the whole model's: the one walk over Megatron's sharded description.
+"""Positions of this rank's tensors in the whole model's tensors, from Megatron's sharded state dict.
 
-Checkpoints (store.py, whole_store.py), comparison between layouts (assemble.py) and the dry run (paper.py) all go by
-it. Megatron names a whole tensor (`key`), its shape, and the boxes of it that a local tensor holds; most are one box,
-a SwiGLU's two halves are two. Megatron stacks layers on a first axis unless they are of two kinds; here they always
-are, over those layers that have the tensor.
+Checkpoints (store.py, whole_store.py), comparison between layouts (assemble.py) and the dry run (paper.py) all use it.
+Megatron gives the name of the whole tensor (`key`), its shape, and the boxes of it that a local tensor holds: usually
+one, two for the halves of a SwiGLU. Megatron stacks layers on a first axis unless there are two kinds of layers; here
+they are always stacked, over the layers that have the tensor.
 """
 
 import re
@@ -24,9 +24,9 @@ from megamm.mcore.groups import Groups
 class Part:
     """Elements [start, stop) of the flattened local `tensor`: the box of `size` at `offset` of the whole tensor.
 
-    shape: of the whole (without vocabulary padding it may be shorter, `grows`). Leading axes that only the whole has
-    (layer, expert) count as 1 in `size`; `stacked` says how many. replica: which copy of the box this is, by pipeline
-    stage, tensor rank and data rank; one of them all is 0 in all three.
+    shape: of the whole tensor (without vocabulary padding it may be shorter, `grows`). `size` is 1 along leading axes
+    that only the whole tensor has (layer, expert); `stacked` is their number. replica: index of this copy of the box by
+    pipeline stage, tensor rank and data rank; exactly one copy has 0 in all three.
     """
 
     key: str
@@ -45,12 +45,12 @@ class Part:
         return not any(self.replica)
 
     def block(self, data: torch.Tensor, prefix: str = "") -> Block:
-        """The whole part, out of a tensor of the local one's shape."""
+        """Return the whole part as a block, from a tensor with the local tensor's shape."""
         flat = data.detach().view(-1)[self.start : self.stop]
         return Block(prefix + self.key, self.shape, self.offset, self.size, flat.view(self.size), self.grows)
 
     def blocks(self, flat: torch.Tensor, first: int, prefix: str = "") -> list[Block]:
-        """What elements [first, first + len(flat)) of the flattened tensor, the optimizer's, have of this part."""
+        """Return the blocks of this part in the optimizer's elements [first, first + len(flat)) of the flat tensor."""
         low, high = max(first, self.start), min(first + len(flat), self.stop)
         found = []
         for offset, size, place in flat_boxes(self.size, low - self.start, high - self.start):
@@ -62,20 +62,20 @@ class Part:
 
 
 def of(module: nn.Module, groups: Groups) -> list[Part]:
-    """Of all parameters and stored buffers of a model or pipeline chunk (not wrapped for data parallel)."""
+    """Return the parts of all parameters and stored buffers of a model or pipeline chunk (not wrapped for DP)."""
     described: Any = module
     entries = described.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp}).values()
     freq = described.config.moe_layer_freq
     tensors = {_storage(t): t for t in (*module.buffers(), *module.parameters())}
     found = [
         part
-        # Layers' extra state is left out: always empty here, and the one thing that would be stored as a pickle.
+        # Extra state of layers is skipped: it is always empty here, and would be the only data stored as a pickle.
         for entry in entries
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
         for part in _of_entry(entry, tensors[_storage(entry.data)], freq if isinstance(freq, list) else [])
     ]
     missing = {id(p) for p in module.parameters()} - {id(part.tensor) for part in found}
-    assert not missing, "Megatron stores not every parameter"
+    assert not missing, "Megatron does not store every parameter"
     return found
 
 
@@ -115,15 +115,15 @@ def _of_entry(
 
 
 def _stacked(key: str, is_routed: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:
-    """A tensor's name without the number of its layer, and (place, number) among the layers that have such a tensor.
+    """Return a tensor's name without its layer number, and (index, count) among the layers that have such a tensor.
 
-    is_routed: of every layer whether it has experts, where some have not and Megatron thus numbers the names.
+    is_routed: for every layer whether it has experts; empty if all layers are of one kind and names have no number.
     """
     numbered = re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", key)
     if not is_routed or numbered is None:
         return key, []
     prefix, layer, name = numbered[1], int(numbered[2]), numbered[3]
-    # The norm before a dense MLP and that before a router are one tensor, which Megatron may name as the former's.
+    # The norms before a dense MLP and before a router are one tensor, which Megatron may name after the dense MLP.
     is_of_all = not name.startswith("mlp.") or name.startswith("mlp.linear_fc1.layer_norm_")
     having = [i for i, kind in enumerate(is_routed) if is_of_all or kind == is_routed[layer]]
     return prefix + name, [(having.index(layer), len(having))]

@@ -1,8 +1,8 @@
 """One step of a model that is whole on every data-parallel rank, without Megatron's schedule.
 
-For an engine that reduces gradients itself. The loss is that of `step.run`; what Megatron's schedule and its
-`finalize_model_grads` do besides is about mixture of experts and done here too: the scale of the auxiliary loss, and
-the routers' balancing bias.
+It is for an engine that reduces gradients itself. The loss is the same as in `step.run`. Megatron's schedule and its
+`finalize_model_grads` also handle mixture of experts (the scale of the auxiliary loss, and the routers' balancing
+bias); this module does the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,11 @@ def run(
     backward: Callable[[torch.Tensor], None] | None = None,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
-    """Forward of this rank's microbatches, each within `timed()` and followed by `backward(loss)` where one is given.
+    """Run forward on this rank's microbatches, each within `timed()` and followed by `backward(loss)` if given.
 
     forward is the backbone's. The step's gradient is that of the scalar losses, *added* over microbatches and
-    *averaged* over data-parallel ranks. Every rank calls it every step with as many microbatches; loss_weights is
-    float64 `[modalities]`.
+    *averaged* over data-parallel ranks. Every rank calls it every step with the same number of microbatches;
+    loss_weights is float64 `[modalities]`.
     """
     prepared = [(batch.row_map, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
@@ -51,7 +51,7 @@ def run(
 
 
 def finish(model: Backbone) -> None:
-    """After the last backward of a step: move the routers' balancing bias by the step's tokens and forget these."""
+    """Update the routers' balancing bias from the step's tokens and reset these; call it after the last backward."""
     if model.config.moe_router_enable_expert_bias:
         _update_router_expert_bias([model], model.config)
     reset_model_temporary_tensors(model.config, [model])

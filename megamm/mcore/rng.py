@@ -1,4 +1,4 @@
-"""Generator states of a rank: torch's, the device's, and those of Megatron's parallel regions."""
+"""Random generator states of a rank: torch's, the device's, and those of Megatron's parallel regions."""
 
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -7,18 +7,18 @@ from megamm.device import Device
 
 
 def states(place: Device) -> dict[str, torch.Tensor]:
-    """All states by name, uint8 `[n]` each."""
+    """Return all states by name, uint8 `[n]` each."""
     regions = {f"region.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
     return {"torch": torch.get_rng_state(), "device": place.rng_state(), **regions}
 
 
 def fresh() -> dict[str, torch.Tensor]:
-    """States of a process that has drawn nothing in a parallel region (an imported checkpoint)."""
+    """Return the states of a process that has not used a parallel region yet (for an imported checkpoint)."""
     return {"torch": torch.get_rng_state(), "device": torch.get_rng_state()}
 
 
 def restore(saved: dict[str, torch.Tensor], place: Device) -> None:
-    """Set what `states` gave."""
+    """Restore what `states` returned."""
     get_cuda_rng_tracker().set_states(
         {name.removeprefix("region."): state for name, state in saved.items() if name.startswith("region.")}
     )

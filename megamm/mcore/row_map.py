@@ -1,4 +1,4 @@
-"""What follows from a row map alone (attention.py) is made once, by the first layer that needs it."""
+"""Cache of values that depend only on the row map (attention.py): the first layer that needs one computes it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 @dataclass
 class _Seen:
-    """A row map, how often it had been written to, and what was made of it."""
+    """A row map, its version counter, and the values computed from it."""
 
     row_map: torch.Tensor
     version: int
     made: dict[Any, Any] = field(default_factory=dict)
 
     def is_of(self, row_map: torch.Tensor) -> bool:
-        """Whether it is the same memory, unwritten since: recomputation hands on another tensor over it."""
+        """Whether it is the same unchanged memory: recomputation passes another tensor over the same memory."""
         own = self.row_map
         return (own.data_ptr(), own.shape, own.stride(), self.version) == (
             row_map.data_ptr(),
@@ -29,12 +29,12 @@ class _Seen:
 
 
 _LAST: list[_Seen] = []
-"""The row map that layers saw last, if any. Kept alive, so that its address cannot become another's."""
+"""The row map last seen by layers, if any. It is kept alive, so that its address cannot be reused."""
 
 
 def once_a_row_map(row_map: torch.Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-    """make(), by the first layer that asks, for all that ask about the same row map under the same key."""
-    if row_map.is_inference():  # such a tensor does not tell whether it was written to
+    """Return make(), computed by the first layer and reused for the same row map and key."""
+    if row_map.is_inference():  # inference tensors have no version counter
         return make()
     if not (_LAST and _LAST[0].is_of(row_map)):
         _LAST[:] = [_Seen(row_map, row_map._version)]

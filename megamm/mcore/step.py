@@ -1,7 +1,8 @@
-"""One step through Megatron's schedule: forward and backward of all microbatches, gradients summed exactly.
+"""One step with Megatron's schedule: forward and backward of all microbatches, gradients summed exactly.
 
-One `forward_step` serves every mix of modalities and every layout. The loss is already normalised over the whole job
-(objective.py); Megatron divides by microbatches and by data x context ranks, so it is multiplied by both first.
+The same `forward_step` works for every mix of modalities and every layout. The loss is already normalised over the
+whole job (objective.py); Megatron divides by microbatches and by data x context ranks, so it is first multiplied by
+both.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from megamm.objective import StepLoss, Targets, means, modality_sums, targets_of
 
 
 def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Tell Megatron's schedule how to finish gradients; once after building."""
+    """Set the functions by which Megatron's schedule finishes gradients; call it once after building."""
     no_sync = [chunk.no_sync for chunk in chunks]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
@@ -28,7 +29,7 @@ def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
 
 
 def local_targets(batch: Batch, groups: Groups, depths: int) -> tuple[torch.Tensor, Targets]:
-    """Input ids `[B, S/cp]` and targets of this context rank's tokens; shifts are made on the whole row."""
+    """Return input ids `[B, S/cp]` and targets of this context rank's tokens; targets are shifted on the whole row."""
     index = local_index(batch.input_ids.shape[1], groups.context_rank, groups.context_size, batch.input_ids.device)
     return batch.input_ids[:, index], targets_of(batch, depths).at(index)
 
@@ -42,10 +43,10 @@ def run(
     forward_only: bool = False,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
-    """Forward (and backward) over this rank's microbatches; gradients end in `main_grad`, reduced.
+    """Run forward (and backward) over this rank's microbatches; the reduced gradients are in `main_grad`.
 
-    Every rank calls it every step with as many microbatches; loss_weights is float64 `[modalities]`. Each forward of a
-    chunk is within `timed()`.
+    Every rank calls it every step with the same number of microbatches; loss_weights is float64 `[modalities]`. Each
+    forward of a chunk is within `timed()`.
     """
     depths = 1 + (chunks[0].config.mtp_num_layers or 0)
     prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
@@ -77,7 +78,7 @@ def run(
         micro_batch_size=batches[0].input_ids.shape[0],
         forward_only=forward_only,
     )
-    # Once from each of the last stage's tensor-parallel groups, to everyone: what is decided by it is decided alike.
+    # One value per tensor-parallel group of the last stage, sent to all ranks, so that all make the same decisions.
     has_loss = groups.is_last_stage and groups.tensor_rank == 0
     total = groups.sum_over_job(torch.stack(sums).sum(0) if has_loss else torch.zeros_like(counts[0]))
     return StepLoss(means(total, counts[0]), counts[0])

@@ -1,11 +1,11 @@
-"""What a rank of the native engine stores and reads: blocks of its model and optimizer tensors, where they lie.
+"""Saves and loads the native engine's state: blocks of a rank's model and optimizer tensors, without gathering.
 
 Every tensor is stored in the shape of the whole model, so a folder loads at any TP x PP x EP x CP x DP. A weight is
-stored as `KEY`, its main copy and Adam's moments as `optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`. Of a weight and
-its state every data-parallel rank stores the elements that its part of the distributed optimizer (ZeRO-1) updates:
-nothing is gathered, the shares are equal, and together they are each element once. The optimizer's step count and
-hyperparameters are not in here (the checkpoint's state has the step, the config gives the rest), which is what lets a
-dense optimizer's state load into an expert-parallel one.
+stored as `KEY`, its main copy and Adam's moments as `optimizer.state.{param,exp_avg,exp_avg_sq}.KEY`. Every
+data-parallel rank stores those elements of a weight and its state that its part of the distributed optimizer (ZeRO-1)
+updates: nothing is gathered, the shares are equal, and every element is stored once. The optimizer's step count and
+hyperparameters are not stored here (the step is in the checkpoint's state, the rest in the config), so a dense
+optimizer's state can be loaded into an expert-parallel one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,9 +29,9 @@ from megamm.mcore.parts import Part
 
 @dataclass(frozen=True, eq=False)
 class Owned:
-    """The part of one parameter that this rank's optimizer updates: its elements from `first` on, flattened.
+    """The part of one parameter that this rank's optimizer updates: elements from `first` on, flattened.
 
-    kinds: main copy (of a float32 weight the weight itself) and moments, float32 `[elements]`.
+    kinds: main copy (for a float32 weight the weight itself) and moments, float32 `[elements]`.
     """
 
     parameter: torch.Tensor
@@ -40,12 +40,12 @@ class Owned:
 
     @property
     def weight(self) -> torch.Tensor:
-        """The elements in the precision that the model computes with, `[elements]`."""
+        """The elements in the model's compute precision, `[elements]`."""
         return self.parameter.detach().view(-1)[self.first : self.first + len(self.kinds[MAIN])]
 
 
 def _owned(optim: Any) -> Iterator[Owned]:
-    """Of all parameters of which this rank updates something."""
+    """Yield this rank's part of every parameter that it updates at least partly."""
     for part in optimizer.parts(optim):
         for ranges in part.gbuf_ranges:
             for buckets in ranges.values():
@@ -57,10 +57,10 @@ def _owned(optim: Any) -> Iterator[Owned]:
 
 
 class Plan:
-    """Made once an engine is built: it looks at the live tensors, which stay where they are."""
+    """Blocks of an engine's tensors. Create it after the engine: it refers to the live tensors, which must not move."""
 
     def __init__(self, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups) -> None:
-        """optim None: weights alone."""
+        """optim None: only weights."""
         self.parts = [part for chunk in chunks for part in parts.of(chunk.module, groups)]
         self.owned = list(_owned(optim)) if optim is not None else []
         self.updated = {
@@ -68,11 +68,11 @@ class Plan:
         }
 
     def to_save(self) -> list[Block]:
-        """This rank's share of the whole: it and the other ranks' are every element once."""
+        """Return this rank's share of the model; the shares of all ranks have every element exactly once."""
         by_tensor = self._by_tensor()
         blocks = []
         for owned in self.owned:
-            # Copies over data-parallel ranks are shared out; of those over tensor ranks and stages the first counts.
+            # Copies on data-parallel ranks are divided among them; on tensor ranks and stages only the first is stored.
             for part in (p for p in by_tensor[id(owned.parameter)] if not any(p.replica[:-1])):
                 blocks += part.blocks(owned.weight, owned.first)
                 for kind, tensor in owned.kinds.items():
@@ -81,7 +81,7 @@ class Plan:
         return blocks + [part.block(part.tensor) for part in rest]
 
     def to_load(self) -> list[Block]:
-        """All that this rank computes with: its weights whole, and what it owns of the optimizer's state."""
+        """Return all that this rank uses: its whole weights, and the optimizer state that it owns."""
         by_tensor = self._by_tensor()
         blocks = [part.block(part.tensor) for part in self.parts]
         for owned in self.owned:
@@ -91,7 +91,7 @@ class Plan:
         return blocks
 
     def to_start(self) -> list[Block]:
-        """Its weights whole, and what it owns of main copies that are not the weights themselves."""
+        """Return its whole weights, and the main copies that it owns, unless they are the weights themselves."""
         by_tensor = self._by_tensor()
         blocks = [part.block(part.tensor) for part in self.parts]
         for owned in self.owned:
@@ -101,9 +101,9 @@ class Plan:
         return blocks
 
     def whole(self, groups: Groups) -> tuple[dict[str, Shape], set[str]]:
-        """Name and shape of every tensor of the model, and those whose first axis is the vocabulary, padded."""
+        """Return name and shape of every tensor of the model, and the names of those padded along the vocabulary."""
         stages: list[Any] = [None] * groups.collection.pp.size()
-        # What the ranks of a stage hold are parts of the same tensors.
+        # The ranks of a stage hold parts of the same tensors.
         own = {part.key: (part.shape, part.grows) for part in self.parts}
         dist.all_gather_object(stages, own, group=groups.collection.pp)
         found = {key: described for stage in stages for key, described in stage.items()}
@@ -117,7 +117,7 @@ class Plan:
 
 
 def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, step: int) -> None:
-    """Read this rank's part of the model, and of the optimizer's state as it was after `step` steps."""
+    """Read this rank's part of the model and of the optimizer's state after `step` steps."""
     if optim is not None:
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
@@ -125,30 +125,30 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
 
 
 def load_weights(folder: Path, models: Sequence[nn.Module], groups: Groups) -> None:
-    """Read this rank's part of the weights into a model that is not wrapped, so that it has no gradient buffers."""
+    """Read this rank's part of the weights into a model that is not wrapped and has no gradient buffers."""
     reader.load(folder, [part.block(part.tensor) for model in models for part in parts.of(model, groups)])
 
 
 def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> set[str]:
-    """Names of the files that `load` reads."""
+    """Return the names of the files that `load` reads."""
     stored, blocks = index.read(folder), Plan(chunks, optim, groups).to_load()
     reader.check(folder, stored, blocks)
     return reader.needed_files(stored, blocks)
 
 
 def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[Block]:
-    """Whole tensors (the names and shapes of `export_tensors`), to be stored by one process."""
+    """Return blocks of whole tensors (names and shapes as in `export_tensors`), to be saved by one process."""
     return [Block.whole(name, tensor) for name, tensor in tensors.items()]
 
 
 def versions() -> dict[str, str]:
-    """What wrote a checkpoint."""
+    """Return the software versions to record in a checkpoint."""
     own = {"megamm": __version__, "code": code_version()}
     return own | {"torch": torch.__version__, "megatron-core": megatron.core.__version__}
 
 
 def export_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All model tensors of a stored folder, whole, on the CPU, by Megatron's names (optimizer state left out)."""
+    """Read all whole model tensors of a stored folder on the CPU, by Megatron's names (without optimizer state)."""
     stored = {key: tensor for key, tensor in index.read(folder).items() if not key.startswith("optimizer.")}
     tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in stored.items()}
     reader.load(folder, whole_blocks(tensors))

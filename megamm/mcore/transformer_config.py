@@ -1,4 +1,4 @@
-"""Our backbone fields, layout and precision as Megatron's TransformerConfig; `model.megatron` passes more through."""
+"""Translates the model, layout and precision config into Megatron's TransformerConfig; `model.megatron` adds fields."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from megamm.layout import layers_per_chunk
 
 
 def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) -> TransformerConfig:
-    """The whole of it. UserError for a field in `model.megatron` that this version or machine has not, or refuses."""
+    """Build the config. UserError for a field in `model.megatron` that this version or machine lacks or rejects."""
     fields = _model_fields(config) | _parallel_fields(config, vocabulary_size) | _fusion_fields(config, device)
     fields |= _moe_fields(config) | _latent_fields(config) | _recompute_fields(config)
     kind = MLATransformerConfig if config.model.mla.kv_lora_rank else TransformerConfig
@@ -28,11 +28,11 @@ def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) 
     except (ValueError, AssertionError, TypeError) as error:
         if not config.model.megatron:
             raise
-        raise UserError(f"Megatron-core refuses model.megatron: {error}", remedy="change those fields") from None
+        raise UserError(f"Megatron-core rejects model.megatron: {error}", remedy="change those fields") from None
 
 
 def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    """Hendrycks and Gimpel 2016, their approximation by tanh."""
+    """GELU in the tanh approximation of Hendrycks and Gimpel 2016."""
     return F.gelu(x, approximate="tanh")
 
 
@@ -60,22 +60,23 @@ def _model_fields(config: RunConfig) -> dict[str, Any]:
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype is torch.bfloat16,
-        # The layers are Megatron's own, not Transformer Engine's: 0.19 asks here which it may fall back to.
+        # The layers are Megatron's own, not Transformer Engine's: 0.19 needs to know which to use.
         transformer_impl="local",
     )
 
 
 def _fusion_fields(config: RunConfig, device: Device) -> dict[str, Any]:
-    """Weight gradients are added to their float32 buffer by apex where it can; UserError if it cannot but is to.
+    """Return the fusion fields. apex adds weight gradients to their float32 buffer if it is available.
 
-    Other fusions are of parts that are our own here, or off, so that numbers are the same on every device.
+    UserError if the config requires this fusion but it is not available. Other fusions are for parts that we replace,
+    or off, so that numbers are the same on every device.
     """
     found, name = accelerators.installed(), "gradient_accumulation_fusion"
     can = accelerators.fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
     if config.model.megatron.get(name) and not can:
         raise UserError(
-            f"model.megatron.{name} needs apex's kernels of weight gradients, a GPU and engine=native",
-            remedy="remove it: where these are there, it is on by itself",
+            f"model.megatron.{name} needs apex's weight gradient kernels, a GPU and engine=native",
+            remedy="remove it: it is enabled automatically where these are available",
             on_all_ranks=True,
         )
     off = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
@@ -98,7 +99,7 @@ def _parallel_fields(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:
         chunks[-1] += ["mtp"] * config.model.mtp.num_layers + ["loss"]
         fields["pipeline_model_parallel_layout"] = chunks
     if p.virtual_pipeline > 1:
-        # The interleaved schedule overlaps sends with work, and batched point-to-point calls rule that out.
+        # The interleaved schedule overlaps sends with compute, which batched point-to-point calls do not allow.
         fields |= dict(overlap_p2p_comm=True, batch_p2p_comm=False)
         fields["virtual_pipeline_model_parallel_size"] = p.virtual_pipeline
     return fields

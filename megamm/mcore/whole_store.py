@@ -1,7 +1,7 @@
-"""What a rank stores and reads where shards are not Megatron's: parameter by parameter, each whole on one rank.
+"""Saves and loads the state of engines that do not use Megatron's shards: each whole parameter is saved by one rank.
 
-The folder is the one of `store` (same names, shapes and formats). `Names` is made while the model still is whole: it
-keeps what Megatron says of every tensor, no data.
+The folder is the same as that of `store` (same names, shapes and formats). `Names` is created while the model is still
+whole: it keeps Megatron's description of every tensor, without data.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +24,7 @@ Whole = dict[str, dict[str, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Names:
-    """Where the tensors of a model are stored: parameters and persistent buffers by their name in the module."""
+    """Stored parts of a model's tensors: parameters and persistent buffers by their name in the module."""
 
     parts: Mapping[str, list[Part]]
     shapes: Mapping[str, torch.Size]
@@ -32,7 +32,7 @@ class Names:
 
     @classmethod
     def of(cls, model: Backbone, groups: Groups) -> "Names":
-        """Of a model that is whole on this rank."""
+        """Create the names for a model that is whole on this rank."""
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         name_of = {id(tensor): name for name, tensor in tensors.items()}
         found: dict[str, list[Part]] = {}
@@ -42,7 +42,7 @@ class Names:
         return cls(found, {n: tensors[n].shape for n in found}, {n: tensors[n].dtype for n in found})
 
     def owners(self, ranks: int) -> dict[str, int]:
-        """The rank that keeps and writes each tensor: shares of about the same size, the same on every rank."""
+        """Return the rank that keeps and writes each tensor, in shares of about equal size; the same on every rank."""
         load, owner = [0] * ranks, {}
         for name in sorted(self.parts, key=lambda n: (-self.shapes[n].numel(), n)):
             owner[name] = load.index(min(load))
@@ -50,7 +50,7 @@ class Names:
         return owner
 
     def blocks(self, tensors: Whole) -> list[Block]:
-        """Of whole tensors."""
+        """Return the blocks of whole tensors."""
         return [
             part.block(data, "" if kind == MODEL else f"{STATE}{kind}.")
             for name, kinds in tensors.items()
@@ -62,7 +62,7 @@ class Names:
 def load(
     read: Callable[[Sequence[Block]], None], names: Names, owned: Iterable[str], kinds: Mapping[str, Iterable[str]]
 ) -> Whole:
-    """The tensors that this rank owns, on the CPU: of each name its `kinds`, which `read` sets block by block."""
+    """Load the tensors that this rank owns, on the CPU: the `kinds` of each name; `read` fills their blocks."""
     empty = {
         name: {
             kind: torch.empty(names.shapes[name], dtype=names.dtypes[name] if kind == MODEL else torch.float32)

@@ -1,4 +1,4 @@
-"""The parity harness: any layout against one rank, from the same weights and the same global batch, in float32.
+"""The parity harness: compares any layout with one rank, with the same weights and global batch, in float32.
 
-The one rank computes with plain torch, the layouts with the compiled operators of csrc/ where those are built.
+The one rank uses plain torch; the layouts use the compiled operators of csrc/ if they are built.
 """

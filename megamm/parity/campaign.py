@@ -1,4 +1,4 @@
-"""Many cases in a row, for tools/parity.py: progress and totals on standard output, an exit code as result."""
+"""Runs many cases, for tools/parity.py: prints progress and totals, returns an exit code."""
 
 import re
 import time
@@ -19,7 +19,7 @@ _GOOD = ("proven", "refused")
 
 
 def one(case: Case) -> int:
-    """Prove one case and print all about it."""
+    """Prove one case and print the full outcome."""
     with Harness() as harness:
         outcome = harness.prove(case)
     print(outcome.text())
@@ -27,7 +27,7 @@ def one(case: Case) -> int:
 
 
 def fuzz(number: int, seed: int, max_ranks: int, jobs: int) -> int:
-    """Prove random compositions up to the first that fails; that one is made small and explained."""
+    """Prove random compositions until one fails; minimise and explain the failing one."""
     begin = time.monotonic()
     verdicts, reasons = Counter[str](), Counter[str]()
     for outcome in prove_all([random_cases.draw(seed, i, max_ranks) for i in range(number)], jobs):
@@ -61,7 +61,7 @@ def table(file: Path, jobs: int) -> int:
 
 
 def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
-    """Outcomes in the cases' order, `jobs` of them proven at a time."""
+    """Yield the outcomes in the order of the cases; `jobs` cases run in parallel."""
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
         free: SimpleQueue[Harness] = SimpleQueue()
         for _ in range(jobs):
@@ -83,7 +83,7 @@ def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
 
 
 def _smallest(failed: Outcome) -> str:
-    """The reproduction of a failing case, minimised - it must go on failing in the same way - and explained."""
+    """Return how to reproduce a failing case, minimised (it must still fail in the same way) and explained."""
     with Harness() as harness:
 
         def fails(candidate: Case) -> Outcome | None:

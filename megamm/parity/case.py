@@ -1,7 +1,7 @@
-"""What is compared: a case (layout, model, mix of modalities) as one line of text, and the runs that it means.
+"""A case (layout, model, mix of modalities) as one line of text, and the runs that it defines.
 
-`world=4 mix=mixed seed=3 parallel.tensor=2 parallel.sequence=true model.moe.num_experts=4` - world size, mix (rows.py)
-and seed, then config keys as in a run's YAML. What a case does not name is as in BASE.
+`world=4 mix=mixed seed=3 parallel.tensor=2 parallel.sequence=true model.moe.num_experts=4`: world size, mix (rows.py)
+and seed, then config keys as in a run's YAML. Keys that a case does not name have the values of BASE.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ BASE: dict[str, Any] = {
     "model.num_attention_heads": 4,
     "model.num_query_groups": 2,
     "model.head_dim": 16,
-    # Larger than for training, so that attention and routing are not near uniform.
+    # Larger than for training, so that attention and routing are not almost uniform.
     "model.init_std": 0.08,
     "data.seq_length": 48,
     "data.sources": [{"path": "unused"}],
@@ -39,13 +39,13 @@ BASE: dict[str, Any] = {
     "train.micro_batch": 2,
 }
 LOSS_WEIGHTS = (1.0, 0.5)
-# What decides who computes, not what is computed.
+# Keys that decide which rank computes, not what is computed.
 _LAYOUT_ONLY = ("parallel.", "train.recompute", "train.attention", "model.moe.dispatcher", "model.megatron.")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one world computes; `muted` rows keep their tokens but no loss."""
+    """The computation of one world; `muted` rows keep their tokens but have no loss."""
 
     world: int
     seed: int
@@ -56,7 +56,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The run's configuration. UserError where a key or value is wrong."""
+        """The run's configuration. UserError if a key or value is wrong."""
         nested: dict[str, Any] = {}
         for key, value in (BASE | dict(self.settings)).items():
             *parents, last = key.split(".")
@@ -67,9 +67,9 @@ class Run:
         return config_from_dict(nested, "parity case")
 
     def reference(self) -> "Run":
-        """The same numbers on one rank, with plain torch's operators where the layout has the compiled ones.
+        """Return the run with the same numbers on one rank, with plain torch operators instead of the compiled ones.
 
-        Microbatches differ too, unless a loss is defined on them.
+        It also has other microbatches, unless a loss is defined per microbatch.
         """
         kept = {k: v for k, v in self.settings if not k.startswith(_LAYOUT_ONLY)}
         kept["ops"] = "torch"
@@ -78,7 +78,7 @@ class Run:
         return replace(self, world=1, settings=tuple(sorted(kept.items())))
 
     def name(self) -> str:
-        """A short name of everything that this run computes."""
+        """Return a short hash of everything that this run computes."""
         fields = asdict(self) | {"muted": sorted(self.muted)}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -94,41 +94,41 @@ class Case:
 
     @classmethod
     def of(cls, world: int, settings: dict[str, Any], mix: str = "mixed", seed: int = 1) -> "Case":
-        """A case from a mapping of dotted keys."""
+        """Create a case from a mapping of dotted keys."""
         frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
         return cls(world, mix, seed, tuple(sorted(frozen.items())))
 
     @classmethod
     def parse(cls, line: str) -> "Case":
-        """Read what `line` writes. UserError for anything else."""
+        """Parse the text that `line` writes. UserError for anything else."""
         given: dict[str, Any] = {}
         for word in line.split():
             key, separator, text = word.partition("=")
             if not separator:
-                raise UserError(f"{word!r} is not key=value", where="case", remedy="write world=2 parallel.tensor=2")
+                raise UserError(f"{word!r} is not key=value", where="case", remedy="write for example world=2")
             given[key] = yaml.safe_load(text)
         world, mix, seed = given.pop("world", 1), given.pop("mix", "mixed"), given.pop("seed", 1)
         if mix not in rows.MIXES:
-            raise UserError(f"no mix {mix!r}", where="case", remedy=f"one of {', '.join(rows.MIXES)}")
+            raise UserError(f"unknown mix {mix!r}", where="case", remedy=f"use one of {', '.join(rows.MIXES)}")
         return cls.of(world, given, mix, seed)
 
     def line(self) -> str:
-        """The case as one line."""
+        """Return the case as one line."""
         words = [f"world={self.world}", f"mix={self.mix}", f"seed={self.seed}"]
         return " ".join(words + [f"{k}={_text(v)}" for k, v in self.settings])
 
     def with_setting(self, key: str, value: Any) -> "Case":
-        """With one key set, or at its default (value None)."""
+        """Return the case with one key set, or reset to its default (value None)."""
         kept = {k: v for k, v in self.settings if k != key}
         return Case.of(self.world, kept | ({} if value is None else {key: value}), self.mix, self.seed)
 
     @property
     def config(self) -> RunConfig:
-        """The configuration that the settings mean, also where the layout is refused. UserError for a wrong key."""
+        """The configuration of the settings, even if the layout is rejected. UserError for a wrong key."""
         return Run(self.world, self.seed, self.settings, ()).config
 
     def run(self) -> Run:
-        """What the case's ranks compute. UserError where the layout is refused."""
+        """Return the computation of the case's ranks. UserError if the layout is rejected."""
         config = self.config
         layout.check(config, self.world)
         batch, micro, data = config.train.global_batch, config.train.micro_batch, config.data_parallel(self.world)

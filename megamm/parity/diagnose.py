@@ -1,8 +1,8 @@
-"""Names what is wrong in a case whose numbers differ.
+"""Finds the cause when the numbers of a case differ from its reference.
 
-In this order: what attention saw; gradients that lack a sum over a group (replicas disagree, and add up to the
-reference); parts of the loss whose gradient is a multiple of what it should be, found by running each part alone;
-parts that are normalised over less than the job, found by computing what that would give.
+It checks in this order: the inputs of attention; gradients that lack a sum over a group (replicas differ, and their sum
+is the reference); parts of the loss whose gradient has a wrong factor (found by running each part alone); parts that
+are normalised over less than the job (found by computing the result of that error).
 """
 
 from collections import defaultdict
@@ -29,9 +29,9 @@ _EXPERT_AXES = ("expert tensor", "expert", "expert data", "pipeline")
 
 
 def explain(harness: "Harness", run: Run, reports: Sequence[RankReport], fault: Fault) -> list[str]:
-    """The causes found, most telling first; a line that none was found otherwise."""
+    """Return the causes found, most likely first, or a line that says that none was found."""
     if any(r.strange for r in reports):
-        return []  # said by the ranks already, and all else follows from it
+        return []  # already reported by the ranks; all other differences follow from it
     valued = harness.compute(run, fault, with_values=True, first_step_only=True)
     reference = _Reference(harness, run)
     found = _missing_sums(valued, reference)
@@ -42,7 +42,7 @@ def explain(harness: "Harness", run: Run, reports: Sequence[RankReport], fault: 
 
 
 class _Reference:
-    """First gradients of a run's reference, by extent."""
+    """Gradients of the first step of a run's reference, by extent."""
 
     def __init__(self, harness: "Harness", run: Run) -> None:
         harness.reference(run.reference())
@@ -55,7 +55,7 @@ class _Reference:
 
 
 def _missing_sums(reports: Sequence[RankReport], reference: _Reference) -> list[str]:
-    """Tensors whose replicas along some axes of the grid disagree and sum to the reference."""
+    """Find tensors whose replicas along some axes of the grid differ and sum to the reference."""
     blocks: dict[tuple[str, tuple[int, ...]], dict[int, Difference]] = defaultdict(dict)
     for rank, report in enumerate(reports):
         for d in report.differences:
@@ -82,7 +82,7 @@ def _is_replica(one: Extent, other: Extent) -> bool:
 
 
 def _axes(reports: Sequence[RankReport], is_expert: bool) -> list[tuple[str, ...]]:
-    """Axes along which replicas may lie, smallest groups first."""
+    """Return the axes along which replicas may exist, smallest groups first."""
     if is_expert:
         candidates: list[tuple[str, ...]] = [("expert data",), ("expert tensor",), ("expert",)]
     else:
@@ -95,7 +95,7 @@ def _sums_to(theirs: Array, held: dict[int, Array], reports: Sequence[RankReport
     groups = defaultdict(list)
     for rank, values in held.items():
         groups[tuple(reports[rank].place[a] for a in grid if a not in axes)].append(values)
-    # Replicas that some other sum has made equal count once.
+    # Replicas that another sum has made equal count once.
     partial = [_distinct(values) for values in groups.values()]
     return all(len(values) > 1 and _near(np.sum(values, axis=0), theirs) for values in partial)
 
@@ -113,7 +113,7 @@ def _near(ours: Array, theirs: Array) -> bool:
 
 
 def _parts(run: Run) -> Iterator[tuple[str, Run]]:
-    """Each part of the loss alone: its name and the run that has only it."""
+    """Yield each part of the loss: its name and a run with only this part."""
     settings = dict(run.settings)
     has_aux, has_mtp = bool(settings.get("model.moe.aux_loss_coeff")), bool(settings.get("model.mtp.num_layers"))
     bare = {k: v for k, v in settings.items() if k != "model.moe.aux_loss_coeff"}
@@ -127,7 +127,7 @@ def _parts(run: Run) -> Iterator[tuple[str, Run]]:
         aux = bare | {"model.moe.aux_loss_coeff": settings["model.moe.aux_loss_coeff"]}
         yield "the experts' auxiliary loss", replace(run, weights=(0.0,) * len(MODALITIES), settings=_frozen(aux))
     if has_mtp:
-        # So heavy that beside it the loss of the next token is lost in rounding.
+        # The weight is so large that the next token's loss is lost in rounding.
         heavy = bare | {"model.mtp.loss_weight": 1e6}
         yield "multi-token prediction", replace(run, settings=_frozen(heavy))
 
@@ -156,14 +156,14 @@ def _wrong_part(harness: "Harness", name: str, part: Run, fault: Fault) -> list[
 
 
 def _size_named(ratio: float, report: RankReport) -> str:
-    """ " (= data parallel size)" where the ratio, or its inverse, is the size of one axis."""
+    """Return " (= data parallel size)" if the ratio, or its inverse, is the size of one axis."""
     named = [f"{axis} parallel size" for axis, n in report.sizes.items() if n > 1 and abs(ratio - n) < _SAME * n]
     named += [f"1 / {axis} parallel size" for axis, n in report.sizes.items() if n > 1 and abs(ratio * n - 1) < _SAME]
     return f" (= {' = '.join(named)})" if named else ""
 
 
 def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
-    """Partitions of a step's rows over which a wrong loss may be normalised."""
+    """Yield partitions of a step's rows over which a wrong loss may be normalised."""
     config = run.config
     micro, data = config.train.micro_batch, config.data_parallel(run.world)
     rows = range(config.train.global_batch)
@@ -172,7 +172,7 @@ def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
 
 
 def _normalised_over(harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[Difference]) -> float | None:
-    """The factor c with which c x (sum of the parts' own mean losses) gives the wrong gradients, if there is one."""
+    """Return the factor c for which c x (sum of the parts' own mean losses) gives the wrong gradients, or None."""
     everything = frozenset(range(run.config.train.global_batch))
     references = [_Reference(harness, replace(run, muted=everything - part)) for part in parts]
     expected = np.concatenate([np.sum([r.block(d.extent) for r in references], axis=0).ravel() for d in wrong])

@@ -1,4 +1,4 @@
-"""Random compositions, a pure function of (seed, number, most ranks), and the smallest one that still fails."""
+"""Draws random compositions, a pure function of (seed, number, maximum ranks), and minimises one that fails."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ _MOE_KEYS = ("model.moe.", "parallel.expert")
 
 
 def draw(seed: int, number: int, max_ranks: int) -> Case:
-    """A composition; most are ones that layout.check admits."""
+    """Draw a composition; layout.check accepts most of them."""
     rng = random.Random(f"{seed}/{number}/{max_ranks}")
     world = rng.choice([n for n in (1, 2, 2, 3, 4, 4, 4, 5, 6, 6, 7, 8, 8, 8) if n <= max_ranks])
     sizes, left = {}, world
@@ -46,7 +46,7 @@ def _divisors(n: int) -> list[int]:
 
 
 def _model(rng: random.Random, tensor: int) -> Settings:
-    # One in eight ignores the tensor ranks and may be refused.
+    # One in eight ignores the tensor ranks and may be rejected.
     unit = tensor if rng.random() < 0.875 else 1
     groups = unit * rng.randint(1, 3)
     per_group = rng.randint(1, 3)
@@ -120,9 +120,9 @@ def _pipeline(rng: random.Random, pipeline: int) -> Settings:
 
 
 def minimise(case: Case, fails: Callable[[Case], Outcome | None]) -> Outcome:
-    """The smallest case reached by removing one feature after the other while it fails.
+    """Return the smallest case found by removing one feature after the other while it still fails.
 
-    fails gives the outcome of a case that fails (in whichever way), else None.
+    fails: returns the outcome of a case that fails (in any way), else None.
     """
     found = fails(case)
     assert found is not None, "the case to minimise fails"
@@ -137,7 +137,7 @@ def minimise(case: Case, fails: Callable[[Case], Outcome | None]) -> Outcome:
 
 
 def _smaller(case: Case) -> Iterator[Case]:
-    """Simpler cases that are admitted: fewer ranks first, then features at their defaults."""
+    """Yield simpler valid cases: fewer ranks first, then features at their defaults."""
     settings = dict(case.settings)
     candidates = []
     for axis in ("tensor", "pipeline", "context"):

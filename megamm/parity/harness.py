@@ -1,6 +1,6 @@
-"""Proves a case: N gloo ranks and one rank from the same weights and batches, every number compared.
+"""Proves a case: runs N gloo ranks and one rank from the same weights and batches, and compares every number.
 
-The one-rank reference of a model, mix and batch is computed once and serves every layout.
+The one-rank reference of a model, mix and batch is computed once and used for every layout.
 """
 
 import tempfile
@@ -23,7 +23,7 @@ from megamm.parity.rows import MODALITIES
 from megamm.parity.worlds import Failure, Worlds
 
 TIE = 1e-5
-"""Routing scores nearer than this could be ordered differently by rounding: such a draw is not used."""
+"""Routing scores closer than this could be ordered differently because of rounding: such a draw is not used."""
 _DRAWS = 8
 
 
@@ -36,11 +36,13 @@ class RunFailed(Exception):
 
 
 class Harness:
-    """One server of worlds and the references computed so far; a context manager."""
+    """A server of worlds and the references computed so far; it is a context manager."""
 
     def __init__(self, worlds: Worlds | None = None, timeout: float = 120.0) -> None:
-        """worlds: the server, which the caller ends; without it one is started and ended here. timeout: seconds after
-        which a run counts as hanging."""
+        """worlds: a server that the caller stops; without it, one is started and stopped here.
+
+        timeout: seconds after which a run counts as hanging.
+        """
         self._own, self._timeout = ExitStack(), timeout
         self._worlds = worlds or self._own.enter_context(Worlds())
         self._folder = Path(self._own.enter_context(tempfile.TemporaryDirectory(prefix="megamm-parity-")))
@@ -53,9 +55,9 @@ class Harness:
         self._own.close()
 
     def prove(self, case: Case, fault: Callable[[], None] | None = None, explain: bool = True) -> Outcome:
-        """Compare the case with its reference; on a mismatch say what is wrong (explain) and by how much.
+        """Compare the case with its reference; on a mismatch report the cause (if explain) and the errors.
 
-        fault is called in every rank first (tests of the harness).
+        fault: called first in every rank (for tests of the harness).
         """
         begin = time.monotonic()
         outcome = Outcome(case.line(), "proven")
@@ -84,31 +86,31 @@ class Harness:
         with_values: bool = False,
         first_step_only: bool = False,
     ) -> list[RankReport]:
-        """The run's ranks beside its reference. RunFailed."""
+        """Run the ranks and compare them with the reference. RunFailed if a world fails."""
         self.reference(run.reference())
         path = self.path(run.reference())
         job = Job(run, path, fault=fault, with_values=with_values, first_step_only=first_step_only)
         return self._work(run.world, job)
 
     def reference(self, run: Run) -> RankReport:
-        """A one-rank run, computed unless it is known. RunFailed."""
+        """Return the report of a one-rank run, computed if not yet known. RunFailed if its world fails."""
         name = run.name()
         if name not in self._references:
             self._references[name] = self._work(1, Job(run, self.path(run), makes_reference=True))[0]
         return self._references[name]
 
     def path(self, run: Run) -> Path:
-        """Where a reference's tensors lie."""
+        """Return the file of a reference's tensors."""
         return self._folder / f"{run.name()}.safetensors"
 
     def shapes(self, run: Run) -> dict[str, tuple[int, ...]]:
-        """Shapes of a reference's whole tensors."""
+        """Return the shapes of a reference's whole tensors."""
         with safe_open(self.path(run), framework="numpy") as file:
             names = [name for name in file.keys() if name.startswith("start/")]  # noqa: SIM118 - not a mapping
             return {name.removeprefix("start/"): tuple(file.get_slice(name).get_shape()) for name in names}
 
     def _drawn(self, run: Run) -> tuple[Run, RankReport]:
-        """The run with a seed whose routing has no near ties, and its reference."""
+        """Return the run with a seed whose routing has no near ties, and its reference."""
         for draw in range(_DRAWS):
             candidate = replace(run, seed=run.seed + 1000 * draw)
             report = self.reference(candidate.reference())
@@ -124,14 +126,14 @@ class Harness:
 
 
 def _compute(job: Job) -> RankReport:
-    """In a rank: only there are Megatron-core's adaptations installed, so only there may it be imported."""
+    """Run the job in a rank. Megatron-core may only be imported there, because only there it is adapted."""
     from megamm.parity import rank
 
     return rank.compute(job)
 
 
 def compare(reports: Sequence[RankReport], one: RankReport, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """What differs from the reference, one line for each kind and tensor."""
+    """Return the differences from the reference, one line for each kind and tensor."""
     found = sorted({text for r in reports for text in r.strange})
     found += _scalars(reports, one) + _coverage(reports, shapes)
     routed = sum((Counter(r.routed) for r in reports), Counter())
@@ -181,13 +183,13 @@ def _bound(
 
 
 def _coverage(reports: Sequence[RankReport], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Main replicas must cover every element of every whole tensor once: else something went uncompared."""
+    """Check that main replicas cover every element of every whole tensor once, so that all of it was compared."""
     owned = {key: np.zeros(shape, np.int32) for key, shape in shapes.items()}
     found = []
     for report in reports:
         for e in report.extents:
             if e.key not in owned:
-                found.append(f"{e.key} is no tensor of the reference")
+                found.append(f"{e.key} is not a tensor of the reference")
             elif e.is_main:
                 owned[e.key][e.box()] += 1
     wrong = [key for key, count in owned.items() if not (count == 1).all()]

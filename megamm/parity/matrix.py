@@ -1,7 +1,7 @@
-"""The matrix of layouts and features: every single one, every pair of layouts, every layout with every feature.
+"""The matrix of layouts and features: each layout, each pair of layouts, each layout with each feature.
 
-docs/parallelism.md is its table. tests/test_parallel.py runs few compositions that hold every two parts of it, and with
-`make test-all` the matrix itself (features of one kind in one case).
+docs/parallelism.md is its table. tests/test_parallel.py runs a few compositions that contain every pair of its parts,
+and with `make test-all` the matrix itself (features of one kind in one case).
 """
 
 from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ _SPLIT = "parallel.layers_per_chunk"
 
 
 def compose(*parts: Settings) -> Case | None:
-    """One case with all the parts; None where two of them ask for different values of one key."""
+    """Return one case with all the parts; None if two of them need different values of one key."""
     merged: Settings = {}
     for part in parts:
         if any(merged.get(k, v) != v for k, v in part.items()):
@@ -86,23 +86,23 @@ def compose(*parts: Settings) -> Case | None:
 
 
 def singles() -> dict[str, Case]:
-    """Each layout by itself."""
+    """Return each layout alone."""
     return {name: case for name, settings in LAYOUTS.items() if (case := compose(settings))}
 
 
 def pairs() -> dict[str, Case]:
-    """Each two layouts that can be asked for at once, as "one + other"."""
+    """Return each pair of compatible layouts, named "one + other"."""
     both = {f"{a} + {b}": compose(LAYOUTS[a], LAYOUTS[b]) for a, b in combinations(LAYOUTS, 2) if not _within(a, b)}
     return {name: case for name, case in both.items() if case}
 
 
 def _within(a: str, b: str) -> bool:
-    """One of the two is part of the other: the pair is no further case."""
+    """Whether one of the two is part of the other, so that the pair is not a new case."""
     return LAYOUTS[a].items() <= LAYOUTS[b].items() or LAYOUTS[b].items() <= LAYOUTS[a].items()
 
 
 def with_features() -> dict[str, Case]:
-    """Each layout with each feature."""
+    """Return each layout with each feature."""
     return {
         f"{a} + {b}": case for a in LAYOUTS for b in FEATURES if (case := compose(LAYOUTS[a], FEATURES[b])) is not None
     }
@@ -127,7 +127,7 @@ modality within 1e-6; every gradient, the gradient norm and every parameter afte
 
 
 def table(outcome_of: Callable[[Case], Outcome]) -> str:
-    """The document; outcome_of is asked about every case once."""
+    """Return the document; outcome_of is called once for every case."""
     reasons: list[str] = []
 
     def cell(name: str, cases: dict[str, Case]) -> str:
@@ -165,7 +165,7 @@ def _row(first: str, cells: list[str]) -> str:
 
 
 def expected(case: Case) -> Outcome:
-    """What a correct run of the case gives, without running it: proven, unless layout.check refuses."""
+    """Return the outcome of a correct run of the case without running it: proven, unless layout.check rejects it."""
     try:
         case.run()
     except UserError as error:

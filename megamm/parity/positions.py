@@ -1,6 +1,6 @@
-"""Whether attention saw the rows as they are: segments, positions, and which tokens a context rank holds.
+"""Checks that attention received the correct rows: segments, positions, and the tokens of a context rank.
 
-Worked out from the batches anew, without the code under test.
+The expected values are computed from the batches independently of the code under test.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from megamm.data.sample import Batch
 
 
 def strange(seen: Any, batches: Sequence[Batch], config: RunConfig, context_rank: int) -> list[str]:
-    """One line for each kind of thing that attention saw and that is not of this rank's batches."""
+    """Return one line for each kind of input of attention that does not match this rank's batches."""
     axes, size = config.model.rope_axes, config.parallel.context
     maps = [torch.cat((b.segment[:, None], b.position), 1) for b in batches]
     positions = [expected_positions(b, axes)[..., local_tokens(b, context_rank, size)] for b in batches]
     kinds = {
-        "segments or positions (row map) handed to attention": (seen.row_maps, maps),
-        "positions by which attention turns queries and keys": (seen.positions, positions),
+        "segments or positions (row map) passed to attention": (seen.row_maps, maps),
+        "positions used for RoPE in attention": (seen.positions, positions),
     }
     return [
         f"{kind} differ from the row's: {_first(found, expected)}"
@@ -29,7 +29,7 @@ def strange(seen: Any, batches: Sequence[Batch], config: RunConfig, context_rank
 
 
 def local_tokens(batch: Batch, rank: int, size: int) -> list[int]:
-    """Row indices of a context rank's tokens: its early chunk of 2 * size, and its late one."""
+    """Return the row indices of a context rank's tokens: its early and its late chunk of 2 * size chunks."""
     length = batch.input_ids.shape[1]
     if size == 1:
         return list(range(length))
@@ -37,7 +37,7 @@ def local_tokens(batch: Batch, rank: int, size: int) -> list[int]:
 
 
 def expected_positions(batch: Batch, axes: int) -> torch.Tensor:
-    """`[B, axes, S]`: (t, h, w), or with one axis the index in the document."""
+    """Return `[B, axes, S]`: (t, h, w), or with one axis the index in the document."""
     if axes == 3:
         return batch.position
     index = torch.zeros_like(batch.segment)
@@ -48,7 +48,7 @@ def expected_positions(batch: Batch, axes: int) -> torch.Tensor:
 
 
 def _first(found: torch.Tensor, expected: list[torch.Tensor]) -> str:
-    """The first place where it differs from the batch that it is nearest to."""
+    """Return the first position where it differs from the closest batch."""
     alike = [e for e in expected if e.shape == found.shape]
     if not alike:
         return f"shape {tuple(found.shape)} instead of {tuple(expected[0].shape)}"

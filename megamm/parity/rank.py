@@ -1,6 +1,6 @@
-"""What one rank does for a case: builds, starts from the reference's weights, trains, compares with the reference.
+"""One rank's work for a case: builds the engine, loads the reference's weights, trains, and compares.
 
-The reference is a one-rank run whose tensors lie in a safetensors file, named "<what>/<key>": `start` weights,
+The reference is a one-rank run whose tensors are stored in a safetensors file as "<what>/<key>": `start` weights,
 `gradient` of the first step, `parameter` after the first and `final` after the last step.
 """
 
@@ -26,7 +26,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def compute(job: Job) -> RankReport:
-    """Do the job; every rank of a world calls it."""
+    """Run the job; every rank of a world calls it."""
     if job.fault:
         job.fault()
     run, config = job.run, job.run.config
@@ -70,9 +70,9 @@ def _note(report: RankReport, result: Any, seen: observe.Seen, step: int) -> Non
 
 
 def _reduce_everywhere(engine: Any) -> Callable[[], None]:
-    """Have all gradients reduced on every rank, though each keeps only its ZeRO shard, so that all can be looked at.
+    """Reduce all gradients on every rank, not only its ZeRO shard, so that all can be compared.
 
-    Returns what undoes it, so that later steps run as in training.
+    Return a function that undoes this, so that later steps run as in training.
     """
     config = engine.chunks[0].config
     finalize = config.finalize_model_grads_func
@@ -85,7 +85,7 @@ def _reduce_everywhere(engine: Any) -> Callable[[], None]:
 
 
 def _seeing(compare: Any) -> Judge:
-    """Looks at the gradients before the update."""
+    """Return a judge that compares the gradients before the update."""
 
     def see(result: StepResult, _again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
         compare.see("gradient", 1)
@@ -95,18 +95,18 @@ def _seeing(compare: Any) -> Judge:
 
 
 def _value(what: str, piece: Piece) -> torch.Tensor | None:
-    """The local tensor to look at, None where there is none: a buffer has no gradient."""
+    """Return the local tensor to compare, or None: a buffer has no gradient."""
     return getattr(piece.tensor, "main_grad", None) if what == "gradient" else piece.tensor
 
 
 class _Writer:
-    """Draws the starting weights, and keeps whole tensors for the file."""
+    """Draws the initial weights, and keeps whole tensors for the file."""
 
     def __init__(self, job: Job, pieces: list[Piece]) -> None:
         self.job, self.pieces, self.tensors = job, pieces, Tensors()
 
     def start(self, seed: int) -> None:
-        """Weights without the symmetries of an initialisation: ones of norms would hide a swapped pair."""
+        """Set weights without the symmetries of an initialisation: norm weights of 1 would hide swapped tensors."""
         generator = torch.Generator().manual_seed(seed)
         for piece in self.pieces:
             block = piece.cut(piece.tensor)
@@ -131,7 +131,7 @@ class _Writer:
 
 
 class _Comparer:
-    """Starts from the reference's weights, and notes every block that differs from the reference's."""
+    """Starts from the reference's weights, and records every block that differs from the reference."""
 
     def __init__(self, job: Job, pieces: list[Piece]) -> None:
         self.job, self.pieces, self.theirs = job, pieces, load_file(job.reference)
@@ -155,7 +155,7 @@ class _Comparer:
         padding = ours.clone()
         padding[true] = 0.0
         ours = ours[true]
-        # A layer's or expert's own norm; where that is nearly nothing, rounding is that of its neighbours.
+        # A layer's or expert's own norm; if it is almost 0, rounding errors depend on its neighbours.
         own = whole[_box(piece)[: piece.stacked]].norm()
         scale = torch.maximum(own, 1e-3 * whole.norm()).clamp(min=1e-30)
         error = float((ours - theirs).norm() / scale)

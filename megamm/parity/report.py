@@ -1,4 +1,4 @@
-"""What ranks are asked and tell about a run, and what the harness tells about a case: plain data."""
+"""Plain data: jobs for ranks, their reports about a run, and the outcome of a case."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,15 +10,15 @@ import numpy.typing as npt
 from megamm.parity.case import Run
 
 BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "gradient norm": 1e-5, "parameter": 1e-5}
-"""Relative errors that rounding may reach in float32; a tensor's is the norm of the difference over the norm."""
+"""Maximum relative errors from rounding in float32; a tensor's error is the norm of the difference over the norm."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """reference: the file; it is written where `makes_reference`, else compared with.
+    """A job for all ranks. reference: file that is written if `makes_reference`, otherwise compared with.
 
-    fault changes this process before the model is built (tests of the harness). with_values: hand the differing
-    blocks' values over. first_step_only: stop after the first gradients.
+    fault: changes this process before the model is built (for tests of the harness). with_values: report the values of
+    differing blocks. first_step_only: stop after the first gradients.
     """
 
     run: Run
@@ -31,7 +31,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Extent:
-    """The block of the whole tensor `key` at offset, of this size; of its replicas one is main."""
+    """The block of the whole tensor `key` at this offset and of this size; exactly one replica is main."""
 
     key: str
     offset: tuple[int, ...]
@@ -39,14 +39,17 @@ class Extent:
     is_main: bool
 
     def box(self) -> tuple[slice, ...]:
-        """As an index into the whole tensor."""
+        """Return the block as an index into the whole tensor."""
         return tuple(slice(start, start + n) for start, n in zip(self.offset, self.size, strict=True))
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A block that is not the reference's. ratio: the multiple of the reference nearest to it; residual: the relative
-    distance from that multiple. values are given where asked for."""
+    """A block that differs from the reference.
+
+    ratio: the factor with which the reference is closest to it; residual: the relative distance from that multiple.
+    values: only if requested.
+    """
 
     what: str
     step: int
@@ -59,7 +62,7 @@ class Difference:
 
 @dataclass
 class RankReport:
-    """Of one rank: its place in the grid, per step loss and token count per modality and the grad norm."""
+    """Report of one rank: its place in the grid; per step the loss and token count by modality and the grad norm."""
 
     place: dict[str, int]
     sizes: dict[str, int]
@@ -76,7 +79,7 @@ class RankReport:
 
 @dataclass
 class Outcome:
-    """Of one case. verdict: proven, refused, mismatch, crash or hang; findings: what is wrong, or why refused."""
+    """Outcome of a case. verdict: proven, refused, mismatch, crash or hang; findings: errors, or why it is refused."""
 
     case: str
     verdict: str
@@ -86,6 +89,6 @@ class Outcome:
     seconds: float = 0.0
 
     def text(self) -> str:
-        """For a person."""
+        """Format the outcome for people."""
         figures = "  ".join(f"{name} {error:.1e}" for name, error in self.worst.items())
         return "\n".join([f"{self.verdict:9}{self.seconds:5.1f} s  {self.case}  {figures}", *self.findings])

@@ -1,7 +1,7 @@
-"""Random packed rows with every awkward feature: many documents of odd lengths, padding, modalities that are absent.
+"""Random packed rows with all difficult features: many documents of odd lengths, padding, missing modalities.
 
-A mix says which rows of a step may hold text and which images; rows depend on (seed, step, mix, length) alone, never on
-the layout. Two modalities: ids below TEXT_SIZE are text (0), the rest image (1).
+A mix defines which rows of a step may contain text and which images; rows depend only on (seed, step, mix, length), not
+on the layout. There are two modalities: ids below TEXT_SIZE are text (0), the others image (1).
 """
 
 from dataclasses import dataclass
@@ -25,14 +25,14 @@ MIXES = {
 
 @dataclass(frozen=True)
 class RowKinds:
-    """Row numbers of a step that hold text, that hold images, and that are not empty."""
+    """Row numbers of a step that may contain text, and those that may contain images."""
 
     text: frozenset[int]
     image: frozenset[int]
 
 
 def kinds(mix: str, step: int, rows: int, micro_batch: int, data_size: int) -> RowKinds:
-    """What each of the step's rows may hold (steps count from 1). KeyError for an unknown mix."""
+    """Return what each of the step's rows may contain (steps count from 1). KeyError for an unknown mix."""
     everything = frozenset(range(rows))
     microbatch = {i: i // micro_batch for i in everything}
     if mix == "rank_without_images":
@@ -41,7 +41,7 @@ def kinds(mix: str, step: int, rows: int, micro_batch: int, data_size: int) -> R
     if mix == "microbatch_without_text":
         return RowKinds(frozenset(i for i in everything if microbatch[i] % 2 == 0), everything)
     if mix == "padding_row":
-        # Of a step's only row it would leave no gradient but rounding.
+        # If the step has only one row, the gradient would be nothing but rounding errors.
         held = everything - {0} if rows > 1 else everything
         return RowKinds(held, held)
     without = {"step_without_images": step == 1, "images_from_step_3": step < 3, "text_only": True, "mixed": False}
@@ -49,12 +49,12 @@ def kinds(mix: str, step: int, rows: int, micro_batch: int, data_size: int) -> R
 
 
 def steps_of(mix: str) -> int:
-    """Optimizer steps after which the mix has shown what it is for."""
+    """Return the number of optimizer steps that the mix needs."""
     return 3 if mix == "images_from_step_3" else 2
 
 
 def random_row(rng: np.random.Generator, length: int, text: bool = True, image: bool = True) -> Row:
-    """One row of random documents of odd lengths with padding behind; holding neither, it is all padding."""
+    """Create a row of random documents of odd lengths and padding; without text and image it is all padding."""
     ids = np.zeros(length, dtype=np.int64)
     labels = np.full(length, IGNORE_LABEL, dtype=np.int64)
     segment = np.full(length, -1, dtype=np.int64)
@@ -78,7 +78,7 @@ def random_row(rng: np.random.Generator, length: int, text: bool = True, image: 
 
 
 def _positions(rng: np.random.Generator, ids: IntArray) -> IntArray:
-    """(t, h, w) `[3, T]` of a document: its index, and for image tokens other rows and columns."""
+    """Return (t, h, w) `[3, T]` of a document: the index, and for image tokens different rows and columns."""
     index = np.broadcast_to(np.arange(len(ids)), (3, len(ids))).copy()
     away = rng.integers(0, 9, (3, len(ids))) * (ids >= TEXT_SIZE)
     away[0] = 0
@@ -86,13 +86,13 @@ def _positions(rng: np.random.Generator, ids: IntArray) -> IntArray:
 
 
 def global_batch(seed: int, step: int, rows: list[tuple[bool, bool]], length: int) -> list[Row]:
-    """The rows of one step; rows says of each whether it may hold (text, image)."""
+    """Create the rows of one step. rows: for each row, whether it may contain (text, image)."""
     rng = np.random.default_rng((seed, step))
     return [random_row(rng, length, text, image) for text, image in rows]
 
 
 def rank_batches(rows: list[Row], micro_batch: int, data_rank: int, data_size: int) -> list[Batch]:
-    """This data rank's microbatches: number j holds rows (j * data_size + data_rank) * micro_batch onwards."""
+    """Return this data rank's microbatches: number j starts at row (j * data_size + data_rank) * micro_batch."""
     step = micro_batch * data_size
     starts = range(data_rank * micro_batch, len(rows), step)
     return [Batch.stack(rows[start : start + micro_batch]) for start in starts]

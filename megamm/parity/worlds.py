@@ -1,11 +1,10 @@
 """Groups of real gloo ranks, forked from one process that has imported torch and Megatron-core once.
 
-A `Worlds` is a server process without threads. For each job it forks a world of the wanted size, calls a function in
-every rank and gives back what the ranks returned; the world ends with its job, because the threads and sockets of
-process groups stay as long as their process. A world that fails is killed, and the failure says what every rank was
-doing.
+A `Worlds` is a server process without threads. For each job it forks a world of the requested size, calls a function in
+every rank and returns the ranks' results. The world exits with its job, because the threads and sockets of process
+groups exist as long as their process. A world that fails is killed, and the failure tells what every rank was doing.
 
-A job's function is a module-level one: `function(argument) -> result`, both picklable.
+A job's function is at module level: `function(argument) -> result`, both picklable.
 """
 
 import datetime
@@ -28,18 +27,18 @@ from typing import Any
 
 from megamm.resilience.processes import threads, without_blas_threads
 
-_GRACE = 1.0  # seconds in which ranks beside a crashed one may still say something of their own
+_GRACE = 1.0  # seconds in which other ranks may still report their own error after a crash
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A world that gave no results: kind "crash" or "hang", and per rank its error or where it stood."""
+    """A failed world: kind "crash" or "hang", and for each rank its error or its stack."""
 
     kind: str
     ranks: dict[int, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
-        """For a person: of every rank the error, or the innermost calls of its stack."""
+        """Format for people: for every rank the error, or the innermost calls of its stack."""
         found = []
         for rank, text in sorted(self.ranks.items()):
             lines = [line.strip() for line in text.strip().splitlines()]
@@ -57,7 +56,7 @@ class _Job:
 
 
 class Worlds:
-    """Client of the server process; a context manager. One job at a time."""
+    """Client of the server process, for one job at a time; it is a context manager."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -71,18 +70,18 @@ class Worlds:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._connection.close()  # the server ends at the end of its input
+        self._connection.close()  # the server exits at the end of its input
         self._process.join()
 
     def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | Failure:
-        """function(argument) in each of `size` ranks: their results in rank order, or how they failed."""
+        """Run function(argument) in each of `size` ranks; return their results in rank order, or their failure."""
         self._connection.send(_Job(size, function, argument, timeout))
         answer: list[Any] | Failure = self._connection.recv()
         return answer
 
 
 class _World:
-    """Forked ranks; in the server process."""
+    """Forked ranks, as seen in the server process."""
 
     def __init__(self, job: _Job, folder: Path) -> None:
         self.job, self.folder = job, folder
@@ -124,7 +123,7 @@ class _World:
         return Failure("crash" if errors else "hang", errors or self._stacks(results))
 
     def _stacks(self, done: dict[int, Any]) -> dict[int, str]:
-        """Where each rank stands."""
+        """Return the stack of each rank."""
         waiting = [rank for rank in range(self.job.size) if rank not in done]
         for rank in waiting:
             os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
@@ -141,7 +140,7 @@ class _World:
 
 
 def _serve(connection: Connection) -> None:
-    """The server: imports once, then forks. No thread and no collective before a fork."""
+    """Run the server: import once, then fork. There must be no thread and no collective before a fork."""
     import torch
 
     from megamm.mcore import cpu
@@ -149,7 +148,7 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     cpu.install()
-    # Besides the job's own code, what Megatron and torch import when first used: a second for each rank otherwise.
+    # The job's own code, and modules that Megatron and torch import at first use: this saves a second in each rank.
     import torch._dynamo
 
     import megamm.mcore.engine
@@ -161,7 +160,7 @@ def _serve(connection: Connection) -> None:
             job: _Job = connection.recv()
         except EOFError:
             return
-        assert len(threads()) == 1, f"a fork copies one thread only, and there are {threads()}"
+        assert len(threads()) == 1, f"a fork copies only one thread, but there are {threads()}"
         with tempfile.TemporaryDirectory(prefix="megamm-world-") as folder:
             world = _World(job, Path(folder))
             answer = world.answer()
@@ -170,7 +169,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _rank(rank: int, job: _Job, listener: socket.socket, connection: Connection, folder: Path) -> None:
-    """A forked rank: joins its world over loopback and does the job."""
+    """Run a forked rank: join its world over loopback and run the job."""
     import torch.distributed as dist
 
     faulthandler.register(signal.SIGUSR1, file=(folder / f"stack_{rank}").open("w"), all_threads=False)

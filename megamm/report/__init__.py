@@ -1,1 +1,1 @@
-"""What a run did, as one HTML page: plots, time line, tables."""
+"""Report of a run as one HTML page: plots, time line, tables."""

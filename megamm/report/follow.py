@@ -1,6 +1,6 @@
-"""`megamm attach`: the events and figures of a run as they come, until the run has ended.
+"""`megamm attach`: prints the events and metrics of a run as they are written, until the run has ended.
 
-In: RUN/events.jsonl and metrics.jsonl, which a restart replaces. Out: lines of text, or the JSON lines as they are.
+Input: RUN/events.jsonl and metrics.jsonl, which a restart replaces. Output: lines of text, or the JSON lines unchanged.
 """
 
 import json
@@ -15,21 +15,21 @@ from megamm.report import runs
 from megamm.resilience import events
 
 POLL = 0.5
-"""Seconds between two looks; a shared file system is asked for two file sizes each time."""
+"""Seconds between two polls; each poll reads two file sizes from a shared file system."""
 STATUS_SECONDS = 5.0
 BEFORE = 10
-"""Lines of the past that are shown first."""
+"""Number of earlier lines that are shown first."""
 
 
 class Tail:
-    """Whole lines that are new in a JSON-lines file. A file that was replaced is read again but for what is known."""
+    """Reads new complete lines of a JSON-lines file. A replaced file is read again; known lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.inode, self.offset, self.newest = -1, 0, float("-inf")
 
     def read(self) -> list[dict[str, Any]]:
-        """Those that came since the last call, oldest first."""
+        """Return the lines since the last call, oldest first."""
         try:
             with self.path.open("rb") as file:
                 found = os.fstat(file.fileno())
@@ -49,7 +49,7 @@ class Tail:
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
-    """{} for a line that a kill cut off and that the next writer went on with."""
+    """Parse a line; {} for one that a kill cut off and that the next writer continued."""
     try:
         found = json.loads(text)
     except json.JSONDecodeError:
@@ -58,7 +58,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def follow(run: Path) -> Iterator[dict[str, Any]]:
-    """Events and lines of metrics in the order of time, the newest of the past first; ends with the run."""
+    """Yield events and lines of metrics sorted by time, starting with the last earlier ones; end with the run."""
     tails = [Tail(run / events.EVENTS), Tail(run / metrics.METRICS)]
     is_first, looked = True, float("-inf")
     while True:
@@ -67,7 +67,7 @@ def follow(run: Path) -> Iterator[dict[str, Any]]:
         is_first = False
         if new or time.monotonic() - looked > STATUS_SECONDS:
             looked = time.monotonic()
-            # A line more may have come between reading and this: it is read before the end.
+            # More lines may have been written since the last read: read them before the end.
             if runs.status(run).state in runs.FINAL:
                 yield from redact.values([line for tail in tails for line in tail.read() if line])
                 return
@@ -75,7 +75,7 @@ def follow(run: Path) -> Iterator[dict[str, Any]]:
 
 
 def text(line: dict[str, Any]) -> str:
-    """For people: time (UTC), then what is told."""
+    """Format a line for people: time (UTC), then the fields."""
     at = time.strftime("%m-%d %H:%M:%S", time.gmtime(line.get("time", 0.0)))
     if "kind" in line:
         told = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("time", "kind", "reports"))

@@ -1,4 +1,4 @@
-"""The parts of a self-contained HTML page: style, cards, tables, sections. Text is escaped here, markup is passed."""
+"""Parts of a self-contained HTML page: style, cards, tables, sections. Text is escaped here, markup is not."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -44,13 +44,13 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: .75rem; color: 
 
 
 def cards(entries: Iterable[tuple[str, str]]) -> str:
-    """(figure, what it is) side by side."""
+    """Return cards, side by side, of (figure, label)."""
     shown = (f'<div class="card"><b>{escape(b)}</b><span>{escape(s)}</span></div>' for b, s in entries)
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[str] = ()) -> str:
-    """Numbers to the right; the first column and those in `words` to the left."""
+    """Return a table; numbers are aligned right, the first column and those in `words` left."""
     sides = [' class="text"' if name in words else "" for name in head]
     cells = "".join(f"<th{side}>{escape(name)}</th>" for name, side in zip(head, sides, strict=True))
     body = "".join(
@@ -61,23 +61,23 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[st
 
 
 def section(title: str, note: str, content: str, anchor: str = "") -> str:
-    """note: plain text; anchor: the section's id, for links within the page."""
+    """Return a section. note: plain text; anchor: the section's id, for links within the page."""
     place = f' id="{escape(anchor, quote=True)}"' if anchor else ""
     return f'<section{place}><h2>{escape(title)}</h2><p class="soft">{escape(note)}</p>{content}</section>'
 
 
 def details(title: str, content: str) -> str:
-    """Markup that a click opens."""
+    """Return markup that opens on a click."""
     return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def folded(title: str, text: str) -> str:
-    """Long text that a click opens."""
+    """Return long text that opens on a click."""
     return details(title, f"<pre>{escape(text)}</pre>")
 
 
 def write(path: Path, title: str, body: str, style: str = "") -> None:
-    """The whole page, or none; it loads nothing. style: rules besides STYLE."""
+    """Write the page atomically; it loads no other files. style: CSS rules in addition to STYLE."""
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

@@ -1,7 +1,7 @@
-"""`megamm report RUN`: the page of one run, finished, going on or broken off.
+"""`megamm report RUN`: the page of one run, whether finished, running or interrupted.
 
-In: RUN/events.jsonl, metrics.jsonl, metrics_dropped.jsonl, the newest checkpoint's state.json; what is missing is said
-on the page. Out: one HTML file that loads nothing. Losses in nats per token, times in seconds.
+Input: RUN/events.jsonl, metrics.jsonl, metrics_dropped.jsonl, the newest checkpoint's state.json; the page says what is
+missing. Output: one HTML file that loads no other files. Losses are in nats per token, times in seconds.
 """
 
 import json
@@ -27,7 +27,7 @@ TRAIN, HELDOUT = "#2457c5", "#c2541b"
 
 @dataclass(frozen=True)
 class Record:
-    """All that is read of a run. lines: what stands; state: of the newest checkpoint, {} without one."""
+    """All data of a run. lines: the valid metrics; state: of the newest checkpoint, {} without one."""
 
     run: Path
     events: list[dict[str, Any]]
@@ -37,7 +37,7 @@ class Record:
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write the page of a run's output folder to `out` (RUN/report.html). UserError where no run is."""
+    """Write the page of a run's output folder to `out` (default RUN/report.html). UserError if there is no run."""
     told, lines = events.read(run), metrics.read_lines(run)
     if not told and not lines:
         raise UserError("no events and no metrics of a run", where=run, remedy="name the `output` folder of a run")
@@ -62,7 +62,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def _state(run: Path) -> dict[str, Any]:
-    """state.json of the newest checkpoint that has a whole one."""
+    """Return state.json of the newest checkpoint that has a valid one."""
     for path in sorted(run.glob("checkpoints/step_*/state.json"), reverse=True):
         try:
             state: dict[str, Any] = redact.values(json.loads(path.read_text()))
@@ -95,12 +95,12 @@ def _head(record: Record) -> str:
 
 
 def _points(lines: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value); a step without a value is a gap."""
+    """Return (step, value); a step without a value becomes a gap."""
     return [(line["step"], float("nan") if line[key] is None else line[key]) for line in lines if key in line]
 
 
 def _resumptions(record: Record) -> list[Mark]:
-    """Steps at which the run went on after a restart."""
+    """Return the steps at which the run resumed after a restart."""
     found = [e for e in record.events if e["kind"] == "resumed" and isinstance(e.get("step"), int) and e["step"]]
     return [Mark(e["step"], f"resumed at step {e['step']}") for e in found]
 
@@ -120,7 +120,7 @@ def _losses(record: Record) -> str:
     if not plots:
         return page.section("Losses", "No losses recorded yet.", "")
     heads = ["modality", "first", "last", "held-out, last"]
-    note = "Mean cross entropy. A dotted line is where the run went on after a restart."
+    note = "Mean cross entropy. A dotted line marks where the run resumed after a restart."
     return page.section("Losses", note, f'<div class="grid">{"".join(plots)}</div>{page.table(heads, rows)}')
 
 
@@ -142,18 +142,18 @@ def _speed(record: Record) -> str:
         if points
     ]
     plots += story.straggler_plot(record.events)
-    note = "Without held-out losses and checkpoints, which the time line has."
+    note = "Times exclude held-out losses and checkpoints, which are in the time line."
     return page.section("Speed and health", note, f'<div class="grid">{"".join(plots)}</div>')
 
 
 def _setup(record: Record) -> str:
     state = record.state
     if not state:
-        return page.section("Configuration", "No checkpoint yet: it holds configuration and versions.", "")
+        return page.section("Configuration", "No checkpoint yet; configuration and versions are read from it.", "")
     versions = " · ".join(f"{name} {version}" for name, version in sorted(state.get("versions", {}).items()))
     layout = ", ".join(f"{name} {value}" for name, value in state.get("layout", {}).items())
     rows = [["checkpoint", f"step {number(state['step'])}"], ["ranks", str(state.get("world_size", "?"))]]
     rows += [["layout", layout], ["versions", versions]]
     config = yaml.safe_dump(state.get("config", {}), sort_keys=False)
     content = page.table(["", "of the newest checkpoint"], rows, ["of the newest checkpoint"])
-    return page.section("Configuration", "Secrets are left out.", content + page.folded("the whole config", config))
+    return page.section("Configuration", "Secrets are removed.", content + page.folded("the whole config", config))

@@ -1,7 +1,7 @@
-"""`megamm runs`: how runs are, told by their folders alone; no process is asked, so any machine that sees them will do.
+"""`megamm runs`: status of runs, read only from their folders, so that it works on any machine that sees the folders.
 
-In: RUN/events.jsonl, heartbeats/, metrics.jsonl, metrics_dropped.jsonl, metrics.prom. Out: `Status`. Losses in nats per
-token, times in Unix seconds, ages in seconds.
+Input: RUN/events.jsonl, heartbeats/, metrics.jsonl, metrics_dropped.jsonl, metrics.prom. Output: `Status`. Losses are
+in nats per token, times in Unix seconds, ages in seconds.
 """
 
 import os
@@ -26,16 +26,19 @@ State = Literal["waiting", "running", "silent", "stopping", "stopped", "done", "
 FINAL = ("stopped", "done", "failed")
 LIFE = ("launched", "restarting", "resumed", "started", "signal", "failed", "evicted", "finished", "gave_up")
 SILENT_SECONDS, STARTUP_SECONDS = 60.0, 600.0
-"""Without a heartbeat until a run counts as silent: within steps (three of its steps if that is longer), and in what
-may take long by itself. A failure that no restart has followed is final after the latter."""
+"""Seconds without a heartbeat after which a run counts as silent: within steps (three of its steps if that is longer),
+and in phases that may take long. A failure without a restart is final after the latter time."""
 _NOT_RUNS = ("checkpoints", "heartbeats", "tensorboard", "hangs")
 _TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of one run. why: what the state rests on; steps: to be made, None where nothing tells; age: of the heartbeat of
-    the rank not heard of for the longest; log: its newest log file, else its events."""
+    """Status of one run.
+
+    why: reason for the state; steps: total number of steps, None if unknown; age: age of the oldest rank's heartbeat;
+    log: its newest log file, or its event file.
+    """
 
     run: str
     state: State
@@ -50,11 +53,11 @@ class Status:
 
 
 def find(folders: list[Path]) -> list[Path]:
-    """The runs that these folders are or hold, at any depth; UserError if one is no folder."""
+    """Return the runs that these folders are or contain, at any depth; UserError if one is not a folder."""
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise UserError("no such folder", where=folder, remedy="name a run's output folder, or one above")
+            raise UserError("no such folder", where=folder, remedy="give a run's output folder, or one above it")
         found += [run for run in _below(folder) if run not in found]
     return found
 
@@ -67,7 +70,7 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def status(run: Path, now: float | None = None) -> Status:
-    """How a run is at `now`, Unix seconds."""
+    """Return the status of a run at `now`, in Unix seconds."""
     now = time.time() if now is None else now
     told, lines = redact.values(events.read(run)), metrics.read_lines(run)
     beats = _newest_attempt(heartbeat.read(run))
@@ -90,7 +93,7 @@ def status(run: Path, now: float | None = None) -> Status:
 
 
 def _newest_attempt(beats: list[heartbeat.Beat]) -> list[heartbeat.Beat]:
-    """Of the attempt that wrote last: earlier launches may have had more ranks."""
+    """Return the heartbeats of the last attempt: earlier launches may have had more ranks."""
     newest = max(beats, key=lambda beat: beat.time, default=None)
     return [b for b in beats if newest is not None and b.attempt == newest.attempt]
 
@@ -102,7 +105,7 @@ def _target(run: Path) -> int | None:
 
 
 def _silent_after(beats: list[heartbeat.Beat], lines: list[dict[str, Any]]) -> float:
-    """Seconds of silence that mean something in the phase that the ranks are in."""
+    """Return the seconds of silence after which a run counts as silent in its ranks' current phase."""
     if any(beat.phase not in ("data", "step") for beat in beats) or not lines:
         return STARTUP_SECONDS
     known = [line["step_seconds"] / line["steps"] for line in lines[-20:] if line.get("steps")]
@@ -126,14 +129,14 @@ def _state(
             return _after_failure(last, life, now)
         case "signal":
             if ended or now - last["time"] > STARTUP_SECONDS:
-                return "stopped", f"{last.get('signal', 'a signal')}: run it again to go on"
-            return "stopping", f"{last.get('signal', 'a signal')}: a checkpoint, then the end"
+                return "stopped", f"{last.get('signal', 'a signal')}: run it again to continue"
+            return "stopping", f"{last.get('signal', 'a signal')}: writing a checkpoint, then exiting"
         case "launched" | "restarting" if now - max(last["time"], heard) <= STARTUP_SECONDS:
             return "waiting", f"{last['kind']}, no step yet"
     has_agent = any(event["kind"] == "launched" for event in life)
     if ended and not (has_agent and age <= SILENT_SECONDS):  # an agent records the end, a moment later
         is_done = steps is not None and max(beat.step for beat in beats) >= steps
-        return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to go on")
+        return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to continue")
     if age > limit:
         slowest = min(beats, key=lambda beat: beat.time, default=None)
         who = f"rank {slowest.rank} on {slowest.host}, in {slowest.phase}" if slowest else "no heartbeat"
@@ -142,7 +145,7 @@ def _state(
 
 
 def _after_failure(last: dict[str, Any], life: list[dict[str, Any]], now: float) -> tuple[State, str]:
-    """A restart follows, unless the user has to mend something or had asked for the end."""
+    """Return the state after a failure: a restart follows, unless the user must fix an error or had stopped the run."""
     cause = str(last.get("cause") or f"{last['kind']}: {last.get('why', '')}")
     since_launch = life[max((i for i, e in enumerate(life) if e["kind"] in ("launched", "restarting")), default=0) :]
     is_final = cause.startswith("error: ") or any(event["kind"] == "signal" for event in since_launch)
@@ -157,7 +160,7 @@ def _log(run: Path) -> Path:
 
 
 def table(found: list[Status]) -> "Table":
-    """A row a run."""
+    """Return a table with one row per run."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,6 +1,6 @@
-"""The sections of a run's page that its events tell: goodput, time line, restarts, checkpoints, everything else.
+"""Sections of a run's page that are based on events: goodput, time line, restarts, checkpoints, other events.
 
-In: events (megamm/resilience/events.py) and `Goodput`. Out: HTML. Times in seconds since the first launch.
+Input: events (megamm/resilience/events.py) and `Goodput`. Output: HTML. Times are in seconds since the first launch.
 """
 
 import statistics
@@ -30,16 +30,16 @@ COLOURS = {
 }
 MEANINGS = {
     "productive": "in steps whose result was kept",
-    "repeated": "in steps that were made again",
+    "repeated": "in steps that were run again",
     "data_wait": "rank 0 waited for data",
     "checkpoint_stall": "steps waited for a checkpoint",
     "evaluation": "held-out losses",
     "start_up": "from a launch to its first step",
-    "detection": "until a failure was seen",
-    "teardown": "ending the other ranks",
-    "rendezvous": "until all ranks had met",
+    "detection": "until a failure was detected",
+    "teardown": "stopping the other ranks",
+    "rendezvous": "until all ranks had joined",
     "load": "reading the checkpoint",
-    "down": "no job was there, or it backed off",
+    "down": "no job was running, or it waited before a restart",
     "unknown": "not recorded",
 }
 MARKS = {
@@ -55,11 +55,11 @@ MARKS = {
     "saved": "#2457c5",
 }
 LISTED = 200
-"""Rows of a table at most: the newest; how many there are is said."""
+"""Maximum number of rows in a table: the newest; the page shows the total number."""
 
 
 def duration(seconds: float) -> str:
-    """12.3 s, 5 min 3 s, 3 h 25 min, 2 d 4 h."""
+    """Format a duration: 12.3 s, 5 min 3 s, 3 h 25 min, 2 d 4 h."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     for unit, size, below, small in (("d", 86400, 3600, "h"), ("h", 3600, 60, "min"), ("min", 60, 1, "s")):
@@ -69,10 +69,10 @@ def duration(seconds: float) -> str:
 
 
 def goodput_section(goodput: Goodput) -> str:
-    """The split as a bar and a table, and what could not be known."""
+    """Return the shares of time as a bar and a table, with notes about unknown time."""
     wall = goodput.wall
     if wall <= 0:
-        return page.section("Where the time went", "Nothing recorded that has a time.", "")
+        return page.section("Where the time went", "No record with a time.", "")
     shown = [(kind, goodput.seconds[kind]) for kind in KINDS if goodput.seconds[kind] > 0]
     bar = "".join(
         f'<i style="background:{COLOURS[k]};width:{100 * s / wall:.3f}%" title="{k} {s / wall:.1%}"></i>'
@@ -88,14 +88,14 @@ def goodput_section(goodput: Goodput) -> str:
     ratio = f"{goodput.ratio:.1%}" if goodput.ratio is not None else "?"
     note = (
         f"Goodput (effective training time ratio) {ratio}: time in steps whose result was kept, without waiting for "
-        "data, over the wall time since the first launch. Steps since the last checkpoint count as kept."
+        "data, divided by the wall time since the first launch. Steps since the last checkpoint count as kept."
     )
     content = f'<div class="stack">{bar}</div><div class="scroll"><table>{head}{rows}</table></div>{notes}'
     return page.section("Where the time went", note, content)
 
 
 def timeline_section(goodput: Goodput, told: list[Event]) -> str:
-    """Every span in its colour, events as triangles above."""
+    """Return the time line: every span in its colour, with events as triangles above."""
     begin, end = goodput.begin, goodput.end
     if end <= begin:
         return ""
@@ -115,15 +115,13 @@ def timeline_section(goodput: Goodput, told: list[Event]) -> str:
         f'<span class="key" style="background:{COLOURS[kind]}"></span>{kind.replace("_", " ")} &nbsp; '
         for kind in dict.fromkeys(span.kind for span in goodput.spans)
     )
-    note = (
-        "Triangles: failures and hangs red, checkpoints blue, loss guard orange; a pointer on them shows what it was."
-    )
+    note = "Triangles: failures and hangs are red, checkpoints blue, loss guard actions orange; hover for details."
     drawn = timeline(bands, marks, end=(end - begin) / unit, x_label=f"{name} since the first launch")
     return page.section("Time line", note, f'{drawn}<p class="soft">{keys}</p>')
 
 
 def _fields_of(event: Event) -> str:
-    """What an event tells besides time and kind."""
+    """Return an event's fields other than time and kind."""
     return ", ".join(f"{key} {_short(value)}" for key, value in event.items() if key not in ("time", "kind"))
 
 
@@ -132,7 +130,7 @@ def _line_of(event: Event) -> str:
 
 
 def _utc(seconds: float) -> str:
-    """Month, day and time, on one line."""
+    """Return month, day and time, on one line."""
     return time.strftime("%m-%d\u00a0%H:%M:%S", time.gmtime(seconds))
 
 
@@ -145,7 +143,7 @@ def _seconds(value: float | None) -> str:
 
 
 def restarts_section(goodput: Goodput) -> str:
-    """One row a failure; an empty cell was not recorded."""
+    """Return the table of restarts, one row per failure; an empty cell was not recorded."""
     if not goodput.restarts:
         return page.section("Restarts", "No failure was recorded.", "")
     rows = [
@@ -170,7 +168,7 @@ def restarts_section(goodput: Goodput) -> str:
         "teardown",
         "rendezvous",
         "load",
-        "in all",
+        "total",
         "resumed at",
     ]
     note = f"{len(goodput.restarts)} failures, the newest {len(rows)} shown; seconds, empty where not recorded."
@@ -178,7 +176,7 @@ def restarts_section(goodput: Goodput) -> str:
 
 
 def checkpoints_section(told: list[Event]) -> str:
-    """Stall, time and size of the checkpoints, by tier, and those that were passed over."""
+    """Return stall, time and size of the checkpoints by tier, and the skipped checkpoints."""
     saved = [e for e in told if e["kind"] == "saved"]
     rows = []
     for tier in dict.fromkeys(e.get("tier", "run") for e in saved):
@@ -198,7 +196,7 @@ def checkpoints_section(told: list[Event]) -> str:
 
 
 def straggler_plot(told: list[Event]) -> list[str]:
-    """Relative scores of ranks that were slow, over steps; [] without any."""
+    """Return a plot of the scores of slow ranks over steps; [] if there are none."""
     found = [e for e in told if e["kind"] == "straggler" and isinstance(e.get("score"), int | float)]
     by_rank = Counter(e.get("rank") for e in found)
     colours = list(COLOURS.values())
@@ -210,10 +208,10 @@ def straggler_plot(told: list[Event]) -> list[str]:
 
 
 def events_section(told: list[Event], begin: float) -> str:
-    """All but checkpoints, newest last."""
+    """Return all events except checkpoints, newest last."""
     shown = [e for e in told if e["kind"] != "saved"]
     rows = [[f"{e['time'] - begin:,.1f}", _utc(e["time"]), e["kind"], _fields_of(e)] for e in shown[-LISTED:]]
     if not rows:
         return page.section("Events", "None was recorded.", "")
-    note = f"{len(shown)} besides saved checkpoints, the newest {len(rows)} shown; times in UTC."
+    note = f"{len(shown)} events without saved checkpoints, the newest {len(rows)} shown; times in UTC."
     return page.section("Events", note, page.table(["at, s", "time", "kind", "what"], rows, ["time", "kind", "what"]))

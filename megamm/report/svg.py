@@ -1,6 +1,6 @@
-"""Small plots as inline SVG: lines over an axis, and bands over time. No library, no script, no file beside the page.
+"""Small plots as inline SVG: lines over an axis, and bands over time. They need no library, script or extra file.
 
-In: points in the data's units. Out: an <svg> element that scales with its column and takes the page's colours.
+Input: points in the data's units. Output: an <svg> element that scales with its column and uses the page's colours.
 """
 
 import math
@@ -16,7 +16,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """A line, or single points where `dots` is true; points need not be finite, those that are not leave a gap."""
+    """A line, or single points if `dots` is true; points that are not finite leave a gap."""
 
     name: str
     points: Sequence[Point]
@@ -26,14 +26,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Mark:
-    """A vertical dotted line, with a text that a pointer shows."""
+    """A vertical dotted line with a tooltip."""
 
     x: float
     text: str
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers (1, 2 or 5 times a power of ten apart) inside of [low, high]; about `count` of them."""
+    """Return about `count` round numbers in [low, high]; their distance is 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -44,7 +44,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def thin(points: Sequence[Point], count: int = MAX_POINTS) -> list[Point]:
-    """At most about `count` points: lowest and highest of every bin, so that no spike is lost."""
+    """Reduce to about `count` points: the lowest and highest of every bin, so that no spike is lost."""
     finite = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
     if len(finite) <= count:
         return list(points)
@@ -58,7 +58,7 @@ def thin(points: Sequence[Point], count: int = MAX_POINTS) -> list[Point]:
 
 
 def number(value: float) -> str:
-    """Short: 0.001, 12.5, 3,400, 150k, 2.4M, 1e+12."""
+    """Format a number in short form: 0.001, 12.5, 3,400, 150k, 2.4M, 1e+12."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size <= abs(value) < 1e12:
             return f"{value / (1e3 if unit == 'k' else size):.4g}{unit}"
@@ -76,7 +76,7 @@ def plot(
     marks: Sequence[Mark] = (),
     from_zero: bool = False,
 ) -> str:
-    """Lines with axes and a legend; a sentence where there is nothing to draw."""
+    """Return lines with axes and a legend, or a sentence if there is nothing to draw."""
     finite = [p for s in series for p in s.points if math.isfinite(p[0]) and math.isfinite(p[1])]
     if not finite:
         return f'<figure class="empty"><b>{escape(title)}</b><p class="soft">nothing recorded</p></figure>'
@@ -117,7 +117,7 @@ def plot(
 
 
 def _widened(low: float, high: float, margin: float) -> Point:
-    """A range that is not empty, with a margin on both sides."""
+    """Return a non-empty range with a margin on both sides."""
     if high <= low:
         half = abs(low) * 0.05 or 0.5
         return low - half, high + half
@@ -125,7 +125,7 @@ def _widened(low: float, high: float, margin: float) -> Point:
 
 
 def _drawn(series: Series, x_of: Callable[[float], float], y_of: Callable[[float], float]) -> str:
-    """The polylines between gaps, or the dots."""
+    """Return the polylines between gaps, or the dots."""
     lines: list[list[str]] = [[]]
     for x, y in thin(series.points):
         if math.isfinite(x) and math.isfinite(y):
@@ -143,7 +143,7 @@ def _drawn(series: Series, x_of: Callable[[float], float], y_of: Callable[[float
 
 
 def _legend(series: Sequence[Series]) -> str:
-    """At the right of the title, last series first from the right; none for a single series."""
+    """Return the legend, to the right of the title, last series rightmost; empty for a single series."""
     if len(series) < 2:
         return ""
     x, parts = WIDTH - RIGHT, []
@@ -159,7 +159,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 @dataclass(frozen=True)
 class Band:
-    """A piece of a time line, in the unit of its axis; text is shown by a pointer."""
+    """A piece of a time line, in the unit of its axis; text is its tooltip."""
 
     begin: float
     end: float
@@ -168,7 +168,7 @@ class Band:
 
 
 def timeline(bands: Sequence[Band], marks: Sequence[tuple[Mark, str]], *, end: float, x_label: str) -> str:
-    """Bands from 0 to `end`; marks with a colour each, as triangles above them."""
+    """Return bands from 0 to `end`, with coloured marks as triangles above them."""
     width, right = 1060.0, 16.0
 
     def x_of(value: float) -> float:

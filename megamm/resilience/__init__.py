@@ -1,1 +1,1 @@
-"""Failures seen, told and survived: events, heartbeats, exit codes."""
+"""Fault tolerance: detects failures, records them and restarts; events, heartbeats, exit codes."""

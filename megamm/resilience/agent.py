@@ -1,12 +1,12 @@
 """The agent of a node: starts its ranks, watches them, and starts them again when something has failed.
 
-Torch's elastic agent was the model; its rendezvous is used (membership.py), its process handling is not: it starts
-ranks by importing everything anew and ends them by SIGTERM with half a minute of patience, which a stopped rank, or
-one inside a collective, needs in full. Ended ranks are seen at once, hung ones by hang.py; either way all ranks are
-killed, and group rank 0 decides by policy.py whether another attempt follows.
+It is modelled on torch's elastic agent and uses its rendezvous (membership.py), but not its process handling: torch's
+agent imports everything again at each start, and sends SIGTERM and then waits up to half a minute, which a stopped
+rank, or one inside a collective, uses in full. Exited ranks are detected at once, hung ones by hang.py. In both cases
+all ranks are killed, and group rank 0 decides by policy.py whether to make another attempt.
 
-`python -m megamm.resilience.agent REQUESTS`, with a plan (command.py) as the first line of its standard input, later
-commands. REQUESTS: descriptor of the socket on which it asks the command for templates.
+Usage: `python -m megamm.resilience.agent REQUESTS`. The first line of standard input is a plan (command.py), later
+lines are commands. REQUESTS is the descriptor of the socket on which it asks the command for templates.
 """
 
 import logging
@@ -28,20 +28,20 @@ from megamm.resilience.workers import TemplateLost, Workers
 log = logging.getLogger(__name__)
 _TICK, _LINGER = 0.1, 1.5
 _NEEDED = 10.0
-"""Seconds without any agent at this node's store, after which the job has ended: one that starts again takes less."""
+"""After this many seconds without an agent connected to this node's store the job has ended: a restart takes less."""
 
 
 class Stopped(Exception):
-    """A command came while there was nothing to be saved."""
+    """A stop was requested while there was nothing to save."""
 
 
 class Agent:
-    """One node's. `run` returns the command's exit code."""
+    """Agent of one node. `run` returns the command's exit code."""
 
     def __init__(self, plan: Plan, commands: Commands, requests: socket.socket) -> None:
         self.plan, self.commands = plan, commands
         self.workers = Workers(plan.processes, requests)
-        # Of this launch only: another one may be of other machines.
+        # Durations of this launch only: another launch may have used other machines.
         known = {} if plan.is_fresh else heartbeat.longest(plan.run)
         self.watch = hang.Watch(plan.limits, plan.run, longest=known)
         self.membership: Membership
@@ -60,13 +60,13 @@ class Agent:
                 if outcome.code is not None:
                     return outcome.code
         except Ended:
-            log.info("the job has ended while this node was waiting")
+            log.info("the job ended while this node was waiting")
             return exit_codes.DONE
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return exit_codes.USER_ERROR
         except StoreLost as error:
-            log.warning("the rendezvous is lost: %s", error)
+            log.warning("lost the rendezvous store: %s", error)
             return exit_codes.CRASHED
         except Stopped:
             return exit_codes.REQUEUE
@@ -95,7 +95,7 @@ class Agent:
             return Outcome(order.code)
         self._pause(order.pause)
         if group_rank >= order.nodes:
-            log.info("a spare: this node waits for another one to be lost")
+            log.info("spare node: waiting to replace a lost node")
             return self._spare()
         attempt = Attempt(self.plan, self.workers, self.watch, self.membership, order, group_rank)
         outcome = attempt.run(self.commands, self.listener)
@@ -109,7 +109,7 @@ class Agent:
         return outcome
 
     def _decide(self, all_fresh: bool, nodes: int, begin: float) -> Order:
-        """By group rank 0, for all nodes."""
+        """Decide, on group rank 0, for all nodes."""
         record, run = self._record, self.plan.run
         try:
             self._lock = self._lock or run_lock.hold(run, self._job())
@@ -147,13 +147,13 @@ class Agent:
         return order
 
     def _job(self) -> str:
-        """The same on every node of this job, and no other job's."""
+        """Name of this job: the same on all its nodes, different for every other job."""
         if self.membership.address != "127.0.0.1":
             return str(self.plan.rendezvous)
         return f"{self.plan.rendezvous or self.plan.command} of {socket.gethostname()}"
 
     def _listen(self) -> int:
-        """Open the socket of the job's store; ranks meet there."""
+        """Open the socket of the job's store, where the ranks rendezvous."""
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.create_server(
@@ -166,11 +166,11 @@ class Agent:
         try:
             self.workers.kill()
         except TemplateLost:
-            log.warning("the template of the ranks has ended: the next attempt has another")
+            log.warning("the ranks' template process has exited; the next attempt starts a new one")
         self.teardown = time.monotonic() - begin
 
     def _spare(self) -> Outcome:
-        """Until nodes come or go: then all meet again."""
+        """Wait until nodes join or leave; then all nodes rendezvous again."""
         while True:
             self._tick()
             code = self.membership.told("end")
@@ -180,10 +180,10 @@ class Agent:
                 return Outcome(None)
 
     def _part(self) -> None:
-        """The job goes on elsewhere, but where its store is here, that is needed still."""
+        """Leave the job. If this node hosts its store, keep serving it for the other nodes."""
         self.membership.part()
         needed, signals = time.monotonic(), 0
-        # The first signal is for the others, too, which agree by this store on the step to stop after.
+        # The first signal also reaches the other nodes, which use this store to agree on the step to stop after.
         while self.membership.hosts_store and time.monotonic() - needed < _NEEDED and signals < 2:
             if self.membership.serves():
                 needed = time.monotonic()
@@ -191,7 +191,7 @@ class Agent:
             signals += self.commands.take() is not None
 
     def _leave(self, code: int, group_rank: int) -> None:
-        """Let the others know how the job ended; the store may be this process's, so wait until they do."""
+        """Tell the other nodes how the job ended, and wait until they know: this process may host the store."""
         try:
             self.membership.tell("end", str(code))
             if group_rank == 0:
@@ -200,10 +200,10 @@ class Agent:
             while time.monotonic() < deadline:
                 self._tick()
         except StoreLost:
-            log.info("the store's node has left already")
+            log.info("the node that hosts the store has already left")
 
     def _wait_for(self, call: Any) -> Any:
-        """What the call returns, while commands are heard."""
+        """Return the call's result; read commands while it runs."""
         if self.plan.rendezvous is None:
             return call()
         background = Background(call)
@@ -224,20 +224,20 @@ class Agent:
     def _record(self, kind: str, **fields: Any) -> None:
         try:
             events.record(self.plan.run, kind, **fields)
-        except OSError as error:  # a full disk must not end what may yet be saved
-            log.warning("the event %s could not be recorded: %s", kind, error)
+        except OSError as error:  # a full disk must not end a run that can still write a checkpoint
+            log.warning("cannot record the event %s: %s", kind, error)
 
 
 def main() -> None:
-    """The agent's process."""
+    """Run the agent as a process."""
     processes.ignore_stop_signals()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     commands = Commands(sys.stdin.fileno())
     plan = Plan.from_json(commands.first_line())
     processes.die_with_parent(plan.command)
     code = Agent(plan, commands, socket.socket(fileno=int(sys.argv[1]))).run()
-    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where the interpreter's way out ends
-    # them by std::terminate: a good end would become SIGABRT.
+    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where interpreter shutdown calls
+    # std::terminate, and a clean exit would become SIGABRT.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,7 +1,7 @@
-"""The attempts of a run, from launch to launch, and its restarts, read out of what it recorded.
+"""Attempts and restarts of a run, derived from its recorded events and metrics.
 
-In: events (megamm/resilience/events.py) and lines of metrics, each with "time" in unix seconds. Out: `Attempt`s with
-what belongs to each, and `Restart`s with seconds.
+Input: events (megamm/resilience/events.py) and lines of metrics, each with "time" in Unix seconds. Output: `Attempt`s
+with their events and lines, and `Restart`s with seconds.
 """
 
 from bisect import bisect_right
@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 @dataclass
 class Attempt:
-    """One launch, until the next. Events and lines of metrics are in the order of time."""
+    """The time from one launch to the next. Events and lines of metrics are sorted by time."""
 
     begin: float
     end: float = 0.0
@@ -23,12 +23,12 @@ class Attempt:
     lines: list[Record] = field(default_factory=list)
 
     def first(self, *kinds: str) -> Record | None:
-        """Its first event of one of these kinds."""
+        """Return its first event of one of these kinds."""
         return next((e for e in self.events if e["kind"] in kinds), None)
 
     @property
     def ended_in_order(self) -> bool:
-        """By itself or at a signal, after a checkpoint."""
+        """Whether it finished, or stopped at a signal, after a checkpoint."""
         return self.first("finished", "signal") is not None
 
     @property
@@ -38,7 +38,7 @@ class Attempt:
 
     @property
     def detection(self) -> float | None:
-        """Seconds from the last sign of life to the event of the failure, if anything tells."""
+        """Seconds from the last sign of life to the failure event; None if not recorded."""
         failed, hang = self.failure, self.first("hang")
         if failed is None:
             return None
@@ -49,10 +49,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Restart:
-    """A failure and its recovery. kind: failed or hang; seconds are None where nothing recorded them.
+    """A failure and its recovery. kind: failed or hang; seconds are None if they were not recorded.
 
-    total: from the last sign of life (from the event of the failure, if its detection is not known) until the next
-    attempt's first step begins.
+    total: from the last sign of life (from the failure event, if the detection time is not known) until the first step
+    of the next attempt begins.
     """
 
     time: float
@@ -70,18 +70,18 @@ class Restart:
 
 
 def from_step(line: Record) -> int:
-    """The step after which the steps of a line begin."""
+    """Return the step before the first step of a line."""
     return int(line["step"] - line.get("steps", 0))
 
 
 def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str], None]) -> list[Attempt]:
-    """The attempts of a run; events and lines sorted by time. note is told what had to be inferred."""
+    """Return the attempts of a run. events and lines are sorted by time; note is called with what was inferred."""
     starts, places = _launches(events, lines)
     first = [e["time"] for e in events[:1]] + [line["time"] - line.get("step_seconds", 0.0) for line in lines[:1]]
     if not first:
         return []
     if not starts or min(first) < starts[0] - 1e-3:
-        note("no launch was recorded before the first records: the time before them is not known")
+        note("no launch is recorded before the first records: the time before them is unknown")
         starts, places = [min(first), *starts], [0, *places]
     last = max([e["time"] for e in events[-1:]] + [line["time"] for line in lines[-1:]])
     attempts = [Attempt(begin, end) for begin, end in zip(starts, [*starts[1:], last], strict=True)]
@@ -94,9 +94,10 @@ def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str],
 
 
 def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], list[int]]:
-    """When attempts began, and with which event: a launch, a restart, or a resumption or first step without either.
+    """Return when attempts began, and the index of the event that began each.
 
-    Launches of several nodes without anything between them are one; so are "started" events without a line between.
+    That event is a launch or a restart, or, without either, a resumption or a first step. Launches of several nodes
+    with nothing between them count as one; so do "started" events without a line between them.
     """
     begins, places, state = list[float](), list[int](), "ended"
     for place, event in enumerate(events):
@@ -122,7 +123,7 @@ def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], l
 
 
 def restarts_of(attempts: list[Attempt]) -> list[Restart]:
-    """Every failure with the recovery by the next attempt."""
+    """Return every failure together with the recovery by the next attempt."""
     found = []
     for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):
         failed, detection = attempt.failure, attempt.detection

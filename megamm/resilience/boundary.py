@@ -1,9 +1,10 @@
-"""Where a rank may stop: between two steps, all ranks of the job at the same one, without a collective.
+"""Stop at a step boundary: all ranks of the job stop after the same step, without a collective.
 
-A rank about to begin step s writes s into its slot, then looks whether a stop is asked for. The agent asks first and
-reads the slots then: a rank that did not see the question had written its step before. So the largest step that any
-rank has entered (over all nodes, through the agents' store) is one that every rank reaches, and none has gone beyond:
-that is the last one. A rank that sees the question waits to hear it. In a process without an agent a flag is enough.
+A rank about to begin step s writes s into its slot, then checks whether a stop is requested. The agent first sets the
+request and then reads the slots: a rank that did not see the request had already written its step. So every rank
+reaches the largest step that any rank has entered (over all nodes, through the agents' store), and none has gone
+beyond it: it is the last step. A rank that sees the request waits until it is known. In a process without an agent a
+flag is enough.
 """
 
 import logging
@@ -22,14 +23,14 @@ _POLL = 0.001
 
 
 class Boundary(Protocol):
-    """Asked by the training loop before every step."""
+    """Interface that the training loop calls before every step."""
 
     def stops_before(self, step: int) -> Ending | None:
-        """Why training ends instead of beginning this step; None to go on. Every rank gets the same answer."""
+        """Return why training ends before this step, or None to continue. Every rank gets the same answer."""
 
 
 class AgentBoundary:
-    """Of a rank that an agent started."""
+    """Boundary of a rank that an agent started."""
 
     def __init__(self, slots: Slots, index: int) -> None:
         self.slots, self.slot = slots, slots.ranks[index]
@@ -40,12 +41,12 @@ class AgentBoundary:
         if why is None:
             return None
         while (last := self.slots.last_step) is None:
-            time.sleep(_POLL)  # the agent that is to answer takes this process with it if it dies
+            time.sleep(_POLL)  # if the agent dies, the kernel kills this process
         return why if step > last else None
 
 
 class SignalBoundary:
-    """Of a job of one process: the first signal asks for a stop, a second one ends the process at once."""
+    """Boundary of a single-process job: the first signal requests a stop, a second one exits at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -65,14 +66,14 @@ class SignalBoundary:
 
 
 class NoBoundary:
-    """Of a rank that another launcher started: it stops when that one says so."""
+    """Boundary of a rank that another launcher started: that launcher stops it."""
 
     def stops_before(self, step: int) -> Ending | None:
         return None
 
 
 def of_this_rank() -> Boundary:
-    """As the environment says who started this process."""
+    """Return the boundary for this process; the environment tells who started it."""
     if SLOTS in os.environ:
         descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
         return AgentBoundary(Slots(descriptor, ranks), index)

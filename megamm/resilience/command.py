@@ -1,4 +1,4 @@
-"""What the command tells a node's agent: the plan first, then which signals it has got; one JSON value a line."""
+"""Messages from the command to a node's agent: the plan as one JSON line, then the name of each received signal."""
 
 import json
 import os
@@ -16,9 +16,10 @@ from megamm.resilience.policy import Rules
 
 @dataclass(frozen=True)
 class Plan:
-    """Of one node. nodes: least and most; admissible: numbers of nodes that a layout can use; command: its process.
+    """Plan of one node. nodes: minimum and maximum; admissible: numbers of nodes that a layout can use.
 
-    rendezvous: "host:port", None for one node. is_fresh: the first agent of this command. grace in seconds.
+    command: process id of the command. rendezvous: "host:port", None for one node. is_fresh: whether this is the first
+    agent of the command. grace is in seconds.
     """
 
     config: dict[str, Any]
@@ -50,7 +51,7 @@ class Plan:
 
 
 class Commands:
-    """The pipe from the command. Its end ends this process at once, without a word to other nodes.
+    """The pipe from the command. When it closes, this process exits at once, without a message to other nodes.
 
     The kernel does the same (processes.py), but closes a dying command's files first.
     """
@@ -59,14 +60,14 @@ class Commands:
         self.descriptor, self._buffer = descriptor, b""
 
     def first_line(self) -> str:
-        """Waits for it."""
+        """Wait for the first line and return it."""
         while b"\n" not in self._buffer:
             self._read()
         line, _, self._buffer = self._buffer.partition(b"\n")
         return line.decode()
 
     def wait(self, seconds: float, others: Iterable[Any] = ()) -> None:
-        """Return when there is something to take, one of the other files is readable, or time is up."""
+        """Return when a command can be taken, one of the other files is readable, or the time is up."""
         if b"\n" not in self._buffer:
             watched: Sequence[Any] = [self.descriptor, *others]
             readable, _, _ = select.select(watched, [], [], seconds)
@@ -74,7 +75,7 @@ class Commands:
                 self._read()
 
     def take(self) -> str | None:
-        """The name of a signal that the command has got, once for each; None if there is none new."""
+        """Return the name of the next signal that the command received; None if there is no new one."""
         line, newline, rest = self._buffer.partition(b"\n")
         if not newline:
             return None

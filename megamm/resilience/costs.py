@@ -1,7 +1,6 @@
-"""What failures and checkpoints cost a real run, for the simulation of a larger one.
+"""Costs of failures and checkpoints, measured on a real run, for the simulation of a larger one.
 
-In: RUN/events.jsonl and the metrics. Out: seconds by name (megamm/simulate.py: Costs), and where each is
-from.
+Input: RUN/events.jsonl and the metrics. Output: seconds by name (megamm/simulate.py: Costs), and the source of each.
 """
 
 import math
@@ -15,10 +14,10 @@ from megamm.resilience.goodput import account
 
 
 def measure(run: Path, gpus: int) -> tuple[dict[str, float], dict[str, str]]:
-    """Medians over the run, those that it recorded; UserError if that is none at all.
+    """Return medians of the costs that the run recorded; UserError if it recorded none.
 
-    Assumed, for want of a measurement: rendezvous grows with the logarithm of the ranks, all else does not grow (every
-    rank reads and writes its own part).
+    Assumed, not measured: rendezvous time grows with the logarithm of the number of ranks; the other costs do not grow
+    (every rank reads and writes its own part).
     """
     told = events.read(run)
     restarts = account(told, metrics.read_all_lines(run)).restarts
@@ -46,5 +45,5 @@ def measure(run: Path, gpus: int) -> tuple[dict[str, float], dict[str, str]]:
     if "restart" in seconds:
         sources["restart"] += f", its rendezvous times {grown:.1f} (log2 of the ranks)"
     if not seconds:
-        raise UserError("no failure and no checkpoint with its seconds", where=run, remedy="give the costs by options")
+        raise UserError("no timed failure or checkpoint is recorded", where=run, remedy="give the costs as options")
     return seconds, sources

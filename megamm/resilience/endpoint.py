@@ -1,7 +1,7 @@
-"""Where the nodes of a job meet, HOST:PORT: what listens there has to be its rendezvous store, and of this very job.
+"""Checks of the rendezvous endpoint, HOST:PORT: a rendezvous store must listen there, and it must serve this job.
 
-Without these checks a port that another program has costs rendezvous.join seconds and a restart, again and again, and a
-node with another config would train along, each rank by its own.
+Without these checks a port used by another program would cost rendezvous.join seconds and a restart, again and again,
+and a node with a different config would train with the others, each rank by its own config.
 """
 
 import json
@@ -13,39 +13,39 @@ from megamm import redact
 from megamm.errors import UserError
 
 PORT = 29400
-"""Where none is given, as torch's."""
+"""The default port, the same as torch's."""
 _ANSWER = 2.0
-"""Seconds in which a store has to prove that it is one."""
+"""Seconds within which a store must answer."""
 _SHOWN = 3
-"""Differences between two configs that are named."""
+"""Maximum number of differences between two configs that a message lists."""
 
 
 def parse(endpoint: str) -> tuple[str, int]:
-    """Host and port, by torch's rules; UserError if there are none in it."""
+    """Return host and port, parsed by torch's rules; UserError if they are missing."""
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
 
     try:
         return parse_rendezvous_endpoint(endpoint, default_port=PORT)
     except ValueError as error:
-        raise UserError(f"--rendezvous: {error}", remedy="write HOST:PORT, the same on each node") from None
+        raise UserError(f"--rendezvous: {error}", remedy="give HOST:PORT, the same on each node") from None
 
 
 def check(endpoint: str) -> None:
-    """UserError if something else has the port. Nothing there yet is all right: this node or another will listen."""
+    """Raise UserError if another program uses the port. A free port is fine: this node or another will listen on it."""
     host, port = parse(endpoint)
-    remedy = "give the job another port, below the range of net.ipv4.ip_local_port_range"
+    remedy = "give another port in --rendezvous, below the range of net.ipv4.ip_local_port_range"
     try:
         socket.create_connection((host, port), timeout=_ANSWER).close()
     except ConnectionRefusedError:
         if _is_of_this_machine(host) and _is_taken(port):
             raise UserError(
-                "the port to meet at is taken by another program's connection", where=endpoint, remedy=remedy
+                "rendezvous port is in use by another program's connection", where=endpoint, remedy=remedy
             ) from None
     except OSError:
         return  # not reachable yet
     else:
         if not _is_store(host, port):
-            raise UserError("what listens where nodes meet is no rendezvous", where=endpoint, remedy=remedy)
+            raise UserError("rendezvous port is in use by another service", where=endpoint, remedy=remedy)
 
 
 def _is_of_this_machine(host: str) -> bool:
@@ -57,7 +57,7 @@ def _is_of_this_machine(host: str) -> bool:
 
 
 def _is_taken(port: int) -> bool:
-    """By an open connection, which keeps others from listening on that port."""
+    """Whether an open connection uses the port, which prevents listening on it."""
     import psutil
 
     there = [one.status for one in psutil.net_connections("tcp") if one.laddr and one.laddr.port == port]
@@ -72,15 +72,15 @@ def _is_store(host: str, port: int) -> bool:
     try:
         TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=datetime.timedelta(seconds=_ANSWER))
     except DistError as error:
-        # Other errors are of stores that have just gone.
+        # Other errors come from stores that have just closed.
         return "Ping failed" not in str(error)
     return True
 
 
 def agree(store: Any, endpoint: str, ours: dict[str, Any]) -> None:
-    """The first node to come says what the job is; UserError in those that differ, which leave it undisturbed.
+    """Compare this node's job with that of the first node to join; UserError on a node that differs.
 
-    store: a torch.distributed.Store; ours: JSON values by name, nested.
+    The job of the other nodes is not affected. store: a torch.distributed.Store; ours: nested JSON values by name.
     """
     told: bytes = store.compare_set("job", "", json.dumps(ours))
     both = json.loads(told), json.loads(json.dumps(ours))
@@ -88,14 +88,14 @@ def agree(store: Any, endpoint: str, ours: dict[str, Any]) -> None:
     if differences:
         more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
         raise UserError(
-            f"the job of other nodes is another one: {redact.text('; '.join(differences[:_SHOWN]))}{more}",
+            f"this node's job does not match the other nodes': {redact.text('; '.join(differences[:_SHOWN]))}{more}",
             where=endpoint,
-            remedy="start every node with the same config, or another job at another port",
+            remedy="start every node with the same config; give a different job another port in --rendezvous",
         )
 
 
 def _differences(theirs: Any, ours: Any, name: str = "") -> Iterator[tuple[str, str, str]]:
-    """Dotted name, value there, value here."""
+    """Yield the dotted name, the value there and the value here of every difference."""
     if isinstance(theirs, dict) and isinstance(ours, dict):
         for key in sorted(theirs.keys() | ours.keys()):
             yield from _differences(theirs.get(key), ours.get(key), f"{name}.{key}" if name else key)

@@ -1,6 +1,6 @@
-"""The story of a run: RUN/events.jsonl, one JSON object a line, appended to by any process of the job, never cut.
+"""Event log of a run: RUN/events.jsonl, one JSON object per line, append-only, written by any process of the job.
 
-Every line has "time" (Unix seconds) and "kind"; further fields depend on the kind, times and durations in seconds.
+Every line has "time" (Unix seconds) and "kind"; other fields depend on the kind. Times and durations are in seconds.
 """
 
 import json
@@ -13,7 +13,7 @@ EVENTS = "events.jsonl"
 
 
 def record(run: Path, kind: str, **fields: Any) -> None:
-    """Append one event: a single write, so that lines of several processes never mix."""
+    """Append one event in a single write, so that lines of several processes never mix."""
     line = json.dumps({"time": time.time(), "kind": kind} | fields) + "\n"
     run.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run / EVENTS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -24,7 +24,7 @@ def record(run: Path, kind: str, **fields: Any) -> None:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All whole events in the order in which they were written; a line cut off by a kill is left out."""
+    """Return all complete events in the order in which they were written; a line cut off by a kill is skipped."""
     path = run / EVENTS
     lines = path.read_text().splitlines() if path.exists() else []
     events = []

@@ -1,20 +1,20 @@
-"""How a run's process ends, for the launcher above it (Slurm, Kubernetes, a shell)."""
+"""Exit codes of a run, for the launcher that started it (Slurm, Kubernetes, a shell)."""
 
 DONE = 0
 CRASHED = 1
-"""A failure that another try may survive."""
+"""A failure that may not occur again: a retry may succeed."""
 USER_ERROR = 2
-"""Something the user must mend first: do not retry."""
+"""An error that the user must fix first: do not retry."""
 GAVE_UP = 3
-"""Restarts are used up, or it crashes at the same step again and again: do not retry."""
+"""All restarts are used up, or it fails at the same step repeatedly: do not retry."""
 EVICTED = 4
-"""This node's hardware is at fault, or too slow, and the job goes on without it if it can: drain the node."""
+"""This node's hardware is faulty or too slow; the job continues without it if it can: drain the node."""
 REQUEUE = 75
-"""A signal ended it with a checkpoint written: run the same command again (sysexits.h: EX_TEMPFAIL)."""
+"""Stopped by a signal after writing a checkpoint: run the same command again (sysexits.h: EX_TEMPFAIL)."""
 
-# Between a rank and the agent that started it. A plain 0 is none of them: whatever ends a rank early is no success.
+# Exit codes of a rank, for the agent that started it. 0 is not among them: a rank that exits early has not succeeded.
 RANK_DONE = 40
 RANK_REGROUP = 41
-"""Stopped at a step boundary with a checkpoint, because nodes joined, or one is to leave."""
+"""Stopped at a step boundary with a checkpoint, because nodes joined or another node must leave."""
 RANK_EVICTED = 42
-"""The same, and this node is to leave."""
+"""The same, but this node must leave."""

@@ -1,11 +1,11 @@
 """The fork server of a node: a process that has imported all that a rank needs, and forks the ranks' parent on demand.
 
-So neither the end of a template (template.py) nor that of an agent costs seconds of imports. The command starts it,
-and again in the background should it end; no rank depends on it once it is forked. It starts no threads and touches no
-GPU: what a fork would copy broken. It makes templates by a double fork, so that they are the command's own children.
-One JSON object a message:
+So when a template (template.py) or an agent exits, its replacement needs no seconds of imports. The command starts the
+fork server, and restarts it in the background if it exits; a rank does not depend on it once forked. It starts no
+threads and does not touch the GPU: neither survives a fork. It creates templates by a double fork, so that they are
+children of the command. One JSON object per message:
 
-    {"config": ...}                     first; afterwards it imports, then says {"ready": seconds}
+    {"config": ...}                     first message; it then imports, and answers {"ready": seconds}
     {"ranks": number} + descriptors     -> {"forked": number}: a template serves the first descriptor
 
 `ForkServer` is the command's side of it.
@@ -27,30 +27,30 @@ from megamm.resilience import processes
 
 MESSAGE_BYTES = 1 << 20
 MAX_DESCRIPTORS = 253
-"""Of one message (SCM_MAX_FD of Linux)."""
+"""Maximum number of descriptors in one message (SCM_MAX_FD of Linux)."""
 ANSWER_SECONDS = 10.0
-"""A fork takes milliseconds: one that has imported and does not answer for so long is stopped or stuck."""
+"""A fork takes milliseconds: a fork server that is ready and does not answer for this long is stopped or stuck."""
 _MAX_IN_VAIN = 3
-"""Of these processes in a row may be killed while they import."""
+"""After this many fork servers in a row were killed during their imports, none is started until the next request."""
 
 
 class ForkServer:
-    """Seen from the command. `attend` is to be called when `descriptors` are readable, and once a second."""
+    """The command's side. Call `attend` when `descriptors` are readable, and once a second."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """Starts it; returns at once."""
+        """Start the process; returns at once."""
         self._config = config
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
         self._is_ready = False
         self._request: tuple[bytes, list[int]] | None = None
-        """The one that it has not answered, to be repeated to another should it end."""
+        """The unanswered request; it is sent again to the next process if this one exits."""
         self._asked, self._in_vain = 0.0, 0
         self._start()
 
     @property
     def pid(self) -> int | None:
-        """Of the process."""
+        """Process id, None if it is not running."""
         return self._process.pid if self._process is not None else None
 
     @property
@@ -58,7 +58,7 @@ class ForkServer:
         return [self._channel.fileno()] if self._channel is not None else []
 
     def fork(self, request: bytes, descriptors: list[int]) -> None:
-        """Have a template made as soon as it can be. The descriptors are closed here when it has them."""
+        """Request a template as soon as possible. The descriptors are closed here once the process has them."""
         self.attend()
         if self._request is not None:  # the agent has waited for an answer in vain
             self._end()
@@ -67,7 +67,7 @@ class ForkServer:
         self._hand_on()
 
     def attend(self) -> None:
-        """Take what it has said, and mend what is wrong with it."""
+        """Read its messages, and replace it if it has exited or is stuck."""
         while self._channel is not None and select.select([self._channel], [], [], 0)[0]:
             try:
                 data = self._channel.recv(MESSAGE_BYTES)
@@ -77,13 +77,13 @@ class ForkServer:
                 assert self._process is not None
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(1.0)  # with its own exit code; its files close a moment before
-                self._replace("has ended")
+                self._replace("died")
             elif "ready" in json.loads(data):
                 self._is_ready, self._asked = True, time.monotonic()
             else:
                 self._forget_request()
         if self._is_ready and self._request is not None and time.monotonic() - self._asked > ANSWER_SECONDS:
-            self._replace("does not answer")
+            self._replace("is not responding")
 
     def close(self) -> None:
         self._end()
@@ -94,7 +94,7 @@ class ForkServer:
         for end in (ours, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
         arguments = [str(its.fileno()), str(os.getpid())]
-        # A session of its own: a terminal's Ctrl-C is the command's to hear.
+        # A session of its own: only the command receives a terminal's Ctrl-C.
         self._process = processes.start_module(
             __name__, *arguments, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -104,13 +104,13 @@ class ForkServer:
             ours.send(json.dumps({"config": self._config}).encode())
 
     def _replace(self, why: str) -> None:
-        """One that cannot import is not tried again before somebody asks: it could be so for ever."""
+        """Start it again; if its imports fail, only at the next request, since they could fail for ever."""
         self._in_vain = 0 if self._is_ready else self._in_vain + 1
         code = self._end()
-        print(f"the process that has imported for the ranks {why}", file=sys.stderr, flush=True)
+        print(f"fork server {why}", file=sys.stderr, flush=True)
         if self._in_vain and (code >= 0 or self._in_vain >= _MAX_IN_VAIN):
             self._in_vain = 0
-            self._forget_request()  # whoever waits for a template sees its end of the socket close
+            self._forget_request()  # a process that waits for a template sees the socket close
             return
         self._start()
         if self._request is not None:
@@ -122,7 +122,7 @@ class ForkServer:
         assert self._request is not None and self._channel is not None
         message, descriptors = self._request
         self._asked = time.monotonic()
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `attend` will see that it has ended
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `attend` will see that it has exited
             socket.send_fds(self._channel, [message], descriptors)
 
     def _forget_request(self) -> None:
@@ -132,7 +132,7 @@ class ForkServer:
         self._request = None
 
     def _end(self) -> int:
-        """Its exit code: 0 if there is none."""
+        """Kill it and return its exit code, 0 if it was not running."""
         code = 0
         if self._process is not None:
             self._process.kill()
@@ -144,10 +144,10 @@ class ForkServer:
 
 
 def preload(device: Literal["auto", "cpu", "gpu"], engine: str) -> None:
-    """Import what ranks use, for the device they will choose. Starts no threads."""
+    """Import everything that ranks use on the device they will choose, without starting threads."""
     with processes.without_blas_threads():
         import numpy  # noqa: F401
-    # Imported here: the command imports this module for its side, and stays small.
+    # Imported here: the command imports this module too and must stay small.
     from megamm import device as devices
     from megamm.cli.common import log_to_console
 
@@ -166,11 +166,11 @@ def preload(device: Literal["auto", "cpu", "gpu"], engine: str) -> None:
 
     if engine == "deepspeed":
         import megamm.zero.engine  # noqa: F401
-    assert not devices.is_initialized(), "an import has initialised the GPU: ranks could not be forked from here"
+    assert not devices.is_initialized(), "an import has initialised the GPU: ranks cannot be forked from this process"
 
 
 def _serve(channel: socket.socket, command: int) -> None:
-    """Until the command's end of the channel closes."""
+    """Serve requests until the command closes the channel."""
     config, begin = json.loads(channel.recv(MESSAGE_BYTES))["config"], time.monotonic()
     preload(config["device"], config["engine"])
     gc.collect()
@@ -187,7 +187,7 @@ def _serve(channel: socket.socket, command: int) -> None:
 
 
 def _fork_template(config: dict[str, Any], command: int, descriptors: Sequence[int], channel: socket.socket) -> None:
-    """A process that serves the first descriptor; the others are the slots' and, one a rank, those for stacks."""
+    """Fork a template that serves the first descriptor; the others are for the slots and each rank's stacks."""
     from megamm.resilience.template import Template
 
     sys.stdout.flush()
@@ -211,11 +211,11 @@ def _fork_template(config: dict[str, Any], command: int, descriptors: Sequence[i
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not this process's own way out
+        os._exit(code)  # not through this process's own shutdown
 
 
 def main() -> None:
-    """`python -m megamm.resilience.fork_server CHANNEL COMMAND`: a descriptor, and the process to end with."""
+    """Run `python -m megamm.resilience.fork_server CHANNEL COMMAND`: a descriptor, and the process to exit with."""
     channel, command = map(int, sys.argv[1:])
     processes.die_with_parent(command)
     processes.ignore_stop_signals()

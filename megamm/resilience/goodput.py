@@ -1,15 +1,15 @@
-"""Goodput of a run: the share of its wall time in which steps were made whose result was kept, and where the rest went.
+"""Goodput of a run: the share of its wall time spent on steps whose result was kept, and where the rest went.
 
-In: the run's events (RUN/events.jsonl) and its lines of metrics, those dropped at a restart included
-(RUN/metrics.jsonl, RUN/metrics_dropped.jsonl); times in unix seconds, spans in seconds. Out: `Goodput`.
+Input: the run's events (RUN/events.jsonl) and its lines of metrics, including those dropped at a restart
+(RUN/metrics.jsonl, RUN/metrics_dropped.jsonl); times in Unix seconds, durations in seconds. Output: `Goodput`.
 
-Definition. Wall time: from the first launch to the last thing known of the run, waiting for a new job included.
-Productive: time in steps that no later attempt made again, without the waiting for data, which is listed apart. This
+Definition. Wall time: from the first launch to the last record of the run, including the wait for a new job.
+Productive: time in steps that no later attempt repeated, without the wait for data, which is listed separately. This
 is the ratio of "effective training time" to elapsed time of Llama 3 (Grattafiori et al. 2024, section 3.3.4) and the
-ETTR of ByteRobust (Wan et al. 2025: productive time over wall-clock time); both leave open whether waiting for data
-counts, and here it does not.
+ETTR of ByteRobust (Wan et al. 2025: productive time over wall-clock time); neither says whether the wait for data
+counts; here it does not.
 
-What a run did not record is not guessed: it is "unknown", and `notes` says what was missing.
+Time that a run did not record is not guessed: it is "unknown", and `notes` says what was missing.
 """
 
 import math
@@ -39,15 +39,15 @@ KINDS = (
     "down",
     "unknown",
 )
-"""What a second of wall time can be. repeated: steps that were made again; start_up: from a launch to the first step,
-apart from rendezvous and load; down: no job of this run was there, or it backed off."""
+"""Categories of wall time. repeated: steps that were run again; start_up: from a launch to the first step, without
+rendezvous and load; down: no job of this run existed, or it waited before a restart."""
 
 PARTS = ("evaluation_seconds", "checkpoint_stall_seconds")
 
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of the time line, for a plot; what is short inside of it (waiting, saving) is not set apart."""
+    """A piece of the time line, for a plot; short parts inside it (waiting, saving) are not shown separately."""
 
     begin: float
     end: float
@@ -56,7 +56,7 @@ class Span:
 
 @dataclass
 class Goodput:
-    """begin, end: unix seconds; seconds: by kind, whose sum is the wall time."""
+    """Result of the account. begin, end: Unix seconds; seconds: by kind, their sum is the wall time."""
 
     begin: float = 0.0
     end: float = 0.0
@@ -72,11 +72,11 @@ class Goodput:
 
     @property
     def ratio(self) -> float | None:
-        """Productive over wall time; None before there is any."""
+        """Productive time divided by wall time; None if there is no wall time yet."""
         return self.seconds["productive"] / self.wall if self.wall > 0 else None
 
     def note(self, what: str) -> None:
-        """Said once."""
+        """Add a note, once."""
         if what not in self.notes:
             self.notes.append(what)
 
@@ -84,7 +84,7 @@ class Goodput:
         self.seconds[kind] += seconds
 
     def span(self, begin: float, end: float, kind: str) -> None:
-        """Joined to the one before if it is of the same kind."""
+        """Add a span; join it to the one before if it is of the same kind."""
         if end <= begin:
             return
         if self.spans and self.spans[-1].kind == kind and abs(self.spans[-1].end - begin) < 1e-3:
@@ -93,10 +93,11 @@ class Goodput:
 
 
 def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: float = math.inf) -> Goodput:
-    """All of a run's time until its last record. Lines without "time" (older runs) cannot be placed and are noted.
+    """Account for all of a run's time until its last record.
 
-    going_on_from: the step after which it is about to go on; those recorded from there on are made again. That is one
-    more attempt, unless the last one recorded has not come to its first step: then it is that one.
+    Lines without "time" (older runs) cannot be placed and are noted. going_on_from: the step after which the run is
+    about to continue; the recorded steps after it will be repeated. This counts as one more attempt, unless the last
+    recorded attempt has not reached its first step.
     """
     result = Goodput()
     timed = sorted((line for line in lines if "time" in line), key=lambda line: line["time"])
@@ -120,7 +121,7 @@ def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: fl
 
 
 def _kept_until(attempts: list[Attempt], limit: float) -> list[list[float]]:
-    """For every line of every attempt, and for the time after its last line: the last step that was not made again."""
+    """Return, for every line of every attempt and for the time after its last line, the last step not repeated."""
     table = []
     for attempt in reversed(attempts):
         column = [limit]
@@ -136,15 +137,15 @@ def _kept_until(attempts: list[Attempt], limit: float) -> list[list[float]]:
 
 
 def _count_start(result: Goodput, attempt: Attempt) -> float:
-    """Until the first step begins; returns that time."""
+    """Count the time until the first step begins, and return that time."""
     started, resumed, again = (attempt.first(kind) for kind in ("started", "resumed", "restarting"))
     if started is not None:
         end = started["time"]
     elif attempt.lines:
-        result.note('no "started" event: the first step is taken to begin where its line says')
+        result.note('no "started" event: the begin of the first step is derived from its line of metrics')
         end = max(attempt.lines[0]["time"] - attempt.lines[0].get("step_seconds", 0.0), attempt.begin)
     else:
-        return attempt.begin  # it never came to a step: what ended it tells
+        return attempt.begin  # it never reached a step: `_count_tail` counts its time
     left = max(end - attempt.begin, 0.0)
     paused = min((again or {}).get("backoff", 0.0), left)
     loaded = min((resumed or {}).get("seconds", 0.0), left - paused)
@@ -156,7 +157,7 @@ def _count_start(result: Goodput, attempt: Attempt) -> float:
 
 
 def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> float:
-    """A line tells of the time since the one before; what it does not tell is unknown."""
+    """Count the time since the line before; what the line does not account for is unknown."""
     step_seconds = line.get("step_seconds", 0.0)
     waited = min(line.get("data_wait_seconds", 0.0), step_seconds)
     steps = line.get("steps", 0)
@@ -170,7 +171,7 @@ def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> fl
         told += line.get(part, 0.0)
     passed = line["time"] - clock
     if told > passed + 1.0:
-        result.note("a clock went back: the parts of the time are longer than the time line")
+        result.note("a clock was set back: the recorded parts are longer than the elapsed time")
     result.add("unknown", max(passed - told, 0.0))
     middle = clock + passed * kept
     result.span(clock, middle, "productive")
@@ -179,7 +180,7 @@ def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> fl
 
 
 def _count_tail(result: Goodput, attempt: Attempt, after: Attempt | None, limit: float, clock: float) -> None:
-    """After the last line: saving, steps that were not reported, a failure, its detection, and what followed."""
+    """Count the time after the last line: saving, unreported steps, a failure, its detection, and what followed."""
     failed = attempt.failure
     ended = failed["time"] if failed is not None else max((e["time"] for e in attempt.events), default=clock)
     _count_unreported(result, attempt, limit, (clock, max(ended, clock)))
@@ -196,23 +197,24 @@ def _count_tail(result: Goodput, attempt: Attempt, after: Attempt | None, limit:
             begin += seconds
         return
     if after is not None and failed is None and not attempt.ended_in_order:
-        result.note("an attempt ended without a word: from its last record to the next launch it is down")
+        result.note('an attempt has no end record: from its last record to the next launch it counts as "down"')
     kind = "unknown" if after is None else "down"
     result.add(kind, left)
     result.span(clock, attempt.end, kind)
 
 
 def _count_unreported(result: Goodput, attempt: Attempt, limit: float, between: tuple[float, float]) -> None:
-    """Steps after the last line: made again, but for those before the checkpoint, which are reckoned at the last pace.
+    """Count the steps after the last line.
 
-    What is left there of an attempt that was not torn off (closing, the last checkpoint's writing) is unknown.
+    They are repeated, except those before the checkpoint, whose time is estimated from the last step time. The rest of
+    an attempt that ended in order (closing, writing the last checkpoint) is unknown.
     """
     (begin, end), failed, detection = between, attempt.failure, attempt.detection
     last = attempt.lines[-1] if attempt.lines else None
     step = last["step"] if last is not None else int((attempt.first("resumed") or {}).get("step", 0))
     stall = sum(e.get("stall", 0.0) for e in attempt.events if e["kind"] == "saved" and e.get("step", -1) >= step)
     if failed is not None and detection is None:
-        result.note("a failure without the seconds of its detection: they are taken for the work before it")
+        result.note("a failure has no detection time: that time is counted as the work before it")
     left = end - begin
     detected = min(detection or 0.0, left)
     stalled = min(stall, left - detected)
@@ -221,7 +223,7 @@ def _count_unreported(result: Goodput, attempt: Attempt, limit: float, between: 
     kept = min(max(limit - step, 0) * pace, left) if limit != math.inf else 0.0
     rest = "unknown"
     if last is None and attempt.first("started") is None:
-        rest = "start_up"  # it came to no step
+        rest = "start_up"  # it reached no step
     elif failed is not None or not (attempt.is_last or attempt.ended_in_order):
         rest = "repeated"
     for kind, seconds in (("detection", detected), ("checkpoint_stall", stalled), ("productive", kept)):

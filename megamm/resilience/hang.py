@@ -1,12 +1,13 @@
-"""Hangs: when a rank is overdue, where every rank then is, and which one the others wait for.
+"""Hang detection: when a rank is overdue, where every rank is at that time, and which rank the others wait for.
 
-A rank beats at every step, evaluation batch and change of phase. It is overdue when it has been silent for longer than
-twice its longest recent time between beats plus resilience.hang_seconds. Where that time is not known, the limit is
-resilience.startup_seconds: before the first step of a launch is done. For the first evaluation and checkpoint after it
-_UNKNOWN times the longest that anything has taken is enough, plus hang_seconds. Stacks are
-written by the C library's signal handler of faulthandler, which needs no GIL. What a rank waits for is the innermost
-function of the communication layers in them. While a rank of any node waits for its checkpoint writer, which says that
-it is at work (phase "wait"), nobody is overdue: the others wait for that rank.
+A rank sends a heartbeat at every step, evaluation batch and change of phase. It is overdue when it has been silent for
+longer than twice its longest recent time between heartbeats plus resilience.hang_seconds. If that time is not known,
+that is, before the first step of a launch is done, the limit is resilience.startup_seconds. For the first evaluation
+and the first checkpoint after it the limit is _UNKNOWN times the longest time known so far, plus hang_seconds.
+
+Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
+the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
+that it is working (phase "wait"), no rank is overdue: the others wait for that rank.
 """
 
 import math
@@ -28,7 +29,7 @@ HANGS = "hangs"
 _DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
 _UNKNOWN = 10.0
 _WAIT_SECONDS = 3.0
-"""For which a rank's word that its writer is at work counts; it is renewed every second or so."""
+"""Seconds for which a rank's report that its writer is working counts; it is repeated about every second."""
 _COMMUNICATION = (
     "torch/distributed/",
     "megatron/core/distributed/",
@@ -38,12 +39,12 @@ _COMMUNICATION = (
 _WRAPPERS = ("c10d_logger.py",)
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
-"""How the last line of a whole stack ends: a program's frame, or faulthandler's mark that it left some out."""
+"""Ends of the last line of a complete stack: a program's frame, or faulthandler's mark that frames are omitted."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds; see the module's text and ResilienceConfig."""
+    """Limits in seconds; see the module docstring and ResilienceConfig."""
 
     hang: float
     startup: float
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Report:
-    """Where one rank was. state as processes.state; collective is None for a rank that does not wait in one."""
+    """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one."""
 
     rank: int
     step: int | None
@@ -66,7 +67,7 @@ class Report:
 
 
 class Watch:
-    """Says which ranks are overdue. Usual durations are remembered over attempts, those of earlier agents if told."""
+    """Finds overdue ranks. It keeps the usual durations over attempts, and over agents if `longest` is given."""
 
     def __init__(
         self,
@@ -75,7 +76,7 @@ class Watch:
         clock: Callable[[], float] = time.monotonic,
         longest: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """longest: as heartbeat.longest gives it."""
+        """longest: the result of heartbeat.longest."""
         self.limits, self.run, self.clock = limits, run, clock
         self._waits: dict[int, tuple[int, int]] = {}
         self._written = -math.inf
@@ -84,18 +85,18 @@ class Watch:
         self._looked = clock()
 
     def begin(self) -> None:
-        """Of a new attempt: no rank has said anything yet."""
+        """Begin a new attempt: no rank has sent a heartbeat yet."""
         self._seen.clear()
         self._looked = self.clock()
 
     def silent(self, index: int, slot: Slot) -> float:
-        """Seconds without progress, of those in which this process was awake to see it."""
+        """Return the seconds without progress, counting only the time in which this process was awake."""
         return self.clock() - self._seen.setdefault(index, (slot.count, self.clock()))[1]
 
     def overdue(self, slots: list[Slot]) -> list[int]:
-        """Local indices of ranks beyond their limit; to be asked several times a second."""
+        """Return the local indices of ranks beyond their limit; call it several times a second."""
         now = self.clock()
-        asleep = max(0.0, now - self._looked - 1.0)  # the machine, or this process, stood still: ranks may have, too
+        asleep = max(0.0, now - self._looked - 1.0)  # the machine or this process was suspended: perhaps the ranks too
         self._looked = now
         for index, slot in enumerate(slots):
             count, since = self._seen.get(index, (-1, now))
@@ -108,19 +109,19 @@ class Watch:
         return overdue if overdue and not self._writes(now) else []
 
     def _writes(self, now: float) -> bool:
-        """Whether a rank's word that it waits for its writer is new."""
+        """Whether a rank has recently reported that it waits for its writer."""
         for beat in heartbeat.read(self.run):
             if beat.phase == "wait" and self._waits.get(beat.rank) != (beat.attempt, beat.count):
                 self._waits[beat.rank], self._written = (beat.attempt, beat.count), now
         return now - self._written < _WAIT_SECONDS
 
     def limit(self, slot: Slot) -> float:
-        """Seconds of silence that are too many for this rank now."""
+        """Return the seconds of silence after which this rank is overdue in its current phase."""
         known = dict(self.longest)
         if slot.phase == "wait":
             return self.limits.hang
         if slot.phase in ("data", "step"):
-            # Either may take what both took: the loader reads ahead during steps.
+            # Either phase may take as long as both together: the loader reads ahead during steps.
             usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)
         else:
             usual = known.get(slot.phase, 0.0)
@@ -133,13 +134,13 @@ class Watch:
 
 
 def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> list[Report]:
-    """Write every local rank's stacks and state into folder/rank_00000.txt, and say where each was.
+    """Write every local rank's stacks and state into folder/rank_00000.txt, and return where each was.
 
     ranks: global number of each local rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
     slots = workers.slots.ranks
-    # All of it before the signals: a rank that was stopped goes on a little when it is woken.
+    # Read all of it before the signals: a stopped rank continues for a moment when it is woken.
     before = [
         (slot.step, slot.phase, round(watch.silent(i, slot), 2), processes.state(workers.pids[i]))
         for i, slot in enumerate(slots)
@@ -148,7 +149,7 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
     reports = []
     for index, (step, phase, silent, state) in enumerate(before):
         frames = main_frames(texts[index], slots[index].thread)
-        innermost = frames[0] if frames else "no stack: the process did not answer"
+        innermost = frames[0] if frames else "no stack: the process did not respond"
         report = Report(ranks[index], step, phase, silent, state, collective(frames), innermost)
         head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
         (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
@@ -157,16 +158,16 @@ def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> l
 
 
 def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
-    """What each rank's faulthandler writes; one that was stopped is woken for it (it is going to be killed).
+    """Return what each rank's faulthandler writes. A stopped rank is woken for this (it will be killed anyway).
 
-    Such a rank comes last, when the stacks of the others are there: what they wait for may go on once it is awake.
+    Stopped ranks come last, after the stacks of the others: these may continue once a stopped rank is awake.
     """
     ranks = list(zip(workers.pids, workers.dumps, workers.slots.ranks, stopped, strict=False))
     for is_stopped in (False, True):
         asked = []
         for pid, dump, slot, _ in (rank for rank in ranks if rank[-1] == is_stopped):
             try:
-                processes.signal_main_thread(pid, DUMP_SIGNAL)  # before it goes on
+                processes.signal_main_thread(pid, DUMP_SIGNAL)  # before it continues
                 if is_stopped:
                     os.kill(pid, signal.SIGCONT)
                 asked.append((dump, slot.thread))
@@ -183,14 +184,17 @@ def _read(dump: int) -> str:
 
 
 def is_whole(dump: str, thread: int) -> bool:
-    """Whether a dump has the whole stack of the main thread. It is written line by line, by a process that may have to
-    wait for a core in between, so that it does not grow for a moment proves nothing."""
+    """Whether a dump has the complete stack of the main thread.
+
+    The process writes it line by line and may have to wait for a core in between: a dump that does not grow for a
+    moment may still be incomplete.
+    """
     stack, another, _ = dump.partition(f"0x{thread:016x}")[2].partition("\n\n")
     return (bool(another) or stack.endswith("\n")) and stack.rstrip("\n").endswith(_OUTERMOST)
 
 
 def main_frames(dump: str, thread: int) -> list[str]:
-    """Frames of the main thread, innermost first, as "file:line function"; empty if it is not in the dump."""
+    """Return the main thread's frames, innermost first, as "file:line function"; empty if it is not in the dump."""
     frames: list[str] = []
     inside = False
     for line in dump.splitlines():
@@ -202,7 +206,7 @@ def main_frames(dump: str, thread: int) -> list[str]:
 
 
 def collective(frames: list[str]) -> str | None:
-    """The collective that the innermost frame waits in; None if that frame is no communication's."""
+    """Return the collective that the innermost frame waits in; None if that frame is not in a communication layer."""
     inner = [frame for frame in frames if not any(name in frame for name in _WRAPPERS)]
     if not inner or not any(part in inner[0] for part in _COMMUNICATION):
         return None
@@ -210,9 +214,10 @@ def collective(frames: list[str]) -> str | None:
 
 
 def culprits(reports: list[Report]) -> list[int]:
-    """Ranks that the others probably wait for: stopped ones, else those in no collective, else those furthest behind.
+    """Return the ranks that the others probably wait for.
 
-    A single rank that waits in a collective is no culprit of its own node: then the list is empty.
+    These are the stopped ranks, else those not in a collective, else those furthest behind. If all ranks of this node
+    wait in collectives at the same step, the culprit is on another node, and the list is empty.
     """
     stopped = [r.rank for r in reports if r.state in ("T", "t", "D", "Z", "")]
     if stopped:

@@ -1,8 +1,8 @@
-"""Heartbeats: where every rank is, and when it last said so.
+"""Heartbeats: phase and step of every rank, and when it last reported them.
 
-RUN/heartbeats/rank_00000.json is for people and other machines: written when the phase changes, and within the
-alternation of "data" and "step" at most once a second. What this node's agent watches for hangs is shared memory
-(slots.py), written at every beat. A rank that no agent has started writes the file only.
+RUN/heartbeats/rank_00000.json is for people and other machines: it is written when the phase changes, and while "data"
+and "step" alternate at most once a second. To detect hangs, this node's agent reads shared memory (slots.py), which is
+written at every beat. A rank that was not started by an agent writes only the file.
 """
 
 import json
@@ -24,9 +24,9 @@ _RECORD, _RECENT, _SECONDS = 1024, 32, 1.0
 
 @dataclass(frozen=True)
 class Beat:
-    """A rank's last written heartbeat; time in Unix seconds, count is of its beats in this attempt.
+    """A rank's last written heartbeat. time: Unix seconds; count: number of its beats in this attempt.
 
-    longest: recent seconds between two beats by what of TIMED they were for, of earlier attempts where need be.
+    longest: the longest recent seconds between two beats, by name in TIMED; from earlier attempts if not yet known.
     """
 
     rank: int
@@ -41,12 +41,12 @@ class Beat:
 
 
 class Heartbeat:
-    """A rank's own; beats come from its main thread, so that they stop when it does."""
+    """Writes this rank's heartbeat. Beats come from the main thread, so that they stop when it stops."""
 
     def __init__(self, run: Path, rank: int, attempt: int, slot: Slot | None = None) -> None:
         path = run / HEARTBEATS / f"rank_{rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = _read(path) if attempt > 0 else None  # attempt 0 is another launch's successor, maybe of another job
+        before = _read(path) if attempt > 0 else None  # before attempt 0 it is from another launch, perhaps another job
         self.longest = dict(before.longest) if before is not None else {}
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self.rank, self.attempt, self.slot, self.host = rank, attempt, slot, socket.gethostname()
@@ -57,7 +57,7 @@ class Heartbeat:
         self._recent: dict[str, deque[float]] = {}
 
     def beat(self, phase: str, step: int) -> None:
-        """This rank is alive and now in that phase of PHASES; step is the one in progress, else the last one done."""
+        """Report that this rank is alive and in this phase of PHASES. step: the one in progress, else the last done."""
         assert phase in PHASES, phase
         now, loop = time.monotonic(), ("data", "step")
         self.count += 1
@@ -73,11 +73,11 @@ class Heartbeat:
             self.written = now
             who = self.rank, os.getpid(), self.host
             beat = Beat(*who, phase, step, self.count, time.time(), self.attempt, self.longest)
-            # One write of one length: a reader never sees half of it.
+            # A single write of constant length: a reader never sees half of it.
             os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_RECORD - 1).encode() + b"\n", 0)
 
     def _measure(self, seconds: float) -> None:
-        """The time since the last beat belongs to the phase that it began."""
+        """Add the time since the last beat to the phase that it began."""
         if not self.phase:
             return
         self.spent[self.phase] = self.spent.get(self.phase, 0.0) + seconds
@@ -89,7 +89,7 @@ class Heartbeat:
             self.slot.set_longest(what, max(recent))
 
     def tell_first_step(self, run: Path, step: int) -> None:
-        """Record that the attempt has done its first step, and how long everything until then took."""
+        """Record that the attempt has done its first step, and the seconds spent in each phase until then."""
         spent = self.spent | {self.phase: time.monotonic() - self.since}
         seconds = {phase: round(value, 3) for phase, value in spent.items()}
         events.record(run, "first_step", step=step, attempt=self.attempt, seconds=seconds)
@@ -99,7 +99,7 @@ class Heartbeat:
 
 
 def of_this_rank(run: Path) -> Heartbeat:
-    """This process's, as its environment says."""
+    """Return this process's heartbeat, configured by its environment."""
     slot = None
     if SLOTS in os.environ:
         descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
@@ -108,7 +108,7 @@ def of_this_rank(run: Path) -> Heartbeat:
 
 
 def read(run: Path) -> list[Beat]:
-    """The last heartbeat of every rank that ever wrote one to this run; what is not whole is left out."""
+    """Return the last heartbeat of every rank that ever wrote one to this run; incomplete files are skipped."""
     found = [_read(path) for path in sorted((run / HEARTBEATS).glob("rank_*.json"))]
     return [beat for beat in found if beat is not None]
 
@@ -121,7 +121,7 @@ def _read(path: Path) -> Beat | None:
 
 
 def longest(run: Path) -> dict[str, float]:
-    """Of all ranks that have written since the run was launched: Beat.longest. Empty if no launch is recorded."""
+    """Return the maximum of Beat.longest over all ranks that have written since the last recorded launch."""
     launches = [event["time"] for event in events.read(run) if event["kind"] == "launched"]
     known: dict[str, float] = {}
     for beat in read(run):

@@ -1,17 +1,17 @@
-"""The loss guard: a step with a bad loss or gradient is run again, then left out, rolled back, or ends the run.
+"""The loss guard: a step with a bad loss or gradient is run again, then skipped, rolled back, or ends the run.
 
-It judges between a step's gradients and its update, by numbers that are the same on every rank, so that all ranks
-decide alike without asking each other:
+It judges a step between its gradients and its update, by numbers that are the same on every rank. So all ranks make the
+same decision without communication:
 
-    good                         the update is made
-    bad, the second run good     a transient fault of the hardware: the second run's update is made
-    bad again: skip              no update; the rows count as consumed, the schedules of update and moments stand still
-    bad again: rollback          back to a checkpoint of before the rows [bad row - margin, end of the bad rows); when
-                                 the run comes to them again it goes on behind them
-    bad too often, or stop       UserError: the run ends and is not tried again
+    good                         apply the update
+    bad, good when run again     a transient hardware fault: apply the update of the second run
+    bad again: skip              no update; the rows count as consumed; the schedule and the moments do not advance
+    bad again: rollback          return to a checkpoint from before the rows [bad row - margin, end of the bad rows);
+                                 when the run reaches these rows again, it skips them
+    bad too often, or stop       UserError: the run ends and is not restarted
 
-Everything it knows is in `state`, a part of each checkpoint: a resumed run decides as the uninterrupted one.
-Source: Chowdhery et al. 2022, PaLM, section 5.1 (roll back, leave out the batches around the spike).
+All its state is in `state`, a part of each checkpoint: a resumed run makes the same decisions as an uninterrupted one.
+Source: Chowdhery et al. 2022, PaLM, section 5.1 (roll back and skip the batches around the spike).
 """
 
 import logging
@@ -42,27 +42,27 @@ class LeftOut:
 
 
 class LossGuard:
-    """Of one run; every rank has one and tells it of every step."""
+    """The loss guard of a run; every rank has one and gives it the result of every step."""
 
     def __init__(self, config: RunConfig, modalities: Sequence[str], rank: int, gather: Gather) -> None:
-        """gather is asked only after a step was run again."""
+        """gather: called only after a step was run again."""
         c = self.config = config.resilience.loss_guard
         self.run, self.modalities, self.rank, self.gather = config.output, list(modalities), rank, gather
         self.action = c.action
         if c.action == "auto":
             self.action = "skip" if config.engine == "native" else "stop"
             if rank == 0:
-                log.info("loss guard: %s, as the engine is %s", self.action, config.engine)
+                log.info("loss guard: action %s, because the engine is %s", self.action, config.engine)
         self.spikes = Spikes(c.spike, c.window)
         self.left_out: list[LeftOut] = []
         self.updates_skipped = self.skips_in_a_row = self.rollbacks = self.last_bad_step = 0
         self.wanted_rollback: LeftOut | None = None
-        """Set when the step just judged is to be undone."""
+        """Set when the last judged step must be undone."""
         self.fault: NodeFault | None = None
-        """Set when a rank's hardware failed and the run should go on without it."""
+        """Set when a rank's hardware failed and the run should continue without it."""
 
     def judge(self, step: int, first_row: int, rows: int) -> Judge:
-        """For the step of that number (from 1) over rows [first_row, first_row + rows)."""
+        """Return the judge of step `step` (counted from 1), which reads rows [first_row, first_row + rows)."""
 
         def judged(result: StepResult, again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
             why = self.spikes.why_bad(self._values(result))
@@ -83,19 +83,19 @@ class LossGuard:
         return judged
 
     def next_row(self, row: int, rows: int) -> int:
-        """The first row from `row` on from which as many rows can be read without meeting one that is left out."""
+        """Return the first row, from `row` on, from which `rows` rows can be read without a skipped one."""
         while met := [w for w in self.left_out if w.how == "rollback" and w.first < row + rows and row < w.end]:
             row = max(w.end for w in met)
         return row
 
     def rolled_back(self, window: LeftOut) -> None:
-        """After `restore` of the earlier checkpoint's state: what must not be forgotten with the steps undone."""
+        """Note the skipped rows of a roll-back; call it after `restore` of the earlier checkpoint's state."""
         self.left_out.append(window)
         self.last_bad_step = window.step
         self.wanted_rollback = None
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: JSON."""
+        """Return the state for a checkpoint, as JSON."""
         return {
             "values": self.spikes.state(),
             "left_out": [asdict(window) for window in self.left_out],
@@ -106,9 +106,9 @@ class LossGuard:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set what `state` gave; {} (a checkpoint from before there was a guard) starts afresh.
+        """Restore what `state` returned; {} (a checkpoint without a loss guard) starts with empty state.
 
-        The count of roll-backs only grows by it, since a roll-back restores a state of before it.
+        The count of roll-backs never decreases here: a roll-back restores a state from before itself.
         """
         self.spikes.restore(state.get("values", {}))
         self.left_out = [LeftOut(**window) for window in state.get("left_out", [])]
@@ -123,12 +123,12 @@ class LossGuard:
         raise UserError(
             f"training diverged: {why} at step {step}",
             where=self.run,
-            remedy=f"{remedy}; the checkpoints so far are untouched",
+            remedy=f"{remedy}; existing checkpoints are unchanged",
             on_all_ranks=True,
         )
 
     def _act(self, step: int, why: str, first_row: int, rows: int) -> None:
-        """Note the configured consequence of a bad step, or stop where it has been too often."""
+        """Apply the configured action to a bad step, or stop if it was applied too often."""
         remedy = "lower optimizer.lr or lengthen the warm-up"
         if self.action == "skip" and self.skips_in_a_row < self.config.max_skips:
             self.skips_in_a_row += 1
@@ -147,7 +147,7 @@ class LossGuard:
             count, what = {"skip": (self.skips_in_a_row, "updates skipped in a row")}.get(
                 self.action, (self.rollbacks, "roll-backs")
             )
-            self.stop(step, f"{why}, after {count} {what}", remedy + ", or look at the rows in events.jsonl")
+            self.stop(step, f"{why}, after {count} {what}", remedy + ", or inspect the rows named in events.jsonl")
 
     def _note_good(self, step: int, result: StepResult) -> None:
         self.spikes.note_good(self._values(result))
@@ -162,12 +162,12 @@ class LossGuard:
             self.fault = NodeFault(seen.suspects, f"{action} fault at step {step}: {why}")
 
     def _compare(self, first: StepResult, second: StepResult) -> Comparison:
-        assert first.own_norms is not None and second.own_norms is not None, "an engine that can run a step again"
+        assert first.own_norms is not None and second.own_norms is not None, "the engine cannot run a step again"
         values = self._values(first), self._values(second)
         return compare(*values, first.own_norms, second.own_norms, self.gather)
 
     def _values(self, result: StepResult) -> dict[str, float]:
-        """What is judged: the gradient's norm and the loss of each modality that the step has."""
+        """Return the judged values: the gradient norm and the loss of each modality in the step."""
         means = zip(self.modalities, result.loss.mean.tolist(), result.loss.count.tolist(), strict=True)
         return {"grad_norm": result.grad_norm} | {f"loss/{name}": mean for name, mean, count in means if count > 0}
 
@@ -179,7 +179,7 @@ class LossGuard:
 
 def _verdict(seen: Comparison) -> str:
     if seen.deviation == 0:
-        return "the same when run again: deterministic"
+        return "identical when run again: deterministic"
     if seen.is_same:
-        return f"the same to {seen.deviation:.0e} when run again"
-    return "another result when run again: a fault of the hardware"
+        return f"equal within {seen.deviation:.0e} when run again"
+    return "different when run again: hardware fault"

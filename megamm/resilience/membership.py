@@ -1,9 +1,9 @@
-"""Which nodes form the job, attempt by attempt: a node by itself, or torch's dynamic rendezvous among several.
+"""Membership of the job in each attempt: a single node, or several through torch's dynamic rendezvous.
 
-After each rendezvous the node of group rank 0 decides for all (agent.py) and the others read its order from the
-rendezvous store. Messages within an attempt go through that store too: "this node has lost its ranks", "stop", the
-steps that ranks have entered, and "done". When the store's host is lost every other agent ends with StoreLost, and the
-command above each starts a new one, which looks for the store again.
+After each rendezvous the node of group rank 0 decides for all (agent.py), and the others read its order from the
+rendezvous store. Messages within an attempt also use that store: "this node has lost its ranks", "stop", the steps that
+ranks have entered, and "done". If the store's host is lost, every other agent ends with StoreLost, and its command
+starts a new agent, which looks for the store again.
 """
 
 import datetime
@@ -21,19 +21,19 @@ from megamm.resilience import endpoint
 
 
 class StoreLost(Exception):
-    """The rendezvous store does not answer."""
+    """The rendezvous store does not respond."""
 
 
 class Ended(Exception):
-    """The job has ended while this node was waiting to take part."""
+    """The job ended while this node was waiting to join."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What group rank 0 decided for an attempt. nodes: the first so many take part, the others wait.
+    """The decision of group rank 0 for an attempt. nodes: the first `nodes` nodes take part, the others wait.
 
-    gives_up: why there is no further attempt; code: the command's exit code then. pause in seconds. address, port: of
-    rank 0's store.
+    gives_up: why there is no further attempt; code: the command's exit code in that case. pause is in seconds.
+    address, port: where rank 0's store listens.
     """
 
     attempt: int
@@ -46,37 +46,37 @@ class Order:
 
 
 class Membership(Protocol):
-    """One node's view. Every call returns soon but `join`, which waits for the other nodes."""
+    """One node's view of the job. Every call returns soon, except `join`, which waits for the other nodes."""
 
     address: str
 
     def join(self) -> tuple[int, int]:
-        """Group rank of this node and number of nodes of a new round."""
+        """Return this node's group rank and the number of nodes in a new round."""
 
     def agree(self, is_fresh: bool, decide: Callable[[bool], Order]) -> Order:
-        """The order of group rank 0, which decides knowing whether every agent of the round is its command's first."""
+        """Return the order of group rank 0; `decide` gets whether every agent of the round is its command's first."""
 
     def tell(self, key: str, value: str) -> None:
-        """To the nodes of this round."""
+        """Send a value to the nodes of this round."""
 
     def told(self, key: str) -> str | None:
-        """What a node of this round has told, None if nothing."""
+        """Return the value that a node of this round has sent, or None."""
 
     def add(self, key: str) -> int:
-        """Count one more for a key of this round; the new count."""
+        """Increment the counter of a key of this round and return it."""
 
     def waiting(self) -> int:
-        """Nodes that would like to join."""
+        """Return the number of nodes that are waiting to join."""
 
     def close(self) -> None:
-        """The job has ended: nodes that wait to join end too."""
+        """End the job: nodes that wait to join exit too."""
 
     def part(self) -> None:
-        """This node leaves the job for good; the others see it by its missing signs of life."""
+        """Leave the job for good; the other nodes notice it by the missing keep-alives."""
 
     @property
     def hosts_store(self) -> bool:
-        """Whether the job's store is in this process."""
+        """Whether the job's store runs in this process."""
 
     def serves(self) -> bool:
         """Whether other agents are connected to that store."""
@@ -123,7 +123,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Times:
-    """Of a rendezvous, in seconds: see ResilienceConfig."""
+    """Timeouts of a rendezvous, in seconds: see ResilienceConfig."""
 
     join: float
     last_call: float
@@ -131,13 +131,13 @@ class Times:
 
 
 class Rendezvous:
-    """Several nodes, through torch's c10d rendezvous: a store on the node that `place` (host:port) names."""
+    """Several nodes, joined by torch's c10d rendezvous; its store runs on the node given by `place` (host:port)."""
 
     KEEP_ALIVES_MISSED = 3
 
     def __init__(self, place: str, nodes: tuple[int, int], times: Times, job: dict[str, Any]) -> None:
-        """job: JSON values that all nodes have to have in common. UserError if they do not (endpoint.py)."""
-        # Imported here: an agent of one node stays small.
+        """job: JSON values that must be equal on all nodes, else UserError (endpoint.py)."""
+        # Imported here to keep the agent of a single node small.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent gives ranks a store (rank.py)
         from torch.distributed.elastic.rendezvous import RendezvousParameters
         from torch.distributed.elastic.rendezvous.api import RendezvousError
@@ -205,7 +205,7 @@ class Rendezvous:
         self._call(self._handler.shutdown)
 
     def part(self) -> None:
-        del self._handler  # with which its signs of life end
+        del self._handler  # this ends its keep-alives
         gc.collect()
 
     @property
@@ -218,7 +218,7 @@ class Rendezvous:
         return any(one.laddr.port == self._port and one.raddr and one.raddr not in own for one in all_of_it)
 
     def _connections(self) -> list[Any]:
-        """This process's sockets at either end of which is the store's port."""
+        """Return this process's sockets that have the store's port at either end."""
         import psutil
 
         found = psutil.Process().net_connections("tcp")
@@ -232,7 +232,7 @@ class Rendezvous:
 
 
 class Background:
-    """Runs a call that may wait long in a thread, so that its caller can do something else meanwhile."""
+    """Runs a blocking call in a thread, so that its caller can do other work meanwhile."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._result: Any = None

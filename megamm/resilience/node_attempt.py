@@ -1,4 +1,4 @@
-"""One attempt of a node's ranks, from their start until all are done, one has failed, or the attempt is called off."""
+"""One attempt of a node's ranks, from their start until all are done, one has failed, or the attempt is cancelled."""
 
 import logging
 import os
@@ -22,14 +22,14 @@ _GOOD = (exit_codes.RANK_DONE, exit_codes.RANK_REGROUP, exit_codes.RANK_EVICTED,
 
 @dataclass(frozen=True)
 class Outcome:
-    """code: the command's exit code, None to meet the other nodes again; failure: of this node's ranks, if any."""
+    """Result of an attempt. code: the command's exit code, None for a new rendezvous; failure: of this node's ranks."""
 
     code: int | None
     failure: policy.Failure | None = None
 
 
 class Attempt:
-    """Ranks are left as they are at its end: the agent kills what is still there."""
+    """Runs one attempt. At its end it leaves the ranks running: the agent kills them."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Attempt:
         self._signalled = False
 
     def run(self, commands: Commands, listener: socket.socket | None) -> Outcome:
-        """Start the ranks and stay with them; listener: this node's socket for the job's store, if it hosts it."""
+        """Start the ranks and watch them; listener: this node's socket for the job's store, if it hosts it."""
         try:
             self.began = time.monotonic()
             self.workers.start([self._environment(i) for i in range(len(self.ranks))], listener)
@@ -61,10 +61,10 @@ class Attempt:
                     return outcome
                 self.stop.advance()
         except TemplateLost:
-            return self._failed(None, "the process that starts ranks has ended", self.workers.slots.ranks[0].phase)
+            return self._failed(None, "the ranks' template process exited", self.workers.slots.ranks[0].phase)
 
     def _environment(self, index: int) -> dict[str, str]:
-        """As torchrun gives it: torch.distributed and other libraries look for these names. (SLOTS: template.py)"""
+        """Return a rank's environment, as torchrun sets it for torch.distributed and others (SLOTS: template.py)."""
         world = self.order.nodes * self.plan.processes
         return {
             "RANK": str(self.ranks[index]),
@@ -81,9 +81,9 @@ class Attempt:
         }
 
     def _heed(self, commands: Commands) -> Outcome | None:
-        """Signals that the command got: the first asks for a checkpoint, a further one for the end.
+        """Handle signals that the command received: the first requests a checkpoint, a second one exits.
 
-        Another node's signal is none of this one's: schedulers signal all nodes, one after the other.
+        A signal on another node does not count as this node's first: schedulers signal all nodes, one after the other.
         """
         while (name := commands.take()) is not None:
             self._record("signal", signal=name, attempt=self.order.attempt)
@@ -91,15 +91,15 @@ class Attempt:
                 return self._called_off(f"a second signal ({name}) before the checkpoint was complete")
             self._signalled = True
             if not self.workers.pids:
-                return Outcome(exit_codes.REQUEUE)  # there is nothing to be saved
-            log.warning("%s: a checkpoint at the end of the step, then the run ends", name)
+                return Outcome(exit_codes.REQUEUE)  # there is nothing to save
+            log.warning("%s: writing a checkpoint after this step, then exiting", name)
             self.stop.ask("requeue", tell_others=True)
         if self.stop.why == "requeue" and time.monotonic() - self.stop.since > self.plan.grace:
             return self._called_off(f"no checkpoint within resilience.grace_seconds = {self.plan.grace:g}")
         return None
 
     def _look(self) -> Outcome | None:
-        """At the local ranks: who has ended, who is silent for too long."""
+        """Check the local ranks: which have exited, and which have been silent for too long."""
         had_ranks = bool(self.workers.pids)
         self.workers.poll()
         if not self.workers.pids:  # there is no template yet
@@ -153,7 +153,7 @@ class Attempt:
         return Outcome(exit_codes.DONE)
 
     def _all_nodes_done(self) -> bool:
-        """Wait for the other nodes' ranks, which have passed the last barrier too."""
+        """Wait for the other nodes' ranks, which have also passed the last barrier."""
         try:
             self.membership.add("done")
             while int(self.membership.told("done") or 0) < self.order.nodes:
@@ -161,7 +161,7 @@ class Attempt:
                     return False
                 time.sleep(_TICK)
         except StoreLost:
-            log.info("the store's node has left: all are done")
+            log.info("the node that hosts the store has left: all nodes are done")
         return True
 
     def _hung(self, overdue: list[int]) -> Outcome:
@@ -191,7 +191,7 @@ class Attempt:
         )
 
     def _ask_others(self) -> Outcome | None:
-        """Several nodes: whether one has lost its ranks, wants to stop, or would like to join."""
+        """Check, with several nodes, whether one has lost its ranks, wants to stop, or is waiting to join."""
         now = time.monotonic()
         if self.plan.rendezvous is None or now - self._asked_others < _REMOTE:
             return None
@@ -205,7 +205,7 @@ class Attempt:
         if self.group_rank == 0 and self.stop.why is None and (waiting := self.membership.waiting()):
             best = max(n for n in self.plan.admissible if n <= self.order.nodes + waiting)
             if best > self.order.nodes:
-                log.info("%d nodes would like to join: a checkpoint, then all start again", waiting)
+                log.info("%d nodes are waiting to join: writing a checkpoint, then all nodes restart", waiting)
                 self.stop.ask("regroup", tell_others=True)
         return None
 
@@ -215,14 +215,14 @@ class Attempt:
         return Outcome(exit_codes.CRASHED)
 
     def _failed(self, rank: int | None, cause: str, phase: str, entered: int | None = None) -> Outcome:
-        """Another attempt may follow, but not after a signal."""
+        """Record a failure; another attempt may follow, but not after a signal."""
         failure = self._record_failure(rank, cause, phase, entered if entered is not None else self._entered())
         self._tell("lost", cause)
         log.warning("attempt %d failed: %s", self.order.attempt, failure.describe())
         return Outcome(exit_codes.CRASHED if self.stop.why == "requeue" else None, failure)
 
     def _entered(self) -> int:
-        """The step that the ranks have begun, 0 before the first."""
+        """Return the step that the ranks have begun, 0 before the first."""
         return max(0, *(slot.entered for slot in self.workers.slots.ranks))
 
     def _record_failure(self, rank: int | None, cause: str, phase: str, entered: int) -> policy.Failure:
@@ -234,10 +234,10 @@ class Attempt:
         try:
             self.membership.tell(key, value)
         except StoreLost:
-            log.warning("the other nodes could not be told")
+            log.warning("cannot notify the other nodes: the rendezvous store is lost")
 
     def _record(self, kind: str, **fields: Any) -> None:
         try:
             events.record(self.plan.run, kind, **fields)
-        except OSError as error:  # a full disk must not end what may yet be saved
-            log.warning("the event %s could not be recorded: %s", kind, error)
+        except OSError as error:  # a full disk must not end a run that can still write a checkpoint
+            log.warning("cannot record the event %s: %s", kind, error)

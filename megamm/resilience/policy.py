@@ -1,7 +1,7 @@
-"""Whether a failed run starts again, and after how long: a pure function of what has happened since the launch.
+"""Restart policy: whether a failed run restarts, and after what pause; a pure function of the failures so far.
 
-Restarts are limited in total. A pause before one is needed only when the attempts before it have brought nothing: it
-doubles with each of them. Failures at the same step again and again are the program's, and no restart mends them.
+The total number of restarts is limited. A restart is delayed only if the attempts before it made no progress; the pause
+doubles with each of them. Repeated failures at the same step are errors of the program, which a restart cannot fix.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ MAX_PAUSE = 300.0
 
 @dataclass(frozen=True)
 class Rules:
-    """See ResilienceConfig."""
+    """Limits of the policy; see ResilienceConfig."""
 
     max_restarts: int
     same_step_limit: int
@@ -21,7 +21,7 @@ class Rules:
 
 @dataclass(frozen=True)
 class Failure:
-    """The end of an attempt: the step that it was at (None if it never got to one), and what is known of the cause."""
+    """The failure of an attempt: its step (None if it never reached one), and what is known about the cause."""
 
     attempt: int
     step: int | None
@@ -37,14 +37,14 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Start again after `pause` seconds, or end for the reason in `gives_up`."""
+    """Restart after `pause` seconds, or end for the reason in `gives_up`."""
 
     pause: float = 0.0
     gives_up: str | None = None
 
 
 def judge(failures: list[Failure], rules: Rules) -> Verdict:
-    """failures: all of this launch, oldest first, one for each attempt that failed."""
+    """Return the verdict. failures: all of this launch, oldest first, one for each failed attempt."""
     if not failures:
         return Verdict()
     last = failures[-1]
@@ -60,7 +60,7 @@ def judge(failures: list[Failure], rules: Rules) -> Verdict:
 
 
 def fruitless(failures: list[Failure]) -> int:
-    """How many of the last failures were at the same step; an attempt that never got to a step counts as there."""
+    """Count the last failures at the same step; an attempt that never reached a step counts as one of them."""
     count, step = 0, None
     for failure in reversed(failures):
         if step is None:
@@ -72,7 +72,7 @@ def fruitless(failures: list[Failure]) -> int:
 
 
 def from_events(events: list[dict[str, Any]]) -> list[Failure]:
-    """The failures of the last launch; of those of one attempt, the first that was seen."""
+    """Return the failures of the last launch, only the first recorded one for each attempt."""
     begin = max((i for i, event in enumerate(events) if event["kind"] == "launched"), default=0)
     found: dict[int, Failure] = {}
     for event in events[begin:]:
@@ -84,6 +84,6 @@ def from_events(events: list[dict[str, Any]]) -> list[Failure]:
 
 
 def attempts(events: list[dict[str, Any]]) -> list[int]:
-    """Numbers of the attempts of the last launch."""
+    """Return the numbers of the attempts of the last launch."""
     begin = max((i for i, event in enumerate(events) if event["kind"] == "launched"), default=0)
     return [event["attempt"] for event in events[begin:] if event["kind"] in ("launched", "restarting", "failed")]

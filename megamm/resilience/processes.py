@@ -1,7 +1,7 @@
-"""Processes of a job's tree: none outlives the one above it, and how Linux sees one (prctl(2), proc(5)).
+"""Process tree of a job: no process outlives its parent (prctl(2)); process states are read from proc(5).
 
-The tree: command > agent, fork server, template > ranks > their helpers. Each asks the kernel for SIGKILL when the one
-above ends, which also reaches a process that is stopped or holds the GIL.
+The tree: command > agent, fork server, template > ranks > their helpers. Each asks the kernel for SIGKILL when its
+parent exits (PR_SET_PDEATHSIG), which also kills a process that is stopped or holds the GIL.
 """
 
 import ctypes
@@ -17,29 +17,29 @@ from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEP_SECONDS = 30.0
-"""A killed process that is still there after this long hangs in the kernel."""
+"""A killed process that still exists after this time hangs in the kernel."""
 CLEANING_SECONDS = 5.0
-"""Within which a process ends by itself that removes what a killed one has left outside of itself."""
+"""Seconds within which a helper process that cleans up after a killed one exits on its own."""
 _CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
-"""In their command lines: they see that their starter has ended, and remove its semaphores and its sockets' folder."""
+"""Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Sent to a job by people and schedulers; the command alone acts on them, the rest of the tree ignores them."""
+"""Signals with which users and schedulers stop a job; only the command handles them, other processes ignore them."""
 
 
 def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
-    """`python -m MODULE ARGUMENTS` with this interpreter; options are those of subprocess.Popen."""
+    """Start `python -m MODULE ARGUMENTS` with this interpreter; options are those of subprocess.Popen."""
     return subprocess.Popen([sys.executable, "-m", module, *arguments], **options)
 
 
 def die_with_parent(parent: int) -> None:
-    """End at once when process `parent`, which started this one, does. To be called by a process's first lines."""
+    """Exit at once when process `parent`, which started this one, exits. Call it first in a new process."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the kernel knew
+    if os.getppid() != parent:  # it exited before the call
         os._exit(1)
 
 
 def adopt_orphans(do: bool = True) -> None:
-    """Become the parent of all processes below this one whose own parent ends, or no longer."""
+    """Become the parent of all descendants whose own parent exits; do=False ends this."""
     _prctl(PR_SET_CHILD_SUBREAPER, int(do))
 
 
@@ -50,17 +50,17 @@ def _prctl(option: int, value: int) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Leave these to the command: a scheduler may send them to every process of a job."""
+    """Ignore the stop signals, which the command handles: a scheduler may send them to every process of a job."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def without_blas_threads() -> Iterator[None]:
-    """Start a process, or import numpy and scipy for the first time, without the threads of their OpenBLAS.
+    """Start a process, or import numpy and scipy for the first time, without OpenBLAS threads.
 
-    OpenBLAS starts one thread a core when it is loaded, unless OPENBLAS_NUM_THREADS or OMP_NUM_THREADS is 1. A process
-    that forks must not have them: a fork copies the calling thread only.
+    OpenBLAS starts one thread per core when it is loaded, unless OPENBLAS_NUM_THREADS or OMP_NUM_THREADS is 1. A
+    process that forks must not have them: a fork copies only the calling thread.
     """
     key = "OPENBLAS_NUM_THREADS"
     before = os.environ.get(key)
@@ -75,12 +75,12 @@ def without_blas_threads() -> Iterator[None]:
 
 
 def threads() -> list[str]:
-    """Names of this process's threads as the kernel lists them, also those that libraries have started."""
+    """Return the names of this process's threads as listed by the kernel, including those started by libraries."""
     return [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
 
 
 def children(process: int) -> list[int]:
-    """Processes whose parent is that one, zombies too."""
+    """Return the child processes of a process, including zombies."""
     found: list[int] = []
     for thread in Path(f"/proc/{process}/task").glob("*/children"):
         try:
@@ -91,11 +91,11 @@ def children(process: int) -> list[int]:
 
 
 def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Kill and reap all processes below this one but those kept; the number of them.
+    """Kill and reap all child processes except `kept`; return their number.
 
-    What they had started comes to this process when they end (adopt_orphans), so: until none is left. told: each
-    process and its status as waitpid gives it. One that hangs in the kernel is given up after SWEEP_SECONDS.
-    Those that clean up for others have CLEANING_SECONDS to do so.
+    When they exit, their own children become children of this process (adopt_orphans), so it repeats until none is
+    left. told: called with each process and its waitpid status. A process that hangs in the kernel is given up after
+    SWEEP_SECONDS. Helpers that clean up after others have CLEANING_SECONDS to do so.
     """
     count, empty, deadline = 0, 0, time.monotonic() + SWEEP_SECONDS
     patience = time.monotonic() + CLEANING_SECONDS
@@ -104,7 +104,7 @@ def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda 
         empty = 0 if left else empty + 1
         for process in left:
             if time.monotonic() > patience or not _cleans_up(process):
-                os.kill(process, signal.SIGKILL)  # not reaped yet: nobody else can have its number
+                os.kill(process, signal.SIGKILL)  # not reaped yet: no other process can have its id
         for process in left:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -116,7 +116,7 @@ def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda 
 
 
 def _cleans_up(process: int) -> bool:
-    """Whether it ends by itself, once it has removed what its starter has left."""
+    """Whether a process exits on its own after cleaning up what its parent has left."""
     try:
         command = Path(f"/proc/{process}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -125,13 +125,13 @@ def _cleans_up(process: int) -> bool:
 
 
 def signal_main_thread(process: int, number: int) -> None:
-    """Send a signal that the main thread of a process takes, also once it is woken; os.kill lets any thread take it."""
+    """Send a signal to the main thread of a process, even if it is stopped; with os.kill any thread may receive it."""
     if ctypes.CDLL(None, use_errno=True).tgkill(process, process, number):
         raise OSError(ctypes.get_errno(), "tgkill")  # ESRCH: ProcessLookupError
 
 
 def state(process: int) -> str:
-    """One letter: R running, S sleeping, D in the kernel, T stopped, Z ended; "" if there is none such."""
+    """Return one letter: R running, S sleeping, D in the kernel, T stopped, Z zombie; "" if it does not exist."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -139,7 +139,7 @@ def state(process: int) -> str:
 
 
 def how_it_ended(status: int) -> str:
-    """ "signal SIGKILL" or "exit code 1" of an exit code as subprocess gives it: negative for a signal."""
+    """Return "signal 9 (SIGKILL)" or "exit code 1" for an exit code of subprocess, which is negative for a signal."""
     if status >= 0:
         return f"exit code {status}"
     return f"signal {-status} ({signal.Signals(-status).name})"

@@ -1,7 +1,7 @@
 """One rank, from the fork of the template (template.py) to its exit code.
 
-The environment is what torchrun gives, so that torch.distributed finds the job; the rank's store, where processes meet,
-listens on a socket that the agent has opened: no other process can take the port in between.
+The environment is the same as torchrun's, so that torch.distributed finds the job. The job's store listens on a socket
+that the agent has opened: no other process can take the port in between.
 """
 
 import faulthandler
@@ -28,7 +28,7 @@ _CODES = {"done": exit_codes.RANK_DONE, "requeue": exit_codes.REQUEUE, "regroup"
 
 @dataclass(frozen=True)
 class Seat:
-    """What a rank gets: its environment, where its stacks go, and the listening socket of the job's store, or -1."""
+    """A rank's environment, the file for its stacks, and the listening socket of the job's store, or -1."""
 
     environment: dict[str, str]
     dump: int
@@ -36,7 +36,7 @@ class Seat:
 
 
 def run(config: dict[str, Any], seat: Seat) -> int:
-    """Train, in a process that is this rank alone; its exit code."""
+    """Train in this rank's own process; return its exit code."""
     os.environ |= seat.environment
     descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
     slot = Slots(descriptor, ranks).ranks[index]
@@ -49,8 +49,8 @@ def run(config: dict[str, Any], seat: Seat) -> int:
         slot.set_cause(f"error: {error}")
         if error.is_transient:
             return exit_codes.CRASHED
-        # The agent prints the line of the first and ends all ranks. Until then this one stays: if its connections
-        # closed, the others would fail in their turn, each in many lines.
+        # The agent prints the error of the first such rank and kills all ranks. This rank waits for that: if its
+        # connections closed, the others would fail as well, each with a long traceback.
         if not error.on_all_ranks or os.environ["RANK"] == "0":
             slot.set_verdict(exit_codes.USER_ERROR)
         time.sleep(_LAST_SECONDS)
@@ -76,7 +76,7 @@ def _train(config: dict[str, Any], store_socket: int) -> int:
     from megamm.train import train
 
     log_to_console()
-    # Kept until the end: it serves the whole job.
+    # Keep the store until the end: it serves the whole job.
     server = None
     if store_socket >= 0:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -87,7 +87,10 @@ def _train(config: dict[str, Any], store_socket: int) -> int:
 
 
 def code_of(fault: NodeFault) -> int:
-    """The node leaves, or goes on without others. Where all are named none can be told from the rest: a failure."""
+    """Return the exit code for a node fault: this node leaves, or continues without others.
+
+    If all nodes are named, the faulty one is unknown: that is a failure.
+    """
     guilty, nodes = fault.nodes(int(os.environ["LOCAL_WORLD_SIZE"])), int(os.environ["GROUP_WORLD_SIZE"])
     if len(guilty) == nodes > 1:
         return exit_codes.CRASHED
@@ -95,7 +98,7 @@ def code_of(fault: NodeFault) -> int:
 
 
 def _left(ending: SystemExit, slot: Slot) -> int:
-    """Like the interpreter's own end, but for the words that the diagnosis shows."""
+    """Exit like the interpreter does, but keep the message as the cause of the failure."""
     if isinstance(ending.code, str):
         print(ending.code, file=sys.stderr)
     slot.set_cause(f"sys.exit({ending.code!r})")

@@ -1,4 +1,4 @@
-"""Back to a checkpoint of before some rows: choose it, and set those after it aside, so that no restart takes them."""
+"""Roll-back to a checkpoint from before some rows: chooses it, and renames later ones, so that no restart uses them."""
 
 import logging
 from pathlib import Path
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool) -> Path | None:
-    """The newest valid checkpoint of which row `row` is not a part; None if there is none. Every rank calls it.
+    """Return the newest valid checkpoint from before row `row`; None if there is none. Every rank calls it.
 
-    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for whoever looks into it; in the durable tier (its
-    URL, to which nothing may be copied meanwhile) they count no more. UserError on all ranks if that does not answer.
+    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for inspection; in the durable tier (its URL, to
+    which nothing may be uploaded meanwhile) they are withdrawn. UserError on all ranks if that tier does not respond.
     """
     told: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -28,10 +28,10 @@ def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool)
             told[0] = _choose(run, row, durable)
             retention.renew(run, keep_best)
         except RemoteError as error:
-            told[1] = {"what": f"not rolled back: {error.what}", "where": error.where, "remedy": error.remedy}
+            told[1] = {"what": f"cannot roll back: {error.what}", "where": error.where, "remedy": error.remedy}
     dist.broadcast_object_list(told, src=0)
     if told[1] is not None:
-        # With the newer ones there a restart would undo the roll-back; before it, it comes to the same rows again.
+        # If the newer ones stayed, a restart would undo the roll-back. This error ends the run before the roll-back.
         raise UserError(**told[1], on_all_ranks=True, is_transient=True)
     return told[0]
 
@@ -46,7 +46,7 @@ def _choose(run: Path, row: int, durable: str | None) -> Path | None:
         if manifest.step_of(name) > manifest.step_of(found.name):
             assert tier is not None
             tier.withdraw(name)
-            log.info("%s counts no more in %s", name, tier.remote.url)
+            log.info("withdrew %s from %s", name, tier.remote.url)
     for folder in folders[: folders.index(found)]:
         number = len(list(folder.parent.glob(f"rolled_back-{folder.name}-*"))) + 1
         folder.rename(folder.with_name(f"rolled_back-{folder.name}-{number}"))
@@ -57,6 +57,6 @@ def _is_before(folder: Path, row: int) -> bool:
     try:
         checkpoint.verify(folder)
     except UserError as error:
-        log.warning("passed over: %s", error)
+        log.warning("skipped: %s", error)
         return False
     return checkpoint.read_state(folder).consumed_rows <= row

@@ -1,8 +1,8 @@
-"""One job at a time in a run's folder: two would take each other's checkpoints for leftovers and mix their metrics.
+"""Lock of a run's folder: two jobs in it would treat each other's checkpoints as leftovers and mix their metrics.
 
-The agent that leads a job, or the process of a run without agents, holds RUN/lock (flock(2)); the kernel frees it at
-any end of that process. NFS, Lustre (mounted with flock) and GPFS carry such locks to other hosts. Not where a file
-system knows none: the log says so.
+The agent that leads a job, or the process of a run without agents, holds RUN/lock (flock(2)); the kernel releases it
+whenever that process exits. NFS, Lustre (mounted with flock) and GPFS share such locks between hosts. If a file system
+does not support locks, the run continues without one and logs a warning.
 """
 
 import fcntl
@@ -18,13 +18,14 @@ from megamm.errors import UserError
 log = logging.getLogger(__name__)
 LOCK = "lock"
 _PATIENCE = 5.0
-"""Seconds for a predecessor to come to its end."""
+"""Seconds to wait for the previous job to exit."""
 
 
 def hold(run: Path, job: str) -> int | None:
-    """The lock's descriptor, until it is closed; None if another process of the same job has it, or there are no locks.
+    """Return the descriptor that holds the lock; None if another process of this job holds it, or locks do not work.
 
-    job: the same in all processes of a job, and in no other one. UserError if another job has the run.
+    Closing the descriptor releases the lock. job: a name that is the same in all processes of the job and different
+    for other jobs. UserError if another job holds the lock.
     """
     run.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
@@ -41,7 +42,7 @@ def hold(run: Path, job: str) -> int | None:
                     return None
                 raise _refusal(run, holder) from None
         except OSError as error:
-            log.warning("%s cannot be locked (%s): nothing keeps a second job out of it", run, error)
+            log.warning("cannot lock %s (%s): a second job could use it at the same time", run, error)
             os.close(descriptor)
             return None
         time.sleep(0.1)
@@ -54,12 +55,12 @@ def _tell(descriptor: int, job: str) -> None:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, json.dumps(told).encode(), 0)
-    except OSError as error:  # a full disk must not keep a run from going on
-        log.warning("who holds the lock could not be written: %s", error)
+    except OSError as error:  # a full disk must not stop a run
+        log.warning("cannot write the holder of the lock: %s", error)
 
 
 def _holder(descriptor: int) -> dict[str, object]:
-    """What the process that has the lock told; {} if it is only about to."""
+    """Return what the holder of the lock wrote into it; {} if it has not written it yet."""
     try:
         told = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
@@ -73,5 +74,5 @@ def _refusal(run: Path, holder: dict[str, object]) -> UserError:
     return UserError(
         f"another job trains in this folder, process {holder.get('pid')} on {holder.get('host')}{when}",
         where=run,
-        remedy="end that job first, or give this one another output",
+        remedy="stop that job first, or set output to another folder",
     )

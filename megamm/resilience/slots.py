@@ -1,7 +1,8 @@
-"""Shared memory between a node's agent and its ranks: progress of each rank, and at which step all are to stop.
+"""Shared memory between a node's agent and its ranks: the progress of each rank, and the step after which all stop.
 
-One anonymous file, made by the agent and mapped by every rank: a head, then one slot a local rank. Every field is one
-aligned 8-byte word with a single writer; times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
+It is one anonymous file, created by the agent and mapped by every rank: a header, then one slot per local rank. Every
+field is one aligned 8-byte word with a single writer. Times are seconds of CLOCK_MONOTONIC, which all processes of a
+machine share.
 """
 
 import mmap
@@ -11,7 +12,7 @@ from typing import Literal
 
 PHASES = ("start", "resume", "data", "step", "evaluate", "save", "wait", "end")
 TIMED = (*PHASES, "first")
-"""What has a typical duration: the phases, and everything until the first step is done (it warms up)."""
+"""Names with a typical duration: the phases, and "first", all until the first step is done (it includes warm-up)."""
 NO_STEP = -1
 _NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict")
 _WORDS = 8 * (len(_NAMES) + len(TIMED))
@@ -21,12 +22,12 @@ _FIELDS = {name: 8 * i for i, name in enumerate(_NAMES)}
 _LONGEST = 8 * len(_NAMES)
 
 Ending = Literal["done", "requeue", "regroup"]
-"""Why a rank's training ends: all steps done, a signal, or a change of the job's nodes."""
+"""Why a rank's training ends: all steps are done, a signal, or a change of the job's nodes."""
 _WHY: tuple[Ending, ...] = ("done", "requeue", "regroup")
 
 
 class Slot:
-    """Of one rank. The rank writes, the agent reads."""
+    """Slot of one rank. The rank writes it, the agent reads it."""
 
     def __init__(self, memory: mmap.mmap, index: int) -> None:
         self.memory, self.begin = memory, _SLOT * (index + 1)
@@ -38,13 +39,13 @@ class Slot:
         struct.pack_into("q", self.memory, self.begin + _FIELDS[name], value)
 
     def clear(self) -> None:
-        """For a new attempt."""
+        """Clear the slot for a new attempt."""
         self.memory[self.begin : self.begin + _SLOT] = bytes(_SLOT)
         self._set_integer("step", NO_STEP)
         self._set_integer("entered", NO_STEP)
 
     def identify(self, pid: int, thread: int) -> None:
-        """The rank's process and the identity of its main thread (threading.get_ident)."""
+        """Set the rank's process id and the identifier of its main thread (threading.get_ident)."""
         self._set_integer("pid", pid)
         self._set_integer("thread", thread)
 
@@ -57,7 +58,7 @@ class Slot:
         return self._integer("thread")
 
     def write(self, count: int, phase: str, step: int, since: float, is_warm: bool) -> None:
-        """Progress: beats so far, where the rank is, since when, and whether its first step is done."""
+        """Write the progress: beats so far, phase, step, time of the beat, and whether the first step is done."""
         self._set_integer("step", step)
         self._set_integer("phase", PHASES.index(phase))
         self._set_integer("warm", int(is_warm))
@@ -83,16 +84,16 @@ class Slot:
         return bool(self._integer("warm"))
 
     def set_longest(self, what: str, seconds: float) -> None:
-        """Longest recent time between two beats, of one of TIMED."""
+        """Set the longest recent time between two beats, for one of TIMED."""
         struct.pack_into("d", self.memory, self.begin + _LONGEST + 8 * TIMED.index(what), seconds)
 
     def longest(self) -> dict[str, float]:
-        """What has been measured in this attempt."""
+        """Return the longest times measured in this attempt."""
         values = struct.unpack_from(f"{len(TIMED)}d", self.memory, self.begin + _LONGEST)
         return {name: value for name, value in zip(TIMED, values, strict=True) if value}
 
     def enter(self, step: int) -> None:
-        """Say that this step begins next, before asking whether to stop."""
+        """Write that this step begins next, before checking for a stop request."""
         self._set_integer("entered", step)
 
     @property
@@ -100,19 +101,19 @@ class Slot:
         return self._integer("entered")
 
     def set_cause(self, text: str) -> None:
-        """Why the rank ends, in one line."""
+        """Set the reason why the rank exits, in one line."""
         data = text.encode()[:_TEXT]
         place = self.begin + _WORDS
         struct.pack_into("q", self.memory, place, len(data))
         self.memory[place + 8 : place + 8 + len(data)] = data
 
     def set_verdict(self, code: int) -> None:
-        """Say with which exit code the rank is going to end, for the cause set before."""
+        """Set the exit code with which the rank will exit, for the cause set before."""
         self._set_integer("verdict", code)
 
     @property
     def verdict(self) -> int:
-        """0 if the rank has not said."""
+        """The announced exit code; 0 if the rank did not set one."""
         return self._integer("verdict")
 
     @property
@@ -123,7 +124,7 @@ class Slot:
 
 
 class Slots:
-    """All slots of a node, and the stop that its agent may ask for."""
+    """All slots of a node, and the stop request of its agent."""
 
     def __init__(self, descriptor: int, ranks: int) -> None:
         self.descriptor = descriptor
@@ -132,7 +133,7 @@ class Slots:
 
     @classmethod
     def create(cls, ranks: int) -> "Slots":
-        """A new, cleared file in memory; its descriptor can be passed to other processes."""
+        """Create a new, cleared file in memory; its descriptor can be passed to other processes."""
         descriptor = os.memfd_create("megamm-ranks")
         os.ftruncate(descriptor, _SLOT * (ranks + 1))
         slots = cls(descriptor, ranks)
@@ -140,22 +141,22 @@ class Slots:
         return slots
 
     def clear(self) -> None:
-        """For a new attempt: no stop, no progress."""
+        """Clear all for a new attempt: no stop request, no progress."""
         self.memory[:_SLOT] = bytes(_SLOT)
         for slot in self.ranks:
             slot.clear()
 
     def ask_to_stop(self, why: Ending) -> None:
-        """First half of a stop: from now on a rank that is about to begin a step waits to hear which is the last."""
+        """Request a stop (first half): from now on a rank about to begin a step waits until the last step is known."""
         struct.pack_into("q", self.memory, 0, _WHY.index(why))
 
     def stop_after(self, step: int) -> None:
-        """Second half: ranks go on to the end of this step (0 and up)."""
+        """Set the last step (second half): ranks continue to the end of this step (0 and up)."""
         struct.pack_into("q", self.memory, 8, step + 1)
 
     @property
     def asked(self) -> Ending | None:
-        """Why to stop, None to go on."""
+        """Why to stop, None to continue."""
         why = struct.unpack_from("q", self.memory, 0)[0]
         return _WHY[why] if why else None
 

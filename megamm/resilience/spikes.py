@@ -1,8 +1,9 @@
-"""Is a step's result bad: not finite, or a spike above the last good ones?
+"""Spike detection: finds results of a step that are not finite, or far above the last good ones.
 
 A value x is a spike if (x - median) / deviation > threshold, over a window of good values, with
-deviation = 1.4826 * median(|value - median|), which is the standard deviation where values are normal (Hampel 1974);
-at least a hundredth of the median, since steps can be all but equal. Spikes in the window hardly move either.
+deviation = 1.4826 * median(|value - median|), which is the standard deviation of normally distributed values (Hampel
+1974). The deviation is at least a hundredth of the median, since steps can be almost equal. Spikes inside the window
+hardly change median and deviation.
 """
 
 import math
@@ -12,19 +13,22 @@ from collections.abc import Mapping
 from typing import Any
 
 LEAST_DEVIATION = 0.01
-"""Of the median."""
+"""Smallest deviation, as a share of the median."""
 
 
 class Spikes:
-    """Watches named values, the losses (nats per token) and the gradient's norm of every step."""
+    """Watches named values of every step: the losses (nats per token) and the gradient norm."""
 
     def __init__(self, threshold: float, window: int) -> None:
-        """threshold in deviations, 0: only what is not finite is bad; window in good steps, judged from half of it."""
+        """threshold: in deviations; with 0 only values that are not finite are bad. window: in good steps.
+
+        Spikes are detected once the window is half full.
+        """
         self.threshold, self.window = threshold, window
         self._good: dict[str, deque[float]] = {}
 
     def why_bad(self, values: Mapping[str, float]) -> str:
-        """What is wrong with a step's values, in words; empty if nothing is."""
+        """Return what is wrong with a step's values, in words; empty if nothing is."""
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"{name} {value}"
@@ -46,5 +50,5 @@ class Spikes:
         return {name: list(values) for name, values in self._good.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Set what `state` gave."""
+        """Restore what `state` returned."""
         self._good = {name: deque(values, maxlen=self.window) for name, values in state.items()}

@@ -1,4 +1,4 @@
-"""The agents' side of a stop at a step boundary (boundary.py says why it works), over all nodes of an attempt."""
+"""The agents' side of a stop at a step boundary, over all nodes of an attempt (boundary.py explains the protocol)."""
 
 import time
 
@@ -6,11 +6,11 @@ from megamm.resilience.membership import Membership
 from megamm.resilience.slots import Ending, Slots
 
 _SETTLE = 0.02
-"""Seconds after which every rank has either seen the question or shown the step that it entered without."""
+"""Seconds after which every rank has either seen the stop request or written the step that it entered before it."""
 
 
 class Stop:
-    """One attempt's, on one node. `advance` is to be called often; nothing here waits."""
+    """The stop of one attempt on one node. Call `advance` often; no method blocks."""
 
     def __init__(self, slots: Slots, membership: Membership, group_rank: int, nodes: int) -> None:
         self.slots, self.membership = slots, membership
@@ -20,7 +20,7 @@ class Stop:
         self._entered: dict[int, int] = {}
 
     def ask(self, why: Ending, tell_others: bool) -> None:
-        """A first reason starts the stop; a signal overrides a regrouping."""
+        """Start the stop, at the first reason; a signal overrides a regrouping."""
         if self.why is None:
             self.since = time.monotonic()
         elif self.why == "requeue":
@@ -31,7 +31,7 @@ class Stop:
             self.membership.tell("stop", why)
 
     def follow(self) -> None:
-        """Stop if another node says so."""
+        """Stop if another node requests it."""
         match self.membership.told("stop"):
             case "requeue" if self.why != "requeue":
                 self.ask("requeue", tell_others=False)
@@ -39,7 +39,7 @@ class Stop:
                 self.ask("regroup", tell_others=False)
 
     def advance(self) -> None:
-        """Exchange the steps that ranks have entered; once all are known, tell the ranks which is the last."""
+        """Exchange the steps that ranks have entered; once all are known, set the last step for the ranks."""
         if self.why is None or self.slots.last_step is not None or time.monotonic() - self.since < _SETTLE:
             return
         if self.group_rank not in self._entered:

@@ -1,9 +1,9 @@
-"""Which ranks are slow, though in synchronous training all take equally long: by what each does without waiting.
+"""Straggler detection. In synchronous training all ranks take equally long, so it compares the time without waiting.
 
-Own work of a rank is the time in which it reads data and in which its chunks run forward; in neither does it wait for
-another data-parallel rank or pipeline stage. (Within a forward, ranks of one tensor-, context- or expert-parallel
-group wait for each other, and show the same time.) Its score is that time over the median of the ranks of its
-pipeline stage, the lower of two middle ones; ranks without such peers score 1.
+The own work of a rank is the time for reading data and for the forward passes of its chunks; in neither does it wait
+for another data-parallel rank or pipeline stage. (Within a forward pass, ranks of one tensor-, context- or
+expert-parallel group wait for each other, and show the same time.) A rank's score is that time divided by the median
+over the ranks of its pipeline stage (the lower of two middle values); ranks without such peers have score 1.
 """
 
 import statistics
@@ -21,13 +21,13 @@ from megamm.resilience.node_fault import NodeFault
 from megamm.resilience.second_run import Gather
 
 PHASES = ("data", "forward", "update", "checkpoint")
-"""As the engine's clock and the trainer name them."""
+"""Phases as named by the engine's clock and the trainer."""
 OWN = ("data", "forward")
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of the ranks in one window; seconds of each phase by rank."""
+    """Scores of the ranks in one window, and the seconds of each phase by rank."""
 
     score: list[float]
     seconds: list[dict[str, float]]
@@ -37,7 +37,7 @@ class Scores:
         return max(range(len(self.score)), key=self.score.__getitem__)
 
     def figures(self) -> dict[str, Any]:
-        """For metrics.jsonl: the slowest rank, its score, and its seconds in the window."""
+        """Return for metrics.jsonl: the slowest rank, its score, and its seconds in the window."""
         rank = self.slowest
         return {"straggler/rank": rank, "straggler/score": self.score[rank]} | {
             f"straggler/{phase}": seconds for phase, seconds in self.seconds[rank].items()
@@ -45,7 +45,7 @@ class Scores:
 
 
 def scores(seconds: Sequence[Mapping[str, float]], stages: Sequence[int]) -> Scores:
-    """From every rank's seconds by phase and its pipeline stage."""
+    """Compute the scores from every rank's seconds by phase and its pipeline stage."""
     own = [sum(rank[phase] for phase in OWN) for rank in seconds]
     found = []
     for time, stage in zip(own, stages, strict=True):
@@ -55,17 +55,17 @@ def scores(seconds: Sequence[Mapping[str, float]], stages: Sequence[int]) -> Sco
 
 
 class Stragglers:
-    """Of one run; every rank calls `window` at the same steps and learns the same."""
+    """Straggler detection of a run; every rank calls `window` at the same steps and gets the same result."""
 
     def __init__(self, config: StragglerConfig, run: Path, rank: int, stage: int, gather: Gather) -> None:
-        """stage is this rank's pipeline stage."""
+        """stage: this rank's pipeline stage."""
         self.config, self.run, self.rank, self.stage, self.gather = config, run, rank, stage, gather
         self.in_a_row: Counter[int] = Counter()
         self.fault: NodeFault | None = None
-        """Set when a rank has been slow long enough and the run should go on without it."""
+        """Set when a rank has been slow for long enough and the run should continue without it."""
 
     def window(self, step: int, seconds: Mapping[str, float], device: torch.device) -> Scores:
-        """Compare the seconds that each rank counted since the last window; phases that it lacks took none."""
+        """Compare the seconds that each rank counted since the last window; missing phases count as 0."""
         own = [seconds.get(phase, 0.0) for phase in PHASES]
         parts = self.gather(torch.tensor([self.stage, *own], dtype=torch.float64, device=device))
         rows = [part.tolist() for part in parts]

@@ -1,11 +1,11 @@
-"""The command's side of a run in processes of its own: it starts this node's agent (agent.py), passes on signals, and
-starts the agent again should it be killed.
+"""The command's side of a run with agents: starts this node's agent (agent.py), forwards signals, and restarts the
+agent if it exits unexpectedly.
 
     command (this) > agent, fork server, template > ranks
 
-One command a node; with several nodes they find each other at `rendezvous`, a port on one of them. The agent drives the
-template, and asks the command for it, which has the fork server make one. What ends takes what is below it along, the
-agent's end the template, too; what is above starts it again.
+There is one command per node; several nodes find each other at `rendezvous`, a port on one of them. The agent controls
+the template. It requests the template from the command, which asks the fork server to create it. When a process exits,
+the kernel kills its descendants; if the agent exits, the template exits too. The parent then starts them again.
 """
 
 import contextlib
@@ -31,13 +31,13 @@ from megamm.resilience.membership import Times
 from megamm.resilience.processes import STOP_SIGNALS, how_it_ended
 
 SAME_SIGNAL_SECONDS = 1.0
-"""A scheduler may signal a job's processes both one by one and as a group: that counts as one signal."""
+"""Signals within this time count as one: a scheduler may signal a job's processes both individually and as a group."""
 _FINAL = (exit_codes.DONE, exit_codes.USER_ERROR, exit_codes.GAVE_UP, exit_codes.EVICTED, exit_codes.REQUEUE)
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many nodes the job may have, and where they meet: "host:port", None for this one alone."""
+    """Minimum and maximum number of nodes, and the rendezvous endpoint: "host:port", None for a single node."""
 
     least: int = 1
     most: int = 1
@@ -45,23 +45,23 @@ class Nodes:
 
     @classmethod
     def parse(cls, nodes: str, rendezvous: str | None) -> "Nodes":
-        """ "4" or "2:4"; more than one needs the rendezvous."""
+        """Parse "4" or "2:4"; more than one node needs the rendezvous."""
         least, _, most = nodes.partition(":")
         try:
             parsed = cls(int(least), int(most or least), rendezvous)
         except ValueError:
             raise UserError(
-                f"--nnodes {nodes} is no number of nodes", remedy="write 4, or 2:4 for two to four"
+                f"invalid --nnodes {nodes}", remedy="give a number (4) or a range (2:4 for two to four nodes)"
             ) from None
         if not 1 <= parsed.least <= parsed.most:
-            raise UserError(f"--nnodes {nodes} is no range", remedy="write the smaller number first, 1 or more")
+            raise UserError(f"invalid range --nnodes {nodes}", remedy="give the smaller number first, 1 or more")
         if parsed.most > 1 and rendezvous is None:
-            raise UserError("several nodes need a place to meet", remedy="add --rendezvous HOST:PORT, the same on each")
+            raise UserError("--nnodes > 1 requires --rendezvous", remedy="add --rendezvous HOST:PORT, the same on each")
         return parsed
 
 
 def admissible_nodes(config: RunConfig, ranks: int, nodes: Nodes) -> tuple[int, ...]:
-    """Numbers of nodes that layout and batch allow, of `ranks` each. UserError if the least is none of them."""
+    """Return valid numbers of nodes, of `ranks` each, by layout and batch. UserError if the minimum is not valid."""
     allowed = []
     for number in range(nodes.least, nodes.most + 1):
         try:
@@ -75,11 +75,11 @@ def admissible_nodes(config: RunConfig, ranks: int, nodes: Nodes) -> tuple[int, 
 
 
 def supervise(config: RunConfig, ranks: int, nodes: Nodes) -> int:
-    """Run this node's part of the job to its end; the exit code (resilience/exit_codes.py)."""
+    """Run this node's part of the job to its end; return the exit code (resilience/exit_codes.py)."""
     if nodes.most > 1 and _is_complete(config):
-        print(f"all steps of {config.output} are done", flush=True)
+        print(f"nothing to do: all steps of {config.output} are done", flush=True)
         return exit_codes.DONE
-    # Ranks share the cores; an OMP_NUM_THREADS of the user's wins.
+    # Ranks share the cores; OMP_NUM_THREADS set by the user takes precedence.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     command = _Command(config)
     try:
@@ -110,26 +110,26 @@ def _supervise(command: "_Command", config: RunConfig, ranks: int, nodes: Nodes)
         if code in _FINAL or command.signalled_at or not r.max_restarts:
             return code if code >= 0 else exit_codes.CRASHED
         if any(event["kind"] == "finished" for event in events.read(config.output)[before:]):
-            return exit_codes.DONE  # what was left to do for the agent was to leave
+            return exit_codes.DONE  # the agent only had to leave the job
         deaths += 1
         if code != exit_codes.CRASHED:
             _record_death(plan, code)
         command.end_all()
         if deaths > r.max_restarts:
-            print(f"error: gave up: the agent has ended {deaths} times ({how_it_ended(code)})", file=sys.stderr)
+            print(f"error: gave up: the agent exited {deaths} times ({how_it_ended(code)})", file=sys.stderr)
             return exit_codes.GAVE_UP
-        print(f"the agent has ended with {how_it_ended(code)}: starting it again", file=sys.stderr, flush=True)
+        print(f"agent exited with {how_it_ended(code)}; restarting it", file=sys.stderr, flush=True)
 
 
 def _is_complete(config: RunConfig) -> bool:
-    """Whether the last launch has done all steps: a node that is started again after that would have nobody to meet."""
+    """Whether the last launch has done all steps: a node restarted after that would wait for other nodes in vain."""
     last = [event for event in events.read(config.output) if event["kind"] in ("launched", "finished")][-1:]
     steps = min(config.train.steps, config.train.stop_after or config.train.steps)
     return any(event["kind"] == "finished" and event["step"] >= steps for event in last)
 
 
 def _record_death(plan: Plan, code: int) -> None:
-    """The agent's own end is a failure of the attempt that the ranks were in, unless it had recorded one."""
+    """Record the agent's exit as a failure of the current attempt, unless the agent had recorded one."""
     failed = {f.attempt for f in policy.from_events(events.read(plan.run))}
     beats = heartbeat.read(plan.run)
     last = max(policy.attempts(events.read(plan.run)), default=0)
@@ -137,18 +137,18 @@ def _record_death(plan: Plan, code: int) -> None:
     if last not in failed:
         step = max((beat.step for beat in current if beat.phase not in ("start", "resume")), default=None)
         phase = current[0].phase if current else "start"
-        cause = f"the agent ended with {how_it_ended(code)}"
+        cause = f"the agent exited with {how_it_ended(code)}"
         events.record(plan.run, "failed", attempt=last, step=step, phase=phase, rank=None, cause=cause)
 
 
 class _Command:
-    """This process: the parent of all, and where people and schedulers send signals."""
+    """This process: the root of the tree, which receives the signals of users and schedulers."""
 
     def __init__(self, config: RunConfig) -> None:
         self.signalled_at = 0.0
         self._unheard: list[str] = []
         self._hears: IO[bytes] | None = None
-        """Of an agent that has its plan."""
+        """Standard input of an agent that has received its plan."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._pass_on)
         processes.adopt_orphans()
@@ -156,9 +156,9 @@ class _Command:
         self._server = ForkServer(config.model_dump(mode="json"))
 
     def run_agent(self, plan: Plan) -> int:
-        """Start an agent and serve it until its end: its exit code, or the negative number of the signal."""
+        """Start an agent and serve it until it exits; return its exit code, or the negative number of the signal."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # A session of its own: a terminal's Ctrl-C comes here only, and the agent hears of it in order.
+        # A session of its own: only this process receives a terminal's Ctrl-C, and forwards it to the agent.
         agent = processes.start_module(
             "megamm.resilience.agent",
             str(its.fileno()),
@@ -179,7 +179,7 @@ class _Command:
         return agent.wait()
 
     def _serve(self, agent: int, requests: socket.socket) -> None:
-        """Until the agent has ended, and with it its end of the socket."""
+        """Serve requests until the agent has exited and its end of the socket is closed."""
         while True:
             watched: list[Any] = [requests, *self._server.descriptors]
             readable, _, _ = select.select(watched, [], [], 1.0)
@@ -192,7 +192,7 @@ class _Command:
                 self._server.fork(request, descriptors)
 
     def end_all(self) -> None:
-        """What the agent's end has left."""
+        """Kill what the agent has left."""
         self._sweep()
 
     def close(self) -> None:
@@ -211,7 +211,7 @@ class _Command:
         self._tell(signal.Signals(number).name)
 
     def _tell(self, name: str) -> None:
-        """A signal to the agent; if there is none, to the next one."""
+        """Forward a signal to the agent; if none is running, to the next one."""
         try:
             if self._hears is None:
                 raise BrokenPipeError

@@ -1,11 +1,11 @@
-"""The template of a node's ranks: their parent, forked from a process that has imported all they need, forks them.
+"""The template of a node's ranks: their parent process, forked from one that has imported all they need.
 
-So a restart costs a fork instead of seconds of imports. It starts no threads of its own and touches no GPU: what a
-fork would copy broken. It is driven by the agent (workers.py) through a socket, one JSON object a message:
+So a restart costs a fork instead of seconds of imports. The template starts no threads and does not touch the GPU:
+neither survives a fork. The agent controls it (workers.py) through a socket, with one JSON object per message:
 
     {"start": [environment, ...]}   + store socket -> {"started": [process ids]}
-    {"sweep": true}                                -> {"swept": number}: every process below it is gone
-    on its own                                     -> {"exited": index, "status": exit code or -signal}
+    {"sweep": true}                                -> {"swept": number}: all its descendants are gone
+    unrequested                                    -> {"exited": index, "status": exit code or -signal}
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from megamm.resilience.rank import Seat, run
 
 
 class Template:
-    """Forks ranks, tells how they end, and removes what they leave."""
+    """Forks ranks, reports how they exit, and kills what they leave."""
 
     def __init__(self, config: dict[str, Any], channel: socket.socket, slots: int, dumps: list[int]) -> None:
-        """slots, and dumps of each rank for its stacks: descriptors of shared memory."""
+        """slots, dumps: descriptors of shared memory, for all slots and for the stacks of each rank."""
         self.config, self.channel, self.slots, self.dumps = config, channel, slots, dumps
         self.ranks: dict[int, int] = {}
 
     def serve(self) -> None:
-        """Until the agent, or its end, closes the channel."""
+        """Serve until the channel closes, by the agent or by its exit."""
         wake, waker = os.pipe()
         for descriptor in (wake, waker):
             os.set_blocking(descriptor, False)
@@ -81,10 +81,10 @@ class Template:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # not the template's own way out
+            os._exit(code)  # not through the template's own shutdown
 
     def _reap(self) -> None:
-        """Collect the children that have ended so far."""
+        """Reap the children that have exited so far."""
         while True:
             try:
                 process, status = os.waitpid(-1, os.WNOHANG)
@@ -96,7 +96,7 @@ class Template:
 
     def _ended(self, process: int, status: int) -> None:
         index = self.ranks.pop(process, None)
-        if index is not None:  # else a rank had started it and left it behind
+        if index is not None:  # otherwise a rank had started it
             self._say(exited=index, status=os.waitstatus_to_exitcode(status))
 
     def _say(self, **message: Any) -> None:

@@ -1,4 +1,4 @@
-"""The agent's side of a node's ranks: the template that forks them, their shared memory, and their end."""
+"""The agent's side of a node's ranks: the template that forks them, their shared memory, and their exit."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from megamm.resilience.slots import Slots
 
 
 class TemplateLost(Exception):
-    """The template has ended, and with it every rank; the next start makes a new one."""
+    """The template has exited, and with it every rank; the next start creates a new one."""
 
 
 class Workers:
-    """The local ranks. Everything here is to be called by the agent's main thread (the kernel ends a child with it)."""
+    """The local ranks. Call all methods from the agent's main thread (the kernel kills a child when that one exits)."""
 
     def __init__(self, ranks: int, requests: socket.socket) -> None:
-        """requests: to the command, for templates (fork_server.py)."""
+        """requests: socket to the command, to request templates (fork_server.py)."""
         self.requests, self.slots = requests, Slots.create(ranks)
         self.dumps = [os.memfd_create(f"megamm-stacks-{index}") for index in range(ranks)]
         self.pids: list[int] = []
@@ -35,9 +35,9 @@ class Workers:
         return self._channel
 
     def prepare(self) -> None:
-        """Have a template, which takes as long as the fork server still imports; returns at once.
+        """Request a template; returns at once. The template is ready when the fork server has done its imports.
 
-        When the command reads the request, it ends everything that an earlier template has left.
+        When the command reads the request, it kills everything that an earlier template has left.
         """
         if self._channel is not None:
             return
@@ -50,26 +50,26 @@ class Workers:
         self._channel = ours
 
     def start(self, environments: Sequence[dict[str, str]], store: socket.socket | None) -> None:
-        """Fork the ranks as soon as the template is ready; `pids` has them then. store: of the job's rank 0."""
+        """Fork the ranks once the template is ready; `pids` then has their ids. store: socket for rank 0's store."""
         self.slots.clear()
         for dump in self.dumps:
             os.ftruncate(dump, 0)
-            os.lseek(dump, 0, os.SEEK_SET)  # where all that share the descriptor write
+            os.lseek(dump, 0, os.SEEK_SET)  # the position is shared by all processes with this descriptor
         self.pids, self.ended = [], {}
         self.prepare()
         self._send({"start": list(environments)}, [] if store is None else [store.fileno()])
 
     def poll(self) -> None:
-        """Take what the template has said: `pids`, `ended` (local index -> exit code, first ended first)."""
+        """Read the template's messages: `pids`, `ended` (local index -> exit code, in the order of exit)."""
         while (message := self._receive(wait=False)) is not None:
             self._take(message)
 
     def kill(self) -> None:
-        """End all ranks and whatever they have started, now; returns when they are gone. TemplateLost: even it is."""
+        """Kill all ranks and their descendants; return when they are gone. TemplateLost if the template is gone too."""
         for index, pid in enumerate(self.pids):
             if index not in self.ended:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)  # even if the template were stopped
+                    os.kill(pid, signal.SIGKILL)  # directly, in case the template is stopped
         if self._channel is None:
             return
         self._send({"sweep": True})
@@ -112,7 +112,7 @@ class Workers:
         return json.loads(data)
 
     def _drop(self) -> None:
-        """Leave the template, which ends then; the next request ends one that does not."""
+        """Close the channel, so that the template exits; the next request kills one that does not."""
         if self._channel is not None:
             self._channel.close()
         self._channel, self.pids = None, []

@@ -1,7 +1,7 @@
-"""Which checkpoint a run resumes: the newest valid one over the local tier, RUN/checkpoints and the durable tier.
+"""Chooses the checkpoint to resume: the newest valid one in the local tier, RUN/checkpoints and the durable tier.
 
-Every rank calls `choose` and gets the same folder. What is passed over is logged and becomes an event. A checkpoint of
-the durable tier is copied into RUN/checkpoints first, each rank fetching its share of the files.
+Every rank calls `choose` and gets the same folder. Skipped checkpoints are logged and recorded as events. A checkpoint
+of the durable tier is first copied into RUN/checkpoints; each rank downloads a share of the files.
 """
 
 import datetime
@@ -25,12 +25,12 @@ from megamm.tiers.remote import RemoteError
 
 log = logging.getLogger(__name__)
 _PATIENCE = datetime.timedelta(hours=6)
-"""How long ranks wait for each other here: a share of a large checkpoint comes over a slow line."""
+"""Time that ranks wait for each other here: a share of a large checkpoint may come over a slow network."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to resume: `tier` is "local", "run" or "durable" (copied to `folder` already)."""
+    """The checkpoint to resume. tier: "local", "run" or "durable" (already copied to `folder`)."""
 
     folder: Path
     step: int
@@ -43,19 +43,19 @@ class _Candidate:
     tier: str
 
     def sort_key(self) -> tuple[int, int]:
-        """The newest first, of one step what is nearest."""
+        """Sort by step, newest first, then by tier, nearest first."""
         return -self.step, ("local", "run", "durable").index(self.tier)
 
 
 class Ranks:
-    """What the ranks do in common, however long it takes; every rank calls every method."""
+    """Collective operations without a short timeout; every rank calls every method."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         self.rank = dist.get_rank()
 
     def on_first(self, action: Callable[[], Any]) -> Any:
-        """Rank 0's result, or its UserError, on all ranks."""
+        """Run the action on rank 0; all ranks return its result or raise its UserError."""
         told: list[Any] = [None, None]
         if self.rank == 0:
             try:
@@ -68,7 +68,7 @@ class Ranks:
         return told[0]
 
     def together(self, action: Callable[[], Any]) -> Any:
-        """Every rank does its part and has its own result; if one fails, all raise the first rank's error."""
+        """Run the action on every rank; return this rank's result. If one fails, all raise the first rank's error."""
         result, problem = None, None
         try:
             result = action()
@@ -83,7 +83,7 @@ class Ranks:
 
 
 class _Chooser(Ranks):
-    """The ranks' common search."""
+    """The search, together on all ranks."""
 
     def __init__(self, run: Path, durable: str | None, local: LocalTier | None, needed: Needed) -> None:
         super().__init__()
@@ -91,19 +91,19 @@ class _Chooser(Ranks):
         self.durable = DurableTier(durable) if durable else None
 
     def candidates(self) -> list[_Candidate]:
-        """All tiers' checkpoints, to be tried in this order. UserError if all that there may be is out of reach."""
+        """Return the checkpoints of all tiers in the order to try. UserError if none is found and a tier fails."""
         local = self.local.steps() if self.local else []
 
         def look() -> list[_Candidate]:
             found = [_Candidate(step, "local") for step in local]
             folders = (self.run / "checkpoints").glob("step_????????")
-            # Unfinished ones too: that they are damaged is said where they are verified.
+            # Including unfinished ones: verification reports that they are damaged.
             found += [_Candidate(manifest.step_of(f.name), "run") for f in folders]
             try:
                 names = self.durable.complete() if self.durable else []
             except RemoteError as error:
                 if not found:
-                    raise  # to start anew while checkpoints may lie there would be the worst answer
+                    raise  # starting from scratch although checkpoints may exist there would be the worst result
                 log.warning("resuming without the durable tier: %s", error)
                 events.record(self.run, "skipped_checkpoint", folder=error.where, why=error.what, tier="durable")
                 names = []
@@ -114,7 +114,7 @@ class _Chooser(Ranks):
         return self.on_first(look)
 
     def attempt(self, candidate: _Candidate) -> Path:
-        """The folder, whole and verified. The same UserError on all ranks if it is not."""
+        """Return the complete, verified folder. The same UserError on all ranks if it is not valid."""
         name = f"step_{candidate.step:08d}"
         folder = self.run / "checkpoints" / name
         if candidate.tier == "local":
@@ -137,7 +137,7 @@ class _Chooser(Ranks):
         def publish() -> None:
             data = tier.remote.read(f"{name}/{manifest.NAME}") or b""
             if manifest.parse(data, tier.remote.url) != listed:
-                raise RemoteError(f"{name} was replaced while it was copied", tier.remote.url)
+                raise RemoteError(f"{name} was replaced while it was being copied", tier.remote.url)
             retention.replace(temporary / manifest.NAME, data)
             if final.exists():
                 files.rename(final, aside(final))
@@ -151,9 +151,9 @@ class _Chooser(Ranks):
 def choose(
     run: Path, durable: str | None = None, local: LocalTier | None = None, needed: Needed = lambda _: set()
 ) -> Choice | None:
-    """The newest valid checkpoint; None in a fresh run. UserError if there are some and none is valid.
+    """Return the newest valid checkpoint; None in a fresh run. UserError if there are checkpoints but none is valid.
 
-    durable: URL of that tier; local: this node's; needed: of LocalTier.restore.
+    durable: URL of that tier; local: this node's tier; needed: see LocalTier.restore.
     """
     chooser = _Chooser(run, durable, local, needed)
     last_error: UserError | None = None
@@ -163,7 +163,7 @@ def choose(
         except UserError as error:
             last_error = error
             if chooser.rank == 0:
-                log.warning("passed over: %s", error)
+                log.warning("skipped: %s", error)
                 name = f"step_{candidate.step:08d}"
                 events.record(run, "skipped_checkpoint", folder=name, why=error.what, tier=candidate.tier)
     if last_error is not None:

@@ -1,10 +1,10 @@
-"""The durable tier: copies of finished checkpoint folders behind an fsspec URL, and their way back.
+"""The durable tier: uploads finished checkpoint folders to an fsspec URL, and downloads them.
 
     URL/step_00001000/…                 the files of RUN/checkpoints/step_00001000
-    URL/step_00001000/manifest.json     written last: object stores cannot rename, so this is what makes it count
+    URL/step_00001000/manifest.json     written last: object stores cannot rename, so this file makes the folder valid
     URL/latest, URL/best                the name of a folder (retention.py)
 
-A copy that was broken off goes on where it stopped: RUN/uploads/step_00001000.jsonl lists what has arrived.
+An interrupted upload continues where it stopped: RUN/uploads/step_00001000.jsonl lists the uploaded files.
 """
 
 import json
@@ -22,12 +22,12 @@ from megamm.tiers.remote import Remote, RemoteError
 
 log = logging.getLogger(__name__)
 STREAMS = 8
-"""Files copied at a time: one connection seldom fills the line to an object store."""
+"""Files copied in parallel: one connection rarely uses the full bandwidth to an object store."""
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What one upload moved: files and bytes sent now, files that were already there."""
+    """Result of one upload: files and bytes sent now, and number of files that were already there."""
 
     files: int
     bytes: int
@@ -35,23 +35,23 @@ class Copied:
 
 
 class DurableTier:
-    """The checkpoints behind a URL. Methods raise RemoteError when the store fails, UserError for damage."""
+    """The checkpoints at a URL. Methods raise RemoteError if the store fails, UserError for damaged checkpoints."""
 
     def __init__(self, url: str) -> None:
         """UserError for a URL that cannot be used (remote.py)."""
         self.remote = Remote(url)
 
     def check_writable(self) -> None:
-        """UserError unless a file can be written and removed there; before time is spent on training."""
+        """Raise UserError unless a file can be written and removed there; called before training starts."""
         try:
             self.remote.write(".write-test", b"x")
             self.remote.remove(".write-test")
         except RemoteError as error:
-            remedy = "make the bucket or folder, set the store's credentials, or leave checkpoint.durable out"
+            remedy = "create the bucket or folder, set the store's credentials, or remove checkpoint.durable"
             raise UserError(error.what, where=self.remote.url, remedy=remedy) from None
 
     def complete(self) -> list[str]:
-        """Names of the checkpoints that count, by step: those with a valid manifest."""
+        """Return the names of the complete checkpoints (with a valid manifest), by step."""
         names = [name for name in self.remote.folders() if manifest.STEP_FOLDER.fullmatch(name)]
         return [name for name in names if self._listed(name) is not None]
 
@@ -62,23 +62,23 @@ class DurableTier:
         try:
             return manifest.parse(data, f"{self.remote.url}/{name}")
         except UserError as error:
-            log.warning("passed over: %s", error)
+            log.warning("skipped: %s", error)
             return None
 
     def listed(self, name: str) -> dict[str, Entry]:
-        """The files of a checkpoint. UserError if it is not complete."""
+        """Return the files of a checkpoint. UserError if it is not complete."""
         data = self.remote.read(f"{name}/{manifest.NAME}")
         return manifest.parse(data or b"", f"{self.remote.url}/{name}")
 
     def upload(self, folder: Path, journal: Path) -> Copied:
-        """Copy a finished folder, manifest last. UserError if it is damaged, FileNotFoundError if it vanishes."""
+        """Upload a finished folder, manifest last. UserError if it is damaged, FileNotFoundError if it disappears."""
         name, data = folder.name, (folder / manifest.NAME).read_bytes()
         listed = manifest.parse(data, folder)
         there = self.remote.read(f"{name}/{manifest.NAME}")
         if there == data:
             return Copied(0, 0, len(listed))
         if there is not None:
-            # The step was trained again: while its files are replaced it must not count.
+            # The step was trained again: while its files are replaced it must not be valid.
             self.remote.remove(f"{name}/{manifest.NAME}")
         arrived = self._arrived(name, listed, journal)
         missing = [file for file in listed if file not in arrived]
@@ -89,7 +89,7 @@ class DurableTier:
                 if found := manifest.problem_of(folder, file, listed[file]):
                     if not (folder / file).exists():
                         raise FileNotFoundError(folder / file)
-                    raise UserError(f"{found}: not uploaded", where=folder, remedy="look at the disk")
+                    raise UserError(f"{found}: not uploaded", where=folder, remedy="check the disk")
                 self.remote.put(folder / file, f"{name}/{file}")
                 line = {"url": self.remote.url, "file": file, "digest": listed[file].digest}
                 lines.write(json.dumps(line) + "\n")
@@ -102,7 +102,7 @@ class DurableTier:
         return Copied(len(missing), sum(listed[file].size for file in missing), len(arrived))
 
     def _arrived(self, name: str, listed: dict[str, Entry], journal: Path) -> set[str]:
-        """Files that an earlier try has copied: the journal has their digest, the store their size."""
+        """Return the files that an earlier attempt has uploaded: the journal has their digest, the store their size."""
         sizes = self.remote.files(name)
         arrived = set()
         for line in journal.read_text().splitlines() if journal.exists() else []:
@@ -123,10 +123,10 @@ class DurableTier:
         sizes = self.remote.files(name)
         wrong = next((file for file, entry in listed.items() if sizes.get(file) != entry.size), None)
         if wrong is not None:
-            raise RemoteError(f"{name}/{wrong} did not arrive whole", self.remote.url)
+            raise RemoteError(f"{name}/{wrong} is incomplete after the upload", self.remote.url)
 
     def download(self, name: str, target: Path, files: Iterable[str]) -> None:
-        """Copy some files of a checkpoint into a folder and verify them; what is whole there already stays."""
+        """Download some files of a checkpoint into a folder and verify them; valid files already there are kept."""
         listed = self.listed(name)
 
         def fetch(file: str) -> None:
@@ -141,16 +141,16 @@ class DurableTier:
         _each(fetch, files)
 
     def withdraw(self, name: str) -> None:
-        """From now on it does not count; the retention removes its files when there is a newer one."""
+        """Invalidate a checkpoint; the retention removes its files when there is a newer one."""
         self.remote.remove(f"{name}/{manifest.NAME}")
 
     def remove(self, name: str) -> None:
-        """Remove a checkpoint; its manifest first, so that half of it never counts."""
+        """Remove a checkpoint; the manifest first, so that a partly removed one is never valid."""
         self.withdraw(name)
         self.remote.remove(name)
 
     def apply_retention(self, keep: int, keep_best: bool) -> list[str]:
-        """Remove what is not to be kept, and broken-off copies older than the newest; renew the pointers."""
+        """Remove checkpoints that are not kept, and partial uploads older than the newest; update the pointers."""
         complete = self.complete()
         losses = {name: self._heldout_loss(name) for name in complete} if keep_best else {}
         best = retention.best_of(losses)
@@ -170,7 +170,7 @@ class DurableTier:
 
 
 def _each(action: Callable[[str], None], files: Iterable[str]) -> None:
-    """Run the action on all files, some at a time; the first error is raised, what has not begun then never does."""
+    """Run the action on all files, some in parallel; raise the first error and cancel what has not begun."""
     with ThreadPoolExecutor(STREAMS) as pool:
         futures = [pool.submit(action, file) for file in files]
         try:

@@ -1,6 +1,6 @@
-"""Checkpoints as the tools see them: in a run's folder, alone, in this node's local tier, or behind a URL.
+"""Checkpoints for the tools: in a run's folder, a single folder, in this node's local tier, or at a URL.
 
-`find` turns a command-line argument into `Found` checkpoints; all that is read of them goes through the manifest.
+`find` turns a command-line argument into `Found` checkpoints; their files are read through the manifest.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ from megamm.resilience import events
 from megamm.tiers import parts, remote, retention
 from megamm.tiers.durable import DurableTier
 
-_REMEDY = "name a run's output folder, a step_XXXXXXXX folder, a run's folder in a local tier, or a URL of checkpoints"
+_REMEDY = "give a run's output folder, a step_XXXXXXXX folder, a run's folder in a local tier, or a URL of checkpoints"
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,23 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """Of its tier: "run", "local" or "durable"."""
+        """Its tier: "run", "local" or "durable"."""
         return "durable" if self.tier is not None else "run"
 
     @property
     def step(self) -> int:
-        """Of its name; -1 for a folder with another name."""
+        """The step in its name; -1 for a folder with another name."""
         return manifest.step_of(self.name) if manifest.STEP_FOLDER.fullmatch(self.name) else -1
 
     def listed(self) -> dict[str, manifest.Entry]:
-        """Its files. UserError if there is no valid manifest."""
+        """Return its files. UserError if there is no valid manifest."""
         if self.tier is not None:
             return self.tier.listed(self.name)
         assert self.folder is not None
         return manifest.read(self.folder)
 
     def sizes(self) -> dict[str, int]:
-        """The files that are there, in bytes."""
+        """Return the sizes of the existing files, in bytes."""
         if self.tier is not None:
             return self.tier.remote.files(self.name)
         assert self.folder is not None
@@ -54,7 +54,7 @@ class Found:
         return {path.relative_to(self.folder).as_posix(): path.stat().st_size for path in files}
 
     def state(self) -> bytes:
-        """Its state.json; empty if it has none."""
+        """Return its state.json; empty if it has none."""
         if self.tier is not None:
             return self.tier.remote.read(f"{self.name}/{manifest.STATE}") or b""
         assert self.folder is not None
@@ -62,13 +62,13 @@ class Found:
         return path.read_bytes() if path.is_file() else b""
 
     def age(self) -> float | None:
-        """Seconds since it was complete; None where that is not known."""
+        """Return the seconds since it was complete; None if unknown."""
         if self.folder is None or not (self.folder / manifest.NAME).is_file():
             return None
         return time.time() - (self.folder / manifest.NAME).stat().st_mtime
 
     def problem(self) -> str:
-        """What is wrong as far as names and sizes tell; "" if nothing."""
+        """Return what is wrong by names and sizes alone; "" if nothing is."""
         try:
             listed, sizes = self.listed(), self.sizes()
         except remote.RemoteError:
@@ -79,7 +79,7 @@ class Found:
         return f"{wrong} is missing or truncated" if wrong else ""
 
     def damage(self) -> str:
-        """What is wrong, every file's digest compared; "" if nothing."""
+        """Return what is wrong after comparing the digest of every file; "" if nothing is."""
         found = self.problem()
         if found:
             return found
@@ -89,7 +89,7 @@ class Found:
 
     @contextmanager
     def here(self) -> Iterator[Path]:
-        """A local folder with all of its files; a remote one is copied for as long as it is used."""
+        """Yield a local folder with all of its files; a remote checkpoint is copied for the duration of the use."""
         if self.folder is not None:
             yield self.folder
             return
@@ -102,46 +102,46 @@ class Found:
 
 
 class Local(Found):
-    """What this node has of a step in the local tier (parts.py)."""
+    """This node's parts of a step in the local tier (parts.py)."""
 
     @property
     def kind(self) -> str:
         return "local"
 
     def listed(self) -> dict[str, manifest.Entry]:
-        """Its files. UserError unless this node has all ranks' parts of one save."""
+        """Return its files. UserError unless this node has the parts of all ranks of one save."""
         found = parts.parts_in(Path(self.where))
         for save in parts.whole(found).values():
             return {name: entry for part in save.values() for name, entry in part.files.items()}
         ranks = ", ".join(str(part.rank) for part in found) or "none"
-        what = f"parts of ranks {ranks} of {max((part.world for part in found), default=0)}"
-        raise UserError(what, where=self.where, remedy="other nodes may have the rest")
+        what = f"this node has only parts of ranks {ranks} of {max((part.world for part in found), default=0)}"
+        raise UserError(what, where=self.where, remedy="look for the other parts on the other nodes")
 
     def age(self) -> float | None:
-        """Seconds since the last part was complete."""
+        """Return the seconds since the last part was complete."""
         times = [path.stat().st_mtime for path in Path(self.where).glob("part_?????.json")]
         return time.time() - max(times) if times else None
 
 
 def find(text: str, with_local: bool = False) -> list[Found]:
-    """The checkpoints that an argument means, by step; at least one. UserError if there is none.
+    """Return the checkpoints that an argument names, by step; at least one. UserError if there is none.
 
-    with_local: of a run, behind them, what this node has of its steps in the local tier.
+    with_local: for a run, also this node's parts in the local tier, after the others.
     """
     found = _behind_url(text) if remote.is_url(text) else _in_folder(Path(text))
     found += _of_run_in_tier(Path(text)) if with_local and not remote.is_url(text) else []
     if not found:
-        raise UserError("no checkpoint there", where=remote.redacted(text), remedy=_REMEDY)
+        raise UserError("no checkpoint found", where=remote.redacted(text), remedy=_REMEDY)
     return found
 
 
 def find_one(text: str) -> Found:
-    """The checkpoint itself, or a run's newest."""
+    """Return the checkpoint itself, or the newest of a run."""
     return find(text)[-1]
 
 
 def best_of(found: list[Found]) -> str | None:
-    """Where the one of the lowest held-out loss is."""
+    """Return the name of the checkpoint with the lowest held-out loss."""
     losses = {f.name: retention.heldout_loss(f.state()) for f in found if f.step >= 0}
     return retention.best_of(losses)
 

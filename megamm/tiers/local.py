@@ -1,10 +1,10 @@
 """The local tier: checkpoints on the nodes' own memory or disks, and how a resuming job finds them again.
 
-A node is the set of ranks that see the same folder `checkpoint.local` (environment variables in it are filled in): a
-random name in that folder tells them apart, so two launchers on one machine are two nodes if their folders differ.
-A step can be resumed if every rank's part of one save is whole on some node; files that a rank needs and its node
-lacks come from a node that has them. Only the run's own parts count: RUN/run_id and its place
-name it.
+A node is the set of ranks that see the same folder `checkpoint.local` (environment variables in it are expanded). Nodes
+are distinguished by a random name in that folder, so two launchers on one machine are two nodes if their folders
+differ. A step can be resumed if every rank's part of one save is complete on some node; a node fetches files that its
+ranks need and that it lacks from another node. Only the run's own parts count: RUN/run_id and the path of RUN identify
+the run.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 
 
 Needed = Callable[[Path], set[str]]
-"""Of a folder that has all but the ranks' tensors: the files of those that this rank reads."""
+"""Given a folder without the ranks' tensors, returns the tensor files that this rank reads."""
 
 
 @dataclass(frozen=True)
 class _Held:
-    """A part record that a node has, and the node's place in the order."""
+    """A part record that a node has, and the node's index in the order."""
 
     node: int
     step: int
@@ -45,14 +45,16 @@ class _Held:
 
 
 class LocalTier:
-    """This rank's view of the tier; every rank calls every method but `passed` and `close`."""
+    """This rank's view of the tier; all ranks call its methods together, except `passed` and `close`."""
 
     def __init__(self, local: str, run: Path, replicate: bool, group: Any = None) -> None:
-        """UserError for a folder that cannot be used or is shared by several hosts. group: for CPU tensors."""
+        """Join the tier. UserError if the folder is unusable or shared by several hosts. group: for CPU tensors."""
         self.rank, self.world, self.group = dist.get_rank(), dist.get_world_size(), group
         folder = Path(os.path.expandvars(local))
         if "$" in str(folder):
-            raise UserError("checkpoint.local names a variable that is not set", where=folder, remedy="set it")
+            raise UserError(
+                "checkpoint.local uses an environment variable that is not set", where=folder, remedy="set the variable"
+            )
         run_id, key, self.save_id = self._agreed(run)
         self.root, self.key = folder / run_id, key
         self._make(folder)
@@ -63,13 +65,12 @@ class LocalTier:
         self.ranks = [rank for rank, (node, _) in enumerate(told) if node == self.node]
         self._is_leader = self.rank == self.ranks[0]
         if self._is_leader:
-            for image in (self.root / parts.IMAGES).iterdir():  # of an earlier attempt; steps have names of their own
+            for image in (self.root / parts.IMAGES).iterdir():  # of an earlier attempt; its steps are hard links
                 files.remove_file(image)
         self.replicates = replicate and len(self.order) > 1
         self.images = 4 if self.replicates else 3
-        """Copies of a rank's state: one being filled, the newest, and one more to go back to if that is damaged; with
-
-        replicas also the newest that has been replicated."""
+        """Copies of a rank's state: one being filled, the newest, and an older one in case the newest is damaged; with
+        replicas also the newest replicated one."""
         self._held: list[_Held] = []
         self._resumed, self._passed = -1, True
         has_peer = self._is_leader and len(self.order) > 1
@@ -80,7 +81,7 @@ class LocalTier:
             events.record(run, "local_tier", folder=str(self.root.absolute()))
 
     def _agreed(self, run: Path) -> tuple[str, bytes, str]:
-        """The run's name, the job's key and this attempt's save id; rank 0's on all ranks."""
+        """Return the run's name, the job's key and this attempt's save id, as chosen by rank 0."""
         told: list[Any] = [None]
         if self.rank == 0:
             told[0] = (_name_of(run), secrets.token_bytes(32), secrets.token_hex(8))
@@ -95,7 +96,7 @@ class LocalTier:
         except OSError as error:
             problem = str(error)
         if (first := next(filter(None, self._gather(problem)), None)) is not None:
-            remedy = "name a folder that every node can write to, best on a RAM disk (/dev/shm/...)"
+            remedy = "set checkpoint.local to a folder that every node can write to, best on a RAM disk (/dev/shm/...)"
             raise UserError(f"checkpoint.local: {first}", where=folder, remedy=remedy, on_all_ranks=True)
 
     def _gather(self, value: Any) -> list[Any]:
@@ -108,22 +109,22 @@ class LocalTier:
             hosts = sorted({host for name, host in told if name == node})
             if len(hosts) > 1:
                 raise UserError(
-                    f"checkpoint.local is one folder for {hosts[0]} and {hosts[1]}",
+                    f"checkpoint.local is shared by {hosts[0]} and {hosts[1]}",
                     where=folder,
-                    remedy="name a folder that each node has for itself, on a RAM disk or NVMe",
+                    remedy="set checkpoint.local to a folder on each node's own RAM disk or NVMe",
                     on_all_ranks=True,
                 )
 
     def _log(self, folder: Path, replicate: bool) -> None:
         why = f"on the next of {len(self.order)} nodes" if self.replicates else "none: checkpoint.replicate is off"
         if replicate and not self.replicates:
-            why = "none: there is one node"
-        log.info("local tier %s, %d images a rank, replicas %s", folder, self.images, why)
+            why = "none: there is only one node"
+        log.info("local tier %s, %d images per rank, replicas %s", folder, self.images, why)
         others = [p.name for p in folder.iterdir() if p.is_dir() and p != self.root]
         if others:
-            log.warning("%s also holds %d other runs: %s", folder, len(others), ", ".join(sorted(others)[:5]))
+            log.warning("%s also contains %d other runs: %s", folder, len(others), ", ".join(sorted(others)[:5]))
 
-    # --- the process beside it ---
+    # --- the helper process ---
 
     def _start_peer(self, several_hosts: bool) -> "tuple[subprocess.Popen[str], str, int]":
         bind, told = _addresses(several_hosts)
@@ -137,14 +138,14 @@ class LocalTier:
         return process, told, int(json.loads(process.stdout.readline())["port"])
 
     def _connect(self) -> list[wire.Address]:
-        """Of every node's process, in order; of none where there is one node."""
+        """Return the addresses of all nodes' helper processes, in node order; empty with a single node."""
         own = (self.node, *self._peer[1:]) if self._peer else None
         found = {node: (host, port) for node, host, port in filter(None, self._gather(own))}
         return [found[node] for node in self.order if node in found]
 
     @property
     def told_to_writers(self) -> dict[str, Any]:
-        """What this rank's writer must know (checkpoint/writer.py); `key` is a secret of the job."""
+        """Settings for this rank's writer (checkpoint/writer.py); `key` is a secret of the job."""
         told = {"root": str(self.root), "save": self.save_id, "node": self.node}
         if not self.replicates:
             return told
@@ -152,7 +153,7 @@ class LocalTier:
         return told | {"peer": peer, "key": self.key.hex()}
 
     def begin(self, resumed: int) -> None:
-        """Forget every step but that which the run goes on from (-1: none): at its start, or when it goes back."""
+        """Remove every step except the one that the run resumes from (-1: none), at a start or after a roll-back."""
         dist.barrier(group=self.group)
         if self._is_leader:
             for step in parts.steps_in(self.root):
@@ -162,24 +163,24 @@ class LocalTier:
         self._resumed, self._passed = resumed, False
 
     def passed(self, step: int) -> None:
-        """All ranks have this step: what the run went on from may go."""
+        """Note that all ranks have this step: the step that the run resumed from may be removed."""
         if self._is_leader and not self._passed and step > self._resumed:
             for old in [s for s in parts.steps_in(self.root) if s <= self._resumed]:
                 parts.remove(self.root, old)
             self._passed = True
 
     def leave(self, is_saved: bool, ranks: Collection[int] | None = None) -> None:
-        """Remove all that the run has here, if each rank says that what it goes on from is in the run's folder.
+        """Remove all that the run has here, if on every rank its newest state is saved in the run's folder.
 
-        ranks: on the nodes of these only.
+        ranks: only on the nodes of these ranks.
         """
         is_meant = ranks is None or not set(ranks).isdisjoint(self.ranks)
         if all(self._gather(is_saved)) and self._is_leader and is_meant:
-            self.close()  # or a replica that is on its way would be put here afterwards
+            self.close()  # otherwise a replica that is being sent would be written here afterwards
             files.remove_tree(self.root)
 
     def close(self) -> None:
-        """End the process; the files stay."""
+        """Kill the helper process; the files stay."""
         if self._peer:
             process, self._peer = self._peer[0], None
             process.kill()
@@ -191,7 +192,7 @@ class LocalTier:
     # --- finding and fetching ---
 
     def steps(self) -> list[int]:
-        """Steps that the nodes together have, by their part records (files are verified by `restore`)."""
+        """Return the steps that the nodes together have, by their part records (`restore` verifies the files)."""
         own: list[tuple[int, Part]] = []
         if self._is_leader:
             for step in parts.steps_in(self.root):
@@ -205,9 +206,9 @@ class LocalTier:
         return parts.whole(held.part for held in self._held if held.step == step)
 
     def restore(self, step: int, needed: Needed) -> Path:
-        """A folder on this node with all that its ranks need. The same UserError on all ranks if it cannot be had.
+        """Return a folder on this node with all that its ranks need. The same UserError on all ranks if that fails.
 
-        needed: names by their path in the folder.
+        needed: returns names by their path in the folder.
         """
         folder = parts.folder_of(self.root, step)
         saves = self._whole(step)
@@ -216,15 +217,15 @@ class LocalTier:
         holders = self._verified(step, save, files)
         lost = next((name for name in sorted(files) if name not in holders), None)
         if lost is not None:
-            what = f"damaged checkpoint: no node has {lost} of step {step} whole"
-            raise UserError(what, where=folder, remedy="an older one is used", on_all_ranks=True)
+            what = f"damaged checkpoint: no node has a valid {lost} of step {step}"
+            raise UserError(what, where=folder, remedy="an older checkpoint is used", on_all_ranks=True)
         small = {n for n in files if not n.startswith(("tensors/__", "rng_"))} | {f"rng_{self.rank:05d}.safetensors"}
         self._fetch(step, small & files.keys(), files, holders)
         self._fetch(step, needed(folder) & files.keys(), files, holders)
         return folder
 
     def _verified(self, step: int, save: str, files: dict[str, manifest.Entry]) -> dict[str, list[int]]:
-        """Nodes that have each file whole; the ranks of a node share the reading."""
+        """Return, for each file, the nodes that have a valid copy; the ranks of a node share the reading."""
         place = self.order.index(self.node)
         mine = [h.part for h in self._held if (h.node, h.step, h.part.save) == (place, step, save)]
         names = sorted({name for part in mine for name in part.files})
@@ -240,7 +241,7 @@ class LocalTier:
     def _fetch(
         self, step: int, wanted: set[str], files: dict[str, manifest.Entry], holders: dict[str, list[int]]
     ) -> None:
-        """Bring what this node's ranks want and it lacks; each rank fetches a share. The same error on all ranks."""
+        """Fetch the files that this node's ranks need and it lacks, a share per rank. The same error on all ranks."""
         place, folder = self.order.index(self.node), parts.folder_of(self.root, step)
         everyone = self._gather(wanted)
         missing = sorted({n for rank in self.ranks for n in everyone[rank] if place not in holders[n]})
@@ -261,7 +262,7 @@ class LocalTier:
 
 
 def _own_name(folder: Path, file: str) -> str:
-    """A random name kept in a file of the folder: the same for all who see the folder, whoever asks first."""
+    """Return a random name that is stored in a file of the folder: the same for all processes that see the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path, mine = folder / file, secrets.token_hex(8)
     temporary = folder / f".{file}.{mine}"
@@ -276,18 +277,18 @@ def _own_name(folder: Path, file: str) -> str:
 
 
 def _name_of(run: Path) -> str:
-    """Of the run as it is at its place: a copy of its folder has the same file, and must not find the other's steps."""
+    """Return a name for the run at its path: a copy of its folder has the same id file, but must not find its steps."""
     return hashlib.sha256(f"{_own_name(run, 'run_id')} {run.resolve()}".encode()).hexdigest()[:16]
 
 
 def _addresses(several_hosts: bool) -> tuple[str, str]:
-    """Where to listen, and the name by which other nodes reach it."""
+    """Return the address to listen on, and the name by which other nodes reach it."""
     if not several_hosts:
         return "127.0.0.1", "127.0.0.1"
     master = os.environ["MASTER_ADDR"]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # No packet is sent: it tells which of our addresses leads to the job's first node.
+        # No packet is sent: this finds the local address that is routed to the job's first node.
         probe.connect((master, 9))
         own = str(probe.getsockname()[0])
-    # The first node reaches itself by loopback; others reach it by the name that they were given.
+    # The first node reaches itself by loopback; the others reach it by MASTER_ADDR.
     return ("", master) if own.startswith("127.") else (own, own)

@@ -1,14 +1,14 @@
-"""A node's share of a checkpoint in the local tier: each rank's files, and a part record that makes them count.
+"""A node's share of a checkpoint in the local tier: each rank's files, and a part record that makes them valid.
 
     LOCAL/<run id>/images/3_0 …           the memory into which rank 3 copies its state (checkpoint/staging.py)
     LOCAL/<run id>/step_00001000/
-        tensors/__3_0.distcp              a second name of one of them, or a replica
+        tensors/__3_0.distcp              a hard link to one of them, or a replica
         rng_00003.safetensors, …          as in RUN/checkpoints
-        part_00003.json                   what rank 3 wrote, with digests; written last, removed before its image is
-                                          taken for another step
+        part_00003.json                   the files of rank 3 with digests; written last, removed before the image is
+                                          reused for another step
 
-Ranks need not agree on anything to write: a step is complete when the parts of all ranks of one save are found on any
-nodes. Nothing is synced: what a power cut takes, the digests tell. Nothing here imports torch.
+Ranks write without coordination: a step is complete when the parts of all ranks of one save exist on any nodes. Files
+are not synced: digests detect what a power failure has lost. This module does not import torch.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ IMAGES = "images"
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank wrote. save: one id for all ranks of an attempt (`LocalTier.save_id`); node: where it was written.
+    """The files of one rank. save: the same id on all ranks of an attempt (`LocalTier.save_id`); node: who wrote it.
 
     files: by their path in the step's folder.
     """
@@ -39,13 +39,13 @@ class Part:
     files: dict[str, Entry]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the part record as JSON values."""
         listed = {name: entry.to_json() for name, entry in self.files.items()}
         return {"rank": self.rank, "world": self.world, "save": self.save, "node": self.node, "files": listed}
 
     @classmethod
     def from_json(cls, data: Any) -> "Part":
-        """ValueError for anything that is not a part, or names a file outside of its folder."""
+        """Parse a part record; ValueError if it is not one, or names a file outside of its folder."""
         try:
             listed = {name: Entry.from_json(entry) for name, entry in data["files"].items()}
             part = cls(int(data["rank"]), int(data["world"]), str(data["save"]), str(data["node"]), listed)
@@ -58,21 +58,21 @@ class Part:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Of a step, there or not."""
+    """Return the folder of a step, whether or not it exists."""
     return root / f"step_{step:08d}"
 
 
 def part_path(folder: Path, rank: int) -> Path:
-    """Of a rank's part record."""
+    """Return the path of a rank's part record."""
     return folder / f"part_{rank:05d}.json"
 
 
 def write(
     root: Path, step: int, part: Part, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
 ) -> None:
-    """Make a rank's image, already in place, and its small files count.
+    """Write a rank's small files, link its image, and write the part record that makes them valid.
 
-    image: its name in the step's folder, the file that it is, its bytes. part: without files. OSError if it fails.
+    image: its name in the step's folder, its file, its bytes. part: without files. OSError if it fails.
     """
     folder = folder_of(root, step)
     files.make_folder(folder / "tensors")
@@ -86,7 +86,7 @@ def write(
 
 
 def commit(folder: Path, part: Part) -> None:
-    """Make a rank's files, which are all written, count."""
+    """Write the part record, which makes a rank's files valid."""
     path = part_path(folder, part.rank)
     temporary = path.with_suffix(".new")
     files.write(temporary, [json.dumps(part.to_json()).encode()])
@@ -94,21 +94,21 @@ def commit(folder: Path, part: Part) -> None:
 
 
 def parts_in(folder: Path) -> list[Part]:
-    """All valid part records of a step's folder."""
+    """Return all valid part records of a step's folder."""
     found = []
     for path in sorted(folder.glob("part_?????.json")):
-        with contextlib.suppress(ValueError, OSError):  # cut off by a kill, or just removed: it does not count
+        with contextlib.suppress(ValueError, OSError):  # cut off by a kill, or just removed: skip it
             found.append(Part.from_json(json.loads(path.read_bytes())))
     return found
 
 
 def steps_in(root: Path) -> list[int]:
-    """Steps that there are folders of, in order."""
+    """Return the steps that have a folder, in order."""
     return sorted(manifest.step_of(f.name) for f in root.glob("step_*") if STEP_FOLDER.fullmatch(f.name))
 
 
 def whole(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
-    """By save id, the parts by rank, of those saves whose ranks are all there."""
+    """Return the parts by save id and rank, for saves that have the parts of all ranks."""
     saves: dict[str, dict[int, Part]] = {}
     for part in parts:
         saves.setdefault(part.save, {})[part.rank] = part
@@ -116,7 +116,7 @@ def whole(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
 
 
 def retire(root: Path, step: int, rank: int) -> None:
-    """Remove a rank's part, its record first, and the folder when it was the last; gone already is fine."""
+    """Remove a rank's part, its record first, and the folder if it was the last part; it may be missing."""
     folder = folder_of(root, step)
     path = part_path(folder, rank)
     try:
@@ -126,7 +126,7 @@ def retire(root: Path, step: int, rank: int) -> None:
     files.remove_file(path)
     for name in part.files:
         files.remove_file(folder / name)
-    with contextlib.suppress(OSError):  # other ranks' parts are there
+    with contextlib.suppress(OSError):  # not empty: it has parts of other ranks
         os.rmdir(folder / "tensors")
         os.rmdir(folder)
 

@@ -1,7 +1,7 @@
-"""A process of each node beside the local tier: gives the node's files to other nodes and takes replicas of theirs.
+"""The local tier's helper process on each node: sends the node's files to other nodes and receives their replicas.
 
-python -m megamm.tiers.peer PARENT      (started by local.py: what to serve as a JSON line on stdin, then its end;
-                                         the TCP port as a JSON line on stdout)
+python -m megamm.tiers.peer PARENT      (started by local.py; reads its settings as a JSON line on stdin and exits when
+                                         stdin closes; writes the TCP port as a JSON line to stdout)
 """
 
 import json
@@ -14,7 +14,7 @@ from megamm.tiers import wire
 
 
 def main() -> None:
-    """Until the process that started it ends or closes stdin."""
+    """Serve until the process that started it exits or closes stdin."""
     processes.die_with_parent(int(sys.argv[1]))
     processes.ignore_stop_signals()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)

@@ -1,7 +1,7 @@
-"""A place behind an fsspec URL (s3://bucket/prefix, file:///mnt/x, …), with the few operations that a tier needs.
+"""Storage at an fsspec URL (s3://bucket/prefix, file:///mnt/x, …), with the few operations that a tier needs.
 
-Credentials come from the environment or the store's own config files, never from the URL: a URL is written into logs,
-events and checkpoints. Every failure is a RemoteError whose text holds no secret.
+Credentials come from the environment or the store's own config files, never from the URL, because URLs are written into
+logs, events and checkpoints. Every failure is a RemoteError whose text contains no secret.
 """
 
 import os
@@ -21,13 +21,13 @@ _USER = re.compile(r"(?<=://)[^/\s]*@")
 _QUERY = re.compile(r"(?<=\w)\?\S*")
 _SECRET_VARIABLE = re.compile("SECRET|TOKEN|PASSWORD|ACCESS_KEY|CREDENTIAL")
 _OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oci", "oss"}
-"""Stores without folders: making one there would make a bucket."""
+"""Stores without folders: creating a folder there would create a bucket."""
 _EXTRAS = {"s3": "megamm[s3]", "s3a": "megamm[s3]"}
 _OPTIONS: dict[str, dict[str, Any]] = {
-    # Whether a store is slow or down is found within a minute; who calls repeats (uploader.py).
+    # A slow or unreachable store is detected within a minute; the caller retries (uploader.py).
     "s3": {
         "use_listings_cache": False,
-        # Parts of a large file in memory at a time (50 MiB each), of each of durable.STREAMS files.
+        # Parts (50 MiB each) of a large file that are in memory, for each of durable.STREAMS files.
         "max_concurrency": 2,
         "config_kwargs": {"connect_timeout": 10, "read_timeout": 30, "retries": {"total_max_attempts": 2}},
     },
@@ -37,14 +37,14 @@ _OPTIONS["s3a"] = _OPTIONS["s3"]
 
 
 class RemoteError(UserError):
-    """The store did not do what was asked: unreachable, refused, broken off. Trying again may help."""
+    """An operation of the store failed: unreachable, refused or interrupted. A retry may succeed."""
 
     def __init__(self, what: str, where: str) -> None:
-        super().__init__(what, where=where, remedy="look at the URL, the network and the store's credentials")
+        super().__init__(what, where=where, remedy="check the URL, the network and the store's credentials")
 
 
 def redacted(text: str) -> str:
-    """The text without users, passwords and queries of URLs, and without the values of secret variables."""
+    """Return the text without users, passwords and queries of URLs, and without the values of secret variables."""
     for name, value in os.environ.items():
         if _SECRET_VARIABLE.search(name.upper()) and len(value) >= 8:
             text = text.replace(value, "***")
@@ -52,44 +52,46 @@ def redacted(text: str) -> str:
 
 
 def checked_url(url: str) -> str:
-    """The URL, if it is one and holds nothing secret; UserError (which does not repeat the secret) otherwise."""
+    """Return the URL if it is valid and has no secret; UserError (which does not repeat the secret) otherwise."""
     if "::" in url or not _URL.fullmatch(url):
         secret = "@" in url or "?" in url or "#" in url
         raise UserError(
-            "a URL with a user, password or query" if secret else f"{redacted(url)!r} is not a URL like s3://bucket/x",
+            "a URL must not contain a user, password or query"
+            if secret
+            else f"{redacted(url)!r} is not a URL like s3://bucket/x",
             where=redacted(url),
             remedy="give credentials in the environment (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
             if secret
-            else "write for example s3://bucket/prefix or file:///mnt/folder",
+            else "give for example s3://bucket/prefix or file:///mnt/folder",
         )
     return url.rstrip("/")
 
 
 def is_url(text: str) -> bool:
-    """Whether a command-line argument is meant as a URL; a path otherwise."""
+    """Whether a command-line argument is a URL; otherwise it is a path."""
     return "://" in text
 
 
 class Remote:
-    """The folder behind a URL; names are relative to it, in "/" notation. All methods raise RemoteError."""
+    """The folder at a URL; names are relative to it, in "/" notation. All methods raise RemoteError on failure."""
 
     def __init__(self, url: str) -> None:
-        """UserError for a URL that is malformed, holds secrets or needs a package that is not installed."""
+        """Open the URL. UserError if it is malformed, contains secrets or needs a package that is not installed."""
         self.url = checked_url(url)
         protocol = self.url.partition("://")[0]
         try:
             self.fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
         except ImportError as error:
             remedy = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else redacted(str(error))
-            raise UserError(f"{protocol}:// needs a package that is not here", where=url, remedy=remedy) from None
+            raise UserError(f"{protocol}:// needs a package that is not installed", where=url, remedy=remedy) from None
         except ValueError as error:
-            raise UserError(redacted(str(error)), where=url, remedy="use a protocol that fsspec knows") from None
+            raise UserError(redacted(str(error)), where=url, remedy="use a protocol that fsspec supports") from None
         self.root = root.rstrip("/")
         self._is_local = isinstance(self.fs, LocalFileSystem)
         self._has_folders = protocol not in _OBJECT_STORES
 
     def folders(self) -> list[str]:
-        """Names of what lies directly below."""
+        """Return the names of the entries directly in the folder."""
         with self._told("list", ""):
             self.fs.invalidate_cache()
             try:
@@ -98,7 +100,7 @@ class Remote:
                 return []
 
     def files(self, folder: str) -> dict[str, int]:
-        """Sizes of all files below a folder, by their path in it; empty where there is none."""
+        """Return the sizes of all files below a folder, by their path in it; empty if there are none."""
         with self._told("list", folder):
             self.fs.invalidate_cache()
             base = self._path(folder) + "/"
@@ -106,7 +108,7 @@ class Remote:
             return {path.removeprefix(base): int(info["size"]) for path, info in found.items()}
 
     def read(self, name: str) -> bytes | None:
-        """A small file's contents; None if it is not there."""
+        """Read a small file; None if it does not exist."""
         with self._told("read", name):
             try:
                 return self.fs.cat_file(self._path(name))
@@ -114,14 +116,14 @@ class Remote:
                 return None
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file, replaced at once on an object store."""
+        """Write a small file; on an object store it is replaced atomically."""
         with self._told("write", name):
             self._make_folder(name)
             self.fs.pipe_file(self._path(name), data)
             self._sync(name)
 
     def put(self, source: Path, name: str) -> None:
-        """Copy a file there. FileNotFoundError if the source is gone."""
+        """Upload a file. FileNotFoundError if the source does not exist."""
         if not source.exists():
             raise FileNotFoundError(source)
         with self._told("write", name):
@@ -130,12 +132,12 @@ class Remote:
             self._sync(name)
 
     def get(self, name: str, target: Path) -> None:
-        """Copy a file from there."""
+        """Download a file."""
         with self._told("read", name):
             self.fs.get_file(self._path(name), str(target))
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder with all in it, if it is there."""
+        """Remove a file or a folder with its contents, if it exists."""
         with self._told("remove", name):
             self.fs.invalidate_cache()
             if self.fs.exists(self._path(name)):
@@ -149,7 +151,7 @@ class Remote:
             self.fs.makedirs(self._path(name).rsplit("/", 1)[0], exist_ok=True)
 
     def _sync(self, name: str) -> None:
-        """A mounted file system has the data only once it is told to."""
+        """Sync the data to disk if the store is a mounted file system."""
         if self._is_local:
             for path in (self._path(name), self._path(name).rsplit("/", 1)[0]):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -160,9 +162,9 @@ class Remote:
 
     @contextmanager
     def _told(self, verb: str, name: str) -> Iterator[None]:
-        """Whatever the store's client raises becomes one line without secrets."""
+        """Turn any error of the store's client into a RemoteError of one line without secrets."""
         try:
             yield
-        except Exception as error:  # clients raise errors of their own, of several libraries below them
+        except Exception as error:  # clients raise errors of their own and of several libraries below them
             cause = redacted(f"{type(error).__name__}: {error}".splitlines()[0])
             raise RemoteError(f"cannot {verb} {name or 'it'}: {cause}", self.url) from error

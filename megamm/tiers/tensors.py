@@ -1,7 +1,7 @@
-"""The tensors of a checkpoint's folder, whole, for the tools: names, shapes, dtypes, values, differences.
+"""The whole tensors of a checkpoint folder, for the tools: names, shapes, dtypes, values, differences.
 
-Input: STEP_FOLDER/tensors in torch's distributed checkpoint format (checkpoint/reader.py), values in batches of bounded
-size.
+Input: STEP_FOLDER/tensors in torch's distributed checkpoint format (checkpoint/reader.py). Values are read in batches
+of bounded size.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     import torch
 
 BATCH_BYTES = 1 << 24
-"""Of values in memory at a time, a larger tensor apart."""
+"""Maximum bytes of values in memory at a time, unless a single tensor is larger."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """One stored tensor; `dtype` as torch names it, "float32"."""
+    """One stored tensor; `dtype` is torch's name, for example "float32"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -31,11 +31,11 @@ class Described:
 
 
 Read = Callable[[dict[str, Described]], "dict[str, torch.Tensor]"]
-"""Gives whole tensors of these names."""
+"""Returns the whole tensors of these names."""
 
 
 def described(folder: Path) -> dict[str, Described]:
-    """All tensors of a checkpoint by name. UserError for an index that is not safe to read."""
+    """Return all tensors of a checkpoint by name. UserError if the index is not safe to read."""
     from megamm.checkpoint import index
 
     stored = sorted(index.read(folder / "tensors").items())
@@ -43,7 +43,7 @@ def described(folder: Path) -> dict[str, Described]:
 
 
 def values(folder: Path) -> Read:
-    """What gives whole tensors, on the CPU, of a part of `described(folder)`. UserError for damaged ones."""
+    """Return a function that reads whole CPU tensors for a part of `described(folder)`. UserError for damaged ones."""
     import torch
 
     from megamm.checkpoint import index, reader
@@ -62,7 +62,7 @@ def values(folder: Path) -> Read:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a tensor that both have in the same shape; max_abs is NaN where only one has NaN."""
+    """Difference of a tensor with the same shape on both sides; max_abs is NaN if only one side has NaN."""
 
     name: str
     differing: int
@@ -70,14 +70,14 @@ class Difference:
 
 
 def differences(one: Path, other: Path, names: dict[str, Described]) -> Iterator[Difference]:
-    """The tensors among `names`, of the same shape and dtype in two checkpoints, that are not the same bit for bit."""
+    """Yield the tensors of `names` that are not bitwise equal in two checkpoints (with the same shape and dtype)."""
     for name, a, b in pairs(values(one), values(other), names):
         if found := difference(name, a, b):
             yield found
 
 
 def pairs(one: Read, other: Read, names: dict[str, Described]) -> "Iterator[tuple[str, torch.Tensor, torch.Tensor]]":
-    """Each tensor's name and its values on both sides; `names` describes the first's."""
+    """Yield each tensor's name and its values on both sides; `names` describes the first side."""
     for batch in _batches(names):
         ours, theirs = one(batch), other(batch)
         for name in batch:
@@ -85,7 +85,7 @@ def pairs(one: Read, other: Read, names: dict[str, Described]) -> "Iterator[tupl
 
 
 def stream(read: Read, names: dict[str, Described]) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Each tensor's name and values."""
+    """Yield each tensor's name and values."""
     for batch in _batches(names):
         found = read(batch)
         for name in batch:
@@ -93,14 +93,14 @@ def stream(read: Read, names: dict[str, Described]) -> "Iterator[tuple[str, torc
 
 
 def difference(name: str, one: "torch.Tensor", other: "torch.Tensor") -> Difference | None:
-    """Of two tensors of the same shape; None if they are the same bit for bit, or, in two dtypes, value for value."""
+    """Compare two tensors of the same shape; None if bitwise equal, or, with different dtypes, equal in value."""
     import torch
 
     a, b = (tensor.reshape(-1).contiguous() for tensor in (one, other))
     if a.dtype == b.dtype:
         bits = a.view(torch.uint8), b.view(torch.uint8)
         whole = len(bits[0]) % 8 == 0 and not any(each.storage_offset() % 8 for each in bits)
-        # It needs no memory; by words of eight bytes it is eight times as fast.
+        # torch.equal needs no memory; on words of eight bytes it is eight times as fast.
         if torch.equal(*(each.view(torch.int64) if whole else each for each in bits)):
             return None
         unequal = (bits[0] != bits[1]).reshape(len(a), -1).any(1)
@@ -116,7 +116,7 @@ def difference(name: str, one: "torch.Tensor", other: "torch.Tensor") -> Differe
 def _batches(names: dict[str, Described]) -> Iterable[dict[str, Described]]:
     batch: dict[str, Described] = {}
     for name, entry in names.items():
-        # 8 bytes: the widest dtype there is.
+        # 8 bytes: the widest dtype.
         if batch and 8 * (sum(e.elements for e in batch.values()) + entry.elements) > BATCH_BYTES:
             yield batch
             batch = {}

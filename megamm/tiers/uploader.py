@@ -1,8 +1,8 @@
-"""A process beside rank 0 that copies finished checkpoints to the durable tier, so that no step waits for it.
+"""A process beside rank 0 that uploads finished checkpoints to the durable tier, so that no step waits for uploads.
 
-It looks for finished folders, copies the newest that is not there yet (if saves are faster than the line, those in
-between are left out), tries again with growing pauses for as long as it takes, and applies the retention there. It ends
-with the process that started it; what was not finished does not count and is taken up by the next one.
+It looks for finished folders and uploads the newest that is not there yet (if saves are faster than uploads, those in
+between are skipped). It retries with growing pauses without limit, and applies the retention there. It exits with the
+process that started it; an unfinished upload does not count and is continued by the next process.
 
     python -m megamm.tiers.uploader RUN URL KEEP KEEP_BEST PARENT     (started by `Uploader`)
 """
@@ -26,37 +26,37 @@ from megamm.tiers.remote import RemoteError
 
 log = logging.getLogger(__name__)
 POLL, FIRST_PAUSE, LONGEST_PAUSE = 0.5, 0.5, 60.0
-"""Seconds: between looks for a new checkpoint; after the first failure; at most, doubling."""
+"""Seconds: between checks for a new checkpoint; pause after the first failure; maximum pause, after doubling."""
 _DRAIN = b"drain\n"
 
 
 class Uploader:
-    """The process, seen from rank 0."""
+    """Rank 0's side of the process."""
 
     def __init__(self, run: Path, url: str, keep: int, keep_best: bool) -> None:
-        """UserError unless the URL can be written to."""
+        """Start the process. UserError unless the URL is writable."""
         DurableTier(url).check_writable()
         self._command = [sys.executable, "-m", __name__, str(run), url, str(keep), str(int(keep_best))]
         self._command.append(str(os.getpid()))
         self.start()
 
     def start(self) -> None:
-        """Once more, after `stop`."""
+        """Start the process (again, after `stop`)."""
         self._process = subprocess.Popen(self._command, stdin=subprocess.PIPE, start_new_session=True)
 
     @property
     def pid(self) -> int:
-        """Of the process."""
+        """Its process id."""
         return self._process.pid
 
     def check(self) -> None:
-        """Start it anew if it has died; to be called now and then."""
+        """Restart the process if it has died; call it from time to time."""
         if self._process.poll() is not None:
-            log.warning("the uploader ended with %s: started again", self._process.returncode)
+            log.warning("the uploader exited with %s; restarting it", self._process.returncode)
             self.start()
 
     def finish(self, seconds: float) -> bool:
-        """Let it copy what is finished by now, for so long at most; whether the newest checkpoint is there."""
+        """Wait up to `seconds` for the upload of finished checkpoints; return whether the newest is uploaded."""
         self.check()
         assert self._process.stdin is not None
         try:
@@ -64,31 +64,31 @@ class Uploader:
             self._process.stdin.close()
             return self._process.wait(seconds) == 0
         except (subprocess.TimeoutExpired, BrokenPipeError):
-            log.warning("the newest checkpoint is not yet in the durable tier; the next start of this run goes on")
+            log.warning("the newest checkpoint is not yet in the durable tier; the next start of this run continues")
             return False
         finally:
             self.stop()
 
     def stop(self) -> None:
-        """End it at once; a copy that is not finished does not count."""
+        """Kill the process at once; an unfinished upload does not count."""
         self._process.kill()
         self._process.wait()
 
 
 class _Loop:
-    """What the process does."""
+    """The loop of the process."""
 
     def __init__(self, run: Path, tier: DurableTier, keep: int, keep_best: bool) -> None:
         self.run, self.tier, self.keep, self.keep_best = run, tier, keep, keep_best
         self.draining = threading.Event()
         self._settled: tuple[str, int, int] | None = None
-        """The newest checkpoint, once it needs nothing more: its name, its manifest's inode and time (ns)."""
+        """The newest checkpoint once it is done: its name, and its manifest's inode and time (ns)."""
 
     def forever(self) -> None:
-        """Copy until drained; what fails is tried again."""
+        """Upload until drained; retry failures."""
         failures = 0
         while True:
-            # Asked before looking: whatever was finished when the order came is then seen.
+            # Read before looking for checkpoints: all that were finished when the order came are seen.
             last_round = self.draining.is_set()
             folder = self._newest_open()
             if folder is None:
@@ -103,13 +103,13 @@ class _Loop:
             except RemoteError as error:
                 failures += 1
                 pause = min(FIRST_PAUSE * 2 ** (failures - 1), LONGEST_PAUSE)
-                log.warning("upload of %s, try %d: %s; again in %.1f s", folder.name, failures, error, pause)
+                log.warning("upload of %s, attempt %d: %s; retry in %.1f s", folder.name, failures, error, pause)
                 step = manifest.step_of(folder.name)
                 events.record(self.run, "upload_failed", step=step, tries=failures, why=error.what, retry_in=pause)
                 time.sleep(pause)
 
     def _newest_open(self) -> Path | None:
-        """The newest finished checkpoint, unless it is settled."""
+        """Return the newest finished checkpoint, unless it is already done."""
         names = retention.complete(self.run)
         if not names:
             return None
@@ -126,7 +126,7 @@ class _Loop:
             identity = _identity(folder)
             copied = self.tier.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
         except FileNotFoundError:
-            return  # removed before it was marked as being copied
+            return  # it was removed before it was marked as being uploaded
         except RemoteError:
             raise
         except UserError as error:
@@ -152,13 +152,13 @@ class _Loop:
 
 
 def _identity(folder: Path) -> tuple[str, int, int]:
-    """Changes when the same step is saved again."""
+    """Return an identity of the folder, which changes when the same step is saved again."""
     status = (folder / manifest.NAME).stat()
     return folder.name, status.st_ino, status.st_mtime_ns
 
 
 def _obey(loop: _Loop, parent: int) -> None:
-    """Watch for the order to drain, and for the end of the process that started this one."""
+    """Watch for the order to drain, and exit when the process that started this one exits."""
     ordered = False
     while True:
         if os.getppid() != parent:

@@ -1,7 +1,7 @@
-"""Files between nodes over TCP: `Server` holds a node's folder, `put` and `get` send a part there and fetch a file.
+"""File transfer between nodes over TCP: `Server` serves a node's folder, `put` sends a part, `get` fetches a file.
 
 Both sides prove that they know the job's key (HMAC challenge of multiprocessing.connection) before a request is read.
-Requests are JSON, files raw chunks: nothing is unpickled. Names are checked to stay in their folder.
+Requests are JSON and files are raw chunks: nothing is unpickled. Names are checked to stay in their folder.
 """
 
 import json
@@ -24,18 +24,18 @@ Address = tuple[str, int]
 
 
 class WireError(UserError):
-    """The other node did not do it: gone, refused, or the file did not arrive whole."""
+    """A transfer failed: the other node is gone or refused it, or the file is incomplete."""
 
     def __init__(self, what: str, where: str) -> None:
-        super().__init__(what, where=where, remedy="look at that node; other copies are tried")
+        super().__init__(what, where=where, remedy="check that node; other copies are tried")
 
 
 class Server:
-    """Answers requests over one folder (parts.py) from threads."""
+    """Serves requests for one folder (parts.py) in threads."""
 
     def __init__(self, root: Path, key: bytes, host: str) -> None:
         self.root, self.key = root, key
-        # Without its own handshake, which would let one silent client keep all others waiting.
+        # Without the listener's own handshake, in which one silent client would block all others.
         self.listener = Listener((host, 0), backlog=128)
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -61,7 +61,7 @@ class Server:
                     self._receive(connection, request)
                     _say(connection, {"done": True})
             except (AuthenticationError, OSError, EOFError, ValueError, KeyError):
-                return  # the other side sees the end of the connection and says what it wanted
+                return  # the other side sees the closed connection and reports its request
 
     def _folder(self, request: dict[str, Any]) -> Path:
         return parts.folder_of(self.root, int(request["step"]))
@@ -75,7 +75,7 @@ class Server:
                 connection.send_bytes(chunk)
 
     def _receive(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
-        """Take a rank's part; those of its parts that are older than `floor` have been replaced everywhere."""
+        """Receive a rank's part; remove its parts older than `floor`, which have been replaced everywhere."""
         part, folder = parts.Part.from_json(request["part"]), self._folder(request)
         parts.part_path(folder, part.rank).unlink(missing_ok=True)
         for name, entry in part.files.items():
@@ -88,7 +88,7 @@ class Server:
 
 
 def put(address: Address, key: bytes, root: Path, step: int, rank: int, floor: int) -> None:
-    """Send a rank's files and part record; floor: of Server._receive. WireError if they did not arrive."""
+    """Send a rank's files and part record; floor: see Server._receive. WireError if the transfer fails."""
     folder = parts.folder_of(root, step)
     try:
         part = parts.Part.from_json(json.loads(parts.part_path(folder, rank).read_bytes()))
@@ -106,7 +106,7 @@ def put(address: Address, key: bytes, root: Path, step: int, rank: int, floor: i
 
 
 def get(address: Address, key: bytes, step: int, name: str, entry: Entry, target: Path) -> None:
-    """Fetch one file and verify it. WireError if it cannot be had."""
+    """Fetch one file and verify it. WireError if the transfer fails."""
     try:
         with Client(address, authkey=key) as connection:
             _say(connection, {"do": "get", "step": step, "name": name})
@@ -121,7 +121,7 @@ def _say(connection: "Connection[Any, Any]", value: dict[str, Any]) -> None:
 
 
 def _write(connection: "Connection[Any, Any]", path: Path, entry: Entry) -> None:
-    """A file of known size from chunks; under its name only once its digest is right. ValueError if it is not."""
+    """Write a file of known size from chunks; rename it once its digest is verified. ValueError if it differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")
     hasher, left = manifest.hasher(), entry.size

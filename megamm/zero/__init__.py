@@ -1,1 +1,1 @@
-"""The DeepSpeed engine: ZeRO over data parallel only, for networks too slow for tensor or pipeline parallel."""
+"""The DeepSpeed engine: ZeRO with data parallelism only, for networks too slow for tensor or pipeline parallelism."""

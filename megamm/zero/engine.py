@@ -1,7 +1,7 @@
 """The same model, losses and optimizer as the native engine, sharded by DeepSpeed's ZeRO-1, 2 or 3.
 
-ZeRO spreads optimizer state (1), gradients (2) and parameters (3) over the data-parallel ranks, optionally with the
-optimizer's state and step on the host. Checkpoints are the native engine's (store.py).
+ZeRO shards optimizer state (1), gradients (2) and parameters (3) over the data-parallel ranks, optionally with the
+optimizer's state and step on the host. Checkpoints have the native engine's format (store.py).
 Source: Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models".
 """
 
@@ -33,19 +33,19 @@ from megamm.objective import StepLoss
 log = logging.getLogger(__name__)
 
 BUCKET = 50_000_000
-"""Elements that are reduced or gathered in one call at most."""
+"""Maximum number of elements that are reduced or gathered in one call."""
 
 
 class DeepSpeedEngine:
-    """megamm.engine.Engine over data parallel alone; config.deepspeed says which stage."""
+    """Implements megamm.engine.Engine with data parallelism only; config.deepspeed sets the ZeRO stage."""
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
-        """UserError where deepspeed is not installed."""
+        """Build the engine. UserError if deepspeed is not installed."""
         self.before_update: Callable[[], None] = lambda: None
         deepspeed = import_deepspeed(device)
         from megamm.zero.store import Shards
 
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it also of a process without a launcher
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a process without a launcher
         self.config, self.groups, self.clock = config, groups, Clock(device)
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
@@ -66,7 +66,7 @@ class DeepSpeedEngine:
     def train_step(
         self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
     ) -> StepResult:
-        """The judge comes too late for the update, which is part of DeepSpeed's backward pass (layout.check)."""
+        """Run a step; the judge cannot prevent the update, which is part of DeepSpeed's backward (layout.check)."""
         self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = plain_step.run(
@@ -81,12 +81,12 @@ class DeepSpeedEngine:
         plain_step.finish(self.model)
         self.schedule.step(1)
         norm = float(self.deepspeed.get_global_grad_norm())
-        # In bf16 DeepSpeed says -1 of a gradient that is not finite.
+        # In bf16 DeepSpeed returns -1 for a gradient that is not finite.
         result = StepResult(loss, norm if norm >= 0 else math.nan, lr)
         return result if judge is None else judge(result, None)[0]
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """Of one microbatch; DeepSpeed counts them, and at a step's last one `step` moves the parameters."""
+        """Run backward for one microbatch; DeepSpeed counts them and updates the parameters at the step's last one."""
         self.deepspeed.backward(loss, scale_wrt_gas=False)
         self.deepspeed.step()
 
@@ -112,7 +112,7 @@ class DeepSpeedEngine:
         return {block.file for tensor in index.read(folder).values() for block in tensor.blocks}  # by whole tensors
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
-        # Without optimizer state main copies come from values.
+        # Without optimizer state, main copies are set from the weights.
         model, main, moments = whole_store.MODEL, whole_store.MAIN, whole_store.MOMENTS
         kinds = self.shards.kinds((main, *moments) if with_optimizer else (model,))
         owned = whole_store.load(partial(reader.load, folder), self.names, self.shards.owned, kinds)
@@ -121,7 +121,7 @@ class DeepSpeedEngine:
 
 
 def import_deepspeed(device: Device) -> ModuleType:
-    """The package, told which device the run uses. UserError where it is missing."""
+    """Import deepspeed for the device of the run. UserError if it is missing."""
     if not device.is_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     try:
@@ -132,21 +132,21 @@ def import_deepspeed(device: Device) -> ModuleType:
             remedy="pip install deepspeed (megamm's extra `deepspeed`), or set engine=native",
             on_all_ranks=True,
         ) from None
-    # None of its C++ operators is needed, and it compiles one (messages over shared memory) at start wherever it can:
-    # minutes, and a lock left behind if that is interrupted.
+    # None of its C++ operators is needed, but at start it compiles one (communication over shared memory) if it can:
+    # this takes minutes, and leaves a lock behind if interrupted.
     deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 
 def deepspeed_config(config: RunConfig, groups: Groups) -> dict[str, Any]:
-    """DeepSpeed's own configuration of this run."""
+    """Return DeepSpeed's own configuration for this run."""
     t, zero = config.train, config.deepspeed
     stage: dict[str, Any] = {
         "stage": zero.zero,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
         "stage3_prefetch_bucket_size": BUCKET,
-        # Norms stay whole on every rank: to gather one costs more than to keep it.
+        # Norm weights stay whole on every rank: gathering one costs more than keeping it.
         "stage3_param_persistence_threshold": config.model.hidden_size,
         # Megatron's linear layers keep no copy of a weight; DeepSpeed's would replace torch's for the whole process.
         "memory_efficient_linear": False,
@@ -159,17 +159,17 @@ def deepspeed_config(config: RunConfig, groups: Groups) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": stage,
         "bf16": {"enabled": t.precision == "bf16"},
-        # As the native engine: gradients are added up and reduced in float32.
+        # As in the native engine, gradients are accumulated and reduced in float32.
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
-        # torch's AdamW also where the state is offloaded: DeepSpeed's own is compiled at first use, and no faster.
+        # Use torch's AdamW even with offload: DeepSpeed's own is compiled at first use, and is not faster.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
 
 
 def _adam(config: RunConfig, model: torch.nn.Module) -> torch.optim.AdamW:
-    """Over the model's parameters; norms and biases (vectors) get no weight decay, as Megatron has it."""
+    """Build AdamW for the model's parameters; norms and biases (vectors) have no weight decay, as in Megatron."""
     o = config.optimizer
     parameters = list(model.parameters())
     groups = [

@@ -1,8 +1,8 @@
-"""Whole tensors out of ZeRO's shards and back, one parameter at a time.
+"""Gathers whole tensors from ZeRO's shards and scatters them back, one parameter at a time.
 
 A rank never holds more whole tensors than its share of the model (whole_store.Names.owners), plus the one in transit.
-ZeRO keeps of every parameter a float32 main copy and Adam's moments, cut over the ranks; stages 1 and 2 cut a group
-of parameters laid end to end, stage 3 cuts every parameter.
+For every parameter, ZeRO shards a float32 main copy and Adam's moments over the ranks; stages 1 and 2 shard the
+concatenation of a group of parameters, stage 3 shards every parameter.
 """
 
 from typing import Any
@@ -17,10 +17,10 @@ from megamm.mcore.whole_store import MAIN, MODEL, MOMENTS, Names, Whole
 
 
 class Shards:
-    """The tensors of a model that DeepSpeed has taken apart; every rank calls every method."""
+    """The tensors of a model that DeepSpeed has sharded; every rank calls every method."""
 
     def __init__(self, model: torch.nn.Module, names: Names, zero: Any, adam: torch.optim.AdamW) -> None:
-        """zero: DeepSpeed's optimizer over `adam`. Gives every shard its (empty) Adam state."""
+        """Create the (zero) Adam state of every shard. zero: DeepSpeed's optimizer around `adam`."""
         self.model, self.names, self.zero, self.adam = model, names, zero, adam
         self.parameters = dict(model.named_parameters())
         self.owners = names.owners(dist.get_world_size())
@@ -28,7 +28,7 @@ class Shards:
         self._prime()
 
     def _prime(self) -> None:
-        """Moments of 0 before the first step, so that they can be read and set at any time."""
+        """Create moments of 0 before the first step, so that they can be read and set at any time."""
         flats, parts = _flat_shards(self.zero)
         for flat in flats:
             state = self.adam.state[flat]
@@ -39,11 +39,11 @@ class Shards:
             utils.lazy_init_hp_params_optimizer_state(parameters, flat, self.adam.state)
 
     def kinds(self, of_parameter: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-        """What is to be read of each stored tensor: these kinds of a parameter, a buffer's value."""
+        """Return what to read for each stored tensor: these kinds for a parameter, the value for a buffer."""
         return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.names.parts}
 
     def gather(self) -> Whole:
-        """This rank's share, on the CPU."""
+        """Return this rank's share of whole tensors, on the CPU."""
         owned: Whole = {name: {} for name in self.owned}
         buffers = dict(self.model.named_buffers())
         for name in self.names.parts:
@@ -61,7 +61,7 @@ class Shards:
 
     @torch.no_grad()
     def scatter(self, owned: Whole, kinds: dict[str, tuple[str, ...]], step: int) -> None:
-        """Set `kinds` of every tensor from its owner's; with Adam's moments, also that `step` steps lie behind them."""
+        """Set `kinds` of every tensor from its owner's; with Adam's moments, also set Adam's step count to `step`."""
         buffers = dict(self.model.named_buffers())
         for name, wanted in kinds.items():
             for kind in wanted:
@@ -70,7 +70,7 @@ class Shards:
                     whole = self._from_owner(owned, name, kind, torch.float32, parameter.device)
                     _set(parameter, MAIN if kind == MODEL else kind, whole)
                     if kind in (MODEL, MAIN) and hasattr(parameter, "ds_id"):
-                        # The value that the model computes with; stages 1 and 2 take it from the main copies below.
+                        # The weight used in computation; stages 1 and 2 set it from the main copies below.
                         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=self.owners[name]):
                             parameter.data.copy_(whole)
                 else:
@@ -92,7 +92,7 @@ class Shards:
 
 
 def _flat_shards(zero: Any) -> tuple[list[torch.Tensor], list[list[torch.nn.Parameter]]]:
-    """This rank's flat main copies, the keys of Adam's state; of each, the parameters that are to find their state."""
+    """Return this rank's flat main copies (keys of Adam's state), and for each the parameters to link to its state."""
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3 looks the state up at each access
         flats = list(zero.fp32_partitioned_groups_flat)
         return flats, [[] for _ in flats]
@@ -102,21 +102,21 @@ def _flat_shards(zero: Any) -> tuple[list[torch.Tensor], list[list[torch.nn.Para
 
 
 def _get(parameter: Any, kind: str) -> torch.Tensor:
-    """The whole float32 main copy or moment, on every rank."""
+    """Return the whole float32 main copy or moment, on every rank."""
     if kind == MAIN:
         return utils.safe_get_full_fp32_param(parameter)
     return utils.safe_get_full_optimizer_state(parameter, kind)
 
 
 def _set(parameter: Any, kind: str, whole: torch.Tensor) -> None:
-    """Put this rank's part of a whole float32 tensor in its place."""
+    """Set this rank's part from a whole float32 tensor."""
     if not hasattr(parameter, "ds_id"):
         if kind == MAIN:
             utils.safe_set_full_fp32_param(parameter, whole)
         else:
             utils.safe_set_full_optimizer_state(parameter, whole, kind)
         return
-    # Stage 3's counterparts of these cut a tensor that the ranks do not divide at the wrong places: cut it here.
+    # Stage 3's functions split a tensor wrongly if its size is not divisible by the number of ranks: split it here.
     size = parameter.ds_tensor.numel()
     part = F.pad(whole.flatten(), (0, size * dist.get_world_size() - whole.numel()))
     part = part.narrow(0, size * dist.get_rank(), size)
