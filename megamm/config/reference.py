@@ -26,8 +26,13 @@ where, and how to fix it.
 
 This page is generated from the schema (`python -m megamm.config.reference > docs/config.md`).
 """
-_BOUNDS = ((annotated_types.Ge, "ge", "≥"), (annotated_types.Gt, "gt", ">"), (annotated_types.Le, "le", "≤"))
-_BOUNDS += ((annotated_types.Lt, "lt", "<"), (annotated_types.MultipleOf, "multiple_of", "multiple of"))
+_BOUNDS: dict[type, tuple[str, str]] = {
+    annotated_types.Ge: ("ge", "≥"),
+    annotated_types.Gt: ("gt", ">"),
+    annotated_types.Le: ("le", "≤"),
+    annotated_types.Lt: ("lt", "<"),
+    annotated_types.MultipleOf: ("multiple_of", "multiple of"),
+}
 
 
 def page() -> str:
@@ -58,12 +63,8 @@ def _section(section: type[BaseModel], name: str) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     """A field's type with its bounds: "integer ≥ 1"."""
-    bounds = [
-        f"{sign} {getattr(bound, name):g}"
-        for bound in field.metadata
-        for kind, name, sign in _BOUNDS
-        if isinstance(bound, kind)
-    ]
+    known = [(bound, *_BOUNDS[type(bound)]) for bound in field.metadata if type(bound) in _BOUNDS]
+    bounds = [f"{sign} {getattr(bound, name):g}" for bound, name, sign in known]
     return " ".join([_plain(field.annotation), ", ".join(bounds)]).strip()
 
 
