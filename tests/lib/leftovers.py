@@ -22,6 +22,7 @@ class Leftovers:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="megamm-"))
+        self.folder.chmod(0o711)  # munge wants the folders above its socket to be passable for all
         self.shared_before = _shared_memory()
         os.environ["TMPDIR"] = str(self.folder)
         tempfile.tempdir = None  # read TMPDIR again
