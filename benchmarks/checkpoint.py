@@ -105,7 +105,8 @@ class Sides:
 
     def ours(self) -> Timed:
         settled, stalled = self.saver.settled, self.save()
-        self.runner.train_step([self.batch], torch.ones(2, dtype=torch.float64))
+        self.runner.compute_gradients([self.batch], torch.ones(2, dtype=torch.float64))
+        self.runner.apply_update()
         stalled += self.saver.settled - settled
         self.saver.finish()
         return {"stall": stalled}
@@ -221,7 +222,8 @@ class Every:
         stalled, settled = 0.0, saver.settled if saver else 0.0
         for _ in range(STEPS_A_BLOCK):
             self.step += 1
-            self.runner.train_step(self.batches, self.weights)
+            self.runner.compute_gradients(self.batches, self.weights)
+            self.runner.apply_update()
             if saver is not None:
                 rng = {"torch": torch.get_rng_state()}
                 stalled += saver.save(state(self.step), self.runner.blocks(), rng, to_run=kind == "run")

@@ -88,7 +88,9 @@ def our_step(config: RunConfig) -> Callable[[], float]:
     batches, weights = microbatches(groups.data_rank, groups.data_size), torch.ones(1, dtype=torch.float64)
 
     def run() -> float:
-        return float(engine.train_step(batches, weights).loss.mean[0])
+        result = engine.compute_gradients(batches, weights)
+        engine.apply_update()
+        return float(result.loss.mean[0])
 
     return run
 

@@ -41,8 +41,7 @@ def make_data(folder: Path, place: device.Device) -> None:
     (tokenizers / "visual").mkdir()  # left untrained for brevity; `megamm tokenizer train visual` trains one
     sizes = VisualCodecConfig(image_size=16, downsample=8, width=16, levels=(5, 5))
     save_codec(VisualCodec(sizes), tokenizers / "visual")
-    codecs = [f"text={tokenizers / 'text'}", f"visual={tokenizers / 'visual'}"]
-    tokenize([shards], load_codecs(codecs, place.torch_device))
+    tokenize([shards], load_codecs([f"{name}={tokenizers / name}" for name in ("text", "visual")], place.torch_device))
 
 
 def train(folder: Path, place: device.Device) -> None:
@@ -67,7 +66,8 @@ def train(folder: Path, place: device.Device) -> None:
     weights = weight_tensor(config.loss_weights, vocabulary.modalities, place.torch_device)
     store = RunStore(config, data, model, groups, place, while_waiting=lambda: None)
     for step in range(1, config.train.steps + 1):
-        result = model.train_step([batch.to(place.torch_device) for batch in loader.step()], weights)
+        result = model.compute_gradients([batch.to(place.torch_device) for batch in loader.step()], weights)
+        model.apply_update()
         if step % 10 == 0:
             print(f"step {step}: loss {overall(result.loss.mean, weights):.3f}", flush=True)
     store.save(step, loader.consumed_rows, tokens={}, loss_guard={}, heldout_loss=None, wait=True)

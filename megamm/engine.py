@@ -1,7 +1,9 @@
 """The interface between the training loop and an engine, and the choice of the engine: native (Megatron) or DeepSpeed.
 
-An engine owns model, optimizer and learning-rate schedule. Both run the same backbone on the same microbatches and
-write the same checkpoint tensors (mcore/store.py), so that a run can change its engine at any checkpoint.
+An engine owns model, optimizer and learning-rate schedule. A step has two phases: `compute_gradients`, then
+`apply_update` or `discard`, so that the loss guard can look at the gradients in between. Both engines run the same
+backbone on the same microbatches and write the same checkpoint tensors (mcore/store.py), so that a run can change its
+engine at any checkpoint.
 """
 
 import logging
@@ -37,12 +39,6 @@ class StepResult:
     own_norms: torch.Tensor | None = None
 
 
-Judge = Callable[[StepResult, Callable[[], StepResult] | None], tuple[StepResult, bool]]
-"""Receives a step's result and a function that runs the step again from the same state; returns the result to use and
-whether it may change the weights. If that function is None, the engine has already changed them.
-"""
-
-
 Fill = Callable[[Sequence[Block], Mapping[str, Shape], set[str]], None]
 """Sets blocks of weights, and of main copies under `optimizer.state.param.NAME`. It receives the shapes of all tensors
 of the whole model, and the names of those whose first axis is the vocabulary.
@@ -55,15 +51,22 @@ class Engine(Protocol):
     clock: Clock
     """Measures "forward", in which a rank does not wait for other data-parallel ranks or stages, and "update"."""
     before_update: Callable[[], None]
-    """Called in train_step before weights and optimizer state change; set by code that reads them in parallel."""
+    """Called before weights and optimizer state change; set by code that reads them in parallel."""
 
-    def train_step(
-        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
-    ) -> StepResult:
-        """Run forward and backward of this rank's microbatches, one optimizer step, and one step of the schedule.
+    can_discard: bool
+    """Whether gradients can be computed again or discarded. If not, computing them also changes the weights."""
 
-        Both steps are made only if the judge allows them; otherwise nothing changes.
-        """
+    def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+        """Run forward and backward of this rank's microbatches. `apply_update` or `discard` must follow."""
+
+    def recompute_gradients(self) -> StepResult:
+        """Compute the gradients of the same microbatches again, from the same state. Needs `can_discard`."""
+
+    def apply_update(self) -> None:
+        """Make the optimizer step of the computed gradients, and a step of the learning-rate schedule."""
+
+    def discard(self) -> None:
+        """Make no update: weights, optimizer, schedule and buffers are as before. Needs `can_discard`."""
 
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Compute only the losses."""

@@ -142,28 +142,37 @@ class Trainer:
         with self.engine.clock.host("data"):
             batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
         self.pulse.beat("step", self.step + 1)
-        judge = self.guard.judge(self.step + 1, row, t.global_batch)
-        done = self.engine.train_step(batches, self.weights, judge)
+        result = self.engine.compute_gradients(batches, self.weights)
+        recompute = self.engine.recompute_gradients if self.engine.can_discard else None
+        result, is_good = self.guard.check(self.step + 1, row, t.global_batch, result, recompute)
+        if is_good or not self.engine.can_discard:
+            self.engine.apply_update()
+        else:
+            self.engine.discard()
         if self.guard.wanted_rollback is not None:
             self._roll_back(self.guard.wanted_rollback)
             return False
         self.step += 1
-        self.tokens += done.loss.count.to(self.tokens.dtype)
+        self.tokens += result.loss.count.to(self.tokens.dtype)
         reports = self.step % t.log_every == 0 or self.step in (1, t.steps)
         if reports:
-            self._report(done)
+            self._report(result)
         return True
 
-    def _report(self, done: engine.StepResult) -> None:
+    def _report(self, result: engine.StepResult) -> None:
         """Compare the step's figures between ranks; rank 0 writes them."""
         seconds = self.engine.clock.take()
         scores = self.stragglers.window(self.step, seconds, self.place.torch_device)
         if self.metrics is None:
             return
         names = self.data.vocabulary.modalities
-        means = zip(names, done.loss.mean, strict=True)
+        means = zip(names, result.loss.mean, strict=True)
         values: dict[str, Any] = {f"loss/{name}": metrics.finite_or_none(float(mean)) for name, mean in means}
-        values |= {"grad_norm": metrics.finite_or_none(done.grad_norm), "lr": done.lr, "data_wait": self.loader.waited}
+        values |= {
+            "grad_norm": metrics.finite_or_none(result.grad_norm),
+            "lr": result.lr,
+            "data_wait": self.loader.waited,
+        }
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         t, m, s = self.config.train, self.config.model, self.config.data.seq_length
         values |= {"flops_per_token": size.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()

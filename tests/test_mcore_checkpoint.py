@@ -256,7 +256,8 @@ def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
     before, seen = [block.data.clone() for block in steady], []
     engine.before_update = lambda: seen.extend(block.data.clone() for block in steady)
     batch = rows.global_batch(1, 1, [(True, True)] * config.train.global_batch, config.data.seq_length)
-    engine.train_step(rows.rank_batches(batch, 2, 0, 1), torch.ones(2, dtype=torch.float64))
+    engine.compute_gradients(rows.rank_batches(batch, 2, 0, 1), torch.ones(2, dtype=torch.float64))
+    engine.apply_update()
     told = all(torch.equal(a, b) for a, b in zip(before, seen, strict=True))
     return [told, any(torch.equal(a, block.data) for a, block in zip(before, steady, strict=True))]
 

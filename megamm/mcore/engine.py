@@ -3,7 +3,9 @@
 A step has two parts, gradients and update, so that it can be judged, run again or skipped in between.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,15 +16,28 @@ from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import Fill, Judge, StepResult
+from megamm.engine import Fill, StepResult
 from megamm.mcore import backbone, optimizer, rng, step, store
 from megamm.mcore.groups import Groups
 from megamm.mcore.own_gradients import OwnNorms
 from megamm.objective import StepLoss
 
 
+@dataclass
+class _Step:
+    """A step whose gradients are computed and whose update is not made yet, with the state to compute them again."""
+
+    batches: Sequence[Batch]
+    loss_weights: torch.Tensor
+    generators: dict[str, torch.Tensor]
+    buffers: list[torch.Tensor]
+    grad_norm: float = math.nan
+
+
 class NativeEngine:
     """megamm.engine.Engine at any layout that layout.check admits."""
+
+    can_discard = True
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
         self.config, self.groups, self.device, self.clock = config, groups, device, Clock(device)
@@ -33,38 +48,40 @@ class NativeEngine:
         self.schedule = optimizer.build_schedule(config, self.optimizer)
         self.own_norms = OwnNorms(self.chunks)
         self.before_update: Callable[[], None] = lambda: None
+        self._step: _Step | None = None
         self.stored = store.Plan(self.chunks, self.optimizer, groups).to_save()
 
-    def train_step(
-        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
-    ) -> StepResult:
+    def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
         # All other state that a backward pass changes: random generators (dropout) and the routers' balancing bias.
-        generators, buffers = rng.states(self.device), self._buffers()
+        self._step = _Step(batches, loss_weights, rng.states(self.device), self._buffers())
+        return self._gradients(self._step)
 
-        def again() -> StepResult:
-            rng.restore(generators, self.device)
-            self._restore(buffers)
-            return self._gradients(batches, loss_weights)
+    def recompute_gradients(self) -> StepResult:
+        assert self._step is not None, "compute_gradients comes first"
+        rng.restore(self._step.generators, self.device)
+        self._restore(self._step.buffers)
+        return self._gradients(self._step)
 
-        result, is_applied = self._gradients(batches, loss_weights), True
-        if judge is not None:
-            result, is_applied = judge(result, again)
-        if is_applied:
-            self.before_update()
-            with self.clock.device("update"):
-                optimizer.update(self.optimizer, result.grad_norm)
-            self.schedule.step(1)
-        else:
-            self._restore(buffers)
-        return result
+    def apply_update(self) -> None:
+        assert self._step is not None, "compute_gradients comes first"
+        self.before_update()
+        with self.clock.device("update"):
+            optimizer.update(self.optimizer, self._step.grad_norm)
+        self.schedule.step(1)
+        self._step = None
 
-    def _gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+    def discard(self) -> None:
+        assert self._step is not None, "compute_gradients comes first"
+        self._restore(self._step.buffers)
+        self._step = None
+
+    def _gradients(self, of: "_Step") -> StepResult:
         """Run forward and backward; the parameters do not change."""
         weight = self.config.model.mtp.loss_weight
         timed = partial(self.clock.device, "forward")
-        loss = step.run(self.chunks, batches, loss_weights, weight, self.groups, timed=timed)
-        grad_norm = optimizer.norm(self.optimizer)
-        return StepResult(loss, grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())
+        loss = step.run(self.chunks, of.batches, of.loss_weights, weight, self.groups, timed=timed)
+        of.grad_norm = optimizer.norm(self.optimizer)
+        return StepResult(loss, of.grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer.clone() for chunk in self.chunks for buffer in chunk.module.buffers()]

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from megamm import engine as engines
 from megamm.device import choose
-from megamm.engine import Judge, StepResult
 from megamm.mcore import assemble, observe
 from megamm.mcore import groups as grid
 from megamm.mcore.assemble import Piece
@@ -43,7 +42,10 @@ def compute(job: Job) -> RankReport:
     for step in range(1, 2 if job.first_step_only else len(run.rows) + 1):
         batches = rank_batches(_rows(run, step), config.train.micro_batch, groups.data_rank, groups.data_size)
         with observe.watch(engine.chunks) as seen:
-            result = engine.train_step(batches, weights, _seeing(compare) if step == 1 else None)
+            result = engine.compute_gradients(batches, weights)
+            if step == 1:
+                compare.see("gradient", 1)
+            engine.apply_update()
         if step == 1:
             restore()
             compare.see("parameter", 1)
@@ -82,16 +84,6 @@ def _reduce_everywhere(engine: Any) -> Callable[[], None]:
         config.finalize_model_grads_func = finalize
 
     return restore
-
-
-def _seeing(compare: Any) -> Judge:
-    """Return a judge that compares the gradients before the update."""
-
-    def see(result: StepResult, _again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
-        compare.see("gradient", 1)
-        return result, True
-
-    return see
 
 
 def _value(what: str, piece: Piece) -> torch.Tensor | None:

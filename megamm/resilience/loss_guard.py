@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from megamm.config import RunConfig
-from megamm.engine import Judge, StepResult
+from megamm.engine import StepResult
 from megamm.errors import UserError
 from megamm.resilience import events
 from megamm.resilience.node_fault import NodeFault
@@ -61,26 +61,33 @@ class LossGuard:
         self.fault: NodeFault | None = None
         """Set when a rank's hardware failed and the run should continue without it."""
 
-    def judge(self, step: int, first_row: int, rows: int) -> Judge:
-        """Return the judge of step `step` (counted from 1), which reads rows [first_row, first_row + rows)."""
+    def check(
+        self,
+        step: int,
+        first_row: int,
+        rows: int,
+        result: StepResult,
+        recompute: Callable[[], StepResult] | None = None,
+    ) -> tuple[StepResult, bool]:
+        """Judge the gradients of step `step` (counted from 1), of rows [first_row, first_row + rows).
 
-        def judged(result: StepResult, again: Callable[[], StepResult] | None) -> tuple[StepResult, bool]:
-            why = self.spikes.why_bad(self._values(result))
-            verdict = "not run again"
-            if why and again is not None and self.config.rerun:
-                first, result = result, again()
-                seen = self._compare(first, result)
-                still, verdict = self.spikes.why_bad(self._values(result)), _verdict(seen)
-                if not still or not seen.is_same:
-                    self._note_fault(step, "transient" if not still else "unstable", why, seen)
-                why = still
-            if not why:
-                self._note_good(step, result)
-                return result, True
-            self._act(step, f"{why} ({verdict})", first_row, rows)
-            return result, False
-
-        return judged
+        Return the result that counts and whether its update may be made. recompute: computes the gradients again; None
+        where the engine cannot.
+        """
+        why = self.spikes.why_bad(self._values(result))
+        verdict = "not run again"
+        if why and recompute is not None and self.config.rerun:
+            first, result = result, recompute()
+            seen = self._compare(first, result)
+            still, verdict = self.spikes.why_bad(self._values(result)), _verdict(seen)
+            if not still or not seen.is_same:
+                self._note_fault(step, "transient" if not still else "unstable", why, seen)
+            why = still
+        if not why:
+            self._note_good(step, result)
+            return result, True
+        self._act(step, f"{why} ({verdict})", first_row, rows)
+        return result, False
 
     def next_row(self, row: int, rows: int) -> int:
         """Return the first row, from `row` on, from which `rows` rows can be read without a skipped one."""

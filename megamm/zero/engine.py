@@ -24,7 +24,7 @@ from megamm.clock import Clock
 from megamm.config import RunConfig
 from megamm.data.sample import Batch
 from megamm.device import Device
-from megamm.engine import Fill, Judge, StepResult
+from megamm.engine import Fill, StepResult
 from megamm.errors import UserError
 from megamm.mcore import backbone, optimizer, plain_step, whole_store
 from megamm.mcore.groups import Groups
@@ -38,6 +38,8 @@ BUCKET = 50_000_000
 
 class DeepSpeedEngine:
     """Implements megamm.engine.Engine with data parallelism only; config.deepspeed sets the ZeRO stage."""
+
+    can_discard = False
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
         """Build the engine. UserError if deepspeed is not installed."""
@@ -63,10 +65,8 @@ class DeepSpeedEngine:
                 "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, place
             )
 
-    def train_step(
-        self, batches: Sequence[Batch], loss_weights: torch.Tensor, judge: Judge | None = None
-    ) -> StepResult:
-        """Run a step; the judge cannot prevent the update, which is part of DeepSpeed's backward (layout.check)."""
+    def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
+        """Also changes the weights: the optimizer step is part of DeepSpeed's backward pass."""
         self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = plain_step.run(
@@ -79,11 +79,19 @@ class DeepSpeedEngine:
             partial(self.clock.device, "forward"),
         )
         plain_step.finish(self.model)
-        self.schedule.step(1)
         norm = float(self.deepspeed.get_global_grad_norm())
         # In bf16 DeepSpeed returns -1 for a gradient that is not finite.
-        result = StepResult(loss, norm if norm >= 0 else math.nan, lr)
-        return result if judge is None else judge(result, None)[0]
+        return StepResult(loss, norm if norm >= 0 else math.nan, lr)
+
+    def recompute_gradients(self) -> StepResult:
+        raise NotImplementedError("DeepSpeed has made the update already")
+
+    def apply_update(self) -> None:
+        """Only step the schedule: the weights have changed in compute_gradients."""
+        self.schedule.step(1)
+
+    def discard(self) -> None:
+        raise NotImplementedError("DeepSpeed has made the update already")
 
     def _backward(self, loss: torch.Tensor) -> None:
         """Run backward for one microbatch; DeepSpeed counts them and updates the parameters at the step's last one."""

@@ -75,7 +75,8 @@ def run_case(case: dict[str, Any], out: Path) -> None:
             )
         if number == last:
             break
-        done = runner.train_step(batches_of(number, groups), WEIGHTS)
+        done = runner.compute_gradients(batches_of(number, groups), WEIGHTS)
+        runner.apply_update()
         result["loss"].append(done.loss.mean.tolist())
         result["count"].append(done.loss.count.tolist())
         result["grad_norm"].append(done.grad_norm)
@@ -83,7 +84,7 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     if last > first:
         result["evaluated"] = runner.evaluate(batches_of(1000, groups), WEIGHTS).mean.tolist()
     if case.get("diverge"):
-        result["diverged"] = runner.train_step(batches_of(1001, groups), WEIGHTS * torch.inf).grad_norm
+        result["diverged"] = runner.compute_gradients(batches_of(1001, groups), WEIGHTS * torch.inf).grad_norm
     if dist.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(result))
     grid.destroy()

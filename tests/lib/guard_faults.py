@@ -173,18 +173,18 @@ def no_update(at: list[int]) -> None:
         number = now
 
     passes(note)
-    train_step = NativeEngine.train_step
+    apply_update = NativeEngine.apply_update
 
-    def kept(self: Any, *args: Any, **options: Any) -> Any:
+    def kept(self: Any) -> None:
         schedule = self.schedule.step
         self.schedule.step = lambda increment: None if number in at else schedule(increment)
         try:
-            return train_step(self, *args, **options)
+            apply_update(self)
         finally:
             self.schedule.step = schedule
 
     optimizer.update = lambda *args: None if number in at else update(*args)
-    NativeEngine.train_step = kept
+    NativeEngine.apply_update = kept
 
 
 def slow_forward(rank: int, seconds: float) -> None:
