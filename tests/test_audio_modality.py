@@ -202,5 +202,5 @@ def test_ids_that_are_no_sound_are_refused(audio, ids):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no audio codec"):
+    with pytest.raises(UserError, match="not a codec of family audio"):
         AudioModality.load(tmp_path)

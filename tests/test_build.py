@@ -191,7 +191,7 @@ def test_wrong_input_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"no usable sample.*the first is samples\.jsonl:1: not JSON"):
         build([raw], tmp_path / "shards", BuildOptions())
     assert list((tmp_path / "shards").iterdir()) == []
-    with pytest.raises(UserError, match="between 0 and 1"):
+    with pytest.raises(UserError, match="from 0 to 1"):
         BuildOptions(heldout=5)
 
 

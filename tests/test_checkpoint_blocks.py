@@ -155,7 +155,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         data = torch.full((rows, 2), -1.0)
         reader.load(tmp_path / "t", [Block("a", (rows, 2), (0, 0), (rows, 2), data, grows=True)])
         assert data.flatten().tolist() == [*range(2 * min(rows, 6)), *[-1.0] * (2 * max(0, rows - 6))]
-    with pytest.raises(UserError, match="wants"):
+    with pytest.raises(UserError, match="needs"):
         reader.load(tmp_path / "t", [Block("a", (6, 3), (0, 0), (6, 3), torch.zeros(6, 3), grows=True)])
 
 

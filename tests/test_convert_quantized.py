@@ -137,7 +137,7 @@ def test_the_tools_read_what_is_quantised(export, tmp_path, to):
     out = tmp_path / "out"
     quantize(export, out, to)
     report = verify(out)
-    assert not report.problems and report.lines[0] == "SHA256SUMS holds"
+    assert not report.problems and report.lines[0] == "SHA256SUMS matches"
     assert report.lines[1] == "names and shapes: check skipped: config.json declares quantised weights"
     assert report.lines[2].endswith("tensors, all values are finite")
     for arguments, code in ((["inspect", out], 0), (["diff", out, out], 0), (["diff", export, out], 1)):

@@ -346,7 +346,10 @@ MALFORMED = {
         lambda folder: config(folder, num_attention_heads=8),
         r"has the shape \[32, 32\], the config requires",
     ),
-    "groups that are not there": (lambda folder: config(folder, num_key_value_heads=4), r"k_proj.weight is \[16, 32\]"),
+    "groups that are not there": (
+        lambda folder: config(folder, num_key_value_heads=4),
+        r"k_proj.weight has the shape \[16, 32\]",
+    ),
     "layers that are not there": (
         lambda folder: config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
         r"layers\.2\..* is missing",

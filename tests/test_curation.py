@@ -103,8 +103,8 @@ def test_text_length_and_language():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"near_duplicates": 1.5}, "between 0 and 1"),
-        ({"max_clipped": -1}, "between 0 and 1"),
+        ({"near_duplicates": 1.5}, "from 0 to 1"),
+        ({"max_clipped": -1}, "from 0 to 1"),
         ({"min_characters": 5, "max_characters": 4}, "min_characters"),
         ({"min_seconds": -1}, "min_seconds"),
         ({"min_side": 0}, "at least 1"),

@@ -80,7 +80,7 @@ def test_other_models_are_refused(folders, tmp_path):
 
 
 def test_damage_is_named(folders, tmp_path):
-    refused(tmp_path / "none", "audio", "no audio codec")
+    refused(tmp_path / "none", "audio", "not a codec of family audio")
     refused(edited(folders, "dac", tmp_path / "a", codebook_size="many"), "audio", "DacModel cannot be used: .*many")
     refused(
         edited(folders, "dac", tmp_path / "b", n_codebooks=4), "audio", "lack .* tensors of DacModel, such as quant"

@@ -204,7 +204,7 @@ def test_a_process_that_fails_is_told_to_the_others():
     for thread in threads:
         thread.join()
     assert time.monotonic() - begin < exchange.STARTUP
-    assert found[1]["pair/0-1"].bandwidth is None and "torch sees none" in found[1]["pair/0-1"].why
+    assert found[1]["pair/0-1"].bandwidth is None and "torch sees no GPU" in found[1]["pair/0-1"].why
     assert found[0]["pair/0-1"] == Exchange(None, found[1]["pair/0-1"].why, of_another=True)
     verdicts = [finding.verdict for finding in cluster.speeds([found[0], found[1]], ["a", "b"], None)]
     assert verdicts == ["unknown", "wrong"]

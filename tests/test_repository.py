@@ -211,12 +211,13 @@ def test_ci_runs_the_tests() -> None:
     """CI is `make test` and ends with it, so that pytest's summary is the last line."""
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
-    planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()
-    assert planned[-1].endswith("-m pytest -n 3 --dist loadfile --no-loadscope-reorder"), (
-        "all that is not marked `everything`"
-    )
-    assert any("ruff check" in line for line in planned)
-    assert any("-m mypy" in line for line in planned)
+    planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()[-1]
+    beside, _, tests = planned.partition(" & lint=$!; ")
+    assert beside == "make --no-print-directory lint"
+    ordinary = r".* -m pytest -n 3 --dist loadfile --no-loadscope-reorder ; tests=\$\?; wait \$lint && exit \$tests"
+    assert re.fullmatch(ordinary, tests), "all that is not marked `everything`, and both must pass"
+    linted = _run("make", "--no-print-directory", "-n", "lint").stdout
+    assert "ruff check" in linted and "-m mypy" in linted
 
 
 def test_hooks_and_lint_run_the_same_tools() -> None:

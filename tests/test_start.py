@@ -281,7 +281,7 @@ def test_a_passed_on_initialisation_is_not_guessed():
         "",
     )
     block = Block.whole("output_layer.weight", torch.zeros(3, 4))
-    with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std says"):
+    with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std changes"):
         draw.set_new(block, block.key, config.model, seed=1)
 
 

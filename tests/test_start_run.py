@@ -225,7 +225,7 @@ LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for
         ({"num_hidden_layers": 3}, "unreadable config: Class validation error"),
         (LAYERS[3], "the weights do not fit config.json: 'model.layers.2.input_layernorm.weight'"),
         (LAYERS[1], "tensors are unknown to the backbone, the first is model.layers.1."),
-        ({"rms_norm_eps": 1e-5}, "model.norm_eps is 1e-05 in the source, 1e-06 in the config"),
+        ({"rms_norm_eps": 1e-5}, "model.norm_eps is 1e-05 in the source, but 1e-06 in the config"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -254,5 +254,5 @@ def test_a_source_older_than_a_key_had_what_is_its_default(data):
     del older["zero_centered_norm"], older["rope_scaling"]["beta_fast"]
     _check_function(older, config, [])
     gemma = load_config(_config(data, "gemma", model={"zero_centered_norm": True}))
-    with pytest.raises(UserError, match=r"model\.zero_centered_norm is False in the source, True in the config"):
+    with pytest.raises(UserError, match=r"model\.zero_centered_norm is False in the source, but True in the config"):
         _check_function(older, gemma, [])

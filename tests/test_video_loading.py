@@ -398,7 +398,7 @@ def test_the_decoder_is_chosen_by_device_and_logged(monkeypatch, caplog):
     with caplog.at_level(logging.INFO):
         assert choose_decoder("auto", CPU) == "pyav" and "PyAV: on a CPU" in caplog.text
         monkeypatch.setattr(video, "_has_dali", lambda: True)
-        assert choose_decoder("auto", gpu) == "dali" and "by DALI" in caplog.text
+        assert choose_decoder("auto", gpu) == "dali" and "with DALI" in caplog.text
         assert choose_decoder("pyav", gpu) == "pyav" and "PyAV: requested" in caplog.text
         monkeypatch.setattr(video, "_has_dali", lambda: False)
         assert choose_decoder("auto", gpu) == "pyav" and "is not installed" in caplog.text

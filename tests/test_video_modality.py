@@ -309,5 +309,5 @@ def test_what_is_written_plays_everywhere_and_reads_back(count):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="no visual codec"):
+    with pytest.raises(UserError, match="not a codec of family visual"):
         VideoModality.load(tmp_path)

@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from megamm.config.load import section_of
 from megamm.config.sections import RunConfig
@@ -26,13 +24,7 @@ where, and how to fix it.
 
 This page is generated from the schema (`python -m megamm.config.reference > docs/config.md`).
 """
-_BOUNDS: dict[type, tuple[str, str]] = {
-    annotated_types.Ge: ("ge", "≥"),
-    annotated_types.Gt: ("gt", ">"),
-    annotated_types.Le: ("le", "≤"),
-    annotated_types.Lt: ("lt", "<"),
-    annotated_types.MultipleOf: ("multiple_of", "multiple of"),
-}
+_BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "multiple_of": "multiple of"}
 
 
 def page() -> str:
@@ -63,8 +55,7 @@ def _section(section: type[BaseModel], name: str) -> Iterator[str]:
 
 def _type(field: FieldInfo) -> str:
     """A field's type with its bounds: "integer ≥ 1"."""
-    known = [(bound, *_BOUNDS[type(bound)]) for bound in field.metadata if type(bound) in _BOUNDS]
-    bounds = [f"{sign} {getattr(bound, name):g}" for bound, name, sign in known]
+    bounds = [f"{_BOUNDS[name]} {getattr(b, name):g}" for b in field.metadata for name in _BOUNDS if hasattr(b, name)]
     return " ".join([_plain(field.annotation), ", ".join(bounds)]).strip()
 
 
@@ -86,7 +77,7 @@ def _plain(annotation: Any) -> str:
 
 def _default(field: FieldInfo) -> str:
     """A field's default as it would be written in the file."""
-    if field.default is PydanticUndefined:
+    if field.is_required():
         return "required"
     if field.default is None:
         return "none"

@@ -69,7 +69,7 @@ def choose_decoder(wanted: Literal["auto", "dali", "pyav"], device: torch.device
     """The video decoder for a codec on that device, logged with the reason. Raises UserError if it is missing."""
     has_dali = _has_dali()
     if wanted == "dali" and not has_dali:
-        raise UserError("DALI is not installed", remedy="install nvidia-dali for your CUDA version, or use pyav")
+        raise UserError("DALI is not installed", remedy="install megamm's extra for GPUs, or use pyav")
     if wanted != "auto":
         reason = "requested"
     elif device.type == "cpu":

@@ -27,8 +27,9 @@ class Leftovers:
         os.environ["TMPDIR"] = str(self.folder)
         tempfile.tempdir = None  # read TMPDIR again
 
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    @pytest.hookimpl(wrapper=True, trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Iterator[None]:
+        """Look after the workers have ended, and before pytest's summary, which stays the last line."""
         yield
         files = [path for path in sorted(self.folder.iterdir()) if not path.name.startswith(EXPECTED)]
         shared = _shared_memory() - self.shared_before
