@@ -1,4 +1,4 @@
-"""The parts of an export: each alone does what the whole does, and together they are the export again; model cards."""
+"""The modules of an export: each alone equals its part of the whole, together they are the export; model cards."""
 
 import filecmp
 import json

@@ -1,4 +1,4 @@
-"""A part of the fault matrix (`make faults` runs it all), the tool that injects from outside, and what judges runs."""
+"""Part of the fault matrix (`make faults` runs all of it), the tool that injects from outside, run comparison."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_a_run_goes_on_by_itself_as_if_undisturbed(folder, suffered):
 
 
 def test_the_tool_injects_into_a_run_that_knows_nothing_of_it(folder):
-    """Rank 0 is held in a save, so that the tool comes in time."""
+    """Rank 0 pauses in a save, so that the tool is not too late."""
     command, env = fault_matrix.prepare(folder, "outside", ">pause@save:6:0:*")
     process = warm.start([*command, "--nproc", "2"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
@@ -67,7 +67,7 @@ def test_the_tool_injects_into_a_run_that_knows_nothing_of_it(folder):
 
 
 def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
-    """The judge: on copies of the undisturbed run with one thing changed in each."""
+    """The comparison finds every single change in copies of the baseline run."""
 
     def judged(change):
         for name in ("undisturbed", "undisturbed.records"):
@@ -97,7 +97,7 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
 
 
 def test_cells_are_read_from_the_story(tmp_path):
-    """A fault that was never reached, one that went on, and one whose recovery was never complete."""
+    """One fault was never reached, one continued, and one never recovered completely."""
     for line in (
         {"kind": "injected", "fault": "slow"},
         {"kind": "injected", "fault": "sigkill"},

@@ -1,4 +1,4 @@
-"""The demo's report on a tiny export, and the demo's own logic: kept stages, moved paths, promises that can fail."""
+"""The demo's report on a tiny export, and the demo's logic: kept stages, moved paths, promises that can fail."""
 
 import json
 import math
@@ -63,7 +63,7 @@ SUMMARY = {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """(folder as the demo leaves it, the report's text): two samples of every pair, some captions odd."""
+    """Return (demo output folder, the report's text): two samples of every pair, some captions odd."""
     folder = tmp_path_factory.mktemp("demo")
     make_export(folder)
     for name, codec in make_codecs(folder / "codecs").items():
@@ -99,7 +99,7 @@ def _write(folder, stem, modality, number, text):
 
 
 class _Reader(HTMLParser):
-    """Tags in order, pictures, the shown text, sections by their id; fails on tags that do not close as they open."""
+    """Collects tags in order, pictures, the shown text, sections by id; fails if tags do not close in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -175,7 +175,7 @@ def test_every_direction_has_examples_and_figures(page):
 
 
 def test_media_of_every_kind_are_shown_large_enough(page):
-    """Each sample of each direction as given, made and real; each tokenizer's media as they were and rebuilt."""
+    """Each direction's samples as given, made and real; each tokenizer's media before and after."""
     read = _Reader(page[1])
     media_of = {m: 2 * sum((a == m) + 2 * (b == m) for a, b in DIRECTIONS) for m in REGISTRY}
     rebuilt = {m: 4 for m in REGISTRY if m != "text"}
@@ -226,7 +226,7 @@ def test_a_picture_is_judged_by_the_real_one_that_is_nearest(page, tmp_path):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_in_a_browser(page, tmp_path, width):
-    """The page in a frame of this width; a script, which the page itself forbids, measures it."""
+    """Open the page in a frame of this width; a script, which the page itself forbids, measures it."""
     measure = """<script>addEventListener('load', () => parent.postMessage(JSON.stringify({
         width: document.documentElement.clientWidth, whole: document.documentElement.scrollWidth,
         least: Math.min(...[...document.images].map(image => image.getBoundingClientRect().width)),
@@ -307,7 +307,7 @@ def test_a_broken_promise_is_named(change, message):
 def test_targets_are_reported_as_reached_or_not():
     lines = {line["target"]: line for line in demo.targets(FOUND, {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS})}
     assert lines["image_to_text: exact"]["reached"] and lines["text_to_image: retrieval r5"]["reached"]
-    attributes = lines["image_to_text: attributes"]  # the one that is least often right counts
+    attributes = lines["image_to_text: attributes"]  # the attribute with the lowest share counts
     assert not attributes["reached"] and attributes["value"]["attribute"] == "skin"
     assert sum("pair gain" in name for name in lines) == len(DIRECTIONS)
 

@@ -1,4 +1,4 @@
-"""The folder of the data workers' sockets is removed however the process that has made it ends."""
+"""The folder of the data workers' sockets is removed, however the process that made it ends."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", ["exit", "stop", "kill"])
 def test_no_folder_is_left(tmp_path, how):
-    """stop: a server ends and another one takes its place, which needs the folder."""
+    """stop: a server ends and another one replaces it, which needs the folder."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), how]
     env = environment() | {"TMPDIR": str(tmp_path)}
