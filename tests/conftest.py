@@ -50,8 +50,8 @@ def shared_folders(tmp_path_factory):
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """Return a folder with tiny data and the baseline run that runs with faults are compared with."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "runs"
-    shared.copy("undisturbed", fault_matrix.undisturbed, folder)
+    folder = tmp_path_factory.mktemp("baseline") / "runs"
+    shared.copy("baseline", fault_matrix.undisturbed, folder)
     return folder
 
 

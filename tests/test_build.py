@@ -136,7 +136,7 @@ def test_broken_samples_are_counted_and_named_and_equal_images_kept_once(tmp_pat
     broken = {
         "empty.png": b"",
         "cut.png": dotted_png(RED, (64, 64))[:-20],
-        "text.png": b"this is no image",
+        "text.png": b"this is not an image",
         "wrong.jpg": dotted_png(RED),
         "film.mp4": b"0000",
         "bad.svg": b"<svg",

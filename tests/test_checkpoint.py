@@ -130,7 +130,7 @@ def test_full_disk_while_saving_is_one_line_and_leaves_earlier_checkpoints(data,
         code=$?; cp -r {small}/run/checkpoints {tmp_path}/left; exit $code
     """
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets no user make a mount namespace: no small file system to fill")
+        pytest.skip("users cannot make mount namespaces here, so there is no small file system to fill")
     done = subprocess.run(
         [
             "unshare",

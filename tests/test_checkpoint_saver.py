@@ -54,13 +54,13 @@ def test_a_checkpoint_holds_the_state_of_its_step(saver, tmp_path):
     assert saver.poll()[0].folder.name == "step_00000000" and saver.poll() == []
     start = time.monotonic()
     stall = saver.save(state(2), blocks, RNG)
-    assert 0.2 < stall <= time.monotonic() - start, "back-pressure is part of what the step waited for"
+    assert 0.2 < stall <= time.monotonic() - start, "back-pressure counts to the stall"
     data.fill_(3)
     saver.finish()
     assert psutil.Process().memory_full_info().shared - before.shared < 1 << 20
     assert [_stored(tmp_path, step) for step in (1, 2)] == [[1.0], [2.0]]
     assert [done.folder.name for done in saver.poll()] == ["step_00000001", "step_00000002"]
-    assert not checkpoint.path_of(tmp_path, 0).exists(), "two are kept"
+    assert not checkpoint.path_of(tmp_path, 0).exists(), "two checkpoints are kept"
     assert torch.equal(checkpoint.read_rng(checkpoint.path_of(tmp_path, 2), 0)["torch"], RNG["torch"])
     assert [event["step"] for event in events.read(tmp_path)] == [0, 1, 2]
 

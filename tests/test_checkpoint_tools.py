@@ -275,7 +275,7 @@ def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatc
     assert not list(tmp_path.rglob("exploited"))
     if place == "index":
         pickle.loads((folder / "tensors" / ".metadata").read_bytes())
-        assert (tmp_path / "exploited").exists(), "the exploit does not work: the test could not fail"
+        assert (tmp_path / "exploited").exists(), "the exploit must work, or the test cannot fail"
 
 
 def test_an_index_that_leaves_its_folder_is_refused(run):

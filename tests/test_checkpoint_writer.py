@@ -155,7 +155,7 @@ def test_a_name_implies_contents(memory, faulty, tmp_path):
             assert not [left for left in unsynced if left.startswith(path + "/") or left == path]
             final = Path(other)
             unsynced.add(str(final.parent))
-    assert str(final.parent) not in unsynced, "the new name is synced, too"
+    assert str(final.parent) not in unsynced, "the new name must be synced, too"
 
 
 @pytest.mark.everything
@@ -335,4 +335,4 @@ def _wait_for_signals(pid: int) -> None:
         if ignored & 1 << (signal.SIGTERM - 1):
             return
         time.sleep(0.01)
-    raise AssertionError("the writer never came up")
+    raise AssertionError("the writer did not start")

@@ -292,7 +292,7 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
 
 def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path, monkeypatch, caplog):
     """The output is written without comparison with its source; memory for models is not checked."""
-    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("no model is built"))
+    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("a model was built"))
     cut = Entry.cut
     with monkeypatch.context() as patch:
         patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])

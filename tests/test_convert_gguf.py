@@ -88,7 +88,7 @@ def test_llama_cpp_predicts_as_transformers_does(pair):
 def test_transformers_reads_the_same_model(pair):
     name, export, file = pair
     if name in ("mixtral", "llama, llama3"):
-        pytest.skip("transformers' reader of GGUF knows no experts in llama, and no factors of the rotation")
+        pytest.skip("transformers' GGUF reader lacks experts in llama and rotation factors")
     original = AutoModelForCausalLM.from_pretrained(export)
     config = AutoConfig.from_pretrained(export)  # its reader skips sizes such as that of a head
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)

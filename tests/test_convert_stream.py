@@ -249,14 +249,14 @@ def damaged(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     here = whole.index(tensors_of(moe / "hf")["model.layers.1.self_attn.o_proj.weight"].numpy().tobytes())
     file.write_bytes(whole[:here] + b"\x7f\x7f\x7f\x7f" + whole[here + 4 :])
 
-    def mend() -> None:
+    def restore() -> None:
         file.write_bytes(whole)
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
 
-    return mend
+    return restore
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["damage alone", "a value that fp16 has not"])
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["damage alone", "a value out of range for fp16"])
 def test_of_a_damaged_checkpoint_nothing_is_kept(
     damaged: Callable[[], None], moe: Path, tmp_path: Path, dtype: torch.dtype | None
 ) -> None:

@@ -336,7 +336,7 @@ MALFORMED = {
         lambda folder: (folder / INDEX).write_text("[" * 10**6),
         "unreadable index of weights",
     ),
-    "an index that is no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), "unreadable index"),
+    "an index that is not text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), "unreadable index"),
     "a shard that is a link": (linked, "model-00001-of-00002.safetensors is a link to outside the folder"),
     "a tensor in two shards": (twice, f"{NORM} is both in model-00001"),
     "a missing tensor": (lambda folder: edit(folder, DOWN, lambda tensor: None), f"config.json: {DOWN} is missing"),
@@ -351,7 +351,7 @@ MALFORMED = {
         lambda folder: config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
         r"layers\.2\..* is missing",
     ),
-    "heads that are no number": (
+    "heads that are not a number": (
         lambda folder: config(folder, num_attention_heads="many"),
         "transformers cannot build this model",
     ),
@@ -408,7 +408,7 @@ def test_a_pickle_is_never_opened(export, tmp_path):
             convert(*command)
     assert not (tmp_path / "exploited").exists()
     torch.load(export / "pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "exploited").exists(), "the exploit does not work: the test could not fail"
+    assert (tmp_path / "exploited").exists(), "the exploit must work, or the test cannot fail"
 
 
 def test_not_a_number_is_reported_and_by_choice_refused(export, tmp_path, caplog):

@@ -302,7 +302,7 @@ def test_a_split_vocabulary_changes_nothing(parallel_errors: dict[str, list[floa
 
 
 def _peak_bytes(call: Callable[[], Any]) -> int:
-    """Return the peak of what torch's allocator hands out within a call and has not yet got back."""
+    """Return the peak memory that torch's allocator has handed out within a call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -87,7 +87,7 @@ def test_clipped_audio():
 
 
 ENGLISH = (
-    "the old house stood on a hill above the village and nobody had lived there since the war ended many years ago"
+    "the old house stood on a hill above the village and no one had lived there since the war ended many years ago"
 )
 GERMAN = "das alte Haus stand auf einem Hügel über dem Dorf und keiner wohnte dort seit der Krieg vor Jahren endete"
 
@@ -158,7 +158,7 @@ def test_short_texts_have_no_signature():
     ("text", "masked"),
     [
         ("mail john.doe+x@mail.example.co.uk, now", "mail <EMAIL>, now"),
-        ("a@b is no address, nor is @name or x @ y.z", None),
+        ("a@b is not an address, nor is @name or x @ y.z", None),
         ("host 192.168.0.1. Port 8080", "host <IP>. Port 8080"),
         ("version 1.2.3, 300.1.2.3 and 1.2.3.4.5", None),
         ("from 2001:db8::8a2e:370:7334 to fe80:1:2:3:4:5:6:7", "from <IP> to <IP>"),

@@ -58,7 +58,7 @@ def test_blocks_are_read_as_a_shell_does():
 
 def test_every_command_has_an_entry():
     unknown = [str(c) for c in COMMANDS if any(entry_of(part) is None for part in parts(c.text))]
-    assert not unknown, "no entry in tests/lib/documented_checks.py says how these are checked:\n" + "\n".join(unknown)
+    assert not unknown, "these have no entry in tests/lib/documented_checks.py:\n" + "\n".join(unknown)
 
 
 def _usage_errors(found: list[Documented]) -> list[str]:

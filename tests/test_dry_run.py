@@ -161,8 +161,10 @@ def test_a_tampered_shard_is_found(tensor: str, how: str) -> None:
     tamper, said = TAMPERED[how]
     built = {r: models[r] for r in grid.built_ranks()}
     assert dry_run.shards_fault(built, grid) is None
-    alike = [r for r in built if grid.first_with(r, "experts" in tensor) == 0 and (r == 0 or tamper is not _swap_owner)]
-    found = dry_run.shards_fault(built | {r: _tampered(models[r], tensor, tamper) for r in alike}, grid)
+    replicas = [
+        r for r in built if grid.first_with(r, "experts" in tensor) == 0 and (r == 0 or tamper is not _swap_owner)
+    ]
+    found = dry_run.shards_fault(built | {r: _tampered(models[r], tensor, tamper) for r in replicas}, grid)
     assert found and said in found, found
     assert tensor in found or how == "too small"
 

@@ -125,7 +125,7 @@ def stored(bucket, prefix):
 def wait_for(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -198,8 +198,8 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
             memory.append(psutil.Process(uploader.pid).memory_info().rss)
             time.sleep(0.25)
         begin = time.monotonic()
-        assert not uploader.finish(0.2) and time.monotonic() - begin < 5, "what is not there yet is left"
-        assert slow.passed < 11 * 6 * MEBIBYTE, "the line was not slow"
+        assert not uploader.finish(0.2) and time.monotonic() - begin < 5, "pending files stay"
+        assert slow.passed < 11 * 6 * MEBIBYTE, "the connection was not slow"
         uploader.start()
         assert uploader.finish(60)
     finally:
@@ -209,7 +209,7 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
     assert sent[-1] == 13 and len(sent) < 8, sent
     there = DurableTier(url)
     there.download("step_00000013", tmp_path / "back", there.listed("step_00000013"))
-    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "of large files, in parts of 50 MiB"
+    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
 
 
 def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store
             tier.remove("step_00000003")
         else:
             cut_short += 1
-    assert cut_short, "every kill came too late"
+    assert cut_short, "every kill was too late"
     uploader = Uploader(run, url, 2, False)
     assert uploader.finish(30)
     assert stored(bucket, "runs/one/step_00000003/") == whole

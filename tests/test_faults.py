@@ -70,8 +70,8 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
     """The comparison finds every single change in copies of the baseline run."""
 
     def judged(change):
-        for name in ("undisturbed", "undisturbed.records"):
-            shutil.copytree(folder / name, folder / name.replace("undisturbed", "changed"))
+        for name in ("baseline", "baseline.records"):
+            shutil.copytree(folder / name, folder / name.replace("baseline", "changed"))
         try:
             change(folder / "changed")
             return fault_matrix.differences(folder, "changed", 0)
@@ -85,7 +85,7 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
         path.write_text(text.replace(old, new, 1))
 
     rows = "changed.records/rows_1.jsonl"
-    first = json.loads((folder / "undisturbed.records" / "rows_1.jsonl").read_text().splitlines()[0])["rows"][0]
+    first = json.loads((folder / "baseline.records" / "rows_1.jsonl").read_text().splitlines()[0])["rows"][0]
     manifest = f"checkpoints/step_{fault_matrix.STEPS:08d}/manifest.json"
     assert judged(lambda run: None) == []
     assert judged(lambda run: edit(run / "metrics.jsonl", '"grad_norm": ', '"grad_norm": 1')) == ["other numbers"]
@@ -93,7 +93,7 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
     lost = ["other rows", "not every row"]
     assert judged(lambda run: edit(folder / rows, f'"{first}", ', "")) == lost
     assert judged(lambda run: edit(run / manifest, '"xxh3_128": "', '"xxh3_128": "0')) == ["another last checkpoint"]
-    assert fault_matrix.differences(folder, "undisturbed", 3) == ["exit code 3"]
+    assert fault_matrix.differences(folder, "baseline", 3) == ["exit code 3"]
 
 
 def test_cells_are_read_from_the_story(tmp_path):

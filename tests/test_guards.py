@@ -59,7 +59,7 @@ class Runs:
         config = write_config(self.folder, self.folder / name, **sections)
         ended = self.worlds.run(2, guard_faults.train, Case(str(config), list(faults)), timeout=180)
         assert isinstance(ended, list), ended.lines()
-        assert ended[0] == ended[1], "both ranks end alike"
+        assert ended[0] == ended[1], "both ranks end the same way"
         return ended[0]
 
 
@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Runs:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> Path:
-    return runs.run("undisturbed", steps=12)
+    return runs.run("baseline", steps=12)
 
 
 def _actions(run: Path) -> list[tuple[int, str]]:
@@ -216,7 +216,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     kind, text = runs.end_of("local", POISON, ("ended_before", {"step": 12}), steps=12, **kept)
     assert kind == "UserError" and text.startswith("ended")
     (tier,) = (tmp_path / "local").glob("*/")
-    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder has step 10"
+    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder must have step 10"
     run = runs.run("local", steps=12, **kept)
     assert [(e["tier"], e["step"]) for e in events.read(run) if e["kind"] == "resumed"] == [("local", 11)]
     assert _actions(run) == [(9, "rollback")] and numbers(run) == numbers(left_out)
@@ -327,10 +327,10 @@ def test_comparison_of_two_runs():
     def seen(first, second, own):
         return compare({"x": first}, {"x": second}, torch.ones(2), torch.ones(2), lambda _: own)
 
-    nobody = [torch.tensor(0.0)] * 3
-    assert seen(math.nan, math.nan, nobody).deviation == 0 and seen(2.0, 2.0, nobody).is_same
-    assert seen(2.0, 2.001, nobody).is_same and not seen(2.0, 2.01, nobody).is_same
-    assert seen(math.nan, 2.0, nobody).deviation == math.inf and seen(1.0, 2.0, nobody).suspects == []
+    zeros = [torch.tensor(0.0)] * 3
+    assert seen(math.nan, math.nan, zeros).deviation == 0 and seen(2.0, 2.0, zeros).is_same
+    assert seen(2.0, 2.001, zeros).is_same and not seen(2.0, 2.01, zeros).is_same
+    assert seen(math.nan, 2.0, zeros).deviation == math.inf and seen(1.0, 2.0, zeros).suspects == []
     assert suspects([1e-7, 0.5, 0.04, 0.06]) == [1, 3] and suspects([0.0, math.inf, 0.3]) == [1]
 
 

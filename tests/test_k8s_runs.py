@@ -31,7 +31,7 @@ SECTIONS = {
 def work(undisturbed, tmp_path_factory):
     """Return the volume: data and the baseline run. It is a copy, as pods change the owner."""
     folder = tmp_path_factory.mktemp("work")
-    for name in ("shards", "tokenizers", "undisturbed", "undisturbed.records"):
+    for name in ("shards", "tokenizers", "baseline", "baseline.records"):
         shutil.copytree(undisturbed / name, folder / name)
     return folder
 

@@ -92,7 +92,7 @@ def data(undisturbed):
 
 @pytest.fixture(scope="module")
 def expected(data):
-    return numbers(data / "undisturbed")
+    return numbers(data / "baseline")
 
 
 def test_a_killed_rank_costs_no_step(data, expected):
@@ -110,12 +110,12 @@ def test_a_killed_rank_costs_no_step(data, expected):
         run.wait()
     finally:
         run.kill()
-    assert kept[-2:] == [6, 7], "the newest is kept, and one to go back to"
+    assert kept[-2:] == [6, 7], "the newest and the previous checkpoint are kept"
     resumed = [(event["tier"], event["step"]) for event in run.events("resumed")]
     assert resumed[0] == ("local", 7) and [tier for tier, _ in resumed] == ["local"] * 2
     checkpoint.verify(checkpoint.path_of(run.output, 10))
     assert numbers(run.output) == expected
-    assert not list((run.folder / "a").glob("*/")), "a run that is done takes no memory"
+    assert not list((run.folder / "a").glob("*/")), "a finished run uses no memory"
 
 
 def test_nodes_that_are_lost(data, expected):

@@ -157,7 +157,8 @@ def _beat(run: Path, rank: int, seconds: float, attempt: int) -> None:
 def test_endpoint_tells_of_a_hang(tmp_path):
     """While nothing is reported, the oldest heartbeat stays, and its age grows for a reader.
 
-    Ranks of a larger, earlier world do not count, nor does a file that is being replaced."""
+    Ranks of a larger, earlier world do not count, nor does a file that is being replaced.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
     killed = folder / f"{TEXTFILE}.1.2"  # a run was killed while writing it

@@ -36,13 +36,13 @@ def test_this_machine(tmp_path):
     assert {f.check for f in found.findings} == checks
     assert done.returncode == (1 if found.faults else 0) == (not told["fit"])
     assert done.stderr.splitlines() == ([found.line()] if found.faults else [])
-    assert not list(tmp_path.iterdir()), "what is written to measure a disk must not stay"
+    assert not list(tmp_path.iterdir()), "the files of the disk benchmark must be removed"
 
 
 def test_faults_of_a_node_are_one_line_with_remedies(tmp_path):
     """A full disk, a limit on files and missing GPUs at once; the node has its own name."""
     if subprocess.run(["unshare", "-rmu", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets no user make a mount namespace: no small file system to fill")
+        pytest.skip("users cannot make mount namespaces here, so there is no small file system to fill")
     full = tmp_path / "full"
     full.mkdir()
     inside = f'hostname bad-node; mount -t tmpfs -o size=8m tmpfs {full} && ulimit -f 2097152 && exec "$@"'

@@ -71,14 +71,14 @@ def wait_for(what, process, config):
     deadline = time.monotonic() + 120
     while not (found := what()):
         assert process.poll() is None, output_of(config)
-        assert time.monotonic() < deadline, f"it did not happen: {output_of(config)}"
+        assert time.monotonic() < deadline, f"timed out: {output_of(config)}"
         time.sleep(0.02)
     return found
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    output, config = config_of(data, "undisturbed")
+    output, config = config_of(data, "baseline")
     assert run(config, "--nproc", 2) == 0, output_of(config)
     kinds = [e["kind"] for e in events.read(output) if e["kind"] not in ("saved", "straggler")]
     assert kinds == ["launched", "started", "first_step", "finished"]
@@ -188,7 +188,7 @@ def test_what_the_user_must_mend_is_told_in_one_line_and_not_tried_again(data):
     """One of two ranks raises it; for errors on both ranks see below."""
     output, config = config_of(data, "mistake")
     assert run(config, "--nproc", 2, faults="user_error@step:2:1:*") == 2
-    assert errors_of(config) == ["error: an injected mistake; mend it"]
+    assert errors_of(config) == ["error: an injected mistake; fix it"]
     assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
 
 
@@ -198,7 +198,7 @@ def test_two_nodes_tell_the_users_mistake_once(data):
     options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
     nodes = [start(config, *options, faults="user_error@step:2:1:*") for _ in range(2)]
     assert [node.wait(timeout=120) for node in nodes] == [2, 2], output_of(config)
-    assert errors_of(config) == ["error: an injected mistake; mend it"]
+    assert errors_of(config) == ["error: an injected mistake; fix it"]
     assert len(of_kind(output, "failed")) == 1
 
 
@@ -215,7 +215,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(data, undisturbed
     for name, (overrides, _) in REFUSED.items():
         output, config = config_of(data, name)
         step = output / "checkpoints" / "step_00000002"
-        shutil.copytree(data / "undisturbed" / "checkpoints" / step.name, step)
+        shutil.copytree(data / "baseline" / "checkpoints" / step.name, step)
         if name == "damaged":
             (step / "state.json").write_text("{}")
         commands[config] = start(config, "--nproc", 2, *overrides)
@@ -282,10 +282,10 @@ def test_nodes_come_and_go(data, undisturbed):
     assert state["consumed_rows"] == 32 and state["world_size"] == 2
 
 
-def assert_near(lines, undisturbed):
+def assert_near(lines, baseline):
     """Compare with a run on another number of ranks, whose sums differ in the last digits."""
-    assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
-    for ours, theirs in zip(lines, undisturbed, strict=True):
+    assert [line["step"] for line in lines] == [line["step"] for line in baseline]
+    for ours, theirs in zip(lines, baseline, strict=True):
         # The balance of the ranks depends on their number.
         wanted = {k: v for k, v in theirs.items() if v is not None and k != "imbalance"}
         assert {k: ours[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)

@@ -84,7 +84,7 @@ def test_submitit(lab, swept):
     again = "the caller must run it again"
     limited.tells("restart 0", again, "Requeued job", "restart 1", "the run is done")
     assert short.ends()["Restarts"] == "0"
-    whole = lab.folder / "undisturbed"
+    whole = lab.folder / "baseline"
     assert numbers(short.run) == [line for line in numbers(whole) if line["step"] <= 4]
     rows = fault_matrix.rows(whole.with_suffix(".records"))
     assert fault_matrix.rows(short.run.with_suffix(".records")) == dict(list(rows.items())[:4])

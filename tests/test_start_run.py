@@ -128,7 +128,7 @@ def test_text_is_read_as_by_the_source(data, text_run, worlds, place, tmp_path):
     assert not isinstance(done, Failure), done.lines()
     ((off, loss_off),) = done
     assert off <= 1e-6 and loss_off <= 1e-6, done
-    assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy is left behind"
+    assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy was left behind"
 
 
 def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:

@@ -23,7 +23,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(data) -> Path:
     """Train eight steps on two data-parallel ranks, with a checkpoint every two and held-out losses at the end."""
-    output = data / "undisturbed"
+    output = data / "baseline"
     config = write_config(data, output, train=TRAIN)
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr

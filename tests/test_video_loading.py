@@ -223,7 +223,7 @@ def test_batches_threads_and_starts_change_no_bit(decoder, folder):
 
 @pytest.mark.parametrize("decoder", DECODERS[:2], indirect=True)
 def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
-    undisturbed = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
+    expected = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
     command = [sys.executable, Path(__file__).parent / "lib" / "video_worker.py", folder, decoder[0], "2", "2", "0"]
     process = warm.start(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen, state = [], 0
@@ -236,7 +236,7 @@ def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
     process.kill()
     assert process.wait(60) == -9 and state == 6
     resumed = stream_of(folder, decoder, batch_size=3, workers=1, consumed=state)
-    assert seen + [d for batch in resumed for d in digests(batch)] == undisturbed
+    assert seen + [d for batch in resumed for d in digests(batch)] == expected
 
 
 # --- seeking ---

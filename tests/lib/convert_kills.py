@@ -82,7 +82,7 @@ class Killing:
                 assert self.digests() == wanted
         self.run(None)
         assert self.digests() == wanted
-        return {"kills": killed, "resumed": self.resumed, "finished": self.finished, "seconds_undisturbed": seconds}
+        return {"kills": killed, "resumed": self.resumed, "finished": self.finished, "seconds_without_kills": seconds}
 
 
 def main() -> None:

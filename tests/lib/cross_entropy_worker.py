@@ -67,7 +67,8 @@ def errors(seed: int, case: tuple[Any, ...], group: dist.ProcessGroup) -> list[f
 def errors_of_cases(_: None) -> dict[str, list[float]]:
     """Return each case's largest relative errors over all ranks: loss, token losses, gradients of hidden and weight.
 
-    They are infinite where two runs differ in a bit."""
+    They are infinite where two runs differ in a bit.
+    """
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     results = {}
     for seed, (name, case) in enumerate(CASES.items()):

@@ -217,7 +217,7 @@ def check(command: str, folder: Path, instead: Callable[[Entry, str, Path], None
     """Check every part of a command line, in order."""
     for part in parts(command):
         entry = entry_of(part)
-        assert entry is not None, f"{part}: no entry in tests/lib/documented_checks.py says how it is checked"
+        assert entry is not None, f"{part}: has no entry in tests/lib/documented_checks.py"
         for old, new in entry.replace.items():
             part = part + new if old == "$" else part.replace(old, new)
         (instead or entry.check)(entry, part, folder)

@@ -53,7 +53,7 @@ def _build(sources: list[Path], folder: Path) -> None:
         for source in sources
     }
     running = [subprocess.Popen([compiler, *command, "-o", str(to)]) for to, command in jobs.items()]
-    assert [process.wait() for process in running] == [0] * len(running), "the kernels do not build for a CPU"
+    assert [process.wait() for process in running] == [0] * len(running), "building the kernels for a CPU failed"
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     part = folder / "library.part"
     subprocess.run([compiler, "-shared", *map(str, jobs), *libraries, "-o", str(part)], check=True)

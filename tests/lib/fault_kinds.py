@@ -115,7 +115,7 @@ def newest_checkpoint(run, seconds=2.0):
     end = time.monotonic() + seconds
     while len(found := _whole(run)) < 2:
         if time.monotonic() > end:
-            raise LookupError("there is no second checkpoint to go on from")
+            raise LookupError("there is no second checkpoint to resume from")
         time.sleep(0.01)
     return found[-1]
 
@@ -230,7 +230,7 @@ def _exception(heart):
 def _user_error(heart):
     from megamm.errors import UserError
 
-    raise UserError("an injected mistake", remedy="mend it")
+    raise UserError("an injected mistake", remedy="fix it")
 
 
 def _deadlock(heart):

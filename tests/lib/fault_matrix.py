@@ -109,13 +109,13 @@ def last_bytes(output: Path) -> dict[str, str]:
 
 def differences(folder: Path, name: str, code: int) -> list[str]:
     """Return how the run differs from the baseline run."""
-    ours, theirs = folder / name, folder / "undisturbed"
+    ours, theirs = folder / name, folder / "baseline"
     if code:
         return [f"exit code {code}"]
     read = rows(folder / f"{name}.records")
     checks = {
         "other numbers": numbers(ours) == numbers(theirs),
-        "other rows": read == rows(folder / "undisturbed.records"),
+        "other rows": read == rows(folder / "baseline.records"),
         "not every row": [len(digests) for digests in read.values()] == [BATCH] * STEPS,
         "another last checkpoint": last_bytes(ours) == last_bytes(theirs),
     }
@@ -175,7 +175,7 @@ def undisturbed(folder: Path) -> None:
     """Make the data and the baseline run that all others are compared with."""
     folder.mkdir(parents=True)
     make_data(folder)
-    assert run(folder, "undisturbed", "") == 0, (folder / "undisturbed.log").read_text()
+    assert run(folder, "baseline", "") == 0, (folder / "baseline.log").read_text()
 
 
 def table(folder: Path) -> str:
@@ -238,11 +238,11 @@ def outcome(folder: Path, name: str) -> Outcome:
 def main() -> None:
     """Run the command line (see the module's docstring)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder; outcomes that it has are not made again")
-    parser.add_argument("--table", type=Path, help="where to write the table of all outcomes in --out")
-    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="of faults, with commas")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; outcomes in it are not repeated")
+    parser.add_argument("--table", type=Path, help="file for the table of all outcomes in --out")
+    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="kinds of faults, separated by commas")
     chosen = parser.parse_args()
-    if not (chosen.out / "undisturbed").exists():
+    if not (chosen.out / "baseline").exists():
         undisturbed(chosen.out)
     failed = False
     for name in chosen.kinds.split(","):
@@ -251,7 +251,7 @@ def main() -> None:
             path.write_text(json.dumps(asdict(outcome(chosen.out, name)), indent=1))
         wrong = json.loads(path.read_text())["wrong"]
         failed = failed or bool(wrong)
-        print(f"{name}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
+        print(f"{name}: {'; '.join(wrong) or 'as the baseline run'}", flush=True)
     if chosen.table is not None:
         chosen.table.write_text(table(chosen.out))
     sys.exit(int(failed))

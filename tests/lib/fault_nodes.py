@@ -36,7 +36,7 @@ def wait_for(what, seconds=SECONDS):
     """Return the first true value of what()."""
     end = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
     return found
 

@@ -196,7 +196,7 @@ class IndexedJob:
         """Take turns until what() is true; return its value."""
         end = time.monotonic() + seconds
         while not (found := what()):
-            assert time.monotonic() < end, f"it did not happen\n{self.story()}"
+            assert time.monotonic() < end, f"timed out\n{self.story()}"
             self.turn()
             time.sleep(0.02)
         return found

@@ -25,7 +25,7 @@ def begin(own: Path) -> None:
 
 def shared(name: str, make: Callable[[Path], None]) -> Path:
     """Return the folder of that name, which `make` creates and fills; after a failure the next caller repeats it."""
-    assert _session is not None, "conftest.py begins the session"
+    assert _session is not None, "conftest.py must begin the session"
     sys.audit(EVENT)
     folder = _session / "shared" / name
     folder.parent.mkdir(exist_ok=True)

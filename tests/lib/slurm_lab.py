@@ -73,7 +73,7 @@ class Job:
     def ends_nearly_as_undisturbed(self):
         """Check a run on another number of ranks: the same rows, and losses up to the order of sums."""
         record = self.ends()
-        of = self.lab.folder / "undisturbed"
+        of = self.lab.folder / "baseline"
         assert fault_matrix.rows(self.run.with_suffix(".records")) == fault_matrix.rows(of.with_suffix(".records"))
         for ours, theirs in zip(numbers(self.run), numbers(of), strict=True):
             # The balance of the ranks depends on their number.
@@ -86,7 +86,7 @@ class Job:
         log, at = self.log, 0
         for sentence in sentences:
             at = log.find(sentence, at)
-            assert at >= 0, f"{sentence} is not there, or too early:\n{log}"
+            assert at >= 0, f"{sentence} is missing or too early:\n{log}"
 
 
 class Lab:

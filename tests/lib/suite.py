@@ -161,7 +161,8 @@ class Starts:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Restore the environment after a test, as commands that run in this process set variables.
 
-    A command with one variable more than the warm server would be started cold."""
+    A command with one variable more than the warm server would be started cold.
+    """
     before = dict(os.environ)
     try:
         return (yield)

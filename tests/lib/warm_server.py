@@ -40,7 +40,7 @@ def preload() -> None:
     for module in pkgutil.walk_packages(megamm.__path__, "megamm."):
         if not module.name.endswith(("__main__", "._csrc")) and not module.name.startswith(LEFT_OUT):
             importlib.import_module(module.name)
-    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread: a fork copies one only"
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which a fork does not copy"
 
 
 def serve(channel: socket.socket) -> tuple[dict, list[int]] | None:
