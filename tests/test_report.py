@@ -164,7 +164,7 @@ def test_every_direction_has_examples_and_figures(page):
         assert shown.count("✓") + shown.count("✗") == 2, "each output is judged"
         figures = "24 of 48 captions are exactly right" if b == "text" else "is among the five nearest (by chance 10"
         assert figures in shown or (a == "audio" and "7 of 9 captions are exactly right" in shown)
-    assert "nothing usable was made" in read.sections["image_to_text"]
+    assert "no usable output" in read.sections["image_to_text"]
     figures = read.sections["figures"]
     assert "7 of 9 captions exactly right: 78\u00a0% (45 to 94\u00a0%)" in figures
     assert figures.count("+0.1000 nats per token (standard error 0.0100, 9 samples)") == len(DIRECTIONS)
@@ -198,7 +198,7 @@ def test_media_of_every_kind_are_shown_large_enough(page):
         ("cook, man", "cook, man", ("✓ Right", "letter by letter.")),
         ("cook, man", "cook, woman", ("✗ Wrong", "gender is “man”, should be “woman”. Right: subject.")),
         ("one", "one two", ("✗ Wrong", "word 2 is missing: “two”. Right: word 1.")),
-        ("one two", "three", ("✗ Wrong", "is “one”, should be “three”; word 2 “two” is not asked for. No part is")),
+        ("one two", "three", ("✗ Wrong", "is “one”, should be “three”; word 2 “two” was not requested. No part is")),
         ("cook,man", "cook, man", ("✗ Wrong", "should be “cook, man”")),
     ],
 )
@@ -276,7 +276,7 @@ def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path,
     changed = stages.Stage("a", (), (("data", "--help"),))
     assert stages.run_stages(tmp_path, [changed, second])["b"]["details"] == {"answer": 2}
     failing = stages.Stage("b", (), (("eval", "nowhere", "nothing"),))
-    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+    with pytest.raises(stages.DemoError, match="exited with code 2: error: not an export"):
         stages.run_stages(tmp_path, [changed, failing])
     assert not (tmp_path / "stages" / "b.json").exists()
 
@@ -333,7 +333,7 @@ def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
     log = (tmp_path / "stages" / "a.log").read_text()
     assert all(f"megamm {name}[OPTIONS]" in log.replace("python -m ", "") for name in ("", "data ", "eval "))
     failing = stages.Stage("a", (), (("--help",), ("eval", "nowhere", "nothing")), at_once=True)
-    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+    with pytest.raises(stages.DemoError, match="exited with code 2: error: not an export"):
         stages.run_stages(tmp_path, [failing])
 
 
