@@ -117,7 +117,7 @@ def test_kernels_on_a_gpu(kernel: str, form: tuple[float, float, int] | None) ->
 
 
 def test_every_layer_sees_its_own_row_map() -> None:
-    """What layers share of a row map is not used for another row map, or after the row map was changed."""
+    """State that layers share for a row map is not used for another row map, or after the row map was changed."""
     heads, length = HEADS[0], 32
     module, (*qkv, _) = build(ALONE, heads[3], 1), inputs(4, length, heads)
 

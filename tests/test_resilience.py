@@ -293,7 +293,7 @@ def assert_near(lines, baseline):
 
 @pytest.mark.everything
 def test_a_faulty_node_is_evicted(data, undisturbed):
-    """Of two nodes and a spare, first the store's host fails, which serves the store to the end, then another node.
+    """The faulty node is first the store's host, which serves the store to the end, then another of two and a spare.
 
     No node leaves anything in its memory.
     """

@@ -170,11 +170,11 @@ def slurm(entry: Entry, command: str, folder: Path) -> None:
 HOST = {"HOST": "127.0.0.1"}
 MANY = HOST | {"$": " train.global_batch=32 train.micro_batch=1"}
 """For 32 ranks with one row each: the tiny CONFIG has fewer."""
-LONG = "trains for minutes by default: a few steps here"
+LONG = "trains for minutes by default; only a few steps here"
 ENTRIES = [
     # Commands that cannot be run here as typed.
-    Entry(r"make ", make_target, "starts all of the tests, the demo, or makes an environment: make's own plan of it"),
-    Entry(r"pip install ", pip_install, "an index would be downloaded from"),
+    Entry(r"make ", make_target, "runs all tests or the demo, or makes an environment: make's dry run"),
+    Entry(r"pip install ", pip_install, "would download packages"),
     Entry(r"apt-get install ", shell_syntax, "changes the system"),
     Entry(r"git clone ", shell_syntax, "downloads"),
     Entry(r"megamm data fetch ", parse, "downloads public data; tests/test_fetch.py"),
@@ -188,9 +188,9 @@ ENTRIES = [
     ),
     Entry(r"torchrun ", torchrun, "16 GPUs on two nodes", {" ... ": " --rdzv-endpoint 127.0.0.1:29400 "}, heavy=True),
     Entry(r"megamm doctor .*--nnodes", parse, "several nodes; tests/test_preflight_nodes.py", HOST),
-    Entry(r"megamm doctor .*--gpus", run, "GPUs: without them it says so", codes=(0, 1), heavy=True),
+    Entry(r"megamm doctor .*--gpus", run, "GPUs: reports an error without them", codes=(0, 1), heavy=True),
     Entry(r"python tools/parity.py --fuzz ", run, "minutes: two of the 200", {"--fuzz 200": "--fuzz 2"}, heavy=True),
-    Entry(r"python launchers/slurm/submit.py ", submit, "sends jobs; tests/test_slurm.py", heavy=True),
+    Entry(r"python launchers/slurm/submit.py ", submit, "submits jobs; tests/test_slurm.py", heavy=True),
     Entry(r"kubectl (apply|delete) ", kustomize, "no cluster: rendered; tests/test_k8s_runs.py runs the pods"),
     Entry(r"kubectl ", kubectl_without_cluster, "no cluster: up to the connection"),
     Entry(r"docker build ", docker_build, "no Docker daemon; tests/test_images.py"),
