@@ -1,16 +1,16 @@
-"""What a step waits for a checkpoint, and what saving at every step costs.
+"""Time that a step waits for a checkpoint, and the cost of saving at every step.
 
 part stall: one rank, a model with about 300 MB of state in float32. Ours against torch.save of the same tensors, DCP
-(dcp.save), DCP async (dcp.async_save) as it comes and with its staging memory kept, in turns, medians and least of the
-rounds. stall: seconds by which the next step ends later, as far as it waits (ours is copied while that step's forward
-and backward run; copy: seconds if it were waited for at once); durable: until the files are synced (torch.save syncs
-nothing: its figure is without); resume: seconds to read all back into the live tensors, files in the page cache.
+(dcp.save), DCP async (dcp.async_save) by default and with its staging memory kept, in turns; medians and minima of the
+rounds. stall: seconds by which the next step ends later, as far as it waits (ours is copied during that step's forward
+and backward; copy: seconds if it were waited for at once); durable: until the files are synced (torch.save syncs
+nothing, so its figure is without); resume: seconds to read all back into the live tensors, files in the page cache.
 part every: two ranks with the demo's model and batch (examples/cpu_tiny.yaml) on random tokens. Blocks of steps without
 a save, with one into the local tier (on a RAM disk, one node, no replica) and with one into the run's folder after each
 step take turns; cost: 1 - tokens/s with / tokens/s without; cpu_cost: processor seconds, of the rank and the processes
-that it started, with / without - 1; of the rounds' ratios. alone: processor seconds of a save while nothing is trained,
-share: that over those of a step. On a machine that others use, cost and cpu_cost are noise, share is not; it leaves
-out what training loses of the caches.
+that it started, with / without - 1; medians of the rounds' ratios. alone: processor seconds of a save without training;
+share: that divided by those of a step. On a shared machine cost and cpu_cost are noise, share is not; it excludes
+slower training through evicted caches.
 Run: `python benchmarks/checkpoint.py [--part stall|every] [--rounds N] [--json OUT]`.
 """
 
@@ -50,14 +50,14 @@ ROUNDS = 5
 LARGE = {"num_layers": 5, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
 DEMO = {"num_layers": 4, "hidden_size": 256, "ffn_hidden_size": 768, "num_attention_heads": 4, "num_query_groups": 2}
 VOCABULARY, LENGTH, GLOBAL_BATCH, MICRO_BATCH = 8104, 512, 8, 4
-"""The demo's."""
+"""The demo's batch."""
 STEPS_A_BLOCK = 4
 
 Timed = dict[str, float]
 
 
 def config_of(model: dict[str, int], batch: int) -> RunConfig:
-    """A run of this model; folders are not used."""
+    """Return the config of a run of this model; folders are not used."""
     return config_from_dict(
         {
             "output": "unused",
@@ -73,7 +73,7 @@ def config_of(model: dict[str, int], batch: int) -> RunConfig:
 
 
 def state(step: int) -> RunState:
-    """Of a checkpoint of which only the tensors matter."""
+    """Return the state for a checkpoint of which only the tensors are used."""
     return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
@@ -97,7 +97,7 @@ class Sides:
         self.kept = DefaultStager(StagingOptions(False, False, False, False))
 
     def save(self) -> float:
-        """Ours begun; the seconds that it took."""
+        """Begin our save; return the seconds that it took."""
         start = time.perf_counter()
         self.step += 1
         self.saver.save(state(self.step), self.blocks, {"torch": torch.get_rng_state()})
@@ -137,7 +137,7 @@ class Sides:
         return {"stall": stalled, "durable": time.perf_counter() - start}
 
     def resumes(self) -> dict[str, Callable[[], Any]]:
-        """Ways to read what was saved last."""
+        """Return functions that read the last save of each way."""
         ours = path_of(self.folder / "ours", self.step) / "tensors"
         stored = dcp.FileSystemReader(self.folder / "dcp")
         empty = {name: torch.empty_like(tensor) for name, tensor in self.tensors.items()}
@@ -149,7 +149,7 @@ class Sides:
 
 
 def stall(folder: Path) -> dict[str, Any]:
-    """Part stall."""
+    """Run part stall."""
     sides = Sides(folder)
     result = _in_turns(
         {
@@ -180,7 +180,7 @@ def _resume(read: Callable[[], Any]) -> Timed:
 
 
 def _in_turns(sides: dict[str, Callable[[], Timed]]) -> dict[str, Any]:
-    """Every side once a round, after one round that does not count."""
+    """Run every side once per round, after one warm-up round."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     for number in range(ROUNDS + 1):
         for name, side in sides.items():
@@ -215,7 +215,7 @@ class Every:
             saver.settle()
 
     def block(self, kind: str) -> Timed:
-        """Steps, each with a save of this kind, "none" for none; seconds and processor seconds a step, and stall."""
+        """Run steps, each with a save of this kind ("none": none): seconds and processor seconds a step, and stall."""
         saver = self.savers.get(kind)
         dist.barrier()
         start, used = time.perf_counter(), _processor_seconds()
@@ -236,7 +236,7 @@ class Every:
         return {"seconds": seconds, "cpu": spent, "stall": stalled / STEPS_A_BLOCK}
 
     def alone(self, kind: str) -> Timed:
-        """A save of this kind, complete, while nothing is trained: its processor seconds."""
+        """Return the processor seconds of a complete save of this kind without training."""
         used, saver = _processor_seconds(), self.savers[kind]
         for _ in range(STEPS_A_BLOCK):
             self.step += 1
@@ -245,7 +245,7 @@ class Every:
         return {"alone": (_processor_seconds() - used) / STEPS_A_BLOCK}
 
     def run(self, rounds: int) -> dict[str, Any]:
-        """All kinds in turns; the first round does not count."""
+        """Run all kinds in turns, after one warm-up round."""
         kinds = ("none", *self.savers)
         timed = [{kind: self.block(kind) for kind in kinds} for _ in range(rounds + 1)][1:]
         alone = {kind: [self.alone(kind) for _ in range(ROUNDS)] for kind in self.savers}
@@ -270,23 +270,23 @@ def _summary(timed: list[Timed]) -> dict[str, dict[str, float]]:
 
 
 def every(told: tuple[Path, Path, int]) -> dict[str, Any]:
-    """Part every, on one of two ranks; told: the run's folder, that of the local tier, rounds."""
+    """Run part every on one of two ranks; told: the run's folder, that of the local tier, rounds."""
     folder, memory, rounds = told
     return Every(folder, memory).run(rounds)
 
 
 def _processor_seconds() -> float:
-    """Of this rank and its processes, to the nanosecond (proc(5), schedstat)."""
+    """Return those of this rank and its processes, to the nanosecond (proc(5), schedstat)."""
     ranks = (psutil.Process(), *psutil.Process().children())
     tasks = [task for rank in ranks for task in Path(f"/proc/{rank.pid}/task").iterdir()]
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 def main() -> None:
-    """Run and print; --json writes the figures too."""
+    """Run and print; --json also writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("stall", "every"))
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of part every")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="rounds of part every")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -1,13 +1,13 @@
-"""Both ways of conversion against transformers' own reading and saving of the same model, and against the disk.
+"""Import and export against transformers' own reading and saving of the same model, and against the disk.
 
-The model: a Qwen3 in bfloat16 with random bits, in shards, of --gigabytes. Each side is a process of its own, once a
-round in turns, its source out of the page cache before; medians of the rounds.
+The model: a Qwen3 in bfloat16 with random bits, in shards, of --gigabytes. Each side is a separate process, once a
+round in turns, with its source out of the page cache before; medians of the rounds.
     raw          the shards copied as dd does, 4 MB at a time: read, written, synced
     import       shards -> native checkpoint; export: that -> shards. With --no-gate: the digests of an exported
-                 checkpoint are checked; all that is written is synced, read back and checked, then named
+                 checkpoint are checked; all output is synced, read back and checked, then named
     gated_import, gated_export    with the gate, which compares all tensors of both sides; but not the logits
     from_pretrained, save_pretrained    of transformers, one after the other in one process: nothing is synced
-MB/s: bytes of weights over seconds of the call (imports of libraries are left out); rss: peak resident MB of the
+MB/s: bytes of weights over seconds of the call (imports of libraries are excluded); rss: peak resident MB of the
 process that needs most, its libraries included; share: MB/s over raw's of the same round, median of the ratios.
 Run: `python benchmarks/convert.py [--gigabytes G] [--shards N] [--nproc N] [--rounds N] [--folder F] [--json OUT]`.
 """
@@ -28,12 +28,12 @@ from typing import Any
 
 TESTS = Path(__file__).parents[1] / "tests" / "lib"
 LAYER_BYTES = 18_900_000
-"""Of tests/lib/stream_models.py's model."""
+"""Size of tests/lib/stream_models.py's model."""
 PIECE = 4 << 20
 
 
 def side(name: str, folder: Path, nproc: int, shards: int) -> dict[str, float]:
-    """One side, on this process: seconds of each part, and peak memory."""
+    """Run one side in this process: seconds of each part, and peak memory."""
     seconds: dict[str, float] = {}
     if name == "raw":
         began = time.perf_counter()
@@ -61,24 +61,24 @@ def side(name: str, folder: Path, nproc: int, shards: int) -> dict[str, float]:
         began = time.perf_counter()
         convert(source, target, nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
         seconds[name] = time.perf_counter() - began
-    # Not this process's ru_maxrss, which begins with that of the one that started it.
+    # Not this process's ru_maxrss, which begins with that of its parent.
     lines = Path("/proc/self/status").read_text().splitlines()
     own = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return seconds | {"rss": max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024 / 1e6}
 
 
 def shard_size(folder: Path, shards: int) -> int:
-    """Bytes, so that there are about as many again."""
+    """Return the bytes for which the output has about as many shards."""
     return size_of(folder) // shards + LAYER_BYTES
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of the model's weights."""
+    """Return the bytes of the model's weights."""
     return sum(file.stat().st_size for file in (folder / "hf").glob("*.safetensors"))
 
 
 def copy(source: Path, target: Path) -> None:
-    """All shards, each synced."""
+    """Copy all shards, each synced."""
     target.mkdir()
     for file in sorted(source.glob("*.safetensors")):
         with file.open("rb", buffering=0) as read, (target / file.name).open("wb", buffering=0) as written:
@@ -88,7 +88,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Take a folder's files out of the page cache."""
+    """Drop a folder's files from the page cache."""
     for file in (f for f in folder.rglob("*") if f.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -104,11 +104,11 @@ SIDES = {
     "gated_export": ("run", "gated_out"),
     "transformers": ("hf", "saved"),
 }
-"""What each reads and makes."""
+"""Input and output of each."""
 
 
 def turn(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Every side once: MB/s and memory of each."""
+    """Run every side once: MB/s and memory of each."""
     found: dict[str, dict[str, float]] = {}
     for name, (source, target) in SIDES.items():
         forget(folder / source)
@@ -128,13 +128,13 @@ def turn(folder: Path, given: argparse.Namespace) -> dict[str, dict[str, float]]
 
 
 def main() -> None:
-    """Run and print; --json writes the figures too."""
+    """Run and print; --json also writes the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--shards", type=int, default=5)
-    parser.add_argument("--nproc", type=int, default=0, help="processes of ours; 0: one a core")
+    parser.add_argument("--nproc", type=int, default=0, help="processes of import and export; 0: one per core")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk that is measured; by default the temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder on the measured disk; default: the temporary folder")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

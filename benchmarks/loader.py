@@ -1,13 +1,13 @@
 """The loader on a CPU: samples and rows per second and the CPU share, against webdataset and megatron-energon.
 
-All sides read the same token shards (caption and image of a sample from two aligned folders of tars) and give batches
-of the same shape, rows made by the same `packing.pack`. webdataset reads both folders sequentially in step; energon
+All sides read the same token shards (caption and image of a sample from two aligned folders of tars) and return batches
+of the same shape, with rows from the same `packing.pack`. webdataset reads both folders sequentially in step; energon
 reads them as a join of two crude datasets, unshuffled, with its savable loader, after its own `energon prepare`. Both
 pack documents in the order they come (next fit), energon in buffers; ours reads members at random as planned. The sides
 take turns, medians over the rounds. CPU share: processor seconds of the process and its workers per second.
-energon is in no requirements file, for it wants another python-dateutil than the pinned one: in an environment of its
-own, `pip install megatron-energon==7.4.1 -c FILE`, with the installed torch in FILE. A side that cannot run is named
-with the reason.
+energon is not in the requirements files, as it needs a different python-dateutil than the pinned one. Use a separate
+environment: `pip install megatron-energon==7.4.1 -c FILE`, with the installed torch in FILE. A side that cannot run is
+named with the reason.
 Run: `python benchmarks/loader.py [--json OUT]`.
 """
 
@@ -63,7 +63,7 @@ Item = TypeVar("Item")
 
 
 def write_shards(folder: Path) -> None:
-    """SAMPLES samples of a caption and an image, in token shards of 500."""
+    """Write SAMPLES samples of a caption and an image, in token shards of 500."""
     generator = np.random.default_rng(0)
     for name, codec in CODECS.items():
         with ShardWriter(folder / f"{name}.tokens-{codec}", samples_per_shard=500) as writer:
@@ -73,7 +73,7 @@ def write_shards(folder: Path) -> None:
 
 
 def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
-    """Microbatches from the loader, one a step."""
+    """Yield microbatches from the loader, one per step."""
     sample_set = SampleSet(folder, CODECS)
     stream = RowStream([sample_set], Mixture([Source("s", 1, len(sample_set))], 0), VOCABULARY, ROW, FORMS)
     loader = Loader(
@@ -90,7 +90,7 @@ def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
 
 
 def by_next_fit(items: Iterable[Item], document: Callable[[Item], Document]) -> Iterator[list[Item]]:
-    """Items of each row, in their order: a new row where the next document does not fit."""
+    """Group documents into rows in their order: a new row where the next document does not fit."""
     waiting: list[Item] = []
     used = 0
     for item in items:
@@ -103,7 +103,7 @@ def by_next_fit(items: Iterable[Item], document: Callable[[Item], Document]) -> 
 
 
 def packed_in_order(documents: Iterator[Document]) -> Iterator[Batch]:
-    """Microbatches of documents in the order they come."""
+    """Yield microbatches of documents in the order they come."""
     rows: list[Row] = []
     for row in by_next_fit(documents, lambda document: document):
         rows.append(pack(row, VOCABULARY, ROW, FORMS))
@@ -113,7 +113,7 @@ def packed_in_order(documents: Iterator[Document]) -> Iterator[Batch]:
 
 
 class WebDatasetRows(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-    """What a worker of WebLoader runs: two aligned folders read in step, again and again."""
+    """Runs in a worker of WebLoader: reads two aligned folders in step, repeatedly."""
 
     def __init__(self, folder: Path) -> None:
         self.urls = {
@@ -136,26 +136,26 @@ class WebDatasetRows(torch.utils.data.IterableDataset):  # type: ignore[type-arg
 
 
 def webdataset_batches(folder: Path, workers: int) -> Iterator[Batch]:
-    """Microbatches from WebLoader."""
+    """Yield microbatches from WebLoader."""
     import webdataset
 
     return iter(webdataset.WebLoader(WebDatasetRows(folder), batch_size=None, num_workers=workers))
 
 
 def joined(**samples: dict[str, Any]) -> dict[str, Any]:
-    """energon's joiner, named in energon.yaml: the sample of each modality -> one with the document."""
+    """Join the sample of each modality to one with the document (energon's joiner, named in energon.yaml)."""
     parts = (Part(name, tokens_from_bytes(sample["npy"])) for name, sample in samples.items())
     document = Document(samples["text"]["__key__"], tuple(parts))
-    return {"document": document, "__restore_key__": ()}  # energon sets the key, its own, where there is one
+    return {"document": document, "__restore_key__": ()}  # energon sets the key itself, where there is one
 
 
 def prepare_energon(folder: Path) -> None:
-    """energon's metadata: `energon prepare` of each folder, and of energon.yaml, which joins them by key."""
+    """Write energon's metadata: `energon prepare` of each folder, and energon.yaml, which joins them by key."""
     paths = {name: f"{name}.tokens-{codec}" for name, codec in CODECS.items()}
     join = {name: {"path": path} for name, path in paths.items()}
     split = {"join": join, "joiner": {"__module__": __name__, "__function__": joined.__name__}}
     metadataset = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": {"train": split}}
-    (folder / "energon.yaml").write_text(json.dumps(metadataset))  # JSON is YAML, too
+    (folder / "energon.yaml").write_text(json.dumps(metadataset))  # JSON is valid YAML
     command = [sys.executable, "-m", "megatron.energon.cli.main", "prepare", "--non-interactive"]
     command += ["--split-parts", "train:.*", "--sample-type", "CrudeWebdataset", "--num-workers", "1"]
     for path in (*paths.values(), "energon.yaml"):
@@ -163,7 +163,7 @@ def prepare_energon(folder: Path) -> None:
 
 
 def energon_batches(folder: Path, workers: int) -> Iterator[Batch]:
-    """Microbatches from energon's savable loader, packed by its packing dataset."""
+    """Yield microbatches from energon's savable loader, packed by its packing dataset."""
     energon = importlib.import_module("megatron.energon")
 
     class Encoder(energon.DefaultTaskEncoder):  # type: ignore[misc, name-defined]
@@ -195,14 +195,14 @@ def energon_batches(folder: Path, workers: int) -> Iterator[Batch]:
 
 
 def measure(batches: Iterator[Batch], count: int) -> dict[str, float]:
-    """Speeds and CPU share over that many microbatches."""
+    """Measure speeds and CPU share over that many microbatches."""
     me = psutil.Process()
 
     def cpu() -> float:
         processes = [me, *me.children(recursive=True)]
         return sum(sum(p.cpu_times()[:2]) for p in processes)
 
-    for _ in range(12):  # more than is read ahead: what follows is read while the clock runs
+    for _ in range(12):  # more than is read ahead: later ones are read while the clock runs
         next(batches)
     documents, start, used = 0, time.perf_counter(), cpu()
     for _ in range(count):
@@ -213,7 +213,7 @@ def measure(batches: Iterator[Batch], count: int) -> dict[str, float]:
 
 
 def energon_obstacle() -> str | None:
-    """Why energon cannot be measured here; None if it can."""
+    """Return why energon cannot be measured here; None if it can."""
     try:
         importlib.import_module("megatron.energon")
     except ImportError as error:
@@ -222,7 +222,7 @@ def energon_obstacle() -> str | None:
 
 
 def speed_table(rounds: int, count: int, with_energon: bool) -> dict[str, Any]:
-    """All sides with 0, 1 and 2 workers in turns; prints medians."""
+    """Run all sides with 0, 1 and 2 workers in turns; print medians."""
     sides = {"ours": our_batches, "webdataset": webdataset_batches}
     if with_energon:
         sides["energon"] = energon_batches
@@ -248,7 +248,7 @@ def speed_table(rounds: int, count: int, with_energon: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--microbatches", type=int, default=40, help="read by each side in a round")
+    parser.add_argument("--microbatches", type=int, default=40, help="microbatches per side and round")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,9 +1,9 @@
-"""Speed of the fused operators against every alternative that is installed, forward and backward.
+"""Speed of the fused operators against every installed alternative, forward and backward.
 
 The sides of a case take turns in one run and medians are compared. Memory-bound operators are also given as a share of
-a plain copy's bandwidth in the same run: bytes that must be read and written, over time. Alternatives: torch as it is,
-torch.compile, Megatron-core's fused functions, and on a GPU Liger-Kernel and QuACK where they are installed.
-Run: `python benchmarks/ops.py [--quick] [--json OUT]`; a GPU is used where there is one.
+a plain copy's bandwidth in the same run: bytes that must be read and written, over time. Alternatives: plain torch,
+torch.compile, Megatron-core's fused functions, and on a GPU Liger-Kernel and QuACK if they are installed.
+Run: `python benchmarks/ops.py [--quick] [--json OUT]`; a GPU is used if there is one.
 """
 
 import argparse
@@ -35,7 +35,7 @@ FORWARD = "forward"
 class Case:
     """One shape of one operator: `sides` take `inputs`; bytes are those that forward and backward must move.
 
-    is_whole: backward is measured with the forward pass before it, for sides that compute gradients there.
+    is_whole: backward is measured with the preceding forward pass, for sides that compute gradients there.
     """
 
     op: str
@@ -47,13 +47,13 @@ class Case:
 
 
 def compiled(function: Function, device: Device) -> Function:
-    """torch.compile's best kernels; a graph of its own for every shape."""
+    """Return torch.compile's best kernels, with a separate graph for every shape."""
     options: dict[str, Any] = {"max_autotune": True} if device.is_gpu else {}
     return torch.compile(function, dynamic=False, options=options)
 
 
 def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device, residual: bool) -> Case:
-    """RMSNorm, or the residual's addition and RMSNorm."""
+    """Return RMSNorm, or the residual's addition and RMSNorm."""
     x, *rest = (leaf(rows, width, dtype=dtype, device=device) for _ in range(2 if residual else 1))
     weight = leaf(width, dtype=dtype, device=device)
     plain = ops.TORCH.add_rms_norm if residual else ops.TORCH.rms_norm
@@ -75,7 +75,7 @@ def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device, residua
 
 
 def swiglu_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
-    """SwiGLU of the fused projection `[rows, 2 * width]`."""
+    """Return SwiGLU of the fused projection `[rows, 2 * width]`."""
     x = leaf(rows, 2 * width, dtype=dtype, device=device)
     sides = {
         "csrc": ops.CSRC.swiglu,
@@ -91,7 +91,7 @@ def swiglu_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Ca
 
 
 def patch_case(frames: int, side: int, dtype: torch.dtype, device: Device, with_conv: bool) -> Case:
-    """Patches (2, 16, 16) of two uint8 clips to 768 numbers each."""
+    """Return patches (2, 16, 16) of two uint8 clips to 768 numbers each."""
     video = torch.randint(256, (2, 3, frames, side, side), dtype=torch.uint8, device=device.torch_device)
     patch, width = (2, 16, 16), 768
     weight = leaf(width, 3, *patch, dtype=dtype, device=device)
@@ -116,7 +116,7 @@ def patch_case(frames: int, side: int, dtype: torch.dtype, device: Device, with_
 
 
 def loss_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: Device) -> Case:
-    """Head and cross entropy of random tokens."""
+    """Return head and cross entropy of random tokens."""
     x = leaf(tokens, hidden, dtype=dtype, device=device)
     weight = leaf(vocabulary, hidden, dtype=dtype, device=device)
     labels = torch.randint(vocabulary, (tokens,), device=device.torch_device)
@@ -137,12 +137,12 @@ def loss_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, dev
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: Device) -> Tensor:
-    """Random numbers whose gradient is wanted."""
+    """Return random numbers that require a gradient."""
     return torch.randn(shape, dtype=dtype, device=device.torch_device).mul_(0.5).requires_grad_()
 
 
 def peers(module: str, name: str, wrap: Callable[[Function], Function]) -> dict[str, Function]:
-    """The function of an optional package, in a dict by its name; nothing where it is not installed."""
+    """Return the function of an optional package, in a dict by its name; empty if it is not installed."""
     package = module.split(".")[0]
     try:
         return {package: wrap(getattr(importlib.import_module(module), name))}
@@ -151,7 +151,7 @@ def peers(module: str, name: str, wrap: Callable[[Function], Function]) -> dict[
 
 
 def cases(device: Device, quick: bool) -> Iterator[Case]:
-    """Sizes of language models, of vision encoders (many short rows), of clips and of heads."""
+    """Return sizes of language models, of vision encoders (many short rows), of clips and of heads."""
     dtypes = [torch.bfloat16] if device.is_gpu else [torch.float32, torch.bfloat16]
     if device.is_gpu:
         norms = [(65536, 128), (65536, 768), (32768, 1024), (32768, 2048), (16384, 4096), (8192, 8192), (4096, 16384)]
@@ -171,14 +171,14 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
 
 
 def keep_memory() -> None:
-    """Have the C library keep freed memory, as a training process comes to do: page faults are not what is measured."""
+    """Make the C library keep freed memory, as in a long training process, so that page faults are not measured."""
     mallopt = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_threshold = -1, -3
     mallopt(trim_threshold, 2**31 - 1), mallopt(mmap_threshold, 2**30)
 
 
 def seconds(functions: dict[str, Callable[[], Any]], device: Device, rounds: int) -> dict[str, float]:
-    """Median time of a call of each; they take turns, each turn long enough for the clock."""
+    """Return the median time of a call of each; they take turns, each turn long enough for the clock."""
     repeats = {}
     for name, function in functions.items():
         function(), function()
@@ -200,7 +200,7 @@ def seconds(functions: dict[str, Callable[[], Any]], device: Device, rounds: int
 
 
 def measure(case: Case, device: Device, rounds: int) -> dict[str, Any]:
-    """Times of all sides both ways, the bandwidth shares; on a GPU extra memory."""
+    """Measure all sides in both directions: times and bandwidth shares; on a GPU also extra memory."""
     wanted = [x for x in case.inputs if x.requires_grad]
     source = torch.empty(max(case.bytes.values(), default=2) // 4, dtype=torch.int16, device=device.torch_device)
     target = torch.empty_like(source)
@@ -237,7 +237,7 @@ def measure(case: Case, device: Device, rounds: int) -> dict[str, Any]:
 
 
 def extra_memory(side: Function, inputs: tuple[Tensor, ...]) -> float:
-    """MiB of a GPU that forward and backward take at most, beyond what is there before; gradients count."""
+    """Return the peak GPU memory in MiB of forward and backward, beyond existing memory; gradients count."""
     before = torch.accelerator.memory_allocated()
     torch.accelerator.reset_peak_memory_stats()
     outputs = side(*inputs)
@@ -247,7 +247,7 @@ def extra_memory(side: Function, inputs: tuple[Tensor, ...]) -> float:
 
 
 def host_time(device: Device) -> float:
-    """Microseconds on the host of RMSNorm forward and backward of a tiny tensor, where the kernels cost nothing."""
+    """Return the host's microseconds for RMSNorm forward and backward of a tiny tensor, where kernels cost nothing."""
     x, weight = (leaf(*shape, dtype=torch.float32, device=device) for shape in ((2, 8), (8,)))
     dy = torch.ones_like(x)
     call = lambda: torch.autograd.grad(ops.CSRC.rms_norm(x, weight), (x, weight), dy)  # noqa: E731
@@ -255,7 +255,7 @@ def host_time(device: Device) -> float:
 
 
 def line(found: dict[str, Any], way: str) -> str:
-    """A row of the table: time of csrc, share of a copy, and how many times faster than each other side."""
+    """Return a table row: time of csrc, share of a copy, and the speed-up over each other side."""
     sides = found[way]
     ours = sides["csrc"]
     share = f"{ours['share of copy']:5.0%}" if "share of copy" in ours else "     "
@@ -268,8 +268,8 @@ def main() -> None:
     """Measure all cases, print the table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
-    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--json", type=Path, help="default: benchmarks/results/ops_<device>.json")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", type=Path, help="output file; default: benchmarks/results/ops_<device>.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)

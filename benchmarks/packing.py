@@ -1,8 +1,8 @@
-"""Padding and balance of packed rows, from lengths alone, of mixes whose kind is named in MIXES.
+"""Padding and balance of packed rows, computed from lengths alone, for the mixes of documents in MIXES.
 
 Padding: the share of a window's tokens that are padding, as `packing.plan_rows` plans its rows, by first fit, by next
-fit, and a bound below which no packing gets. Balance: the cost of the dearest data rank over the mean of an 8B model,
-as `balance.assign` deals rows and in turn, of a step and of its slots (1 = even).
+fit, and a lower bound for any packing. Balance: the cost of the slowest data rank over the mean, in an 8B model, with
+rows dealt by `balance.assign` and in turn, for a step and for its slots (1 = even).
 Run: `python benchmarks/packing.py [--json OUT]`.
 """
 
@@ -30,7 +30,7 @@ Draw = Callable[[np.random.Generator, int], IntArray]
 
 
 def _texts(mean: float, sigma: float) -> Draw:
-    """Log-normal lengths: what the documents of web crawls are like, a few very long."""
+    """Return log-normal lengths: similar to web crawls, with a few very long documents."""
     return lambda g, n: np.maximum(4, g.lognormal(np.log(mean) - sigma**2 / 2, sigma, n)).astype(np.int64)
 
 
@@ -39,7 +39,7 @@ def _between(low: int, high: int, more: int = 0) -> Draw:
 
 
 def _pages(g: np.random.Generator, n: int) -> IntArray:
-    """Interleaved pages: text and a few images of 256 tokens, as in OBELICS and MMC4."""
+    """Return interleaved pages: text and a few images of 256 tokens, as in OBELICS and MMC4."""
     return _texts(800, 1.0)(g, n) + 258 * np.maximum(1, g.poisson(3, n))
 
 
@@ -63,29 +63,29 @@ MIXES: dict[str, list[tuple[float, Draw, bool]]] = {
         (1, _between(100, 1500), False),
     ],
 }
-"""Share of the documents, their lengths in tokens, and whether they are cut where a row is full."""
+"""Share of the documents, their lengths in tokens, and whether they are cut when a row is full."""
 MODEL_8B = ModelConfig(
     num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8, head_dim=128
 )
 LAYOUTS = ((8, 4, 1), (4, 4, 2), (16, 1, 1))
-"""Data ranks, microbatches, rows of a microbatch."""
+"""Data ranks, microbatches, rows per microbatch."""
 
 
 def draw(mix: list[tuple[float, Draw, bool]], row_length: int, generator: np.random.Generator) -> IntArray:
-    """Lengths of a window's documents in their order, those that may be cut cut to rows."""
+    """Return the lengths of a window's documents in order; splittable ones are cut to rows."""
     shares = np.array([share for share, _, _ in mix])
     which = generator.choice(len(mix), WINDOW, p=shares / shares.sum())
     lengths: list[int] = []
     for length, kind in zip(np.choose(which, [d(generator, WINDOW) for _, d, _ in mix]).tolist(), which, strict=True):
         while mix[kind][2] and length > row_length:
             lengths.append(row_length)
-            length -= row_length - 2  # the rest is a document again, with its marks
+            length -= row_length - 2  # the rest is a new document with its marks
         lengths.append(min(length, row_length))
     return np.array(lengths, dtype=np.int64)
 
 
 def next_fit(lengths: IntArray, row_length: int) -> int:
-    """Rows if documents are put into rows in their order, a new one where the next does not fit."""
+    """Return the rows if documents are put into rows in order, a new one if the next does not fit."""
     rows, space = 0, 0
     for length in lengths.tolist():
         if length > space:
@@ -95,7 +95,7 @@ def next_fit(lengths: IntArray, row_length: int) -> int:
 
 
 def first_fit(lengths: IntArray, row_length: int) -> int:
-    """Rows if each document in order is put into the first row that has space."""
+    """Return the rows if each document in order is put into the first row that has space."""
     spaces = np.full(len(lengths), row_length)
     for length in lengths.tolist():
         spaces[int(np.argmax(spaces >= length))] -= length
@@ -103,7 +103,7 @@ def first_fit(lengths: IntArray, row_length: int) -> int:
 
 
 def least_rows(lengths: IntArray, row_length: int) -> int:
-    """No packing has fewer rows: the best of dual feasible functions u_k (Fekete & Schepers 2001), k = 1 .. 9."""
+    """Return a lower bound: the best of dual feasible functions u_k (Fekete & Schepers 2001), k = 1 .. 9."""
     best = -(-int(lengths.sum()) // row_length)
     for k in range(1, 10):
         scaled = (k + 1) * lengths
@@ -114,7 +114,7 @@ def least_rows(lengths: IntArray, row_length: int) -> int:
 
 
 def padding_table() -> list[dict[str, Any]]:
-    """Padding of one window, ours and naive ways; prints it."""
+    """Print the padding of one window, ours and simple methods."""
     table = []
     print(f"{'mix':<34} {'row':>5} {'ours':>7} {'first fit':>9} {'next fit':>9} {'at least':>9} {'rows/s':>9}")
     for name, mix in MIXES.items():
@@ -137,7 +137,7 @@ def padding_table() -> list[dict[str, Any]]:
 
 
 def balance_table() -> list[dict[str, Any]]:
-    """Cost of the dearest data rank over the mean in an 8B model: means over the steps of four windows; prints it."""
+    """Print the cost of the slowest data rank over the mean in an 8B model: means over the steps of four windows."""
     table = []
     print(f"{'mix':<34} {'row':>5} {'ranks x microbatches x rows':>28} {'ours':>14} {'in turn':>14}  (step, slots)")
     for name, mix in MIXES.items():

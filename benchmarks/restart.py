@@ -1,8 +1,8 @@
-"""Restart in place: seconds from a fault to the next finished step, apart by what they go to, on a tiny run.
+"""Restart in place: seconds from a fault to the next finished step, by phase, on a tiny run.
 
 Two ranks on this machine; each attempt has one fault (tests/lib/faults.py), then the run resumes from its last
-checkpoint. detection: fault to the knowledge of whoever starts again; teardown: all ranks gone; decision: a new agent
-if that was it, rendezvous and policy; start: fork, process groups, model; resume: checkpoint; first step: data and
+checkpoint. detection: from the fault until the supervisor knows it; teardown: all ranks gone; decision: a new agent
+if it was killed, rendezvous and policy; start: fork, process groups, model; resume: checkpoint; first step: data and
 step. Run: `python benchmarks/restart.py [--json OUT]`.
 """
 
@@ -28,7 +28,7 @@ HANG_SECONDS = 5
 
 
 def run(folder: Path) -> list[dict[str, Any]]:
-    """The events of a run with one fault in each of its first attempts, at steps 3, 5, 7, ..."""
+    """Return the events of a run with one fault in each of its first attempts, at steps 3, 5, 7, ..."""
     sys.path.insert(0, str(TESTS))
     import faults
     import tiny_run
@@ -50,7 +50,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
 
 
 def rows(story: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One for each fault: seconds by column."""
+    """Return one row for each fault: seconds by column."""
     found = []
     kinds = ("injected", "failed", "restarting", "first_step")
     of = {kind: [e for e in story if e["kind"] == kind] for kind in kinds}
@@ -73,7 +73,7 @@ def rows(story: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Print the table; write it with what it was measured on."""
+    """Print the table; write it with the measured environment."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

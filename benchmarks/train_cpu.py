@@ -33,7 +33,7 @@ DOCUMENT = 80
 
 
 def config_of(parallel: dict[str, Any]) -> RunConfig:
-    """The model of examples/cpu_tiny.yaml in size."""
+    """Return the config of a model with the size of examples/cpu_tiny.yaml."""
     return config_from_dict(
         {
             "output": "unused",
@@ -57,7 +57,7 @@ def config_of(parallel: dict[str, Any]) -> RunConfig:
 
 
 def microbatches(data_rank: int, data_size: int) -> list[Batch]:
-    """This rank's microbatches of one fixed global batch of packed rows."""
+    """Return this rank's microbatches of one fixed global batch of packed rows."""
     rng = np.random.default_rng(0)
     batches = []
     for number in range(MICROBATCHES):
@@ -78,10 +78,10 @@ def _row(rng: np.random.Generator) -> Row:
 
 
 def our_step(config: RunConfig) -> Callable[[], float]:
-    """One training step of ours on this rank's grid; returns the loss."""
+    """Return a function that runs one training step of ours on this rank's grid and returns the loss."""
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore.engine import NativeEngine  # Megatron, now that it is adapted to the device
+    from megamm.mcore.engine import NativeEngine  # import Megatron, which is adapted to the device by now
 
     engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=1), device)
     groups = engine.groups
@@ -96,7 +96,7 @@ def our_step(config: RunConfig) -> Callable[[], float]:
 
 
 def plain_step(config: RunConfig) -> Callable[[], float]:
-    """The same step in plain PyTorch: transformers' Qwen3, SDPA with the same document mask, fused AdamW."""
+    """Return the same step in plain PyTorch: transformers' Qwen3, SDPA with the same document mask, fused AdamW."""
     from transformers import AutoModelForCausalLM
 
     from megamm.convert.family_config import family_for, to_config
@@ -130,7 +130,7 @@ TOKENS_PER_STEP = LENGTH * MICRO_BATCH * MICROBATCHES
 
 
 def timed(run: Callable[[], float], steps: int) -> float:
-    """Tokens per second over this many steps."""
+    """Return tokens per second over this many steps."""
     start = time.perf_counter()
     for _ in range(steps):
         run()
@@ -138,7 +138,7 @@ def timed(run: Callable[[], float], steps: int) -> float:
 
 
 def against_plain(threads: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Ours and plain in turns in this process, with as many threads."""
+    """Run ours and plain in turns in this process, with that many threads."""
     torch.set_num_threads(threads)
     config = config_of({})
     sides = {"ours": our_step(config), "plain": plain_step(config)}
@@ -154,7 +154,7 @@ def against_plain(threads: int, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def ranks(parallel: dict[str, Any], processes: int, rounds: int, steps: int) -> float:
-    """Median tokens per second of a job of that many one-thread processes."""
+    """Return the median tokens per second of a job of that many one-thread processes."""
     arguments = [sys.executable]
     if processes > 1:
         arguments += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
@@ -175,7 +175,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def against_one_rank(rounds: int, steps: int, starts: int = 3) -> dict[str, Any]:
-    """Each layout of two ranks against one rank in turns, one thread a rank; prints the table.
+    """Compare each layout of two ranks with one rank in turns, one thread a rank; print the table.
 
     Efficiency: tokens per second and core, as a share of one rank's.
     """
@@ -198,7 +198,7 @@ def against_one_rank(rounds: int, steps: int, starts: int = 3) -> dict[str, Any]
 
 
 def worker(parallel: dict[str, Any], rounds: int, steps: int) -> None:
-    """One rank of `ranks`; rank 0 prints."""
+    """Run one rank of `ranks`; rank 0 prints."""
     torch.set_num_threads(1)
     run = our_step(config_of(parallel))
     timed(run, 2)

@@ -1,11 +1,11 @@
 """Video decoding on a CPU: megamm against torchcodec, decord and plain PyAV; DALI against Pillow and soundfile.
 
-Every side gets the same bytes, takes the same frames (those shown at 0, 1/8, ... s, 17 at most) and gives the same
+Every side gets the same bytes, takes the same frames (those shown at 0, 1/8, ... s, 17 at most) and returns the same
 squares (64 pixels, aspect kept, padded with white, antialiased); the peers scale with Pillow as megamm does. One thread
 each, in turns over rounds; medians of frames/s of wall time and of CPU time (user + system, all threads).
-Peers are in no requirements file. torchcodec and decord: `pip install torchcodec==0.13.0 decord==0.6.0 --no-deps`;
-torchcodec loads FFmpeg's shared libraries (Debian: `apt-get install libavdevice59 libavfilter8`). A side that cannot
-run is named with the reason.
+The peers are not in the requirements files. torchcodec and decord:
+`pip install torchcodec==0.13.0 decord==0.6.0 --no-deps`; torchcodec loads FFmpeg's shared libraries (Debian:
+`apt-get install libavdevice59 libavfilter8`). A side that cannot run is named with the reason.
 Run: `python benchmarks/video.py [--json OUT]`.
 """
 
@@ -46,7 +46,7 @@ THREADS = 1
 
 
 def picture_video(codec: str, width: int, height: int, frames: int, seed: int) -> bytes:
-    """Moving coloured waves with noise at 24 Hz, in mp4."""
+    """Return moving coloured waves with noise at 24 Hz, in mp4."""
     import av
 
     rng, file = np.random.default_rng(seed), io.BytesIO()
@@ -67,17 +67,17 @@ def picture_video(codec: str, width: int, height: int, frames: int, seed: int) -
 
 
 def squares(frames: Frames) -> Frames:
-    """`[F, Y, X, 3]` to squares as megamm makes them."""
+    """Convert `[F, Y, X, 3]` to squares as megamm makes them."""
     return np.stack([pad_to_square(Image.fromarray(f), SIZES.image_size) for f in frames])
 
 
 def peer(module: str) -> Any:
-    """A package that setup.py does not name. ImportError, or another error of its libraries, if it cannot be used."""
+    """Import a package that is not in setup.py. Raises ImportError, or an error of its libraries, if it is unusable."""
     return importlib.import_module(module)
 
 
 def ours_pyav() -> Side:
-    """megamm.data.video_pyav, as VideoStream calls it."""
+    """Call megamm.data.video_pyav as VideoStream does."""
 
     def run(files: list[bytes]) -> list[Frames]:
         plans = [plan_clip(data, "mp4", 0.0, SIZES) for data in files]
@@ -87,7 +87,7 @@ def ours_pyav() -> Side:
 
 
 def ours_dali() -> Side:
-    """megamm.data.video_dali on the CPU, a batch at once."""
+    """Call megamm.data.video_dali on the CPU, one batch at a time."""
     decoder = DaliDecoder(SIZES.image_size, CPU, batch_size=16, threads=THREADS)
 
     def run(files: list[bytes]) -> list[Frames]:
@@ -100,7 +100,7 @@ def ours_dali() -> Side:
 
 
 def plain_pyav() -> Side:
-    """What a user would write: decode in order, keep a frame when its time has come, stop after the last."""
+    """Decode as a user would: in order, keep a frame when its time has come, stop after the last."""
     import av
 
     def one(data: bytes) -> Frames:
@@ -119,7 +119,7 @@ def plain_pyav() -> Side:
 
 
 def with_torchcodec() -> Side:
-    """torchcodec's decoder (approximate seeking, the faster one), frames by time."""
+    """Use torchcodec's decoder (approximate seeking, the faster mode), frames by time."""
     video_decoder = peer("torchcodec.decoders").VideoDecoder
 
     def one(data: bytes) -> Frames:
@@ -132,7 +132,7 @@ def with_torchcodec() -> Side:
 
 
 def with_decord() -> Side:
-    """decord's reader, frames by their timestamps."""
+    """Use decord's reader, frames by their timestamps."""
     decord = peer("decord")
 
     def one(data: bytes) -> Frames:
@@ -159,14 +159,14 @@ def cpu_seconds() -> float:
 
 
 def timed(run: Callable[[], int]) -> tuple[float, float]:
-    """(items per second of wall time, per second of CPU time); run returns its number of items."""
+    """Return (items per second of wall time, per second of CPU time); run returns its number of items."""
     wall, cpu = time.perf_counter(), cpu_seconds()
     items = run()
     return items / (time.perf_counter() - wall), items / (cpu_seconds() - cpu)
 
 
 def compare(sides: dict[str, Callable[[], int]], rounds: int, unit: str) -> dict[str, Any]:
-    """Sides in turns: medians, and the ratio to the first side's CPU figure of the same round."""
+    """Run sides in turns: medians, and the ratio to the first side's CPU figure of the same round."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
@@ -186,7 +186,7 @@ def frames_of(side: Side, files: list[bytes]) -> int:
 
 
 def usable(files: list[bytes], missing: dict[str, str]) -> dict[str, Callable[[], int]]:
-    """The sides that run here and give the frames of the first one; the reasons of the others go into `missing`."""
+    """Return the sides that run here and give the first one's frames; the others' reasons are put into `missing`."""
     running: dict[str, Callable[[], int]] = {}
     expected: list[Frames] = []
     for name, build in SIDES.items():
@@ -206,7 +206,7 @@ def usable(files: list[bytes], missing: dict[str, str]) -> dict[str, Callable[[]
 
 
 def videos(rounds: int) -> dict[str, Any]:
-    """Each kind of clips by every side."""
+    """Measure each kind of clips with every side."""
     kinds = {
         "H.264 1280x720, 3 s": ("libx264", 1280, 720, 72, 2),
         "VP9 1280x720, 3 s": ("libvpx-vp9", 1280, 720, 72, 2),
@@ -223,7 +223,7 @@ def videos(rounds: int) -> dict[str, Any]:
 
 
 def seeking(rounds: int) -> dict[str, Any]:
-    """Milliseconds for a clip at 50 s of a file of 60 s, and for one at its start, with what is planned and decoded."""
+    """Measure milliseconds for clips at 50 s and at the start of a 60 s file, with frames planned and decoded."""
     data = picture_video("libvpx-vp9", 160, 128, 24 * 60, 0)
     decoder = DaliDecoder(SIZES.image_size, CPU, batch_size=1, threads=THREADS)
     result: dict[str, Any] = {}
@@ -247,7 +247,7 @@ def seeking(rounds: int) -> dict[str, Any]:
 
 
 def dali_of(fill: Callable[[Any, Any, Any], Any], batch: int) -> Callable[[list[bytes]], Any]:
-    """A pipeline of one external source and what `fill(fn, types, encoded)` adds."""
+    """Return a pipeline of one external source and what `fill(fn, types, encoded)` adds."""
     from nvidia import dali
 
     fn: Any = dali.fn
@@ -265,7 +265,7 @@ def dali_of(fill: Callable[[Any, Any, Any], Any], batch: int) -> Callable[[list[
 
 
 def images(rounds: int) -> dict[str, Any]:
-    """JPEG and PNG of 512 x 384 to squares of 64 pixels: Pillow as the image modality does it, and DALI."""
+    """Decode JPEG and PNG of 512 x 384 to squares of 64 pixels: Pillow as in the image modality, and DALI."""
 
     def fill(fn: Any, types: Any, encoded: Any) -> Any:
         decoded = fn.decoders.image(encoded)
@@ -295,7 +295,7 @@ def images(rounds: int) -> dict[str, Any]:
 
 
 def sounds(rounds: int) -> dict[str, Any]:
-    """FLAC and Ogg Vorbis of 3 s at 16 kHz to float32: soundfile and DALI."""
+    """Decode FLAC and Ogg Vorbis of 3 s at 16 kHz to float32: soundfile and DALI."""
     import soundfile
 
     wave = np.sin(np.arange(48_000) / 20 + np.sin(np.arange(48_000) / 3000)).astype(np.float32) / 2

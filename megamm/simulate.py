@@ -188,10 +188,10 @@ class _Run:
             self.jobs, self.restarts = self.jobs + 1, 0
         self.restarts += 1
         seen = {"planned": 0.0, "hang": costs.hang_detection}.get(kind, costs.detection)
-        undisturbed = self._until_stop()
-        self._spend("detection", min(seen, undisturbed))
-        self._spend("restart", max(min(costs.restart, undisturbed - seen), 0))
-        return undisturbed >= seen + costs.restart
+        until_stop = self._until_stop()
+        self._spend("detection", min(seen, until_stop))
+        self._spend("restart", max(min(costs.restart, until_stop - seen), 0))
+        return until_stop >= seen + costs.restart
 
     def _take_spare(self) -> None:
         """Replace a lost node, which becomes a spare after repair; without a spare wait for the first repaired node."""

@@ -1,4 +1,4 @@
-"""Fixtures of several test files."""
+"""Fixtures shared by several test files."""
 
 import shutil
 from typing import NamedTuple
@@ -22,42 +22,42 @@ pytest_plugins = ["suite"]
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_server():
-    """Commands start from a process that has imported megamm (warm.py): it ends with the session."""
+    """Fork commands from a process that has imported megamm (warm.py) and ends with the session."""
     yield
     warm.close()
 
 
 @pytest.fixture(scope="session")
 def worlds():
-    """One start of torch and Megatron-core for the ranks of all tests that run a function of their own in them."""
+    """Start torch and Megatron-core once for the ranks of all tests that run their own function in them."""
     with Worlds() as worlds:
         yield worlds
 
 
 @pytest.fixture(scope="session")
 def harness(worlds):
-    """Proves parity cases; it remembers the references."""
+    """Return the harness that checks parity cases and caches the reference results."""
     with Harness(worlds) as harness:
         yield harness
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_folders(tmp_path_factory):
-    """Tests share folders with those of the other workers (tests/lib/shared.py)."""
+    """Share folders with the tests of the other workers (tests/lib/shared.py)."""
     shared.begin(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """A folder with tiny data and the run "undisturbed": what runs with faults, beside it, are compared with."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "runs"
-    shared.copy("undisturbed", fault_matrix.undisturbed, folder)
+    """Return a folder with tiny data and the baseline run that runs with faults are compared with."""
+    folder = tmp_path_factory.mktemp("baseline") / "runs"
+    shared.copy("baseline", fault_matrix.undisturbed, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def lab(undisturbed, tmp_path_factory):
-    """A Slurm of the test file's own, and a folder with the run that its jobs are compared with."""
+    """Return a Slurm cluster for this test file and a folder with the run that its jobs are compared with."""
     if why := slurm_cluster.why_not():
         pytest.skip(why)
     folder = tmp_path_factory.mktemp("slurm") / "runs"
@@ -67,7 +67,7 @@ def lab(undisturbed, tmp_path_factory):
 
 
 class Kernels(NamedTuple):
-    """Compiled ops as torch.ops offers them, and where their tensors live."""
+    """Compiled ops as torch.ops offers them, and the device of their tensors."""
 
     ops: object
     device: torch.device
@@ -84,7 +84,7 @@ def _device(name):
 
 @pytest.fixture(scope="session", params=["cpu", "emulated", GPU])
 def kernels(request):
-    """The kernels of csrc/: those for a CPU, those for a GPU run on a CPU, those for a GPU."""
+    """Return the kernels of csrc/: those for a CPU, those for a GPU run on a CPU, and those for a GPU."""
     assert library.load() == "", library.load()
     if request.param == "emulated":
         return Kernels(emulated.load(), torch.device("cpu"))
@@ -93,6 +93,6 @@ def kernels(request):
 
 @pytest.fixture(scope="session", params=["cpu", GPU])
 def ops_device(request):
-    """A device that megamm.ops has compiled functions for."""
+    """Return a device that megamm.ops has compiled functions for."""
     assert library.load() == "", library.load()
     return _device(request.param)

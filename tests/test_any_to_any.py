@@ -1,4 +1,4 @@
-"""The whole path on all modalities at once, a toy sixth one among them: raw files to every output from every input."""
+"""All modalities at once, with a toy sixth one: from raw files to every output from every input."""
 
 import json
 import sys
@@ -20,11 +20,11 @@ MODALITIES = REGISTRY | {"smell": SmellModality}
 NAMES = list(MODALITIES)
 PARTS = ["audio_encoder", "image_decoder", "multimodal_fusion", "text_base"]
 FIELDS = {"text": "caption"}
-"""Of samples.jsonl, where it is not the modality's name."""
+"""Fields of samples.jsonl that differ from the modality's name."""
 
 
 def write_raw(folder: Path) -> list[str]:
-    """raw/all: samples of all modalities; raw/pages: interleaved documents of eight parts. Returns both folders."""
+    """Write raw/all (samples of all modalities) and raw/pages (documents of eight parts); return both folders."""
     lines: dict[str, list[dict]] = {"all": [], "pages": []}
     for name in lines:
         (folder / name).mkdir(parents=True)
@@ -56,7 +56,7 @@ def write_config(folder: Path, codecs: dict[str, Path], sources: list[dict]) -> 
         "tokenizers": {name: str(path) for name, path in codecs.items()},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
         "train": {"steps": 12, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 12},
-        "resilience": {"max_restarts": 0},  # in the process that knows the toy
+        "resilience": {"max_restarts": 0},  # in the process in which the toy modality is registered
     }
     path = folder / "run.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -64,7 +64,7 @@ def write_config(folder: Path, codecs: dict[str, Path], sources: list[dict]) -> 
 
 
 def commands_of(folder: Path) -> list[list[str]]:
-    """Raw files, codecs and config in the folder; the commands from build to generation in every direction."""
+    """Write raw files, codecs and config; return the commands from build to generation in every direction."""
     codecs, raws = make_codecs(folder / "codecs"), write_raw(folder / "raw")
     shards, export = [str(folder / "shards" / name) for name in ("all", "pages")], str(folder / "export")
     sources = [{"path": shards[0], "documents": "pairs", "weight": 2.0}, {"path": shards[1]}]
@@ -93,7 +93,7 @@ def commands_of(folder: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder after all commands, run in one process to which the toy is registered."""
+    """Return the folder after all commands, run in one process in which the toy modality is registered."""
     folder = tmp_path_factory.mktemp("any")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(REGISTRY, "smell", SmellModality)
@@ -105,7 +105,7 @@ def made(tmp_path_factory):
 
 
 def test_the_export_tells_of_itself_and_comes_apart(made):
-    """Its card has the run's tokens and the figures of `megamm eval`; its parts are the export again, byte for byte."""
+    """The model card has the run's tokens and the figures of `megamm eval`; its parts join to the same export."""
     state = json.loads(sorted((made / "run" / "checkpoints").glob("*/state.json"))[-1].read_text())
     losses = json.loads((made / "eval.json").read_text())["loss"]
     text = (made / "export" / "README.md").read_text()
@@ -141,8 +141,8 @@ def test_every_modality_is_made_from_every_other(made, a, b):
     modality = MODALITIES[b]
     (file,) = (made / "generated").glob(f"{a}_to_{b}.*")
     if b == "text" and not file.read_text().strip():
-        return  # an untrained model may end at once
-    if b != "audio":  # untrained sound may be silence, which the check refuses
+        return  # an untrained model may generate the end token at once
+    if b != "audio":  # untrained sound may be silent, which the check rejects
         assert len(modality.check_media(file.read_bytes(), file.suffix[1:])) == 64
     else:
         import soundfile

@@ -1,4 +1,4 @@
-"""Packed attention against a plain float64 one, alone and over context ranks; its kernels, positions and skipping."""
+"""Packed attention against a plain float64 version, on one rank and over context ranks; kernels and positions."""
 
 import types
 from typing import Any
@@ -26,13 +26,13 @@ OUTPUT, GRADIENT = 1e-6, 1e-5
 
 @pytest.fixture(autouse=True)
 def megatron_adapted() -> None:
-    """Before the first import of Megatron, as a run does it."""
+    """Adapt Megatron before its first import, as a run does."""
     if not choose("auto").is_gpu:
         cpu.install()
 
 
 def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
-    """`[B, 4, S]` of documents of these lengths, text only."""
+    """Return `[B, 4, S]` of text documents of these lengths."""
     segment = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
     position = torch.cat([torch.arange(n) for n in segments])
     return torch.stack([segment, position, position, position]).expand(rows, -1, -1).clone()
@@ -43,7 +43,7 @@ def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def context_errors(worlds: Worlds) -> dict[str, list[float]]:
-    """One world of four ranks for all cases."""
+    """Return the errors of all cases, computed in one world of four ranks."""
     found = worlds.run(4, errors_of_cases, None, timeout=300)
     assert not isinstance(found, Failure), found
     assert all(one == found[0] for one in found)
@@ -93,7 +93,7 @@ def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: 
 
 @pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
 def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
-    """The block mask and the call are those of a GPU; only there are they compiled and have a backward."""
+    """Block mask and call are those of a GPU; they are compiled and have a backward pass only there."""
     length = 301
     row_map, (*qkv, _) = random_row_map(2, length), inputs(2, length, heads)
     expected = attention(*(x.double() for x in qkv), row_map, heads[5] or 1, BASE if heads[5] else None)
@@ -117,7 +117,7 @@ def test_kernels_on_a_gpu(kernel: str, form: tuple[float, float, int] | None) ->
 
 
 def test_every_layer_sees_its_own_row_map() -> None:
-    """What layers share of a row map is not used for another, nor after the row map was written to."""
+    """State that layers share for a row map is not used for another row map, or after the row map was changed."""
     heads, length = HEADS[0], 32
     module, (*qkv, _) = build(ALONE, heads[3], 1), inputs(4, length, heads)
 
@@ -139,7 +139,7 @@ def test_every_layer_sees_its_own_row_map() -> None:
 
 
 def _work(module: torch.nn.Module, row_map: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Share of the S x S scores that a forward pass computes."""
+    """Return the share of the S x S scores that a forward pass computes."""
     length, scores, plain = row_map.shape[2], 0, F.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, key: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:

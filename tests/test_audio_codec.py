@@ -1,4 +1,4 @@
-"""The audio codec: its spectrogram against another implementation, its ids, real training on chirps, its report."""
+"""The audio codec: spectrogram against another implementation, ids, real training on chirps, figures."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ def codec():
 
 @pytest.mark.parametrize(("rate", "window", "hop", "mels"), [(16_000, 1024, 200, 80), (24_000, 600, 250, 33)])
 def test_log_mel_agrees_with_transformers(rate, window, hop, mels):
-    """Its numpy spectrogram in float64, with its filters."""
+    """Compare with its numpy spectrogram in float64, with its filters."""
     waveform = np.random.default_rng(3).uniform(-0.5, 0.5, 60 * hop).astype(np.float32)
     filters = mel_filter_bank(window // 2 + 1, mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     expected = spectrogram(
@@ -74,7 +74,7 @@ def test_log_mel_agrees_with_transformers(rate, window, hop, mels):
 
 
 def test_magnitudes_of_a_mel_have_that_mel():
-    """Least squares without negative values, against scipy's exact solver."""
+    """Non-negative least squares agrees with scipy's exact solver."""
     from scipy.optimize import nnls
 
     mel = LogMel(RATE, 512, 128, 20)
@@ -101,7 +101,7 @@ def test_griffin_lim_finds_a_waveform_with_these_magnitudes():
     random_phase = torch.polar(magnitude, 2 * torch.pi * torch.rand(magnitude.shape))
     start = torch.istft(random_phase, 1024, 200, window=mel.window, length=waveform.shape[1])
     assert convergence(made) < 0.1 < 0.5 < convergence(start)
-    assert torch.equal(made, mel.griffin_lim(magnitude))  # the same phases to begin with
+    assert torch.equal(made, mel.griffin_lim(magnitude))  # with the same initial phases
 
 
 def test_the_waveform_of_a_clip_is_the_same_in_any_batch():
@@ -129,7 +129,7 @@ def test_shapes_and_ranges_at_odd_lengths(codec, samples):
 
 
 def test_a_clip_has_the_same_ids_whatever_it_is_encoded_with(codec):
-    """Bit for bit, beside longer clips and whatever stands behind its end."""
+    """Ids are bit-identical next to longer clips and with anything behind the clip's end."""
     lengths = [805, 16_000, 4_000, 9_999]
     batch = torch.from_numpy(np.stack([chirp(n, 1.0) for n in range(4)]))
     together = codec.encode(batch, lengths)
@@ -177,7 +177,7 @@ def test_impossible_sizes_are_refused(values):
 def test_crops_follow_from_number_and_epoch_and_reach_every_sample():
     long, short = np.arange(1, 3501, dtype=np.float32), np.arange(1, 301, dtype=np.float32)
     crops = Crops([long, short], 1000)
-    assert len(crops) == 5  # four of the long one, one of the short
+    assert len(crops) == 5  # four of the long clip, one of the short one
     assert torch.equal(crops.batch([2, 4], 3)[0], torch.cat([crops.batch([2], 3)[0], crops.batch([4], 3)[0]]))
     starts = {int(crops.batch([n], epoch)[0][0, 0]) for n in range(4) for epoch in range(50)}
     assert len(starts) > 150 and min(starts) < 100 and max(starts) > 2400
@@ -193,14 +193,14 @@ def test_training_lowers_the_heldout_loss_below_that_of_a_constant(trained, sour
     assert last["loss"] < 0.8 * reports[0]["loss"] < 0.8 * untrained["loss"]
     mel = AudioCodec(CONFIG).mel
     spectra = torch.cat([mel(torch.from_numpy(clip.waveform)[None]) for clip in clips])
-    median = spectra.permute(1, 0, 2).flatten(1).median(dim=1).values  # of each band: the best constant for this loss
-    assert last["loss"] < 0.7 * (spectra - median[None, :, None]).abs().mean()  # it tells the sounds apart
+    median = spectra.permute(1, 0, 2).flatten(1).median(dim=1).values  # the best constant per band for this loss
+    assert last["loss"] < 0.7 * (spectra - median[None, :, None]).abs().mean()  # it distinguishes the sounds
     assert last["mel_db"] == pytest.approx(last["loss"] * 8.685889638)
     assert all(last[f"codes_used_{level}"] > COLLAPSED and last[f"perplexity_{level}"] > 5 for level in range(3))
 
 
 def test_the_reported_figures_are_those_of_the_saved_codec(trained):
-    """Through the modality, from the media bytes, the distance in numpy."""
+    """Recompute the figures through the modality, from the media bytes, with the distance in numpy."""
     folder, report = trained
     audio = AudioModality.load(folder)
     media = [audio.read_media(as_bytes(chirp(n)), "flac") for n in range(10_000, 10_012)]
@@ -223,7 +223,7 @@ def test_decoding_the_ids_sounds_like_the_clip(trained):
     clips = [chirp(n) for n in range(10_000, 10_008)]
     made = [audio.decode(ids) for ids in audio.encode(clips)]
     matrix = np.array([[stft_distance(torch.from_numpy(m), torch.from_numpy(c)) for c in clips] for m in made])
-    assert (matrix.argmin(axis=1) == np.arange(8)).all()  # each nearest to its own
+    assert (matrix.argmin(axis=1) == np.arange(8)).all()  # each is nearest to its own original
 
 
 def test_the_same_seed_gives_the_same_weights(source, tmp_path):
@@ -244,7 +244,7 @@ def test_a_collapsed_level_is_named(source, tmp_path, caplog):
 
 
 def write_flat(folder):
-    """One steady tone: nothing to code."""
+    """Write one steady tone, which leaves nothing to code."""
     tone = 0.3 * np.sin(2 * np.pi * 400 * np.arange(8 * RATE) / RATE)
     for split in ("train", "heldout"):
         with ShardWriter(folder / split / "audio") as shards:
@@ -292,7 +292,7 @@ def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
     clips = [Clip(chirp(1), "a rising tone"), Clip(chirp(2), ""), Clip(chirp(3), "un autre son")]
     monkeypatch.setattr(word_error, "recognise", lambda waveforms: ["a falling tone"] * len(waveforms))
     figures = evaluate_waveforms(codec, clips)
-    assert figures["understood"] == 0.5  # of two with words; one is of a language that the recogniser has not
+    assert figures["understood"] == 0.5  # of two with words; the recogniser does not support the language of one
     assert figures["word_error"] == figures["word_error_of_originals"] == pytest.approx(1 / 3)
     assert figures["word_error"] == pytest.approx(jiwer.wer("a rising tone", "a falling tone"))
     monkeypatch.setattr(word_error, "PACKAGES", ("pocketsphinx", "no_such_package"))

@@ -1,4 +1,4 @@
-"""Audio: what is refused, how samples are prepared, and the modality's contract with a real (untrained) codec."""
+"""Audio: rejected files, sample preparation, and the modality's contract with a real (untrained) codec."""
 
 import io
 import struct
@@ -36,13 +36,13 @@ def one(value, at=5000):
 
 
 def damaged(data):
-    """Zeros in the middle, which a checksum finds."""
+    """Return a file with zeros in the middle, which a checksum detects."""
     middle = len(data) // 2
     return data[:middle] + bytes(40) + data[middle + 40 :]
 
 
 def claiming(data, samples):
-    """A FLAC file whose header claims so many samples (36 bits, from the low half of byte 21)."""
+    """Return a FLAC file whose header claims this many samples (36 bits, from the low half of byte 21)."""
     first = (data[21] & 0xF0) | samples >> 32
     return data[:21] + bytes([first]) + struct.pack(">I", samples & 0xFFFFFFFF) + data[26:]
 
@@ -82,7 +82,7 @@ def test_bad_sounds_are_refused_with_the_reason(name):
     data, extension, reason = BAD[name]
     with pytest.raises(UnreadableMedia, match=reason):
         AudioModality.check_media(data, extension)
-    if "silence" not in reason:  # what is silent for the ear is still read
+    if "silence" not in reason:  # inaudible sound is still read
         with pytest.raises(UnreadableMedia, match=reason):
             read_waveform(data, extension, RATE, 60.0)
 
@@ -105,7 +105,7 @@ def test_a_wav_written_to_a_pipe_is_accepted():
 
 
 def test_the_digest_is_of_the_samples_and_not_of_the_file():
-    samples = (SOUND * 2**15).astype(np.int16)  # libsndfile rounds floats otherwise for one format than for the other
+    samples = (SOUND * 2**15).astype(np.int16)  # libsndfile rounds floats differently for each format
     digests = [check_sound(as_bytes(samples, extension), extension) for extension in ("flac", "wav")]
     assert digests[0] == digests[1] and len(digests[0]) == 64
     assert check_sound(as_bytes(samples, rate=RATE + 1), "flac") != digests[0]
@@ -133,7 +133,7 @@ def test_samples_beyond_full_scale_are_clipped():
 
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
 def test_resampling_keeps_what_fits_and_drops_the_rest(rate):
-    """Against closed forms: a tone below both Nyquist limits is the same tone; one above the new limit is gone."""
+    """A tone below both Nyquist limits stays the same; one above the new limit is removed (closed forms)."""
     time, new_time = np.arange(rate) / rate, np.arange(RATE) / RATE
     tone = resample(np.sin(2 * np.pi * 1234 * time).astype(np.float32), rate, RATE)
     inner = slice(RATE // 20, -RATE // 20)
@@ -143,7 +143,7 @@ def test_resampling_keeps_what_fits_and_drops_the_rest(rate):
 
 
 def test_resampling_agrees_with_the_fourier_method():
-    """A band-limited periodic signal, which scipy.signal.resample treats exactly."""
+    """Resampling agrees on a band-limited periodic signal, for which scipy.signal.resample is exact."""
     spectrum = np.zeros(22_051, dtype=complex)
     spectrum[50:4000] = np.random.default_rng(0).standard_normal(3950)
     waveform = np.fft.irfft(spectrum)
@@ -168,7 +168,7 @@ def test_media_to_ids_and_back_through_the_protocol(audio):
     assert audio.encode([]) == [] and (audio.vocabulary_size, audio.stride, audio.tokens_per_item) == (180, 3, None)
     for waveform, ids, other in zip(media, together, alone, strict=True):
         assert ids.dtype == np.int64 and len(ids) == 3 * -(-len(waveform) // 800)
-        assert np.array_equal(ids, other)  # a batch changes nothing
+        assert np.array_equal(ids, other)  # batching does not change the ids
         assert all(id in audio.choices(place) for place, id in enumerate(ids.tolist()))
         decoded = audio.decode(ids)
         assert decoded.dtype == np.float32 and len(decoded) == len(ids) // 3 * 800

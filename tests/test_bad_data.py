@@ -1,4 +1,4 @@
-"""`megamm train` on damaged data: one line, exit code 2, before any process starts, nothing written."""
+"""`megamm train` on damaged data: a one-line error and exit code 2 before any process starts; nothing is written."""
 
 import shutil
 import sys

@@ -1,7 +1,7 @@
-"""Corrupt and hostile raw data of every kind: survived, counted, named; nothing executed or written outside.
+"""Corrupt and hostile raw data of every kind: skipped, counted and named; nothing is executed or written outside.
 
-The files are made here. Each stands beside one good sample, in a build that may have only broken ones besides; a
-kind whose modality is not in the registry is tried under its name all the same: it has to be refused too.
+The files are generated here. Each is next to one good sample, and also in builds with broken files only. A kind
+whose modality is not in the registry is also tried under its name: it must be rejected, too.
 """
 
 import io
@@ -26,11 +26,11 @@ from megamm.modalities import REGISTRY
 
 FREELY = BuildOptions(heldout=0, max_broken=1)
 HARD_MEMORY_LIMIT = 2**30
-"""Bytes that a bomb must not take; the build's own libraries are loaded before."""
+"""Limit on the memory that a bomb may take, in bytes; the build's libraries are loaded before."""
 
 
 class Evil:
-    """Leaves a file behind if it is unpickled."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -44,7 +44,7 @@ def png_chunk(kind, data):
 
 
 def png_bomb(width=100_000, height=100_000):
-    """10 gigapixels of zeros, packed to some kB: a valid file as far as anyone reads."""
+    """Return 10 gigapixels of zeros, compressed to some kB: valid in every part that is read."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     packer = zlib.compressobj(9)
     rows = packer.compress(bytes(10_000_000)) + packer.flush()
@@ -52,14 +52,14 @@ def png_bomb(width=100_000, height=100_000):
 
 
 def wide_png():
-    """A valid image 100,000 pixels wide, one high."""
+    """Return a valid image 100,000 pixels wide and one pixel high."""
     header = struct.pack(">IIBBBBB", 100_000, 1, 8, 0, 0, 0, 0)
     rows = zlib.compress(b"\0" + bytes(range(250)) * 400)
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
 
 
 def wav(samples, rate=16000):
-    """Float samples as a WAV file, whatever they are."""
+    """Return float samples as a WAV file, without checks."""
     data = np.asarray(samples, dtype="<f4").tobytes()
     form = struct.pack("<HHIIHH", 3, 1, rate, 4 * rate, 4, 32)
     chunks = b"fmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(data)) + data
@@ -73,12 +73,12 @@ def npz(name="points", **arrays):
 
 
 def pickled_npz(target):
-    """An .npz whose array is a pickle that makes a folder when it is loaded."""
+    """Return an .npz whose array is a pickle that creates a folder when it is loaded."""
     return npz(points=np.array([Evil(target)], dtype=object))
 
 
 def zip_bomb():
-    """An .npz that says it holds 4 GB of points in some kB."""
+    """Return an .npz of some kB that claims to hold 4 GB of points."""
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**27, 9)})
     file = io.BytesIO()
@@ -88,7 +88,7 @@ def zip_bomb():
 
 
 def mp4(cut):
-    """A short film; cut: the share of its bytes that is left."""
+    """Return a short video; cut: the share of its bytes to keep."""
     av = pytest.importorskip("av")
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as film:
@@ -157,7 +157,7 @@ def test_every_modality_with_files_has_bad_ones():
 
 
 def lines(folder, *entries):
-    """A raw folder with one good sample and these."""
+    """Write a raw folder with one good sample and these lines."""
     folder.mkdir(exist_ok=True)
     entries = ({"key": "good", "text": "good"}, *entries)
     (folder / "samples.jsonl").write_text("\n".join(e if isinstance(e, str) else json.dumps(e) for e in entries))
@@ -165,7 +165,7 @@ def lines(folder, *entries):
 
 
 def built(tmp_path, raw, options=FREELY, workers=0):
-    """The report; only the good sample is in the shards, and nothing lies anywhere that was not there before."""
+    """Return the report; only the good sample is in the shards, and no other file was created."""
     before = set(tmp_path.rglob("*"))
     (report,) = build([raw], tmp_path / "shards", options, workers)
     texts = ShardFolder(tmp_path / "shards" / raw.name / "train" / "text")
@@ -180,7 +180,7 @@ def built(tmp_path, raw, options=FREELY, workers=0):
 def test_a_bad_medium_is_named(tmp_path, modality, name):
     raw = lines(tmp_path / "raw", {"key": "bad", modality: name, "text": "text of the bad one"})
     (raw / name).write_bytes(BAD[modality][name](tmp_path / "evil"))
-    if modality not in REGISTRY:  # then the line has a part less, and the field is named instead
+    if modality not in REGISTRY:  # then the line has one part fewer, and the field is named instead
         raw = lines(raw, {"key": "bad", modality: name})
         report = built(tmp_path, raw)
         assert "no parts" in report.left_out["broken"][0]["reason"]
@@ -192,7 +192,7 @@ def test_a_bad_medium_is_named(tmp_path, modality, name):
 
 
 def test_every_modality_survives_noise_zero_bytes_and_another_ones_file(tmp_path):
-    """Each of its extensions, with contents that are none of it, all in one build in a worker process."""
+    """Each of its extensions with contents of other types, all in one build in a worker process."""
     noise = np.random.default_rng(0).bytes(5000)
     contents = [wide_png(), wav(TONE), npz(points=np.zeros((9, 2))), b"", b"\0" * 1000, b"text\n", noise]
     raw = tmp_path / "raw"
@@ -204,7 +204,7 @@ def test_every_modality_survives_noise_zero_bytes_and_another_ones_file(tmp_path
                 entries.append({modality: f"{number}.{ending}"})
                 (raw / f"{number}.{ending}").write_bytes(data)
     names = {name for entry in entries for name in entry.values()}
-    # An image and a tone do have their own ending once each.
+    # An image and a tone also appear once each with their correct extension.
     own = {"0.png", "1.wav"} & names
     options = BuildOptions(heldout=0, max_broken=1, curation=CurationOptions(max_aspect=1e6, min_side=1))
     (report,) = build([lines(raw, *entries)], tmp_path / "shards", options, 1)
@@ -213,7 +213,7 @@ def test_every_modality_survives_noise_zero_bytes_and_another_ones_file(tmp_path
 
 
 def test_a_bomb_takes_no_memory(tmp_path):
-    """100,000 x 100,000 pixels are refused from the header: the peak of this process hardly rises."""
+    """100,000 x 100,000 pixels are rejected from the header: this process's peak memory hardly rises."""
     resource = pytest.importorskip("resource")
     raw = lines(tmp_path / "raw", {"image": "bomb.png"})
     (raw / "bomb.png").write_bytes(png_bomb())
@@ -285,7 +285,7 @@ def test_too_many_bad_ones_stop_the_build_with_the_first_named(tmp_path):
 
 
 def test_a_medium_that_its_tar_cuts_off_is_named(tmp_path):
-    """The tar was whole when its headers were read, or another program shortened it since."""
+    """The tar was whole when its headers were read; another program shortened it afterwards."""
     (tmp_path / "0.tar").write_bytes(wide_png()[:100])
     part = RawPart("image", "0.tar:a.png", Span(tmp_path / "0.tar", 0, 200))
     checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)

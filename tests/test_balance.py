@@ -1,4 +1,4 @@
-"""Balance: every row once, a pure function of costs and layout, and ranks that have as much to do."""
+"""Balance: every row once, a pure function of costs and layout, and an even load over ranks."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from megamm.data.balance import assign, imbalance
 from megamm.model.size import flops_of_row, flops_per_token
 
 LAYOUTS = [(1, 1, 8), (2, 4, 4), (4, 4, 1), (3, 5, 2), (8, 4, 2), (16, 1, 1)]
-"""Data ranks, microbatches, rows of a microbatch."""
+"""Data ranks, microbatches, rows per microbatch."""
 
 
 @pytest.mark.parametrize(("ranks", "microbatches", "rows"), LAYOUTS)
@@ -22,7 +22,7 @@ def test_every_row_once_and_evener_than_in_turn(ranks, microbatches, rows):
         assert np.array_equal(chosen, assign(list(costs), ranks, rows))
         in_turn = imbalance(costs, np.arange(len(costs)).reshape(chosen.shape))
         ours = imbalance(costs, chosen)
-        assert 1 - 1e-12 <= ours[0] <= ours[1] + 1e-12  # waiting for each other in each microbatch is never faster
+        assert 1 - 1e-12 <= ours[0] <= ours[1] + 1e-12  # waiting for each other in every microbatch is never faster
         found.append((*ours, *in_turn))
     total, slots, total_in_turn, slots_in_turn = np.mean(found, axis=0)
     if ranks > 1 and microbatches * rows > 1:
@@ -30,7 +30,7 @@ def test_every_row_once_and_evener_than_in_turn(ranks, microbatches, rows):
 
 
 def test_rows_of_a_long_context_model_are_even_over_ranks():
-    """An 8B model with rows of 8,192 tokens of web-like documents: the target is 1.03."""
+    """An 8B model with rows of 8,192 tokens of web-like documents; the target is 1.03."""
     model = ModelConfig(
         num_layers=36, hidden_size=4096, ffn_hidden_size=12288, num_attention_heads=32, num_query_groups=8, head_dim=128
     )
@@ -49,7 +49,7 @@ def test_rows_of_a_long_context_model_are_even_over_ranks():
 
 
 def test_best_of_a_small_case():
-    """10 and 9 run at the same time, then 2 and 1; the rank that had 10 gets 1."""
+    """10 and 9 run at the same time, then 2 and 1; the rank with 10 gets 1."""
     assert assign([1, 10, 2, 9], 2, 1)[:, :, 0].tolist() == [[1, 3], [0, 2]]
 
 

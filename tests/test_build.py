@@ -1,4 +1,4 @@
-"""Raw samples to shards: every image decoded, what is broken named, nouns on one side, same input same bytes."""
+"""Raw samples to shards: images are decoded, broken ones named, each noun in one split; builds are deterministic."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ RED = (255, 0, 0)
 
 
 def raw_folder(folder, count=40):
-    """A user's own samples: an image and a caption each, nothing else."""
+    """Write a user's samples: one image and one caption each."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(count):
@@ -43,7 +43,7 @@ def add(folder, name, data, caption="another thing"):
 
 
 def samples(shards):
-    """Every sample of a shard set as webdataset reads it: split -> key -> (caption, image bytes)."""
+    """Read all samples of a shard set with webdataset: split -> key -> (caption, image bytes)."""
     found = {}
     for split in ("train", "heldout"):
         parts = {}
@@ -136,7 +136,7 @@ def test_broken_samples_are_counted_and_named_and_equal_images_kept_once(tmp_pat
     broken = {
         "empty.png": b"",
         "cut.png": dotted_png(RED, (64, 64))[:-20],
-        "text.png": b"this is no image",
+        "text.png": b"this is not an image",
         "wrong.jpg": dotted_png(RED),
         "film.mp4": b"0000",
         "bad.svg": b"<svg",
@@ -178,7 +178,7 @@ def test_what_is_built_is_not_overwritten(tmp_path):
     build([raw], tmp_path / "shards", BuildOptions())
     with pytest.raises(UserError, match="already built"):
         build([raw], tmp_path / "shards", BuildOptions())
-    build([raw_folder(tmp_path / "more")], tmp_path / "shards", BuildOptions())  # another source joins
+    build([raw_folder(tmp_path / "more")], tmp_path / "shards", BuildOptions())  # add another source
     assert set(json.loads((tmp_path / "shards" / "report.json").read_text())) == {"mine", "more"}
 
 
@@ -223,7 +223,7 @@ def test_a_drawing_reads_no_other_file(tmp_path):
     path = str(tmp_path / "red.png")
     black = '<rect width="9" height="9"/>'
     embedded = "data:image/png;base64," + base64.b64encode(dotted_png(RED)).decode()
-    assert RED in drawn(black + image_tag(embedded)).getdata()  # pictures inside the drawing are drawn
+    assert RED in drawn(black + image_tag(embedded)).getdata()  # pictures inside the drawing are rendered
     inner = base64.b64encode(SVG.format(image_tag(path)).encode()).decode()
     for body, head in [
         (image_tag(path), ""),

@@ -1,4 +1,4 @@
-"""Samples of any modalities to shards: a toy modality, interleaved pages, leaks between splits, near-duplicates."""
+"""Samples of any modality to shards: a toy modality, interleaved pages, leaks between splits, near-duplicates."""
 
 import hashlib
 import io
@@ -20,7 +20,7 @@ from megamm.modalities.base import UnreadableMedia
 
 
 class ToyModality:
-    """Numbers as text: enough of a modality for a build, which loads no codec."""
+    """Numbers as text: enough of a modality for a build, which does not load a codec."""
 
     name = "toy"
     family = "toy"
@@ -58,7 +58,7 @@ def text(content):
 
 
 def stored(shards, *, split="train"):
-    """modality -> {member name: data} of one split, in order."""
+    """Return modality -> {member name: data} of one split, in order."""
     found = {}
     for folder in sorted((shards / split).iterdir()):
         members = {}
@@ -89,7 +89,7 @@ def test_a_modality_registered_elsewhere_goes_through_the_build(tmp_path, toy, w
 
 
 def test_samples_are_double_only_if_every_part_is(tmp_path, toy):
-    """Another caption of the same medium is another sample; the same file written otherwise is not."""
+    """The same medium with another caption is a different sample; the same file re-encoded is a duplicate."""
     samples = [
         RawSample("a", "x", (text("one"), RawPart("toy", "1.num"))),
         RawSample("b", "x", (text("one"), RawPart("toy", "same.num"))),
@@ -112,7 +112,7 @@ def test_samples_are_double_only_if_every_part_is(tmp_path, toy):
 
 
 def test_a_medium_is_in_one_split_only(tmp_path, toy):
-    """Within a source the held-out sample goes, whatever their keys; between sources the later one."""
+    """Within a source the held-out sample is dropped, whatever the keys; between sources the later one."""
     nouns = {share: next(n for n in map(str, range(999)) if is_heldout(n, 0.5) == share) for share in (False, True)}
     samples = [
         RawSample(f"{side}-{n}", nouns[side == "out"], (text(f"{side} {n}"), RawPart("toy", f"{n}.num")))
@@ -155,7 +155,7 @@ def test_near_duplicate_documents_go_and_captions_stay(tmp_path):
         (report,) = build([raw], tmp_path / str(threshold), options)
         left_out = report.left_out["near_duplicates"]
         assert len(left_out) == near and report.train == 8 - near
-    # Among the equal pairs, whichever comes first by the hash of its key is kept.
+    # Of equal pairs, the one whose key's hash is first is kept.
     assert {"a", "b", "c", "d"} >= {entry["what"] for entry in left_out}
 
 
@@ -186,7 +186,7 @@ def test_unknown_fields_are_reported(tmp_path):
 
 
 def test_a_build_without_one_usable_sample_left_is_written(tmp_path):
-    """All of the second source is in the first: its folder says so."""
+    """All samples of the second source are in the first one; its folder is still written and reports it."""
     raws = [source(tmp_path / name, [RawSample("k", "a", (text("same"),))]) for name in ("one", "two")]
     build(raws, tmp_path / "shards", BuildOptions())
     report = json.loads((tmp_path / "shards" / "two" / "report.json").read_text())

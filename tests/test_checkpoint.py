@@ -1,4 +1,4 @@
-"""Checkpoints under damage, a full disk, another vocabulary, a hostile index, another megatron-core version."""
+"""Checkpoints with damage, a full disk, another vocabulary, a hostile index, or another megatron-core version."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data) -> Path:
-    """Checkpoints of steps 2 and 4, by one rank."""
+    """Return checkpoints of steps 2 and 4, written by one rank."""
     output = data / "trained"
     done = megamm("train", write_config(data, output, train=TRAIN))
     assert done.returncode == 0, done.stderr
@@ -36,7 +36,7 @@ def trained(data) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy to damage."""
+    """Return a copy to damage."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -74,7 +74,7 @@ def test_damaged_checkpoint_is_passed_over_and_named(run, damage, caplog):
 
 
 def test_no_valid_checkpoint_stops_the_run_and_overwrites_nothing(data, run):
-    """Starting anew over somebody's damaged checkpoints would be the worst answer."""
+    """A run must not restart from step 0 over existing damaged checkpoints."""
     for number in (2, 4):
         _truncate(next((_step(run, number) / "tensors").glob("*.distcp")))
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
@@ -86,14 +86,14 @@ def test_no_valid_checkpoint_stops_the_run_and_overwrites_nothing(data, run):
 
 
 def test_resume_after_damage_sets_the_damaged_one_aside(data, run, trained):
-    """Resumed from step 2, the run writes its own step 4 and keeps the damaged folder under another name."""
+    """The run resumes from step 2, writes its own step 4, and keeps the damaged folder under another name."""
     _flip_a_bit(next((_step(run, 4) / "tensors").glob("*.distcp")))
     done = megamm("train", write_config(data, run, train=TRAIN))
     assert done.returncode == 0, done.stderr
     assert "fails its checksum" in done.stderr
     checkpoint.verify(_step(run, 4))
     assert (run / "checkpoints" / "damaged-step_00000004-1").is_dir()
-    # The same step again is the same checkpoint, file by file.
+    # The same step again writes the same checkpoint, file by file.
     ours = json.loads((_step(run, 4) / "manifest.json").read_text())["files"]
     theirs = json.loads((_step(trained, 4) / "manifest.json").read_text())["files"]
     assert {k: v["xxh3_128"] for k, v in ours.items() if k.endswith(".distcp")} == {
@@ -120,7 +120,7 @@ def test_checkpoint_of_another_model_is_refused(data, run, sections, message, tm
 
 
 def test_full_disk_while_saving_is_one_line_and_leaves_earlier_checkpoints(data, tmp_path):
-    """A real file system that fills up at the second checkpoint, two ranks writing."""
+    """Two ranks write to a real file system that fills up at the second checkpoint."""
     small = tmp_path / "small"
     small.mkdir()
     config = write_config(data, small / "run", train=TRAIN, parallel={"tensor": 2})
@@ -130,7 +130,7 @@ def test_full_disk_while_saving_is_one_line_and_leaves_earlier_checkpoints(data,
         code=$?; cp -r {small}/run/checkpoints {tmp_path}/left; exit $code
     """
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets no user make a mount namespace: no small file system to fill")
+        pytest.skip("users cannot make mount namespaces here, so there is no small file system to fill")
     done = subprocess.run(
         [
             "unshare",

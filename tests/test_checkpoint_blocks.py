@@ -1,4 +1,4 @@
-"""Blocks of tensors to files and back: boxes, items, the index; against numpy, torch.save and torch's own reader.
+"""Blocks of tensors to files and back: boxes, items, index; against numpy, torch.save and torch's own reader.
 
 Tensors of random shapes are cut into random boxes over several ranks' files, then read by other random boxes.
 """
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_flat_ranges_are_cut_into_boxes(shape):
-    """Every range of every shape: the boxes hold its elements once, in places that are said rightly, and are few."""
+    """For every range of every shape: few boxes, at the stated offsets, hold each element exactly once."""
     numbers = np.arange(math.prod(shape)).reshape(shape)
     for start in range(numbers.size + 1):
         for stop in range(start, numbers.size + 1):
@@ -54,7 +54,7 @@ def test_items_are_what_torch_saves(dtype, shape):
 
 
 def test_items_in_another_form_are_read_by_torch_and_checked(monkeypatch):
-    """Strided, in the format before archives; a tensor of another type is refused."""
+    """Strided tensors in the legacy (pre-archive) format; a tensor of another type is rejected."""
     tensor = torch.arange(12.0).reshape(3, 4).T
     for options in ({}, {"_use_new_zipfile_serialization": False}):
         saved = io.BytesIO()
@@ -68,7 +68,7 @@ def test_items_in_another_form_are_read_by_torch_and_checked(monkeypatch):
 
 
 def _cut(draw: random.Random, tensor: torch.Tensor, key: str) -> list[Block]:
-    """A tensor as random boxes that hold each element once: halves of halves."""
+    """Cut a tensor into random boxes that hold each element once, by halving repeatedly."""
     boxes = [tuple((0, n) for n in tensor.shape)]
     for _ in range(draw.randint(0, 6)):
         box = boxes.pop(draw.randrange(len(boxes)))
@@ -110,7 +110,7 @@ def test_any_cut_to_any_cut(tmp_path, seed):
     theirs = {key: torch.zeros_like(tensor) for key, tensor in tensors.items()}
     dcp_load(theirs, storage_reader=FileSystemReader(tmp_path / "t"), no_dist=True)
     assert all(torch.equal(theirs[key], tensor) for key, tensor in tensors.items())
-    # Ours, by another cut; what is not asked for is not set, and no file is opened that is not needed.
+    # Our reader, with other boxes; what is not requested is not set, and no unneeded file is opened.
     wanted = [block for key, tensor in tensors.items() for block in _cut(draw, torch.zeros_like(tensor), key)]
     wanted = draw.sample(wanted, k=len(wanted) // 2 + 1)
     stored = index.read(tmp_path / "t")
@@ -151,7 +151,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
         reader.load(tmp_path / "t", [Block.whole("b", torch.zeros(1))])
     with pytest.raises(UserError, match=r"a has shape \(6, 2\), but the config needs \(5, 2\)"):
         reader.load(tmp_path / "t", [Block.whole("a", torch.zeros(5, 2))])
-    for rows in (4, 8):  # a vocabulary whose padding differs: what both have
+    for rows in (4, 8):  # a vocabulary whose padding differs: the rows that both have
         data = torch.full((rows, 2), -1.0)
         reader.load(tmp_path / "t", [Block("a", (rows, 2), (0, 0), (rows, 2), data, grows=True)])
         assert data.flatten().tolist() == [*range(2 * min(rows, 6)), *[-1.0] * (2 * max(0, rows - 6))]
@@ -175,7 +175,7 @@ def test_an_index_that_leads_out_of_its_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 700, 760, 1000])
 def test_a_file_that_is_too_short_is_an_error_not_a_crash(tmp_path, cut):
-    """The checksums find it before; yet no read may leave the file's pages."""
+    """Checksums find it first; still, no read may go past the file's pages."""
     write_blocks(tmp_path / "t", [[Block.whole("a", torch.randn(4, 4))]])
     file = tmp_path / "t" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:cut])

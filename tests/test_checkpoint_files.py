@@ -1,4 +1,4 @@
-"""A rank's image past the page cache: the same bytes and digest in every size, and where the file system refuses."""
+"""A rank's image with O_DIRECT: the same bytes and digest in every size, also where the file system rejects it."""
 
 import errno
 import fcntl
@@ -16,10 +16,10 @@ SIZES = [0, 1, 64, PAGE - 1, PAGE, PAGE + 64, 5 * PAGE, 5 * PAGE + 4032]
 
 
 class Disk:
-    """Stands for `os` in megamm.checkpoint.files; writes: bytes of each, and whether it went past the cache."""
+    """Replaces `os` in megamm.checkpoint.files; writes: bytes of each, and whether it was direct."""
 
     def __init__(self, refuses: str = "", after: int = 0, most: int = 1 << 30) -> None:
-        """refuses: "open" or "write" with O_DIRECT, the latter `after` so many; most: bytes that a write takes."""
+        """refuses: "open" or "write" with O_DIRECT, the latter `after` that many; most: maximum bytes per write."""
         self.refuses, self.after, self.most, self.writes = refuses, after, most, list[tuple[int, bool]]()
 
     def __getattr__(self, name):
@@ -40,7 +40,7 @@ class Disk:
 
 
 def written(monkeypatch, path, size, disk):
-    """The reason that is told; the file and its entry must be those of the image."""
+    """Return the reported reason; the file and its entry must match the image."""
     image = mmap.mmap(-1, max(size, PAGE))
     data = random.Random(size).randbytes(size)
     image[:size] = data

@@ -1,4 +1,4 @@
-"""A rank's saves: what a step waits for, what is in a checkpoint, and what becomes of a run whose writers fail."""
+"""A rank's saves: how long a step waits, what a checkpoint contains, and how a run handles failing writers."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def _stored(run, step: int) -> list[float]:
 
 
 def test_a_checkpoint_holds_the_state_of_its_step(saver, tmp_path):
-    """The writer sleeps while the tensors change: it has what they were; the next save waits, and takes no memory."""
+    """The writer sleeps while the tensors change: it has the old values; the next save waits and takes no memory."""
     data = torch.zeros(1000)
     blocks = [Block.whole("a", data)]
     saver.save(state(0), blocks, RNG, wait=True)
@@ -54,19 +54,19 @@ def test_a_checkpoint_holds_the_state_of_its_step(saver, tmp_path):
     assert saver.poll()[0].folder.name == "step_00000000" and saver.poll() == []
     start = time.monotonic()
     stall = saver.save(state(2), blocks, RNG)
-    assert 0.2 < stall <= time.monotonic() - start, "back-pressure is part of what the step waited for"
+    assert 0.2 < stall <= time.monotonic() - start, "back-pressure counts to the stall"
     data.fill_(3)
     saver.finish()
     assert psutil.Process().memory_full_info().shared - before.shared < 1 << 20
     assert [_stored(tmp_path, step) for step in (1, 2)] == [[1.0], [2.0]]
     assert [done.folder.name for done in saver.poll()] == ["step_00000001", "step_00000002"]
-    assert not checkpoint.path_of(tmp_path, 0).exists(), "two are kept"
+    assert not checkpoint.path_of(tmp_path, 0).exists(), "two checkpoints are kept"
     assert torch.equal(checkpoint.read_rng(checkpoint.path_of(tmp_path, 2), 0)["torch"], RNG["torch"])
     assert [event["step"] for event in events.read(tmp_path)] == [0, 1, 2]
 
 
 def test_steady_blocks_are_copied_while_the_run_goes_on(saver, tmp_path, monkeypatch):
-    """The copy is held up until the run asks whether it may change them; what it changes then is not stored."""
+    """The copy is delayed until the run asks whether it may change them; later changes are not stored."""
     data, moved = torch.zeros(1000), torch.zeros(1000)
     blocks = [Block("a", (1000,), (0,), (1000,), data, steady=True), Block.whole("b", moved)]
     saver.save(state(0), blocks, RNG, wait=True)
@@ -80,7 +80,7 @@ def test_steady_blocks_are_copied_while_the_run_goes_on(saver, tmp_path, monkeyp
     data.fill_(1)
     moved.fill_(1)
     saver.save(state(1), blocks, RNG)
-    moved.fill_(7)  # not steady: it has been copied
+    moved.fill_(7)  # not steady: it was already copied
     assert saver.poll()[0].folder.name == "step_00000000" and saver.poll() == []
     asked.set()
     saver.settle()
@@ -120,7 +120,7 @@ def test_failures_in_a_row_stop_the_run(saver, tmp_path):
 
 
 def test_the_save_that_is_waited_for_must_be_there(saver, tmp_path):
-    """A file where the folder of checkpoints should be."""
+    """There is a file at the path of the checkpoint folder."""
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(UserError, match=r"could not be written: .*Errno"):
         saver.save(state(1), [Block.whole("a", torch.zeros(9))], RNG, wait=True)
@@ -128,7 +128,7 @@ def test_the_save_that_is_waited_for_must_be_there(saver, tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_of_two_loses_its_writer(worlds, tmp_path, rank):
-    """The others learn of it from its rank; no run hangs, and the next save is whole."""
+    """The other ranks learn of it from its rank; no run hangs, and the next save is complete."""
     done = worlds.run(2, run, Trouble(tmp_path, rank, kills=(3,), steps=5), timeout=60)
     assert not isinstance(done, Failure), done.lines()
     assert [error for error, _ in done] == ["", ""]

@@ -1,4 +1,4 @@
-"""`megamm checkpoint …`, pointers, best and durable copies of real runs; hostile checkpoints; no secret in a run."""
+"""`megamm checkpoint …`, pointers, best and durable copies of real runs; hostile checkpoints; no leaked secrets."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ SECRET = "zq7secretsecretsecretzq7"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A real run of 6 steps with checkpoints 2, 4, 6, copied to file://…/durable; secrets in its environment."""
+    """Train 6 steps with checkpoints 2, 4, 6, copied to file://…/durable; secrets are in its environment."""
     folder = tmp_path_factory.mktemp("trained")
     make_data(folder)
     section = {"every": 2, "keep": 3, "keep_best": True, "durable": f"file://{folder}/durable"}
@@ -47,12 +47,12 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(trained, tmp_path) -> Path:
-    """A copy to damage."""
+    """Return a copy to damage."""
     return Path(shutil.copytree(trained / "run", tmp_path / "run"))
 
 
 def checkpoint_command(*arguments):
-    """Exit code and lines."""
+    """Return exit code and lines."""
     done = CliRunner().invoke(cli.app, ["checkpoint", *map(str, arguments)])
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
@@ -77,7 +77,7 @@ def test_run_is_copied_pointed_at_and_measured(trained):
     for folder in (run / "checkpoints", durable):
         assert (folder / "latest").read_text() == names[-1] + "\n"
         assert (folder / "best").read_text() == lowest + "\n"
-    # An independent figure: the run's own report of the held-out losses at step 6, weights 1.
+    # Independent reference: the run's report of the held-out losses at step 6, weights 1.
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row.get("step") == 6 and any(k.startswith("heldout/") for k in row)][-1]
     known = [value for key, value in last.items() if key.startswith("heldout/") and value is not None]
@@ -113,7 +113,7 @@ def test_best_needs_a_measurement(trained):
 
 
 def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
-    """RUN/checkpoints lost: steps 7 and 8 have the losses of a run that resumed from its own folder."""
+    """Without RUN/checkpoints, steps 7 and 8 have the losses of a run that resumed from its own folder."""
     lost, own = (Path(shutil.copytree(trained / "run", tmp_path / name)) for name in ("lost", "own"))
     shutil.rmtree(lost / "checkpoints")
     told = []
@@ -156,7 +156,7 @@ def test_show(run):
 
 
 def test_diff_finds_every_difference(run):
-    """Against whole tensors read by torch's own loader."""
+    """Compare with whole tensors read by torch's own loader."""
     code, lines = checkpoint_command("diff", step(run, 2), step(run, 6))
     assert code == 1 and "step: 2 -> 6" in lines
     both = []
@@ -255,7 +255,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("place", HOSTILE)
 def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatch):
-    """With a manifest that vouches for it: what a resuming run reads, an export and the tools run nothing."""
+    """Its manifest is valid; a resuming run, an export and the tools execute nothing of it."""
     from megamm.device import choose
     from megamm.mcore import groups
 
@@ -270,16 +270,16 @@ def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatc
     readers = [lambda: store.export_tensors(folder / "tensors"), lambda: checkpoint.read_rng(folder, 0)]
     readers += [lambda: checkpoint_command("show", folder), lambda: checkpoint_command("diff", folder, step(run, 4))]
     for read in readers:
-        with contextlib.suppress(Exception, CheckpointException):  # that it is refused, and how, is not the point here
+        with contextlib.suppress(Exception, CheckpointException):  # that it is rejected, and how, is not tested here
             read()
     assert not list(tmp_path.rglob("exploited"))
     if place == "index":
         pickle.loads((folder / "tensors" / ".metadata").read_bytes())
-        assert (tmp_path / "exploited").exists(), "the exploit does not work: the test could not fail"
+        assert (tmp_path / "exploited").exists(), "the exploit must work, or the test cannot fail"
 
 
 def test_an_index_that_leaves_its_folder_is_refused(run):
-    """A stored item's file is named relative to the folder: it may name nothing else."""
+    """A stored item's file is named relative to the folder and must not point outside it."""
     path = step(run, 6) / "tensors" / ".metadata"
     metadata = FileSystemReader(path.parent).read_metadata()
     for stored in metadata.storage_data.values():

@@ -1,6 +1,6 @@
-"""The writer's process alone: killed at every change to the file system, at random times, one of two ranks' killed.
+"""The writer process alone: killed at every change to the file system, at random times, or one of two writers.
 
-After each, the newest checkpoint is the one before or the new one, whole; and the next save works and clears up.
+After each kill the newest checkpoint is the previous one or the new one, complete; the next save works and cleans up.
 """
 
 import errno
@@ -26,12 +26,12 @@ from megamm.resilience import events
 
 FAULTS = Path(__file__).parent / "lib" / "writer_faults.py"
 SIZE = 3 * mmap.PAGESIZE + 64
-"""Bytes of an image: its end goes through the page cache, the rest past it."""
+"""Bytes of an image: its end is written through the page cache, the rest with O_DIRECT."""
 
 
 @pytest.fixture
 def memory():
-    """Shared memory with the image of a file."""
+    """Return shared memory with the image of a file."""
     descriptor = os.memfd_create("image")
     os.write(descriptor, random.Random(1).randbytes(SIZE))
     yield descriptor
@@ -40,7 +40,7 @@ def memory():
 
 @pytest.fixture
 def faulty(monkeypatch):
-    """Have writers that start from now on kill themselves at a call (0: never), and list calls in a file."""
+    """Make writers that start from now on kill themselves at a call (0: never), and list calls in a file."""
 
     def set_up(kill_at: int, trace: Path | None = None) -> None:
         monkeypatch.setattr(process, "COMMAND", (sys.executable, str(FAULTS)))
@@ -74,7 +74,7 @@ def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int
 
 
 def _until_done(writer: WriterProcess, last: str) -> dict | None:
-    """Its answer of this kind; None if it ended before."""
+    """Return its answer of this kind; None if it ended before."""
     try:
         while True:
             for answer in writer.answers(30):
@@ -95,7 +95,7 @@ def _names(run: Path) -> list[str]:
 
 @pytest.fixture
 def healthy(memory):
-    """A writer for all that goes well."""
+    """Return a writer without faults."""
     writer = _start(memory)
     yield writer
     writer.close(10)
@@ -131,12 +131,12 @@ def test_killed_at_every_change(memory, faulty, healthy, tmp_path, monkeypatch, 
         assert _until_done(healthy, "published")["error"] is None
         assert _newest(run) == 3 and _names(run) == ["latest", "step_00000003"], f"{kill_at}: {_names(run)}"
     assert kill_at > 35
-    # A file system that cannot exchange names has a moment without either.
+    # A file system that cannot exchange names has a moment with neither.
     assert outcomes == ({1, 2} if not same_step else {0, 1} if "cannot" in kind else {1})
 
 
 def test_a_name_implies_contents(memory, faulty, tmp_path):
-    """What a machine that loses power may leave: all files and names in a folder are synced before it is renamed."""
+    """All files and names in a folder are synced before it is renamed, so power loss leaves a valid state."""
     faulty(0, tmp_path / "trace")
     writer = _start(memory)
     _save(writer, tmp_path / "run", 1)
@@ -155,12 +155,12 @@ def test_a_name_implies_contents(memory, faulty, tmp_path):
             assert not [left for left in unsynced if left.startswith(path + "/") or left == path]
             final = Path(other)
             unsynced.add(str(final.parent))
-    assert str(final.parent) not in unsynced, "the new name is synced, too"
+    assert str(final.parent) not in unsynced, "the new name must be synced, too"
 
 
 @pytest.mark.everything
 def test_200_random_kills(memory, tmp_path):
-    """A writer that saves again and again; every kill leaves a checkpoint that was there or the next, whole."""
+    """A writer saves repeatedly; every kill leaves the previous checkpoint or the next one, complete."""
     draw, step = random.Random(3), 0
     for _ in range(200):
         step += 1
@@ -204,7 +204,7 @@ def test_one_of_two_ranks_is_killed_at_every_change(memory, faulty, healthy, tmp
 
 
 def test_a_rank_ahead_of_the_first_loses_nothing(memory, tmp_path):
-    """With a local tier no save waits for the one before: rank 1 may have written its part of two before rank 0 has."""
+    """With a local tier saves do not wait for each other: rank 1 may finish its part of step 2 before rank 0."""
     first, second = _start(memory), _start(memory)
     for step in (1, 2):
         _save(second, tmp_path, step, 1, world=2, attempt=f"a-{step:06d}")
@@ -218,7 +218,7 @@ def test_a_rank_ahead_of_the_first_loses_nothing(memory, tmp_path):
 
 
 def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path):
-    """But for others that are about to be done. What is left is removed by the next launch."""
+    """It waits only for writers that are nearly done. Leftovers are removed by the next launch."""
     _save(healthy_other := _start(memory), tmp_path, 1, 1, world=2, attempt="a-000001")
     assert _until_done(healthy_other, "written")["error"] is None
     for step, wanted in ((1, 1), (2, 1)):
@@ -226,7 +226,7 @@ def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path
         _save(first, tmp_path, step, world=2, attempt=f"a-{step:06d}")
         begin = time.monotonic()
         first.close(30)
-        assert time.monotonic() - begin < 15 and _newest(tmp_path) == wanted  # half of what others would be waited for
+        assert time.monotonic() - begin < 15 and _newest(tmp_path) == wanted  # half of the wait for others
     healthy_other.close(10)
     assert any(".tmp-" in name for name in _names(tmp_path))
     first = _start(memory)
@@ -236,7 +236,7 @@ def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path
 
 
 def give_up(run: Path) -> None:
-    """What rank 1 does when it learns that its writer is gone."""
+    """Do what rank 1 does when it learns that its writer is gone."""
     from megamm.checkpoint.writer import Attempt
 
     job = {
@@ -296,7 +296,7 @@ def test_it_ignores_the_signals_of_a_terminal_and_a_scheduler(memory, tmp_path):
 
 
 def test_it_ends_with_its_rank():
-    """A rank that is killed with -9 closes nothing itself: the pipe is held open here."""
+    """A rank killed with -9 closes nothing itself; the pipe is held open here."""
     program = f"""
 import os, sys
 from megamm.checkpoint.process import WriterProcess
@@ -327,7 +327,7 @@ sys.stdin.read()
 
 
 def _wait_for_signals(pid: int) -> None:
-    """Until the writer has set up its signals, which it does after it has asked to end with its parent."""
+    """Wait until the writer has set up its signals, which it does after setting its parent-death signal."""
     end = time.monotonic() + 20
     while time.monotonic() < end:
         status = Path(f"/proc/{pid}/status").read_text()
@@ -335,4 +335,4 @@ def _wait_for_signals(pid: int) -> None:
         if ignored & 1 << (signal.SIGTERM - 1):
             return
         time.sleep(0.01)
-    raise AssertionError("the writer never came up")
+    raise AssertionError("the writer did not start")

@@ -1,4 +1,4 @@
-"""Configs: overrides, errors of one line that name the nearest key, refusals before any process starts."""
+"""Configs: overrides, one-line errors that suggest the nearest key, rejection before any process starts."""
 
 import sys
 from pathlib import Path

@@ -24,7 +24,7 @@ MODELS = {
 
 @pytest.fixture(params=MODELS)
 def pair(request, tmp_path):
-    """(config, our model, transformers' model with the same weights)."""
+    """Return (config, our model, transformers' model with the same weights)."""
     config = model_config(MODELS[request.param])
     device = choose("cpu")
     grid.start(device)
@@ -103,7 +103,7 @@ def test_loss_and_gradients_equal_transformers(pair):
 
 
 def _gradients(theirs, config):
-    """transformers' gradients under the names of its files (its MoE module fuses the experts' tensors)."""
+    """Return transformers' gradients under the names of its files (its MoE module fuses the experts' tensors)."""
     gradients = {}
     for name, parameter in theirs.named_parameters():
         if name.endswith("mlp.experts.gate_up_proj"):
@@ -120,7 +120,7 @@ def _gradients(theirs, config):
 
 
 def _of_live_name(stacked, name):
-    """A live parameter's slice of the stored, layer-stacked tensors."""
+    """Return a live parameter's slice of the stored, layer-stacked tensors."""
     if not name.startswith("decoder.layers."):
         return stacked[name]
     _, _, layer, rest = name.split(".", 3)

@@ -1,6 +1,6 @@
-"""The gate of a conversion: what is the same passes; every kind of damage is found, and the layer that it is in named.
+"""The gate of a conversion: equal models pass; every kind of damage is found, and its layer is named.
 
-Damage is done by hand to a tensor, to config.json, or to the mapping; layers are told apart by what was damaged alone.
+Tests damage a tensor, config.json or the mapping directly, one layer at a time.
 """
 
 import json
@@ -31,7 +31,7 @@ def llama(tmp_path_factory):
 
 @pytest.fixture
 def pair(llama, tmp_path):
-    """A run, and a copy of the folder to damage."""
+    """Return a run, and a copy of the folder to damage."""
     return llama[0], Path(shutil.copytree(llama[1], tmp_path / "hf"))
 
 
@@ -92,7 +92,7 @@ def test_the_smallest_bit_of_a_norm_is_found(pair):
 
 
 def test_another_config_is_found_by_its_key_and_by_logits(pair):
-    """The tensors are the same; only what is computed with them is not."""
+    """The tensors are identical; only the computation differs."""
     values = json.loads((pair[1] / "config.json").read_text())
     values["rope_parameters"]["rope_theta"] = 5e4
     (pair[1] / "config.json").write_text(json.dumps(values))
@@ -112,7 +112,7 @@ def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
 
 
 def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_path, monkeypatch):
-    """Gate and up swapped on the way in and back: bit for bit the same tensors, another model."""
+    """Gate and up are swapped both on import and on export: bit-identical tensors, but a different model."""
     join, cut = Entry.join, Entry.cut
     monkeypatch.setattr(Entry, "join", lambda e, t, m: join(e, t[::-1] if e.rule == "rows" else t, m))
     monkeypatch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
@@ -122,13 +122,13 @@ def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_pa
     assert "the first stage that differs is layer 0" in problem and "its tensors are equal" in problem
 
 
-@pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
+@pytest.mark.parametrize("fault", ["positions jump within a document", "attention crosses documents"])
 def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
     plain = compare.Batch.row_map.fget
 
     def row_map(batch):
         found = plain(batch).clone()
-        if fault == "positions go on":
+        if fault == "positions jump within a document":
             found[:, 1:] = torch.arange(found.shape[-1]) * (found[:, 1:] + 1).sign()
             found[:, 1:, 7:] += 3
         else:
@@ -141,7 +141,7 @@ def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
 
 
 def test_the_index_is_parsed_once_for_all_tensors(llama, monkeypatch):
-    """That takes longer than to compare some of them."""
+    """Parsing the index takes longer than comparing some of the tensors."""
     parsed, plain = [], checkpoint.index.check_index
     monkeypatch.setattr(checkpoint.index, "check_index", lambda folder: parsed.append(folder) or plain(folder))
     monkeypatch.setattr(tiers.tensors, "BATCH_BYTES", 1)
@@ -155,7 +155,7 @@ def die(_sides, _names) -> None:
 
 
 def test_several_processes_find_what_one_finds(pair, monkeypatch):
-    """In shares of two tensors or three; one that is killed is a line."""
+    """Each process gets two or three tensors; a killed process is a one-line error."""
     run, folder = pair
     for layer in (2, 0):
         edit(folder, f"model.layers.{layer}.mlp.down_proj.weight", with_one_changed)
@@ -222,7 +222,7 @@ def test_a_tensor_too_many_is_found(pair):
 
 @pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
 def test_a_conversion_of_dtype_is_said_and_compared_after_it(llama, tmp_path, ours, theirs):
-    """Either side is the other, rounded; logits of the rounded weights, in float32, are as near as others."""
+    """One side is the other, rounded; the logits of the rounded weights in float32 must be close."""
     folder = Path(shutil.copytree(llama[1], tmp_path / "hf"))
     for file in folder.glob("*.safetensors"):
         cast = {name: tensor.to(getattr(torch, theirs)) for name, tensor in load_file(file).items()}
@@ -291,8 +291,8 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
 
 
 def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path, monkeypatch, caplog):
-    """What is written is what was made, though not of what it was made of; memory for models is not asked for."""
-    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("no model is built"))
+    """The output is written without comparison with its source; memory for models is not checked."""
+    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("a model was built"))
     cut = Entry.cut
     with monkeypatch.context() as patch:
         patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
@@ -308,14 +308,14 @@ def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path,
 
 
 def left_by(done) -> Path:
-    """Of a command whose gate has failed: where its result is."""
+    """Return where the result is after a command whose gate has failed."""
     assert done.exit_code == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: verification failed: ")]
     return Path(line.rpartition("the result is kept in ")[2])
 
 
 def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monkeypatch):
-    """Exit code 1, the layer, and where the result was left, whole; the names asked for are free."""
+    """Exit code 1 with the layer and the path of the complete result; the requested names stay free."""
     assert convert("import", export, tmp_path / "run").exit_code == 0
     before, cut, end = checkpoint.path_of(tmp_path / "run", 0), Entry.cut, gate.end
     with monkeypatch.context() as patch:  # what was made is not what it is compared as
@@ -341,7 +341,7 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
 
 
 def test_the_held_out_rows_of_a_run_go_the_same_way(llama):
-    """`megamm eval --run` and the gate compare by one function."""
+    """`megamm eval --run` and the gate compare by the same function."""
     place = choose("cpu")
     row = compare.random_rows(301, 48)[2]
     step = checkpoint.path_of(llama[0], 0)

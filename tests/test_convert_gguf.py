@@ -39,7 +39,7 @@ def rewrite(export, change):
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, tmp_path_factory):
-    """(name, export, its GGUF file); norms and biases are drawn, because ones and zeros would hide a swapped pair."""
+    """Return (name, export, its GGUF file); norms and biases are random: ones and zeros would hide a swapped pair."""
     folder = tmp_path_factory.mktemp("gguf")
     export = make_export(folder, train=2, heldout=1, **MODELS[request.param])
     generator = torch.Generator().manual_seed(3)
@@ -54,7 +54,7 @@ def logits(model):
 
 
 def llama_cpp(file):
-    """llama.cpp on the CPU, in float32 throughout."""
+    """Run llama.cpp on the CPU, in float32 throughout."""
     import xllamacpp as xl
 
     options = xl.CommonParams()
@@ -76,7 +76,7 @@ def test_llama_cpp_predicts_as_transformers_does(pair):
     for row in range(len(IDS)):
         for length in (1, 17, 40):
             asked = {"prompt": IDS[row, :length].tolist(), "n_predict": 1, "n_probs": size, "cache_prompt": False}
-            asked |= {"logit_bias": [[64, 1000.0]]}  # draws "a": of a part of a character it tells no probabilities
+            asked |= {"logit_bias": [[64, 1000.0]]}  # generates "a": it gives no probabilities for part of a character
             answer = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             got = torch.full((size,), torch.nan, dtype=torch.float64)
             for entry in answer:
@@ -88,9 +88,9 @@ def test_llama_cpp_predicts_as_transformers_does(pair):
 def test_transformers_reads_the_same_model(pair):
     name, export, file = pair
     if name in ("mixtral", "llama, llama3"):
-        pytest.skip("transformers' reader of GGUF knows no experts in llama, and no factors of the rotation")
+        pytest.skip("transformers' GGUF reader lacks experts in llama and rotation factors")
     original = AutoModelForCausalLM.from_pretrained(export)
-    config = AutoConfig.from_pretrained(export)  # its reader leaves out sizes such as that of a head
+    config = AutoConfig.from_pretrained(export)  # its reader skips sizes such as that of a head
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32)
     theirs = read.state_dict()
     for key, tensor in original.state_dict().items():
@@ -158,7 +158,7 @@ def test_half_precision_is_kept_bit_for_bit(tmp_path, dtype):
 
 @pytest.mark.parametrize(("split", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2")])
 def test_the_splits_of_others_are_known(tmp_path, split, name):
-    """Of Llama 3 and Qwen 2, as transformers has them, and llama.cpp splits as they say."""
+    """The splits of Llama 3 and Qwen 2 match transformers', and llama.cpp splits accordingly."""
     from tokenizers import Regex, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 

@@ -1,4 +1,4 @@
-"""The parts of an export: each alone does what the whole does, and together they are the export again; model cards."""
+"""The modules of an export: each alone equals its part of the whole, together they are the export; model cards."""
 
 import filecmp
 import json
@@ -107,7 +107,7 @@ def test_halves_of_codecs_of_transformers(codecs, name, tmp_path):
         assert torch.equal(encoder.encode(pictures(2, 1)), ids)
     assert torch.equal(decoder.decode(ids), whole.decode(ids))
     with pytest.raises(UserError, match=r"lack|half"):
-        load_codec(tmp_path / "decoder", {}, family)  # a half is no codec
+        load_codec(tmp_path / "decoder", {}, family)  # half of a codec is rejected
 
 
 def test_a_damaged_half_is_refused(parts, tmp_path):

@@ -1,7 +1,7 @@
-"""Quantised exports and GGUF files, read back by transformers and llama.cpp: the numbers are those that we mean.
+"""Quantised exports and GGUF files, read back by transformers and llama.cpp: the values are the intended ones.
 
 The tolerance follows from the quantisation step: no weight is off by more than half a step, and the logits by no more
-than twice what noise of that size does to them.
+than twice the effect of noise of that size.
 """
 
 import json
@@ -24,7 +24,7 @@ from megamm.errors import UserError
 
 TARGETS = ("int8", "int4", "fp8")
 LARGEST = {"int8": 127.5, "int4": 7.5, "fp8": 448}
-"""In steps: to the middle of the outermost two values, for float8 the largest value."""
+"""In steps: to the middle of the two outermost values; for float8 the largest value."""
 GROUP = 32
 IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (4, 40)))
 
@@ -51,7 +51,7 @@ def read_back(folder: Path) -> torch.Tensor:
 
 
 def with_weights(export: Path, weights: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
-    """Logits of the export's model with other weights, through a folder: it stacks the experts as it loads."""
+    """Return logits of the export's model with other weights, through a folder, as loading stacks the experts."""
     folder.mkdir()
     (folder / "config.json").write_text((export / "config.json").read_text())
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -59,7 +59,7 @@ def with_weights(export: Path, weights: dict[str, torch.Tensor], folder: Path) -
 
 
 def unpacked(stored: dict[str, torch.Tensor], name: str, to: str) -> tuple[np.ndarray, np.ndarray]:
-    """q * s of one matrix and s, by numpy alone from what is in the file."""
+    """Return q * s of one matrix and s, computed with numpy alone from the file."""
     prefix = name.removesuffix("weight")
     scale = stored[prefix + "weight_scale"].float().numpy()
     if to == "fp8":
@@ -107,7 +107,7 @@ def test_transformers_computes_with_the_nearest_values(request, tmp_path, to, ki
     got = read_back(tmp_path / "out")
     same = with_weights(export, near, tmp_path / "near")
     assert (got - same).abs().max() <= 1e-5 * same.abs().max()
-    if kind == "dense":  # noise makes experts change places
+    if kind == "dense":  # noise makes tokens change experts
         original = with_weights(export, weights, tmp_path / "original")
         expected = (with_weights(export, noisy, tmp_path / "noisy") - original).square().mean().sqrt()
         assert 0 < (got - original).square().mean().sqrt() <= 2 * expected
@@ -133,7 +133,7 @@ def test_what_is_written_is_small_and_safe(export, tmp_path, to):
 
 @pytest.mark.parametrize("to", TARGETS)
 def test_the_tools_read_what_is_quantised(export, tmp_path, to):
-    """inspect, diff and verify: float8 and packed words, a value that is no number, a byte that is another one."""
+    """inspect, diff and verify: float8 and packed words, a value that is not finite, a changed byte."""
     out = tmp_path / "out"
     quantize(export, out, to)
     report = verify(out)
@@ -158,7 +158,7 @@ def test_the_tools_read_what_is_quantised(export, tmp_path, to):
 
 @pytest.mark.parametrize("to", TARGETS)
 def test_half_precision_stays(tmp_path, to):
-    """With scales as coarse as bfloat16."""
+    """Scales are as coarse as bfloat16."""
     export = make_export(tmp_path, train=2, heldout=1)
     model = AutoModelForCausalLM.from_pretrained(export).to(torch.bfloat16)
     model.save_pretrained(export)
@@ -190,7 +190,7 @@ def test_refusals(export, tmp_path, monkeypatch):
 
 
 def test_an_opened_export_may_be_quantised(export, tmp_path):
-    """As `megamm eval` and `megamm generate` open it."""
+    """Open it as `megamm eval` and `megamm generate` do."""
     from tiny_export import open_tiny
 
     quantize(export, tmp_path / "out", "int8")

@@ -1,4 +1,4 @@
-"""Streaming conversion: the bits of the conversion in memory, several processes, kills, a lying disk, little memory.
+"""Streaming conversion: bit-identical to conversion in memory; several processes, kills, bad disks, little memory.
 
 Random tiny models of every family; `mapping` in memory is the reference.
 """
@@ -41,7 +41,7 @@ LENGTH = [f"data.seq_length={SEQUENCE}"]
 
 
 def stored_in(step: Path) -> dict[str, torch.Tensor]:
-    """Every stored tensor, whole, by the reader that a run has."""
+    """Return every stored tensor, whole, read as a run reads it."""
     from megamm.checkpoint import reader
 
     tensors = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in index.read(step / "tensors").items()}
@@ -77,7 +77,7 @@ def test_both_ways_have_the_bits_of_the_conversion_in_memory(name: str, tmp_path
 
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """hf: a folder of transformers; run: imported from it; out: exported again, in files of 20 kB."""
+    """Return hf: a folder of transformers; run: imported from it; out: exported again, in files of 20 kB."""
     folder = tmp_path_factory.mktemp("moe")
     make("qwen3-moe", folder / "hf")
     import_(folder / "hf", folder / "run", nproc=1, overrides=LENGTH)
@@ -117,7 +117,7 @@ def test_a_process_that_is_killed_is_told(moe: Path, tmp_path: Path, monkeypatch
 
 
 def test_a_problem_of_another_process_is_told(moe: Path, tmp_path: Path) -> None:
-    """fp16 has no 1e6: refused by name on the process that finds it; nothing has the output's name."""
+    """1e6 is out of range for fp16: the process that finds it reports the name; no output is created."""
     folder = tmp_path / "hf"
     shutil.copytree(moe / "hf", folder)
     tensors = tensors_of(folder)
@@ -145,7 +145,7 @@ def test_dtypes_are_converted_and_told(moe: Path, tmp_path: Path, caplog: pytest
 
 
 def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
-    """Tensors stored in random boxes; random boxes of them, also into memory that is not contiguous."""
+    """Tensors stored in random boxes are read by other random boxes, also into non-contiguous memory."""
     draw = random.Random(3)
     tensors = {
         "a": torch.randn(5, 3, 7, 4),
@@ -190,7 +190,7 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
 def test_killed_at_any_time_it_goes_on_and_nothing_half_has_the_name(
     kind: str, source: str, nproc: str, moe: Path
 ) -> None:
-    """In memory, where there is such a place: a disk that others use takes minutes for so many small files."""
+    """Run in memory where possible: a shared disk takes minutes for so many small files."""
     script, memory = Path(__file__).parent / "lib" / "convert_kills.py", Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         command = [sys.executable, script, kind, moe / source, Path(folder, "out"), "10", "--nproc", nproc]
@@ -205,7 +205,7 @@ class _Killed(BaseException):
 
 
 def _stopped(moe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
-    """Broken off when all segments are written; the temporary folder."""
+    """Interrupt it after all segments are written; return the temporary folder."""
 
     def stop(*_: object) -> None:
         raise _Killed
@@ -240,7 +240,7 @@ def test_what_was_begun_with_other_options_is_removed(
 
 @pytest.fixture
 def damaged(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A copy of the run with 3e38 in a file that is no small one; call it to mend that."""
+    """Return a copy of the run with 3e38 in a large file; call it to restore the file."""
     monkeypatch.setattr(hf, "_SMALL", 4096)
     shutil.copytree(moe / "run", tmp_path / "run")
     (file,) = path_of(tmp_path / "run", 0).glob("tensors/*.distcp")
@@ -249,18 +249,18 @@ def damaged(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     here = whole.index(tensors_of(moe / "hf")["model.layers.1.self_attn.o_proj.weight"].numpy().tobytes())
     file.write_bytes(whole[:here] + b"\x7f\x7f\x7f\x7f" + whole[here + 4 :])
 
-    def mend() -> None:
+    def restore() -> None:
         file.write_bytes(whole)
         os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
 
-    return mend
+    return restore
 
 
-@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["damage alone", "a value that fp16 has not"])
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["damage alone", "a value out of range for fp16"])
 def test_of_a_damaged_checkpoint_nothing_is_kept(
     damaged: Callable[[], None], moe: Path, tmp_path: Path, dtype: torch.dtype | None
 ) -> None:
-    """Large files are compared with their digests when they were read; what was made of them is removed."""
+    """Large files are compared with their digests when they are read; output of damaged input is removed."""
     with pytest.raises(UserError, match=r"damaged checkpoint: tensors/\S+ fails its checksum"):
         export(
             tmp_path / "run", tmp_path / "out", nproc=1, dtype=dtype, shard_size=20_000, checks=hf.Checks(gate=False)
@@ -271,7 +271,7 @@ def test_of_a_damaged_checkpoint_nothing_is_kept(
 def test_what_was_made_of_damage_before_a_kill_is_removed(
     damaged: Callable[[], None], moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mended, the file has its old size, digest and time; what a killed export made of the other bytes is not used."""
+    """The restored file has its old size, digest and time; a killed export's output of damaged bytes is not used."""
     place = _stopped(tmp_path, tmp_path / "out", monkeypatch)
     assert b"\x7f\x7f\x7f\x7f" in b"".join(file.read_bytes() for file in place.glob("folder/*.safetensors"))
     damaged()
@@ -360,7 +360,7 @@ print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if 
 
 @pytest.mark.everything
 def test_memory_is_a_group_and_half_a_gigabyte(tmp_path: Path) -> None:
-    """Both ways and the comparison of all tensors, of a model that is larger; zeros in files of holes."""
+    """Both directions and the comparison of all tensors, of a larger model; zeros in sparse files."""
     group = write_synthetic(tmp_path / "hf", layers=28, shards=3, fill=False)
     size = sum(file.stat().st_size for file in (tmp_path / "hf").glob("*.safetensors"))
     assert size > group + 500_000_000

@@ -37,7 +37,7 @@ NAN = float("nan")
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    """A run of two ranks' files, and a folder in shards: experts, layers, tables with padding."""
+    """Return a run of two ranks' files, and a folder in shards: experts, layers, tables with padding."""
     return make_pair("mixtral", tmp_path_factory.mktemp("mixtral"))
 
 
@@ -54,7 +54,7 @@ def whole(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def leaves(lines: list[str]) -> dict[str, str]:
-    """Full names of a tree's tensors, and what is said of them."""
+    """Return the full names of a tree's tensors, with their descriptions."""
     found, path = {}, []
     for line in lines[1:-1]:
         depth = (len(line) - len(line.lstrip())) // 2
@@ -84,7 +84,7 @@ def test_inspect_of_a_folder_is_what_safetensors_has(hf):
 
 
 def test_inspect_of_a_checkpoint_names_the_ranks(mixtral):
-    """Rank 0 has the first of three layers and halves of the tables; torch's own index says the same."""
+    """Rank 0 has the first of three layers and halves of the tables, as torch's own index confirms."""
     step = checkpoint.path_of(mixtral[0], 0)
     said = leaves(list(tree(mixtral[0])))
     metadata = FileSystemReader(step / "tensors").read_metadata()
@@ -102,7 +102,7 @@ def test_inspect_of_a_checkpoint_names_the_ranks(mixtral):
 
 
 def test_stacks_of_some_layers_are_named_by_the_layers_they_are_of(mixtral, tmp_path):
-    """One dense layer before two routed ones."""
+    """The model has one dense layer before two routed ones."""
     step = Path(shutil.copytree(checkpoint.path_of(mixtral[0], 0), tmp_path / "step_00000000"))
     shutil.rmtree(step / "tensors")
     sizes = {"mlp.linear_fc2": (1, 4, 2), "mlp.router": (2, 3), "mlp.experts.experts.linear_fc2": (2, 2, 4, 3)}
@@ -213,7 +213,7 @@ def test_verify_of_what_is_not(mixtral, hf, tmp_path):
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory):
-    """An export with its weights in two shards."""
+    """Return an export with its weights in two shards."""
     folder = make_export(tmp_path_factory.mktemp("export"), train=4, heldout=2)
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
@@ -237,7 +237,7 @@ def shard(folder: Path, number: int = 1) -> Path:
 
 
 def point(folder: Path, value: object, name: str = "model.norm.weight") -> None:
-    """Let the index say that a tensor is elsewhere."""
+    """Make the index name another shard for a tensor."""
     index = json.loads((folder / INDEX).read_text())
     index["weight_map"][name] = value
     (folder / INDEX).write_text(json.dumps(index))
@@ -257,7 +257,7 @@ def huge_header(folder: Path) -> None:
 
 
 def large_header(folder: Path) -> None:
-    """Within what is allowed, beyond the file's end."""
+    """Write a header size that is allowed but past the file's end."""
     data = shard(folder).read_bytes()
     shard(folder).write_bytes(struct.pack("<Q", 90_000_000) + data[8:])
 
@@ -273,7 +273,7 @@ def lying_offsets(folder: Path) -> None:
 
 
 def linked(folder: Path) -> None:
-    """A shard that is a link to a true file elsewhere."""
+    """Replace a shard by a link to a valid file elsewhere."""
     elsewhere = folder.parent / "elsewhere.safetensors"
     shutil.move(shard(folder), elsewhere)
     shard(folder).symlink_to(elsewhere)
@@ -336,7 +336,7 @@ MALFORMED = {
         lambda folder: (folder / INDEX).write_text("[" * 10**6),
         "unreadable index of weights",
     ),
-    "an index that is no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), "unreadable index"),
+    "an index that is not text": (lambda folder: (folder / INDEX).write_bytes(b"\xff\xfe\x00"), "unreadable index"),
     "a shard that is a link": (linked, "model-00001-of-00002.safetensors is a link to outside the folder"),
     "a tensor in two shards": (twice, f"{NORM} is both in model-00001"),
     "a missing tensor": (lambda folder: edit(folder, DOWN, lambda tensor: None), f"config.json: {DOWN} is missing"),
@@ -354,7 +354,7 @@ MALFORMED = {
         lambda folder: config(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
         r"layers\.2\..* is missing",
     ),
-    "heads that are no number": (
+    "heads that are not a number": (
         lambda folder: config(folder, num_attention_heads="many"),
         "transformers cannot build this model",
     ),
@@ -381,7 +381,7 @@ def test_malformed_input_is_one_line_and_nothing_is_written(kind, export, tmp_pa
     for command in (["import", export, tmp_path / "run"], ["verify", export]):
         try:
             done = convert(*command)
-        except UserError as error:  # which `main` prints and ends with exit code 2
+        except UserError as error:  # which `main` prints before it exits with code 2
             assert re.search(message, str(error)) and "\n" not in str(error)
         else:
             assert command[0] == "verify" and done.exit_code == 1, (command, done.stdout)
@@ -411,7 +411,7 @@ def test_a_pickle_is_never_opened(export, tmp_path):
             convert(*command)
     assert not (tmp_path / "exploited").exists()
     torch.load(export / "pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "exploited").exists(), "the exploit does not work: the test could not fail"
+    assert (tmp_path / "exploited").exists(), "the exploit must work, or the test cannot fail"
 
 
 def test_not_a_number_is_reported_and_by_choice_refused(export, tmp_path, caplog):
@@ -429,7 +429,7 @@ def test_not_a_number_is_reported_and_by_choice_refused(export, tmp_path, caplog
 
 
 def test_a_hub_cache_links_to_its_blobs(export, tmp_path):
-    """A snapshot's files are links to ../../blobs, and to nowhere else."""
+    """A snapshot's files may link to ../../blobs, and to nothing else."""
     cache = tmp_path / "models--x--y"
     (cache / "blobs").mkdir(parents=True)
     snapshot = cache / "snapshots" / "abc"

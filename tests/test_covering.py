@@ -1,4 +1,4 @@
-"""The covering arrays of tests/lib: every pair that can be had is in a row, and all rows are admitted."""
+"""The covering arrays of tests/lib: every possible pair is in a row, and all rows are valid."""
 
 from itertools import combinations, product
 
@@ -28,7 +28,7 @@ def test_every_pair_that_is_admitted_is_in_a_row(rule):
 
 
 def test_rows_are_few():
-    """20 is the least, as two factors have 5 and 4 values; the product has 360."""
+    """20 is the minimum, as two factors have 5 and 4 values; the product has 360."""
     assert 20 <= len(covering.rows(FACTORS, RULES["free"])) <= 26
 
 

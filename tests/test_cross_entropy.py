@@ -1,6 +1,6 @@
 """Chunked cross entropy of a linear layer and its plain form, against torch's on full logits in float64.
 
-Its kernels by themselves: test_cross_entropy_kernels.py.
+test_cross_entropy_kernels.py tests its kernels separately.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from cross_entropy_worker import CASES, CHUNKED, PLAIN, errors_of_cases, inputs,
 from megamm.ops.cross_entropy import MOST_CHUNKS
 from megamm.parity.worlds import Failure, Worlds
 
-# Of loss, token losses, gradient of hidden, gradient of weight. In bfloat16 logits and gradients have 8 bits.
+# For loss, token losses, gradient of hidden, gradient of weight. In bfloat16 logits and gradients have 8 bits.
 TOLERANCE = {
     "float64": [1e-12] * 4,
     "float32": [1e-6, 1e-6, 2e-6, 2e-6],
@@ -34,7 +34,7 @@ SIZES = [(1, 1, 4, 8), (37, 19, 53, 8), (64, 32, 128, 64), (131, 7, 1001, 50)]
 
 
 def _on(device: torch.device, function: Any, **fixed: Any) -> Any:
-    """The function with its tensors taken to the device, and results and gradients brought back."""
+    """Return the function with its tensors moved to the device, and results and gradients moved back."""
 
     def call(*tensors: Any, **options: Any) -> tuple[torch.Tensor, ...]:
         moved = [None if tensor is None else tensor.to(device) for tensor in tensors]
@@ -63,7 +63,7 @@ def _full_logits(
     ignore_index: int = -100,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """torch's own functions, in the dtype of hidden."""
+    """Call torch's own functions in the dtype of hidden."""
     logits = F.linear(hidden, weight)[:, :vocabulary_size]
     token_loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none", **options)
     with_z = token_loss + z_loss * logits.logsumexp(1).square() * (labels != ignore_index)
@@ -97,7 +97,7 @@ def test_equals_torch_on_full_logits(
 
 
 def test_mean_of_transformers(chunked: Any) -> None:
-    """Its causal loss shifts labels by itself: the last token of a row predicts nothing."""
+    """Its causal loss shifts labels itself: the last token of a row predicts nothing."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     hidden, weight, labels, _ = inputs(0, 24, 16, 40, 40)
@@ -166,7 +166,7 @@ def test_no_tokens(function: Any) -> None:
 
 
 def test_large_logits(function: Any) -> None:
-    """Of +-1e5: exponentials taken as they are would overflow."""
+    """Logits of +-1e5, whose exponentials would overflow without subtracting the maximum."""
     hidden, weight, *labels = inputs(5, 40, 12, 60, 60)
     hidden = hidden * 2.0**15
     theirs = run(_full_logits, hidden, weight, *labels)
@@ -176,7 +176,7 @@ def test_large_logits(function: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_goes_on(value: float, function: Any) -> None:
-    """Into the loss and gradients of the token that has it, and of no other."""
+    """Non-finite values reach the loss and gradients of their own token, and no other."""
     hidden, weight, labels, _ = inputs(6, 9, 4, 12, 12)
     labels = labels.clamp(min=0)
     hidden[4, 0] = value
@@ -216,7 +216,7 @@ def test_an_ignored_token_adds_nothing_whatever_its_logits(function: Any) -> Non
 
 @pytest.mark.parametrize("label", [-1, 10, 11, 12, 1 << 40])
 def test_a_label_that_is_none_makes_nan(label: int, function: Any) -> None:
-    """Also one that names a row of padding (10, 11), and also with weight 0."""
+    """A label of a padding row (10, 11) gives NaN, also with weight 0."""
     hidden, weight, labels, token_weight = inputs(8, 9, 4, 12, 10)
     labels[5], token_weight[5] = label, 0.0
     loss, token_loss, of_hidden, of_weight = run(function, hidden, weight, labels, token_weight, vocabulary_size=10)
@@ -285,7 +285,7 @@ def test_arguments_that_do_not_fit(changed: dict[str, Any], message: str, functi
 
 @pytest.fixture(scope="module")
 def parallel_errors(worlds: Worlds) -> dict[str, list[float]]:
-    """One world of four ranks for all cases."""
+    """Return the errors of all cases, computed in one world of four ranks."""
     found = worlds.run(4, errors_of_cases, None, timeout=300)
     assert not isinstance(found, Failure), found
     assert all(one == found[0] for one in found)
@@ -302,7 +302,7 @@ def test_a_split_vocabulary_changes_nothing(parallel_errors: dict[str, list[floa
 
 
 def _peak_bytes(call: Callable[[], Any]) -> int:
-    """The largest sum of what torch's allocator hands out within a call and has not got back."""
+    """Return the peak memory that torch's allocator has handed out within a call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -311,10 +311,10 @@ def _peak_bytes(call: Callable[[], Any]) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_extra_memory_is_a_twentieth_of_the_logits(dtype: torch.dtype) -> None:
-    """Beyond arguments and gradients, over forward and backward; of the plain one the same measure sees all logits."""
+    """Memory beyond arguments and gradients, over forward and backward; for the plain form this includes all logits."""
     hidden, weight, labels, token_weight = inputs(11, 8192, 8, 6001, 6001)
     leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
-    # The weight's gradient is summed in float32; backward makes the scaled gradients beside those.
+    # The weight's gradient is summed in float32; backward also makes the scaled gradients.
     gradients = sum(
         x.numel() * (x.element_size() + y) for x, y in zip(leaves, (leaves[0].element_size(), 4), strict=True)
     )
@@ -323,7 +323,7 @@ def test_extra_memory_is_a_twentieth_of_the_logits(dtype: torch.dtype) -> None:
     def step(function: Any) -> None:
         torch.autograd.grad(function(*leaves, labels, token_weight)[0], leaves)
 
-    # Without instructions for bfloat16 a CPU's matrix product takes memory of its own: as much as this, alone.
+    # Without bfloat16 instructions a CPU's matrix product takes memory itself, up to this amount.
     chunk = torch.empty(-(-8192 // MOST_CHUNKS), 6001, dtype=dtype)
     product = _peak_bytes(lambda: torch.mm(leaves[0].detach()[: len(chunk)], leaves[1].detach().t(), out=chunk))
     assert _peak_bytes(lambda: step(CHUNKED)) - gradients - product <= 0.05 * logits

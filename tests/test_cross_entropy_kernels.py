@@ -1,6 +1,6 @@
 """Cross entropy's kernels against float64: a row's statistics, and its gradient in place.
 
-Through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels).
+They are called through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels).
 """
 
 from typing import Any
@@ -13,13 +13,13 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, to
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float) -> None:
-    """Within a part of the largest value."""
+    """Compare relative to the largest value."""
     largest = float(theirs.abs().amax()) if theirs.numel() else 0.0
     torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * largest)
 
 
 def in_float64(logits: torch.Tensor, target: torch.Tensor, factor: torch.Tensor, *options: Any) -> list[torch.Tensor]:
-    """Statistics and gradient of rows whose other columns, were there any, are elsewhere."""
+    """Return statistics and gradient of rows that may have further columns on other ranks."""
     vocabulary_size, smoothing, z_loss = options
     x = logits.double()
     maximum, log_sum = x.amax(1), x.logsumexp(1)
@@ -37,7 +37,7 @@ def in_float64(logits: torch.Tensor, target: torch.Tensor, factor: torch.Tensor,
     ids=str,
 )
 def test_kernels(kernels: Any, rows: int, columns: int, stride: int, offset: int, dtype: torch.dtype) -> None:
-    """Rows in whole vectors and not, at aligned addresses and not, longer and shorter than a block of either kind."""
+    """Rows of whole vectors or not, at aligned addresses or not, longer and shorter than a block of either kind."""
     generator = torch.Generator().manual_seed(columns)
     values = (torch.randn(rows * stride + offset, generator=generator) * 3).to(dtype)
     math = torch.float64 if dtype == torch.float64 else torch.float32
@@ -59,7 +59,7 @@ def test_kernels(kernels: Any, rows: int, columns: int, stride: int, offset: int
 
 
 def test_kernels_on_what_is_not_finite(kernels: Any) -> None:
-    """-inf in all places but one, and in all; inf; a NaN first, between and last, and in a row that does not count."""
+    """Rows with one finite value, all -inf, inf, a NaN at any position, and a NaN in an ignored row."""
     logits = torch.randn(7, 5000)
     logits[0, :4999] = logits[1] = -torch.inf
     logits[2, 4000] = torch.inf

@@ -1,4 +1,4 @@
-"""csrc/ compiles for Hopper without warnings, and no kernel spills registers; the build's own decisions."""
+"""csrc/ compiles for Hopper without warnings and without register spills; the decisions of the build."""
 
 import hashlib
 import os
@@ -23,7 +23,7 @@ NVCC = shutil.which("nvcc")
 
 
 def setup_values():
-    """Names of setup.py, without running its last call."""
+    """Return names of setup.py without running its last call."""
     text = (ROOT / "setup.py").read_text()
     values = {"__file__": str(ROOT / "setup.py")}
     exec(text[: text.index("\nsetup(")], values)
@@ -31,7 +31,7 @@ def setup_values():
 
 
 def compiled(source):
-    """What nvcc says of a source, read from build/ where the same compiler has compiled the same text there."""
+    """Return nvcc's output for a source, from build/ if the same compiler has compiled the same text there."""
     build = setup_values()
     archs = ["-gencode=arch=compute_90a,code=sm_90a"]
     includes = [word for path in include_paths() for word in ("-isystem", path)]
@@ -74,7 +74,7 @@ def test_arch_flags():
 
 
 def test_install_without_a_compiler_is_whole(tmp_path):
-    """Built from a copy with a compiler that is not there: no library in it, ops: auto says why, csrc refuses."""
+    """A copy is built with a missing compiler: it has no library, ops: auto reports why, csrc raises an error."""
     for name in ("megamm", "csrc"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "NOTICE"):

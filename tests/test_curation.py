@@ -1,4 +1,4 @@
-"""The rules of curation against brute force, known values, and samples made for each."""
+"""The curation rules against brute force, known values, and samples made for each rule."""
 
 import io
 import random
@@ -28,7 +28,7 @@ RATE = 16000
 
 
 def reason(check, data, **options):
-    """Why the rule leaves this out; None if it does not."""
+    """Return why the rule drops this sample; None if it keeps it."""
     try:
         check(data, CurationOptions(**options))
     except FilteredOut as error:
@@ -77,7 +77,7 @@ def test_audio(kind):
 
 
 def test_clipped_audio():
-    """Of a sine of amplitude a, the share 1 - 2/pi asin(1/a) is cut at full scale."""
+    """A sine of amplitude a is clipped at full scale in a share of 1 - 2/pi asin(1/a)."""
     for amplitude in (1.005, 1.02, 3.0):
         share = 1 - 2 / np.pi * np.arcsin(0.999 / amplitude)
         data = audio(np.clip(tone(2, amplitude), -1, 1), subtype="FLOAT")
@@ -87,7 +87,7 @@ def test_clipped_audio():
 
 
 ENGLISH = (
-    "the old house stood on a hill above the village and nobody had lived there since the war ended many years ago"
+    "the old house stood on a hill above the village and no one had lived there since the war ended many years ago"
 )
 GERMAN = "das alte Haus stand auf einem Hügel über dem Dorf und keiner wohnte dort seit der Krieg vor Jahren endete"
 
@@ -97,7 +97,7 @@ def test_text_length_and_language():
     assert "2 characters, not 3 to 4" in reason(check_text, "ab", min_characters=3, max_characters=4)
     assert reason(check_text, ENGLISH, languages=("en", "fr")) is None and reason(check_text, GERMAN) is None
     assert reason(check_text, GERMAN, languages=("en",)) == "language: language de, not en"
-    assert reason(check_text, " ".join(GERMAN.split()[:19]), languages=("en",)) is None  # too short to tell
+    assert reason(check_text, " ".join(GERMAN.split()[:19]), languages=("en",)) is None  # too short to decide
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def jaccard(first, second):
 
 
 def test_near_duplicates_are_those_of_brute_force():
-    """Every pair above the threshold by the exact Jaccard similarity is found, none far below it."""
+    """Every pair above the threshold by the exact Jaccard similarity is found, and none far below it."""
     rng = random.Random(1)
     words = [f"w{number}" for number in range(500)]
     texts = []
@@ -143,7 +143,7 @@ def test_near_duplicates_are_those_of_brute_force():
         missed += best > 0.85 and near is None
         wrong += best < 0.7 and near is not None
         if near is not None:
-            assert abs(near[1] - exact[near[0]]) < 0.15  # 4 standard deviations of 128 permutations are 0.14
+            assert abs(near[1] - exact[near[0]]) < 0.15  # 4 standard deviations with 128 permutations are 0.14
         found.add(str(number), signature(text))
     assert close > 15 and missed <= 1 and wrong == 0
 
@@ -158,7 +158,7 @@ def test_short_texts_have_no_signature():
     ("text", "masked"),
     [
         ("mail john.doe+x@mail.example.co.uk, now", "mail <EMAIL>, now"),
-        ("a@b is no address, nor is @name or x @ y.z", None),
+        ("a@b is not an address, nor is @name or x @ y.z", None),
         ("host 192.168.0.1. Port 8080", "host <IP>. Port 8080"),
         ("version 1.2.3, 300.1.2.3 and 1.2.3.4.5", None),
         ("from 2001:db8::8a2e:370:7334 to fe80:1:2:3:4:5:6:7", "from <IP> to <IP>"),
@@ -181,7 +181,7 @@ def test_personal_data_is_masked(text, masked):
 
 
 def test_luhn_against_its_definition():
-    """One wrong digit is always found; of random numbers every tenth is valid."""
+    """One wrong digit is always detected; every tenth random number is valid."""
     rng = random.Random(0)
     valid = sum(is_card("".join(rng.choices("0123456789", k=16))) for _ in range(5000))
     assert 400 < valid < 600

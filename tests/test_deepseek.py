@@ -1,7 +1,7 @@
 """Latent attention, bias-balanced sigmoid routing, shared experts and multi-token prediction against transformers.
 
 One rank, random weights, packed rows: our backbone's loss and gradients against DeepseekV3ForCausalLM, and the
-prediction modules against Qwen3 layers put together by hand, each document read alone.
+prediction modules against hand-assembled Qwen3 layers that read each document alone.
 """
 
 import pytest
@@ -33,7 +33,7 @@ WEIGHTS = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 @pytest.fixture
 def engine(request):
-    """Our engine for a model section, norms and routing biases off their neutral start."""
+    """Return our engine for a model section, with norms and routing biases moved off their neutral start."""
     config = model_config(request.param)
     device = choose("cpu")
     grid.start(device)
@@ -54,7 +54,7 @@ def engine(request):
 
 
 def _documents(batch):
-    """(row, slice) of every document."""
+    """Yield (row, slice) of every document."""
     for row, segments in enumerate(batch.segment):
         for segment in range(int(segments.max()) + 1):
             places = (segments == segment).nonzero().flatten()
@@ -62,7 +62,7 @@ def _documents(batch):
 
 
 def _summed(batches, losses_of):
-    """sum over modalities of weight * mean of the losses that `losses_of(batch, row, part)` gives: [T] each."""
+    """Return the sum over modalities of weight * mean of the losses `losses_of(batch, row, part)`: [T] each."""
     sums, counts = [torch.zeros(()), torch.zeros(())], [0.0, 0.0]
     for batch in batches:
         for row, part in _documents(batch):
@@ -75,7 +75,7 @@ def _summed(batches, losses_of):
 
 
 class _Labels:
-    """Targets of one document, `ahead` tokens further than the batch's own."""
+    """Targets of one document, shifted by `ahead` tokens from the batch's own."""
 
     def __init__(self, batch, row, part, ahead=0):
         def of(values, fill):
@@ -87,7 +87,7 @@ class _Labels:
 
 
 def _compare(ours, theirs):
-    """Gradients by our names: relative error of each."""
+    """Compare gradients by our names: relative error of each."""
     assert ours.keys() == theirs.keys()
     for name, gradient in ours.items():
         error = (gradient - theirs[name]).norm() / theirs[name].norm()
@@ -141,7 +141,7 @@ def test_latent_attention_and_routing_equal_transformers(engine):
 
 
 def _to_deepseek(values, buffers, m):
-    """Tensors by our live names -> by transformers'."""
+    """Map tensors by our live names to transformers' names."""
     named = {
         "model.embed_tokens.weight": values["embedding.word_embeddings.weight"],
         "model.norm.weight": values["decoder.final_layernorm.weight"],
@@ -176,7 +176,7 @@ def _to_deepseek(values, buffers, m):
 
 
 class _ByHand(torch.nn.Module):
-    """Qwen3 with prediction modules (DeepSeek-V3 report, section 2.2) from transformers' layers."""
+    """Qwen3 with prediction modules (DeepSeek-V3 report, section 2.2), built from transformers' layers."""
 
     def __init__(self, m):
         super().__init__()
@@ -204,7 +204,7 @@ class _ByHand(torch.nn.Module):
         )
 
     def forward(self, ids):
-        """Logits `[1 + K, T, V]` of one document `[T]`; at its end the modules read id 0, whose loss never counts."""
+        """Return logits `[1 + K, T, V]` of one document `[T]`; at its end the modules read id 0: loss ignored."""
         angles = self.rotary(self.embedding.weight, torch.arange(len(ids))[None])
         mask = torch.full((len(ids), len(ids)), -torch.inf).triu(1)[None, None]
 
@@ -223,7 +223,7 @@ class _ByHand(torch.nn.Module):
         return self.head(torch.cat(states))
 
     def names(self, values, m):
-        """Tensors by our live names -> by this module's."""
+        """Map tensors by our live names to this module's names."""
         named = {
             "embedding.weight": values["embedding.word_embeddings.weight"],
             "head.weight": values["output_layer.weight"],
@@ -259,7 +259,7 @@ class _ByHand(torch.nn.Module):
 @pytest.mark.parametrize("engine", [{"mtp": {"num_layers": 2, "loss_weight": 0.3}}], indirect=True, ids=["mtp2"])
 def test_multi_token_prediction_equals_layers_put_together_by_hand(engine):
     m = engine.config.model
-    # 0.19 calls the module otherwise in memory; stored names are the same.
+    # 0.19 names the module differently in memory; stored names are the same.
     named = engine.chunks[0].module.named_parameters()
     live = {name.replace("mtp_model_layer", "transformer_layer"): parameter for name, parameter in named}
     theirs = _ByHand(m)

@@ -24,7 +24,7 @@ from megamm.errors import UserError
 
 LIB = Path(__file__).parent / "lib"
 HALF = 8
-# More experts than some microbatches have tokens for them; balanced by loss and by bias; one that all tokens use.
+# More experts than some microbatches have tokens for; balanced by loss and by bias; one that all tokens use.
 MOE = {"num_experts": 12, "top_k": 1, "ffn_hidden_size": 10, "shared_ffn_hidden_size": 12, "score": "sigmoid"}
 RICH = {
     "model": {
@@ -40,7 +40,7 @@ RESUMED_STAGES = {"dense": (1, 3), "rich": (3,), "bf16": (1, 2, 3)}
 RESUMED = [f"{kind}-native-zero{z}" for kind, stages in RESUMED_STAGES.items() for z in stages]
 RESUMED += ["dense-native-offload2", "dense-native-offload3"]
 SELDOM = {"rich-native-zero3", "dense-native-offload3", "weights-zero3"}
-"""The slowest, of `make test-all`: each has a neighbour of another stage or model that is always run."""
+"""The slowest cases, of `make test-all`; a similar case of another stage or model always runs."""
 
 
 def _marked(names: list[str]) -> list[Any]:
@@ -60,7 +60,7 @@ def _cases() -> list[dict[str, Any]]:
         resume = {"steps": [half, half + 2], "save_at": half, "diverge": kind == "bf16"}
         group = [native | {"name": f"{kind}-start", "steps": [0, 0], "save_at": 0}]
         if kind != "bf16":
-            # Before any native step: Megatron's scale of the auxiliary loss is the process's, and would stay set.
+            # Before any native step: Megatron's scale of the auxiliary loss is global and would stay set.
             zero = start | {"seed": 2, "diverge": kind == "dense"}
             group += [_zero(z) | zero | {"name": f"{kind}-zero{z}"} for z in (1, 2, 3)]
             group += [native | resume | {"name": f"{kind}-zero3-native", "load": f"{kind}-zero3"}]
@@ -82,14 +82,14 @@ def _cases() -> list[dict[str, Any]]:
 
 
 class Results:
-    """What the cases have left: one start of two processes serves all of them, a second one those of SELDOM."""
+    """The output of the cases: one start of two processes serves all of them, a second start those of SELDOM."""
 
     def __init__(self, out: Path) -> None:
         self.out, self._has_seldom = out, False
         _run([case for case in _cases() if case["name"] not in SELDOM], out)
 
     def run(self, name: str) -> Path:
-        """The output folder of a case; its figures are in a file beside it."""
+        """Return the output folder of a case; its figures are in a file next to it."""
         if name in SELDOM and not self._has_seldom:
             _run([case for case in _cases() if case["name"] in SELDOM], self.out)
             self._has_seldom = True
@@ -116,15 +116,15 @@ def _run(cases: list[dict[str, Any]], out: Path) -> None:
     ]
     done = subprocess.run(
         [*launcher, str(LIB / "deepspeed_worker.py"), str(out / "cases.json"), str(out)],
-        # A home of its own: an operator compiled at first use would leave itself there.
+        # A separate home: an operator compiled at first use is cached there.
         env=environment() | {"PYTHONPATH": paths, "HOME": str(out / "home")},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     said = [line for line in done.stdout.splitlines() if "OVERFLOW! Skipping step" not in line]
-    assert not said, "DeepSpeed says nothing, but of a step that it skips"
-    assert not (out / "home").exists(), "and compiles nothing"
+    assert not said, "DeepSpeed must log only skipped steps"
+    assert not (out / "home").exists(), "and compile nothing"
 
 
 def _read(results: Results, name: str) -> dict[str, torch.Tensor]:
@@ -134,13 +134,13 @@ def _read(results: Results, name: str) -> dict[str, torch.Tensor]:
 
 @cache
 def _tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, by torch's own reader."""
+    """Read every tensor of a checkpoint with torch's own reader."""
     folder = next((run / "checkpoints").glob("step_*")) / "tensors"
     return {k: v for k, v in _load_state_dict_from_keys(checkpoint_id=folder).items() if isinstance(v, torch.Tensor)}
 
 
 def _assert_same_steps(ours: dict[str, torch.Tensor], native: dict[str, torch.Tensor], rtol: float = 1e-6) -> None:
-    """The steps that both took, from the first of ours on."""
+    """Compare the steps that both ran, starting at our first one."""
     first = int((native["lr"] == ours["lr"][0]).nonzero()[0])
     for key in ("loss", "count", "grad_norm", "lr"):
         theirs = native[key][first : first + len(ours[key])]
@@ -155,7 +155,7 @@ def _assert_same_steps(ours: dict[str, torch.Tensor], native: dict[str, torch.Te
 def test_losses_equal_native(results, kind, stage):
     ours, native = _read(results, f"{kind}-zero{stage}"), _read(results, f"{kind}-native")
     assert len(ours["loss"]) == (STEPS if kind == "dense" else 3)
-    assert (ours["grad_norm"] > 0.4).all(), "clipping is at work"
+    assert (ours["grad_norm"] > 0.4).all(), "clipping must be active"
     _assert_same_steps(ours, native)
     torch.testing.assert_close(ours["evaluated"], native["evaluated"], rtol=1e-6, atol=0)
 
@@ -163,7 +163,7 @@ def test_losses_equal_native(results, kind, stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["dense", "rich"])
 def test_checkpoint_equals_native(results, kind, stage):
-    """Same names, shapes and types; weights, main copies and moments after the same steps."""
+    """Names, shapes and types are equal; weights, main copies and moments agree after the same steps."""
     ours, native = _tensors(results.run(f"{kind}-zero{stage}")), _tensors(results.run(f"{kind}-native"))
     assert ours.keys() == native.keys()
     assert len([key for key in ours if key.startswith("optimizer.state.exp_avg_sq.")]) >= 11
@@ -175,7 +175,7 @@ def test_checkpoint_equals_native(results, kind, stage):
 
 @pytest.mark.parametrize("name", _marked(RESUMED))
 def test_what_is_loaded_is_what_was_saved(results, name):
-    """A native checkpoint, read into ZeRO's shards and written again: bit for bit the same."""
+    """A native checkpoint is read into ZeRO's shards and written again bit for bit."""
     native, again = _tensors(results.run(f"{name.split('-')[0]}-native")), _tensors(results.run(name))
     assert native.keys() == again.keys()
     for key, tensor in native.items():
@@ -192,7 +192,7 @@ def test_what_is_loaded_is_what_was_saved(results, name):
     ],
 )
 def test_engine_can_change_at_a_checkpoint(results, name):
-    """Resumed by the other engine, the steps are those of the native run that nobody disturbed."""
+    """A run resumed by the other engine has the steps of the uninterrupted native run."""
     _assert_same_steps(_read(results, name), _read(results, f"{name.split('-')[0]}-native"))
 
 
@@ -203,14 +203,14 @@ def test_weights_without_optimizer_state(results, name):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_is_close_to_native(results, stage):
-    """Weights are rounded to 8 bits, gradients are added and reduced in float32."""
+    """Weights are rounded to 8 bits; gradients are added and reduced in float32."""
     _assert_same_steps(_read(results, f"bf16-native-zero{stage}"), _read(results, "bf16-native"), rtol=1e-3)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", ["dense-zero", "bf16-native-zero"])
 def test_divergence_is_reported(results, name, stage):
-    """By a norm that is not finite, whatever DeepSpeed makes of such a gradient."""
+    """A norm that is not finite is reported, whatever DeepSpeed makes of such a gradient."""
     assert not math.isfinite(_read(results, f"{name}{stage}")["diverged"])
 
 

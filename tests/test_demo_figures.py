@@ -1,4 +1,4 @@
-"""The demo's figures: intervals against scipy, attributes and retrieval on media whose answer is known."""
+"""The demo's figures: intervals against scipy, attributes and retrieval on media with a known answer."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_retrieval_counts_the_real_media_that_are_nearer_than_the_right_one():
     real = [np.full((2, 2, 3), 10 * i, dtype=np.uint8) for i in range(20)]
     made = [*real[:10], *(real[(i + 3) % 20] for i in range(10, 19)), None]
     found = figures.retrieval(Pictures(), made, real)
-    # Moved on by three, six at most are nearer; at the end of the row fewer, and around it many.
+    # Shifted by three, at most six are nearer: fewer at the end of the row, many where it wraps around.
     assert found["r1"]["right"] == 10 and found["r1"]["n"] == 20
     nearer = [sum(abs(j - (i + 3) % 20) < abs(i - (i + 3) % 20) for j in range(20)) for i in range(10, 19)]
     assert found["r5"]["right"] == 10 + sum(count < 5 for count in nearer)

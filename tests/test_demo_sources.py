@@ -1,4 +1,4 @@
-"""The sources of the demo on tiny packages made here: captions of attributes, copies that differ, orders of digits."""
+"""The demo's sources on tiny generated packages: captions of attributes, copies that differ, orders of digits."""
 
 import gzip
 import io
@@ -87,13 +87,13 @@ def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch
         assert sample.key.startswith("digits-en-" + "".join(map(str, said)) + "-")
         heard, rate = soundfile.read(tmp_path / "raw" / contents(sample)["audio"])
         assert rate == 16_000 and len(heard) % beat == 0
-        loud = np.abs(heard).reshape(-1, beat).max(1) > 0.05  # beats of tone: two runs, each from a beat on
+        loud = np.abs(heard).reshape(-1, beat).max(1) > 0.05  # beats of tone: two runs, each starting on a beat
         starts = np.flatnonzero(np.diff(np.concatenate([[False], loud]).astype(int)) == 1)
         pitches = []
         for start in starts:
             window = heard[start * beat + 800 : start * beat + 2400]
             pitches.append(np.abs(np.fft.rfft(window * np.hanning(1600))).argmax() * 10)
-        # Two recordings without a pause between them are one run: their pitches are looked for at its start.
+        # Two recordings without a pause form one run; only the first pitch is checked.
         assert round((pitches[0] - 300) / 100) == said[0] and len(starts) <= 2
 
 
@@ -122,7 +122,7 @@ def test_things_are_painted_and_turn(tmp_path):
     raw = target_folder(tmp_path / "raw")
     (raw / "ATTRIBUTION.md").write_text("")
     samples = things.write_things(things_package(tmp_path / "package"), raw)
-    assert {s.noun for s in samples} == {"sofa"}  # a boat is not among the things
+    assert {s.noun for s in samples} == {"sofa"}  # there is no boat in the list of things
     videos = [s for s in samples if "video" in contents(s)]
     stills = [s for s in samples if "video" not in contents(s)]
     captions = [contents(s)["text"] for s in stills]
@@ -143,7 +143,7 @@ def test_things_are_painted_and_turn(tmp_path):
     assert len(by_caption) == len(videos) == 2 * len(things.COLOURS)
     left, right = (by_caption[f"turning {direction}, red, sofa"] for direction in ("left", "right"))
     assert left.shape == (things.FRAMES, things.PICTURE, things.PICTURE, 3)
-    assert np.abs(left[0] - right[0]).mean() < 1 < np.abs(left[1] - right[1]).mean()  # they begin alike
+    assert np.abs(left[0] - right[0]).mean() < 1 < np.abs(left[1] - right[1]).mean()  # they begin the same
 
 
 def test_a_cloud_is_turned_as_the_renderer_turns_it_and_painted_as_bright_as_it_was():

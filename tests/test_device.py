@@ -1,4 +1,4 @@
-"""What of the choice of a device no run shows (tests/test_train.py)."""
+"""The choice of a device, where no run covers it (tests/test_train.py)."""
 
 import pytest
 

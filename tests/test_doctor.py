@@ -1,4 +1,4 @@
-"""`megamm doctor` and the choice of optional packages: what is installed, what is used, what is wrong."""
+"""`megamm doctor` and the choice of optional packages: installed packages, the ones used, and problems."""
 
 import importlib.metadata
 import importlib.util
@@ -29,19 +29,19 @@ FUSION = "gradient_accumulation_fusion"
 
 
 def _rows(report: str) -> dict[str, str]:
-    """Subject -> finding of a report as it is printed into a file."""
+    """Return subject -> finding of a report as it is printed into a file."""
     width = report.index(importlib.metadata.version("megamm"), report.index("\nmegamm")) - report.index("\nmegamm") - 1
     return {line[:width].strip(): line[width:] for line in report.splitlines()}
 
 
 def test_report_of_this_environment():
-    """Versions are those that the packages' metadata give; what is not installed is said to be so."""
+    """Versions match the packages' metadata; missing packages are reported as not installed."""
     shown = CliRunner().invoke(app, ["doctor"])
     rows = _rows(shown.output)
     assert shown.exit_code == (1 if installation.examine().faults else 0), shown.output
     assert not list(installation._package_faults())
     for package in ("torch", "megatron-core", "megamm"):
-        # torch itself says more than the metadata of a GPU build: 2.13.0+cu130.
+        # torch reports more than the metadata of a GPU build: 2.13.0+cu130.
         assert rows[package].split(",")[0].split("+")[0] == importlib.metadata.version(package).split("+")[0]
     assert rows["DeepSpeed"].split(",")[0] == importlib.metadata.version("deepspeed") == installed().deepspeed
     modules = {"Transformer Engine": "transformer_engine", "flash-attn": "flash_attn", "apex": "apex", "DALI": "nvidia"}
@@ -58,7 +58,7 @@ def test_looking_imports_nothing():
 
 
 def test_missing_and_unsupported_packages_are_wrong(tmp_path):
-    """The environment as it is, but for psutil and deepspeed, and with an old Megatron-core."""
+    """The environment lacks psutil and deepspeed and has an old Megatron-core."""
     packages = Path(importlib.util.find_spec("torch").origin).parents[1]
     megatron = next(packages.glob("megatron_core-*.dist-info"))
     for entry in packages.iterdir():
@@ -155,7 +155,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_broken_gpu_packages_leave_a_cpu_run_alone(data):
-    """Transformer Engine without its libraries raises at import; on a CPU Megatron-core must not reach for it."""
+    """Transformer Engine without its libraries raises at import; on a CPU Megatron-core must not import it."""
     broken = data / "broken"
     for name in ("transformer_engine", "apex", "apex/optimizers", "amp_C", "flash_attn", WEIGHT_GRADIENT_EXTENSION):
         (broken / name).mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
 @pytest.mark.skipif(not gpus(), reason="needs a GPU")
 @pytest.mark.parametrize("setting", [[], [f"model.megatron.{FUSION}=false"]])
 def test_weight_gradient_fusion_on_a_gpu(tmp_path, setting):
-    """On where apex's kernels are there, unless the user says otherwise."""
+    """It is on if apex's kernels are installed, unless the user disables it."""
     from megamm.mcore import cpu
 
     cpu.install()

@@ -1,7 +1,7 @@
-"""Every command that the pages show works as it is typed, in a new shell, on tiny data under the names that they use.
+"""Every command in the docs works as typed, in a new shell, on tiny data with the names used there.
 
-What a page shows has an entry in documented_checks.py, which says how it is checked and, if it is not run, why. The
-commands that take seconds are for `make test-all`; their options and files are checked in `make test` too.
+Every documented command has an entry in documented_checks.py that defines how it is checked and, if it is not run, why.
+Commands that take seconds run in `make test-all`; their options and files are also checked in `make test`.
 """
 
 import re
@@ -30,7 +30,7 @@ from tiny_run import ROOT
 COMMANDS = commands()
 INLINE = in_text()
 ONCE = list({shown(c.text)[0]: c for c in reversed(COMMANDS)}.values())[::-1]
-"""The first of those that are the same on several pages."""
+"""The first of commands that occur on several pages."""
 LIGHT = [c for c in ONCE if not is_heavy(c.text)]
 HEAVY = [c for c in ONCE if is_heavy(c.text) and not wants_slurm(c.text)]
 SLURM = [c for c in ONCE if wants_slurm(c.text)]
@@ -58,7 +58,7 @@ def test_blocks_are_read_as_a_shell_does():
 
 def test_every_command_has_an_entry():
     unknown = [str(c) for c in COMMANDS if any(entry_of(part) is None for part in parts(c.text))]
-    assert not unknown, "no entry in tests/lib/documented_checks.py says how these are checked:\n" + "\n".join(unknown)
+    assert not unknown, "these have no entry in tests/lib/documented_checks.py:\n" + "\n".join(unknown)
 
 
 def _usage_errors(found: list[Documented]) -> list[str]:
@@ -82,7 +82,7 @@ def test_options_and_subcommands_exist():
 
 
 def test_what_the_text_names_exists():
-    """Commands inside of sentences are often short of arguments: subcommands, options, targets and files must exist."""
+    """Commands in sentences often lack arguments: subcommands, options, targets and files must exist."""
     for command in INLINE:
         program, *words = command.text.split()
         if program == "make":
@@ -96,7 +96,7 @@ def test_what_the_text_names_exists():
 
 @pytest.fixture(scope="module")
 def light(tmp_path_factory):
-    """The repository's files, without data."""
+    """Return a folder with the repository's files, without data."""
     folder = tmp_path_factory.mktemp("documented")
     for name in ("launchers", "docs", "examples"):
         shutil.copytree(ROOT / name, folder / name)
@@ -111,7 +111,7 @@ def test_command_is_checked(command, light):
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory):
-    """Made once; every command gets a copy."""
+    """Return a folder that is made once; every command gets a copy."""
     folder = tmp_path_factory.mktemp("workshop") / "made"
     make(folder)
     return folder
@@ -145,7 +145,7 @@ def cluster():
 @pytest.mark.slurm
 @pytest.mark.parametrize("command", SLURM, ids=str)
 def test_slurm_accepts(command, cluster, light):
-    """The line as typed, with a function in place of sbatch that adds --test-only; 16 nodes of 8 GPUs become fewer."""
+    """Run the line as typed, with a function for sbatch that adds --test-only; 16 nodes of 8 GPUs become fewer."""
     (light / "CONFIG").write_text("")
 
     def on_the_cluster(entry, line, folder):

@@ -1,4 +1,4 @@
-"""The dry run: the whole world on paper is consistent, its faults are found, and the examples fit 16,384 ranks."""
+"""The dry run: a consistent simulated world, injected faults are found, and the examples fit 16,384 ranks."""
 
 import os
 import resource
@@ -65,7 +65,7 @@ def _config(parallel: dict[str, Any], model: dict[str, Any], **train: Any) -> Ru
 
 @pytest.fixture(autouse=True)
 def no_job() -> Iterator[None]:
-    """The dry run wants a process of its own: leave a job that another test of this process has joined."""
+    """Leave a job that another test of this process has joined, as the dry run needs its own process."""
     from megamm.mcore import cpu
 
     cpu.install()
@@ -77,7 +77,7 @@ def no_job() -> Iterator[None]:
 
 @cache
 def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
-    """Config, grid, world and every rank's model of a layout."""
+    """Return config, grid, world and every rank's model of a layout."""
     from megamm.mcore.paper import PaperWorld
 
     world_size, parallel, model = LAYOUTS[name]
@@ -89,7 +89,7 @@ def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_whole_world_is_consistent(name: str) -> None:
-    """Not only the ranks that the dry run builds: all of them, so its choice is proven enough."""
+    """All ranks are built, not only those that the dry run builds, so its choice is verified."""
     config, grid, world, models = _built(name)
     assert dry_run.groups_fault(list(world.families.values()), grid) is None
     assert dry_run.stages_fault(models, grid, layout.layers_per_chunk(config, VOCABULARY)) is None
@@ -114,7 +114,7 @@ def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:
 
 
 def test_parameters_of_a_rank_by_hand() -> None:
-    """Half of each layer's matrices, all of its norms; a stage's layers; a table on the first and on the last."""
+    """Half of each layer's matrices, all of its norms; a stage's layers; a table on the first and the last stage."""
     from megamm.mcore.paper import PaperWorld
 
     config = _config({"tensor": 2, "pipeline": 2, "layers_per_chunk": [5, 3]}, {})
@@ -125,7 +125,7 @@ def test_parameters_of_a_rank_by_hand() -> None:
     assert counts == [5 * layer + table] * 2 + [3 * layer + table + 64] * 2
 
 
-# --- faults that are put in must be found and named ---
+# --- injected faults must be found and named ---
 
 
 def _swap_owner(piece: Any) -> Any:
@@ -133,7 +133,7 @@ def _swap_owner(piece: Any) -> Any:
 
 
 def _move(piece: Any) -> Any:
-    """To the place of its neighbour: a hole where it was, two owners where it goes."""
+    """Move it to its neighbour's place: a gap at the old place, two owners at the new one."""
     return piece._replace(offset=(piece.offset[0] ^ 1, *piece.offset[1:]))
 
 
@@ -148,7 +148,7 @@ TAMPERED = {
 
 
 def _tampered(model: Any, tensor: str, tamper: Any) -> Any:
-    """The rank's model with the first shard of the tensor changed."""
+    """Return the rank's model with the first shard of the tensor changed."""
     at, piece = next((i, p) for i, p in enumerate(model.pieces) if p.key.endswith(tensor))
     return replace(model, pieces=[*model.pieces[:at], tamper(piece), *model.pieces[at + 1 :]])
 
@@ -156,13 +156,15 @@ def _tampered(model: Any, tensor: str, tamper: Any) -> Any:
 @pytest.mark.parametrize("tensor", ["self_attention.linear_proj.weight", "router.weight", "experts.linear_fc2.weight"])
 @pytest.mark.parametrize("how", TAMPERED)
 def test_a_tampered_shard_is_found(tensor: str, how: str) -> None:
-    """Of rank 0, and alike of the ranks with its coordinates, which are replicas and never owners."""
+    """The shard of rank 0 is changed, and of its replicas, which have the same coordinates and never own it."""
     _, grid, _, models = _built("tp2-ep2-etp2")
     tamper, said = TAMPERED[how]
     built = {r: models[r] for r in grid.built_ranks()}
     assert dry_run.shards_fault(built, grid) is None
-    alike = [r for r in built if grid.first_with(r, "experts" in tensor) == 0 and (r == 0 or tamper is not _swap_owner)]
-    found = dry_run.shards_fault(built | {r: _tampered(models[r], tensor, tamper) for r in alike}, grid)
+    replicas = [
+        r for r in built if grid.first_with(r, "experts" in tensor) == 0 and (r == 0 or tamper is not _swap_owner)
+    ]
+    found = dry_run.shards_fault(built | {r: _tampered(models[r], tensor, tamper) for r in replicas}, grid)
     assert found and said in found, found
     assert tensor in found or how == "too small"
 
@@ -176,7 +178,7 @@ def test_a_rank_that_holds_something_else_than_its_equals_is_found() -> None:
 
 @pytest.mark.parametrize("tensor", ["self_attention.linear_proj.weight", "router.weight", "experts.linear_fc2.weight"])
 def test_a_wrong_number_of_replicas_is_found(tensor: str) -> None:
-    """All ranks agree on it, and it is not the number of ranks that hold the tensor."""
+    """All ranks agree on the number, but it is not the number of ranks that hold the tensor."""
     _, grid, _, models = _built("tp2-ep2-etp2")
     copies = next(p.copies for p in models[0].pieces if p.key.endswith(tensor))
     for wrong in (copies // 2, copies * 2):
@@ -188,7 +190,7 @@ def test_a_wrong_number_of_replicas_is_found(tensor: str) -> None:
 
 
 def test_experts_marked_as_dense_weights_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their gradients would be summed over the wrong ranks, in silence."""
+    """Their gradients would silently be summed over the wrong ranks."""
     from megamm.mcore import backbone
 
     build = backbone.build_chunks
@@ -270,10 +272,10 @@ def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) ->
 @pytest.mark.everything
 @pytest.mark.parametrize("example", ["dense_8b", "moe_200b"])
 def test_examples_at_16384_ranks(example: str) -> None:
-    """Within 60 s of processor time and 8 GiB, without data, a GPU or a network."""
+    """It takes at most 60 s of processor time and 8 GiB, without data, a GPU or a network."""
     command = [sys.executable, "-m", "megamm", "train", str(ROOT / "examples" / f"{example}.yaml"), "--dry-run"]
     command += ["--world-size", "16384", "--vocabulary-size", "200000", "--rank", "16383"]
-    # A process of its own: what it used is asked of the kernel.
+    # In a separate process, whose resource use the kernel reports.
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout and process.stderr
     printed, errors = process.stdout.read(), process.stderr.read()
@@ -302,7 +304,7 @@ def test_examples_at_their_smallest_world(example: str, world_size: int) -> None
 def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:
     make_data(tmp_path)
     config = write_config(tmp_path, tmp_path / "run", parallel={"tensor": 2})
-    # What only the job's machines have, apex and a GPU, is not asked for.
+    # apex and a GPU, which only the job's machines have, are not checked.
     fused = "model.megatron.gradient_accumulation_fusion=true"
     done = megamm("train", config, "train.seed=9", fused, "--nproc", 4, "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -310,7 +312,7 @@ def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:
     assert "world size 4 = tensor 2 x pipeline 1 x data 2 x context 1\n" in done.stdout
     assert "256 tokens in 2 microbatches" in done.stdout
     assert not (tmp_path / "run").exists()
-    # The start is checked as before a run; the source's tensors are not read.
+    # The start is checked as before a run, without reading the source's tensors.
     start = load_config(config, [f"start_from.checkpoint={tmp_path / 'nowhere'}"])
     with pytest.raises(UserError, match="nowhere"):
         dry_run.report(start, 4)

@@ -1,4 +1,4 @@
-"""The durable tier over a real local S3 server: connections that drop, a server that fails or is slow, kill -9."""
+"""The durable tier over a real local S3 server: dropped connections, a failing or slow server, kill -9."""
 
 import contextlib
 import os
@@ -37,7 +37,7 @@ def server():
 
 @pytest.fixture
 def store(server, monkeypatch):
-    """A fresh bucket, seen past any proxy; (URL of a prefix in it, boto3's view of the bucket)."""
+    """Return (URL of a prefix, boto3's view of the bucket) of a fresh bucket, without any proxy."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET,
@@ -46,7 +46,7 @@ def store(server, monkeypatch):
     }.items():
         monkeypatch.setenv(name, value)
     name = f"bucket-{time.monotonic_ns()}"
-    # An independent client: what it sees is what is there.
+    # An independent client sees what is really stored.
     bucket = boto3.resource("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket=name)
     yield f"s3://{name}/runs/one", bucket
     remote.fsspec.get_filesystem_class("s3").clear_instance_cache()
@@ -55,7 +55,7 @@ def store(server, monkeypatch):
 class Proxy:
     """TCP between a client and the server; `cut` connections are closed after that many bytes to the server.
 
-    rate: bytes a second that the line to the server takes, all connections together.
+    rate: total bytes a second from all connections to the server.
     """
 
     def __init__(self, server, cuts=0, after=0, rate=None):
@@ -100,7 +100,7 @@ class Proxy:
 
 
 class Answering:
-    """An HTTP server that is ill: it answers everything with one status, after a while."""
+    """A failing HTTP server: it answers every request with one status, after a while."""
 
     def __init__(self, status, delay=0.0):
         self.status, self.delay, self.requests = status, delay, 0
@@ -125,7 +125,7 @@ def stored(bucket, prefix):
 def wait_for(condition, seconds=20.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "did not happen in time"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
 
 
@@ -143,7 +143,7 @@ def test_what_is_uploaded_is_the_folder_and_comes_back(store, tmp_path):
 
 
 def test_a_connection_that_drops_goes_on_where_it_stopped(server, store, tmp_path, monkeypatch):
-    """Every try loses its connections within the large file; the small ones are not sent again."""
+    """Every attempt loses its connections within the large file; the small files are not sent again."""
     url, bucket = store
     proxy = Proxy(server, cuts=1000, after=3 * MEBIBYTE)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -160,7 +160,7 @@ def test_a_connection_that_drops_goes_on_where_it_stopped(server, store, tmp_pat
 
 
 def test_the_uploader_outlasts_a_server_that_fails(server, store, tmp_path, monkeypatch):
-    """Status 500 while training goes on: failures are told, then the copy arrives when the server is well."""
+    """The server returns status 500 while training continues: failures are reported, then the copy is completed."""
     url, _ = store
     run = tmp_path / "run"
     ill = Answering(500)
@@ -181,7 +181,7 @@ def test_the_uploader_outlasts_a_server_that_fails(server, store, tmp_path, monk
 
 
 def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tmp_path, monkeypatch):
-    """2 MB/s, checkpoints of 6 MB twelve times as fast: those in between are left out, and the end waits as told."""
+    """2 MB/s, checkpoints of 6 MB twelve times as fast: intermediate ones are skipped, the end waits as configured."""
     url, _ = store
     run, slow = tmp_path / "run", Proxy(server, rate=2e6)
     monkeypatch.setenv("AWS_ENDPOINT_URL", slow.url)
@@ -198,8 +198,8 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
             memory.append(psutil.Process(uploader.pid).memory_info().rss)
             time.sleep(0.25)
         begin = time.monotonic()
-        assert not uploader.finish(0.2) and time.monotonic() - begin < 5, "what is not there yet is left"
-        assert slow.passed < 11 * 6 * MEBIBYTE, "the line was not slow"
+        assert not uploader.finish(0.2) and time.monotonic() - begin < 5, "pending files stay"
+        assert slow.passed < 11 * 6 * MEBIBYTE, "the connection was not slow"
         uploader.start()
         assert uploader.finish(60)
     finally:
@@ -209,7 +209,7 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
     assert sent[-1] == 13 and len(sent) < 8, sent
     there = DurableTier(url)
     there.download("step_00000013", tmp_path / "back", there.listed("step_00000013"))
-    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "of large files, in parts of 50 MiB"
+    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
 
 
 def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store, tmp_path, monkeypatch):
@@ -230,7 +230,7 @@ def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store
             tier.remove("step_00000003")
         else:
             cut_short += 1
-    assert cut_short, "every kill came too late"
+    assert cut_short, "every kill was too late"
     uploader = Uploader(run, url, 2, False)
     assert uploader.finish(30)
     assert stored(bucket, "runs/one/step_00000003/") == whole
@@ -258,7 +258,7 @@ def test_retention_keeps_the_newest_and_the_best(store, tmp_path):
     tier = DurableTier(url)
     for step, loss in ((1, 3.0), (2, 1.5), (3, 2.0), (4, 2.5)):
         tier.upload(make_checkpoint(tmp_path / "run", step, heldout_loss=loss), tmp_path / "journal")
-    # A copy that was broken off long ago goes too.
+    # An old partial copy is removed, too.
     bucket.put_object(Key="runs/one/step_00000000/tensors/__0_0.distcp", Body=b"half")
     assert tier.apply_retention(1, keep_best=True) == ["step_00000001", "step_00000003"]
     assert tier.complete() == ["step_00000002", "step_00000004"]

@@ -1,4 +1,4 @@
-"""What tests cost, as tests/durations.json has it: everything is recorded, and what is slow says why.
+"""The cost of tests as recorded in tests/durations.json: everything is recorded, and slow tests give a reason.
 
 `pytest --record tests/test_X.py` records a new or changed file, `make durations` all of them.
 """
@@ -8,7 +8,7 @@ import suite
 LONG = 20.0
 """Seconds that a case of `make test` may take without a `reason` in its record."""
 MOST = 2600.0
-"""Seconds of all cases of `make test` together, three at a time on two cores. To be lowered whenever it can be."""
+"""Total seconds of all cases of `make test`, three at a time on two cores. Lower it whenever possible."""
 
 
 def test_every_test_is_recorded_and_nothing_else():

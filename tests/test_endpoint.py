@@ -1,4 +1,4 @@
-"""Where nodes meet: another program's port, and another job's, are refused by name; the job that is there goes on."""
+"""Rendezvous: another program's port and another job's are rejected with a clear error; the existing job continues."""
 
 import datetime
 import socket
@@ -40,7 +40,7 @@ def test_another_program_listens():
 
 
 def answer(server):
-    """Each visitor gets what a web server says to nonsense."""
+    """Send each client the answer of a web server to an invalid request."""
     while True:
         try:
             visitor, _ = server.accept()

@@ -40,7 +40,7 @@ def source(folder):
 
 
 def _samples(export, source):
-    """(text ids, image ids, noun) of every held-out sample, from its media, shifted to the vocabulary."""
+    """Return (text ids, image ids, noun) of every held-out sample, from its media, shifted to the vocabulary."""
     folders = {name: ShardFolder(source / "heldout" / name) for name in ("text", "image")}
     samples = []
     for i in range(len(folders["text"])):
@@ -52,7 +52,7 @@ def _samples(export, source):
 
 
 def _render(v, text, image, image_first):
-    """The document's ids, and the label modality of each (None: certain, not counted)."""
+    """Return the document's ids, and the label modality of each (None: certain, not counted)."""
     wrapped = [(v.begin("image"), "text"), *((i, "image") for i in image), (v.end("image"), None)]
     words = [(i, "text") for i in text]
     parts = wrapped + words if image_first else words + wrapped
@@ -60,7 +60,7 @@ def _render(v, text, image, image_first):
 
 
 def _losses(export, document):
-    """[(cross entropy, id, modality)] of every token after the first."""
+    """Return [(cross entropy, id, modality)] of every token after the first."""
     logits = export.model(torch.tensor([[i for i, _ in document]])).logits[0].double().detach()
     return [
         (-logits[place].log_softmax(0)[token].item(), token, modality)
@@ -104,7 +104,7 @@ def test_pair_gain_equals_a_plain_loop(export, source):
 
 def test_batches_give_the_same_numbers(export, source, monkeypatch):
     wanted = evaluate(export, [source])
-    monkeypatch.setattr(module, "_LOGITS_CPU", 1)  # one document a batch
+    monkeypatch.setattr(module, "_LOGITS_CPU", 1)  # one document per batch
     alone = evaluate(export, [source])
     assert alone.loss == pytest.approx(wanted.loss, rel=1e-6)
     for direction, gain in wanted.pair_gain.items():
@@ -112,7 +112,7 @@ def test_batches_give_the_same_numbers(export, source, monkeypatch):
 
 
 def test_a_document_is_computed_once(export, source, monkeypatch):
-    """Both orders of every sample serve the loss and the gain; besides, there are only the two mixed documents."""
+    """Both orders of every sample serve loss and gain; only the two mixed documents are added."""
     seen = []
     compute = module.token_losses
 
@@ -126,7 +126,7 @@ def test_a_document_is_computed_once(export, source, monkeypatch):
 
 
 class _Knowing(torch.nn.Module):
-    """Gives the next token of a right pair the logit K, and is uniform in any other document."""
+    """Gives the next token of a correct pair the logit K, and is uniform in any other document."""
 
     K = 3.0
 
@@ -149,7 +149,7 @@ def test_a_model_that_knows_the_pairs_has_the_gain_that_follows(export, source):
     v, k = export.vocabulary.size, _Knowing.K
     each = math.log(v) - (math.log(math.exp(k) + v - 1) - k)
     gains = evaluate(with_model(export, _Knowing(export, samples)), [source]).pair_gain
-    # A partner with the very same caption (the toy data has few) makes a right pair too: no gain.
+    # A partner with an identical caption (the toy data has few) is a correct pair, too: no gain.
     pairs = {(tuple(text), tuple(image)) for text, image, _ in samples}
     other = partners([noun for _, _, noun in samples], np.random.default_rng([0, 0]))
     for direction, of in (("text_to_image", lambda i, o: (o[0], i[1])), ("image_to_text", lambda i, o: (i[0], o[1]))):
@@ -178,7 +178,7 @@ def test_standard_error_is_over_nouns():
     gains = np.random.default_rng(0).normal(1, 2, 50)
     single = summarise(gains, [str(i) for i in range(50)])
     assert single.standard_error == pytest.approx(gains.std(ddof=1) / math.sqrt(50))
-    # Every sample four times over says nothing more.
+    # Repeating every sample four times adds no information.
     copied = summarise(np.repeat(gains, 4), [str(i) for i in range(50) for _ in range(4)])
     assert (copied.mean, copied.standard_error) == pytest.approx((single.mean, single.standard_error))
     assert (copied.samples, copied.nouns) == (200, 50)
@@ -206,7 +206,7 @@ def test_without_the_token_caches_of_the_export_the_command_to_make_them_is_name
 def test_logits_of_the_run_equal_those_of_the_export(folder, tmp_path):
     run = tmp_path / "run"
     import_(folder, run)
-    assert 0 < logits_difference(run, folder, choose("cpu"), rows=3) <= 2e-4  # logits of this model reach hundreds
+    assert 0 < logits_difference(run, folder, choose("cpu"), rows=3) <= 2e-4  # this model's logits reach hundreds
     own = json.loads((folder / "megamm.json").read_text())
     (tmp_path / "other").mkdir()
     for path in folder.iterdir():

@@ -1,4 +1,4 @@
-"""The examples of how megamm is used from Python run as they are: the training loop and the notebook's cells."""
+"""The examples of using megamm from Python run unchanged: the training loop and the notebook's cells."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def test_the_loop_learns_and_its_checkpoint_is_valid(tmp_path):
 
 @pytest.mark.everything
 def test_the_notebook_runs(tmp_path):
-    """Its code cells, one after the other, in a process of their own; a last one looks at what they have made."""
+    """Run its code cells in order in a separate process; an extra last cell checks the results."""
     look = """
 losses = [line["loss/text"] for line in steps]
 assert losses[-1] < 0.5 * losses[0], losses
@@ -50,7 +50,7 @@ shutil.rmtree(work)
 
 
 def test_the_notebook_is_executed_and_small():
-    """Outputs are stored, of all cells in order, without errors and without paths of the machine that ran it."""
+    """Outputs of all cells are stored, in order, without errors and without paths of the machine that ran it."""
     cells = [cell for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell["outputs"]]

@@ -1,7 +1,7 @@
 """Every model family of transformers, at tiny and odd sizes: read, trained on packed rows, and written back.
 
 Weights are random, as transformers saves them. Our backbone's logits are compared with transformers' own on each
-packed document alone (float32), the tensors that are written back with those read, bit for bit.
+packed document alone (float32); the written tensors must be bit-identical to those read.
 """
 
 from pathlib import Path
@@ -32,7 +32,7 @@ from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 
 def stored_gradients(module: Any, groups: Any) -> dict[str, torch.Tensor]:
-    """Of every parameter of a model that is whole on one rank, by the names and in the shapes of stored tensors."""
+    """Return the gradient of every parameter of a one-rank model, by the names and in the shapes of stored tensors."""
     from megamm.mcore import parts
 
     whole: dict[str, torch.Tensor] = {}
@@ -45,7 +45,7 @@ def stored_gradients(module: Any, groups: Any) -> dict[str, torch.Tensor]:
 
 
 def compare_gradients(ours: dict[str, torch.Tensor], theirs: Any, folder: Path) -> None:
-    """Ours by their names on disk with those of a model after its backward, which it writes as if they were weights."""
+    """Compare ours, by stored names, with a transformers model's gradients, which it saves as if they were weights."""
     buffers = {name for name, _ in theirs.named_buffers()}
     for parameter in theirs.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -106,7 +106,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "deepseek-v3-published", "deepseek-v2-lite"])
 def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As pipeline stages ask for them, whose borders need not be those between layers of two kinds."""
+    """Pipeline stages request any layers; their borders may be inside a group of equal layers."""
     write_model(name, tmp_path)
     family, section, file = read_model(tmp_path)
     stored = mapping.from_transformers(family.entries, file, ModelConfig.model_validate(section))
@@ -126,7 +126,7 @@ def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, mo
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.model_type)
 def test_every_key_of_a_family_is_in_a_table(family: Any) -> None:
-    """Those that transformers' class defines; a newer one may bring more."""
+    """The keys are those of transformers' class; a newer version may have more."""
     any_model = transformers.PreTrainedConfig().to_dict().keys()
     own = transformers.CONFIG_MAPPING[family.model_type]().to_dict().keys()
     assert own - any_model <= family.known_keys()

@@ -1,7 +1,7 @@
-"""Models of transformers on tensor, pipeline and expert parallel ranks: loss as theirs, and the same tensors back.
+"""Models of transformers on tensor, pipeline and expert parallel ranks: equal loss, and the same tensors back.
 
-One gloo world a layout reads what was converted, gives the loss of packed rows, and saves; float32. Every family and
-every layout is in OFTEN; `make test-all` has the product.
+One gloo world per layout reads the converted weights, computes the loss of packed rows, and saves; float32. Every
+family and every layout is in OFTEN; `make test-all` has the product.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads"
 EVEN = {"qwen3-moe": {"num_experts": 8}, "mixtral": {"num_local_experts": 4}}
 LATENT = {"num_key_value_heads": 8, "kv_lora_rank": 12, "n_routed_experts": 8}
 EVEN |= {"deepseek-v3-published": LATENT | {"q_lora_rank": 16, "n_group": 4}, "deepseek-v2-lite": LATENT}
-# Fewer heads of keys and values than tensor ranks.
+# Fewer key-value heads than tensor ranks.
 EVEN |= {"qwen2-tied": {"num_key_value_heads": 2}, "mistral-window": {"num_key_value_heads": 1}}
 EVEN["mixtral"] |= {"num_key_value_heads": 1}
 EVEN["gemma3"] = {"layer_types": ["sliding_attention", "full_attention"] * 2}
@@ -41,15 +41,15 @@ T, S, P, E, X = (f"parallel.{name}" for name in ("tensor", "sequence", "pipeline
 DENSE = [(2, {T: 2}), (4, {T: 4}), (2, {P: 2}), (4, {P: 4}), (4, {T: 2, S: True, P: 2})]
 EXPERTS = [(2, {E: 2}), (4, {E: 4}), (4, {P: 2, E: 2}), (4, {T: 2, S: True, E: 2})]
 STAGES = [(4, {P: 4})]
-"""Of which some have dense layers alone."""
+"""Layouts in which some stages have dense layers only."""
 ALONE: list[tuple[int, dict[str, Any]]] = [(1, {})]
 LAYOUTS = {name: [*ALONE, *DENSE] for name in ("llama3", "mistral-window", "qwen2-tied", "qwen3", "gemma2", "gemma3")}
 LAYOUTS |= {name: [*ALONE, *EXPERTS] for name in ("qwen3-moe", "mixtral")}
 LAYOUTS |= {name: [*ALONE, *EXPERTS, *STAGES] for name in ("deepseek-v3-published", "deepseek-v2-lite")}
 OFTEN = {
     "llama3": [(1, {}), (4, {T: 2, S: True, P: 2})],
-    "mistral-window": [(2, {T: 2})],  # one head of keys and values, on two ranks
-    "qwen2-tied": [(4, {T: 4})],  # two, on four
+    "mistral-window": [(2, {T: 2})],  # one key-value head on two ranks
+    "qwen2-tied": [(4, {T: 4})],  # two on four ranks
     "qwen3": [(2, {P: 2})],
     "gemma2": [(4, {P: 4})],
     "gemma3": [(4, {T: 2, S: True, P: 2})],
@@ -80,8 +80,8 @@ class Job:
 
 
 def run(job: Job) -> list[float]:
-    """The mean loss of every modality."""
-    from megamm.mcore import rng  # not before a world has adapted Megatron-core to its device
+    """Return the mean loss of every modality."""
+    from megamm.mcore import rng  # only after a world has adapted Megatron-core to its device
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
@@ -96,7 +96,7 @@ def run(job: Job) -> list[float]:
 
 
 def expected(theirs: Any) -> torch.Tensor:
-    """transformers' mean loss of every modality, each document read alone."""
+    """Return transformers' mean loss of every modality, each document read alone."""
     sums, counts = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for batch in rank_batches(global_batch(6, 1, ROWS, SEQUENCE), 1, 0, 1):
         for row, part in documents(batch):
@@ -113,7 +113,7 @@ def expected(theirs: Any) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Converted:
-    """A model of transformers, what it was converted to, and the mean losses that it has there."""
+    """A transformers model, its conversion, and transformers' mean losses."""
 
     file: dict[str, torch.Tensor]
     entries: Any
@@ -124,7 +124,7 @@ class Converted:
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
-    """name -> the model of that name, made and converted once for all its layouts."""
+    """Return a function name -> model, which makes and converts each model once for all its layouts."""
 
     @cache
     def make(name: str) -> Converted:

@@ -1,4 +1,4 @@
-"""A part of the fault matrix (`make faults` runs it all), the tool that injects from outside, and what judges runs."""
+"""Part of the fault matrix (`make faults` runs all of it), the tool that injects from outside, run comparison."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def test_a_run_goes_on_by_itself_as_if_undisturbed(folder, suffered):
 
 
 def test_the_tool_injects_into_a_run_that_knows_nothing_of_it(folder):
-    """Rank 0 is held in a save, so that the tool comes in time."""
+    """Rank 0 pauses in a save, so that the tool is not too late."""
     command, env = fault_matrix.prepare(folder, "outside", ">pause@save:6:0:*")
     process = warm.start([*command, "--nproc", "2"], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     try:
@@ -67,11 +67,11 @@ def test_the_tool_injects_into_a_run_that_knows_nothing_of_it(folder):
 
 
 def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
-    """The judge: on copies of the undisturbed run with one thing changed in each."""
+    """The comparison finds every single change in copies of the baseline run."""
 
     def judged(change):
-        for name in ("undisturbed", "undisturbed.records"):
-            shutil.copytree(folder / name, folder / name.replace("undisturbed", "changed"))
+        for name in ("baseline", "baseline.records"):
+            shutil.copytree(folder / name, folder / name.replace("baseline", "changed"))
         try:
             change(folder / "changed")
             return fault_matrix.differences(folder, "changed", 0)
@@ -85,7 +85,7 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
         path.write_text(text.replace(old, new, 1))
 
     rows = "changed.records/rows_1.jsonl"
-    first = json.loads((folder / "undisturbed.records" / "rows_1.jsonl").read_text().splitlines()[0])["rows"][0]
+    first = json.loads((folder / "baseline.records" / "rows_1.jsonl").read_text().splitlines()[0])["rows"][0]
     manifest = f"checkpoints/step_{fault_matrix.STEPS:08d}/manifest.json"
     assert judged(lambda run: None) == []
     assert judged(lambda run: edit(run / "metrics.jsonl", '"grad_norm": ', '"grad_norm": 1')) == ["other numbers"]
@@ -93,11 +93,11 @@ def test_other_numbers_rows_and_bytes_are_told(folder, tmp_path):
     lost = ["other rows", "not every row"]
     assert judged(lambda run: edit(folder / rows, f'"{first}", ', "")) == lost
     assert judged(lambda run: edit(run / manifest, '"xxh3_128": "', '"xxh3_128": "0')) == ["another last checkpoint"]
-    assert fault_matrix.differences(folder, "undisturbed", 3) == ["exit code 3"]
+    assert fault_matrix.differences(folder, "baseline", 3) == ["exit code 3"]
 
 
 def test_cells_are_read_from_the_story(tmp_path):
-    """A fault that was never reached, one that went on, and one whose recovery was never complete."""
+    """One fault was never reached, one continued, and one never recovered completely."""
     for line in (
         {"kind": "injected", "fault": "slow"},
         {"kind": "injected", "fault": "sigkill"},

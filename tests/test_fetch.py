@@ -1,4 +1,4 @@
-"""`megamm data fetch`: sets of sources, packages, what appears in RAW; from packages made here, over loopback."""
+"""`megamm data fetch`: sets of sources, packages, contents of RAW; packages are generated and served on loopback."""
 
 import contextlib
 import dataclasses
@@ -48,7 +48,7 @@ def write_words(package: Path, target: Path) -> list[RawSample]:
 
 @pytest.fixture
 def words(tmp_path, monkeypatch) -> Iterator[dict[str, Path]]:
-    """A source of two packages, which are downloaded from a folder."""
+    """A source of two packages that are downloaded from a folder."""
     debs = {
         name: debian_package(tmp_path, name, {f"usr/share/words/{name}": f"word {name}"}) for name in ("aaa", "bbb")
     }
@@ -98,12 +98,12 @@ def test_sets_are_within_their_size_and_cover_every_modality():
         expand(["emoji", "imagenet"])
 
 
-# --- the beginning of a package ---
+# --- the start of a package ---
 
 
 @pytest.fixture
 def large(tmp_path, monkeypatch) -> Iterator[tuple[Path, list[str]]]:
-    """(a package whose files do not compress, the ranges that its mirror was asked for), over loopback."""
+    """Return (a package whose files do not compress, the ranges requested from its mirror), on loopback."""
     noise = {name: np.random.default_rng(ord(name)).bytes(200_000).hex() for name in "abc"}
     deb = debian_package(tmp_path, "large", {f"usr/share/large/{name}": text for name, text in noise.items()})
     ranges: list[str] = []
@@ -111,7 +111,7 @@ def large(tmp_path, monkeypatch) -> Iterator[tuple[Path, list[str]]]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             ranges.append(self.headers["Range"])
-            self.send_response(200)  # ranges are a wish
+            self.send_response(200)  # a server may ignore ranges
             self.end_headers()
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(deb.read_bytes())
@@ -176,7 +176,7 @@ def test_a_beginning_that_does_not_come_as_expected_is_not_used(large, tmp_path,
 
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A simple package index on loopback, serving a folder."""
+    """Serve a folder as a simple package index on loopback."""
     folder = tmp_path / "index"
     folder.mkdir()
 
@@ -198,7 +198,7 @@ def index(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def publish(folder: Path, files: dict[str, bytes]) -> str:
-    """Put film-1.0.tar.gz into the index; its SHA-256."""
+    """Put film-1.0.tar.gz into the index; return its SHA-256."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in files.items():
@@ -224,7 +224,7 @@ def test_a_source_distribution_is_checked_and_not_run(index, tmp_path, monkeypat
         "film-1.0/a/film.zip"
     ]
     assert not ran.exists()
-    monkeypatch.setattr(packages, "_package_index", lambda: os.environ["PIP_INDEX_URL"])  # asking pip takes a second
+    monkeypatch.setattr(packages, "_package_index", lambda: os.environ["PIP_INDEX_URL"])  # calling pip takes a second
     with pytest.raises(UserError, match=r"unexpected content of film-1\.0\.tar\.gz"):
         fetch_package(Sdist("film", "1.0", "0" * 64, (".zip",)), work, unpacked)
     with pytest.raises(UserError, match=r"has no film-2\.0\.tar\.gz"):

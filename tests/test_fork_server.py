@@ -1,4 +1,4 @@
-"""The fork server, its command played by this process: templates come whatever ends, stops or cannot import."""
+"""The fork server, with this process in the role of its command: it provides templates after any failure."""
 
 import json
 import os
@@ -16,7 +16,7 @@ CONFIG = {"device": "cpu", "engine": "native"}
 
 
 class Command:
-    """A fork server, and templates asked of it as agents ask."""
+    """A fork server, from which templates are requested as agents do."""
 
     def __init__(self, config):
         self.before = processes.children(os.getpid())
@@ -26,7 +26,7 @@ class Command:
         return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]
 
     def ask(self):
-        """The agent's end of a new template's socket."""
+        """Return the agent's end of a new template's socket."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         given = [os.dup(its.fileno()), os.dup(Slots.create(1).descriptor), os.memfd_create("stacks")]
         self.server.fork(b'{"ranks": 1}', given)
@@ -34,7 +34,7 @@ class Command:
         return ours
 
     def answer(self, template, seconds=60):
-        """What the template says to an order to sweep; "" if it is gone."""
+        """Return the template's answer to an order to sweep; "" if it is gone."""
         try:
             template.send(b'{"sweep": true}')
         except BrokenPipeError:
@@ -61,7 +61,7 @@ class Command:
 
 @pytest.fixture
 def command():
-    """Makes one of a config."""
+    """Return a function that makes one from a config."""
     processes.adopt_orphans()
     made = []
 
@@ -78,7 +78,7 @@ def command():
 
 def test_templates_outlive_their_fork_server_and_come_from_another(command, monkeypatch, capfd):
     it = command(CONFIG)
-    first = it.ask()  # before it has imported
+    first = it.ask()  # before it has imported anything
     assert json.loads(it.answer(first)) == {"swept": 0}
     (template,) = it.templates()
 
@@ -90,14 +90,14 @@ def test_templates_outlive_their_fork_server_and_come_from_another(command, monk
 
     second = it.ask()
     assert json.loads(it.answer(second)) == {"swept": 0}
-    it.wait(lambda: it.server._request is None)  # it has said so, too
+    it.wait(lambda: it.server._request is None)  # it has also answered
     stopped = it.server.pid
     os.kill(stopped, signal.SIGSTOP)
     third = it.ask()
-    with monkeypatch.context() as patch:  # only while it is stopped: the others may be slow on a busy machine
+    with monkeypatch.context() as patch:  # only while it is stopped: others may be slow on a busy machine
         patch.setattr(fork_server, "ANSWER_SECONDS", 0.1)
         it.wait(lambda: it.server.pid not in (None, stopped))
-    assert json.loads(it.answer(third)) == {"swept": 0}  # of the next one, though asked of the stopped one
+    assert json.loads(it.answer(third)) == {"swept": 0}  # from the next one, although requested from the stopped one
     assert len(it.templates()) == 3
     for ours in (first, second, third):
         ours.close()

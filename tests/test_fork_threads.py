@@ -1,4 +1,4 @@
-"""What forks has one thread, however many OpenBLAS would start in it: a fork copies the calling thread only."""
+"""The forking process has one thread, whatever OpenBLAS would start: a fork copies only the calling thread."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ from documented_workshop import environment
 from tiny_run import ROOT
 
 THREADS = {"OPENBLAS_NUM_THREADS": "4"}
-"""As on a machine of four cores where nothing is set; OpenBLAS never starts more than there are cores."""
+"""Environment of a machine with four cores and no settings; OpenBLAS never starts more threads than cores."""
 
 
 def run(folder, *command):
@@ -39,5 +39,5 @@ def test_what_a_rank_is_forked_from_has_one_thread(loads, threads, tmp_path):
 
 
 def test_worlds_fork_where_no_number_of_threads_is_set(tmp_path):
-    """The server asserts before each fork that it has one thread: tools/parity.py ended there."""
+    """The server asserts before each fork that it has one thread; tools/parity.py failed there."""
     assert "proven" in run(tmp_path, "tools/parity.py", "--case", "world=2 mix=mixed")

@@ -11,7 +11,7 @@ LEVELS = [(8, 5, 5, 5), (3,), (2, 2), (4, 3, 7)]
 
 
 def grid(levels):
-    """Every code in index order, first channel fastest: integers -(L//2) .. (L-1)//2 over L//2."""
+    """Return every code in index order, first channel fastest: integers -(L//2) .. (L-1)//2 over L//2."""
     axes = [[(n - size // 2) / (size // 2) for n in range(size)] for size in levels]
     return torch.tensor([code[::-1] for code in itertools.product(*reversed(axes))])
 

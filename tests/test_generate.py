@@ -1,4 +1,4 @@
-"""Generation: exact ranges and lengths, the same numbers as a plain loop without cache, draws that know no batch."""
+"""Generation: exact ranges and lengths, the same results as an uncached loop, draws independent of the batch."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def export(folder):
 
 
 def _plain_loop(export, prompt, allowed, steps, stop=None):
-    """Greedy ids after the prompt, the whole sequence anew for each; and how often the mask decided."""
+    """Return greedy ids after the prompt, recomputing the whole sequence each time; and how often the mask decided."""
     ids, corrections = list(prompt), 0
     for _ in range(steps):
         logits = export.model(torch.tensor([ids])).logits[0, -1].detach()
@@ -54,7 +54,7 @@ def test_text_to_image_is_the_plain_loop_over_image_ids(export):
         ids, corrected = _plain_loop(export, prompt, allowed, IMAGE_TOKENS)
         assert np.array_equal(picture, image.decode(ids - v["image"].start))
         corrections += corrected
-    assert corrections  # else the constraint was not put to the test
+    assert corrections  # otherwise the constraint was not tested
 
 
 def test_image_to_text_is_the_plain_loop_over_text_ids_and_the_end(export):
@@ -76,7 +76,7 @@ def test_text_ends_at_the_document_end_which_an_image_cannot_contain(export):
         model.lm_head.weight[v.document_end] = 100 * model.model(prompt).last_hidden_state[0, -1]
     assert generate(with_model(export, model), PICTURES[:1], "image", "text", Sampling()) == [""]
     assert generate(export, PICTURES[:1], "image", "text", Sampling()) != [""]
-    with torch.no_grad():  # at every place the end is the likeliest or the unlikeliest by far
+    with torch.no_grad():  # at every position the end token is by far the most or the least likely
         model.lm_head.weight[v.document_end] *= 1e6
     for picture in generate(with_model(export, model), CAPTIONS, "text", "image", Sampling()):
         assert picture.shape == (32, 32, 3)  # the codec decodes IMAGE_TOKENS ids of its range only
@@ -85,7 +85,7 @@ def test_text_ends_at_the_document_end_which_an_image_cannot_contain(export):
 def test_an_item_of_a_batch_is_drawn_as_if_alone(export):
     drawn = Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=5)
     together = generate(export, CAPTIONS, "text", "image", drawn)
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator is not used
     for i, caption in enumerate(CAPTIONS):
         alone = generate(
             export, [caption], "text", "image", Sampling(temperature=1.2, top_k=40, top_p=0.95, seed=5 + i)

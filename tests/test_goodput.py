@@ -1,4 +1,4 @@
-"""Goodput on stories made by hand, where every second is known, and a check that the parts are the whole."""
+"""Goodput on hand-made event logs with known seconds, and a check that the parts add up to the whole."""
 
 import random
 
@@ -50,7 +50,7 @@ HANG = [
 
 
 def test_a_hang_and_its_restart():
-    """Steps of 1 s reported every 10; the run hangs in step 13 and goes on after step 5."""
+    """Steps of 1 s are logged every 10; the run hangs in step 13 and resumes after step 5."""
     result = account(HANG, [line(14, 10, 10, 10.0), line(54, 15, 10, 10.0, wait=1.0)])
     told = {
         "start_up": 4 + (43 - 36 - 2 - 2),
@@ -71,7 +71,7 @@ def test_a_hang_and_its_restart():
 
 
 def test_unreported_steps_before_the_checkpoint_are_kept_at_the_last_pace():
-    """Lines every 10 steps of 2 s; killed in step 18, a checkpoint after step 15, which no line tells of."""
+    """Lines every 10 steps of 2 s; killed in step 18; a checkpoint after step 15, which no line reports."""
     events = [
         event(0, "launched", restart=0),
         event(0, "started", step=0),
@@ -87,7 +87,7 @@ def test_unreported_steps_before_the_checkpoint_are_kept_at_the_last_pace():
 
 
 def test_what_is_made_again_twice_is_repeated_twice():
-    """Three attempts over the same steps 1 to 4, without any event but their first steps: only the last one counts."""
+    """Three attempts run the same steps 1 to 4, with no event but their first steps: only the last one counts."""
     events = [event(10 * i, "started", step=0) for i in range(3)]
     lines = [line(10 * i + 4, 4, 4, 4.0) for i in range(3)]
     result = account(events, lines)
@@ -105,7 +105,7 @@ def test_a_roll_back_inside_of_an_attempt_is_seen_by_its_lines():
 
 
 def test_failing_before_the_first_step_and_a_new_job():
-    """A start-up that fails (5 s), an hour in the queue, a job that works: agents of two nodes launch it."""
+    """A failed start-up (5 s), an hour in the queue, a job that works: agents of two nodes launch it."""
     events = [
         event(0, "launched", restart=0),
         event(5, "failed", rank=0, step=None, phase="start", cause="exit code 1"),
@@ -130,7 +130,7 @@ def test_what_is_missing_is_said_and_not_guessed():
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_parts_are_the_whole(seed):
-    """Random stories of failures: every second from the first launch to the last record is counted once."""
+    """Random failures: every second from the first launch to the last record is counted once."""
     draw = random.Random(seed)
     clock, step, events, lines, kept = 1000.0, 0, [], [], {}
     for attempt in range(6):

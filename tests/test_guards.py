@@ -1,4 +1,4 @@
-"""Loss guard and straggler scores in real runs of two gloo ranks with injected faults (guard_faults.py), to the bit."""
+"""Loss guard and straggler scores in runs of two gloo ranks with injected faults (guard_faults.py), bit for bit."""
 
 import json
 import math
@@ -40,26 +40,26 @@ Fault = tuple[str, dict[str, Any]]
 
 
 class Runs:
-    """Trains over one tiny data set, in forked ranks of one process."""
+    """Trains on one tiny data set, in forked ranks of one process."""
 
     def __init__(self, folder: Path, worlds: Worlds) -> None:
         self.folder, self.worlds = folder, worlds
 
     def run(self, name: str, *faults: Fault, steps: int = 8, **sections: Any) -> Path:
-        """The folder of a run that ended well."""
+        """Return the folder of a run that ended successfully."""
         assert self.end_of(name, *faults, steps=steps, **sections) is None
         return self.folder / name
 
     def end_of(
         self, name: str, *faults: Fault, steps: int = 8, guard: dict[str, Any] | None = None, **sections: Any
     ) -> tuple[str, str] | None:
-        """Kind and text of the error that all ranks ended with, None if they ended well."""
+        """Return kind and text of the error that all ranks ended with; None if they succeeded."""
         sections["train"] = {"steps": 12, "stop_after": steps, "global_batch": 4, "micro_batch": 1, "log_every": 1}
         sections["resilience"] = sections.get("resilience", {}) | {"loss_guard": guard or {}}
         config = write_config(self.folder, self.folder / name, **sections)
         ended = self.worlds.run(2, guard_faults.train, Case(str(config), list(faults)), timeout=180)
         assert isinstance(ended, list), ended.lines()
-        assert ended[0] == ended[1], "both ranks end alike"
+        assert ended[0] == ended[1], "both ranks end the same way"
         return ended[0]
 
 
@@ -72,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, worlds: Worlds) -> Runs:
 
 @pytest.fixture(scope="module")
 def undisturbed(runs: Runs) -> Path:
-    return runs.run("undisturbed", steps=12)
+    return runs.run("baseline", steps=12)
 
 
 def _actions(run: Path) -> list[tuple[int, str]]:
@@ -84,7 +84,7 @@ def _state(run: Path, step: int) -> dict[str, Any]:
 
 
 def _assert_same_state(ours: Path, theirs: Path) -> None:
-    """Weights, moments, buffers: every tensor of two checkpoints has the same bits."""
+    """Check that weights, moments and buffers of two checkpoints are bit-identical."""
     a, b = read_tensors(ours), read_tensors(theirs)
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
@@ -92,9 +92,9 @@ def _assert_same_state(ours: Path, theirs: Path) -> None:
 
 
 def test_skip_is_a_step_without_update_and_survives_a_restart(runs):
-    """A NaN in one rank's gradient, in the step and in its second run; resumed, the numbers go on as if uninterrupted.
+    """A NaN in one rank's gradient, in the step and in its second run; a resumed run continues as if uninterrupted.
 
-    The reference makes no update in that pass; it reports a gradient norm there, which the skipped step has not.
+    The reference makes no update in that pass; it reports a gradient norm there, which the skipped step lacks.
     """
     nan = ("nan_in_gradient", {"rank": 1, "at": [4, 5]})
     runs.run("skip", nan, steps=5)
@@ -125,7 +125,7 @@ def test_nan_that_stays_ends_the_run_after_so_many_skips(runs):
 
 
 def test_skip_leaves_the_routers_bias_too(runs):
-    """Megatron moves it before the update. At a skipped last step every tensor stays as it was."""
+    """Megatron moves it before the update. At a skipped last step every tensor stays unchanged."""
     nan = ("nan_in_gradient", {"rank": 1, "at": [3, 4]})
     run = runs.run("moe", nan, steps=3, checkpoint={"every": 1}, model=TINY | {"moe": MOE})
     assert _actions(run) == [(3, "skip")]
@@ -163,7 +163,7 @@ def test_bit_that_flips_again_is_no_bug_of_the_run(runs):
 
 
 def test_ranks_of_one_replica_decide_alike(runs):
-    """Tensor parallel: only rank 1's part of the gradient is hit."""
+    """Tensor parallel: only rank 1's part of the gradient is affected."""
     nan = ("nan_in_gradient", {"rank": 1, "at": [2, 3]})
     run = runs.run("tensor", nan, steps=3, parallel={"tensor": 2, "sequence": True})
     assert _actions(run) == [(2, "skip")]
@@ -187,14 +187,14 @@ POISON = ("poisoned_rows", {"rows": [33]})
 
 @pytest.fixture(scope="module")
 def left_out(runs: Runs) -> Path:
-    """The reference of a roll-back: its data lack the rows 28 to 35."""
+    """Return the reference of a roll-back: its data lack the rows 28 to 35."""
     return runs.run("left_out", ("rows_left_out", {"first": 28, "count": 8}), guard=ROLL_BACK, steps=12)
 
 
 def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, left_out):
-    """The bad step is the ninth (rows 32 to 35), the margin one step: rows 28 to 35 go, the checkpoint of step 6 is
+    """The bad step is the ninth (rows 32 to 35), the margin one step: rows 28 to 35 are skipped.
 
-    the newest without them, and that of step 8 must not be taken by a restart.
+    The checkpoint of step 6 is the newest without them; a restart must not use that of step 8.
     """
     runs.run("rollback", POISON, guard=ROLL_BACK, steps=10)
     run, reference = runs.run("rollback", guard=ROLL_BACK, steps=12), left_out
@@ -208,15 +208,15 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, le
 
 
 def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
-    """It has steps 7 and 8 of before the roll-back, then those of after it: a restart goes on from the newest of these.
+    """It has steps 7 and 8 from before and after the roll-back: a restart resumes from the newest of the latter.
 
-    A run that ends right after its roll-back leaves none that counts.
+    A run that ends right after its roll-back leaves no valid one.
     """
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "local": str(tmp_path / "local")}}
     kind, text = runs.end_of("local", POISON, ("ended_before", {"step": 12}), steps=12, **kept)
     assert kind == "UserError" and text.startswith("ended")
     (tier,) = (tmp_path / "local").glob("*/")
-    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder has step 10"
+    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder must have step 10"
     run = runs.run("local", steps=12, **kept)
     assert [(e["tier"], e["step"]) for e in events.read(run) if e["kind"] == "resumed"] == [("local", 11)]
     assert _actions(run) == [(9, "rollback")] and numbers(run) == numbers(left_out)
@@ -230,7 +230,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
 
 
 def test_roll_back_holds_in_the_durable_tier_too(runs):
-    """The run ends right after it: the copy of step 8 must not be taken, and `latest` names what is there."""
+    """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
     url = f"file://{runs.folder}/durable_copies"
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
     run = runs.run("durable", steps=8, **kept)
@@ -250,7 +250,7 @@ def test_roll_back_holds_in_the_durable_tier_too(runs):
 
 
 def test_roll_backs_end(runs):
-    """From row 32 on every row is poisoned: each roll-back reads further, the second is one too many."""
+    """From row 32 on every row is poisoned: each roll-back skips more rows, the second is one too many."""
     guard = SPIKE | {"action": "rollback", "max_rollbacks": 1}
     kind, text = runs.end_of("endless", ("poisoned_rows", {"rows": list(range(32, 99))}), guard=guard, steps=12)
     assert kind == "UserError" and "after 1 roll-backs at step 9" in text
@@ -296,7 +296,7 @@ def test_rank_that_reads_slowly_is_evicted(runs):
 
 
 def test_spikes_are_those_of_median_and_deviation():
-    """Against numpy; a window full of one value has a deviation of a hundredth."""
+    """Compare with numpy; a window full of one value has a deviation of a hundredth of it."""
     random = np.random.default_rng(0)
     found = Spikes(threshold=3.0, window=20)
     history: list[float] = []
@@ -327,10 +327,10 @@ def test_comparison_of_two_runs():
     def seen(first, second, own):
         return compare({"x": first}, {"x": second}, torch.ones(2), torch.ones(2), lambda _: own)
 
-    nobody = [torch.tensor(0.0)] * 3
-    assert seen(math.nan, math.nan, nobody).deviation == 0 and seen(2.0, 2.0, nobody).is_same
-    assert seen(2.0, 2.001, nobody).is_same and not seen(2.0, 2.01, nobody).is_same
-    assert seen(math.nan, 2.0, nobody).deviation == math.inf and seen(1.0, 2.0, nobody).suspects == []
+    zeros = [torch.tensor(0.0)] * 3
+    assert seen(math.nan, math.nan, zeros).deviation == 0 and seen(2.0, 2.0, zeros).is_same
+    assert seen(2.0, 2.001, zeros).is_same and not seen(2.0, 2.01, zeros).is_same
+    assert seen(math.nan, 2.0, zeros).deviation == math.inf and seen(1.0, 2.0, zeros).suspects == []
     assert suspects([1e-7, 0.5, 0.04, 0.06]) == [1, 3] and suspects([0.0, math.inf, 0.3]) == [1]
 
 

@@ -1,4 +1,4 @@
-"""Held-out combinations: new orders of words that training has all seen, and which rule holds a sample out."""
+"""Held-out combinations: new orders of words that all occur in training, and which rule holds a sample out."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def samples(captions):
 
 
 def split(captions, nouns, combinations):
-    """(training texts, texts held out as combinations, texts held out by noun)"""
+    """Return (training texts, texts held out as combinations, texts held out by noun)."""
     made = samples(captions)
     heldout = Heldout.of(made, nouns, combinations)
     found = {"train": [], "combination": [], "noun": []}

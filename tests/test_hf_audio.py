@@ -1,4 +1,4 @@
-"""Adapters to audio codecs of transformers: the numbers of transformers called directly, clip by clip."""
+"""Adapters to audio codecs of transformers: the results of direct calls to transformers, clip by clip."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def folders(tmp_path_factory):
 
 @torch.no_grad()
 def direct_audio(model, name, clip):
-    """(codes [Q, frames], waveform) of one clip, by the calls that transformers documents."""
+    """Return (codes [Q, frames], waveform) of one clip, with the calls that transformers documents."""
     if name == "dac":
         extractor = transformers.DacFeatureExtractor(sampling_rate=RATE, hop_length=10)
         inputs = extractor(clip.numpy(), sampling_rate=RATE, return_tensors="pt")["input_values"]
@@ -52,7 +52,7 @@ def test_audio_is_that_of_transformers_called_directly(folders, name):
         assert ids.tolist() == [q * 32 + int(codes[q, t]) for t in range(codes.shape[1]) for q in range(codebooks)]
         decoded = codec.decode(ids)
         assert decoded.shape == (codes.shape[1] * frame,) and decoded.dtype == torch.float32
-        assert 0 <= len(decoded) - len(waveform) < frame  # DAC with an odd stride makes some samples less
+        assert 0 <= len(decoded) - len(waveform) < frame  # DAC with an odd stride returns some samples fewer
         assert torch.equal(decoded[: len(waveform)], waveform.clamp(-1, 1)) and decoded.std() > 1e-4
         seen |= set(ids.tolist())
     assert len(seen) > 10 * codebooks

@@ -1,4 +1,4 @@
-"""Folders that transformers saved as codecs: copies, shards, what is refused and why, token caches of others."""
+"""Folders saved by transformers as codecs: copies, shards, rejected ones with the reason, foreign token caches."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Adapters to visual codecs of transformers: the numbers of transformers called directly, images and videos."""
+"""Adapters to visual codecs of transformers: the results of direct calls to transformers, images and videos."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
 
 GRID, TOKENS = 6, 36
-"""Of an image."""
+"""Tokens of an image."""
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def folders(tmp_path_factory):
 
 
 def direct_codes(model, name, clips):
-    """Codes [N, GRID, GRID] of clips uint8 [N, F, Y, X, 3], by the model's own call; an image is F = 1."""
+    """Return codes [N, GRID, GRID] of clips uint8 [N, F, Y, X, 3], by the model's own call; an image is F = 1."""
     pixels = torch.from_numpy((clips.numpy().astype(np.float64) / 255 - 0.5) / 0.5).float().permute(0, 1, 4, 2, 3)
     if name != "emu3":
         return model.encode(pixels[:, 0]).image_tokens.view(-1, GRID, GRID)
@@ -31,12 +31,12 @@ def direct_codes(model, name, clips):
 
 
 def as_uint8(pixels):
-    """Pixels [N, 3, Y, X] in [-1, 1] to uint8 [N, Y, X, 3]."""
+    """Convert pixels [N, 3, Y, X] in [-1, 1] to uint8 [N, Y, X, 3]."""
     return np.clip(np.rint((pixels.numpy() * 0.5 + 0.5) * 255), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def differ(made, expected):
-    """The share of values that differ at all; none by more than the rounding of a half."""
+    """Return the share of values that differ; none may differ by more than rounding a half."""
     difference = np.abs(made.numpy().astype(int) - expected.astype(int))
     assert difference.max() <= 1
     return (difference > 0).mean()
@@ -48,10 +48,10 @@ def test_images_are_those_of_transformers_called_directly(folders, name, caplog)
     codec, _ = load(folders, name)
     assert ("can only read images" in caplog.text) == (name == "chameleon")
     model = direct(folders, name)
-    if name == "janus":  # the codebook at unit length, see below
+    if name == "janus":  # a codebook of unit length, see below
         model.quantize.embedding.weight /= model.quantize.embedding.weight.norm(dim=1, keepdim=True)
     assert (codec.image_size, codec.grid_size, codec.codebook_size) == (SIDE, GRID, 64)
-    images = pictures(11, 1)  # more than are computed at once
+    images = pictures(11, 1)  # more than fit into one batch
     codes = torch.cat([direct_codes(model, name, image[None]) for image in images])
     ids = codec.encode(images)
     assert ids.shape == (11, TOKENS) and ids.dtype == torch.int64 and len(ids.unique()) > 20
@@ -93,7 +93,7 @@ def test_videos_begin_with_an_image_and_never_depend_on_what_follows(folders, na
 
 @torch.no_grad()
 def test_codes_of_janus_are_the_nearest_in_angle(folders):
-    """As in the original, whose codes are of unit length; transformers forgets it where it encodes."""
+    """The original normalises codes to unit length; transformers omits that when encoding."""
     codec, _ = load(folders, "janus")
     model, images = direct(folders, "janus"), pictures(3, 1)
     pixels = images[:, 0].permute(0, 3, 1, 2) / 127.5 - 1

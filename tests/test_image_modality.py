@@ -1,4 +1,4 @@
-"""Images: what is refused, how pixels are prepared, and the modality's contract with a real (untrained) codec."""
+"""Images: rejected files, pixel preparation, and the modality's contract with a real (untrained) codec."""
 
 import struct
 import zlib
@@ -21,7 +21,7 @@ PNG, JPEG, WEBP = (as_bytes(NOISE, kind) for kind in ("PNG", "JPEG", "WEBP"))
 
 
 def png_of_size(width, height):
-    """A PNG of a few bytes that claims to be this large."""
+    """Return a PNG of a few bytes that claims to have this size."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -85,7 +85,7 @@ def test_exif_rotation_is_applied():
     image = Image.new("RGB", (16, 8), "white")
     image.paste((255, 0, 0), (0, 0, 8, 8))  # left half red
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise: red is on top
+    exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise: red is on top
     pixels = square_pixels(as_bytes(image, "PNG", exif=exif), "png", 16)
     assert pixels[2, 8].tolist() == [255, 0, 0] and pixels[14, 8].tolist() == [255, 255, 255]
 
@@ -122,7 +122,7 @@ def test_media_to_ids_and_back_through_the_protocol(folder):
     assert image.encode([]) == [] and image.vocabulary_size == 60
     for ids, other in zip(together, alone, strict=True):
         assert ids.dtype == np.int64 and ids.shape == (16,) and 0 <= ids.min() <= ids.max() < 60
-        assert np.array_equal(ids, other)  # a batch changes nothing
+        assert np.array_equal(ids, other)  # batching does not change the ids
     pixels = image.decode(together[0])
     assert pixels.dtype == np.uint8 and pixels.shape == (32, 32, 3)
     assert np.array_equal(image.read_media(image.write_media(pixels), "png"), pixels)

@@ -1,4 +1,4 @@
-"""The Dockerfiles of launchers/k8s/images: linted, pinned, not root, with the packages that the tests have.
+"""The Dockerfiles of launchers/k8s/images: linted, pinned, not root, with the packages that the tests use.
 
 They are not built here: that needs a container runtime and a registry.
 """
@@ -18,7 +18,7 @@ CPU, GPU = "Dockerfile.cpu", "Dockerfile"
 
 
 def instructions(path):
-    """(instruction, arguments) of a Dockerfile."""
+    """Return (instruction, arguments) of a Dockerfile."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     text = re.sub(r"\\\n\s*", "", "\n".join(lines))
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
@@ -59,7 +59,7 @@ def test_images_are_pinned_and_not_root(path):
 
 
 def test_packages_of_images_are_the_requirements():
-    """The CPU image has what setup.py needs and the extra "s3", in the tested versions; the GPU image that of 3.12."""
+    """The CPU image has the requirements of setup.py and the extra "s3", as tested; the GPU image those of 3.12."""
     needed, extras = setup_lists()
     cpu, gpu = (" ".join(text for what, text in instructions(K8S / "images" / n) if what == "RUN") for n in (CPU, GPU))
     files = re.findall(r"-r requirements/(\w+)\.txt", cpu)

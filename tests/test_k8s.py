@@ -1,6 +1,6 @@
-"""launchers/k8s: every overlay renders and is valid, settings get where they belong, exit codes mean what they say.
+"""launchers/k8s: every overlay renders and is valid, settings are applied, exit codes have their meaning.
 
-test_k8s_runs.py runs what is rendered; test_images.py is about the images.
+test_k8s_runs.py runs the rendered manifests; test_images.py tests the images.
 """
 
 import re
@@ -18,7 +18,7 @@ from megamm.resilience import exit_codes
 from megamm.resilience.supervisor import Nodes, admissible_nodes
 
 VERSIONS = ("1.29", kubernetes_validate.latest_version())
-"""Of Kubernetes: the oldest that launchers/k8s/README.md names, the newest that there are schemas of."""
+"""Kubernetes versions: the oldest in launchers/k8s/README.md, and the newest with schemas."""
 CUSTOM = {
     "JobSet": models.JobsetV1alpha2JobSet,
     "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
@@ -49,7 +49,7 @@ def as_job(spec):
 
 
 def holds(read, given):
-    """Whether all of a manifest has been read: its model leaves out what it does not know, and adds defaults."""
+    """Return whether all of a manifest was parsed: its model drops unknown fields and adds defaults."""
     if isinstance(given, dict):
         return given.keys() <= read.keys() and all(holds(read[key], value) for key, value in given.items())
     if isinstance(given, list):
@@ -58,7 +58,7 @@ def holds(read, given):
 
 
 def invalid(manifest):
-    """What is wrong with a manifest by its schema, unknown fields too; empty if nothing is."""
+    """Return schema errors of a manifest, including unknown fields; empty if it is valid."""
     if (model := CUSTOM.get(manifest["kind"])) is not None:
         read = model.from_dict(manifest).model_dump(mode="json", by_alias=True, exclude_none=True)
         return "" if holds(read, manifest) else f"fields that {manifest['kind']} does not know"
@@ -79,9 +79,9 @@ def test_every_overlay_is_there():
 def test_manifests_are_valid(rendered, jobs, name):
     for manifest in rendered[name]:
         assert not invalid(manifest), manifest["kind"]
-    assert not invalid(as_job(jobs[name]))  # a Job inside of another kind, too
+    assert not invalid(as_job(jobs[name]))  # also a Job inside another kind
     kinds = {"jobset": {"JobSet"}, "trainjob": {"TrainJob", "TrainingRuntime"}}.get(name, {"Job", "Service"})
-    assert {manifest["kind"] for manifest in rendered[name]} == kinds | {"ConfigMap"}  # no volume: it is kept
+    assert {manifest["kind"] for manifest in rendered[name]} == kinds | {"ConfigMap"}  # not a volume: it is kept
 
 
 def test_an_invalid_manifest_is_found(rendered, jobs):
@@ -99,10 +99,10 @@ def test_an_invalid_manifest_is_found(rendered, jobs):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_what_no_schema_says(rendered, jobs, name):
-    """Rules of the API server that are not in its schemas, and what belongs together."""
+    """Check rules of the API server that its schemas lack, and consistency between fields."""
     job, pod, node = jobs[name], jobs[name]["template"]["spec"], container(jobs[name])
     assert job["completionMode"] == "Indexed" and job["completions"] == job["parallelism"]
-    assert pod["restartPolicy"] == "Never" and job["podReplacementPolicy"] == "Failed"  # as a pod failure policy needs
+    assert pod["restartPolicy"] == "Never" and job["podReplacementPolicy"] == "Failed"  # for a pod failure policy
     assert job.get("backoffLimit") == (0 if name in ("jobset", "trainjob") else None)
     mounts, volumes = ([v["name"] for v in of] for of in (node["volumeMounts"], pod["volumes"]))
     assert sorted(mounts) == sorted(volumes)
@@ -124,7 +124,7 @@ def test_what_no_schema_says(rendered, jobs, name):
 
 
 def local_bytes(config, nodes):
-    """Of a node: images and replicas (docs/checkpoints.md) of bf16 weights, float32 ones and Adam's two moments.
+    """Return a node's bytes: images and replicas (docs/checkpoints.md) of bf16 and float32 weights, Adam's moments.
 
     Counted are the matrices of decoder layers, and an embedding of 2^17 tokens.
     """
@@ -160,7 +160,7 @@ def test_the_config_suits_the_nodes(rendered, jobs, name, tmp_path):
 
 @pytest.fixture(scope="module")
 def marked(tmp_path_factory):
-    """The overlays with another value in every setting -> (settings, text)."""
+    """Return the overlays with another value in every setting -> (settings, text)."""
     folder = tmp_path_factory.mktemp("k8s") / "k8s"
     shutil.copytree(K8S, folder)
     values = {}
@@ -216,7 +216,7 @@ def test_what_exit_codes_lead_to(rendered, jobs, name, case):
     if name not in ("jobset", "trainjob"):
         assert verdict.action == wanted
         return
-    if verdict.action == "Ignore":  # the Job itself makes a new pod
+    if verdict.action == "Ignore":  # the Job itself creates a new pod
         assert of_set is None
         return
     reason = "PodFailurePolicy" if verdict.action == "FailJob" else "BackoffLimitExceeded"
@@ -227,7 +227,7 @@ def test_what_exit_codes_lead_to(rendered, jobs, name, case):
 
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_commands_of_pods(jobs, name):
-    """As the kubelet expands them; Trainer adds its variables after those of the runtime."""
+    """The kubelet expands them; Trainer adds its variables after those of the runtime."""
     given = settings_of(name)
     in_set = name in ("jobset", "trainjob")
     labels = {"batch.kubernetes.io/job-name": "megamm-node-0" if in_set else "megamm"}
@@ -250,6 +250,6 @@ def test_a_trainjob_has_the_sizes(rendered):
     runtime = only(rendered["trainjob"], "TrainingRuntime")
     assert spec["runtimeRef"]["name"] == runtime["metadata"]["name"]
     (replicated,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
-    # What Trainer looks for before it hands the sizes over.
+    # What Trainer looks for before it passes the sizes on.
     assert replicated["name"] == container(replicated["template"]["spec"])["name"] == "node"
     assert replicated["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}

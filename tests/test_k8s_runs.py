@@ -1,4 +1,4 @@
-"""The rendered Indexed Job, run for real: two pods train, one is killed, both are drained: the same numbers."""
+"""The rendered Indexed Job in a real run: two pods train, one is killed, both are drained: identical results."""
 
 import copy
 import shutil
@@ -29,16 +29,16 @@ SECTIONS = {
 
 @pytest.fixture(scope="module")
 def work(undisturbed, tmp_path_factory):
-    """The volume: data, and the run that nothing has happened to. A copy, as pods change the owner."""
+    """Return the volume: data and the baseline run. It is a copy, as pods change the owner."""
     folder = tmp_path_factory.mktemp("work")
-    for name in ("shards", "tokenizers", "undisturbed", "undisturbed.records"):
+    for name in ("shards", "tokenizers", "baseline", "baseline.records"):
         shutil.copytree(undisturbed / name, folder / name)
     return folder
 
 
 @pytest.fixture
 def job(work, tmp_path):
-    """name, faults -> the Job of local-cpu with the tiny config of that name, a free port and this environment."""
+    """Return (name, faults) -> the Job of local-cpu with the tiny config of that name, a free port, the variables."""
 
     def make(name, faults):
         config = tmp_path / "config"
@@ -46,7 +46,7 @@ def job(work, tmp_path):
         text = write_config(work, work / name, **SECTIONS).read_text()
         (config / "run.yaml").write_text(text.replace(str(work), WORK))
         (work / f"{name}.records").mkdir()
-        for path in [work, *work.rglob("*")]:  # as fsGroup does
+        for path in [work, *work.rglob("*")]:  # like fsGroup
             shutil.chown(path, user=10001, group=10001)
         spec = copy.deepcopy(job_spec(render(K8S / "overlays" / "local-cpu")))
         port = free_port()
@@ -70,7 +70,7 @@ def injected(run, fault):
 
 
 def test_pods_are_killed_and_drained(work, job):
-    """The pod that hosts the store is cut off, then both are drained, one while the other's checkpoint is written."""
+    """The pod that hosts the store is cut off, then both are drained, one while the other writes its checkpoint."""
     run, paused = work / "run", work / "run.records" / "paused"
     with job("run", "pause@step:3:0:0,until_asked@step:6:1:*,pause@save:6:0:*") as pods_of:
         pods_of.start(1)

@@ -1,4 +1,4 @@
-"""The split over the pipeline: every layer once, the slowest chunk as fast as can be. What a layout refuses."""
+"""The split into pipeline stages: every layer once, the slowest chunk as fast as possible; rejected layouts."""
 
 import itertools
 
@@ -49,7 +49,7 @@ def test_a_heavy_head_leaves_the_last_stage_fewer_layers():
     layer = size.layer_parameters(_config(8, 2).model, active=True)
     assert layers_per_chunk(_config(8, 2), 2 * layer // 64) == [5, 3]
     assert layers_per_chunk(_config(8, 2, 2), 2 * layer // 64) == [3, 2, 2, 1]
-    # Where the head leaves a choice, the embedding table, as large as four layers, decides.
+    # Where the head leaves a choice, the embedding table decides: it is as large as four layers.
     assert layers_per_chunk(_config(10, 3), 4 * layer // 64) == [4, 5, 1]
 
 

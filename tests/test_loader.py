@@ -1,4 +1,4 @@
-"""The loader: the same rows whatever the number of data ranks, exact resume, and clear words for missing caches."""
+"""The loader: the same rows for any number of data ranks, exact resume, and clear errors for missing caches."""
 
 import json
 import os
@@ -35,7 +35,7 @@ ROW = 64
 
 
 def caches(split, samples, seed, image=9, without_image=(), longest=12):
-    """Token caches of a split: text `number * 10 ...`-like random ids, images of constant length."""
+    """Write token caches of a split: text `number * 10 ...`-like random ids, images of constant length."""
     generator = np.random.default_rng(seed)
     with ShardWriter(split / f"text.tokens-{TEXT}", samples_per_shard=20) as writer:
         for i in range(samples):
@@ -64,7 +64,7 @@ def stream(sets, seed=7):
 
 
 def cost(lengths):
-    """A row's, where attention is dear."""
+    """Return a row's cost, with expensive attention."""
     return ROW + sum(n * n for n in lengths) / 16
 
 
@@ -82,7 +82,7 @@ def loader(sets, size, rank, consumed=0, micro=2, **reading):
 
 
 def rows_of_step(loaders):
-    """Rows of one global batch as tuples, over all ranks, unordered."""
+    """Return the rows of one global batch as tuples, over all ranks, unordered."""
     return sorted(tuple(ids.tolist()) for one in loaders for batch in one.step() for ids in batch.input_ids)
 
 
@@ -102,7 +102,7 @@ def test_documents_are_the_tokens_that_were_cached(sets):
 
 def test_rows_are_a_pure_function_of_their_number(sets):
     forward, backward = stream(sets), stream(sets)
-    numbers = [0, 5, 900, 1, 2500]  # windows are planned in order, read in any
+    numbers = [0, 5, 900, 1, 2500]  # windows are planned in order, and read in any order
     rows = {r: forward.row(r) for r in numbers}
     for r in reversed(numbers):
         assert np.array_equal(rows[r].input_ids, backward.row(r).input_ids)
@@ -119,7 +119,7 @@ def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
     in_window = [rows.row(r) for r in range(rows.first_row(1))]
     marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
     used = sum(int((row.segment >= 0).sum()) for row in in_window)
-    assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks, lose no token
+    assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks and lose no token
     assert marks > len(window.source)
 
 
@@ -204,7 +204,7 @@ def test_ids_of_a_larger_codec_are_refused(tmp_path):
 
 
 def test_moved_data_keeps_its_order():
-    """The order is drawn from the sources' names: these must not change with where the data is mounted."""
+    """The order is drawn from the sources' names, which must not depend on where the data is mounted."""
     here = [Path("/a/shards/pairs/v1"), Path("/a/shards/books/v1")]
     there = [Path("/mnt/b") / path.relative_to("/a") for path in here]
     assert source_names(here) == source_names(there) == ["pairs/v1", "books/v1"]
@@ -214,7 +214,7 @@ def test_moved_data_keeps_its_order():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_give_the_batches_of_the_process_itself(sets, workers):
-    """Also that the model's random numbers stay where they were, and what is read ahead is not consumed."""
+    """The model's random state is also unchanged, and rows read ahead are not consumed."""
     own, ahead = loader(sets, 2, 1), loader(sets, 2, 1, workers=workers, prefetch=3)
     torch.manual_seed(3)
     expected = torch.rand(1)
@@ -268,7 +268,7 @@ def test_a_killed_worker_is_said_to_be(sets):
 
 
 def test_workers_import_no_megatron(sets):
-    """They are started for every rank: what they import is paid in seconds and memory."""
+    """Workers are started for every rank, so each import costs seconds and memory."""
     code = "import sys, megamm.data.loader; print(*(m for m in sys.modules if m in ('megatron', 'transformers')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert not done.stdout.strip()

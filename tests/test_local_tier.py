@@ -1,4 +1,4 @@
-"""The local tier: runs that lose ranks and nodes go on from it, bit for bit; what its images and its nodes hold."""
+"""The local tier: runs that lose ranks and nodes resume from it, bit for bit; contents of its images and nodes."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
 
 
 class Run:
-    """Commands on this machine, each with a folder of its own for the local tier; output goes to a file."""
+    """Commands on this machine, each with its own folder for the local tier; output is written to a file."""
 
     def __init__(self, data, name, faults="", **checkpoint):
         self.output, self.folder = data / name, data / f"{name}.nodes"
@@ -64,14 +64,14 @@ class Run:
         return [event for event in events.read(self.output) if event["kind"] == kind]
 
     def steps(self, node, ranks):
-        """Steps of which a node has these ranks' parts."""
+        """Return the steps of which a node has the parts of these ranks."""
         found = {}
         for folder in (self.folder / node).glob("*/step_*"):
             found[manifest.step_of(folder.name)] = {part.rank for part in parts.parts_in(folder)}
         return sorted(step for step, have in found.items() if have >= ranks)
 
     def until(self, what, seconds=120):
-        """Wait until it is true."""
+        """Wait until the condition is true."""
         end = time.monotonic() + seconds
         while not what():
             assert all(command.poll() is None for command in self.commands), self.log()
@@ -92,13 +92,13 @@ def data(undisturbed):
 
 @pytest.fixture(scope="module")
 def expected(data):
-    return numbers(data / "undisturbed")
+    return numbers(data / "baseline")
 
 
 def test_a_killed_rank_costs_no_step(data, expected):
-    """kill -9 in step 8, saved in the run's folder at step 4: the run goes on from step 7.
+    """kill -9 in step 8, saved in the run's folder at step 4: the run resumes from step 7.
 
-    And while the last step is written there: resumed from the local tier, the run has no step left to do.
+    A second kill while the last step is written there: resumed from the local tier, the run has no step left to do.
     """
     run = Run(data, "killed", ">pause@step:8:0:0>sigkill@write:10:0:1", local="$NODE")
     try:
@@ -110,16 +110,16 @@ def test_a_killed_rank_costs_no_step(data, expected):
         run.wait()
     finally:
         run.kill()
-    assert kept[-2:] == [6, 7], "the newest is kept, and one to go back to"
+    assert kept[-2:] == [6, 7], "the newest and the previous checkpoint are kept"
     resumed = [(event["tier"], event["step"]) for event in run.events("resumed")]
     assert resumed[0] == ("local", 7) and [tier for tier, _ in resumed] == ["local"] * 2
     checkpoint.verify(checkpoint.path_of(run.output, 10))
     assert numbers(run.output) == expected
-    assert not list((run.folder / "a").glob("*/")), "a run that is done takes no memory"
+    assert not list((run.folder / "a").glob("*/")), "a finished run uses no memory"
 
 
 def test_nodes_that_are_lost(data, expected):
-    """One node's memory is lost: its peer's replica serves. Both are: the run's folder."""
+    """If one node loses its memory, its peer's replica is used; if both do, the run's folder."""
     run = Run(data, "nodes", ">pause@step:7:0:0>pause@step:10:0:1", local="$NODE")
     options = ["--nnodes", "2:2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
     try:
@@ -128,7 +128,7 @@ def test_nodes_that_are_lost(data, expected):
         found = []
         for newest, lost in ((6, "b"), (9, "ab")):
             run.until((run.folder / "paused").exists)
-            with contextlib.suppress(TimeoutError):  # replicas may leave out steps
+            with contextlib.suppress(TimeoutError):  # replicas may skip steps
                 run.until(lambda step=newest: all(step in run.steps(node, {0, 1}) for node in "ab"), seconds=10)
             found.append(run.steps("a", {0, 1}))
             for node in lost:
@@ -144,7 +144,7 @@ def test_nodes_that_are_lost(data, expected):
 
 
 def rank(run, number):
-    """Its process."""
+    """Return its process id."""
     return next(beat.pid for beat in heartbeat.read(run.output) if beat.rank == number)
 
 
@@ -163,7 +163,7 @@ FOUND = {
 
 @pytest.mark.parametrize("how", FOUND)
 def test_what_the_nodes_together_have(worlds, tmp_path, how):
-    """Four ranks on two nodes; a rank reads its own shard and that of one on the other node."""
+    """Four ranks on two nodes; a rank reads its own shard and that of a rank on the other node."""
     (tmp_path / "run").mkdir()
     found = worlds.run(4, look, (str(tmp_path), how), timeout=100)
     assert not isinstance(found, Failure), found.lines()
@@ -174,7 +174,7 @@ def test_what_the_nodes_together_have(worlds, tmp_path, how):
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """A saver with a local tier, and the tier."""
+    """Return a saver with a local tier, and the tier."""
     groups.start(choose("cpu"))
     (tmp_path / "run").mkdir()
     local = LocalTier(str(tmp_path / "node"), tmp_path / "run", replicate=True)
@@ -192,7 +192,7 @@ def save(saver, data, step, to_run=False):
 
 
 def kept(local):
-    """Steps whose part counts; each must be whole at any time, with the values of its step."""
+    """Return the steps with a valid part; each must always be complete, with the values of its step."""
     found = []
     for step in parts.steps_in(local.root):
         folder = parts.folder_of(local.root, step)
@@ -223,7 +223,7 @@ def test_images_take_turns(one_rank):
 
 
 def test_what_a_node_has_is_listed(one_rank, tmp_path):
-    """Whole, damaged, and of one rank of two; the tools read it as they read the run's folder, and prune none of it."""
+    """Complete, damaged, and with one rank of two; the tools list them like the run's folder and prune none of them."""
     saver, local = one_rank
     for step in (1, 2):
         save(saver, torch.zeros(1000), step, to_run=step == 1)
@@ -254,7 +254,7 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
 
 
 def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
-    """In the run's folder the file is a pipe that is read when five more steps are kept: it has its own step."""
+    """In the run's folder the file is a pipe that is read after five more local steps: it must contain its own step."""
     saver, local = one_rank
     data = torch.zeros(1000)
     save(saver, data, 1)
@@ -270,7 +270,7 @@ def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
             saver.writing.wait()
         assert step in kept(local) and saver.writing.owes("written")
     wanted, written = torch.full((1000,), 2.0).numpy().tobytes(), b""
-    # "r+": the writer first opens it for O_DIRECT, in vain, which would be the end of a pipe that is only read.
+    # "r+": the writer first tries O_DIRECT, which would close a pipe that is only read.
     with pipe.open("r+b", buffering=0) as opened:
         while wanted not in written:
             written += opened.read(1 << 20)

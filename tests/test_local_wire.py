@@ -1,4 +1,4 @@
-"""What nodes say to each other about the local tier, under attack, and the records of what a rank wrote."""
+"""The nodes' protocol of the local tier under attack, and the records of what a rank wrote."""
 
 import shutil
 import socket
@@ -15,7 +15,7 @@ SHARD = "tensors/__0_0.distcp"
 
 @pytest.fixture
 def node(tmp_path):
-    """A node's server over a folder that holds one part; (server, address, part, a secret file beside the folder)."""
+    """Return a server over a folder with one part: (server, address, part, a secret file next to the folder)."""
     root = tmp_path / "root"
     folder = parts.folder_of(root, 3)
     (folder / "tensors").mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_a_wrong_file_is_not_taken(node, tmp_path):
 
 
 def test_replicas_replace_older_ones(node, tmp_path):
-    """What the sender says is replicated everywhere makes room for; parts of other ranks and nodes stay."""
+    """Parts that the sender reports as replicated everywhere are removed; parts of other ranks and nodes stay."""
     server, address, part, _ = node
     theirs = parts.Part(1, 1, "save", "other", {})
     parts.commit(parts.folder_of(server.root, 3), theirs)

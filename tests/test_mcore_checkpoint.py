@@ -1,8 +1,8 @@
 """Checkpoints between all pairs of layouts, up to 8 ranks, bit for bit: weights, buffers, main copies, moments.
 
-Random state is saved by one rank; every layout reads it, and writes it again; then every layout reads what every other
-wrote. Megatron's own loader (dist_checkpointing) says what is right on each rank: after it and after ours, every tensor
-must hold the same bits. Plain torch says what the folders hold.
+Random state is saved by one rank; every layout reads it and writes it again; then every layout reads what every other
+layout wrote. Megatron's own loader (dist_checkpointing) is the reference on each rank: after it and after ours, every
+tensor must have the same bits. Plain torch is the reference for the folders.
 """
 
 import warnings
@@ -42,8 +42,8 @@ class Job:
 
 
 def run(job: Job) -> list[str]:
-    """What differed, on this rank."""
-    from megamm.mcore import optimizer  # here and below: not before a world has adapted Megatron-core to its device
+    """Run on this rank and return the differences."""
+    from megamm.mcore import optimizer  # here and below: only after a world has adapted Megatron-core to its device
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
@@ -83,7 +83,7 @@ def _save(engine: Any, out: Path) -> None:
 
 
 def _live(engine: Any) -> dict[str, torch.Tensor]:
-    """Every live tensor that a checkpoint must restore, by a name of its own."""
+    """Return every live tensor that a checkpoint must restore, by a unique name."""
     from megamm.mcore import optimizer
 
     found = {}
@@ -132,7 +132,7 @@ def _load_by_megatron(engine: Any, groups: Any, folder: Path) -> None:
 
 
 def _set_shards(part: Any, loaded: dict[int, dict[str, torch.Tensor]]) -> None:
-    """In the order of Megatron's own loader, which wants a fused Adam."""
+    """Set shards in the order of Megatron's own loader, which needs a fused Adam."""
     index = -1
     for number, ranges in enumerate(part.gbuf_ranges):
         owned = {p: r for buckets in ranges.values() for bucket in buckets for p, r in bucket["param_map"].items()}
@@ -192,7 +192,7 @@ FAMILIES = {
 
 
 class Folders:
-    """What a family's layouts have saved, and the worlds that read it."""
+    """Checkpoints saved by a family's layouts, and the worlds that read them."""
 
     def __init__(self, worlds: Worlds, family: str, folder: Path) -> None:
         model, layouts = FAMILIES[family]
@@ -202,7 +202,7 @@ class Folders:
         self.saved = [folder / f"layout{i}" for i in range(len(self.cases))]
 
     def job(self, number: int, read: list[int], write: bool = False) -> None:
-        """A world of that layout reads what these have saved, and saves it again."""
+        """Run a world of that layout that reads these checkpoints and saves again."""
         case, folders = self.cases[number], tuple(self.saved[i] for i in read)
         told = Job(case.world, case.settings, folders, self.saved[number] if write else None, fill=not read)
         done = self.worlds.run(case.world, run, told, timeout=120)
@@ -212,7 +212,7 @@ class Folders:
 
 @pytest.fixture(scope="module")
 def folders_of(worlds, tmp_path_factory):
-    """family -> its Folders: every layout has read what all before it saved, and has saved it itself."""
+    """Return family -> its Folders: every layout has read all earlier checkpoints and has saved its own."""
 
     @cache
     def make(family: str) -> Folders:
@@ -226,7 +226,7 @@ def folders_of(worlds, tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_read_what_others_saved(folders_of, family):
-    """Each what all before it saved; one rank what all saved. Plain torch finds the same bits in all folders."""
+    """Each layout reads all earlier ones; one rank reads all. Plain torch finds the same bits in all folders."""
     folders = folders_of(family)
     whole = read_tensors(path_of(folders.saved[0], STEP))
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in whole)
@@ -241,14 +241,14 @@ def test_layouts_read_what_others_saved(folders_of, family):
 @pytest.mark.everything
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_read_what_later_ones_saved(folders_of, family):
-    """With the test above: all pairs."""
+    """Together with the test above this covers all pairs."""
     folders = folders_of(family)
     for i in range(1, len(folders.cases) - 1):
         folders.job(i, read=[0, *range(i + 1, len(folders.cases))])
 
 
 def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
-    """Of a step of the native engine: whether all that is said to be steady was as before when it told, and is now."""
+    """Run a step of the native engine; return whether steady blocks are unchanged before the update, and after it."""
     config = Run(1, 1, settings, ()).config
     groups = grid.build(config.parallel, seed=1)
     engine = engines.build(config, rows.VOCABULARY, groups, choose("cpu"))

@@ -1,4 +1,4 @@
-"""The mixture: exact proportions, every sample once an epoch, both orders, and nothing but (seed, mixture, window)."""
+"""The mixture: exact proportions, every sample once an epoch, both orders; a function of (seed, mixture, window)."""
 
 from collections import Counter
 
@@ -46,7 +46,7 @@ def test_every_sample_once_an_epoch_across_windows():
     for index, source in enumerate(SOURCES):
         mine = drawn["source"] == index
         seen = Counter(zip(drawn["epoch"][mine].tolist(), drawn["sample"][mine].tolist(), strict=True))
-        assert set(seen.values()) == {1}  # never twice in an epoch, though windows cross the epochs
+        assert set(seen.values()) == {1}  # never twice in an epoch, although windows cross epochs
         last = max(epoch for epoch, _ in seen)
         per_epoch = Counter(epoch for epoch, _ in seen)
         assert all(per_epoch[e] == source.documents for e in range(last))
@@ -74,7 +74,7 @@ def test_a_window_depends_on_nothing_but_seed_mixture_and_number():
 
 
 def test_the_order_is_pinned():
-    """A changed order breaks the resume of running jobs: these values may change only with a new major version."""
+    """A changed order breaks resuming of running jobs: these values may change only with a new major version."""
     window = Mixture(SOURCES, seed=1234).window(3)
     digest = [int((column.astype(np.int64) * np.arange(WINDOW)).sum()) for column in (window.source, window.sample)]
     assert digest == PINNED
@@ -100,7 +100,7 @@ def test_wrong_mixtures_are_refused(sources, message):
 
 
 def changing(seed=3):
-    """Three windows of SOURCES, then two without clipart, then all again with a new one."""
+    """Three windows of SOURCES, then two without clipart, then all again with a new source."""
     later = [SOURCES[2], SOURCES[0]]
     return Mixture(SOURCES, seed).then(3, later).then(5, [*SOURCES, Source("new", 0.5, 100)])
 

@@ -1,4 +1,4 @@
-"""What every modality keeps, own ones of a user's too: a toy sixth one is registered by one line and runs along."""
+"""The contract of every modality, including a user's own: a toy sixth one, registered by one line, is tested, too."""
 
 from itertools import permutations
 
@@ -71,7 +71,7 @@ def test_every_ordered_pair_is_a_document_whose_losses_are_counted_to_its_modali
         row = pack([Document("d", (parts[a], parts[b]))], vocabulary, 512, forms)
         media = [name for name in (a, b) if name != "text"]
         wanted = {name: parts[name].ids.size + (not forms[name].has_fixed_length) for name in media}  # its end mark
-        wanted["text"] = len(media) + 1 + ("text" in (a, b)) * parts["text"].ids.size  # what comes next, and the end
+        wanted["text"] = len(media) + 1 + ("text" in (a, b)) * parts["text"].ids.size  # what follows, and the end
         counted = {n: int((row.modality == i).sum()) for i, n in enumerate(vocabulary.modalities)}
         assert {name: count for name, count in counted.items() if count} == wanted
         used = row.segment >= 0

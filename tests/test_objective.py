@@ -1,4 +1,4 @@
-"""Modalities do not touch each other: gradients of one with and without the other in the step, and their sum."""
+"""Modalities are independent: gradients of one with and without the other in the step, and their sum."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ TEXT, IMAGE, NONE = (True, False), (False, True), (False, False)
 
 @pytest.fixture(params=[{}, {"mtp": {"num_layers": 1}}, MOE], ids=["dense", "mtp", "moe"])
 def gradients(request):
-    """A function of (rows, loss weights of text and image) to the one-rank gradients, on the same weights."""
+    """Return a function from (rows, loss weights of text and image) to the one-rank gradients, on the same weights."""
     config = config_from_dict(
         {
             "output": "unused",
@@ -64,11 +64,11 @@ def test_a_modality_has_the_same_gradient_beside_another_alone_and_in_the_sum(gr
     of_text, of_image = gradients(both, (1.0, 0.0)), gradients(both, (0.0, 1.0))
     _same(gradients(text, (1.0, 0.0)), of_text)
     _same(gradients(image, (0.0, 1.0)), of_image)
-    _same(gradients(text, (1.0, 1.0)), of_text)  # a step without images, whatever their weight
+    _same(gradients(text, (1.0, 1.0)), of_text)  # a step without images, with any weight
     _same(gradients(both, (1.0, 0.5)), {name: of_text[name] + 0.5 * of_image[name] for name in of_text})
 
 
 def test_the_same_documents_in_other_microbatches_have_the_same_gradient(gradients):
-    """Mixed microbatches of uneven counts: a mean of microbatch means would differ."""
+    """Mixed microbatches of uneven counts, for which a mean of microbatch means would differ."""
     rows = global_batch(2, 1, [(True, True)] * 3 + [TEXT] * 2 + [IMAGE] * 2 + [NONE], LENGTH)
     _same(gradients([rows[i] for i in (7, 4, 0, 6, 2, 5, 1, 3)], (1.0, 0.5)), gradients(rows, (1.0, 0.5)))

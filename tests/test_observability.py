@@ -1,4 +1,4 @@
-"""What a run tells of itself, on one that is really killed and resumed: metrics, goodput, Prometheus, the report."""
+"""Metrics and events of a run that is really killed and resumed: metrics, goodput, Prometheus, the report."""
 
 import json
 import re
@@ -31,7 +31,7 @@ STEPS = 24
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """Killed after the line of step 14, then run again; lines every 2 steps, checkpoints every 5."""
+    """Run, killed after the line of step 14, then resumed; lines every 2 steps, checkpoints every 5."""
     folder = tmp_path_factory.mktemp("observed")
     make_data(folder)
     train = {"steps": STEPS, "global_batch": 4, "micro_batch": 1, "log_every": 2, "eval_every": 8}
@@ -57,7 +57,7 @@ def test_lines_tell_where_the_time_went(run):
     heldout = [line for line in metrics.read_lines(run) if "heldout/text" in line]
     assert [line["step"] for line in heldout] == [8, 16, 24]
     assert all(line["evaluation_seconds"] > 0 for line in heldout)
-    # The checkpoint of step 5 was written between the reports of steps 4 and 6.
+    # The checkpoint of step 5 was written between the lines of steps 4 and 6.
     stalls = {line["step"]: line["checkpoint_stall_seconds"] for line in lines}
     assert stalls[6] > 0 == stalls[4]
 
@@ -68,7 +68,7 @@ def test_lines_of_steps_made_again_are_kept_apart(run):
     assert [line["step"] for line in kept] == sorted(line["step"] for line in kept)
     resumed_at = next(line["step"] - line["steps"] for line in kept if line.get("restarts") == 1)
     assert dropped and all(line["step"] > resumed_at for line in dropped)
-    # A kill between writing the dropped lines and the kept ones leaves both files with them: each counts once.
+    # A kill between writing the dropped lines and the kept ones leaves them in both files: each counts once.
     with (run / metrics.DROPPED).open("a") as file:
         file.write(json.dumps(kept[-1]) + "\n")
     assert len(metrics.read_all_lines(run)) == len(everything)
@@ -80,7 +80,7 @@ def test_goodput_of_a_killed_run(run):
     records = [r["time"] for r in lines + events.read(run)]
     assert result.wall == pytest.approx(max(records) - min(records), abs=0.2)
     assert result.attempts == 2
-    # By brute force: every second of every step, of the last attempt that made it.
+    # Reference: every second of every step, from the last attempt that ran it.
     seconds = {}
     for line in sorted(lines, key=lambda line: line["time"]):
         for step in range(line["step"] - line.get("steps", 0) + 1, line["step"] + 1):
@@ -96,7 +96,7 @@ def test_goodput_of_a_killed_run(run):
 
 
 def test_going_back_and_restarts_in_one_process(tmp_path):
-    """The loss guard's way back drops lines like a restart does, and is none; restarts are the launcher's."""
+    """The loss guard's roll-back drops lines like a restart, but is not counted as one; only the launcher restarts."""
     values = {"loss/text": 2.0, "grad_norm": None, "lr": 0.1, "data_wait": 0.0}
     events.record(tmp_path, "launched", restart=0)
     writer = metrics.Metrics(tmp_path, 0, 10)
@@ -122,7 +122,7 @@ def test_going_back_and_restarts_in_one_process(tmp_path):
 
 
 def _samples(text: str) -> dict[tuple[str, ...], float]:
-    """(name, further labels' values ...) -> value, by Prometheus's own parser."""
+    """Return (name, further labels' values ...) -> value, with Prometheus's own parser."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -155,11 +155,13 @@ def _beat(run: Path, rank: int, seconds: float, attempt: int) -> None:
 
 
 def test_endpoint_tells_of_a_hang(tmp_path):
-    """While nothing is reported, the oldest heartbeat stays and a reader sees it grow old. Ranks of a larger, earlier
-    world do not count, nor does a file that is being replaced."""
+    """While nothing is reported, the oldest heartbeat stays, and its age grows for a reader.
+
+    Ranks of a larger, earlier world do not count, nor does a file that is being replaced.
+    """
     folder = tmp_path / "run"
     folder.mkdir()
-    killed = folder / f"{TEXTFILE}.1.2"  # a run was killed while it wrote
+    killed = folder / f"{TEXTFILE}.1.2"  # a run was killed while writing it
     killed.touch()
     port = free_port()
     config = MetricsConfig(prometheus_port=port)
@@ -190,12 +192,12 @@ def test_endpoint_tells_of_a_hang(tmp_path):
             Exporter(folder, 10, 3, 2, config)
     finally:
         exporter.close()
-    Exporter(folder, 10, 3, 3, config).close()  # the port is free again: a restarted run takes it
+    Exporter(folder, 10, 3, 3, config).close()  # the port is free again: a restarted run uses it
     assert _samples((folder / TEXTFILE).read_text())[("megamm_restarts",)] == 3
 
 
 class _Page(HTMLParser):
-    """Checks that elements are closed in order, and collects what a page loads or runs."""
+    """Checks that elements are closed in order, and collects everything that a page loads or runs."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -239,7 +241,7 @@ def test_report_of_a_killed_run(run, tmp_path):
 
 
 def test_report_is_escaped_and_holds_no_secret(tmp_path, monkeypatch):
-    """What a failure says may hold anything: markup, a URL with its password, a key of the environment."""
+    """A failure's text may contain anything: markup, a URL with its password, a key of the environment."""
     monkeypatch.setenv("STORE_SECRET_KEY", "correct-horse-battery")
     cause = "<script>alert(1)</script> s3://me:hunter2@bucket/x?token=abc123&n=1 correct-horse-battery"
     events.record(tmp_path, "launched", restart=0)

@@ -1,4 +1,4 @@
-"""The sdist and the wheel: what is in them, that they run where there is no checkout, and which Pythons they want."""
+"""The sdist and the wheel: their contents, running without a checkout, and the supported Python versions."""
 
 import os
 import re
@@ -24,24 +24,24 @@ GENERATED = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc")
 
 
 def run(*command: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a clean environment: no thread counts, no paths of Python, nothing of pytest."""
+    """Run in a clean environment: no thread counts, no Python paths, nothing of pytest."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "PATH") if name in os.environ}
     words = list(map(str, command))
     return subprocess.run(words, cwd=cwd, env=kept | environment, capture_output=True, text=True, timeout=600)
 
 
 def python_range() -> str:
-    """python_requires of setup.py."""
+    """Return python_requires of setup.py."""
     (wanted,) = re.findall(r'^PYTHON_REQUIRES = "(.+)"$', (ROOT / "setup.py").read_text(), re.MULTILINE)
     return wanted
 
 
-# --- what is built ---
+# --- contents ---
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with the sdist of a copy of the sources, and the wheel made of that sdist."""
+    """Return a folder with the sdist of a copy of the sources, and the wheel made from that sdist."""
     copy, out = tmp_path_factory.mktemp("sources"), tmp_path_factory.mktemp("dist")
     for name in SOURCES:
         shutil.copy(ROOT / name, copy / name)
@@ -53,7 +53,7 @@ def built(tmp_path_factory) -> Path:
 
 
 def files_of(*folders: str) -> set[str]:
-    """Files of the checkout below these folders, without what is generated."""
+    """Return the checkout's files below these folders, without generated ones."""
     found = (path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file())
     kept = (path for path in found if "__pycache__" not in path.parts and path.suffix not in (".so", ".pyc"))
     return {path.relative_to(ROOT).as_posix() for path in kept}
@@ -91,13 +91,13 @@ def test_the_sdist_has_what_the_wheel_is_made_of(built):
 
 @pytest.fixture(scope="module")
 def installed(built, tmp_path_factory) -> Path:
-    """An environment with the wheel, which sees the packages of this one but not the checkout."""
+    """Return an environment with the wheel, which sees the packages of this one but not the checkout."""
     folder = tmp_path_factory.mktemp("installed") / "env"
     done = run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     (site,) = folder.glob("lib/python*/site-packages")
     packages = next(path for path in sys.path if path.endswith("site-packages"))
-    (site / "packages.pth").write_text(f"{packages}\n")  # the .pth files in there are not followed
+    (site / "packages.pth").write_text(f"{packages}\n")  # its .pth files are not followed
     (wheel,) = built.glob("*.whl")
     pip = (
         sys.executable,
@@ -118,7 +118,7 @@ def installed(built, tmp_path_factory) -> Path:
 
 @pytest.mark.everything
 def test_it_runs_without_a_checkout(installed, tmp_path):
-    """The command, the doctor and the example, from an empty folder."""
+    """Run the command, the doctor and the example, from an empty folder."""
     python, command = installed / "bin" / "python", installed / "bin" / "megamm"
     where = run(python, "-c", "import megamm; print(megamm.__file__)", cwd=tmp_path)
     assert where.stdout.startswith(str(installed)), where
@@ -144,7 +144,7 @@ def test_it_runs_without_a_checkout(installed, tmp_path):
 
 
 def interpreter(version: str) -> str:
-    """One of that version, on PATH or from pyenv; the test is skipped where there is none."""
+    """Return an interpreter of that version, on PATH or from pyenv; skip the test if there is none."""
     candidates = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
     for candidate in filter(None, candidates):
         if run(candidate, "-c", "", cwd=ROOT).returncode == 0:
@@ -154,7 +154,7 @@ def interpreter(version: str) -> str:
 
 @pytest.mark.parametrize("version", ["3.10", "3.13"])
 def test_another_python_gets_one_line(version, tmp_path):
-    """From the command, before anything is imported that may not be there; and from make, before it makes anything."""
+    """The command reports it before it imports optional packages, and make before it creates anything."""
     python = interpreter(version)
     for name in ("Makefile", "setup.py", "tools", "megamm", "requirements"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -170,7 +170,7 @@ def test_another_python_gets_one_line(version, tmp_path):
 @pytest.mark.everything
 @pytest.mark.parametrize("version", ["3.10", "3.13"])
 def test_another_python_installs_nothing(version, built, tmp_path):
-    """pip's own line, from python_requires."""
+    """pip prints its own line, from python_requires."""
     (wheel,) = built.glob("*.whl")
     python = interpreter(version)
     pip = (

@@ -1,4 +1,4 @@
-"""Packing: every document once and whole, nothing crosses a document, positions as in Qwen2-VL, little padding."""
+"""Packing: every document once and whole, document boundaries respected, positions as in Qwen2-VL, little padding."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def pair(key, text, image=9, reversed=False):
 
 
 def first_fit_decreasing(lengths, row_length):
-    """The number of rows that the textbook heuristic needs."""
+    """Return the number of rows that the textbook heuristic needs."""
     spaces = []
     for length in sorted(lengths, reverse=True):
         place = next((i for i, space in enumerate(spaces) if space >= length), None)
@@ -92,7 +92,7 @@ def test_a_given_part_counts_to_no_loss_and_changes_nothing_else(reversed):
     row, other = (pack([first, documents[1]], VOCABULARY, 24, POSITIONS) for first in (documents[0], given))
     for name in ("input_ids", "labels", "segment", "position"):
         assert np.array_equal(getattr(row, name), getattr(other, name))
-    # Neither the given part's tokens nor its marks; the mark that begins an image belongs to the image.
+    # Neither the given part's tokens nor its marks; the start mark of an image belongs to the image.
     counts = [0, 0, 0, 0, 0, 0, 1, 1, 1] if reversed else [0, 0, 1, 1, 1, 1, 1, 0, 1]
     assert other.loss_weight[: len(counts)].tolist() == counts
     assert np.array_equal(other.modality >= 0, other.loss_weight > 0)

@@ -1,9 +1,8 @@
-"""Layouts against one rank (megamm/parity): every two parts of a composition together, and random compositions.
+"""Layouts against one rank (megamm/parity): every pair of features together, and random compositions.
 
 Same weights, same batch, float32, real gloo processes: losses, every gradient, grad norm, every parameter after one
-step and after the last, tokens per expert, and every rank's place as the dry run gives it. Few cases hold every two
-parts (covering.py); the products of which they are taken are run by `make test-all`. A composition that fails is made
-small.
+step and after the last, tokens per expert, and every rank's coordinates in the dry run. A few cases cover every pair
+(covering.py); `make test-all` runs the full products. A failing composition is reduced to a small one.
 """
 
 from functools import cache
@@ -18,7 +17,7 @@ from megamm.parity.harness import Harness
 from megamm.parity.matrix import FEATURES, LAYOUTS, compose
 from megamm.parity.report import Outcome
 
-# Features that have nothing to do with each other are proven together.
+# Independent features are tested together.
 KITS = {
     "experts": (
         *("auxiliary loss", "bias balancing", "shared expert", "selective recompute", "biases, no q/k norm"),
@@ -34,7 +33,7 @@ ABSENT = {
     for mix in MIXES
     for layout in ("data", "pipeline", "context, all-gather", "expert, all-to-all")
 }
-# What a composition has one of each; "" is to have none of it.
+# A composition has one of each; "" is none.
 FACTORS = {
     "experts": ("", "expert, all-to-all", "expert, all-gather"),
     "tensor": ("", "tensor", "sequence", "expert tensor"),
@@ -51,7 +50,7 @@ MOST_RANKS = 4
 
 
 def composed(row: covering.Row) -> Case | None:
-    """The case of a row of FACTORS."""
+    """Return the case of a row of FACTORS."""
     layouts = [LAYOUTS[name] for factor in FACTORS for name in row[factor].split(" + ") if name in LAYOUTS]
     features = [FEATURES[name] for name in KITS.get(row["kit"], ())]
     return compose(*layouts, *features, {"mix": row["mix"]} if row["mix"] else {})
@@ -69,7 +68,7 @@ def admits(row: covering.Row) -> bool:
 
 COVERING = covering.rows(FACTORS, admits)
 COVERED = {" + ".join(filter(None, row.values())) or "nothing": composed(row) for row in COVERING}
-# One head on each rank: its gradient of the shared rotary channels is a strided slice, which Megatron leaves unsummed.
+# One head on each rank: its gradient of the shared rotary channels is a strided slice, which Megatron does not sum.
 LATENT = Case.of(2, LAYOUTS["tensor"] | FEATURES["latent attention"])
 ONE_HEAD = LATENT.with_setting("model.num_attention_heads", 2).with_setting("model.num_query_groups", 2)
 ADMITTED = [case for n in range(60) if matrix.expected(case := fuzz.draw(7, n, 8)).verdict == "proven"]
@@ -106,7 +105,7 @@ def test_layout_equals_one_rank(harness: Harness, case: Case):
 
 
 def smallest(harness: Harness, case: Case, outcome: Outcome) -> str:
-    """What is left of a case that should be proven and is not, when all is left out that it fails without."""
+    """Reduce a mismatching case to the settings that it does not fail without."""
     if outcome.verdict != "mismatch":
         return f"not made small: {outcome.verdict}"
 
@@ -126,7 +125,7 @@ def test_the_matrix_is_whole():
 
 
 def test_every_two_parts_are_in_a_case_that_is_always_run():
-    """All that the products have, by itself; what no case has is what no run may have, or asks for two batches."""
+    """The cases have everything in the products; missing pairs are invalid in any run or need two batches."""
     assert {name for values in FACTORS.values() for value in values for name in value.split(" + ") if name} == {
         *LAYOUTS,
         *KITS,

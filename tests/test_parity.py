@@ -1,4 +1,4 @@
-"""The parity harness itself: it names faults, finds what is missing, and says how a world hung or crashed."""
+"""The parity harness: it names faults, detects missing parts, and reports how a world hung or crashed."""
 
 import sys
 from dataclasses import replace
@@ -66,7 +66,7 @@ NAMED = [
     ),
 ]
 
-# How many causes are named where it is not one: positions are no matter of gradients, the rest break two things.
+# Number of named causes, if it is not one: position faults are not gradient faults, the others break two things.
 CAUSES = {
     faults.document_index_shifted: 0,
     faults.row_positions_shifted: 0,
@@ -80,7 +80,7 @@ def test_an_injected_fault_is_named(harness, line, fault, named):
     outcome = harness.prove(Case.parse(line), fault)
     assert outcome.verdict == "mismatch"
     assert any(finding.startswith(named) for finding in outcome.findings), outcome.text()
-    # Nothing else is blamed: of one fault only what it breaks.
+    # Nothing else is blamed: only the effects of one fault.
     causes = [f for f in outcome.findings if "multiplied" in f or "is missing" in f or "normalised" in f]
     assert len(causes) == CAUSES.get("expert data" if "expert data" in named else fault, 1), outcome.text()
 
@@ -192,7 +192,7 @@ def test_draws_are_a_pure_function_of_the_seed():
 
 
 def test_a_failing_case_is_made_small():
-    """Whatever has tensor parallel and an auxiliary loss fails here: that is what is left of it."""
+    """Every case with tensor parallel and an auxiliary loss fails here, so these two settings remain."""
     asked = []
 
     def fails(case):

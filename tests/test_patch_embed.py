@@ -1,7 +1,7 @@
-"""Patch embedding against Conv3d and views of windows: dtypes, layouts, odd sizes, causal time, gradients, messages.
+"""Patch embedding against Conv3d and views of windows: dtypes, layouts, odd sizes, causal time, gradients, errors.
 
-The kernels are tested through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
-functions of megamm.ops, which add the product, gradients and checks, on the devices there are.
+The kernels are called through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
+functions of megamm.ops, which add the product, gradients and checks, are tested on the available devices.
 """
 
 import math
@@ -46,7 +46,7 @@ def normalised(video, scale, shift):
 
 
 def windows(video, patch, causal, replicated):
-    """Patches of a float64 `[B, C, T, Y, X]` by views of windows, `[B, T', Y', X', K]`."""
+    """Return patches of a float64 `[B, C, T, Y, X]` by views of windows, `[B, T', Y', X', K]`."""
     if causal and video.shape[2]:
         first = video[:, :, :1].expand(-1, -1, patch[0] - 1, -1, -1)
         video = torch.cat([first if replicated else first * 0, video], 2)
@@ -74,7 +74,7 @@ def close(actual, expected, dtype):
 @pytest.mark.parametrize("how", HOW, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_patches_and_back(kernels, case, how):
-    """Every pair of dtypes; the way back is the transposed linear map, so it is autograd's of the views."""
+    """Every pair of dtypes; the backward pass is the transposed linear map, with autograd of the views as reference."""
     shape, patch = case
     channels_last, causal, replicated = how
     generator = torch.Generator().manual_seed(sum(shape))
@@ -101,7 +101,7 @@ def test_patches_and_back(kernels, case, how):
 
 
 def strided(name, video):
-    """The values of `[2, 3, 4, 32, 32]` in another layout."""
+    """Return the values of `[2, 3, 4, 32, 32]` in another layout."""
     if name == "part of a longer video":
         return torch.cat([video, video], 2)[:, :, 2:6]
     if name == "unaligned":
@@ -142,7 +142,7 @@ def test_offsets_beyond_31_bits(kernels):
 
 @pytest.mark.parametrize("ops_device", [GPU], indirect=True)
 def test_more_units_of_work_than_31_bits(ops_device):
-    """One image 2^31 times, a column a thread: the index is computed in 64 bits."""
+    """One image 2^31 times, one column per thread: the index is computed in 64 bits."""
     image = torch.tensor([[7, 9, 11]], dtype=torch.uint8, device=ops_device)
     video = image.view(1, 1, 1, 1, 3).expand(2**31 // 3 + 5, 1, 1, 1, 3)
     patches = torch.ops.megamm.patchify_3d(video, (1, 1, 3), [1.0], [0.0], False, False, False, torch.float16)
@@ -177,7 +177,7 @@ def test_without_normalisation_values_pass_unchanged(kernels, dtype):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_embedding_and_gradients_equal_a_convolution(ops_device, size, layout, causal, dtype):
-    """A Conv3d in float64 on the normalised, padded video, its weight used as it is stored."""
+    """Compare with a Conv3d in float64 on the normalised, padded video, with its weight as it is stored."""
     torch.manual_seed(0)
     patch, mean, std = (2, 4, 4), [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
     conv = torch.nn.Conv3d(3, 6, patch, stride=patch, dtype=dtype)
@@ -233,7 +233,7 @@ def test_causal_patches_know_no_later_frame(ops_device):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("patch", [(1, 16, 16), (2, 4, 3), (3, 5, 8)], ids=str)
 def test_unpatchify_gives_the_video_back(ops_device, patch, causal, layout):
-    """Through an identity weight, so that the patches are those of the public function."""
+    """An identity weight makes the patches those of the public function."""
     video = torch.randn(2, 2, 5, 33, 18).to(ops_device)
     video = laid_out(video, layout == "channels_last")
     weight = torch.eye(2 * math.prod(patch)).to(ops_device)
@@ -361,7 +361,7 @@ def test_messages_name_both_sides(ops_device, which):
 
 
 def test_unchecked_calls_are_refused_too(kernels):
-    """Called below megamm.ops, the kernels still read nothing that is not there."""
+    """The kernels do not read out of bounds even when called below megamm.ops."""
     video, patches = torch.randn(1, 3, 2, 4, 4).to(kernels.device), torch.randn(1, 1, 1, 1, 96).to(kernels.device)
     how = (False, False, False)
     cut, join = kernels.ops.patchify_3d, kernels.ops.unpatchify_3d

@@ -1,4 +1,4 @@
-"""The points codec: its cuts, its tokens, its loss and figures against brute force, and a small training."""
+"""The points codec: patches, tokens, loss and figures against brute force, and a small training."""
 
 import itertools
 import json
@@ -83,7 +83,7 @@ def test_a_cell_holds_the_mean_of_its_patch() -> None:
 
 
 def test_an_untrained_codec_is_bounded_by_its_cells() -> None:
-    """With shapes that say nothing, every point of a patch lies at its cell's centre."""
+    """With uninformative shapes, every point of a patch is at its cell's centre."""
     module, batch = codec(), clouds(3)
     torch.nn.init.zeros_(module.to_points[-1].weight)
     torch.nn.init.zeros_(module.to_points[-1].bias)
@@ -113,7 +113,7 @@ def test_decoding_gives_clouds_and_refuses_wrong_ids() -> None:
 
 
 def brute_force_figures(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    """One point after the other, in double precision."""
+    """Compute the figures one point at a time, in double precision."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     from_a = [min((np.linalg.norm(p[:3] - q[:3]), j) for j, q in enumerate(b)) for p in a]
     from_b = [min(np.linalg.norm(p[:3] - q[:3]) for p in a) for q in b]
@@ -199,7 +199,7 @@ OPTIONS = ["--points", "512", "--patches", "16", "--width", "32", "--cells", "4"
 
 
 def test_training_improves_and_repeats_bit_for_bit(tmp_path: Path) -> None:
-    """Through the command; twice the same seed gives the same weights."""
+    """Train through the command; the same seed gives the same weights."""
     source = write_points(tmp_path / "solids", train=32, heldout=8)
     folders = []
     for name in ("a", "b"):

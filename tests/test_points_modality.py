@@ -1,4 +1,4 @@
-"""3D media: clouds and meshes read to the same normalised points every time, and whatever is broken is refused."""
+"""3D media: clouds and meshes are always read to the same normalised points; broken files are rejected."""
 
 import builtins
 import hashlib
@@ -57,7 +57,7 @@ def test_written_clouds_are_the_same_bytes_and_read_back(modality: PointsModalit
     assert data == modality.write_media(cloud.copy())
     time_of_day = [info.date_time for info in zipfile.ZipFile(io.BytesIO(data)).infolist()]
     assert time_of_day == [(1980, 1, 1, 0, 0, 0)]
-    with np.load(io.BytesIO(data), allow_pickle=False) as file:  # numpy reads what was written without it
+    with np.load(io.BytesIO(data), allow_pickle=False) as file:  # numpy reads the data without it
         np.testing.assert_array_equal(file["points"], cloud)
     back = modality.read_media(data, "npz")
     assert {tuple(p) for p in back.round(5).tolist()} == {tuple(p) for p in cloud.round(5).tolist()}
@@ -189,7 +189,7 @@ HEADER = json.loads(BOX_GLB[20 : 20 + HEADER_BYTES])
 
 
 def of_glb(**changes: object) -> bytes:
-    """A glb of a box with parts of its header replaced."""
+    """Return a glb of a box with parts of its header replaced."""
     return glb(HEADER | changes, BOX_GLB[28 + HEADER_BYTES :])
 
 

@@ -1,7 +1,7 @@
-"""`megamm doctor --preflight` of one node: every check finds its fault and names node, fault and remedy in one line.
+"""`megamm doctor --preflight` of one node: every fault is found, with node, fault and remedy in one line.
 
-Disks, limits and hangs are real ones. GPUs are a library in place of the driver's (stubs/nvml.c), which the real
-binding calls; InfiniBand and control groups are folders like Linux's.
+Disks, limits and hangs are real ones. GPUs come from a library that replaces the driver's (stubs/nvml.c) under the real
+binding; InfiniBand and control groups are folders like Linux's.
 """
 
 import json
@@ -28,7 +28,7 @@ def faults(found: list[Finding]) -> list[Finding]:
 
 
 def test_this_machine(tmp_path):
-    """Every check of a node is there, the exit code is that of the verdicts, and a log gets one line for a bad node."""
+    """Every check of a node is there, the exit code follows from the verdicts, and a log has one line per bad node."""
     done = megamm("doctor", "--preflight", "--json", "--output", tmp_path / "run")
     told = json.loads(done.stdout)
     found = Node.from_json(told)
@@ -36,13 +36,13 @@ def test_this_machine(tmp_path):
     assert {f.check for f in found.findings} == checks
     assert done.returncode == (1 if found.faults else 0) == (not told["fit"])
     assert done.stderr.splitlines() == ([found.line()] if found.faults else [])
-    assert not list(tmp_path.iterdir()), "what is written to measure a disk must not stay"
+    assert not list(tmp_path.iterdir()), "the files of the disk benchmark must be removed"
 
 
 def test_faults_of_a_node_are_one_line_with_remedies(tmp_path):
-    """A full disk, a limit on files and missing GPUs at once; the node has a name of its own."""
+    """A full disk, a limit on files and missing GPUs at once; the node has its own name."""
     if subprocess.run(["unshare", "-rmu", "true"], capture_output=True).returncode:
-        pytest.skip("this system lets no user make a mount namespace: no small file system to fill")
+        pytest.skip("users cannot make mount namespaces here, so there is no small file system to fill")
     full = tmp_path / "full"
     full.mkdir()
     inside = f'hostname bad-node; mount -t tmpfs -o size=8m tmpfs {full} && ulimit -f 2097152 && exec "$@"'
@@ -118,7 +118,7 @@ def test_what_does_not_answer_is_left_behind(tmp_path):
 
 
 def test_memory_of_a_container(tmp_path, monkeypatch):
-    """A limit of the control group counts, less what is in use, but for cache that can be given up."""
+    """A limit of the control group counts, minus used memory except reclaimable cache."""
     own = tmp_path / "cgroup"
     own.write_text("0::/job\n")
     group = tmp_path / "fs" / "job"
@@ -136,7 +136,7 @@ def test_memory_of_a_container(tmp_path, monkeypatch):
 
 
 def make_ports(folder: Path, states: dict[str, str]) -> None:
-    """sysfs of HCAs: "mlx5_0:1" -> state."""
+    """Create sysfs of HCAs: "mlx5_0:1" -> state."""
     for name, state in states.items():
         hca, port = name.split(":")
         place = folder / hca / "ports" / port
@@ -179,7 +179,7 @@ def test_all_ports_down_is_wrong_without_a_setting(tmp_path, monkeypatch):
 
 
 def test_limits_of_a_process():
-    """ulimit is the process's own, so a process of its own has it."""
+    """ulimit belongs to a process, so the test uses a separate one."""
     code = "from megamm.doctor import machine; import json; from dataclasses import asdict; "
     code += "print(json.dumps([asdict(f) for f in machine._limits(has_infiniband=True)]))"
     for limits, expected in (
@@ -210,7 +210,7 @@ def library(tmp_path_factory) -> Path:
 
 
 def look(library: Path, monkeypatch, fault: str, expected: int | None = 8, visible=None, limit=60.0) -> list[Finding]:
-    """What the probe's process says of the stub's GPUs; the log of this machine's kernel is left aside."""
+    """Return the probe process's report on the stub's GPUs, without this machine's kernel log."""
     monkeypatch.setenv("LD_LIBRARY_PATH", str(library))
     monkeypatch.setenv("FAULT", fault)
     found = probe("gpu", "GPU", "reset it", limit=limit, expected=expected, visible=visible)
@@ -246,7 +246,7 @@ def test_gpus_without_fault(library, monkeypatch):
 
 
 def test_only_the_gpus_of_this_job_are_looked_at(library, monkeypatch):
-    """A scheduler that shares the node gives indices or UUIDs."""
+    """A scheduler that shares the node passes indices or UUIDs."""
     assert not faults(look(library, monkeypatch, "ecc", expected=2, visible=["0", "2"]))
     assert faults(look(library, monkeypatch, "ecc", expected=2, visible=["0", "GPU-00000001"]))
 
@@ -257,7 +257,7 @@ def test_a_gpu_that_does_not_answer(library, monkeypatch):
 
 
 def test_xid_messages_of_the_hardware_within_a_day(tmp_path, monkeypatch):
-    """As /dev/kmsg has them, microseconds since the start: a program's fault (31) and an old one do not count."""
+    """Lines as in /dev/kmsg, in microseconds since boot: a program's fault (31) and an old one do not count."""
     log, up = tmp_path / "kmsg", tmp_path / "uptime"
     now = 200_000.0
     up.write_text(f"{now} 1.0\n")

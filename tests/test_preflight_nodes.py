@@ -1,7 +1,7 @@
-"""`megamm doctor --nnodes`: of several nodes, the one with the fault is named, and what the fault is.
+"""`megamm doctor --nnodes`: the faulty node of several is named, with its fault.
 
-The nodes are processes of this machine with faults of their own: another package, a slow connection, a folder that
-cannot be written. The judgement is also given figures that a large job would have.
+The nodes are processes of this machine, each with another fault: a different package, a slow connection, a read-only
+folder. The judgement is also tested on figures of a large job.
 """
 
 import itertools
@@ -30,7 +30,7 @@ BROUGHT = {"facts": {}, "gpus": 0, "fit": True}
 
 
 def other_version(folder):
-    """A package that says of itself to be another version, within the range that megamm allows."""
+    """Return a package that reports another version, within the range that megamm allows."""
     info = folder / "emoji-2.15.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: emoji\nVersion: 2.15.0\n")
@@ -46,7 +46,7 @@ def slow(folder):
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    """name -> (exit code, JSON, stderr) of five nodes, two of which are good."""
+    """Return name -> (exit code, JSON, stderr) of five nodes, two of which are good."""
     if shutil.which("cc") is None:
         pytest.skip("no C compiler to slow a node down with")
     folder = tmp_path_factory.mktemp("nodes")
@@ -100,7 +100,7 @@ def test_the_node_of_the_rendezvous_has_all(nodes):
     }
     checks = {f.check for f in by_name["good-1"].findings}
     assert {"output", "same versions", "time", "bandwidth"} <= checks
-    # The connections of the slow node carry what the kernel lets it send: no more, and not much less.
+    # The slow node's connections carry what its kernel lets it send: no more, and not much less.
     pace = PACE / 1e9
     found = {f.check: f.text for f in by_name["slow"].findings}
     assert 0.3 * pace < float(found["bandwidth"].split()[0]) < 3 * pace
@@ -117,7 +117,7 @@ def test_a_node_that_does_not_come(tmp_path):
 
 
 def test_clocks_and_latecomers(monkeypatch):
-    """Three nodes of two to four; the clock of one is 90 s ahead. A node that comes when the rest has begun is told."""
+    """Three nodes of two to four; the clock of one is 90 s ahead. A node that arrives too late is rejected."""
 
     class Clock:
         monotonic, sleep = time.monotonic, time.sleep
@@ -159,7 +159,7 @@ def test_the_node_of_the_rendezvous_may_be_the_one_whose_clock_is_wrong():
 
 
 def test_a_node_that_comes_and_then_stops(monkeypatch):
-    """It is named, and does not keep the others waiting."""
+    """It is named and does not keep the others waiting."""
     monkeypatch.setattr(meeting, "ANSWER", 0.3)
     wanted = Nodes.parse("2", f"127.0.0.1:{free_port()}")
     host = Meeting(wanted, 5.0)
@@ -174,13 +174,13 @@ def test_a_node_that_comes_and_then_stops(monkeypatch):
 
 
 def test_no_place_to_meet(tmp_path):
-    """A mistake in the option is the user's; a host that nobody knows is a fault of the node."""
+    """A mistake in the option is the user's; an unknown host is a fault of the node."""
     command = [sys.executable, "-m", "megamm", "doctor", "--nnodes", "2", "--join", "0.5", "--rendezvous"]
     for endpoint, code, what in (
         ("a:b:c", 2, "error: --rendezvous: "),
         ("no.invalid:1", 1, "no response from no.invalid:1"),
     ):
-        # Cold: the command has torch say nothing, which torch reads when it is imported.
+        # In a new process: the command silences torch by a variable that torch reads when it is imported.
         done = subprocess.run([*command, endpoint], env=environment(), cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, len(done.stderr.splitlines())) == (code, 1), done.stderr
         assert what in done.stderr
@@ -188,7 +188,7 @@ def test_no_place_to_meet(tmp_path):
 
 @pytest.mark.skipif(bool(gpus()), reason="the fault is a GPU that is not there")
 def test_a_process_that_fails_is_told_to_the_others():
-    """Nobody waits for a time limit: one node's process cannot start, the other node hears of it."""
+    """No node waits for a timeout: one node's process cannot start, and the other node is notified."""
     wanted = Nodes.parse("2", f"127.0.0.1:{free_port()}")
     host = Meeting(wanted, 5.0)
     found = {}
@@ -225,7 +225,7 @@ def test_pairs_of_a_round_are_disjoint_and_none_is_twice(count):
 
 
 def figures(speeds):
-    """Of nodes that are as fast together as the slower of two; None: nothing ends there."""
+    """Return figures of nodes that are as fast together as the slower of two; None: no value."""
     found = [{} for _ in speeds]
     for i, j in itertools.chain(*cluster.rounds(range(len(speeds)))):
         both = None if None in (speeds[i], speeds[j]) else min(speeds[i], speeds[j])
@@ -258,7 +258,7 @@ def test_the_slow_node_is_named_and_no_other(speeds, least, bad):
 
 
 def test_versions_that_differ():
-    """Most decide; of as many, the node of the rendezvous. What is missing differs, too."""
+    """The majority decides; in a tie, the node of the rendezvous. Missing packages are differences, too."""
     usual = {"torch": "2.13.0", "driver": "580.1"}
     found = cluster.same([usual | {"torch": "2.12.0"}, usual, usual, {"torch": "2.13.0"}])
     assert [f.verdict for f in found] == ["wrong", "good", "good", "wrong"]

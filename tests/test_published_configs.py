@@ -1,6 +1,6 @@
-"""config.json files as they are published, with small sizes, read as model sections.
+"""Published config.json files, with small sizes, read as model sections.
 
-They have keys of older versions of transformers, which write angles in other places, and keys that only a model's own
+They have keys of older versions of transformers, which store angles in other places, and keys that only a model's own
 code reads.
 """
 

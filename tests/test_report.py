@@ -1,4 +1,4 @@
-"""The demo's report on a tiny export, and the demo's own logic: kept stages, moved paths, promises that can fail."""
+"""The demo's report on a tiny export, and the demo's logic: kept stages, moved paths, promises that can fail."""
 
 import json
 import math
@@ -63,7 +63,7 @@ SUMMARY = {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """(folder as the demo leaves it, the report's text): two samples of every pair, some captions odd."""
+    """Return (demo output folder, the report's text): two samples of every pair, some captions odd."""
     folder = tmp_path_factory.mktemp("demo")
     make_export(folder)
     for name, codec in make_codecs(folder / "codecs").items():
@@ -88,7 +88,7 @@ def page(tmp_path_factory):
     (folder / "stages" / "fetch.json").write_text(json.dumps({"peak_rss_gib": 0.5}))
     mark = {"peak_rss_gib": 1.5, "details": {"combination": shown}}
     (folder / "stages" / "generate.json").write_text(json.dumps(mark))
-    (folder / "shards" / "ATTRIBUTION.md").write_text("Drawn by <nobody>")
+    (folder / "shards" / "ATTRIBUTION.md").write_text("Drawn by <someone>")
     return folder, report.write_report(folder).read_text()
 
 
@@ -99,7 +99,7 @@ def _write(folder, stem, modality, number, text):
 
 
 class _Reader(HTMLParser):
-    """Tags in order, pictures, the shown text, sections by their id; fails on tags that do not close as they open."""
+    """Collects tags in order, pictures, the shown text, sections by id; fails if tags do not close in order."""
 
     def __init__(self, text):
         super().__init__()
@@ -137,9 +137,9 @@ def test_the_page_is_whole_and_needs_nothing_else(page):
     read = _Reader(page[1])
     within = {f"#{name}" for name in read.sections}
     assert read.references and all(r.startswith("data:") or r in within for r in read.references)
-    assert not {"script", "link", "iframe", "nobody"} & set(read.tags)
+    assert not {"script", "link", "iframe", "someone"} & set(read.tags)
     assert NASTY in read.shown and "<b>said</b>" in read.shown and "(contains no text)" in read.shown
-    for figure in ("psnr db18.5", "4.250", "1.2%", "Drawn by <nobody>"):
+    for figure in ("psnr db18.5", "4.250", "1.2%", "Drawn by <someone>"):
         assert figure in read.shown
     assert not list(page[0].glob(".*partial"))
 
@@ -164,7 +164,7 @@ def test_every_direction_has_examples_and_figures(page):
         assert shown.count("✓") + shown.count("✗") == 2, "each output is judged"
         figures = "24 of 48 captions are exactly right" if b == "text" else "is among the five nearest (by chance 10"
         assert figures in shown or (a == "audio" and "7 of 9 captions are exactly right" in shown)
-    assert "nothing usable was made" in read.sections["image_to_text"]
+    assert "no usable output" in read.sections["image_to_text"]
     figures = read.sections["figures"]
     assert "7 of 9 captions exactly right: 78\u00a0% (45 to 94\u00a0%)" in figures
     assert figures.count("+0.1000 nats per token (standard error 0.0100, 9 samples)") == len(DIRECTIONS)
@@ -175,7 +175,7 @@ def test_every_direction_has_examples_and_figures(page):
 
 
 def test_media_of_every_kind_are_shown_large_enough(page):
-    """Each sample of each direction as given, made and real; each tokenizer's media as they were and rebuilt."""
+    """Each direction's samples as given, made and real; each tokenizer's media before and after."""
     read = _Reader(page[1])
     media_of = {m: 2 * sum((a == m) + 2 * (b == m) for a, b in DIRECTIONS) for m in REGISTRY}
     rebuilt = {m: 4 for m in REGISTRY if m != "text"}
@@ -198,7 +198,7 @@ def test_media_of_every_kind_are_shown_large_enough(page):
         ("cook, man", "cook, man", ("✓ Right", "letter by letter.")),
         ("cook, man", "cook, woman", ("✗ Wrong", "gender is “man”, should be “woman”. Right: subject.")),
         ("one", "one two", ("✗ Wrong", "word 2 is missing: “two”. Right: word 1.")),
-        ("one two", "three", ("✗ Wrong", "is “one”, should be “three”; word 2 “two” is not asked for. No part is")),
+        ("one two", "three", ("✗ Wrong", "is “one”, should be “three”; word 2 “two” was not requested. No part is")),
         ("cook,man", "cook, man", ("✗ Wrong", "should be “cook, man”")),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_picture_is_judged_by_the_real_one_that_is_nearest(page, tmp_path):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_sticks_out_in_a_browser(page, tmp_path, width):
-    """The page in a frame of this width; a script, which the page itself forbids, measures it."""
+    """Open the page in a frame of this width; a script, which the page itself forbids, measures it."""
     measure = """<script>addEventListener('load', () => parent.postMessage(JSON.stringify({
         width: document.documentElement.clientWidth, whole: document.documentElement.scrollWidth,
         least: Math.min(...[...document.images].map(image => image.getBoundingClientRect().width)),
@@ -276,7 +276,7 @@ def test_stages_are_kept_until_their_command_or_an_earlier_one_changes(tmp_path,
     changed = stages.Stage("a", (), (("data", "--help"),))
     assert stages.run_stages(tmp_path, [changed, second])["b"]["details"] == {"answer": 2}
     failing = stages.Stage("b", (), (("eval", "nowhere", "nothing"),))
-    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+    with pytest.raises(stages.DemoError, match="exited with code 2: error: not an export"):
         stages.run_stages(tmp_path, [changed, failing])
     assert not (tmp_path / "stages" / "b.json").exists()
 
@@ -307,7 +307,7 @@ def test_a_broken_promise_is_named(change, message):
 def test_targets_are_reported_as_reached_or_not():
     lines = {line["target"]: line for line in demo.targets(FOUND, {f"{a}_to_{b}": GAIN for a, b in DIRECTIONS})}
     assert lines["image_to_text: exact"]["reached"] and lines["text_to_image: retrieval r5"]["reached"]
-    attributes = lines["image_to_text: attributes"]  # the one that is least often right counts
+    attributes = lines["image_to_text: attributes"]  # the attribute with the lowest share counts
     assert not attributes["reached"] and attributes["value"]["attribute"] == "skin"
     assert sum("pair gain" in name for name in lines) == len(DIRECTIONS)
 
@@ -333,7 +333,7 @@ def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
     log = (tmp_path / "stages" / "a.log").read_text()
     assert all(f"megamm {name}[OPTIONS]" in log.replace("python -m ", "") for name in ("", "data ", "eval "))
     failing = stages.Stage("a", (), (("--help",), ("eval", "nowhere", "nothing")), at_once=True)
-    with pytest.raises(stages.DemoError, match="ended with 2: error: not an export"):
+    with pytest.raises(stages.DemoError, match="exited with code 2: error: not an export"):
         stages.run_stages(tmp_path, [failing])
 
 

@@ -1,6 +1,6 @@
-"""The repository keeps its own rules: code rules, declared and pinned packages, a light command, sound scripts.
+"""Rules of the repository: code rules, declared and pinned packages, a fast command, valid scripts.
 
-Each code rule is also given snippets that break it, so that it is known to be able to fail.
+Each code rule is also tested on snippets that break it, so that it can fail.
 """
 
 import dataclasses
@@ -85,24 +85,24 @@ def test_exceptions_are_for_the_named_places_only() -> None:
 
 
 def test_no_exception_outlives_its_reason() -> None:
-    """An exception for one offence ("path: what") must still have it, or the next offence there goes unseen."""
+    """An exception for one offence ("path: what") must still be needed; otherwise the next offence there is hidden."""
     for rule in RULES:
         found = [re.sub(r":\d+: ", ": ", f) for f in dataclasses.replace(rule, except_for={}).findings(FILES)]
         stale = [e for e in rule.except_for if ": " in e and not any(f.startswith(e) for f in found)]
         assert not stale
 
 
-# --- packages: setup.py says what is needed, requirements/ which version was tested ---
+# --- packages: setup.py has the requirements, requirements/ the tested versions ---
 
 
 def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
-    """The requirements that no pin satisfies."""
+    """Return the requirements that no pin satisfies."""
     parsed = [Requirement(r) for r in requirements]
     return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
 
 
 TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "gguf", "parquet", "quantize", "s3", "slurm", "speech")
-"""The extras that `make venv` installs."""
+"""Return the extras that `make venv` installs."""
 
 
 def test_every_requirement_is_pinned_within_its_range() -> None:
@@ -151,7 +151,7 @@ def test_every_import_is_declared() -> None:
 
 
 def test_no_test_module_is_imported() -> None:
-    """What several test files use is in tests/lib."""
+    """Code that several test files use is in tests/lib."""
     found = [f"{f.path}:{line}: imports {name}" for f in FILES for line, name in f.imports if name.startswith("test_")]
     assert not found, "\n".join(found)
 
@@ -174,7 +174,7 @@ def test_command_is_installed_under_its_name() -> None:
 
 
 def test_help_and_config_load_nothing_heavy() -> None:
-    """`megamm --help` and a mistake in a config answer at once, so they must not import torch (seconds)."""
+    """`megamm --help` and a config error must answer quickly, so they must not import torch (seconds)."""
     heavy = {"torch", "megatron", "transformers", "tensorboard"}
     probe = "import sys, megamm.cli, megamm.config; print(*sorted(m for m in sys.modules if '.' not in m))"
     done = _run(sys.executable, "-c", probe)
@@ -208,7 +208,7 @@ def test_scripts_are_as_shellcheck_likes_them() -> None:
 
 
 def test_ci_runs_the_tests() -> None:
-    """CI is `make test` and ends with it, so that pytest's summary is the last line."""
+    """CI runs `make test` last, so that pytest's summary is the last line."""
     assert (ROOT / ".ci/run").stat().st_mode & 0o111
     assert (ROOT / ".ci/run").read_text().splitlines()[-1] == "exec make test"
     planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()[-1]
@@ -230,6 +230,6 @@ def test_hooks_and_lint_run_the_same_tools() -> None:
 
 
 def test_every_folder_of_the_package_is_installed() -> None:
-    """setup.py finds packages by their __init__.py: a folder without one is missing from a built wheel."""
+    """setup.py finds packages by their __init__.py: a folder without one is missing in a built wheel."""
     folders = {file.parent for file in (ROOT / "megamm").rglob("*.py")}
     assert sorted(f.name for f in folders if not (f / "__init__.py").exists()) == []

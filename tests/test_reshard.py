@@ -1,4 +1,4 @@
-"""One checkpoint through every kind of shard: each leg resumes the last one's at another layout, optimizer state too.
+"""One checkpoint through every kind of shard: each leg resumes the previous one at another layout, with the optimizer.
 
 The model has every kind of parameter: latent attention, routed and shared experts, a routing bias, a prediction module.
 """
@@ -34,7 +34,7 @@ LEGS = [
     (8, {"tensor": 2, "sequence": True}, 2),
 ]
 MAIN = "optimizer.state.param."
-"""Prefix of the optimizer's own copy of a weight, in float32 the same numbers."""
+"""Prefix of the optimizer's own copy of a weight: the same numbers in float32."""
 
 
 @pytest.mark.everything
@@ -46,7 +46,7 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
     train = TRAIN | {"eval_every": 0}
     start = train | {"stop_after": 1}
     for output, legs in ((one, [(1, {}, 1), (8, {}, 1)]), (moved, LEGS)):
-        if output is moved:  # ranks of another grid would draw other weights: both go on from one first step
+        if output is moved:  # ranks of another grid would draw other weights: both continue from the same first step
             shutil.copytree(step_folder(one, 1), step_folder(moved, 1))
         for stop, parallel, processes in legs:
             section = start if stop == 1 else train | {"stop_after": stop}
@@ -70,6 +70,6 @@ def test_every_leg_at_another_layout_gives_the_losses_and_state_of_one_rank(tmp_
     assert any("mtp" in name for name in theirs) and any("expert_bias" in name for name in theirs)
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        mine = ours[name][: len(tensor)]  # padding of the vocabulary is as tensor parallel wants it
+        mine = ours[name][: len(tensor)]  # the vocabulary's padding depends on tensor parallel
         error = (mine - tensor).norm() / tensor.norm().clamp(min=1e-12)
         assert error <= 2e-5, f"{name}: {error:.1e}"

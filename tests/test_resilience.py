@@ -1,4 +1,4 @@
-"""Faults in real runs: each is seen, the run goes on by itself, and its numbers are those of an undisturbed run."""
+"""Faults in real runs: each is detected, the run continues automatically, and its results equal a baseline run's."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def _nothing_is_left():
 
 
 def start(config, *options, faults=None):
-    """The command in a process of its own; beside the config a file for its output, and $NODE for its local tier."""
+    """Start the command in a process; next to the config are a file for its output, and $NODE for its local tier."""
     env = with_faults(faults, environment()) if faults else environment()
     number = time.monotonic_ns()
     env["NODE"] = str(config.with_suffix(f".{number}.node"))
@@ -58,7 +58,7 @@ def output_of(config):
 
 
 def run(config, *options, faults=None):
-    """Its exit code."""
+    """Return its exit code."""
     return start(config, *options, faults=faults).wait(timeout=240)
 
 
@@ -67,18 +67,18 @@ def of_kind(output, *kinds):
 
 
 def wait_for(what, process, config):
-    """The first true value of what(), while the process runs."""
+    """Return the first true value of what(), while the process runs."""
     deadline = time.monotonic() + 120
     while not (found := what()):
         assert process.poll() is None, output_of(config)
-        assert time.monotonic() < deadline, f"it did not happen: {output_of(config)}"
+        assert time.monotonic() < deadline, f"timed out: {output_of(config)}"
         time.sleep(0.02)
     return found
 
 
 @pytest.fixture(scope="module")
 def undisturbed(data):
-    output, config = config_of(data, "undisturbed")
+    output, config = config_of(data, "baseline")
     assert run(config, "--nproc", 2) == 0, output_of(config)
     kinds = [e["kind"] for e in events.read(output) if e["kind"] not in ("saved", "straggler")]
     assert kinds == ["launched", "started", "first_step", "finished"]
@@ -101,7 +101,7 @@ RANK_FAULTS = {
 
 
 def test_faults_of_ranks(data, undisturbed):
-    """One fault an attempt: nine restarts, then the losses of an undisturbed run, bit for bit."""
+    """One fault per attempt: nine restarts, then the losses of the baseline run, bit for bit."""
     output, config = config_of(data, "ranks", hang_seconds=2)
     assert run(config, "--nproc", 2, faults=",".join(RANK_FAULTS)) == 0, output_of(config)
     assert numbers(output) == undisturbed
@@ -118,7 +118,7 @@ def test_faults_of_ranks(data, undisturbed):
 
 
 def test_hangs_are_explained(data, undisturbed):
-    """By the run of the test before: who was waited for, in which collective, and where every rank was."""
+    """The run of the previous test reports the rank waited for, the collective, and the position of every rank."""
     output = data / "ranks"
     injected = {e["fault"]: e["time"] for e in of_kind(output, "injected")}
     hangs = of_kind(output, "hang")
@@ -128,7 +128,7 @@ def test_hangs_are_explained(data, undisturbed):
         ([1], "save", 6),
     ]
     for fault, event in zip(("sigstop", "hold_gil", "deadlock"), hangs, strict=True):
-        assert event["silent"] <= event["limit"] + 1.5  # seconds: how often the agent looks, and the machine's load
+        assert event["silent"] <= event["limit"] + 1.5  # seconds: the agent's polling interval, and the machine's load
         assert event["time"] - injected[fault] <= event["limit"] + 3
         texts = {path.stem: path.read_text() for path in Path(event["dump"]).iterdir()}
         assert texts.keys() == {"rank_00000", "rank_00001"}
@@ -141,7 +141,7 @@ def test_hangs_are_explained(data, undisturbed):
 
 @pytest.mark.everything
 def test_faults_above_the_ranks(data, undisturbed):
-    """What is above the ranks is killed, a signal ends the run with a checkpoint; the killed command leaves nothing."""
+    """The parents of the ranks are killed; a signal ends the run with a checkpoint; no process is left behind."""
     output, config = config_of(data, "above")
     faults = "kill_fork_server@step:2:0:0,kill_template@step:3:1:0,kill_agent@step:5:0:1"
     faults += ",sigstop@resume:0:0:2,sigterm@data:6:1:3,until_asked@step:6:1:3"
@@ -149,10 +149,10 @@ def test_faults_above_the_ranks(data, undisturbed):
     causes = [event["cause"] for event in of_kind(output, "failed")]
     assert causes[:2] == ["the ranks' template process exited", "the agent exited with signal 9 (SIGKILL)"]
     (hang,) = of_kind(output, "hang")
-    assert len(causes) == 3 and hang["limit"] < 60  # the new agent knows how long a resumption takes
+    assert len(causes) == 3 and hang["limit"] < 60  # the new agent knows how long resuming takes
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]
     done = numbers(output)[-1]["step"]
-    assert done in (6, 7)  # a rank that had begun step 7 went on to its end
+    assert done in (6, 7)  # a rank that had begun step 7 finished it
     assert numbers(output) == [line for line in undisturbed if line["step"] <= done]
     assert (output / "checkpoints" / f"step_{done:08d}").is_dir()
 
@@ -185,10 +185,10 @@ def errors_of(config):
 
 
 def test_what_the_user_must_mend_is_told_in_one_line_and_not_tried_again(data):
-    """By one of two ranks; of what both find, see below."""
+    """One of two ranks raises it; for errors on both ranks see below."""
     output, config = config_of(data, "mistake")
     assert run(config, "--nproc", 2, faults="user_error@step:2:1:*") == 2
-    assert errors_of(config) == ["error: an injected mistake; mend it"]
+    assert errors_of(config) == ["error: an injected mistake; fix it"]
     assert len(of_kind(output, "failed")) == 1 and not of_kind(output, "restarting", "gave_up")
 
 
@@ -198,7 +198,7 @@ def test_two_nodes_tell_the_users_mistake_once(data):
     options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
     nodes = [start(config, *options, faults="user_error@step:2:1:*") for _ in range(2)]
     assert [node.wait(timeout=120) for node in nodes] == [2, 2], output_of(config)
-    assert errors_of(config) == ["error: an injected mistake; mend it"]
+    assert errors_of(config) == ["error: an injected mistake; fix it"]
     assert len(of_kind(output, "failed")) == 1
 
 
@@ -210,12 +210,12 @@ REFUSED = {
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(data, undisturbed):
-    """By both ranks, which find the same: another model, other data, all checkpoints damaged."""
+    """Both ranks find the same error: another model, other data, all checkpoints damaged."""
     commands = {}
     for name, (overrides, _) in REFUSED.items():
         output, config = config_of(data, name)
         step = output / "checkpoints" / "step_00000002"
-        shutil.copytree(data / "undisturbed" / "checkpoints" / step.name, step)
+        shutil.copytree(data / "baseline" / "checkpoints" / step.name, step)
         if name == "damaged":
             (step / "state.json").write_text("{}")
         commands[config] = start(config, "--nproc", 2, *overrides)
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(data, undisturbed
 
 @pytest.mark.everything
 def test_no_checkpoint_within_the_grace_time(data):
-    """The rank that should save hangs: it is killed when the time is up, and the run does not start again."""
+    """The rank that should save hangs: it is killed after the grace time, and the run does not restart."""
     output, config = config_of(data, "grace", grace_seconds=1, hang_seconds=60)
     assert run(config, faults="sigterm@data:3:*:0,deadlock@step:3:*:0") == 1
     assert "no checkpoint within resilience.grace_seconds = 1" in of_kind(output, "failed")[0]["cause"]
@@ -246,16 +246,16 @@ def test_a_single_process_without_restarts_saves_on_a_signal(data):
 
 
 def test_nodes_come_and_go(data, undisturbed):
-    """One node, then two and a spare; the spare takes over, one goes on alone, another joins; the rows are the same."""
+    """One node, then two and a spare, which takes over; one continues alone, another joins; the rows are the same."""
     output, config = config_of(data, "nodes", hang_seconds=60)
     times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
     options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
-    # Asked in step 3, it stops after 3 or 4: a rank that has begun the next step goes on to its end.
+    # It is asked in step 3 and stops after 3 or 4: a rank that has begun the next step finishes it.
     kills = "kill_command@step:5:1:1,kill_command@step:5:1:2"
     faults = f"until_asked@data:3:0:0,{kills},until_asked@data:6:0:3"
     first = start(config, *options, faults=faults)  # it hosts the store
     wait_for(lambda: of_kind(output, "launched"), first, config)
-    lost, another = config_of(data, "lost")  # a job of its own, started at this one's port
+    lost, another = config_of(data, "lost")  # another job, started at this one's port
     assert run(another, *options) == 2
     assert f"error: this node's job does not match the other nodes': config.output is \"{output}\" there" in output_of(
         another
@@ -282,25 +282,25 @@ def test_nodes_come_and_go(data, undisturbed):
     assert state["consumed_rows"] == 32 and state["world_size"] == 2
 
 
-def assert_near(lines, undisturbed):
-    """As of another number of ranks, whose sums differ in the last digits."""
-    assert [line["step"] for line in lines] == [line["step"] for line in undisturbed]
-    for ours, theirs in zip(lines, undisturbed, strict=True):
-        # How evenly the ranks are loaded depends on their number.
+def assert_near(lines, baseline):
+    """Compare with a run on another number of ranks, whose sums differ in the last digits."""
+    assert [line["step"] for line in lines] == [line["step"] for line in baseline]
+    for ours, theirs in zip(lines, baseline, strict=True):
+        # The balance of the ranks depends on their number.
         wanted = {k: v for k, v in theirs.items() if v is not None and k != "imbalance"}
         assert {k: ours[k] for k in wanted} == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.everything
 def test_a_faulty_node_is_evicted(data, undisturbed):
-    """Of two nodes and a spare first the one with the store, which serves it to the end, then another one.
+    """The faulty node is first the store's host, which serves the store to the end, then another of two and a spare.
 
-    None leaves anything in its memory.
+    No node leaves anything in its memory.
     """
     output, config = config_of(data, "evicted", "$NODE", hang_seconds=60, loss_guard={"evict": True})
     times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
     options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
-    # Until asked, so that all three are there: it stops after step 2 or 3.
+    # Until asked, so that all three nodes have joined: it stops after step 2 or 3.
     faults = "until_asked@data:2:0:0,nan@step:4:0:1,nan@step:6:1:2"
     first = start(config, *options, faults=faults)
     wait_for(lambda: of_kind(output, "launched"), first, config)

@@ -1,4 +1,4 @@
-"""The parts that decide: restart policy, hang limits, stacks, where ranks stop, plan and options."""
+"""The decisions of the supervisor: restart policy, hang limits, stacks, where ranks stop, plan and options."""
 
 import itertools
 import os
@@ -70,7 +70,7 @@ def test_the_budget_ends():
 
 
 def test_failures_are_read_back_from_the_last_launch(tmp_path):
-    """One for each attempt, the first that was seen: what follows it is its consequence."""
+    """The first failure of each attempt is read; later ones are its consequences."""
     old, first, second = failures(7, 8, 9)
     events.record(tmp_path, "launched", attempt=0)
     events.record(tmp_path, "failed", **vars(old))
@@ -80,7 +80,7 @@ def test_failures_are_read_back_from_the_last_launch(tmp_path):
     events.record(tmp_path, "failed", **vars(first) | {"rank": 1, "cause": "connection reset"})
     events.record(tmp_path, "failed", **vars(second))
     with (tmp_path / events.EVENTS).open("a") as file:
-        file.write('{"kind": "failed", "att')  # cut off by a kill
+        file.write('{"kind": "failed", "att')  # truncated by a kill
     assert policy.from_events(events.read(tmp_path)) == [first, second]
     assert max(policy.attempts(events.read(tmp_path))) == 2
 
@@ -99,7 +99,7 @@ def watch_of(hang_seconds=5.0, startup=600.0, run=Path("no heartbeats here")):
 
 
 def silence_until_overdue(clock, ranks, watch, tick=0.25):
-    """Seconds until rank 1, alone silent, is overdue."""
+    """Return the seconds until rank 1, the only silent one, is overdue."""
     begin, counts = clock.now, itertools.count(1000)
     while not (overdue := watch.overdue(ranks)):
         clock.now += tick
@@ -128,7 +128,7 @@ def test_the_first_of_its_kind_is_bounded_by_what_the_first_step_took():
     watch.overdue(ranks)
     assert watch.limit(ranks[1]) == 600
     for slot in ranks:
-        slot.write(2, "end", 3, clock.now, True)  # what is uploaded then has nothing to do with steps
+        slot.write(2, "end", 3, clock.now, True)  # uploads at the end are independent of steps
     assert watch.limit(ranks[1]) == 600
 
 
@@ -146,7 +146,7 @@ def test_a_new_agent_of_a_launch_knows_how_long_things_take(tmp_path):
     assert heartbeat.longest(tmp_path) == {}
     beats(0, 0, start=2.0, save=3.0)
     beats(0, 1, start=4.0)
-    beats(1, 0, first=1.0)  # keeps what it knew
+    beats(1, 0, first=1.0)  # keeps its earlier values
     assert heartbeat.longest(tmp_path) == {"start": 4.0, "save": 3.0, "first": 1.0}
     clock = Clock()
     watch = hang.Watch(hang.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path))
@@ -181,7 +181,7 @@ def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_
         elsewhere.beat("wait", 3)
         clock.now += 1
         assert watch.overdue(ranks) == []
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(3, abs=1.5)  # the last word counts so long
+    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(3, abs=1.5)  # the last report is valid that long
     elsewhere.close()
 
 
@@ -262,7 +262,7 @@ def test_the_culprit_is_the_rank_that_others_wait_for(reports, guilty):
 
 
 def steps_until_stopped(boundary, pace, done, last):
-    """A rank's loop; a step ends for all ranks together, as collectives make it."""
+    """Run a rank's loop; a step ends for all ranks together, as collectives make it."""
     for step in itertools.count(1):
         if boundary.stops_before(step) is not None:
             done.append(step - 1)
@@ -402,7 +402,7 @@ def test_numbers_of_nodes_that_divide_the_batch():
     ],
 )
 def test_which_nodes_leave_for_a_fault_of_ranks(ranks, node, nodes, code, monkeypatch):
-    """Two ranks a node."""
+    """There are two ranks per node."""
     for name, value in {"LOCAL_WORLD_SIZE": 2, "GROUP_WORLD_SIZE": nodes, "GROUP_RANK": node}.items():
         monkeypatch.setenv(name, str(value))
     assert code_of(NodeFault(ranks, "slow")) == code

@@ -1,8 +1,7 @@
-"""No sample is lost and none repeated over kill -9, other world sizes, readers and sources: every one is counted.
+"""No sample is lost or repeated over kill -9, other world sizes, readers and sources: each one is counted.
 
-Real processes take rows from the loader and are killed on the way; what counts is what all ranks of a world had
-written down, as with a checkpoint. The sum over all worlds is compared with the sequence read in one go, and the
-sequence with what an epoch is.
+Real processes take rows from the loader and are killed; rows count if all ranks of a world have logged them, as with a
+checkpoint. The sum over all worlds is compared with the sequence read in one go, and that sequence with an epoch.
 """
 
 import json
@@ -31,7 +30,7 @@ BEFORE, AFTER = {"a": 3.0, "b": 1.0}, {"c": 1.0, "a": 1.0}
 
 
 def write_source(folder, number, samples, image_tokens=20):
-    """Samples of two text tokens that name them and an image of 3 to `image_tokens` tokens."""
+    """Write samples of two text tokens that name them and an image of 3 to `image_tokens` tokens."""
     generator = np.random.default_rng(number)
     for name, codec in loader_worker.CODECS.items():
         with ShardWriter(folder / "train" / f"{name}.tokens-{codec}", samples_per_shard=50) as writer:
@@ -73,7 +72,7 @@ def run_world(folder, name, size, state, *, kill_after=0, steps=1_000_000, weigh
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive, "data workers outlive the rank that they read for"
     steps_of = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
-    done = min(len(steps) for steps in steps_of)  # what not all ranks have written down never happened
+    done = min(len(steps) for steps in steps_of)  # steps that not all ranks have logged do not count
     texts = Counter(tuple(text) for steps in steps_of for step in steps[:done] for text in step["texts"])
     last = steps_of[0][done - 1]
     return {"consumed_rows": last["consumed_rows"], "recorded": last["mixture"]}, texts
@@ -84,7 +83,7 @@ def written(log):
 
 
 def count_rows(stream, first, stop):
-    """Samples in rows [first, stop) of a stream, by their texts."""
+    """Count samples in rows [first, stop) of a stream, by their texts."""
     batches = [Batch.stack([stream.row(r)]) for r in range(first, stop)]
     return Counter(tuple(text) for text in loader_worker.texts(batches))
 
@@ -104,7 +103,7 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
         seen += texts
     segments = state["recorded"]["segments"]
     assert [segment["weights"] for segment in segments] == [BEFORE, AFTER]
-    # The same sequence in one go; the last world goes on to the end of a window after the change.
+    # The same sequence in one go; the last world continues to the end of a window after the change.
     first = state["recorded"] | {"window": 0, "first_row": 0}
     stream, change = loader_worker.open_stream(folder, AFTER, first, 0)
     assert change is None
@@ -116,7 +115,7 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
     consumed = state["consumed_rows"]
     assert end <= consumed < end + loader_worker.GLOBAL_BATCH
     assert seen == count_rows(stream, 0, consumed)
-    # And what that sequence is: every sample of a source as often as any other, but for the epoch in progress.
+    # That sequence has every sample of a source equally often, except for the epoch in progress.
     counts = stream.mixture.counts(last_window * WINDOW)
     whole = seen - count_rows(stream, end, consumed)
     for number, (name, samples) in enumerate(SIZES.items()):
@@ -127,7 +126,7 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
 
 
 def resumed(folder, weights, stream, consumed, earlier=None):
-    """What resuming gives; earlier is the history that the stream was resumed from."""
+    """Return the resumed stream; earlier is the history that it was resumed from."""
     recorded = json.loads(json.dumps(loader_worker.to_json(stream, consumed, earlier)))
     return loader_worker.open_stream(folder, weights, recorded, consumed)
 
@@ -172,7 +171,7 @@ def test_other_shards_under_the_name_are_refused(folder, tmp_path):
         loader_worker.open_stream(tmp_path, BEFORE, recorded, 100)
     moved = {name: entry | {"path": f"/elsewhere/{name}"} for name, entry in recorded["sources"].items()}
     stream, change = loader_worker.open_stream(folder, BEFORE, recorded | {"sources": moved}, 100)
-    assert change is None  # data that was moved is known by the end of its path
+    assert change is None  # moved data is recognised by the end of its path
     with pytest.raises(
         UserError, match=r"source 'b' was removed .*current window of rows still needs it.*restore its shards"
     ):

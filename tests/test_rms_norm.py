@@ -1,7 +1,7 @@
-"""RMSNorm against float64 torch: every dtype, odd sizes, strides, extremes; gradients, tracing, messages.
+"""RMSNorm against float64 torch: every dtype, odd sizes, strides, extremes; gradients, tracing, errors.
 
-The kernels are tested through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
-functions of megamm.ops, which add gradients and checks, on the devices there are.
+The kernels are called through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
+functions of megamm.ops, which add gradients and checks, are tested on the available devices.
 """
 
 import pytest
@@ -16,7 +16,7 @@ DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch
 """Largest error relative to the largest value: the rounding of the dtype."""
 
 SHAPES = [(37, 333), (5, 128), (300, 64), (2, 3, 1024), (7, 4096), (2, 9000), (9, 7), (11, 3), (0, 8), (3, 0), (5,)]
-"""Groups of 8 threads to a block for a row, rows in vectors and not, rows too wide for registers, empty ones."""
+"""Groups of 8 threads to a block for a row, rows in vectors or not, rows too wide for registers, empty ones."""
 
 
 def close(actual, expected, dtype):
@@ -27,7 +27,7 @@ def close(actual, expected, dtype):
 
 
 def reference(x, residual, weight, eps, zero_centered, dy, dsum):
-    """(y, sum, dx, dweight) in float64; the sum is rounded to the dtype as the op does."""
+    """Return (y, sum, dx, dweight) in float64; the sum is rounded to the dtype as the op does."""
     total = (x if residual is None else x + residual).double().requires_grad_()
     factor = weight.double().requires_grad_()
     y = F.rms_norm(total, factor.shape, factor + 1 if zero_centered else factor, eps)
@@ -70,7 +70,7 @@ def test_rows_wider_than_registers(kernels, width):
 
 @pytest.mark.everything
 def test_more_numbers_than_31_bits_count(ops_device):
-    """13 GB; the last rows, whose offsets need more, are those of the same rows alone."""
+    """13 GB; the last rows, whose offsets need more than 31 bits, equal the same rows computed alone."""
     x = torch.zeros(2**21 + 3, 1024, dtype=torch.bfloat16, device=ops_device)
     x[-5:] = torch.randn(5, 1024).to(x)
     weight = torch.randn(1024).to(x)
@@ -130,7 +130,7 @@ def test_gradcheck(ops_device, zero_centered):
     norm, add_norm = ops.CSRC.rms_norm, ops.CSRC.add_rms_norm
     assert torch.autograd.gradcheck(lambda x, w: norm(x, w, 1e-5, zero_centered), (x, weight))
     assert torch.autograd.gradcheck(lambda *a: add_norm(*a, 1e-5, zero_centered), (x, residual, weight))
-    # The sum alone is used.
+    # Only the sum is used.
     assert torch.equal(torch.autograd.grad(add_norm(x, residual, weight)[1].sum(), x)[0], torch.ones_like(x))
 
 
@@ -189,7 +189,7 @@ def test_messages_name_both_sides(ops_device):
 
 
 def test_unchecked_calls_are_refused_too(kernels):
-    """Called below megamm.ops, the kernels still read nothing that is not there."""
+    """The kernels do not read out of bounds even when called below megamm.ops."""
     x, weight = torch.randn(4, 8).to(kernels.device), torch.randn(9).to(kernels.device)
     with pytest.raises(RuntimeError, match="as many elements as the last axis"):
         kernels.ops.rms_norm(x, weight, 1e-6, False)

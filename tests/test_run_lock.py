@@ -1,4 +1,4 @@
-"""One job at a time in a run's folder: a second one is refused while the first lives, and never afterwards."""
+"""One job at a time in a run's folder: a second one is rejected while the first lives, and never afterwards."""
 
 import errno
 import fcntl
@@ -21,7 +21,7 @@ print("held", flush=True); sys.stdin.read()
 
 @pytest.fixture
 def holder(tmp_path):
-    """A process that holds tmp_path/run for the job "first"."""
+    """Return a process that holds tmp_path/run for the job "first"."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run"), "first"]
     with subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"

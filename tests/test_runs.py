@@ -1,4 +1,4 @@
-"""`megamm runs` and `megamm attach`: what a run's folder tells of its state, and a run that is followed to its end."""
+"""`megamm runs` and `megamm attach`: a run's state read from its folder, and a run followed to its end."""
 
 import json
 import subprocess
@@ -22,7 +22,7 @@ NOW = 1_000_000.0
 def write(
     run: Path, told: list[tuple[float, str, dict]], beats: list[tuple[float, str, int]] = (), attempt: int = 0
 ) -> Path:
-    """Events (seconds before NOW, kind, fields), and a rank's heartbeat each (seconds before NOW, phase, step)."""
+    """Write events (seconds before NOW, kind, fields), and a heartbeat per rank (seconds before NOW, phase, step)."""
     (run / heartbeat.HEARTBEATS).mkdir(parents=True)
     lines = [{"time": NOW - ago, "kind": kind} | fields for ago, kind, fields in told]
     (run / events.EVENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -86,10 +86,10 @@ STEPPING = [(1.0, "step", 3), (2.0, "data", 3)]
         # A single process without an agent records neither a launch nor an end.
         ([STARTED], [(5.0, "end", 100)], "done", "all ranks ended"),
         ([STARTED], [(5.0, "end", 40)], "stopped", "run it again"),
-        # With one, its word is waited for, unless it has been killed meanwhile.
+        # With an agent, wait for its report, unless it has been killed meanwhile.
         ([LAUNCHED, STARTED], [(5.0, "end", 100)], "running", "in end"),
         ([LAUNCHED, STARTED], [(200.0, "end", 100)], "done", "all ranks ended"),
-        # The next launch of a run that was stopped.
+        # The next launch of a stopped run.
         ([LAUNCHED, (800.0, "signal", {"signal": "SIGTERM"}), (5.0, "launched", {})], STEPPING, "waiting", "launched"),
     ],
 )
@@ -104,7 +104,7 @@ def test_state_by_the_folder_alone(tmp_path, told, beats, state, why):
 
 
 def test_silence_is_measured_by_the_runs_own_steps(tmp_path):
-    """100 s without a word are silence where a step takes one second, and none where it takes fifty."""
+    """100 s without a report are silence if a step takes one second, and not if it takes fifty."""
     run = write(tmp_path / "run", [LAUNCHED, STARTED], [(100.0, "step", 3)])
     for step_seconds, state in ((1.0, "silent"), (50.0, "running")):
         add_lines(run, 3, step_seconds)
@@ -158,7 +158,7 @@ def test_tail_of_a_file_that_is_replaced_and_cut(tmp_path):
 
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory):
-    """A run whose rank is killed once, followed from its first event: (output, JSON lines, exit code of attach)."""
+    """Return a run with one killed rank, followed from its first event: (output, JSON lines, attach's exit code)."""
     folder = tmp_path_factory.mktemp("followed")
     make_data(folder)
     config = write_config(folder, folder / "run", train={"steps": 6}, checkpoint={"every": 2})

@@ -16,7 +16,7 @@ CODECS = {"text": "t", "image": "i", "audio": "a"}
 
 
 def write(split, members):
-    """Token caches of (modality, key, part number or None, ids)."""
+    """Write token caches of (modality, key, part number or None, ids)."""
     for modality, codec in CODECS.items():
         with ShardWriter(split / f"{modality}.tokens-{codec}", samples_per_shard=3) as writer:
             for name, key, number, ids in members:
@@ -34,7 +34,7 @@ def test_turns_go_through_every_order_and_every_ordered_pair(parts):
     assert sorted(pairs) == sorted(permutations(range(parts), min(parts, 2)))
     for kind, all_of_them in (("whole", orders), ("pairs", pairs)):
         turns = [tuple(selection(parts, turn, kind)) for turn in range(7, 7 + 3 * len(all_of_them))]
-        assert set(Counter(turns).values()) == {3}  # any stretch of turns is fair
+        assert set(Counter(turns).values()) == {3}  # every stretch of turns is balanced
 
 
 def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
@@ -52,7 +52,7 @@ def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
         assert document_length(*document.sizes) == whole.needed[0] == 2 + 6 + 4
     twos = [pairs.read(0, pairs.pieces(0, turn, 64)[0]) for turn in range(6)]
     assert {tuple(p.modality for p in d.parts) for d in twos} == set(permutations(CODECS, 2))
-    assert pairs.needed[0] == 2 + 5 + 4  # image and audio, the longest two
+    assert pairs.needed[0] == 2 + 5 + 4  # image and audio are the longest two
 
 
 def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
@@ -64,10 +64,10 @@ def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
         assert [piece] == pairs.pieces(0, turn, 64)
         assert (pairs.read(0, piece).given, answers.read(0, piece).given) == (0, 1)
     (piece,) = answers.pieces(1, 0, 64)
-    assert answers.read(1, piece).given == 0  # nothing else would be learnt of it
+    assert answers.read(1, piece).given == 0  # a single part counts to the loss, otherwise nothing is learnt from it
     assert answers.needed.tolist() == pairs.needed.tolist() and answers.digest != pairs.digest
     numbered = SampleSet(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
-    assert numbered.read(0, numbered.pieces(0, 0, 64)[0]).given == 0  # an order of its own: all of it is learnt
+    assert numbered.read(0, numbered.pieces(0, 0, 64)[0]).given == 0  # its parts have an order: all of it is learnt
 
 
 def page(key, parts):
@@ -96,7 +96,7 @@ def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
         read = [sample_set.read(0, piece) for piece in pieces]
         assert [piece_length(p) for p in pieces] == [document_length(*d.sizes) for d in read]
         joined: list = []
-        for part in (part for d in read for part in d.parts):  # cut texts put together again
+        for part in (part for d in read for part in d.parts):  # cut texts joined again
             if joined and joined[-1][0] == part.modality == "text":
                 joined[-1][1].extend(part.ids.tolist())
             else:

@@ -102,7 +102,7 @@ def test_a_folder_without_samples_is_one_clear_line(tmp_path):
 def test_texts_are_cleaned():
     assert clean_caption(" a\t cafe\u0301\n\x07 ") == "a café"
     assert clean_text("\n\n a\r\n\tb \n\n\n\nc\x07d\n") == " a\n\tb\n\nc d"
-    assert "\0" in clean_caption("a\0b") and "\0" in clean_text("a\0b")  # kept, so that the build refuses it by name
+    assert "\0" in clean_caption("a\0b") and "\0" in clean_text("a\0b")  # kept, so that the build rejects it by name
 
 
 def test_any_name_gives_a_fit_key():
@@ -118,7 +118,7 @@ def test_the_noun_of_a_page_is_its_first_line(tmp_path):
 
 
 def test_the_examples_of_the_manual_are_samples(monkeypatch):
-    """Every line of JSON in docs/data.md, once the modalities it names are there."""
+    """Every line of JSON in docs/data.md is valid once its modalities are registered."""
     text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
     lines = [line for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     for modality in ("audio", "video", "points"):

@@ -1,4 +1,4 @@
-"""Other people's readers read our shards as they are, and ours reads tars that others wrote."""
+"""Other readers read our shards unchanged, and ours reads tars written by others."""
 
 import io
 import shutil
@@ -28,7 +28,7 @@ def picture(number):
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """shards/<mine>/train of seven pairs and one page of four parts."""
+    """Write shards/<mine>/train of seven pairs and one page of four parts."""
     raw = tmp_path_factory.mktemp("readers") / "mine"
     raw.mkdir()
     for number in range(9):
@@ -43,7 +43,7 @@ def shards(tmp_path_factory):
 
 
 def expected(extension):
-    """key -> {ending: data} of one modality."""
+    """Return key -> {extension: data} of one modality."""
     text = {"page": {"0.txt": b"first", "2.txt": b"then"}} | {
         f"s{n}": {"txt": f"caption {n}".encode()} for n in range(7)
     }
@@ -61,7 +61,7 @@ def test_webdataset_reads_them(shards, modality, extension):
 
 
 def test_dali_reads_them(shards):
-    """Without index files of its own; parts of pages are components with the number in their name."""
+    """It reads them without its own index files; parts of pages are components with the number in their name."""
     dali = pytest.importorskip("nvidia.dali")
     paths = [str(tar) for tar in sorted((shards / "image").glob("*.tar"))]
 
@@ -105,7 +105,7 @@ for sample in get_savable_loader(dataset):
 
 
 def test_energon_reads_them(shards, tmp_path):
-    """After its own `energon prepare`, whose files beside ours do not disturb ours."""
+    """It reads them after its own `energon prepare`, whose files next to ours do not affect ours."""
     pytest.importorskip("megatron.energon", reason="megatron-energon is not installed")
     folder = tmp_path / "image"
     shutil.copytree(shards / "image", folder)
@@ -123,7 +123,7 @@ def test_energon_reads_them(shards, tmp_path):
 
 
 def test_a_page_is_not_split_over_two_tars(tmp_path):
-    """Readers group what lies together in one tar."""
+    """Readers group the members of a key that are in the same tar."""
     with ShardWriter(tmp_path / "text", samples_per_shard=3) as writer:
         for key in ("a", "b", "c", "d"):
             for number in range(2):
@@ -140,7 +140,7 @@ def test_a_page_is_not_split_over_two_tars(tmp_path):
 
 
 def test_ours_reads_what_webdataset_writes(tmp_path):
-    """ShardWriter's tars, one modality a folder, parts numbered or not, once `megamm data index` has run."""
+    """Read ShardWriter's tars, one modality per folder, parts numbered or not, after `megamm data index`."""
     names = [f"k{n}" for n in range(5)]
     with webdataset.ShardWriter(str(tmp_path / "%06d.tar"), maxcount=2, verbose=0) as writer:
         for number, key in enumerate(names):

@@ -1,4 +1,4 @@
-"""Shards: deterministic, readable by webdataset unpatched, and every damage found and named."""
+"""Shards: deterministic, readable by unpatched webdataset; every damage is found and named."""
 
 import errno
 import io
@@ -126,7 +126,7 @@ def test_damage_is_found_at_opening(tmp_path, damage, message):
 def test_an_index_that_does_not_match_is_found_when_read(tmp_path):
     folder = write(tmp_path / "text")
     lines = (folder / "000000.jsonl").read_text().splitlines()
-    lines[4], lines[5] = (  # two members swap their places, everything else fits
+    lines[4], lines[5] = (  # two members are swapped, everything else is consistent
         json.dumps(json.loads(lines[4]) | {"offset": json.loads(lines[5])["offset"]}),
         json.dumps(json.loads(lines[5]) | {"offset": json.loads(lines[4])["offset"]}),
     )
@@ -181,6 +181,6 @@ def test_a_full_disk_is_one_clear_line(tmp_path):
             writer._tar.fileobj = open("/dev/full", "wb", buffering=0)  # noqa: SIM115  every write fails: ENOSPC
             writer.add("b", "txt", b"2")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(OSError):  # any other fault is no user error
+    with pytest.raises(OSError):  # any other fault is not a user error
         with shards._disk_errors(tmp_path):
             raise OSError(errno.EIO, "bad sector")

@@ -1,4 +1,4 @@
-"""Shared folders (tests/lib/shared.py): made once by however many ask at the same time; a failure is not kept."""
+"""Shared folders (tests/lib/shared.py): made once for any number of concurrent requests; a failure is not cached."""
 
 import fcntl
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ def session(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_made_once(session):
-    """Locks of flock(2) belong to an open file: threads exclude each other as processes do."""
+    """Locks of flock(2) belong to an open file, so threads exclude each other like processes."""
     together, makers = Barrier(4), []
 
     def make(folder):

@@ -19,7 +19,7 @@ BASE = Scenario(1000, 100, COSTS, interval=900, spares=10**9, stops=CRASHES)
 
 
 def with_mean(scenario, seconds):
-    """The same with that many seconds between stops."""
+    """Return the same with that many seconds between stops."""
     return replace(scenario, rate_factor=scenario.rate_factor * scenario.mean_seconds_between_stops / seconds)
 
 
@@ -42,7 +42,7 @@ def test_daly_within_the_monte_carlo_error(mean, interval, stall):
 
 @pytest.mark.parametrize(("stall", "mean"), [(5, 10_000), (60, 10_000), (300, 3_000), (0.05, 500)])
 def test_the_best_interval(stall, mean):
-    """Daly's estimate against a numerical minimum of the exact expectation; Young's is near where stops are rare."""
+    """Daly's estimate agrees with a numerical minimum of the exact expectation; Young's is close if stops are rare."""
     found = minimize_scalar(
         lambda x: -expected_goodput(math.exp(x), stall, 100, mean), bounds=(-3, 12), method="bounded"
     )
@@ -56,7 +56,7 @@ def test_lag_spares_budget_and_planned_stops_cost_what_they_should():
     base = with_mean(BASE, 5_000)
     plain = simulate(base, 20, seed=1)
     lagging = simulate(replace(base, costs=replace(COSTS, lag=300)), 20, seed=1)
-    # A checkpoint of which the last 300 s may be missing: about 300 s more to do again at every stop.
+    # With a lag of 300 s each stop repeats up to 300 s more.
     lost = (lagging.shares["repeated"] - plain.shares["repeated"]) * base.days * 86400 / plain.stops
     assert 200 < lost < 300
     none_left = simulate(replace(base, spares=0, repair_hours=0.5), 20, seed=1)
@@ -103,7 +103,7 @@ def test_costs_of_a_run(tmp_path):
     seconds, sources = costs.measure(tmp_path, 64)
     assert set(seconds) == {"detection", "restart", "stall", "lag"}
     assert (seconds["detection"], seconds["stall"], seconds["lag"]) == (0.5, 0.3, 2.0)
-    # log2(64) / log2(4) = 3: the rendezvous is taken three times as long; all else took no time here.
+    # log2(64) / log2(4) = 3: the rendezvous takes three times as long; everything else took no time here.
     assert 2.0 < seconds["restart"] < 2.2
     assert sources["stall"] == "measured: median of 3 on 4 ranks"
     done = CliRunner().invoke(app, ["simulate-faults", "--run", str(tmp_path), "--gpus", "64", "--runs", "5"])

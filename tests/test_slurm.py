@@ -1,7 +1,7 @@
-"""launchers/slurm on a real Slurm (slurm_cluster.py): jobs that Slurm stops and starts again, by sbatch and submitit.
+"""launchers/slurm on a real Slurm (slurm_cluster.py): jobs that Slurm stops and restarts, by sbatch and submitit.
 
-After each, losses, rows and the last checkpoint are those of an undisturbed run of `megamm train` alone, bit for bit.
-All other jobs are in test_slurm_jobs.py: a file of its own, so that another worker of pytest runs it at the same time.
+After each, losses, rows and the last checkpoint equal those of a baseline run of `megamm train` alone, bit for bit.
+All other jobs are in test_slurm_jobs.py, a separate file, so that another worker of pytest runs it at the same time.
 """
 
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slurm
 
 @pytest.fixture(scope="module")
 def swept(lab):
-    """A sweep of two runs by submit.py, on two nodes each: one that comes to its time limit, one that ends early."""
+    """Submit a sweep of two runs with submit.py, on two nodes each: one reaches its time limit, one ends early."""
     config, env = lab.prepare("submitit", HELD)
     command = [sys.executable, SCRIPT.with_name("submit.py"), config, *PATIENCE, "--sweep", "train.stop_after=10,4"]
     command += ["--nodes=2", "--slurm=nodelist=n1,n2", "--minutes=60", "--folder", lab.folder / "submitted"]
@@ -39,12 +39,12 @@ def swept(lab):
 
 
 def test_the_life_of_a_job(lab, swept):
-    """A rank is killed, a node loses power, a higher partition takes the nodes, the time is up: one job, one log.
+    """A rank is killed, a node loses power, a higher partition preempts the nodes, time runs out: one job, one log.
 
     Slurm takes half a minute each for lost nodes and time limits. The sweep waits for its limit at the same time.
     """
     whole = ("--nodelist=n3,n4", "--ntasks-per-node=1", "--cpus-per-task=64")
-    # A run that is asked to stop may do another step.
+    # A run that is asked to stop may run another step.
     places = ("pause@step:4:0:0", "sigkill@step:5:1:0", "pause@step:5:0:1", "until_asked@step:6:0:*")
     job = lab.sbatch("life", *whole, "--time=60", faults=">".join([*places, "until_asked@step:8:0:*"]))
     job.is_at("saved")
@@ -75,7 +75,7 @@ def test_the_life_of_a_job(lab, swept):
 
 
 def test_submitit(lab, swept):
-    """The first has come to its time limit, by now if not before; submitit requeues it."""
+    """The first run has reached its time limit by now; submitit requeues it."""
     limited, short = swept
     limited.is_at("injected")
     if not limited.events("signal"):
@@ -84,7 +84,7 @@ def test_submitit(lab, swept):
     again = "the caller must run it again"
     limited.tells("restart 0", again, "Requeued job", "restart 1", "the run is done")
     assert short.ends()["Restarts"] == "0"
-    whole = lab.folder / "undisturbed"
+    whole = lab.folder / "baseline"
     assert numbers(short.run) == [line for line in numbers(whole) if line["step"] <= 4]
     rows = fault_matrix.rows(whole.with_suffix(".records"))
     assert fault_matrix.rows(short.run.with_suffix(".records")) == dict(list(rows.items())[:4])

@@ -1,7 +1,7 @@
 """launchers/slurm on a real Slurm: cancelled jobs, bad and lost nodes, tasks and GPUs, chains and arrays.
 
-After each, losses, rows and the last checkpoint are those of an undisturbed run of `megamm train` alone, bit for bit;
-where the number of ranks changes, losses but for the order of sums. Jobs that Slurm starts again: test_slurm.py.
+After each, losses, rows and the last checkpoint equal those of a baseline run of `megamm train` alone, bit for bit; if
+the number of ranks changes, losses differ in the order of sums. Jobs that Slurm restarts: test_slurm.py.
 """
 
 import os
@@ -27,7 +27,7 @@ def test_a_cancelled_job_saves_and_does_not_come_back(lab):
 
 @pytest.fixture
 def small_scratch(lab):
-    """The disk of temporary files is full on n1, the node that a job's script runs on: its environment."""
+    """Return an environment in which the disk of temporary files is full on n1, the node that runs the job's script."""
     lab.cluster.run_on("n1", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(lab.scratch))
     quick = "--least-write 0 --least-bandwidth 0"
     yield {"MEGAMM_PREFLIGHT": "1", "MEGAMM_PREFLIGHT_OPTIONS": quick, "MEGAMM_SCRATCH": str(lab.scratch)}
@@ -44,7 +44,7 @@ def test_a_job_leaves_a_bad_node(lab, small_scratch):
 
 @pytest.mark.everything
 def test_one_task_a_rank_and_a_bad_node(lab, small_scratch):
-    """The bad node is left out and drained. Then a rank is killed: its task stays, and starts it again with all."""
+    """The bad node is excluded and drained. Then a rank is killed: its task stays, and restarts it with all others."""
     env = small_scratch | {"MEGAMM_NNODES_MIN": "2", "MEGAMM_DRAIN": "1", "MEGAMM_TASK_PER": "rank"}
     job = lab.sbatch("bad", "--nodelist=n1,n2,n3", "--ntasks-per-node=2", faults="sigkill@step:7:1:0", **env)
     assert job.ends_nearly_as_undisturbed()["Restarts"] == "0"
@@ -57,7 +57,7 @@ def test_one_task_a_rank_and_a_bad_node(lab, small_scratch):
 
 
 def test_gpus_of_tasks(lab):
-    """A program in place of megamm tells what it sees: one task all GPUs of its node, several one each."""
+    """A program in place of megamm reports what it sees: one task all GPUs of its node, several tasks one each."""
     variable = re.search(r"\w+_VISIBLE_DEVICES", SCRIPT.read_text())[0]
     python = lab.folder / "bin" / "python3"
     python.parent.mkdir()
@@ -90,7 +90,7 @@ def test_four_nodes_become_two(lab):
 
 @pytest.mark.everything
 def test_a_chain_and_an_array(lab):
-    """A job that may not be requeued leaves the rest to the next of its name, here an array's first element.
+    """A job that may not be requeued leaves the rest to the next job of its name, here an array's first element.
 
     Ranks follow from the GPUs of the allocation.
     """

@@ -1,7 +1,6 @@
-"""What pretrain_mm.sh makes of arguments, exit codes and its site's file; for real it runs in test_slurm(_jobs).py.
+"""How pretrain_mm.sh handles arguments, exit codes and its site's file; test_slurm(_jobs).py run it for real.
 
-srun and scontrol are small programs that note what they are asked for, as are container runtimes, which no test can
-install.
+srun and scontrol are small programs that log their arguments, as are container runtimes, which tests cannot install.
 """
 
 import os
@@ -38,7 +37,7 @@ QUIET = {"REASON": "None", "SAYS": "", "GOOD": "n1 n2"}
 
 @pytest.fixture
 def start(tmp_path):
-    """Run the script, or another command; its exit code, log, and what it asked Slurm for."""
+    """Run the script, or another command; return its exit code, log, and its requests to Slurm."""
 
     def run(*arguments, command=("bash", SLURM / "pretrain_mm.sh"), code=0, **env):
         (tmp_path / "bin").mkdir(exist_ok=True)
@@ -135,7 +134,7 @@ def test_all_nodes_bad_is_the_set_up(start):
 
 
 def test_what_is_started_on_the_nodes(start):
-    """Ranks, least and spare nodes, the preflight by itself and together, the index of an array in arguments."""
+    """Ranks, minimum and spare nodes, the preflight alone and together, the index of an array in arguments."""
     sent = {"SLURM_GPUS_ON_NODE": "8", "MEGAMM_NNODES_MIN": "1", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "3"}
     done = start("config.yaml", "train.seed=%a", **sent, MEGAMM_NNODES_MAX="1")
     alone, together, train = done.asked
@@ -148,7 +147,7 @@ def test_what_is_started_on_the_nodes(start):
 
 
 def test_one_task_a_rank(start):
-    """Each an agent of one rank, with its share of CPUs and of the GPUs that the node's tasks all see."""
+    """Each task is an agent of one rank, with its share of CPUs and of the GPUs that the node's tasks all see."""
     site = {"SLURM_GPUS_ON_NODE": "8", "SLURM_CPUS_ON_NODE": "96", "MEGAMM_NNODES_MIN": "1"}
     alone, together, train = start("config.yaml", **site, SLURM_GPUS_PER_TASK="h100:1").asked
     assert all("--ntasks=2 --ntasks-per-node=1 " in doctor for doctor in (alone, together))
@@ -176,7 +175,7 @@ def test_containers(start, tmp_path):
 
 
 def test_submitit_excludes_nodes(start, tmp_path):
-    """The job that submit.py sends, as submitit runs it on the first node: evicted and bad nodes, after the requeue."""
+    """submit.py's job, run as submitit does on the first node: evicted and bad nodes after the requeue."""
     for name, text in (("sbatch", "#!/bin/sh\necho Submitted batch job 7\n"), ("sinfo", "#!/bin/sh\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
@@ -195,7 +194,7 @@ def test_submitit_excludes_nodes(start, tmp_path):
 
 
 def test_sweeps(tmp_path):
-    """A wrong value or two runs of one folder are refused before anything is sent."""
+    """A wrong value or two runs of one folder are rejected before anything is submitted."""
 
     def submit(*options):
         command = [sys.executable, SLURM / "submit.py", ROOT / "examples" / "cpu_tiny.yaml", *options]

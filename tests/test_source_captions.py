@@ -1,4 +1,4 @@
-"""The captions of the public sources, and their reading from unpacked packages."""
+"""Captions of the public sources, read from unpacked packages."""
 
 from megamm.data.sources.clipart import clipart_caption, write_clipart
 from megamm.data.sources.emoji import emoji_caption

@@ -1,4 +1,4 @@
-"""Public sources: each reader on a tiny package made here, in the form of the real one; nothing is fetched."""
+"""Public sources: each reader on a tiny generated package in the real format; nothing is downloaded."""
 
 import gzip
 import hashlib
@@ -43,7 +43,7 @@ def test_prompts_are_decoded_and_remarks_left_out(tmp_path):
     sample, other = write_asterisk(tmp_path / "package", target_folder(tmp_path / "raw"))
     assert contents(sample) == {"audio": "audio/asterisk-en-digits-1.flac", "text": "One: two."}
     assert contents(other) == {"audio": "audio/asterisk-fr-digits-1.flac", "text": "Un"}
-    assert other.noun == sample.noun  # a translation stays on its side of the split
+    assert other.noun == sample.noun  # a translation stays in its original's split
     decoded, rate = soundfile.read(tmp_path / "raw/audio/asterisk-en-digits-1.flac")
     assert rate == 16_000 and decoded.ndim == 1 and abs(len(decoded) - len(samples)) < 100
     spectrum = np.abs(np.fft.rfft(decoded * np.hanning(len(decoded))))
@@ -85,7 +85,7 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
         ("tall blue cube", "cube")
     ] * 4
     assert ["video" in contents(s) for s in samples] == [True, False, False, False, False, True, False, False, False]
-    for sample, colour in ((red[0], (1, 0, 0)), (blue[0], (0, 0, 1))):  # the second by the program's own materials
+    for sample, colour in ((red[0], (1, 0, 0)), (blue[0], (0, 0, 1))):  # the second with the program's own materials
         points = np.load(raw / contents(sample)["points"])["points"]
         assert points.shape == (4096, 9) and points.dtype == np.float32
         np.testing.assert_allclose(np.ptp(points[:, :3], axis=0), [1, 2, 1], atol=0.01)
@@ -99,8 +99,8 @@ def test_furniture_becomes_clouds_pictures_and_a_turntable(tmp_path, caplog):
     icon = np.asarray(Image.open(raw / "images" / f"{red[4].key}.png"))
     assert red[4].key.endswith("-icon") and (icon == 255).all() and icon.shape == (10, 10, 3)
     clouds = [np.load(raw / contents(sample)["points"])["points"] for sample in red]
-    assert np.array_equal(clouds[0], clouds[4])  # the icon shows what is not turned
-    for turns in (1, 2, 3):  # about the vertical axis, places and normals alike, by a rotation matrix
+    assert np.array_equal(clouds[0], clouds[4])  # the icon shows the model before turning
+    for turns in (1, 2, 3):  # a rotation matrix about the vertical axis, for positions and normals
         sin, cos = np.sin(np.pi / 2 * turns).round(), np.cos(np.pi / 2 * turns).round()
         matrix = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=np.float32)
         for channels in (slice(0, 3), slice(3, 6)):
@@ -208,7 +208,7 @@ def test_figures_of_a_game_are_described_and_animated(tmp_path):
 
 
 def film(path: Path, colours: list[tuple[int, int, int]], seconds: float, rate: int) -> bytes:
-    """One plain shot a colour, with a tone whose pitch rises a step a shot, MPEG-4 and AAC in MP4."""
+    """Write one plain shot per colour, with a tone that rises one step per shot, MPEG-4 and AAC in MP4."""
     with av.open(str(path), mode="w") as container:
         video = container.add_stream("mpeg4", rate=rate)
         video.width, video.height, video.pix_fmt = 320, 180, "yuv420p"

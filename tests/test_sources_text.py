@@ -1,4 +1,4 @@
-"""Sources of text and of interleaved pages, each read from a tiny package made here."""
+"""Sources of text and interleaved pages, each read from a tiny generated package."""
 
 import gzip
 from pathlib import Path

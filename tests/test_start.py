@@ -1,8 +1,7 @@
 """Runs that start from other weights: rules as pure functions, then every layout and engine against plain torch.
 
-A source checkpoint of random numbers is written by one rank. Every layout starts from it with another vocabulary and
-saves; what it saved must be, bit for bit, what indexing the source's tensors by hand gives, and of what is new the
-numbers of one rank.
+One rank writes a source checkpoint of random numbers. Every layout starts from it with another vocabulary and saves.
+The saved tensors must be bit-identical to indexing the source's tensors by hand; new rows must equal one rank's.
 """
 
 import math
@@ -97,7 +96,7 @@ def test_the_first_rule_that_matches_a_tensor_counts():
     given = [("ignore", "old.*"), ("new", "adapter.?"), ("new", "b"), ("load", "*")]
     actions = rules.decide(THEIRS, OURS, {"table"}, given)
     assert actions == {"a": "load", "b": "new", "table": "load", "adapter.x": "new", "adapter.y": "new"}
-    # A source that holds adapters alone.
+    # A source that contains adapters only.
     adapters = {name: shape for name, shape in OURS.items() if name.startswith("adapter")}
     actions = rules.decide(adapters, OURS, {"table"}, [("load", "adapter.*"), ("new", "*")])
     assert actions == dict.fromkeys(("a", "b", "table"), "new") | dict.fromkeys(adapters, "load")
@@ -128,7 +127,7 @@ def test_what_no_rule_covers_is_named(given, message):
 def test_drawn_numbers_depend_on_seed_name_and_row_alone():
     rows = torch.stack([draw.noise(1, "a", row, 4096) for row in range(64)])
     assert abs(rows.mean()) < 0.01 and abs(rows.std() - 1) < 0.01
-    assert rows.unique().numel() > 0.98 * rows.numel()  # no row again in another
+    assert rows.unique().numel() > 0.98 * rows.numel()  # no row is repeated in another
     assert torch.equal(draw.noise(1, "a", 5, 100), rows[5][:100])
     assert not torch.equal(draw.noise(2, "a", 5, 4096), rows[5]) and not torch.equal(
         draw.noise(1, "b", 5, 4096), rows[5]
@@ -137,7 +136,7 @@ def test_drawn_numbers_depend_on_seed_name_and_row_alone():
 
 @dataclass(frozen=True)
 class Job:
-    """fill: write random state to `out`; else start as the settings say, and write that."""
+    """fill: write random state to `out`; otherwise start as the settings say and write that."""
 
     world: int
     settings: tuple[tuple[str, Any], ...]
@@ -146,7 +145,7 @@ class Job:
 
 
 def run(job: Job) -> dict[str, float]:
-    """Of the engine's fresh tensors that are no table, the standard deviation (whole on one rank)."""
+    """Return the standard deviation of the engine's fresh tensors, without tables (whole on one rank)."""
     from megamm.mcore import rng
 
     config = Run(job.world, 1, job.settings, ()).config
@@ -163,7 +162,7 @@ def run(job: Job) -> dict[str, float]:
         for (name, _), data in blocks.items():
             data.copy_(torch.rand(data.shape) + 0.5)
             if name.removeprefix(MAIN) in TABLES:
-                data[: TEXT[0]] *= 3  # another mean and deviation than the other rows
+                data[: TEXT[0]] *= 3  # other mean and deviation than the remaining rows
         for (name, offset), data in blocks.items():
             data.copy_(blocks.get((MAIN + name, offset), data))
     else:
@@ -234,7 +233,7 @@ def test_every_layout_starts_with_the_same_bits(worlds, family, tmp_path):
 
 
 def _check_against(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor], is_bf16: bool) -> None:
-    """One rank's whole tensors, by indexing the source's: weights from its float32 copies."""
+    """Compare one rank's whole tensors with the source's, indexed by hand: weights from its float32 copies."""
     for name, tensor in ours.items():
         if "exp_avg" in name:
             assert not tensor.any(), f"{name} is not a fresh run's"
@@ -251,7 +250,7 @@ def _check_against(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor
 
 
 def _check_drawn(name: str, new: torch.Tensor, text: torch.Tensor) -> None:
-    """Rows around the text's: mean, and per channel the deviation; by what the draws say, and by what they are."""
+    """Check rows drawn around the text's mean with its per-channel deviation, exactly and statistically."""
     mean, std = text.double().mean(0), text.double().std(0, correction=0)
     noise = torch.stack([draw.noise(1, name, row, len(mean)) for row in range(93, 119)])
     torch.testing.assert_close(new.double(), mean + std * noise, rtol=0, atol=1e-6)  # of numbers around 3
@@ -260,7 +259,7 @@ def _check_drawn(name: str, new: torch.Tensor, text: torch.Tensor) -> None:
 
 
 def test_new_tensors_are_spread_as_a_fresh_models(worlds, tmp_path):
-    """Against what Megatron itself draws, tensor by tensor."""
+    """Compare with what Megatron itself draws, tensor by tensor."""
     model = MOE | MTP
     fresh = _done(worlds, 1, model, tmp_path / "fresh", fill=True)
     start = {"start_from.checkpoint": str(tmp_path / "fresh"), "start_from.rules": [{"new": "*"}]}

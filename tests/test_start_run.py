@@ -1,6 +1,6 @@
-"""Runs that start from others as a user starts them: text grows by images and trains on; Qwen3 becomes a backbone.
+"""Runs that start from others as a user starts them: a text model adds images and continues; Qwen3 is the backbone.
 
-Logits against those of the source's own model, and of transformers.
+Logits are compared with those of the source's own model, and of transformers.
 """
 
 import json
@@ -67,7 +67,7 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     assert (lines[0]["step"], lines[0]["lr"]) == (1, before[0]["lr"])
     assert lines[0]["loss/text"] < before[0]["loss/text"] - 0.1
     assert lines[2]["loss/image"] < lines[0]["loss/image"]
-    # From here on the run is resumed, and the source not looked at.
+    # From here on the run is resumed, without reading the source.
     done = megamm("train", config, f"start_from.checkpoint={data / 'nowhere'}", "resilience.max_restarts=0")
     assert done.returncode == 0 and "resumed" in done.stdout and "started from" not in done.stdout
     kinds = [event["kind"] for event in events.read(run)]
@@ -78,7 +78,7 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
 
 
 def _logits(engine: Any, rows: list[Any]) -> list[torch.Tensor]:
-    """Of each row, `[S, V]`."""
+    """Return logits of each row, `[S, V]`."""
     model = engine.chunks[0].eval()
     with torch.no_grad():
         batches = [Batch.stack([row]) for row in rows]
@@ -101,7 +101,7 @@ def _started(path: Path) -> tuple[RunData, Any]:
 
 
 def text_logits(paths: tuple[Path, Path, Path]) -> tuple[float, float]:
-    """Of held-out text: largest difference of old ids' logits, and of the cross entropy over them, before and after."""
+    """On held-out text, compare before and after: largest difference of old ids' logits, and of the cross entropy."""
     text, run, grown = paths
     if not (run.parent / "export").exists():
         export(run, run.parent / "export")
@@ -121,18 +121,18 @@ def text_logits(paths: tuple[Path, Path, Path]) -> tuple[float, float]:
     "place", ["{run}", "{run}/checkpoints/step_00000004", "file://{run}/checkpoints", "{data}/export"]
 )
 def test_text_is_read_as_by_the_source(data, text_run, worlds, place, tmp_path):
-    """Whichever form the source has."""
+    """The text is read equally from every form of source."""
     start = {"checkpoint": place.format(run=text_run, data=data)}
     grown = _config(data, tmp_path.name, start_from=start)
     done = worlds.run(1, text_logits, (data / "text.yaml", text_run, grown), timeout=60)
     assert not isinstance(done, Failure), done.lines()
     ((off, loss_off),) = done
     assert off <= 1e-6 and loss_off <= 1e-6, done
-    assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy is left behind"
+    assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy was left behind"
 
 
 def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:
-    """As from a hub: random weights in two shards, more rows than its tokenizer has ids, and the tokenizer."""
+    """Write a model as from a hub: random weights in two shards, more rows than tokenizer ids, and the tokenizer."""
     from transformers import AutoModelForCausalLM
 
     theirs = to_config(family_for(config.model), config.model, 320, 128, {})
@@ -147,13 +147,13 @@ def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:
 
 
 def _row(ids: np.ndarray) -> Row:
-    """Ids alone, without the marks of a document."""
+    """Return a row of ids alone, without the marks of a document."""
     empty, zeros = np.full_like(ids, IGNORE_LABEL), np.zeros_like(ids)
     return Row(ids, empty, zeros.astype(np.float32), zeros, np.tile(np.arange(len(ids)), (3, 1)), zeros)
 
 
 def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:
-    """Over documents of text: largest difference from transformers' logits, largest logit."""
+    """Return, over text documents, the largest difference from transformers' logits, and the largest logit."""
     from transformers import AutoModelForCausalLM
 
     folder, path = paths
@@ -170,7 +170,7 @@ def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:
 
 
 def started_tensors(job: tuple[Path, Path]) -> None:
-    """Start, and save."""
+    """Start and save."""
     from megamm.mcore import rng
 
     path, out = job

@@ -1,7 +1,7 @@
-"""SwiGLU against float64 torch: dtypes, combinations of arguments, odd sizes, strides, extremes; tracing, messages.
+"""SwiGLU against float64 torch: dtypes, combinations of arguments, odd sizes, strides, extremes; tracing, errors.
 
-The kernels are tested through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
-functions of megamm.ops, which add gradients and checks, on the devices there are.
+The kernels are called through torch.ops, so that the sources for a GPU run here too (conftest.py: kernels); the
+functions of megamm.ops, which add gradients and checks, are tested on the available devices.
 """
 
 from itertools import product
@@ -17,7 +17,7 @@ DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch
 """Largest error relative to the largest value: the rounding of the dtype."""
 
 SHAPES = [(37, 333), (5, 128), (300, 8), (2, 3, 1024), (3, 2600), (9, 7), (11, 1), (0, 8), (3, 0), (40,)]
-"""Columns in vectors and not, rows narrower and wider than a group of threads, empty ones, a single row."""
+"""Columns in vectors or not, rows narrower and wider than a group of threads, empty ones, a single row."""
 
 
 def close(actual, expected, tolerance):
@@ -28,7 +28,7 @@ def close(actual, expected, tolerance):
 
 
 def formula(gate, up, bias, row_weight, limit):
-    """The definition, step by step."""
+    """Compute the definition step by step."""
     if up is None:
         gate, up = gate.chunk(2, -1)
     if bias is not None:
@@ -41,7 +41,7 @@ def formula(gate, up, bias, row_weight, limit):
 
 
 def reference(dy, *tensors, limit):
-    """(y, gradients of the tensors, None for None) in float64."""
+    """Return (y, gradients of the tensors, None for None) in float64."""
     inputs = [None if each is None else each.double().requires_grad_() for each in tensors]
     y = formula(*inputs, limit)
     gradients = iter(torch.autograd.grad(y, [each for each in inputs if each is not None], dy.double()))
@@ -49,7 +49,7 @@ def reference(dy, *tensors, limit):
 
 
 def arguments(shape, dtype, fused, has_bias, weight_dtype, device, seed=0):
-    """(dy, gate, up, bias, row_weight), the last three None where they are not asked for."""
+    """Return (dy, gate, up, bias, row_weight), the last three None if not requested."""
     generator = torch.Generator().manual_seed(seed + sum(shape))
 
     def numbers(*sizes):
@@ -113,7 +113,7 @@ def test_silu_is_exact_to_a_few_units_in_the_last_place(kernels):
 @pytest.mark.parametrize("limit", [None, 7.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extremes(kernels, dtype, limit):
-    """Large values saturate; NaN and infinity come out where they do in float64, and nowhere else."""
+    """Large values saturate; NaN and infinity appear where they do in float64, and nowhere else."""
     values = torch.tensor([0.0, 1.5, -1.5, 7.0, -7.0, 1e4, -1e4, float("inf"), -float("inf"), float("nan")])
     if dtype != torch.float16:
         values = torch.cat([values, torch.tensor([80.0, -80.0, 1e30, -1e30])])
@@ -193,7 +193,7 @@ def test_messages_name_both_sides(ops_device):
 
 
 def test_unchecked_calls_are_refused_too(kernels):
-    """Called below megamm.ops, the kernels still read nothing that is not there."""
+    """The kernels do not read out of bounds even when called below megamm.ops."""
     x = torch.randn(4, 8).to(kernels.device)
     for given, message in (
         ((x[:, :7], None, None, None, None), "must be even"),

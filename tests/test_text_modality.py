@@ -1,4 +1,4 @@
-"""The text tokenizer: lossless, trained on the train split only, and the same tokenizer to transformers."""
+"""The text tokenizer: lossless, trained on the train split only, and identical in transformers."""
 
 import numpy as np
 import pytest

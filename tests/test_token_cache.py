@@ -21,7 +21,7 @@ from megamm.errors import UserError
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
 
-TRAIN, HELDOUT, PER_SHARD = 300, 20, 128  # more samples than one batch, more than one shard, none a multiple
+TRAIN, HELDOUT, PER_SHARD = 300, 20, 128  # more samples than one batch, several shards, the last ones not full
 
 
 @pytest.fixture

@@ -22,14 +22,14 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(data) -> Path:
-    """Eight steps on two data-parallel ranks, a checkpoint every two, held-out losses at the end."""
-    output = data / "undisturbed"
+    """Train eight steps on two data-parallel ranks, with a checkpoint every two and held-out losses at the end."""
+    output = data / "baseline"
     config = write_config(data, output, train=TRAIN)
     done = megamm("train", config, "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert "held-out loss" in done.stdout
     assert "INFO megamm.mcore.backbone: ops: csrc, built for cpu" in done.stderr
-    # Rank 0 alone says what it found, in the words of `megamm doctor`.
+    # Only rank 0 logs the installation, in the words of `megamm doctor`.
     assert done.stderr.count("INFO megamm.accelerators: apex: ") == 1
     return output
 
@@ -43,7 +43,7 @@ def test_loss_falls(undisturbed):
 
 @pytest.mark.everything
 def test_plain_torch_operators_train_alike(data, undisturbed):
-    """The undisturbed run chose the compiled operators by itself."""
+    """The baseline run chose the compiled operators automatically."""
     config = write_config(data, data / "torch", train=TRAIN)
     done = megamm("train", config, "ops=torch", "--nproc", 2)
     assert "INFO megamm.mcore.backbone: ops: torch, requested" in done.stderr
@@ -67,7 +67,7 @@ def test_metrics_are_read_back_by_tensorboard(undisturbed):
 
 
 def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
-    """By the next command, not in place; the killed run reads through two worker processes, which changes nothing."""
+    """The next command resumes it, not a restart in place; the killed run uses two workers, which changes nothing."""
     output = data / "killed"
     config = write_config(data, output, train=TRAIN, data={"workers": 2, "prefetch": 3})
     command = [sys.executable, "-m", "megamm", "train", str(config), "resilience.max_restarts=0", "--nproc", "2"]
@@ -89,7 +89,7 @@ def test_kill_9_of_a_rank_then_resume_is_bit_identical(data, undisturbed):
 
 
 def test_reshard_tp2_to_pp2_to_one_rank_with_optimizer_state(data, undisturbed):
-    """Two steps on each layout from step 2 on: the same losses and state as the undisturbed run to 1e-6."""
+    """Run two steps on each layout from step 2 on: losses and state equal the baseline run's to 1e-6."""
     output = data / "resharded"
     shutil.copytree(step_folder(undisturbed, 2), step_folder(output, 2))
     layouts = [(4, {"tensor": 2, "sequence": True}, 2), (6, {"pipeline": 2}, 2), (8, {}, 1)]
@@ -135,7 +135,7 @@ def test_export_loads_in_transformers_and_imports_bit_for_bit(data, undisturbed)
 
 @pytest.mark.everything
 def test_imported_weights_start_a_run(data, undisturbed):
-    """The first step of a run from imported weights has the loss that the trained weights give."""
+    """The first step of a run from imported weights has the loss of the trained weights."""
     run, out = data / "from_import", data / "export3"
     assert megamm("convert", "export", undisturbed, out).returncode == 0
     assert megamm("convert", "import", out, run).returncode == 0
@@ -177,7 +177,7 @@ def test_an_mlp_that_is_not_plain_swiglu_stays_megatrons(data):
 
 @pytest.mark.everything
 def test_a_source_is_added_where_the_window_in_progress_ends(data, undisturbed):
-    """What is planned stays: the next steps have the losses of the run without it; seed and row length stay, too."""
+    """Planned rows stay: the next steps have the losses of the run without the source; so do seed and row length."""
     output, copy = data / "added", data / "shards" / "copied"
     shutil.copytree(step_folder(undisturbed, 2), step_folder(output, 2))
     shutil.copytree(data / "shards" / "drawn", copy)

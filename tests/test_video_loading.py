@@ -1,4 +1,4 @@
-"""Video loading: the frames shown at the asked times, by each decoder; exact resume; broken files; seeking."""
+"""Video loading: the frames shown at the requested times, by each decoder; exact resume; broken files; seeking."""
 
 import dataclasses
 import importlib.util
@@ -45,7 +45,7 @@ DECODERS = [
 
 @pytest.fixture(params=DECODERS)
 def decoder(request):
-    """(what decodes, where)"""
+    """Return (decoder, device)."""
     name, place = request.param
     if place == "gpu" and not torch.accelerator.is_available():
         pytest.skip("torch sees no GPU")
@@ -53,7 +53,7 @@ def decoder(request):
 
 
 def waves(frames, width, height, seed=0):
-    """Smooth moving colours, uint8 `[frames, height, width, 3]`; no smaller than a GPU's decoder takes."""
+    """Return smooth moving colours, uint8 `[frames, height, width, 3]`, large enough for a GPU's decoder."""
     phase = np.random.default_rng(seed).uniform(0, 6, 3)
     t, y, x = np.mgrid[:frames, :height, :width]
     planes = [
@@ -65,18 +65,18 @@ def waves(frames, width, height, seed=0):
 
 
 def levels(frames, width=192, height=160):
-    """Frame f is grey, 4 f + 20."""
+    """Return frames of which frame f is grey, 4 f + 20."""
     return np.stack([np.full((height, width, 3), 4 * f + 20, np.uint8) for f in range(frames)])
 
 
 def numbers_of(frames):
-    """The inverse of `levels`, through lossy coding and white padding."""
+    """Invert `levels`, through lossy coding and white padding."""
     middle = frames.shape[1] // 2
     return [round((float(f[middle - 2 : middle + 2, middle - 2 : middle + 2].mean()) - 20) / 4) for f in frames]
 
 
 def coded(frames, container="mp4", codec="libx264", rate=10, matrix=None, times=None, **options):
-    """uint8 `[F, Y, X, 3]` as a file, with options of the codec. matrix: the colour matrix to convert by and name."""
+    """Encode uint8 `[F, Y, X, 3]` with options of the codec. matrix: the colour matrix to convert with and to name."""
     file, tick = io.BytesIO(), Fraction(1, 1000) if times else Fraction(1, rate)
     with av.open(file, "w", format=container) as out:
         stream = out.add_stream(codec, rate=rate, options={"crf": "10", **options})
@@ -94,7 +94,7 @@ def coded(frames, container="mp4", codec="libx264", rate=10, matrix=None, times=
 
 
 def with_a_hidden_frame(data):
-    """VP8 in which the keyframe comes a second time, not to be shown: it changes nothing but the count of packets."""
+    """Return VP8 with the keyframe repeated as a hidden frame, which changes only the count of packets."""
     file = io.BytesIO()
     with av.open(io.BytesIO(data)) as given, av.open(file, "w", format="webm") as out:
         stream = out.add_stream_from_template(given.streams.video[0])
@@ -131,7 +131,7 @@ FILES = {
 
 
 def write_shards(folder, files):
-    """`folder/video` of [(key, data, ext)]."""
+    """Write `folder/video` from [(key, data, ext)]."""
     with ShardWriter(folder / "video") as writer:
         for key, data, ext in files:
             writer.add(key, ext, data)
@@ -152,12 +152,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def truth(folder):
-    """The frames that the video modality reads, of every clip."""
+    """Return the frames that the video modality reads, of every clip."""
     shards = ShardFolder(folder)
     return [video_frames(shards.read(i), shards.extensions[i], SIZES) for i in range(len(shards))]
 
 
-# --- which frames, which pixels ---
+# --- choice of frames, and pixels ---
 
 
 def test_pyav_gives_what_the_modality_reads_bit_for_bit(folder, truth):
@@ -168,7 +168,7 @@ def test_pyav_gives_what_the_modality_reads_bit_for_bit(folder, truth):
 
 @pytest.mark.parametrize("decoder", DECODERS[1:], indirect=True)
 def test_dali_gives_the_same_pixels_within_the_stated_tolerance(decoder, folder, truth):
-    """The tolerances of docs/video.md, for pictures that are scaled down, in levels of 255. The padding is equal."""
+    """Check the tolerances of docs/video.md for downscaled pictures, in levels of 255. The padding is equal."""
     stream = stream_of(folder, decoder, batch_size=4)
     for clip in (clip for batch in stream for clip in batch):
         name, expected = list(FILES)[clip.number], truth[clip.number].astype(int)
@@ -185,7 +185,7 @@ def test_dali_gives_the_same_pixels_within_the_stated_tolerance(decoder, folder,
 
 @pytest.mark.parametrize("seed", range(3))
 def test_frames_are_those_shown_at_the_asked_times(decoder, seed, tmp_path):
-    """Brute force over random times of random files, constant and varying rates."""
+    """Compare with brute force at random times of random files, constant and varying rates."""
     rng = np.random.default_rng(seed)
     files, times = [], []
     for number in range(4):
@@ -223,7 +223,7 @@ def test_batches_threads_and_starts_change_no_bit(decoder, folder):
 
 @pytest.mark.parametrize("decoder", DECODERS[:2], indirect=True)
 def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
-    undisturbed = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
+    expected = [d for batch in stream_of(folder, decoder, batch_size=5) for d in digests(batch)]
     command = [sys.executable, Path(__file__).parent / "lib" / "video_worker.py", folder, decoder[0], "2", "2", "0"]
     process = warm.start(list(map(str, command)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     seen, state = [], 0
@@ -236,14 +236,14 @@ def test_a_killed_stream_goes_on_with_the_very_next_clip(decoder, folder):
     process.kill()
     assert process.wait(60) == -9 and state == 6
     resumed = stream_of(folder, decoder, batch_size=3, workers=1, consumed=state)
-    assert seen + [d for batch in resumed for d in digests(batch)] == undisturbed
+    assert seen + [d for batch in resumed for d in digests(batch)] == expected
 
 
 # --- seeking ---
 
 
 class CountingContainer:
-    """PyAV's container, which counts the frames that it decodes."""
+    """PyAV's container that counts the decoded frames."""
 
     def __init__(self, container, counts):
         self.container, self.counts = container, counts
@@ -301,7 +301,7 @@ def test_a_clip_after_the_end_is_unreadable():
 
 
 def damaged(data):
-    """The second frame's data overwritten: nothing that a decoder can take for a frame."""
+    """Overwrite the second frame's data with bytes that no decoder takes for a frame."""
     with av.open(io.BytesIO(data)) as container:
         packet = [p for p in container.demux(video=0) if p.size][1]
         return data[: packet.pos] + b"\xff" * packet.size + data[packet.pos + packet.size :]
@@ -318,7 +318,7 @@ BROKEN = {
 
 
 def mixed(good_first):
-    """Broken files among good ones."""
+    """Return broken files among good ones."""
     files = [(name, *file[:2]) for name, file in BROKEN.items()]
     files.insert(3, ("good1", *FILES["varying"]))
     return [("good0", WAVES, "mp4"), *files] if good_first else [*files, ("good0", WAVES, "mp4")]
@@ -374,7 +374,7 @@ def test_dalis_failure_is_one_error_and_the_next_batch_works():
 
 def test_what_dali_would_decode_wrongly_is_an_obstacle():
     plan = plan_clip(WAVES, "mp4", 0, SIZES)
-    gpu = torch.device("meta")  # any that is no CPU
+    gpu = torch.device("meta")  # any device but a CPU
     assert obstacle(plan, CPU) is None and obstacle(plan, gpu) is None
     for changed, on_cpu, on_gpu in (
         ({"codec": "h264"}, "h264 on a CPU", None),

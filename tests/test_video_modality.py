@@ -1,4 +1,4 @@
-"""Videos: what is refused, which frames are taken and how they lie in the square, and the modality's contract."""
+"""Videos: rejected files, choice of frames and their layout in the square, and the modality's contract."""
 
 import io
 from fractions import Fraction
@@ -27,12 +27,12 @@ FRAGMENTED = video_bytes(MOVING, codec="libx264", movflags="frag_keyframe+empty_
 
 
 def levels(count, size=16):
-    """Frame f is grey, 5 f + 20: `[count, size, size, 3]`."""
+    """Return frames `[count, size, size, 3]`, frame f is grey, 5 f + 20."""
     return np.stack([np.full((size, size, 3), 5 * f + 20, np.uint8) for f in range(count)])
 
 
 def numbers_of(frames):
-    """The inverse of `levels`, through lossy coding."""
+    """Invert `levels`, through lossy coding."""
     return [round((float(frame[4:-4, 4:-4].mean()) - 20) / 5) for frame in frames]
 
 
@@ -81,7 +81,7 @@ def test_bad_videos_are_refused_with_the_reason(name):
     data, extension, reason = BAD[name]
     with pytest.raises(UnreadableMedia, match=reason):
         VideoModality.check_media(data, extension)
-    if name not in ("ten minutes and more", "damaged"):  # as far as it is read they are right
+    if name not in ("ten minutes and more", "damaged"):  # correct as far as it is read
         with pytest.raises(UnreadableMedia, match=reason):
             sampled_squares(data, extension, 8, 100, 16)
 
@@ -121,7 +121,7 @@ def test_the_size_limit_holds_where_the_size_changes_later(monkeypatch):
 
 
 def remuxed(data, source, target):
-    """The same packets in another container."""
+    """Return the same packets in another container."""
     file = io.BytesIO()
     with av.open(io.BytesIO(data), format=source) as given, av.open(file, "w", format=target) as out:
         stream = out.add_stream_from_template(given.streams.video[0])
@@ -145,7 +145,7 @@ def test_good_videos_are_accepted_and_told_apart_by_what_they_show(codec):
 
 
 def shown_by_search(starts, end, rate, limit):
-    """The definition, time by time: the last frame that begins at or before it, give or take a millisecond."""
+    """Apply the definition for each time: the last frame that begins at or before it, within a millisecond."""
     chosen, k = [0], 1
     while len(chosen) < limit and k / rate < end - 1e-3:
         chosen.append(max(i for i, start in enumerate(starts) if start <= k / rate + 1e-3))
@@ -190,7 +190,7 @@ def test_a_variable_frame_rate_is_sampled_by_time(container):
     data = video_bytes(levels(10), times=times, container=container)
     got = numbers_of(sampled_squares(data, {"mp4": "mp4"}.get(container, "mkv"), 10, 30, 16))
     assert got[:29] == shown_by_search([t / 1000 for t in times], 2.9, 10, 100)
-    assert got[29:] in ([], [9])  # how long the last frame is shown is for the container to say
+    assert got[29:] in ([], [9])  # the container defines how long the last frame is shown
 
 
 def test_times_count_from_the_first_frame():
@@ -215,7 +215,7 @@ def is_refused(data):
 
 @pytest.mark.parametrize(("height", "width"), [(33, 47), (1, 5), (47, 16), (64, 48)])
 def test_frames_lie_in_the_square_as_images_do(height, width):
-    """Lossless in RGB, so that the two readers must agree to the bit."""
+    """The video is lossless in RGB, so that the two readers must agree to the bit."""
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as out:
@@ -268,7 +268,7 @@ def test_media_to_ids_and_back_through_the_protocol(folder):
         assert (
             ids.dtype == np.int64 and ids.shape == (16 * (1 + len(frames) // 4),) and 0 <= ids.min() <= ids.max() < 60
         )
-        assert np.array_equal(ids, other)  # a batch changes nothing
+        assert np.array_equal(ids, other)  # batching does not change the ids
         made = video.decode(ids)
         assert made.dtype == np.uint8 and made.shape == frames.shape
         assert video.read_media(video.write_media(made), "mp4").shape == made.shape

@@ -1,4 +1,4 @@
-"""The visual codec: causality in time, real training on tiny shapes, figures recomputed, its folder damaged."""
+"""The visual codec: causality in time, real training on tiny shapes, recomputed figures, damaged folders."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def trained(source, tmp_path_factory):
 
 
 def random_codec(**sizes):
-    """A codec whose every weight matters: none is zero, as some are before training."""
+    """Return a codec whose every weight matters: none is zero, as some are before training."""
     torch.manual_seed(0)
     codec = VisualCodec(VisualCodecConfig(**{"image_size": 16, "width": 16, "levels": (7, 5, 5), **sizes}))
     for weight in codec.parameters():
@@ -102,7 +102,7 @@ def test_a_video_read_as_it_comes_gives_the_ids_and_frames_of_the_whole():
         length, tokens = 1 + 4 * (latent - 1), 4 * latent
         assert torch.equal(codec.encode(frames[:, :length]), ids[:, :tokens])  # length 1: an image
         close = codec.decode(ids[:, :tokens]).int() - decoded[:, :length].int()
-        assert close.abs().max() <= 1  # where a value lies on the edge between two
+        assert close.abs().max() <= 1  # where a value is on the edge between two codes
 
 
 def test_the_first_patch_is_the_first_frame_repeated_by_plain_arithmetic():
@@ -129,11 +129,11 @@ def test_training_lowers_the_heldout_loss_and_raises_psnr(trained, source):
         assert last[f"{kind}_ssim"] > untrained[f"{kind}_ssim"]
         pixels = np.stack(samples).astype(float)
         mean = 10 * np.log10(255**2 / np.square(pixels - pixels.mean(axis=0)).mean())
-        assert last[f"{kind}_psnr_db"] > mean + 0.5  # it tells the samples apart
+        assert last[f"{kind}_psnr_db"] > mean + 0.5  # it distinguishes the samples
 
 
 def test_the_reported_figures_are_those_of_the_saved_codec(trained, source):
-    """Through the modalities, in numpy and scikit-image: nothing of the training code is reused."""
+    """Recompute the figures with numpy and scikit-image, without the training code."""
     folder, report = trained
     image, video = ImageModality.load(folder), VideoModality.load(folder)
     pictures = [image.read_media(as_bytes(shape_picture(n)[0]), "png") for n in range(10_000, 10_030)]
@@ -155,7 +155,7 @@ def test_the_reported_figures_are_those_of_the_saved_codec(trained, source):
 
 
 def reference_ssim(a, b):
-    """scikit-image with the settings of the paper."""
+    """Call scikit-image with the settings of the paper."""
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     return structural_similarity(a @ np.array(LUMA), b @ np.array(LUMA), **options)
 
@@ -192,7 +192,7 @@ def test_a_batch_mixes_images_and_clips_by_number_and_epoch_alone():
         assert (len(ones), len(fives), len(nines)) == (30, 2, 8) and nines.shape[1:] == (9, 16, 16, 3)
         again = data.batch(list(range(40)), epoch)
         assert all(torch.equal(a, b) for a, b in zip((ones, fives, nines), again, strict=True))
-        assert torch.equal(nines[:, :, 0, 0, 0].diff(dim=1), torch.ones(8, 8))  # frames that follow each other
+        assert torch.equal(nines[:, :, 0, 0, 0].diff(dim=1), torch.ones(8, 8))  # consecutive frames
         seen |= set(nines[:, 0, 0, 0, 0].tolist())
     assert len(seen) > 8  # other parts of the videos in other epochs
     one_a_time = VisualData(images[:3], videos[:4], CONFIG, ClipMix(0.25, 1))
@@ -224,7 +224,7 @@ def test_forward_and_encode_then_decode_agree(trained):
 
 
 def test_gradients_reach_every_weight_from_images_and_from_clips():
-    """Of images alone too: ranks whose share of a batch has no clip must not wait for a gradient."""
+    """Batches of images only, too: ranks whose share of a batch has no clip must not wait for a gradient."""
     for length in (1, 5):
         codec = random_codec()
         codec(random_frames(2, length, 16, 16)).backward()

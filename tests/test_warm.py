@@ -34,7 +34,7 @@ def program(tmp_path) -> Path:
 
 
 def both(command, **options):
-    """The same by a fork and by a new interpreter; the fork was one."""
+    """Return the results of a fork and of a new interpreter, after a check that the command can be forked."""
     assert warm.unlike(command, {key: value for key, value in options.items() if key != "input"}) == ""
     common = {"capture_output": True, "text": True}
     return warm.run(command, **common, **options), subprocess.run(list(map(str, command)), **common, **options)
@@ -72,7 +72,7 @@ def test_signals_and_status(tmp_path):
 
 
 def test_the_hook_of_a_pythonpath_runs(tmp_path):
-    """As it would at the start of a new interpreter (faults.py)."""
+    """It runs as at the start of a new interpreter (faults.py)."""
     (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['HOOKED'] = 'yes'\n")
     (tmp_path / "told.py").write_text("import os\nprint(os.environ.get('HOOKED'))\n")
     env = environment()

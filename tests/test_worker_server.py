@@ -1,4 +1,4 @@
-"""The folder of the data workers' sockets is removed however the process that has made it ends."""
+"""The folder of the data workers' sockets is removed, however the process that made it ends."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("how", ["exit", "stop", "kill"])
 def test_no_folder_is_left(how):
-    """stop: a server ends and another one takes its place, which needs the folder."""
+    """stop: a server ends and another one replaces it, which needs the folder."""
     with tempfile.TemporaryDirectory() as folder:  # short: the path of a socket in it has at most 107 characters
         leaves_no_folder(Path(folder), how)
 

@@ -1,13 +1,13 @@
-"""`make demo`: from nothing to a trained, exported, evaluated and sampled any-to-any model, on a CPU.
+"""`make demo`: trains, exports, evaluates and samples an any-to-any model from scratch, on a CPU.
 
     python tools/demo.py --out out/demo [--seed N] [--set train.steps=100 ...] [--fresh]
 
 Text, images, audio, video and 3D, each as input and as output. Every stage runs the real command line and is timed.
-A complete stage is kept if its command and all stages before it are unchanged; --fresh makes everything anew. In the
-middle of training one rank is killed with SIGKILL, and the run must continue by itself. Out: report.html and
-summary.json with the figures of tools/demo_figures.py; the exit code is 0 only if what the demo promises holds (losses
-fell, the pair gains of PROMISED are sure, transformers gives the logits of our own model).
-TARGETS are reported as reached or not. --seed changes the order of the data, the first weights and the draws.
+A complete stage is kept if its command and all stages before it are unchanged; --fresh repeats every stage. In the
+middle of training one rank is killed with SIGKILL, and the run must continue automatically. Out: report.html and
+summary.json with the figures of tools/demo_figures.py; the exit code is 0 only if the demo's promises hold (losses
+fell, the pair gains of PROMISED are significant, transformers gives the logits of our own model).
+TARGETS are reported as reached or not. --seed changes the order of the data, the initial weights and the sampling.
 Units: losses and gains in nats per token, memory in GiB (summed over the process tree).
 """
 
@@ -39,7 +39,7 @@ from megamm.resilience import heartbeat
 
 CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")
-"""Of the subjects, few are held out; of the other captions, more, whose every word occurs in training."""
+"""Few subjects are held out, and more of the other captions, whose every word occurs in training."""
 CODECS = {
     "visual": ("--image-size", "24", "--downsample", "4", "--levels", "6,6,6", "--steps", "500", "--batch-size", "24"),
     "audio": ("--steps", "300", "--codebooks", "1", "--levels", "8,8,8"),
@@ -49,14 +49,14 @@ CODECS = {
     ),
     "text": ("--vocabulary", "600"),
 }
-"""What differs from the defaults so that the demo ends within minutes on two cores. The longest first."""
+"""Options that differ from the defaults so that the demo ends within minutes on two cores. The longest first."""
 RENDERED = ("things",)
 """Sources whose pictures and videos are made here."""
 EVALUATED = "150"
-"""Held-out samples of each source at most."""
+"""Maximum held-out samples of each source."""
 MAX_LOGITS_DIFFERENCE = 1e-4
 GAINS = tuple(f"{x}_to_{y}" for a, b in PAIRS for x, y in ((a, b), (b, a)))
-"""Directions whose pair gain on new combinations is wanted above twice its standard error."""
+"""Directions whose target is a pair gain above twice its standard error on new combinations."""
 TARGETS = (
     ("image_to_text", ("exact",), 0.40),
     ("image_to_text", ("attributes",), 0.85),
@@ -64,9 +64,9 @@ TARGETS = (
     ("audio_to_text", ("exact",), 0.50),
     ("points_to_text", ("exact",), 0.40),
 )
-"""(direction, figure, least share) on new combinations; of attributes each one. Reported as reached or not."""
+"""(direction, figure, minimum share) on new combinations; applies to each attribute. Reported as reached or not."""
 PROMISED = tuple(f"{x}_to_{y}" for a, b in (("text", "image"), ("text", "audio")) for x, y in ((a, b), (b, a)))
-"""Directions whose pair gain on new combinations must be sure, or the demo fails."""
+"""Directions whose pair gain on new combinations must be significant, or the demo fails."""
 
 
 class Demo:
@@ -82,13 +82,13 @@ class Demo:
         self.shards = [out / "shards" / name for name in self.names]
 
     def _moved(self, path: str) -> Path:
-        """A path of the example config, under this demo's folder."""
+        """Return a path of the example config, under this demo's folder."""
         return self.out / Path(path).relative_to("out/demo")
 
     def stages(self) -> list[Stage]:
         out, codecs, export = self.out, self.out / "tokenizers", str(self.out / "export")
         raws, sources = [str(out / "raw" / name) for name in self.names], [str(shard) for shard in self.shards]
-        # Two at once: what is rendered takes as long as all else.
+        # Two at once: rendering takes as long as everything else.
         parts = [[name for name in self.names if (name in RENDERED) == rendered] for rendered in (True, False)]
         fetch = tuple(("data", "fetch", *part, "--to", str(out / "raw")) for part in parts)
         build = ("data", "build", *raws, "--to", str(out / "shards"), *BUILD)
@@ -113,28 +113,28 @@ class Demo:
         ]
 
     def overrides(self) -> list[str]:
-        """The example config's paths moved to this demo's folder, the seed, and what --set changes."""
+        """Return the example config's paths moved to this demo's folder, the seed, and the changes of --set."""
         sources = [s | {"path": str(self._moved(s["path"]))} for s in self.config["data"]["sources"]]
         paths = {f"tokenizers.{m}": str(self._moved(path)) for m, path in self.config["tokenizers"].items()}
         values = {"output": str(self.run_folder), "data.sources": sources, **paths, "train.seed": self.seed}
         return [*(f"{key}={json.dumps(value)}" for key, value in values.items()), *self.changes]
 
     def _train(self, log: Path) -> dict[str, Any]:
-        """Train on two ranks; kill one with SIGKILL half-way; the run must continue by itself from a checkpoint."""
+        """Train on two ranks; kill one with SIGKILL half-way; the run must continue automatically from a checkpoint."""
         wanted = max(self.saved_every, self.steps // 2 // self.saved_every * self.saved_every)
         process = start("train", str(CONFIG), *self.overrides(), "--nproc", "2")
         with ThreadPoolExecutor(1) as follower:
             output = follower.submit(follow, process, log)
             killed_at = self._kill_a_rank_after(process, wanted)
         if process.wait() != 0:
-            raise DemoError(f"training ended with {process.returncode} after a rank was killed (see {log})")
+            raise DemoError(f"training exited with code {process.returncode} after a rank was killed (see {log})")
         resumed = re.search(r"resumed \S+ at step (\d+)", output.result())
         if resumed is None or not 0 < int(resumed[1]) <= killed_at:
             raise DemoError(f"the run did not resume after a rank was killed (see {log})")
         return {"killed_at_step": killed_at, "resumed_from_step": int(resumed[1])}
 
     def _kill_a_rank_after(self, process: subprocess.Popen[str], step: int) -> int:
-        """Wait for a step past the checkpoint of `step`, then SIGKILL the last rank; returns the step reached."""
+        """Wait for a step past the checkpoint of `step`, then SIGKILL the last rank; return the step reached."""
         while process.poll() is None:
             reached = max((line["step"] for line in metrics.read_lines(self.run_folder)), default=0)
             if reached > step and checkpoint.path_of(self.run_folder, step).exists():
@@ -143,10 +143,10 @@ class Demo:
                 os.kill(victim.pid, signal.SIGKILL)
                 return reached
             time.sleep(0.2)
-        raise DemoError(f"training ended with {process.returncode} before the checkpoint of step {step}")
+        raise DemoError(f"training exited with code {process.returncode} before the checkpoint of step {step}")
 
     def _generate(self, log: Path) -> dict[str, Any]:
-        """Every modality from every other that it comes in pairs with, on held-out samples of both rules."""
+        """Generate every modality from every other in a pair with it, on held-out samples of both rules."""
         named = write_heldout(self.shards, self.out)
         check_words(self.shards)
         commands = write_requests(self.out / "export", self.out, named, 1000 * self.seed)
@@ -154,12 +154,12 @@ class Demo:
         return named
 
     def _figures(self, log: Path) -> dict[str, Any]:
-        """What of it is right."""
+        """Return the shares of correct samples."""
         named = json.loads((self.out / "stages" / "generate.json").read_text())["details"]
         return figures(self.out, self.shards, named)
 
     def summary(self, marks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The figures of the whole demo."""
+        """Return the figures of the whole demo."""
         evaluation = json.loads((self.out / "eval.json").read_text())
         lines = [line for line in metrics.read_lines(self.run_folder) if "tokens_per_s" in line]
         seconds = {name: mark["seconds"] for name, mark in marks.items()}
@@ -183,20 +183,20 @@ class Demo:
         }
 
     def _codecs(self) -> Iterator[tuple[str, dict[str, float]]]:
-        """The last held-out report of every trained codec."""
+        """Return the last held-out report of every trained codec."""
         for name in CODECS:
             record = json.loads((self.out / "tokenizers" / name / "training.json").read_text())
             yield name, record["heldout"][-1] if "heldout" in record else record
 
 
 def _first_and_last(lines: list[dict[str, Any]], key: str) -> dict[str, float]:
-    """Means over the first and the last five reports that have the key: a step holds few tokens of some modality."""
+    """Return means over the first and last five reports with the key, as a step may have few tokens of a modality."""
     values = [line[key] for line in lines if line.get(key) is not None]
     return {"first": statistics.mean(values[:5]), "last": statistics.mean(values[-5:])}
 
 
 def reached(found: dict[str, Any], direction: str, figure: tuple[str, ...]) -> dict[str, Any]:
-    """The figure with its interval; of attributes the one that is least often right."""
+    """Return the figure with its interval; for attributes, the one with the lowest share."""
     value = found[direction]
     for name in figure:
         value = value[name]
@@ -207,7 +207,7 @@ def reached(found: dict[str, Any], direction: str, figure: tuple[str, ...]) -> d
 
 
 def targets(found: dict[str, Any], gains: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every target with what was reached."""
+    """Return every target with the result."""
     for direction, figure, least in TARGETS:
         value = reached(found, direction, figure)
         name = f"{direction}: {' '.join(figure)}"
@@ -222,7 +222,7 @@ def targets(found: dict[str, Any], gains: dict[str, Any]) -> Iterator[dict[str, 
 
 
 def _line(target: dict[str, Any]) -> str:
-    """One target for a person to read."""
+    """Return one target as text."""
     value = target["value"]
     if "mean" in value:
         return f"{target['target']}: {value['mean']:+.3f} ({value['standard_error']:.3f})"
@@ -237,7 +237,7 @@ def _is_sure(gain: dict[str, Any]) -> bool:
 
 
 def check_words(shards: list[Path]) -> None:
-    """DemoError if a text held out as a combination has a word that no training text of its source has."""
+    """Raise DemoError if a text held out as a combination has a word that is in no training text of its source."""
     for shard in shards:
         train, heldout = (ShardFolder(shard / split / "text") for split in ("train", "heldout"))
         seen = {word for i in range(len(train)) for word in words(train.read(i).decode())}
@@ -249,7 +249,7 @@ def check_words(shards: list[Path]) -> None:
 
 
 def check(summary: dict[str, Any]) -> None:
-    """DemoError names the first promise that does not hold."""
+    """Raise DemoError with the first promise that does not hold."""
     for modality, loss in summary["loss"].items():
         if not loss["last"] < loss["first"]:
             raise DemoError(f"the {modality} loss did not fall: {loss}")
@@ -264,15 +264,15 @@ def check(summary: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for everything that is made")
-    parser.add_argument("--seed", type=int, default=1, help="of the data's order, the first weights and the draws")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run's config")
-    parser.add_argument("--fresh", action="store_true", help="make every stage anew")
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="output folder")
+    parser.add_argument("--seed", type=int, default=1, help="seed of data order, initial weights and sampling")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override of the run config")
+    parser.add_argument("--fresh", action="store_true", help="repeat every stage")
     arguments = parser.parse_args()
     out = arguments.out.resolve()
     try:
         if out.is_dir() and any(out.iterdir()) and not (out / "stages").is_dir():
-            raise DemoError(f"{out} holds something else; choose another --out")
+            raise DemoError(f"{out} is not a demo output folder; choose another --out")
         demo = Demo(out, arguments.seed, tuple(arguments.set))
         if arguments.fresh:
             for name in ("stages", "raw", *(path for stage in demo.stages() for path in stage.outputs)):
@@ -281,7 +281,7 @@ def main() -> None:
         write(out / "summary.json", summary)
         report = subprocess.run([sys.executable, str(ROOT / "tools" / "demo_report.py"), str(out)], check=False)
         if report.returncode:
-            raise DemoError("the report could not be made")
+            raise DemoError("writing the report failed")
         for target in summary["targets"]:
             print(f"  {'reached' if target['reached'] else 'NOT reached'}: {_line(target)}")
         check(summary)

@@ -1,14 +1,14 @@
-"""What the demo's model got right, in figures, each with its number of samples and a 95 % interval.
+"""Figures of the demo: shares of correct samples, each with the number of samples and a 95 % interval.
 
 In: OUT/heldout and OUT/generated (demo_samples.py), the shards and the export's codecs. Out, for each direction:
-- `exact`: share of the texts that are exactly the real one's.
+- `exact`: share of the texts that are exactly the real one.
 - `attributes`: share of samples whose attribute is right. A text's are its parts between commas, or the words of a
   sequence without commas; a medium's are those of its nearest real medium, of all of the same sources, training and
-  held out. `reading`: the same of the real held-out media, encoded and decoded by the codec: how far the nearest real
-  medium can be trusted.
+  held out. `reading`: the same for the real held-out media, encoded and decoded by the codec: how reliable the nearest
+  real medium is.
 - `retrieval`: share of the generated media whose own real medium is the nearest (`r1`), or among the five nearest
   (`r5`), of the real media of all prompts; `chance_r1`, `chance_r5`.
-Nearest is the least distance of the features below. Intervals: Wilson 1927.
+Nearest means the smallest distance of the features below. Intervals: Wilson 1927.
 """
 
 import math
@@ -28,12 +28,12 @@ from megamm.modalities.base import Modality, UnreadableMedia
 
 GENDERS, COLOURS = ("man", "woman"), ("red", "green", "blue", "yellow")
 Z = 1.959964
-"""Of the normal distribution: 95 % lie within."""
+"""Quantile of the normal distribution: 95 % are within."""
 _PATCHES, _SPECTRA, _FRAMES = 64, 24, 9
 
 
 def attributes(caption: str) -> dict[str, str]:
-    """Name -> value of what a caption of the demo's sources says, in its order."""
+    """Return name -> value of each attribute in a caption of the demo's sources, in order."""
     parts = [part.strip() for part in caption.split(",")]
     if len(parts) == 1:
         return {f"word {i}": word for i, word in enumerate(caption.split(), start=1)}
@@ -41,7 +41,7 @@ def attributes(caption: str) -> dict[str, str]:
 
 
 def _name(part: str) -> str:
-    """What kind of attribute a part of a caption is."""
+    """Return the kind of attribute of a part of a caption."""
     words = part.split()
     if words[-1:] == ["skin"]:
         return "skin"
@@ -54,7 +54,7 @@ def _name(part: str) -> str:
 
 
 def share(right: Sequence[bool]) -> dict[str, Any]:
-    """How many of how many, the share and its Wilson interval."""
+    """Return the count, the total, the share and its Wilson interval."""
     n, hits = len(right), sum(right)
     if n == 0:
         return {"n": 0, "right": 0, "share": None, "interval": None}
@@ -65,7 +65,7 @@ def share(right: Sequence[bool]) -> dict[str, Any]:
 
 
 def of_attributes(real: Sequence[str], read: Sequence[str]) -> dict[str, Any]:
-    """Of each attribute of the real captions, the share that the captions `read` have too."""
+    """Return, for each attribute of the real captions, the share that the captions `read` have, too."""
     right: dict[str, list[bool]] = {}
     for wanted, found in zip(real, read, strict=True):
         values = attributes(found)
@@ -91,7 +91,7 @@ def feature(modality: Modality, medium: Any) -> np.ndarray:
 
 
 def _halved(frames: np.ndarray) -> np.ndarray:
-    """uint8 `[F, Y, X, 3]`, Y and X even, as a vector of the means of 2 x 2 pixels, in [0, 1]."""
+    """Map uint8 `[F, Y, X, 3]`, Y and X even, to a vector of the means of 2 x 2 pixels, in [0, 1]."""
     count, height, width, _ = frames.shape
     blocks = frames.reshape(count, height // 2, 2, width // 2, 2, 3).astype(np.float32)
     return blocks.mean((2, 4)).ravel() / 255
@@ -112,7 +112,7 @@ class RealMedia:
             for i, key in enumerate(shards.keys):
                 files.append((shards.read(i), shards.extensions[i]))
                 self.captions.append(texts.read(number[key]).decode())
-        with ThreadPoolExecutor() as threads:  # media are decoded outside the interpreter lock
+        with ThreadPoolExecutor() as threads:  # decoding releases the interpreter lock
             self.features = np.stack(list(threads.map(self._feature, files)))
         self.squares = np.square(self.features).sum(1)
 
@@ -120,13 +120,13 @@ class RealMedia:
         return feature(self.modality, self.modality.read_media(*file))
 
     def read(self, medium: Any) -> str:
-        """The caption of the real medium nearest to this one."""
+        """Return the caption of the real medium nearest to this one."""
         distance = self.squares - 2 * self.features @ feature(self.modality, medium)  # and a constant
         return self.captions[int(distance.argmin())]
 
 
 def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> dict[str, Any]:
-    """Among the real media of all prompts, is that of its own prompt the nearest to what was made, or of the five?"""
+    """Count made media whose prompt's own real medium is the nearest, or among the five nearest, of all prompts'."""
     features = np.stack([feature(modality, medium) for medium in real])
     ranks = []
     for i, medium in enumerate(made):
@@ -141,8 +141,8 @@ def retrieval(modality: Modality, made: Sequence[Any], real: Sequence[Any]) -> d
 
 
 def figures(out: Path, sources: list[Path], named: dict[str, Any]) -> dict[str, Any]:
-    """{rule: {direction: figures}} of what lies in OUT/generated; named: as demo_samples.write_heldout gives it."""
-    torch.set_num_threads(1)  # many small tensors, on a thread for each core already
+    """Return {rule: {direction: figures}} of OUT/generated; named: as returned by demo_samples.write_heldout."""
+    torch.set_num_threads(1)  # many small tensors; each core already runs a thread
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
     modalities = load_modalities(folders, torch.device("cpu"))
     galleries: dict[str, RealMedia] = {}
@@ -187,7 +187,7 @@ def _of_media(
 
 
 def _read(modality: Modality, file: Path) -> Any:
-    """A file's medium; None if it cannot be used: a model may make silence."""
+    """Return a file's medium; None if it cannot be used, as a model may generate silence."""
     try:
         return modality.read_media(file.read_bytes(), file.suffix[1:])
     except UnreadableMedia:

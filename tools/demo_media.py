@@ -1,8 +1,8 @@
-"""Media of every modality as self-contained HTML: what a page can show of a medium, as data URIs.
+"""Media of every modality as self-contained HTML, with data URIs.
 
-A medium is what its modality's `read_media` and `decode` give: str; uint8 `[Y, X, 3]`; float32 `[samples]` at
+A medium is what its modality's `read_media` and `decode` return: str; uint8 `[Y, X, 3]`; float32 `[samples]` at
 `sample_rate` Hz; uint8 `[F, Y, X, 3]`; float32 `[N, 9]` points (xyz, normal, colour). Every picture has a fixed width
-of at least `LEAST` CSS pixels, a whole multiple of its own, and none is scaled down by its column.
+of at least `LEAST` CSS pixels, a whole multiple of its own, and is never scaled down by its column.
 """
 
 import base64
@@ -20,11 +20,11 @@ from megamm.data.render3d import render
 from megamm.modalities.base import Modality
 
 LEAST = 96
-"""CSS pixels that every picture is wide at least."""
+"""Minimum width of every picture in CSS pixels."""
 PICTURE, VIEW, PLAYER = 144, 144, 192
-"""CSS pixels of an image, of a view of a point cloud, and of a video's player, at least."""
+"""Minimum CSS pixels of an image, of a view of a point cloud, and of a video's player."""
 CLIP, CLIP_HEIGHT = 240, 84
-"""CSS pixels of a spectrogram, and so of its player."""
+"""CSS pixels of a spectrogram, and of its player."""
 FRAMES, IN_A_ROW = 6, 3
 """Frames of a video that are shown, and how many of them side by side."""
 ANGLES = (30.0, 120.0)
@@ -40,17 +40,17 @@ STYLE = f"""
 
 
 def uri(kind: str, data: bytes) -> str:
-    """A data URI of media type `kind`."""
+    """Return a data URI of media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def scaled(pixels: int, least: int) -> int:
-    """The least whole multiple of `pixels` that is not below `least`."""
+    """Return the smallest whole multiple of `pixels` that is not below `least`."""
     return pixels * math.ceil(least / pixels)
 
 
 def picture(pixels: np.ndarray, alt: str, least: int = PICTURE) -> str:
-    """uint8 `[Y, X, 3]` as an <img>, at least `least` CSS pixels wide."""
+    """Return uint8 `[Y, X, 3]` as an <img>, at least `least` CSS pixels wide."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="PNG")
     height, width = pixels.shape[:2]
@@ -68,13 +68,13 @@ def _image(modality: Modality, medium: np.ndarray, alt: str) -> str:
 
 
 def _audio(modality: Any, medium: np.ndarray, alt: str) -> str:
-    """A player under a spectrogram (dB of a 32 ms Hann window, 80 dB deep; time to the right, pitch upwards)."""
+    """Return a player under a spectrogram (dB of a 32 ms Hann window, 80 dB deep; time to the right, pitch upwards)."""
     rate = modality.codec.sample_rate
     figure = Figure(figsize=(CLIP / 80, CLIP_HEIGHT / 80))
     axes = figure.add_axes((0, 0, 1, 1))
     window = int(0.032 * rate)
     padded = np.pad(medium, (0, max(0, 2 * window - len(medium))))
-    with np.errstate(divide="ignore"):  # silence is infinitely far below the peak
+    with np.errstate(divide="ignore"):  # silence would be minus infinity
         power, *_ = axes.specgram(padded + 1e-9, NFFT=window, noverlap=window * 3 // 4, Fs=rate)
     peak = 10 * np.log10(power.max())
     axes.images[0].set_clim(peak - 80, peak)
@@ -90,7 +90,7 @@ def _audio(modality: Any, medium: np.ndarray, alt: str) -> str:
 
 
 def _video(modality: Modality, medium: np.ndarray, alt: str) -> str:
-    """A player, and frames evenly spread over the clip."""
+    """Return a player, and frames evenly spread over the clip."""
     height, width = medium.shape[1:3]
     chosen = medium[np.linspace(0, len(medium) - 1, min(FRAMES, len(medium))).round().astype(int)]
     frames = "".join(picture(frame, f"{alt}, frame {i}", LEAST) for i, frame in enumerate(chosen, start=1))
@@ -118,5 +118,5 @@ SHOW: dict[str, Callable[[Any, Any, str], str]] = {
 
 
 def show(modality: Modality, medium: Any, alt: str) -> str:
-    """One medium as HTML."""
+    """Return one medium as HTML."""
     return SHOW[modality.name](modality, medium, alt)

@@ -2,9 +2,9 @@
 
     python tools/demo_report.py out/demo
 
-In: what tools/demo.py left in that folder. Out: report.html in it: what happened in five sentences, examples of every
+In: the output of tools/demo.py in that folder. Out: report.html in it: a summary in five sentences, examples of every
 direction, their figures and targets, then losses, tokenizers and stages. Losses and gains in nats per token, memory in
-GiB (summed over the process tree), time in seconds; what a tokenizer's figures are says its training module.
+GiB (summed over the process tree), time in seconds; a tokenizer's training module defines its figures.
 """
 
 import json
@@ -45,7 +45,7 @@ COLOURS = ("#2457c5", "#c2541b", "#2b8a57", "#8a3ab9", "#9b2c3f")
 
 
 def _opening(summary: dict[str, Any]) -> str:
-    """The first screen: what happened, and where to read on."""
+    """Return the first screen: the summary, and where to read on."""
     sentences = (NUMBER.sub(r"<b>\g<0></b>", escape(sentence)) for sentence in words.story(summary))
     story = "".join(f"<p>{sentence}</p>" for sentence in sentences)
     names = [f"{source}_to_{target}" for _, source, target in directions()]
@@ -57,15 +57,15 @@ def _opening(summary: dict[str, Any]) -> str:
 
 def _examples_note() -> str:
     return (
-        "<h2>Examples</h2><p>Every input is held out: its words occur in training, but not in this combination. Shown "
-        "are the first samples of each direction, not the best ones. The output is what the model made from the "
+        "<h2>Examples</h2><p>Every input is held out: its words occur in training, but not in this combination. The "
+        "first samples of each direction are shown, not the best ones. The output is what the model generated from the "
         "input alone. A caption is right if it is the real one, letter by letter; a generated medium is recognised if "
         "the right real medium is nearer to it than those of all other prompts.</p>"
     )
 
 
 def _bar(row: words.Row) -> str:
-    """A figure in words over its interval, share and chance level."""
+    """Return a figure in words over its interval, share and chance level."""
     text = f"<b>{escape(row.count())}:</b> <span>{escape(row.share())}</span>"
     if row.value["share"] is None:
         return f'<div class="bar">{text}</div>'
@@ -78,7 +78,7 @@ def _bar(row: words.Row) -> str:
 
 
 def _figures(summary: dict[str, Any]) -> str:
-    """Every direction's figures on new combinations, in words."""
+    """Return every direction's figures on new combinations, in words."""
     found, gains = summary["figures"][words.NEW], summary["pair_gain_by_rule"][words.NEW]
     parts = []
     for _, source, target in directions():
@@ -92,13 +92,14 @@ def _figures(summary: dict[str, Any]) -> str:
         "On new combinations. In brackets and as a light band: the 95 % interval; the thin line across a bar is the "
         "chance level. An attribute of a generated medium is that of the nearest real medium; “read off real media” "
         "is how often this is right for real held-out media, encoded and decoded. Pair gain: how much lower the loss "
-        "of the output is after its own input than after another sample's; it is sure above twice its standard error."
+        "of the output is after its own input than after another sample's; it is significant above twice its standard "
+        "error."
     )
     return page.section("Figures", note, f'<div class="figures">{"".join(parts)}</div>', "figures")
 
 
 def _targets(summary: dict[str, Any]) -> str:
-    """What was aimed at, and what was reached."""
+    """Return the targets with the results."""
     lists = []
     for title, wanted in (("Not reached", False), ("Reached", True)):
         lines = [words.target(one) for one in summary["targets"] if one["reached"] is wanted]
@@ -109,7 +110,7 @@ def _targets(summary: dict[str, Any]) -> str:
 
 
 def _unseen(summary: dict[str, Any]) -> str:
-    """The table of subjects that training never sees."""
+    """Return the table of subjects that are not in training."""
     found, gains = summary["figures"].get(words.UNSEEN, {}), summary["pair_gain_by_rule"].get(words.UNSEEN, {})
     rows = []
     for name, figures in found.items():
@@ -117,8 +118,8 @@ def _unseen(summary: dict[str, Any]) -> str:
         rows += [[words.direction(name), row.count(), row.share()] for row in words.rows(target, figures)]
     rows += [[words.direction(name), "pair gain", words.gain(gain)] for name, gain in gains.items()]
     note = (
-        "Other samples have a subject whose word and media training never shows. A model this small cannot know their "
-        "names, so these figures show what it cannot do; they are no part of those above."
+        "Other samples have a subject whose word and media are not in training. A model this small cannot know their "
+        "names. These figures show what it cannot do and are not included in those above."
     )
     head = ["direction", "figure", "share (95 % interval)"]
     table = page.table(head, rows, head) if rows else "<p>No sample has an unseen subject.</p>"
@@ -126,7 +127,7 @@ def _unseen(summary: dict[str, Any]) -> str:
 
 
 def loss_plot(lines: list[dict[str, Any]], modality: str, colour: str, killed: int, resumed: int) -> str:
-    """Training and held-out loss of one modality over steps, with the resumption after the kill, as SVG."""
+    """Plot training and held-out loss of one modality over steps, with the resumption after the kill, as SVG."""
     series = []
     for key, name, dots in ((f"loss/{modality}", "training", False), (f"heldout/{modality}", "held-out", True)):
         points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
@@ -166,7 +167,7 @@ def _stages(out: Path, summary: dict[str, Any]) -> str:
 
 
 def write_report(out: Path) -> Path:
-    """Write OUT/report.html from what the demo left in OUT."""
+    """Write OUT/report.html from the demo's output in OUT."""
     summary = json.loads((out / "summary.json").read_text())
     named = json.loads((out / "stages" / "generate.json").read_text())["details"]
     folders = {folder.name: folder for folder in (out / "export" / "codecs").iterdir()}
@@ -187,7 +188,7 @@ def write_report(out: Path) -> Path:
 
 
 def main() -> None:
-    matplotlib.use("agg")  # spectrograms are drawn by it
+    matplotlib.use("agg")  # it draws spectrograms
     print(f"  report: {write_report(Path(sys.argv[1]))}")
 
 

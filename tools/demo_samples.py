@@ -1,9 +1,9 @@
-"""What the demo asks of its model: held-out samples of every two modalities, and what is generated from each part.
+"""The demo's inputs for its model: held-out samples of every two modalities, and what is generated from each part.
 
 OUT/heldout/<rule>/<a>-<b>/000.<a>.<ext>, 000.<b>.<ext>, ...   both parts of samples held out by a rule
 OUT/generated/<a>_to_<b>/000.<ext>, ...       made from the first parts alone, of new combinations (data/heldout.py)
-OUT/generated/nouns/<a>_to_<b>/000.<ext>, ... the same of unseen nouns
-OUT/requests-*.jsonl                          what `megamm generate --requests` is given
+OUT/generated/nouns/<a>_to_<b>/000.<ext>, ... the same for unseen nouns
+OUT/requests-*.jsonl                          the input of `megamm generate --requests`
 """
 
 import json
@@ -17,39 +17,39 @@ from megamm.evaluate import heldout_rules
 from megamm.modalities import REGISTRY
 
 PAIRS = (("text", "image"), ("text", "audio"), ("text", "points"), ("image", "points"), ("text", "video"))
-"""Whose both directions are tried."""
+"""Pairs of modalities that are tried in both directions."""
 SHOWN = 4
-"""Samples of each pair in the report."""
+"""Number of samples of each pair in the report."""
 REQUESTS = ("audio-video", "image-points", "text")
 """Files of requests, by the modalities that they make; each is one process, the longest first."""
 ASKED = {"combination": {"text": 96, "other": 48}, "noun": {"text": 24, "other": 24}}
-"""Samples of each direction at most, by rule: into text, which takes few tokens, and into media."""
+"""Maximum samples of each direction, by rule: into text, which takes few tokens, and into media."""
 FOLDERS = {"combination": ".", "noun": "nouns"}
-"""Below OUT/generated."""
+"""Folder below OUT/generated."""
 OPTIONS = {
     "text": ("--temperature", "0", "--max-tokens", "24"),
     "media": ("--temperature", "1"),
 }
-"""Captions are the likeliest words; media are drawn as they were learnt."""
+"""Captions are the most likely words; media are sampled at temperature 1."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """One part of a held-out sample: its bytes and ending."""
+    """One part of a held-out sample: its bytes and extension."""
 
     data: bytes
     extension: str
 
 
 def choose(sources: list[Path], rule: str, a: str, b: str, count: int) -> list[tuple[Member, Member]]:
-    """Parts a and b of at most `count` samples held out by this rule, of all sources in turn."""
+    """Return parts a and b of at most `count` samples held out by this rule, of all sources in turn."""
     found = [_members(source, rule, a, b) for source in sources]
     in_turn = [pair for pair in chain.from_iterable(zip_longest(*found)) if pair is not None]
     return in_turn[:count]
 
 
 def _members(source: Path, rule: str, a: str, b: str) -> list[tuple[Member, Member]]:
-    """Parts a and b of one source's samples that have both, one of each caption, in the order of a hash."""
+    """Return parts a and b of one source's samples that have both, one of each caption, in the order of a hash."""
     split = source / "heldout"
     if not ((split / a).is_dir() and (split / b).is_dir()):
         return []
@@ -68,7 +68,7 @@ def _members(source: Path, rule: str, a: str, b: str) -> list[tuple[Member, Memb
 
 
 def write_heldout(sources: list[Path], out: Path) -> dict[str, dict[str, list[dict[str, str]]]]:
-    """Write OUT/heldout and name its files below OUT: {rule: {"text-image": [{"text": path, "image": path}, ...]}}."""
+    """Write OUT/heldout; return its files below OUT: {rule: {"text-image": [{"text": path, "image": path}, ...]}}."""
     named: dict[str, dict[str, list[dict[str, str]]]] = {}
     for rule, counts in ASKED.items():
         named[rule] = {}
@@ -88,18 +88,18 @@ def write_heldout(sources: list[Path], out: Path) -> dict[str, dict[str, list[di
 
 
 def directions() -> list[tuple[str, str, str]]:
-    """(name of the pair, source, target) of both directions of every pair."""
+    """Return (name of the pair, source, target) of both directions of every pair."""
     return [(f"{a}-{b}", x, y) for a, b in PAIRS for x, y in ((a, b), (b, a))]
 
 
 def made_file(rule: str, source: str, target: str, number: int) -> str:
-    """Where item `number` of a direction is written, below OUT."""
+    """Return the path below OUT of item `number` of a direction."""
     folder = Path("generated") / FOLDERS[rule] / f"{source}_to_{target}"
     return str(folder / f"{number:03d}.{REGISTRY[target].extensions[0]}")
 
 
 def asked(rule: str, target: str) -> int:
-    """How many samples of a direction are asked for at most."""
+    """Return the maximum number of samples of a direction."""
     return ASKED[rule]["text" if target == "text" else "other"]
 
 

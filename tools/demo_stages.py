@@ -1,4 +1,4 @@
-"""What the demo is made of: stages that run the command line, timed, kept when complete and unchanged.
+"""Stages of the demo: they run the command line, are timed, and are kept when complete and unchanged.
 
 A mark `OUT/stages/<name>.json` (seconds, peak_rss_gib, details, identity) is written when a stage is done. Its identity
 covers its commands and all stages before it. Seconds are wall time; memory in GiB, summed over the process tree.
@@ -31,9 +31,9 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Stage:
-    """`commands` are run in turn or `at_once`, or else `action` is called with the log file.
+    """`commands` are run in turn or `at_once`; without commands, `action` is called with the log file.
 
-    outputs are removed before a stage is made anew.
+    outputs are removed before a stage is repeated.
     """
 
     name: str
@@ -42,12 +42,12 @@ class Stage:
     at_once: bool = False
     action: Callable[[Path], dict[str, Any]] | None = None
     depends_on: str = ""
-    """What else it was made of, as text: a change makes it anew."""
+    """Other inputs of the stage, as text: a change repeats it."""
 
 
 @dataclass
 class Memory:
-    """Largest resident memory of this process and all below it, sampled in a thread."""
+    """Peak resident memory of this process and all below it, sampled in a thread."""
 
     peak: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
@@ -78,17 +78,19 @@ class Memory:
 
 
 def command(log: Path, *arguments: str, threads: int | None = None) -> str:
-    """Run `megamm ARGUMENTS`, shown and logged; returns its output. DemoError if it fails."""
+    """Run `megamm ARGUMENTS`, shown and logged; return its output. Raises DemoError if it fails."""
     process = start(*arguments, threads=threads)
     output = follow(process, log)
     if process.wait() != 0:
         last = (output.strip().splitlines() or ["no output"])[-1]
-        raise DemoError(f"`megamm {' '.join(arguments[:3])} ...` ended with {process.returncode}: {last} (see {log})")
+        raise DemoError(
+            f"`megamm {' '.join(arguments[:3])} ...` exited with code {process.returncode}: {last} (see {log})"
+        )
     return output
 
 
 def start(*arguments: str, threads: int | None = None) -> subprocess.Popen[str]:
-    """Start `megamm ARGUMENTS`, on so many threads if given."""
+    """Start `megamm ARGUMENTS`, optionally with that many threads."""
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     return subprocess.Popen(
         [*MEGAMM, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -96,12 +98,12 @@ def start(*arguments: str, threads: int | None = None) -> subprocess.Popen[str]:
 
 
 def follow(process: subprocess.Popen[str], log: Path) -> str:
-    """Show and log what a process prints, to its end; returns it."""
+    """Show and log a process's output until it ends; return it."""
     assert process.stdout is not None
     lines = []
-    with log.open("a", buffering=1) as file:  # by line: whole even if the demo is killed
+    with log.open("a", buffering=1) as file:  # by line: complete even if the demo is killed
         for line in process.stdout:
-            if not line.startswith("[rank"):  # the traceback of a rank that lost its peer: in the log
+            if not line.startswith("[rank"):  # the traceback of a rank that lost its peer is in the log only
                 print(f"    {line}", end="", flush=True)
             file.write(line)
             lines.append(line)
@@ -109,7 +111,7 @@ def follow(process: subprocess.Popen[str], log: Path) -> str:
 
 
 def run_commands(stage: Stage, log: Path) -> None:
-    """A stage's commands; at once means as many as there are cores, one thread each."""
+    """Run a stage's commands; at once means as many as there are cores, one thread each."""
     workers = min(os.cpu_count() or 1, len(stage.commands)) if stage.at_once else 1
     threads = 1 if workers > 1 else None
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -117,7 +119,7 @@ def run_commands(stage: Stage, log: Path) -> None:
 
 
 def run_stages(out: Path, stages: list[Stage]) -> dict[str, dict[str, Any]]:
-    """Run what is not complete; the mark of every stage (seconds, peak_rss_gib, details), written when it is done."""
+    """Run incomplete stages; return every stage's mark (seconds, peak_rss_gib, details), written when it is done."""
     marks: dict[str, dict[str, Any]] = {}
     folder = out / "stages"
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,12 +149,12 @@ def run_stages(out: Path, stages: list[Stage]) -> dict[str, dict[str, Any]]:
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Remove a file or a folder, if it exists."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write(path: Path, value: dict[str, Any]) -> None:
-    """JSON that is there whole or not at all."""
+    """Write JSON atomically."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(value, indent=1) + "\n")
     partial.rename(path)

@@ -15,11 +15,11 @@ THINGS = {
     "video": ("video", "videos"),
     "points": ("point cloud", "point clouds"),
 }
-"""What one and several media of a modality are called."""
+"""Names of one and of several media of a modality."""
 NEW = "combination"
 """The rule whose figures count: new combinations of words that all occur in training."""
 UNSEEN = "noun"
-"""The rule of subjects that training never sees."""
+"""The rule of subjects that are not in training."""
 
 
 FIGURES = {
@@ -28,15 +28,15 @@ FIGURES = {
     "retrieval r1": "real one the nearest",
     "retrieval r5": "real one among the five nearest",
 }
-"""The names of figures in targets, in words."""
+"""Names of figures in targets, in words."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what was right, how often, how often by chance, and what the reading of real media gives."""
+    """One figure: what was right, how often, how often by chance, and the reading of real media."""
 
     name: str
-    """With "{}" for how many of how many."""
+    """Text with "{}" for the counts."""
     value: dict[str, Any]
     chance: float | None = None
     reading: dict[str, Any] | None = None
@@ -78,7 +78,7 @@ def listed(parts: list[str]) -> str:
 
 
 def rows(target: str, found: dict[str, Any]) -> Iterator[Row]:
-    """The figures of one direction, the plainest first."""
+    """Return the figures of one direction, the simplest first."""
     one, several = THINGS[target]
     if "exact" in found:
         yield Row(f"{{}} {several} exactly right", found["exact"])
@@ -92,7 +92,7 @@ def rows(target: str, found: dict[str, Any]) -> Iterator[Row]:
 
 
 def headline(source: str, target: str, found: dict[str, Any]) -> str:
-    """The figures of one direction as one or two sentences."""
+    """Return the figures of one direction as one or two sentences."""
     several = THINGS[target][1]
     sentences = []
     if "exact" in found:
@@ -115,7 +115,7 @@ def gain(value: dict[str, Any]) -> str:
 
 
 def target(one: dict[str, Any]) -> str:
-    """One target with what was reached."""
+    """Return one target with the result."""
     name, _, aim = one["target"].partition(": ")
     value, aim = one["value"], FIGURES.get(aim, aim)
     if "mean" in value:
@@ -126,30 +126,30 @@ def target(one: dict[str, Any]) -> str:
 
 
 def story(summary: dict[str, Any]) -> list[str]:
-    """What happened, in five sentences."""
+    """Return the summary in five sentences."""
     seconds, killed, resumed = summary["seconds"], summary["killed_at_step"], summary["resumed_from_step"]
     training = f" ({seconds['train'] / 60:.1f} of them pretraining)" if "train" in seconds else ""
     return [
-        "This machine fetched public data, trained tokenizers, and pretrained one model that reads and makes "
+        "This machine fetched public data, trained tokenizers, and pretrained one model that reads and generates "
         f"{listed([THINGS[modality][1] for modality in summary['loss']])}.",
         f"It took {seconds['total'] / 60:.1f} minutes{training} at {summary['tokens_per_s']:,.0f} tokens per second, "
         f"and at most {summary['peak_rss_gib']:.1f} GiB of memory.",
         _learnt(summary),
-        f"One of the two training processes was killed (SIGKILL) after step {killed}: the run resumed by itself from "
-        f"its checkpoint of step {resumed}, repeated {killed - resumed} steps, and lost nothing.",
+        f"One of the two training processes was killed (SIGKILL) after step {killed}: the run resumed automatically "
+        f"from its checkpoint of step {resumed}, repeated {killed - resumed} steps, and lost nothing.",
         "Stock transformers loads the exported model and computes the same logits as megamm within "
         f"{summary['logits_max_abs_diff']:.1e}.",
     ]
 
 
 def _learnt(summary: dict[str, Any]) -> str:
-    """What of new combinations is right, the best direction first, and how many targets are reached."""
+    """Return what is right for new combinations, the best direction first, and how many targets are reached."""
     found = summary["figures"][NEW]
     exact = {name.partition("_to_")[0]: one["exact"] for name, one in found.items() if one.get("exact", {}).get("n")}
     best_first = sorted(exact, key=lambda source: -exact[source]["share"])
     right = listed([f"{exact[s]['right']} of {exact[s]['n']} {THINGS[s][1]}" for s in best_first])
     reached = sum(one["reached"] for one in summary["targets"])
     return (
-        f"On combinations of words that training never showed, it writes the caption exactly right for {right}; "
+        f"On combinations of words that are not in training, it writes the caption exactly right for {right}; "
         f"{reached} of {len(summary['targets'])} targets are reached."
     )

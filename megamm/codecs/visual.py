@@ -191,8 +191,8 @@ def chosen_ops(device: torch.device) -> ops.Ops:
 def batches_of_one_length(lengths: Sequence[int]) -> list[list[int]]:
     """Batches of video numbers, given lengths in frames: one length each, at most FRAMES_AT_ONCE frames."""
     batches = []
-    for length, alike in groupby(sorted(range(len(lengths)), key=lengths.__getitem__), lengths.__getitem__):
-        numbers, at_once = list(alike), max(1, FRAMES_AT_ONCE // length)
+    for length, group in groupby(sorted(range(len(lengths)), key=lengths.__getitem__), lengths.__getitem__):
+        numbers, at_once = list(group), max(1, FRAMES_AT_ONCE // length)
         batches += [numbers[i : i + at_once] for i in range(0, len(numbers), at_once)]
     return batches
 

@@ -149,9 +149,11 @@ def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str
     by_path = {Path(entry["path"]): name for name, entry in recorded["sources"].items()}
     names: dict[Path, str] = {path: by_path[path] for path in paths if path in by_path}
     for path in (path for path in paths if path not in names):
-        alike = [n for n in recorded["sources"] if f"/{path.as_posix()}".endswith(f"/{n}") and n not in names.values()]
-        if alike:
-            names[path] = max(alike, key=len)
+        matching = [
+            n for n in recorded["sources"] if f"/{path.as_posix()}".endswith(f"/{n}") and n not in names.values()
+        ]
+        if matching:
+            names[path] = max(matching, key=len)
     for path in (path for path in paths if path not in names):
         depths = range(1, len(path.parts) + 1)
         taken = {*names.values(), *recorded["sources"]}

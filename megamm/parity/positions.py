@@ -49,9 +49,9 @@ def expected_positions(batch: Batch, axes: int) -> torch.Tensor:
 
 def _first(found: torch.Tensor, expected: list[torch.Tensor]) -> str:
     """Return the first position where it differs from the closest batch."""
-    alike = [e for e in expected if e.shape == found.shape]
-    if not alike:
+    same_shape = [e for e in expected if e.shape == found.shape]
+    if not same_shape:
         return f"shape {tuple(found.shape)} instead of {tuple(expected[0].shape)}"
-    nearest = min(alike, key=lambda e: int((e != found).sum()))
+    nearest = min(same_shape, key=lambda e: int((e != found).sum()))
     row, channel, token = (found != nearest).nonzero()[0].tolist()
     return f"row {row}, token {token}: {found[row, channel, token]} instead of {nearest[row, channel, token]}"

@@ -1,4 +1,4 @@
-"""Runs commands of `megamm` in this process, with a toy sixth modality registered: `python any_to_any.py COMMANDS`.
+"""Runs commands of `megamm` in this process with a toy sixth modality: `python any_to_any.py COMMANDS`.
 
 COMMANDS is a JSON file: a list of argument lists.
 """

@@ -1,7 +1,7 @@
-"""Packed attention written a second time, plainly: float64, one document after the other.
+"""A second, plain implementation of packed attention: float64, one document after the other.
 
-Rotations are products with complex numbers e^(i angle); angles are made in float32, as transformers makes them.
-Also the random packed rows that it is tried on. Shape letters as in megamm/data/sample.py.
+Rotations are products with complex numbers e^(i angle); angles are computed in float32, as in transformers.
+The random packed rows for the tests are here, too. Shape letters as in megamm/data/sample.py.
 """
 
 import math
@@ -13,7 +13,7 @@ ROWS = 4
 
 
 def random_row_map(seed: int, length: int, only_short: bool = False) -> torch.Tensor:
-    """`[4, 4, S]`: a row of odd documents with padding, one whole-row document, one all padding, one long and short.
+    """Return `[4, 4, S]`: rows of odd documents with padding, one whole-row document, only padding, one long and short.
 
     only_short: four rows of the first kind, so that no row makes a batch look further back than it needs.
     """
@@ -40,7 +40,7 @@ def random_row_map(seed: int, length: int, only_short: bool = False) -> torch.Te
 
 
 def documents(segment: list[int]) -> Iterator[tuple[int, int]]:
-    """(start, stop) of each document of a row."""
+    """Yield (start, stop) of each document of a row."""
     start = 0
     for at in range(1, len(segment) + 1):
         if at == len(segment) or segment[at] != segment[start]:
@@ -49,7 +49,7 @@ def documents(segment: list[int]) -> Iterator[tuple[int, int]]:
 
 
 def turned(x_TND: torch.Tensor, position_3T: torch.Tensor, axes: int, base: float) -> torch.Tensor:
-    """The heads of one document at these positions; pairs (i, i + D/2) are complex numbers."""
+    """Rotate the heads of one document at these positions; pairs (i, i + D/2) are complex numbers."""
     pairs = x_TND.shape[2] // 2
     spatial = max(1, int(pairs * 20 / 64))
     axis = [0 if axes == 1 or i >= 3 * spatial else (0, 1, 2)[i % 3] for i in range(pairs)]
@@ -69,7 +69,7 @@ def attention(
     base: float | None = None,
     form: tuple[float, float, int] | None = None,
 ) -> torch.Tensor:
-    """float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows -> `[S, B, N * E]`.
+    """Map float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows to `[S, B, N * E]`.
 
     form: scale of the scores, their cap and the window, in tokens; None: 1 / sqrt(D), no cap and no window.
     """
@@ -92,6 +92,6 @@ def attention(
 
 
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Largest difference over the largest value; infinite where ours is not finite."""
+    """Return the largest difference over the largest value; infinite where ours is not finite."""
     error = (ours.double() - theirs).abs().max() / theirs.abs().max()
     return float(error) if bool(ours.isfinite().all()) else math.inf

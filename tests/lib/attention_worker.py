@@ -1,7 +1,7 @@
-"""Attention over context ranks against the plain reference: what each of four ranks does (parity/worlds.py).
+"""Attention over context ranks against the plain reference: the code of each of four ranks (parity/worlds.py).
 
 Cases with two context ranks run in two groups at once, each with its own rows. Every rank compares its tokens' output
-and gradients with the reference's of the whole rows.
+and gradients with the reference's for the whole rows.
 """
 
 import types
@@ -45,7 +45,7 @@ CASES |= {
 def build(
     group: Any, head_dim: int, axes: int, exchange: str = "allgather", kernel: str = "sdpa", form: Any = ()
 ) -> torch.nn.Module:
-    """PackedAttention as Megatron would build it; axes 0: keys come turned; form is one of FORMS, or none."""
+    """Build PackedAttention as Megatron would; axes 0: keys arrive rotated; form is one of FORMS, or none."""
     from megamm.mcore.attention import PackedAttention, ScoreForm
 
     config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
@@ -56,7 +56,7 @@ def build(
 
 
 def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]:
-    """Query, key, value of whole rows and the gradient of the output, float32."""
+    """Return query, key, value of whole rows and the gradient of the output, float32."""
     _, n, g, head_dim, value_dim, _ = heads
     generator = torch.Generator().manual_seed(seed)
     shapes = [(n, head_dim), (g, head_dim), (g, value_dim)]
@@ -65,7 +65,7 @@ def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]
 
 
 def expected(tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int, form: Any = None) -> list[torch.Tensor]:
-    """The reference's output and gradients of query, key and value, for whole rows."""
+    """Return the reference's output and gradients of query, key and value, for whole rows."""
     *qkv, weight = (x.double() for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
     out = attention(*leaves, row_map, axes or 1, BASE if axes else None, form)
@@ -80,7 +80,7 @@ def errors(
     axes: int,
     form: Any = None,
 ) -> list[float]:
-    """Relative errors of a module given the tokens `index` of the rows: output, then the three gradients."""
+    """Return relative errors of a module given the tokens `index` of the rows: output, then the three gradients."""
     *qkv, weight = (x[index] for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
     out = module(*leaves, row_map)
@@ -89,7 +89,7 @@ def errors(
 
 
 def errors_of_cases(_: None) -> dict[str, list[float]]:
-    """Each case's largest errors over all ranks, the same on every one."""
+    """Return each case's largest errors over all ranks, the same on every rank."""
     from megamm.mcore.context import local_index
 
     rank = dist.get_rank()

@@ -19,7 +19,7 @@ FORMATS = {
 
 
 def chirp(number: int, seconds: float = 0.5, rate: int = RATE) -> np.ndarray:
-    """float32 `[samples]`: a gliding tone over a steady one; everything follows from the number."""
+    """Return float32 `[samples]`: a gliding tone over a steady one, as a function of the number."""
     rng = np.random.default_rng(number)
     time = np.arange(round(seconds * rate)) / rate
     low, high = rng.uniform(150, 800), rng.uniform(800, 3000)
@@ -29,7 +29,7 @@ def chirp(number: int, seconds: float = 0.5, rate: int = RATE) -> np.ndarray:
 
 
 def as_bytes(samples: np.ndarray, extension: str = "flac", rate: int = RATE, subtype: str | None = None) -> bytes:
-    """The file a user would have."""
+    """Return the file a user would have."""
     file = io.BytesIO()
     container, usual = FORMATS[extension]
     soundfile.write(file, samples, rate, format=container, subtype=subtype or usual)
@@ -37,7 +37,7 @@ def as_bytes(samples: np.ndarray, extension: str = "flac", rate: int = RATE, sub
 
 
 def write_source(folder: Path, train: int, heldout: int) -> Path:
-    """`folder/<split>/audio/` shards, without texts: a recogniser takes seconds over each chirp."""
+    """Write `folder/<split>/audio/` shards, without texts: a recogniser takes seconds per chirp."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
         with ShardWriter(folder / split / "audio") as audio:
             for n in numbers:

@@ -1,4 +1,4 @@
-"""Checkpoint folders without a training run: small random files under a true manifest."""
+"""Checkpoint folders without a training run: small random files with a valid manifest."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from megamm.checkpoint.image import Image
 
 
 def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float | None = None, seed: int = 0) -> Path:
-    """RUN/checkpoints/step_X with two shards, generators, state and manifest; contents depend on (seed, step)."""
+    """Write RUN/checkpoints/step_X with two shards, generators, state and manifest, as a function of (seed, step)."""
     draw = random.Random(seed * 100_003 + step)
     files = {
         "state.json": json.dumps({"step": step, "heldout_loss": heldout_loss}).encode(),
@@ -30,7 +30,7 @@ def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float 
 
 
 def write_manifest(folder: Path, **extra: str) -> None:
-    """The true digests of what is there; `extra` names are listed besides, with the digest of b""."""
+    """Write the correct digests of the files; `extra` names are listed, too, with the digest of b""."""
     listed = {
         path.relative_to(folder).as_posix(): {
             "size": path.stat().st_size,
@@ -45,12 +45,12 @@ def write_manifest(folder: Path, **extra: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files by their path."""
+    """Return all files by their path."""
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def write_blocks(folder: Path, ranks: list[list[Block]]) -> None:
-    """A tensors/ folder as so many ranks write it: a data file of each rank, then the index over all."""
+    """Write a tensors/ folder as that many ranks do: a data file of each rank, then the index over all."""
     folder.mkdir()
     entries = []
     for rank, blocks in enumerate(ranks):

@@ -14,7 +14,7 @@ COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 
 
 def shape_picture(number: int, size: int = 32) -> tuple[Image.Image, str]:
-    """One shape on white; everything follows from the number."""
+    """Return one shape on white, as a function of the number."""
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (size, size), "white")
     colour, kind = COLOURS[rng.integers(len(COLOURS))], ("ellipse", "rectangle")[rng.integers(2)]
@@ -24,7 +24,7 @@ def shape_picture(number: int, size: int = 32) -> tuple[Image.Image, str]:
 
 
 def shape_video(number: int, frames: int = 9, size: int = 32) -> np.ndarray:
-    """A picture that moves to the right, a pixel a frame, on white: uint8 `[frames, size, size, 3]`."""
+    """Return a picture that moves to the right, one pixel a frame, on white: uint8 `[frames, size, size, 3]`."""
     picture = np.asarray(shape_picture(number, size)[0])
     wide = np.pad(picture, ((0, 0), (frames, 0), (0, 0)), constant_values=255)
     return np.stack([wide[:, frames - f : frames - f + size] for f in range(frames)])
@@ -40,7 +40,7 @@ def video_bytes(
     rotation: int = 0,
     **options: str,
 ) -> bytes:
-    """uint8 `[F, Y, X, 3]` as a video file, made with PyAV alone. times: ticks of a millisecond, one a frame."""
+    """Encode uint8 `[F, Y, X, 3]` as a video file with PyAV alone. times: ticks of a millisecond, one a frame."""
     file = io.BytesIO()
     tick = Fraction(1, 1000) if times else 1 / Fraction(rate)
     with av.open(file, "w", format=container, options=options) as out:
@@ -63,7 +63,7 @@ def video_bytes(
 
 
 def write_videos(folder: Path, train: int, heldout: int, frames: int = 9) -> Path:
-    """`folder/<split>/video/` shards of moving pictures, beside what write_source writes."""
+    """Write `folder/<split>/video/` shards of moving pictures, next to those of write_source."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
         with ShardWriter(folder / split / "video") as writer:
             for n in numbers:
@@ -72,14 +72,14 @@ def write_videos(folder: Path, train: int, heldout: int, frames: int = 9) -> Pat
 
 
 def as_bytes(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
-    """The file a user would have."""
+    """Return the file a user would have."""
     file = io.BytesIO()
     image.save(file, format=kind, **options)
     return file.getvalue()
 
 
 def write_source(folder: Path, train: int, heldout: int, per_shard: int = 1000) -> Path:
-    """`folder/<split>/<modality>/` shards of text and images with the same keys."""
+    """Write `folder/<split>/<modality>/` shards of text and images with the same keys."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
         text = ShardWriter(folder / split / "text", samples_per_shard=per_shard)
         images = ShardWriter(folder / split / "image", samples_per_shard=per_shard)

@@ -1,8 +1,8 @@
-"""A conversion that is killed (SIGKILL) at random times and begun again, until that has happened often enough.
+"""A conversion that is killed (SIGKILL) at random times and restarted, until that has happened often enough.
 
 `python tests/lib/convert_kills.py export|import SOURCE OUT KILLS [--nproc N] [--shard-size BYTES]`. After every kill
-there is either no output, or a whole one, with the bytes of a conversion that was left alone; its figures are printed
-as JSON. kills; resumed: kills after which the next one went on; finished: conversions that ended in between.
+there is either no output or a complete one, with the bytes of an uninterrupted conversion. The figures are printed as
+JSON. kills; resumed: kills after which the next one resumed; finished: conversions that ended in between.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from megamm.convert.hf import Checks, export, import_
 
 
 def convert(kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:
-    """What is killed; without logits, whose threads a forked process has not."""
+    """Run the conversion; without logits, whose threads do not exist in a forked process."""
     checks = Checks(logits=False)
     if kind == "export":
         export(source, out, checks=checks, **options)
@@ -30,7 +30,7 @@ def convert(kind: str, source: Path, out: Path, options: dict[str, Any]) -> None
 
 
 class Killing:
-    """The same conversion over and over."""
+    """Repeats the same conversion."""
 
     def __init__(self, kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:
         self.given = kind, source, out, options
@@ -40,7 +40,7 @@ class Killing:
         self.resumed = self.finished = 0
 
     def run(self, seconds: float | None) -> bool:
-        """In a process of its own, killed after so long; whether it was. AssertionError for what is half."""
+        """Run in a process, killed after that time; return whether it was killed. AssertionError for partial output."""
         begun = self._done() > 0
         process = multiprocessing.get_context("fork").Process(target=convert, args=self.given)
         process.start()
@@ -54,12 +54,12 @@ class Killing:
         return was_killed
 
     def _done(self) -> int:
-        """Segments in the journal."""
+        """Return the number of segments in the journal."""
         journal = self.place / "journal.jsonl"
         return journal.read_bytes().count(b"segment") if journal.exists() else 0
 
     def digests(self) -> dict[str, str]:
-        """Of all files of weights and, of an export, of what lies beside them; the output is removed."""
+        """Return digests of all weight files (for an export, of all files); the output is removed."""
         if self.kind == "import":
             checkpoint.verify(self.final)
         files = self.final.rglob("*.distcp") if self.kind == "import" else self.final.rglob("*")
@@ -69,8 +69,8 @@ class Killing:
         return found
 
     def all(self, kills: int, draw: random.Random) -> dict[str, Any]:
-        """So many kills, and what was found."""
-        convert(*self.given)  # loads what is loaded when it is first needed
+        """Run until that many kills; return the figures."""
+        convert(*self.given)  # loads modules that are imported at first use
         wanted, killed, began = self.digests(), 0, time.monotonic()
         self.run(None)
         seconds = time.monotonic() - began
@@ -82,7 +82,7 @@ class Killing:
                 assert self.digests() == wanted
         self.run(None)
         assert self.digests() == wanted
-        return {"kills": killed, "resumed": self.resumed, "finished": self.finished, "seconds_undisturbed": seconds}
+        return {"kills": killed, "resumed": self.resumed, "finished": self.finished, "seconds_without_kills": seconds}
 
 
 def main() -> None:

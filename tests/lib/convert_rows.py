@@ -4,13 +4,13 @@ from megamm.parity.case import Case
 
 
 def model_config(model):
-    """A run of one rank with these keys of the model section."""
+    """Return a run of one rank with these keys of the model section."""
     settings = {f"model.{key}": value for key, value in model.items()} | {"model.init_std": 0.02}
     return Case.of(1, settings).config
 
 
 def documents(batch):
-    """Every packed document of a batch on its own: (row, slice)."""
+    """Yield every packed document of a batch: (row, slice)."""
     for row in range(len(batch.segment)):
         for segment in range(int(batch.segment[row].max()) + 1):
             places = (batch.segment[row] == segment).nonzero().flatten()

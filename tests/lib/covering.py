@@ -1,7 +1,7 @@
-"""A covering array: few rows in which every two values of two factors meet, instead of the product of all factors.
+"""A covering array: few rows that contain every two values of two factors, instead of the product of all factors.
 
-Most faults of a composition come from two of its parts (D. R. Kuhn et al., IEEE TSE 30(6), 2004): rows that hold every
-pair find these, and a failing row is reduced to its pair by leaving out one part after the other.
+Most faults of a composition come from two of its parts (D. R. Kuhn et al., IEEE TSE 30(6), 2004): rows with every
+pair find these, and a failing row is reduced to its pair by removing one part after the other.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,12 +12,12 @@ Pair = frozenset[tuple[str, str]]
 
 
 def pairs_of(row: Mapping[str, str]) -> set[Pair]:
-    """Every two (factor, value) of the row."""
+    """Return every two (factor, value) of the row."""
     return {frozenset(two) for two in combinations(row.items(), 2)}
 
 
 def wanted(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) -> list[tuple[Pair, Row]]:
-    """The pairs that can be had, each with the row that has nothing else: all other factors at their first value."""
+    """Return all possible pairs, each with the row that has nothing else: all other factors at their first value."""
     plain = {name: values[0] for name, values in factors.items()}
     found: dict[Pair, Row] = {}
     for a, b in combinations(factors, 2):
@@ -29,7 +29,7 @@ def wanted(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) 
 
 
 def rows(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) -> list[Row]:
-    """Admitted rows that hold every pair of `wanted`; the same for the same input.
+    """Return admitted rows that contain every pair of `wanted`; a function of the input alone.
 
     Each row begins with a pair that no row has yet, and takes for one factor after the other the value that adds most.
     Pairs with first values come last: most are in rows by then.

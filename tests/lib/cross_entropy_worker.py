@@ -1,4 +1,4 @@
-"""Vocabulary-parallel cross entropy against one rank's: what each of four ranks does (parity/worlds.py).
+"""Vocabulary-parallel cross entropy against one rank's: the code of each of four ranks (parity/worlds.py).
 
 Cases with two ranks run in two groups at once. Every rank holds its rows of one weight, adds its part of hidden's
 gradient to the others' and compares with the float64 reference of the whole.
@@ -15,7 +15,7 @@ from megamm.ops import CSRC, TORCH, library
 assert not library.load(), library.load()
 CHUNKED, PLAIN = CSRC.linear_cross_entropy, TORCH.linear_cross_entropy
 OPTIONS = {"plain": {}, "smooth": {"label_smoothing": 0.1}, "z": {"label_smoothing": 0.05, "z_loss": 1e-3}}
-# (ranks, rows of weight on a rank, vocabulary): no padding, some, and so much that a rank has nothing else.
+# (ranks, rows of weight on a rank, vocabulary): no padding, some, and so much that a rank has only padding.
 SPLITS = [(2, 17, 34), (2, 31, 59), (4, 9, 33), (4, 2, 5)]
 CASES = {
     f"{implementation}-tp{split[0]}-{split[2]}-{dtype}-{options}": (implementation, split, dtype, options)
@@ -26,7 +26,7 @@ CASES = {
 
 
 def inputs(seed: int, tokens: int, width: int, rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
-    """hidden, weight, labels (some ignored) and token weights; float64 of values that bfloat16 can hold."""
+    """Return hidden, weight, labels (some ignored) and token weights; float64 of values that bfloat16 can hold."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).bfloat16().double()
     weight = torch.randn(rows, width, generator=generator).bfloat16().double()
@@ -36,7 +36,7 @@ def inputs(seed: int, tokens: int, width: int, rows: int, vocabulary: int) -> tu
 
 
 def run(function: Any, hidden: torch.Tensor, weight: torch.Tensor, *labels: Any, **options: Any) -> list[torch.Tensor]:
-    """Loss, token losses and both gradients."""
+    """Return loss, token losses and both gradients."""
     leaves = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
     loss, token_loss = function(*leaves, *labels, **options)
     return [loss.detach(), token_loss, *torch.autograd.grad(loss, leaves)]
@@ -65,8 +65,10 @@ def errors(seed: int, case: tuple[Any, ...], group: dist.ProcessGroup) -> list[f
 
 
 def errors_of_cases(_: None) -> dict[str, list[float]]:
-    """Each case's largest relative errors over all ranks: loss, token losses, gradient of hidden, gradient of weight;
-    infinite where two runs differ in a bit."""
+    """Return each case's largest relative errors over all ranks: loss, token losses, gradients of hidden and weight.
+
+    They are infinite where two runs differ in a bit.
+    """
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     results = {}
     for seed, (name, case) in enumerate(CASES.items()):

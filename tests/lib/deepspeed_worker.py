@@ -1,6 +1,6 @@
 """Runs engines over the same rows in real processes, many cases per start: `torchrun deepspeed_worker.py CASES OUT`.
 
-A case builds its engine, loads a folder where one is named, takes its steps (saving OUT/NAME after step `save_at`) and,
+A case builds its engine, loads a folder if one is named, runs its steps (saving OUT/NAME after step `save_at`) and,
 if there were any, evaluates; OUT/NAME.json gets losses, grad norms and learning rates of every step.
 """
 
@@ -26,7 +26,7 @@ WEIGHTS = torch.tensor([1.0, 0.5], dtype=torch.float64)
 
 
 def case_config(case: dict[str, Any]) -> RunConfig:
-    # Odd sizes: two ranks cut inside of parameters, and the last shards are padded.
+    # Odd sizes: two ranks cut inside parameters, and the last shards are padded.
     model = dict(
         num_layers=2, hidden_size=30, ffn_hidden_size=51, num_attention_heads=3, num_query_groups=1, head_dim=6
     )
@@ -48,14 +48,14 @@ def case_config(case: dict[str, Any]) -> RunConfig:
 
 
 def batches_of(number: int, groups: grid.Groups) -> list[Batch]:
-    """Of a step; of every third one data rank 1 sees no image, and step 4 has none."""
+    """Return a step's batches; in every third step data rank 1 has no image, and step 4 has none at all."""
     image_rows = [] if number == 4 else [0, 1, 4, 5] if number % 3 == 1 else range(ROWS)
     rows = global_batch(number, 1, [(True, i in image_rows) for i in range(ROWS)], LENGTH)
     return rank_batches(rows, MICRO, groups.data_rank, groups.data_size)
 
 
 def state(step: int) -> RunState:
-    """Of a checkpoint of which only the tensors are looked at."""
+    """Return the state for a checkpoint of which only the tensors are used."""
     return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 

@@ -1,4 +1,4 @@
-"""The commands that the pages show: every line of their sh blocks, and every `megamm ...` in their text."""
+"""The commands in the docs: every line of their sh blocks, and every `megamm ...` in their text."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
 
 @dataclass(frozen=True)
 class Documented:
-    """One command line of a page, comment removed and continuation lines joined."""
+    """One command line of a page, without comment, with continuation lines joined."""
 
     page: str
     line: int
@@ -27,20 +27,20 @@ class Documented:
 
 
 def pages(root: Path = ROOT) -> list[Path]:
-    """The pages that users and contributors read."""
+    """Return the pages that users and contributors read."""
     found = [root / "README.md", root / "CONTRIBUTING.md", root / "csrc" / "README.md"]
     return found + sorted([*root.glob("docs/**/*.md"), *root.glob("launchers/**/README.md")])
 
 
 def commands(root: Path = ROOT) -> list[Documented]:
-    """Every command line of every shell block."""
+    """Return every command line of every shell block."""
     return [
         command for page in pages(root) for command in in_blocks(page.relative_to(root).as_posix(), page.read_text())
     ]
 
 
 def in_blocks(page: str, text: str) -> Iterator[Documented]:
-    """Command lines of the shell blocks; of a console block what follows its prompt."""
+    """Yield command lines of the shell blocks; in console blocks, those after the prompt."""
     for block in _FENCE.finditer(text):
         if block["language"] not in SHELL_BLOCKS:
             continue
@@ -62,14 +62,14 @@ def in_blocks(page: str, text: str) -> Iterator[Documented]:
 
 
 def without_comment(line: str) -> str:
-    """The line up to a # that begins a word outside of quotes."""
+    """Return the line up to a # that begins a word outside quotes."""
     masked = _QUOTED.sub(lambda found: "x" * len(found[0]), line)
     comment = re.search(r"(^|\s)#", masked)
     return line[: comment.start()] if comment else line
 
 
 def in_text(root: Path = ROOT) -> list[Documented]:
-    """What stands in `backquotes` outside of blocks and begins with a program of ours."""
+    """Return commands in `backquotes` outside blocks that begin with one of our programs."""
     found = []
     for page in pages(root):
         text = _FENCE.sub(lambda block: re.sub(r"[^\n]", " ", block[0]), page.read_text())
@@ -83,7 +83,7 @@ def in_text(root: Path = ROOT) -> list[Documented]:
 
 
 def variants(text: str) -> list[str]:
-    """A synopsis as commands: without what stands in [brackets], and with it; of A|B the first, of A... one."""
+    """Return a synopsis as commands: without the parts in [brackets], and with them; A|B gives A, A... one A."""
     without = text
     while "[" in without and (shorter := re.sub(r"\s*\[[^\[\]]*\]", "", without)) != without:
         without = shorter

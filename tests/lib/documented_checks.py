@@ -1,6 +1,6 @@
-"""How each documented command is checked: run as typed, or, where that is impossible here, by the nearest real check.
+"""How each documented command is checked: run as typed, or, if that is impossible here, by the closest real check.
 
-ENTRIES is the table; the first entry whose pattern matches counts, and a command without one fails the test.
+ENTRIES is the table; the first entry whose pattern matches is used, and a command without one fails the test.
 """
 
 import importlib.metadata
@@ -21,17 +21,17 @@ from tiny_run import ROOT
 from megamm.cli import app
 
 USAGE_ERROR = typer.BadParameter.__mro__[1]
-"""click's UsageError, of whichever click this typer has: its own or the package."""
+"""click's UsageError, of the click that this typer uses: its own or the package."""
 
 
 @dataclass(frozen=True)
 class Entry:
     """One row of the table.
 
-    pattern: the command's beginning. check(entry, command, folder) raises where the command is wrong. why: the reason
-    that it is not run as typed. replace: text -> text, "$" the end. names: name that the page uses -> what it stands
-    for in the folder. absent: what the command is to write. codes: exit codes that the page promises. heavy: takes
-    seconds, so it is for `make test-all`.
+    pattern: the start of the command. check(entry, command, folder) raises if the command is wrong. why: the reason
+    that it is not run as typed. replace: text -> text, "$" is the end. names: a name on the page -> what it means in
+    the folder. absent: outputs of the command. codes: exit codes that the page promises. heavy: takes seconds, so it
+    runs in `make test-all`.
     """
 
     pattern: str
@@ -45,7 +45,7 @@ class Entry:
 
 
 def entry_of(command: str) -> Entry | None:
-    """The first that fits."""
+    """Return the first entry that matches."""
     return next((entry for entry in ENTRIES if re.match(entry.pattern, command)), None)
 
 
@@ -53,14 +53,14 @@ def entry_of(command: str) -> Entry | None:
 
 
 def run(entry: Entry, command: str, folder: Path) -> None:
-    """As typed, in the folder."""
+    """Run the command as typed, in the folder."""
     prepare(entry, command, folder)
     done = shell(command, folder)
     assert done.returncode in entry.codes, f"{command}: exit code {done.returncode}\n{done.stdout[-3000:]}"
 
 
 def prepare(entry: Entry, command: str, folder: Path) -> None:
-    """Give the page's names their meaning, and remove what the command is to write."""
+    """Create the names used on the page, and remove the outputs of the command."""
     for name, meaning in entry.names.items():
         remove(folder / name)
         (folder / name).symlink_to(folder / meaning)
@@ -69,7 +69,7 @@ def prepare(entry: Entry, command: str, folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, link or folder; it may be absent."""
+    """Remove a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -77,12 +77,12 @@ def remove(path: Path) -> None:
 
 
 def parse(entry: Entry, command: str, folder: Path) -> None:
-    """By megamm's own parser: subcommands, options, and the types of their values."""
+    """Parse with megamm's own parser: subcommands, options, and the types of their values."""
     parse_words(shlex.split(command)[1:])
 
 
 def parse_words(words: list[str]) -> None:
-    """Raises USAGE_ERROR for an unknown subcommand or option, a missing argument or a wrong value."""
+    """Raise USAGE_ERROR for an unknown subcommand or option, a missing argument or a wrong value."""
     command = typer.main.get_command(app)
     context = command.make_context("megamm", list(words))
     while isinstance(command, typer.core.TyperGroup):
@@ -92,12 +92,12 @@ def parse_words(words: list[str]) -> None:
 
 
 def dry_run(entry: Entry, command: str, folder: Path) -> None:
-    """The same `megamm train` with --dry-run: config, layout and data are checked for all of its nodes."""
+    """Run the same `megamm train` with --dry-run: config, layout and data are checked for all of its nodes."""
     run(entry, f"{command} --dry-run", folder)
 
 
 def torchrun(entry: Entry, command: str, folder: Path) -> None:
-    """torchrun's own parser, and the run's layout for that many ranks."""
+    """Run torchrun's own parser, and the run's layout for that many ranks."""
     from torch.distributed.run import get_args_parser
 
     launch = get_args_parser().parse_args(shlex.split(command)[1:])
@@ -108,13 +108,13 @@ def torchrun(entry: Entry, command: str, folder: Path) -> None:
 
 
 def make_target(entry: Entry, command: str, folder: Path) -> None:
-    """make's own plan of it: the target exists, and so does all that it needs."""
+    """Run make's dry run: the target exists, and so do all its prerequisites."""
     done = shell(f"{command} --dry-run", ROOT)
     assert done.returncode == 0, f"{command}: {done.stdout[-500:]}"
 
 
 def pip_install(entry: Entry, command: str, folder: Path) -> None:
-    """Every option is one of pip's; every requirement is one of megamm's, within its range, or an extra of it."""
+    """Check that options are pip's and each requirement is one of megamm's, within its range, or an extra of it."""
     done = shell(f"{command} --help", folder)
     assert done.returncode == 0, done.stdout[-500:]
     requirements = [word for word in shlex.split(command)[2:] if not word.startswith("-") and word != "."]
@@ -129,32 +129,32 @@ def pip_install(entry: Entry, command: str, folder: Path) -> None:
 
 
 def kustomize(entry: Entry, command: str, folder: Path) -> None:
-    """kubectl's own rendering of the folder that is applied or deleted."""
+    """Run kubectl's own rendering of the folder that is applied or deleted."""
     (target,) = re.findall(r" -k (\S+)", command)
     run(entry, f"kubectl kustomize {target}", folder)
 
 
 def kubectl_without_cluster(entry: Entry, command: str, folder: Path) -> None:
-    """kubectl gets as far as the connection, to a port where nobody listens: it knows every option."""
+    """kubectl reaches the connection, to a port without a server, so it knows every option."""
     done = shell(f"{command} --server=http://127.0.0.1:1 --request-timeout=5s", folder)
     assert "refused" in done.stdout, done.stdout
 
 
 def docker_build(entry: Entry, command: str, folder: Path) -> None:
-    """Its file and context are there; tests/test_images.py runs what the file does."""
+    """Check that its file and context exist; tests/test_images.py tests the file."""
     words = shlex.split(command)
     assert (folder / words[words.index("-f") + 1]).is_file(), command
     assert words[-1] == "."
 
 
 def shell_syntax(entry: Entry, command: str, folder: Path) -> None:
-    """bash reads it."""
+    """Check the syntax with bash."""
     done = subprocess.run(["bash", "-n", "-c", command], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 def submit(entry: Entry, command: str, folder: Path) -> None:
-    """submit.py's own parser, and its plan of the runs."""
+    """Run submit.py's own parser, and its plan of the runs."""
     code = (
         "import runpy, sys; m = runpy.run_path('launchers/slurm/submit.py');"
         "o = m['options']().parse_intermixed_args(sys.argv[1:]); print(m['runs_of'](o.config, o.overrides, o.sweep))"
@@ -169,12 +169,12 @@ def slurm(entry: Entry, command: str, folder: Path) -> None:
 
 HOST = {"HOST": "127.0.0.1"}
 MANY = HOST | {"$": " train.global_batch=32 train.micro_batch=1"}
-"""For 32 ranks a row each: the tiny CONFIG has fewer."""
-LONG = "trains for minutes by default: a few steps here"
+"""For 32 ranks with one row each: the tiny CONFIG has fewer."""
+LONG = "trains for minutes by default; only a few steps here"
 ENTRIES = [
-    # What cannot be done here as it is typed.
-    Entry(r"make ", make_target, "starts all of the tests, the demo, or makes an environment: make's own plan of it"),
-    Entry(r"pip install ", pip_install, "an index would be downloaded from"),
+    # Commands that cannot be run here as typed.
+    Entry(r"make ", make_target, "runs all tests or the demo, or makes an environment: make's dry run"),
+    Entry(r"pip install ", pip_install, "would download packages"),
     Entry(r"apt-get install ", shell_syntax, "changes the system"),
     Entry(r"git clone ", shell_syntax, "downloads"),
     Entry(r"megamm data fetch ", parse, "downloads public data; tests/test_fetch.py"),
@@ -188,15 +188,15 @@ ENTRIES = [
     ),
     Entry(r"torchrun ", torchrun, "16 GPUs on two nodes", {" ... ": " --rdzv-endpoint 127.0.0.1:29400 "}, heavy=True),
     Entry(r"megamm doctor .*--nnodes", parse, "several nodes; tests/test_preflight_nodes.py", HOST),
-    Entry(r"megamm doctor .*--gpus", run, "GPUs: without them it says so", codes=(0, 1), heavy=True),
+    Entry(r"megamm doctor .*--gpus", run, "GPUs: reports an error without them", codes=(0, 1), heavy=True),
     Entry(r"python tools/parity.py --fuzz ", run, "minutes: two of the 200", {"--fuzz 200": "--fuzz 2"}, heavy=True),
-    Entry(r"python launchers/slurm/submit.py ", submit, "sends jobs; tests/test_slurm.py", heavy=True),
+    Entry(r"python launchers/slurm/submit.py ", submit, "submits jobs; tests/test_slurm.py", heavy=True),
     Entry(r"kubectl (apply|delete) ", kustomize, "no cluster: rendered; tests/test_k8s_runs.py runs the pods"),
     Entry(r"kubectl ", kubectl_without_cluster, "no cluster: up to the connection"),
     Entry(r"docker build ", docker_build, "no Docker daemon; tests/test_images.py"),
     Entry(r"docker push ", shell_syntax, "no registry"),
     Entry(r"(for .*)?([A-Z_]+=\S+ )*sbatch ", slurm, "16 nodes with GPUs: sbatch --test-only on four", heavy=True),
-    # What is run as it is typed, but for the meaning of names.
+    # Commands that are run as typed, with local meanings of the names.
     Entry(r"\$EDITOR ", run),
     Entry(r"\. launchers/slurm/cluster.env", run),
     Entry(r"\.venv/bin/python -m pytest ", run, heavy=True),
@@ -214,17 +214,17 @@ ENTRIES = [
 
 
 def check(command: str, folder: Path, instead: Callable[[Entry, str, Path], None] | None = None) -> None:
-    """Every part of a command line, in order."""
+    """Check every part of a command line, in order."""
     for part in parts(command):
         entry = entry_of(part)
-        assert entry is not None, f"{part}: no entry in tests/lib/documented_checks.py says how it is checked"
+        assert entry is not None, f"{part}: has no entry in tests/lib/documented_checks.py"
         for old, new in entry.replace.items():
             part = part + new if old == "$" else part.replace(old, new)
         (instead or entry.check)(entry, part, folder)
 
 
 def parts(command: str) -> list[str]:
-    """What `&&` joins; a loop stays whole."""
+    """Split at `&&`; a loop stays whole."""
     return [part.strip() for part in command.split("&&")]
 
 
@@ -237,5 +237,5 @@ def wants_slurm(command: str) -> bool:
 
 
 def shown(command: str) -> list[str]:
-    """The command lines that a page's line stands for: a synopsis is two."""
+    """Return the command lines that a line of a page stands for: a synopsis gives two."""
     return variants(command) if re.match(r"megamm ", command) or "[key" in command else [command]

@@ -1,7 +1,7 @@
-"""A folder in which the pages' commands run as they are typed: tiny data, runs and exports under the names they use.
+"""A folder in which the docs' commands run as typed: tiny data, runs and exports with the names used there.
 
-It has copies of what a checkout shows to a user, links to its code, and a real run with its export, made by the
-command line itself: `python documented_workshop.py FOLDER`.
+It has copies of the user-visible parts of a checkout, links to its code, and a real run with its export, made by the
+command line: `python documented_workshop.py FOLDER`.
 """
 
 import json
@@ -38,11 +38,11 @@ LINKED += (
 )
 SOURCES = ("mine", "emoji", "clipart")
 CLEAN = ("HOME", "LANG", "LC_ALL", "TZ", "USER")
-"""What a new shell has; PATH besides."""
+"""Variables of a new shell, besides PATH."""
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """A new shell's, with megamm's environment active: no thread counts, no paths of Python, nothing of pytest."""
+    """Return the environment of a new shell with megamm's venv active: no thread counts, Python paths or pytest."""
     kept = {name: os.environ[name] for name in CLEAN if name in os.environ}
     return kept | {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -52,7 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def shell(line: str, cwd: Path, timeout: float = 600, **more: str) -> subprocess.CompletedProcess[str]:
-    """Run a line as bash does, in the clean environment; stdout and stderr together."""
+    """Run a line with bash in the clean environment; return stdout and stderr together."""
     temporary = cwd / ".tmp"
     temporary.mkdir(exist_ok=True)
     command = ["bash", "-euo", "pipefail", "-c", line]
@@ -61,7 +61,7 @@ def shell(line: str, cwd: Path, timeout: float = 600, **more: str) -> subprocess
 
 
 def make(folder: Path) -> None:
-    """Everything but what the commands themselves write."""
+    """Make everything except the output of the commands themselves."""
     folder.mkdir(exist_ok=True)
     for name in COPIED:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -94,7 +94,7 @@ def make(folder: Path) -> None:
 
 
 def _megamm(folder: Path, *commands: list[str]) -> None:
-    """These commands, in one process for speed."""
+    """Run these commands in one process, for speed."""
     code = (
         "import json, sys; from megamm.cli import app\nfor a in json.loads(sys.argv[1]): app(a, standalone_mode=False)"
     )
@@ -105,7 +105,7 @@ def _megamm(folder: Path, *commands: list[str]) -> None:
 
 
 def _nouns() -> Iterator[str]:
-    """Two words that are trained on, then one that is held out, and so on, at the default share."""
+    """Yield two words of the train split, then one held-out word, and so on, at the default share."""
     words = [f"thing{k}" for k in range(2000)]
     heldout, trained = [[w for w in words if is_heldout(w, 0.05) is held] for held in (True, False)]
     for k in count():
@@ -113,7 +113,7 @@ def _nouns() -> Iterator[str]:
 
 
 def _write_raw(folder: Path) -> None:
-    """raw/SOURCE with samples of all modalities, and pictures with captions in every other form that is read."""
+    """Write raw/SOURCE with samples of all modalities, and captioned pictures in every other supported format."""
     numbers, nouns = count(), _nouns()
     for source in SOURCES:
         raw = folder / "raw" / source
@@ -137,7 +137,7 @@ def _write_raw(folder: Path) -> None:
 
 
 def _write_other_forms(folder: Path) -> None:
-    """pictures/, tars/ and tables/ of the same samples."""
+    """Write pictures/, tars/ and tables/ of the same samples."""
     import pyarrow
     import webdataset
     from pyarrow import parquet
@@ -155,7 +155,7 @@ def _write_other_forms(folder: Path) -> None:
 
 
 def _make_other_codec(folder: Path) -> None:
-    """A visual codec that none of the runs was trained with."""
+    """Write a visual codec that none of the runs was trained with."""
     folder.mkdir()
     torch.manual_seed(1)
     sizes = VisualCodecConfig(image_size=32, downsample=8, width=16, decoder_depth=0, encoder_depth=0, levels=(4, 4))
@@ -163,7 +163,7 @@ def _make_other_codec(folder: Path) -> None:
 
 
 def _write_configs(folder: Path, tokenizers: dict[str, str]) -> None:
-    """CONFIG, mine.yaml and with_images.yaml: tiny models that all documented layouts fit."""
+    """Write CONFIG, mine.yaml and with_images.yaml: tiny models that fit all documented layouts."""
     heads = {"num_attention_heads": 4, "num_query_groups": 4, "head_dim": 8}
     config = {
         "device": "cpu",
@@ -173,7 +173,7 @@ def _write_configs(folder: Path, tokenizers: dict[str, str]) -> None:
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
         "train": {"steps": 8, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 8},
         "checkpoint": {"every": 2},
-        "resilience": {"hang_seconds": 300, "startup_seconds": 300},  # others share the cores: slow is not a hang
+        "resilience": {"hang_seconds": 300, "startup_seconds": 300},  # the cores are shared: slow is not a hang
     }
     for name, output in {"CONFIG": "runs/config", "mine.yaml": "runs/mine", "with_images.yaml": "runs/new"}.items():
         if name == "with_images.yaml":

@@ -1,6 +1,7 @@
 """The sources of csrc/cuda built for a CPU (tests/lib/emulation/cuda.h), as torch.ops.megamm_emulated.
 
-Built once per state of the sources into build/, in the time of a few tests; needs the C++ compiler that built csrc/.
+They are built into build/ once per state of the sources, within the time of a few tests; this needs the C++ compiler
+that built csrc/.
 """
 
 import fcntl
@@ -22,14 +23,14 @@ FLAGS = [
 ]
 
 
-# Every access to memory checked, of tensors too: `make sanitize`.
+# `make sanitize` checks every memory access, also to tensors.
 if os.environ.get("MEGAMM_SANITIZE"):
     FLAGS += ["-g", "-fsanitize=address"]
 
 
 @cache
 def load() -> SimpleNamespace:
-    """torch.ops.megamm_emulated."""
+    """Return torch.ops.megamm_emulated."""
     sources = [ROOT / "csrc/bindings.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     read = [HEADER, Path(__file__), *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     state = hashlib.sha256(b"\0".join([f"{torch.__version__} {FLAGS}".encode(), *(path.read_bytes() for path in read)]))
@@ -44,7 +45,7 @@ def load() -> SimpleNamespace:
 
 
 def _build(sources: list[Path], folder: Path) -> None:
-    """One object per source, side by side, then the library; its name appears when it is whole."""
+    """Compile one object per source in parallel, then the library, which gets its name when it is complete."""
     compiler = os.environ.get("CXX", "c++")
     includes = [word for path in include_paths() for word in ("-isystem", path)]
     jobs = {
@@ -52,7 +53,7 @@ def _build(sources: list[Path], folder: Path) -> None:
         for source in sources
     }
     running = [subprocess.Popen([compiler, *command, "-o", str(to)]) for to, command in jobs.items()]
-    assert [process.wait() for process in running] == [0] * len(running), "the kernels do not build for a CPU"
+    assert [process.wait() for process in running] == [0] * len(running), "building the kernels for a CPU failed"
     libraries = [f"-L{path}" for path in library_paths()] + ["-ltorch", "-ltorch_cpu", "-lc10"]
     part = folder / "library.part"
     subprocess.run([compiler, "-shared", *map(str, jobs), *libraries, "-o", str(part)], check=True)

@@ -12,7 +12,7 @@ from megamm.convert.family_config import read_config
 from megamm.parity.rows import VOCABULARY
 
 COMMON = {
-    "vocab_size": VOCABULARY,  # 301: uneven
+    "vocab_size": VOCABULARY,  # 301: odd
     "hidden_size": 48,
     "intermediate_size": 56,
     "num_hidden_layers": 3,
@@ -21,7 +21,7 @@ COMMON = {
     "head_dim": 10,
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
-    # Larger than for training, so that attention and routing are not near uniform.
+    # Larger than for training, so that attention and routing are not nearly uniform.
     "initializer_range": 0.2,
 }
 
@@ -80,7 +80,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "norm_topk_prob": True},
     ),
     "mixtral": ("Mixtral", {"num_local_experts": 5, "rope_parameters": THETA, "sliding_window": 6}),
-    # Caps that bend logits, and do not flatten them: else the rounding before a cap is a large part of what it leaves.
+    # Caps that bend logits without flattening them; otherwise the rounding before a cap is a large part of the result.
     "gemma2": (
         "Gemma2",
         {"rope_parameters": THETA, "sliding_window": 6, "query_pre_attn_scalar": 13, "pad_token_id": None}
@@ -125,7 +125,7 @@ SEQUENCE = 48
 
 
 def write_model(name: str, folder: Path, sizes: dict[str, Any] | None = None) -> Any:
-    """Save a random model of that name, of other sizes if given, as transformers does; returns it."""
+    """Save a random model of that name as transformers does, optionally with other sizes; return it."""
     kind, values = MODELS[name]
     torch.manual_seed(len(name))
     config = getattr(transformers, f"{kind}Config")(**COMMON | values | (sizes or {}))
@@ -141,7 +141,7 @@ def write_model(name: str, folder: Path, sizes: dict[str, Any] | None = None) ->
 
 
 def read_model(folder: Path) -> tuple[Any, dict[str, Any], dict[str, torch.Tensor]]:
-    """(family, model section, the file's tensors)."""
+    """Return (family, model section, the file's tensors)."""
     values = json.loads((folder / "config.json").read_text())
     family, section = read_config(values, SEQUENCE, folder)
     return family, section, load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The cases of the fault matrix (fault_matrix.py): kinds of faults, phases of a run, and where one makes no sense."""
+"""The cases of the fault matrix (fault_matrix.py): kinds of faults, phases of a run, and which of them apply."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ PLACES = {
     "during a save": "write:8:0",
 }
 """Phase, step and rank, in the order of a run; see faults.py. "restart" follows a kill -9 at step 7, when there are
-two whole checkpoints. A save is written while steps go on, perhaps to the last: nothing can come after that."""
+two complete checkpoints. A save is written while steps continue, perhaps to the last: nothing can follow it."""
 ALL = list(PLACES)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is done, where it makes sense, why not elsewhere, and whether the run is expected to start again.
+    """The fault, the phases it applies to, why not to others, and whether the run is expected to restart.
 
-    local_tier: the run has one. fault: of fault_kinds.py, if its name is another than the kind's.
+    local_tier: the run has one. fault: its name in fault_kinds.py, if it differs from the kind's.
     """
 
     what: str
@@ -88,23 +88,23 @@ NODES = {
     "lost_store": "kill -9 of the agent that hosts the rendezvous store, two nodes",
     "network_cut": "the network between two nodes is cut until it is detected",
 }
-"""By fault_nodes.py, in the steady state."""
+"""Injected by fault_nodes.py, in the steady state."""
 
 Faults = list[tuple[str, str]]
 """Kind and phase of each, in order."""
 
 
 def fault_of(kind: str) -> str:
-    """Its name in fault_kinds.py."""
+    """Return its name in fault_kinds.py."""
     return KINDS[kind].fault or kind if kind in KINDS else kind
 
 
 def plan(faults: Faults) -> str:
-    """The faults of a run, in order, for the environment."""
+    """Return the faults of a run, in order, for the environment."""
     chain = ""
     for kind, phase in faults:
         if phase == "restart":
             chain += ">sigkill_once_saved@step:7:1:*>"
-        # One that brings the attempt down may do so much later.
+        # A fault that brings the attempt down may do so much later.
         chain += f">{fault_of(kind)}@{PLACES[phase]}:*" + (">" if KINDS[kind].restarts else "")
     return chain.rstrip(">")

@@ -1,4 +1,4 @@
-"""What faults do: OUTSIDE ones to a rank's process from any other, or from itself; INSIDE ones by the rank itself."""
+"""The faults: OUTSIDE ones are done to a rank's process from any process; INSIDE ones by the rank itself."""
 
 import contextlib
 import ctypes
@@ -21,11 +21,11 @@ FILLER = "filler"
 
 
 class InjectedError(RuntimeError):
-    """What "exception" raises."""
+    """The error that "exception" raises."""
 
 
 def parent(process):
-    """Its parent's process id."""
+    """Return its parent's process id."""
     return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
@@ -34,7 +34,7 @@ def command_line(process):
 
 
 def below(process):
-    """All processes under it."""
+    """Return all processes below it."""
     from megamm.resilience.processes import children
 
     found = children(process)
@@ -48,19 +48,19 @@ def only(found, what):
 
 
 def writer(rank):
-    """The rank's process that writes checkpoints."""
+    """Return the rank's process that writes checkpoints."""
     return only([p for p in below(rank) if "megamm.checkpoint.writer" in command_line(p)], "checkpoint writer")
 
 
 def loader_worker(rank):
-    """One that reads for the rank: forked by a server of forks, and looking like it."""
+    """Return a loader worker of the rank: it is forked by a fork server, and has the same command line."""
     server = "multiprocessing.forkserver"
     found = [p for p in below(rank) if server in command_line(p) and server in command_line(parent(p))]
     return only(found, "loader worker")
 
 
 def kill(process):
-    """Kill it, and wait for what that does to this process if it is below."""
+    """Kill it; if this process is below it, wait for the effect."""
     os.kill(process, signal.SIGKILL)
 
 
@@ -83,13 +83,13 @@ def kill_agent(run, pid):
 
 
 def wait_for_the_end(pid):
-    """Which comes with that of another process, if `pid` is this one."""
+    """Wait until this process, if it is `pid`, ends because another process did."""
     if pid == os.getpid():
         threading.Event().wait()
 
 
 def beside_template(rank, module):
-    """The command's child that runs this module; the template looks like the fork server that it comes from."""
+    """Return the command's child that runs this module; the template looks like the fork server that forked it."""
     from megamm.resilience.processes import children
 
     template = parent(rank)
@@ -97,7 +97,7 @@ def beside_template(rank, module):
 
 
 def slow(run, pid):
-    """The rank runs a fifth of the time for a while, by another process's hand."""
+    """Let the rank run a fifth of the time for a while, controlled by another process."""
     code = (
         "import os, signal, sys, time\n"
         "pid, seconds, on, off = int(sys.argv[1]), *map(float, sys.argv[2:])\n"
@@ -111,17 +111,17 @@ def slow(run, pid):
 
 
 def newest_checkpoint(run, seconds=2.0):
-    """Of those that are whole, once there are two, one to go on from: a save is written while steps go on."""
+    """Return the newest complete checkpoint once there are two, so that one remains; saves overlap with steps."""
     end = time.monotonic() + seconds
     while len(found := _whole(run)) < 2:
         if time.monotonic() > end:
-            raise LookupError("there is no second checkpoint to go on from")
+            raise LookupError("there is no second checkpoint to resume from")
         time.sleep(0.01)
     return found[-1]
 
 
 def once_saved(act):
-    """Once a checkpoint may be damaged, or is sure to be there: a save that a kill cuts off might leave but one."""
+    """Act once two checkpoints exist: a save that a kill interrupts might leave only one."""
 
     def wait(run, pid):
         newest_checkpoint(run, seconds=30)
@@ -143,7 +143,7 @@ def _whole(run):
 
 
 def newest_in_local_tier(run):
-    """The newest step of which all parts count."""
+    """Return the newest step of which all parts are valid."""
     from megamm.resilience import events
     from megamm.tiers import parts
 
@@ -177,7 +177,7 @@ def _flip_bit(file, size):
 
 
 def fill_disk(run, pid):
-    """Leave no space where the checkpoints are, if that file system is a small one made for it."""
+    """Fill the file system of the checkpoints, if it is a small one made for this."""
     folder = run / "checkpoints"
     if shutil.disk_usage(folder).total > LARGEST_DISK:
         raise ValueError(f"{folder} is not on a small file system: not filled")
@@ -191,7 +191,7 @@ def fill_disk(run, pid):
 
 
 def empty_disk(run):
-    """Give the space back once a save has failed for want of it."""
+    """Free the space after a save has failed for lack of it."""
     if (run / "checkpoints" / FILLER).exists():
         from megamm.resilience import events
 
@@ -230,7 +230,7 @@ def _exception(heart):
 def _user_error(heart):
     from megamm.errors import UserError
 
-    raise UserError("an injected mistake", remedy="mend it")
+    raise UserError("an injected mistake", remedy="fix it")
 
 
 def _deadlock(heart):
@@ -240,27 +240,27 @@ def _deadlock(heart):
 
 
 def _until_asked(heart):
-    """No fault: wait until the agent asks for a stop."""
+    """Inject no fault: wait until the agent requests a stop."""
     while struct.unpack_from("q", heart.slot.memory, 0)[0] == 0:
         time.sleep(0.01)
 
 
 def _pause(heart):
-    """Let another process do something just now: it sees folder/paused, and ends the pause by removing that."""
+    """Let another process act at this moment: it sees folder/paused, and removes it to end the pause."""
     (heart.folder / "paused").touch()
     while (heart.folder / "paused").exists():
         time.sleep(0.01)
 
 
 def _nan(heart):
-    """The next gradient of one parameter is NaN on this rank, once."""
+    """Make the next gradient of one parameter NaN on this rank, once."""
     left = [float("nan")]
     parameter = next(heart.engine.chunks[0].parameters())
     parameter.register_hook(lambda gradient: gradient * (left.pop() if left else 1.0))
 
 
 def _clock(heart):
-    """All processes of the run that have the hook see another time of day: hours later, or earlier again."""
+    """Change the time of day for all processes of the run that have the hook: hours later, or back again."""
     path = heart.folder / "clock"
     now = float(path.read_text()) if path.exists() else 0.0
     path.with_suffix(".new").write_text(str(0.0 if now else CLOCK_JUMP))
@@ -275,7 +275,7 @@ INSIDE = {
     "exit0": lambda heart: sys.exit(0),
     "_exit0": lambda heart: os._exit(0),
     "deadlock": _deadlock,
-    "hold_gil": lambda heart: sum(range(10**15)),  # one long call that neither gives up the GIL nor looks for signals
+    "hold_gil": lambda heart: sum(range(10**15)),  # one long call that neither releases the GIL nor handles signals
     "nan": _nan,
     "clock": _clock,
     "pause": _pause,
@@ -284,7 +284,7 @@ INSIDE = {
 
 
 def follow_clock(folder):
-    """time.time() of this process is what folder/clock makes of it: seconds added to the true one."""
+    """Make time.time() of this process the true time plus the seconds in folder/clock."""
     true_time, path = time.time, folder / "clock"
 
     def shifted():
@@ -297,7 +297,7 @@ def follow_clock(folder):
 
 
 def remember_engine(heart):
-    """For "nan": the engine that this process is about to build."""
+    """Remember, for "nan", the engine that this process is about to build."""
     from megamm.mcore.engine import NativeEngine
 
     plain = NativeEngine.__init__
@@ -310,7 +310,7 @@ def remember_engine(heart):
 
 
 def record_rows(heart):
-    """folder/rows_RANK.jsonl: for every step that this process reads, the rows' end and a digest of each own row.
+    """Write folder/rows_RANK.jsonl: for every step that this process reads, the rows' end and a digest of each own row.
 
     Each line has its attempt, too: how many launches there have been, and the attempt's number in the last one.
     """

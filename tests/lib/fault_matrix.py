@@ -1,9 +1,9 @@
-"""Every fault in every phase of a run, and what becomes of it; `make faults` writes docs/faults.md with this.
+"""Runs every fault in every phase of a run and checks the outcome; `make faults` writes docs/faults.md with this.
 
     python tests/lib/fault_matrix.py --out out/faults --table docs/faults.md [--kinds sigkill,sigstop]
 
-One run a kind of fault, on two gloo ranks, suffers it in one phase after the other. Its outcome counts only if the run
-ends by itself with exit code 0, reports the numbers of an undisturbed run to the last digit (losses, grad norms,
+One run per kind of fault, on two gloo ranks, has it in one phase after the other. Its outcome counts only if the run
+ends automatically with exit code 0, reports the numbers of the baseline run to the last digit (losses, grad norms,
 learning rates, held-out losses), ends in the same bytes of the last checkpoint's tensors and generators, and has read
 the same rows in every step that it kept. Seconds are those of the run's own events.
 """
@@ -34,12 +34,12 @@ code=$?
 cp -r "$run/checkpoints" "$run/kept" && umount "$run/checkpoints" && rmdir "$run/checkpoints" || exit 9
 mv "$run/kept" "$run/checkpoints" && exit $code
 """
-"""A shell's text: run a command while its output's checkpoints are on a file system of their own, seen by it alone."""
+"""A shell script: run a command with its output's checkpoints on a private file system."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fault in one phase: seconds until it was seen and from then to the next step; cause None: no restart."""
+    """One fault in one phase: seconds until it was detected and from then to the next step; cause None: no restart."""
 
     phase: str
     was_injected: bool
@@ -50,14 +50,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a run; `wrong` is what keeps it from counting, empty if it counts."""
+    """Outcome of a run; `wrong` lists why it does not count, empty if it does."""
 
     cells: list[Cell]
     wrong: list[str]
 
 
 def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, str]]:
-    """Command, without the processes, and environment of a run with output folder/name."""
+    """Return command, without the processes, and environment of a run with output folder/name."""
     sections = {"train": TRAIN, "checkpoint": CHECKPOINT, "resilience": RESILIENCE}
     config = write_config(folder, folder / name, **sections)
     records = folder / f"{name}.records"
@@ -66,14 +66,14 @@ def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, 
 
 
 def local_tier(folder: Path, name: str) -> Path:
-    """Of the runs that have one."""
+    """Return the local tier of the runs that have one."""
     return folder / f"{name}.local"
 
 
 def run(
     folder: Path, name: str, faults: str, workers: int = 0, small_disk: bool = False, has_local: bool = False
 ) -> int:
-    """Train to the end under these faults; the exit code. The console's text is in folder/name.log."""
+    """Train to the end under these faults; return the exit code. The console's text is in folder/name.log."""
     command, env = prepare(folder, name, faults)
     if small_disk:
         (folder / name / "checkpoints").mkdir(parents=True)
@@ -90,7 +90,7 @@ def run(
 
 
 def rows(records: Path) -> dict[int, list[str]]:
-    """Digests of the rows of every step (by where its rows end) in the last attempt that came to it, of all ranks."""
+    """Return digests of all ranks' rows of every step (by where its rows end) in the last attempt that read it."""
     lines = [json.loads(text) for path in records.glob("rows_*.jsonl") for text in path.read_text().splitlines()]
     last: dict[int, list[int]] = {}
     for line in lines:
@@ -102,20 +102,20 @@ def rows(records: Path) -> dict[int, list[str]]:
 
 
 def last_bytes(output: Path) -> dict[str, str]:
-    """Digests of the last checkpoint's tensors and generators."""
+    """Return digests of the last checkpoint's tensors and generators."""
     files = json.loads((output / "checkpoints" / f"step_{STEPS:08d}" / "manifest.json").read_text())["files"]
     return {name: entry["xxh3_128"] for name, entry in files.items() if name.endswith((".distcp", ".safetensors"))}
 
 
 def differences(folder: Path, name: str, code: int) -> list[str]:
-    """In which ways the run is not the undisturbed one."""
-    ours, theirs = folder / name, folder / "undisturbed"
+    """Return how the run differs from the baseline run."""
+    ours, theirs = folder / name, folder / "baseline"
     if code:
         return [f"exit code {code}"]
     read = rows(folder / f"{name}.records")
     checks = {
         "other numbers": numbers(ours) == numbers(theirs),
-        "other rows": read == rows(folder / "undisturbed.records"),
+        "other rows": read == rows(folder / "baseline.records"),
         "not every row": [len(digests) for digests in read.values()] == [BATCH] * STEPS,
         "another last checkpoint": last_bytes(ours) == last_bytes(theirs),
     }
@@ -123,14 +123,14 @@ def differences(folder: Path, name: str, code: int) -> list[str]:
 
 
 def cells(output: Path, faults: Faults) -> list[Cell]:
-    """What became of each injection, by the run's events up to the next one."""
+    """Return the effect of each injection, from the run's events up to the next one."""
     story = [event for event in events.read(output) if event.get("fault") != "pause"]
     starts = [i for i, event in enumerate(story) if event["kind"] == "injected"] + [len(story)]
     parts = [story[i:j] for i, j in itertools.pairwise(starts)]
     found = []
     for kind, phase in faults:
         if phase == "restart":
-            del parts[:1]  # the kill that makes the restart
+            del parts[:1]  # the kill that causes the restart
         if not parts or parts[0][0]["fault"] != fault_of(kind):
             found.append(Cell(phase, False, None, None, None))
             continue
@@ -139,7 +139,7 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
         if failed is None:
             found.append(Cell(phase, True, None, None, None))
             continue
-        # A fault in the first step of all follows: to where that begins, which rank 0 may tell after the next fault.
+        # The first step follows a fault at start-up: measure to its start, which may be logged after the next fault.
         end = "started" if phase == "start-up" else "first_step"
         of_next = itertools.takewhile(lambda event: event["kind"] != "failed", parts[0] if parts else [])
         since = [*part[part.index(failed) :], *of_next]
@@ -149,7 +149,7 @@ def cells(output: Path, faults: Faults) -> list[Cell]:
 
 
 def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
-    """A run of that name with these faults, judged."""
+    """Run under that name with these faults, and check it."""
     kinds = [KINDS[kind] for kind, _ in faults]
     workers, has_local = max(k.data_workers for k in kinds), any(k.local_tier for k in kinds)
     code = run(folder, name, plan(faults), workers, any(k.small_disk for k in kinds), has_local)
@@ -161,7 +161,7 @@ def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
 
 
 def surprises(faults: Faults, found: list[Cell]) -> list[str]:
-    """Injections that were not made, or did something else; LookupError is of a fault that finds nothing to hurt."""
+    """Return injections that were not made or had another effect; LookupError: the fault found no target."""
     wrong = []
     for (kind, phase), cell in zip(faults, found, strict=True):
         if not cell.was_injected:
@@ -172,14 +172,14 @@ def surprises(faults: Faults, found: list[Cell]) -> list[str]:
 
 
 def undisturbed(folder: Path) -> None:
-    """The data, and the run that all others are compared with."""
+    """Make the data and the baseline run that all others are compared with."""
     folder.mkdir(parents=True)
     make_data(folder)
-    assert run(folder, "undisturbed", "") == 0, (folder / "undisturbed.log").read_text()
+    assert run(folder, "baseline", "") == 0, (folder / "baseline.log").read_text()
 
 
 def table(folder: Path) -> str:
-    """docs/faults.md from all outcomes of the folder."""
+    """Return docs/faults.md from all outcomes of the folder."""
     found = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.outcome")}
     what = {name: kind.what for name, kind in KINDS.items()} | NODES
     lines = [f"| fault | {' | '.join(PLACES)} |", "|---" * (len(PLACES) + 1) + "|"]
@@ -226,23 +226,23 @@ the first step). A hang is detected after {hang} s + twice a step (`resilience.h
 
 
 def outcome(folder: Path, name: str) -> Outcome:
-    """Of a kind of fault in all its phases."""
+    """Return the outcome of a kind of fault in all its phases."""
     if name in KINDS:
         return suffer(folder, name, [(name, phase) for phase in KINDS[name].phases])
-    from fault_nodes import suffer_apart  # it uses this module
+    from fault_nodes import suffer_apart  # it imports this module
 
     wrong = suffer_apart(folder, name)
     return Outcome(cells(folder / name, [(name, "steady state")]), wrong)
 
 
 def main() -> None:
-    """The command line, see above."""
+    """Run the command line (see the module's docstring)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="a folder; outcomes that it has are not made again")
-    parser.add_argument("--table", type=Path, help="where to write the table of all outcomes in --out")
-    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="of faults, with commas")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; outcomes in it are not repeated")
+    parser.add_argument("--table", type=Path, help="file for the table of all outcomes in --out")
+    parser.add_argument("--kinds", default=",".join([*KINDS, *NODES]), help="kinds of faults, separated by commas")
     chosen = parser.parse_args()
-    if not (chosen.out / "undisturbed").exists():
+    if not (chosen.out / "baseline").exists():
         undisturbed(chosen.out)
     failed = False
     for name in chosen.kinds.split(","):
@@ -251,7 +251,7 @@ def main() -> None:
             path.write_text(json.dumps(asdict(outcome(chosen.out, name)), indent=1))
         wrong = json.loads(path.read_text())["wrong"]
         failed = failed or bool(wrong)
-        print(f"{name}: {'; '.join(wrong) or 'as undisturbed'}", flush=True)
+        print(f"{name}: {'; '.join(wrong) or 'as the baseline run'}", flush=True)
     if chosen.table is not None:
         chosen.table.write_text(table(chosen.out))
     sys.exit(int(failed))

@@ -1,10 +1,10 @@
 """Faults between two nodes: the host of the rendezvous store ends, the network between them is cut for a while.
 
-    python tests/lib/fault_nodes.py FOLDER lost_store|network_cut     a folder that fault_matrix.py has worked in
+    python tests/lib/fault_nodes.py FOLDER lost_store|network_cut     a folder that fault_matrix.py has used
 
-Two commands on this machine are the nodes, one rank each. For the cut each is in a network namespace of its own (with
-its own host name), joined by a pair of virtual interfaces of which one goes down; that needs no root where
-unprivileged user namespaces are allowed. Judged like the runs of fault_matrix.py.
+Two commands on this machine are the nodes, one rank each. For the cut each is in its own network namespace (with its
+own host name), joined by a pair of virtual interfaces of which one goes down; that needs no root where unprivileged
+user namespaces are allowed. The runs are checked like those of fault_matrix.py.
 """
 
 import contextlib
@@ -26,23 +26,23 @@ from megamm.resilience import events
 RENDEZVOUS = ("join=60", "last_call=1", "keep_alive=0.5")
 STEP, SECONDS = 5, 240
 HOSTS = {"node-a": "192.0.2.1", "node-b": "192.0.2.2"}
-"""RFC 5737: of no network; the namespaces have no way out."""
+"""RFC 5737: reserved addresses; the namespaces have no route out."""
 IN_NAMESPACE = (
     'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; touch "$3"; read _; shift 3; exec "$@" </dev/null'
 )
 
 
 def wait_for(what, seconds=SECONDS):
-    """The first true value of what()."""
+    """Return the first true value of what()."""
     end = time.monotonic() + seconds
     while not (found := what()):
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
     return found
 
 
 def can_cut() -> bool:
-    """Whether namespaces and virtual interfaces can be had here."""
+    """Return whether namespaces and virtual interfaces are available."""
     try_it = "ip link add name ve-a type veth peer name ve-b && mount --bind /etc/hosts /etc/hosts"
     command = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", try_it]
     try:
@@ -52,7 +52,7 @@ def can_cut() -> bool:
 
 
 class Job:
-    """Two nodes; rank 0 pauses once at STEP for what is to be done to them."""
+    """Two nodes; rank 0 pauses once at STEP, so that a fault can be injected."""
 
     def __init__(self, folder: Path, name: str, endpoint: str) -> None:
         self.folder, self.name, self.output = folder, name, folder / name
@@ -63,7 +63,7 @@ class Job:
         self.nodes: list[subprocess.Popen] = []
 
     def start(self, *before: str, **options) -> subprocess.Popen:
-        """One more node; `before`: what its command is given to."""
+        """Start another node; `before`: a command that runs its command."""
         with (self.folder / f"{self.name}.log").open("a") as log:
             node = subprocess.Popen([*before, *self.command], env=self.env, stdout=log, stderr=log, **options)
         self.nodes.append(node)
@@ -71,7 +71,7 @@ class Job:
 
     @contextlib.contextmanager
     def paused(self, kind: str):
-        """Within, rank 0 is about to begin STEP."""
+        """Inside the block, rank 0 is about to begin STEP."""
         wait_for((self.records / "paused").exists)
         record(self.output, kind, "step", STEP, 0, 0)
         yield
@@ -81,7 +81,7 @@ class Job:
         return [event for event in events.read(self.output) if event["kind"] == "failed"]
 
     def end(self) -> list[str]:
-        """Wait; what is wrong, compared with the undisturbed run."""
+        """Wait; return the differences from the baseline run."""
         codes = [node.wait(timeout=SECONDS) for node in self.nodes]
         return fault_matrix.differences(self.folder, self.name, next(filter(None, codes), 0))
 
@@ -91,7 +91,7 @@ class Job:
 
 
 def lost_store(folder: Path) -> list[str]:
-    """The agent that hosts the store is killed -9; its command and the other node's agent have to mend it."""
+    """The agent that hosts the store is killed -9; its command and the other node's agent have to recover."""
     endpoint = f"127.0.0.1:{free_port()}"
     job = Job(folder, "lost_store", endpoint)
     try:
@@ -113,7 +113,7 @@ def _listens(endpoint):
 
 
 def network_cut(folder: Path) -> list[str]:
-    """In a namespace of its own, see main: the link goes down in a step, and comes back when that was seen."""
+    """In a private namespace (see main): the link goes down in a step and comes back when that was detected."""
     job = Job(folder, "network_cut", "node-a:29400")
     hosts = job.records / "hosts"
     hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in HOSTS.items()))
@@ -145,7 +145,7 @@ def _ip(*arguments: str, within: subprocess.Popen | None = None) -> None:
 
 
 def suffer_apart(folder: Path, kind: str) -> list[str]:
-    """What is wrong with a run under that fault, nothing if it is as undisturbed; in namespaces where it needs them."""
+    """Return how a run under that fault differs from the baseline run; it uses namespaces if needed."""
     unshare = ["unshare", "--user", "--map-root-user", "--net"] if kind == "network_cut" else []
     command = [*unshare, sys.executable, __file__, str(folder), kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * SECONDS)

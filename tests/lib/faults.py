@@ -1,14 +1,14 @@
-"""Faults for real runs, on a cluster or in a test; nothing in megamm knows of them.
+"""Faults for real runs, on a cluster or in a test; megamm itself does not know them.
 
 From outside, on the host of the rank, when it is in that phase and at that step or later:
 
     python tests/lib/faults.py RUN --kind sigstop --phase step --step 300 --rank 5
 
-From within, for those that need the process itself, at an exact place: `environment("sigkill@step:3:1:0,...")` gives
-what a run's environment must have: kind@phase:step:rank:attempt, each of the last three a number or *. A rank that
-beats its heart there (before the phase's work) suffers the fault, once. "a>b": b only after a; "a>>b": in a later
-attempt than a. The phase "write" is that of a save in which its temporary folder is there. The event "injected" is
-recorded first, so that detection and recovery can be timed.
+From inside, for faults that need the process itself, at an exact place: `environment("sigkill@step:3:1:0,...")`
+returns a run's environment: kind@phase:step:rank:attempt, each of the last three a number or *. A rank whose
+heartbeat reaches this place (before the phase's work) has the fault, once. "a>b": b only after a; "a>>b": in a later
+attempt than a. The phase "write" is a save whose temporary folder exists. The event "injected" is recorded first, so
+that detection and recovery can be timed.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TEMPORARY = ".tmp-step_*"
 
 
 def environment(faults: str, base: dict[str, str], folder: Path | None = None) -> dict[str, str]:
-    """base with the faults and the hook that installs them.
+    """Return base with the faults and the hook that installs them.
 
     folder: for the rows that every rank reads (fault_kinds.record_rows) and the clock that "clock" sets.
     """
@@ -37,7 +37,7 @@ def environment(faults: str, base: dict[str, str], folder: Path | None = None) -
 
 
 class Planned:
-    """One fault of the environment. turn: after how many others, None for any time; is_later: not in their attempt."""
+    """One fault. turn: after how many others, None for any time; is_later: in a later attempt than those."""
 
     def __init__(self, text, turn, is_later):
         self.kind, _, place = text.partition("@")
@@ -79,7 +79,7 @@ class Planned:
 
 
 def parse(text):
-    """The faults of the environment's text."""
+    """Parse the faults in the environment."""
     found = []
     for chain in text.split(","):
         parts = chain.split(">")
@@ -101,7 +101,7 @@ def install():
 
     planned = parse(os.environ[FAULTS])
     plain_init, plain_beat = Heartbeat.__init__, Heartbeat.beat
-    # It may name variables: elements of an array of jobs differ by nothing else.
+    # It may name variables: elements of an array of jobs differ in nothing else.
     folder = Path(os.path.expandvars(os.environ[FOLDER])) if FOLDER in os.environ else None
     if folder is not None:
         fault_kinds.follow_clock(folder)
@@ -109,7 +109,7 @@ def install():
     def init(self, run, *arguments):
         plain_init(self, run, *arguments)
         self.run, self.folder = run, folder
-        if any(fault.kind == "nan" for fault in planned):  # it imports Megatron, which a single process may not yet
+        if any(fault.kind == "nan" for fault in planned):  # it imports Megatron, which a single process cannot do yet
             fault_kinds.remember_engine(self)
         if folder is not None:
             fault_kinds.record_rows(self)
@@ -125,7 +125,7 @@ def install():
 
 
 def main():
-    """The command line, see above."""
+    """Run the command line (see the module's docstring)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's output folder")
     parser.add_argument("--kind", required=True, choices=sorted(fault_kinds.OUTSIDE))

@@ -1,4 +1,4 @@
-"""Runs with faults for the loss guard and the straggler scores to find: each changes a forked rank's own code.
+"""Runs with faults for the loss guard and the straggler scores to detect: each changes a forked rank's own code.
 
 `at` counts forward and backward passes of the process, from 1: a step that is run again counts twice.
 """
@@ -24,8 +24,8 @@ class Case:
 
 
 def train(case: Case) -> tuple[str, str] | None:
-    """In a rank: the run with its faults. The error that it ended with, as (kind, text)."""
-    # Saving starts processes of its own, which a daemon may not.
+    """Run with the faults in a rank; return the error that it ended with, as (kind, text)."""
+    # Saving starts processes, which a daemon must not do.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     from megamm import train
     from megamm.config import load_config
@@ -58,7 +58,7 @@ def passes(during: Callable[[int], Any]) -> None:
 
 
 def nan_in_gradient(rank: int, at: list[int]) -> None:
-    """One element of the first bucket's gradient, before it is summed over ranks."""
+    """Make one element of the first bucket's gradient NaN, before it is summed over ranks."""
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
 
     original, number = Buckets.start_grad_sync, 0
@@ -77,7 +77,7 @@ def nan_in_gradient(rank: int, at: list[int]) -> None:
 
 
 def flipped_bit(rank: int, at: list[int]) -> None:
-    """The highest bit of the exponent of one activation between 1 and 2 in a norm's output, once each time."""
+    """Flip the highest exponent bit of one activation between 1 and 2 in a norm's output, once each time."""
     from megamm.mcore.norm import RMSNorm
 
     original, due = RMSNorm.forward, False
@@ -101,7 +101,7 @@ def flipped_bit(rank: int, at: list[int]) -> None:
 
 
 def poisoned_rows(rows: list[int]) -> None:
-    """Steps that hold one of these rows have the same label everywhere."""
+    """Give steps with one of these rows the same label everywhere."""
     from megamm import train
 
     class Poisoned(train.Loader):
@@ -117,7 +117,7 @@ def poisoned_rows(rows: list[int]) -> None:
 
 
 def rows_left_out(first: int, count: int) -> None:
-    """The reference of a roll-back: data without these rows."""
+    """Make the reference of a roll-back: data without these rows."""
     from megamm.data.row_stream import RowStream
 
     plan = RowStream.plan
@@ -125,7 +125,7 @@ def rows_left_out(first: int, count: int) -> None:
 
 
 def ended_before(step: int) -> None:
-    """The run ends where this step would begin, as by a mistake of the user's."""
+    """End the run where this step would begin, as if by a user's mistake."""
     from megamm import train
     from megamm.errors import UserError
 
@@ -140,7 +140,7 @@ def ended_before(step: int) -> None:
 
 
 def ended_by_roll_back() -> None:
-    """The run ends when it has set the later checkpoints aside."""
+    """End the run when it has set the later checkpoints aside."""
     from megamm.errors import UserError
     from megamm.resilience.loss_guard import LossGuard
 
@@ -151,7 +151,7 @@ def ended_by_roll_back() -> None:
 
 
 def no_durable_tier() -> None:
-    """It cannot be written to."""
+    """Make writing to the durable tier fail."""
     from megamm.tiers.durable import DurableTier
     from megamm.tiers.remote import RemoteError
 
@@ -162,7 +162,7 @@ def no_durable_tier() -> None:
 
 
 def no_update(at: list[int]) -> None:
-    """The reference of a skipped step: the optimizer and its schedule stand still in these passes."""
+    """Make the reference of a skipped step: the optimizer and its schedule stand still in these passes."""
     from megamm.mcore import optimizer
     from megamm.mcore.engine import NativeEngine
 
@@ -188,7 +188,7 @@ def no_update(at: list[int]) -> None:
 
 
 def slow_forward(rank: int, seconds: float) -> None:
-    """A busy loop in every forward of a norm. Phases are measured in processor time: other processes slow no rank."""
+    """Add a busy loop to every forward of a norm. Phases are measured in processor time, independent of other load."""
     from megamm import clock, device
     from megamm.mcore.norm import RMSNorm
 
@@ -206,7 +206,7 @@ def slow_forward(rank: int, seconds: float) -> None:
 
 
 def slow_loader(rank: int, seconds: float) -> None:
-    """Its rows take long to read."""
+    """Make its rows slow to read."""
     from megamm.data.row_reader import RowReader
 
     original = RowReader.row

@@ -12,7 +12,7 @@ import transformers
 from megamm.codecs.folders import load_codec
 
 RATE, SIDE = 1600, 12
-"""Samples a second, and pixels along a side; a cell of the grid is of 2 x 2 pixels."""
+"""Samples a second, and pixels along a side; a cell of the grid has 2 x 2 pixels."""
 SMALL_VQ: dict[str, Any] = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
 SIZES: dict[str, Any] = {
     "mimi": {"sampling_rate": RATE, "upsampling_ratios": [4, 2], "hidden_size": 16, "num_filters": 4, "head_dim": 8}
@@ -40,7 +40,7 @@ Folders = dict[str, Path]
 
 
 def make_folders(parent: Path) -> Folders:
-    """parent/<name>/ of each model. Codes are spread around the latents of noise: at first some are all zeros."""
+    """Write parent/<name>/ of each model. Codes are spread around the latents of noise: some are all zeros at first."""
     for seed, (name, sizes) in enumerate(SIZES.items()):
         torch.manual_seed(seed)
         model = MODELS[name](MODELS[name].config_class(**sizes)).eval()
@@ -51,7 +51,7 @@ def make_folders(parent: Path) -> Folders:
 
 @torch.no_grad()
 def _spread_codes(name: str, model: Any) -> None:
-    """DAC's are spread already."""
+    """Spread the codes; DAC's are spread already."""
     if name in ("mimi", "emu3"):
         for key, tensor in model.state_dict().items():
             if key.endswith(("embed_sum", "embedding.weight")):
@@ -71,17 +71,17 @@ def _around(latents: torch.Tensor, codes: int) -> torch.Tensor:
 
 
 def load(folders: Folders, name: str) -> tuple[Any, str]:
-    """The adapter and its codec_id."""
+    """Return the adapter and its codec_id."""
     return load_codec(folders[name], {}, "audio" if name in AUDIO else "visual")
 
 
 def direct(folders: Folders, name: str) -> Any:
-    """The model as transformers loads it."""
+    """Return the model as transformers loads it."""
     return MODELS[name].from_pretrained(folders[name]).eval()
 
 
 def edited(folders: Folders, name: str, target: Path, **changes: Any) -> Path:
-    """A copy of the folder with another config."""
+    """Return a copy of the folder with another config."""
     shutil.copytree(folders[name], target)
     values = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(values))
@@ -89,11 +89,11 @@ def edited(folders: Folders, name: str, target: Path, **changes: Any) -> Path:
 
 
 def noise(samples: int, seed: int = 0) -> torch.Tensor:
-    """float32 `[samples]` in [-1, 1]."""
+    """Return float32 `[samples]` in [-1, 1]."""
     return torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, samples).astype(np.float32))
 
 
 def pictures(batch: int, frames: int, seed: int = 0) -> torch.Tensor:
-    """uint8 `[batch, frames, SIDE, SIDE, 3]` of noise."""
+    """Return uint8 `[batch, frames, SIDE, SIDE, 3]` of noise."""
     shape = (batch, frames, SIDE, SIDE, 3)
     return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))

@@ -1,7 +1,7 @@
-"""Nothing is left behind: temporary files of a session lie in a folder of its own, which must be empty at the end.
+"""No leftovers: temporary files of a session are in its own folder, which must be empty at the end.
 
-What the tests leave there, or in shared memory, fails the session and is named. pytest's own folders and the one that
-torch.compile makes are removed with the folder if all tests passed, and kept to look at otherwise.
+Files that the tests leave there or in shared memory fail the session and are named. pytest's own folders and that of
+torch.compile are removed with the folder if all tests passed, and kept for inspection otherwise.
 """
 
 import os
@@ -22,7 +22,7 @@ class Leftovers:
 
     def __init__(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="megamm-"))
-        self.folder.chmod(0o711)  # munge wants the folders above its socket to be passable for all
+        self.folder.chmod(0o711)  # munge requires search permission for all on the folders above its socket
         self.shared_before = _shared_memory()
         os.environ["TMPDIR"] = str(self.folder)
         tempfile.tempdir = None  # read TMPDIR again
@@ -44,7 +44,7 @@ class Leftovers:
 
 
 def _shared_memory() -> set[Path]:
-    """This user's files in shared memory."""
+    """Return this user's files in shared memory."""
     found = set()
     for path in SHARED_MEMORY.glob("*"):
         with suppress(FileNotFoundError):
@@ -54,7 +54,7 @@ def _shared_memory() -> set[Path]:
 
 
 def _used(paths: set[Path]) -> set[Path]:
-    """Those that a living process has mapped: they belong to other programs of this user."""
+    """Return those that a living process has mapped: they belong to other programs of this user."""
     used = set()
     for maps in Path("/proc").glob("[0-9]*/maps") if paths else ():
         with suppress(OSError):

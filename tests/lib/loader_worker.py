@@ -1,6 +1,6 @@
-"""One data rank that trains nothing: it takes rows from the loader and writes down which, step by step.
+"""A data rank that does not train: it takes rows from the loader and logs them, step by step.
 
-`python loader_worker.py SPEC.json RANK`: appends a line a step to the rank's log, synced before the next step as a
+`python loader_worker.py SPEC.json RANK`: appends one line per step to the rank's log, synced before the next step as a
 checkpoint would be: consumed_rows after it, the mixture's history, and which samples were in this rank's rows
 (each has a text of two tokens that name it).
 """
@@ -28,7 +28,7 @@ def cost(lengths):
 
 
 def open_stream(folder, weights, recorded, consumed):
-    """The stream of {source name: weight} after `consumed` rows."""
+    """Return the stream of {source name: weight} after `consumed` rows."""
     sources = [OpenSource(folder / n, w, SampleSet(folder / n / "train", CODECS)) for n, w in weights.items()]
     order = Order(5, ROW, VOCABULARY, FORMS)
     if recorded is None:
@@ -37,7 +37,7 @@ def open_stream(folder, weights, recorded, consumed):
 
 
 def texts(batches):
-    """The names of the samples in these batches: the two tokens of their texts."""
+    """Return the names of the samples in these batches: the two tokens of their texts."""
     found = []
     for batch in batches:
         for ids, segment in zip(batch.input_ids, batch.segment, strict=True):

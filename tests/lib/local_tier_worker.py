@@ -1,6 +1,6 @@
-"""Ranks of two nodes (megamm/parity/worlds.py) that save into the local tier and look for it anew (test_local_tier.py).
+"""Ranks of two nodes (megamm/parity/worlds.py) that save into the local tier and search it (test_local_tier.py).
 
-A node is a folder; a `LocalTier` made anew is another attempt of the job.
+A node is a folder; another `LocalTier` object is another attempt of the job.
 """
 
 import os
@@ -31,7 +31,7 @@ def tier(folder, run="run"):
 
 
 def save(folder):
-    """Steps, each replicated; the digests that this rank's part has at each."""
+    """Run steps, each saved and replicated."""
     local = tier(folder)
     local.begin(-1)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -51,7 +51,7 @@ def save(folder):
 
 
 def hurt(folder, how):
-    """By rank 0."""
+    """Damage the folders, on rank 0."""
     newest = f"*/step_{STEPS:08d}"
     if how == "a node is lost":
         shutil.rmtree(folder / "n1")
@@ -70,7 +70,7 @@ def hurt(folder, how):
 
 
 def look(told):
-    """After `how`: the steps found, and, of the newest, the ranks whose shards are here with the right contents."""
+    """Return, after `how`, the steps found and the ranks whose shards of the newest step are here and correct."""
     folder, how = Path(told[0]), told[1]
     save(folder)
     if dist.get_rank() == 0:
@@ -81,7 +81,7 @@ def look(told):
         steps = local.steps()
         if not steps:
             return steps, []
-        # As a rank of another layout, which reads what others have written.
+        # Read as a rank of another layout would.
         wanted = [dist.get_rank(), (dist.get_rank() + 2) % 4]
         found = local.restore(steps[-1], lambda _: {shard(rank) for rank in wanted})
         assert (found / "state.json").is_file() and (found / f"rng_{dist.get_rank():05d}.safetensors").is_file()

@@ -1,7 +1,7 @@
-"""Manifests of launchers/k8s as kubectl renders them, and what Kubernetes decides by them.
+"""Manifests of launchers/k8s as kubectl renders them, and the decisions of Kubernetes about them.
 
 `decide` is the Job controller's reading of a pod failure policy (KEP-3329), `decide_set` JobSet's of a failure policy:
-which exit codes run again, which end the job.
+which exit codes restart, and which end the job.
 """
 
 import re
@@ -18,7 +18,7 @@ OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustom
 
 
 def render(folder):
-    """The manifests of a folder with a kustomization, by the kubectl of this environment."""
+    """Return the manifests of a folder with a kustomization, rendered by the kubectl of this environment."""
     command = [Path(sys.prefix) / "bin" / "kubectl", "kustomize", folder]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
@@ -32,7 +32,7 @@ def only(manifests, kind):
 
 
 def job_spec(manifests):
-    """The spec of the one Job, wherever it is: by itself, in a JobSet, or in a TrainingRuntime."""
+    """Return the spec of the one Job: top-level, in a JobSet, or in a TrainingRuntime."""
     kinds = {manifest["kind"] for manifest in manifests}
     if "Job" in kinds:
         return only(manifests, "Job")["spec"]
@@ -49,14 +49,14 @@ def container(job):
 
 @dataclass(frozen=True)
 class Verdict:
-    """action: FailJob, Ignore (again, uncounted) or Count (again, up to a limit); message: of the failed Job."""
+    """action: FailJob, Ignore (retry, uncounted) or Count (retry, up to a limit); message: of the failed Job."""
 
     action: str
     message: str = ""
 
 
 def decide(job, exit_code, is_disrupted=False):
-    """What follows the failure of a pod whose only container ended so; is_disrupted: condition DisruptionTarget."""
+    """Return the reaction to a pod whose only container ended like this; is_disrupted: condition DisruptionTarget."""
     assert exit_code != 0, "no failure"
     for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
         said = _matches_code(rule.get("onExitCodes"), exit_code) or _matches_condition(rule, is_disrupted)
@@ -81,7 +81,7 @@ def _matches_condition(rule, is_disrupted):
 
 
 def decide_set(job_set, reason, message):
-    """The action of a JobSet on a failed Job: reason and message of the Job's condition."""
+    """Return the action of a JobSet on a failed Job: reason and message of the Job's condition."""
     for rule in job_set["failurePolicy"]["rules"]:
         reasons, patterns = rule.get("onJobFailureReasons", []), rule.get("onJobFailureMessagePatterns", [])
         if (not reasons or reason in reasons) and (not patterns or any(re.search(p, message) for p in patterns)):

@@ -1,4 +1,4 @@
-"""A tiny medium and an untrained codec of every registered modality, all different by number and made from it alone."""
+"""A tiny medium and an untrained codec of every registered modality, different for each number, and deterministic."""
 
 import io
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def _image(number: int) -> tuple[bytes, str]:
 
 
 def _audio(number: int) -> tuple[bytes, str]:
-    """A fading tone of a fifth of a second and more."""
+    """Return a fading tone of a fifth of a second or more."""
     import soundfile
 
     seconds = np.arange(3200 + 160 * (number % 5)) / 16_000
@@ -35,7 +35,7 @@ def _audio(number: int) -> tuple[bytes, str]:
 
 
 def _video(number: int) -> tuple[bytes, str]:
-    """A shape that moves to the right, five frames and more at 8 Hz."""
+    """Return a shape that moves to the right, five frames or more at 8 Hz."""
     import av
 
     still = np.asarray(shape_picture(number)[0])
@@ -51,7 +51,7 @@ def _video(number: int) -> tuple[bytes, str]:
 
 
 def _points(number: int) -> tuple[bytes, str]:
-    """An ellipsoid of one colour."""
+    """Return an ellipsoid of one colour."""
     rng = np.random.default_rng(number)
     normal = rng.standard_normal((600, 3))
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
@@ -72,7 +72,7 @@ _EXAMPLES: dict[str, Callable[[int], tuple[bytes, str]]] = {
 
 
 def example(name: str, number: int) -> tuple[bytes, str]:
-    """(bytes, ending) of a medium of this modality; a modality of a test's own has an `example`."""
+    """Return (bytes, extension) of a medium of this modality; a test's own modality has an `example`."""
     make = _EXAMPLES.get(name) or REGISTRY[name].example  # type: ignore[attr-defined]
     return make(number)
 
@@ -112,7 +112,7 @@ _CODECS: dict[str, Callable[[Path], None]] = {
 
 
 def make_codecs(folder: Path) -> dict[str, Path]:
-    """folder/<family>/ with untrained weights from one seed, for every family of the registry."""
+    """Write folder/<family>/ with untrained weights from one seed, for every family of the registry."""
     for family in families():
         (folder / family).mkdir(parents=True)
         torch.manual_seed(0)

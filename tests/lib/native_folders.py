@@ -22,19 +22,19 @@ from megamm.parity.case import Case
 from megamm.parity.rows import VOCABULARY
 
 PADDING = 3
-"""Rows of the tables that are of no id, as tensor parallel leaves them."""
+"""Padding rows of the tables, as tensor parallel leaves them."""
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 def make_pair(name: str, folder: Path, shard: str = "60KB") -> tuple[Path, Path]:
-    """(folder/run of two ranks' files, folder/hf in shards), the same random model of a family."""
+    """Return (folder/run of two ranks' files, folder/hf in shards), the same random model of a family."""
     write_model(name, folder / "whole").save_pretrained(folder / "hf", max_shard_size=shard)
     make_native(folder / "hf", folder / "run")
     return folder / "run", folder / "hf"
 
 
 def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> Path:
-    """RUN's step 0 with a folder's tensors, each changed; layers are on different ranks, or halves of a tensor."""
+    """Write RUN's step 0 with a folder's tensors, each changed; ranks have different layers, or halves of a tensor."""
     family, section = read_config(json.loads((hf / "config.json").read_text()), SEQUENCE, hf)
     config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
     with Weights(hf) as weights:

@@ -1,4 +1,4 @@
-"""What several tests of operators use: other layouts of the same numbers, and runs that must agree in every bit."""
+"""Shared by tests of operators: other layouts of the same numbers, and runs that must be bit-identical."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,11 +11,11 @@ LAYOUTS = {
     "columns apart": lambda x: torch.stack([x, x], -1)[..., 0],
     "expanded": lambda x: x[:1].expand(x.shape),
 }
-"""Name -> a view of the shape of x `[A, B, N]` with its numbers ("expanded": those of x[0], A times)."""
+"""Name -> a view with the shape of x `[A, B, N]` and its numbers ("expanded": those of x[0], A times)."""
 
 
 def assert_same_bits_for_any_threads(run: Callable[[], Sequence[torch.Tensor]]) -> None:
-    """run() gives the same tensors again, and with two and three threads."""
+    """Check that run() gives identical tensors again, and with two and three threads."""
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 1, 2, 3):

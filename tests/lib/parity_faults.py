@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 
 def image_gradient_times_data_parallel_size():
-    """As when one modality's encoder is averaged over data parallel and the rest is summed."""
+    """One modality's encoder is averaged over data parallel and the rest is summed."""
     from megamm.mcore import step
 
     original = step.token_factor
@@ -33,7 +33,7 @@ def data_parallel_sum_dropped():
 
 
 def sequence_parallel_sum_dropped():
-    """Norms see their own tokens only, and are not summed over tensor parallel."""
+    """Norms have only their own tokens' gradient, not summed over tensor parallel."""
     from megatron.core.distributed import finalize_model_grads as module
 
     _finalize_module(module)._allreduce_non_tensor_model_parallel_grads = lambda *a, **k: None
@@ -47,14 +47,14 @@ def tied_embedding_sum_dropped():
 
 
 def _finalize_module(function_or_module):
-    """The package exports a function of the module's name."""
+    """Return the module; the package exports a function of the same name."""
     import sys
 
     return sys.modules[getattr(function_or_module, "__module__", None) or function_or_module.__name__]
 
 
 def document_index_shifted():
-    """Positions of the second document of a packed row go on from the first's."""
+    """Positions of the second document of a packed row continue from the first's."""
     from megamm.mcore import attention
 
     original = attention.document_positions

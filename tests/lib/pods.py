@@ -1,9 +1,9 @@
-"""An Indexed Job on this machine: what Job controller, kubelet and DNS do for its pods, by Linux namespaces.
+"""An Indexed Job on this machine: the work of Job controller, kubelet and DNS for its pods, with Linux namespaces.
 
-A pod's container runs with the rendered command, environment, user and volumes, on a read-only root, as a process of
-its own process, mount and host-name namespace; the image is this environment. Pods share the machine's network: each
-has an address in 127.0.0.0/8, and their names are in /etc/hosts, a pod's as soon as it has an address.
-Needs root, for namespaces and users: `why_not` says what is missing.
+A pod's container runs with the rendered command, environment, user and volumes, on a read-only root, in its own
+process, mount and host-name namespace; the image is this environment. Pods share the machine's network: each has an
+address in 127.0.0.0/8, and their names are in /etc/hosts, a pod's as soon as it has an address.
+Root is required for namespaces and users: `why_not` reports what is missing.
 """
 
 import os
@@ -19,11 +19,11 @@ from manifests import ROOT, container, decide
 
 NAMESPACE = "default"
 HIDDEN = ("proc", "tmp", "root", "home", "mnt")
-"""Folders of the machine that a pod does not see, but for this environment and this checkout."""
+"""Folders of the machine that are hidden from a pod, except for this environment and this checkout."""
 
 
 def why_not():
-    """Why pods cannot run here; empty if they can."""
+    """Return why pods cannot run here; empty if they can."""
     if os.geteuid() != 0:
         return "pods need root: mounts and users of their own"
     try_it = ["unshare", "--uts", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
@@ -32,7 +32,7 @@ def why_not():
 
 
 def environment(spec, labels, index, given):
-    """Of a container: what the image gives, then spec.env in order, $(NAME) replaced; and the controller's index."""
+    """Return a container's environment: the image's, then spec.env in order, $(NAME) replaced; the index."""
     fields = {"metadata.namespace": NAMESPACE} | {f"metadata.labels['{k}']": v for k, v in labels.items()}
     known = dict(given)
     for entry in spec["env"]:
@@ -42,12 +42,12 @@ def environment(spec, labels, index, given):
 
 
 def expand(text, known):
-    """Kubernetes leaves a reference to what is not known as it is."""
+    """Expand references; Kubernetes leaves unknown ones unchanged."""
     return re.sub(r"\$\(([A-Za-z_][A-Za-z0-9_]*)\)", lambda found: known.get(found[1], found[0]), text)
 
 
 class Pod:
-    """One try of one index. volumes: name -> folder of the machine; others of the spec are empty and in memory."""
+    """One attempt of one index. volumes: name -> folder of the machine; others in the spec are empty and in memory."""
 
     def __init__(self, job, folder, name, fqdn, address, env, volumes):
         self.spec, self.container = job["template"]["spec"], container(job)
@@ -92,7 +92,7 @@ class Pod:
         yield f"hostname {self.name}"
 
     def _exec(self):
-        """Give up all rights, and become the command, or its parent as the pause container is."""
+        """Drop all rights, and become the command, or its parent like the pause container."""
         context = self.spec["securityContext"]
         user = f"--reuid={context['runAsUser']} --regid={context['runAsGroup']} --groups={context['fsGroup']}"
         rights = "--no-new-privs --inh-caps=-all --bounding-set=-all"
@@ -100,7 +100,7 @@ class Pod:
         return f'exec chroot {self.folder}/root setpriv {user} {rights} {command} "$@"'
 
     def main_process(self):
-        """Of the container, as this machine sees it; None while there is none yet."""
+        """Return the container's process id on this machine; None until it exists."""
         levels = 2 if self.spec.get("shareProcessNamespace") else 1
         found = psutil.Process(self.process.pid)
         for _ in range(levels):
@@ -111,25 +111,25 @@ class Pod:
         return found if "megamm" in " ".join(found.cmdline()) else None
 
     def drain(self):
-        """As an eviction does: the condition, then SIGTERM (the caller sees to the grace time)."""
+        """Act like an eviction: the condition, then SIGTERM (the caller handles the grace time)."""
         self.is_disrupted = True
         self.main_process().send_signal(signal.SIGTERM)
 
     def cut_power(self):
-        """All processes at once: the first of the namespace takes the others along."""
+        """Kill all processes at once: the namespace's first process takes the others along."""
         for first in psutil.Process(self.process.pid).children():
             first.kill()
         self.process.kill()
         self.process.wait()
 
     def exit_code(self):
-        """None while it runs; 137 for SIGKILL, as the kubelet reports."""
+        """Return None while it runs; 137 for SIGKILL, as the kubelet reports."""
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code
 
 
 class IndexedJob:
-    """The Job controller's part for one Job, in turns: `turn` looks at ended pods and replaces them as the policy says.
+    """The Job controller for one Job, in turns: `turn` looks at ended pods and replaces them as the policy says.
 
     state: "running", "complete" or "failed" with `why`; failures: counted ones of each index; ended: (index, exit
     code, action) of every ended pod. The image's environment is `given`.
@@ -151,7 +151,7 @@ class IndexedJob:
                 pod.cut_power()
 
     def start(self, index):
-        """A pod for this index, with an address of its own, which DNS tells the others."""
+        """Start a pod for this index with its own address, which DNS gives to the others."""
         self._made += 1
         folder, name = self.folder / f"pod-{self._made}-index-{index}", f"{self.name}-{index}"
         env = environment(container(self.job), self.labels, index, self.given)
@@ -171,7 +171,7 @@ class IndexedJob:
                 file.write("\n".join(lines) + "\n")
 
     def turn(self):
-        """Replace what has ended, as the manifest says."""
+        """Replace ended pods, as the manifest says."""
         for index, pod in list(self.pods.items()):
             code = pod.exit_code()
             if code is None or self.state != "running":
@@ -193,10 +193,10 @@ class IndexedJob:
                 self.start(index)
 
     def until(self, what, seconds=240):
-        """Take turns until what() is true; its value."""
+        """Take turns until what() is true; return its value."""
         end = time.monotonic() + seconds
         while not (found := what()):
-            assert time.monotonic() < end, f"it did not happen\n{self.story()}"
+            assert time.monotonic() < end, f"timed out\n{self.story()}"
             self.turn()
             time.sleep(0.02)
         return found

@@ -13,7 +13,7 @@ COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white
 
 
 def solid(number: int) -> tuple[trimesh.Trimesh, str]:
-    """A box or a ball of one colour; everything follows from the number."""
+    """Return a box or a ball of one colour, as a function of the number."""
     rng = np.random.default_rng(number)
     name = list(COLOURS)[rng.integers(len(COLOURS))]
     if rng.integers(2):
@@ -25,7 +25,7 @@ def solid(number: int) -> tuple[trimesh.Trimesh, str]:
 
 
 def as_bytes(mesh: trimesh.Trimesh, kind: str) -> bytes:
-    """The file a user would have; "npz": a cloud of 512 points."""
+    """Return the file a user would have; "npz": a cloud of 512 points."""
     if kind == "npz":
         return write_cloud(cloud_from_mesh(mesh, 512, seed=0))
     data = mesh.export(file_type=kind)
@@ -33,7 +33,7 @@ def as_bytes(mesh: trimesh.Trimesh, kind: str) -> bytes:
 
 
 def write_points(folder: Path, train: int, heldout: int) -> Path:
-    """`folder/<split>/<modality>/` shards of text and points with the same keys; clouds and meshes in turn."""
+    """Write `folder/<split>/<modality>/` shards of text and points with the same keys; clouds and meshes in turn."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):
         with ShardWriter(folder / split / "text") as text, ShardWriter(folder / split / "points") as points:
             for n in numbers:

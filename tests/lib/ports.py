@@ -1,7 +1,7 @@
-"""Ports on which something will listen a little later, by another process.
+"""Ports for a server that another process starts a little later.
 
-The kernel gives clients theirs from a range of its own (Linux: 32768 and above): a port found free there may be taken
-before its user has started, by any connection of a test beside this one. Those below are given to nobody unasked.
+The kernel assigns client ports from its own range (Linux: 32768 and above): a free port from there may be taken before
+its user has started, by any connection of a concurrent test. Ports below that range are never assigned automatically.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ RANGE = range(20_000, 32_000)
 
 
 def free_port(*addresses: str) -> int:
-    """One that is free on all of them; without any, on 127.0.0.1."""
+    """Return a port that is free on all these addresses; without any, on 127.0.0.1."""
     while True:
         port = random.SystemRandom().choice(RANGE)
         with contextlib.ExitStack() as stack:

@@ -1,7 +1,7 @@
 """The code rules of CONTRIBUTING.md as checks over one parsed file; tests/test_repository.py applies them.
 
 A rule is a function of a `File` that yields (line, what is wrong). Rules read the syntax tree, so a word in a
-comment is no offence, except for `device_word`, which is about words.
+comment is not an offence, except for `device_word`, which is about words.
 """
 
 import ast
@@ -27,7 +27,7 @@ class File:
 
     @cached_property
     def imports(self) -> list[tuple[int, str]]:
-        """(line, dotted name) of every import, at any depth; relative ones are the project's own and left out."""
+        """Return (line, dotted name) of every import, at any depth; relative ones are the project's own and skipped."""
         found: list[tuple[int, str]] = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -40,7 +40,7 @@ class File:
 
     @cached_property
     def calls(self) -> list[tuple[ast.Call, str]]:
-        """Every call with the dotted name of what it calls, import aliases resolved: "torch.load"."""
+        """Return every call with the dotted name of the called object, import aliases resolved: "torch.load"."""
         return [(n, self.dotted(n.func)) for n in ast.walk(self.tree) if isinstance(n, ast.Call)]
 
     @cached_property
@@ -54,14 +54,14 @@ class File:
         return names
 
     def dotted(self, node: ast.expr) -> str:
-        """`a.b.c` as text; what is not a plain name becomes "?": `open(p).extractall` is "?.extractall"."""
+        """Return `a.b.c` as text; parts that are not plain names become "?": `open(p).extractall` is "?.extractall"."""
         if isinstance(node, ast.Attribute):
             return f"{self.dotted(node.value)}.{node.attr}"
         return self._aliases.get(node.id, node.id) if isinstance(node, ast.Name) else "?"
 
 
 def megatron_only_in_mcore(file: File) -> Iterator[Finding]:
-    """megamm/mcore is the only door to Megatron-core, so that a new version touches one folder."""
+    """Only megamm/mcore imports Megatron-core, so that a new version affects one folder."""
     for line, name in file.imports:
         if name.split(".")[0] == "megatron":
             yield line, f"imports {name}; go through megamm.mcore"
@@ -79,14 +79,14 @@ def device_word(file: File) -> Iterator[Finding]:
 
 
 def file_length(file: File) -> Iterator[Finding]:
-    """A file is read in one sitting."""
+    """A file is short enough to read at once."""
     lines = len(file.text.splitlines())
     if lines > MAX_FILE_LINES:
         yield lines, f"has {lines} lines; at most {MAX_FILE_LINES}, so split it by subject"
 
 
 def function_length(file: File) -> Iterator[Finding]:
-    """A function is seen whole."""
+    """A function is short enough to see at once."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
@@ -95,7 +95,7 @@ def function_length(file: File) -> Iterator[Finding]:
 
 
 def module_docstring(file: File) -> Iterator[Finding]:
-    """Each module says what it is for."""
+    """Each module describes its purpose."""
     if not ast.get_docstring(file.tree):
         yield 1, "has no module docstring"
 
@@ -104,7 +104,7 @@ EXECUTING_MODULES = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "job
 
 
 def data_is_not_code(file: File) -> Iterator[Finding]:
-    """What is read from a file never runs and never lands outside the folder it was meant for."""
+    """Data read from a file is never executed and never written outside its folder."""
     for line, name in file.imports:
         if name.split(".")[0] in EXECUTING_MODULES:
             yield line, f"imports {name}; use safetensors, JSON or npy"
@@ -132,7 +132,7 @@ def _is_false(value: ast.expr) -> bool:
 
 
 def no_swallowed_errors(file: File) -> Iterator[Finding]:
-    """A handler for everything hides what went wrong, unless it raises again."""
+    """A handler for all exceptions hides errors, unless it raises again."""
     for node in ast.walk(file.tree):
         if isinstance(node, ast.ExceptHandler):
             types = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
@@ -142,7 +142,7 @@ def no_swallowed_errors(file: File) -> Iterator[Finding]:
 
 
 def no_work_at_import(file: File) -> Iterator[Finding]:
-    """Importing a module defines names; a call for its effect, a loop or a `with` at the top level is work."""
+    """Importing a module only defines names; a call for its effect, a loop or a `with` at the top level is work."""
     for node in file.tree.body:
         if isinstance(node, ast.For | ast.While | ast.With):
             yield node.lineno, f"{type(node).__name__.lower()} at the top level works at import"
@@ -154,9 +154,9 @@ def no_work_at_import(file: File) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A check, the places where it holds, the exceptions with their reasons, and snippets that must offend it.
+    """A check, the places where it holds, the exceptions with their reasons, and snippets that must violate it.
 
-    where: path prefixes; except_for: "path" or "path: what is wrong", or the begin of either -> reason.
+    where: path prefixes; except_for: "path" or "path: what is wrong", or the beginning of either -> reason.
     """
 
     check: Callable[[File], Iterator[Finding]]
@@ -165,7 +165,7 @@ class Rule:
     except_for: dict[str, str] = field(default_factory=dict)
 
     def findings(self, files: list[File]) -> list[str]:
-        """ "path:line: what" of every offence in the files where the rule holds."""
+        """Return "path:line: what" of every offence in the files where the rule holds."""
         return [
             f"{file.path}:{line}: {what}"
             for file in files

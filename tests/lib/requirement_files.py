@@ -1,4 +1,4 @@
-"""What setup.py declares and requirements/ pins, read as text."""
+"""Requirements of setup.py and pins of requirements/, read as text."""
 
 import ast
 
@@ -7,7 +7,7 @@ from tiny_run import ROOT
 
 
 def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
-    """INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup.py."""
+    """Return INSTALL_REQUIRES and EXTRAS_REQUIRE, read without running setup.py."""
     tree = ast.parse((ROOT / "setup.py").read_text())
     values = {
         node.targets[0].id: ast.literal_eval(node.value)
@@ -19,11 +19,11 @@ def setup_lists() -> tuple[list[str], dict[str, list[str]]]:
 
 
 def read_pins(name: str) -> dict[str, str]:
-    """Canonical package name -> version, of requirements/NAME.txt, where every line must be a pin."""
+    """Return canonical package name -> version, of requirements/NAME.txt, where every line must be a pin."""
     lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     return {canonicalize_name(package): version for package, version in pins.items()}
 
 
 IMPORT_NAMES_OF_EXTRAS = {"nvidia": "nvidia-dali-cuda130"}
-"""Import name -> package, where they differ and a laptop has not installed it."""
+"""Import name -> package, where they differ and a laptop does not have it installed."""

@@ -1,4 +1,4 @@
-"""What tests read of a run folder: its checkpoints and their tensors, by plain torch."""
+"""Reads run folders for tests: checkpoints and their tensors, with plain torch."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ TRAIN = {
 
 
 def read_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint, optimizer state too, by plain torch."""
+    """Return all tensors of a checkpoint, optimizer state too, with plain torch."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 

@@ -1,4 +1,4 @@
-"""Saves by real ranks (megamm/parity/worlds.py) one of which is in trouble, for test_checkpoint_saver.py."""
+"""Saves by real ranks (megamm/parity/worlds.py) of which one has a fault, for test_checkpoint_saver.py."""
 
 import os
 import signal
@@ -26,12 +26,12 @@ class Trouble:
 
 
 def state(step: int) -> checkpoint.RunState:
-    """Of a checkpoint of which only the tensors are looked at."""
+    """Return the state for a checkpoint of which only the tensors are used."""
     return checkpoint.RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
 def run(trouble: Trouble) -> tuple[str, list[int]]:
-    """The error that stopped the rank, or "", and the steps of checkpoints that it knows to be complete."""
+    """Return the error that stopped the rank, or "", and the steps of checkpoints that it knows to be complete."""
     rank, world = dist.get_rank(), dist.get_world_size()
     data, complete = torch.zeros(4), []
     blocks = [Block("a", (4 * world,), (4 * rank,), (4,), data)]

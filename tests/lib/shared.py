@@ -1,7 +1,7 @@
-"""Folders that several test files want with the same content: made once in a session of pytest, by all its workers.
+"""Folders that several test files use with the same content: made once per pytest session, by all its workers.
 
-The first worker that asks makes the folder, the others wait for it; nobody changes what is in it. Who wants to, or runs
-beside it, takes a copy.
+The first worker that needs it makes the folder, the others wait; its content is never changed. A test that wants to
+change it, or runs next to it, takes a copy.
 """
 
 import fcntl
@@ -12,20 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 EVENT = "shared.folder"
-"""An audit event (sys.audit) of each use: the processes that made the folder may be those of another worker."""
+"""An audit event (sys.audit) of each use, as the processes that made the folder may belong to another worker."""
 _session: Path | None = None
 """The folder of the session, set by conftest.py."""
 
 
 def begin(own: Path) -> None:
-    """Take the temporary folder of this worker's tests; those of pytest-xdist's workers are in one of the session."""
+    """Set the temporary folder of this worker's tests; those of pytest-xdist's workers are in one of the session."""
     global _session
     _session = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
 
 def shared(name: str, make: Callable[[Path], None]) -> Path:
-    """The folder of that name, which `make` creates and fills; a call that fails is repeated by the next who asks."""
-    assert _session is not None, "conftest.py begins the session"
+    """Return the folder of that name, which `make` creates and fills; after a failure the next caller repeats it."""
+    assert _session is not None, "conftest.py must begin the session"
     sys.audit(EVENT)
     folder = _session / "shared" / name
     folder.parent.mkdir(exist_ok=True)
@@ -40,7 +40,7 @@ def shared(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def copy(name: str, make: Callable[[Path], None], to: Path) -> None:
-    """Fill `to` with what is in the shared folder; outside of a session of pytest, `make` does it there."""
+    """Fill `to` from the shared folder; outside a pytest session, `make` fills it directly."""
     if _session is None:
         make(to)
     else:

@@ -1,9 +1,9 @@
-"""A real Slurm on this machine: a controller and a few nodes on loopback, for as long as a `with Cluster()` lasts.
+"""A real Slurm on this machine: a controller and a few nodes on loopback, for the duration of a `with Cluster()`.
 
-Every node is a host of its own as far as its programs can tell: host name nX, address 127.0.0.X, processes and mounts
-of its own (namespaces(7)), two GPUs (device files that hold nothing). Ending its first process is a power cut. All
-files are in one temporary folder; all processes end with the one that started them. Needs root, and Debian's packages
-slurm-wlm and munge; installs nothing. Slurm's times are short here: slurm.conf(5) has the meaning of each.
+Every node looks like a separate host to its programs: host name nX, address 127.0.0.X, own processes and mounts
+(namespaces(7)), two GPUs (empty device files). Killing its first process is a power cut. All files are in one
+temporary folder; all processes end with the one that started them. It needs root and Debian's packages slurm-wlm and
+munge; it installs nothing. Slurm's times are short here: see slurm.conf(5) for the meaning of each.
 """
 
 import os
@@ -79,8 +79,8 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 Preempt
 PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
-# With NoInAddrAny srun listens on what its host name means, 127.0.0.X; what answers it sees 127.0.0.1 as where the
-# connection comes from, and calls back there.
+# With NoInAddrAny srun listens on its host name's address, 127.0.0.X; the peer sees 127.0.0.1 as the source of the
+# connection, and calls back there.
 SRUN = """#!/bin/sh
 exec unshare --uts sh -c 'hostname localhost && exec {root}/bin/srun.real "$@"' srun "$@"
 """
@@ -96,7 +96,7 @@ while :; do slurmd -D -N "$1" || sleep 1; done
 
 
 def why_not() -> str:
-    """Why there can be no cluster here, "" if there can."""
+    """Return why there can be no cluster here; "" if there can."""
     if os.geteuid():
         return "a Slurm of one's own needs root"
     if missing := [name for name in PROGRAMS if not shutil.which(name)]:
@@ -106,7 +106,7 @@ def why_not() -> str:
 
 
 class Cluster:
-    """Started by `with`; jobs are sent with `sbatch`, from `env`."""
+    """Started by `with`; jobs are submitted with `sbatch`, from `env`."""
 
     def __init__(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="slurm-"))
@@ -137,12 +137,12 @@ class Cluster:
     # --- nodes ---
 
     def start(self, name: str) -> None:
-        """Power on."""
+        """Power the node on."""
         command = ["unshare", *_NAMESPACES, "--kill-child=KILL", str(self.root / "bin" / "init"), name]
         self._nodes[name] = self._open(command, name)
 
     def cut(self, name: str) -> None:
-        """Power off: every process of the node ends at once."""
+        """Power the node off: every process of it ends at once."""
         process = self._nodes.pop(name)
         process.kill()
         process.wait()
@@ -154,30 +154,30 @@ class Cluster:
         subprocess.run(["nsenter", "--target", child, "--mount", "--uts", "--pid", *command], check=True)
 
     def idle(self) -> list[str]:
-        """Nodes that wait for work."""
+        """Return the idle nodes."""
         return sorted(self("sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N").split())
 
     # --- jobs ---
 
     def __call__(self, *command: object, **options: object) -> str:
-        """What a command of Slurm's prints."""
+        """Return the output of a Slurm command."""
         env = options.pop("env", {**os.environ, **self.env})
         words = [str(word) for word in command]
         done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, **options)
         return done.stdout.strip() if done.returncode == 0 else f"error: {done.stderr.strip()}"
 
     def job(self, number: str) -> dict[str, str]:
-        """The job's record: scontrol's names and values."""
+        """Return the job's record: scontrol's names and values."""
         words = self("scontrol", "show", "job", "--oneliner", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait_for(self, number: str, *states: str, seconds: float = 300) -> dict[str, str]:
-        """Its record once it is in one of the states; by default in one that it does not leave."""
+        """Return its record once it is in one of the states; by default in a final one."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
         return self.until(lambda: (job := self.job(number)).get("JobState") in wanted and job, f"job {number}", seconds)
 
     def until(self, what: Callable[[], Any], name: str, seconds: float = START_SECONDS) -> Any:
-        """The first true value of what()."""
+        """Return the first true value of what()."""
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < deadline, f"{name}: not after {seconds} s\n{self('squeue')}\n{self.logs()}"
@@ -187,7 +187,7 @@ class Cluster:
     # --- inside ---
 
     def logs(self) -> str:
-        """The last lines of every daemon's log."""
+        """Return the last lines of every daemon's log."""
         files = sorted((self.root / "log").iterdir())
         return "\n".join(f"== {file.name}\n" + "\n".join(file.read_text().splitlines()[-8:]) for file in files)
 
@@ -210,15 +210,15 @@ class Cluster:
 
     def _configure(self) -> None:
         root = self.root
-        root.chmod(0o755)  # munged asks for that
+        root.chmod(0o755)  # required by munged
         for name in ("log", "state", "bin", "dev", *(f"spool/{node}" for node in NODES)):
             (root / name).mkdir(parents=True)
         lines = [Path("/etc/hosts").read_text(), *(f"{address} {name}\n" for name, address in ADDRESSES.items())]
         (root / "hosts").write_text("".join(lines))
         values = {"root": root, "host": socket.gethostname().partition(".")[0], "nodes": len(NODES), "cpus": CPUS}
         values |= {"controller": free_port(), "node": free_port(*ADDRESSES.values())}
-        # A port is used again after 625 jobs. Processes that start one after the other, as workers of pytest do, are
-        # this way at least 20 jobs apart.
+        # A port is used again after 625 jobs. Processes that start one after the other, like workers of pytest, are at
+        # least 20 jobs apart in this way.
         values |= {"first_job": 1 + os.getpid() * 43 % 60000}
         values |= {"last": 10 + len(NODES), "half": CPUS // 2, "gpus": GPUS}
         (root / "slurm.conf").write_text(CONF.format(**values))

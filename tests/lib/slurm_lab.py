@@ -1,4 +1,4 @@
-"""Jobs of the tests of launchers/slurm: sent by sbatch to a Cluster, followed by their runs' events and their logs."""
+"""Jobs for the tests of launchers/slurm: submitted by sbatch to a Cluster, followed by their runs' events and logs."""
 
 import os
 import sys
@@ -14,13 +14,13 @@ from megamm.resilience import events
 SCRIPT = ROOT / "launchers" / "slurm" / "pretrain_mm.sh"
 HELD = ">until_asked@step:5:0:*"
 """Rank 0 waits in step 5 until its agent is asked to stop."""
-# Others share the machine's cores: slow is no hang.
+# Other processes share the machine's cores: slow is not a hang.
 PATIENCE = ("resilience.hang_seconds=300", "resilience.startup_seconds=300")
 
 
 @dataclass
 class Job:
-    """One that was sent: its run's folder and name, and the log that all its starts append to."""
+    """A submitted job: its run's folder and name, and the log that all its starts append to."""
 
     lab: "Lab"
     name: str
@@ -42,24 +42,24 @@ class Job:
         return [event for event in events.read(self.run) if event["kind"] == kind]
 
     def is_at(self, kind, count=1):
-        """Wait for so many events of that kind."""
+        """Wait for that many events of that kind."""
         self.lab.cluster.until(lambda: len(self.events(kind)) >= count, f"{self.name}: {count} {kind}", 240)
 
     def go_on(self):
-        """Where it pauses, or is about to."""
+        """Continue at its pause, after waiting for it."""
         paused = self.run.with_suffix(".records") / "paused"
         self.lab.cluster.until(paused.exists, f"{self.name}: a pause")
         paused.unlink()
 
     def attempt_of_the_kill(self):
-        """Of the only ones that failed: others than the killed one may have seen their connections to it end."""
+        """Return the only failed attempt: other ranks than the killed one may also fail when their connections end."""
         failed = self.events("failed")
         (attempt,) = {event["attempt"] for event in failed}
         assert any("SIGKILL" in event["cause"] for event in failed), failed
         return attempt
 
     def ends(self):
-        """Its record, once it has ended well."""
+        """Wait until it has completed; return its record."""
         record = self.wait()
         assert record["JobState"] == "COMPLETED", self.log
         self.tells("the run is done")
@@ -71,26 +71,26 @@ class Job:
         return record
 
     def ends_nearly_as_undisturbed(self):
-        """On another number of ranks: the same rows, and losses but for the order of sums."""
+        """Check a run on another number of ranks: the same rows, and losses up to the order of sums."""
         record = self.ends()
-        of = self.lab.folder / "undisturbed"
+        of = self.lab.folder / "baseline"
         assert fault_matrix.rows(self.run.with_suffix(".records")) == fault_matrix.rows(of.with_suffix(".records"))
         for ours, theirs in zip(numbers(self.run), numbers(of), strict=True):
-            # How evenly the ranks are loaded depends on their number.
+            # The balance of the ranks depends on their number.
             wanted = {key: value for key, value in theirs.items() if value is not None and key != "imbalance"}
             assert {key: ours[key] for key in wanted} == pytest.approx(wanted, rel=1e-5)
         return record
 
     def tells(self, *sentences):
-        """One log tells the story: these, in this order."""
+        """Check that one log has these sentences, in this order."""
         log, at = self.log, 0
         for sentence in sentences:
             at = log.find(sentence, at)
-            assert at >= 0, f"{sentence} is not there, or too early:\n{log}"
+            assert at >= 0, f"{sentence} is missing or too early:\n{log}"
 
 
 class Lab:
-    """A cluster, and the folder of the undisturbed run, for those of the jobs, too."""
+    """A cluster, and the folder of the baseline run, which the jobs' runs share."""
 
     def __init__(self, cluster, folder):
         self.cluster, self.folder = cluster, folder
@@ -98,13 +98,13 @@ class Lab:
         self.scratch.mkdir()
 
     def prepare(self, name, faults=""):
-        """Config of a run folder/name, and the environment of those who send it."""
+        """Return the config of a run folder/name, and the environment for submitting it."""
         command, environment = fault_matrix.prepare(self.folder, name, faults)
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         return command[-1], environment | self.cluster.env | {"PATH": path, "MEGAMM_PREFLIGHT": "0"}
 
     def sbatch(self, name, *options, faults="", overrides=(), config=None, **env):
-        """Send a job whose run is folder/name, unless the config is of another."""
+        """Submit a job whose run is folder/name, unless the config names another."""
         written, environment = self.prepare(name, faults)
         sent = ["sbatch", "--parsable", f"--output={self.folder / name}.log", *options, SCRIPT]
         arguments = [config or written, *PATIENCE, *overrides]

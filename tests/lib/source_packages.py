@@ -1,4 +1,4 @@
-"""Pieces of the tiny packages that tests of public sources are made of, and what is read of their samples."""
+"""Helpers to build the tiny packages for tests of public sources, and to read their samples."""
 
 import io
 from pathlib import Path
@@ -47,7 +47,7 @@ def tone(seconds: float, rate: int, hertz: float) -> np.ndarray:
 
 
 def dotted_png(colour: tuple[int, int, int], size: tuple[int, int] = (8, 8)) -> bytes:
-    """RGB of one colour but for a dot: a picture of one colour alone is left out by the build."""
+    """Return a picture of one colour except for a dot: the build drops pictures of a single colour."""
     image = Image.new("RGB", size, colour)
     image.putpixel((0, 0), (1, 2, 3))
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What the tests and the benchmark of streaming conversion share: tokenizers, tensors in memory, streaming alone."""
+"""Shared by the tests and the benchmark of streaming conversion: tokenizers, tensors in memory, streaming alone."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,13 @@ from megamm.convert.work import Work
 
 
 def add_tokenizer(folder: Path, size: int) -> None:
-    """A tokenizer of exactly that many ids."""
+    """Write a tokenizer of exactly that many ids."""
     Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All of a folder's safetensors files."""
+    """Return the tensors of all safetensors files of a folder."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         there = load_file(file)
@@ -32,7 +32,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Names, dtypes and bits."""
+    """Return whether names, dtypes and bits are equal."""
     return ours.keys() == theirs.keys() and all(
         tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]) for name, tensor in ours.items()
     )
@@ -41,7 +41,7 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 def cut_weights(
     step: Path, entries: tuple[Entry, ...], m: Any, vocabulary_size: int, out: Path
 ) -> dict[str, torch.Tensor]:
-    """The weights of a checkpoint's folder, as `megamm convert export` streams them to `out`."""
+    """Write the weights of a checkpoint's folder as `megamm convert export` streams them to `out`."""
     planned = to_hugging_face.plan(step, entries, m, vocabulary_size, None, 1 << 20)
     with Work(planned, out, nproc=1) as work:
         work.fill()
@@ -50,13 +50,13 @@ def cut_weights(
 
 
 SYNTHETIC = {"vocab_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 128}
-"""With hidden_size 1024 and intermediate_size 2048 a layer of bfloat16 is of 18.9 MB, its largest group of 8.4 MB."""
+"""With hidden_size 1024 and intermediate_size 2048 a bfloat16 layer takes 18.9 MB, its largest group 8.4 MB."""
 
 
 def write_synthetic(folder: Path, layers: int, shards: int, fill: bool) -> int:
-    """A Qwen3 of that many layers in bfloat16, hidden 1024, and its tokenizer; bytes of its largest group.
+    """Write a Qwen3 of that many layers in bfloat16, hidden 1024, and its tokenizer; return bytes of its largest group.
 
-    fill: random bits below 1; else the files are holes, which are zeros and take no disk.
+    fill: random bits below 1; else the files are sparse: zeros that take no disk space.
     """
     import transformers
 

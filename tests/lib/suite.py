@@ -1,14 +1,14 @@
-"""Which tests a target runs, in which order, and what each costs: the pytest plugin behind `make test` and its kin.
+"""Selects and orders the tests of a target and records their cost: the pytest plugin of `make test` and similar.
 
-    pytest                 what `make test` runs: every subject by at least one real case
+    pytest                 the tests of `make test`: every subject with at least one real case
     pytest --everything    all tests, those marked `everything` included (`make test-all`)
-    pytest --fast          tests that are recorded to start no process and to take under FAST_SECONDS (`make test-fast`)
+    pytest --fast          tests recorded to start no process and to take under FAST_SECONDS (`make test-fast`)
     pytest --record        also write what each test took to tests/durations.json (`make durations`: all tests)
 
 Files are ordered by their recorded time, the longest first, so that the workers end at about the same time. A record
-is of one test function: {"ordinary": seconds of all its parameters in `make test`, "ordinary_longest": of the longest
-one, "everything": of those that only `make test-all` runs, "processes": whether it starts any, and, written by hand,
-"reason": why it is long}. Times are wall clock, fixtures included. test_durations.py holds them.
+belongs to one test function: {"ordinary": seconds of all its parameters in `make test`, "ordinary_longest": of the
+longest one, "everything": of those that only `make test-all` runs, "processes": whether it starts any, and, written by
+hand, "reason": why it is long}. Times are wall clock, fixtures included. test_durations.py checks them.
 """
 
 import ast
@@ -27,9 +27,9 @@ from leftovers import Leftovers
 
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 FAST_SECONDS = 2.0
-"""Of all parameters of a test together."""
+"""For all parameters of a test together."""
 NOTHING = {"ordinary": 0.0, "ordinary_longest": 0.0, "everything": 0.0, "processes": False}
-"""The record of a test that has not run yet."""
+"""The record of a test that was never run."""
 STARTS = {
     "subprocess.Popen",
     "os.fork",
@@ -39,17 +39,17 @@ STARTS = {
     "os.system",
     "multiprocessing.spawn",
 }
-"""Audit events of a process that is started; the last is raised below, as Python has none for it."""
-STARTS.add(shared.EVENT)  # whoever comes first starts the processes for all
+"""Audit events of a started process; the last is raised below, as Python has none for it."""
+STARTS.add(shared.EVENT)  # the first user starts the processes for all
 
 
 def function_of(nodeid: str) -> str:
-    """The node id without its parameters."""
+    """Return the node id without its parameters."""
     return nodeid.partition("[")[0]
 
 
 def read_durations() -> dict[str, dict[str, Any]]:
-    """tests/durations.json: {function: record}."""
+    """Return tests/durations.json: {function: record}."""
     return json.loads(DURATIONS.read_text()) if DURATIONS.exists() else {}
 
 
@@ -87,13 +87,13 @@ class Selection:
         return record is not None and not record["processes"] and record["ordinary"] < FAST_SECONDS
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        # A test that was named on the command line runs, whatever it is marked with.
+        # A test named on the command line runs, whatever its marks.
         named = [argument for argument in self.config.args if "::" in argument]
         chosen = [item for item in items if named or self._is_chosen(item)]
         if left_out := [item for item in items if item not in set(chosen)]:
             self.config.hook.pytest_deselected(items=left_out)
         of_file: dict[str, float] = defaultdict(float)
-        # Sorted, so that every worker adds up in the same order and comes to the same order of files.
+        # Sorted, so that every worker adds up in the same order and gets the same order of files.
         for name in sorted({function_of(item.nodeid) for item in chosen}):
             record = self.records.get(name, NOTHING)
             more = record["everything"] if self.config.getoption("everything") else 0.0
@@ -108,7 +108,7 @@ class Starts:
     def __init__(self, forbid: bool) -> None:
         self.count, self.is_watching, self.forbid = 0, False, forbid
         self.fixtures: set[tuple[str, str]] = set()
-        """(baseid, name) of those that have started some: who uses them later depends on these processes."""
+        """(baseid, name) of fixtures that started some: later users depend on these processes."""
         sys.addaudithook(self._heard)
         spawn = multiprocessing.util.spawnv_passfds
 
@@ -159,8 +159,10 @@ class Starts:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Give the next test the environment that this one had: commands that run in this process set variables of theirs,
-    and a command that is started with one more than the warm server has would be started cold."""
+    """Restore the environment after a test, as commands that run in this process set variables.
+
+    A command with one variable more than the warm server would be started cold.
+    """
     before = dict(os.environ)
     try:
         return (yield)
@@ -171,7 +173,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 
 def functions() -> dict[str, bool]:
-    """Every test function of tests/test_*.py, as a record names it, and whether only `make test-all` runs it."""
+    """Return every test function of tests/test_*.py, as a record names it -> whether only `make test-all` runs it."""
     return {
         f"tests/{path.name}::{node.name}": any(ast.unparse(d) == "pytest.mark.everything" for d in node.decorator_list)
         for path in DURATIONS.parent.glob("test_*.py")
@@ -181,7 +183,7 @@ def functions() -> dict[str, bool]:
 
 
 class Record:
-    """Gathers the reports of all workers and writes them at the end; the record of what did not run stays."""
+    """Collects the reports of all workers and writes them at the end; records of tests that did not run stay."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -193,7 +195,7 @@ class Record:
             self.known[report.nodeid] = dict(report.user_properties)
 
     def _measured(self) -> dict[str, dict[str, Any]]:
-        """By function, the keys of its record that this session has seen."""
+        """Return, by function, the keys of its record that this session has measured."""
         tests: dict[str, dict[str, Any]] = defaultdict(lambda: {"processes": False})
         for nodeid, seconds in self.seconds.items():
             known, record = self.known.get(nodeid, {}), tests[function_of(nodeid)]
@@ -211,6 +213,6 @@ class Record:
         for name in sorted((durations.keys() | measured.keys()) & there.keys()):
             ordinary = {"ordinary": 0.0, "ordinary_longest": 0.0} if there[name] else {}
             tests[name] = NOTHING | durations.get(name, {}) | measured.get(name, {}) | ordinary
-        # A line a test, so that a change of one is a change of one line.
+        # One line per test, so that a change of one is a change of one line.
         lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(record)}" for name, record in tests.items())
         DURATIONS.write_text(f"{{\n{lines}\n}}\n")

@@ -1,4 +1,4 @@
-"""A tiny random export with its codecs, and shards with token caches, as the real commands leave them."""
+"""A tiny random export with its codecs, and shards with token caches, as the real commands write them."""
 
 import dataclasses
 import json
@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 
 
 def make_export(folder: Path, train: int = 24, heldout: int = 12, *, audio: bool = False, **model: Any) -> Path:
-    """`folder/export` of random weights (step 0) and `folder/shards/shapes`, tokenised with its codecs.
+    """Write `folder/export` of random weights (step 0) and `folder/shards/shapes`, tokenised with its codecs.
 
-    audio: an audio codec too, of which the shards have nothing. model: other values of the model section.
+    audio: add an audio codec, for which the shards have no data. model: other values of the model section.
     """
     source = write_source(folder / "shards" / "shapes", train, heldout)
     codecs = folder / "export" / "codecs"
@@ -51,7 +51,7 @@ def make_export(folder: Path, train: int = 24, heldout: int = 12, *, audio: bool
 
 
 def _config(folder: Path, source: Path, codecs: Path, changes: dict[str, Any]) -> RunConfig:
-    # A large spread of the weights, so that logits differ and no id wins by chance alone.
+    # A large spread of the weights, so that logits differ and no id wins by chance.
     model = dict(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, num_query_groups=2)
     return config_from_dict(
         {
@@ -78,7 +78,7 @@ def _save_model(export: Path, config: RunConfig, vocabulary: Vocabulary) -> None
 
 
 def with_model(export: Exported, model: object) -> Exported:
-    """The same export with another model in memory."""
+    """Return the same export with another model in memory."""
     copy = dataclasses.replace(export)
     copy.__dict__["model"] = model
     return copy

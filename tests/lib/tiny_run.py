@@ -1,4 +1,4 @@
-"""A tiny real data set and config: drawn images with captions, built, tokenized and ready to train on."""
+"""A tiny real data set and config: drawn images with captions, built, tokenized and ready for training."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door",
 
 
 def make_data(folder: Path) -> None:
-    """folder/shards/drawn (train, heldout) with token caches, folder/tokenizers/{text,visual} (an untrained codec)."""
+    """Write folder/shards/drawn (train, heldout) with token caches, and folder/tokenizers/{text,visual} (untrained)."""
     shared.copy("tiny-data", _build_data, folder)
 
 
@@ -52,7 +52,7 @@ def _build_data(folder: Path) -> None:
 
 
 def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path:
-    """A config over make_data's folder; `sections` update the sections of the same name."""
+    """Write a config over make_data's folder; `sections` update the sections of the same name."""
     config: dict[str, Any] = {
         "output": str(output),
         "device": "cpu",
@@ -81,16 +81,16 @@ TIMES = (
     *("tokens_per_s", "seconds_left", "data_wait_share", "data_wait_seconds", "step_seconds", "evaluation_seconds"),
     *("checkpoint_stall_seconds", "time", "goodput", "restarts", "heartbeat_age", "steps", "mfu"),
 )
-"""Of a line of metrics: what no two runs have alike."""
+"""Keys of a metrics line that differ in every run."""
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """Every reported value but the timings, to the last digit (JSON keeps all): equality is bit-identity."""
+    """Return every reported value but the timings, to the last digit (JSON keeps all): equality is bit-identity."""
     lines = metrics.read_lines(run)
     return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("straggler/")} for line in lines]
 
 
 def megamm(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
+    """Run the command line in a separate process."""
     command = [sys.executable, "-m", "megamm", *map(str, arguments)]
     return warm.run(command, env=environment(), capture_output=True, text=True, timeout=300, **options)

@@ -1,4 +1,4 @@
-"""A sixth modality in one file, as a newcomer would add it: smells, as strings of the letters a to p."""
+"""A sixth modality in one file, as a user would add it: smells, as strings of the letters a to p."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ LETTERS = "abcdefghijklmnop"
 
 
 class SmellModality:
-    """A letter is a token; a part is four letters a sniff, of as many sniffs as there are."""
+    """A letter is a token; a part has four letters per sniff, and any number of sniffs."""
 
     name: ClassVar[str] = "smell"
     family: ClassVar[str] = "smell"
@@ -59,7 +59,7 @@ class SmellModality:
 
     @staticmethod
     def example(number: int) -> tuple[bytes, str]:
-        """(bytes, ending) of a medium for the tests."""
+        """Return (bytes, extension) of a medium for the tests."""
         letters = np.random.default_rng(number).integers(len(LETTERS), size=4 * (1 + number % 3))
         return "".join(LETTERS[i] for i in letters).encode(), "smell"
 

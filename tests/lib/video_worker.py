@@ -1,4 +1,4 @@
-"""Takes a batch of a VideoStream for each line that it is sent; prints "number digest" of its clips, then "state n".
+"""Takes a batch of a VideoStream for each input line; prints "number digest" of its clips, then "state n".
 
 Arguments: folder of video shards, decoder, batch size, workers, consumed.
 """

@@ -1,12 +1,12 @@
-"""Start Python programs of this repository as subprocess does, but forked from a process that has imported megamm.
+"""Starts Python programs of this repository like subprocess, but forked from a process that has imported megamm.
 
     warm.start([sys.executable, "-m", "megamm", ...], env=...)     like subprocess.Popen
     warm.run([sys.executable, "-m", "megamm", ...], env=...)       like subprocess.run
 
-Importing torch and Megatron-core takes seconds, a fork milliseconds. What cannot be the same from a fork is started by
-subprocess, cold: another interpreter option than `-m MODULE` or a script, an environment that differs in what modules
-may read while they are imported, a machine with a GPU. The server is one for this process, starts at first use and
-ends with it.
+Importing torch and Megatron-core takes seconds, a fork milliseconds. Commands for which a fork would differ are started
+by subprocess, cold: another interpreter option than `-m MODULE` or a script, an environment that differs in variables
+that modules may read at import, a machine with a GPU. There is one server for this process; it starts at first use and
+ends with the process.
 """
 
 import functools
@@ -35,7 +35,7 @@ class Server:
 
     def __init__(self) -> None:
         self.cold: list[str] = []
-        """Why commands were not started from here."""
+        """Why commands were not forked from here."""
         self.variables = environment()
         self.channel, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
@@ -47,23 +47,23 @@ class Server:
         far.close()
 
     def fork(self, request: dict[str, Any], files: list[int]) -> int:
-        """Have a process made; the pipe on which it is told of."""
+        """Request a process; return the pipe on which it is reported."""
         near, far = os.pipe()
         socket.send_fds(self.channel, [json.dumps(request).encode()], [far, *files])
         os.close(far)
         return near
 
     def close(self) -> None:
-        """End it, and with it what it has forked."""
+        """End it, and the processes that it has forked."""
         self.channel.close()
         self.process.wait()
 
 
 class WarmPopen(subprocess.Popen):
-    """A process that is the server's child: its status comes through a pipe, all else is as in the standard library."""
+    """A process that is the server's child: its status comes through a pipe; the rest is as in the standard library."""
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
-        """See subprocess.Popen._execute_child; `unlike` has looked at the arguments."""
+        """See subprocess.Popen._execute_child; `unlike` has checked the arguments."""
         *_, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite = more[:9]
         request = {
             "arguments": [os.fspath(word) for word in args[1:]],
@@ -78,7 +78,7 @@ class WarmPopen(subprocess.Popen):
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
     def _line(self) -> bytes:
-        """The next one of the pipe; waits for it."""
+        """Wait for the next line of the pipe and return it."""
         while b"\n" not in self._told:
             data = os.read(self._status, 64)
             if not data:
@@ -110,20 +110,20 @@ _SERVERS: list[Server] = []
 
 
 def server() -> Server:
-    """That of this process."""
+    """Return the server of this process."""
     if not _SERVERS:
         _SERVERS.append(Server())
     return _SERVERS[0]
 
 
 def close() -> None:
-    """At the end of the session."""
+    """End the server, at the end of the session."""
     while _SERVERS:
         _SERVERS.pop().close()
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, this repository importable, no leftovers of another launcher."""
+    """Return variables with one thread per process, this repository importable, and none of another launcher."""
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
 
@@ -134,7 +134,7 @@ def _has_gpu() -> bool:
 
 
 def unlike(command: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """Why a fork would not be the same; empty if it would."""
+    """Return why a fork would differ; empty if it would not."""
     if command[0] != sys.executable or (str(command[1]).startswith("-") and command[1] != "-m"):
         return f"it is not a module or a script: {command[:2]}"
     if other := options.keys() - _OPTIONS:
@@ -146,7 +146,7 @@ def unlike(command: Sequence[Any], options: Mapping[str, Any]) -> str:
 
 
 def start(command: Sequence[Any], **options: Any) -> subprocess.Popen:
-    """subprocess.Popen, warm where that is the same."""
+    """Like subprocess.Popen, forked if that makes no difference."""
     why = unlike(command, options)
     if why:
         server().cold.append(why)
@@ -162,7 +162,7 @@ def run(
     input: Any = None,
     **options: Any,
 ) -> subprocess.CompletedProcess:
-    """subprocess.run, warm where that is the same."""
+    """Like subprocess.run, forked if that makes no difference."""
     if capture_output:
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     if input is not None:

@@ -1,6 +1,6 @@
-"""How a process that was forked from a warm one becomes a Python program of its own.
+"""Turns a process that was forked from a warm one into a separate Python program.
 
-Imported modules stay; everything else is made what a new interpreter has: arguments, environment, working directory,
+Imported modules stay; everything else is set as in a new interpreter: arguments, environment, working directory,
 standard files, open files, signals, search path, `__main__`, logging, and the `sitecustomize` of its PYTHONPATH.
 """
 
@@ -30,13 +30,13 @@ MAY_DIFFER = (
     *("MEGAMM_FAULTS", "NODE", "PYTHONPATH", "PYTEST_", "PYTORCH_NVML_BASED_", "GLOO_SOCKET_IFNAME", "SLURM_"),
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "MASTER_"),
 )
-"""How the names of variables begin that no module reads while it is imported."""
+"""Prefixes of variables that no module reads at import."""
 SITE = "sitecustomize"
 """The module that an interpreter imports at its start if it finds one."""
 
 
 class Environment:
-    """What the interpreter started with: the warm server fills it, every process forked from it compares with it."""
+    """The interpreter's initial state: the warm server fills it, every process forked from it compares with it."""
 
     def __init__(self) -> None:
         self.variables = dict(os.environ)
@@ -47,7 +47,7 @@ class Environment:
 
 
 def differing(variables: Mapping[str, str], others: Mapping[str, str]) -> list[str]:
-    """Names of variables for which modules might have been imported otherwise."""
+    """Return names of variables whose difference may have changed imported modules."""
     given = [{item for item in one.items() if item != ("OMP_WAIT_POLICY", "PASSIVE")} for one in (variables, others)]
     return sorted({name for name, _ in given[0] ^ given[1] if not name.startswith(MAY_DIFFER)})
 
@@ -62,11 +62,11 @@ def become(
     kept: Collection[int] = (),
     new_session: bool = False,
 ) -> None:
-    """Be a new process with these arguments (`-m MODULE ...` or `SCRIPT ...`), but for what is imported.
+    """Become a new process with these arguments (`-m MODULE ...` or `SCRIPT ...`), but keep the imported modules.
 
-    files: descriptors for standard input, output and error; -1: as they are. kept: other descriptors to keep open.
+    files: descriptors for standard input, output and error; -1: unchanged. kept: other descriptors to keep open.
     """
-    gc.freeze()  # an old object that is collected would close a descriptor whose number is used anew
+    gc.freeze()  # collecting an old object would close a descriptor whose number is in use again
     _replace_files(files, kept)
     if new_session:
         os.setsid()
@@ -87,14 +87,14 @@ def become(
     show_as(arguments)
     if given:
         _import_sitecustomize()
-    sys.path.insert(0, first)  # which an interpreter adds after that import
+    sys.path.insert(0, first)  # an interpreter adds it after that import
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        numpy.random.seed()  # as at import; its generator was copied
+        numpy.random.seed()  # as at import, because the forked generator is a copy
 
 
 def run() -> None:
-    """Execute what `become` has prepared, as the interpreter would."""
+    """Execute the program that `become` has prepared, as the interpreter would."""
     if sys.argv[0] == "-m":
         module = sys.argv.pop(1)
         runpy._run_module_as_main(module)  # type: ignore[attr-defined]
@@ -106,7 +106,7 @@ def run() -> None:
 
 
 def run_nested() -> None:
-    """`run` below frames that are another program's: end like the interpreter, without going back to them."""
+    """Call `run` below another program's frames: end like the interpreter, without returning to them."""
     code = 1
     try:
         try:
@@ -140,13 +140,13 @@ def _replace_files(files: Sequence[int], kept: Collection[int]) -> None:
             os.dup2(file, number)
     for name in os.listdir("/proc/self/fd"):
         if int(name) > 2 and int(name) not in kept:
-            with contextlib.suppress(OSError):  # that of the listing itself
+            with contextlib.suppress(OSError):  # the descriptor of the listing itself
                 os.close(int(name))
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # type: ignore[union-attr]
 
 
 def _reset_signals() -> None:
-    """A new program keeps the ignored ones."""
+    """Reset handlers; a new program keeps ignored signals ignored."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         handler = signal.getsignal(number)
@@ -156,7 +156,7 @@ def _reset_signals() -> None:
 
 
 def _import_sitecustomize() -> None:
-    """That of the PYTHONPATH, unless this process, or one that it was forked from, has executed it."""
+    """Import that of the PYTHONPATH, unless this process, or one that it was forked from, has executed it."""
     executed = sys.modules.pop(SITE, None)
     importlib.invalidate_caches()
     found = importlib.util.find_spec(SITE)
@@ -167,7 +167,7 @@ def _import_sitecustomize() -> None:
 
 
 def show_as(arguments: Sequence[str]) -> None:
-    """Have /proc/self/cmdline show it: those who look for a process by its command find it."""
+    """Show the arguments in /proc/self/cmdline, where others look for a process by its command."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     begin, end = int(fields[45]), int(fields[46])
     text = b"".join(word.encode() + b"\0" for word in (sys.executable, *arguments))[: end - begin - 1]
@@ -175,12 +175,12 @@ def show_as(arguments: Sequence[str]) -> None:
 
 
 class ForkedPopen(subprocess.Popen):
-    """A process of a module in FORKED, forked from this one, which must have but one thread."""
+    """A process of a module in FORKED, forked from this one, which must have only one thread."""
 
     start: Environment
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *more):
-        """Of the standard library's arguments those that the product uses; see subprocess.Popen._execute_child."""
+        """Support the standard library's arguments that the product uses; see subprocess.Popen._execute_child."""
         _startupinfo, _flags, shell, p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *rest = more
         _restore_signals, _gid, _gids, _uid, _umask, new_session, _process_group = rest
         assert not shell and preexec_fn is None and executable is None and close_fds
@@ -189,7 +189,7 @@ class ForkedPopen(subprocess.Popen):
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                show_as(args[1:])  # before it is looked for
+                show_as(args[1:])  # before others look for it
                 atexit._clear()
                 become(
                     args[1:],
@@ -210,7 +210,7 @@ class ForkedPopen(subprocess.Popen):
 
 
 def start_module_from(start: Environment):
-    """megamm.resilience.processes.start_module for a warm process: forks where that is the same."""
+    """Return megamm.resilience.processes.start_module for a warm process: it forks if that makes no difference."""
     ForkedPopen.start = start
 
     def start_module(module, *arguments, **options):

@@ -6,7 +6,7 @@ room for the arguments that the forked processes show. A request is one message:
     {"arguments": [...], "variables": {...}, "folder": ..., "new_session": bool}
     + descriptors: the status pipe, standard input, output and error
 
-The pipe gets two lines: the process id from the new process, then the status that waitpid has given.
+The pipe gets two lines: the process id from the new process, then the status returned by waitpid.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ def preload() -> None:
     for module in pkgutil.walk_packages(megamm.__path__, "megamm."):
         if not module.name.endswith(("__main__", "._csrc")) and not module.name.startswith(LEFT_OUT):
             importlib.import_module(module.name)
-    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread: a fork copies one only"
+    assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which a fork does not copy"
 
 
 def serve(channel: socket.socket) -> tuple[dict, list[int]] | None:
-    """Until the other end closes: None. In a forked process: its request and descriptors."""
+    """Return None when the other end closes; in a forked process, its request and descriptors."""
     wake, waker = os.pipe()
     for descriptor in (wake, waker):
         os.set_blocking(descriptor, False)
@@ -63,7 +63,7 @@ def serve(channel: socket.socket) -> tuple[dict, list[int]] | None:
             process = os.fork()
             if process == 0:
                 request = json.loads(message)
-                warm_process.show_as(request["arguments"])  # before anyone knows of it
+                warm_process.show_as(request["arguments"])  # before others know of it
                 tell(descriptors[0], os.getpid())
                 return request, descriptors[1:]
             pipes[process] = descriptors[0]
@@ -72,7 +72,7 @@ def serve(channel: socket.socket) -> tuple[dict, list[int]] | None:
 
 
 def reap(pipes: dict[int, int]) -> None:
-    """Tell of every process that has ended."""
+    """Report every process that has ended."""
     while pipes:
         process, status = os.waitpid(-1, os.WNOHANG)
         if process == 0:
@@ -82,13 +82,13 @@ def reap(pipes: dict[int, int]) -> None:
 
 
 def tell(pipe: int, number: int) -> None:
-    """Whoever started it may have forgotten it."""
+    """Write the number; the process that requested it may be gone."""
     with contextlib.suppress(BrokenPipeError):
         os.write(pipe, f"{number}\n".encode())
 
 
 def main() -> bool:
-    """Serve; True in a forked process, ready to run."""
+    """Serve; return True in a forked process, which is ready to run."""
     channel, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     start = warm_process.Environment()
     from megamm.resilience import processes

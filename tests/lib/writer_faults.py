@@ -1,7 +1,7 @@
-"""The writer of a checkpoint with every change to the file system counted: it kills itself at one, or lists them all.
+"""The checkpoint writer with every change to the file system counted: it kills itself at one, or lists them all.
 
-`python -S writer_faults.py DESCRIPTOR BYTES PARENT` as megamm.checkpoint.writer; the environment says KILL_AT (which
-call it ends before with SIGKILL; a write is half done then) or TRACE (a file that gets a JSON line a call).
+`python -S writer_faults.py DESCRIPTOR BYTES PARENT` as megamm.checkpoint.writer; the environment has KILL_AT (which
+call it ends before with SIGKILL; a write is half done then) or TRACE (a file that gets one JSON line per call).
 """
 
 import json
@@ -16,7 +16,7 @@ from megamm.checkpoint import files, writer
 
 
 class CountedOs:
-    """Stands for `os` in megamm.checkpoint.files."""
+    """Replaces `os` in megamm.checkpoint.files."""
 
     def __init__(self) -> None:
         self.calls, self.paths = 0, dict[int, str]()
@@ -30,12 +30,12 @@ class CountedOs:
         return self.counted(name, real)
 
     def counted(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
-        """The call, counted."""
+        """Return the call, counted."""
 
         def counted(*arguments: Any) -> Any:
             self.calls += 1
             if self.calls == self.kill_at:
-                if name == "write":  # whole pages, as O_DIRECT wants them
+                if name == "write":  # whole pages, as O_DIRECT requires
                     half = len(arguments[1]) // 2
                     real(arguments[0], arguments[1][: half - half % mmap.PAGESIZE or half])
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -53,7 +53,7 @@ class CountedOs:
 
 if __name__ == "__main__":
     files.os = CountedOs()
-    # Not of os: counted under its own name; NO_EXCHANGE says that the file system has none.
+    # Not in os: counted under its own name; NO_EXCHANGE simulates a file system without it.
     real = files.renameat2 if "NO_EXCHANGE" not in os.environ else lambda *_: -1
     files.renameat2 = files.os.counted("exchange", lambda *a: real(*a))
     writer.main()

@@ -56,5 +56,5 @@ MARKUP = Markup(
     joined={},
     picture=_picture,
     skip=_skip,
-    mend=lambda text: _NUMBER.sub("", text),
+    clean=lambda text: _NUMBER.sub("", text),
 )

@@ -33,7 +33,7 @@ class Markup:
     """Elements whose children are joined by a text, such as the keys of a shortcut by "+"."""
     picture: Callable[[Element], str | None]
     skip: Callable[[Element], bool]
-    mend: Callable[[str], str] = str
+    clean: Callable[[str], str] = str
     """Cleans a paragraph, for example by removing section numbers."""
 
 
@@ -117,10 +117,10 @@ def _walk(element: Element, markup: Markup) -> list[tuple[str, str]]:
         if local_name(element) in markup.paragraphs or not _is_block(child, markup):
             run += _inline(child, markup)
         else:
-            found += _paragraph(markup.mend(" ".join(run.split()))) + _walk(child, markup)
+            found += _paragraph(markup.clean(" ".join(run.split()))) + _walk(child, markup)
             run = ""
         run += child.tail or ""
-    found += _paragraph(markup.mend(" ".join(run.split())))
+    found += _paragraph(markup.clean(" ".join(run.split())))
     if local_name(element) in markup.items:
         first = next((n for n, (kind, _) in enumerate(found) if kind == "text"), None)
         if first is not None:
