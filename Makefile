@@ -75,6 +75,8 @@ durations: $(VENV)/installed  ## run all tests and write their durations to test
 lint: $(VENV)/installed  ## format, lint and type checks; changes nothing
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m codespell_lib
+	$(PY) -m tools.check_words
 	$(PY) -m mypy
 
 .PHONY: format

@@ -99,6 +99,7 @@ EXTRAS_REQUIRE = {
         "pytest-timeout>=2.4,<3",
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
+        "codespell>=2.4,<3",
         "mypy>=2,<3",
         "types-PyYAML>=6",
         "pre-commit>=4,<5",

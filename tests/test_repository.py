@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from demo_tools import load_tool
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from repository_rules import EVERYWHERE, RULES, File, Rule
@@ -227,6 +228,22 @@ def test_hooks_and_lint_run_the_same_tools() -> None:
     for hook in hooks[0]["hooks"]:
         tool = hook["entry"].removeprefix(".venv/bin/python -m ").removesuffix(" --force-exclude")
         assert f"-m {tool}" in planned
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        ("remedy = 'mend the file'", 1),  # words: ok
+        ("The run goes on, and both are read anew.", 2),  # words: ok
+        ("This is no folder.", 1),  # words: ok
+        ("The index has not the key.", 1),  # words: ok
+        ("There is no folder, and it has not been written; it is no longer needed.", 0),
+        ("amend, recommended, a new one", 0),
+        ("nobody  # words: ok", 0),
+    ],
+)
+def test_words_that_have_a_plainer_one_are_found(line: str, count: int) -> None:
+    assert len(list(load_tool("check_words").findings(f"first\n{line}\n"))) == count
 
 
 def test_every_folder_of_the_package_is_installed() -> None:
