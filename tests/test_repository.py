@@ -3,6 +3,7 @@
 Each code rule is also tested on snippets that break it, so that it can fail.
 """
 
+import ast
 import dataclasses
 import importlib.metadata
 import re
@@ -244,6 +245,30 @@ def test_hooks_and_lint_run_the_same_tools() -> None:
 )
 def test_words_that_have_a_plainer_one_are_found(line: str, count: int) -> None:
     assert len(list(load_tool("check_words").findings(f"first\n{line}\n"))) == count
+
+
+def test_every_object_of_the_api_pages_exists() -> None:
+    """`make docs` fails otherwise, and it is not part of `make test`."""
+    named = [
+        line.removeprefix("::: ").strip()
+        for page in sorted((ROOT / "docs" / "api").glob("*.md"))
+        for line in page.read_text().splitlines()
+        if line.startswith("::: ")
+    ]
+    assert len(named) > 40
+    for name in named:
+        module, _, last = name.rpartition(".")
+        path = ROOT / module.replace(".", "/")
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        assert file.exists(), f"{name}: there is no {file.relative_to(ROOT)}"
+        nodes = ast.parse(file.read_text()).body
+        defined = {getattr(node, "name", None) for node in nodes}
+        defined |= {
+            alias.asname or alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names
+        }
+        defined |= {getattr(t, "id", None) for node in nodes if isinstance(node, ast.Assign) for t in node.targets}
+        defined |= {getattr(node.target, "id", None) for node in nodes if isinstance(node, ast.AnnAssign)}
+        assert last in defined, f"{name} is not in {file.relative_to(ROOT)}"
 
 
 def test_every_folder_of_the_package_is_installed() -> None:
