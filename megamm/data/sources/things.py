@@ -36,9 +36,9 @@ COLOURS = {"red": (0.9, 0.15, 0.1), "green": (0.15, 0.7, 0.2), "blue": (0.15, 0.
 """RGB in [0, 1]; a thing's own brightness is kept."""
 HEADING = 30.0
 """Viewing angle in degrees."""
-SEEN_COPIES = (0.0, 6.0, -6.0, 12.0, -12.0, 18.0, -18.0, 24.0)
+SEEN_COPIES = (0.0, 4.0, -4.0, 8.0, -8.0, 12.0, -12.0, 16.0)
 """Degrees added to HEADING for the copies with a picture. Every second one also has a cloud."""
-CLOUD_COPIES = (-84.0, -70.0, -56.0, -42.0, 42.0, 56.0, 70.0, 84.0)
+CLOUD_COPIES = (-84.0, -48.0, 48.0, 84.0)
 """The same for copies with only a cloud. With few copies the model memorises each instead of learning colours."""
 TURN = 45.0
 """Degrees from one frame of a video to the next."""
