@@ -28,9 +28,9 @@ FOLDERS = {"combination": ".", "noun": "nouns"}
 """Folder below OUT/generated."""
 OPTIONS = {
     "text": ("--temperature", "0", "--max-tokens", "24"),
-    "media": ("--temperature", "1"),
+    "media": ("--temperature", "0.4"),
 }
-"""Captions are the most likely words; media are sampled at temperature 1."""
+"""Captions are the most likely words; media are sampled with little noise."""
 
 
 @dataclass(frozen=True)
