@@ -23,7 +23,10 @@ from typing import Any
 
 import pytest
 import shared
+import warm
 from leftovers import Leftovers
+
+from megamm.checkpoint.state import code_version
 
 DURATIONS = Path(__file__).parents[1] / "durations.json"
 FAST_SECONDS = 2.0
@@ -40,7 +43,7 @@ STARTS = {
     "multiprocessing.spawn",
 }
 """Audit events of a started process; the last is raised below, as Python has none for it."""
-STARTS.add(shared.EVENT)  # the first user starts the processes for all
+STARTS |= {shared.EVENT, warm.EVENT}  # the first user starts the processes for all
 
 
 def function_of(nodeid: str) -> str:
@@ -100,6 +103,11 @@ class Selection:
             of_file[name.partition("::")[0]] += record["ordinary"] + more
         ranks = {file: (-seconds, file) for file, seconds in of_file.items()}
         items[:] = sorted(chosen, key=lambda item: ranks[item.nodeid.partition("::")[0]])
+
+
+def pytest_sessionstart() -> None:
+    """Ask git for the version of the code, which happens once: no test should count as the one that started git."""
+    code_version()
 
 
 class Starts:

@@ -107,10 +107,13 @@ class WarmPopen(subprocess.Popen):
 
 
 _SERVERS: list[Server] = []
+EVENT = "warm.start"
+"""Audit event of every use of the server."""
 
 
 def server() -> Server:
     """Return the server of this process."""
+    sys.audit(EVENT)
     if not _SERVERS:
         _SERVERS.append(Server())
     return _SERVERS[0]
