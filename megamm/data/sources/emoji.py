@@ -30,14 +30,14 @@ PEOPLE = frozenset(
         *("raising hand", "red hair", "scientist", "singer", "student", "teacher", "vampire", "white hair"),
     )
 )
-"""Roles that the font draws as a man and as a woman in every skin tone, and whose two differ in 24 x 24 pixels, too."""
+"""Roles that the font draws as a man and as a woman in every skin tone, different enough to see at 24 x 24 pixels."""
 HANDS = frozenset(("ok hand", "raised fist", "thumbs down", "thumbs up", "victory hand", "waving hand"))
 SKINS = frozenset(("yellow", "light", "medium", "dark"))
 """The skin tones that are easy to distinguish, of the six in the font."""
 SIDE = 72
 """Pixels of a variant's picture."""
 COPIES = ((0, 0, False), (3, 1, True))
-"""Of each variant: pixels that it is shifted to the right and down, and whether it is mirrored."""
+"""Copies of each variant: its shift to the right and down in pixels, and whether it is mirrored."""
 
 
 def write_emoji(package: Path, target: Path) -> list[RawSample]:
@@ -67,7 +67,7 @@ def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
 
 
 def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = False) -> bytes:
-    """A PNG of SIDE x SIDE pixels: the picture on white, as large as fits, centred or shifted by so many pixels."""
+    """A PNG of SIDE x SIDE pixels: the picture on white, as large as fits, centred, then shifted by `right` and `down` pixels."""
     with Image.open(io.BytesIO(png)) as picture:
         scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
@@ -82,7 +82,7 @@ def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = Fals
 
 
 def variant_caption(name: str) -> str | None:
-    """ ":woman_farmer_dark_skin_tone:" to "dark skin, woman, farmer"; None if it is not a variant."""
+    """Caption of a name, ":woman_farmer_dark_skin_tone:" to "dark skin, woman, farmer"; None if it is not a variant."""
     words = name.strip(":").replace("_", " ").lower()
     tone = _TONE.search(words)
     colour = tone[1] if tone else "yellow"
