@@ -30,7 +30,7 @@ PEOPLE = frozenset(
         *("raising hand", "red hair", "scientist", "singer", "student", "teacher", "vampire", "white hair"),
     )
 )
-"""Roles that the font draws as a man and as a woman in every skin tone, different enough to see at 24 x 24 pixels."""
+"""Roles drawn as a man and as a woman in every skin tone, who differ visibly at 24 x 24 pixels."""
 HANDS = frozenset(("ok hand", "raised fist", "thumbs down", "thumbs up", "victory hand", "waving hand"))
 SKINS = frozenset(("yellow", "light", "medium", "dark"))
 """The skin tones that are easy to distinguish, of the six in the font."""
@@ -82,7 +82,7 @@ def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = Fals
 
 
 def variant_caption(name: str) -> str | None:
-    """Caption of a name, ":woman_farmer_dark_skin_tone:" to "dark skin, woman, farmer"; None if it is not a variant."""
+    """Caption of ":woman_farmer_dark_skin_tone:", "dark skin, woman, farmer"; None if it is not a variant."""
     words = name.strip(":").replace("_", " ").lower()
     tone = _TONE.search(words)
     colour = tone[1] if tone else "yellow"
