@@ -67,7 +67,7 @@ def write_emoji_variants(package: Path, target: Path) -> list[RawSample]:
 
 
 def on_white(png: bytes, right: int = 0, down: int = 0, is_mirrored: bool = False) -> bytes:
-    """A PNG of SIDE x SIDE pixels: the picture on white, as large as fits, centred, then shifted by `right` and `down` pixels."""
+    """A PNG of SIDE x SIDE pixels: the picture on white, as large as fits, `right` and `down` pixels off the centre."""
     with Image.open(io.BytesIO(png)) as picture:
         scale = SIDE / max(picture.size)
         size = (round(picture.width * scale), round(picture.height * scale))
