@@ -86,7 +86,7 @@ EXTRAS_REQUIRE = {
     "parquet": ["pyarrow>=17"],
     # Checkpoints to S3: checkpoint.durable=s3://bucket/prefix.
     "s3": ["s3fs>=2024.6"],
-    # The second engine (megamm/zero), which reads names of this series inside of DeepSpeed's optimizers.
+    # The second engine (megamm/engine/deepspeed), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
     "speech": ["pocketsphinx>=5,<6", "jiwer>=4,<5"],

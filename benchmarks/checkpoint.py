@@ -34,17 +34,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from megamm import __version__, engine
+from megamm import __version__
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.image import Image
+from megamm.checkpoint.rank_file import Image
 from megamm.checkpoint.saver import Saver
+from megamm.checkpoint.storage.local import LocalTier
+from megamm.common.device import choose
+from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
-from megamm.data.sample import Batch
-from megamm.device import choose
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
 from megamm.parity.rows import random_row
 from megamm.parity.worlds import Failure, Worlds
-from megamm.tiers.local import LocalTier
 
 ROUNDS = 5
 LARGE = {"num_layers": 5, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
@@ -84,7 +85,7 @@ class Sides:
         place, config = choose("cpu"), config_of(LARGE, batch=1)
         grid.start(place)
         groups = grid.build(config.parallel, seed=1)
-        self.runner = engine.build(config, VOCABULARY, groups, place)
+        self.runner = build_engine(config, VOCABULARY, groups, place)
         self.batch = Batch.stack([random_row(np.random.default_rng(1), LENGTH)])
         self.blocks = self.runner.blocks()
         self.image = Image.of(self.blocks, "unused")
@@ -198,7 +199,7 @@ class Every:
     def __init__(self, folder: Path, memory: Path) -> None:
         place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
         groups = grid.build(config.parallel, seed=1)
-        self.runner = engine.build(config, VOCABULARY, groups, place)
+        self.runner = build_engine(config, VOCABULARY, groups, place)
         draw = np.random.default_rng(groups.data_rank)
         rows = [random_row(draw, LENGTH) for _ in range(GLOBAL_BATCH // groups.data_size)]
         self.batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]

@@ -34,18 +34,18 @@ import psutil
 import torch
 
 from megamm import __version__
+from megamm.common.sample import Batch, Document, Part, Row
 from megamm.config import ModelConfig
-from megamm.data.loader import Loader, Reading
-from megamm.data.mixture import Mixture, Source
-from megamm.data.packing import Form, document_length, pack
-from megamm.data.row_stream import RowStream
-from megamm.data.sample import Batch, Document, Part, Row
-from megamm.data.sample_set import SampleSet
-from megamm.data.shards import ShardWriter
-from megamm.data.tokens import tokens_from_bytes, tokens_to_bytes
-from megamm.modalities.base import sequential_positions
-from megamm.model.size import flops_of_row
+from megamm.data.pipeline.loader import Loader, Reading
+from megamm.data.pipeline.mixture import Mixture, Source
+from megamm.data.pipeline.packing import Form, document_length, pack
+from megamm.data.pipeline.row_stream import RowStream
+from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.modalities.protocol import sequential_positions
+from megamm.model.flops import flops_of_row
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.folder import ShardWriter
+from megamm.shards.token_ids import tokens_from_bytes, tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i"}
 VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megamm import __version__, ops
-from megamm.device import Device, choose, gpus
+from megamm.common.device import Device, choose, gpus
 
 Function = Callable[..., Any]
 GRADIENT = "backward"

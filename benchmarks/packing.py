@@ -19,12 +19,12 @@ import numpy as np
 import torch
 
 from megamm import __version__
+from megamm.common.sample import IntArray
 from megamm.config import ModelConfig
-from megamm.data.balance import assign, imbalance
-from megamm.data.mixture import WINDOW
-from megamm.data.packing import plan_rows
-from megamm.data.sample import IntArray
-from megamm.model.size import flops_of_row
+from megamm.data.pipeline.balance import assign, imbalance
+from megamm.data.pipeline.mixture import WINDOW
+from megamm.data.pipeline.packing import plan_rows
+from megamm.model.flops import flops_of_row
 
 Draw = Callable[[np.random.Generator, int], IntArray]
 

@@ -44,7 +44,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
     env = faults.environment(plan, tiny_run.environment())
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=540)
 
-    from megamm.resilience import events
+    from megamm.common import events
 
     return events.read(folder / "run")
 

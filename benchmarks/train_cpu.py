@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from megamm import __version__
+from megamm.common.device import choose
+from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import RunConfig, config_from_dict
-from megamm.data.sample import IGNORE_LABEL, Batch, Row
-from megamm.device import choose
 from megamm.mcore import groups as grid
 
 VOCABULARY, LENGTH, MICRO_BATCH, MICROBATCHES = 5152, 256, 4, 2
@@ -81,7 +81,7 @@ def our_step(config: RunConfig) -> Callable[[], float]:
     """Return a function that runs one training step of ours on this rank's grid and returns the loss."""
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore.engine import NativeEngine  # import Megatron, which is adapted to the device by now
+    from megamm.engine.native import NativeEngine  # import Megatron, which is adapted to the device by now
 
     engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=1), device)
     groups = engine.groups
@@ -99,7 +99,7 @@ def plain_step(config: RunConfig) -> Callable[[], float]:
     """Return the same step in plain PyTorch: transformers' Qwen3, SDPA with the same document mask, fused AdamW."""
     from transformers import AutoModelForCausalLM
 
-    from megamm.convert.family_config import family_for, to_config
+    from megamm.convert.families.config import family_for, to_config
 
     theirs = to_config(family_for(config.model), config.model, VOCABULARY, LENGTH, {})
     model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float32, attn_implementation="sdpa")

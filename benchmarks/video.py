@@ -31,13 +31,13 @@ import torch
 from PIL import Image
 
 from megamm import __version__
-from megamm.accelerators import installed
-from megamm.data.frame_sampling import sampled_frames
-from megamm.data.video_dali import DaliDecoder, obstacle
-from megamm.data.video_plan import plan_clip
-from megamm.data.video_pyav import decode_clip
-from megamm.modalities.base import CPU
-from megamm.modalities.image import pad_to_square, square_pixels
+from megamm.config.accelerators import installed
+from megamm.media.frame_sampling import sampled_frames
+from megamm.media.image_file import pad_to_square, square_pixels
+from megamm.media.video_dali import DaliDecoder, obstacle
+from megamm.media.video_plan import plan_clip
+from megamm.media.video_pyav import decode_clip
+from megamm.modalities.protocol import CPU
 
 Frames = npt.NDArray[np.uint8]
 Side = Callable[[list[bytes]], list[Frames]]
@@ -77,7 +77,7 @@ def peer(module: str) -> Any:
 
 
 def ours_pyav() -> Side:
-    """Call megamm.data.video_pyav as VideoStream does."""
+    """Call megamm.media.video_pyav as VideoStream does."""
 
     def run(files: list[bytes]) -> list[Frames]:
         plans = [plan_clip(data, "mp4", 0.0, SIZES) for data in files]
@@ -87,7 +87,7 @@ def ours_pyav() -> Side:
 
 
 def ours_dali() -> Side:
-    """Call megamm.data.video_dali on the CPU, one batch at a time."""
+    """Call megamm.media.video_dali on the CPU, one batch at a time."""
     decoder = DaliDecoder(SIZES.image_size, CPU, batch_size=16, threads=THREADS)
 
     def run(files: list[bytes]) -> list[Frames]:

@@ -10,19 +10,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from megamm import device, engine
-from megamm.codecs.folders import save_codec
-from megamm.codecs.text import train_text_tokenizer
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
+from megamm.common import device
 from megamm.config.load import config_from_dict
-from megamm.data.build import BuildOptions, build
-from megamm.data.loader import Loader
-from megamm.data.run_data import open_run_data
-from megamm.data.token_cache import load_codecs, tokenize
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.pipeline.loader import Loader
+from megamm.data.pipeline.run_data import open_run_data
+from megamm.data.tokenize.token_cache import load_codecs, tokenize
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as process_groups
-from megamm.model.size import flops_of_row
-from megamm.objective import overall, weight_tensor
-from megamm.run_state import RunStore
+from megamm.model.flops import flops_of_row
+from megamm.model.loss import overall, weight_tensor
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.text.train import train_text_tokenizer
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
+from megamm.train.checkpoint_manager import RunStore
 
 
 def make_data(folder: Path, place: device.Device) -> None:
@@ -62,7 +63,7 @@ def train(folder: Path, place: device.Device) -> None:
     vocabulary, rank, size = data.vocabulary, groups.data_rank, groups.data_size
     cost = partial(flops_of_row, config.model, vocabulary.size, config.data.seq_length)  # to balance the ranks
     loader = Loader(data.stream, global_batch=rows, micro_batch=rows, data_rank=rank, data_size=size, cost=cost)
-    model = engine.build(config, vocabulary.size, groups, place)  # with its optimizer and schedule
+    model = build_engine(config, vocabulary.size, groups, place)  # with its optimizer and schedule
     weights = weight_tensor(config.loss_weights, vocabulary.modalities, place.torch_device)
     store = RunStore(config, data, model, groups, place, while_waiting=lambda: None)
     for step in range(1, config.train.steps + 1):

@@ -12,7 +12,7 @@ import slurm_lab
 import torch
 import warm
 
-from megamm import device
+from megamm.common import device
 from megamm.ops import library
 from megamm.parity.harness import Harness
 from megamm.parity.worlds import Worlds

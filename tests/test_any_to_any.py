@@ -12,9 +12,9 @@ from media_samples import example, make_codecs
 from tiny_run import ROOT, environment
 from toy_modality import SmellModality
 
-from megamm import metrics
-from megamm.convert.digests import check_digests
+from megamm.convert.io.digests import check_digests
 from megamm.modalities import REGISTRY
+from megamm.observability import metrics
 
 MODALITIES = REGISTRY | {"smell": SmellModality}
 NAMES = list(MODALITIES)
@@ -152,7 +152,7 @@ def test_every_modality_is_made_from_every_other(made, a, b):
 
 
 def test_pages_keep_their_order_in_the_shards(made):
-    from megamm.data.shards import ShardFolder
+    from megamm.shards.folder import ShardFolder
 
     parts: dict[str, dict[int, str]] = {}
     for name in NAMES:

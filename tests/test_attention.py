@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from attention_reference import attention, random_row_map, relative_error
 from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, errors_of_cases, inputs
 
+from megamm.common.device import Device, choose
+from megamm.common.errors import UserError
+from megamm.common.sample import Batch, Document, Part
 from megamm.config import RopeScalingConfig
-from megamm.data.packing import Form, pack
-from megamm.data.sample import Batch, Document, Part
-from megamm.device import Device, choose
-from megamm.errors import UserError
+from megamm.data.pipeline.packing import Form, pack
 from megamm.mcore import cpu
-from megamm.modalities.base import sequential_positions
+from megamm.modalities.protocol import sequential_positions
 from megamm.model import rope
 from megamm.model.vocabulary import Vocabulary
 from megamm.parity.worlds import Failure, Worlds

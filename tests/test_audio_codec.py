@@ -13,17 +13,17 @@ from transformers.audio_utils import mel_filter_bank, spectrogram
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs import word_error
-from megamm.codecs.audio import AudioCodec, AudioCodecConfig
-from megamm.codecs.audio_report import Clip, evaluate, evaluate_waveforms, stft_distance
-from megamm.codecs.audio_training import Crops, read_clips, train_audio_codec
-from megamm.codecs.mel import FLOOR, LogMel
-from megamm.codecs.residual_fsq import ResidualFSQ
-from megamm.codecs.training import COLLAPSED, Training
-from megamm.data.shards import ShardWriter
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.modalities.audio import AudioModality
+from megamm.shards.folder import ShardWriter
+from megamm.tokenizers.audio import word_error
+from megamm.tokenizers.audio.mel import FLOOR, LogMel
+from megamm.tokenizers.audio.metrics import Clip, evaluate, evaluate_waveforms, stft_distance
+from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
+from megamm.tokenizers.audio.train import Crops, read_clips, train_audio_codec
+from megamm.tokenizers.residual_fsq import ResidualFSQ
+from megamm.tokenizers.training_loop import COLLAPSED, Training
 
 SIZES = dict(mels=40, codebooks=3, levels=(5, 4, 4), width=48, encoder_depth=1, decoder_depth=1)
 CONFIG = AudioCodecConfig(**SIZES)

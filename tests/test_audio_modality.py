@@ -10,13 +10,12 @@ import torch
 from audio_data import FORMATS, RATE, as_bytes, chirp
 from scipy import signal
 
-from megamm.codecs.audio import AudioCodec, AudioCodecConfig
-from megamm.codecs.folders import save_codec
-from megamm.errors import UserError
-from megamm.modalities import sound_file
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.media import sound_file
+from megamm.media.sound_file import check_sound, read_waveform, resample
 from megamm.modalities.audio import AudioModality
-from megamm.modalities.base import UnreadableMedia
-from megamm.modalities.sound_file import check_sound, read_waveform, resample
+from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
+from megamm.tokenizers.io import save_codec
 
 SOUND = chirp(1, seconds=3.0)
 FILES = {extension: as_bytes(SOUND, extension) for extension in FORMATS}

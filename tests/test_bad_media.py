@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamm.data.build import BuildOptions, build
-from megamm.data.curation import CurationOptions
-from megamm.data.media_check import Checks, LeftOut, check_sample
-from megamm.data.samples import RawPart, RawSample, Span
-from megamm.data.shards import ShardFolder
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.build.curation import CurationOptions
+from megamm.data.build.media_check import Checks, LeftOut, check_sample
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.samples import RawPart, RawSample, Span
 from megamm.modalities import REGISTRY
+from megamm.shards.folder import ShardFolder
 
 FREELY = BuildOptions(heldout=0, max_broken=1)
 HARD_MEMORY_LIMIT = 2**30

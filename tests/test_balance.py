@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from megamm.config import ModelConfig
-from megamm.data.balance import assign, imbalance
-from megamm.model.size import flops_of_row, flops_per_token
+from megamm.data.pipeline.balance import assign, imbalance
+from megamm.model.flops import flops_of_row, flops_per_token
 
 LAYOUTS = [(1, 1, 8), (2, 4, 4), (4, 4, 1), (3, 5, 2), (8, 4, 2), (16, 1, 1)]
 """Data ranks, microbatches, rows per microbatch."""

@@ -9,15 +9,14 @@ import webdataset
 from PIL import Image
 from source_packages import dotted_png
 
-from megamm.data.build import BuildOptions, build
-from megamm.data.curation import CurationOptions
-from megamm.data.media_check import Checks, LeftOut, check_sample, render_svg
-from megamm.data.nouns import is_heldout, normalise_noun
-from megamm.data.samples import RawPart, RawSample
-from megamm.data.shards import ShardFolder
-from megamm.errors import UserError
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.data.build.curation import CurationOptions
+from megamm.data.build.media_check import Checks, LeftOut, check_sample, render_svg
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.nouns import is_heldout, normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample
 from megamm.modalities import REGISTRY
-from megamm.modalities.base import UnreadableMedia
+from megamm.shards.folder import ShardFolder
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="40" height="20">{}</svg>'

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megamm.data.build import BuildOptions, build
-from megamm.data.curation import CurationOptions
-from megamm.data.nouns import is_heldout
-from megamm.data.samples import RawPart, RawSample, write_samples
-from megamm.data.shards import ShardFolder
+from megamm.common.errors import UnreadableMedia
+from megamm.data.build.curation import CurationOptions
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.nouns import is_heldout
+from megamm.data.raw.samples import RawPart, RawSample, write_samples
 from megamm.modalities import REGISTRY
-from megamm.modalities.base import UnreadableMedia
+from megamm.shards.folder import ShardFolder
 
 
 class ToyModality:

@@ -13,7 +13,7 @@ from tiny_run import environment, make_data, megamm, write_config
 
 from megamm import checkpoint
 from megamm.checkpoint import index
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "stop_after": 4}
 

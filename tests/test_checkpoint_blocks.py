@@ -15,9 +15,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 
 from megamm.checkpoint import archive, index, reader
-from megamm.checkpoint.blocks import Block, flat_boxes
-from megamm.checkpoint.image import ALIGNMENT, Image
-from megamm.errors import UserError
+from megamm.checkpoint.rank_file import ALIGNMENT, Image
+from megamm.checkpoint.tensor_shards import Block, flat_boxes
+from megamm.common.errors import UserError
 
 SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 4), (1, 4, 1, 6), (2, 1, 3, 2, 2)]
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]

@@ -14,13 +14,13 @@ from saver_worker import Trouble, run, state
 
 from megamm import checkpoint
 from megamm.checkpoint import reader
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import FAILURES, Saver
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common import events
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.mcore import groups
 from megamm.parity.worlds import Failure
-from megamm.resilience import events
 
 RNG = {"torch": torch.arange(9, dtype=torch.uint8)}
 

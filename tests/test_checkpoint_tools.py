@@ -19,12 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from typer.testing import CliRunner
 
 from megamm import checkpoint, cli
-from megamm.checkpoint import files
+from megamm.checkpoint import files, inspect, retention, whole_tensors
+from megamm.checkpoint.storage.upload import DurableTier
+from megamm.common import events
+from megamm.common.errors import UserError
 from megamm.config import config_from_dict
-from megamm.errors import UserError
-from megamm.resilience import events
-from megamm.tiers import inspect, retention, tensors
-from megamm.tiers.durable import DurableTier
 
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 2, "stop_after": 6}
 SECRET = "zq7secretsecretsecretzq7"
@@ -124,8 +123,8 @@ def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
         told.append([e["tier"] for e in events.read(output) if e["kind"] == "resumed"])
     assert told == [["durable"], ["run"]]
     assert checkpoint_command("diff", lost, own)[1][-1].endswith("tensors are bit-identical")
-    names = tensors.described(step(own, 8))
-    assert not list(tensors.differences(step(lost, 8), step(own, 8), names))
+    names = whole_tensors.described(step(own, 8))
+    assert not list(whole_tensors.differences(step(lost, 8), step(own, 8), names))
 
 
 def test_list_and_verify(run, trained):
@@ -161,7 +160,7 @@ def test_diff_finds_every_difference(run):
     assert code == 1 and "step: 2 -> 6" in lines
     both = []
     for number in (2, 6):
-        entries = tensors.described(step(run, number))
+        entries = whole_tensors.described(step(run, number))
         state = {name: torch.empty(e.shape, dtype=getattr(torch, e.dtype)) for name, e in entries.items()}
         load(state, storage_reader=FileSystemReader(step(run, number) / "tensors"), no_dist=True)
         both.append(state)
@@ -256,7 +255,7 @@ HOSTILE = {
 @pytest.mark.parametrize("place", HOSTILE)
 def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatch):
     """Its manifest is valid; a resuming run, an export and the tools execute nothing of it."""
-    from megamm.device import choose
+    from megamm.common.device import choose
     from megamm.mcore import groups
 
     groups.start(choose("cpu"))
@@ -286,7 +285,7 @@ def test_an_index_that_leaves_its_folder_is_refused(run):
         stored.relative_path = "../../step_00000004/tensors/__0_0.distcp"
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(UserError, match=r"not safe to read: .*is not a file in the folder"):
-        tensors.described(step(run, 6))
+        whole_tensors.described(step(run, 6))
 
 
 def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path):

@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 from megamm import checkpoint
-from megamm.checkpoint import files, process, writer
+from megamm.checkpoint import files, writer, writer_client
 from megamm.checkpoint import folder as folders
-from megamm.checkpoint.process import WriterProcess
-from megamm.resilience import events
+from megamm.checkpoint.writer_client import WriterProcess
+from megamm.common import events
 
 FAULTS = Path(__file__).parent / "lib" / "writer_faults.py"
 SIZE = 3 * mmap.PAGESIZE + 64
@@ -43,7 +43,7 @@ def faulty(monkeypatch):
     """Make writers that start from now on kill themselves at a call (0: never), and list calls in a file."""
 
     def set_up(kill_at: int, trace: Path | None = None) -> None:
-        monkeypatch.setattr(process, "COMMAND", (sys.executable, str(FAULTS)))
+        monkeypatch.setattr(writer_client, "COMMAND", (sys.executable, str(FAULTS)))
         monkeypatch.setenv("KILL_AT", str(kill_at))
         if trace is not None:
             monkeypatch.setenv("TRACE", str(trace))
@@ -299,7 +299,7 @@ def test_it_ends_with_its_rank():
     """A rank killed with -9 closes nothing itself; the pipe is held open here."""
     program = f"""
 import os, sys
-from megamm.checkpoint.process import WriterProcess
+from megamm.checkpoint.writer_client import WriterProcess
 memory = os.memfd_create("image"); os.ftruncate(memory, {SIZE})
 writer = WriterProcess(memory, {SIZE})
 os.dup2(writer.process.stdin.fileno(), 100, inheritable=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megamm import cli, layout
+from megamm import cli
+from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict, load_config, reference
-from megamm.errors import UserError
+from megamm.model import layout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
 MLA = ["model.mla={kv_lora_rank: 8, qk_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"]

@@ -7,11 +7,11 @@ from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
-from megamm.convert import mapping
-from megamm.convert.family_config import family_for, to_config
-from megamm.data.sample import IGNORE_LABEL
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.common.sample import IGNORE_LABEL
+from megamm.convert.families import mapping
+from megamm.convert.families.config import family_for, to_config
 from megamm.mcore import groups as grid
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
@@ -28,8 +28,8 @@ def pair(request, tmp_path):
     config = model_config(MODELS[request.param])
     device = choose("cpu")
     grid.start(device)
+    from megamm.engine.native import NativeEngine
     from megamm.mcore import rng, store
-    from megamm.mcore.engine import NativeEngine
 
     groups = grid.build(config.parallel, seed=3)
     engine = NativeEngine(config, VOCABULARY, groups, device)

@@ -16,12 +16,14 @@ from native_folders import convert, edit, make_native, make_pair
 from safetensors.torch import load_file, save_file
 from tiny_export import make_export
 
-from megamm import checkpoint, tiers
-from megamm.convert import compare, gate
-from megamm.convert.digests import write_digests
-from megamm.convert.mapping import Entry
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm import checkpoint
+from megamm.checkpoint import whole_tensors
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.convert.families.mapping import Entry
+from megamm.convert.io.digests import write_digests
+from megamm.convert.verify import gate
+from megamm.convert.verify import logits as compare
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +145,10 @@ def test_the_index_is_parsed_once_for_all_tensors(llama, monkeypatch):
     """Parsing the index takes longer than comparing some of the tensors."""
     parsed, plain = [], checkpoint.index.check_index
     monkeypatch.setattr(checkpoint.index, "check_index", lambda folder: parsed.append(folder) or plain(folder))
-    monkeypatch.setattr(tiers.tensors, "BATCH_BYTES", 1)
+    monkeypatch.setattr(whole_tensors, "BATCH_BYTES", 1)
     assert gate.check(*llama, logits=False).passed and len(parsed) == 1
     (step,) = (llama[0] / "checkpoints").glob("step_*")
-    assert not list(tiers.tensors.differences(step, step, tiers.tensors.described(step))) and len(parsed) == 4
+    assert not list(whole_tensors.differences(step, step, whole_tensors.described(step))) and len(parsed) == 4
 
 
 def die(_sides, _names) -> None:
@@ -174,11 +176,11 @@ def test_bits_are_compared_at_every_size_and_place(dtype):
     for start in range(9):
         for stop in range(start + 1, 20):
             ours, theirs = whole[start:stop], whole.clone()[start:stop]
-            assert tiers.tensors.difference("same", ours, theirs) is None
+            assert whole_tensors.difference("same", ours, theirs) is None
             for at in (0, len(ours) - 1):
                 theirs = whole.clone()[start:stop]
                 theirs[at] += 1
-                assert tiers.tensors.difference("other", ours, theirs) == tiers.tensors.Difference("other", 1, 1.0)
+                assert whole_tensors.difference("other", ours, theirs) == whole_tensors.Difference("other", 1, 1.0)
 
 
 def test_rows_are_whole_packed_and_padded():
@@ -276,7 +278,7 @@ def export(tmp_path_factory):
 
 
 def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
-    caplog.set_level("INFO", "megamm.convert.gate")
+    caplog.set_level("INFO", "megamm.convert.verify.gate")
     assert convert("import", export, tmp_path / "run").exit_code == 0
     assert convert("export", tmp_path / "run", tmp_path / "out").exit_code == 0
     assert sum(line.startswith("logits: differ by at most ") for line in caplog.messages) == 2

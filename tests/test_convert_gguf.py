@@ -14,8 +14,8 @@ from tiny_export import make_export
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megamm.convert.gguf import write_gguf
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.convert.extras.gguf import write_gguf
 
 PLAIN = {"qk_norm": False}
 MOE = {"num_experts": 6, "top_k": 2, "ffn_hidden_size": 24}

@@ -15,13 +15,14 @@ from tiny_export import make_export, open_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megamm.checkpoint import RunState
-from megamm.codecs.folders import codec_id, load_codec
-from megamm.codecs.halves import KINDS, load_half, save_half
+from megamm.common.errors import UserError
 from megamm.config import config_from_dict
-from megamm.convert import card
-from megamm.convert.digests import check_digests, write_digests
-from megamm.convert.modules import join, split
-from megamm.errors import UserError
+from megamm.convert.extras import card
+from megamm.convert.extras.modules import join, split
+from megamm.convert.io.digests import check_digests, write_digests
+from megamm.tokenizers.encoder_decoder import KINDS, load_half, save_half
+from megamm.tokenizers.io import codec_id
+from megamm.tokenizers.load import load_codec
 
 
 @pytest.fixture(scope="module", params=["one file", "shards"])

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from megamm.cli import convert as cli
-from megamm.convert.digests import check_digests
-from megamm.convert.quantize import quantize
-from megamm.convert.verify import verify
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.convert.extras.quantize import quantize
+from megamm.convert.io.digests import check_digests
+from megamm.convert.verify.weights import verify
 
 TARGETS = ("int8", "int4", "fp8")
 LARGEST = {"int8": 127.5, "int4": 7.5, "fp8": 448}

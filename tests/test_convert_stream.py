@@ -25,15 +25,16 @@ from transformers import AutoModelForCausalLM
 
 from megamm import checkpoint
 from megamm.checkpoint import index, path_of
-from megamm.checkpoint.blocks import Block
-from megamm.checkpoint.pieces import Pieces
 from megamm.checkpoint.saver import save_now
-from megamm.convert import hf, mapping
+from megamm.checkpoint.tensor_reader import Pieces
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.convert import hf
+from megamm.convert.families import mapping
 from megamm.convert.hf import export, import_
-from megamm.convert.weights import Weights
-from megamm.convert.work import Work
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.convert.io.safetensors_files import Weights
+from megamm.convert.job.conversion import Work
 from megamm.mcore import groups as grid
 from megamm.parity.rows import VOCABULARY
 

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 
 from megamm import checkpoint
-from megamm.checkpoint.blocks import Block
-from megamm.codecs.folders import weight_files
-from megamm.convert import diff, verify
-from megamm.convert.digests import write_digests
-from megamm.convert.inspect import tree
-from megamm.convert.tensors import Native
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.errors import UserError
+from megamm.convert.extras.inspect import tree
+from megamm.convert.io.digests import write_digests
+from megamm.convert.io.tensor_sources import Native
+from megamm.convert.verify import diff, weights
+from megamm.tokenizers.io import weight_files
 
 INDEX = "model.safetensors.index.json"
 NAN = float("nan")
@@ -180,10 +180,10 @@ def test_diff_says_shapes_dtypes_and_what_only_one_has(hf, tmp_path):
 
 
 def test_verify_of_what_is_whole(mixtral, hf):
-    report = verify.verify(mixtral[0])
+    report = weights.verify(mixtral[0])
     assert not report.problems and report.lines[1] == "names and shapes match MixtralForCausalLM"
     write_digests(hf)
-    report = verify.verify(hf)
+    report = weights.verify(hf)
     assert not report.problems and report.lines[:2] == ["SHA256SUMS matches", "names and shapes match config.json"]
     done = convert("verify", hf)
     assert done.exit_code == 0 and done.stdout.splitlines()[-1].endswith("tensors, all values are finite")

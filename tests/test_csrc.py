@@ -92,7 +92,7 @@ def test_install_without_a_compiler_is_whole(tmp_path):
     script = """
 import torch
 from megamm import ops
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 chosen, reason = ops.choose("auto", torch.device("cpu"))
 print(chosen.name, "|", reason, "|", tuple(chosen.rms_norm(torch.ones(2, 4), torch.ones(4)).shape))
 try:

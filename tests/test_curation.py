@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from megamm.data.curation import (
+from megamm.common.errors import UserError
+from megamm.data.build.curation import (
     RULES,
     CurationOptions,
     FilteredOut,
@@ -21,8 +22,7 @@ from megamm.data.curation import (
     shingles,
     signature,
 )
-from megamm.data.pii import is_card, mask
-from megamm.errors import UserError
+from megamm.data.build.pii import is_card, mask
 
 RATE = 16000
 

@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
-from megamm.data.sample import IGNORE_LABEL
-from megamm.device import choose
+from megamm.common.device import choose
+from megamm.common.sample import IGNORE_LABEL
 from megamm.mcore import groups as grid
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
@@ -37,7 +37,7 @@ def engine(request):
     config = model_config(request.param)
     device = choose("cpu")
     grid.start(device)
-    from megamm.mcore.engine import NativeEngine
+    from megamm.engine.native import NativeEngine
 
     engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=5), device)
     torch.manual_seed(6)

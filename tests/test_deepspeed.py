@@ -19,8 +19,8 @@ from deepspeed_worker import STEPS
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 
 LIB = Path(__file__).parent / "lib"
 HALF = 8
@@ -234,7 +234,7 @@ def test_without_the_package_one_line_says_what_to_do(monkeypatch):
     from megamm.mcore import groups
 
     groups.start(choose("cpu"))
-    from megamm.zero.engine import import_deepspeed
+    from megamm.engine.deepspeed.engine import import_deepspeed
 
     with pytest.raises(UserError, match="deepspeed is not installed"):
         import_deepspeed(choose("cpu"))

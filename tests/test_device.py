@@ -2,7 +2,7 @@
 
 import pytest
 
-from megamm import device
+from megamm.common import device
 
 
 @pytest.mark.parametrize(

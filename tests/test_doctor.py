@@ -13,13 +13,13 @@ import warm
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 from typer.testing import CliRunner
 
-from megamm import accelerators, layout
-from megamm.accelerators import describe, fuses_weight_gradients, installed
 from megamm.cli import app
-from megamm.config import RunConfig, load_config
-from megamm.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
+from megamm.common.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
+from megamm.common.errors import UserError
+from megamm.config import RunConfig, accelerators, load_config
+from megamm.config.accelerators import describe, fuses_weight_gradients, installed
 from megamm.doctor import installation
-from megamm.errors import UserError
+from megamm.model import layout
 from megamm.ops import library
 
 NOTHING = accelerators.Installed(None, None, False, False, None, None, None)
@@ -168,7 +168,10 @@ def test_broken_gpu_packages_leave_a_cpu_run_alone(data):
     assert "Transformer Engine: of unknown version, not used on a CPU; " in done.stderr
     assert "apex: of unknown version, not used on a CPU; Adam is torch's fused AdamW" in done.stderr
     first = [line for line in done.stderr.splitlines() if line.startswith("INFO ")][:6]
-    assert [line.split(":")[0].split()[-1] for line in first] == ["megamm.device", *["megamm.accelerators"] * 5]
+    assert [line.split(":")[0].split()[-1] for line in first] == [
+        "megamm.common.device",
+        *["megamm.config.accelerators"] * 5,
+    ]
     assert json.loads((data / "run" / "metrics.jsonl").read_text().splitlines()[0])["step"] == 1
 
 

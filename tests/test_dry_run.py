@@ -13,12 +13,14 @@ import pytest
 import torch
 from tiny_run import ROOT, environment, make_data, megamm, write_config
 
-from megamm import cli, dry_run, layout
+from megamm import cli
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict, load_config
-from megamm.device import choose
-from megamm.errors import UserError
 from megamm.mcore import groups
-from megamm.model.size import parameter_count
+from megamm.model import layout
+from megamm.model.flops import parameter_count
+from megamm.train import dry_run
 
 VOCABULARY = 301
 MOE = {"moe": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 48}}
@@ -78,7 +80,7 @@ def no_job() -> Iterator[None]:
 @cache
 def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
     """Return config, grid, world and every rank's model of a layout."""
-    from megamm.mcore.paper import PaperWorld
+    from megamm.mcore.fake_world import PaperWorld
 
     world_size, parallel, model = LAYOUTS[name]
     config = _config(parallel, model)
@@ -103,7 +105,7 @@ def test_whole_world_is_consistent(name: str) -> None:
 
 
 def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:
-    from megamm.mcore.paper import PaperWorld
+    from megamm.mcore.fake_world import PaperWorld
 
     config, _, _, models = _built("one")
     assert models[0].parameters == parameter_count(config.model, VOCABULARY)
@@ -115,7 +117,7 @@ def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:
 
 def test_parameters_of_a_rank_by_hand() -> None:
     """Half of each layer's matrices, all of its norms; a stage's layers; a table on the first and the last stage."""
-    from megamm.mcore.paper import PaperWorld
+    from megamm.mcore.fake_world import PaperWorld
 
     config = _config({"tensor": 2, "pipeline": 2, "layers_per_chunk": [5, 3]}, {})
     layer = 64 * 8 * (2 * 8 + 2 * 4) // 2 + 3 * 64 * 96 // 2 + 2 * 64 + 2 * 8
@@ -246,7 +248,7 @@ def test_tokens_on_two_ranks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) -> None:
-    from megamm.mcore.engine import NativeEngine
+    from megamm.engine.native import NativeEngine
 
     config, device = _config({}, {}, precision=precision), choose("cpu")
     groups.start(device)

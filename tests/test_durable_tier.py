@@ -14,12 +14,13 @@ import psutil
 import pytest
 from checkpoint_folders import contents, make_checkpoint
 
-from megamm.errors import UserError
-from megamm.resilience import events
-from megamm.tiers import remote, retention
-from megamm.tiers.durable import STREAMS, DurableTier
-from megamm.tiers.remote import RemoteError
-from megamm.tiers.uploader import Uploader
+from megamm.checkpoint import retention
+from megamm.checkpoint.storage import remote
+from megamm.checkpoint.storage.remote import RemoteError
+from megamm.checkpoint.storage.upload import STREAMS, DurableTier
+from megamm.checkpoint.storage.uploader import Uploader
+from megamm.common import events, urls
+from megamm.common.errors import UserError
 
 boto3 = pytest.importorskip("boto3")
 ThreadedMotoServer = pytest.importorskip("moto.server").ThreadedMotoServer
@@ -239,7 +240,7 @@ def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store
 def test_the_uploader_ends_with_its_run(store, tmp_path):
     """kill -9 of rank 0 leaves no process behind."""
     url, _ = store
-    code = f"import time; from pathlib import Path; from megamm.tiers.uploader import Uploader; \
+    code = f"import time; from pathlib import Path; from megamm.checkpoint.storage.uploader import Uploader; \
         print(Uploader(Path({str(tmp_path)!r}), {url!r}, 1, False).pid, flush=True); time.sleep(60)"
     rank = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     pid = int(rank.stdout.readline())
@@ -309,5 +310,5 @@ def test_secrets_in_a_url_are_refused_and_not_repeated(url):
 
 def test_secrets_of_the_environment_are_cut_out_of_errors(monkeypatch):
     monkeypatch.setenv("MY_SECRET_KEY", "hunter2hunter2")
-    text = remote.redacted("at https://a:b@host/x?sig=1234 with hunter2hunter2")
+    text = urls.redacted("at https://a:b@host/x?sig=1234 with hunter2hunter2")
     assert text == "at https://host/x with ***"

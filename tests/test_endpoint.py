@@ -8,8 +8,8 @@ import pytest
 from ports import free_port
 from torch.distributed import TCPStore
 
-from megamm.errors import UserError
-from megamm.resilience import endpoint
+from megamm.common.errors import UserError
+from megamm.elastic import endpoint
 
 
 @pytest.fixture

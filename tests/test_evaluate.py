@@ -10,16 +10,16 @@ import torch
 from tiny_export import make_export, open_tiny, with_model
 from typer.testing import CliRunner
 
-from megamm import evaluate as module
 from megamm.cli import app
-from megamm.convert.compare import logits_difference
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.convert.hf import import_
-from megamm.data.nouns import normalise_noun
-from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.data.token_cache import tokenize
-from megamm.device import choose
-from megamm.errors import UserError
-from megamm.evaluate import evaluate, partners, summarise
+from megamm.convert.verify.logits import logits_difference
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.tokenize.token_cache import tokenize
+from megamm.inference import evaluate as module
+from megamm.inference.evaluate import evaluate, partners, summarise
+from megamm.shards.folder import ShardFolder, ShardWriter
 
 HELDOUT = 12
 

@@ -15,17 +15,18 @@ from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, wri
 from safetensors.torch import load_file
 
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import save_now
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.config import ModelConfig
-from megamm.convert import hf_source, mapping
-from megamm.convert.families import FAMILIES
-from megamm.convert.family import leaves
-from megamm.convert.family_config import family_for, read_config, to_config
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.convert.families import mapping
+from megamm.convert.families.config import family_for, read_config, to_config
+from megamm.convert.families.family import leaves
+from megamm.convert.families.tables import FAMILIES
+from megamm.convert.io import hf_source
 from megamm.mcore import groups as grid
-from megamm.model import size
+from megamm.model import flops
 from megamm.model.vocabulary import Range, Vocabulary
 from megamm.parity.case import Case
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
@@ -33,13 +34,13 @@ from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 def stored_gradients(module: Any, groups: Any) -> dict[str, torch.Tensor]:
     """Return the gradient of every parameter of a one-rank model, by the names and in the shapes of stored tensors."""
-    from megamm.mcore import parts
+    from megamm.mcore import shard_specs
 
     whole: dict[str, torch.Tensor] = {}
-    for part in parts.of(module, groups):
+    for part in shard_specs.of(module, groups):
         if getattr(part.tensor, "main_grad", None) is not None:
             block = part.block(part.tensor.main_grad)
-            place = tuple(slice(first, first + size) for first, size in zip(block.offset, block.size, strict=True))
+            place = tuple(slice(first, first + flops) for first, flops in zip(block.offset, block.size, strict=True))
             whole.setdefault(part.key, torch.full(part.shape, torch.nan))[place] = block.data.view(block.size)
     return whole
 
@@ -65,8 +66,8 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     stored = mapping.from_transformers(family.entries, file, config.model)
     device = choose("cpu")
     grid.start(device)
+    from megamm.engine.native import NativeEngine
     from megamm.mcore import rng, store
-    from megamm.mcore.engine import NativeEngine
 
     try:
         groups = grid.build(config.parallel, seed=3)
@@ -91,7 +92,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     with_buffers = {name: torch.zeros_like(tensor) for name, tensor in stored.items()} | gradients
     compare_gradients(mapping.to_transformers(family.entries, with_buffers, config.model, VOCABULARY), theirs, tmp_path)
     counted = sum(tensor.numel() for name, tensor in stored.items() if not name.endswith("expert_bias"))
-    assert counted == size.parameter_count(config.model, VOCABULARY)
+    assert counted == flops.parameter_count(config.model, VOCABULARY)
     back = mapping.to_transformers(family.entries, stored, config.model, VOCABULARY)
     assert back.keys() == file.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in file.items())

@@ -17,12 +17,12 @@ from family_models import read_model, write_model
 from saver_worker import state
 from stream_models import add_tokenizer, cut_weights, equal
 
-from megamm import engine as engines
 from megamm.checkpoint import path_of
 from megamm.checkpoint.saver import save_now
+from megamm.common.device import choose
+from megamm.common.sample import IGNORE_LABEL
 from megamm.convert.hf import import_
-from megamm.data.sample import IGNORE_LABEL
-from megamm.device import choose
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
 from megamm.parity.case import Case, Run
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
@@ -86,7 +86,7 @@ def run(job: Job) -> list[float]:
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
     groups = grid.build(config.parallel, seed=9)
-    engine = engines.build(config, VOCABULARY, groups, place)
+    engine = build_engine(config, VOCABULARY, groups, place)
     engine.load(path_of(job.folder, 0) / "tensors", 5, with_optimizer=False)
     batches = rank_batches(global_batch(6, 1, ROWS, SEQUENCE), 1, groups.data_rank, groups.data_size)
     loss = engine.evaluate(batches, torch.ones(2, dtype=torch.float64))

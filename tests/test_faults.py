@@ -15,7 +15,7 @@ import warm
 from fault_matrix import Cell
 from tiny_run import environment
 
-from megamm.resilience import events
+from megamm.common import events
 
 SOME = [
     ("slow", "first step"),

@@ -19,12 +19,12 @@ import pytest
 from typer.testing import CliRunner
 
 from megamm.cli import app
+from megamm.common.errors import UserError
 from megamm.data import sources
-from megamm.data.samples import RawPart, RawSample, read_samples
+from megamm.data.raw.samples import RawPart, RawSample, read_samples
 from megamm.data.sources import SOURCES, STARTERS, Source, expand, fetch, packages
 from megamm.data.sources.attribution import append_credits
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package, find_sdist
-from megamm.errors import UserError
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb makes and unpacks the test package")
 

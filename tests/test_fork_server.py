@@ -8,9 +8,10 @@ import time
 
 import pytest
 
-from megamm.resilience import fork_server, processes
-from megamm.resilience.fork_server import ForkServer
-from megamm.resilience.slots import Slots
+from megamm.common import processes
+from megamm.elastic import fork_server
+from megamm.elastic.fork_server import ForkServer
+from megamm.elastic.rank_status import Slots
 
 CONFIG = {"device": "cpu", "engine": "native"}
 
@@ -20,7 +21,7 @@ class Command:
 
     def __init__(self, config):
         self.before = processes.children(os.getpid())
-        self.server = ForkServer(config)
+        self.server = ForkServer("megamm.train.ranks", config)
 
     def templates(self):
         return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]

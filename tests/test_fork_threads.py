@@ -25,12 +25,15 @@ def run(folder, *command):
     return done.stdout
 
 
-COUNT = "from megamm.resilience import fork_server, processes; {}; print(len(processes.threads()))"
+COUNT = "from megamm.common import processes; from megamm.train import ranks; {}; print(len(processes.threads()))"
 
 
 @pytest.mark.parametrize(
     ("loads", "threads"),
-    [("fork_server.preload('cpu', 'native')", 1), ("import numpy", min(4, len(os.sched_getaffinity(0))))],
+    [
+        ("ranks.preload({'device': 'cpu', 'engine': 'native'})", 1),
+        ("import numpy", min(4, len(os.sched_getaffinity(0)))),
+    ],
     ids=["fork server", "numpy"],
 )
 def test_what_a_rank_is_forked_from_has_one_thread(loads, threads, tmp_path):

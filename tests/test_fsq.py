@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megamm.codecs.fsq import FSQ
+from megamm.tokenizers.fsq import FSQ
 
 LEVELS = [(8, 5, 5, 5), (3,), (2, 2), (4, 3, 7)]
 

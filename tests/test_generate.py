@@ -14,8 +14,8 @@ from tiny_export import IMAGE_TOKENS, make_export, open_tiny, with_model
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.errors import UserError
-from megamm.generate import GumbelNoise, Sampling, generate
+from megamm.common.errors import UserError
+from megamm.inference.generate import GumbelNoise, Sampling, generate
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 CAPTIONS = ["a red ellipse", "blue", "a long caption of a purple rectangle"]

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from megamm.resilience.attempts import Restart
-from megamm.resilience.goodput import KINDS, account
+from megamm.observability.goodput import KINDS, account
+from megamm.observability.restarts import Restart
 
 
 def line(time, step, steps, step_seconds, wait=0.0, evaluation=0.0, stall=0.0):

@@ -14,18 +14,19 @@ from guard_faults import Case
 from run_folders import read_tensors, step_folder
 from tiny_run import make_data, numbers, write_config
 
-from megamm import layout, metrics
-from megamm.clock import Clock
+from megamm.checkpoint.storage import local_files
+from megamm.checkpoint.storage.upload import DurableTier
+from megamm.common import events
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.common.timers import Clock
 from megamm.config import StragglerConfig, config_from_dict
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.guards.rerun import compare, suspects
+from megamm.guards.spike_detector import Spikes
+from megamm.guards.stragglers import Stragglers, scores
+from megamm.model import layout
+from megamm.observability import metrics
 from megamm.parity.worlds import Worlds
-from megamm.resilience import events
-from megamm.resilience.second_run import compare, suspects
-from megamm.resilience.spikes import Spikes
-from megamm.resilience.stragglers import Stragglers, scores
-from megamm.tiers import parts
-from megamm.tiers.durable import DurableTier
 
 TINY = {
     "num_layers": 1,
@@ -216,7 +217,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     kind, text = runs.end_of("local", POISON, ("ended_before", {"step": 12}), steps=12, **kept)
     assert kind == "UserError" and text.startswith("ended")
     (tier,) = (tmp_path / "local").glob("*/")
-    assert parts.steps_in(tier)[-2:] == [10, 11], "the run's folder must have step 10"
+    assert local_files.steps_in(tier)[-2:] == [10, 11], "the run's folder must have step 10"
     run = runs.run("local", steps=12, **kept)
     assert [(e["tier"], e["step"]) for e in events.read(run) if e["kind"] == "resumed"] == [("local", 11)]
     assert _actions(run) == [(9, "rollback")] and numbers(run) == numbers(left_out)
@@ -226,7 +227,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     kind, text = runs.end_of("local_ended", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("ended")
     (tier,) = (tmp_path / "local").glob("*/")
-    assert parts.steps_in(tier) == []
+    assert local_files.steps_in(tier) == []
 
 
 def test_roll_back_holds_in_the_durable_tier_too(runs):

@@ -6,12 +6,12 @@ import math
 import pytest
 from source_packages import dotted_png
 
-from megamm.data.build import BuildOptions, build
-from megamm.data.heldout import Heldout, words
-from megamm.data.samples import RawPart, RawSample
-from megamm.data.shards import ShardFolder
-from megamm.errors import UserError
-from megamm.evaluate import heldout_rules
+from megamm.common.errors import UserError
+from megamm.data.build.heldout import Heldout, words
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.samples import RawPart, RawSample
+from megamm.inference.evaluate import heldout_rules
+from megamm.shards.folder import ShardFolder
 
 ROLES, TONES = ("cook", "judge", "pilot", "guard", "mage", "elf"), ("light", "medium-dark", "dark", "yellow")
 GRID = [f"{role}, {gender}, {tone} skin" for role in ROLES for gender in ("man", "woman") for tone in TONES]

@@ -5,9 +5,9 @@ import torch
 import transformers
 from hf_models import AUDIO, RATE, direct, edited, load, make_folders, noise
 
-from megamm.codecs.folders import load_codec
-from megamm.codecs.hf_audio import AUDIO_ADAPTERS
 from megamm.modalities.audio import AudioModality
+from megamm.tokenizers.hf.audio import AUDIO_ADAPTERS
+from megamm.tokenizers.load import load_codec
 
 CODEBOOKS = {"mimi": (4, 16), "encodec": (3, 8), "dac": (3, 10)}
 """Codebooks, and samples of a latent frame."""

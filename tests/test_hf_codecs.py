@@ -7,13 +7,13 @@ import torch
 import transformers
 from hf_models import AUDIO, SIZES, direct, edited, load, make_folders, noise, pictures
 
-from megamm.codecs.folders import load_codec
-from megamm.data.sample_set import SampleSet
-from megamm.data.shards import ShardWriter
-from megamm.data.token_cache import cache_name
-from megamm.data.tokens import tokens_to_bytes
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.tokenize.token_cache import cache_name
 from megamm.modalities.image import ImageModality
+from megamm.shards.folder import ShardWriter
+from megamm.shards.token_ids import tokens_to_bytes
+from megamm.tokenizers.load import load_codec
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ import transformers
 from codec_data import as_bytes, shape_picture
 from hf_models import SIDE, VISUAL, direct, load, make_folders, pictures
 
-from megamm.codecs.hf_visual import VISUAL_ADAPTERS
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
+from megamm.tokenizers.hf.visual import VISUAL_ADAPTERS
 
 GRID, TOKENS = 6, 36
 """Tokens of an image."""

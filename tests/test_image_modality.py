@@ -9,11 +9,11 @@ import torch
 from codec_data import as_bytes, shape_picture
 from PIL import Image
 
-from megamm.codecs.folders import save_codec
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.errors import UserError
-from megamm.modalities.base import UnreadableMedia
-from megamm.modalities.image import MAX_PIXELS, ImageModality, square_pixels
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.media.image_file import MAX_PIXELS, square_pixels
+from megamm.modalities.image import ImageModality
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 PICTURE = shape_picture(3)[0]
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))

@@ -13,9 +13,9 @@ import yaml
 from kubeflow_trainer_api import models
 from manifests import K8S, OVERLAYS, container, decide, decide_set, job_spec, only, render
 
+from megamm.common import exit_codes
 from megamm.config import load_config
-from megamm.resilience import exit_codes
-from megamm.resilience.supervisor import Nodes, admissible_nodes
+from megamm.elastic.launcher import Nodes, admissible_nodes
 
 VERSIONS = ("1.29", kubernetes_validate.latest_version())
 """Kubernetes versions: the oldest in launchers/k8s/README.md, and the newest with schemas."""

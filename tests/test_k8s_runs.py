@@ -15,7 +15,7 @@ from pods import IndexedJob
 from ports import free_port
 from tiny_run import environment, write_config
 
-from megamm.resilience import events
+from megamm.common import events
 
 pytestmark = pytest.mark.skipif(bool(pods.why_not()), reason=pods.why_not())
 

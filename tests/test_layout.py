@@ -4,11 +4,10 @@ import itertools
 
 import pytest
 
-from megamm import layout
+from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict
-from megamm.errors import UserError
-from megamm.layout import layers_per_chunk
-from megamm.model import size
+from megamm.model import flops, layout
+from megamm.model.layout import layers_per_chunk
 
 MODEL = {"hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 4, "head_dim": 16}
 
@@ -29,7 +28,7 @@ def _config(layers: int, pipeline: int, virtual: int = 1, **model) -> RunConfig:
 
 
 def _slowest(config: RunConfig, split: list[int], vocabulary: int) -> int:
-    work = [n * size.layer_parameters(config.model, active=True) for n in split]
+    work = [n * flops.layer_parameters(config.model, active=True) for n in split]
     work[-1] += vocabulary * config.model.hidden_size
     return max(work)
 
@@ -46,7 +45,7 @@ def test_no_split_is_faster(layers, pipeline, vocabulary):
 
 
 def test_a_heavy_head_leaves_the_last_stage_fewer_layers():
-    layer = size.layer_parameters(_config(8, 2).model, active=True)
+    layer = flops.layer_parameters(_config(8, 2).model, active=True)
     assert layers_per_chunk(_config(8, 2), 2 * layer // 64) == [5, 3]
     assert layers_per_chunk(_config(8, 2, 2), 2 * layer // 64) == [3, 2, 2, 1]
     # Where the head leaves a choice, the embedding table decides: it is as large as four layers.
@@ -62,9 +61,9 @@ def test_a_configured_split_is_taken_as_it_is():
 @pytest.mark.parametrize("model", [{}, {"mtp": {"num_layers": 2}}])
 def test_counts_are_those_of_the_model_with_its_heads(model):
     config = _config(3, 1, **model)
-    own = 3 * size.layer_parameters(config.model) + MODEL["hidden_size"] + 2 * 100 * MODEL["hidden_size"]
-    own += config.model.mtp.num_layers * size.mtp_parameters(config.model)
-    assert size.parameter_count(config.model, 100) == own
+    own = 3 * flops.layer_parameters(config.model) + MODEL["hidden_size"] + 2 * 100 * MODEL["hidden_size"]
+    own += config.model.mtp.num_layers * flops.mtp_parameters(config.model)
+    assert flops.parameter_count(config.model, 100) == own
 
 
 LATENT = {"mla": {"kv_lora_rank": 8, "qk_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}}

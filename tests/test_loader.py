@@ -13,19 +13,19 @@ import pytest
 import torch
 from tiny_run import environment
 
-from megamm.data.balance import assign, imbalance
-from megamm.data.history import source_names
-from megamm.data.loader import Loader, Reading
-from megamm.data.mixture import Mixture, Source
-from megamm.data.packing import Form, document_length
-from megamm.data.row_stream import RowStream
-from megamm.data.run_data import PositionTable
-from megamm.data.sample_set import SampleSet
-from megamm.data.shards import ShardWriter
-from megamm.data.tokens import tokens_to_bytes
-from megamm.errors import UserError
-from megamm.modalities.base import sequential_positions
+from megamm.common.errors import UserError
+from megamm.data.pipeline.balance import assign, imbalance
+from megamm.data.pipeline.loader import Loader, Reading
+from megamm.data.pipeline.mixture import Mixture, Source
+from megamm.data.pipeline.mixture_schedule import source_names
+from megamm.data.pipeline.packing import Form, document_length
+from megamm.data.pipeline.row_stream import RowStream
+from megamm.data.pipeline.run_data import PositionTable
+from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.folder import ShardWriter
+from megamm.shards.token_ids import tokens_to_bytes
 
 TEXT, IMAGE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 CODECS = {"text": TEXT, "image": IMAGE}
@@ -269,7 +269,9 @@ def test_a_killed_worker_is_said_to_be(sets):
 
 def test_workers_import_no_megatron(sets):
     """Workers are started for every rank, so each import costs seconds and memory."""
-    code = "import sys, megamm.data.loader; print(*(m for m in sys.modules if m in ('megatron', 'transformers')))"
+    code = (
+        "import sys, megamm.data.pipeline.loader; print(*(m for m in sys.modules if m in ('megatron', 'transformers')))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment())
     assert not done.stdout.strip()
 

@@ -20,17 +20,18 @@ from tiny_run import environment, numbers, write_config
 from typer.testing import CliRunner
 
 from megamm import checkpoint
-from megamm.checkpoint import manifest, reader
-from megamm.checkpoint.blocks import Block
+from megamm.checkpoint import inspect, manifest, reader, whole_tensors
 from megamm.checkpoint.saver import Saver
+from megamm.checkpoint.storage import local_files
+from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.tensor_shards import Block
 from megamm.cli import checkpoint as checkpoint_cli
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.common import events
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.elastic import heartbeat
 from megamm.mcore import groups
 from megamm.parity.worlds import Failure
-from megamm.resilience import events, heartbeat
-from megamm.tiers import inspect, parts, tensors
-from megamm.tiers.local import LocalTier
 
 CHECKPOINT = {"every": 4, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
@@ -67,7 +68,7 @@ class Run:
         """Return the steps of which a node has the parts of these ranks."""
         found = {}
         for folder in (self.folder / node).glob("*/step_*"):
-            found[manifest.step_of(folder.name)] = {part.rank for part in parts.parts_in(folder)}
+            found[manifest.step_of(folder.name)] = {part.rank for part in local_files.parts_in(folder)}
         return sorted(step for step, have in found.items() if have >= ranks)
 
     def until(self, what, seconds=120):
@@ -194,9 +195,9 @@ def save(saver, data, step, to_run=False):
 def kept(local):
     """Return the steps with a valid part; each must always be complete, with the values of its step."""
     found = []
-    for step in parts.steps_in(local.root):
-        folder = parts.folder_of(local.root, step)
-        for part in parts.parts_in(folder):
+    for step in local_files.steps_in(local.root):
+        folder = local_files.folder_of(local.root, step)
+        for part in local_files.parts_in(folder):
             assert all(manifest.is_whole(folder / name, entry) for name, entry in part.files.items()), (step, found)
             data = torch.zeros(1000)
             reader.load(folder / "tensors", [Block.whole("a", data)])
@@ -213,7 +214,7 @@ def test_images_take_turns(one_rank):
         assert kept(local)[: min(step - 1, 2)] == list(range(max(1, step - 2), step)), "before it is written"
         saver.finish()
         assert kept(local) == list(range(max(1, step - 2), step + 1))
-    assert len(list((local.root / parts.IMAGES).iterdir())) == 3
+    assert len(list((local.root / local_files.IMAGES).iterdir())) == 3
     saver.forget()
     local.begin(-1)
     assert kept(local) == []
@@ -228,7 +229,7 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
     for step in (1, 2):
         save(saver, torch.zeros(1000), step, to_run=step == 1)
         saver.finish()
-    two = parts.folder_of(local.root, 2)
+    two = local_files.folder_of(local.root, 2)
 
     def listed(place):
         done = CliRunner().invoke(checkpoint_cli.app, ["list", str(place)])
@@ -239,13 +240,13 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
     run, step_1, step_2 = ["1", "run", "valid"], ["1", "local", "valid"], ["2", "local", "valid", "newest"]
     assert listed(tmp_path / "run") == [run, step_1, step_2]
     assert listed(local.root) == [step_1, step_2] and listed(two) == [step_2]
-    assert inspect.find_one(str(two)).damage() == "" and list(tensors.described(two))
+    assert inspect.find_one(str(two)).damage() == "" and list(whole_tensors.described(two))
     with pytest.raises(UserError, match="prune does not change a local tier"):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
-    (part,) = parts.parts_in(two)
-    parts.commit(two, parts.Part(part.rank, 2, part.save, part.node, part.files))
+    (part,) = local_files.parts_in(two)
+    local_files.commit(two, local_files.Part(part.rank, 2, part.save, part.node, part.files))
     assert listed(local.root)[1][1:] == ["local", "damaged: this node has only parts of ranks 0 of 2", "newest"]
-    parts.commit(two, part)
+    local_files.commit(two, part)
     image = two / "tensors" / "__0_0.distcp"
     data = bytearray(image.read_bytes())
     data[-1] ^= 1

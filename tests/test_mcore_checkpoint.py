@@ -17,10 +17,10 @@ import torch.distributed as dist
 from run_folders import read_tensors
 from saver_worker import state
 
-from megamm import engine as engines
 from megamm.checkpoint import path_of
 from megamm.checkpoint.saver import save_now
-from megamm.device import choose
+from megamm.common.device import choose
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
 from megamm.parity import rows
 from megamm.parity.case import Case, Run
@@ -48,7 +48,7 @@ def run(job: Job) -> list[str]:
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
     groups = grid.build(config.parallel, seed=1 + len(job.folders))
-    engine = engines.build(config, VOCABULARY, groups, place)
+    engine = build_engine(config, VOCABULARY, groups, place)
     live, wrong = _live(engine), []
     first = job.out if job.fill else job.folders[0]
     assert first is not None
@@ -251,7 +251,7 @@ def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
     """Run a step of the native engine; return whether steady blocks are unchanged before the update, and after it."""
     config = Run(1, 1, settings, ()).config
     groups = grid.build(config.parallel, seed=1)
-    engine = engines.build(config, rows.VOCABULARY, groups, choose("cpu"))
+    engine = build_engine(config, rows.VOCABULARY, groups, choose("cpu"))
     steady = [block for block in engine.blocks() if block.steady]
     before, seen = [block.data.clone() for block in steady], []
     engine.before_update = lambda: seen.extend(block.data.clone() for block in steady)

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megamm.data.mixture import WINDOW, Mixture, Source, permute
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.pipeline.mixture import WINDOW, Mixture, Source, permute
 
 SOURCES = [Source("emoji", 0.7, 3000), Source("clipart", 0.25, 9000), Source("tiny", 0.05, 37)]
 

@@ -7,11 +7,11 @@ import pytest
 from media_samples import example, make_codecs
 from toy_modality import SmellModality
 
-from megamm.data.packing import pack
-from megamm.data.run_data import forms_of, load_modalities, vocabulary_of
-from megamm.data.sample import IGNORE_LABEL, Document, Part
+from megamm.common.errors import UnreadableMedia
+from megamm.common.sample import IGNORE_LABEL, Document, Part
+from megamm.data.pipeline.packing import pack
+from megamm.data.pipeline.run_data import forms_of, load_modalities, vocabulary_of
 from megamm.modalities import REGISTRY
-from megamm.modalities.base import UnreadableMedia
 
 NAMES = [*REGISTRY, SmellModality.name]
 

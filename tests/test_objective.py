@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megamm.common.device import choose
+from megamm.common.sample import Row
 from megamm.config import config_from_dict
-from megamm.data.sample import Row
-from megamm.device import choose
 from megamm.mcore import groups as grid
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
@@ -38,8 +38,8 @@ def gradients(request):
     )
     device = choose("cpu")
     grid.start(device)
+    from megamm.engine.native import NativeEngine
     from megamm.mcore import step
-    from megamm.mcore.engine import NativeEngine
 
     engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=5), device)
 

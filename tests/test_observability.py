@@ -17,14 +17,15 @@ from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_run import environment, make_data, megamm, write_config
 
-from megamm import metrics, redact
+from megamm.common import events, redact
+from megamm.common.errors import UserError
 from megamm.config import MetricsConfig
-from megamm.errors import UserError
-from megamm.prometheus import TEXTFILE, Exporter
-from megamm.report.run import write_report
-from megamm.report.svg import Series, number, plot, thin, ticks
-from megamm.resilience import events, heartbeat
-from megamm.resilience.goodput import account
+from megamm.elastic import heartbeat
+from megamm.observability import metrics
+from megamm.observability.goodput import account
+from megamm.observability.prometheus import TEXTFILE, Exporter
+from megamm.observability.report.run import write_report
+from megamm.observability.report.svg import Series, number, plot, thin, ticks
 
 STEPS = 24
 

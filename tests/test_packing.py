@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from megamm.data.packing import Form, document_length, pack, padding_share, plan_rows
-from megamm.data.sample import IGNORE_LABEL, Document, Part
-from megamm.errors import UserError
-from megamm.modalities.base import sequential_positions
+from megamm.common.errors import UserError
+from megamm.common.sample import IGNORE_LABEL, Document, Part
+from megamm.data.pipeline.packing import Form, document_length, pack, padding_share, plan_rows
+from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.of({"text": (100, "t"), "image": (50, "i")})

@@ -10,12 +10,12 @@ from functools import cache
 import covering
 import pytest
 
-from megamm.dry_run import Grid
 from megamm.parity import fuzz, matrix
 from megamm.parity.case import Case
 from megamm.parity.harness import Harness
 from megamm.parity.matrix import FEATURES, LAYOUTS, compose
 from megamm.parity.report import Outcome
+from megamm.train.dry_run import Grid
 
 # Independent features are tested together.
 KITS = {

@@ -8,7 +8,7 @@ import parity_faults as faults
 import pytest
 import warm
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.parity import fuzz, harness, matrix
 from megamm.parity.case import Case
 from megamm.parity.report import Extent, Outcome, RankReport

@@ -13,11 +13,20 @@ from points_data import solid, write_points
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.folders import load_codec, save_codec
-from megamm.codecs.points import KIND, PointsCodec, PointsCodecConfig, halve, patch_loss, quantile_of_patch, spread_loss
-from megamm.codecs.points_training import compare, evaluate, floor_of
-from megamm.data.meshes import cloud_from_mesh, normalised
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.media.meshes import cloud_from_mesh, normalised
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.load import load_codec
+from megamm.tokenizers.points.model import (
+    KIND,
+    PointsCodec,
+    PointsCodecConfig,
+    halve,
+    patch_loss,
+    quantile_of_patch,
+    spread_loss,
+)
+from megamm.tokenizers.points.train import compare, evaluate, floor_of
 
 CONFIG = PointsCodecConfig(points=128, patches=16, cells=8, width=32, levels=(4, 3))
 
@@ -220,7 +229,7 @@ def test_training_improves_and_repeats_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_broken_shards_and_nothing_to_read_are_named(tmp_path: Path) -> None:
-    from megamm.data.shards import ShardWriter
+    from megamm.shards.folder import ShardWriter
 
     for split in ("train", "heldout"):
         with ShardWriter(tmp_path / "s" / split / "points") as shards:

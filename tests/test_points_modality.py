@@ -16,13 +16,14 @@ import torch
 import trimesh
 from points_data import as_bytes, solid
 
-from megamm.codecs.folders import save_codec
-from megamm.codecs.points import PointsCodec, PointsCodecConfig
-from megamm.data import mesh_files
-from megamm.data.mesh_files import write_cloud
-from megamm.data.meshes import cloud_from_mesh
-from megamm.modalities.base import UnreadableMedia
-from megamm.modalities.points import PointsModality, read_points
+from megamm.common.errors import UnreadableMedia
+from megamm.media import mesh_file
+from megamm.media.mesh_file import write_cloud
+from megamm.media.meshes import cloud_from_mesh
+from megamm.media.points_file import read_points
+from megamm.modalities.points import PointsModality
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.points.model import PointsCodec, PointsCodecConfig
 
 CONFIG = PointsCodecConfig(points=64, patches=8, cells=4, width=16, levels=(3, 3))
 check = PointsModality.check_media
@@ -169,7 +170,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_files, "MAX_POINTS", 1000)
+    monkeypatch.setattr(mesh_file, "MAX_POINTS", 1000)
     bomb = zipped(npy_header((10_000, 9)) + bytes(360_000))
     assert len(bomb) < 2000
     with pytest.raises(UnreadableMedia, match="more than 1000 points"):
@@ -263,7 +264,7 @@ def test_nothing_beside_the_file_is_opened(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_scene_of_very_many_faces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_files, "MAX_ELEMENTS", 100)
+    monkeypatch.setattr(mesh_file, "MAX_ELEMENTS", 100)
     assert check(of_glb(), "glb")
     nodes = [{"mesh": 0, "name": f"n{i}"} for i in range(9)]  # one mesh of 12 faces, placed 9 times
     with pytest.raises(UnreadableMedia, match="108 faces"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_run import ROOT, environment, megamm, write_config
 
-from megamm import device
+from megamm.common import device
 from megamm.config import load_config
 from megamm.doctor import gpu, machine, node, storage
 from megamm.doctor.findings import Finding, Node

@@ -17,12 +17,12 @@ import warm
 from ports import free_port
 from tiny_run import ROOT, environment
 
-from megamm.device import gpus
+from megamm.common.device import gpus
 from megamm.doctor import cluster, exchange, meeting
 from megamm.doctor.exchange import Exchange
 from megamm.doctor.findings import Node
 from megamm.doctor.meeting import Lost, Meeting
-from megamm.resilience.supervisor import Nodes
+from megamm.elastic.launcher import Nodes
 
 PACE = 10_000_000
 NODE = Node("stopped", ())

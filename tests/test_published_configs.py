@@ -11,8 +11,8 @@ import pytest
 from family_models import SEQUENCE
 
 from megamm.config import ModelConfig
-from megamm.convert.family import leaves
-from megamm.convert.family_config import read_config
+from megamm.convert.families.config import read_config
+from megamm.convert.families.family import leaves
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 301, "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "transformers_version": "4.40.0"}

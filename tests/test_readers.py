@@ -13,11 +13,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.data.build import BuildOptions, build
-from megamm.data.readers import READERS, source_name
-from megamm.data.samples import Broken, RawSample
-from megamm.data.shards import ShardFolder
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.readers import READERS, source_name
+from megamm.data.raw.samples import Broken, RawSample
+from megamm.shards.folder import ShardFolder
 
 
 def picture(number, kind="PNG"):

@@ -14,8 +14,8 @@ from family_models import read_model
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
-from megamm.convert import mapping
-from megamm.device import choose
+from megamm.common.device import choose
+from megamm.convert.families import mapping
 from megamm.mcore import groups as grid
 from megamm.parity.case import Case
 
@@ -39,8 +39,8 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
     stored = mapping.from_transformers(family.entries, file, config.model)
     device = choose("cpu")
     grid.start(device)
+    from megamm.engine.native import NativeEngine
     from megamm.mcore import rng, store
-    from megamm.mcore.engine import NativeEngine
 
     try:
         groups, vocabulary = grid.build(config.parallel, seed=1), theirs.config.vocab_size

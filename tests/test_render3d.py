@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from megamm.data.meshes import cloud_from_mesh, normalised
-from megamm.data.render3d import FILL, render
+from megamm.media.meshes import cloud_from_mesh, normalised
+from megamm.media.render3d import FILL, render
 
 BOX_COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]])
 

@@ -17,9 +17,9 @@ from PIL import Image
 from tiny_export import make_export
 
 from megamm.config import load_config
-from megamm.data.run_data import load_modalities
-from megamm.data.shards import ShardFolder, ShardWriter
+from megamm.data.pipeline.run_data import load_modalities
 from megamm.modalities import REGISTRY
+from megamm.shards.folder import ShardFolder, ShardWriter
 
 ROOT = Path(__file__).parents[1]
 NASTY = 'a <script>alert("x")</script> & "box"'

@@ -14,8 +14,9 @@ from faults import environment as with_faults
 from ports import free_port
 from tiny_run import environment, make_data, numbers, write_config
 
-from megamm import metrics
-from megamm.resilience import events, heartbeat
+from megamm.common import events
+from megamm.elastic import heartbeat
+from megamm.observability import metrics
 
 TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}

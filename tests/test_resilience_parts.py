@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
+from megamm.common import events, exit_codes, processes
+from megamm.common.errors import UserError
 from megamm.config import config_from_dict
-from megamm.errors import UserError
-from megamm.resilience import events, exit_codes, hang, heartbeat, policy, processes
-from megamm.resilience.boundary import AgentBoundary
-from megamm.resilience.command import Commands
-from megamm.resilience.heartbeat import Heartbeat, read
-from megamm.resilience.membership import Alone
-from megamm.resilience.node_fault import NodeFault
-from megamm.resilience.policy import Failure, Rules, judge
-from megamm.resilience.rank import code_of
-from megamm.resilience.slots import Slots
-from megamm.resilience.stopping import Stop
-from megamm.resilience.supervisor import Nodes, admissible_nodes
+from megamm.elastic import hang_detector, heartbeat, restart_policy
+from megamm.elastic.graceful_stop import Stop
+from megamm.elastic.heartbeat import Heartbeat, read
+from megamm.elastic.launcher import Nodes, admissible_nodes
+from megamm.elastic.launcher_messages import Commands
+from megamm.elastic.node_fault import NodeFault
+from megamm.elastic.rank import code_of
+from megamm.elastic.rank_status import Slots
+from megamm.elastic.rendezvous import Alone
+from megamm.elastic.restart_policy import Failure, Rules, judge
+from megamm.elastic.step_boundary import AgentBoundary
 
 RULES = Rules(max_restarts=5, same_step_limit=3, backoff_seconds=2.0)
 
@@ -47,7 +48,7 @@ def failures(*steps):
     ],
 )
 def test_a_restart_waits_only_without_progress(steps, pause):
-    assert judge(failures(*steps), RULES) == policy.Verdict(pause=pause)
+    assert judge(failures(*steps), RULES) == restart_policy.Verdict(pause=pause)
 
 
 def test_pauses_double_up_to_a_limit():
@@ -81,8 +82,8 @@ def test_failures_are_read_back_from_the_last_launch(tmp_path):
     events.record(tmp_path, "failed", **vars(second))
     with (tmp_path / events.EVENTS).open("a") as file:
         file.write('{"kind": "failed", "att')  # truncated by a kill
-    assert policy.from_events(events.read(tmp_path)) == [first, second]
-    assert max(policy.attempts(events.read(tmp_path))) == 2
+    assert restart_policy.from_events(events.read(tmp_path)) == [first, second]
+    assert max(restart_policy.attempts(events.read(tmp_path))) == 2
 
 
 class Clock:
@@ -95,7 +96,7 @@ class Clock:
 def watch_of(hang_seconds=5.0, startup=600.0, run=Path("no heartbeats here")):
     clock = Clock()
     slots = Slots.create(2)
-    return clock, slots.ranks, hang.Watch(hang.Limits(hang_seconds, startup), run, clock)
+    return clock, slots.ranks, hang_detector.Watch(hang_detector.Limits(hang_seconds, startup), run, clock)
 
 
 def silence_until_overdue(clock, ranks, watch, tick=0.25):
@@ -149,7 +150,7 @@ def test_a_new_agent_of_a_launch_knows_how_long_things_take(tmp_path):
     beats(1, 0, first=1.0)  # keeps its earlier values
     assert heartbeat.longest(tmp_path) == {"start": 4.0, "save": 3.0, "first": 1.0}
     clock = Clock()
-    watch = hang.Watch(hang.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path))
+    watch = hang_detector.Watch(hang_detector.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path))
     slots = Slots.create(2)
     for slot in slots.ranks:
         slot.write(1, "start", 0, clock.now, False)
@@ -208,21 +209,27 @@ Current thread 0x00000000000000bb (most recent call first):
 
 
 def test_the_collective_is_that_of_the_main_threads_innermost_frame():
-    assert hang.main_frames(DUMP, 0xAA) == ["/x/python/threading.py:331 wait"]
-    assert hang.collective(hang.main_frames(DUMP, 0xBB)) == "all_gather"
-    assert hang.collective(["/x/megatron/core/distributed/param_and_grad_buffer.py:5 finish_grad_sync"]) is not None
-    assert hang.collective(["/x/megamm/train.py:99 run", "/x/torch/distributed/distributed_c10d.py:1 barrier"]) is None
-    assert hang.collective([]) is None and hang.main_frames("", 0xBB) == []
+    assert hang_detector.main_frames(DUMP, 0xAA) == ["/x/python/threading.py:331 wait"]
+    assert hang_detector.collective(hang_detector.main_frames(DUMP, 0xBB)) == "all_gather"
+    assert (
+        hang_detector.collective(["/x/megatron/core/distributed/param_and_grad_buffer.py:5 finish_grad_sync"])
+        is not None
+    )
+    assert (
+        hang_detector.collective(["/x/megamm/train.py:99 run", "/x/torch/distributed/distributed_c10d.py:1 barrier"])
+        is None
+    )
+    assert hang_detector.collective([]) is None and hang_detector.main_frames("", 0xBB) == []
 
 
 def test_a_dump_is_whole_once_the_main_thread_is_there_down_to_its_program():
-    assert hang.is_whole(DUMP, 0xBB)
-    assert not any(hang.is_whole(DUMP[:end], 0xBB) for end in range(len(DUMP)))
+    assert hang_detector.is_whole(DUMP, 0xBB)
+    assert not any(hang_detector.is_whole(DUMP[:end], 0xBB) for end in range(len(DUMP)))
     script = DUMP.replace("<frozen runpy>", "/x/train.py").replace("_run_module_as_main", "<module>")
     deep = DUMP.replace('  File "<frozen runpy>", line 198 in _run_module_as_main', "  ...")
-    assert hang.is_whole(script, 0xBB) and hang.is_whole(deep, 0xBB)
+    assert hang_detector.is_whole(script, 0xBB) and hang_detector.is_whole(deep, 0xBB)
     first = DUMP.replace("00bb", "00cc").replace("00aa", "00bb")  # another thread's stack follows
-    assert hang.is_whole(first.replace("in wait", "in <module>"), 0xBB)
+    assert hang_detector.is_whole(first.replace("in wait", "in <module>"), 0xBB)
 
 
 def test_a_signal_to_a_main_thread_needs_a_process_and_reaches_it():
@@ -244,7 +251,7 @@ def test_a_signal_to_a_main_thread_needs_a_process_and_reaches_it():
 
 
 def report(rank, collective="all_reduce", state="S", step=5):
-    return hang.Report(rank, step, "step", 9.0, state, collective, "frame")
+    return hang_detector.Report(rank, step, "step", 9.0, state, collective, "frame")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +265,7 @@ def report(rank, collective="all_reduce", state="S", step=5):
     ],
 )
 def test_the_culprit_is_the_rank_that_others_wait_for(reports, guilty):
-    assert hang.culprits(reports) == guilty
+    assert hang_detector.culprits(reports) == guilty
 
 
 def steps_until_stopped(boundary, pace, done, last):
@@ -346,7 +353,9 @@ def test_commands_come_line_by_line():
 
 
 def test_an_agent_ends_with_its_command_before_it_does_anything_else():
-    code = "from megamm.resilience.command import Commands as C; c = C(0); c.first_line(); c.wait(60); print('late')"
+    code = (
+        "from megamm.elastic.launcher_messages import Commands as C;c = C(0); c.first_line(); c.wait(60); print('late')"
+    )
     done = subprocess.run([sys.executable, "-c", code], input=b"plan\n", capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")
 

@@ -19,11 +19,11 @@ import pytest
 import warm
 from tiny_run import environment
 
-from megamm.data.mixture import WINDOW
-from megamm.data.sample import Batch
-from megamm.data.shards import ShardWriter
-from megamm.data.tokens import tokens_to_bytes
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.common.sample import Batch
+from megamm.data.pipeline.mixture import WINDOW
+from megamm.shards.folder import ShardWriter
+from megamm.shards.token_ids import tokens_to_bytes
 
 SIZES = {"a": 230, "b": 57, "c": 101}
 BEFORE, AFTER = {"a": 3.0, "b": 1.0}, {"c": 1.0, "a": 1.0}

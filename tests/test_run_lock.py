@@ -9,11 +9,11 @@ import sys
 import pytest
 from tiny_run import environment
 
-from megamm.errors import UserError
-from megamm.resilience import run_lock
+from megamm.common.errors import UserError
+from megamm.elastic import run_lock
 
 HOLD = """
-import sys; from pathlib import Path; from megamm.resilience import run_lock
+import sys; from pathlib import Path; from megamm.elastic import run_lock
 assert run_lock.hold(Path(sys.argv[1]), sys.argv[2]) is not None
 print("held", flush=True); sys.stdin.read()
 """

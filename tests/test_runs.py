@@ -12,9 +12,10 @@ import warm
 from faults import environment as with_faults
 from tiny_run import environment, make_data, megamm, write_config
 
-from megamm import metrics
-from megamm.report import follow, runs
-from megamm.resilience import events, heartbeat
+from megamm.common import events
+from megamm.elastic import heartbeat
+from megamm.observability import metrics
+from megamm.observability.report import follow, runs
 
 NOW = 1_000_000.0
 

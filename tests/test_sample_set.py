@@ -6,11 +6,11 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from megamm.data.packing import document_length
-from megamm.data.sample_set import SampleSet, piece_length, selection, selections
-from megamm.data.shards import ShardWriter
-from megamm.data.tokens import tokens_to_bytes
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.pipeline.packing import document_length
+from megamm.data.pipeline.token_dataset import SampleSet, piece_length, selection, selections
+from megamm.shards.folder import ShardWriter
+from megamm.shards.token_ids import tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i", "audio": "a"}
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import (
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import (
     FILE,
     Broken,
     RawPart,
@@ -19,10 +20,9 @@ from megamm.data.samples import (
     sample_of,
     write_samples,
 )
-from megamm.data.shards import KEY
-from megamm.errors import UserError
 from megamm.modalities import REGISTRY
 from megamm.modalities.text import TextModality
+from megamm.shards.folder import KEY
 
 PAGE = {"parts": [{"text": "Cats\nare small."}, {"image": "a.png"}, {"text": "They sleep."}], "key": "page"}
 

@@ -12,11 +12,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from megamm.data.build import BuildOptions, build
-from megamm.data.samples import RawPart, RawSample, write_samples
-from megamm.data.shard_index import write_index
-from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.raw.samples import RawPart, RawSample, write_samples
+from megamm.shards.folder import ShardFolder, ShardWriter
+from megamm.shards.index import write_index
 
 
 def picture(number):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import webdataset
 
-from megamm.data import shards
-from megamm.data.shard_index import index_tar, write_index
-from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.data.tokens import tokens_from_bytes, tokens_to_bytes
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.shards import folder as shards
+from megamm.shards.folder import ShardFolder, ShardWriter
+from megamm.shards.index import index_tar, write_index
+from megamm.shards.token_ids import tokens_from_bytes, tokens_to_bytes
 
 TEXTS = {f"sample-{i:03d}": f"text number {i} ".encode() * (i * 7 % 90) for i in range(25)}
 

@@ -9,9 +9,10 @@ from scipy.optimize import minimize_scalar
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.errors import UserError
-from megamm.resilience import costs, events
-from megamm.simulate import LLAMA3_STOPS, SHARES, Costs, Scenario, daly, expected_goodput, simulate, young
+from megamm.common import events
+from megamm.common.errors import UserError
+from megamm.observability import costs
+from megamm.observability.simulate import LLAMA3_STOPS, SHARES, Costs, Scenario, daly, expected_goodput, simulate, young
 
 COSTS = Costs(detection=60, hang_detection=60, restart=540, stall=30, lag=0)
 CRASHES = (("crash", 1, "hardware"),)

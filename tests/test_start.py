@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from run_folders import read_tensors
 
-from megamm import engine as engines
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import save_now
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 from megamm.config import config_from_dict
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.engine.build import build_engine
+from megamm.init_from import initialize as start_begin
+from megamm.init_from import new_rows, rules
+from megamm.init_from.vocabulary_rows import grow
 from megamm.mcore import groups as grid
 from megamm.model.vocabulary import Vocabulary
 from megamm.parity.case import Case, Run
 from megamm.parity.worlds import Failure, Worlds
-from megamm.start import begin as start_begin
-from megamm.start import draw, rules
-from megamm.start.vocabulary import grow
 
 TEXT, AUDIO, VISUAL = (61, "t0"), (16, "a0"), (26, "v0")
 BEFORE = Vocabulary.of({"text": TEXT, "audio": AUDIO})
@@ -125,12 +125,12 @@ def test_what_no_rule_covers_is_named(given, message):
 
 
 def test_drawn_numbers_depend_on_seed_name_and_row_alone():
-    rows = torch.stack([draw.noise(1, "a", row, 4096) for row in range(64)])
+    rows = torch.stack([new_rows.noise(1, "a", row, 4096) for row in range(64)])
     assert abs(rows.mean()) < 0.01 and abs(rows.std() - 1) < 0.01
     assert rows.unique().numel() > 0.98 * rows.numel()  # no row is repeated in another
-    assert torch.equal(draw.noise(1, "a", 5, 100), rows[5][:100])
-    assert not torch.equal(draw.noise(2, "a", 5, 4096), rows[5]) and not torch.equal(
-        draw.noise(1, "b", 5, 4096), rows[5]
+    assert torch.equal(new_rows.noise(1, "a", 5, 100), rows[5][:100])
+    assert not torch.equal(new_rows.noise(2, "a", 5, 4096), rows[5]) and not torch.equal(
+        new_rows.noise(1, "b", 5, 4096), rows[5]
     )
 
 
@@ -151,7 +151,7 @@ def run(job: Job) -> dict[str, float]:
     config = Run(job.world, 1, job.settings, ()).config
     groups = grid.build(config.parallel, seed=job.world)
     vocabulary = BEFORE if job.fill else AFTER
-    engine: Any = engines.build(config, vocabulary.size, groups, choose("cpu"))
+    engine: Any = build_engine(config, vocabulary.size, groups, choose("cpu"))
     fresh = {}
     if job.fill:
         blocks = {(block.key, block.offset): block.data for block in engine.blocks()}
@@ -252,7 +252,7 @@ def _check_against(theirs: dict[str, torch.Tensor], ours: dict[str, torch.Tensor
 def _check_drawn(name: str, new: torch.Tensor, text: torch.Tensor) -> None:
     """Check rows drawn around the text's mean with its per-channel deviation, exactly and statistically."""
     mean, std = text.double().mean(0), text.double().std(0, correction=0)
-    noise = torch.stack([draw.noise(1, name, row, len(mean)) for row in range(93, 119)])
+    noise = torch.stack([new_rows.noise(1, name, row, len(mean)) for row in range(93, 119)])
     torch.testing.assert_close(new.double(), mean + std * noise, rtol=0, atol=1e-6)  # of numbers around 3
     z = (new - mean) / std
     assert abs(z.mean()) < 4 / math.sqrt(z.numel()) and abs(z.std() - 1) < 4 / math.sqrt(2 * z.numel())
@@ -281,11 +281,11 @@ def test_a_passed_on_initialisation_is_not_guessed():
     )
     block = Block.whole("output_layer.weight", torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std changes"):
-        draw.set_new(block, block.key, config.model, seed=1)
+        new_rows.set_new(block, block.key, config.model, seed=1)
 
 
 def test_a_new_zero_centred_norm_multiplies_by_one():
     model = Case.of(1, {"model.zero_centered_norm": True}).config.model
     block = Block.whole("decoder.final_layernorm.weight", torch.ones(4))
-    draw.set_new(block, block.key, model, seed=1)
+    new_rows.set_new(block, block.key, model, seed=1)
     assert not block.data.any()

@@ -16,19 +16,19 @@ from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
 from megamm import checkpoint
-from megamm import engine as engines
 from megamm.checkpoint.saver import save_now
+from megamm.common import events
+from megamm.common.device import choose
+from megamm.common.errors import UserError
+from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import RunConfig, load_config
-from megamm.convert.family_config import family_for, to_config
+from megamm.convert.families.config import family_for, to_config
 from megamm.convert.hf import export
-from megamm.data.run_data import RunData, open_run_data
-from megamm.data.sample import IGNORE_LABEL, Batch, Row
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.data.pipeline.run_data import RunData, open_run_data
+from megamm.engine import api as engines
+from megamm.init_from.initialize import _check_function, begin, check
 from megamm.mcore import groups as grid
 from megamm.parity.worlds import Failure
-from megamm.resilience import events
-from megamm.start.begin import _check_function, begin, check
 
 SHORT = TRAIN | {"eval_every": 0, "stop_after": 4}
 
@@ -61,7 +61,7 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     done = megamm("train", config, "parallel.tensor=2", "train.stop_after=3", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert f"started from {step_folder(text_run, 4)}\n" in done.stdout
-    said = [line.partition("vocabulary: ")[2] for line in done.stderr.splitlines() if "megamm.start" in line]
+    said = [line.partition("vocabulary: ")[2] for line in done.stderr.splitlines() if "megamm.init_from" in line]
     assert said[:3] == ["text: 300 kept", "control: 32 kept", "visual: 25 new (not in the source)"]
     lines, before = numbers(run), numbers(text_run)
     assert (lines[0]["step"], lines[0]["lr"]) == (1, before[0]["lr"])

@@ -7,11 +7,10 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.text import train_text_tokenizer
-from megamm.data.shards import ShardWriter
-from megamm.errors import UserError
-from megamm.modalities.base import UnreadableMedia
+from megamm.common.errors import UnreadableMedia, UserError
 from megamm.modalities.text import TextModality
+from megamm.shards.folder import ShardWriter
+from megamm.tokenizers.text.train import train_text_tokenizer
 
 NOUNS = ["red circle", "blue fish", "old house", "green tree with apples", "smiling face", "dog"]
 HELDOUT_WORD = "zyzzyva"

@@ -11,15 +11,15 @@ from tokenizers import Tokenizer
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.folders import save_codec
-from megamm.codecs.text import train_text_tokenizer
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.data.token_cache import cache_name, load_codecs, tokenize
-from megamm.data.tokens import tokens_from_bytes
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.tokenize.token_cache import cache_name, load_codecs, tokenize
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
+from megamm.shards.folder import ShardFolder, ShardWriter
+from megamm.shards.token_ids import tokens_from_bytes
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.text.train import train_text_tokenizer
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 TRAIN, HELDOUT, PER_SHARD = 300, 20, 128  # more samples than one batch, several shards, the last ones not full
 

@@ -30,7 +30,7 @@ def undisturbed(data) -> Path:
     assert "held-out loss" in done.stdout
     assert "INFO megamm.mcore.backbone: ops: csrc, built for cpu" in done.stderr
     # Only rank 0 logs the installation, in the words of `megamm doctor`.
-    assert done.stderr.count("INFO megamm.accelerators: apex: ") == 1
+    assert done.stderr.count("INFO megamm.config.accelerators: apex: ") == 1
     return output
 
 

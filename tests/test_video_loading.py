@@ -20,19 +20,20 @@ from codec_data import shape_video, video_bytes
 from typer.testing import CliRunner
 from video_worker import SIZES, digests
 
-from megamm import device
 from megamm.cli import app
-from megamm.codecs.folders import save_codec
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.data import video, video_pyav
-from megamm.data.shards import ShardFolder, ShardWriter
-from megamm.data.token_cache import cache_name
-from megamm.data.video import Clip, VideoStream, choose_decoder
-from megamm.data.video_dali import DaliDecoder, obstacle
-from megamm.data.video_plan import plan_clip
-from megamm.errors import UserError
-from megamm.modalities.base import CPU, UnreadableMedia
-from megamm.modalities.video import VideoModality, video_frames
+from megamm.common import device
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.data.tokenize.token_cache import cache_name
+from megamm.media import video_pyav, video_stream
+from megamm.media.video_dali import DaliDecoder, obstacle
+from megamm.media.video_file import video_frames
+from megamm.media.video_plan import plan_clip
+from megamm.media.video_stream import Clip, VideoStream, choose_decoder
+from megamm.modalities.protocol import CPU
+from megamm.modalities.video import VideoModality
+from megamm.shards.folder import ShardFolder, ShardWriter
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 HAS_DALI = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="DALI is not installed")
@@ -397,10 +398,10 @@ def test_the_decoder_is_chosen_by_device_and_logged(monkeypatch, caplog):
     gpu = torch.device("meta")
     with caplog.at_level(logging.INFO):
         assert choose_decoder("auto", CPU) == "pyav" and "PyAV: on a CPU" in caplog.text
-        monkeypatch.setattr(video, "_has_dali", lambda: True)
+        monkeypatch.setattr(video_stream, "_has_dali", lambda: True)
         assert choose_decoder("auto", gpu) == "dali" and "with DALI" in caplog.text
         assert choose_decoder("pyav", gpu) == "pyav" and "PyAV: requested" in caplog.text
-        monkeypatch.setattr(video, "_has_dali", lambda: False)
+        monkeypatch.setattr(video_stream, "_has_dali", lambda: False)
         assert choose_decoder("auto", gpu) == "pyav" and "is not installed" in caplog.text
     with pytest.raises(UserError, match="DALI is not installed"):
         choose_decoder("dali", CPU)

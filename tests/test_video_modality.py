@@ -10,15 +10,15 @@ import torch
 from codec_data import as_bytes, shape_video, video_bytes
 from PIL import Image
 
-from megamm.codecs.folders import save_codec
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.data.frame_sampling import sampled_frames, usable_frames
-from megamm.errors import UserError
-from megamm.modalities import video_file
-from megamm.modalities.base import UnreadableMedia
-from megamm.modalities.image import ImageModality, square_pixels
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.media import video_file
+from megamm.media.frame_sampling import sampled_frames, usable_frames
+from megamm.media.image_file import square_pixels
+from megamm.media.video_file import sampled_squares, shown_frames, write_mp4
+from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
-from megamm.modalities.video_file import sampled_squares, shown_frames, write_mp4
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 MOVING = shape_video(3, frames=24)
 MP4, WEBM = video_bytes(MOVING), video_bytes(MOVING, container="webm")

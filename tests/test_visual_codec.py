@@ -14,16 +14,17 @@ from tiny_run import megamm
 from typer.testing import CliRunner
 
 from megamm.cli import app
-from megamm.codecs.folders import save_codec
-from megamm.codecs.training import Training
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig, load_visual_codec, to_pixels
-from megamm.codecs.visual_quality import LUMA, ssim
-from megamm.codecs.visual_training import ClipMix, VisualData, evaluate, read_samples, train_visual_codec
-from megamm.data.shards import ShardWriter
-from megamm.device import Device
-from megamm.errors import UserError
+from megamm.common.device import Device
+from megamm.common.errors import UserError
 from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
+from megamm.shards.folder import ShardWriter
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.load import load_visual_codec
+from megamm.tokenizers.training_loop import Training
+from megamm.tokenizers.visual.metrics import LUMA, ssim
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig, to_pixels
+from megamm.tokenizers.visual.train import ClipMix, VisualData, evaluate, read_samples, train_visual_codec
 
 CPU = Device(torch.device("cpu"), "gloo")
 CONFIG = VisualCodecConfig(image_size=32, width=32, decoder_depth=1, levels=(5, 4, 4), max_frames=9)

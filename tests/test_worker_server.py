@@ -21,7 +21,7 @@ def start():
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megamm.data.worker_server"])
+    context.set_forkserver_preload(["megamm.data.pipeline.worker_server"])
     os.environ[worker_server.FOLDER] = multiprocessing.util.get_temp_dir()
     start()
     if sys.argv[1] == "stop":

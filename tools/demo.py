@@ -30,12 +30,13 @@ from demo_figures import figures
 from demo_samples import PAIRS, REQUESTS, write_heldout, write_requests
 from demo_stages import ROOT, DemoError, Stage, follow, remove, run_commands, run_stages, start, write
 
-from megamm import checkpoint, metrics
+from megamm import checkpoint
 from megamm.config import load_config
-from megamm.data.heldout import words
-from megamm.data.shards import ShardFolder
-from megamm.evaluate import heldout_rules
-from megamm.resilience import heartbeat
+from megamm.data.build.heldout import words
+from megamm.elastic import heartbeat
+from megamm.inference.evaluate import heldout_rules
+from megamm.observability import metrics
+from megamm.shards.folder import ShardFolder
 
 CONFIG = ROOT / "examples" / "cpu_tiny.yaml"
 BUILD = ("--heldout", "0.04", "--heldout-combinations", "0.2")

@@ -21,10 +21,11 @@ import numpy as np
 import torch
 from demo_samples import asked, directions, made_file
 
-from megamm.codecs.points import halve
-from megamm.data.run_data import load_modalities
-from megamm.data.shards import ShardFolder
-from megamm.modalities.base import Modality, UnreadableMedia
+from megamm.common.errors import UnreadableMedia
+from megamm.data.pipeline.run_data import load_modalities
+from megamm.modalities.protocol import Modality
+from megamm.shards.folder import ShardFolder
+from megamm.tokenizers.points.model import halve
 
 GENDERS, COLOURS = ("man", "woman"), ("red", "green", "blue", "yellow")
 Z = 1.959964

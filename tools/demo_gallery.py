@@ -15,8 +15,9 @@ from demo_figures import attributes, feature
 from demo_media import show
 from demo_samples import PAIRS, SHOWN, asked, directions, made_file
 
-from megamm.modalities.base import Modality, UnreadableMedia
-from megamm.report import page
+from megamm.common.errors import UnreadableMedia
+from megamm.modalities.protocol import Modality
+from megamm.observability.report import page
 
 STYLE = """
 .examples { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 28rem), 1fr)) }

@@ -16,8 +16,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from megamm.data.render3d import render
-from megamm.modalities.base import Modality
+from megamm.media.render3d import render
+from megamm.modalities.protocol import Modality
 
 LEAST = 96
 """Minimum width of every picture in CSS pixels."""

@@ -23,10 +23,10 @@ import torch
 import transformers
 from demo_samples import directions
 
-from megamm import metrics
-from megamm.data.run_data import load_modalities
-from megamm.report import page
-from megamm.report.svg import Mark, Series, plot
+from megamm.data.pipeline.run_data import load_modalities
+from megamm.observability import metrics
+from megamm.observability.report import page
+from megamm.observability.report.svg import Mark, Series, plot
 
 STYLE = """
 .story p { font-size: 1.1rem; margin: .6rem 0 } .links { margin: 1rem 0 0; line-height: 1.9 }

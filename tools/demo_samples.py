@@ -1,7 +1,7 @@
 """The demo's inputs for its model: held-out samples of every two modalities, and what is generated from each part.
 
 OUT/heldout/<rule>/<a>-<b>/000.<a>.<ext>, 000.<b>.<ext>, ...   both parts of samples held out by a rule
-OUT/generated/<a>_to_<b>/000.<ext>, ...       made from the first parts alone, of new combinations (data/heldout.py)
+OUT/generated/<a>_to_<b>/000.<ext>, ...       made from the first parts alone, of new combinations (build/heldout.py)
 OUT/generated/nouns/<a>_to_<b>/000.<ext>, ... the same for unseen nouns
 OUT/requests-*.jsonl                          the input of `megamm generate --requests`
 """
@@ -12,9 +12,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from megamm.data.shards import ShardFolder
-from megamm.evaluate import heldout_rules
+from megamm.inference.evaluate import heldout_rules
 from megamm.modalities import REGISTRY
+from megamm.shards.folder import ShardFolder
 
 PAIRS = (("text", "image"), ("text", "audio"), ("text", "points"), ("image", "points"), ("text", "video"))
 """Pairs of modalities that are tried in both directions."""

@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.parity import campaign
 from megamm.parity.case import Case
 

@@ -14,7 +14,7 @@
 #
 # `megamm doctor` checks every node first, alone and then together with the others; nodes that fail are excluded. Then
 # each good node runs `megamm train`, which watches its ranks and restarts them in place. Its exit code says what the
-# job does next (megamm/resilience/exit_codes.py): 0 end, 2 and 3 fail, 75 (stopped by a signal, checkpoint written)
+# job does next (megamm/common/exit_codes.py): 0 end, 2 and 3 fail, 75 (stopped by a signal, checkpoint written)
 # requeue. A crash is requeued too, up to MEGAMM_MAX_RESTARTS times. A node that was evicted from the run (4) is
 # excluded from then on.
 set -uo pipefail

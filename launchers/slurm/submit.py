@@ -19,9 +19,9 @@ from pathlib import Path
 
 import submitit
 
+from megamm.common import exit_codes
+from megamm.common.errors import UserError
 from megamm.config import load_config
-from megamm.errors import UserError
-from megamm.resilience import exit_codes
 
 SCRIPT = Path(__file__).resolve().parent / "pretrain_mm.sh"
 WARNING = "USR1"

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
-from megamm.checkpoint.blocks import Shape
+from megamm.checkpoint.tensor_shards import Shape
 
 _LOCAL_HEADER = 30
 """Bytes before the name in a zip record; the last four are the lengths of the name and of the extra field."""

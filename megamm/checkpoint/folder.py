@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from megamm.checkpoint import files, manifest
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 
 log = logging.getLogger(__name__)
 READERS = 8
@@ -111,3 +111,14 @@ def _is_of_later(name: str, attempt: str) -> bool:
     job, _, number = attempt.rpartition("-")
     _, is_same_job, theirs = name.partition(f"-{job}-")
     return bool(is_same_job) and theirs.removesuffix(".parts") >= number
+
+
+def find_checkpoint(run_or_checkpoint: Path, up_to: float = math.inf) -> Path:
+    """A run's newest valid checkpoint, or the given checkpoint folder, verified; up_to: see verify."""
+    if (run_or_checkpoint / manifest.STATE).exists():
+        verify(run_or_checkpoint, up_to)
+        return run_or_checkpoint
+    found = newest(run_or_checkpoint, up_to)
+    if found is None:
+        raise UserError("no checkpoint found", where=run_or_checkpoint, remedy="give a run's `output` folder")
+    return found

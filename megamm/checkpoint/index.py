@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megamm.checkpoint.blocks import Shape
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Shape
+from megamm.common.errors import UserError
 
 INDEX = ".metadata"
 _METADATA, _PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"

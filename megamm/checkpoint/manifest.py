@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 
 NAME, STATE = "manifest.json", "state.json"
 STEP_FOLDER = re.compile(r"step_\d{8}")

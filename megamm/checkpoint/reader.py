@@ -10,9 +10,9 @@ import torch
 
 from megamm.checkpoint import index
 from megamm.checkpoint.archive import tensor_in
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.index import Entry, Stored
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.errors import UserError
 
 Slices = tuple[slice, ...]
 

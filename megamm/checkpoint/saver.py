@@ -26,19 +26,19 @@ import torch
 import torch.distributed as dist
 
 from megamm.checkpoint import index
-from megamm.checkpoint.blocks import Block
-from megamm.checkpoint.image import Image
-from megamm.checkpoint.images import Images
 from megamm.checkpoint.manifest import STATE
-from megamm.checkpoint.process import WriterProcess
+from megamm.checkpoint.pending import Owed, Published, Writing
+from megamm.checkpoint.rank_file import Image
+from megamm.checkpoint.staged_files import Images
 from megamm.checkpoint.staging import Staging
 from megamm.checkpoint.state import RunState
-from megamm.checkpoint.writing import Owed, Published, Writing
-from megamm.device import Device
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.writer_client import WriterProcess
+from megamm.common.device import Device
+from megamm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from megamm.tiers.local import LocalTier
+    from megamm.checkpoint.storage.local import LocalTier
 
 FAILURES = 3
 """Number of failed saves in a row that stops the run."""
@@ -70,7 +70,7 @@ class Saver:
         while_waiting: Callable[[], None] = lambda: None,
         local: "LocalTier | None" = None,
     ) -> None:
-        """keep, keep_best: which checkpoints to keep when a new one is complete (tiers/retention.py).
+        """keep, keep_best: which checkpoints to keep when a new one is complete (checkpoint/retention.py).
 
         while_waiting: called about twice a second while this rank waits for its writer and the writer is working.
         """

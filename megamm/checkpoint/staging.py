@@ -1,7 +1,7 @@
 """Shared memory with the image of this rank's file, and the single copy of the state into it.
 
 Without a local tier a rank has one anonymous image. With a local tier it has several that are files of that tier
-(tiers/parts.py), so that a save there needs no further copy.
+(checkpoint/storage/local_files.py), so that a save there needs no further copy.
 """
 
 import mmap
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint.blocks import Block
-from megamm.checkpoint.image import Image
-from megamm.device import Device
+from megamm.checkpoint.rank_file import Image
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import Device
 
 PIECE = 4 << 20
 """Bytes; larger blocks are split, so that threads get equal shares."""

@@ -8,9 +8,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megamm import __version__, redact
+from megamm import __version__
 from megamm.checkpoint.manifest import STATE
-from megamm.errors import UserError
+from megamm.common import redact
+from megamm.common.errors import UserError
 
 if TYPE_CHECKING:  # the writer process imports this package without torch
     import torch
@@ -23,9 +24,9 @@ class RunState:
     """The non-tensor part of a checkpoint. layout: the process grid that wrote it.
 
     Without optimizer state (an import) training starts with new moments. mixture: history of the data mixture
-    (data/history.py); None in an import and in old checkpoints without it. tokens: seen so far, by modality.
-    loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it was not
-    measured at this step. versions: of the software that wrote it, including the code.
+    (data/pipeline/mixture_schedule.py); None in an import and in old checkpoints without it. tokens: seen so far, by
+    modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it
+    was not measured at this step. versions: of the software that wrote it, including the code.
     """
 
     step: int

@@ -1,9 +1,9 @@
 """The writer of a rank: a process that writes staged checkpoints to disk while the rank continues with its steps.
 
-It reads jobs (messages.py) and the image of the rank's file in shared memory (image.py). It answers with a JSON line
-when the image is valid in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's folder
-("written"), and, on rank 0, when the checkpoint there has its final name ("published"). While it is working it sends
-"alive" twice a second, so that a rank that waits for a slow disk does not count as hung. The writers of a save
+It reads jobs (messages.py) and the image of the rank's file in shared memory (rank_file.py). It answers with a JSON
+line when the image is valid in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's
+folder ("written"), and, on rank 0, when the checkpoint there has its final name ("published"). While it is working it
+sends "alive" twice a second, so that a rank that waits for a slow disk does not count as hung. The writers of a save
 communicate only through files, in a folder with a name that is unique to this save:
 
     checkpoints/.tmp-step_X-ATTEMPT/tensors/__R_0.distcp, rng_R.safetensors     written and synced by rank R's writer
@@ -31,12 +31,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint import files, folder, manifest, messages
-from megamm.checkpoint.lanes import Lane, Working
+from megamm.checkpoint import files, folder, manifest, messages, retention
 from megamm.checkpoint.manifest import Entry
-from megamm.errors import UserError
-from megamm.resilience import events
-from megamm.tiers import parts, retention
+from megamm.checkpoint.storage import local_files
+from megamm.checkpoint.task_queue import Lane, Working
+from megamm.common import events
+from megamm.common.errors import UserError
 
 PART_SECONDS = 600.0
 """Seconds that rank 0's writer waits for the others' parts after its own is written."""
@@ -174,17 +174,17 @@ class Local:
 
     def keep(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
         """Make a save valid in this node's folder; OSError if it fails."""
-        part = parts.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
+        part = local_files.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
         placed = f"tensors/__{job['rank']}_0.distcp", Path(job["image"]), image
-        parts.write(self.root, job["step"], part, placed, contents)
+        local_files.write(self.root, job["step"], part, placed, contents)
 
     def replicate(self, job: dict[str, Any]) -> None:
         """Copy the save to the peer; UserError if it fails."""
-        from megamm.tiers import wire
+        from megamm.checkpoint.storage import transfer
 
         host, port = self.told["peer"]
         key = bytes.fromhex(self.told["key"])
-        wire.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
+        transfer.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
 
 
 class Service:

@@ -15,13 +15,13 @@ import yaml
 from pydantic import BaseModel
 
 from megamm.cli import checkpoint, convert, data, doctor, observe, tokenizer, use
-from megamm.cli.common import log_to_console
-from megamm.errors import UserError
-from megamm.resilience import exit_codes
+from megamm.common import exit_codes
+from megamm.common.errors import UserError
+from megamm.common.log import log_to_console
 
 if TYPE_CHECKING:
     from megamm.config import RunConfig
-    from megamm.resilience.boundary import SignalBoundary
+    from megamm.elastic.step_boundary import SignalBoundary
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(data.app, name="data")
@@ -51,14 +51,13 @@ def train(
     rank runs in this process. Exit codes: 0 done, 1 failed, 2 wrong input, 3 gave up, 4 this node was evicted,
     75 stopped by a signal with a checkpoint written.
     """
-    from megamm import launch
     from megamm.config import load_config
-    from megamm.resilience import supervisor
+    from megamm.elastic import launcher, torchrun
 
     run = load_config(config, overrides or [])
-    nodes = supervisor.Nodes.parse(nnodes, rendezvous)
+    nodes = launcher.Nodes.parse(nnodes, rendezvous)
     if dry_run:
-        from megamm.dry_run import report
+        from megamm.train.dry_run import report
 
         text, inconsistent = report(run, world_size or nproc * nodes.most, vocabulary_size, rank)
         print(yaml_of(run), text, sep="\n")
@@ -69,19 +68,19 @@ def train(
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
     boundary = None
-    if not launch.is_rank():
+    if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
-        supervisor.admissible_nodes(run, nproc, nodes)
-        from megamm.data.run_data import open_run_data
+        launcher.admissible_nodes(run, nproc, nodes)
+        from megamm.data.pipeline.run_data import open_run_data
 
         vocabulary = open_run_data(run).vocabulary
         if run.start_from is not None:
-            from megamm.start.begin import check as check_start  # here, as it takes a second to import
+            from megamm.init_from.initialize import check as check_start  # here, as it takes a second to import
 
             check_start(run, vocabulary)
         if run.resilience.max_restarts or nproc * nodes.most > 1:
-            raise typer.Exit(supervisor.supervise(run, nproc, nodes))
-        from megamm.resilience.boundary import SignalBoundary
+            raise typer.Exit(launcher.supervise(run, nproc, nodes, "megamm.train.ranks"))
+        from megamm.elastic.step_boundary import SignalBoundary
 
         boundary = SignalBoundary()
     _train_here(run, boundary)
@@ -90,8 +89,8 @@ def train(
 def _train_here(run: "RunConfig", boundary: "SignalBoundary | None") -> None:
     """Train in this process: as a rank, or as the only process of the run, then with `boundary`."""
     log_to_console()
-    from megamm.resilience import heartbeat, node_fault, run_lock
-    from megamm.train import train as run_training
+    from megamm.elastic import heartbeat, node_fault, run_lock
+    from megamm.train.trainer import train as run_training
 
     if heartbeat.SLOTS not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent holds the lock
         run_lock.hold(run.output, f"{os.getpid()} of {socket.gethostname()}")

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from megamm.cli.common import log_to_console
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.common.log import log_to_console
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify, compare and remove checkpoints.")
 Places = Annotated[list[str], typer.Argument(help="output folder of a run, folder of a checkpoint, or URL")]
@@ -22,7 +22,7 @@ def list_(places: Places) -> None:
 
     Of the local tier, only this node's files are listed; a step is valid there if every rank's part is on this node.
     """
-    from megamm.tiers import inspect
+    from megamm.checkpoint import inspect
 
     log_to_console()
     for place in places:
@@ -49,7 +49,7 @@ def show(
     config: Annotated[bool, typer.Option("--config", help="also print its config")] = False,
 ) -> None:
     """Print state, layout, versions and every tensor with its shape and dtype."""
-    from megamm.tiers import inspect, tensors
+    from megamm.checkpoint import inspect, whole_tensors
 
     log_to_console()
     with inspect.find_one(place).here() as folder:
@@ -60,7 +60,7 @@ def show(
         print(f"mixture: {'recorded' if mixture else 'not recorded'}")
         if config:
             print(*(f"{key} = {json.dumps(value)}" for key, value in _flat(recorded).items()), sep="\n")
-        described = tensors.described(folder)
+        described = whole_tensors.described(folder)
         for name, entry in described.items():
             print(f"{name}  {list(entry.shape)}  {entry.dtype}")
         weights = sum(e.elements for name, e in described.items() if not name.startswith("optimizer."))
@@ -70,7 +70,7 @@ def show(
 @app.command()
 def verify(places: Places) -> None:
     """Compare every file with its digest; exit code 1 if one differs."""
-    from megamm.tiers import inspect
+    from megamm.checkpoint import inspect
 
     log_to_console()
     damaged = False
@@ -85,7 +85,7 @@ def verify(places: Places) -> None:
 @app.command()
 def diff(one: Place, other: Place) -> None:
     """Show differences in state, config and tensors, with the largest of each tensor; exit code 1 if there is any."""
-    from megamm.tiers import inspect, tensors
+    from megamm.checkpoint import inspect, whole_tensors
 
     log_to_console()
     lines: list[str] = []
@@ -95,7 +95,7 @@ def diff(one: Place, other: Place) -> None:
             values = [json.dumps(state[key]) if key in state else "absent" for state in states]
             if values[0] != values[1]:
                 lines.append(f"{key}: {values[0]} -> {values[1]}")
-        ours, theirs = tensors.described(a), tensors.described(b)
+        ours, theirs = whole_tensors.described(a), whole_tensors.described(b)
         lines += [f"only in the first: {name}" for name in sorted(ours.keys() - theirs.keys())]
         lines += [f"only in the second: {name}" for name in sorted(theirs.keys() - ours.keys())]
         common = {name: entry for name, entry in ours.items() if name in theirs}
@@ -104,7 +104,7 @@ def diff(one: Place, other: Place) -> None:
                 was, now = (f"{list(e.shape)} {e.dtype}" for e in (entry, theirs[name]))
                 lines.append(f"{name}: {was} -> {now}")
         same_form = {name: entry for name, entry in common.items() if theirs[name] == entry}
-        found = list(tensors.differences(a, b, same_form))
+        found = list(whole_tensors.differences(a, b, same_form))
     for d in found:
         lines.append(f"{d.name}: {d.differing:,} of {same_form[d.name].elements:,} differ, by {d.max_abs:.3g} at most")
     print(*lines, f"{len(same_form) - len(found)} tensors are bit-identical", sep="\n")
@@ -119,7 +119,7 @@ def prune(
     delete: Annotated[bool, typer.Option("--delete", help="delete them; by default they are only listed")] = False,
 ) -> None:
     """Remove old checkpoints; never the newest valid one, the best one, or one that is being uploaded."""
-    from megamm.tiers import inspect, retention
+    from megamm.checkpoint import inspect, retention
 
     log_to_console()
     found = inspect.find(place)

@@ -1,8 +1,5 @@
-"""Shared parts of the commands: option types, log lines and tables."""
+"""Shared parts of the commands: option types and tables."""
 
-import logging
-import os
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -29,10 +26,3 @@ def print_tables(*tables: "Table") -> None:
             console.print(table)
         lines = text.get().splitlines()
         print("\n".join(line if console.is_terminal else line.rstrip() for line in lines))
-
-
-def log_to_console() -> None:
-    """Log megamm's lines on rank 0 and its warnings on every rank; from libraries, only warnings and errors."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("megamm").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
-    warnings.simplefilter("ignore")

@@ -12,8 +12,8 @@ from typing import Annotated, Literal
 import typer
 
 from megamm.cli import exports
-from megamm.cli.common import log_to_console
-from megamm.convert.plan import SHARD_SIZE
+from megamm.common.log import log_to_console
+from megamm.convert.job.plan import SHARD_SIZE
 
 app = typer.Typer(
     no_args_is_help=True, help="Export to and import from Hugging Face folders; inspect, compare, verify."
@@ -45,8 +45,9 @@ def export_run(
 
     After an interruption, the same command resumes.
     """
-    from megamm.convert.elements import DTYPES
-    from megamm.convert.hf import Checks, export
+    from megamm.convert.hf import export
+    from megamm.convert.io.dtypes import DTYPES
+    from megamm.convert.verify.gate import Checks
 
     log_to_console()
     chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
@@ -67,8 +68,9 @@ def import_export(
     gate: Gate = True,
 ) -> None:
     """Write step 0 of a new run with bit-identical weights. After an interruption, the same command resumes."""
-    from megamm.convert.elements import DTYPES
-    from megamm.convert.hf import Checks, import_
+    from megamm.convert.hf import import_
+    from megamm.convert.io.dtypes import DTYPES
+    from megamm.convert.verify.gate import Checks
 
     log_to_console()
     chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
@@ -82,7 +84,7 @@ def import_export(
 @app.command()
 def inspect(place: Place) -> None:
     """Print a tree of tensors: shapes, dtypes, norms and, for a native checkpoint, the ranks whose files hold them."""
-    from megamm.convert.inspect import tree
+    from megamm.convert.extras.inspect import tree
 
     log_to_console()
     for line in tree(place):
@@ -92,7 +94,7 @@ def inspect(place: Place) -> None:
 @app.command()
 def diff(one: Place, other: Place) -> None:
     """Compare the tensors of two models in any format, find the first layer that differs; exit code 1 if any does."""
-    from megamm.convert.diff import compare
+    from megamm.convert.verify.diff import compare
 
     log_to_console()
     found = compare(one, other)
@@ -107,7 +109,7 @@ def diff(one: Place, other: Place) -> None:
 @app.command()
 def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
     """Check digests, names and shapes against the config, NaN and Inf; exit code 1 if there is a problem."""
-    from megamm.convert.verify import verify as verified
+    from megamm.convert.verify.weights import verify as verified
 
     log_to_console()
     report = verified(place, refuse_nan=refuse_nan)
@@ -119,7 +121,7 @@ def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
 @contextmanager
 def _gated() -> Iterator[None]:
     """Print a failed verification as one line and exit with code 1."""
-    from megamm.convert.gate import GateError
+    from megamm.convert.verify.gate import GateError
 
     try:
         yield

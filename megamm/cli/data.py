@@ -5,7 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources, log_to_console
+from megamm.cli.common import DeviceChoice, Sources
+from megamm.common.log import log_to_console
 
 DecoderChoice = Literal["auto", "dali", "pyav"]
 
@@ -57,8 +58,8 @@ def build_shards(
     mask_pii: Annotated[bool, typer.Option("--mask-pii", help="e-mail, phone, IP, card -> <EMAIL>, ...")] = False,
 ) -> None:
     """Decode every media file, skip broken, duplicate and useless samples, and write shards."""
-    from megamm.data.build import BuildOptions, build
-    from megamm.data.curation import CurationOptions
+    from megamm.data.build.curation import CurationOptions
+    from megamm.data.build.shards import BuildOptions, build
 
     log_to_console()
     curation = CurationOptions(
@@ -83,7 +84,7 @@ def build_shards(
 @app.command("index")
 def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.tar, 000001.tar, ...")]) -> None:
     """Build the index of a folder of WebDataset tars, one modality per folder."""
-    from megamm.data.shard_index import write_index
+    from megamm.shards.index import write_index
 
     print(f"{folder}: {write_index(folder)} members indexed")
 
@@ -97,9 +98,9 @@ def tokenize_shards(
     max_broken: Annotated[float, typer.Option(help="share of a folder's videos that may be broken")] = 0.0,
 ) -> None:
     """Tokenize shards into token caches; complete caches are kept."""
-    from megamm.data.media_batches import VideoReading
-    from megamm.data.token_cache import load_codecs, tokenize
-    from megamm.device import choose
+    from megamm.common.device import choose
+    from megamm.data.tokenize.media_batches import VideoReading
+    from megamm.data.tokenize.token_cache import load_codecs, tokenize
 
     log_to_console()
     modalities = load_codecs(codec, choose(device).torch_device)

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from megamm.cli.common import log_to_console, print_tables
-from megamm.errors import UserError
+from megamm.cli.common import print_tables
+from megamm.common.errors import UserError
+from megamm.common.log import log_to_console
 
 app = typer.Typer()
 
@@ -39,7 +40,7 @@ def doctor(
     """
     # Set before torch is loaded: errors between nodes are reported in one line, without stacks from torch's store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    from megamm.resilience.supervisor import Nodes
+    from megamm.elastic.launcher import Nodes
 
     nodes = Nodes.parse(nnodes, rendezvous)
     if not preflight and nodes.most == 1:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamm.cli.common import log_to_console
+from megamm.common.log import log_to_console
 
 app = typer.Typer()
 Export = Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")]
@@ -17,7 +17,7 @@ def split_export(
     out: Annotated[Path, typer.Argument(help="folder to create")],
 ) -> None:
     """Split an export into parts that load alone: text_base, image_decoder, audio_encoder, multimodal_fusion."""
-    from megamm.convert.modules import split
+    from megamm.convert.extras.modules import split
 
     log_to_console()
     print(*(out / name for name in split(export, out)), sep="\n")
@@ -29,7 +29,7 @@ def join_modules(
     out: Annotated[Path, typer.Argument(help="export to create")],
 ) -> None:
     """Join text_base and multimodal_fusion to the export that they were split from."""
-    from megamm.convert.modules import join
+    from megamm.convert.extras.modules import join
 
     log_to_console()
     print(f"joined to {join(modules, out)}")
@@ -42,7 +42,7 @@ def quantize_export(
     to: Annotated[Literal["int8", "int4", "fp8"], typer.Option(help="format of the layers' matrices")],
 ) -> None:
     """Write an export with quantised weights in the format of compressed-tensors, which transformers reads."""
-    from megamm.convert.quantize import quantize
+    from megamm.convert.extras.quantize import quantize
 
     log_to_console()
     print(f"quantised to {quantize(export, out, to)}")
@@ -54,7 +54,7 @@ def export_gguf(
     out: Annotated[Path, typer.Argument(help="GGUF file to create")],
 ) -> None:
     """Write an export's model and tokenizer as one GGUF file, which llama.cpp reads."""
-    from megamm.convert.gguf import write_gguf
+    from megamm.convert.extras.gguf import write_gguf
 
     log_to_console()
     print(f"wrote {write_gguf(export, out)}")
@@ -66,8 +66,8 @@ def write_model_card(
     evaluation: Annotated[Path, typer.Argument(help="file written by `megamm eval --json` for this export")],
 ) -> None:
     """Rewrite an export's README.md with its evaluation, and update the digests of its files."""
-    from megamm.convert.card import read_evaluation, write_card
-    from megamm.convert.own import read_own
+    from megamm.convert.extras.card import read_evaluation, write_card
+    from megamm.convert.io.export_metadata import read_own
 
     write_card(export, read_own(export)[2], read_evaluation(evaluation))
     print(f"wrote {export / 'README.md'}")

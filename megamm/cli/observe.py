@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from megamm.cli.common import print_tables
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 
 app = typer.Typer()
 
@@ -23,7 +23,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="HTML file to write (default: RUN/report.html)")] = None,
 ) -> None:
     """Write one self-contained HTML page about a run: losses, speed, failures, restarts and goodput."""
-    from megamm.report.run import write_report
+    from megamm.observability.report.run import write_report
 
     if out is not None and not out.parent.is_dir():
         raise UserError("no such folder", where=out.parent, remedy="create it, or choose another --out")
@@ -36,7 +36,7 @@ def list_runs(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object per run")] = False,
 ) -> None:
     """List runs: state, step, losses, goodput, restarts, age of the oldest heartbeat, log. Only reads their folders."""
-    from megamm.report import runs
+    from megamm.observability.report import runs
 
     found = [runs.status(run) for run in runs.find(folders)]
     if as_json:
@@ -56,7 +56,7 @@ def attach(
     as_json: Annotated[bool, typer.Option("--json", help="print events and metrics as recorded")] = False,
 ) -> None:
     """Follow a run's events and metrics until it ends; exit code 1 if it failed. Ctrl-C does not stop the run."""
-    from megamm.report import follow, runs
+    from megamm.observability.report import follow, runs
 
     if runs.find([run])[:1] != [run]:
         raise UserError("no events and no metrics of a run", where=run, remedy="give the `output` folder of a run")
@@ -92,8 +92,8 @@ def simulate_faults(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Simulate the goodput of a large job at Llama 3's published failure rates; prints every assumption."""
-    from megamm.resilience.costs import measure
-    from megamm.simulate import Costs, Scenario, daly, simulate, text
+    from megamm.observability.costs import measure
+    from megamm.observability.simulate import Costs, Scenario, daly, simulate, text
 
     given = dict(zip(ASSUMED, (detection, hang_detection, restart, stall, lag), strict=True))
     measured, sources = measure(run, gpus) if run is not None else ({}, {})

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Precision, Sources, Target, log_to_console
+from megamm.cli.common import DeviceChoice, Precision, Sources, Target
+from megamm.common.log import log_to_console
 
 app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
@@ -16,11 +17,11 @@ Processes = Annotated[int, typer.Option("--nproc", help="number of local process
 
 def started(processes: int) -> bool:
     """Run this command in `processes` ranks and return True; return False if this process should do the work itself."""
-    from megamm import launch
+    from megamm.elastic import torchrun
 
-    if processes == 1 or launch.is_rank():
+    if processes == 1 or torchrun.is_rank():
         return False
-    launch.launch(sys.argv[1:], processes)
+    torchrun.launch(sys.argv[1:], processes)
     return True
 
 
@@ -31,7 +32,7 @@ def train_text(
     vocabulary: Annotated[int, typer.Option(help="number of tokens, at least 256")] = 4096,
 ) -> None:
     """Train a byte-level BPE tokenizer; its folder also loads in transformers."""
-    from megamm.codecs.text import train_text_tokenizer
+    from megamm.tokenizers.text.train import train_text_tokenizer
 
     log_to_console()
     done = train_text_tokenizer(sources, to, vocabulary_size=vocabulary)
@@ -64,11 +65,11 @@ def train_visual(
     """Train the FSQ codec of images and videos; reports PSNR, SSIM and codebook use on the held-out split."""
     if started(nproc):
         return
-    from megamm.codecs.folders import checked_config
-    from megamm.codecs.training import Training
-    from megamm.codecs.visual import VisualCodecConfig
-    from megamm.codecs.visual_training import ClipMix, train_visual_codec
-    from megamm.device import DTYPES, choose
+    from megamm.common.device import DTYPES, choose
+    from megamm.tokenizers.io import checked_config
+    from megamm.tokenizers.training_loop import Training
+    from megamm.tokenizers.visual.model import VisualCodecConfig
+    from megamm.tokenizers.visual.train import ClipMix, train_visual_codec
 
     log_to_console()
     values = {
@@ -117,11 +118,11 @@ def train_audio(
     """Train the residual FSQ audio codec; reports mel distance and word error on the held-out split."""
     if started(nproc):
         return
-    from megamm.codecs.audio import KIND, AudioCodecConfig
-    from megamm.codecs.audio_training import train_audio_codec
-    from megamm.codecs.folders import checked_config
-    from megamm.codecs.training import Training
-    from megamm.device import DTYPES, choose
+    from megamm.common.device import DTYPES, choose
+    from megamm.tokenizers.audio.model import KIND, AudioCodecConfig
+    from megamm.tokenizers.audio.train import train_audio_codec
+    from megamm.tokenizers.io import checked_config
+    from megamm.tokenizers.training_loop import Training
 
     log_to_console()
     values = {
@@ -171,11 +172,11 @@ def train_points(
     """Train the FSQ points codec; reports Chamfer distance and codebook use on the held-out split."""
     if started(nproc):
         return
-    from megamm.codecs.folders import checked_config
-    from megamm.codecs.points import KIND, PointsCodecConfig
-    from megamm.codecs.points_training import train_points_codec
-    from megamm.codecs.training import Training
-    from megamm.device import DTYPES, choose
+    from megamm.common.device import DTYPES, choose
+    from megamm.tokenizers.io import checked_config
+    from megamm.tokenizers.points.model import KIND, PointsCodecConfig
+    from megamm.tokenizers.points.train import train_points_codec
+    from megamm.tokenizers.training_loop import Training
 
     log_to_console()
     values = {

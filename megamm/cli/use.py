@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources, log_to_console
-from megamm.errors import UserError
+from megamm.cli.common import DeviceChoice, Sources
+from megamm.common.errors import UserError
+from megamm.common.log import log_to_console
 
 app = typer.Typer()
 
@@ -23,10 +24,10 @@ def evaluate_export(
     device: DeviceChoice = "auto",
 ) -> None:
     """Evaluate an export in stock transformers: held-out loss, and pair gain (how much one part predicts the other)."""
-    from megamm.convert.compare import logits_difference
-    from megamm.convert.exported import open_export
-    from megamm.device import choose
-    from megamm.evaluate import evaluate, summary_lines
+    from megamm.common.device import choose
+    from megamm.convert.io.loaded_export import open_export
+    from megamm.convert.verify.logits import logits_difference
+    from megamm.inference.evaluate import evaluate, summary_lines
 
     log_to_console()
     if json_file is not None and json_file.exists():
@@ -61,9 +62,9 @@ def generate(
     device: DeviceChoice = "auto",
 ) -> None:
     """Generate one modality from another: --prompt "a red heart" --to image --out heart.png."""
-    from megamm.device import choose
-    from megamm.generate import Sampling
-    from megamm.generate_files import Medium, generate_files, generate_requests, modality_of, read_requests
+    from megamm.common.device import choose
+    from megamm.inference.generate import Sampling
+    from megamm.inference.generate_files import Medium, generate_files, generate_requests, modality_of, read_requests
 
     log_to_console()
     sampling = Sampling(temperature, top_k, top_p, seed, max_tokens)

@@ -1,15 +1,7 @@
 """The typed configuration of a run: its sections and how it is read."""
 
 from megamm.config.load import apply_overrides, config_from_dict, load_config
-from megamm.config.model import (
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    MTPConfig,
-    RopeScalingConfig,
-    Section,
-    WindowConfig,
-)
+from megamm.config.model import MLAConfig, ModelConfig, MoEConfig, MTPConfig, RopeScalingConfig, Section, WindowConfig
 from megamm.config.sections import (
     CheckpointConfig,
     DataConfig,

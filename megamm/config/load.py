@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from megamm.common.errors import UserError
 from megamm.config.sections import RunConfig
-from megamm.errors import UserError
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:

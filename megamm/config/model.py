@@ -146,3 +146,16 @@ class ModelConfig(Section):
     megatron: dict[str, Any] = Field(
         {}, description="Further fields of Megatron-core's TransformerConfig, as they are."
     )
+
+
+FUNCTION = (
+    *("norm_eps", "rope_base", "rope_axes", "num_attention_heads", "num_query_groups", "head_dim"),
+    *("rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"),
+    *("rope_scaling.high_freq_factor", "rope_scaling.original_length", "rope_scaling.beta_fast"),
+    *("rope_scaling.beta_slow", "rope_scaling.mscale", "rope_scaling.mscale_all_dim"),
+    *("moe.top_k", "moe.score", "moe.norm_top_k", "moe.routed_scaling_factor", "moe.num_groups", "moe.group_top_k"),
+    *("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "window.size", "window.full_layers"),
+    *("window.rope_base", "activation", "zero_centered_norm", "scale_embeddings"),
+    *("mla.qk_head_dim", "mla.qk_rope_head_dim", "mla.v_head_dim"),
+)
+"""Keys of the model section that change what the same tensors compute."""

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from megamm.common.errors import UserError
 from megamm.config.model import ModelConfig, Section
-from megamm.errors import UserError
 
 
 class ParallelConfig(Section):
@@ -122,7 +122,7 @@ class StartConfig(Section):
     @field_validator("checkpoint")
     @classmethod
     def _without_secrets(cls, place: str) -> str:
-        from megamm.tiers.remote import checked_url, is_url
+        from megamm.common.urls import checked_url, is_url
 
         return checked_url(place) if is_url(place) else place
 
@@ -150,7 +150,7 @@ class CheckpointConfig(Section):
     @classmethod
     def _without_secrets(cls, url: str | None) -> str | None:
         # Imported here: fsspec is not needed where there is no URL. Its error does not repeat a password.
-        from megamm.tiers.remote import checked_url
+        from megamm.common.urls import checked_url
 
         return checked_url(url) if url is not None else None
 

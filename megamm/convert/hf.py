@@ -1,19 +1,17 @@
 """`megamm convert export RUN OUT` and `megamm convert import FOLDER RUN2`, tensor by tensor (docs/conversion.md).
 
 An export holds what stock engines read (config.json, the weights as one safetensors file or several with an index,
-tokenizer.json), the codecs under codecs/<modality>/, megamm.json (own.py), which import needs, the model card, the
-attribution of the data, and a digest of every file. Neither direction builds the model: to_hugging_face.py and
-from_hugging_face.py plan which bytes go where; work.py lets processes write them into a temporary folder, which is
-renamed when all of it is complete and verified.
+tokenizer.json), the codecs under codecs/<modality>/, megamm.json (convert/io/export_metadata.py), which import needs,
+the model card, the attribution of the data, and a digest of every file. Neither direction builds the model:
+convert/job/export_tensors.py and convert/job/import_tensors.py plan which bytes go where; convert/job/conversion.py
+lets processes write them into a temporary folder, which is renamed when all of it is complete and verified.
 """
 
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +19,31 @@ import safetensors.torch
 import torch
 
 from megamm import __version__, checkpoint
-from megamm.checkpoint import RunState, files, manifest
-from megamm.checkpoint.folder import all_of
-from megamm.codecs.folders import WEIGHTS
+from megamm.checkpoint import RunState, files, manifest, retention
+from megamm.checkpoint.folder import all_of, find_checkpoint
+from megamm.common import events
+from megamm.common.errors import UserError
 from megamm.config import ParallelConfig, RunConfig, apply_overrides, config_from_dict
-from megamm.convert import card, elements, from_hugging_face, to_hugging_face
-from megamm.convert.families import Family
-from megamm.convert.family_config import family_for, read_model, to_config
-from megamm.convert.hf_source import shapes_of, text_alone
-from megamm.convert.own import OWN, own_of, read_own
-from megamm.convert.plan import SHARD_SIZE, Conversion
-from megamm.convert.tokenizer import copy_tokenizer, export_tokenizer
-from megamm.convert.weights import Weights
-from megamm.convert.work import Work
-from megamm.errors import UserError
+from megamm.convert.extras import card
+from megamm.convert.families.config import family_for, read_model, to_config
+from megamm.convert.families.tables import Family
+from megamm.convert.io import dtypes as elements
+from megamm.convert.io.export_metadata import OWN, own_of, read_own
+from megamm.convert.io.hf_source import shapes_of, text_alone
+from megamm.convert.io.safetensors_files import Weights
+from megamm.convert.io.tokenizer import copy_tokenizer, export_tokenizer
+from megamm.convert.job import export_tensors, import_tensors
+from megamm.convert.job.conversion import Work
+from megamm.convert.job.plan import SHARD_SIZE, Conversion
+from megamm.convert.verify.gate import Checks
 from megamm.model.vocabulary import Vocabulary
-from megamm.resilience import events
-from megamm.tiers import retention
+from megamm.tokenizers.io import WEIGHTS
 
 log = logging.getLogger(__name__)
 _SMALL = 16 << 20
 """Files up to this many bytes are fully verified before they are read; larger ones only by size."""
 _NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.index.json")
 """Files to skip: a text tokenizer's folder may be that of a whole model."""
-
-
-@dataclass(frozen=True)
-class Checks:
-    """logits: the gate (gate.py) also compares logits; refuse_nan: NaN and Inf are a UserError before the conversion.
-
-    gate: if False, the output is read back, but not compared with its source.
-    """
-
-    logits: bool = True
-    refuse_nan: bool = False
-    gate: bool = True
-
-    @property
-    def need_models(self) -> bool:
-        """Whether both models have to fit into memory, one after the other."""
-        return self.gate and self.logits
-
-
-def find_checkpoint(run_or_checkpoint: Path, up_to: float = math.inf) -> Path:
-    """A run's newest valid checkpoint, or the given checkpoint folder, verified; up_to: see checkpoint.verify."""
-    if (run_or_checkpoint / checkpoint.STATE).exists():
-        checkpoint.verify(run_or_checkpoint, up_to)
-        return run_or_checkpoint
-    folder = checkpoint.newest(run_or_checkpoint, up_to)
-    if folder is None:
-        raise UserError("no checkpoint found", where=run_or_checkpoint, remedy="give a run's `output` folder")
-    return folder
 
 
 def export(
@@ -90,7 +62,8 @@ def export(
     converts to the same folder, or a file of the newest checkpoint does not match its manifest. An incomplete newest
     checkpoint is skipped. Raises GateError if the result is not the same model.
     """
-    from megamm.convert import gate, tensors
+    from megamm.convert.io import tensor_sources
+    from megamm.convert.verify import gate
 
     if out.exists():
         raise UserError("the output exists", where=out, remedy="remove it or choose another folder")
@@ -105,8 +78,8 @@ def export(
     if checks.need_models:
         gate.room_for_logits(config, vocabulary.size)
     if checks.refuse_nan:
-        gate.refuse_not_finite(tensors.Native(folder))
-    planned = to_hugging_face.plan(folder, family.entries, config.model, vocabulary.size, dtype, shard_size)
+        gate.refuse_not_finite(tensor_sources.Native(folder))
+    planned = export_tensors.plan(folder, family.entries, config.model, vocabulary.size, dtype, shard_size)
     _tell(planned, planned.dtypes)
     media = [codec for name, codec in config.tokenizers.items() if name != "text"]
     codecs = sum(f.stat().st_size for codec in media for f in codec.rglob("*") if f.is_file())
@@ -185,21 +158,22 @@ def import_(
 
     overrides: `key=value` for the config in the checkpoint, except the model's. For the rest see `export`.
     """
-    from megamm.convert import complete, gate, tensors
+    from megamm.convert.io import tensor_sources
+    from megamm.convert.verify import gate, shapes
 
     if all_of(run):
         raise UserError("the run already has checkpoints", where=run, remedy="remove it or choose another output")
     config, vocabulary, family = _described(folder, run, overrides)
     began = time.monotonic()
-    given = tensors.OfFiles(folder)
-    complete.check(folder, given.described)
+    given = tensor_sources.OfFiles(folder)
+    shapes.check(folder, given.described)
     if checks.need_models:
         gate.room_for_logits(config, vocabulary.size)
     if checks.refuse_nan:
         gate.refuse_not_finite(given)
     with Weights(folder) as weights:
         shapes_of(weights, family, config.model, vocabulary)
-        planned = from_hugging_face.plan(weights, family.entries, config.model, dtype, shard_size)
+        planned = import_tensors.plan(weights, family.entries, config.model, dtype, shard_size)
     _tell(planned, planned.dtypes)
     final = checkpoint.path_of(run, 0)
     with Work(planned, final, nproc) as work:

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megamm import device
+from megamm.common import device
 from megamm.doctor import exchange, installation
 from megamm.doctor.findings import Finding, Node
 from megamm.doctor.meeting import TURN, Lost, Meeting
 from megamm.doctor.storage import CLOCK_REMEDY, MAX_SKEW
-from megamm.resilience.supervisor import Nodes
+from megamm.elastic.launcher import Nodes
 
 ROUNDS = 3
 SLOW = 0.5

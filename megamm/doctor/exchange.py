@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
-from megamm.resilience import processes
+from megamm.common import processes
 
 STARTUP, LIMIT = 90.0, 60.0
 """Time limit in seconds for the first group of a new process, and for every further group."""
@@ -145,7 +145,7 @@ def main() -> None:
     """Run one process: print a line with the bandwidth of every group."""
     import torch.distributed as dist
 
-    from megamm import device
+    from megamm.common import device
 
     job = json.load(sys.stdin)
     place = device.choose("gpu" if job["backend"] == "nccl" else "cpu")

@@ -22,8 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 import megamm
-from megamm import accelerators, device, ops
+from megamm import ops
 from megamm.checkpoint.state import code_version
+from megamm.common import device
+from megamm.config import accelerators
 from megamm.ops import library
 
 SHARED_MEMORY = Path("/dev/shm")

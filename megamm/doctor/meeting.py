@@ -10,8 +10,8 @@ import socket
 import time
 from typing import Any
 
-from megamm.resilience import endpoint
-from megamm.resilience.supervisor import Nodes
+from megamm.elastic import endpoint
+from megamm.elastic.launcher import Nodes
 
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megamm import device
+from megamm.common import device
 from megamm.config import RunConfig
 from megamm.doctor import installation, machine
 from megamm.doctor.findings import Finding, Node, node_name
@@ -43,7 +43,7 @@ class Expected:
 
 def output_gib(config: RunConfig) -> float:
     """Return the GiB for two checkpoints, as an old one is deleted only after a new one is written; at least 1 GiB."""
-    from megamm.model.size import parameter_count
+    from megamm.model.flops import parameter_count
 
     # The vocabulary is known only from the data, which may be missing here: without it this is a lower bound.
     size = parameter_count(config.model, 0) * BYTES_OF_PARAMETER

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+from megamm.common import processes
 from megamm.doctor.findings import Finding
-from megamm.resilience import processes
 
 LIMIT = 60.0
 """Time limit of a probe in seconds."""

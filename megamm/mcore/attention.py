@@ -2,7 +2,7 @@
 
 Without Transformer Engine, Megatron's own core attention supports neither packed rows nor context parallelism. This
 module replaces `core_attention` in the layer spec. Megatron passes `attention_mask` through unchanged; here it is the
-row map, int64 `[B, 4, S]`: segment (data/sample.py), then t, h, w of every token of the whole row, even if a context
+row map, int64 `[B, 4, S]`: segment (common/sample.py), then t, h, w of every token of the whole row, even if a context
 rank holds only S/cp of its tokens. Mask and positions are derived from it.
 
 Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys back to the start of
@@ -26,10 +26,10 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from megamm.device import Device
-from megamm.errors import UserError
+from megamm.common.device import Device
+from megamm.common.errors import UserError
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.mcore.row_map import once_a_row_map
+from megamm.mcore.packed_seq_cache import once_a_row_map
 from megamm.model.rope import Rope, cosines_and_sines, rotate
 
 Kernel = Literal["sdpa", "flex"]

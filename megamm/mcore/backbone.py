@@ -28,9 +28,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megamm import ops
+from megamm.common.device import Device
+from megamm.common.sample import IGNORE_LABEL
 from megamm.config import RunConfig
-from megamm.data.sample import IGNORE_LABEL
-from megamm.device import Device
 from megamm.mcore import compat, mlp
 from megamm.mcore.attention import PackedAttention, ScoreForm, choose_kernel
 from megamm.mcore.groups import Groups

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamm.device import WEIGHT_GRADIENT_EXTENSION
+from megamm.common.device import WEIGHT_GRADIENT_EXTENSION
 
 _API_NAME = "_megamm_cpu_device"
 
@@ -60,7 +60,7 @@ class _CpuDevice:
 
     @staticmethod
     def current_device() -> torch.device:
-        """Return the CPU, or within `with torch.device("meta")` the meta device without storage (paper.py)."""
+        """Return the CPU, or within `with torch.device("meta")` the meta device without storage (fake_world.py)."""
         return torch.get_default_device()
 
     @staticmethod

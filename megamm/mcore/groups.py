@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megamm.common.device import Device
 from megamm.config import ParallelConfig
-from megamm.device import Device
 from megamm.mcore import cpu
 
 

@@ -13,8 +13,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megamm.common.device import DTYPES
 from megamm.config import RunConfig
-from megamm.device import DTYPES
 from megamm.mcore import compat
 
 

@@ -12,12 +12,12 @@ import torch
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megamm.common.sample import Batch
 from megamm.config import MTPConfig
-from megamm.data.sample import Batch
 from megamm.mcore.backbone import Backbone
 from megamm.mcore.groups import Groups
 from megamm.mcore.step import local_targets
-from megamm.objective import StepLoss, means, modality_sums, token_counts, token_factor
+from megamm.model.loss import StepLoss, means, modality_sums, token_counts, token_factor
 
 
 def run(

@@ -3,7 +3,7 @@
 import torch
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from megamm.device import Device
+from megamm.common.device import Device
 
 
 def states(place: Device) -> dict[str, torch.Tensor]:

@@ -14,10 +14,10 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megamm.data.sample import Batch
+from megamm.common.sample import Batch
 from megamm.mcore.context import local_index
 from megamm.mcore.groups import Groups
-from megamm.objective import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
+from megamm.model.loss import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
 def prepare(chunks: Sequence[DistributedDataParallel]) -> None:

@@ -21,10 +21,10 @@ from torch import nn
 
 from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
-from megamm.checkpoint.blocks import MAIN, MOMENTS, STATE, Block, Shape
-from megamm.mcore import compat, optimizer, parts
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Block, Shape
+from megamm.mcore import compat, optimizer, shard_specs
 from megamm.mcore.groups import Groups
-from megamm.mcore.parts import Part
+from megamm.mcore.shard_specs import Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Plan:
 
     def __init__(self, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups) -> None:
         """optim None: only weights."""
-        self.parts = [part for chunk in chunks for part in parts.of(chunk.module, groups)]
+        self.parts = [part for chunk in chunks for part in shard_specs.of(chunk.module, groups)]
         self.owned = list(_owned(optim)) if optim is not None else []
         self.updated = {
             id(p) for o in (optimizer.parts(optim) if optim is not None else []) for b in o.buffers for p in b.params
@@ -126,7 +126,7 @@ def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | N
 
 def load_weights(folder: Path, models: Sequence[nn.Module], groups: Groups) -> None:
     """Read this rank's part of the weights into a model that is not wrapped and has no gradient buffers."""
-    reader.load(folder, [part.block(part.tensor) for model in models for part in parts.of(model, groups)])
+    reader.load(folder, [part.block(part.tensor) for model in models for part in shard_specs.of(model, groups)])
 
 
 def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> set[str]:

@@ -6,11 +6,10 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megamm import accelerators
-from megamm.config import RunConfig
-from megamm.device import DTYPES, Device
-from megamm.errors import UserError
-from megamm.layout import layers_per_chunk
+from megamm.common.device import DTYPES, Device
+from megamm.common.errors import UserError
+from megamm.config import RunConfig, accelerators
+from megamm.model.layout import layers_per_chunk
 
 
 def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) -> TransformerConfig:

@@ -1,9 +1,9 @@
 """The modalities that the model can read and write, one line each."""
 
 from megamm.modalities.audio import AudioModality
-from megamm.modalities.base import Modality
 from megamm.modalities.image import ImageModality
 from megamm.modalities.points import PointsModality
+from megamm.modalities.protocol import Modality
 from megamm.modalities.text import TextModality
 from megamm.modalities.video import VideoModality
 

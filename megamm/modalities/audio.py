@@ -12,11 +12,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from megamm.codecs.audio import KIND, AudioCodec
-from megamm.codecs.folders import load_codec
-from megamm.data.sample import IntArray
-from megamm.modalities.base import CPU
-from megamm.modalities.sound_file import CONTAINERS, Waveform, check_sound, read_waveform
+from megamm.common.sample import IntArray
+from megamm.media.sound_file import CONTAINERS, Waveform, check_sound, read_waveform
+from megamm.modalities.protocol import CPU
+from megamm.tokenizers.audio.model import KIND, AudioCodec
+from megamm.tokenizers.load import load_codec
 
 
 class AudioModality:

@@ -11,19 +11,14 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from megamm.codecs.visual import VisualCodec, load_visual_codec
-from megamm.data.sample import IntArray
-from megamm.modalities.base import CPU, UnreadableMedia
-
-PixelArray = npt.NDArray[np.uint8]
-
-MAX_PIXELS = 64 * 2**20
-"""Larger images are refused based on the header: a few kB of PNG can declare gigabytes (decompression bomb)."""
-_FORMAT = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+from megamm.common.sample import IntArray
+from megamm.media.image_file import PixelArray, decode_image, square_pixels
+from megamm.modalities.protocol import CPU
+from megamm.tokenizers.load import load_visual_codec
+from megamm.tokenizers.visual.model import VisualCodec
 
 
 class ImageModality:
@@ -50,7 +45,7 @@ class ImageModality:
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
         """Digest of size and pixels. Raises UnreadableMedia if broken, of the wrong format, or too large."""
-        image = _decode(data, extension)
+        image = decode_image(data, extension)
         return hashlib.sha256(repr(image.size).encode() + image.convert("RGBA").tobytes()).hexdigest()
 
     def read_media(self, data: bytes, extension: str) -> PixelArray:
@@ -85,58 +80,3 @@ class ImageModality:
     def choices(self, place: int) -> range:
         """All ids, at every place."""
         return range(self.vocabulary_size)
-
-
-def square_pixels(data: bytes, extension: str, size: int) -> PixelArray:
-    """Image bytes to uint8 `[size, size, 3]`: on white, aspect kept, padded. Raises UnreadableMedia if broken."""
-    return pad_to_square(_on_white(_decode(data, extension)), size)
-
-
-def pad_to_square(image: Image.Image, size: int, pixel_aspect: float = 1.0) -> PixelArray:
-    """An RGB image to uint8 `[size, size, 3]`: aspect kept, padded with white.
-
-    pixel_aspect: width of the image's pixels over their height.
-    """
-    width, height = fitted_sides(image.width * pixel_aspect, image.height, size)
-    square = Image.new("RGB", (size, size), "white")
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    square.paste(resized, ((size - width) // 2, (size - height) // 2))
-    return np.asarray(square)
-
-
-def fitted_sides(width: float, height: float, size: int) -> tuple[int, int]:
-    """Width and height (pixels) of a picture in a square of `size`: aspect kept, the longer side fills the square."""
-    return max(1, round(width * size / max(width, height))), max(1, round(height * size / max(width, height)))
-
-
-def _decode(data: bytes, extension: str) -> Image.Image:
-    """The first frame, fully decoded and upright."""
-    if not data:
-        raise UnreadableMedia("zero bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=tuple(_FORMAT.values()))
-    except Image.DecompressionBombError as error:
-        raise UnreadableMedia(f"more than {MAX_PIXELS} pixels") from error
-    except Exception as error:  # Pillow raises many kinds for broken headers
-        raise UnreadableMedia(f"not a PNG, JPEG or WebP image: {type(error).__name__}") from error
-    if image.format != _FORMAT.get(extension):
-        raise UnreadableMedia(f"a {image.format} image with the extension .{extension}")
-    if image.width * image.height > MAX_PIXELS:
-        raise UnreadableMedia(f"{image.width} x {image.height} is more than {MAX_PIXELS} pixels")
-    try:
-        image.verify()  # PNG: checksums up to the end marker, which decoding alone does not read
-        image = Image.open(io.BytesIO(data))  # an image cannot be used after verify
-        image.load()
-        return ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise UnreadableMedia(f"broken {image.format} data: {error}") from error
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """RGB, with white instead of transparency."""
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return image.convert("RGB")

@@ -1,27 +1,23 @@
 """3D: clouds (npz) and meshes (glb, obj, ply) <-> float32 `[N, 9]` <-> token ids `[T]`.
 
-A cloud is xyz, unit normal and RGB in [0, 1] (data/meshes.py), read with the centre of its bounding box at the origin
-and its longest side 2. A mesh is sampled uniformly by area; a cloud with more than N points is thinned, one with fewer
-is repeated, at random with a seed from the file's hash: the same file always gives the same points.
+A cloud is xyz, unit normal and RGB in [0, 1] (media/meshes.py), read with the centre of its bounding box at the origin
+and its longest side 2, always the same points of the same file (media/points_file.py).
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 
-from megamm.codecs.folders import load_codec
-from megamm.codecs.points import KIND, PointsCodec, quantile_of_patch
-from megamm.data.mesh_files import MESH_EXTENSIONS, read_cloud, read_mesh, write_cloud
-from megamm.data.meshes import CloudArray, cloud_from_mesh, normalised
-from megamm.data.sample import IntArray
-from megamm.modalities.base import CPU, UnreadableMedia
-
-_DIGEST_POINTS = 4096
-"""Points of a mesh for its digest: one surface can have many forms (formats, orders of its parts' bytes)."""
+from megamm.common.sample import IntArray
+from megamm.media.mesh_file import write_cloud
+from megamm.media.meshes import CloudArray
+from megamm.media.points_file import POINTS_EXTENSIONS, digest_of_points, read_points
+from megamm.modalities.protocol import CPU
+from megamm.tokenizers.load import load_codec
+from megamm.tokenizers.points.model import KIND, PointsCodec, quantile_of_patch
 
 
 class PointsModality:
@@ -29,7 +25,7 @@ class PointsModality:
 
     name: ClassVar[str] = "points"
     family: ClassVar[str] = "points"
-    extensions: ClassVar[tuple[str, ...]] = ("npz", *MESH_EXTENSIONS)
+    extensions: ClassVar[tuple[str, ...]] = POINTS_EXTENSIONS
 
     def __init__(self, codec: PointsCodec, codec_id: str, device: torch.device) -> None:
         self.codec = codec.to(device).eval()
@@ -48,9 +44,7 @@ class PointsModality:
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
         """Digest of the cloud, or of points of the mesh with a fixed seed. Raises UnreadableMedia if unusable."""
-        cloud = _read(data, extension, _DIGEST_POINTS, seed=0)
-        _readable(normalised, cloud)
-        return hashlib.sha256(cloud.tobytes()).hexdigest()
+        return digest_of_points(data, extension)
 
     def read_media(self, data: bytes, extension: str) -> CloudArray:
         """Media bytes to a normalised cloud of the codec's N points, `[N, 9]`."""
@@ -79,37 +73,3 @@ class PointsModality:
     def choices(self, place: int) -> range:
         """Cells at even places, shapes at odd ones."""
         return self.codec.choices(place)
-
-
-def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> CloudArray:
-    """Media bytes to normalised clouds `[draws, count, 9]`. Raises UnreadableMedia if broken.
-
-    The draws share no point if the media has enough points; the first is the same for any number of draws.
-    """
-    seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-    if extension in MESH_EXTENSIONS:
-        mesh = _readable(read_mesh, data, extension)
-        clouds = [_readable(cloud_from_mesh, mesh, count, seed + draw) for draw in range(draws)]
-        return np.stack([_readable(normalised, cloud) for cloud in clouds])
-    cloud = _readable(normalised, _read(data, extension, count, seed))
-    random = np.random.default_rng(seed)
-    rounds = -(-draws * count // len(cloud))
-    chosen = np.concatenate([random.permutation(len(cloud)) for _ in range(rounds)])
-    return cloud[chosen[: draws * count]].reshape(draws, count, -1)
-
-
-def _read(data: bytes, extension: str, count: int, seed: int) -> CloudArray:
-    """A mesh as `count` points, a cloud unchanged; neither is normalised."""
-    if extension == "npz":
-        return _readable(read_cloud, data)
-    if extension in MESH_EXTENSIONS:
-        return _readable(cloud_from_mesh, _readable(read_mesh, data, extension), count, seed)
-    raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(PointsModality.extensions)}")
-
-
-def _readable(step: Callable[..., Any], *inputs: Any) -> Any:
-    """Call `step` with its inputs; turn its ValueError into UnreadableMedia."""
-    try:
-        return step(*inputs)
-    except ValueError as error:
-        raise UnreadableMedia(str(error)) from error

@@ -7,32 +7,16 @@ white. Ids are in the order of time, rows and columns over the latent frames.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from megamm.codecs.visual import VisualCodec, batches_of_one_length, load_visual_codec
-from megamm.data.frame_sampling import usable_frames
-from megamm.data.sample import IntArray
-from megamm.modalities.base import CPU
-from megamm.modalities.video_file import digest_of_frames, sampled_squares, write_mp4
-
-FrameArray = npt.NDArray[np.uint8]
-
-
-class VideoSizes(Protocol):
-    """Input sizes of a visual codec or its config; units as in codecs/visual.py."""
-
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def frame_rate(self) -> float: ...
-    @property
-    def max_frames(self) -> int: ...
-    @property
-    def frames_per_step(self) -> int: ...
+from megamm.common.sample import IntArray
+from megamm.media.video_file import FrameArray, digest_of_frames, video_frames, write_mp4
+from megamm.modalities.protocol import CPU
+from megamm.tokenizers.load import load_visual_codec
+from megamm.tokenizers.visual.model import VisualCodec, batches_of_one_length
 
 
 class VideoModality:
@@ -90,9 +74,3 @@ class VideoModality:
     def choices(self, place: int) -> range:
         """All ids, at every place."""
         return range(self.vocabulary_size)
-
-
-def video_frames(data: bytes, extension: str, sizes: VideoSizes) -> FrameArray:
-    """Video bytes to the codec's input, uint8 `[F, Y, X, 3]`. Raises UnreadableMedia if the part read is broken."""
-    frames = sampled_squares(data, extension, sizes.frame_rate, sizes.max_frames, sizes.image_size)
-    return frames[: usable_frames(len(frames), sizes.max_frames, sizes.frames_per_step)]

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megamm.common.errors import UserError
 from megamm.config import RopeScalingConfig
-from megamm.errors import UserError
 
 _NOT_SCALED = RopeScalingConfig()
 

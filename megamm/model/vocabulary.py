@@ -8,7 +8,7 @@ shifts no other id. Padding for tensor parallelism is not included: `padded_size
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.modalities import REGISTRY
 
 CONTROL_SIZE = 32

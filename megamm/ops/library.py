@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.ops import cross_entropy, patch_embed, rms_norm, swiglu
 
 FILE = Path(__file__).parent.parent / "_csrc.so"

@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from megamm import layout
+from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict
-from megamm.errors import UserError
+from megamm.model import layout
 from megamm.parity import rows
 
 BASE: dict[str, Any] = {

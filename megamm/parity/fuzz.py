@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.parity.case import Case
 from megamm.parity.report import Outcome
 from megamm.parity.rows import MIXES

@@ -15,7 +15,7 @@ from types import TracebackType
 import numpy as np
 from safetensors import safe_open
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.parity import diagnose
 from megamm.parity.case import Case, Run
 from megamm.parity.report import BOUNDS, Job, Outcome, RankReport

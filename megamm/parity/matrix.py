@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 from typing import Any
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 from megamm.parity.case import Case
 from megamm.parity.report import Outcome
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from megamm.common.sample import Batch
 from megamm.config import RunConfig
-from megamm.data.sample import Batch
 
 
 def strange(seen: Any, batches: Sequence[Batch], config: RunConfig, context_rank: int) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from megamm import engine as engines
-from megamm.device import choose
-from megamm.mcore import assemble, observe
+from megamm.common.device import choose
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
-from megamm.mcore.assemble import Piece
-from megamm.parity import positions
+from megamm.mcore import observe
+from megamm.parity import assemble, positions
+from megamm.parity.assemble import Piece
 from megamm.parity.case import Run
 from megamm.parity.report import BOUNDS, Difference, Extent, Job, RankReport
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
@@ -30,7 +30,7 @@ def compute(job: Job) -> RankReport:
         job.fault()
     run, config = job.run, job.run.config
     groups = grid.build(config.parallel, seed=run.seed)
-    engine: Any = engines.build(config, VOCABULARY, groups, choose("cpu"))
+    engine: Any = build_engine(config, VOCABULARY, groups, choose("cpu"))
     pieces = assemble.pieces(engine.chunks, groups)
     compare = _Writer(job, pieces) if job.makes_reference else _Comparer(job, pieces)
     compare.start(run.seed)

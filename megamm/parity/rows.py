@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megamm.data.sample import IGNORE_LABEL, Batch, IntArray, Row
+from megamm.common.sample import IGNORE_LABEL, Batch, IntArray, Row
 
 VOCABULARY, TEXT_SIZE = 301, 200
 MODALITIES = ("text", "image")

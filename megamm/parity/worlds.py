@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megamm.resilience.processes import threads, without_blas_threads
+from megamm.common.processes import threads, without_blas_threads
 
 _GRACE = 1.0  # seconds in which other ranks may still report their own error after a crash
 
@@ -151,7 +151,7 @@ def _serve(connection: Connection) -> None:
     # The job's own code, and modules that Megatron and torch import at first use: this saves a second in each rank.
     import torch._dynamo
 
-    import megamm.mcore.engine
+    import megamm.engine.native
     import megamm.parity.rank  # noqa: F401
 
     gc.freeze()  # a collection in a rank would write to, and so copy, every page that holds an object

@@ -1,7 +1,7 @@
 """A second, plain implementation of packed attention: float64, one document after the other.
 
 Rotations are products with complex numbers e^(i angle); angles are computed in float32, as in transformers.
-The random packed rows for the tests are here, too. Shape letters as in megamm/data/sample.py.
+The random packed rows for the tests are here, too. Shape letters as in megamm/common/sample.py.
 """
 
 import math

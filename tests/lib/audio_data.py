@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from megamm.data.shards import ShardWriter
+from megamm.shards.folder import ShardWriter
 
 RATE = 16_000
 FORMATS = {

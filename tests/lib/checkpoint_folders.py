@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megamm.checkpoint import index
-from megamm.checkpoint.blocks import Block
-from megamm.checkpoint.image import Image
+from megamm.checkpoint.rank_file import Image
+from megamm.checkpoint.tensor_shards import Block
 
 
 def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float | None = None, seed: int = 0) -> Path:

@@ -8,7 +8,7 @@ import av
 import numpy as np
 from PIL import Image, ImageDraw
 
-from megamm.data.shards import ShardWriter
+from megamm.shards.folder import ShardWriter
 
 COLOURS = ["red", "green", "blue", "orange", "purple", "black"]
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from megamm import checkpoint
 from megamm.checkpoint import manifest
-from megamm.convert.hf import Checks, export, import_
+from megamm.convert.hf import export, import_
+from megamm.convert.verify.gate import Checks
 
 
 def convert(kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:

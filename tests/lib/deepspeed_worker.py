@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamm import engine, layout
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
+from megamm.common.device import choose
+from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
-from megamm.data.sample import Batch
-from megamm.device import choose
+from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
+from megamm.model import layout
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 LENGTH, ROWS, MICRO, STEPS = 48, 8, 2, 20
@@ -63,7 +64,7 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     config = case_config(case)
     layout.check(config, dist.get_world_size())
     groups = grid.build(config.parallel, seed=case.get("seed", 1))
-    runner = engine.build(config, VOCABULARY, groups, choose("cpu"))
+    runner = build_engine(config, VOCABULARY, groups, choose("cpu"))
     first, last = case["steps"]
     if "load" in case:
         runner.load(path_of(out / case["load"], first) / "tensors", first, case.get("with_optimizer", True))

@@ -18,10 +18,10 @@ import yaml
 from media_samples import example, make_codecs
 from tiny_run import ROOT
 
-from megamm.codecs.folders import save_codec
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.data.nouns import is_heldout
+from megamm.data.raw.nouns import is_heldout
 from megamm.modalities import REGISTRY
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 COPIED = ("docs", "examples", "launchers")
 LINKED = ("benchmarks", "csrc", "megamm", "requirements", "tests", "tools")

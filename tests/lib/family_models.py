@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megamm.convert.family_config import read_config
+from megamm.convert.families.config import read_config
 from megamm.parity.rows import VOCABULARY
 
 COMMON = {

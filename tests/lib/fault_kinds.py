@@ -35,7 +35,7 @@ def command_line(process):
 
 def below(process):
     """Return all processes below it."""
-    from megamm.resilience.processes import children
+    from megamm.common.processes import children
 
     found = children(process)
     return found + [deeper for child in found for deeper in below(child)]
@@ -78,7 +78,7 @@ def kill_above(levels):
 
 
 def kill_agent(run, pid):
-    kill(beside_template(pid, "megamm.resilience.agent"))
+    kill(beside_template(pid, "megamm.elastic.agent"))
     wait_for_the_end(pid)
 
 
@@ -90,7 +90,7 @@ def wait_for_the_end(pid):
 
 def beside_template(rank, module):
     """Return the command's child that runs this module; the template looks like the fork server that forked it."""
-    from megamm.resilience.processes import children
+    from megamm.common.processes import children
 
     template = parent(rank)
     return only([p for p in children(parent(template)) if p != template and module in command_line(p)], module)
@@ -132,7 +132,7 @@ def once_saved(act):
 
 def _whole(run):
     from megamm import checkpoint
-    from megamm.errors import UserError
+    from megamm.common.errors import UserError
 
     found = []
     for folder in sorted((run / "checkpoints").glob("step_????????")):
@@ -144,12 +144,15 @@ def _whole(run):
 
 def newest_in_local_tier(run):
     """Return the newest step of which all parts are valid."""
-    from megamm.resilience import events
-    from megamm.tiers import parts
+    from megamm.checkpoint.storage import local_files
+    from megamm.common import events
 
     root = Path(next(event["folder"] for event in events.read(run) if event["kind"] == "local_tier"))
-    folders = [parts.folder_of(root, step) for step in parts.steps_in(root)]
-    return only([folder for folder in folders if parts.whole(parts.parts_in(folder))][::-1], "step in the local tier")
+    folders = [local_files.folder_of(root, step) for step in local_files.steps_in(root)]
+    return only(
+        [folder for folder in folders if local_files.whole(local_files.parts_in(folder))][::-1],
+        "step in the local tier",
+    )
 
 
 def damage(change, newest=newest_checkpoint):
@@ -193,7 +196,7 @@ def fill_disk(run, pid):
 def empty_disk(run):
     """Free the space after a save has failed for lack of it."""
     if (run / "checkpoints" / FILLER).exists():
-        from megamm.resilience import events
+        from megamm.common import events
 
         if any(event["kind"] == "save_failed" for event in events.read(run)):
             (run / "checkpoints" / FILLER).unlink(missing_ok=True)
@@ -206,8 +209,8 @@ OUTSIDE = {
     "slow": slow,
     "kill_template": kill_above(1),
     "kill_agent": kill_agent,
-    "kill_fork_server": lambda run, pid: kill(beside_template(pid, "megamm.resilience.fork_server")),
-    "stop_fork_server": lambda run, pid: os.kill(beside_template(pid, "megamm.resilience.fork_server"), signal.SIGSTOP),
+    "kill_fork_server": lambda run, pid: kill(beside_template(pid, "megamm.train.ranks")),
+    "stop_fork_server": lambda run, pid: os.kill(beside_template(pid, "megamm.train.ranks"), signal.SIGSTOP),
     "kill_command": kill_above(2),
     "kill_command_once_saved": once_saved(kill_above(2)),
     "own_signal": lambda run, pid: os.kill(pid, signal.SIGUSR1),
@@ -228,7 +231,7 @@ def _exception(heart):
 
 
 def _user_error(heart):
-    from megamm.errors import UserError
+    from megamm.common.errors import UserError
 
     raise UserError("an injected mistake", remedy="fix it")
 
@@ -298,7 +301,7 @@ def follow_clock(folder):
 
 def remember_engine(heart):
     """Remember, for "nan", the engine that this process is about to build."""
-    from megamm.mcore.engine import NativeEngine
+    from megamm.engine.native import NativeEngine
 
     plain = NativeEngine.__init__
 
@@ -314,8 +317,8 @@ def record_rows(heart):
 
     Each line has its attempt, too: how many launches there have been, and the attempt's number in the last one.
     """
-    from megamm.data.loader import Loader
-    from megamm.resilience import events
+    from megamm.common import events
+    from megamm.data.pipeline.loader import Loader
 
     plain, path = Loader.step, heart.folder / f"rows_{heart.rank}.jsonl"
     attempt = (sum(event["kind"] == "launched" for event in events.read(heart.run)), heart.attempt)
@@ -332,5 +335,5 @@ def record_rows(heart):
 
 
 def _digest(batch, i):
-    parts = (batch.input_ids[i], batch.labels[i], batch.segment[i])
-    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
+    local_files = (batch.input_ids[i], batch.labels[i], batch.segment[i])
+    return hashlib.sha256(b"".join(part.numpy().tobytes() for part in local_files)).hexdigest()[:16]

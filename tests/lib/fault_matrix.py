@@ -21,7 +21,7 @@ from fault_cases import KINDS, NODES, PLACES, Faults, fault_of, plan
 from faults import environment as with_faults
 from tiny_run import environment, make_data, numbers, write_config
 
-from megamm.resilience import events
+from megamm.common import events
 
 RANKS, STEPS, BATCH, TIMEOUT = 2, 10, 4, 600
 TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1, "eval_every": 4}

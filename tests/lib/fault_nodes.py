@@ -21,7 +21,7 @@ from fault_kinds import below, command_line
 from faults import record
 from ports import free_port
 
-from megamm.resilience import events
+from megamm.common import events
 
 RENDEZVOUS = ("join=60", "last_call=1", "keep_alive=0.5")
 STEP, SECONDS = 5, 240
@@ -99,7 +99,7 @@ def lost_store(folder: Path) -> list[str]:
         wait_for(lambda: _listens(endpoint))
         job.start()
         with job.paused("lost_store"):
-            agent = next(p for p in below(host.pid) if "megamm.resilience.agent" in command_line(p))
+            agent = next(p for p in below(host.pid) if "megamm.elastic.agent" in command_line(p))
             os.kill(agent, signal.SIGKILL)
         return job.end()
     finally:

@@ -52,7 +52,7 @@ class Planned:
         return all(want in ("*", is_) for want, is_ in zip(self.place, have, strict=True)) and self.is_due(heart)
 
     def is_due(self, heart):
-        from megamm.resilience import events
+        from megamm.common import events
 
         if self.turn is None:
             return True
@@ -90,14 +90,14 @@ def parse(text):
 
 
 def record(run, kind, phase, step, rank, attempt):
-    from megamm.resilience import events
+    from megamm.common import events
 
     events.record(run, "injected", fault=kind, phase=phase, step=step, rank=rank, attempt=attempt)
 
 
 def install():
     """Wrap the heartbeat of this process's runs."""
-    from megamm.resilience.heartbeat import Heartbeat
+    from megamm.elastic.heartbeat import Heartbeat
 
     planned = parse(os.environ[FAULTS])
     plain_init, plain_beat = Heartbeat.__init__, Heartbeat.beat
@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--rank", type=int, default=0)
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds to wait for phase and step")
     chosen = parser.parse_args()
-    from megamm.resilience import heartbeat
+    from megamm.elastic import heartbeat
 
     # "data" and "step" alternate faster than heartbeat files are written.
     phases = ("data", "step") if chosen.phase in ("data", "step") else (chosen.phase,)

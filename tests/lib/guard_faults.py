@@ -27,15 +27,15 @@ def train(case: Case) -> tuple[str, str] | None:
     """Run with the faults in a rank; return the error that it ended with, as (kind, text)."""
     # Saving starts processes, which a daemon must not do.
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
-    from megamm import train
+    from megamm.common.errors import UserError
     from megamm.config import load_config
-    from megamm.errors import UserError
-    from megamm.resilience.node_fault import NodeFault
+    from megamm.elastic.node_fault import NodeFault
+    from megamm.train import trainer
 
     for name, arguments in case.faults:
         globals()[name](**arguments)
     try:
-        train.train(load_config(Path(case.config)))
+        trainer.train(load_config(Path(case.config)))
     except (UserError, NodeFault) as error:
         return type(error).__name__, str(error)
     return None
@@ -102,9 +102,9 @@ def flipped_bit(rank: int, at: list[int]) -> None:
 
 def poisoned_rows(rows: list[int]) -> None:
     """Give steps with one of these rows the same label everywhere."""
-    from megamm import train
+    from megamm.train import trainer
 
-    class Poisoned(train.Loader):
+    class Poisoned(trainer.Loader):
         def step(self) -> Any:
             first = self.consumed_rows
             batches = super().step()
@@ -113,12 +113,12 @@ def poisoned_rows(rows: list[int]) -> None:
                     batch.labels.copy_(torch.where(batch.labels >= 0, batch.labels * 0 + 1, batch.labels))
             return batches
 
-    train.Loader = Poisoned
+    trainer.Loader = Poisoned
 
 
 def rows_left_out(first: int, count: int) -> None:
     """Make the reference of a roll-back: data without these rows."""
-    from megamm.data.row_stream import RowStream
+    from megamm.data.pipeline.row_stream import RowStream
 
     plan = RowStream.plan
     RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
@@ -126,23 +126,23 @@ def rows_left_out(first: int, count: int) -> None:
 
 def ended_before(step: int) -> None:
     """End the run where this step would begin, as if by a user's mistake."""
-    from megamm import train
-    from megamm.errors import UserError
+    from megamm.common.errors import UserError
+    from megamm.train import trainer
 
-    one_step = train.Trainer._one_step
+    one_step = trainer.Trainer._one_step
 
     def ended(self: Any) -> bool:
         if self.step + 1 == step:
             raise UserError("ended", remedy="none", on_all_ranks=True)
         return one_step(self)
 
-    train.Trainer._one_step = ended
+    trainer.Trainer._one_step = ended
 
 
 def ended_by_roll_back() -> None:
     """End the run when it has set the later checkpoints aside."""
-    from megamm.errors import UserError
-    from megamm.resilience.loss_guard import LossGuard
+    from megamm.common.errors import UserError
+    from megamm.guards.loss_guard import LossGuard
 
     def ended(self: Any, window: Any) -> None:
         raise UserError("ended", remedy="none", on_all_ranks=True)
@@ -152,8 +152,8 @@ def ended_by_roll_back() -> None:
 
 def no_durable_tier() -> None:
     """Make writing to the durable tier fail."""
-    from megamm.tiers.durable import DurableTier
-    from megamm.tiers.remote import RemoteError
+    from megamm.checkpoint.storage.remote import RemoteError
+    from megamm.checkpoint.storage.upload import DurableTier
 
     def refused(self: Any, name: str) -> None:
         raise RemoteError("no answer", self.remote.url)
@@ -163,8 +163,8 @@ def no_durable_tier() -> None:
 
 def no_update(at: list[int]) -> None:
     """Make the reference of a skipped step: the optimizer and its schedule stand still in these passes."""
+    from megamm.engine.native import NativeEngine
     from megamm.mcore import optimizer
-    from megamm.mcore.engine import NativeEngine
 
     update, number = optimizer.update, 0
 
@@ -189,10 +189,10 @@ def no_update(at: list[int]) -> None:
 
 def slow_forward(rank: int, seconds: float) -> None:
     """Add a busy loop to every forward of a norm. Phases are measured in processor time, independent of other load."""
-    from megamm import clock, device
+    from megamm.common import device, timers
     from megamm.mcore.norm import RMSNorm
 
-    clock.time = device.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
+    timers.time = device.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
 
     original = RMSNorm.forward
 
@@ -207,7 +207,7 @@ def slow_forward(rank: int, seconds: float) -> None:
 
 def slow_loader(rank: int, seconds: float) -> None:
     """Make its rows slow to read."""
-    from megamm.data.row_reader import RowReader
+    from megamm.data.pipeline.row_reader import RowReader
 
     original = RowReader.row
 

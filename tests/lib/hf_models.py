@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import transformers
 
-from megamm.codecs.folders import load_codec
+from megamm.tokenizers.load import load_codec
 
 RATE, SIDE = 1600, 12
 """Samples a second, and pixels along a side; a cell of the grid has 2 x 2 pixels."""

@@ -10,11 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from megamm.data.history import OpenSource, Order, begin, resume, to_json
-from megamm.data.loader import Loader, Reading
-from megamm.data.packing import Form
-from megamm.data.sample_set import SampleSet
-from megamm.modalities.base import sequential_positions
+from megamm.data.pipeline.loader import Loader, Reading
+from megamm.data.pipeline.mixture_schedule import OpenSource, Order, begin, resume, to_json
+from megamm.data.pipeline.packing import Form
+from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 
 CODECS = {"text": "t", "image": "i"}

@@ -11,11 +11,11 @@ import torch
 import torch.distributed as dist
 from saver_worker import state
 
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import Saver
-from megamm.device import choose
-from megamm.errors import UserError
-from megamm.tiers.local import LocalTier
+from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 
 STEPS = 5
 COPIED = "a copy of the run"

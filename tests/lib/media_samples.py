@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from codec_data import as_bytes, shape_picture
 
-from megamm.codecs.audio import AudioCodec, AudioCodecConfig
-from megamm.codecs.folders import save_codec
-from megamm.codecs.points import PointsCodec, PointsCodecConfig
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.modalities import REGISTRY, families
+from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.points.model import PointsCodec, PointsCodecConfig
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 
 def _text(number: int) -> tuple[bytes, str]:

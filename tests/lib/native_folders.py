@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 from megamm import cli
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.blocks import Block
-from megamm.convert import mapping
-from megamm.convert.family_config import read_config
-from megamm.convert.weights import Weights
+from megamm.checkpoint.tensor_shards import Block
+from megamm.convert.families import mapping
+from megamm.convert.families.config import read_config
+from megamm.convert.io.safetensors_files import Weights
 from megamm.model.vocabulary import Range, Vocabulary
 from megamm.parity.case import Case
 from megamm.parity.rows import VOCABULARY

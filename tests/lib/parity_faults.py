@@ -63,7 +63,7 @@ def document_index_shifted():
 
 def row_positions_shifted():
     """(t, h, w) reach attention one token late."""
-    from megamm.data.sample import Batch
+    from megamm.common.sample import Batch
 
     Batch.row_map = property(lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1)), 1))
 

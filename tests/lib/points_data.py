@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from megamm.data.mesh_files import write_cloud
-from megamm.data.meshes import cloud_from_mesh
-from megamm.data.shards import ShardWriter
+from megamm.media.mesh_file import write_cloud
+from megamm.media.meshes import cloud_from_mesh
+from megamm.shards.folder import ShardWriter
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
 

@@ -72,7 +72,7 @@ MEGATRON_NAMES = re.compile("model_parallel_cuda_manual_seed|get_cuda_rng_tracke
 
 
 def device_word(file: File) -> Iterator[Finding]:
-    """The device is a torch.device argument, chosen in megamm/device.py: other code does not name one."""
+    """The device is a torch.device argument, chosen in megamm/common/device.py: other code does not name one."""
     for line, text in enumerate(file.text.splitlines(), 1):
         if re.search("cuda", MEGATRON_NAMES.sub("", text), re.IGNORECASE):
             yield line, 'spells "cuda"; take a torch.device argument instead'
@@ -201,7 +201,7 @@ RULES = [
         EVERYWHERE,
         ("x.to('cuda')", "import torch\ntorch.CUDA", "# on cuda only", "model_parallel_cuda_manual_seed('cuda')"),
         {
-            "megamm/device.py": "chooses the device",
+            "megamm/common/device.py": "chooses the device",
             "megamm/mcore/cpu.py": "adapts what Megatron-core assumes of the device",
             "megamm/ops/": "the kernels' Python face",
             "csrc/": "the kernels",

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from megamm import checkpoint
-from megamm.checkpoint.blocks import Block
 from megamm.checkpoint.saver import Saver
-from megamm.device import choose
-from megamm.errors import UserError
+from megamm.checkpoint.tensor_shards import Block
+from megamm.common.device import choose
+from megamm.common.errors import UserError
 
 
 @dataclass(frozen=True)

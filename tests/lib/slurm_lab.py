@@ -9,7 +9,7 @@ import fault_matrix
 import pytest
 from tiny_run import ROOT, numbers
 
-from megamm.resilience import events
+from megamm.common import events
 
 SCRIPT = ROOT / "launchers" / "slurm" / "pretrain_mm.sh"
 HELD = ">until_asked@step:5:0:*"

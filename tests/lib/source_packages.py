@@ -7,7 +7,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from megamm.data.samples import RawSample
+from megamm.data.raw.samples import RawSample
 
 CUBE = """{materials}
 v 0 0 0\nv 1 0 0\nv 1 2 0\nv 0 2 0\nv 0 0 1\nv 1 0 1\nv 1 2 1\nv 0 2 1

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megamm.convert import to_hugging_face
-from megamm.convert.mapping import Entry
-from megamm.convert.weights import header
-from megamm.convert.work import Work
+from megamm.convert.families.mapping import Entry
+from megamm.convert.io.safetensors_files import header
+from megamm.convert.job import export_tensors
+from megamm.convert.job.conversion import Work
 
 
 def add_tokenizer(folder: Path, size: int) -> None:
@@ -42,7 +42,7 @@ def cut_weights(
     step: Path, entries: tuple[Entry, ...], m: Any, vocabulary_size: int, out: Path
 ) -> dict[str, torch.Tensor]:
     """Write the weights of a checkpoint's folder as `megamm convert export` streams them to `out`."""
-    planned = to_hugging_face.plan(step, entries, m, vocabulary_size, None, 1 << 20)
+    planned = export_tensors.plan(step, entries, m, vocabulary_size, None, 1 << 20)
     with Work(planned, out, nproc=1) as work:
         work.fill()
         work.publish()

@@ -9,17 +9,17 @@ import torch
 from codec_data import write_source
 from transformers import AutoModelForCausalLM
 
-from megamm.codecs.audio import AudioCodec, AudioCodecConfig
-from megamm.codecs.folders import save_codec
-from megamm.codecs.text import train_text_tokenizer
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
 from megamm.config import RunConfig, config_from_dict
-from megamm.convert.exported import Exported, open_export
-from megamm.convert.family_config import family_for, to_config
-from megamm.convert.tokenizer import export_tokenizer
-from megamm.data.run_data import load_modalities, vocabulary_of
-from megamm.data.token_cache import tokenize
+from megamm.convert.families.config import family_for, to_config
+from megamm.convert.io.loaded_export import Exported, open_export
+from megamm.convert.io.tokenizer import export_tokenizer
+from megamm.data.pipeline.run_data import load_modalities, vocabulary_of
+from megamm.data.tokenize.token_cache import tokenize
 from megamm.model.vocabulary import Vocabulary
+from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.text.train import train_text_tokenizer
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 IMAGE_TOKENS = 16
 CPU = torch.device("cpu")

@@ -14,12 +14,12 @@ from PIL import Image, ImageDraw
 from warm import ROOT as ROOT
 from warm import environment
 
-from megamm import metrics
-from megamm.codecs.folders import save_codec
-from megamm.codecs.text import train_text_tokenizer
-from megamm.codecs.visual import VisualCodec, VisualCodecConfig
-from megamm.data.build import BuildOptions, build
-from megamm.data.token_cache import load_codecs, tokenize
+from megamm.data.build.shards import BuildOptions, build
+from megamm.data.tokenize.token_cache import load_codecs, tokenize
+from megamm.observability import metrics
+from megamm.tokenizers.io import save_codec
+from megamm.tokenizers.text.train import train_text_tokenizer
+from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 
 COLOURS = ("red", "green", "blue", "black", "orange", "purple")
 NOUNS = ("box", "ball", "house", "tree", "boat", "star", "fish", "lamp", "door", "bell", "kite", "drum")

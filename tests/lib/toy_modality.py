@@ -9,8 +9,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from megamm.data.sample import IntArray
-from megamm.modalities.base import CPU, UnreadableMedia, sequential_positions
+from megamm.common.errors import UnreadableMedia
+from megamm.common.sample import IntArray
+from megamm.modalities.protocol import CPU, sequential_positions
 
 LETTERS = "abcdefghijklmnop"
 

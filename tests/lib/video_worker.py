@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import torch
 
-from megamm.data.shards import ShardFolder
-from megamm.data.video import Clip, VideoStream
+from megamm.media.video_stream import Clip, VideoStream
+from megamm.shards.folder import ShardFolder
 
 SIZES = SimpleNamespace(image_size=48, frame_rate=7.0, max_frames=9, frames_per_step=4)
 

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-FORKED = ("megamm.resilience.fork_server", "megamm.doctor.probe", "megamm.doctor.exchange")
+FORKED = ("megamm.train.ranks", "megamm.doctor.probe", "megamm.doctor.exchange")
 """Modules that a warm command forks instead of starting a new interpreter: those that import torch."""
 MAY_DIFFER = (
     *("MEGAMM_FAULTS", "NODE", "PYTHONPATH", "PYTEST_", "PYTORCH_NVML_BASED_", "GLOO_SOCKET_IFNAME", "SLURM_"),
@@ -210,7 +210,7 @@ class ForkedPopen(subprocess.Popen):
 
 
 def start_module_from(start: Environment):
-    """Return megamm.resilience.processes.start_module for a warm process: it forks if that makes no difference."""
+    """Return megamm.common.processes.start_module for a warm process: it forks if that makes no difference."""
     ForkedPopen.start = start
 
     def start_module(module, *arguments, **options):

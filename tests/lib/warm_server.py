@@ -23,7 +23,7 @@ import sys
 import warm_process
 
 MESSAGE_BYTES = 1 << 20
-LEFT_OUT = ("megamm.zero.",)
+LEFT_OUT = ("megamm.engine.deepspeed.",)
 """Imports DeepSpeed, which few commands use."""
 
 
@@ -91,7 +91,7 @@ def main() -> bool:
     """Serve; return True in a forked process, which is ready to run."""
     channel, parent = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
     start = warm_process.Environment()
-    from megamm.resilience import processes
+    from megamm.common import processes
 
     processes.die_with_parent(parent)
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.data.samples import FILE, RawSample, write_samples
+from megamm.common.errors import UserError
+from megamm.data.raw.samples import FILE, RawSample, write_samples
 from megamm.data.sources.asterisk import write_asterisk
 from megamm.data.sources.attribution import write_attribution
 from megamm.data.sources.bunny import write_bunny
@@ -26,7 +27,6 @@ from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.things import write_things
 from megamm.data.sources.tuxpaint import write_tuxpaint
 from megamm.data.sources.wesnoth import write_wesnoth
-from megamm.errors import UserError
 
 
 @dataclass(frozen=True)

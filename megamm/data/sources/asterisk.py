@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample, clean_caption
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample, clean_caption
 from megamm.data.sources.media import write_flac
-from megamm.errors import UserError
 
 SAMPLE_RATE = 16_000
 _REMARK = ("[", "(", "<")

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from megamm.data.samples import RawPart, RawSample
+from megamm.common.errors import UserError
+from megamm.data.raw.samples import RawPart, RawSample
 from megamm.data.sources.attribution import append_credits
 from megamm.data.sources.media import write_flac, write_video
-from megamm.errors import UserError
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample
 
 _DC = "{http://purl.org/dc/elements/1.1/}"
 _COLLECTION = 6

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megamm.data.samples import RawPart, RawSample
+from megamm.common.errors import UserError
+from megamm.data.raw.samples import RawPart, RawSample
 from megamm.data.sources.asterisk import SAMPLE_RATE, decode_recording, read_transcripts
 from megamm.data.sources.media import write_flac
-from megamm.errors import UserError
 
 LENGTH = 2
 SEQUENCES = 100

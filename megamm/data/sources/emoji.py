@@ -14,9 +14,9 @@ import emoji
 from fontTools.ttLib import TTFont
 from PIL import Image
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample
 
 _VARIATION_SELECTOR = 0xFE0F
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawSample, fit_key
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawSample, fit_key
 from megamm.data.sources.pages import Markup, Pictures, local_name, page_parts, parsed
-from megamm.errors import UserError
 
 _NUMBER = re.compile(r"^(?:(?:Chapter|Figure|Table|Part|Appendix) [\dIVXA-Z]+(?:\.\d+)*\.\s+|\d+(?:\.\d+)*\.\s+)")
 _NAVIGATION = {"navheader", "navfooter", "toc", "list-of-figures", "list-of-tables"}

@@ -9,10 +9,10 @@ alternative text.
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawSample, fit_key
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawSample, fit_key
 from megamm.data.sources.pages import Markup, Pictures, inline_text, local_name, page_parts, parsed
-from megamm.errors import UserError
 
 _NAMESPACE = "{http://projectmallard.org/1.0/}"
 _TEST = "{http://projectmallard.org/if/1.0/}test"

@@ -20,7 +20,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.errors import UserError
+from megamm.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 _TIMEOUT = 60

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from megamm.data.samples import RawPart
+from megamm.data.raw.samples import RawPart
 
 logger = logging.getLogger(__name__)
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg")

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample
 from megamm.data.sources.sprites import write_animation
-from megamm.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample, clean_text
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample, clean_text
 
 DOCUMENT = 4000
 """Number of characters at which a document of dictionary entries is full."""

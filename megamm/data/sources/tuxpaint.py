@@ -12,9 +12,9 @@ import re
 import shutil
 from pathlib import Path
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample, clean_caption, fit_key
-from megamm.errors import UserError
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample, clean_caption, fit_key
 
 logger = logging.getLogger(__name__)
 

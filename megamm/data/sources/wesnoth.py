@@ -13,11 +13,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from megamm.data.nouns import normalise_noun
-from megamm.data.samples import RawPart, RawSample, clean_caption, fit_key
+from megamm.common.errors import UserError
+from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import RawPart, RawSample, clean_caption, fit_key
 from megamm.data.sources.media import write_picture
 from megamm.data.sources.sprites import on_white, write_animation
-from megamm.errors import UserError
 
 _CORE = "usr/share/games/wesnoth/1.16/data/core"
 _FRAMES = 4

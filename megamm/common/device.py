@@ -1,0 +1,149 @@
+"""The device, communication backend and number format of a process: chosen once, with the reason in the log.
+
+This is the only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
+"""
+
+import logging
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megamm.common.errors import UserError
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 peak FLOP/s of a GPU whose name contains the key (vendor data sheets), for MFU."""
+WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
+"""The apex module that Megatron-core calls for `gradient_accumulation_fusion`."""
+DRIVER = Path("/proc/driver/nvidia/version")
+Mark = float | torch.cuda.Event
+"""A point in the device's work: seconds of the process's clock on a CPU, an event on its stream on a GPU."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of a process; `backend` is the torch.distributed backend for it."""
+
+    torch_device: torch.device
+    backend: Literal["gloo", "nccl"]
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    @property
+    def peak_flops(self) -> float | None:
+        """bf16 peak FLOP/s, None if unknown (then no MFU is reported)."""
+        if not self.is_gpu:
+            return None
+        name = torch.cuda.get_device_name(self.torch_device)
+        return next((flops for key, flops in PEAK_FLOPS_BF16.items() if key in name), None)
+
+    def synchronize(self) -> None:
+        """Wait for queued work, so that a clock read afterwards is correct."""
+        if self.is_gpu:
+            torch.cuda.synchronize(self.torch_device)
+
+    def mark(self) -> Mark:
+        """Return a mark at the current point in the device's work."""
+        if not self.is_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Mark, end: Mark) -> float:
+        """Return the seconds between two marks that the device has passed (call `synchronize` first)."""
+        if isinstance(begin, float) and isinstance(end, float):
+            return end - begin
+        assert not isinstance(begin, float) and not isinstance(end, float), "two marks of one device"
+        return begin.elapsed_time(end) / 1e3
+
+    def page_lock(self, memory: torch.Tensor) -> None:
+        """Page-lock host memory, so that the GPU can copy to it directly; on a CPU do nothing."""
+        if self.is_gpu:
+            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            if int(code):
+                log.warning("cannot page-lock the memory for checkpoints (error %d): copies will be slower", code)
+
+    def page_unlock(self, memory: torch.Tensor) -> None:
+        """Undo `page_lock`."""
+        if self.is_gpu:
+            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+
+    def rng_state(self) -> torch.Tensor:
+        """Return the state of the device's default generator, uint8 `[n]`; on a CPU it is torch's own."""
+        return torch.cuda.get_rng_state(self.torch_device) if self.is_gpu else torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Restore what `rng_state` returned."""
+        if self.is_gpu:
+            torch.cuda.set_rng_state(state, self.torch_device)
+        else:
+            torch.set_rng_state(state)
+
+
+def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
+    """Choose this process's device; `LOCAL_RANK` selects the GPU. UserError if a GPU is requested but not available."""
+    if wanted == "gpu" and not torch.cuda.is_available():
+        raise UserError("device: gpu, but torch sees no GPU", remedy="set device: auto or cpu, or install a GPU build")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        reason = "as configured" if wanted == "cpu" else "torch sees no GPU"
+        chosen = Device(torch.device("cpu"), "gloo")
+    else:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        chosen = Device(torch.device("cuda", torch.cuda.current_device()), "nccl")
+        reason = torch.cuda.get_device_name()
+    log.info("device %s, backend %s: %s", chosen.torch_device, chosen.backend, reason)
+    return chosen
+
+
+def will_be_gpu(wanted: Literal["auto", "cpu", "gpu"]) -> bool:
+    """Whether `choose` will choose a GPU in a process forked from this one; does not touch the driver."""
+    # Then only NVML is queried: the runtime's own count would leave every fork without a GPU.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return wanted != "cpu" and torch.cuda.is_available()
+
+
+def is_initialized() -> bool:
+    """Whether this process has initialised a GPU; if so, it cannot fork processes that use it."""
+    return torch.cuda.is_initialized()
+
+
+def gpus() -> list[str]:
+    """Return name, memory and compute capability of every GPU that torch sees."""
+    found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}" for p in found]
+
+
+def visible() -> list[str] | None:
+    """Return indices or UUIDs of the GPUs that this process may use, None for all; does not touch the driver."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
+def torch_build() -> str:
+    """Return what torch was built for: "CPU" or a version of the GPU toolkit."""
+    return "CPU" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
+
+
+def driver_version() -> str | None:
+    """Return the version of the NVIDIA driver, None if none is loaded."""
+    if not DRIVER.exists():
+        return None
+    found = re.search(r"\d{3,}\.\d+(\.\d+)?", DRIVER.read_text())
+    return found[0] if found else "of unknown version"
+
+
+def gpu_compiler() -> str | None:
+    """Return the path of nvcc, as torch's extension builder finds it: CUDA_HOME, then PATH."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")

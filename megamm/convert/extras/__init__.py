@@ -1,0 +1,1 @@
+"""Other forms of an export: parts, quantised weights, GGUF, the model card."""

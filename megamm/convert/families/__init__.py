@@ -1,0 +1,1 @@
+"""The transformers families that our backbone can express, as tables."""

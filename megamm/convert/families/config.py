@@ -1,0 +1,190 @@
+"""Converts config.json of transformers <-> the model section of a run's config, by the tables in tables.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megamm.common.errors import UserError
+from megamm.config import ModelConfig
+from megamm.convert.families.family import Family, leaves
+from megamm.convert.families.tables import FAMILIES
+
+_ROPE_SCALING = {  # ours: theirs
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_length": "original_max_position_embeddings",
+    **{name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+}
+_ROPE_NEEDS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+    "yarn": ("factor", "original_length", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
+_NONE = ("mla.q_lora_rank", "attention_softcap", "logit_softcap")
+"""Our keys that are 0 where theirs are None."""
+
+
+def family_for(m: ModelConfig) -> Family:
+    """The first family that can express this model. Raises UserError naming the field that excludes the nearest one."""
+    refused = {family.architecture: family.refused(m) for family in FAMILIES}
+    nearest = min(FAMILIES, key=lambda family: len(refused[family.architecture]))
+    if wrong := refused[nearest.architecture]:
+        what = f"{nearest.architecture} cannot express {wrong[0]}"
+        raise UserError(what, remedy=f"to export, train with another value of {wrong[0]}")
+    return nearest
+
+
+def to_config(family: Family, m: ModelConfig, vocabulary_size: int, seq_length: int, special: dict[str, int]) -> Any:
+    """transformers' configuration of our backbone; special: the bos/eos/pad token ids."""
+    from transformers import CONFIG_MAPPING
+
+    ours = dict(leaves(m.model_dump()))
+    values: dict[str, Any] = {theirs: ours[key] for key, theirs in family.fields.items()} | family.fixed
+    values |= {count: ours[key] // ours[other] for key, (other, count) in family.multiples.items()}
+    # 0 means none there.
+    values |= {family.fields[key]: None for key in _NONE if key in family.fields and not ours[key]}
+    values |= {"vocab_size": vocabulary_size, "max_position_embeddings": seq_length, **special}
+    values |= _to_windows(family, m)
+    scaling = m.rope_scaling
+    rope = {_ROPE_SCALING[key]: getattr(scaling, key) for key in _ROPE_NEEDS[scaling.kind]}
+    kind = "default" if scaling.kind == "none" else scaling.kind
+    rope = {"rope_type": kind, "rope_theta": m.rope_base, **rope}
+    local = {"rope_type": "default", "rope_theta": m.window.rope_base or m.rope_base}
+    by_layer = {"full_attention": rope, "sliding_attention": local}
+    values["rope_parameters"] = by_layer if family.has_local_rope else rope
+    return CONFIG_MAPPING[family.model_type](architectures=[family.architecture], **values)
+
+
+def _to_windows(family: Family, m: ModelConfig) -> dict[str, Any]:
+    defaults, size, full = _defaults(family), m.window.size, m.window.full_layers
+    values: dict[str, Any] = {"sliding_window": size} if size else {}
+    if not size and family.windows == "all":
+        values["sliding_window"] = None
+    if "use_sliding_window" in defaults:
+        values["use_sliding_window"] = size > 0
+    if "layer_types" in defaults:
+        kinds = ["sliding_attention" if size and i not in full else "full_attention" for i in range(m.num_layers)]
+        values["layer_types"] = kinds
+    return values
+
+
+def read_model(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
+    """The family and the backbone that a folder's config.json describes, for rows of seq_length tokens.
+
+    Raises UserError if it is unreadable, or for the first key that our backbone cannot express.
+    """
+    file = folder / "config.json"
+    try:
+        family, section = read_config(json.loads(file.read_text()), seq_length, file)
+        return family, ModelConfig.model_validate(section)
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, file) from None
+
+
+def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[Family, dict[str, Any]]:
+    """The family of a config.json (its values), and the model section of a run with rows of seq_length tokens.
+
+    Raises UserError for the first key that our backbone cannot express.
+    """
+    from transformers import CONFIG_MAPPING
+
+    model_type = values.get("model_type")
+    family = next((family for family in FAMILIES if family.model_type == model_type), None)
+    if family is None:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        what = f"model_type {model_type} is not supported"
+        raise UserError(what, where=where, remedy=f"choose one of {known}")
+    try:
+        theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
+    except Exception as error:  # transformers raises many kinds for a damaged one
+        raise _unreadable(error, where) from None
+    for key in values:
+        # Keys with a leading _ are notes on the file's origin; token ids are read from the tokenizer.
+        is_note = key.startswith("_") or key.endswith("_token_id")
+        if not is_note and key not in family.known_keys() | _of_any_model() and values[key] is not None:
+            raise _inexpressible(key, values[key], where)
+    for key, value in family.fixed.items():
+        if getattr(theirs, key) != value:
+            raise _inexpressible(key, getattr(theirs, key), where)
+    for key, value in family.if_given.items():
+        if values.get(key, value) != value:
+            raise _inexpressible(key, values[key], where)
+    section = _nested(_ours(family, theirs, where, _windows(family, theirs, seq_length, where)))
+    if wrong := family.wrong(ModelConfig.model_validate(section)):
+        name = family.fields.get(wrong, wrong)
+        raise _inexpressible(name, getattr(theirs, name, theirs.rope_parameters), where)
+    return family, section
+
+
+def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
+    section: dict[str, Any] = {}
+    for key, value in dotted.items():
+        *parents, last = key.split(".")
+        place = section
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return section
+
+
+def _windows(family: Family, theirs: Any, seq_length: int, where: Path) -> dict[str, Any]:
+    """Our dotted keys. A window as long as a row counts as none, unless its layers use other RoPE angles."""
+    size, kinds = getattr(theirs, "sliding_window", None), getattr(theirs, "layer_types", None)
+    if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
+        raise _inexpressible("layer_types", sorted(other)[0], where)
+    full = [i for i, kind in enumerate(kinds or ()) if kind == "full_attention"]
+    if size is None or len(full) == theirs.num_hidden_layers or (size >= seq_length and not family.has_local_rope):
+        return {}
+    if family.windows == "none":
+        raise _inexpressible(f"sliding_window (below data.seq_length = {seq_length})", size, where)
+    return {"window.size": size, "window.full_layers": full}
+
+
+def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> dict[str, Any]:
+    """Our dotted keys with their values, given those of the windows."""
+    rope = theirs.rope_parameters
+    if family.has_local_rope:
+        rope, local = rope["full_attention"], rope["sliding_attention"]
+        if windows and local["rope_type"] != "default":
+            raise _inexpressible("rope_parameters", local, where)
+        windows = windows and windows | {"window.rope_base": float(local["rope_theta"])}
+    kind = {"default": "none"}.get(rope["rope_type"], rope["rope_type"])
+    has_more = rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("attention_factor") or "truncate" in rope
+    if kind not in family.rope_kinds or has_more or (rope.get("mscale_all_dim") and not rope.get("mscale")):
+        raise _inexpressible("rope_parameters", rope, where)
+    ours = family.implied | windows | {key: getattr(theirs, name, None) for key, name in family.fields.items()}
+    ours |= {"rope_base": float(rope["rope_theta"]), "rope_scaling.kind": kind}
+    named = {key: rope.get(_ROPE_SCALING[key]) for key in _ROPE_NEEDS[kind]}
+    ours |= {f"rope_scaling.{key}": value for key, value in named.items() if value is not None}
+    ours |= {key: 0 for key in _NONE if ours.get(key, 0) is None}
+    if ours.get("head_dim", 0) is None:
+        ours["head_dim"] = theirs.hidden_size // theirs.num_attention_heads
+    if "head_dim" in family.unused:
+        ours["head_dim"] = theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
+    ours |= {key: ours[other] for key, other in family.same_as.items()}
+    return ours | {key: ours[other] * getattr(theirs, n) for key, (other, n) in family.multiples.items()}
+
+
+def _unreadable(error: Exception, where: Path) -> UserError:
+    reason = " ".join(str(error).split())[:200]
+    return UserError(f"unreadable config: {reason}", where=where, remedy="download or copy the file again")
+
+
+def _inexpressible(key: str, value: Any, where: Path) -> UserError:
+    return UserError(f"our backbone cannot express {key} = {value}", where=where, remedy="convert a model without it")
+
+
+def _defaults(family: Family) -> dict[str, Any]:
+    from transformers import CONFIG_MAPPING
+
+    values: dict[str, Any] = CONFIG_MAPPING[family.model_type]().to_dict()
+    return values
+
+
+def _of_any_model() -> set[str]:
+    """Keys that every transformers configuration has: generation, classification heads, version."""
+    from transformers import PreTrainedConfig
+
+    return {*PreTrainedConfig().to_dict(), "model_type", "torch_dtype", "_name_or_path"}

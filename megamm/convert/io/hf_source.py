@@ -1,0 +1,97 @@
+"""A Hugging Face folder of a supported family as the source of a run's start (megamm/init_from), group by group.
+
+An export of megamm contains its vocabulary. In a plain folder the ids of the tokenizer are the text range; padding rows
+of the embedding table beyond them are ignored. At most one group (mapping.Group) is in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.common.errors import UserError
+from megamm.config import ModelConfig
+from megamm.convert.families import mapping
+from megamm.convert.families.config import read_model
+from megamm.convert.families.tables import FAMILIES, Family
+from megamm.convert.io.dtypes import joined
+from megamm.convert.io.export_metadata import OWN, read_own
+from megamm.convert.io.safetensors_files import Weights
+from megamm.modalities.text import TextModality
+from megamm.model.vocabulary import Range, Vocabulary
+
+_REMEDY = f"give a folder of {', '.join(family.model_type for family in FAMILIES)} with its weights as safetensors"
+
+
+class HuggingFaceSource:
+    """megamm.init_from.source.Source over a folder's safetensors files."""
+
+    def __init__(self, folder: Path, seq_length: int) -> None:
+        """seq_length: tokens of the run's rows.
+
+        Raises UserError for another architecture, missing, unknown or damaged tensors, or a missing tokenizer."""
+        self.where = folder
+        self.family, self.config = read_model(folder, seq_length)
+        self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
+        self.vocabulary = read_own(folder)[1] if (folder / OWN).is_file() else text_alone(folder)
+        with Weights(folder) as weights:
+            self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
+
+    def read(self, blocks: Sequence[Block]) -> None:
+        """Fill the blocks. Raises UserError for an unreadable file."""
+        with Weights(self.where) as weights, torch.no_grad():
+            for group in mapping.groups(self.family.entries, self.config):
+                wanted = [block for block in blocks if block.key == group.ours and _has(block, group.index)]
+                if wanted and group.entry is None:
+                    for block in wanted:
+                        _copy_rows(weights, group.theirs[0], block)
+                elif wanted:
+                    tensor = joined(group, weights, self.config)
+                    for block in wanted:
+                        _copy(tensor, group.index, block)
+
+
+def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Vocabulary) -> Mapping[str, Shape]:
+    """Shapes of the stored tensors that a folder provides. Raises UserError if some are missing, unknown or misfit."""
+    try:
+        stored = mapping.from_transformers(family.entries, weights.described(), m)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"the weights do not fit config.json: {error}", where=weights.folder, remedy=_REMEDY) from None
+    unknown = sorted(weights.keys() - {*mapping.names(family.entries, m), "lm_head.weight"})
+    if unknown:
+        what = f"{len(unknown)} tensors are unknown to the backbone, the first is {unknown[0]}"
+        raise UserError(what, where=weights.folder, remedy=_REMEDY)
+    rows = len(stored[mapping.EMBEDDING])
+    if rows < vocabulary.size:
+        what = f"the embedding has {rows} rows, but the tokenizer has {vocabulary.size} ids"
+        raise UserError(what, where=weights.folder, remedy="restore the tokenizer.json of this model")
+    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+def _has(block: Block, index: tuple[int, ...]) -> bool:
+    places = zip(index, block.offset, block.size, strict=False)
+    return all(first <= i < first + size for i, first, size in places)
+
+
+def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: Block) -> None:
+    """Copy the part of a tensor, stored as a whole at `index`, that belongs to a block."""
+    inside = tuple(i - first for i, first in zip(index, block.offset, strict=False))
+    rest = zip(block.offset[len(index) :], block.size[len(index) :], strict=True)
+    block.data.view(block.size)[inside].copy_(tensor[tuple(slice(start, start + n) for start, n in rest)])
+
+
+def _copy_rows(weights: Weights, name: str, block: Block) -> None:
+    """Copy a block's rows of a tensor that has no axis of layers."""
+    place = weights.places[name]
+    rows = torch.empty((block.size[0], *place.shape[1:]), dtype=place.dtype)
+    weights.read(name, rows, block.offset[0])
+    inside = tuple(slice(start, start + n) for start, n in zip(block.offset[1:], block.size[1:], strict=True))
+    block.data.view(block.size).copy_(rows[(slice(None), *inside)])
+
+
+def text_alone(folder: Path) -> Vocabulary:
+    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none."""
+    text = TextModality.load(folder)
+    return Vocabulary((Range("text", 0, text.vocabulary_size, text.codec_id, ("text",)),))

@@ -1,0 +1,1 @@
+"""The conversion itself: planned, run by several processes, resumable."""

@@ -1,0 +1,1 @@
+"""Checks of conversions: shapes, bits, logits, weights."""

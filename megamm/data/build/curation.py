@@ -1,0 +1,205 @@
+"""Rules that select samples for training: text, image and audio checks that `megamm data build` applies.
+
+In: clean texts and decodable media of one sample. Out: the name of the rule that skips it and the reason, if any; texts
+with personal data masked, if requested. Near-duplicate texts are found over all samples, by MinHash (Broder 1997) over
+shingles of words, with banding so that only likely pairs are compared (locality-sensitive hashing).
+"""
+
+import difflib
+import io
+import re
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megamm.common.errors import UserError
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
+
+RULES = ("text_length", "language", "image_sanity", "audio_sanity")
+"""Rules that check a single sample, as named in report.json."""
+LANGUAGE_WORDS = 20
+"""The language of shorter texts cannot be detected reliably."""
+NEAR_DUPLICATE_WORDS = 50
+"""Shorter texts have few shingles and share them by chance."""
+SHINGLE_WORDS, PERMUTATIONS, BAND_ROWS = 5, 128, 4
+"""32 bands of 4: a pair of Jaccard similarity 0.8 is compared with certainty (1 - 5e-8), one of 0.2 in 5 % of cases."""
+SILENCE = 1e-3
+"""Peak amplitude below which audio counts as silent: -60 dB of full scale."""
+FULL_SCALE = 0.999
+"""Amplitude from which a sample counts as clipped."""
+
+Signature = npt.NDArray[np.uint32]
+
+
+class FilteredOut(ValueError):
+    """A readable sample that a rule skips: the name of the rule, and the reason."""
+
+    def __init__(self, rule: str, why: str) -> None:
+        self.rule = rule
+        super().__init__(why)
+
+
+@dataclass(frozen=True)
+class CurationOptions:
+    """Lengths in characters, sides in pixels, aspect = longer / shorter side, durations in seconds.
+
+    languages: ISO 639-1 codes, none = all; near_duplicates: Jaccard similarity from which a text is skipped, 0 = off;
+    keep_blank: keep images of one colour and silent audio; max_clipped: share of audio samples at full scale.
+    """
+
+    min_characters: int = 1
+    max_characters: int = 1_000_000
+    languages: tuple[str, ...] = ()
+    near_duplicates: float = 0.8
+    min_side: int = 8
+    max_aspect: float = 20.0
+    keep_blank: bool = False
+    min_seconds: float = 0.1
+    max_seconds: float = 1800.0
+    max_clipped: float = 0.1
+    mask_pii: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("near_duplicates", "max_clipped"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number from 0 to 1")
+        for name in ("characters", "seconds"):
+            if not 0 <= getattr(self, f"min_{name}") <= getattr(self, f"max_{name}"):
+                raise UserError(f"min_{name} is negative or above max_{name}", remedy="give 0 <= min <= max")
+        if self.min_side < 1 or self.max_aspect < 1:
+            raise UserError("min_side and max_aspect must be at least 1", remedy="give a larger number")
+        for language in self.languages:
+            if language not in (known := _identifier().labels):
+                near = difflib.get_close_matches(language, known, n=1)
+                remedy = f"did you mean {near[0]!r}?" if near else "give ISO 639-1 codes, such as en or de"
+                raise UserError(f"unknown language {language!r}", remedy=remedy)
+
+
+def parameters(options: CurationOptions) -> dict[str, Any]:
+    """The options and the fixed thresholds, for the report."""
+    return asdict(options) | {
+        "language_words": LANGUAGE_WORDS,
+        "near_duplicate_words": NEAR_DUPLICATE_WORDS,
+        "shingle_words": SHINGLE_WORDS,
+        "permutations": PERMUTATIONS,
+        "band_rows": BAND_ROWS,
+        "silence": SILENCE,
+        "full_scale": FULL_SCALE,
+    }
+
+
+def check_text(text: str, options: CurationOptions) -> None:
+    """Raise FilteredOut if a sample's text is too short or long, or in an unwanted language."""
+    if not options.min_characters <= len(text) <= options.max_characters:
+        limits = f"{options.min_characters} to {options.max_characters}"
+        raise FilteredOut("text_length", f"{len(text)} characters, not {limits}")
+    if options.languages and len(text.split()) >= LANGUAGE_WORDS:
+        language, _ = _identifier().classify(text)
+        if language not in options.languages:
+            raise FilteredOut("language", f"language {language}, not {', '.join(options.languages)}")
+
+
+@cache
+def _identifier() -> "LanguageIdentifier":
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes a second to load; used for --language only
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)
+
+
+def check_image(data: bytes, options: CurationOptions) -> None:
+    """Raise FilteredOut if a decodable image is tiny, a strip, or all of one colour."""
+    with Image.open(io.BytesIO(data)) as image:
+        short, long = sorted(image.size)
+        if short < options.min_side:
+            raise FilteredOut("image_sanity", f"{image.width} x {image.height} is less than {options.min_side} pixels")
+        if long > options.max_aspect * short:
+            raise FilteredOut("image_sanity", f"{image.width} x {image.height} is more than {options.max_aspect:g} : 1")
+        if options.keep_blank:
+            return
+        pixels_YXC = np.asarray(image.convert("RGBA"))
+        if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
+            raise FilteredOut("image_sanity", "blank: a single colour")
+
+
+def check_audio(data: bytes, options: CurationOptions) -> None:
+    """Raise FilteredOut if audio is too short or long, silent, or clipped. Decodes blocks, to limit memory."""
+    import soundfile
+
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            seconds = file.frames / file.samplerate
+            if not options.min_seconds <= seconds <= options.max_seconds:
+                limits = f"{options.min_seconds:g} to {options.max_seconds:g}"
+                raise FilteredOut("audio_sanity", f"{seconds:.2f} s, not {limits} s")
+            peak, clipped, total = 0.0, 0, 0
+            for block in file.blocks(blocksize=2**16, dtype="float32"):
+                amplitude = np.abs(block)
+                peak = max(peak, float(amplitude.max(initial=0)))
+                clipped += int((amplitude >= FULL_SCALE).sum())
+                total += block.size
+    except soundfile.LibsndfileError as error:
+        raise FilteredOut("audio_sanity", f"cannot be checked: {error}") from error
+    if peak < SILENCE and not options.keep_blank:
+        raise FilteredOut("audio_sanity", f"silent: peak {peak:.1e} of full scale")
+    if clipped > options.max_clipped * total:
+        raise FilteredOut("audio_sanity", f"clipped: {clipped / total:.1%} of the samples at full scale")
+
+
+MEDIA_CHECKS = {"image": check_image, "audio": check_audio}
+"""The rules for a modality's media; for other modalities it is enough that they decode."""
+
+
+def signature(text: str) -> Signature | None:
+    """MinHash of a text's shingles of words, `[PERMUTATIONS]`; None for texts too short to compare."""
+    words = re.findall(r"\w+", text.casefold())
+    if len(words) < NEAR_DUPLICATE_WORDS:
+        return None
+    from rensa import RMinHash
+
+    sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
+    sketch.update(shingles(words))
+    return np.array(sketch.digest(), dtype=np.uint32)
+
+
+def shingles(words: list[str]) -> list[str]:
+    """All distinct runs of SHINGLE_WORDS words."""
+    starts = range(len(words) - SHINGLE_WORDS + 1)
+    return sorted({" ".join(words[start : start + SHINGLE_WORDS]) for start in starts})
+
+
+class NearDuplicates:
+    """The texts kept so far, by the bands of their signatures; each signature has 0.5 kB."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self._names: list[str] = []
+        self._signatures: list[Signature] = []
+        self._bands: dict[tuple[int, bytes], list[int]] = {}
+
+    def find(self, sketch: Signature) -> tuple[str, float] | None:
+        """The most similar kept text and its estimated Jaccard similarity, if that reaches the threshold."""
+        candidates = sorted({number for band in _bands(sketch) for number in self._bands.get(band, ())})
+        if not candidates:
+            return None
+        similarity = (np.stack([self._signatures[number] for number in candidates]) == sketch).mean(axis=1)
+        best = int(similarity.argmax())
+        if similarity[best] < self.threshold:
+            return None
+        return self._names[candidates[best]], float(similarity[best])
+
+    def add(self, name: str, sketch: Signature) -> None:
+        """Keep a text under a name."""
+        for band in _bands(sketch):
+            self._bands.setdefault(band, []).append(len(self._names))
+        self._names.append(name)
+        self._signatures.append(sketch)
+
+
+def _bands(sketch: Signature) -> list[tuple[int, bytes]]:
+    return [(start, sketch[start : start + BAND_ROWS].tobytes()) for start in range(0, PERMUTATIONS, BAND_ROWS)]

@@ -1,0 +1,185 @@
+"""Checks one raw sample for the shards: masks texts, decodes every medium and applies the curation rules.
+
+In: a `RawSample`. Out: for each part its unchanged bytes, and the SHA-256 of the decoded content. Drawings (SVG) are
+rendered as PNG, on white, with a longer side of `image_size` pixels. Runs in worker processes. Raw files may be
+hostile: a drawing is parsed and rewritten without external references (files, addresses, entities) before it is drawn
+by resvg, which limits its nodes; text is drawn with the system's fonts.
+"""
+
+import io
+import os
+import stat
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+import resvg_py
+from PIL import Image
+
+from megamm.common.errors import UnreadableMedia
+from megamm.data.build.curation import MEDIA_CHECKS, CurationOptions, FilteredOut, Signature, check_text, signature
+from megamm.data.build.pii import mask
+from megamm.data.raw.members import ALIASES
+from megamm.data.raw.samples import RawPart, RawSample
+from megamm.modalities.protocol import Modality
+
+MAX_BYTES = {"image": 64 * 2**20, "video": 2**30}
+MAX_OTHER_BYTES = 256 * 2**20
+MAX_SVG_BYTES = 16 * 2**20
+MAX_SVG_DEPTH = 100
+"""Maximum nesting: drawings nest some ten deep; the recursive renderer would overflow its stack at thousands."""
+_EMBEDDED = ("#", "data:image/png", "data:image/jpeg", "data:image/jpg", "data:image/gif", "data:image/webp")
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Settings for a worker: folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
+
+    root: Path
+    image_size: int
+    curation: CurationOptions
+    modalities: Mapping[str, type[Modality]]
+
+
+@dataclass(frozen=True)
+class CheckedPart:
+    """Bytes for the shard with their extension, and the digest of the decoded content."""
+
+    modality: str
+    ext: str
+    data: bytes
+    digest: str
+
+
+@dataclass(frozen=True)
+class CheckedSample:
+    """The parts in the sample's order; the signature of its text for comparison; masked personal data by kind."""
+
+    parts: tuple[CheckedPart, ...]
+    sketch: Signature | None = None
+    masked: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A skipped sample: the rule ("broken": unreadable), the part or sample, and the reason."""
+
+    rule: str
+    what: str
+    reason: str
+
+
+def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
+    """Check a sample; returns what to store of it, or why it is skipped. It is kept as a whole or not at all."""
+    parts, texts, masked, what = [], [], Counter[str](), sample.key
+    try:
+        for part in sample.parts:
+            what = sample.key if part.modality == "text" else part.content
+            if part.modality == "text":
+                text, found = mask(part.content) if checks.curation.mask_pii else (part.content, Counter[str]())
+                masked += found
+                texts.append(text)
+                data, ext = text.encode(), checks.modalities["text"].extensions[0]
+            else:
+                data, ext = _medium(part, checks)
+            digest = checks.modalities[part.modality].check_media(data, ext)
+            if part.modality in MEDIA_CHECKS:
+                MEDIA_CHECKS[part.modality](data, checks.curation)
+            parts.append(CheckedPart(part.modality, ext, data, digest))
+        what, whole = sample.key, "\n".join(texts)
+        if texts:
+            check_text(whole, checks.curation)
+    except UnreadableMedia as error:
+        return LeftOut("broken", what, str(error))
+    except FilteredOut as error:
+        return LeftOut(error.rule, what, str(error))
+    # Only documents are compared: a long caption may belong to many media.
+    compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
+    return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
+
+
+def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
+    """The bytes of a media part in a format of its modality, and the extension."""
+    suffix = Path(part.content).suffix.lower().lstrip(".")
+    ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
+    is_drawing = part.modality == "image" and ext == "svg"
+    if ext not in known and not is_drawing:
+        others = ("svg", *known) if part.modality == "image" else known
+        raise UnreadableMedia(f"extension {suffix!r} is not one of {', '.join(others)}")
+    limit = MAX_SVG_BYTES if is_drawing else MAX_BYTES.get(part.modality, MAX_OTHER_BYTES)
+    data = _read(part, checks.root, limit)
+    return (render_svg(data, checks.image_size), "png") if is_drawing else (data, ext)
+
+
+def _read(part: RawPart, root: Path, limit: int) -> bytes:
+    """Read the medium. Raises UnreadableMedia if it is too large, truncated or not a regular file, such as a pipe."""
+    path, offset = (part.span.file, part.span.offset) if part.span else (root / part.content, 0)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UnreadableMedia("not a regular file")
+            file.seek(offset)
+            data = file.read(min(limit + 1, part.span.size if part.span else limit + 1))
+    except OSError as error:
+        raise UnreadableMedia(error.strerror or "cannot be read") from error
+    if len(data) > limit:
+        raise UnreadableMedia(f"larger than {limit >> 20} MiB")
+    if part.span and len(data) < part.span.size:
+        raise UnreadableMedia("truncated")
+    return data
+
+
+def render_svg(data: bytes, size: int) -> bytes:
+    """Render an SVG as an RGB PNG on white, fitted into size x size pixels. Raises UnreadableMedia if it fails."""
+    drawing = _self_contained(data)
+    has_text = "text>" in drawing
+    try:
+        png = resvg_py.svg_to_bytes(
+            svg_string=drawing, width=size, height=size, dpi=96, background="white", skip_system_fonts=not has_text
+        )
+        image = Image.open(io.BytesIO(png)).convert("RGB")
+    except (ValueError, OSError) as error:
+        raise UnreadableMedia(f"cannot be drawn: {error}") from error
+    if image.getextrema() == ((255, 255),) * 3:
+        raise UnreadableMedia("the drawing is blank")
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+class _LimitedTree(ElementTree.TreeBuilder):
+    """Builds the tree of a drawing; raises UnreadableMedia if it is nested too deep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depth = 0
+
+    def start(self, tag: str, attributes: dict[str, str], /) -> ElementTree.Element:  # type: ignore[override]
+        self.depth += 1
+        if self.depth > MAX_SVG_DEPTH:
+            raise UnreadableMedia(f"nested more than {MAX_SVG_DEPTH} levels deep")
+        return super().start(tag, attributes)
+
+    def end(self, tag: str, /) -> ElementTree.Element:
+        self.depth -= 1
+        return super().end(tag)
+
+
+def _self_contained(data: bytes) -> str:
+    """The drawing without its document type, and without references to anything outside it."""
+    parser = ElementTree.XMLParser(target=_LimitedTree())
+    try:
+        parser.feed(data)
+        root = parser.close()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        if isinstance(error, UnreadableMedia):
+            raise
+        raise UnreadableMedia(f"not an SVG drawing: {error}") from error
+    for element in root.iter():
+        for name, value in list(element.attrib.items()):
+            if name.rpartition("}")[2] == "href" and not value.strip().startswith(_EMBEDDED):
+                del element.attrib[name]
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,210 @@
+"""Builds shards from raw samples: `megamm data build RAW/<source>... --to SHARDS`.
+
+In: raw data in a format that `readers` supports, by default folders with a `samples.jsonl` (see `samples`). Out, for
+each source: SHARDS/<source>/<train|heldout>/<modality>/ (see `shards`), `report.json` (counts; every skipped sample
+with its reason) and `ATTRIBUTION.md`; SHARDS contains both merged. A sample's parts are members `<key>.<ext>`, or
+`<key>.<number>.<ext>` if interleaved, each in the folder of its modality.
+Every medium is decoded fully; identical samples are kept once; a noun or a medium is in one split only. The same input
+gives the same bytes. The order in each split is that of the SHA-256 of the keys, so --limit takes a random subset.
+Two rules hold samples out (data/build/heldout.py): by noun, and by combination of words that all occur in training.
+"""
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from megamm.common.errors import UserError
+from megamm.data.build import curation
+from megamm.data.build.curation import CurationOptions, NearDuplicates
+from megamm.data.build.heldout import Heldout
+from megamm.data.build.media_check import CheckedSample, Checks, LeftOut, check_sample
+from megamm.data.build.report import Report, merge_reports
+from megamm.data.raw.readers import READERS, media_root, source_name
+from megamm.data.raw.samples import Broken, RawSample
+from megamm.modalities import REGISTRY
+from megamm.shards.folder import ShardWriter
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "heldout")
+_SAMPLES_PER_WORKER = 200
+"""A worker process takes about three seconds to start, so it is not started for fewer samples."""
+_AHEAD = 32
+"""Samples per worker that are checked ahead of writing; they wait in memory."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """heldout: share of nouns; heldout_combinations: share of the captions of the other nouns; max_broken: share of
+    samples; limit: samples per source; image_size: pixels (drawings).
+
+    form: format of the raw data (`readers.READERS`); curation: rules that samples have to pass.
+    """
+
+    heldout: float = 0.05
+    heldout_combinations: float = 0.0
+    max_broken: float = 0.02
+    limit: int | None = None
+    image_size: int = 128
+    form: str = "samples"
+    curation: CurationOptions = field(default_factory=CurationOptions)
+
+    def __post_init__(self) -> None:
+        for name in ("heldout", "heldout_combinations", "max_broken"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number from 0 to 1")
+        if self.image_size < 1 or (self.limit is not None and self.limit < 1):
+            raise UserError("image_size and limit must be at least 1", remedy="give a positive number")
+        if self.form not in READERS:
+            raise UserError(f"unknown raw data format {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
+
+
+class _Seen:
+    """Samples and media already in the shards of a build, so that nothing is stored twice or in both splits."""
+
+    def __init__(self, near_duplicates: float) -> None:
+        self.samples: dict[bytes, str] = {}
+        self.media: dict[str, str] = {}
+        """The split of each medium, by its digest."""
+        self.texts = NearDuplicates(near_duplicates)
+
+    def admit(self, name: str, sample: CheckedSample, split: str) -> tuple[str, str] | None:
+        """Register the sample; if it is skipped, return the rule and the reason."""
+        content = "\n".join(f"{part.modality} {part.digest}" for part in sample.parts)
+        identity = hashlib.sha256(content.encode()).digest()
+        if identity in self.samples:
+            return "duplicates", f"identical to {self.samples[identity]}"
+        media = {part.digest: part.modality for part in sample.parts if part.modality != "text"}
+        for digest, modality in media.items():
+            if self.media.get(digest, split) != split:
+                return "leaks", f"its {modality} is in the {self.media[digest]} split"
+        if sample.sketch is not None:
+            if near := self.texts.find(sample.sketch):
+                return "near_duplicates", f"similarity {near[1]:.2f} to {near[0]}"
+            self.texts.add(name, sample.sketch)
+        self.samples[identity] = name
+        self.media |= dict.fromkeys(media, split)
+        return None
+
+
+class _SplitWriters:
+    """The shard writers of one source; a modality's folders are created, in both splits, with its first part."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder, self._stack = folder, stack
+        self._writers: dict[tuple[str, str], ShardWriter] = {}
+
+    def add(self, split: str, raw: RawSample, sample: CheckedSample) -> None:
+        for number, part in enumerate(sample.parts):
+            if (split, part.modality) not in self._writers:
+                for name in SPLITS:
+                    writer = ShardWriter(self._folder / name / part.modality)
+                    self._writers[name, part.modality] = self._stack.enter_context(writer)
+            ext = f"{number}.{part.ext}" if raw.ordered else part.ext
+            self._writers[split, part.modality].add(raw.key, ext, part.data)
+
+
+def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[Report]:
+    """Build every source, then rename all at once. A UserError leaves SHARDS unchanged. workers: None = all cores."""
+    for raw in raws:
+        if (shards / source_name(raw)).exists():
+            remedy = "delete that folder to rebuild it, or choose another --to"
+            raise UserError("this source is already built", where=shards / source_name(raw), remedy=remedy)
+    shards.mkdir(parents=True, exist_ok=True)
+    seen = _Seen(options.curation.near_duplicates)
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=shards) as temporary:
+        work = Path(temporary)
+        reports = [_build_source(raw.resolve(), work, options, seen, workers) for raw in raws]
+        for report in reports:
+            (work / report.source).rename(shards / report.source)
+    merge_reports(shards)
+    return reports
+
+
+def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> Report:
+    report = Report(source_name(raw), curation=curation.parameters(options.curation))
+    folder, spool = work / report.source, work / f".{report.source}.spool"
+    spool.mkdir()
+    samples, heldout = _read(raw, spool, options, report)
+    checks = Checks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
+    with ExitStack() as stack:
+        writers = _SplitWriters(folder, stack)
+        for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
+            if isinstance(checked, LeftOut):
+                report.leave_out(checked.rule, checked.what, checked.reason)
+                continue
+            split = "heldout" if sample.key in heldout else "train"
+            if refused := seen.admit(f"{report.source}/{sample.key}", checked, split):
+                report.leave_out(refused[0], sample.key, refused[1])
+                continue
+            writers.add(split, sample, checked)
+            report.count(split, checked)
+            if split == "heldout":
+                report.heldout_by[heldout.rule(sample.key)].append(sample.key)
+        broken = len(report.left_out["broken"])
+        if broken > options.max_broken * report.samples:
+            what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
+            remedy = f"{report.first_reason()}; fix or remove them, or raise --max-broken; nothing was written"
+            raise UserError(what, where=raw, remedy=remedy)
+    report.write(folder)
+    credits = media_root(raw) / "ATTRIBUTION.md"
+    if credits.is_file():
+        (folder / credits.name).write_bytes(credits.read_bytes())
+    return report
+
+
+def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tuple[list[RawSample], Heldout]:
+    """Read the usable samples in build order, and choose the held-out ones; the report counts the others."""
+    samples: dict[str, RawSample] = {}
+    broken: list[Broken] = []
+    ignored: Counter[str] = Counter()
+    for entry in READERS[options.form](raw, spool):
+        if isinstance(entry, Broken):
+            broken.append(entry)
+        elif entry.key in samples:
+            broken.append(Broken(entry.key, "duplicate key"))
+        else:
+            samples[entry.key] = entry
+            ignored.update(entry.ignored)
+    for entry in broken:
+        report.leave_out("broken", entry.what, entry.reason)
+    chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
+    heldout = Heldout.of([samples[key] for key in chosen], options.heldout, options.heldout_combinations)
+    # Training samples come first: of two samples that share a medium, the held-out one is dropped.
+    chosen.sort(key=heldout.__contains__)
+    report.samples = len(chosen) + len(broken)
+    report.ignored_fields = dict(sorted(ignored.items()))
+    if ignored:
+        logger.warning("%s: ignoring unknown fields: %s", report.source, ", ".join(report.ignored_fields))
+    if not chosen:
+        raise UserError("no usable sample", where=raw, remedy=report.first_reason())
+    return [samples[key] for key in chosen], heldout
+
+
+def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> Iterator[CheckedSample | LeftOut]:
+    """Run check_sample on every sample, in order; in worker processes if there are enough samples."""
+    check = partial(check_sample, checks=checks)
+    if workers is None:
+        workers = min(len(os.sched_getaffinity(0)), len(samples) // _SAMPLES_PER_WORKER)
+    place = f"{workers} worker processes" if workers else "in process"
+    logger.info("%s: %d samples, %s", checks.root.name, len(samples), place)
+    if not workers:
+        yield from map(check, samples)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            for start in range(0, len(samples), _AHEAD * workers):
+                yield from pool.map(check, samples[start : start + _AHEAD * workers], chunksize=4)
+        except BrokenProcessPool as error:
+            remedy = "probably out of memory: find the sample with --limit, or remove the largest samples"
+            raise UserError("a worker process was killed", where=checks.root, remedy=remedy) from error

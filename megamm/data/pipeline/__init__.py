@@ -1,0 +1,1 @@
+"""From token caches to batches: documents, mixture, packing, rows, loader."""

@@ -1,0 +1,194 @@
+"""Loads this data rank's batches: its own rows of each global batch, read ahead by worker processes.
+
+    Loader   .step() -> list[Batch], the microbatches of the next global batch
+
+Rows are planned here, and read, packed and stacked by `torch.utils.data.DataLoader`. Each step takes the rows
+[consumed, consumed + global_batch), at every world size; `balance.assign` distributes them to ranks. So the whole
+state is the number of rows consumed, without those read ahead.
+"""
+
+import multiprocessing
+import multiprocessing.util
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.multiprocessing
+from torch.utils.data import DataLoader, Dataset
+
+from megamm.common.errors import UserError
+from megamm.common.processes import die_with_parent, without_blas_threads
+from megamm.common.sample import Batch
+from megamm.data.pipeline import worker_server
+from megamm.data.pipeline.balance import assign, imbalance
+from megamm.data.pipeline.row_reader import Recipe, RowReader
+from megamm.data.pipeline.row_stream import RowStream
+
+RowCost = Callable[[Sequence[int]], float]
+"""Estimated cost of a row (any unit) from the lengths of its documents."""
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Figures of a global batch over all ranks: padding share, and cost of the costliest data rank over the mean."""
+
+    padding_share: float
+    imbalance: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data is read: `workers` processes (0: in the training process), `prefetch` steps ahead.
+
+    pin_memory: use page-locked memory, from which a GPU can copy while it computes.
+    """
+
+    workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+
+
+class Loader:
+    """This data rank's share of each global batch; global_batch and micro_batch are in rows.
+
+    Raises UserError if they do not divide. `waited`: seconds spent in `step` so far.
+    """
+
+    def __init__(
+        self,
+        stream: RowStream,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int,
+        data_size: int,
+        cost: RowCost,
+        consumed_rows: int = 0,
+        reading: Reading = Reading(),
+    ) -> None:
+        if global_batch % (micro_batch * data_size):
+            what = f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data size {data_size}"
+            raise UserError(what, remedy=f"set train.global_batch to a multiple of {micro_batch * data_size}")
+        assert 0 <= data_rank < data_size
+        self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
+        self.data_rank, self.data_size, self.cost, self.reading = data_rank, data_size, cost, reading
+        self.consumed_rows, self.waited = consumed_rows, 0.0
+        self.figures = StepFigures(0.0, 1.0)
+        """Figures of the last step."""
+        self._planned: deque[StepFigures] = deque()
+        self._batches: Iterator[Any] | None = None
+
+    def step(self) -> list[Batch]:
+        """The microbatches of the next global batch. Raises UserError for damaged data or a dead worker."""
+        begin = time.monotonic()
+        if self._batches is None:
+            with without_blas_threads():  # starts the worker server, which forks the workers
+                self._batches = iter(self._data_loader())
+        batches = [self._next(self._batches) for _ in range(self.global_batch // (self.micro_batch * self.data_size))]
+        self.figures = self._planned.popleft()
+        self.consumed_rows += self.global_batch
+        self.waited += time.monotonic() - begin
+        return batches
+
+    def state(self) -> dict[str, int]:
+        """The complete state to save; pass it to a new Loader at any data size."""
+        return {"consumed_rows": self.consumed_rows}
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self._batches = None
+
+    def _data_loader(self) -> "DataLoader[Batch]":
+        workers, microbatches = self.reading.workers, self.global_batch // (self.micro_batch * self.data_size)
+        parallel: dict[str, Any] = {}
+        if workers:
+            # Not fork: this process has threads of torch and its communication; a fork would copy their held locks.
+            # Not spawn: every worker would import torch; a server imports it once and forks before it has threads.
+            context = torch.multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["megamm.data.pipeline.worker_server", "megamm.data.pipeline.loader"])
+            os.environ[worker_server.FOLDER] = multiprocessing.util.get_temp_dir()
+            ahead = max(1, -(-self.reading.prefetch * microbatches // workers))
+            parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
+        return DataLoader(
+            _Microbatches(self.stream.reader),
+            sampler=self._recipes(self.consumed_rows),
+            batch_size=None,  # an item is already a microbatch
+            num_workers=workers,
+            pin_memory=self.reading.pin_memory,
+            worker_init_fn=_end_with_parent,
+            generator=torch.Generator(),  # DataLoader draws a seed: it must not use the model's generator
+            **parallel,
+        )
+
+    def _recipes(self, first: int) -> Iterator[list[Recipe]]:
+        """This rank's microbatches from row `first` on, endless; the DataLoader asks as far ahead as it reads."""
+        while True:
+            plans = [self.stream.plan(r) for r in range(first, first + self.global_batch)]
+            costs = [self.cost(plan.lengths) for plan in plans]
+            rows = assign(costs, self.data_size, self.micro_batch)
+            used = sum(sum(plan.lengths) for plan in plans) / (self.global_batch * self.stream.row_length)
+            self._planned.append(StepFigures(1.0 - used, imbalance(costs, rows)[0]))
+            for microbatch in rows[:, self.data_rank].tolist():
+                yield [self.stream.locate(plans[row]) for row in microbatch]
+            first += self.global_batch
+
+    def _next(self, batches: Iterator[Any]) -> Batch:
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError, EOFError):
+            # A dead worker is noticed after some seconds, or at once if it was handing over a batch.
+            died = [worker.pid for worker in getattr(batches, "_workers", []) if _has_ended(worker)]
+            if not died:
+                raise
+            what = f"a data worker (process {', '.join(map(str, died))}) ended unexpectedly"
+            remedy = "if the node ran out of memory, lower data.workers or data.prefetch; the same command resumes"
+            raise UserError(what, remedy=remedy, is_transient=True) from None
+        if isinstance(batch, _Failure):
+            raise UserError(batch.what, where=batch.where, remedy=batch.remedy)
+        assert isinstance(batch, Batch)
+        return batch
+
+
+def _has_ended(worker: multiprocessing.Process) -> bool:
+    worker.join(timeout=1)  # the connection breaks before the system reports the exit
+    return not worker.is_alive()
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Carries a worker's UserError: DataLoader can only rebuild exceptions with one argument."""
+
+    what: str
+    where: str | None
+    remedy: str
+
+
+class _Microbatches(Dataset[Any]):
+    """The work of a worker: recipes of a microbatch's rows -> Batch."""
+
+    def __init__(self, reader: RowReader) -> None:
+        self.reader = reader
+
+    def __getitem__(self, recipes: list[Recipe]) -> Batch | _Failure:
+        try:
+            return Batch.stack([self.reader.row(recipe) for recipe in recipes])
+        except UserError as error:
+            return _Failure(error.what, None if error.where is None else str(error.where), error.remedy)
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: exit when the training process exits. torch watches the parent, which here is the fork server."""
+    die_with_parent(os.getppid())  # the server exits with the training process, and the kernel kills a stuck worker
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are started by multiprocessing"
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,1 @@
+"""Raw samples: the accepted formats, and how files are joined to samples."""

@@ -1,0 +1,110 @@
+"""Combines files that belong together, such as cat.png, cat.txt and cat.json, into one sample.
+
+In: the members of a sample by extension. Out: a `RawSample`. The extension decides the modality. The text is the .txt
+file, else "caption" or "text" of a .json file (which may also give "noun"), else the .cls file. Numbered extensions
+(0.txt, 1.png) make an interleaved sample. Unknown extensions are ignored and reported.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from megamm.data.raw.samples import RawPart, RawSample, Span, UnusableSample, sample_of
+from megamm.modalities import REGISTRY
+
+TEXT_ENDINGS = ("txt", "json", "cls")
+MAX_TEXT_BYTES = 16 * 2**20
+ALIASES = {"jpeg": "jpg", "jpe": "jpg", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
+"""Other extensions of the same formats."""
+_CAPTIONS = ("caption", "text")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file: its extension in lower case, its path or name, and its bytes (texts) or its place (see `Span`)."""
+
+    ending: str
+    name: str
+    data: bytes = b""
+    span: Span | None = None
+
+
+def modality_of(ending: str) -> str | None:
+    """The first modality of the registry that accepts files with this extension."""
+    if ending == "svg":
+        return "image"
+    return next((name for name, kind in REGISTRY.items() if ALIASES.get(ending, ending) in kind.extensions), None)
+
+
+def assemble(key: str, members: list[Member]) -> RawSample:
+    """Combine members into a sample. Raises UnusableSample if two have the same role, or none has one."""
+    for member in members:
+        if len(member.data) > MAX_TEXT_BYTES:
+            raise UnusableSample(f"{member.name} is larger than {MAX_TEXT_BYTES >> 20} MiB")
+        if sum(other.ending == member.ending for other in members) > 1:
+            raise UnusableSample(f"two members .{member.ending}")
+    matches = [re.fullmatch(r"([0-9]{1,6})\.(\w+)", member.ending) for member in members]
+    if all(matches):
+        numbered = [(int(m[1]), m[2], member) for m, member in zip(matches, members, strict=True) if m]
+        return _interleaved(key, sorted(numbered, key=lambda part: part[0]))
+    entry: dict[str, Any] = {"key": key}
+    spans: dict[str, Span | None] = {}
+    ignored = []
+    for member in members:
+        modality = modality_of(member.ending)
+        if modality is None or modality == "text":
+            if member.ending not in TEXT_ENDINGS:
+                ignored.append(member.ending)
+        elif modality in entry:
+            raise UnusableSample(f"two {modality} members: {entry[modality]}, {member.name}")
+        else:
+            entry[modality], spans[modality] = member.name, member.span
+    entry |= _text({member.ending: member.data for member in members if member.ending in TEXT_ENDINGS})
+    sample = sample_of(entry, key)
+    parts = tuple(RawPart(part.modality, part.content, spans.get(part.modality)) for part in sample.parts)
+    return RawSample(sample.key, sample.noun, parts, ignored=tuple(sorted(ignored)))
+
+
+def _interleaved(key: str, members: list[tuple[int, str, Member]]) -> RawSample:
+    if [number for number, _, _ in members] != list(range(len(members))):
+        raise UnusableSample("its parts are not numbered 0, 1, 2, ...")
+    entries, spans = [], []
+    for _, ending, member in members:
+        modality = modality_of(ending)
+        if modality is None:
+            raise UnusableSample(f"extension {ending!r} belongs to no modality")
+        entries.append({modality: decode(member) if modality == "text" else member.name})
+        spans.append(member.span)
+    sample = sample_of({"key": key, "parts": entries}, key)
+    parts = (
+        part if part.modality == "text" else RawPart(part.modality, part.content, span)
+        for part, span in zip(sample.parts, spans, strict=True)
+    )
+    return RawSample(sample.key, sample.noun, tuple(parts), ordered=True)
+
+
+def _text(found: dict[str, bytes]) -> dict[str, Any]:
+    """The text and the noun, as fields of a sample's line."""
+    fields: dict[str, Any] = {}
+    if "json" in found:
+        try:
+            entry = json.loads(found["json"])
+        except (ValueError, RecursionError) as error:
+            raise UnusableSample(f"its .json is not valid JSON: {error}") from error
+        if isinstance(entry, dict):
+            fields = {name: entry[name] for name in ("noun",) if name in entry}
+            caption = next((entry[name] for name in _CAPTIONS if entry.get(name)), None)
+            fields |= {"text": caption} if caption is not None else {}
+    for ending in ("txt", "cls"):
+        if ending in found and (ending == "txt" or "text" not in fields):
+            fields["text"] = decode(Member(ending, f".{ending}", found[ending]))
+    return fields
+
+
+def decode(member: Member) -> str:
+    """The text of a member. Raises UnusableSample if it is not UTF-8."""
+    try:
+        return member.data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UnusableSample(f"{member.name} is not UTF-8: {error.reason} at byte {error.start}") from error

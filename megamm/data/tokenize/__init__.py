@@ -1,0 +1,1 @@
+"""Tokenizing the media of shards once, into token caches."""

@@ -1,0 +1,231 @@
+"""Hang detection: when a rank is overdue, where every rank is at that time, and which rank the others wait for.
+
+A rank sends a heartbeat at every step, evaluation batch and change of phase. It is overdue when it has been silent for
+longer than twice its longest recent time between heartbeats plus resilience.hang_seconds. If that time is not known,
+that is, before the first step of a launch is done, the limit is resilience.startup_seconds. For the first evaluation
+and the first checkpoint after it the limit is _UNKNOWN times the longest time known so far, plus hang_seconds.
+
+Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
+the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
+that it is working (phase "wait"), no rank is overdue: the others wait for that rank.
+"""
+
+import math
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from megamm.common import processes
+from megamm.elastic import heartbeat
+from megamm.elastic.rank import DUMP_SIGNAL
+from megamm.elastic.rank_status import TIMED, Slot
+from megamm.elastic.workers import Workers
+
+HANGS = "hangs"
+_DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
+_UNKNOWN = 10.0
+_WAIT_SECONDS = 3.0
+"""Seconds for which a rank's report that its writer is working counts; it is repeated about every second."""
+_COMMUNICATION = (
+    "torch/distributed/",
+    "megatron/core/distributed/",
+    "megatron/core/pipeline_parallel/",
+    "megatron/core/tensor_parallel/mappings.py",
+)
+_WRAPPERS = ("c10d_logger.py",)
+_FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
+_OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
+"""Ends of the last line of a complete stack: a program's frame, or faulthandler's mark that frames are omitted."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits in seconds; see the module docstring and ResilienceConfig."""
+
+    hang: float
+    startup: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one."""
+
+    rank: int
+    step: int | None
+    phase: str
+    silent: float
+    state: str
+    collective: str | None
+    innermost: str
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+class Watch:
+    """Finds overdue ranks. It keeps the usual durations over attempts, and over agents if `longest` is given."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        run: Path,
+        clock: Callable[[], float] = time.monotonic,
+        longest: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """longest: the result of heartbeat.longest."""
+        self.limits, self.run, self.clock = limits, run, clock
+        self._waits: dict[int, tuple[int, int]] = {}
+        self._written = -math.inf
+        self.longest = dict(longest)
+        self._seen: dict[int, tuple[int, float]] = {}
+        self._looked = clock()
+
+    def begin(self) -> None:
+        """Begin a new attempt: no rank has sent a heartbeat yet."""
+        self._seen.clear()
+        self._looked = self.clock()
+
+    def silent(self, index: int, slot: Slot) -> float:
+        """Return the seconds without progress, counting only the time in which this process was awake."""
+        return self.clock() - self._seen.setdefault(index, (slot.count, self.clock()))[1]
+
+    def overdue(self, slots: list[Slot]) -> list[int]:
+        """Return the local indices of ranks beyond their limit; call it several times a second."""
+        now = self.clock()
+        asleep = max(0.0, now - self._looked - 1.0)  # the machine or this process was suspended: perhaps the ranks too
+        self._looked = now
+        for index, slot in enumerate(slots):
+            count, since = self._seen.get(index, (-1, now))
+            self._seen[index] = (count, since + asleep) if count == slot.count else (slot.count, now)
+        for what in TIMED:
+            seconds = [slot.longest()[what] for slot in slots if what in slot.longest()]
+            if seconds:
+                self.longest[what] = max(seconds)
+        overdue = [i for i, slot in enumerate(slots) if now - self._seen[i][1] > self.limit(slot)]
+        return overdue if overdue and not self._writes(now) else []
+
+    def _writes(self, now: float) -> bool:
+        """Whether a rank has recently reported that it waits for its writer."""
+        for beat in heartbeat.read(self.run):
+            if beat.phase == "wait" and self._waits.get(beat.rank) != (beat.attempt, beat.count):
+                self._waits[beat.rank], self._written = (beat.attempt, beat.count), now
+        return now - self._written < _WAIT_SECONDS
+
+    def limit(self, slot: Slot) -> float:
+        """Return the seconds of silence after which this rank is overdue in its current phase."""
+        known = dict(self.longest)
+        if slot.phase == "wait":
+            return self.limits.hang
+        if slot.phase in ("data", "step"):
+            # Either phase may take as long as both together: the loader reads ahead during steps.
+            usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)
+        else:
+            usual = known.get(slot.phase, 0.0)
+        if usual:
+            return 2 * usual + self.limits.hang
+        longest = max(self.limits.startup, self.limits.hang)
+        if slot.phase in ("evaluate", "save") and "first" in known:
+            return min(_UNKNOWN * max(known.values()) + self.limits.hang, longest)
+        return longest
+
+
+def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> list[Report]:
+    """Write every local rank's stacks and state into folder/rank_00000.txt, and return where each was.
+
+    ranks: global number of each local rank.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    slots = workers.slots.ranks
+    # Read all of it before the signals: a stopped rank continues for a moment when it is woken.
+    before = [
+        (slot.step, slot.phase, round(watch.silent(i, slot), 2), processes.state(workers.pids[i]))
+        for i, slot in enumerate(slots)
+    ]
+    texts = _stacks(workers, [state in ("T", "t") for *_, state in before])
+    reports = []
+    for index, (step, phase, silent, state) in enumerate(before):
+        frames = main_frames(texts[index], slots[index].thread)
+        innermost = frames[0] if frames else "no stack: the process did not respond"
+        report = Report(ranks[index], step, phase, silent, state, collective(frames), innermost)
+        head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
+        (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
+        reports.append(report)
+    return reports
+
+
+def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
+    """Return what each rank's faulthandler writes. A stopped rank is woken for this (it will be killed anyway).
+
+    Stopped ranks come last, after the stacks of the others: these may continue once a stopped rank is awake.
+    """
+    ranks = list(zip(workers.pids, workers.dumps, workers.slots.ranks, stopped, strict=False))
+    for is_stopped in (False, True):
+        asked = []
+        for pid, dump, slot, _ in (rank for rank in ranks if rank[-1] == is_stopped):
+            try:
+                processes.signal_main_thread(pid, DUMP_SIGNAL)  # before it continues
+                if is_stopped:
+                    os.kill(pid, signal.SIGCONT)
+                asked.append((dump, slot.thread))
+            except ProcessLookupError:
+                continue
+        deadline = time.monotonic() + _DUMP_SECONDS
+        while not all(is_whole(_read(dump), thread) for dump, thread in asked) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    return [_read(dump) for dump in workers.dumps]
+
+
+def _read(dump: int) -> str:
+    return os.pread(dump, _MAX_DUMP, 0).decode(errors="replace")
+
+
+def is_whole(dump: str, thread: int) -> bool:
+    """Whether a dump has the complete stack of the main thread.
+
+    The process writes it line by line and may have to wait for a core in between: a dump that does not grow for a
+    moment may still be incomplete.
+    """
+    stack, another, _ = dump.partition(f"0x{thread:016x}")[2].partition("\n\n")
+    return (bool(another) or stack.endswith("\n")) and stack.rstrip("\n").endswith(_OUTERMOST)
+
+
+def main_frames(dump: str, thread: int) -> list[str]:
+    """Return the main thread's frames, innermost first, as "file:line function"; empty if it is not in the dump."""
+    frames: list[str] = []
+    inside = False
+    for line in dump.splitlines():
+        if "hread 0x" in line:
+            inside = f"0x{thread:016x}" in line
+        elif inside and (found := _FRAME.match(line)):
+            frames.append(f"{found['file']}:{found['line']} {found['function']}")
+    return frames
+
+
+def collective(frames: list[str]) -> str | None:
+    """Return the collective that the innermost frame waits in; None if that frame is not in a communication layer."""
+    inner = [frame for frame in frames if not any(name in frame for name in _WRAPPERS)]
+    if not inner or not any(part in inner[0] for part in _COMMUNICATION):
+        return None
+    return inner[0].rpartition(" ")[2]
+
+
+def culprits(reports: list[Report]) -> list[int]:
+    """Return the ranks that the others probably wait for.
+
+    These are the stopped ranks, else those not in a collective, else those furthest behind. If all ranks of this node
+    wait in collectives at the same step, the culprit is on another node, and the list is empty.
+    """
+    stopped = [r.rank for r in reports if r.state in ("T", "t", "D", "Z", "")]
+    if stopped:
+        return stopped
+    free = [r.rank for r in reports if r.collective is None]
+    if free:
+        return free
+    behind = min((r.step if r.step is not None else -1) for r in reports)
+    found = [r.rank for r in reports if (r.step if r.step is not None else -1) == behind]
+    return found if len(found) < len(reports) else []

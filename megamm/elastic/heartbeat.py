@@ -1,0 +1,130 @@
+"""Heartbeats: phase and step of every rank, and when it last reported them.
+
+RUN/heartbeats/rank_00000.json is for people and other machines: it is written when the phase changes, and while "data"
+and "step" alternate at most once a second. To detect hangs, this node's agent reads shared memory (rank_status.py),
+which is written at every beat. A rank that was not started by an agent writes only the file.
+"""
+
+import json
+import os
+import socket
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from megamm.common import events
+from megamm.elastic.rank_status import PHASES, Slot, Slots
+
+HEARTBEATS = "heartbeats"
+SLOTS, ATTEMPT = "MEGAMM_SLOTS", "MEGAMM_ATTEMPT"
+"""Environment of a rank: "descriptor:ranks:index" of its slot, and the number of the attempt, from 0."""
+_RECORD, _RECENT, _SECONDS = 1024, 32, 1.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A rank's last written heartbeat. time: Unix seconds; count: number of its beats in this attempt.
+
+    longest: the longest recent seconds between two beats, by name in TIMED; from earlier attempts if not yet known.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    phase: str
+    step: int
+    count: int
+    time: float
+    attempt: int
+    longest: dict[str, float] = field(default_factory=dict)
+
+
+class Heartbeat:
+    """Writes this rank's heartbeat. Beats come from the main thread, so that they stop when it stops."""
+
+    def __init__(self, run: Path, rank: int, attempt: int, slot: Slot | None = None) -> None:
+        path = run / HEARTBEATS / f"rank_{rank:05d}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = _read(path) if attempt > 0 else None  # before attempt 0 it is from another launch, perhaps another job
+        self.longest = dict(before.longest) if before is not None else {}
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self.rank, self.attempt, self.slot, self.host = rank, attempt, slot, socket.gethostname()
+        self.count, self.written, self.since = 0, 0.0, time.monotonic()
+        self.phase, self.first_step, self.is_warm = "", 0, False
+        self.spent: dict[str, float] = {}
+        """Seconds in each phase so far."""
+        self._recent: dict[str, deque[float]] = {}
+
+    def beat(self, phase: str, step: int) -> None:
+        """Report that this rank is alive and in this phase of PHASES. step: the one in progress, else the last done."""
+        assert phase in PHASES, phase
+        now, loop = time.monotonic(), ("data", "step")
+        self.count += 1
+        if self.phase in loop and self.first_step == 0:
+            self.first_step = step
+        self._measure(now - self.since)
+        self.is_warm = self.is_warm or (self.first_step > 0 and (step > self.first_step or phase not in loop))
+        changes = phase != self.phase and not (phase in loop and self.phase in loop)
+        self.phase, self.since = phase, now
+        if self.slot is not None:
+            self.slot.write(self.count, phase, step, now, self.is_warm)
+        if changes or now - self.written >= _SECONDS:
+            self.written = now
+            who = self.rank, os.getpid(), self.host
+            beat = Beat(*who, phase, step, self.count, time.time(), self.attempt, self.longest)
+            # A single write of constant length: a reader never sees half of it.
+            os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_RECORD - 1).encode() + b"\n", 0)
+
+    def _measure(self, seconds: float) -> None:
+        """Add the time since the last beat to the phase that it began."""
+        if not self.phase:
+            return
+        self.spent[self.phase] = self.spent.get(self.phase, 0.0) + seconds
+        what = self.phase if self.is_warm or self.phase not in ("data", "step") else "first"
+        recent = self._recent.setdefault(what, deque(maxlen=_RECENT))
+        recent.append(seconds)
+        self.longest[what] = round(max(recent), 3)
+        if self.slot is not None:
+            self.slot.set_longest(what, max(recent))
+
+    def tell_first_step(self, run: Path, step: int) -> None:
+        """Record that the attempt has done its first step, and the seconds spent in each phase until then."""
+        spent = self.spent | {self.phase: time.monotonic() - self.since}
+        seconds = {phase: round(value, 3) for phase, value in spent.items()}
+        events.record(run, "first_step", step=step, attempt=self.attempt, seconds=seconds)
+
+    def close(self) -> None:
+        os.close(self.file)
+
+
+def of_this_rank(run: Path) -> Heartbeat:
+    """Return this process's heartbeat, configured by its environment."""
+    slot = None
+    if SLOTS in os.environ:
+        descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
+        slot = Slots(descriptor, ranks).ranks[index]
+    return Heartbeat(run, int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "0")), slot)
+
+
+def read(run: Path) -> list[Beat]:
+    """Return the last heartbeat of every rank that ever wrote one to this run; incomplete files are skipped."""
+    found = [_read(path) for path in sorted((run / HEARTBEATS).glob("rank_*.json"))]
+    return [beat for beat in found if beat is not None]
+
+
+def _read(path: Path) -> Beat | None:
+    try:
+        return Beat(**json.loads(path.read_text()))
+    except (OSError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def longest(run: Path) -> dict[str, float]:
+    """Return the maximum of Beat.longest over all ranks that have written since the last recorded launch."""
+    launches = [event["time"] for event in events.read(run) if event["kind"] == "launched"]
+    known: dict[str, float] = {}
+    for beat in read(run):
+        if launches and beat.time >= launches[-1]:
+            known |= {what: max(seconds, known.get(what, 0.0)) for what, seconds in beat.longest.items()}
+    return known

@@ -1,0 +1,1 @@
+"""Guards of a run's numbers: bad losses, stragglers, reruns, and the roll-back they may cause."""

@@ -1,0 +1,1 @@
+"""Using an export: evaluation and generation."""

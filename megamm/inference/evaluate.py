@@ -1,0 +1,274 @@
+"""`megamm eval`: evaluates an export on held-out samples with standard transformers.
+
+Loss: mean cross entropy (nats per token) of each modality, over every held-out sample in both orders (the parts in
+reading order and in reverse).
+
+Pair gain of a direction, for example text_to_image: the loss of the second part after another sample's first part,
+minus its loss after its own first part, in nats per token of the second part, averaged over samples. It is above zero
+only if the model predicts the second part from the first: the other sample is from the same source, so its style does
+not help, and has another normalised noun if possible. In a sample with more than two parts, every two parts are such a
+pair. The standard error is over nouns, because the variants of one noun (skin tones, plurals) are not independent
+samples (cluster-robust: Liang & Zeger 1986). If the build's report tells by which rule each sample is held out
+(data/build/heldout.py), gains are also reported for each rule.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from megamm.common.errors import UserError
+from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
+from megamm.convert.io.loaded_export import Exported
+from megamm.data.pipeline.packing import document_length
+from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.raw.nouns import normalise_noun
+
+log = logging.getLogger(__name__)
+
+_LOGITS, _LOGITS_CPU = 2**25, 2**22
+"""Logits computed at a time (128 and 16 MiB in float32): determines the number of documents per batch. On a CPU, memory
+that the allocator reuses and that fits into the cache saves a quarter of the time."""
+
+
+@dataclass(frozen=True)
+class PairGain:
+    """Pair gain in nats per token of the second part; positive_share: share of samples with a gain above 0."""
+
+    mean: float
+    standard_error: float | None
+    samples: int
+    nouns: int
+    positive_share: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and tokens by modality, pair_gain by direction ("text_to_image"); step: training step of the weights.
+
+    pair_gain_by_rule: the same for the samples held out by one rule, "noun" or "combination".
+    """
+
+    step: int
+    samples: int
+    loss: dict[str, float]
+    tokens: dict[str, int]
+    pair_gain: dict[str, PairGain]
+    pair_gain_by_rule: dict[str, dict[str, PairGain]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """Scores of every document: summed loss and number of tokens by modality `[n, modalities]`.
+
+    second: mean loss over the second part's own tokens `[n]`, NaN if there is no second part.
+    """
+
+    sums: npt.NDArray[np.float64]
+    counts: IntArray
+    second: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """Two parts of a held-out sample, and the same two parts of the sample that it is compared with."""
+
+    own: Document
+    other: Document
+    noun: str
+    rule: str | None
+    """The rule by which it is held out; None if its source has no report."""
+
+
+def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
+    """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
+
+    UserError if a split has no tokens of the export's codecs, or if there is no sample.
+    """
+    codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
+    kinds = {source.path.name: source.documents for source in export.config.data.sources}
+    samples, documents, pairs = 0, [], []
+    for number, source in enumerate(sources):
+        heldout = SampleSet(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
+        fitting = np.flatnonzero(heldout.needed <= export.config.data.seq_length).tolist()
+        if len(fitting) < len(heldout):
+            log.warning("%s: skipped %d samples that are longer than a row", source, len(heldout) - len(fitting))
+        fitting = fitting[:limit]
+        samples += len(fitting)
+        documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
+        whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
+        pairs += list(_pairs(export, whole, heldout_rules(source), np.random.default_rng([seed, number])))
+    if not samples:
+        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy="build more data")
+    scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
+    sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
+    found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]
+    second = scores.second[len(documents) :].reshape(-1, 4)
+    rules = sorted({pair.rule for pair in pairs if pair.rule is not None})
+    of_rule = {rule: [i for i, pair in enumerate(pairs) if pair.rule == rule] for rule in rules}
+    return Evaluation(
+        step=export.step,
+        samples=samples,
+        loss={name: float(sums[m] / counts[m]) for m, name in found},
+        tokens={name: int(counts[m]) for m, name in found},
+        pair_gain=_pair_gains(pairs, second),
+        pair_gain_by_rule={rule: _pair_gains([pairs[i] for i in of], second[of]) for rule, of in of_rule.items()},
+    )
+
+
+def heldout_rules(source: Path) -> dict[str, str]:
+    """Return key -> rule by which it is held out, from the build's report in SHARDS/<source>; {} without a report."""
+    report = source / "report.json"
+    if not report.is_file():
+        return {}
+    by_rule = json.loads(report.read_bytes()).get("heldout_by", {})  # older builds have no such field
+    return {key: rule for rule, keys in by_rule.items() for key in keys}
+
+
+def _orders(document: Document) -> list[Document]:
+    return [document, Document(document.key, document.parts[::-1])]
+
+
+def _length(document: Document) -> int:
+    return document_length(*document.sizes)
+
+
+def _score(export: Exported, documents: list[Document]) -> _Scores:
+    """Score the documents; equal ones are computed once: most pairs are also among the documents of the loss."""
+    number: dict[tuple[tuple[str, bytes], ...], int] = {}
+    contents = [tuple((part.modality, part.ids.tobytes()) for part in document.parts) for document in documents]
+    which = [number.setdefault(content, len(number)) for content in contents]
+    different = list(dict(zip(which, documents, strict=True)).values())
+    shape = (len(different), len(export.vocabulary.modalities))
+    sums, counts, second = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.full(shape[0], np.nan)
+    for i, row, loss_S in token_losses(export, different):
+        for modality in range(shape[1]):
+            is_of = row.modality == modality
+            sums[i, modality], counts[i, modality] = loss_S[is_of].sum(dtype=np.float64), is_of.sum()
+        if len(different[i].parts) == 2:
+            second[i] = loss_S[_second_part(different[i])].mean(dtype=np.float64)
+    return _Scores(sums[which], counts[which], second[which])
+
+
+def _pairs(
+    export: Exported, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
+) -> Iterator[_Pair]:
+    """Yield every two parts of every sample of one source with their partners; skip those too long for a row."""
+    by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
+    for document in documents:
+        noun = _noun(export, document)
+        for two in combinations(document.parts, 2):
+            names = (two[0].modality, two[1].modality)
+            by_modalities.setdefault(names, []).append((Document(document.key, two), noun))
+    for same in by_modalities.values():
+        if len(same) < 2:
+            continue
+        for own, other in enumerate(partners([noun for _, noun in same], rng)):
+            pair = _Pair(same[own][0], same[other][0], same[own][1], rules.get(same[own][0].key))
+            every = [*_orders(pair.own), *_mixed(pair)]
+            if all(_length(document) <= export.config.data.seq_length for document in every):
+                yield pair
+
+
+def _noun(export: Exported, document: Document) -> str:
+    texts = [export.modalities["text"].decode(p.ids) for p in document.parts if p.modality == "text"]
+    return normalise_noun(texts[0]) if texts else document.key
+
+
+def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
+    """Return a random permutation `[n]` without fixed points; partners differ in noun if no noun has more than half.
+
+    Samples are sorted by noun and shifted by the size of the largest group, so that each gets a partner from another
+    group.
+    """
+    _, group, sizes = np.unique(np.array(nouns), return_inverse=True, return_counts=True)
+    rank = rng.permutation(len(sizes))
+    order = np.lexsort((rng.random(len(nouns)), rank[group]))
+    result = np.empty(len(nouns), dtype=np.int64)
+    result[order] = np.roll(order, -min(int(sizes.max()), len(nouns) // 2))
+    return result
+
+
+def _mixed(pair: _Pair) -> tuple[Document, Document]:
+    """Return the sample in both orders, with its first part replaced by the partner's."""
+    (first, second), (other_first, other_second) = pair.own.parts, pair.other.parts
+    return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
+
+
+def _pair_gains(pairs: list[_Pair], second: npt.NDArray[np.float64]) -> dict[str, PairGain]:
+    """Return the gains by direction.
+
+    second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part.
+    """
+    gains: dict[str, tuple[list[float], list[str]]] = {}
+    for pair, means in zip(pairs, second, strict=True):
+        for document, gain in zip(_orders(pair.own), means[2:] - means[:2], strict=True):
+            values, nouns = gains.setdefault("_to_".join(part.modality for part in document.parts), ([], []))
+            values.append(float(gain))
+            nouns.append(pair.noun)
+    return {direction: summarise(np.array(values), nouns) for direction, (values, nouns) in gains.items()}
+
+
+def _second_part(document: Document) -> slice:
+    """Return the positions of the second part's own tokens in the labels of its row, without special tokens."""
+    first, second = document.parts
+    before = document_length((first.modality, first.ids.size)) - 1 + (second.modality != "text")
+    return slice(before - 1, before - 1 + second.ids.size)
+
+
+def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
+    """Return the mean over samples, with the standard error over nouns (None for a single noun)."""
+    mean = float(gains.mean())
+    _, group = np.unique(np.array(nouns), return_inverse=True)
+    residuals = np.bincount(group, weights=gains - mean)
+    groups = len(residuals)
+    error = math.sqrt((residuals**2).sum() * groups / (groups - 1)) / len(gains) if groups > 1 else None
+    return PairGain(mean, error, len(gains), groups, float((gains > 0).mean()))
+
+
+@torch.inference_mode()
+def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
+    """Yield (index, row, cross entropy of each label `[S]`, 0 without a label) of every document, longest first."""
+    order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
+    logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS
+    while order:
+        longest = _length(documents[order[0]])
+        size = max(1, logits // (export.vocabulary.size * longest))
+        indices, order = order[:size], order[size:]
+        rows = [export.row(documents[i], longest) for i in indices]
+        batch = Batch.stack(rows).to(export.device)
+        logits_BSV = export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
+        loss_BS = torch.nn.functional.cross_entropy(
+            logits_BSV.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"
+        ).view_as(batch.labels)
+        yield from zip(indices, rows, loss_BS.cpu().numpy(), strict=True)
+
+
+def summary_lines(figures: dict[str, Any]) -> Iterator[str]:
+    """Format the figures (`Evaluation.to_json`) for people."""
+    yield f"step {figures['step']}, {figures['samples']} held-out samples, both orders"
+    for name, loss in figures["loss"].items():
+        yield f"loss {name}: {loss:.4f} nats/token over {figures['tokens'][name]} tokens"
+    rules = [(f", held out by {rule}", gains) for rule, gains in figures["pair_gain_by_rule"].items()]
+    for which, gains in [("", figures["pair_gain"]), *(rules if len(rules) > 1 else [])]:
+        yield from _gain_lines(which, gains)
+
+
+def _gain_lines(which: str, gains: dict[str, Any]) -> Iterator[str]:
+    for direction, gain in gains.items():
+        error = "unknown" if gain["standard_error"] is None else f"{gain['standard_error']:.4f}"
+        yield (
+            f"pair gain {direction}{which}: {gain['mean']:+.4f} nats/token (standard error {error}), "
+            f"above 0 for {gain['positive_share']:.0%} of {gain['samples']} samples, {gain['nouns']} nouns"
+        )

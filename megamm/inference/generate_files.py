@@ -1,0 +1,188 @@
+"""`megamm generate` on files: reads prompts and files, or a file of requests, and writes the generated media.
+
+Each request has its own input, modality and output. All are checked before the model is loaded. An output gets its
+final name when it is complete.
+"""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megamm.common.errors import UnreadableMedia, UserError
+from megamm.convert.io.loaded_export import open_export
+from megamm.inference.generate import Sampling, generate, modality_in
+from megamm.modalities import REGISTRY
+
+
+@dataclass(frozen=True)
+class Medium:
+    """An input given by the user; `where` names it in messages."""
+
+    data: bytes
+    extension: str
+    where: str
+
+    @classmethod
+    def of_prompt(cls, prompt: str) -> "Medium":
+        # Bytes from the shell that are not UTF-8 are kept, so that they are rejected later.
+        return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}")
+
+    @classmethod
+    def of_file(cls, path: Path) -> "Medium":
+        try:
+            return cls(path.read_bytes(), path.suffix[1:].lower(), str(path))
+        except OSError as error:
+            raise UserError(f"cannot read: {error.strerror}", where=path, remedy="give a readable file") from error
+
+
+def generate_files(
+    folder: Path,
+    inputs: list[Medium],
+    source: str,
+    target: str,
+    out: Path | None,
+    sampling: Sampling,
+    device: torch.device,
+) -> list[Any]:
+    """Generate with the export in `folder`, and write `out`: a file, or for several inputs a folder of 000.png, ...
+
+    Return the generated media. UserError, before any model is loaded, if an input or `out` is invalid.
+    """
+    _check_media(source, inputs)
+    if target not in REGISTRY:
+        raise UserError(f"unknown modality {target!r}", remedy=f"use one of {', '.join(REGISTRY)}")
+    if out is None and target != "text":
+        raise UserError(f"no output given for {target}", remedy="add --out")
+    if out is not None:
+        _check_out(out, target, len(inputs))
+    export = open_export(folder, device)
+    reader = modality_in(export, source)
+    media = [reader.read_media(item.data, item.extension) for item in inputs]
+    made = generate(export, media, source, target, sampling)
+    if out is not None:
+        _write([export.modalities[target].write_media(medium) for medium in made], target, out)
+    return made
+
+
+@dataclass(frozen=True)
+class Request:
+    """One line of a file of requests: generate the modality `target` from `source`, and write it to `out`."""
+
+    source: Medium
+    modality: str
+    target: str
+    out: Path
+
+
+def read_requests(file: Path) -> list[Request]:
+    """Read requests from a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
+
+    Relative paths are relative to the folder of `file`. UserError for the first line that is not a request, and for an
+    output that exists or is used twice.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the requests: {error}", where=file, remedy="give a readable file") from error
+    requests: list[Request] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            requests.append(_request(line, f"{file}:{number}", file.parent))
+    if not requests:
+        raise UserError("no requests", where=file, remedy='add a line {"prompt": TEXT, "to": "image", "out": FILE}')
+    for out, count in Counter(request.out for request in requests).items():
+        if count > 1:
+            raise UserError(f"{count} requests write the same file", where=out, remedy="give each its own `out`")
+    return requests
+
+
+def _request(line: str, where: str, folder: Path) -> Request:
+    remedy = 'write {"prompt": TEXT, "to": "image", "out": FILE}, or "from": FILE in place of "prompt"'
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON: {error}", where=where, remedy=remedy) from error
+    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+        raise UserError("not a JSON object of strings", where=where, remedy=remedy)
+    given = {"prompt", "from"} & set(entry)
+    if len(given) != 1 or set(entry) - given != {"to", "out"}:
+        raise UserError(f"wrong keys: {', '.join(sorted(entry)) or 'missing'}", where=where, remedy=remedy)
+    if entry["to"] not in REGISTRY:
+        remedy = f"use one of {', '.join(REGISTRY)}"
+        raise UserError(f"unknown modality {entry['to']!r}", where=where, remedy=remedy)
+    out = folder / entry["out"]
+    _check_out(out, entry["to"], 1)
+    if "prompt" in entry:
+        return Request(Medium.of_prompt(entry["prompt"]), "text", entry["to"], out)
+    path = folder / entry["from"]
+    return Request(Medium.of_file(path), modality_of(path), entry["to"], out)
+
+
+def generate_requests(folder: Path, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
+    """Generate all requests with the export in `folder`, in batches of the same direction.
+
+    Within a direction, item i uses seed + i. UserError, before any model is loaded, if an input is invalid.
+    """
+    directions: dict[tuple[str, str], list[Request]] = {}
+    for request in requests:
+        directions.setdefault((request.modality, request.target), []).append(request)
+    for (source, _), same in directions.items():
+        _check_media(source, [request.source for request in same])
+    export = open_export(folder, device)
+    for (source, target), same in directions.items():
+        reader = modality_in(export, source)
+        media = [reader.read_media(request.source.data, request.source.extension) for request in same]
+        made = generate(export, media, source, target, sampling)
+        for request, medium in zip(same, made, strict=True):
+            _write([export.modalities[target].write_media(medium)], target, request.out)
+
+
+def modality_of(path: Path) -> str:
+    """Return the modality of a file, by its extension. UserError if no modality reads it."""
+    ending = path.suffix[1:].lower()
+    for name, modality in REGISTRY.items():
+        if ending in modality.extensions:
+            return name
+    known = ", ".join(f".{ending}" for modality in REGISTRY.values() for ending in modality.extensions)
+    raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"use one of {known}")
+
+
+def _check_media(source: str, inputs: list[Medium]) -> None:
+    """Decode every input as `source`. UserError for the first that fails."""
+    modality = REGISTRY[source]
+    for item in inputs:
+        if item.extension not in modality.extensions:
+            remedy = f"use one of .{', .'.join(modality.extensions)}"
+            raise UserError(f"not a file of {source}", where=item.where, remedy=remedy)
+        try:
+            modality.check_media(item.data, item.extension)
+        except UnreadableMedia as error:
+            raise UserError(f"unusable {source}: {error}", where=item.where, remedy=f"give another {source}") from error
+
+
+def _check_out(out: Path, target: str, items: int) -> None:
+    """Raise UserError if `out` exists, or its extension is not that of the target's files."""
+    if out.exists():
+        raise UserError("the output exists", where=out, remedy="remove it or choose another output")
+    ending = f".{REGISTRY[target].extensions[0]}"
+    if items == 1 and out.suffix != ending:
+        raise UserError(f"{target} is written as {ending}", where=out, remedy=f"use the extension {ending}")
+
+
+def _write(media: list[bytes], target: str, out: Path) -> None:
+    """Write one file, or a folder of 000.png, 001.png, ...; it gets its name when complete."""
+    partial = out.with_name(f".{out.name}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    if len(media) == 1:
+        partial.write_bytes(media[0])
+    else:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        for i, data in enumerate(media):
+            (partial / f"{i:03d}.{REGISTRY[target].extensions[0]}").write_bytes(data)
+    partial.rename(out)

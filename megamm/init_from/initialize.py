@@ -1,0 +1,188 @@
+"""Sets the weights of a run that starts from others: each rank reads, moves and draws the values that it holds.
+
+Every rank reads only what it needs, directly into its live tensors. Weights are read from the source's float32 copies
+where these exist, and so are the float32 copies of a bfloat16 run; moments, step and schedule start fresh. The log
+reports the result for every range of the vocabulary, and which tensors are new or skipped.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+
+from megamm.checkpoint import folder
+from megamm.checkpoint.storage.choose import Ranks
+from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.common import events
+from megamm.common.errors import UserError
+from megamm.config import ModelConfig, RunConfig, StartConfig
+from megamm.config.model import FUNCTION
+from megamm.engine.api import Engine
+from megamm.init_from import new_rows, rules
+from megamm.init_from.new_rows import Around
+from megamm.init_from.source import MAIN_COPY, Source, glance, opened
+from megamm.init_from.vocabulary_rows import Growth, grow
+from megamm.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+WINDOW = 1 << 22
+"""Values of text rows in memory at a time, for computing their mean and deviation."""
+
+
+def check(config: RunConfig, vocabulary: Vocabulary) -> None:
+    """Check the start before any process runs, as far as no tensors are needed. Raises UserError as `begin` does."""
+    start, run = config.start_from, config.output
+    has_own = config.checkpoint.durable is not None or any(folder.all_of(run))
+    source = None if start is None or has_own else glance(start.checkpoint, config.data.seq_length)
+    if start is not None and source is not None:
+        _growth(config, vocabulary, start, source)
+
+
+def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
+    """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
+    ranks = Ranks()
+    with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
+        engine.start_from(_Fill(config, vocabulary, start, source, ranks))
+        if ranks.rank == 0:
+            events.record(config.output, "started_from", place=start.checkpoint, folder=str(source.where))
+            print(f"started from {source.where}", flush=True)
+
+
+class _Fill:
+    """Implements megamm.engine.api.Fill: sets the blocks that the engine passes to it."""
+
+    def __init__(
+        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
+    ) -> None:
+        self.config, self.start, self.source, self.ranks = config, start, source, ranks
+        self.growth: Growth = ranks.together(lambda: _growth(config, vocabulary, start, source))
+
+    def __call__(self, blocks: Sequence[Block], whole: Mapping[str, Shape], tables: set[str]) -> None:
+        actions: dict[str, str] = self.ranks.together(lambda: self._decide(whole, tables))
+        if self.ranks.rank == 0:
+            self._tell(actions)
+        around: dict[str, Around] = {}
+        if any(span.taken_from is None for span in self.growth.spans):
+            moved = [name for name in sorted(tables) if actions[name] == "load"]
+            around = self.ranks.on_first(lambda: {name: self._text(name) for name in moved})
+        read: list[Block] = []
+        for block in blocks:
+            name = block.key.removeprefix(MAIN_COPY)
+            if name in tables:
+                read += self._table(block, name, actions[name] == "new", around)
+            elif actions[name] == "new":
+                self._draw(block, name)
+            else:
+                read.append(self._stored(block, name))
+        self.ranks.together(lambda: self.source.read(read))
+
+    def _decide(self, whole: Mapping[str, Shape], tables: set[str]) -> dict[str, str]:
+        theirs = {name: shape for name, shape in self.source.shapes.items() if not name.startswith("optimizer.")}
+        pairs = [pair for rule in self.start.rules for pair in rule.items()]
+        try:
+            return rules.decide(theirs, whole, tables, pairs)
+        except UserError as error:
+            raise UserError(error.what, where=self.source.where, remedy=error.remedy) from None
+
+    def _tell(self, actions: Mapping[str, str]) -> None:
+        for line in self.growth.lines:
+            log.info("vocabulary: %s", line)
+        by_action: dict[str, list[str]] = {"load": [], "new": [], "ignore": []}
+        for name in sorted(self.source.shapes.keys() | actions.keys()):
+            if not name.startswith("optimizer."):
+                by_action[actions.get(name, "ignore")].append(name)
+        log.info("tensors: %d loaded from %s", len(by_action["load"]), self.source.where)
+        for action, what in (("new", "new, initialised as in a new model"), ("ignore", "skipped")):
+            if by_action[action]:
+                log.info("tensors %s: %s", what, ", ".join(by_action[action]))
+
+    def _stored(self, block: Block, name: str) -> Block:
+        """The block to read from the source: of the float32 copy where there is one."""
+        key = MAIN_COPY + name if MAIN_COPY + name in self.source.shapes else name
+        return replace(block, key=key, shape=tuple(self.source.shapes[key]), grows=False)
+
+    def _draw(self, block: Block, name: str, around: Around | None = None) -> None:
+        new_rows.set_new(block, name, self.config.model, self.config.train.seed, around)
+
+    def _table(self, block: Block, name: str, is_new: bool, around: Mapping[str, Around]) -> list[Block]:
+        """Set the new rows and the padding of a table's block; returns the blocks to read from the source."""
+        first, stop, size = block.offset[0], block.offset[0] + block.size[0], self.growth.spans[-1].stop
+        read = []
+        for span in self.growth.spans:
+            low, high = max(first, span.start), min(stop, span.stop)
+            if low >= high:
+                continue
+            rows = _rows(block, low, high)
+            if is_new or span.taken_from is None:
+                self._draw(rows, name, None if is_new else around[name])
+            else:
+                row = span.taken_from + low - span.start
+                read.append(self._stored(replace(rows, offset=(row, *rows.offset[1:])), name))
+        if stop > size:  # padding rows for tensor parallelism have no id
+            _rows(block, max(first, size), stop).data.zero_()
+        return read
+
+    def _text(self, name: str) -> Around:
+        """Mean and deviation of the source's text rows, window by window: independent of how they are stored."""
+        text, width = self.growth.text, self.source.shapes[name][1]
+        total = torch.zeros(2, width, dtype=torch.float64)
+        step = max(1, WINDOW // width)
+        for row in range(text.start, text.stop, step):
+            rows = torch.empty(min(step, text.stop - row), width)
+            self.source.read([self._stored(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
+            total += torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
+        mean, square = total / len(text)
+        return Around(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
+
+
+def _growth(config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source) -> Growth:
+    """Plan the change from the source's vocabulary to the run's. Raises UserError if model or vocabulary do not fit."""
+    try:
+        _check_function(source.model, config, start.model_changes)
+        return grow(source.vocabulary, vocabulary, start.vocabulary)
+    except UserError as error:
+        raise UserError(error.what, where=source.where, remedy=error.remedy) from None
+
+
+def _rows(block: Block, low: int, high: int) -> Block:
+    """Rows [low, high) of the whole tensor, all of which are in the block."""
+    first = low - block.offset[0]
+    data = block.data.view(block.size)[first : first + high - low]
+    return replace(block, offset=(low, *block.offset[1:]), size=(high - low, *block.size[1:]), data=data)
+
+
+def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequence[str]) -> None:
+    """Raise UserError for a key that changes what the same tensors compute, unless it is in `admitted`."""
+    ours = config.model.model_dump(mode="json")
+    # A source older than a key behaves like today's default of this key.
+    fields = ModelConfig.model_fields.items()
+    default = {name: field.get_default() for name, field in fields if not field.is_required()}
+    defaults = TypeAdapter(dict[str, Any]).dump_python(default, mode="json")
+    unknown = next((key for key in admitted if key not in FUNCTION), None)
+    if unknown is not None:
+        what = f"start_from.model_changes: {unknown} is not one of the keys that it can admit"
+        raise UserError(what, remedy=f"use only {', '.join(FUNCTION)}")
+    for key in FUNCTION:
+        before, after = _at(theirs, key), _at(ours, key)
+        if before is None:
+            before = _at(defaults, key)
+        if before is None or before == after:
+            continue
+        if key not in admitted:
+            what = (
+                f"model.{key} is {before} in the source, but {after} in the config: the same weights would compute "
+                f"something else"
+            )
+            raise UserError(what, remedy=f"set model.{key}: {before}, or add {key} to start_from.model_changes")
+        log.info("model.%s: %s in the source, now %s: allowed by start_from.model_changes", key, before, after)
+
+
+def _at(section: Mapping[str, Any], key: str) -> Any:
+    """A dotted key's value; None if it is missing."""
+    *sections, last = key.split(".")
+    for name in sections:
+        section = section.get(name) or {}
+    return section.get(last)

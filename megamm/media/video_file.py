@@ -1,0 +1,224 @@
+"""Video files with PyAV (FFmpeg): bytes -> frames with their times, upright and in RGB; frames -> mp4 bytes.
+
+Only the video stream that FFmpeg selects is read; sound belongs to another modality. Only the given bytes are opened:
+the file's extension fixes the container format, so playlists and references are not followed.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from megamm.common.errors import UnreadableMedia
+from megamm.media.frame_sampling import samples_before, usable_frames
+from megamm.media.image_file import PixelArray, pad_to_square
+
+FrameArray = npt.NDArray[np.uint8]
+MAX_PIXELS = 2**25
+"""Maximum pixels of one frame: 8K (7680 x 4320) and a little more."""
+MAX_SECONDS = 600.0
+MAX_DECODED_PIXELS = 2**35
+"""Maximum pixels of all frames, minutes of decoding: eleven minutes of 1920 x 1080 at 25 Hz."""
+MISSING_FRAMES, MISSING_SHARE = 2, 0.05
+"""How far before its declared duration a file may end; a file that ends earlier is truncated."""
+
+_MP4, _MATROSKA = "mp4", "matroska"
+_CONTAINER = {"mp4": _MP4, "mov": _MP4, "webm": _MATROSKA, "mkv": _MATROSKA}
+_MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
+"""The first box of an MP4 or QuickTime file is one of these."""
+_EBML = b"\x1a\x45\xdf\xa3"
+_TRANSPOSE = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+
+
+class VideoSizes(Protocol):
+    """Input sizes of a visual codec or its config; units as in tokenizers/visual/model.py."""
+
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def frame_rate(self) -> float: ...
+    @property
+    def max_frames(self) -> int: ...
+    @property
+    def frames_per_step(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ShownFrame:
+    """A decoded frame (av.VideoFrame) and the time it is shown, in seconds from the first.
+
+    pixel_aspect: width of a stored pixel over its height.
+    """
+
+    start: float
+    end: float
+    frame: Any
+    pixel_aspect: float
+
+    def image(self) -> Image.Image:
+        """The frame in RGB and upright, in stored pixels."""
+        image = self.frame.to_image()
+        turns = self.turns()
+        return image.transpose(_TRANSPOSE[turns]) if turns else image
+
+    def square(self, size: int) -> PixelArray:
+        """uint8 `[size, size, 3]`, aspect kept, padded like an image."""
+        return pad_to_square(self.image(), size, 1 / self.pixel_aspect if self.turns() % 2 else self.pixel_aspect)
+
+    def turns(self) -> int:
+        """Quarter turns counter-clockwise that make the stored picture upright."""
+        return round(self.frame.rotation / 90) % 4
+
+
+def video_frames(data: bytes, extension: str, sizes: VideoSizes) -> FrameArray:
+    """Video bytes to the codec's input, uint8 `[F, Y, X, 3]`. Raises UnreadableMedia if the part read is broken."""
+    frames = sampled_squares(data, extension, sizes.frame_rate, sizes.max_frames, sizes.image_size)
+    return frames[: usable_frames(len(frames), sizes.max_frames, sizes.frames_per_step)]
+
+
+def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, size: int) -> FrameArray:
+    """The frames shown at 0, 1 / frame_rate, ... s, uint8 `[F, size, size, 3]`, F from 1 to `limit`.
+
+    Later frames are not decoded. Raises UnreadableMedia if broken, truncated or of the wrong format.
+    """
+    squares: list[PixelArray] = []
+    first = None
+    with closing(shown_frames(data, extension)) as frames:
+        for shown in frames:
+            first = first or shown
+            repeats = min(samples_before(shown.end, frame_rate), limit) - len(squares)
+            if repeats > 0:
+                squares += [shown.square(size)] * repeats
+            if len(squares) == limit:
+                break
+    assert first, "shown_frames yields a frame or raises"
+    return np.stack(squares or [first.square(size)])
+
+
+def digest_of_frames(data: bytes, extension: str) -> str:
+    """Decode everything; SHA-256 (hex) of the frames. UnreadableMedia if broken, truncated, too long or too large."""
+    digest, pixels = hashlib.sha256(), 0
+    for shown in shown_frames(data, extension):
+        image = shown.image()
+        pixels += image.width * image.height
+        if shown.end > MAX_SECONDS:
+            raise UnreadableMedia(f"longer than {MAX_SECONDS:g} s; cut it into clips")
+        if pixels > MAX_DECODED_PIXELS:
+            raise UnreadableMedia(f"more than {MAX_DECODED_PIXELS} pixels in all its frames; cut it into clips")
+        digest.update(f"{image.width} x {image.height}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def shown_frames(data: bytes, extension: str) -> Generator[ShownFrame, None, None]:
+    """Every frame in display order, at least one. Raises UnreadableMedia if broken or truncated, also after some."""
+    with open_video(data, extension) as (container, stream):
+        yield from _decode(container, stream)
+
+
+@contextmanager
+def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and video stream, with a decoder that does not hide damage; closed on exit.
+
+    Raises UnreadableMedia if the file is broken, of another format or too large, and for FFmpeg's exceptions inside.
+    """
+    import av  # FFmpeg's libraries are not needed to read text
+
+    _check_container(data, extension)
+    try:
+        with av.open(io.BytesIO(data), format=_CONTAINER[extension]) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise UnreadableMedia("contains no video")
+            _check_size(stream.codec_context)
+            # The limit is for sizes that are not in the header; it includes padding.
+            stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
+            yield container, stream
+    except UnreadableMedia:
+        raise
+    except Exception as error:  # FFmpeg's errors have many classes; PyAV adds some for damaged headers
+        raise UnreadableMedia(f"broken {extension} data: {type(error).__name__}") from error
+
+
+def _check_container(data: bytes, extension: str) -> None:
+    if not data:
+        raise UnreadableMedia("zero bytes")
+    wanted = _CONTAINER.get(extension)
+    found = _MP4 if data[4:8] in _MP4_BOXES else _MATROSKA if data.startswith(_EBML) else None
+    if found is None:
+        raise UnreadableMedia("neither MP4 (QuickTime) nor Matroska (WebM)")
+    if found != wanted:
+        raise UnreadableMedia(f"{'an MP4' if found == _MP4 else 'a Matroska'} file with the extension .{extension}")
+
+
+def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
+    aspect = float(stream.sample_aspect_ratio or 1)
+    last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            raise UnreadableMedia("a frame has no timestamp")
+        _check_size(frame)  # the size can change
+        time = frame.pts * frame.time_base
+        origin = time if origin is None else origin
+        if last is not None:
+            gap = time - origin - last[0]
+            yield ShownFrame(float(last[0]), float(time - origin), last[1], aspect)
+        last = (time - origin, frame)
+    if last is None or origin is None:
+        raise UnreadableMedia("no readable frame")
+    gap = last[1].duration * last[1].time_base or gap
+    end = last[0] + gap
+    check_end(container, stream, end, origin, gap)
+    yield ShownFrame(float(last[0]), float(end), last[1], aspect)
+
+
+def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
+    """Raise UnreadableMedia if the file ends too early. Seconds: end from the first frame, at origin."""
+    declared = _declared_duration(container, stream)
+    missing = max(MISSING_FRAMES * gap, Fraction(MISSING_SHARE) * declared)
+    if max(end, end + origin) < declared - missing:
+        raise UnreadableMedia(f"truncated: it ends after {float(end):.2f} s of {float(declared):.2f} s")
+
+
+def _check_size(given: Any) -> None:
+    if given.width * given.height > MAX_PIXELS:
+        raise UnreadableMedia(f"{given.width} x {given.height} is more than {MAX_PIXELS} pixels")
+
+
+def _declared_duration(container: Any, stream: Any) -> Fraction:
+    """Duration of the video stream in seconds; 0 if the file does not declare one."""
+    if stream.duration:
+        return stream.duration * stream.time_base
+    if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
+    return Fraction(container.duration or 0, 1_000_000) if len(container.streams) == 1 else Fraction(0)
+
+
+def write_mp4(frames: npt.NDArray[np.uint8], frame_rate: float) -> bytes:
+    """uint8 `[F, Y, X, 3]`, Y and X even, to VP9 in mp4, 4:2:0: browsers play it, and DALI decodes it on a CPU too.
+
+    The same frames give the same bytes with one build of libvpx.
+    """
+    import av
+
+    rate = Fraction(frame_rate).limit_denominator(1001)
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("libvpx-vp9", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.options = {"crf": "10", "b": "0", "cpu-used": "4", "threads": "1", "flags": "+bitexact"}
+        stream.time_base = 1 / rate
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return file.getvalue()

@@ -1,0 +1,124 @@
+"""Plans which frames of a video file to decode, by reading its packets and decoding only its first frame.
+
+In: the file's bytes, the start of the clip (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, from
+which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (media/frame_sampling.py).
+Times are in ticks of the file's video stream.
+"""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from megamm.common.errors import UnreadableMedia
+from megamm.media.frame_sampling import sampled_frames, usable_frames
+from megamm.media.image_file import fitted_sides
+from megamm.media.video_file import ShownFrame, VideoSizes, check_end, open_video
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """The frames of a clip, and file properties that decoders need. F frames, possibly with repetitions."""
+
+    frames: tuple[int, ...]
+    """`[F]` frame numbers in display order, counted from the file's first frame."""
+    times: tuple[int, ...]
+    """`[F]` presentation times of the same frames."""
+    keyframe: int
+    """Presentation time of the keyframe from which to decode."""
+    skipped: int
+    """Number of frames before that keyframe."""
+    codec: str
+    """FFmpeg's name: "h264", "vp9"."""
+    pixel_format: str
+    colour_matrix: int
+    """Code of ISO/IEC 23091-2, MatrixCoefficients; 2 if the file does not specify one."""
+    has_cuts: bool
+    """Whether the container hides frames of some packets (edit lists)."""
+    width: int
+    height: int
+    """As stored, in pixels."""
+    turns: int
+    """Quarter turns counter-clockwise that make it upright."""
+    pixel_aspect: float
+    """Width of a stored pixel over its height."""
+
+    def stored_sides(self, size: int) -> tuple[int, int]:
+        """Width and height of the picture in a square of `size` pixels, before rotation."""
+        aspect = 1 / self.pixel_aspect if self.turns % 2 else self.pixel_aspect
+        width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
+        width, height = fitted_sides(width * aspect, height, size)
+        return (height, width) if self.turns % 2 else (width, height)
+
+
+@dataclass(frozen=True)
+class _Packet:
+    time: int
+    duration: int
+    is_key: bool
+    is_cut: bool
+    """Decoded, but hidden by the container."""
+
+
+def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSizes) -> ClipPlan:
+    """Plan the clip that starts this many seconds after the file's first frame, F = 1 + n * frames_per_step.
+
+    Raises UnreadableMedia if the file is broken, truncated, of another format, or ends before the clip starts.
+    """
+    with open_video(data, extension) as (container, stream):
+        packets, first = _packets(container, stream)
+        shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
+        if first is None or not shown:
+            raise UnreadableMedia("no readable frame")
+        tick: Fraction = stream.time_base
+        gap = shown[-1].duration or (shown[-1].time - shown[-2].time if len(shown) > 1 else 0)
+        if not gap and stream.average_rate:
+            gap = 1 / (stream.average_rate * tick)
+        origin = shown[0].time
+        end = (shown[-1].time + gap - origin) * tick
+        check_end(container, stream, end, origin * tick, gap * tick)
+        chosen = _chosen([float((p.time - origin) * tick) for p in shown], float(end), start_seconds, sizes)
+        keyframe = next((p for p in reversed(shown[: chosen[0] + 1]) if p.is_key), shown[0])
+        upright = ShownFrame(0.0, 0.0, first, float(stream.sample_aspect_ratio or 1))
+        return ClipPlan(
+            frames=tuple(chosen),
+            times=tuple(shown[number].time for number in chosen),
+            keyframe=keyframe.time,
+            skipped=shown.index(keyframe),
+            codec=stream.codec_context.name,
+            pixel_format=first.format.name,
+            colour_matrix=int(first.colorspace),
+            has_cuts=len(shown) < len(packets),
+            width=first.width,
+            height=first.height,
+            turns=upright.turns(),
+            pixel_aspect=upright.pixel_aspect,
+        )
+
+
+def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
+    """The packets that hold a frame, in the file's order, and the first frame that the decoder returns (or None)."""
+    packets, first = [], None
+    for packet in container.demux(stream):
+        if first is None:
+            first = next(iter(packet.decode()), None)
+        if not packet.size or _is_hidden(packet, stream):
+            continue
+        if packet.pts is None:
+            raise UnreadableMedia("a frame has no timestamp")
+        packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
+    return packets, first
+
+
+def _is_hidden(packet: Any, stream: Any) -> bool:
+    """Whether its frame is never shown: VP8 has a flag in the first byte (RFC 6386, section 9.1: show_frame)."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
+
+
+def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
+    if start >= end:
+        raise UnreadableMedia(f"the clip starts at {start:g} s, but the video ends at {end:.2f} s")
+    chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)
+    if chosen == [0]:  # or the end is closer than the tolerance of a sample
+        chosen = [bisect_right(starts, start) - 1]
+    return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]

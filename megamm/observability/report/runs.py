@@ -1,0 +1,184 @@
+"""`megamm runs`: status of runs, read only from their folders, so that it works on any machine that sees the folders.
+
+Input: RUN/events.jsonl, heartbeats/, metrics.jsonl, metrics_dropped.jsonl, metrics.prom. Output: `Status`. Losses are
+in nats per token, times in Unix seconds, ages in seconds.
+"""
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megamm.common import events, redact
+from megamm.common.errors import UserError
+from megamm.elastic import heartbeat
+from megamm.observability import metrics
+from megamm.observability.goodput import account
+from megamm.observability.prometheus import TEXTFILE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+State = Literal["waiting", "running", "silent", "stopping", "stopped", "done", "failed"]
+FINAL = ("stopped", "done", "failed")
+LIFE = ("launched", "restarting", "resumed", "started", "signal", "failed", "evicted", "finished", "gave_up")
+SILENT_SECONDS, STARTUP_SECONDS = 60.0, 600.0
+"""Seconds without a heartbeat after which a run counts as silent: within steps (three of its steps if that is longer),
+and in phases that may take long. A failure without a restart is final after the latter time."""
+_NOT_RUNS = ("checkpoints", "heartbeats", "tensorboard", "hangs")
+_TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Status:
+    """Status of one run.
+
+    why: reason for the state; steps: total number of steps, None if unknown; age: age of the oldest rank's heartbeat;
+    log: its newest log file, or its event file.
+    """
+
+    run: str
+    state: State
+    why: str
+    step: int
+    steps: int | None
+    losses: dict[str, float | None]
+    goodput: float | None
+    restarts: int
+    age: float | None
+    log: str
+
+
+def find(folders: list[Path]) -> list[Path]:
+    """Return the runs that these folders are or contain, at any depth; UserError if one is not a folder."""
+    found: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError("no such folder", where=folder, remedy="give a run's output folder, or one above it")
+        found += [run for run in _below(folder) if run not in found]
+    return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    for place, inner, files in os.walk(folder):
+        inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
+        if events.EVENTS in files or metrics.METRICS in files:
+            yield Path(place)
+
+
+def status(run: Path, now: float | None = None) -> Status:
+    """Return the status of a run at `now`, in Unix seconds."""
+    now = time.time() if now is None else now
+    told, lines = redact.values(events.read(run)), metrics.read_lines(run)
+    beats = _newest_attempt(heartbeat.read(run))
+    steps = _target(run)
+    state, why = _state(told, beats, _silent_after(beats, lines), steps, now)
+    account_of = account(told, metrics.read_all_lines(run))
+    losses: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("loss/") for k in line)), {})
+    return Status(
+        run=str(run),
+        state=state,
+        why=why,
+        step=max((line["step"] for line in lines), default=0),
+        steps=steps,
+        losses={key.split("/", 1)[1]: value for key, value in losses.items() if key.startswith("loss/")},
+        goodput=account_of.ratio,
+        restarts=max(account_of.attempts - 1, 0),
+        age=max(now - min(beat.time for beat in beats), 0.0) if beats else None,
+        log=str(_log(run)),
+    )
+
+
+def _newest_attempt(beats: list[heartbeat.Beat]) -> list[heartbeat.Beat]:
+    """Return the heartbeats of the last attempt: earlier launches may have had more ranks."""
+    newest = max(beats, key=lambda beat: beat.time, default=None)
+    return [b for b in beats if newest is not None and b.attempt == newest.attempt]
+
+
+def _target(run: Path) -> int | None:
+    path = run / TEXTFILE
+    found = _TARGET.search(path.read_text()) if path.exists() else None
+    return int(float(found[1])) if found else None
+
+
+def _silent_after(beats: list[heartbeat.Beat], lines: list[dict[str, Any]]) -> float:
+    """Return the seconds of silence after which a run counts as silent in its ranks' current phase."""
+    if any(beat.phase not in ("data", "step") for beat in beats) or not lines:
+        return STARTUP_SECONDS
+    known = [line["step_seconds"] / line["steps"] for line in lines[-20:] if line.get("steps")]
+    return max(SILENT_SECONDS, 3 * statistics.median(known)) if known else STARTUP_SECONDS
+
+
+def _state(
+    told: list[dict[str, Any]], beats: list[heartbeat.Beat], limit: float, steps: int | None, now: float
+) -> tuple[State, str]:
+    life = [event for event in told if event["kind"] in LIFE]
+    last: dict[str, Any] = life[-1] if life else {"kind": "none", "time": 0.0}
+    heard = max((beat.time for beat in beats), default=0.0)
+    age = now - min((beat.time for beat in beats), default=last["time"])
+    ended = bool(beats) and all(beat.phase == "end" for beat in beats)
+    match last["kind"]:
+        case "finished":
+            return "done", "finished"
+        case "gave_up":
+            return "failed", f"gave up: {last.get('why', '')}"
+        case "failed" | "evicted":
+            return _after_failure(last, life, now)
+        case "signal":
+            if ended or now - last["time"] > STARTUP_SECONDS:
+                return "stopped", f"{last.get('signal', 'a signal')}: run it again to continue"
+            return "stopping", f"{last.get('signal', 'a signal')}: writing a checkpoint, then exiting"
+        case "launched" | "restarting" if now - max(last["time"], heard) <= STARTUP_SECONDS:
+            return "waiting", f"{last['kind']}, no step yet"
+    has_agent = any(event["kind"] == "launched" for event in life)
+    if ended and not (has_agent and age <= SILENT_SECONDS):  # an agent records the end, a moment later
+        is_done = steps is not None and max(beat.step for beat in beats) >= steps
+        return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to continue")
+    if age > limit:
+        slowest = min(beats, key=lambda beat: beat.time, default=None)
+        who = f"rank {slowest.rank} on {slowest.host}, in {slowest.phase}" if slowest else "no heartbeat"
+        return "silent", f"since {time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(now - age))} UTC: {who}"
+    return "running", f"in {beats[0].phase}" if beats else "no heartbeat yet"
+
+
+def _after_failure(last: dict[str, Any], life: list[dict[str, Any]], now: float) -> tuple[State, str]:
+    """Return the state after a failure: a restart follows, unless the user must fix an error or had stopped the run."""
+    cause = str(last.get("cause") or f"{last['kind']}: {last.get('why', '')}")
+    since_launch = life[max((i for i, e in enumerate(life) if e["kind"] in ("launched", "restarting")), default=0) :]
+    is_final = cause.startswith("error: ") or any(event["kind"] == "signal" for event in since_launch)
+    if is_final or now - last["time"] > STARTUP_SECONDS:
+        return "failed", cause
+    return "waiting", f"for a restart after: {cause}"
+
+
+def _log(run: Path) -> Path:
+    logs = [path for pattern in ("*.log", "*.out", "logs/*") for path in run.glob(pattern) if path.is_file()]
+    return max(logs, key=lambda path: path.stat().st_mtime, default=run / events.EVENTS)
+
+
+def table(found: list[Status]) -> "Table":
+    """Return a table with one row per run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from megamm.observability.report.timeline import duration
+
+    rows = Table("run", "state", "step", "loss", "goodput", "restarts", "heartbeat", "log", box=None, pad_edge=False)
+    for one in found:
+        losses = " ".join(f"{name} {value:.3f}" for name, value in one.losses.items() if value is not None)
+        cells = (
+            one.run,
+            one.state,
+            f"{one.step}/{'?' if one.steps is None else one.steps}",
+            losses or "-",
+            "-" if one.goodput is None else f"{one.goodput:.1%}",
+            str(one.restarts),
+            "-" if one.age is None else f"{duration(one.age)} ago",
+            one.log,
+        )
+        rows.add_row(*map(Text, cells))
+    return rows

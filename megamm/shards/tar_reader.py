@@ -1,0 +1,77 @@
+"""Reads single members of tars by their place, without an index, in data workers.
+
+In: `Stored`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
+"""
+
+import os
+import tarfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+from megamm.common.errors import UserError
+
+BLOCK = 512
+"""Bytes of a tar block: a header is one block, data is padded to whole blocks, two zero blocks end the file."""
+_OPEN = 128
+"""Maximum number of open tars: a process can open about 1,000 files, and a data set has more shards."""
+
+
+class Stored(NamedTuple):
+    """A member `name` of a tar: the start and size of its data."""
+
+    tar: str
+    name: str
+    offset: int
+    size: int
+
+
+class TarReader:
+    """Opens tars when they are first read; a copy in another process opens its own."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, member: Stored) -> bytes:
+        """The data of a member. Raises UserError if the tar's header there does not match this member."""
+        block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
+        if len(block) < BLOCK + member.size or not _is_header_of(block, member):
+            try:
+                header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
+            except (tarfile.HeaderError, ValueError):
+                header = tarfile.TarInfo("no tar header")
+            if (header.name, header.size) != (member.name, member.size) or len(block) < BLOCK + member.size:
+                what = f"index and tar do not match: {member.name} ({member.size} bytes) expected, "
+                what += f"{header.name} ({header.size}) found"
+                remedy = f"rebuild the index with `megamm data index {Path(member.tar).parent}`"
+                raise UserError(what, where=member.tar, remedy=remedy)
+        return block[BLOCK:]
+
+    def _file(self, tar: str) -> int:
+        if tar not in self._files:
+            if len(self._files) == _OPEN:
+                os.close(self._files.popitem(last=False)[1])
+            try:
+                self._files[tar] = os.open(tar, os.O_RDONLY)
+            except OSError as error:
+                what = f"a shard can no longer be read: {error.strerror}"
+                raise UserError(what, where=tar, remedy="restore it; the same command resumes the run") from error
+        self._files.move_to_end(tar)
+        return self._files[tar]
+
+    def close(self) -> None:
+        """Close the tars; a later read opens them again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __reduce__(self) -> "tuple[type[TarReader], tuple[()]]":
+        return TarReader, ()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _is_header_of(block: bytes, member: Stored) -> bool:
+    """Whether a plain ustar or GNU header has this name and size: ten times as fast as parsing it."""
+    return block[:100].rstrip(b"\0") == member.name.encode() and block[124:136].rstrip(b" \0") == b"%011o" % member.size

@@ -1,0 +1,1 @@
+"""The audio tokenizer: model, training and figures."""

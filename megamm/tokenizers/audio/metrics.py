@@ -1,0 +1,111 @@
+"""Figures that judge an audio codec: held-out clips against their reconstructions, computed in float32.
+
+During training: `loss` (mean absolute error of the log-mel), `mel_db` (the same in decibels), and for each level q of
+the residual quantiser `codes_used_q` and `perplexity_q` (tokenizers/training_loop.py). At the end also, for the
+waveforms of Griffin-Lim: `stft_distance` (spectral convergence plus log-magnitude distance, each the mean over three
+resolutions; Yamamoto et al. 2020, "Parallel WaveGAN", section 2.3). For clips with known words: the share `understood`
+in the original (at most half of the words wrong; the recogniser knows one language), and for these clips `word_error`
+and `word_error_of_originals` (tokenizers/audio/word_error.py).
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megamm.media.sound_file import Waveform, resample
+from megamm.tokenizers.audio import word_error
+from megamm.tokenizers.audio.model import AudioCodec
+from megamm.tokenizers.training_loop import Figures, codebook_use
+
+logger = logging.getLogger(__name__)
+
+DECIBELS = 20 / math.log(10)
+"""Decibels per unit of a natural logarithm of magnitudes."""
+RESOLUTIONS = (512, 1024, 2048)
+"""Fourier transform lengths of `stft_distance` in samples; hops are a quarter."""
+SMALLEST = 1e-5
+"""Magnitude below which `stft_distance` ignores differences."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A sound, float32 `[samples]`, with the words spoken in it, or "" if unknown."""
+
+    waveform: Waveform
+    said: str
+
+
+@torch.inference_mode()
+def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
+    """Mel distance and codebook use for clips of at least one sample each."""
+    device = codec.norm.weight.device
+    total, values = 0.0, 0
+    counts = torch.zeros(codec.codebooks, codec.codebook_size, dtype=torch.int64)
+    for clip in clips:
+        log_mel = codec.mel(codec.padded(torch.from_numpy(clip.waveform).to(device)[None]))
+        reconstruction, codes = codec.reconstruct(log_mel)
+        total += (reconstruction - log_mel).abs().sum().item()
+        values += log_mel.numel()
+        for level in range(codec.codebooks):
+            counts[level] += torch.bincount(codes[0, :, level].cpu(), minlength=codec.codebook_size)
+    figures = {"loss": total / values, "mel_db": total / values * DECIBELS}
+    for level in range(codec.codebooks):
+        figures |= {f"{name}_{level}": value for name, value in codebook_use(counts[level]).items()}
+    return figures
+
+
+def evaluate_waveforms(codec: AudioCodec, clips: list[Clip]) -> Figures:
+    """Distance of the decoded waveforms, and the share of words that a recogniser still understands."""
+    device = codec.norm.weight.device
+    originals = [torch.from_numpy(clip.waveform).to(device) for clip in clips]
+    decoded = [
+        codec.decode(codec.encode(waveform[None], [len(waveform)])[0])[: len(waveform)] for waveform in originals
+    ]
+    distances = [stft_distance(made, original) for made, original in zip(decoded, originals, strict=True)]
+    return {
+        "stft_distance": float(np.mean(distances)),
+        **_word_errors(clips, [waveform.cpu().numpy() for waveform in decoded], codec.sample_rate),
+    }
+
+
+def stft_distance(made: Tensor, original: Tensor) -> float:
+    """Distance of waveforms `[samples]`: 0 for equal ones; an all-zero `made` has a spectral convergence of 1."""
+    total = 0.0
+    for size in RESOLUTIONS:
+        window = torch.hann_window(size, device=made.device)
+        ours, theirs = (
+            torch.stft(x, size, size // 4, window=window, pad_mode="constant", return_complex=True).abs()
+            for x in (made, original)
+        )
+        convergence = (ours - theirs).norm() / theirs.norm().clamp(min=SMALLEST)
+        logarithms = ours.clamp(min=SMALLEST).log() - theirs.clamp(min=SMALLEST).log()
+        total += (convergence + logarithms.abs().mean()).item()
+    return total / len(RESOLUTIONS)
+
+
+def _word_errors(clips: list[Clip], decoded: list[Waveform], sample_rate: int) -> Figures:
+    """Word error rates of the clips with known words; {} if they cannot be measured (logged)."""
+    spoken = [i for i, clip in enumerate(clips) if clip.said]
+    missing = word_error.missing_package()
+    if missing or not spoken:
+        reason = f"{missing} is not installed" if missing else "no clip has a text"
+        logger.info("word error not measured: %s", reason)
+        return {}
+
+    def heard(waveforms: list[Waveform], chosen: list[int]) -> list[str]:
+        return word_error.recognise([resample(waveforms[i], sample_rate, word_error.SAMPLE_RATE) for i in chosen])
+
+    originals = dict(zip(spoken, heard([clip.waveform for clip in clips], spoken), strict=True))
+    understood = [i for i in spoken if word_error.word_error_rate([clips[i].said], [originals[i]]) <= 0.5]
+    if not understood:
+        return {"understood": 0.0}
+    said = [clips[i].said for i in understood]
+    return {
+        "understood": len(understood) / len(spoken),
+        "word_error": word_error.word_error_rate(said, heard(decoded, understood)),
+        "word_error_of_originals": word_error.word_error_rate(said, [originals[i] for i in understood]),
+    }

@@ -1,0 +1,1 @@
+"""Pretrained tokenizers of transformers, behind the interface of our own."""

@@ -1,0 +1,1 @@
+"""The text tokenizer: reading a folder, and training byte-level BPE."""

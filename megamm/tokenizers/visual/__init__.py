@@ -1,0 +1,1 @@
+"""The visual tokenizer of images and videos: model, training and figures."""
