@@ -1,6 +1,6 @@
 """Positions of this rank's tensors in the whole model's tensors, from Megatron's sharded state dict.
 
-Checkpoints (store.py, whole_parameters.py), comparison between layouts (parity/assemble.py) and the dry run
+Checkpoints (store.py, whole_parameters.py), comparison between layouts (mcore/assemble.py) and the dry run
 (fake_world.py) all use it. Megatron gives the name of the whole tensor (`key`), its shape, and the boxes of it that a
 local tensor holds: usually one, two for the halves of a SwiGLU. Megatron stacks layers on a first axis unless there are
 two kinds of layers; here they are always stacked, over the layers that have the tensor.

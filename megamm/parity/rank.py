@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
+from megamm.mcore import assemble, observe
 from megamm.mcore import groups as grid
-from megamm.mcore import observe
-from megamm.parity import assemble, positions
-from megamm.parity.assemble import Piece
+from megamm.mcore.assemble import Piece
+from megamm.parity import positions
 from megamm.parity.case import Run
 from megamm.parity.report import BOUNDS, Difference, Extent, Job, RankReport
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
