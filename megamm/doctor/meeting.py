@@ -10,8 +10,8 @@ import socket
 import time
 from typing import Any
 
-from megamm.elastic import endpoint
 from megamm.elastic.launcher import Nodes
+from megamm.elastic.rendezvous import parse_endpoint
 
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0
@@ -30,7 +30,7 @@ class Meeting:
         import torch.distributed as dist
 
         assert nodes.rendezvous is not None
-        self.host, self.port = endpoint.parse(nodes.rendezvous)
+        self.host, self.port = parse_endpoint(nodes.rendezvous)
         self.deadline = time.monotonic() + join
         self.failures = (RuntimeError, ValueError)
         listener = _listener(self.host, self.port)
