@@ -14,8 +14,8 @@ from typing import Any
 from megamm.common import device
 from megamm.doctor import exchange, installation
 from megamm.doctor.findings import Finding, Node
+from megamm.doctor.machine import CLOCK_REMEDY, MAX_SKEW
 from megamm.doctor.meeting import TURN, Lost, Meeting
-from megamm.doctor.storage import CLOCK_REMEDY, MAX_SKEW
 from megamm.elastic.launcher import Nodes
 
 ROUNDS = 3
@@ -121,11 +121,11 @@ def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exch
     processes = max(plan["processes"], 1)
     members = [(f"pair/{i}-{j}", (i, j)) for pairs in rounds(fit) for i, j in pairs if own in (i, j)]
     groups = [
-        exchange.Group(name, group.index(own) * processes, len(group) * processes)
+        exchange.ExchangeGroup(name, group.index(own) * processes, len(group) * processes)
         for name, group in [*members, (ALL, tuple(fit))]
     ]
     backend = "nccl" if plan["processes"] else "gloo"
-    job = exchange.Job(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
+    job = exchange.ExchangeJob(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
     try:
         return exchange.measure(job, meeting.store)
     except meeting.failures as error:
