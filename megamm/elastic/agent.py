@@ -119,7 +119,7 @@ class Agent:
         return outcome
 
     def _decide(self, all_fresh: bool, nodes: int, begin: float) -> AttemptPlan:
-        """On group rank 0: decide about the next attempt for all nodes, and record the decision.
+        """Decide, on group rank 0, about the next attempt for all nodes, and record the decision.
 
         all_fresh: no agent of the job has made an attempt in this launch. begin: start of this rendezvous.
         """

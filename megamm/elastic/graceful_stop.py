@@ -115,12 +115,13 @@ class GracefulStop:
         """Exchange the steps that ranks have entered; once all are known, set the last step for the ranks."""
         if self.why is None or self.page.last_step is not None or time.monotonic() - self.since < _SETTLE:
             return
+        # Each node publishes its largest step once; the largest of all nodes is then the same on all of them.
         if self.group_rank not in self._entered:
             own = max(0, *(status.entered for status in self.page.ranks))
             self._entered[self.group_rank] = own
             self.rendezvous.send(f"entered/{self.group_rank}", str(own))
         for node in range(self.nodes):
-            if node not in self._entered and (told := self.rendezvous.received(f"entered/{node}")) is not None:
-                self._entered[node] = int(told)
+            if node not in self._entered and (step := self.rendezvous.received(f"entered/{node}")) is not None:
+                self._entered[node] = int(step)
         if len(self._entered) == self.nodes:
             self.page.stop_after(max(self._entered.values()))

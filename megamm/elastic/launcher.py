@@ -114,10 +114,11 @@ def _supervise(launcher: "_Launcher", config: RunConfig, ranks: int, nodes: Node
         code = launcher.run_agent(plan)
         if code in _FINAL or launcher.signalled_at or not r.max_restarts:
             return code if code >= 0 else exit_codes.CRASHED
+        # The job may be done although this node's agent failed afterwards.
         if any(event["kind"] == "finished" for event in events.read(config.output)[before:]):
             return exit_codes.DONE  # the agent only had to leave the job
         deaths += 1
-        if code != exit_codes.CRASHED:
+        if code != exit_codes.CRASHED:  # with CRASHED it has exited in order, for example because the store is lost
             _record_death(plan, code)
         launcher.end_all()
         if deaths > r.max_restarts:
@@ -157,6 +158,7 @@ class _Launcher:
         for number in STOP_SIGNALS:
             signal.signal(number, self._receive_signal)
         processes.adopt_orphans()
+        # Children that other code in this process has started: they are never killed here.
         self._others = processes.children(os.getpid())
         self._server = ForkServer(module, config.model_dump(mode="json"))
 
@@ -193,6 +195,7 @@ class _Launcher:
                 request, descriptors, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, MAX_DESCRIPTORS)
                 if not request:
                     return
+                # First kill what an earlier prefork parent has left: its ranks would use the same GPUs and files.
                 self._sweep(agent)
                 self._server.fork(request, descriptors)
 

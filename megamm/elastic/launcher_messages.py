@@ -46,6 +46,7 @@ class LaunchPlan:
         given = json.loads(text)
         kinds: dict[str, Any] = {"rules": Rules, "limits": Limits, "times": Times}
         given |= {key: kind(**given[key]) for key, kind in kinds.items()}
+        # JSON has lists in place of tuples.
         given |= {key: tuple(given[key]) for key in ("nodes", "admissible")}
         return cls(**given)
 

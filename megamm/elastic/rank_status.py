@@ -17,6 +17,8 @@ NO_STEP = -1
 HEARTBEAT_PAGE = "MEGAMM_SLOTS"
 """Variable in a rank's environment: "descriptor:ranks:index" of its status."""
 _NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict")
+# A status: an integer for each of _NAMES, a float for each of TIMED, then a text (length and UTF-8). The header: why to
+# stop (index in _WHY; 0 for no stop), and the last step + 1 (0 while it is not known).
 _WORDS = 8 * (len(_NAMES) + len(TIMED))
 _STATUS_BYTES = 4096
 """Size of the header and of each status: one memory page."""

@@ -164,7 +164,7 @@ class RestartCycle:
         try:
             self.rendezvous.increment("done")
             while int(self.rendezvous.received("done") or 0) < self.attempt_plan.nodes:
-                if self.rendezvous.received("lost") is not None:
+                if self.rendezvous.received("lost") is not None:  # some ranks failed after the last step
                     return False
                 time.sleep(_TICK)
         except StoreLost:
@@ -173,7 +173,7 @@ class RestartCycle:
 
     def _hung(self, overdue: list[int]) -> CycleOutcome:
         limit = self.detector.limit(self.workers.page.ranks[overdue[0]])
-        entered = self._entered()
+        entered = self._entered()  # before `examine`, which wakes stopped ranks: they could enter another step
         folder = self.plan.run / hang_detector.HANGS / f"attempt_{self.attempt_plan.attempt:04d}"
         reports = hang_detector.examine(self.workers, self.ranks, self.detector, folder)
         guilty = hang_detector.culprits(reports)
@@ -203,6 +203,7 @@ class RestartCycle:
         if self.plan.endpoint is None or now - self._asked_others < _REMOTE:
             return None
         self._asked_others = now
+        # DONE is not taken over: this node's ranks also exit with their own result.
         if (code := self.rendezvous.received("end")) is not None and int(code) != exit_codes.DONE:
             return CycleOutcome(int(code))
         if self.rendezvous.received("lost") is not None:
