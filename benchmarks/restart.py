@@ -23,7 +23,7 @@ COLUMNS = ("detection", "teardown", "decision", "start", "resume", "first step",
 RANKS = ("sigkill", "sigkill", "sigkill", "exception", "sigsegv", "exit0", "sigstop", "deadlock")
 ABOVE = ("kill_agent", "kill_agent", "kill_agent", "kill_template", "kill_template", "kill_template")
 FAULTS = (*RANKS, *ABOVE)
-KILLED = {"sigkill": "a rank", "kill_agent": "the agent", "kill_template": "the template"}
+KILLED = {"sigkill": "a rank", "kill_agent": "the agent", "kill_template": "the prefork parent"}
 HANG_SECONDS = 5
 
 

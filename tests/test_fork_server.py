@@ -1,4 +1,4 @@
-"""The fork server, with this process in the role of its command: it provides templates after any failure."""
+"""The fork server, with this process in the role of its launcher: it provides prefork parents after any failure."""
 
 import json
 import os
@@ -11,41 +11,41 @@ import pytest
 from megamm.common import processes
 from megamm.elastic import fork_server
 from megamm.elastic.fork_server import ForkServer
-from megamm.elastic.rank_status import Slots
+from megamm.elastic.rank_status import HeartbeatPage
 
 CONFIG = {"device": "cpu", "engine": "native"}
 
 
-class Command:
-    """A fork server, from which templates are requested as agents do."""
+class Launcher:
+    """A fork server, from which prefork parents are requested as agents do."""
 
     def __init__(self, config):
         self.before = processes.children(os.getpid())
         self.server = ForkServer("megamm.train.ranks", config)
 
-    def templates(self):
+    def prefork_parents(self):
         return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]
 
     def ask(self):
-        """Return the agent's end of a new template's socket."""
+        """Return the agent's end of a new prefork parent's socket."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        given = [os.dup(its.fileno()), os.dup(Slots.create(1).descriptor), os.memfd_create("stacks")]
+        given = [os.dup(its.fileno()), os.dup(HeartbeatPage.create(1).descriptor), os.memfd_create("stacks")]
         self.server.fork(b'{"ranks": 1}', given)
         its.close()
         return ours
 
-    def answer(self, template, seconds=60):
-        """Return the template's answer to an order to sweep; "" if it is gone."""
+    def answer(self, parent, seconds=60):
+        """Return the prefork parent's answer to an order to sweep; "" if it is gone."""
         try:
-            template.send(b'{"sweep": true}')
+            parent.send(b'{"sweep": true}')
         except BrokenPipeError:
             return ""
         end = time.monotonic() + seconds
-        template.settimeout(0.05)
+        parent.settimeout(0.05)
         while time.monotonic() < end:
             self.server.attend()
             try:
-                return template.recv(4096).decode()
+                return parent.recv(4096).decode()
             except TimeoutError:
                 continue
             except ConnectionResetError:
@@ -61,13 +61,13 @@ class Command:
 
 
 @pytest.fixture
-def command():
+def launcher():
     """Return a function that makes one from a config."""
     processes.adopt_orphans()
     made = []
 
     def make(config):
-        made.append(Command(config))
+        made.append(Launcher(config))
         return made[-1]
 
     yield make
@@ -77,17 +77,17 @@ def command():
     processes.adopt_orphans(False)
 
 
-def test_templates_outlive_their_fork_server_and_come_from_another(command, monkeypatch, capfd):
-    it = command(CONFIG)
+def test_prefork_parents_outlive_their_fork_server_and_come_from_another(launcher, monkeypatch, capfd):
+    it = launcher(CONFIG)
     first = it.ask()  # before it has imported anything
     assert json.loads(it.answer(first)) == {"swept": 0}
-    (template,) = it.templates()
+    (parent,) = it.prefork_parents()
 
     for _ in range(2):  # the second one has hardly begun to import
         old = it.server.pid
         os.kill(old, signal.SIGKILL)
         it.wait(lambda old=old: it.server.pid not in (None, old))
-    assert json.loads(it.answer(first)) == {"swept": 0} and it.templates() == [template]
+    assert json.loads(it.answer(first)) == {"swept": 0} and it.prefork_parents() == [parent]
 
     second = it.ask()
     assert json.loads(it.answer(second)) == {"swept": 0}
@@ -99,21 +99,21 @@ def test_templates_outlive_their_fork_server_and_come_from_another(command, monk
         patch.setattr(fork_server, "ANSWER_SECONDS", 0.1)
         it.wait(lambda: it.server.pid not in (None, stopped))
     assert json.loads(it.answer(third)) == {"swept": 0}  # from the next one, although requested from the stopped one
-    assert len(it.templates()) == 3
+    assert len(it.prefork_parents()) == 3
     for ours in (first, second, third):
         ours.close()
-    it.wait(lambda: all(processes.state(p) == "Z" for p in it.templates()))
+    it.wait(lambda: all(processes.state(p) == "Z" for p in it.prefork_parents()))
     said = capfd.readouterr().err
     assert said.count("fork server died") == 2 and said.count("fork server is not responding") == 1
 
 
-def test_one_that_cannot_import_is_tried_again_only_when_asked(command, capfd):
-    it = command({"device": "cpu"})  # its engine is missing
+def test_one_that_cannot_import_is_tried_again_only_when_asked(launcher, capfd):
+    it = launcher({"device": "cpu"})  # its engine is missing
     it.wait(lambda: it.server.pid is None)
     for _ in range(2):
-        template = it.ask()
+        parent = it.ask()
         assert it.server.pid is not None
-        assert it.answer(template) == ""
+        assert it.answer(parent) == ""
         it.wait(lambda: it.server.pid is None)
-        assert it.templates() == []
+        assert it.prefork_parents() == []
     assert capfd.readouterr().err.count("fork server died") == 3

@@ -19,7 +19,7 @@ from megamm.checkpoint.storage.upload import DurableTier
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.common.timers import Clock
+from megamm.common.timers import Timers
 from megamm.config import StragglerConfig, config_from_dict
 from megamm.guards.rerun import compare, suspects
 from megamm.guards.spike_detector import Spikes
@@ -277,7 +277,7 @@ def test_rank_that_computes_slowly_is_named(runs):
 
 
 def test_phases_are_measured_on_the_clock_on_the_wall():
-    clock = Clock(choose("cpu"))
+    clock = Timers(choose("cpu"))
     with clock.device("forward"), clock.host("data"):
         time.sleep(0.05)
     with clock.device("forward"):

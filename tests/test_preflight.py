@@ -16,7 +16,7 @@ from tiny_run import ROOT, environment, megamm, write_config
 
 from megamm.common import device
 from megamm.config import load_config
-from megamm.doctor import gpu, machine, node, storage
+from megamm.doctor import gpu, machine, node
 from megamm.doctor.findings import Finding, Node
 from megamm.doctor.probe import probe
 
@@ -84,13 +84,13 @@ def test_a_config_says_where_and_how_much(tmp_path):
 
 
 def test_a_disk_is_measured_where_the_folder_will_be(tmp_path):
-    found = storage.look("output", str(tmp_path / "a" / "b"), 0.0, 0.0)
+    found = machine.look_at_folder("output", str(tmp_path / "a" / "b"), 0.0, 0.0)
     assert [f.verdict for f in found] == ["good", "good"]
     speed = float(found[0].text.split("written at ")[1].split()[0])
     assert speed > 0
-    (fault,) = faults(storage.look("output", str(tmp_path), 0.0, 1e9))
+    (fault,) = faults(machine.look_at_folder("output", str(tmp_path), 0.0, 1e9))
     assert "below 1e+09 MB/s" in fault.text
-    (fault,) = faults(storage.look("output", str(tmp_path), 1e9, 0.0))
+    (fault,) = faults(machine.look_at_folder("output", str(tmp_path), 1e9, 0.0))
     assert "1e+09 GiB needed" in fault.text and "free space" in fault.remedy
     assert not list(tmp_path.iterdir())
 
@@ -98,8 +98,8 @@ def test_a_disk_is_measured_where_the_folder_will_be(tmp_path):
 @pytest.mark.parametrize("seconds", [-3600.0, -1.5, 0.5, 90.0])
 def test_clock_against_the_file_system(tmp_path, monkeypatch, seconds):
     true = time.time
-    monkeypatch.setattr(storage.time, "time", lambda: true() + seconds)
-    found = next(f for f in storage.look("output", str(tmp_path), 0.0, 0.0) if f.check == "clock")
+    monkeypatch.setattr(machine.time, "time", lambda: true() + seconds)
+    found = next(f for f in machine.look_at_folder("output", str(tmp_path), 0.0, 0.0) if f.check == "clock")
     assert float(found.text.split(" s")[0]) == pytest.approx(seconds, abs=0.1)
     assert found.verdict == ("wrong" if abs(seconds) > 1 else "good")
 

@@ -194,7 +194,7 @@ def test_a_process_that_fails_is_told_to_the_others():
     found = {}
 
     def measure(rank, backend):
-        job = exchange.Job(host.host, host.port, backend, 1, (exchange.Group("pair/0-1", rank, 2),))
+        job = exchange.ExchangeJob(host.host, host.port, backend, 1, (exchange.ExchangeGroup("pair/0-1", rank, 2),))
         found[rank] = exchange.measure(job, host.store)
 
     begin = time.monotonic()

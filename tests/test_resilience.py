@@ -148,7 +148,7 @@ def test_faults_above_the_ranks(data, undisturbed):
     faults += ",sigstop@resume:0:0:2,sigterm@data:6:1:3,until_asked@step:6:1:3"
     assert run(config, "--nproc", 2, faults=faults) == 75, output_of(config)
     causes = [event["cause"] for event in of_kind(output, "failed")]
-    assert causes[:2] == ["the ranks' template process exited", "the agent exited with signal 9 (SIGKILL)"]
+    assert causes[:2] == ["the ranks' prefork parent exited", "the agent exited with signal 9 (SIGKILL)"]
     (hang,) = of_kind(output, "hang")
     assert len(causes) == 3 and hang["limit"] < 60  # the new agent knows how long resuming takes
     assert [e["signal"] for e in of_kind(output, "signal")] == ["SIGTERM"]

@@ -16,16 +16,14 @@ from megamm.common import events, exit_codes, processes
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
 from megamm.elastic import hang_detector, heartbeat, restart_policy
-from megamm.elastic.graceful_stop import Stop
+from megamm.elastic.graceful_stop import AgentStopCondition, GracefulStop
 from megamm.elastic.heartbeat import Heartbeat, read
 from megamm.elastic.launcher import Nodes, admissible_nodes
-from megamm.elastic.launcher_messages import Commands
-from megamm.elastic.node_fault import NodeFault
-from megamm.elastic.rank import code_of
-from megamm.elastic.rank_status import Slots
-from megamm.elastic.rendezvous import Alone
+from megamm.elastic.launcher_messages import LauncherChannel
+from megamm.elastic.rank import NodeFault, code_of
+from megamm.elastic.rank_status import HeartbeatPage
+from megamm.elastic.rendezvous import SingleNode
 from megamm.elastic.restart_policy import Failure, Rules, judge
-from megamm.elastic.step_boundary import AgentBoundary
 
 RULES = Rules(max_restarts=5, same_step_limit=3, backoff_seconds=2.0)
 
@@ -93,16 +91,16 @@ class Clock:
         return self.now
 
 
-def watch_of(hang_seconds=5.0, startup=600.0, run=Path("no heartbeats here")):
+def detector_of(hang_seconds=5.0, startup=600.0, run=Path("no heartbeats here")):
     clock = Clock()
-    slots = Slots.create(2)
-    return clock, slots.ranks, hang_detector.Watch(hang_detector.Limits(hang_seconds, startup), run, clock)
+    page = HeartbeatPage.create(2)
+    return clock, page.ranks, hang_detector.HangDetector(hang_detector.Limits(hang_seconds, startup), run, clock)
 
 
-def silence_until_overdue(clock, ranks, watch, tick=0.25):
+def silence_until_overdue(clock, ranks, detector, tick=0.25):
     """Return the seconds until rank 1, the only silent one, is overdue."""
     begin, counts = clock.now, itertools.count(1000)
-    while not (overdue := watch.overdue(ranks)):
+    while not (overdue := detector.overdue(ranks)):
         clock.now += tick
         ranks[0].write(next(counts), ranks[0].phase, 1, clock.now, True)
     assert overdue == [1]
@@ -110,27 +108,27 @@ def silence_until_overdue(clock, ranks, watch, tick=0.25):
 
 
 def test_a_silent_rank_is_overdue_after_two_step_times_and_the_limit():
-    clock, ranks, watch = watch_of()
-    for slot in ranks:
-        slot.write(1, "step", 3, clock.now, True)
-        slot.set_longest("step", 1.5)
-        slot.set_longest("data", 0.5)
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(2 * 2.0 + 5, abs=0.5)
+    clock, ranks, detector = detector_of()
+    for status in ranks:
+        status.write(1, "step", 3, clock.now, True)
+        status.set_longest("step", 1.5)
+        status.set_longest("data", 0.5)
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(2 * 2.0 + 5, abs=0.5)
 
 
 def test_the_first_of_its_kind_is_bounded_by_what_the_first_step_took():
-    clock, ranks, watch = watch_of()
-    for slot in ranks:
-        slot.set_longest("start", 1.0)
-        slot.set_longest("first", 3.0)
-        slot.write(1, "evaluate", 3, clock.now, True)
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(10 * 3 + 5, abs=0.5)
+    clock, ranks, detector = detector_of()
+    for status in ranks:
+        status.set_longest("start", 1.0)
+        status.set_longest("first", 3.0)
+        status.write(1, "evaluate", 3, clock.now, True)
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(10 * 3 + 5, abs=0.5)
     ranks[1].set_longest("first", 300.0)
-    watch.overdue(ranks)
-    assert watch.limit(ranks[1]) == 600
-    for slot in ranks:
-        slot.write(2, "end", 3, clock.now, True)  # uploads at the end are independent of steps
-    assert watch.limit(ranks[1]) == 600
+    detector.overdue(ranks)
+    assert detector.limit(ranks[1]) == 600
+    for status in ranks:
+        status.write(2, "end", 3, clock.now, True)  # uploads at the end are independent of steps
+    assert detector.limit(ranks[1]) == 600
 
 
 def test_a_new_agent_of_a_launch_knows_how_long_things_take(tmp_path):
@@ -150,51 +148,53 @@ def test_a_new_agent_of_a_launch_knows_how_long_things_take(tmp_path):
     beats(1, 0, first=1.0)  # keeps its earlier values
     assert heartbeat.longest(tmp_path) == {"start": 4.0, "save": 3.0, "first": 1.0}
     clock = Clock()
-    watch = hang_detector.Watch(hang_detector.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path))
-    slots = Slots.create(2)
-    for slot in slots.ranks:
-        slot.write(1, "start", 0, clock.now, False)
-    assert silence_until_overdue(clock, slots.ranks, watch) == pytest.approx(2 * 4 + 5, abs=0.5)
+    detector = hang_detector.HangDetector(
+        hang_detector.Limits(5.0, 600.0), tmp_path, clock, heartbeat.longest(tmp_path)
+    )
+    page = HeartbeatPage.create(2)
+    for status in page.ranks:
+        status.write(1, "start", 0, clock.now, False)
+    assert silence_until_overdue(clock, page.ranks, detector) == pytest.approx(2 * 4 + 5, abs=0.5)
 
 
 def test_what_has_no_usual_time_yet_gets_the_long_limit_and_remembers():
-    clock, ranks, watch = watch_of()
-    for slot in ranks:
-        slot.write(1, "save", 3, clock.now, True)
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(600, abs=0.5)
+    clock, ranks, detector = detector_of()
+    for status in ranks:
+        status.write(1, "save", 3, clock.now, True)
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(600, abs=0.5)
     ranks[0].set_longest("save", 4.0)
-    watch.overdue(ranks)
-    for slot in ranks:
-        slot.clear()  # another attempt
-        slot.write(1, "save", 3, clock.now, False)
-    watch.begin()
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(13, abs=0.5)
+    detector.overdue(ranks)
+    for status in ranks:
+        status.clear()  # another attempt
+        status.write(1, "save", 3, clock.now, False)
+    detector.begin()
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(13, abs=0.5)
 
 
 def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_path):
-    clock, ranks, watch = watch_of(run=tmp_path)
-    for slot in ranks:
-        slot.write(1, "save", 3, clock.now, True)
-        slot.set_longest("save", 1.0)
+    clock, ranks, detector = detector_of(run=tmp_path)
+    for status in ranks:
+        status.write(1, "save", 3, clock.now, True)
+        status.set_longest("save", 1.0)
     elsewhere = Heartbeat(tmp_path, rank=7, attempt=0)
     for _ in range(60):
         elsewhere.written = 0.0  # so that each is in the file
         elsewhere.beat("wait", 3)
         clock.now += 1
-        assert watch.overdue(ranks) == []
-    assert silence_until_overdue(clock, ranks, watch) == pytest.approx(3, abs=1.5)  # the last report is valid that long
+        assert detector.overdue(ranks) == []
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(3, abs=1.5)
     elsewhere.close()
 
 
 def test_a_machine_that_slept_is_no_hang():
-    clock, ranks, watch = watch_of()
-    for slot in ranks:
-        slot.write(1, "step", 3, clock.now, True)
-        slot.set_longest("step", 0.1)
-    assert watch.overdue(ranks) == []
+    clock, ranks, detector = detector_of()
+    for status in ranks:
+        status.write(1, "step", 3, clock.now, True)
+        status.set_longest("step", 0.1)
+    assert detector.overdue(ranks) == []
     clock.now += 3600
-    assert watch.overdue(ranks) == []
-    assert silence_until_overdue(clock, ranks, watch) > 3
+    assert detector.overdue(ranks) == []
+    assert silence_until_overdue(clock, ranks, detector) > 3
 
 
 DUMP = """Thread 0x00000000000000aa (most recent call first):
@@ -251,7 +251,7 @@ def test_a_signal_to_a_main_thread_needs_a_process_and_reaches_it():
 
 
 def report(rank, collective="all_reduce", state="S", step=5):
-    return hang_detector.Report(rank, step, "step", 9.0, state, collective, "frame")
+    return hang_detector.HangReport(rank, step, "step", 9.0, state, collective, "frame")
 
 
 @pytest.mark.parametrize(
@@ -268,10 +268,10 @@ def test_the_culprit_is_the_rank_that_others_wait_for(reports, guilty):
     assert hang_detector.culprits(reports) == guilty
 
 
-def steps_until_stopped(boundary, pace, done, last):
+def steps_until_stopped(stop_when, pace, done, last):
     """Run a rank's loop; a step ends for all ranks together, as collectives make it."""
     for step in itertools.count(1):
-        if boundary.stops_before(step) is not None:
+        if stop_when.stops_before(step) is not None:
             done.append(step - 1)
             return
         time.sleep(pace())
@@ -282,12 +282,12 @@ def steps_until_stopped(boundary, pace, done, last):
 def test_ranks_stop_after_the_same_step(seed):
     """Three ranks at a random pace, asked at a random time; a rank that stops one step early would block the others."""
     draw = random.Random(seed)
-    slots, done, together = Slots.create(3), [], threading.Barrier(3)
-    stop = Stop(slots, Alone(), 0, 1)
+    page, done, together = HeartbeatPage.create(3), [], threading.Barrier(3)
+    stop = GracefulStop(page, SingleNode(), 0, 1)
     ranks = [
         threading.Thread(
             target=steps_until_stopped,
-            args=(AgentBoundary(slots, i), lambda: draw.random() * 0.004, done, together),
+            args=(AgentStopCondition(page, page.ranks[i]), lambda: draw.random() * 0.004, done, together),
         )
         for i in range(3)
     ]
@@ -304,16 +304,16 @@ def test_ranks_stop_after_the_same_step(seed):
 
 
 def test_a_signal_overrides_a_regrouping_but_not_the_other_way():
-    slots, alone = Slots.create(1), Alone()
-    stop = Stop(slots, alone, 0, 1)
-    alone.tell("stop", "regroup")
+    page, alone = HeartbeatPage.create(1), SingleNode()
+    stop = GracefulStop(page, alone, 0, 1)
+    alone.send("stop", "regroup")
     stop.follow()
-    assert slots.asked == "regroup"
-    alone.tell("stop", "requeue")
+    assert page.asked == "regroup"
+    alone.send("stop", "requeue")
     stop.follow()
-    assert slots.asked == "requeue"
+    assert page.asked == "requeue"
     stop.ask("regroup", tell_others=False)
-    assert slots.asked == "requeue"
+    assert page.asked == "requeue"
 
 
 def test_heartbeats_are_read_back(tmp_path):
@@ -329,32 +329,33 @@ def test_heartbeats_are_read_back(tmp_path):
 
 
 def test_the_first_step_is_measured_apart(tmp_path):
-    slots = Slots.create(1)
-    heart = Heartbeat(tmp_path, 0, 0, slots.ranks[0])
+    page = HeartbeatPage.create(1)
+    heart = Heartbeat(tmp_path, 0, 0, page.ranks[0])
     for phase, step in [("start", 0), ("resume", 0), ("data", 5), ("step", 5), ("data", 6), ("step", 6), ("save", 6)]:
-        assert slots.ranks[0].is_warm is False or step == 6
+        assert page.ranks[0].is_warm is False or step == 6
         heart.beat(phase, step)
-    assert slots.ranks[0].longest().keys() == {"start", "resume", "first", "data", "step"}
-    assert (slots.ranks[0].phase, slots.ranks[0].step, slots.ranks[0].count) == ("save", 6, 7)
+    assert page.ranks[0].longest().keys() == {"start", "resume", "first", "data", "step"}
+    assert (page.ranks[0].phase, page.ranks[0].step, page.ranks[0].count) == ("save", 6, 7)
     heart.close()
 
 
-def test_commands_come_line_by_line():
+def test_signals_come_line_by_line():
     read_end, write_end = os.pipe()
-    commands = Commands(read_end)
+    launcher = LauncherChannel(read_end)
     os.write(write_end, b"plan\nSIGTERM\nSIG")
-    assert commands.first_line() == "plan"
-    assert commands.take() == "SIGTERM" and commands.take() is None
+    assert launcher.first_line() == "plan"
+    assert launcher.take_signal() == "SIGTERM" and launcher.take_signal() is None
     os.write(write_end, b"USR1\n")
-    commands.wait(5)
-    assert commands.take() == "SIGUSR1"
+    launcher.wait(5)
+    assert launcher.take_signal() == "SIGUSR1"
     os.close(read_end)
     os.close(write_end)
 
 
-def test_an_agent_ends_with_its_command_before_it_does_anything_else():
+def test_an_agent_ends_with_its_launcher_before_it_does_anything_else():
     code = (
-        "from megamm.elastic.launcher_messages import Commands as C;c = C(0); c.first_line(); c.wait(60); print('late')"
+        "from megamm.elastic.launcher_messages import LauncherChannel; launcher = LauncherChannel(0); "
+        "launcher.first_line(); launcher.wait(60); print('late')"
     )
     done = subprocess.run([sys.executable, "-c", code], input=b"plan\n", capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (1, b"", b"")

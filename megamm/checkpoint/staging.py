@@ -44,7 +44,7 @@ class Staging:
         self.memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         image.lay_out(memoryview(self.memory))
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-        place.page_lock(self.bytes)
+        place.pin_memory(self.bytes)
         # A GPU copies without CPU threads; ranks on one machine share the cores.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.threads = 1 if place.is_gpu else max(1, min(THREADS, cores))
@@ -74,5 +74,5 @@ class Staging:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-        self.place.page_unlock(self.bytes)
+        self.place.unpin_memory(self.bytes)
         os.close(self.descriptor)

@@ -21,7 +21,7 @@ from megamm.common.log import log_to_console
 
 if TYPE_CHECKING:
     from megamm.config import RunConfig
-    from megamm.elastic.step_boundary import SignalBoundary
+    from megamm.elastic.graceful_stop import SignalStopCondition
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.add_typer(data.app, name="data")
@@ -67,7 +67,7 @@ def train(
         return
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
-    boundary = None
+    stop_when = None
     if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
         launcher.admissible_nodes(run, nproc, nodes)
@@ -80,26 +80,26 @@ def train(
             check_start(run, vocabulary)
         if run.resilience.max_restarts or nproc * nodes.most > 1:
             raise typer.Exit(launcher.supervise(run, nproc, nodes, "megamm.train.ranks"))
-        from megamm.elastic.step_boundary import SignalBoundary
+        from megamm.elastic.graceful_stop import SignalStopCondition
 
-        boundary = SignalBoundary()
-    _train_here(run, boundary)
+        stop_when = SignalStopCondition()
+    _train_here(run, stop_when)
 
 
-def _train_here(run: "RunConfig", boundary: "SignalBoundary | None") -> None:
-    """Train in this process: as a rank, or as the only process of the run, then with `boundary`."""
+def _train_here(run: "RunConfig", stop_when: "SignalStopCondition | None") -> None:
+    """Train in this process: as a rank, or as the only process of the run, then with `stop_when`."""
     log_to_console()
-    from megamm.elastic import heartbeat, node_fault, run_lock
+    from megamm.elastic import rank, rank_status, run_lock
     from megamm.train.trainer import train as run_training
 
-    if heartbeat.SLOTS not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent holds the lock
+    if rank_status.HEARTBEAT_PAGE not in os.environ and os.environ.get("RANK", "0") == "0":  # no agent holds the lock
         run_lock.hold(run.output, f"{os.getpid()} of {socket.gethostname()}")
     try:
-        if run_training(run, boundary) == "requeue":
+        if run_training(run, stop_when) == "requeue":
             raise typer.Exit(exit_codes.REQUEUE)
-    except node_fault.NodeFault as fault:
+    except rank.NodeFault as fault:
         if os.environ.get("RANK", "0") == "0":
-            node_fault.tell(run.output, str(fault), step=None, attempt=0)
+            rank.report_eviction(run.output, str(fault), step=None, attempt=0)
         raise typer.Exit(exit_codes.EVICTED) from None
 
 

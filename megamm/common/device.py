@@ -24,7 +24,7 @@ PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The apex module that Megatron-core calls for `gradient_accumulation_fusion`."""
 DRIVER = Path("/proc/driver/nvidia/version")
-Mark = float | torch.cuda.Event
+DeviceEvent = float | torch.cuda.Event
 """A point in the device's work: seconds of the process's clock on a CPU, an event on its stream on a GPU."""
 
 
@@ -52,30 +52,30 @@ class Device:
         if self.is_gpu:
             torch.cuda.synchronize(self.torch_device)
 
-    def mark(self) -> Mark:
-        """Return a mark at the current point in the device's work."""
+    def record_event(self) -> DeviceEvent:
+        """Return an event at the current point in the device's work."""
         if not self.is_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def seconds_between(self, begin: Mark, end: Mark) -> float:
-        """Return the seconds between two marks that the device has passed (call `synchronize` first)."""
+    def seconds_between(self, begin: DeviceEvent, end: DeviceEvent) -> float:
+        """Return the seconds between two events that the device has passed (call `synchronize` first)."""
         if isinstance(begin, float) and isinstance(end, float):
             return end - begin
-        assert not isinstance(begin, float) and not isinstance(end, float), "two marks of one device"
+        assert not isinstance(begin, float) and not isinstance(end, float), "two events of one device"
         return begin.elapsed_time(end) / 1e3
 
-    def page_lock(self, memory: torch.Tensor) -> None:
+    def pin_memory(self, memory: torch.Tensor) -> None:
         """Page-lock host memory, so that the GPU can copy to it directly; on a CPU do nothing."""
         if self.is_gpu:
             code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
             if int(code):
                 log.warning("cannot page-lock the memory for checkpoints (error %d): copies will be slower", code)
 
-    def page_unlock(self, memory: torch.Tensor) -> None:
-        """Undo `page_lock`."""
+    def unpin_memory(self, memory: torch.Tensor) -> None:
+        """Undo `pin_memory`."""
         if self.is_gpu:
             torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 

@@ -23,8 +23,8 @@ class UserError(Exception):
         """
         self.what, self.where, self.remedy = what, where, remedy
         self.on_all_ranks, self.is_transient = on_all_ranks, is_transient
-        place = f" ({where})" if where is not None else ""
-        super().__init__(f"{what}{place}; {remedy}".replace("\n", " "))
+        location = f" ({where})" if where is not None else ""
+        super().__init__(f"{what}{location}; {remedy}".replace("\n", " "))
 
     def __reduce__(self) -> tuple[Callable[[str], "UserError"], tuple[str]]:
         """Pickle it with all its fields, for another process."""

@@ -1,4 +1,4 @@
-"""Exit codes of a run, for the launcher that started it (Slurm, Kubernetes, a shell)."""
+"""Exit codes of a run, for whatever started it (Slurm, Kubernetes, a shell), and of its ranks, for the agent."""
 
 DONE = 0
 CRASHED = 1
@@ -12,7 +12,7 @@ EVICTED = 4
 REQUEUE = 75
 """Stopped by a signal after writing a checkpoint: run the same command again (sysexits.h: EX_TEMPFAIL)."""
 
-# Exit codes of a rank, for the agent that started it. 0 is not among them: a rank that exits early has not succeeded.
+# Exit codes of a rank. 0 is not among them: a rank that exits early, with sys.exit(), has not succeeded.
 RANK_DONE = 40
 RANK_REGROUP = 41
 """Stopped at a step boundary with a checkpoint, because nodes joined or another node must leave."""

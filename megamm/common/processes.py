@@ -1,7 +1,7 @@
 """Process tree of a job: no process outlives its parent (prctl(2)); process states are read from proc(5).
 
-The tree: command > agent, fork server, template > ranks > their helpers. Each asks the kernel for SIGKILL when its
-parent exits (PR_SET_PDEATHSIG), which also kills a process that is stopped or holds the GIL.
+The tree: launcher > agent, fork server, prefork parent > ranks > their helpers. Each asks the kernel for SIGKILL when
+its parent exits (PR_SET_PDEATHSIG), which also kills a process that is stopped or holds the GIL.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ CLEANING_SECONDS = 5.0
 _CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 """Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals with which users and schedulers stop a job; only the command handles them, other processes ignore them."""
+"""Signals with which users and schedulers stop a job; only the launcher handles them, other processes ignore them."""
 
 
 def start_module(module: str, *arguments: str, **options: Any) -> subprocess.Popen[Any]:
@@ -50,7 +50,7 @@ def _prctl(option: int, value: int) -> None:
 
 
 def ignore_stop_signals() -> None:
-    """Ignore the stop signals, which the command handles: a scheduler may send them to every process of a job."""
+    """Ignore the stop signals, which the launcher handles: a scheduler may send them to every process of a job."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -90,11 +90,11 @@ def children(process: int) -> list[int]:
     return found
 
 
-def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda *_: None) -> int:
+def sweep(kept: Collection[int] = (), on_exit: Callable[[int, int], None] = lambda *_: None) -> int:
     """Kill and reap all child processes except `kept`; return their number.
 
     When they exit, their own children become children of this process (adopt_orphans), so it repeats until none is
-    left. told: called with each process and its waitpid status. A process that hangs in the kernel is given up after
+    left. on_exit: called with each process and its waitpid status. A process that hangs in the kernel is given up after
     SWEEP_SECONDS. Helpers that clean up after others have CLEANING_SECONDS to do so.
     """
     count, empty, deadline = 0, 0, time.monotonic() + SWEEP_SECONDS
@@ -108,7 +108,7 @@ def sweep(kept: Collection[int] = (), told: Callable[[int, int], None] = lambda 
         for process in left:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
-                told(process, status)
+                on_exit(process, status)
                 count += 1
         if left:
             time.sleep(0.0005)

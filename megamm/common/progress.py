@@ -16,14 +16,14 @@ class Progress:
     def __init__(self, name: str, total: int) -> None:
         self.name, self.total, self.done, self.old = name, total, 0, 0
         self.is_terminal = sys.stderr.isatty()
-        self.began = self.told = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def add(self, size: int, is_old: bool = False) -> None:
         """Count `size` more bytes as done; is_old: they were done before this start."""
         self.done += size
         self.old += size if is_old else 0
-        if time.monotonic() - self.told > SECONDS[not self.is_terminal]:
-            self._tell()
+        if time.monotonic() - self.printed > SECONDS[not self.is_terminal]:
+            self._print()
 
     def line(self, seconds: float) -> str:
         """The line to print after this many seconds."""
@@ -31,9 +31,9 @@ class Progress:
         left = f"{(self.total - self.done) / speed:.0f} s left" if speed else "time left unknown"
         return f"{self.name}: {self.done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB, {speed / 1e6:,.0f} MB/s, {left}"
 
-    def _tell(self) -> None:
-        self.told = time.monotonic()
-        line = self.line(self.told - self.began)
+    def _print(self) -> None:
+        self.printed = time.monotonic()
+        line = self.line(self.printed - self.began)
         print(f"\r\x1b[K{line}" if self.is_terminal else line, end="" if self.is_terminal else "\n", file=sys.stderr)
         sys.stderr.flush()
 
@@ -41,6 +41,6 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tell()
+        self._print()
         if self.is_terminal:
             print(file=sys.stderr)

@@ -1,8 +1,8 @@
 """Measures the seconds that a rank spends in each phase of its steps, with minimal overhead.
 
-with clock.device("forward"): ...     work of the device; on a GPU by events on its stream, read out later
-with clock.host("data"): ...          work of the process itself, including waiting
-clock.take()                          {"data": ..., "forward": ...}, seconds since the last call
+with timers.device("forward"): ...    work of the device; on a GPU by events on its stream, read out later
+with timers.host("data"): ...         work of the process itself, including waiting
+timers.take()                         {"data": ..., "forward": ...}, seconds since the last call
 """
 
 import contextlib
@@ -10,16 +10,16 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 
-from megamm.common.device import Device, Mark
+from megamm.common.device import Device, DeviceEvent
 
 
-class Clock:
-    """Clock of one rank; the caller names the phases."""
+class Timers:
+    """Timers of one rank, by phase; the caller names the phases."""
 
-    def __init__(self, place: Device) -> None:
-        self.place = place
-        self._host: defaultdict[str, float] = defaultdict(float)
-        self._device: defaultdict[str, list[tuple[Mark, Mark]]] = defaultdict(list)
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._host_seconds: defaultdict[str, float] = defaultdict(float)
+        self._device_spans: defaultdict[str, list[tuple[DeviceEvent, DeviceEvent]]] = defaultdict(list)
 
     @contextlib.contextmanager
     def host(self, phase: str) -> Iterator[None]:
@@ -28,23 +28,24 @@ class Clock:
         try:
             yield
         finally:
-            self._host[phase] += time.perf_counter() - begin
+            self._host_seconds[phase] += time.perf_counter() - begin
 
     @contextlib.contextmanager
     def device(self, phase: str) -> Iterator[None]:
         """Add the time of the device's work that the body queues to a phase."""
-        begin = self.place.mark()
+        # Events are only recorded here: reading their times would wait for the device in every phase.
+        begin = self._device.record_event()
         try:
             yield
         finally:
-            self._device[phase].append((begin, self.place.mark()))
+            self._device_spans[phase].append((begin, self._device.record_event()))
 
     def take(self) -> dict[str, float]:
         """Return the seconds of every phase since the last call; waits for the device."""
-        self.place.synchronize()
-        seconds = dict(self._host)
-        for phase, spans in self._device.items():
-            seconds[phase] = seconds.get(phase, 0.0) + sum(self.place.seconds_between(*span) for span in spans)
-        self._host.clear()
-        self._device.clear()
+        self._device.synchronize()
+        seconds = dict(self._host_seconds)
+        for phase, spans in self._device_spans.items():
+            seconds[phase] = seconds.get(phase, 0.0) + sum(self._device.seconds_between(*span) for span in spans)
+        self._host_seconds.clear()
+        self._device_spans.clear()
         return seconds

@@ -14,8 +14,8 @@ from typing import Any
 from megamm.common import device
 from megamm.doctor import exchange, installation
 from megamm.doctor.findings import Finding, Node
+from megamm.doctor.machine import CLOCK_REMEDY, MAX_SKEW
 from megamm.doctor.meeting import TURN, Lost, Meeting
-from megamm.doctor.storage import CLOCK_REMEDY, MAX_SKEW
 from megamm.elastic.launcher import Nodes
 
 ROUNDS = 3
@@ -55,7 +55,7 @@ def compare(own: Node, nodes: Nodes, join: float, least_bandwidth: float | None)
         brought = {"node": own.to_json(), "facts": facts(own), "gpus": len(device.gpus()), "fit": not own.faults}
         everyone = meeting.gather(nodes, brought)
         result = _lead(meeting, everyone, least_bandwidth) if meeting.rank == 0 else _attend(meeting)
-        meeting.part(len(everyone))
+        meeting.leave(len(everyone))
         return result
     except Lost as error:
         remedy = f"check the node of {nodes.rendezvous}, name resolution and firewall"
@@ -70,7 +70,7 @@ def facts(own: Node) -> dict[str, str]:
 
 
 def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None) -> Result:
-    """On rank 0: collect the results, judge them, and send every node its own."""
+    """Collect on rank 0 the results, judge them, and send every node its own."""
     ahead = meeting.clocks(len(everyone))
     lost = {rank for rank, seconds in enumerate(ahead) if seconds is None}
     fit = [rank for rank, node in enumerate(everyone) if node["fit"] and rank not in lost]
@@ -80,15 +80,15 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
         "processes": processes,
         "names": names([node["node"]["node"] for node in everyone]),
     }
-    meeting.tell("plan", plan)
+    meeting.send("plan", plan)
     figures = [_exchange(meeting, plan)]
     for rank in range(1, len(everyone)):
         try:
-            told = {} if rank in lost else meeting.hear(f"figures/{rank}", exchange.STARTUP + exchange.LIMIT)
+            sent = {} if rank in lost else meeting.receive(f"figures/{rank}", exchange.STARTUP + exchange.LIMIT)
         except Lost:
-            told = {}
+            sent = {}
             lost.add(rank)
-        figures.append({name: exchange.Exchange(**figure) for name, figure in told.items()})
+        figures.append({name: exchange.Exchange(**figure) for name, figure in sent.items()})
     compared = (
         same([node["facts"] for node in everyone]),
         times(ahead),
@@ -99,17 +99,18 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
         if rank in lost:
             added.append(Finding("network", "joined, then stopped responding", "wrong", "check the node"))
         judged.append(Node(name, (*Node.from_json(node["node"]).findings, *added)))
-        meeting.tell(f"verdict/{rank}", judged[-1].to_json())
+        meeting.send(f"verdict/{rank}", judged[-1].to_json())
     together = [figure[ALL].bandwidth for figure in figures if ALL in figure]
     known = [speed for speed in together if speed is not None]
     return Result(judged[0], tuple(judged), min(known) if known and len(known) == len(together) else None)
 
 
 def _attend(meeting: Meeting) -> Result:
+    """Do the counterpart of `_lead` on the other ranks: the same messages in the same order."""
     meeting.tell_time()
-    figures = _exchange(meeting, meeting.hear("plan", TURN))
-    meeting.tell(f"figures/{meeting.rank}", {name: asdict(figure) for name, figure in figures.items()})
-    own = Node.from_json(meeting.hear(f"verdict/{meeting.rank}", TURN))
+    figures = _exchange(meeting, meeting.receive("plan", TURN))
+    meeting.send(f"figures/{meeting.rank}", {name: asdict(figure) for name, figure in figures.items()})
+    own = Node.from_json(meeting.receive(f"verdict/{meeting.rank}", TURN))
     return Result(own, (own,))
 
 
@@ -121,11 +122,11 @@ def _exchange(meeting: Meeting, plan: dict[str, Any]) -> dict[str, exchange.Exch
     processes = max(plan["processes"], 1)
     members = [(f"pair/{i}-{j}", (i, j)) for pairs in rounds(fit) for i, j in pairs if own in (i, j)]
     groups = [
-        exchange.Group(name, group.index(own) * processes, len(group) * processes)
+        exchange.ExchangeGroup(name, group.index(own) * processes, len(group) * processes)
         for name, group in [*members, (ALL, tuple(fit))]
     ]
     backend = "nccl" if plan["processes"] else "gloo"
-    job = exchange.Job(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
+    job = exchange.ExchangeJob(meeting.host, meeting.port, backend, processes, tuple(groups))  # type: ignore[arg-type]
     try:
         return exchange.measure(job, meeting.store)
     except meeting.failures as error:
@@ -139,7 +140,7 @@ def rounds(nodes: Sequence[int]) -> list[list[tuple[int, int]]]:
     for _ in range(min(ROUNDS, len(ring) - 1)):
         pairs = zip(ring[: len(ring) // 2], reversed(ring[len(ring) // 2 :]), strict=True)
         found.append([(min(i, j), max(i, j)) for i, j in pairs if i is not None and j is not None])
-        ring = [ring[0], ring[-1], *ring[1:-1]]
+        ring = [ring[0], ring[-1], *ring[1:-1]]  # the first stays, the others move on by one
     return found
 
 
@@ -190,25 +191,27 @@ def speeds(
     best = [max((f.bandwidth for f in of_node.values() if f.bandwidth is not None), default=None) for of_node in pairs]
     known = [speed for speed in best if speed is not None]
     bound, why = least, "expected"
-    if least is None and len(known) > 2:
+    if least is None and len(known) > 2:  # of two nodes, the median is their mean: nothing to compare with
         bound, why = SLOW * statistics.median(known), f"{SLOW:g} times the median of the nodes"
     remedy = "check its network (ibstat, ethtool, NCCL_DEBUG=INFO), or exclude the node"
     found = []
     for rank, (of_node, speed) in enumerate(zip(pairs, best, strict=True)):
         failed = {_partner(name, rank, names_of): f for name, f in of_node.items() if f.bandwidth is None}
-        told = "; ".join(f"all-reduce with {name} failed: {f.why}" for name, f in failed.items())
+        failures = "; ".join(f"all-reduce with {name} failed: {f.why}" for name, f in failed.items())
         if not of_node:
             found.append(Finding("bandwidth", "not measured: too few nodes without faults", "unknown"))
         elif speed is None:
             is_partners = not known and all(f.of_another for f in failed.values())
-            found.append(Finding("bandwidth", told, "unknown" if is_partners else "wrong", remedy))
+            found.append(Finding("bandwidth", failures, "unknown" if is_partners else "wrong", remedy))
         elif bound is not None and speed < bound:
             text = f"{speed:.3g} GB/s in its best pair: below {bound:.3g} GB/s, {why}"
             text += "; with only two nodes, the other may be the slow one" if len(known) == 2 else ""
             found.append(Finding("bandwidth", text, "wrong", remedy))
         else:
             text = f"{speed:.3g} GB/s in its best pair"
-            found.append(Finding("bandwidth", f"{text}; {told}" if told else text, "warning" if told else "good"))
+            found.append(
+                Finding("bandwidth", f"{text}; {failures}" if failures else text, "warning" if failures else "good")
+            )
     return found
 
 

@@ -29,7 +29,7 @@ SECONDS = 0.3
 
 
 @dataclass(frozen=True)
-class Group:
+class ExchangeGroup:
     """Some nodes of the job; rank: rank of this node's first process among the `world` processes."""
 
     name: str
@@ -38,14 +38,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Job:
+class ExchangeJob:
     """Work of each process of a node; host, port: address of the store where the processes meet."""
 
     host: str
     port: int
     backend: Literal["gloo", "nccl"]
     processes: int
-    groups: tuple[Group, ...]
+    groups: tuple[ExchangeGroup, ...]
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,12 @@ class Exchange:
     of_another: bool = False
 
 
-def measure(job: Job, store: Any) -> dict[str, Exchange]:
+def measure(job: ExchangeJob, store: Any) -> dict[str, Exchange]:
     """Measure this node's bandwidth by group; store: reports failures to the other nodes."""
     found: dict[str, Exchange] = {}
     while len(found) < len(job.groups):
-        rest = Job(job.host, job.port, job.backend, job.processes, job.groups[len(found) :])
+        # After a failure the rest is measured by new processes: the old ones may hang in a collective.
+        rest = ExchangeJob(job.host, job.port, job.backend, job.processes, job.groups[len(found) :])
         workers = _Workers(rest)
         limit = STARTUP
         try:
@@ -78,8 +79,8 @@ def measure(job: Job, store: Any) -> dict[str, Exchange]:
 class _Workers:
     """The processes of this node; threads put the lines that they print into a queue."""
 
-    def __init__(self, job: Job) -> None:
-        self.told: queue.Queue[tuple[int, str]] = queue.Queue()
+    def __init__(self, job: ExchangeJob) -> None:
+        self.lines: queue.Queue[tuple[int, str]] = queue.Queue()
         self.errors: list[IO[str]] = []
         self.processes = []
         for index in range(job.processes):
@@ -103,15 +104,15 @@ class _Workers:
 
     def _read(self, index: int, out: IO[str]) -> None:
         for line in out:
-            self.told.put((index, line))
-        self.told.put((index, ""))
+            self.lines.put((index, line))
+        self.lines.put((index, ""))  # the process has exited
 
     def wait(self, name: str, store: Any, deadline: float) -> Exchange:
         """Wait until all processes finished this group, one failed, or another node reported a failure."""
         speeds: list[float] = []
         while len(speeds) < len(self.processes):
             try:
-                index, line = self.told.get(timeout=0.1)
+                index, line = self.lines.get(timeout=0.1)
             except queue.Empty:
                 if store.check([f"broken/{name}"]):
                     return Exchange(None, store.get(f"broken/{name}").decode(), of_another=True)
@@ -148,7 +149,7 @@ def main() -> None:
     from megamm.common import device
 
     job = json.load(sys.stdin)
-    place = device.choose("gpu" if job["backend"] == "nccl" else "cpu")
+    chosen = device.choose("gpu" if job["backend"] == "nccl" else "cpu")
     timeout = datetime.timedelta(seconds=STARTUP)
     store = dist.TCPStore(job["host"], job["port"], is_master=False, timeout=timeout)
     for group in job["groups"]:
@@ -159,28 +160,30 @@ def main() -> None:
             world_size=group["world"],
             timeout=timeout,
         )
-        print(json.dumps(_bus_bandwidth(place, BYTES[job["backend"]], group["world"])), flush=True)
+        print(json.dumps(_bus_bandwidth(chosen, BYTES[job["backend"]], group["world"])), flush=True)
         dist.destroy_process_group()
 
 
-def _bus_bandwidth(place: Any, size: int, world: int) -> float:
+def _bus_bandwidth(device: Any, size: int, world: int) -> float:
     import torch
     import torch.distributed as dist
 
-    tensor = torch.full((size // 4,), dist.get_rank() + 1.0, device=place.torch_device)
+    # The first all-reduce opens the connections and is not measured; its sum is checked: 1 + 2 + ... + world.
+    tensor = torch.full((size // 4,), dist.get_rank() + 1.0, device=device.torch_device)
     dist.all_reduce(tensor)
     if not bool((tensor == world * (world + 1) / 2).all()):
         raise RuntimeError("an all-reduce gave a wrong sum")
 
     def once() -> float:
         dist.barrier()
-        place.synchronize()
+        device.synchronize()
         begin = time.perf_counter()
         dist.all_reduce(tensor.zero_())
-        place.synchronize()
+        device.synchronize()
         return time.perf_counter() - begin
 
-    slowest = torch.tensor(once(), device=place.torch_device)
+    # All processes must repeat equally often: the slowest one decides how often.
+    slowest = torch.tensor(once(), device=device.torch_device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     times = min(max(int(SECONDS / slowest.item()), 3), 20)
     return 2 * (world - 1) / world * size / min(once() for _ in range(times)) / 1e9

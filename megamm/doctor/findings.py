@@ -44,8 +44,8 @@ class Node:
 
     def line(self) -> str:
         """Return node, faults and remedies in one line; "" for a fit node."""
-        told = "; also ".join(f"{f.check}: {f.text}; {f.remedy}" for f in self.faults)
-        return f"bad node {self.name}: {told}".replace("\n", " ") if told else ""
+        faults = "; also ".join(f"{f.check}: {f.text}; {f.remedy}" for f in self.faults)
+        return f"bad node {self.name}: {faults}".replace("\n", " ") if faults else ""
 
     def to_json(self) -> dict[str, Any]:
         return {"node": self.name, "fit": not self.faults, "findings": [asdict(f) for f in self.findings]}

@@ -42,7 +42,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Report:
+class InstallationReport:
     """Findings (subject -> text, in the order of printing) and problems."""
 
     findings: dict[str, str]
@@ -65,7 +65,7 @@ class Report:
         return not self.faults
 
 
-def examine() -> Report:
+def examine() -> InstallationReport:
     """Examine everything; takes a second or two, mostly to import torch."""
     found = accelerators.installed()
     is_gpu = bool(device.gpus())
@@ -79,7 +79,7 @@ def examine() -> Report:
         **_space(),
     }
     faults = [*_package_faults(), *_ops_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)]
-    return Report(findings, faults)
+    return InstallationReport(findings, faults)
 
 
 def versions() -> dict[str, str]:

@@ -10,13 +10,14 @@ import socket
 import time
 from typing import Any
 
-from megamm.elastic import endpoint
 from megamm.elastic.launcher import Nodes
+from megamm.elastic.rendezvous import parse_endpoint
 
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0
 """Time limits: until the other nodes have finished their turns; until a node that has joined answers."""
 LEAVE = 10.0
+"""Time limit for leaving in the right order."""
 
 
 class Lost(Exception):
@@ -30,11 +31,12 @@ class Meeting:
         import torch.distributed as dist
 
         assert nodes.rendezvous is not None
-        self.host, self.port = endpoint.parse(nodes.rendezvous)
+        self.host, self.port = parse_endpoint(nodes.rendezvous)
         self.deadline = time.monotonic() + join
         self.failures = (RuntimeError, ValueError)
         listener = _listener(self.host, self.port)
         limit = datetime.timedelta(seconds=max(join, 1.0))
+        # The node that could open the socket hosts the store; torch takes over the descriptor.
         own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener.detach()}
         try:
             self.store = dist.TCPStore(
@@ -46,19 +48,19 @@ class Meeting:
 
     def gather(self, nodes: Nodes, own: dict[str, Any]) -> list[dict[str, Any]]:
         """Collect `own` of all nodes by rank on rank 0, [] elsewhere. Raises Lost if fewer than nodes.least join."""
-        self.tell(f"node/{self.rank}", own)
+        self.send(f"node/{self.rank}", own)
         if self.rank == 0:
             while self.store.add("arrived", 0) < nodes.most - 1 and time.monotonic() < self.deadline:
                 time.sleep(0.05)
-            size = 1 + self.store.add("arrived", 0)
-            self.tell("size", size)
+            size = 1 + self.store.add("arrived", 0)  # later arrivals get a rank that is too large
+            self.send("size", size)
         else:
-            size = self.hear("size", TURN)
+            size = self.receive("size", TURN)
         if size < nodes.least:
             raise Lost(f"only {size} of {nodes.least} nodes joined in time")
         if self.rank >= size:
             raise Lost("this node joined too late")
-        return [self.hear(f"node/{rank}", TURN) for rank in range(size)] if self.rank == 0 else []
+        return [self.receive(f"node/{rank}", TURN) for rank in range(size)] if self.rank == 0 else []
 
     def clocks(self, size: int) -> list[float | None]:
         """Return how many seconds each node's clock is ahead of this one's, None for a node that stopped responding.
@@ -68,35 +70,35 @@ class Meeting:
         """
         ahead: list[float | None] = [0.0]
         for rank in range(1, size):
-            self.tell(f"turn/{rank}", True)
+            self.send(f"turn/{rank}", True)
             try:
                 for ping in range(PINGS):
-                    self.hear(f"ping/{rank}/{ping}", ANSWER)
-                    self.tell(f"pong/{rank}/{ping}", time.time())
-                ahead.append(self.hear(f"ahead/{rank}", ANSWER))
+                    self.receive(f"ping/{rank}/{ping}", ANSWER)
+                    self.send(f"pong/{rank}/{ping}", time.time())
+                ahead.append(self.receive(f"ahead/{rank}", ANSWER))
             except Lost:
                 ahead.append(None)
         return ahead
 
     def tell_time(self) -> None:
         """Answer `clocks` of rank 0."""
-        self.hear(f"turn/{self.rank}", TURN)
+        self.receive(f"turn/{self.rank}", TURN)
         found = []
         for ping in range(PINGS):
             asked, begin = time.time(), time.monotonic()
-            self.tell(f"ping/{self.rank}/{ping}", True)
-            answer = self.hear(f"pong/{self.rank}/{ping}", TURN)
+            self.send(f"ping/{self.rank}/{ping}", True)
+            answer = self.receive(f"pong/{self.rank}/{ping}", TURN)
             seconds = time.monotonic() - begin
             found.append((seconds, asked + seconds / 2 - answer))
-        self.tell(f"ahead/{self.rank}", min(found)[1])
+        self.send(f"ahead/{self.rank}", min(found)[1])
 
-    def tell(self, key: str, value: Any) -> None:
+    def send(self, key: str, value: Any) -> None:
         try:
             self.store.set(key, json.dumps(value))
         except self.failures:
             raise Lost(f"{self.host}:{self.port} stopped responding") from None
 
-    def hear(self, key: str, seconds: float) -> Any:
+    def receive(self, key: str, seconds: float) -> Any:
         """Wait for the value of a key and return it."""
         try:
             self.store.wait([key], datetime.timedelta(seconds=seconds))
@@ -104,9 +106,11 @@ class Meeting:
         except self.failures:
             raise Lost(f"no answer from the other nodes ({key})") from None
 
-    def part(self, size: int) -> None:
-        """Leave; rank 0, which hosts the store, leaves first. So the next command on another node cannot connect to the
-        store of this meeting."""
+    def leave(self, size: int) -> None:
+        """Leave the meeting; rank 0, which hosts the store, leaves first.
+
+        So the next command on another node cannot connect to the store of this meeting.
+        """
         deadline = time.monotonic() + LEAVE
         try:
             if self.rank == 0:

@@ -79,15 +79,15 @@ def _storage(expected: Expected) -> list[Finding]:
 
     The clock is compared with that of the output's file system, which nodes share.
     """
-    places = {
+    folders = {
         "output": (expected.output or Path.cwd(), expected.output_gib),
         "scratch": (expected.scratch or Path(tempfile.gettempdir()), SCRATCH_GIB),
         "shared memory": (installation.SHARED_MEMORY, SHARED_GIB),
     }
     remedy = "check the mount and its server (findmnt, dmesg)"
     found = []
-    for name, (folder, least_free) in places.items():
-        told = probe(
+    for name, (folder, least_free) in folders.items():
+        findings = probe(
             "storage",
             name,
             remedy,
@@ -96,5 +96,5 @@ def _storage(expected: Expected) -> list[Finding]:
             least_free=least_free,
             least_speed=expected.least_write,
         )
-        found += [f for f in told if f.check != "clock" or name == "output"]
+        found += [f for f in findings if f.check != "clock" or name == "output"]
     return found

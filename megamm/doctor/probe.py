@@ -1,7 +1,7 @@
 """Check hardware that may hang: in a separate process, within a time limit.
 
 A stuck GPU or shared file system blocks the calling process forever, and no exception or signal can interrupt it. The
-process is then abandoned, and the node is reported as bad. `python -m megamm.doctor.probe MODULE` reads keyword
+process is then abandoned, and the node is reported as bad. `python -m megamm.doctor.probe PROBE` reads keyword
 arguments as JSON from standard input and prints findings as JSON.
 """
 
@@ -19,13 +19,13 @@ LIMIT = 60.0
 """Time limit of a probe in seconds."""
 
 
-def probe(module: str, check: str, remedy: str, limit: float = LIMIT, **arguments: Any) -> list[Finding]:
-    """Return the findings of megamm.doctor.MODULE with these arguments; a fault if it crashes or exceeds `limit` s.
+def probe(probed: str, check: str, remedy: str, limit: float = LIMIT, **arguments: Any) -> list[Finding]:
+    """Check hardware with these arguments and return the findings; a fault if the check crashes or exceeds `limit` s.
 
-    check, remedy: used for that fault.
+    probed: "gpu" or "storage". check, remedy: used for that fault.
     """
     process = processes.start_module(
-        __name__, module, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        __name__, probed, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         out, err = process.communicate(json.dumps(arguments), timeout=limit)
@@ -40,10 +40,10 @@ def probe(module: str, check: str, remedy: str, limit: float = LIMIT, **argument
 
 def main() -> None:
     """Run the probe in this process."""
-    from megamm.doctor import gpu, storage
+    from megamm.doctor import gpu, machine
 
-    modules: dict[str, Callable[..., list[Finding]]] = {"gpu": gpu.look, "storage": storage.look}
-    found = modules[sys.argv[1]](**json.load(sys.stdin))
+    probes: dict[str, Callable[..., list[Finding]]] = {"gpu": gpu.look, "storage": machine.look_at_folder}
+    found = probes[sys.argv[1]](**json.load(sys.stdin))
     json.dump([asdict(finding) for finding in found], sys.stdout)
 
 

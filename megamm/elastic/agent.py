@@ -6,7 +6,7 @@ rank, or one inside a collective, uses in full. Exited ranks are detected at onc
 both cases all ranks are killed, and group rank 0 decides by restart_policy.py whether to make another attempt.
 
 Usage: `python -m megamm.elastic.agent REQUESTS`. The first line of standard input is a plan (launcher_messages.py),
-later lines are commands. REQUESTS is the descriptor of the socket on which it asks the command for templates.
+later lines are signals. REQUESTS is the descriptor of the socket on which it asks the launcher for prefork parents.
 """
 
 import logging
@@ -14,20 +14,29 @@ import os
 import socket
 import sys
 import time
-from dataclasses import replace
 from typing import Any
 
 from megamm import __version__
 from megamm.common import events, exit_codes, processes
 from megamm.common.errors import UserError
 from megamm.elastic import hang_detector, heartbeat, restart_policy, run_lock
-from megamm.elastic.launcher_messages import Commands, Plan
-from megamm.elastic.rendezvous import Alone, Background, Ended, Membership, Order, Rendezvous, StoreLost
-from megamm.elastic.restart_cycle import Attempt, Outcome
-from megamm.elastic.workers import TemplateLost, Workers
+from megamm.elastic.launcher_messages import LauncherChannel, LaunchPlan
+from megamm.elastic.rendezvous import (
+    AttemptPlan,
+    Background,
+    JobEnded,
+    Rendezvous,
+    SingleNode,
+    StoreLost,
+    TorchRendezvous,
+)
+from megamm.elastic.restart_cycle import CycleOutcome, RestartCycle
+from megamm.elastic.workers import PreforkParentLost, Workers
 
 log = logging.getLogger(__name__)
-_TICK, _LINGER = 0.1, 1.5
+_TICK = 0.1
+_LINGER = 1.5
+"""Seconds for which this process serves its store after the job has ended, so that the others can read how it ended."""
 _NEEDED = 10.0
 """After this many seconds without an agent connected to this node's store the job has ended: a restart takes less."""
 
@@ -37,15 +46,15 @@ class Stopped(Exception):
 
 
 class Agent:
-    """Agent of one node. `run` returns the command's exit code."""
+    """Agent of one node. `run` returns its exit code, which the launcher passes on."""
 
-    def __init__(self, plan: Plan, commands: Commands, requests: socket.socket) -> None:
-        self.plan, self.commands = plan, commands
+    def __init__(self, plan: LaunchPlan, launcher: LauncherChannel, requests: socket.socket) -> None:
+        self.plan, self.launcher = plan, launcher
         self.workers = Workers(plan.processes, requests)
         # Durations of this launch only: another launch may have used other machines.
         known = {} if plan.is_fresh else heartbeat.longest(plan.run)
-        self.watch = hang_detector.Watch(plan.limits, plan.run, longest=known)
-        self.membership: Membership
+        self.detector = hang_detector.HangDetector(plan.limits, plan.run, longest=known)
+        self.rendezvous: Rendezvous
         self.is_fresh, self.attempt = plan.is_fresh, -1
         self.failures: list[restart_policy.Failure] = []
         self.teardown = 0.0
@@ -55,12 +64,12 @@ class Agent:
     def run(self) -> int:
         try:
             self.workers.prepare()
-            self.membership = self._wait_for(self._meet)
+            self.rendezvous = self._wait_for(self._meet)
             while True:
                 outcome = self._next_attempt()
                 if outcome.code is not None:
                     return outcome.code
-        except Ended:
+        except JobEnded:
             log.info("the job ended while this node was waiting")
             return exit_codes.DONE
         except UserError as error:
@@ -74,91 +83,110 @@ class Agent:
         finally:
             self.workers.close()
 
-    def _meet(self) -> Membership:
+    def _meet(self) -> Rendezvous:
         plan = self.plan
-        if plan.rendezvous is None:
-            return Alone()
+        if plan.endpoint is None:
+            return SingleNode()
         job = {"megamm": __version__, "nproc": plan.processes, "nnodes": plan.nodes, "config": plan.config}
-        return Rendezvous(plan.rendezvous, plan.nodes, plan.times, job)
+        return TorchRendezvous(plan.endpoint, plan.nodes, plan.times, job)
 
-    def _next_attempt(self) -> Outcome:
+    def _next_attempt(self) -> CycleOutcome:
         begin = time.monotonic()
-        group_rank, nodes = self._wait_for(self.membership.join)
-        order: Order = self._wait_for(
-            lambda: self.membership.agree(self.is_fresh, lambda all_fresh: self._decide(all_fresh, nodes, begin))
+        group_rank, nodes = self._wait_for(self.rendezvous.join)
+        attempt_plan: AttemptPlan = self._wait_for(
+            lambda: self.rendezvous.agree(self.is_fresh, lambda all_fresh: self._decide(all_fresh, nodes, begin))
         )
-        self.is_fresh, self.attempt = False, order.attempt
-        if order.gives_up:
+        self.is_fresh, self.attempt = False, attempt_plan.attempt
+        if attempt_plan.gives_up:
             if group_rank == 0:
-                print(f"error: {order.gives_up}", file=sys.stderr)
-            if self.plan.rendezvous is not None:
-                self._leave(order.code, group_rank)
-            return Outcome(order.code)
-        self._pause(order.pause)
-        if group_rank >= order.nodes:
+                print(f"error: {attempt_plan.gives_up}", file=sys.stderr)
+            if self.plan.endpoint is not None:
+                self._announce_end(attempt_plan.code, group_rank)
+            return CycleOutcome(attempt_plan.code)
+        self._pause(attempt_plan.pause)
+        if group_rank >= attempt_plan.nodes:
             log.info("spare node: waiting to replace a lost node")
-            return self._spare()
-        attempt = Attempt(self.plan, self.workers, self.watch, self.membership, order, group_rank)
-        outcome = attempt.run(self.commands, self.listener)
+            return self._wait_as_spare()
+        cycle = RestartCycle(self.plan, self.workers, self.detector, self.rendezvous, attempt_plan, group_rank)
+        outcome = cycle.run(self.launcher, self.listener)
         self._end_ranks()
         if outcome.failure is not None:
             self.failures.append(outcome.failure)
         if outcome.code == exit_codes.EVICTED:
-            self._part()
-        elif outcome.code is not None and self.plan.rendezvous is not None:
-            self._leave(outcome.code, group_rank)
+            self._leave_evicted()
+        elif outcome.code is not None and self.plan.endpoint is not None:
+            self._announce_end(outcome.code, group_rank)
         return outcome
 
-    def _decide(self, all_fresh: bool, nodes: int, begin: float) -> Order:
-        """Decide, on group rank 0, for all nodes."""
-        record, run = self._record, self.plan.run
+    def _decide(self, all_fresh: bool, nodes: int, begin: float) -> AttemptPlan:
+        """Decide, on group rank 0, about the next attempt for all nodes, and record the decision.
+
+        all_fresh: no agent of the job has made an attempt in this launch. begin: start of this rendezvous.
+        """
+        run, address = self.plan.run, self.rendezvous.address
         try:
             self._lock = self._lock or run_lock.hold(run, self._job())
         except UserError as error:
-            return Order(0, nodes, 0.0, self.membership.address, 0, str(error), exit_codes.USER_ERROR)
-        known = [] if all_fresh else events.read(run)
-        seen = {f.attempt: f for f in [*restart_policy.from_events(known), *self.failures]}
-        self.failures = [seen[attempt] for attempt in sorted(seen)]
-        attempt = 1 + max([self.attempt, *seen, *restart_policy.attempts(known)])
-        failed = bool(self.failures) and self.failures[-1].attempt == attempt - 1
-        verdict = restart_policy.judge(self.failures, self.plan.rules) if failed else restart_policy.Verdict()
-        active = max(n for n in self.plan.admissible if n <= nodes)
-        port = self._listen()
-        order = Order(attempt, active, verdict.pause, self.membership.address, port)
-        shape = {"attempt": attempt, "nodes": active, "spares": nodes - active, "ranks": active * self.plan.processes}
+            return AttemptPlan(0, nodes, 0.0, address, 0, str(error), exit_codes.USER_ERROR)
+        attempt, failure = self._next_after([] if all_fresh else events.read(run))
+        # No policy applies after an attempt that did not fail: nodes have joined or left.
+        verdict = restart_policy.judge(self.failures, self.plan.rules) if failure else restart_policy.Verdict()
         if verdict.gives_up:
-            record("gave_up", why=verdict.gives_up, attempt=attempt - 1)
+            self._record("gave_up", why=verdict.gives_up, attempt=attempt - 1)
             code = exit_codes.GAVE_UP if self.plan.rules.max_restarts else exit_codes.CRASHED
             why = f"gave up: {verdict.gives_up}; see {run / events.EVENTS}"
-            return replace(order, gives_up=why, code=code)
-        if attempt == 0:
-            record("launched", restart=0, **shape)
-        else:
-            last = self.failures[-1] if failed else None
-            record(
-                "restarting",
-                restart=len(self.failures),
-                reason="failure" if last else "nodes changed",
-                after=last.step if last else None,
-                backoff=verdict.pause,
-                teardown=round(self.teardown, 3),
-                rendezvous=round(time.monotonic() - begin, 3),
-                **shape,
-            )
-        return order
+            return AttemptPlan(attempt, nodes, 0.0, address, 0, why, code)
+        active = max(n for n in self.plan.admissible if n <= nodes)
+        attempt_plan = AttemptPlan(attempt, active, verdict.pause, address, self._listen())
+        self._record_plan(attempt_plan, failure, spares=nodes - active, seconds=time.monotonic() - begin)
+        return attempt_plan
+
+    def _next_after(self, known: list[dict[str, Any]]) -> tuple[int, restart_policy.Failure | None]:
+        """Return the number of the next attempt, and the failure of the one before; None if that one did not fail.
+
+        known: the recorded events. The agent that decided before may have been on another node or may have exited, so
+        its failures are read from there. This agent's own failures count even if they could not be recorded.
+        """
+        failures = {f.attempt: f for f in [*restart_policy.from_events(known), *self.failures]}
+        self.failures = [failures[attempt] for attempt in sorted(failures)]
+        attempt = 1 + max([self.attempt, *failures, *restart_policy.attempts(known)])
+        return attempt, failures.get(attempt - 1)
+
+    def _record_plan(
+        self, plan: AttemptPlan, failure: restart_policy.Failure | None, spares: int, seconds: float
+    ) -> None:
+        shape = {
+            "attempt": plan.attempt,
+            "nodes": plan.nodes,
+            "spares": spares,
+            "ranks": plan.nodes * self.plan.processes,
+        }
+        if plan.attempt == 0:
+            self._record("launched", restart=0, **shape)
+            return
+        self._record(
+            "restarting",
+            restart=len(self.failures),
+            reason="failure" if failure else "nodes changed",
+            after=failure.step if failure else None,
+            backoff=plan.pause,
+            teardown=round(self.teardown, 3),
+            rendezvous=round(seconds, 3),
+            **shape,
+        )
 
     def _job(self) -> str:
         """Name of this job: the same on all its nodes, different for every other job."""
-        if self.membership.address != "127.0.0.1":
-            return str(self.plan.rendezvous)
-        return f"{self.plan.rendezvous or self.plan.command} of {socket.gethostname()}"
+        if self.rendezvous.address != "127.0.0.1":
+            return str(self.plan.endpoint)
+        return f"{self.plan.endpoint or self.plan.launcher_pid} of {socket.gethostname()}"
 
     def _listen(self) -> int:
         """Open the socket of the job's store, where the ranks rendezvous."""
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.create_server(
-            ("127.0.0.1" if self.membership.address == "127.0.0.1" else "", 0), backlog=1024
+            ("127.0.0.1" if self.rendezvous.address == "127.0.0.1" else "", 0), backlog=1024
         )
         return self.listener.getsockname()[1]
 
@@ -166,37 +194,37 @@ class Agent:
         begin = time.monotonic()
         try:
             self.workers.kill()
-        except TemplateLost:
-            log.warning("the ranks' template process has exited; the next attempt starts a new one")
+        except PreforkParentLost:
+            log.warning("the ranks' prefork parent has exited; the next attempt starts a new one")
         self.teardown = time.monotonic() - begin
 
-    def _spare(self) -> Outcome:
+    def _wait_as_spare(self) -> CycleOutcome:
         """Wait until nodes join or leave; then all nodes rendezvous again."""
         while True:
             self._tick()
-            code = self.membership.told("end")
+            code = self.rendezvous.received("end")
             if code is not None:
-                return Outcome(int(code))
-            if self.membership.told("lost") is not None or self.membership.waiting():
-                return Outcome(None)
+                return CycleOutcome(int(code))
+            if self.rendezvous.received("lost") is not None or self.rendezvous.waiting():
+                return CycleOutcome(None)
 
-    def _part(self) -> None:
+    def _leave_evicted(self) -> None:
         """Leave the job. If this node hosts its store, keep serving it for the other nodes."""
-        self.membership.part()
+        self.rendezvous.leave()
         needed, signals = time.monotonic(), 0
         # The first signal also reaches the other nodes, which use this store to agree on the step to stop after.
-        while self.membership.hosts_store and time.monotonic() - needed < _NEEDED and signals < 2:
-            if self.membership.serves():
+        while self.rendezvous.hosts_store and time.monotonic() - needed < _NEEDED and signals < 2:
+            if self.rendezvous.serves_others():
                 needed = time.monotonic()
-            self.commands.wait(_LINGER)
-            signals += self.commands.take() is not None
+            self.launcher.wait(_LINGER)
+            signals += self.launcher.take_signal() is not None
 
-    def _leave(self, code: int, group_rank: int) -> None:
+    def _announce_end(self, code: int, group_rank: int) -> None:
         """Tell the other nodes how the job ended, and wait until they know: this process may host the store."""
         try:
-            self.membership.tell("end", str(code))
+            self.rendezvous.send("end", str(code))
             if group_rank == 0:
-                self.membership.close()
+                self.rendezvous.close()
             deadline = time.monotonic() + _LINGER
             while time.monotonic() < deadline:
                 self._tick()
@@ -204,8 +232,8 @@ class Agent:
             log.info("the node that hosts the store has already left")
 
     def _wait_for(self, call: Any) -> Any:
-        """Return the call's result; read commands while it runs."""
-        if self.plan.rendezvous is None:
+        """Return the call's result; read signals from the launcher while it runs."""
+        if self.plan.endpoint is None:
             return call()
         background = Background(call)
         while not background.is_done:
@@ -218,8 +246,8 @@ class Agent:
             self._tick()
 
     def _tick(self) -> None:
-        self.commands.wait(_TICK)
-        if self.commands.take():
+        self.launcher.wait(_TICK)
+        if self.launcher.take_signal():
             raise Stopped
 
     def _record(self, kind: str, **fields: Any) -> None:
@@ -233,10 +261,10 @@ def main() -> None:
     """Run the agent as a process."""
     processes.ignore_stop_signals()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    commands = Commands(sys.stdin.fileno())
-    plan = Plan.from_json(commands.first_line())
-    processes.die_with_parent(plan.command)
-    code = Agent(plan, commands, socket.socket(fileno=int(sys.argv[1]))).run()
+    launcher = LauncherChannel(sys.stdin.fileno())
+    plan = LaunchPlan.from_json(launcher.first_line())
+    processes.die_with_parent(plan.launcher_pid)
+    code = Agent(plan, launcher, socket.socket(fileno=int(sys.argv[1]))).run()
     # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where interpreter shutdown calls
     # std::terminate, and a clean exit would become SIGABRT.
     logging.shutdown()

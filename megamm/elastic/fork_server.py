@@ -1,14 +1,14 @@
 """The fork server of a node: a process that has imported all that a rank needs, and forks the ranks' parent on demand.
 
-So when a template (prefork.py) or an agent exits, its replacement needs no seconds of imports. The command starts the
-fork server, and restarts it in the background if it exits; a rank does not depend on it once forked. It starts no
-threads and does not touch the GPU: neither survives a fork. It creates templates by a double fork, so that they are
-children of the command. One JSON object per message:
+When a prefork parent (prefork.py) or an agent exits, its replacement needs no seconds of imports. The launcher starts
+the fork server, and restarts it in the background if it exits; a rank does not depend on it once forked. It starts no
+threads and does not touch the GPU: neither survives a fork. It creates prefork parents by a double fork, so that they
+are children of the launcher. One JSON object per message:
 
     {"config": ...}                     first message; it then imports, and answers {"ready": seconds}
-    {"ranks": number} + descriptors     -> {"forked": number}: a template serves the first descriptor
+    {"ranks": number} + descriptors     -> {"forked": number}: a prefork parent serves the first one
 
-`ForkServer` is the command's side of it; prefork.py has the other side, for a program that hands in what ranks run.
+`ForkServer` is the launcher's side of it; prefork.py has the other side, for a program that hands in what ranks run.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ _MAX_IN_VAIN = 3
 
 
 class ForkServer:
-    """The command's side. Call `attend` when `descriptors` are readable, and once a second."""
+    """The launcher's side. Call `attend` when `descriptors` are readable, and once a second."""
 
     def __init__(self, module: str, config: dict[str, Any]) -> None:
-        """Start the process, `python -m module CHANNEL COMMAND`, which calls `prefork.serve`; returns at once."""
+        """Start the process, `python -m module CHANNEL LAUNCHER`, which calls `prefork.serve`; returns at once."""
         self._module, self._config = module, config
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
@@ -56,13 +56,13 @@ class ForkServer:
         return [self._channel.fileno()] if self._channel is not None else []
 
     def fork(self, request: bytes, descriptors: list[int]) -> None:
-        """Request a template as soon as possible. The descriptors are closed here once the process has them."""
+        """Request a prefork parent as soon as possible. The descriptors are closed here once the process has them."""
         self.attend()
         if self._request is not None:  # the agent has waited for an answer in vain
             self._end()
             self._forget_request()
         self._request = request, descriptors
-        self._hand_on()
+        self._send_request()
 
     def attend(self) -> None:
         """Read its messages, and replace it if it has exited or is stuck."""
@@ -71,7 +71,7 @@ class ForkServer:
                 data = self._channel.recv(MESSAGE_BYTES)
             except ConnectionResetError:  # it ended before it had read all
                 data = b""
-            if not data:
+            if not data:  # end of file: it has exited
                 assert self._process is not None
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(1.0)  # with its own exit code; its files close a moment before
@@ -92,7 +92,7 @@ class ForkServer:
         for end in (ours, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
         arguments = [str(its.fileno()), str(os.getpid())]
-        # A session of its own: only the command receives a terminal's Ctrl-C.
+        # A session of its own: only the launcher receives a terminal's Ctrl-C.
         self._process = processes.start_module(
             self._module, *arguments, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -108,13 +108,13 @@ class ForkServer:
         print(f"fork server {why}", file=sys.stderr, flush=True)
         if self._in_vain and (code >= 0 or self._in_vain >= _MAX_IN_VAIN):
             self._in_vain = 0
-            self._forget_request()  # a process that waits for a template sees the socket close
+            self._forget_request()  # an agent that waits for a prefork parent sees the socket close
             return
         self._start()
         if self._request is not None:
-            self._hand_on()
+            self._send_request()
 
-    def _hand_on(self) -> None:
+    def _send_request(self) -> None:
         if self._process is None:
             self._start()
         assert self._request is not None and self._channel is not None

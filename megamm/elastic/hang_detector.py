@@ -3,7 +3,7 @@
 A rank sends a heartbeat at every step, evaluation batch and change of phase. It is overdue when it has been silent for
 longer than twice its longest recent time between heartbeats plus resilience.hang_seconds. If that time is not known,
 that is, before the first step of a launch is done, the limit is resilience.startup_seconds. For the first evaluation
-and the first checkpoint after it the limit is _UNKNOWN times the longest time known so far, plus hang_seconds.
+and the first checkpoint after it the limit is _FIRST_FACTOR times the longest time known so far, plus hang_seconds.
 
 Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
 the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
@@ -23,12 +23,14 @@ from types import MappingProxyType
 from megamm.common import processes
 from megamm.elastic import heartbeat
 from megamm.elastic.rank import DUMP_SIGNAL
-from megamm.elastic.rank_status import TIMED, Slot
+from megamm.elastic.rank_status import TIMED, RankStatus
 from megamm.elastic.workers import Workers
 
 HANGS = "hangs"
 _DUMP_SECONDS, _MAX_DUMP = 1.0, 1 << 20
-_UNKNOWN = 10.0
+"""Seconds to wait for complete stacks, and the bytes of a stack file that are read."""
+_FIRST_FACTOR = 10.0
+"""How much longer than anything so far the first evaluation or checkpoint may take."""
 _WAIT_SECONDS = 3.0
 """Seconds for which a rank's report that its writer is working counts; it is repeated about every second."""
 _COMMUNICATION = (
@@ -38,6 +40,7 @@ _COMMUNICATION = (
     "megatron/core/tensor_parallel/mappings.py",
 )
 _WRAPPERS = ("c10d_logger.py",)
+"""Decorators around collectives: their frames are inside the collective's, but say nothing."""
 _FRAME = re.compile(r'^  File "(?P<file>[^"]+)", line (?P<line>\d+) in (?P<function>.+)$')
 _OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
 """Ends of the last line of a complete stack: a program's frame, or faulthandler's mark that frames are omitted."""
@@ -52,7 +55,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Report:
+class HangReport:
     """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one."""
 
     rank: int
@@ -67,7 +70,7 @@ class Report:
         return asdict(self)
 
 
-class Watch:
+class HangDetector:
     """Finds overdue ranks. It keeps the usual durations over attempts, and over agents if `longest` is given."""
 
     def __init__(
@@ -80,9 +83,12 @@ class Watch:
         """longest: the result of heartbeat.longest."""
         self.limits, self.run, self.clock = limits, run, clock
         self._waits: dict[int, tuple[int, int]] = {}
+        """Attempt and count of the last "wait" of each rank: a repeated one is not a new report."""
         self._written = -math.inf
+        """Time of the last report that a writer is working."""
         self.longest = dict(longest)
         self._seen: dict[int, tuple[int, float]] = {}
+        """Beats of each rank, and the time of the last new one."""
         self._looked = clock()
 
     def begin(self) -> None:
@@ -90,68 +96,73 @@ class Watch:
         self._seen.clear()
         self._looked = self.clock()
 
-    def silent(self, index: int, slot: Slot) -> float:
+    def silent(self, index: int, status: RankStatus) -> float:
         """Return the seconds without progress, counting only the time in which this process was awake."""
-        return self.clock() - self._seen.setdefault(index, (slot.count, self.clock()))[1]
+        return self.clock() - self._seen.setdefault(index, (status.count, self.clock()))[1]
 
-    def overdue(self, slots: list[Slot]) -> list[int]:
+    def overdue(self, statuses: list[RankStatus]) -> list[int]:
         """Return the local indices of ranks beyond their limit; call it several times a second."""
         now = self.clock()
         asleep = max(0.0, now - self._looked - 1.0)  # the machine or this process was suspended: perhaps the ranks too
         self._looked = now
-        for index, slot in enumerate(slots):
+        for index, status in enumerate(statuses):
             count, since = self._seen.get(index, (-1, now))
-            self._seen[index] = (count, since + asleep) if count == slot.count else (slot.count, now)
+            self._seen[index] = (count, since + asleep) if count == status.count else (status.count, now)
+        # Ranks work in step, so the slowest rank's duration counts for all.
         for what in TIMED:
-            seconds = [slot.longest()[what] for slot in slots if what in slot.longest()]
+            seconds = [status.longest()[what] for status in statuses if what in status.longest()]
             if seconds:
                 self.longest[what] = max(seconds)
-        overdue = [i for i, slot in enumerate(slots) if now - self._seen[i][1] > self.limit(slot)]
-        return overdue if overdue and not self._writes(now) else []
+        overdue = [i for i, status in enumerate(statuses) if now - self._seen[i][1] > self.limit(status)]
+        # Heartbeat files are read only if a rank is overdue: this runs several times a second.
+        return overdue if overdue and not self._writer_works(now) else []
 
-    def _writes(self, now: float) -> bool:
-        """Whether a rank has recently reported that it waits for its writer."""
+    def _writer_works(self, now: float) -> bool:
+        """Whether a rank of any node has recently reported that it waits for its writer."""
         for beat in heartbeat.read(self.run):
             if beat.phase == "wait" and self._waits.get(beat.rank) != (beat.attempt, beat.count):
                 self._waits[beat.rank], self._written = (beat.attempt, beat.count), now
         return now - self._written < _WAIT_SECONDS
 
-    def limit(self, slot: Slot) -> float:
-        """Return the seconds of silence after which this rank is overdue in its current phase."""
-        known = dict(self.longest)
-        if slot.phase == "wait":
-            return self.limits.hang
-        if slot.phase in ("data", "step"):
+    def limit(self, status: RankStatus) -> float:
+        """Return the seconds of silence after which this rank is overdue in its current phase.
+
+        Three cases: in phase "wait" the rank reports about every second; a phase whose usual duration is known may take
+        twice as long; for the first one of its kind there is only a generous limit.
+        """
+        limits, known, phase = self.limits, self.longest, status.phase
+        if phase == "wait":
+            return limits.hang
+        usual = known.get(phase, 0.0)
+        if phase in ("data", "step"):
             # Either phase may take as long as both together: the loader reads ahead during steps.
-            usual = known.get("data", 0.0) + known.get("step", 0.0) if slot.is_warm else known.get("first", 0.0)
-        else:
-            usual = known.get(slot.phase, 0.0)
+            usual = known.get("data", 0.0) + known.get("step", 0.0) if status.is_warm else known.get("first", 0.0)
         if usual:
-            return 2 * usual + self.limits.hang
-        longest = max(self.limits.startup, self.limits.hang)
-        if slot.phase in ("evaluate", "save") and "first" in known:
-            return min(_UNKNOWN * max(known.values()) + self.limits.hang, longest)
+            return 2 * usual + limits.hang
+        longest = max(limits.startup, limits.hang)
+        if phase in ("evaluate", "save") and "first" in known:
+            return min(_FIRST_FACTOR * max(known.values()) + limits.hang, longest)
         return longest
 
 
-def examine(workers: Workers, ranks: list[int], watch: Watch, folder: Path) -> list[Report]:
+def examine(workers: Workers, ranks: list[int], detector: HangDetector, folder: Path) -> list[HangReport]:
     """Write every local rank's stacks and state into folder/rank_00000.txt, and return where each was.
 
     ranks: global number of each local rank.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    slots = workers.slots.ranks
+    statuses = workers.page.ranks
     # Read all of it before the signals: a stopped rank continues for a moment when it is woken.
     before = [
-        (slot.step, slot.phase, round(watch.silent(i, slot), 2), processes.state(workers.pids[i]))
-        for i, slot in enumerate(slots)
+        (status.step, status.phase, round(detector.silent(i, status), 2), processes.state(workers.pids[i]))
+        for i, status in enumerate(statuses)
     ]
     texts = _stacks(workers, [state in ("T", "t") for *_, state in before])
     reports = []
     for index, (step, phase, silent, state) in enumerate(before):
-        frames = main_frames(texts[index], slots[index].thread)
+        frames = main_frames(texts[index], statuses[index].thread)
         innermost = frames[0] if frames else "no stack: the process did not respond"
-        report = Report(ranks[index], step, phase, silent, state, collective(frames), innermost)
+        report = HangReport(ranks[index], step, phase, silent, state, collective(frames), innermost)
         head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
         (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
         reports.append(report)
@@ -163,15 +174,15 @@ def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
 
     Stopped ranks come last, after the stacks of the others: these may continue once a stopped rank is awake.
     """
-    ranks = list(zip(workers.pids, workers.dumps, workers.slots.ranks, stopped, strict=False))
+    ranks = list(zip(workers.pids, workers.dumps, workers.page.ranks, stopped, strict=False))
     for is_stopped in (False, True):
         asked = []
-        for pid, dump, slot, _ in (rank for rank in ranks if rank[-1] == is_stopped):
+        for pid, dump, status, _ in (rank for rank in ranks if rank[-1] == is_stopped):
             try:
                 processes.signal_main_thread(pid, DUMP_SIGNAL)  # before it continues
                 if is_stopped:
                     os.kill(pid, signal.SIGCONT)
-                asked.append((dump, slot.thread))
+                asked.append((dump, status.thread))
             except ProcessLookupError:
                 continue
         deadline = time.monotonic() + _DUMP_SECONDS
@@ -214,7 +225,7 @@ def collective(frames: list[str]) -> str | None:
     return inner[0].rpartition(" ")[2]
 
 
-def culprits(reports: list[Report]) -> list[int]:
+def culprits(reports: list[HangReport]) -> list[int]:
     """Return the ranks that the others probably wait for.
 
     These are the stopped ranks, else those not in a collective, else those furthest behind. If all ranks of this node

@@ -14,12 +14,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megamm.common import events
-from megamm.elastic.rank_status import PHASES, Slot, Slots
+from megamm.elastic.rank_status import PHASES, HeartbeatPage, RankStatus
 
 HEARTBEATS = "heartbeats"
-SLOTS, ATTEMPT = "MEGAMM_SLOTS", "MEGAMM_ATTEMPT"
-"""Environment of a rank: "descriptor:ranks:index" of its slot, and the number of the attempt, from 0."""
-_RECORD, _RECENT, _SECONDS = 1024, 32, 1.0
+ATTEMPT = "MEGAMM_ATTEMPT"
+"""Variable in a rank's environment: the number of the attempt, from 0."""
+_FILE_BYTES, _RECENT, _SECONDS = 1024, 32, 1.0
+"""Bytes of a file, number of recent beats, and the shortest time between two writes while steps alternate with data."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Beat:
 class Heartbeat:
     """Writes this rank's heartbeat. Beats come from the main thread, so that they stop when it stops."""
 
-    def __init__(self, run: Path, rank: int, attempt: int, slot: Slot | None = None) -> None:
+    def __init__(self, run: Path, rank: int, attempt: int, status: RankStatus | None = None) -> None:
         path = run / HEARTBEATS / f"rank_{rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         before = _read(path) if attempt > 0 else None  # before attempt 0 it is from another launch, perhaps another job
         self.longest = dict(before.longest) if before is not None else {}
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-        self.rank, self.attempt, self.slot, self.host = rank, attempt, slot, socket.gethostname()
+        self.rank, self.attempt, self.status, self.host = rank, attempt, status, socket.gethostname()
         self.count, self.written, self.since = 0, 0.0, time.monotonic()
         self.phase, self.first_step, self.is_warm = "", 0, False
         self.spent: dict[str, float] = {}
@@ -64,17 +65,18 @@ class Heartbeat:
         if self.phase in loop and self.first_step == 0:
             self.first_step = step
         self._measure(now - self.since)
+        # Warm once a step is done: the next step begins, or a phase outside the loop follows the first one.
         self.is_warm = self.is_warm or (self.first_step > 0 and (step > self.first_step or phase not in loop))
         changes = phase != self.phase and not (phase in loop and self.phase in loop)
         self.phase, self.since = phase, now
-        if self.slot is not None:
-            self.slot.write(self.count, phase, step, now, self.is_warm)
+        if self.status is not None:
+            self.status.write(self.count, phase, step, now, self.is_warm)
         if changes or now - self.written >= _SECONDS:
             self.written = now
             who = self.rank, os.getpid(), self.host
             beat = Beat(*who, phase, step, self.count, time.time(), self.attempt, self.longest)
             # A single write of constant length: a reader never sees half of it.
-            os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_RECORD - 1).encode() + b"\n", 0)
+            os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
 
     def _measure(self, seconds: float) -> None:
         """Add the time since the last beat to the phase that it began."""
@@ -85,8 +87,8 @@ class Heartbeat:
         recent = self._recent.setdefault(what, deque(maxlen=_RECENT))
         recent.append(seconds)
         self.longest[what] = round(max(recent), 3)
-        if self.slot is not None:
-            self.slot.set_longest(what, max(recent))
+        if self.status is not None:
+            self.status.set_longest(what, max(recent))
 
     def tell_first_step(self, run: Path, step: int) -> None:
         """Record that the attempt has done its first step, and the seconds spent in each phase until then."""
@@ -100,11 +102,9 @@ class Heartbeat:
 
 def of_this_rank(run: Path) -> Heartbeat:
     """Return this process's heartbeat, configured by its environment."""
-    slot = None
-    if SLOTS in os.environ:
-        descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
-        slot = Slots(descriptor, ranks).ranks[index]
-    return Heartbeat(run, int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "0")), slot)
+    shared = HeartbeatPage.of_this_rank()
+    status = shared[1] if shared is not None else None
+    return Heartbeat(run, int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "0")), status)
 
 
 def read(run: Path) -> list[Beat]:

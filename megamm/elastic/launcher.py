@@ -1,11 +1,12 @@
-"""The command's side of a run with agents: starts this node's agent (agent.py), forwards signals, and restarts the
-agent if it exits unexpectedly.
+"""The launcher of a run: starts this node's agent (agent.py), forwards signals, and restarts the agent if it exits
+unexpectedly.
 
-    command (this) > agent, fork server, template > ranks
+    launcher (this) > agent, fork server, prefork parent > ranks
 
-There is one command per node; several nodes find each other at `rendezvous`, a port on one of them. The agent controls
-the template. It requests the template from the command, which asks the fork server to create it. When a process exits,
-the kernel kills its descendants; if the agent exits, the template exits too. The parent then starts them again.
+`megamm train` is the launcher. There is one per node; several nodes find each other at `rendezvous`, a port on one of
+them. The agent controls the prefork parent. It requests it from the launcher, which asks the fork server to create it.
+When a process exits, the kernel kills its descendants; if the agent exits, the prefork parent exits too. The launcher
+then starts them again.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from megamm.config import RunConfig
 from megamm.elastic import heartbeat, restart_policy
 from megamm.elastic.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES, ForkServer
 from megamm.elastic.hang_detector import Limits
-from megamm.elastic.launcher_messages import Plan
+from megamm.elastic.launcher_messages import LaunchPlan
 from megamm.elastic.rendezvous import Times
 from megamm.model import layout
 
@@ -85,40 +86,41 @@ def supervise(config: RunConfig, ranks: int, nodes: Nodes, module: str) -> int:
         return exit_codes.DONE
     # Ranks share the cores; OMP_NUM_THREADS set by the user takes precedence.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = _Command(module, config)
+    launcher = _Launcher(module, config)
     try:
-        return _supervise(command, config, ranks, nodes)
+        return _supervise(launcher, config, ranks, nodes)
     finally:
-        command.close()
+        launcher.close()
 
 
-def _supervise(command: "_Command", config: RunConfig, ranks: int, nodes: Nodes) -> int:
+def _supervise(launcher: "_Launcher", config: RunConfig, ranks: int, nodes: Nodes) -> int:
     r = config.resilience
     admissible = admissible_nodes(config, ranks, nodes)
     deaths, before = 0, len(events.read(config.output))
     while True:
-        plan = Plan(
+        plan = LaunchPlan(
             config=config.model_dump(mode="json"),
             processes=ranks,
             nodes=(nodes.least, nodes.most),
             admissible=admissible,
-            rendezvous=nodes.rendezvous,
-            command=os.getpid(),
+            endpoint=nodes.rendezvous,
+            launcher_pid=os.getpid(),
             is_fresh=deaths == 0,
             rules=restart_policy.Rules(r.max_restarts, r.same_step_limit, r.backoff_seconds),
             limits=Limits(r.hang_seconds, r.startup_seconds),
             times=Times(**r.rendezvous.model_dump()),
             grace=r.grace_seconds,
         )
-        code = command.run_agent(plan)
-        if code in _FINAL or command.signalled_at or not r.max_restarts:
+        code = launcher.run_agent(plan)
+        if code in _FINAL or launcher.signalled_at or not r.max_restarts:
             return code if code >= 0 else exit_codes.CRASHED
+        # The job may be done although this node's agent failed afterwards.
         if any(event["kind"] == "finished" for event in events.read(config.output)[before:]):
             return exit_codes.DONE  # the agent only had to leave the job
         deaths += 1
-        if code != exit_codes.CRASHED:
+        if code != exit_codes.CRASHED:  # with CRASHED it has exited in order, for example because the store is lost
             _record_death(plan, code)
-        command.end_all()
+        launcher.end_all()
         if deaths > r.max_restarts:
             print(f"error: gave up: the agent exited {deaths} times ({how_it_ended(code)})", file=sys.stderr)
             return exit_codes.GAVE_UP
@@ -132,7 +134,7 @@ def _is_complete(config: RunConfig) -> bool:
     return any(event["kind"] == "finished" and event["step"] >= steps for event in last)
 
 
-def _record_death(plan: Plan, code: int) -> None:
+def _record_death(plan: LaunchPlan, code: int) -> None:
     """Record the agent's exit as a failure of the current attempt, unless the agent had recorded one."""
     failed = {f.attempt for f in restart_policy.from_events(events.read(plan.run))}
     beats = heartbeat.read(plan.run)
@@ -145,21 +147,22 @@ def _record_death(plan: Plan, code: int) -> None:
         events.record(plan.run, "failed", attempt=last, step=step, phase=phase, rank=None, cause=cause)
 
 
-class _Command:
+class _Launcher:
     """This process: the root of the tree, which receives the signals of users and schedulers."""
 
     def __init__(self, module: str, config: RunConfig) -> None:
         self.signalled_at = 0.0
-        self._unheard: list[str] = []
-        self._hears: IO[bytes] | None = None
+        self._undelivered: list[str] = []
+        self._stdin: IO[bytes] | None = None
         """Standard input of an agent that has received its plan."""
         for number in STOP_SIGNALS:
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._receive_signal)
         processes.adopt_orphans()
+        # Children that other code in this process has started: they are never killed here.
         self._others = processes.children(os.getpid())
         self._server = ForkServer(module, config.model_dump(mode="json"))
 
-    def run_agent(self, plan: Plan) -> int:
+    def run_agent(self, plan: LaunchPlan) -> int:
         """Start an agent and serve it until it exits; return its exit code, or the negative number of the signal."""
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # A session of its own: only this process receives a terminal's Ctrl-C, and forwards it to the agent.
@@ -172,14 +175,14 @@ class _Command:
         )
         its.close()
         assert agent.stdin is not None
-        with ours, contextlib.suppress(BrokenPipeError), agent.stdin as hears:
-            hears.write(f"{plan.to_json()}\n".encode())
-            hears.flush()
-            self._hears, unheard, self._unheard = hears, self._unheard, []
-            for name in unheard:
-                self._tell(name)
+        with ours, contextlib.suppress(BrokenPipeError), agent.stdin as stdin:
+            stdin.write(f"{plan.to_json()}\n".encode())
+            stdin.flush()
+            self._stdin, undelivered, self._undelivered = stdin, self._undelivered, []
+            for name in undelivered:
+                self._send_signal(name)
             self._serve(agent.pid, ours)
-            self._hears = None
+            self._stdin = None
         return agent.wait()
 
     def _serve(self, agent: int, requests: socket.socket) -> None:
@@ -192,6 +195,7 @@ class _Command:
                 request, descriptors, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, MAX_DESCRIPTORS)
                 if not request:
                     return
+                # First kill what an earlier prefork parent has left: its ranks would use the same GPUs and files.
                 self._sweep(agent)
                 self._server.fork(request, descriptors)
 
@@ -207,18 +211,18 @@ class _Command:
         kept = {*self._others, self._server.pid, agent}
         processes.sweep([process for process in kept if process is not None])
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def _receive_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signalled_at and now - self.signalled_at < SAME_SIGNAL_SECONDS:
             return
         self.signalled_at = now
-        self._tell(signal.Signals(number).name)
+        self._send_signal(signal.Signals(number).name)
 
-    def _tell(self, name: str) -> None:
+    def _send_signal(self, name: str) -> None:
         """Forward a signal to the agent; if none is running, to the next one."""
         try:
-            if self._hears is None:
+            if self._stdin is None:
                 raise BrokenPipeError
-            os.write(self._hears.fileno(), f"{name}\n".encode())
+            os.write(self._stdin.fileno(), f"{name}\n".encode())
         except BrokenPipeError:
-            self._unheard.append(name)
+            self._undelivered.append(name)

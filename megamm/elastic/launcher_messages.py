@@ -1,4 +1,4 @@
-"""Messages from the command to a node's agent: the plan as one JSON line, then the name of each received signal."""
+"""Messages from the launcher to a node's agent: the plan as one JSON line, then the name of each received signal."""
 
 import json
 import os
@@ -15,19 +15,19 @@ from megamm.elastic.restart_policy import Rules
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Plan of one node. nodes: minimum and maximum; admissible: numbers of nodes that a layout can use.
+class LaunchPlan:
+    """LaunchPlan of one node. nodes: minimum and maximum; admissible: numbers of nodes that a layout can use.
 
-    command: process id of the command. rendezvous: "host:port", None for one node. is_fresh: whether this is the first
-    agent of the command. grace is in seconds.
+    launcher_pid: process id of the launcher. endpoint: "host:port" of the rendezvous, None for one node. is_fresh:
+    whether this is the first agent of the launcher. grace is in seconds.
     """
 
     config: dict[str, Any]
     processes: int
     nodes: tuple[int, int]
     admissible: tuple[int, ...]
-    rendezvous: str | None
-    command: int
+    endpoint: str | None
+    launcher_pid: int
     is_fresh: bool
     rules: Rules
     limits: Limits
@@ -42,18 +42,19 @@ class Plan:
         return json.dumps(asdict(self))
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str) -> "LaunchPlan":
         given = json.loads(text)
         kinds: dict[str, Any] = {"rules": Rules, "limits": Limits, "times": Times}
         given |= {key: kind(**given[key]) for key, kind in kinds.items()}
+        # JSON has lists in place of tuples.
         given |= {key: tuple(given[key]) for key in ("nodes", "admissible")}
         return cls(**given)
 
 
-class Commands:
-    """The pipe from the command. When it closes, this process exits at once, without a message to other nodes.
+class LauncherChannel:
+    """The pipe from the launcher. When it closes, this process exits at once, without a message to other nodes.
 
-    The kernel does the same (common/processes.py), but closes a dying command's files first.
+    The kernel does the same (common/processes.py), but closes a dying launcher's files first.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -67,15 +68,15 @@ class Commands:
         return line.decode()
 
     def wait(self, seconds: float, others: Iterable[Any] = ()) -> None:
-        """Return when a command can be taken, one of the other files is readable, or the time is up."""
+        """Return when a signal can be taken, one of the other files is readable, or the time is up."""
         if b"\n" not in self._buffer:
             watched: Sequence[Any] = [self.descriptor, *others]
             readable, _, _ = select.select(watched, [], [], seconds)
             if self.descriptor in readable:
                 self._read()
 
-    def take(self) -> str | None:
-        """Return the name of the next signal that the command received; None if there is no new one."""
+    def take_signal(self) -> str | None:
+        """Return the name of the next signal that the launcher received; None if there is no new one."""
         line, newline, rest = self._buffer.partition(b"\n")
         if not newline:
             return None

@@ -1,14 +1,14 @@
-"""The template of a node's ranks: their parent process, forked from one that has imported all they need.
+"""The prefork parent of a node's ranks: a process forked from one that has imported all that ranks need.
 
-So a restart costs a fork instead of seconds of imports. The template starts no threads and does not touch the GPU:
-neither survives a fork. The agent controls it (workers.py) through a socket, with one JSON object per message:
+So a restart costs a fork instead of seconds of imports. The prefork parent starts no threads and does not touch the
+GPU: neither survives a fork. The agent controls it (workers.py) through a socket, with one JSON object per message:
 
     {"start": [environment, ...]}   + store socket -> {"started": [process ids]}
     {"sweep": true}                                -> {"swept": number}: all its descendants are gone
     unrequested                                    -> {"exited": index, "status": exit code or -signal}
 
-`serve` is the fork server's side of its channel to the command (fork_server.py): it imports once, then forks a template
-for each request.
+`serve` is the fork server's side of its channel to the launcher (fork_server.py): it imports once, then forks a prefork
+parent for each request.
 """
 
 import contextlib
@@ -25,22 +25,23 @@ from typing import Any
 
 from megamm.common import processes
 from megamm.elastic.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES
-from megamm.elastic.heartbeat import SLOTS
-from megamm.elastic.rank import Seat, Work, run
+from megamm.elastic.rank import RankEnvironment, RankProgram, run
+from megamm.elastic.rank_status import HEARTBEAT_PAGE
 
 
-class Template:
+class PreforkParent:
     """Forks ranks, reports how they exit, and kills what they leave."""
 
     def __init__(
-        self, work: Work, config: dict[str, Any], channel: socket.socket, slots: int, dumps: list[int]
+        self, program: RankProgram, config: dict[str, Any], channel: socket.socket, page: int, dumps: list[int]
     ) -> None:
-        """work: what each rank does; slots, dumps: shared memory of all slots, and files for each rank's stacks."""
-        self.work, self.config, self.channel, self.slots, self.dumps = work, config, channel, slots, dumps
+        """program: what each rank does. page, dumps: descriptors of the ranks' status and of each rank's stacks."""
+        self.program, self.config, self.channel, self.page, self.dumps = program, config, channel, page, dumps
         self.ranks: dict[int, int] = {}
 
     def serve(self) -> None:
         """Serve until the channel closes, by the agent or by its exit."""
+        # SIGCHLD writes into a pipe, so that one select waits for messages and for exits of ranks.
         wake, waker = os.pipe()
         for descriptor in (wake, waker):
             os.set_blocking(descriptor, False)
@@ -56,24 +57,24 @@ class Template:
                     message, descriptors, _, _ = socket.recv_fds(self.channel, MESSAGE_BYTES, 1)
                     if not message:
                         return
-                    self._obey(json.loads(message), descriptors)
+                    self._handle(json.loads(message), descriptors)
 
-    def _obey(self, message: dict[str, Any], descriptors: list[int]) -> None:
+    def _handle(self, message: dict[str, Any], descriptors: list[int]) -> None:
         if "start" in message:
             store = descriptors[0] if descriptors else -1
-            for index, environment in enumerate(message["start"]):
-                is_host = environment["RANK"] == "0"
-                environment[SLOTS] = f"{self.slots}:{len(self.dumps)}:{index}"
-                seat = Seat(environment, self.dumps[index], store if is_host else -1)
-                self.ranks[self._fork(seat)] = index
+            for index, variables in enumerate(message["start"]):
+                hosts_store = variables["RANK"] == "0"
+                variables[HEARTBEAT_PAGE] = f"{self.page}:{len(self.dumps)}:{index}"
+                environment = RankEnvironment(variables, self.dumps[index], store if hosts_store else -1)
+                self.ranks[self._fork(environment)] = index
             for descriptor in descriptors:
                 os.close(descriptor)
-            self._say(started=list(self.ranks))
+            self._send(started=list(self.ranks))
         else:
-            self._say(swept=processes.sweep(told=self._ended))
+            self._send(swept=processes.sweep(on_exit=self._report_exit))
 
-    def _fork(self, seat: Seat) -> int:
-        template = os.getpid()
+    def _fork(self, environment: RankEnvironment) -> int:
+        parent = os.getpid()
         sys.stdout.flush()
         sys.stderr.flush()
         process = os.fork()
@@ -81,15 +82,15 @@ class Template:
             return process
         code = 1
         try:
-            processes.die_with_parent(template)
+            processes.die_with_parent(parent)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self.channel.close()
-            code = run(self.work, self.config, seat)
+            code = run(self.program, self.config, environment)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(code)  # not through the template's own shutdown
+            os._exit(code)  # without the shutdown of the prefork parent's interpreter
 
     def _reap(self) -> None:
         """Reap the children that have exited so far."""
@@ -100,23 +101,25 @@ class Template:
                 return
             if process == 0:
                 return
-            self._ended(process, status)
+            self._report_exit(process, status)
 
-    def _ended(self, process: int, status: int) -> None:
+    def _report_exit(self, process: int, status: int) -> None:
         index = self.ranks.pop(process, None)
-        if index is not None:  # otherwise a rank had started it
-            self._say(exited=index, status=os.waitstatus_to_exitcode(status))
+        if index is not None:  # otherwise a rank started it
+            self._send(exited=index, status=os.waitstatus_to_exitcode(status))
 
-    def _say(self, **message: Any) -> None:
+    def _send(self, **message: Any) -> None:
         self.channel.send(json.dumps(message).encode())
 
 
-def serve(channel: socket.socket, command: int, preload: Callable[[dict[str, Any]], None], work: Work) -> None:
-    """Serve requests until the command closes the channel.
+def serve(
+    channel: socket.socket, launcher: int, preload: Callable[[dict[str, Any]], None], program: RankProgram
+) -> None:
+    """Serve requests until the launcher closes the channel.
 
-    preload: imports, from the run's config, what ranks need; it must start no threads. work: what each rank does.
+    preload: imports, from the run's config, what ranks need; it must start no threads. program: what each rank does.
     """
-    processes.die_with_parent(command)
+    processes.die_with_parent(launcher)
     processes.ignore_stop_signals()
     config, begin = json.loads(channel.recv(MESSAGE_BYTES))["config"], time.monotonic()
     preload(config)
@@ -127,16 +130,20 @@ def serve(channel: socket.socket, command: int, preload: Callable[[dict[str, Any
         message, descriptors, _, _ = socket.recv_fds(channel, MESSAGE_BYTES, MAX_DESCRIPTORS)
         if not message:
             return
-        _fork_template(work, config, command, descriptors, channel)
+        _fork_prefork_parent(program, config, launcher, descriptors, channel)
         for descriptor in descriptors:
             os.close(descriptor)
         channel.send(json.dumps({"forked": len(descriptors)}).encode())
 
 
-def _fork_template(
-    work: Work, config: dict[str, Any], command: int, descriptors: Sequence[int], channel: socket.socket
+def _fork_prefork_parent(
+    program: RankProgram, config: dict[str, Any], launcher: int, descriptors: Sequence[int], channel: socket.socket
 ) -> None:
-    """Fork a template that serves the first descriptor; the others are for the slots and each rank's stacks."""
+    """Fork a prefork parent that serves the first descriptor; the others are those of the ranks' status and stacks.
+
+    It is forked twice: its own parent exits at once, so that it becomes a child of the launcher, which adopts orphans.
+    So it outlives the fork server.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     between = os.fork()
@@ -148,14 +155,15 @@ def _fork_template(
         os._exit(0)
     code = 1
     try:
-        while os.getppid() == between:
+        while os.getppid() == between:  # until the launcher has adopted it
             time.sleep(0.0002)
-        processes.die_with_parent(command)
+        processes.die_with_parent(launcher)
         processes.adopt_orphans()
         channel.close()
-        Template(work, config, socket.socket(fileno=descriptors[0]), descriptors[1], list(descriptors[2:])).serve()
+        served, page, *dumps = descriptors
+        PreforkParent(program, config, socket.socket(fileno=served), page, dumps).serve()
         code = 0
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # not through this process's own shutdown
+        os._exit(code)  # without the shutdown of the fork server's interpreter

@@ -1,89 +1,112 @@
-"""One rank, from the fork of the template (prefork.py) to its exit code.
+"""One rank, from its fork (prefork.py) to its exit code, and the exception for faulty hardware.
 
 The environment is the same as torchrun's, so that torch.distributed finds the job. The job's store listens on a socket
 that the agent has opened: no other process can take the port in between.
 """
 
 import faulthandler
+import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
-from megamm.common import exit_codes
+from megamm.common import events, exit_codes
 from megamm.common.errors import UserError
-from megamm.elastic.heartbeat import SLOTS
-from megamm.elastic.node_fault import NodeFault
-from megamm.elastic.rank_status import Slot, Slots
+from megamm.elastic.rank_status import ExitReason, HeartbeatPage, RankStatus
 
+log = logging.getLogger(__name__)
 DUMP_SIGNAL = signal.SIGUSR2
 """Makes a rank write the stacks of all its threads, whatever it is doing."""
 _LAST_SECONDS = 60.0
-_CODES = {"done": exit_codes.RANK_DONE, "requeue": exit_codes.REQUEUE, "regroup": exit_codes.RANK_REGROUP}
+"""Seconds for which a rank with a user error waits to be killed."""
+_CODES: dict[ExitReason, int] = {
+    "done": exit_codes.RANK_DONE,
+    "requeue": exit_codes.REQUEUE,
+    "regroup": exit_codes.RANK_REGROUP,
+}
 
 
-Work = Callable[[dict[str, Any]], Literal["done", "requeue", "regroup"]]
-"""What a rank does with the run's config; the result says why it ended without an error."""
+RankProgram = Callable[[dict[str, Any]], ExitReason]
+"""The program of a rank: it gets the run's config, and returns why it ended without an error."""
+
+
+class NodeFault(Exception):
+    """These ranks compute wrong results or are too slow. Every rank raises it at the same step, after a checkpoint.
+
+    Their nodes leave the job; the others restart without them (agent.py).
+    """
+
+    def __init__(self, ranks: Sequence[int], why: str) -> None:
+        self.ranks, self.why = list(ranks), why
+        super().__init__(f"rank {', '.join(map(str, ranks))}: {why}")
+
+    def nodes(self, ranks_per_node: int) -> set[int]:
+        """Return the group ranks of the nodes of these ranks."""
+        return {rank // ranks_per_node for rank in self.ranks}
 
 
 @dataclass(frozen=True)
-class Seat:
-    """A rank's environment, the file for its stacks, and the listening socket of the job's store, or -1."""
+class RankEnvironment:
+    """A rank's variables, the file for its stacks, and the listening socket of the job's store, or -1."""
 
-    environment: dict[str, str]
+    variables: dict[str, str]
     dump: int
     store_socket: int
 
 
-def run(work: Work, config: dict[str, Any], seat: Seat) -> int:
-    """Do a rank's work in its own process; return its exit code."""
-    os.environ |= seat.environment
-    descriptor, ranks, index = map(int, os.environ[SLOTS].split(":"))
-    slot = Slots(descriptor, ranks).ranks[index]
-    slot.identify(os.getpid(), threading.get_ident())
+def run(program: RankProgram, config: dict[str, Any], environment: RankEnvironment) -> int:
+    """Run a rank's program in this process; return its exit code."""
+    os.environ |= environment.variables
+    shared = HeartbeatPage.of_this_rank()
+    assert shared is not None, "the prefork parent sets it"
+    status = shared[1]
+    status.identify(os.getpid(), threading.get_ident())
     faulthandler.enable()
-    faulthandler.register(DUMP_SIGNAL, file=seat.dump, all_threads=True, chain=False)
+    faulthandler.register(DUMP_SIGNAL, file=environment.dump, all_threads=True, chain=False)
     try:
-        return _with_store(work, config, seat.store_socket)
+        return _with_store(program, config, environment.store_socket)
     except UserError as error:
-        slot.set_cause(f"error: {error}")
+        status.set_cause(f"error: {error}")
         if error.is_transient:
             return exit_codes.CRASHED
         # The agent prints the error of the first such rank and kills all ranks. This rank waits for that: if its
         # connections closed, the others would fail as well, each with a long traceback.
         if not error.on_all_ranks or os.environ["RANK"] == "0":
-            slot.set_verdict(exit_codes.USER_ERROR)
+            status.set_verdict(exit_codes.USER_ERROR)
         time.sleep(_LAST_SECONDS)
         return exit_codes.USER_ERROR
     except NodeFault as fault:
-        slot.set_cause(str(fault))
+        status.set_cause(str(fault))
         return code_of(fault)
-    except SystemExit as ending:
-        return _left(ending, slot)
+    except SystemExit as left:
+        return _code_of_exit(left, status)
     except BaseException as error:
-        slot.set_cause(_in_one_line(error))
+        status.set_cause(_in_one_line(error))
         traceback.print_exc()
         if not isinstance(error, Exception | KeyboardInterrupt):
             raise
         return exit_codes.CRASHED
 
 
-def _with_store(work: Work, config: dict[str, Any], store_socket: int) -> int:
+def _with_store(program: RankProgram, config: dict[str, Any], store_socket: int) -> int:
     import torch.distributed as dist
 
     # Keep the store until the end: it serves the whole job.
-    server = None
+    store = None
     if store_socket >= 0:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        server = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=store_socket)
-    ending = work(config)
-    del server
-    return _CODES[ending]
+        store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=store_socket)
+    exit_reason = program(config)
+    del store
+    return _CODES[exit_reason]
 
 
 def code_of(fault: NodeFault) -> int:
@@ -97,12 +120,22 @@ def code_of(fault: NodeFault) -> int:
     return exit_codes.RANK_EVICTED if int(os.environ["GROUP_RANK"]) in guilty else exit_codes.RANK_REGROUP
 
 
-def _left(ending: SystemExit, slot: Slot) -> int:
-    """Exit like the interpreter does, but keep the message as the cause of the failure."""
-    if isinstance(ending.code, str):
-        print(ending.code, file=sys.stderr)
-    slot.set_cause(f"sys.exit({ending.code!r})")
-    return ending.code if isinstance(ending.code, int) else int(ending.code is not None)
+def report_eviction(run: Path, why: str, step: int | None, attempt: int) -> None:
+    """Record and print that this node leaves the job, for people and for the scheduler, which may drain it."""
+    node = socket.gethostname()
+    try:
+        events.record(run, "evicted", node=node, why=why, step=step, attempt=attempt)
+    except OSError as error:
+        log.warning("cannot record the eviction: %s", error)
+    print(f"error: node {node} is evicted: {why}; check its hardware, then restart it", file=sys.stderr, flush=True)
+
+
+def _code_of_exit(left: SystemExit, status: RankStatus) -> int:
+    """Return the code with which the interpreter would exit; keep the message as the cause of the failure."""
+    if isinstance(left.code, str):
+        print(left.code, file=sys.stderr)
+    status.set_cause(f"sys.exit({left.code!r})")
+    return left.code if isinstance(left.code, int) else int(left.code is not None)
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """Shared memory between a node's agent and its ranks: the progress of each rank, and the step after which all stop.
 
-It is one anonymous file, created by the agent and mapped by every rank: a header, then one slot per local rank. Every
-field is one aligned 8-byte word with a single writer. Times are seconds of CLOCK_MONOTONIC, which all processes of a
-machine share.
+It is one anonymous file, created by the agent and mapped by every rank: a header of the agent, then the status of each
+local rank. Every field is one aligned 8-byte word with a single writer, so no lock is needed: a reader sees the old or
+the new value, never a mixture. Times are seconds of CLOCK_MONOTONIC, which all processes of a machine share.
 """
 
 import mmap
@@ -14,23 +14,28 @@ PHASES = ("start", "resume", "data", "step", "evaluate", "save", "wait", "end")
 TIMED = (*PHASES, "first")
 """Names with a typical duration: the phases, and "first", all until the first step is done (it includes warm-up)."""
 NO_STEP = -1
+HEARTBEAT_PAGE = "MEGAMM_SLOTS"
+"""Variable in a rank's environment: "descriptor:ranks:index" of its status."""
 _NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict")
+# A status: an integer for each of _NAMES, a float for each of TIMED, then a text (length and UTF-8). The header: why to
+# stop (index in _WHY; 0 for no stop), and the last step + 1 (0 while it is not known).
 _WORDS = 8 * (len(_NAMES) + len(TIMED))
-_SLOT = 4096
-_TEXT = _SLOT - _WORDS - 8
+_STATUS_BYTES = 4096
+"""Size of the header and of each status: one memory page."""
+_TEXT = _STATUS_BYTES - _WORDS - 8
 _FIELDS = {name: 8 * i for i, name in enumerate(_NAMES)}
 _LONGEST = 8 * len(_NAMES)
 
-Ending = Literal["done", "requeue", "regroup"]
+ExitReason = Literal["done", "requeue", "regroup"]
 """Why a rank's training ends: all steps are done, a signal, or a change of the job's nodes."""
-_WHY: tuple[Ending, ...] = ("done", "requeue", "regroup")
+_WHY: tuple[ExitReason, ...] = ("done", "requeue", "regroup")
 
 
-class Slot:
-    """Slot of one rank. The rank writes it, the agent reads it."""
+class RankStatus:
+    """Progress of one rank. The rank writes it, the agent reads it."""
 
     def __init__(self, memory: mmap.mmap, index: int) -> None:
-        self.memory, self.begin = memory, _SLOT * (index + 1)
+        self.memory, self.begin = memory, _STATUS_BYTES * (index + 1)
 
     def _integer(self, name: str) -> int:
         return struct.unpack_from("q", self.memory, self.begin + _FIELDS[name])[0]
@@ -39,8 +44,8 @@ class Slot:
         struct.pack_into("q", self.memory, self.begin + _FIELDS[name], value)
 
     def clear(self) -> None:
-        """Clear the slot for a new attempt."""
-        self.memory[self.begin : self.begin + _SLOT] = bytes(_SLOT)
+        """Clear it for a new attempt."""
+        self.memory[self.begin : self.begin + _STATUS_BYTES] = bytes(_STATUS_BYTES)
         self._set_integer("step", NO_STEP)
         self._set_integer("entered", NO_STEP)
 
@@ -58,7 +63,10 @@ class Slot:
         return self._integer("thread")
 
     def write(self, count: int, phase: str, step: int, since: float, is_warm: bool) -> None:
-        """Write the progress: beats so far, phase, step, time of the beat, and whether the first step is done."""
+        """Write the progress: beats so far, phase, step, time of the beat, and whether the first step is done.
+
+        The count comes last: a reader that sees a new count also sees the other new fields.
+        """
         self._set_integer("step", step)
         self._set_integer("phase", PHASES.index(phase))
         self._set_integer("warm", int(is_warm))
@@ -103,9 +111,9 @@ class Slot:
     def set_cause(self, text: str) -> None:
         """Set the reason why the rank exits, in one line."""
         data = text.encode()[:_TEXT]
-        place = self.begin + _WORDS
-        struct.pack_into("q", self.memory, place, len(data))
-        self.memory[place + 8 : place + 8 + len(data)] = data
+        offset = self.begin + _WORDS
+        struct.pack_into("q", self.memory, offset, len(data))
+        self.memory[offset + 8 : offset + 8 + len(data)] = data
 
     def set_verdict(self, code: int) -> None:
         """Set the exit code with which the rank will exit, for the cause set before."""
@@ -118,44 +126,53 @@ class Slot:
 
     @property
     def cause(self) -> str:
-        place = self.begin + _WORDS
-        length = struct.unpack_from("q", self.memory, place)[0]
-        return self.memory[place + 8 : place + 8 + length].decode(errors="replace")
+        offset = self.begin + _WORDS
+        length = struct.unpack_from("q", self.memory, offset)[0]
+        return self.memory[offset + 8 : offset + 8 + length].decode(errors="replace")
 
 
-class Slots:
-    """All slots of a node, and the stop request of its agent."""
+class HeartbeatPage:
+    """The status of all ranks of a node, and the stop request of its agent (graceful_stop.py)."""
 
     def __init__(self, descriptor: int, ranks: int) -> None:
         self.descriptor = descriptor
-        self.memory = mmap.mmap(descriptor, _SLOT * (ranks + 1))
-        self.ranks = [Slot(self.memory, index) for index in range(ranks)]
+        self.memory = mmap.mmap(descriptor, _STATUS_BYTES * (ranks + 1))
+        self.ranks = [RankStatus(self.memory, index) for index in range(ranks)]
 
     @classmethod
-    def create(cls, ranks: int) -> "Slots":
+    def create(cls, ranks: int) -> "HeartbeatPage":
         """Create a new, cleared file in memory; its descriptor can be passed to other processes."""
         descriptor = os.memfd_create("megamm-ranks")
-        os.ftruncate(descriptor, _SLOT * (ranks + 1))
-        slots = cls(descriptor, ranks)
-        slots.clear()
-        return slots
+        os.ftruncate(descriptor, _STATUS_BYTES * (ranks + 1))
+        page = cls(descriptor, ranks)
+        page.clear()
+        return page
+
+    @classmethod
+    def of_this_rank(cls) -> "tuple[HeartbeatPage, RankStatus] | None":
+        """Map the memory of the agent that started this rank; None for a rank that no agent started."""
+        if HEARTBEAT_PAGE not in os.environ:
+            return None
+        descriptor, ranks, index = map(int, os.environ[HEARTBEAT_PAGE].split(":"))
+        page = cls(descriptor, ranks)
+        return page, page.ranks[index]
 
     def clear(self) -> None:
         """Clear all for a new attempt: no stop request, no progress."""
-        self.memory[:_SLOT] = bytes(_SLOT)
-        for slot in self.ranks:
-            slot.clear()
+        self.memory[:_STATUS_BYTES] = bytes(_STATUS_BYTES)
+        for status in self.ranks:
+            status.clear()
 
-    def ask_to_stop(self, why: Ending) -> None:
+    def ask_to_stop(self, why: ExitReason) -> None:
         """Request a stop (first half): from now on a rank about to begin a step waits until the last step is known."""
         struct.pack_into("q", self.memory, 0, _WHY.index(why))
 
     def stop_after(self, step: int) -> None:
         """Set the last step (second half): ranks continue to the end of this step (0 and up)."""
-        struct.pack_into("q", self.memory, 8, step + 1)
+        struct.pack_into("q", self.memory, 8, step + 1)  # 0 means that it is not known
 
     @property
-    def asked(self) -> Ending | None:
+    def asked(self) -> ExitReason | None:
         """Why to stop, None to continue."""
         why = struct.unpack_from("q", self.memory, 0)[0]
         return _WHY[why] if why else None

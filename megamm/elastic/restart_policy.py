@@ -49,12 +49,14 @@ def judge(failures: list[Failure], rules: Rules) -> Verdict:
         return Verdict()
     last = failures[-1]
     same = fruitless(failures)
+    # Without restarts the failure itself is the message (below), not how often it has occurred.
     if same >= rules.same_step_limit and rules.max_restarts:
         where = "before its first step" if last.step is None else f"at step {last.step}"
         return Verdict(gives_up=f"{same} failures in a row {where}; the last was {last.describe()}")
     if len(failures) > rules.max_restarts:
         used = f"all {rules.max_restarts} restarts are used up; " if rules.max_restarts else ""
         return Verdict(gives_up=f"{used}{last.describe()}")
+    # The first failure at a step restarts at once; then backoff_seconds, twice that, four times that ...
     pause = 0.0 if same == 1 else rules.backoff_seconds * 2 ** (same - 2)
     return Verdict(pause=min(pause, MAX_PAUSE))
 
@@ -63,6 +65,7 @@ def fruitless(failures: list[Failure]) -> int:
     """Count the last failures at the same step; an attempt that never reached a step counts as one of them."""
     count, step = 0, None
     for failure in reversed(failures):
+        # The step that counts is that of the newest failure that reached one.
         if step is None:
             step = failure.step
         if failure.step not in (None, step):

@@ -35,6 +35,7 @@ def hold(run: Path, job: str) -> int | None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except BlockingIOError:
+            # The job's previous leader may still hold it: that is this job's own lock. Another job gets time to exit.
             holder = _holder(descriptor)
             if holder.get("job") == job or time.monotonic() > deadline:
                 os.close(descriptor)
@@ -46,15 +47,15 @@ def hold(run: Path, job: str) -> int | None:
             os.close(descriptor)
             return None
         time.sleep(0.1)
-    _tell(descriptor, job)
+    _write_holder(descriptor, job)
     return descriptor
 
 
-def _tell(descriptor: int, job: str) -> None:
-    told = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
+def _write_holder(descriptor: int, job: str) -> None:
+    holder = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.time()}
     try:
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(told).encode(), 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
     except OSError as error:  # a full disk must not stop a run
         log.warning("cannot write the holder of the lock: %s", error)
 
@@ -62,10 +63,10 @@ def _tell(descriptor: int, job: str) -> None:
 def _holder(descriptor: int) -> dict[str, object]:
     """Return what the holder of the lock wrote into it; {} if it has not written it yet."""
     try:
-        told = json.loads(os.pread(descriptor, 4096, 0))
+        holder = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):
         return {}
-    return told if isinstance(told, dict) else {}
+    return holder if isinstance(holder, dict) else {}
 
 
 def _refusal(run: Path, holder: dict[str, object]) -> UserError:

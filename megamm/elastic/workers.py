@@ -1,4 +1,4 @@
-"""The agent's side of a node's ranks: the template that forks them, their shared memory, and their exit."""
+"""The agent's side of a node's ranks: the prefork parent that forks them, their shared memory, and their exit."""
 
 import contextlib
 import json
@@ -11,19 +11,19 @@ from typing import Any
 
 from megamm.common.processes import SWEEP_SECONDS
 from megamm.elastic.fork_server import MESSAGE_BYTES
-from megamm.elastic.rank_status import Slots
+from megamm.elastic.rank_status import HeartbeatPage
 
 
-class TemplateLost(Exception):
-    """The template has exited, and with it every rank; the next start creates a new one."""
+class PreforkParentLost(Exception):
+    """The prefork parent has exited, and with it every rank; the next start creates a new one."""
 
 
 class Workers:
     """The local ranks. Call all methods from the agent's main thread (the kernel kills a child when that one exits)."""
 
     def __init__(self, ranks: int, requests: socket.socket) -> None:
-        """requests: socket to the command, to request templates (fork_server.py)."""
-        self.requests, self.slots = requests, Slots.create(ranks)
+        """requests: socket to the launcher, to request prefork parents (fork_server.py)."""
+        self.requests, self.page = requests, HeartbeatPage.create(ranks)
         self.dumps = [os.memfd_create(f"megamm-stacks-{index}") for index in range(ranks)]
         self.pids: list[int] = []
         self.ended: dict[int, int] = {}
@@ -35,23 +35,26 @@ class Workers:
         return self._channel
 
     def prepare(self) -> None:
-        """Request a template; returns at once. The template is ready when the fork server has done its imports.
+        """Request a prefork parent; returns at once. It is ready when the fork server has done its imports.
 
-        When the command reads the request, it kills everything that an earlier template has left.
+        When the launcher reads the request, it kills everything that an earlier prefork parent has left.
         """
         if self._channel is not None:
             return
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         for end in (ours, its):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MESSAGE_BYTES)
-        given = [its.fileno(), self.slots.descriptor, *self.dumps]
+        given = [its.fileno(), self.page.descriptor, *self.dumps]
         socket.send_fds(self.requests, [json.dumps({"ranks": len(self.dumps)}).encode()], given)
         its.close()
         self._channel = ours
 
     def start(self, environments: Sequence[dict[str, str]], store: socket.socket | None) -> None:
-        """Fork the ranks once the template is ready; `pids` then has their ids. store: socket for rank 0's store."""
-        self.slots.clear()
+        """Fork the ranks once the prefork parent is ready; `pids` then has their ids.
+
+        store: socket for rank 0's store.
+        """
+        self.page.clear()
         for dump in self.dumps:
             os.ftruncate(dump, 0)
             os.lseek(dump, 0, os.SEEK_SET)  # the position is shared by all processes with this descriptor
@@ -60,16 +63,19 @@ class Workers:
         self._send({"start": list(environments)}, [] if store is None else [store.fileno()])
 
     def poll(self) -> None:
-        """Read the template's messages: `pids`, `ended` (local index -> exit code, in the order of exit)."""
+        """Read the prefork parent's messages: `pids`, `ended` (local index -> exit code, in the order of exit)."""
         while (message := self._receive(wait=False)) is not None:
             self._take(message)
 
     def kill(self) -> None:
-        """Kill all ranks and their descendants; return when they are gone. TemplateLost if the template is gone too."""
+        """Kill all ranks and their descendants; return when they are gone.
+
+        Raises PreforkParentLost if the prefork parent is gone too.
+        """
         for index, pid in enumerate(self.pids):
             if index not in self.ended:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)  # directly, in case the template is stopped
+                    os.kill(pid, signal.SIGKILL)  # directly, in case the prefork parent is stopped
         if self._channel is None:
             return
         self._send({"sweep": True})
@@ -95,7 +101,7 @@ class Workers:
             socket.send_fds(self._channel, [json.dumps(message).encode()], descriptors)
         except (BrokenPipeError, ConnectionResetError):
             self._drop()
-            raise TemplateLost from None
+            raise PreforkParentLost from None
 
     def _receive(self, wait: bool) -> dict[str, Any] | None:
         assert self._channel is not None
@@ -108,11 +114,11 @@ class Workers:
             data = b""
         if not data:
             self._drop()
-            raise TemplateLost
+            raise PreforkParentLost
         return json.loads(data)
 
     def _drop(self) -> None:
-        """Close the channel, so that the template exits; the next request kills one that does not."""
+        """Close the channel, so that the prefork parent exits; the next request kills one that does not."""
         if self._channel is not None:
             self._channel.close()
         self._channel, self.pids = None, []

@@ -15,7 +15,7 @@ import torch
 
 from megamm.checkpoint.tensor_shards import Block, Shape
 from megamm.common.sample import Batch
-from megamm.common.timers import Clock
+from megamm.common.timers import Timers
 from megamm.model.loss import StepLoss
 
 
@@ -42,7 +42,7 @@ of the whole model, and the names of those whose first axis is the vocabulary.
 class Engine(Protocol):
     """Interface of an engine; all ranks call all methods, in the same order. loss_weights: float64 `[modalities]`."""
 
-    clock: Clock
+    timers: Timers
     """Measures "forward", in which a rank does not wait for other data-parallel ranks or stages, and "update"."""
     before_update: Callable[[], None]
     """Called before weights and optimizer state change; set by code that reads them in parallel."""

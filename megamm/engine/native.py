@@ -14,7 +14,7 @@ import torch
 from megamm.checkpoint.tensor_shards import Block
 from megamm.common.device import Device
 from megamm.common.sample import Batch
-from megamm.common.timers import Clock
+from megamm.common.timers import Timers
 from megamm.config import RunConfig
 from megamm.engine.api import Fill, StepResult
 from megamm.mcore import backbone, optimizer, rng, step, store
@@ -40,7 +40,7 @@ class NativeEngine:
     can_discard = True
 
     def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
-        self.config, self.groups, self.device, self.clock = config, groups, device, Clock(device)
+        self.config, self.groups, self.device, self.timers = config, groups, device, Timers(device)
         chunks = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.chunks = backbone.wrap(chunks, groups, device)
         step.prepare(self.chunks)
@@ -65,7 +65,7 @@ class NativeEngine:
     def apply_update(self) -> None:
         assert self._step is not None, "compute_gradients comes first"
         self.before_update()
-        with self.clock.device("update"):
+        with self.timers.device("update"):
             optimizer.update(self.optimizer, self._step.grad_norm)
         self.schedule.step(1)
         self._step = None
@@ -78,7 +78,7 @@ class NativeEngine:
     def _gradients(self, of: "_Step") -> StepResult:
         """Run forward and backward; the parameters do not change."""
         weight = self.config.model.mtp.loss_weight
-        timed = partial(self.clock.device, "forward")
+        timed = partial(self.timers.device, "forward")
         loss = step.run(self.chunks, of.batches, of.loss_weights, weight, self.groups, timed=timed)
         of.grad_norm = optimizer.norm(self.optimizer)
         return StepResult(loss, of.grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())

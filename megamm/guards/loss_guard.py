@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from megamm.common import events
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
-from megamm.elastic.node_fault import NodeFault
+from megamm.elastic.rank import NodeFault
 from megamm.engine.api import StepResult
 from megamm.guards.rerun import Comparison, Gather, compare
 from megamm.guards.spike_detector import Spikes

@@ -17,11 +17,11 @@ import torch
 
 from megamm.common import events
 from megamm.config import StragglerConfig
-from megamm.elastic.node_fault import NodeFault
+from megamm.elastic.rank import NodeFault
 from megamm.guards.rerun import Gather
 
 PHASES = ("data", "forward", "update", "checkpoint")
-"""Phases as named by the engine's clock and the trainer."""
+"""Phases as named by the engine's timers and the trainer."""
 OWN = ("data", "forward")
 
 

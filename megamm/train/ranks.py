@@ -1,19 +1,17 @@
 """The ranks of a run, as the fork server starts them: what they import before the fork, and what they do after it.
 
-`python -m megamm.train.ranks CHANNEL COMMAND`: a descriptor, and the process to exit with (elastic/fork_server.py).
+`python -m megamm.train.ranks CHANNEL LAUNCHER`: a descriptor, and the process to exit with (elastic/fork_server.py).
 """
 
 import socket
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megamm.common import processes
 from megamm.common.log import log_to_console
 from megamm.config import config_from_dict
 from megamm.elastic import prefork
-
-if TYPE_CHECKING:
-    from megamm.train.trainer import Ending
+from megamm.elastic.rank_status import ExitReason
 
 
 def preload(config: dict[str, Any]) -> None:
@@ -21,7 +19,7 @@ def preload(config: dict[str, Any]) -> None:
     device, engine = config["device"], config["engine"]
     with processes.without_blas_threads():
         import numpy  # noqa: F401
-    # Imported here: the command names this module too and must stay small.
+    # Imported here: the launcher names this module too and must stay small.
     from megamm.common import device as devices
     from megamm.common.log import log_to_console
 
@@ -43,7 +41,7 @@ def preload(config: dict[str, Any]) -> None:
     assert not devices.is_initialized(), "an import has initialised the GPU: ranks cannot be forked from this process"
 
 
-def train_rank(config: dict[str, Any]) -> "Ending":
+def train_rank(config: dict[str, Any]) -> ExitReason:
     """Train as one rank of the job that the environment describes."""
     from megamm.train.trainer import train
 
@@ -52,9 +50,9 @@ def train_rank(config: dict[str, Any]) -> "Ending":
 
 
 def main() -> None:
-    """Serve the command until it closes the channel."""
-    channel, command = map(int, sys.argv[1:])
-    prefork.serve(socket.socket(fileno=channel), command, preload, train_rank)
+    """Serve the launcher until it closes the channel."""
+    channel, launcher = map(int, sys.argv[1:])
+    prefork.serve(socket.socket(fileno=channel), launcher, preload, train_rank)
 
 
 if __name__ == "__main__":

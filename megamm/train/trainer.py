@@ -18,10 +18,10 @@ from megamm.config import RunConfig, accelerators
 from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.run_data import RunData, open_run_data
 from megamm.elastic import heartbeat
+from megamm.elastic.graceful_stop import StopCondition, stop_condition
 from megamm.elastic.heartbeat import Heartbeat
-from megamm.elastic.node_fault import NodeFault
-from megamm.elastic.rank_status import Ending
-from megamm.elastic.step_boundary import Boundary, of_this_rank
+from megamm.elastic.rank import NodeFault
+from megamm.elastic.rank_status import ExitReason
 from megamm.engine import api
 from megamm.engine.build import build_engine
 from megamm.guards.loss_guard import LeftOut, LossGuard
@@ -35,29 +35,30 @@ from megamm.train.checkpoint_manager import RunStore
 log = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
+def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReason:
     """Run to train.steps, or to the step boundary at which the job must stop; return why it ended.
 
-    boundary: by default the launcher's. UserError for errors that the user can fix; every rank raises the same one.
+    stop_when: by default the launcher's stop condition. UserError for errors that the user can fix; every rank raises
+    the same one.
     """
-    pulse = heartbeat.of_this_rank(config.output)
-    pulse.beat("start", 0)
+    beats = heartbeat.of_this_rank(config.output)
+    beats.beat("start", 0)
     place = device.choose(config.device)
     accelerators.log_use(config, place)
     grid.start(place)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
-    trainer = Trainer(config, data, place, pulse)
+    trainer = Trainer(config, data, place, beats)
     try:
         trainer.resume()
-        ending = trainer.run(boundary or of_this_rank())
-        pulse.beat("end", trainer.step)
-        if ending == "regroup":
+        exit_reason = trainer.run(stop_when or stop_condition())
+        beats.beat("end", trainer.step)
+        if exit_reason == "regroup":
             trainer.store.drain()  # all nodes resume from the checkpoint that is being written
         else:
             trainer.store.leave_node()
-        if ending == "done":
+        if exit_reason == "done":
             trainer.store.finish()
     except NodeFault as fault:
         trainer.store.leave_node(fault.ranks)
@@ -67,14 +68,14 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
     torch.distributed.barrier()
     grid.destroy()
     grid.stop()
-    return ending
+    return exit_reason
 
 
 class Trainer:
     """The state of a run on this rank, and its loop."""
 
-    def __init__(self, config: RunConfig, data: RunData, place: device.Device, pulse: Heartbeat) -> None:
-        self.config, self.data, self.place, self.pulse = config, data, place, pulse
+    def __init__(self, config: RunConfig, data: RunData, place: device.Device, beats: Heartbeat) -> None:
+        self.config, self.data, self.place, self.heartbeat = config, data, place, beats
         self.groups = grid.build(config.parallel, config.train.seed)
         self.engine = build_engine(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
@@ -101,7 +102,7 @@ class Trainer:
             reading=Reading(d.workers, d.prefetch, pin_memory=self.place.is_gpu),
         )
 
-    def run(self, boundary: Boundary) -> Ending:
+    def run(self, stop_when: StopCondition) -> ExitReason:
         """Run steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, every = self.config.train, self.config.checkpoint.every
         local_every = self.config.checkpoint.local_every if self.config.checkpoint.local is not None else 0
@@ -111,14 +112,14 @@ class Trainer:
             events.record(run, "started", step=self.step, world=world_size, layout=self.config.parallel.model_dump())
         first, stop = self.step + 1, min(t.steps, t.stop_after or t.steps)
         while self.step < stop:
-            if (ending := boundary.stops_before(self.step + 1)) is not None:
+            if (exit_reason := stop_when.stops_before(self.step + 1)) is not None:
                 if self.step > self.saved_step:
                     self.save(wait=True)
-                return ending
+                return exit_reason
             if not self._one_step():
                 continue
             if self.step == first and self.groups.rank == 0:
-                self.pulse.tell_first_step(self.config.output, first)
+                self.heartbeat.tell_first_step(self.config.output, first)
             last, heldout_loss = self.step == stop, None
             if t.eval_every and (self.step % t.eval_every == 0 or last):
                 heldout_loss = self._evaluate()
@@ -138,13 +139,13 @@ class Trainer:
     def _one_step(self) -> bool:
         """Run one step; return False if the loss guard rolled back to an earlier step instead."""
         t = self.config.train
-        self.pulse.beat("data", self.step + 1)
+        self.heartbeat.beat("data", self.step + 1)
         row = self.guard.next_row(self.loader.consumed_rows, t.global_batch)
         if row != self.loader.consumed_rows:
             self._open_loader(row)
-        with self.engine.clock.host("data"):
+        with self.engine.timers.host("data"):
             batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
-        self.pulse.beat("step", self.step + 1)
+        self.heartbeat.beat("step", self.step + 1)
         result = self.engine.compute_gradients(batches, self.weights)
         recompute = self.engine.recompute_gradients if self.engine.can_discard else None
         result, is_good = self.guard.check(self.step + 1, row, t.global_batch, result, recompute)
@@ -164,7 +165,7 @@ class Trainer:
 
     def _report(self, result: api.StepResult) -> None:
         """Compare the step's figures between ranks; rank 0 writes them."""
-        seconds = self.engine.clock.take()
+        seconds = self.engine.timers.take()
         scores = self.stragglers.window(self.step, seconds, self.place.torch_device)
         if self.metrics is None:
             return
@@ -183,7 +184,7 @@ class Trainer:
 
     def _roll_back(self, window: LeftOut) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
-        self.pulse.beat("resume", self.step)
+        self.heartbeat.beat("resume", self.step)
         self.store.drain()
         folder = self.store.checkpoint_before(window.first)
         if folder is None:
@@ -199,9 +200,9 @@ class Trainer:
         names, start = self.data.vocabulary.modalities, time.monotonic()
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
-        self.pulse.beat("evaluate", self.step)
+        self.heartbeat.beat("evaluate", self.step)
         for batches in self.data.heldout_steps(self.config, self.groups.data_rank, self.groups.data_size):
-            self.pulse.beat("evaluate", self.step)
+            self.heartbeat.beat("evaluate", self.step)
             placed = [batch.to(self.place.torch_device) for batch in batches]
             loss = self.engine.evaluate(placed, self.weights)
             total += torch.nan_to_num(loss.mean.cpu()) * loss.count.cpu()
@@ -218,9 +219,9 @@ class Trainer:
 
         to_run: save into the run's folder too, not only into the local tier.
         """
-        self.pulse.beat("save", self.step)
+        self.heartbeat.beat("save", self.step)
         start = time.monotonic()
-        with self.engine.clock.host("checkpoint"):
+        with self.engine.timers.host("checkpoint"):
             tokens = dict(zip(self.data.vocabulary.modalities, map(int, self.tokens), strict=True))
             rows, guard = self.loader.consumed_rows, self.guard.state()
             self.store.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
@@ -230,7 +231,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
-        self.pulse.beat("resume", self.step)
+        self.heartbeat.beat("resume", self.step)
         resumed = self.store.resume()
         if resumed is not None:
             self._go_on_from(resumed)
@@ -250,7 +251,7 @@ class Trainer:
         self.loader.waited = waited
 
     def _wait_for_writer(self) -> None:
-        self.pulse.beat("wait", self.step)
+        self.heartbeat.beat("wait", self.step)
 
     def close(self) -> None:
         self.store.close()

@@ -65,7 +65,7 @@ def kill(process):
 
 
 def kill_above(levels):
-    """Kill an ancestor of the rank: 1 the template, 2 the command."""
+    """Kill an ancestor of the rank: 1 the prefork parent, 2 the launcher."""
 
     def act(run, pid):
         above = pid
@@ -78,7 +78,7 @@ def kill_above(levels):
 
 
 def kill_agent(run, pid):
-    kill(beside_template(pid, "megamm.elastic.agent"))
+    kill(beside_prefork_parent(pid, "megamm.elastic.agent"))
     wait_for_the_end(pid)
 
 
@@ -88,12 +88,15 @@ def wait_for_the_end(pid):
         threading.Event().wait()
 
 
-def beside_template(rank, module):
-    """Return the command's child that runs this module; the template looks like the fork server that forked it."""
+def beside_prefork_parent(rank, module):
+    """Return the launcher's child that runs this module.
+
+    The prefork parent is skipped: it looks like the fork server that forked it.
+    """
     from megamm.common.processes import children
 
-    template = parent(rank)
-    return only([p for p in children(parent(template)) if p != template and module in command_line(p)], module)
+    above = parent(rank)
+    return only([p for p in children(parent(above)) if p != above and module in command_line(p)], module)
 
 
 def slow(run, pid):
@@ -209,8 +212,8 @@ OUTSIDE = {
     "slow": slow,
     "kill_template": kill_above(1),
     "kill_agent": kill_agent,
-    "kill_fork_server": lambda run, pid: kill(beside_template(pid, "megamm.train.ranks")),
-    "stop_fork_server": lambda run, pid: os.kill(beside_template(pid, "megamm.train.ranks"), signal.SIGSTOP),
+    "kill_fork_server": lambda run, pid: kill(beside_prefork_parent(pid, "megamm.train.ranks")),
+    "stop_fork_server": lambda run, pid: os.kill(beside_prefork_parent(pid, "megamm.train.ranks"), signal.SIGSTOP),
     "kill_command": kill_above(2),
     "kill_command_once_saved": once_saved(kill_above(2)),
     "own_signal": lambda run, pid: os.kill(pid, signal.SIGUSR1),
@@ -244,7 +247,7 @@ def _deadlock(heart):
 
 def _until_asked(heart):
     """Inject no fault: wait until the agent requests a stop."""
-    while struct.unpack_from("q", heart.slot.memory, 0)[0] == 0:
+    while struct.unpack_from("q", heart.status.memory, 0)[0] == 0:
         time.sleep(0.01)
 
 

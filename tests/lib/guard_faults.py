@@ -29,7 +29,7 @@ def train(case: Case) -> tuple[str, str] | None:
     multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     from megamm.common.errors import UserError
     from megamm.config import load_config
-    from megamm.elastic.node_fault import NodeFault
+    from megamm.elastic.rank import NodeFault
     from megamm.train import trainer
 
     for name, arguments in case.faults:

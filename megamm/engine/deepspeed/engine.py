@@ -23,7 +23,7 @@ from megamm.checkpoint.tensor_shards import Block
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
-from megamm.common.timers import Clock
+from megamm.common.timers import Timers
 from megamm.config import RunConfig
 from megamm.engine.api import Fill, StepResult
 from megamm.mcore import backbone, optimizer, plain_step, whole_parameters
@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         from megamm.engine.deepspeed.zero_shards import Shards
 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a process without a launcher
-        self.config, self.groups, self.clock = config, groups, Clock(device)
+        self.config, self.groups, self.timers = config, groups, Timers(device)
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
         self.names = whole_parameters.Names.of(model, groups)
@@ -76,7 +76,7 @@ class DeepSpeedEngine:
             mtp,
             self.groups,
             self._backward,
-            partial(self.clock.device, "forward"),
+            partial(self.timers.device, "forward"),
         )
         plain_step.finish(self.model)
         norm = float(self.deepspeed.get_global_grad_norm())
