@@ -84,7 +84,7 @@ def test_a_native_run_resumes(old: Path, overrides: tuple[str, ...], ranks: int)
 @pytest.mark.parametrize(
     ("overrides", "ranks"),
     [
-        pytest.param(ZERO, 2, id="zero=2, as saved"),
+        pytest.param(ZERO, 2, id="zero=2, as saved", marks=pytest.mark.everything),
         pytest.param(("engine=deepspeed", "deepspeed.zero=3"), 2, id="zero=3", marks=pytest.mark.everything),
         pytest.param((), 1, id="native", marks=pytest.mark.everything),
     ],
@@ -99,6 +99,7 @@ def test_an_export_is_imported(old: Path) -> None:
     _assert_equal(_train(old, "runs/imported", "train.stop_after=2"), "imported")
 
 
+@pytest.mark.everything
 def test_a_checkpoint_is_exported(old: Path) -> None:
     """Today's export of the checkpoint has the same weights, and the same logits in transformers."""
     from safetensors.torch import load_file
