@@ -11,7 +11,7 @@ from source_packages import dotted_png
 
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.data.build.curation import CurationOptions
-from megamm.data.build.media_check import Checks, LeftOut, check_sample, render_svg
+from megamm.data.build.media_check import MediaChecks, SkippedSample, check_sample, render_svg
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.raw.nouns import is_heldout, normalise_noun
 from megamm.data.raw.samples import RawPart, RawSample
@@ -261,9 +261,9 @@ def test_a_hostile_drawing_is_only_unreadable(data):
 def test_a_large_file_is_refused_unread(tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(65 * 2**20)
-    checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)
+    checks = MediaChecks(tmp_path, 32, CurationOptions(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (RawPart("image", "large.png"),)), checks)
-    assert found == LeftOut("broken", "large.png", "larger than 64 MiB")
+    assert found == SkippedSample("broken", "large.png", "larger than 64 MiB")
 
 
 @pytest.mark.parametrize(

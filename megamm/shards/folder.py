@@ -29,7 +29,7 @@ import numpy as np
 
 from megamm.common.errors import UserError
 from megamm.common.sample import IntArray
-from megamm.shards.tar_reader import BLOCK, Stored, TarReader
+from megamm.shards.tar_reader import BLOCK, StoredMember, TarReader
 
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 """A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
@@ -204,10 +204,10 @@ class ShardFolder:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def stored(self, i: int) -> Stored:
+    def stored(self, i: int) -> StoredMember:
         """The place of member i."""
         tar, name = self._tars[self._shard[i]], f"{self.keys[i]}.{self._exts[i]}"
-        return Stored(tar, name, int(self._offset[i]), int(self._size[i]))
+        return StoredMember(tar, name, int(self._offset[i]), int(self._size[i]))
 
     def read(self, i: int) -> bytes:
         """The data of member i. Raises UserError if the tar's header there does not match this member."""

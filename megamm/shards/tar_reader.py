@@ -1,6 +1,6 @@
 """Reads single members of tars by their place, without an index, in data workers.
 
-In: `Stored`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
+In: `StoredMember`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
 """
 
 import os
@@ -17,7 +17,7 @@ _OPEN = 128
 """Maximum number of open tars: a process can open about 1,000 files, and a data set has more shards."""
 
 
-class Stored(NamedTuple):
+class StoredMember(NamedTuple):
     """A member `name` of a tar: the start and size of its data."""
 
     tar: str
@@ -32,7 +32,7 @@ class TarReader:
     def __init__(self) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, member: Stored) -> bytes:
+    def read(self, member: StoredMember) -> bytes:
         """The data of a member. Raises UserError if the tar's header there does not match this member."""
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
         if len(block) < BLOCK + member.size or not _is_header_of(block, member):
@@ -72,6 +72,6 @@ class TarReader:
             self.close()
 
 
-def _is_header_of(block: bytes, member: Stored) -> bool:
+def _is_header_of(block: bytes, member: StoredMember) -> bool:
     """Whether a plain ustar or GNU header has this name and size: ten times as fast as parsing it."""
     return block[:100].rstrip(b"\0") == member.name.encode() and block[124:136].rstrip(b" \0") == b"%011o" % member.size

@@ -34,7 +34,7 @@ _EMBEDDED = ("#", "data:image/png", "data:image/jpeg", "data:image/jpg", "data:i
 
 
 @dataclass(frozen=True)
-class Checks:
+class MediaChecks:
     """Settings for a worker: folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
 
     root: Path
@@ -63,7 +63,7 @@ class CheckedSample:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSample:
     """A skipped sample: the rule ("broken": unreadable), the part or sample, and the reason."""
 
     rule: str
@@ -71,7 +71,7 @@ class LeftOut:
     reason: str
 
 
-def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
+def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | SkippedSample:
     """Check a sample; returns what to store of it, or why it is skipped. It is kept as a whole or not at all."""
     parts, texts, masked, what = [], [], Counter[str](), sample.key
     try:
@@ -92,15 +92,15 @@ def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
         if texts:
             check_text(whole, checks.curation)
     except UnreadableMedia as error:
-        return LeftOut("broken", what, str(error))
+        return SkippedSample("broken", what, str(error))
     except FilteredOut as error:
-        return LeftOut(error.rule, what, str(error))
+        return SkippedSample(error.rule, what, str(error))
     # Only documents are compared: a long caption may belong to many media.
     compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
     return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
 
 
-def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
+def _medium(part: RawPart, checks: MediaChecks) -> tuple[bytes, str]:
     """The bytes of a media part in a format of its modality, and the extension."""
     suffix = Path(part.content).suffix.lower().lstrip(".")
     ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
@@ -115,19 +115,19 @@ def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
 
 def _read(part: RawPart, root: Path, limit: int) -> bytes:
     """Read the medium. Raises UnreadableMedia if it is too large, truncated or not a regular file, such as a pipe."""
-    path, offset = (part.span.file, part.span.offset) if part.span else (root / part.content, 0)
+    path, offset = (part.byte_range.file, part.byte_range.offset) if part.byte_range else (root / part.content, 0)
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UnreadableMedia("not a regular file")
             file.seek(offset)
-            data = file.read(min(limit + 1, part.span.size if part.span else limit + 1))
+            data = file.read(min(limit + 1, part.byte_range.size if part.byte_range else limit + 1))
     except OSError as error:
         raise UnreadableMedia(error.strerror or "cannot be read") from error
     if len(data) > limit:
         raise UnreadableMedia(f"larger than {limit >> 20} MiB")
-    if part.span and len(data) < part.span.size:
+    if part.byte_range and len(data) < part.byte_range.size:
         raise UnreadableMedia("truncated")
     return data
 

@@ -27,8 +27,8 @@ from megamm.common.errors import UserError
 from megamm.data.build import curation
 from megamm.data.build.curation import CurationOptions, NearDuplicates
 from megamm.data.build.heldout import Heldout
-from megamm.data.build.media_check import CheckedSample, Checks, LeftOut, check_sample
-from megamm.data.build.report import Report, merge_reports
+from megamm.data.build.media_check import CheckedSample, MediaChecks, SkippedSample, check_sample
+from megamm.data.build.report import BuildReport, merge_reports
 from megamm.data.raw.readers import READERS, media_root, source_name
 from megamm.data.raw.samples import Broken, RawSample
 from megamm.modalities import REGISTRY
@@ -114,7 +114,7 @@ class _SplitWriters:
             self._writers[split, part.modality].add(raw.key, ext, part.data)
 
 
-def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[Report]:
+def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[BuildReport]:
     """Build every source, then rename all at once. A UserError leaves SHARDS unchanged. workers: None = all cores."""
     for raw in raws:
         if (shards / source_name(raw)).exists():
@@ -131,21 +131,21 @@ def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | 
     return reports
 
 
-def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> Report:
-    report = Report(source_name(raw), curation=curation.parameters(options.curation))
+def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> BuildReport:
+    report = BuildReport(source_name(raw), curation=curation.parameters(options.curation))
     folder, spool = work / report.source, work / f".{report.source}.spool"
     spool.mkdir()
     samples, heldout = _read(raw, spool, options, report)
-    checks = Checks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
+    checks = MediaChecks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
     with ExitStack() as stack:
         writers = _SplitWriters(folder, stack)
         for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
-            if isinstance(checked, LeftOut):
-                report.leave_out(checked.rule, checked.what, checked.reason)
+            if isinstance(checked, SkippedSample):
+                report.skip(checked.rule, checked.what, checked.reason)
                 continue
             split = "heldout" if sample.key in heldout else "train"
             if refused := seen.admit(f"{report.source}/{sample.key}", checked, split):
-                report.leave_out(refused[0], sample.key, refused[1])
+                report.skip(refused[0], sample.key, refused[1])
                 continue
             writers.add(split, sample, checked)
             report.count(split, checked)
@@ -163,7 +163,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     return report
 
 
-def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tuple[list[RawSample], Heldout]:
+def _read(raw: Path, spool: Path, options: BuildOptions, report: BuildReport) -> tuple[list[RawSample], Heldout]:
     """Read the usable samples in build order, and choose the held-out ones; the report counts the others."""
     samples: dict[str, RawSample] = {}
     broken: list[Broken] = []
@@ -177,7 +177,7 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tupl
             samples[entry.key] = entry
             ignored.update(entry.ignored)
     for entry in broken:
-        report.leave_out("broken", entry.what, entry.reason)
+        report.skip("broken", entry.what, entry.reason)
     chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
     heldout = Heldout.of([samples[key] for key in chosen], options.heldout, options.heldout_combinations)
     # Training samples come first: of two samples that share a medium, the held-out one is dropped.
@@ -191,7 +191,9 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: Report) -> tupl
     return [samples[key] for key in chosen], heldout
 
 
-def _checked(samples: list[RawSample], checks: Checks, workers: int | None) -> Iterator[CheckedSample | LeftOut]:
+def _checked(
+    samples: list[RawSample], checks: MediaChecks, workers: int | None
+) -> Iterator[CheckedSample | SkippedSample]:
     """Run check_sample on every sample, in order; in worker processes if there are enough samples."""
     check = partial(check_sample, checks=checks)
     if workers is None:

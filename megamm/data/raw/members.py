@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from megamm.data.raw.samples import RawPart, RawSample, Span, UnusableSample, sample_of
+from megamm.data.raw.samples import ByteRange, RawPart, RawSample, UnusableSample, sample_of
 from megamm.modalities import REGISTRY
 
 TEXT_ENDINGS = ("txt", "json", "cls")
@@ -21,13 +21,13 @@ _CAPTIONS = ("caption", "text")
 
 
 @dataclass(frozen=True)
-class Member:
-    """One file: its extension in lower case, its path or name, and its bytes (texts) or its place (see `Span`)."""
+class SampleFile:
+    """One file: its extension in lower case, its path or name, and its bytes (texts) or its place (see `ByteRange`)."""
 
     ending: str
     name: str
     data: bytes = b""
-    span: Span | None = None
+    byte_range: ByteRange | None = None
 
 
 def modality_of(ending: str) -> str | None:
@@ -37,7 +37,7 @@ def modality_of(ending: str) -> str | None:
     return next((name for name, kind in REGISTRY.items() if ALIASES.get(ending, ending) in kind.extensions), None)
 
 
-def assemble(key: str, members: list[Member]) -> RawSample:
+def assemble(key: str, members: list[SampleFile]) -> RawSample:
     """Combine members into a sample. Raises UnusableSample if two have the same role, or none has one."""
     for member in members:
         if len(member.data) > MAX_TEXT_BYTES:
@@ -49,7 +49,7 @@ def assemble(key: str, members: list[Member]) -> RawSample:
         numbered = [(int(m[1]), m[2], member) for m, member in zip(matches, members, strict=True) if m]
         return _interleaved(key, sorted(numbered, key=lambda part: part[0]))
     entry: dict[str, Any] = {"key": key}
-    spans: dict[str, Span | None] = {}
+    ranges: dict[str, ByteRange | None] = {}
     ignored = []
     for member in members:
         modality = modality_of(member.ending)
@@ -59,27 +59,27 @@ def assemble(key: str, members: list[Member]) -> RawSample:
         elif modality in entry:
             raise UnusableSample(f"two {modality} members: {entry[modality]}, {member.name}")
         else:
-            entry[modality], spans[modality] = member.name, member.span
+            entry[modality], ranges[modality] = member.name, member.byte_range
     entry |= _text({member.ending: member.data for member in members if member.ending in TEXT_ENDINGS})
     sample = sample_of(entry, key)
-    parts = tuple(RawPart(part.modality, part.content, spans.get(part.modality)) for part in sample.parts)
+    parts = tuple(RawPart(part.modality, part.content, ranges.get(part.modality)) for part in sample.parts)
     return RawSample(sample.key, sample.noun, parts, ignored=tuple(sorted(ignored)))
 
 
-def _interleaved(key: str, members: list[tuple[int, str, Member]]) -> RawSample:
+def _interleaved(key: str, members: list[tuple[int, str, SampleFile]]) -> RawSample:
     if [number for number, _, _ in members] != list(range(len(members))):
         raise UnusableSample("its parts are not numbered 0, 1, 2, ...")
-    entries, spans = [], []
+    entries, ranges = [], []
     for _, ending, member in members:
         modality = modality_of(ending)
         if modality is None:
             raise UnusableSample(f"extension {ending!r} belongs to no modality")
         entries.append({modality: decode(member) if modality == "text" else member.name})
-        spans.append(member.span)
+        ranges.append(member.byte_range)
     sample = sample_of({"key": key, "parts": entries}, key)
     parts = (
-        part if part.modality == "text" else RawPart(part.modality, part.content, span)
-        for part, span in zip(sample.parts, spans, strict=True)
+        part if part.modality == "text" else RawPart(part.modality, part.content, byte_range)
+        for part, byte_range in zip(sample.parts, ranges, strict=True)
     )
     return RawSample(sample.key, sample.noun, tuple(parts), ordered=True)
 
@@ -98,11 +98,11 @@ def _text(found: dict[str, bytes]) -> dict[str, Any]:
             fields |= {"text": caption} if caption is not None else {}
     for ending in ("txt", "cls"):
         if ending in found and (ending == "txt" or "text" not in fields):
-            fields["text"] = decode(Member(ending, f".{ending}", found[ending]))
+            fields["text"] = decode(SampleFile(ending, f".{ending}", found[ending]))
     return fields
 
 
-def decode(member: Member) -> str:
+def decode(member: SampleFile) -> str:
     """The text of a member. Raises UnusableSample if it is not UTF-8."""
     try:
         return member.data.decode("utf-8-sig")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megamm.common.errors import UserError
-from megamm.data.raw.samples import Broken, RawPart, RawSample, Span, UnusableSample, fit_key, sample_of
+from megamm.data.raw.samples import Broken, ByteRange, RawPart, RawSample, UnusableSample, fit_key, sample_of
 from megamm.modalities import REGISTRY
 
 _ROWS = 64
@@ -70,13 +70,13 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSample | Broken:
-    spans: dict[str, Span] = {}
+    ranges: dict[str, ByteRange] = {}
     entry = {name: value for name, value in row.items() if value is not None}
     try:
         for modality in set(REGISTRY) & set(entry) - {"text"}:
             data, path = _medium(entry[modality], modality)
             entry[modality] = f"{default_key}/{modality}.{_ending(data, path)}"
-            spans[modality] = Span(Path(media.name), media.tell(), len(data))
+            ranges[modality] = ByteRange(Path(media.name), media.tell(), len(data))
             media.write(data)
         if isinstance(entry.get("key"), int | str):
             entry["key"] = fit_key(str(entry["key"]))
@@ -84,7 +84,7 @@ def _sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSample
     except UnusableSample as error:
         return Broken(default_key, str(error))
     media.flush()
-    parts = tuple(RawPart(part.modality, part.content, spans.get(part.modality)) for part in sample.parts)
+    parts = tuple(RawPart(part.modality, part.content, ranges.get(part.modality)) for part in sample.parts)
     return RawSample(sample.key, sample.noun, parts, sample.ordered, sample.ignored)
 
 

@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from megamm.common.errors import UserError
-from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, Member, assemble
-from megamm.data.raw.samples import Broken, RawSample, Span, UnusableSample, fit_key
+from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, SampleFile, assemble
+from megamm.data.raw.samples import Broken, ByteRange, RawSample, UnusableSample, fit_key
 
 
 def read_webdataset(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
@@ -29,12 +29,14 @@ def read_webdataset(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
             yield from faults
             if not faults:
                 try:
-                    yield assemble(fit_key(f"{name}-{key}"), [entry for entry in found if isinstance(entry, Member)])
+                    yield assemble(
+                        fit_key(f"{name}-{key}"), [entry for entry in found if isinstance(entry, SampleFile)]
+                    )
                 except UnusableSample as error:
                     yield Broken(f"{tar.name}:{key}", str(error))
 
 
-def _members(tar: Path) -> Iterator[tuple[str, Member | Broken]]:
+def _members(tar: Path) -> Iterator[tuple[str, SampleFile | Broken]]:
     """(key, member) of every file in a tar, or the reason it is not read, in which case its sample is skipped."""
     try:
         with tarfile.open(tar, "r:") as file:
@@ -50,8 +52,8 @@ def _members(tar: Path) -> Iterator[tuple[str, Member | Broken]]:
                 if ending.rpartition(".")[2].lower() in TEXT_ENDINGS:
                     opened = file.extractfile(info)
                     data = opened.read(MAX_TEXT_BYTES + 1) if opened else b""
-                span = Span(tar, info.offset_data, info.size)
-                yield key, Member(ending.lower(), what, data, span)
+                byte_range = ByteRange(tar, info.offset_data, info.size)
+                yield key, SampleFile(ending.lower(), what, data, byte_range)
             # tarfile treats a damaged header as the end.
             with tar.open("rb") as plain:
                 plain.seek(file.offset)

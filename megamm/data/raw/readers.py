@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megamm.common.errors import UserError
-from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, Member, assemble
+from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, SampleFile, assemble
 from megamm.data.raw.read_arrow import read_arrow
 from megamm.data.raw.read_webdataset import read_webdataset
 from megamm.data.raw.samples import Broken, RawSample, UnusableSample, fit_key, read_lines, read_samples
@@ -63,13 +63,13 @@ def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
             yield Broken(stem, str(error))
 
 
-def _member(raw: Path, file: Path) -> Member:
+def _member(raw: Path, file: Path) -> SampleFile:
     ending = file.suffix.lower().lstrip(".")
     if ending not in TEXT_ENDINGS:
-        return Member(ending, file.as_posix())
+        return SampleFile(ending, file.as_posix())
     try:
         with (raw / file).open("rb") as opened:
-            return Member(ending, file.as_posix(), data=opened.read(MAX_TEXT_BYTES + 1))
+            return SampleFile(ending, file.as_posix(), data=opened.read(MAX_TEXT_BYTES + 1))
     except OSError as error:
         raise UnusableSample(f"{file.name}: {error.strerror}") from error
 

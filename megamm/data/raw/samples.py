@@ -26,7 +26,7 @@ FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """The place of a medium inside another file, such as a tar: offset and size in bytes."""
 
     file: Path
@@ -38,12 +38,12 @@ class Span:
 class RawPart:
     """One part: the clean text itself for modality "text", otherwise a path relative to the raw folder.
 
-    With a span the medium is those bytes; the path is then only its name in reports, with its extension.
+    With a byte_range the medium is those bytes; the path is then only its name in reports, with its extension.
     """
 
     modality: str
     content: str
-    span: Span | None = None
+    byte_range: ByteRange | None = None
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
     """Write FOLDER/samples.jsonl; the media are already in the folder."""
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for sample in samples:
-            assert not any(part.span for part in sample.parts), f"{sample.key} has parts inside other files"
+            assert not any(part.byte_range for part in sample.parts), f"{sample.key} has parts inside other files"
             parts: Any = [{part.modality: part.content} for part in sample.parts]
             entry = {"key": sample.key, "noun": sample.noun}
             entry |= (

@@ -30,7 +30,7 @@ from megamm.data.sources.wesnoth import write_wesnoth
 
 
 @dataclass(frozen=True)
-class Source:
+class PublicSource:
     """A public data set in one or more packages; write(unpacked packages, target folder) creates its samples."""
 
     packages: tuple[str | Sdist | DebianPrefix, ...]
@@ -52,17 +52,17 @@ _BLENDSWAP = DebianPrefix(
 _MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
 
 SOURCES = {
-    "emoji": Source(
+    "emoji": PublicSource(
         ("fonts-noto-color-emoji",), 9.9, "SIL OFL 1.1", "3,780 emoji pictures with their English names", write_emoji
     ),
-    "emoji-variants": Source(
+    "emoji-variants": PublicSource(
         ("fonts-noto-color-emoji",),
         9.9,
         "SIL OFL 1.1",
         "some 500 pictures of people and hands, with profession or hair, gender and skin as caption",
         write_emoji_variants,
     ),
-    "digits": Source(
+    "digits": PublicSource(
         (
             *("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
             *("asterisk-core-sounds-fr-g722", "asterisk-core-sounds-fr"),
@@ -73,17 +73,17 @@ SOURCES = {
         "720 sequences of three spoken digits, joined from recordings in English, French and Spanish",
         write_digits,
     ),
-    "things": Source(
+    "things": PublicSource(
         ("sweethome3d",),
         17.0,
         "GPL-2+ or CC-BY 3.0",
         "24 models of furniture in two poses and eight headings, and turning: clouds, pictures, videos, attributes",
         write_things,
     ),
-    "clipart": Source(
+    "clipart": PublicSource(
         ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
     ),
-    "asterisk": Source(
+    "asterisk": PublicSource(
         (
             "asterisk-core-sounds-en-g722",
             "asterisk-core-sounds-en",
@@ -95,58 +95,58 @@ SOURCES = {
         "1,000 spoken telephone prompts with transcripts, English and French",
         write_asterisk,
     ),
-    "sweethome": Source(
+    "sweethome": PublicSource(
         ("sweethome3d",),
         17.0,
         "GPL-2+ or CC-BY 3.0",
         "92 models of furniture: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "blendswap": Source(
+    "blendswap": PublicSource(
         (_BLENDSWAP,),
         24.5,
         "CC0",
         "175 models of furniture and things, a part of `furniture`: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "furniture": Source(
+    "furniture": PublicSource(
         ("sweethome3d-furniture",),
         119.8,
         "CC-BY 3.0, CC0, GPL (by catalogue)",
         "820 models of furniture and things: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "pingus": Source(
+    "pingus": PublicSource(
         ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
     ),
-    "wesnoth": Source(
+    "wesnoth": PublicSource(
         ("wesnoth-1.16-data",),
         146.2,
         "GPL-2+",
         "228 described figures of a fantasy game and 432 of their animations",
         write_wesnoth,
     ),
-    "tuxpaint": Source(
+    "tuxpaint": PublicSource(
         ("tuxpaint-stamps-default",),
         160.9,
         "GPL-2",
         "950 stamps: picture, description and speech, in English and 10 more languages",
         write_tuxpaint,
     ),
-    "gnome": Source(
+    "gnome": PublicSource(
         ("gnome-user-docs",), 8.5, "CC-BY-SA 3.0", "348 pages of the GNOME manuals, text and pictures", write_gnome
     ),
-    "gimp": Source(
+    "gimp": PublicSource(
         ("gimp-help-en", "gimp-help-common"),
         49.8,
         "GFDL 1.2+",
         "662 pages of the GIMP manual, text and 1,990 pictures",
         write_gimp,
     ),
-    "wordnet": Source(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
-    "gcide": Source(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
-    "fortunes": Source(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
-    "bunny": Source(
+    "wordnet": PublicSource(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
+    "gcide": PublicSource(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
+    "fortunes": PublicSource(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
+    "bunny": PublicSource(
         (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),),
         58.4,
         "CC-BY 3.0",

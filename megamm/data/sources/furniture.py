@@ -57,7 +57,7 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 @dataclass(frozen=True)
-class Piece:
+class CatalogueModel:
     """A model of a catalogue: name, category ("" if unknown), author, and its files in the zip file."""
 
     name: str
@@ -68,12 +68,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Job:
+class _ModelTask:
     """A model to be drawn: its place, and the names of its samples."""
 
     catalogue: Path
     key: str
-    piece: Piece
+    piece: CatalogueModel
 
 
 class ZipFiles(Mapping[str, bytes]):
@@ -108,7 +108,9 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
         name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower())
         with zipfile.ZipFile(path) as archive:
             pieces = read_catalogue(archive, target, path.name)
-        jobs += [Job(path, f"furniture-{name}-{number:03d}", piece) for number, piece in enumerate(pieces, start=1)]
+        jobs += [
+            _ModelTask(path, f"furniture-{name}-{number:03d}", piece) for number, piece in enumerate(pieces, start=1)
+        ]
     samples = []
     for job, made in zip(jobs, _made(jobs, target), strict=True):
         if isinstance(made, str):
@@ -118,7 +120,7 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
     return samples
 
 
-def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
+def _made(jobs: list[_ModelTask], target: Path) -> Iterator[list[RawSample] | str]:
     """The samples of every job in order, or the reason for none; in worker processes if there are enough jobs."""
     make = partial(_make, target=target)
     workers = min(len(os.sched_getaffinity(0)), len(jobs) // _PIECES_PER_WORKER)
@@ -133,7 +135,7 @@ def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
             raise UserError("a worker process was killed", where=target, remedy=remedy) from error
 
 
-def _make(job: Job, target: Path) -> list[RawSample] | str:
+def _make(job: _ModelTask, target: Path) -> list[RawSample] | str:
     """Write one model's media; returns its samples, or the reason for none."""
     with zipfile.ZipFile(job.catalogue) as archive:
         try:
@@ -144,7 +146,7 @@ def _make(job: Job, target: Path) -> list[RawSample] | str:
         return _write_piece(target, job.key, job.piece, cloud, surface, archive)
 
 
-def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Piece]:
+def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[CatalogueModel]:
     """The pieces of a catalogue, each model once; adds its licence and authors to the attribution in `target`."""
     lists = [entry for entry in archive.namelist() if _LISTS.fullmatch(entry)]
     if not lists:
@@ -162,7 +164,7 @@ def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Pi
         creator = values.get(f"creator#{number}", "unnamed")
         works[creator].append(caption)
         category = furniture_caption(values.get(f"category#{number}", ""))
-        pieces.append(Piece(caption, category, creator, model, icon))
+        pieces.append(CatalogueModel(caption, category, creator, model, icon))
     licence = clean_caption(values.get("license", ""))
     authors = [f"- {creator}: {', '.join(captions)}" for creator, captions in sorted(works.items())]
     append_credits(target, [f"{name}: {values.get('name', '')}. {licence}. Models by:", "", *authors])
@@ -198,7 +200,7 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
 
 
 def _write_piece(
-    target: Path, key: str, piece: Piece, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
+    target: Path, key: str, piece: CatalogueModel, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
 ) -> list[RawSample]:
     turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
     write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)

@@ -21,7 +21,7 @@ import numpy as np
 from megamm.common.errors import UserError
 from megamm.data.raw.nouns import normalise_noun
 from megamm.data.raw.samples import RawPart, RawSample
-from megamm.data.sources.furniture import Piece, load_model, own_materials, read_catalogue
+from megamm.data.sources.furniture import CatalogueModel, load_model, own_materials, read_catalogue
 from megamm.data.sources.media import write_picture, write_video
 from megamm.media.meshes import CloudArray, cloud_from_mesh
 from megamm.media.render3d import render
@@ -51,11 +51,11 @@ _SURFACE = 6_000
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ThingTask:
     """A thing to be drawn from the catalogue at `path`."""
 
     path: Path
-    piece: Piece
+    piece: CatalogueModel
 
     @property
     def key(self) -> str:
@@ -72,7 +72,7 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
     with zipfile.ZipFile(catalogues[0]) as archive:
         pieces = read_catalogue(archive, target, catalogues[0].name)
     first = {piece.name: piece for piece in reversed(pieces) if piece.name in THINGS}
-    jobs = [_Job(catalogues[0], first[name]) for name in sorted(first)]
+    jobs = [_ThingTask(catalogues[0], first[name]) for name in sorted(first)]
     if not jobs:
         raise UserError("the catalogue has none of the things", where=catalogues[0], remedy="use Debian 12")
     make = partial(_make, target=target)
@@ -83,7 +83,7 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
         return [sample for samples in pool.map(make, jobs) for sample in samples]
 
 
-def _make(job: _Job, target: Path) -> list[RawSample]:
+def _make(job: _ThingTask, target: Path) -> list[RawSample]:
     """Write one thing's media and return its samples."""
     with zipfile.ZipFile(job.path) as archive:
         mesh = load_model(archive, job.piece.model, own_materials(archive))
@@ -96,7 +96,7 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
     return samples
 
 
-def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
+def _stills(job: _ThingTask, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
     """Copies of the painted thing: pictures, clouds or both, each with the caption."""
     noun, caption = normalise_noun(job.piece.name), RawPart("text", f"{colour}, {job.piece.name}")
     for number, degrees in enumerate((*SEEN_COPIES, *CLOUD_COPIES)):
@@ -110,7 +110,7 @@ def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, targ
         yield RawSample(key, noun, (*parts, caption))
 
 
-def _videos(job: _Job, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
+def _videos(job: _ThingTask, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
     """The painted thing turning each way."""
     for direction, sign in (("left", -1), ("right", 1)):
         key = f"{job.key}-{colour}-turning-{direction}"

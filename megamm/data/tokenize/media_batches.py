@@ -96,12 +96,12 @@ class MediaBatches:
         )
         for batch in stream:
             for broken in stream.broken[len(self.decoding.broken) :]:
-                self._leave_out(broken, self.decoding)
+                self._skip(broken, self.decoding)
             if batch:
                 yield [clip.number for clip in batch], [clip.frames for clip in batch]
         self.decoding.decoders = {str(name): stream.decoders[name] for name in sorted(stream.decoders)}
 
-    def _leave_out(self, clip: BrokenClip, decoding: Decoding) -> None:
+    def _skip(self, clip: BrokenClip, decoding: Decoding) -> None:
         name = member_name(self._shards, clip.number)
         if self._shards.parts[clip.number] != UNNUMBERED:
             remedy = "rebuild these shards with `megamm data build`, which skips such samples"
