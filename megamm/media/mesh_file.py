@@ -81,8 +81,8 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
     options: dict[str, Any] = {} if extension == "glb" else {"skip_materials": True}
     try:
         scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False, **options)
-        placed = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
-        faces = sum(len(getattr(part, "faces", ())) for part in placed)
+        instances = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
+        faces = sum(len(getattr(part, "faces", ())) for part in instances)
     except Exception as error:  # trimesh passes on the exceptions of its parsers
         raise ValueError(f"not a readable {extension} file: {type(error).__name__}: {error}") from error
     if faces == 0:

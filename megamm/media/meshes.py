@@ -23,7 +23,7 @@ MAX_COORDINATE = 1e12
 """Limit that keeps float32 far from overflow, even for products of three coordinates."""
 
 
-class PlacedMesh(NamedTuple):
+class MeshInstance(NamedTuple):
     """One mesh of a scene, and its corners `[F, 3, 3]` in the scene's coordinates."""
 
     mesh: "trimesh.Trimesh"
@@ -36,10 +36,10 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     Normals are those of the faces, outward if the corners are listed counter-clockwise. Raises ValueError if there is
     no face, a coordinate is not finite, or the surface has no area.
     """
-    placed = placed_meshes(mesh)
-    if not placed:
+    instances = mesh_instances(mesh)
+    if not instances:
         raise ValueError("has no faces")
-    corners = np.concatenate([part.corners for part in placed])
+    corners = np.concatenate([part.corners for part in instances])
     if not (np.abs(corners) < MAX_COORDINATE).all():
         raise ValueError("has coordinates that are NaN, Inf or too large")
     doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
@@ -55,30 +55,30 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
     xyz = (corners[face] * weights[:, :, None]).sum(1)
     normal = doubled[face] / twice_area[face, None]
-    return np.concatenate([xyz, normal, _colours(placed, face, weights)], axis=1).astype(np.float32)
+    return np.concatenate([xyz, normal, _colours(instances, face, weights)], axis=1).astype(np.float32)
 
 
-def placed_meshes(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[PlacedMesh]:
+def mesh_instances(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[MeshInstance]:
     """The meshes with faces of a scene, in its order, repeated as often as the scene places them."""
     import trimesh
 
     if isinstance(mesh, trimesh.Trimesh):
-        return [PlacedMesh(mesh, mesh.vertices[mesh.faces].astype(np.float64))] if len(mesh.faces) else []
-    placed = []
+        return [MeshInstance(mesh, mesh.vertices[mesh.faces].astype(np.float64))] if len(mesh.faces) else []
+    instances = []
     for node in mesh.graph.nodes_geometry:
         transform, name = mesh.graph[node]
         part = mesh.geometry[name]
         if isinstance(part, trimesh.Trimesh) and len(part.faces):
             vertices = part.vertices @ transform[:3, :3].T + transform[:3, 3]
-            placed.append(PlacedMesh(part, vertices[part.faces].astype(np.float64)))
-    return placed
+            instances.append(MeshInstance(part, vertices[part.faces].astype(np.float64)))
+    return instances
 
 
-def _colours(placed: list[PlacedMesh], face: IntArray, weights: FloatArray) -> FloatArray:
+def _colours(instances: list[MeshInstance], face: IntArray, weights: FloatArray) -> FloatArray:
     """RGB `[N, 3]` in [0, 1] at barycentric `weights` `[N, 3]` of `face` `[N]`, numbered over all meshes."""
     colours = np.empty((len(face), 3))
     first = 0
-    for part, _ in placed:
+    for part, _ in instances:
         mine = (face >= first) & (face < first + len(part.faces))
         if mine.any():
             colours[mine] = _mesh_colours(part, face[mine] - first, weights[mine])

@@ -41,7 +41,7 @@ UNNUMBERED = -1
 
 @dataclass(frozen=True)
 class Member:
-    """One tar member: key, extension ("png", or "3.png" for part 3 of a document), place of its data (bytes).
+    """One tar member: key, extension ("png", or "3.png" for part 3 of a document), offset and size of its data (bytes).
 
     `tokens` is its length in tokens, if it has one.
     """
@@ -59,7 +59,7 @@ class Member:
         return int(number) if number else UNNUMBERED
 
     @property
-    def ending(self) -> str:
+    def extension(self) -> str:
         """The file's extension, without the part's number."""
         return self.ext.rpartition(".")[2]
 
@@ -188,7 +188,7 @@ class ShardFolder:
         forms = {ext: Member("", ext, 0, 0) for ext in set(self._exts)}
         self.parts: IntArray = np.array([forms[ext].part for ext in self._exts], dtype=np.int64)
         """Number of each member's part `[members]`, UNNUMBERED where it has none."""
-        self.extensions = [forms[ext].ending for ext in self._exts]
+        self.extensions = [forms[ext].extension for ext in self._exts]
         """Extension of each member without the part's number."""
         self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
         """Length in tokens of each member `[members]`; None if this is not a token cache."""
@@ -205,7 +205,7 @@ class ShardFolder:
         return len(self.keys)
 
     def stored(self, i: int) -> StoredMember:
-        """The place of member i."""
+        """Member i with its tar, for a TarReader, also in another process."""
         tar, name = self._tars[self._shard[i]], f"{self.keys[i]}.{self._exts[i]}"
         return StoredMember(tar, name, int(self._offset[i]), int(self._size[i]))
 

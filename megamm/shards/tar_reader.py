@@ -1,6 +1,6 @@
-"""Reads single members of tars by their place, without an index, in data workers.
+"""Reads single members of tars by their offset, without an index, in data workers.
 
-In: `StoredMember`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
+In: a `StoredMember`. Out: its bytes, after checking the header before them. Offsets and sizes are in bytes.
 """
 
 import os

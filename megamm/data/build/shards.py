@@ -198,8 +198,8 @@ def _checked(
     check = partial(check_sample, checks=checks)
     if workers is None:
         workers = min(len(os.sched_getaffinity(0)), len(samples) // _SAMPLES_PER_WORKER)
-    place = f"{workers} worker processes" if workers else "in process"
-    logger.info("%s: %d samples, %s", checks.root.name, len(samples), place)
+    where = f"{workers} worker processes" if workers else "in process"
+    logger.info("%s: %d samples, %s", checks.root.name, len(samples), where)
     if not workers:
         yield from map(check, samples)
         return

@@ -13,7 +13,7 @@ from typing import Any
 from megamm.data.raw.samples import ByteRange, RawPart, RawSample, UnusableSample, sample_of
 from megamm.modalities import REGISTRY
 
-TEXT_ENDINGS = ("txt", "json", "cls")
+TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 16 * 2**20
 ALIASES = {"jpeg": "jpg", "jpe": "jpg", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
 """Other extensions of the same formats."""
@@ -22,19 +22,19 @@ _CAPTIONS = ("caption", "text")
 
 @dataclass(frozen=True)
 class SampleFile:
-    """One file: its extension in lower case, its path or name, and its bytes (texts) or its place (see `ByteRange`)."""
+    """One file: its extension in lower case, its path or name, and its bytes (texts) or where they are stored (media in tars)."""
 
-    ending: str
+    extension: str
     name: str
     data: bytes = b""
     byte_range: ByteRange | None = None
 
 
-def modality_of(ending: str) -> str | None:
+def modality_of(extension: str) -> str | None:
     """The first modality of the registry that accepts files with this extension."""
-    if ending == "svg":
+    if extension == "svg":
         return "image"
-    return next((name for name, kind in REGISTRY.items() if ALIASES.get(ending, ending) in kind.extensions), None)
+    return next((name for name, kind in REGISTRY.items() if ALIASES.get(extension, extension) in kind.extensions), None)
 
 
 def assemble(key: str, members: list[SampleFile]) -> RawSample:
@@ -42,9 +42,9 @@ def assemble(key: str, members: list[SampleFile]) -> RawSample:
     for member in members:
         if len(member.data) > MAX_TEXT_BYTES:
             raise UnusableSample(f"{member.name} is larger than {MAX_TEXT_BYTES >> 20} MiB")
-        if sum(other.ending == member.ending for other in members) > 1:
-            raise UnusableSample(f"two members .{member.ending}")
-    matches = [re.fullmatch(r"([0-9]{1,6})\.(\w+)", member.ending) for member in members]
+        if sum(other.extension == member.extension for other in members) > 1:
+            raise UnusableSample(f"two members .{member.extension}")
+    matches = [re.fullmatch(r"([0-9]{1,6})\.(\w+)", member.extension) for member in members]
     if all(matches):
         numbered = [(int(m[1]), m[2], member) for m, member in zip(matches, members, strict=True) if m]
         return _interleaved(key, sorted(numbered, key=lambda part: part[0]))
@@ -52,15 +52,15 @@ def assemble(key: str, members: list[SampleFile]) -> RawSample:
     ranges: dict[str, ByteRange | None] = {}
     ignored = []
     for member in members:
-        modality = modality_of(member.ending)
+        modality = modality_of(member.extension)
         if modality is None or modality == "text":
-            if member.ending not in TEXT_ENDINGS:
-                ignored.append(member.ending)
+            if member.extension not in TEXT_EXTENSIONS:
+                ignored.append(member.extension)
         elif modality in entry:
             raise UnusableSample(f"two {modality} members: {entry[modality]}, {member.name}")
         else:
             entry[modality], ranges[modality] = member.name, member.byte_range
-    entry |= _text({member.ending: member.data for member in members if member.ending in TEXT_ENDINGS})
+    entry |= _text({member.extension: member.data for member in members if member.extension in TEXT_EXTENSIONS})
     sample = sample_of(entry, key)
     parts = tuple(RawPart(part.modality, part.content, ranges.get(part.modality)) for part in sample.parts)
     return RawSample(sample.key, sample.noun, parts, ignored=tuple(sorted(ignored)))
@@ -70,10 +70,10 @@ def _interleaved(key: str, members: list[tuple[int, str, SampleFile]]) -> RawSam
     if [number for number, _, _ in members] != list(range(len(members))):
         raise UnusableSample("its parts are not numbered 0, 1, 2, ...")
     entries, ranges = [], []
-    for _, ending, member in members:
-        modality = modality_of(ending)
+    for _, extension, member in members:
+        modality = modality_of(extension)
         if modality is None:
-            raise UnusableSample(f"extension {ending!r} belongs to no modality")
+            raise UnusableSample(f"extension {extension!r} belongs to no modality")
         entries.append({modality: decode(member) if modality == "text" else member.name})
         ranges.append(member.byte_range)
     sample = sample_of({"key": key, "parts": entries}, key)
@@ -96,9 +96,9 @@ def _text(found: dict[str, bytes]) -> dict[str, Any]:
             fields = {name: entry[name] for name in ("noun",) if name in entry}
             caption = next((entry[name] for name in _CAPTIONS if entry.get(name)), None)
             fields |= {"text": caption} if caption is not None else {}
-    for ending in ("txt", "cls"):
-        if ending in found and (ending == "txt" or "text" not in fields):
-            fields["text"] = decode(SampleFile(ending, f".{ending}", found[ending]))
+    for extension in ("txt", "cls"):
+        if extension in found and (extension == "txt" or "text" not in fields):
+            fields["text"] = decode(SampleFile(extension, f".{extension}", found[extension]))
     return fields
 
 

@@ -75,7 +75,7 @@ def _sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSample
     try:
         for modality in set(REGISTRY) & set(entry) - {"text"}:
             data, path = _medium(entry[modality], modality)
-            entry[modality] = f"{default_key}/{modality}.{_ending(data, path)}"
+            entry[modality] = f"{default_key}/{modality}.{_extension(data, path)}"
             ranges[modality] = ByteRange(Path(media.name), media.tell(), len(data))
             media.write(data)
         if isinstance(entry.get("key"), int | str):
@@ -97,7 +97,7 @@ def _medium(value: Any, modality: str) -> tuple[bytes, str]:
     return data, path if isinstance(path, str) else ""
 
 
-def _ending(data: bytes, path: str) -> str:
+def _extension(data: bytes, path: str) -> str:
     """The path's extension, if any, else that of the format detected from the first bytes, else "unknown"."""
     if suffix := Path(path).suffix:
         return suffix.lower().lstrip(".")
@@ -105,4 +105,4 @@ def _ending(data: bytes, path: str) -> str:
         return {b"WEBP": "webp", b"WAVE": "wav"}.get(data[8:12], "unknown")
     if data[4:8] == b"ftyp":
         return "mp4"
-    return next((ending for signature, ending in _SIGNATURES if data.startswith(signature)), "unknown")
+    return next((extension for signature, extension in _SIGNATURES if data.startswith(signature)), "unknown")

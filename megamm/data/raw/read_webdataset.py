@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from megamm.common.errors import UserError
-from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, SampleFile, assemble
+from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_EXTENSIONS, SampleFile, assemble
 from megamm.data.raw.samples import Broken, ByteRange, RawSample, UnusableSample, fit_key
 
 
@@ -42,18 +42,18 @@ def _members(tar: Path) -> Iterator[tuple[str, SampleFile | Broken]]:
         with tarfile.open(tar, "r:") as file:
             for info in file:
                 path = PurePosixPath(info.name)
-                stem, _, ending = path.name.partition(".")
+                stem, _, extension = path.name.partition(".")
                 key, what = (path.parent / stem).as_posix(), f"{tar.name}:{info.name}"
                 if fault := _fault(info, path):
                     yield key, Broken(what, fault)
                 if fault or info.isdir():
                     continue
                 data = b""
-                if ending.rpartition(".")[2].lower() in TEXT_ENDINGS:
+                if extension.rpartition(".")[2].lower() in TEXT_EXTENSIONS:
                     opened = file.extractfile(info)
                     data = opened.read(MAX_TEXT_BYTES + 1) if opened else b""
                 byte_range = ByteRange(tar, info.offset_data, info.size)
-                yield key, SampleFile(ending.lower(), what, data, byte_range)
+                yield key, SampleFile(extension.lower(), what, data, byte_range)
             # tarfile treats a damaged header as the end.
             with tar.open("rb") as plain:
                 plain.seek(file.offset)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megamm.common.errors import UserError
-from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_ENDINGS, SampleFile, assemble
+from megamm.data.raw.members import MAX_TEXT_BYTES, TEXT_EXTENSIONS, SampleFile, assemble
 from megamm.data.raw.read_arrow import read_arrow
 from megamm.data.raw.read_webdataset import read_webdataset
 from megamm.data.raw.samples import Broken, RawSample, UnusableSample, fit_key, read_lines, read_samples
@@ -64,12 +64,12 @@ def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 
 def _member(raw: Path, file: Path) -> SampleFile:
-    ending = file.suffix.lower().lstrip(".")
-    if ending not in TEXT_ENDINGS:
-        return SampleFile(ending, file.as_posix())
+    extension = file.suffix.lower().lstrip(".")
+    if extension not in TEXT_EXTENSIONS:
+        return SampleFile(extension, file.as_posix())
     try:
         with (raw / file).open("rb") as opened:
-            return SampleFile(ending, file.as_posix(), data=opened.read(MAX_TEXT_BYTES + 1))
+            return SampleFile(extension, file.as_posix(), data=opened.read(MAX_TEXT_BYTES + 1))
     except OSError as error:
         raise UnusableSample(f"{file.name}: {error.strerror}") from error
 

@@ -27,7 +27,7 @@ FILE = "samples.jsonl"
 
 @dataclass(frozen=True)
 class ByteRange:
-    """The place of a medium inside another file, such as a tar: offset and size in bytes."""
+    """The bytes of a medium inside another file, such as a tar: offset and size in bytes."""
 
     file: Path
     offset: int
@@ -38,7 +38,7 @@ class ByteRange:
 class RawPart:
     """One part: the clean text itself for modality "text", otherwise a path relative to the raw folder.
 
-    With a byte_range the medium is those bytes; the path is then only its name in reports, with its extension.
+    With a byte range the medium is those bytes; the path is then only its name in reports, with its extension.
     """
 
     modality: str

@@ -174,7 +174,7 @@ def expand(names: list[str]) -> list[str]:
 
 
 def is_fetched(name: str, raw: Path) -> bool:
-    """Whether raw/name exists and is complete. Raises UserError if something else is in its place."""
+    """Whether raw/name exists and is complete. Raises UserError if the folder exists without samples."""
     target = raw / name
     if (target / FILE).exists():
         return True

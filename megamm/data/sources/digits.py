@@ -46,7 +46,7 @@ def write_digits(package: Path, target: Path) -> list[RawSample]:
         spoken = {str(d): trimmed(decode_recording(folder / f"digits/{d}.g722")) for d in range(10)}
         for digits, copy in product(chosen_sequences(language), range(COPIES)):
             key = f"digits-{language}-{digits}-{copy}"
-            pauses = [_pause(f"{key}-{place}") for place in range(LENGTH - 1)]
+            pauses = [_pause(f"{key}-{position}") for position in range(LENGTH - 1)]
             write_flac(target / f"audio/{key}.flac", joined([spoken[d] for d in digits], pauses), SAMPLE_RATE)
             words = " ".join(transcripts[f"digits/{d}"].lower() for d in digits)
             parts = (RawPart("audio", f"audio/{key}.flac"), RawPart("text", words))

@@ -69,7 +69,7 @@ class CatalogueModel:
 
 @dataclass(frozen=True)
 class _ModelTask:
-    """A model to be drawn: its place, and the names of its samples."""
+    """A model to be drawn: its catalogue, and the start of its samples' keys."""
 
     catalogue: Path
     key: str

@@ -33,7 +33,7 @@ class Sdist:
     name: str
     version: str
     sha256: str
-    endings: tuple[str, ...]
+    extensions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _unpack_sdist(package: Sdist, archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and member.name.endswith(package.endings):
+                if member.isfile() and member.name.endswith(package.extensions):
                     tar.extract(member, folder, filter="data")
     except tarfile.TarError as error:
         remedy = "report it as an issue; nothing was stored"

@@ -26,10 +26,10 @@ def write_wordnet(package: Path, target: Path) -> list[RawSample]:
     del target  # there are no media
     folder = _folder(package / "usr/share/wordnet")
     samples: list[RawSample] = []
-    for ending, name in _PARTS_OF_SPEECH.items():
-        lines = (folder / f"data.{ending}").read_text(encoding="utf-8", errors="replace").splitlines()
+    for suffix, name in _PARTS_OF_SPEECH.items():
+        lines = (folder / f"data.{suffix}").read_text(encoding="utf-8", errors="replace").splitlines()
         entries = (synset for line in lines if (synset := read_synset(line, name)))
-        samples += _documents(f"wordnet-{ending}", entries)
+        samples += _documents(f"wordnet-{suffix}", entries)
     return samples
 
 
