@@ -11,10 +11,10 @@ from source_packages import dotted_png
 
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.data.build.curation import CurationOptions
+from megamm.data.build.heldout import is_heldout
 from megamm.data.build.media_check import MediaChecks, SkippedSample, check_sample, render_svg
 from megamm.data.build.shards import BuildOptions, build
-from megamm.data.raw.nouns import is_heldout, normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from megamm.common.errors import UnreadableMedia
 from megamm.data.build.curation import CurationOptions
+from megamm.data.build.heldout import is_heldout
 from megamm.data.build.shards import BuildOptions, build
-from megamm.data.raw.nouns import is_heldout
 from megamm.data.raw.samples import RawPart, RawSample, write_samples
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder

@@ -23,7 +23,7 @@ from megamm.common.errors import UserError
 from megamm.data import sources
 from megamm.data.raw.samples import RawPart, RawSample, read_samples
 from megamm.data.sources import SOURCES, STARTERS, PublicSource, expand, fetch, packages
-from megamm.data.sources.attribution import append_credits
+from megamm.data.sources.media import append_credits
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package, find_sdist
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb makes and unpacks the test package")

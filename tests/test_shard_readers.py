@@ -15,8 +15,7 @@ from PIL import Image
 from megamm.common.errors import UserError
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.raw.samples import RawPart, RawSample, write_samples
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.index import write_index
+from megamm.shards.folder import ShardFolder, ShardWriter, write_index
 
 
 def picture(number):

@@ -11,9 +11,7 @@ import webdataset
 
 from megamm.common.errors import UserError
 from megamm.shards import folder as shards
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.index import index_tar, write_index
-from megamm.shards.token_ids import tokens_from_bytes, tokens_to_bytes
+from megamm.shards.folder import ShardFolder, ShardWriter, index_tar, tokens_from_bytes, tokens_to_bytes, write_index
 
 TEXTS = {f"sample-{i:03d}": f"text number {i} ".encode() * (i * 7 % 90) for i in range(25)}
 

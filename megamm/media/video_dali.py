@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.video_clip import ClipPlan
 from megamm.media.video_file import FrameArray
-from megamm.media.video_plan import ClipPlan
 
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 GPU_CODECS = CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}

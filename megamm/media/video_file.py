@@ -2,12 +2,17 @@
 
 Only the video stream that FFmpeg selects is read; sound belongs to another modality. Only the given bytes are opened:
 the file's extension fixes the container format, so playlists and references are not followed.
+
+A codec gets the frames shown at 0, 1 / rate, 2 / rate, ... seconds after the first one. A frame is shown from its
+timestamp until the next one's, so any frame rate, constant or not, is sampled by time. Every decoder uses the sampling
+functions of this module.
 """
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +23,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from megamm.common.errors import UnreadableMedia
-from megamm.media.frame_sampling import samples_before, usable_frames
 from megamm.media.image_file import PixelArray, pad_to_square
 
 FrameArray = npt.NDArray[np.uint8]
@@ -222,3 +226,30 @@ def write_mp4(frames: npt.NDArray[np.uint8], frame_rate: float) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+TOLERANCE = 1e-3
+"""A frame that starts at most this late for a sample counts as on time: containers round times (Matroska: to ms)."""
+
+
+def samples_before(time: float, frame_rate: float) -> int:
+    """Number of samples taken before `time`; a frame shown from a to b has samples_before(a) to samples_before(b)."""
+    return max(0, math.ceil((time - TOLERANCE) * frame_rate))
+
+
+def sampled_frames(starts: Sequence[float], end: float, frame_rate: float, limit: int) -> list[int]:
+    """The index of the frame for each sample, at most `limit` samples and at least one.
+
+    starts: the time each frame is first shown, starting at 0; end: the time the last one is no longer shown.
+    """
+    chosen: list[int] = []
+    for index, until in enumerate([*starts[1:], end]):
+        if len(chosen) >= limit:
+            break
+        chosen += [index] * (samples_before(until, frame_rate) - len(chosen))
+    return chosen[:limit] or [0]
+
+
+def usable_frames(frames: int, max_frames: int, frames_per_step: int) -> int:
+    """The largest 1 + n * frames_per_step up to `frames` (from 1) and `max_frames`: the lengths of a causal codec."""
+    return 1 + (min(frames, max_frames) - 1) // frames_per_step * frames_per_step

@@ -21,10 +21,9 @@ from typing import Literal
 import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
+from megamm.media.video_clip import ClipPlan, decode_clip, plan_clip
 from megamm.media.video_dali import DaliDecoder, obstacle
 from megamm.media.video_file import FrameArray, VideoSizes
-from megamm.media.video_plan import ClipPlan, plan_clip
-from megamm.media.video_pyav import decode_clip
 from megamm.shards.folder import ShardFolder
 
 logger = logging.getLogger(__name__)

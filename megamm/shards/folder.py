@@ -7,7 +7,7 @@ A tar member is `<key>.<ext>`; the folders of a split hold the same keys in the 
 parts in a fixed order (a page with pictures) has members `<key>.<number>.<ext>`: parts 0, 1, 2 ... over all
 folders, in reading order. An index has one JSON line per member: {"key", "ext", "offset", "size"}: ext includes the
 number, offset and size (bytes) are those of the member's data in the tar; token caches add "tokens" (length).
-`shards.json` holds the number of shards.
+`shards.json` holds the number of shards. The members of a token cache are `.npy` arrays of token ids, `[T]`.
 Format: WebDataset (Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning"), plain ustar/GNU tar.
 """
 
@@ -285,3 +285,72 @@ def rebuild_command(folder: Path) -> str:
     if ".tokens-" in folder.name:
         return f"delete {folder} and run `megamm data tokenize` again"
     return f"delete {folder.parent.parent} and run `megamm data build` again"
+
+
+_PLAIN = re.compile(
+    rb"\x93NUMPY\x01\x00\x76\x00\{'descr': '<u([24])', 'fortran_order': False, 'shape': \((\d+),\), \} *\n"
+)
+"""The header that numpy writes for such an array; numpy's general parser takes ten times as long as all the rest."""
+
+
+def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
+    """Token ids `[T]` in [0, vocabulary_size) as `.npy` bytes, uint16 if they fit, else uint32."""
+    assert ids.ndim == 1 and (ids.size == 0 or 0 <= ids.min() <= ids.max() < vocabulary_size), "token id out of range"
+    file = io.BytesIO()
+    np.save(file, ids.astype(np.uint16 if vocabulary_size <= 2**16 else np.uint32), allow_pickle=False)
+    return file.getvalue()
+
+
+def tokens_from_bytes(data: bytes) -> IntArray:
+    """The inverse of tokens_to_bytes: int64 `[T]`. Raises ValueError if the bytes are not such an array."""
+    plain = _PLAIN.match(data)
+    if plain and len(data) == plain.end() + int(plain[1]) * int(plain[2]):
+        return np.frombuffer(data, f"<u{int(plain[1])}", offset=plain.end()).astype(np.int64)
+    ids = np.load(io.BytesIO(data), allow_pickle=False)
+    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+        raise ValueError(f"not token ids: {ids.dtype} {list(ids.shape)}")
+    return ids.astype(np.int64)
+
+
+def index_tar(tar: Path) -> list[Member]:
+    """The members of any WebDataset tar, in order. Raises UserError if it is damaged or has other members."""
+    members = []
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for info in file:
+                key, _, ext = info.name.partition(".")
+                if not info.isreg() or not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
+                    what = f"{info.name!r} is neither `<key>.<ext>` nor `<key>.<number>.<ext>`"
+                    raise UserError(what, where=tar, remedy="repack the tar with such member names")
+                tokens = None
+                if ext.endswith("npy"):
+                    tokens = tokens_from_bytes(_read_exactly(file, info)).size
+                members.append(Member(key, ext, info.offset_data, info.size, tokens))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise UserError(f"unreadable tar: {error}", where=tar, remedy=f"rebuild {tar.parent}") from error
+    check_tar_end(tar, members[-1].offset + members[-1].size if members else 0)
+    return members
+
+
+def _read_exactly(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    stream = file.extractfile(info)
+    data = stream.read() if stream is not None else b""
+    if len(data) != info.size:
+        raise tarfile.ReadError(f"{info.name} is truncated")
+    return data
+
+
+def write_index(folder: Path) -> int:
+    """(Re)build the index of every tar of a folder; returns the number of members."""
+    tars = sorted(folder.glob("*.tar"))
+    if not tars:
+        raise UserError("no tar files", where=folder, remedy="give a folder with 000000.tar, 000001.tar, ...")
+    if [tar.stem for tar in tars] != [f"{number:06d}" for number in range(len(tars))]:
+        raise UserError("the tar numbers have a gap", where=folder, remedy="rename them to 000000.tar, 000001.tar, ...")
+    indexes = {tar: index_tar(tar) for tar in tars}
+    for tar, members in indexes.items():
+        partial = tar.with_suffix(".jsonl.partial")
+        partial.write_text("".join(member.to_line() for member in members))
+        partial.replace(tar.with_suffix(".jsonl"))
+    write_counts(folder, len(tars))
+    return sum(len(members) for members in indexes.values())

@@ -1,6 +1,7 @@
 """Chooses the held-out samples of a source by two rules: a pure function of their nouns and texts.
 
-noun: a share of the normalised nouns (data/raw/nouns.py), so that held-out data has subjects that training never sees.
+noun: a share of the normalised nouns (data/raw/samples.py), so that held-out data has subjects that are not in
+training.
 combination: of the other samples with a text, a share of the distinct texts, so that held-out data has new
 combinations ("firefighter, woman, dark skin") of words that training has all seen in other texts. A text stays in
 training if otherwise one of its words would not occur in the training split. Every word loses about the same share of
@@ -15,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megamm.data.raw.nouns import is_heldout
 from megamm.data.raw.samples import RawSample
 
 Rule = Literal["noun", "combination"]
@@ -48,6 +48,12 @@ class Heldout:
         """The rule by which a held-out sample was chosen."""
         assert key in self, f"{key} is not held out"
         return "noun" if key in self.nouns else "combination"
+
+
+def is_heldout(noun: str, share: float) -> bool:
+    """Whether samples of this noun are held out: a pure function of the noun, true for `share` of all nouns."""
+    first = int.from_bytes(hashlib.sha256(noun.encode()).digest()[:8], "big")
+    return first < share * 2**64
 
 
 def words(text: str) -> frozenset[str]:

@@ -19,9 +19,16 @@ import resvg_py
 from PIL import Image
 
 from megamm.common.errors import UnreadableMedia
-from megamm.data.build.curation import MEDIA_CHECKS, CurationOptions, FilteredOut, Signature, check_text, signature
-from megamm.data.build.pii import mask
-from megamm.data.raw.members import ALIASES
+from megamm.data.build.curation import (
+    MEDIA_CHECKS,
+    CurationOptions,
+    FilteredOut,
+    Signature,
+    check_text,
+    mask,
+    signature,
+)
+from megamm.data.raw.readers import ALIASES
 from megamm.data.raw.samples import RawPart, RawSample
 from megamm.modalities.protocol import Modality
 

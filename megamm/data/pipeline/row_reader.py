@@ -13,8 +13,8 @@ from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part, Row
 from megamm.data.pipeline.packing import Forms, pack
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.folder import tokens_from_bytes
 from megamm.shards.tar_reader import StoredMember, TarReader
-from megamm.shards.token_ids import tokens_from_bytes
 
 
 class StoredPart(NamedTuple):

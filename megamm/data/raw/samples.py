@@ -6,6 +6,10 @@ Interleaved, parts in reading order:
     {"parts": [{"text": "This is a cat:"}, {"image": "images/cat.png"}, {"text": "It sleeps."}]}
 "caption" or "text" is the text; other modalities name a file, relative to the folder of this file and inside it.
 "key" and "noun" are optional. The parts of an unordered sample are kept in the order of `REGISTRY`.
+
+The noun is the subject of a sample, by which the build holds samples out (data/build/heldout.py). By default it is the
+caption's, normalised: "man health worker: medium skin tone" -> "health worker". All variants of a noun (skin tone,
+gender, colour, direction, number, plural), from every source, are in the same split.
 """
 
 import hashlib
@@ -18,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import KEY
 
@@ -214,3 +217,35 @@ def _check_inside(part: RawPart, folder: Path) -> None:
             inside = False
         if not inside:
             raise UnusableSample(f"{part.content!r} leads outside the folder")
+
+
+_VARIANT_WORDS = """
+a an the of in on with and or by to for from at s
+skin tone light medium dark pale bright
+man men woman women boy boys girl girls person people male female adult gentleman lady
+red orange yellow green blue purple violet pink brown black white grey gray gold golden silver cyan magenta
+left right up upward upwards down downward downwards north south east west northeast northwest southeast
+southwest front back top bottom forward backward clockwise counterclockwise anticlockwise
+one two three four five six seven eight nine ten eleven twelve
+small big large little simple outline outlined shadow filled coloring b w bw
+icon sign symbol button clipart emoji
+"""
+_VARIANTS = frozenset(_VARIANT_WORDS.split())
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def normalise_noun(caption: str) -> str:
+    """The caption's words: lower-case, singular, sorted, without variant words unless there are no others."""
+    words = _WORD.findall(caption.casefold())
+    kept = [word for word in words if word not in _VARIANTS] or words or [caption.strip()]
+    return " ".join(sorted({_singular(word) for word in kept}))
+
+
+def _singular(word: str) -> str:
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses", "zes")):
+        return word[:-2]
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word

@@ -1,7 +1,7 @@
 """Public starter data that needs no account: `megamm data fetch NAME...` writes each source as raw samples.
 
-Out, in RAW/<source>/: `samples.jsonl` (see `samples`), its media, and `ATTRIBUTION.md` (origin, licence, authors).
-The folder appears only when complete; the same packages give the same bytes. A source is one file with a function
+Out, in RAW/<source>/: `samples.jsonl` (data/raw/samples.py), its media, and `ATTRIBUTION.md` (origin, licence, authors).
+The folder appears only when complete; the same packages give the same bytes. A source is a function
 (unpacked packages, target folder) -> samples, plus an entry in SOURCES; STARTERS are sets of sources.
 """
 
@@ -12,21 +12,17 @@ from pathlib import Path
 
 from megamm.common.errors import UserError
 from megamm.data.raw.samples import FILE, RawSample, write_samples
-from megamm.data.sources.asterisk import write_asterisk
-from megamm.data.sources.attribution import write_attribution
+from megamm.data.sources.asterisk import write_asterisk, write_digits
 from megamm.data.sources.bunny import write_bunny
-from megamm.data.sources.clipart import write_clipart
-from megamm.data.sources.digits import write_digits
+from megamm.data.sources.drawings import write_clipart, write_tuxpaint
 from megamm.data.sources.emoji import write_emoji, write_emoji_variants
 from megamm.data.sources.furniture import write_furniture
-from megamm.data.sources.gimp import write_gimp
-from megamm.data.sources.gnome import write_gnome
+from megamm.data.sources.games import write_pingus, write_wesnoth
+from megamm.data.sources.manuals import write_gimp, write_gnome
+from megamm.data.sources.media import write_attribution
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package
-from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.things import write_things
-from megamm.data.sources.tuxpaint import write_tuxpaint
-from megamm.data.sources.wesnoth import write_wesnoth
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ SOURCES = {
         ),
         34.5,
         "CC-BY-SA 3.0",
-        "720 sequences of three spoken digits, joined from recordings in English, French and Spanish",
+        "300 sequences of two spoken digits, three copies each, joined from English, French and Spanish recordings",
         write_digits,
     ),
     "things": PublicSource(

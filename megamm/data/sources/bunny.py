@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.data.raw.samples import RawPart, RawSample
-from megamm.data.sources.attribution import append_credits
-from megamm.data.sources.media import write_flac, write_video
+from megamm.data.sources.media import append_credits, write_flac, write_video
 
 if TYPE_CHECKING:
     from av.container import InputContainer

@@ -15,8 +15,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
 
 _VARIATION_SELECTOR = 0xFE0F
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)

@@ -4,8 +4,8 @@ In: the unpacked Debian package `sweethome3d` (the program's jar contains its de
 `sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
 format, Wavefront OBJ models and icons; they are read in memory and not unpacked. Out, for each model: a point cloud
 (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and
-further samples turned by TURNS, each with its own cloud and a rendering by media/render3d.py; the first of these also
-has a turntable video. Models of one file under several names (lamps by colour of their light) count once.
+further samples turned by TURNS, each with its own cloud and a rendering (media/point_clouds.py); the first of these
+also has a turntable video. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
@@ -26,12 +26,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample, clean_caption
-from megamm.data.sources.attribution import append_credits
-from megamm.data.sources.media import write_picture, write_video
-from megamm.media.meshes import CloudArray, cloud_from_mesh
-from megamm.media.render3d import render
+from megamm.data.raw.samples import RawPart, RawSample, clean_caption, normalise_noun
+from megamm.data.sources.media import append_credits, write_picture, write_video
+from megamm.media.point_clouds import CloudArray, cloud_from_mesh, render
 
 if TYPE_CHECKING:
     import trimesh

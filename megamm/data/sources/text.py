@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample, clean_text
+from megamm.data.raw.samples import RawPart, RawSample, clean_text, normalise_noun
 
 DOCUMENT = 4000
 """Number of characters at which a document of dictionary entries is full."""

@@ -1,10 +1,10 @@
 """Renders a few 3D things in a few colours, at slightly different angles and turning.
 
 In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
-thing of THINGS and colour of COLOURS: point clouds (npz), pictures by media/render3d.py, and a caption of attributes in
-a fixed order, "red, armchair"; also a video of it turning each way, "turning left, red, armchair". The noun is the
-thing. Attributes visible in few pixels come first in a caption, so that no earlier word predicts which of their values
-occur in training.
+thing of THINGS and colour of COLOURS: point clouds (npz), their renderings (media/point_clouds.py), and a caption of
+attributes in a fixed order, "red, armchair"; also a video of it turning each way, "turning left, red, armchair". The
+noun is the thing. Attributes visible in few pixels come first in a caption, so that no earlier word predicts which of
+their values occur in training.
 """
 
 import multiprocessing
@@ -19,12 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
 from megamm.data.sources.furniture import CatalogueModel, load_model, own_materials, read_catalogue
 from megamm.data.sources.media import write_picture, write_video
-from megamm.media.meshes import CloudArray, cloud_from_mesh
-from megamm.media.render3d import render
+from megamm.media.point_clouds import CloudArray, cloud_from_mesh, render
 
 THINGS = frozenset(
     (

@@ -15,8 +15,7 @@ from megamm.common.errors import UserError
 from megamm.data.tokenize.media_batches import Decoding, MediaBatches, VideoReading, member_name
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.protocol import Modality
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import ShardFolder, ShardWriter, tokens_to_bytes
 
 logger = logging.getLogger(__name__)
 

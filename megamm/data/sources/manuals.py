@@ -1,8 +1,14 @@
-"""Converts pages of a manual, XHTML or Mallard XML, to interleaved text and pictures in reading order.
+"""Pages of manuals, GNOME and GIMP, as interleaved text and pictures in reading order, English.
 
-In: an XML tree and a `Markup` that defines the meaning of its elements. Out: parts for a `RawSample`. Text between two
+In: the unpacked Debian packages `gnome-user-docs`, Mallard XML (projectmallard.org/1.0) under usr/share/help/C, and
+`gimp-help-en`, XHTML made from DocBook. Out: one interleaved sample per page, with its figures (PNG unchanged, SVG to
+be rendered by the build). A `Markup` defines the meaning of elements in each of the two forms. Text between two
 pictures is one part, with paragraphs separated by an empty line; an element without block elements inside is a
 paragraph. The caption of a picture follows it as text.
+
+GNOME: of the variants for different desktops and devices only those for an ordinary screen are kept. Inline icons are
+replaced by their alternative text. GIMP: navigation, tables of contents and the numbers of sections and figures are
+removed.
 """
 
 import logging
@@ -14,9 +20,11 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from megamm.data.raw.samples import RawPart
+from megamm.common.errors import UserError
+from megamm.data.raw.samples import RawPart, RawSample, fit_key, normalise_noun
 
 logger = logging.getLogger(__name__)
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg")
 
 
@@ -135,3 +143,97 @@ def _paragraph(text: str) -> list[tuple[str, str]]:
 def _is_block(element: Element, markup: Markup) -> bool:
     blocks = markup.blocks | markup.paragraphs
     return any(local_name(inner) in blocks for inner in element.iter())
+
+
+_NAMESPACE = "{http://projectmallard.org/1.0/}"
+_TEST = "{http://projectmallard.org/if/1.0/}test"
+_GNOME_SKIPPED = {"info", "links", "comment", "desc", "else"}
+_GNOME_BLOCKS = "section list steps item note media table tr td screen code terms example choose when"
+
+
+def write_gnome(package: Path, target: Path) -> list[RawSample]:
+    """Copy the figures under target/images and return the pages in order of paths."""
+    root = package / "usr/share/help/C"
+    files = sorted(root.rglob("*.page"))
+    if not files:
+        raise UserError("no pages in the package", where=root, remedy="use Debian 12")
+    pictures, samples = Pictures(root, target), []
+    for file, page in parsed(files):
+        title = page.find(f"{_NAMESPACE}title")
+        parts = page_parts(file, page, _GNOME, pictures)
+        if title is not None and parts:
+            key = fit_key("-".join(("gnome", *file.relative_to(root).with_suffix("").parts)))
+            samples.append(RawSample(key, normalise_noun(inline_text(title, _GNOME)), parts, ordered=True))
+    return samples
+
+
+def is_shown(test: str) -> bool:
+    """Whether a condition holds on an ordinary screen: every term (`,` means and) is a negation."""
+    return all(term.strip().startswith("!") for term in test.split(","))
+
+
+def _is_skipped_in_gnome(element: Element) -> bool:
+    test = element.get("test" if local_name(element) == "when" else _TEST)
+    return local_name(element) in _GNOME_SKIPPED or (test is not None and not is_shown(test))
+
+
+def _gnome_picture(element: Element) -> str | None:
+    return element.get("src") if local_name(element) == "media" and element.get("type", "image") == "image" else None
+
+
+_GNOME = Markup(
+    blocks=frozenset(_GNOME_BLOCKS.split()),
+    paragraphs=frozenset({"p", "title", "subtitle"}),
+    items=frozenset({"item"}),
+    verbatim=frozenset({"screen"}),
+    joined={"keyseq": "+", "guiseq": " > "},
+    picture=_gnome_picture,
+    skip=_is_skipped_in_gnome,
+)
+
+
+_NUMBER = re.compile(r"^(?:(?:Chapter|Figure|Table|Part|Appendix) [\dIVXA-Z]+(?:\.\d+)*\.\s+|\d+(?:\.\d+)*\.\s+)")
+_NAVIGATION = {"navheader", "navfooter", "toc", "list-of-figures", "list-of-tables"}
+_LEAST_TEXT = 200
+"""Minimum characters; shorter pages only list other pages."""
+_GIMP_BLOCKS = "pre li dt dd div ul ol dl table tr td th blockquote"
+
+
+def write_gimp(package: Path, target: Path) -> list[RawSample]:
+    """Copy the pictures under target/images and return the pages in order of names, without pages of little text."""
+    root = package / "usr/share/gimp/2.0/help/en"
+    files = sorted(root.glob("*.html"))
+    if not files:
+        raise UserError("no pages in the package", where=root, remedy="use Debian 12")
+    pictures, samples = Pictures(root, target), []
+    for file, page in parsed(files):
+        body = next(element for element in page.iter() if local_name(element) == "body")
+        parts = page_parts(file, body, _GIMP, pictures)
+        title = next((part.content.partition("\n")[0] for part in parts if part.modality == "text"), "")
+        if title and sum(len(part.content) for part in parts if part.modality == "text") >= _LEAST_TEXT:
+            key = fit_key(f"gimp-{file.stem}")
+            samples.append(RawSample(key, normalise_noun(title), parts, ordered=True))
+    return samples
+
+
+def _is_skipped_in_gimp(element: Element) -> bool:
+    return bool(_NAVIGATION & set(element.get("class", "").split())) or local_name(element) in ("head", "script")
+
+
+def _gimp_picture(element: Element) -> str | None:
+    """The picture of a media object; inline icons of notes and buttons do not count."""
+    if local_name(element) != "div" or "mediaobject" not in element.get("class", "").split():
+        return None
+    return next((inner.get("src") for inner in element.iter() if local_name(inner) == "img"), None)
+
+
+_GIMP = Markup(
+    blocks=frozenset(_GIMP_BLOCKS.split()),
+    paragraphs=frozenset({"p", "h1", "h2", "h3", "h4", "h5", "h6"}),
+    items=frozenset({"li"}),
+    verbatim=frozenset({"pre"}),
+    joined={},
+    picture=_gimp_picture,
+    skip=_is_skipped_in_gimp,
+    clean=lambda text: _NUMBER.sub("", text),
+)

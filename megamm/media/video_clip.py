@@ -1,8 +1,9 @@
-"""Plans which frames of a video file to decode, by reading its packets and decoding only its first frame.
+"""One clip of a video file: planned by reading the file's packets, then decoded with PyAV (FFmpeg) on the CPU.
 
 In: the file's bytes, the start of the clip (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, from
-which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (media/frame_sampling.py).
-Times are in ticks of the file's video stream.
+which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (media/video_file.py), and
+from the plan uint8 `[F, Y, X, 3]`. Planning decodes only the file's first frame; decoding starts at the keyframe before
+the clip and ends with its last frame. Times are in ticks of the file's video stream.
 """
 
 from bisect import bisect_right
@@ -10,10 +11,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from megamm.common.errors import UnreadableMedia
-from megamm.media.frame_sampling import sampled_frames, usable_frames
-from megamm.media.image_file import fitted_sides
-from megamm.media.video_file import ShownFrame, VideoSizes, check_end, open_video
+from megamm.media.image_file import PixelArray, fitted_sides
+from megamm.media.video_file import (
+    FrameArray,
+    ShownFrame,
+    VideoSizes,
+    check_end,
+    open_video,
+    sampled_frames,
+    usable_frames,
+)
 
 
 @dataclass(frozen=True)
@@ -122,3 +132,18 @@ def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) ->
     if chosen == [0]:  # or the end is closer than the tolerance of a sample
         chosen = [bisect_right(starts, start) - 1]
     return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]
+
+
+def decode_clip(data: bytes, extension: str, plan: ClipPlan, size: int) -> FrameArray:
+    """The plan's frames as squares, uint8 `[F, size, size, 3]`. Raises UnreadableMedia if one cannot be decoded."""
+    wanted, squares = set(plan.times), dict[int, PixelArray]()
+    with open_video(data, extension) as (container, stream):
+        container.seek(plan.keyframe, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                squares[frame.pts] = ShownFrame(0.0, 0.0, frame, plan.pixel_aspect).square(size)
+            if len(squares) == len(wanted):
+                break
+    if len(squares) < len(wanted):
+        raise UnreadableMedia(f"{len(wanted) - len(squares)} of {len(wanted)} frames cannot be decoded")
+    return np.stack([squares[time] for time in plan.times])
