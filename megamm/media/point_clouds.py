@@ -47,15 +47,18 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     corners = np.concatenate([part.corners for part in instances])
     if not (np.abs(corners) < MAX_COORDINATE).all():
         raise ValueError("has coordinates that are NaN, Inf or too large")
+    # The cross product of two edges is normal to the face, with twice its area as length.
     doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     twice_area = np.linalg.norm(doubled, axis=1)
     below = np.cumsum(twice_area)
     if not (np.isfinite(below[-1]) and below[-1] > 0):
         raise ValueError("its surface has no area")
     random = np.random.default_rng(seed)
+    # One sample in each of `count` equal strata of the cumulative area: more even than independent samples.
     strata = (np.arange(count) + random.random(count)) / count * below[-1]
     face = np.searchsorted(below, strata, side="right").clip(max=len(below) - 1)
     face = np.where(twice_area[face] > 0, face, int(twice_area.argmax()))  # rounding can select an empty last face
+    # The square root makes points uniform in the triangle; without it they would gather at the first corner.
     root, share = np.sqrt(random.random(count)), random.random(count)
     weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
     xyz = (corners[face] * weights[:, :, None]).sum(1)
@@ -84,6 +87,7 @@ def _colours(instances: list[MeshInstance], face: IntArray, weights: FloatArray)
     colours = np.empty((len(face), 3))
     first = 0
     for part, _ in instances:
+        # Faces are numbered through all instances; this instance has the numbers from `first` on.
         mine = (face >= first) & (face < first + len(part.faces))
         if mine.any():
             colours[mine] = _mesh_colours(part, face[mine] - first, weights[mine])
@@ -97,6 +101,7 @@ def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) 
 
     visual, corners = mesh.visual, mesh.faces[face]
     if isinstance(visual, TextureVisuals):
+        # A material's texture wins over its colour if texture coordinates exist for every vertex.
         image = texture(mesh)
         rgb = np.broadcast_to(visual.material.main_color, (len(face), 4))[:, :3] / 255
         if image is None or visual.uv is None or len(visual.uv) != len(mesh.vertices):
@@ -157,12 +162,15 @@ def render(cloud: CloudArray, angle: float, size: int) -> npt.NDArray[np.uint8]:
 
     The cloud need not be normalised: its bounding box is centred and scaled.
     """
+    # Antialiasing: draw larger, then average blocks of pixels.
     fine = size * SUPERSAMPLING
     camera = _camera(math.radians(angle))
     xyz = cloud[:, :3] - (cloud[:, :3].min(0) + cloud[:, :3].max(0)) / 2
     radius = max(float(np.linalg.norm(xyz, axis=1).max()), 1e-12)
     x, y, depth = (xyz @ camera.T * (FILL * fine / 2 / radius)).T.astype(np.float32)
+    # A stable sort, so that equal depths are drawn in the same order on every platform.
     far_first = np.argsort(depth, kind="stable")
+    # Fewer points need larger discs to close the surface; a disc spans at most 1/16 of the picture.
     width = int(np.clip(round(fine * math.sqrt(COVER / len(cloud))), 1, fine // 16 + 1))
     offset = np.mgrid[:width, :width].reshape(2, -1) - (width - 1) / 2
     across, down = offset[:, np.hypot(*offset) <= width / 2]

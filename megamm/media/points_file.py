@@ -50,6 +50,7 @@ def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> Clou
 
     The draws share no point if the media has enough points; the first is the same for any number of draws.
     """
+    # The seed depends on the content only, not on name, order or process, so caches are reproducible.
     seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
     if extension in MESH_EXTENSIONS:
         mesh = _readable(read_mesh, data, extension)
@@ -57,6 +58,7 @@ def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> Clou
         return np.stack([_readable(normalised, cloud) for cloud in clouds])
     cloud = _readable(normalised, _read(data, extension, count, seed))
     random = np.random.default_rng(seed)
+    # Consecutive slices of whole permutations: no point repeats before all points are used.
     rounds = -(-draws * count // len(cloud))
     chosen = np.concatenate([random.permutation(len(cloud)) for _ in range(rounds)])
     return cloud[chosen[: draws * count]].reshape(draws, count, -1)
@@ -86,6 +88,7 @@ def read_cloud(data: bytes) -> CloudArray:
         raise ValueError("has values that are NaN or Inf")
     if (np.abs(np.linalg.norm(cloud[:, 3:6].astype(np.float64), axis=1) - 1) > 0.01).any():
         raise ValueError("has normals that are not of length 1")
+    # 0.001 beyond [0, 1] is allowed for rounding.
     if (np.abs(cloud[:, 6:] - 0.5) > 0.501).any():
         raise ValueError("has colours outside [0, 1]")
     return cloud
@@ -104,11 +107,13 @@ def _read_npz(data: bytes) -> CloudArray:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             member = archive.getinfo(f"{ARRAY}.npy")
+            # 36 bytes per point (nine float32), and at most 4 kB for numpy's header.
             if member.file_size > MAX_POINTS * 36 + 4096:
                 raise ValueError(f"declares more than {MAX_POINTS} points")
             array = archive.read(member)  # zipfile stops at the declared size, which was checked
         file = io.BytesIO(array)
         version = np.lib.format.read_magic(file)
+        # The header is parsed without creating an array, so a false shape allocates nothing.
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = header(file)
     except (zipfile.BadZipFile, zlib.error, OSError, KeyError, EOFError, NotImplementedError, RuntimeError) as error:
@@ -125,11 +130,13 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
     """The scene of a glb, obj or ply file, with at least one face; with the colours that the file itself contains."""
     import trimesh
 
+    # The headers are checked before trimesh, which allocates what they declare.
     {"glb": _check_glb, "ply": _check_ply, "obj": _check_obj}[extension](data)
     # The materials of obj and ply are in other files.
     options: dict[str, Any] = {} if extension == "glb" else {"skip_materials": True}
     try:
         scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False, **options)
+        # A scene can place one mesh many times: count the faces as placed, as sampling does.
         instances = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
         faces = sum(len(getattr(part, "faces", ())) for part in instances)
     except Exception as error:  # trimesh passes on the exceptions of its parsers
@@ -152,6 +159,7 @@ def _check_obj(data: bytes) -> None:
 
 
 def _check_ply(data: bytes) -> None:
+    # A header of ordinary files has less than 1 kB; 64 kB limit the search in a file without an end.
     header, end, _ = data[:65536].partition(b"end_header")
     if not header.startswith(b"ply") or not end:
         raise ValueError("not a ply file: no header")
@@ -159,6 +167,7 @@ def _check_ply(data: bytes) -> None:
         words = line.split()
         if words[:1] == ["element"] and not (len(words) == 3 and words[2].isdecimal()):
             raise ValueError(f"not a ply file: {line!r}")
+        # Each element takes at least one byte, so the file's size limits the count.
         if words[:1] == ["element"] and int(words[2]) > min(MAX_ELEMENTS, len(data)):
             raise ValueError(f"declares {words[2]} elements {words[1]!r} in {len(data)} bytes")
 
@@ -173,6 +182,7 @@ def _check_glb(data: bytes) -> None:
     try:
         header = json.loads(data[_GLB.size : _GLB.size + length])
         for part in [*header.get("buffers", []), *header.get("images", [])]:
+            # A missing uri means the glb's own binary chunk.
             if not str(part.get("uri", "data:")).startswith("data:"):
                 raise ValueError("refers to another file")
         counts = [accessor["count"] for accessor in header.get("accessors", [])]
@@ -186,5 +196,6 @@ def _check_glb(data: bytes) -> None:
         raise ValueError(f"not a glb file: broken header: {type(error).__name__}: {error}") from error
     if claimed > 8 * MAX_ELEMENTS:  # positions, normals, coordinates of textures, ... and indices
         raise ValueError(f"declares {claimed} elements, more than {8 * MAX_ELEMENTS}")
+    # With two parents of a node, or a cycle, a small file could place a mesh exponentially or infinitely often.
     if len(set(children)) != len(children) or set(children) & set(roots):
         raise ValueError("its nodes do not form a tree")

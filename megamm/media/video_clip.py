@@ -77,10 +77,12 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
     """
     with open_video(data, extension) as (container, stream):
         packets, first = _packets(container, stream)
+        # Packets are in decoding order; frames that refer to later ones (B-frames) follow them.
         shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
         if first is None or not shown:
             raise UnreadableMedia("no readable frame")
         tick: Fraction = stream.time_base
+        # The same rules for the last frame's end as in video_file.py, so both find the same frames.
         gap = shown[-1].duration or (shown[-1].time - shown[-2].time if len(shown) > 1 else 0)
         if not gap and stream.average_rate:
             gap = 1 / (stream.average_rate * tick)
@@ -88,6 +90,7 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
         end = (shown[-1].time + gap - origin) * tick
         check_end(container, stream, end, origin * tick, gap * tick)
         chosen = _chosen([float((p.time - origin) * tick) for p in shown], float(end), start_seconds, sizes)
+        # Decoding can only start at a keyframe: the last one not after the clip's first frame.
         keyframe = next((p for p in reversed(shown[: chosen[0] + 1]) if p.is_key), shown[0])
         upright = ShownFrame(0.0, 0.0, first, float(stream.sample_aspect_ratio or 1))
         return ClipPlan(
@@ -110,6 +113,7 @@ def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
     """The packets that hold a frame, in the file's order, and the first frame that the decoder returns (or None)."""
     packets, first = [], None
     for packet in container.demux(stream):
+        # Only the frame's format, size, colours and rotation need a decoded frame: one is enough.
         if first is None:
             first = next(iter(packet.decode()), None)
         if not packet.size or _is_hidden(packet, stream):
@@ -129,6 +133,7 @@ def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) ->
     if start >= end:
         raise UnreadableMedia(f"the clip starts at {start:g} s, but the video ends at {end:.2f} s")
     chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)
+    # [0] can also mean that no sample was taken: use the frame that is shown at the clip's start.
     if chosen == [0]:  # or the end is closer than the tolerance of a sample
         chosen = [bisect_right(starts, start) - 1]
     return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]
@@ -138,6 +143,7 @@ def decode_clip(data: bytes, extension: str, plan: ClipPlan, size: int) -> Frame
     """The plan's frames as squares, uint8 `[F, size, size, 3]`. Raises UnreadableMedia if one cannot be decoded."""
     wanted, squares = set(plan.times), dict[int, PixelArray]()
     with open_video(data, extension) as (container, stream):
+        # FFmpeg seeks to this keyframe or an earlier one; frames that are not wanted are decoded and dropped.
         container.seek(plan.keyframe, stream=stream)
         for frame in container.decode(stream):
             if frame.pts in wanted:

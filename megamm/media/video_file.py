@@ -93,6 +93,7 @@ def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, 
 
     Later frames are not decoded. Raises UnreadableMedia if broken, truncated or of the wrong format.
     """
+    # A frame counts as often as samples fall into the time it is shown: 0 times, once, or repeatedly.
     squares: list[PixelArray] = []
     first = None
     with closing(shown_frames(data, extension)) as frames:
@@ -136,6 +137,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
     """
     import av  # FFmpeg's libraries are not needed to read text
 
+    # Detect the container from the first bytes, and name it to FFmpeg, so that it does not probe other formats.
     _check_container(data, extension)
     try:
         with av.open(io.BytesIO(data), format=_CONTAINER[extension]) as container:
@@ -144,6 +146,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
                 raise UnreadableMedia("contains no video")
             _check_size(stream.codec_context)
             # The limit is for sizes that are not in the header; it includes padding.
+            # "explode": report damage as an error, instead of concealing it with pixels of other frames.
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
             yield container, stream
     except UnreadableMedia:
@@ -172,12 +175,14 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
         _check_size(frame)  # the size can change
         time = frame.pts * frame.time_base
         origin = time if origin is None else origin
+        # A frame's end is the next one's start, so each is yielded one step late.
         if last is not None:
             gap = time - origin - last[0]
             yield ShownFrame(float(last[0]), float(time - origin), last[1], aspect)
         last = (time - origin, frame)
     if last is None or origin is None:
         raise UnreadableMedia("no readable frame")
+    # The last frame has no successor: use its own duration, else the gap before it.
     gap = last[1].duration * last[1].time_base or gap
     end = last[0] + gap
     check_end(container, stream, end, origin, gap)
@@ -187,6 +192,7 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
 def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
     """Raise UnreadableMedia if the file ends too early. Seconds: end from the first frame, at origin."""
     declared = _declared_duration(container, stream)
+    # Declared durations are imprecise, for example rounded to milliseconds or to whole frames.
     missing = max(MISSING_FRAMES * gap, Fraction(MISSING_SHARE) * declared)
     if max(end, end + origin) < declared - missing:
         raise UnreadableMedia(f"truncated: it ends after {float(end):.2f} s of {float(declared):.2f} s")
@@ -201,6 +207,7 @@ def _declared_duration(container: Any, stream: Any) -> Fraction:
     """Duration of the video stream in seconds; 0 if the file does not declare one."""
     if stream.duration:
         return stream.duration * stream.time_base
+    # Matroska has no duration per stream; muxers write it as a tag, "00:00:05.500000000".
     if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
         return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
     return Fraction(container.duration or 0, 1_000_000) if len(container.streams) == 1 else Fraction(0)
@@ -213,6 +220,7 @@ def write_mp4(frames: npt.NDArray[np.uint8], frame_rate: float) -> bytes:
     """
     import av
 
+    # Rates of broadcast video, such as 30000/1001, stay exact.
     rate = Fraction(frame_rate).limit_denominator(1001)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -246,6 +254,7 @@ def sampled_frames(starts: Sequence[float], end: float, frame_rate: float, limit
     for index, until in enumerate([*starts[1:], end]):
         if len(chosen) >= limit:
             break
+        # Samples up to the end of this frame, less those of earlier frames.
         chosen += [index] * (samples_before(until, frame_rate) - len(chosen))
     return chosen[:limit] or [0]
 

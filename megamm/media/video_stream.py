@@ -121,16 +121,20 @@ class VideoStream:
 
     def __iter__(self) -> Iterator[list[DecodedClip]]:
         """Batches of the clips that are not broken, each in the order of its clips."""
+        # One thread prepares the next batch, and its clips are decoded on the pool: one pool for both could deadlock,
+        # with every thread waiting for a free one.
         with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as ahead:
             following = ahead.submit(self._decode, pool, self._consumed)
             while self._consumed < len(self.clips):
                 results = following.result()
                 stop = self._consumed + len(results)
+                # Start the next batch before this one is handed out.
                 if stop < len(self.clips):
                     following = ahead.submit(self._decode, pool, stop)
                 decoded = [r for r in results if isinstance(r, DecodedClip)]
                 self._count([r for r in results if isinstance(r, BrokenClip)])
                 self.decoders.update(clip.decoder for clip in decoded)
+                # Set before the yield: a state saved while the caller uses this batch includes it.
                 self._consumed = stop
                 yield decoded
 
@@ -151,11 +155,13 @@ class VideoStream:
         data = [self.clips[n].shards.read(self.clips[n].member) for n in numbers]
         if self._dali is None:
             return list(pool.map(self._by_pyav, numbers, data, [None] * len(data)))
+        # DALI decodes all clips of a batch in one call, so plan them first, and set aside those it cannot decode.
         plans = list(pool.map(self._plan, numbers, data))
         results: dict[int, DecodedClip | BrokenClip] = {p.number: p for p in plans if isinstance(p, BrokenClip)}
         planned = [(n, d, p) for n, d, p in zip(numbers, data, plans, strict=True) if isinstance(p, ClipPlan)]
         fit = [clip for clip in planned if not self._is_obstructed(clip[2])]
         results |= self._by_dali(fit)
+        # These clips have an obstacle, or DALI failed on them.
         rest = [clip for clip in planned if clip[0] not in results]
         results |= {r.number: r for r in pool.map(self._by_pyav, *zip(*rest, strict=True))} if rest else {}
         return [results[n] for n in numbers]
@@ -198,6 +204,7 @@ class VideoStream:
             if len(clips) == 1:
                 self._log_once(str(error))
                 return {}
+            # DALI does not report which clip failed: n clips with one failure need about 2 log2(n) calls.
             half = len(clips) // 2
             return self._by_dali(clips[:half]) | self._by_dali(clips[half:])
         return {n: DecodedClip(n, frames, "dali") for (n, _, _), frames in zip(clips, squares, strict=True)}

@@ -85,6 +85,7 @@ class ShardWriter:
         self._tar: tarfile.TarFile | None = None
 
     def __enter__(self) -> "ShardWriter":
+        # A hidden name beside the final one: the rename at the end stays within one file system.
         if self.partial.exists():  # left by a killed run
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
@@ -100,12 +101,14 @@ class ShardWriter:
         if name in self._names:
             raise UserError(f"duplicate sample key {key!r}", where=self.folder, remedy="make the keys unique")
         with _disk_errors(self.folder):
+            # All members of a key stay in one tar, as WebDataset's readers require, so a shard can exceed the limit.
             if len(self._members) >= self.samples_per_shard and self._members[-1].key != key:
                 self._close_shard()
                 self._open_shard()
             assert self._tar is not None
             info = tarfile.TarInfo(f"{key}.{ext}")  # mtime, uid and gid are 0: same input, same bytes
             info.size = len(data)
+            # Keys and extensions are short, so a member has one header block, without GNU long-name blocks before it.
             offset = self._tar.offset + BLOCK
             self._tar.addfile(info, io.BytesIO(data))
         self._names.add(name)
@@ -119,11 +122,13 @@ class ShardWriter:
             with _disk_errors(self.folder):
                 if error is None:
                     self._close_shard()
+                    # Everything is on disk before the rename: after a crash the folder is complete or absent.
                     write_counts(self.partial, self._shards)
                     _sync(self.partial)
                     self.partial.rename(self.folder)
                     _sync(self.folder.parent)
         finally:
+            # After an error, close only the file: closing the tar would write to a disk that may be full.
             if self._tar is not None:
                 self._tar.fileobj.close()  # type: ignore[union-attr]
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -180,11 +185,13 @@ class ShardFolder:
         columns = []
         for number, tar in enumerate(self._tars):
             keys, exts, numbers = _read_index(Path(tar))
+            # Offset plus size of the last member is where the tar's end must follow.
             check_tar_end(Path(tar), int(numbers[:2, -1].sum()) if keys else 0)
             self.keys += keys
             self._exts += exts
             columns.append(np.vstack((numbers, np.full((1, len(keys)), number))))
         self._offset, self._size, lengths, self._shard = np.concatenate(columns, axis=1)
+        # Parse each distinct extension once; millions of members share a few.
         forms = {ext: Member("", ext, 0, 0) for ext in set(self._exts)}
         self.parts: IntArray = np.array([forms[ext].part for ext in self._exts], dtype=np.int64)
         """Number of each member's part `[members]`, UNNUMBERED where it has none."""
@@ -193,8 +200,10 @@ class ShardFolder:
         self.tokens: IntArray | None = lengths if lengths.size and lengths.min() >= 0 else None
         """Length in tokens of each member `[members]`; None if this is not a token cache."""
         self._reader = TarReader()
+        # One read per tar finds an index that belongs to another tar, without reading all headers.
         for first in np.unique(self._shard, return_index=True)[1].tolist():
             self.read(first)
+        # Without numbers, keys alone are compared: a set of strings needs less memory than one of pairs.
         numbered = bool((self.parts != UNNUMBERED).any())
         names = set(zip(self.keys, self.parts.tolist(), strict=True)) if numbered else set(self.keys)
         if len(names) < len(self.keys):
@@ -213,15 +222,6 @@ class ShardFolder:
         """The data of member i. Raises UserError if the tar's header there does not match this member."""
         return self._reader.read(self.stored(i))
 
-    def verify(self) -> None:
-        """Read every member once. Raises UserError for the first one that does not match its index."""
-        for i in range(len(self)):
-            self.read(i)
-
-    def close(self) -> None:
-        """Close the tars; a later read opens them again."""
-        self._reader.close()
-
 
 def _numbered_tars(folder: Path) -> list[Path]:
     """000000.tar, 000001.tar, ... Raises UserError for a missing shard, or a tar or index without its counterpart."""
@@ -235,6 +235,7 @@ def _numbered_tars(folder: Path) -> list[Path]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         remedy = f"create it with `megamm data index {folder}`"
         raise UserError("missing or damaged shards.json", where=folder, remedy=remedy) from error
+    # The recorded count finds a missing last shard; the names found, a gap.
     expected = [f"{number:06d}" for number in range(max(count, len(tars | indexes)))]
     for stem in expected:
         if stem not in tars:
@@ -272,6 +273,7 @@ def check_tar_end(tar: Path, data_end: int) -> None:
     end = -(-data_end // BLOCK) * BLOCK
     with open(tar, "rb") as file:
         file.seek(end)
+        # Writers may add more zero blocks, which are not checked.
         tail = file.read(2 * BLOCK)
     if len(tail) < 2 * BLOCK:
         raise UserError("truncated tar", where=tar, remedy=rebuild_command(tar.parent))
@@ -303,6 +305,7 @@ def tokens_to_bytes(ids: IntArray, vocabulary_size: int) -> bytes:
 
 def tokens_from_bytes(data: bytes) -> IntArray:
     """The inverse of tokens_to_bytes: int64 `[T]`. Raises ValueError if the bytes are not such an array."""
+    # The fast path must also match the length; anything unusual goes to numpy, which gives the error.
     plain = _PLAIN.match(data)
     if plain and len(data) == plain.end() + int(plain[1]) * int(plain[2]):
         return np.frombuffer(data, f"<u{int(plain[1])}", offset=plain.end()).astype(np.int64)
@@ -323,6 +326,7 @@ def index_tar(tar: Path) -> list[Member]:
                     what = f"{info.name!r} is neither `<key>.<ext>` nor `<key>.<number>.<ext>`"
                     raise UserError(what, where=tar, remedy="repack the tar with such member names")
                 tokens = None
+                # Only token caches contain .npy; their index has lengths, which require reading the data.
                 if ext.endswith("npy"):
                     tokens = tokens_from_bytes(_read_exactly(file, info)).size
                 members.append(Member(key, ext, info.offset_data, info.size, tokens))
@@ -347,6 +351,7 @@ def write_index(folder: Path) -> int:
         raise UserError("no tar files", where=folder, remedy="give a folder with 000000.tar, 000001.tar, ...")
     if [tar.stem for tar in tars] != [f"{number:06d}" for number in range(len(tars))]:
         raise UserError("the tar numbers have a gap", where=folder, remedy="rename them to 000000.tar, 000001.tar, ...")
+    # Read all tars before writing anything, so that a damaged one leaves the old indexes unchanged.
     indexes = {tar: index_tar(tar) for tar in tars}
     for tar, members in indexes.items():
         partial = tar.with_suffix(".jsonl.partial")

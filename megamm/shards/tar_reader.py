@@ -34,9 +34,13 @@ class TarReader:
 
     def read(self, member: StoredMember) -> bytes:
         """The data of a member. Raises UserError if the tar's header there does not match this member."""
+        # One system call reads header and data. pread has no file position, so threads and forked workers can share a
+        # file.
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
         if len(block) < BLOCK + member.size or not _is_header_of(block, member):
             try:
+                # Other valid headers, with other padding or base-256 sizes, fail the quick comparison: parse before
+                # reporting.
                 header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
             except (tarfile.HeaderError, ValueError):
                 header = tarfile.TarInfo("no tar header")
@@ -50,6 +54,7 @@ class TarReader:
     def _file(self, tar: str) -> int:
         if tar not in self._files:
             if len(self._files) == _OPEN:
+                # The first entry is the least recently used: `_file` moves each one that it returns to the end.
                 os.close(self._files.popitem(last=False)[1])
             try:
                 self._files[tar] = os.open(tar, os.O_RDONLY)

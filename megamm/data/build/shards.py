@@ -2,8 +2,8 @@
 
 In: raw data in a format of data/raw/readers.py, by default folders with a `samples.jsonl` (data/raw/samples.py). Out,
 for each source: SHARDS/<source>/<train|heldout>/<modality>/ (shards/folder.py), `report.json` (counts; every skipped
-sample with its reason) and `ATTRIBUTION.md`; SHARDS contains both merged. A sample's parts are members `<key>.<ext>`, or
-`<key>.<number>.<ext>` if interleaved, each in the folder of its modality.
+sample with its reason) and `ATTRIBUTION.md`; SHARDS contains both merged. A sample's parts are members `<key>.<ext>`,
+or `<key>.<number>.<ext>` if interleaved, each in the folder of its modality.
 Every medium is decoded fully; identical samples are kept once; a noun or a medium is in one split only. The same input
 gives the same bytes. The order in each split is that of the SHA-256 of the keys, so --limit takes a random subset.
 Two rules hold samples out (data/build/heldout.py): by noun, and by combination of words that all occur in training.

@@ -43,6 +43,7 @@ ALIASES = {"jpeg": "jpg", "jpe": "jpg", "wave": "wav", "oga": "ogg", "m4v": "mp4
 _CAPTIONS = ("caption", "text")
 _NO_SAMPLES = ("ATTRIBUTION.md", "README.md", "LICENSE")
 _BATCH_ROWS = 64
+"""Rows in memory at a time: with media, a row can have megabytes."""
 _SIGNATURES = (
     (b"\x89PNG", "png"),
     (b"\xff\xd8\xff", "jpg"),
@@ -53,6 +54,7 @@ _SIGNATURES = (
     (b"glTF", "glb"),
     (b"PK\x03\x04", "npz"),
 )
+"""First bytes of the formats, for media without a file name."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def assemble(key: str, members: list[SampleFile]) -> RawSample:
             raise UnusableSample(f"two members .{member.extension}")
     matches = [re.fullmatch(r"([0-9]{1,6})\.(\w+)", member.extension) for member in members]
     if all(matches):
+        # All names are numbers: an interleaved sample. One other name makes it an unordered one.
         numbered = [(int(m[1]), m[2], member) for m, member in zip(matches, members, strict=True) if m]
         return _interleaved(key, sorted(numbered, key=lambda part: part[0]))
     entry: dict[str, Any] = {"key": key}
@@ -96,6 +99,7 @@ def assemble(key: str, members: list[SampleFile]) -> RawSample:
         else:
             entry[modality], ranges[modality] = member.name, member.byte_range
     entry |= _text({member.extension: member.data for member in members if member.extension in TEXT_EXTENSIONS})
+    # Checked like a line of samples.jsonl, so all formats have the same rules and messages.
     sample = sample_of(entry, key)
     parts = tuple(RawPart(part.modality, part.content, ranges.get(part.modality)) for part in sample.parts)
     return RawSample(sample.key, sample.noun, parts, ignored=tuple(sorted(ignored)))
@@ -128,9 +132,11 @@ def _text(found: dict[str, bytes]) -> dict[str, Any]:
         except (ValueError, RecursionError) as error:
             raise UnusableSample(f"its .json is not valid JSON: {error}") from error
         if isinstance(entry, dict):
+            # Other fields of a .json file are metadata of the tool that made the data set.
             fields = {name: entry[name] for name in ("noun",) if name in entry}
             caption = next((entry[name] for name in _CAPTIONS if entry.get(name)), None)
             fields |= {"text": caption} if caption is not None else {}
+    # The .txt file replaces a caption of the .json file; a class name is used only without any other text.
     for extension in ("txt", "cls"):
         if extension in found and (extension == "txt" or "text" not in fields):
             fields["text"] = decode(SampleFile(extension, f".{extension}", found[extension]))
@@ -172,8 +178,10 @@ def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
     stems: dict[str, list[Path]] = {}
     for path in sorted(raw.rglob("*")):
         relative = path.relative_to(raw)
+        # Hidden files, such as .git or .DS_Store, are not data.
         if any(name.startswith(".") for name in relative.parts) or relative.as_posix() in _NO_SAMPLES:
             continue
+        # Links that stay within the folder are followed.
         if path.is_symlink() and not path.resolve().is_relative_to(raw.resolve()):
             yield Broken(relative.as_posix(), "a link that leads outside the folder")
         elif path.is_file():
@@ -205,6 +213,7 @@ def read_webdataset(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
         raise UserError("no .tar files", where=raw, remedy="give a folder of WebDataset tars, or one; unpack .tar.gz")
     for tar in tars:
         name = tar.relative_to(raw).with_suffix("").as_posix() if raw.is_dir() else tar.stem
+        # Only consecutive members are grouped, as WebDataset does: a tar is read once, with one sample in memory.
         for key, entries in groupby(_tar_files(tar), key=lambda entry: entry[0]):
             found = [entry for _, entry in entries]
             faults = [entry for entry in found if isinstance(entry, Broken)]
@@ -225,6 +234,7 @@ def _tar_files(tar: Path) -> Iterator[tuple[str, SampleFile | Broken]]:
             for info in file:
                 path = PurePosixPath(info.name)
                 stem, _, extension = path.name.partition(".")
+                # The key ends at the first dot of the file's name, so `0.png` of `cat.0.png` is its extension.
                 key, what = (path.parent / stem).as_posix(), f"{tar.name}:{info.name}"
                 if fault := _fault(info, path):
                     yield key, Broken(what, fault)
@@ -234,6 +244,7 @@ def _tar_files(tar: Path) -> Iterator[tuple[str, SampleFile | Broken]]:
                 if extension.rpartition(".")[2].lower() in TEXT_EXTENSIONS:
                     opened = file.extractfile(info)
                     data = opened.read(MAX_TEXT_BYTES + 1) if opened else b""
+                # Media stay in the tar; the build reads them by offset.
                 byte_range = ByteRange(tar, info.offset_data, info.size)
                 yield key, SampleFile(extension.lower(), what, data, byte_range)
             # tarfile treats a damaged header as the end.
@@ -301,6 +312,7 @@ def _row_sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSa
     ranges: dict[str, ByteRange] = {}
     entry = {name: value for name, value in row.items() if value is not None}
     try:
+        # A path replaces the bytes, so that `sample_of` checks the row like a line of samples.jsonl.
         for modality in set(REGISTRY) & set(entry) - {"text"}:
             data, path = _cell_media(entry[modality], modality)
             entry[modality] = f"{default_key}/{modality}.{_extension(data, path)}"
@@ -311,6 +323,7 @@ def _row_sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSa
         sample = sample_of(entry, fit_key(default_key))
     except UnusableSample as error:
         return Broken(default_key, str(error))
+    # The build reads the spool file through its own descriptor, possibly in another process.
     media.flush()
     parts = tuple(RawPart(part.modality, part.content, ranges.get(part.modality)) for part in sample.parts)
     return RawSample(sample.key, sample.noun, parts, sample.ordered, sample.ignored)
@@ -331,6 +344,7 @@ def _extension(data: bytes, path: str) -> str:
         return suffix.lower().lstrip(".")
     if data[:4] == b"RIFF":
         return {b"WEBP": "webp", b"WAVE": "wav"}.get(data[8:12], "unknown")
+    # MP4 and QuickTime start with a box: four bytes of length, then its type.
     if data[4:8] == b"ftyp":
         return "mp4"
     return next((extension for signature, extension in _SIGNATURES if data.startswith(signature)), "unknown")

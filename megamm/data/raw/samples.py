@@ -95,6 +95,7 @@ def clean_text(text: str) -> str:
 
 
 def _printable(text: str, keep: str) -> str:
+    # NFC: the same text has the same bytes, so duplicates and held-out texts are found.
     normal = unicodedata.normalize("NFC", text)
     return "".join(" " if unicodedata.category(c) == "Cc" and c not in keep else c for c in normal)
 
@@ -102,6 +103,7 @@ def _printable(text: str, keep: str) -> str:
 def fit_key(name: str) -> str:
     """A key from any name: invalid characters become `-`; a changed or shortened key ends in 8 digits of a hash."""
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+    # Names that differ only in replaced characters get different hashes.
     if key == name and KEY.fullmatch(key):
         return key
     return f"{key[:60]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}".lstrip("-")
@@ -111,6 +113,7 @@ def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
     """Write FOLDER/samples.jsonl; the media are already in the folder."""
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for sample in samples:
+            # A byte range points into a temporary file or a tar outside this folder.
             assert not any(part.byte_range for part in sample.parts), f"{sample.key} has parts inside other files"
             parts: Any = [{part.modality: part.content} for part in sample.parts]
             entry = {"key": sample.key, "noun": sample.noun}
@@ -156,6 +159,7 @@ def sample_of(entry: Any, default_key: str) -> RawSample:
     key = entry.get("key", default_key)
     if not isinstance(key, str) or not KEY.fullmatch(key):
         raise UnusableSample(f"invalid key {key!r}: use 1 to 80 letters, digits, `_` or `-`")
+    # Unknown fields are reported, not refused: data sets have many of their own.
     known = {"key", "noun", "parts"} if "parts" in entry else {"key", "noun", "caption", *REGISTRY}
     if "parts" in entry:
         parts = _interleaved(entry["parts"])
@@ -164,6 +168,7 @@ def sample_of(entry: Any, default_key: str) -> RawSample:
         if not parts:
             raise UnusableSample(f"no parts: needs at least one of caption, {', '.join(REGISTRY)}")
     noun = str(entry.get("noun") or noun_of(parts, key))
+    # JSON can contain half of a surrogate pair ("\ud800"), which cannot be encoded as UTF-8 later.
     if not all(_is_unicode(text) for text in (noun, *entry, *(part.content for part in parts))):
         raise UnusableSample("contains half of a surrogate pair, which is not valid text")
     return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)))
@@ -212,6 +217,7 @@ def _is_unicode(text: str) -> bool:
 def _check_inside(part: RawPart, folder: Path) -> None:
     if part.modality != "text":
         try:
+            # resolve() follows links and removes `..`, so a link to the outside is found too.
             inside = (folder / part.content).resolve().is_relative_to(folder)
         except (OSError, RuntimeError, ValueError):  # path too long, symlink loop, NUL
             inside = False
@@ -237,6 +243,7 @@ _WORD = re.compile(r"[^\W\d_]+")
 def normalise_noun(caption: str) -> str:
     """The caption's words: lower-case, singular, sorted, without variant words unless there are no others."""
     words = _WORD.findall(caption.casefold())
+    # A caption of variant words only ("red") keeps them; one without letters ("42") is its own noun.
     kept = [word for word in words if word not in _VARIANTS] or words or [caption.strip()]
     return " ".join(sorted({_singular(word) for word in kept}))
 

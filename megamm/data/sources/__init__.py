@@ -1,7 +1,7 @@
 """Public starter data that needs no account: `megamm data fetch NAME...` writes each source as raw samples.
 
-Out, in RAW/<source>/: `samples.jsonl` (data/raw/samples.py), its media, and `ATTRIBUTION.md` (origin, licence, authors).
-The folder appears only when complete; the same packages give the same bytes. A source is a function
+Out, in RAW/<source>/: `samples.jsonl` (data/raw/samples.py), its media, and `ATTRIBUTION.md` (origin, licence,
+authors). The folder appears only when complete; the same packages give the same bytes. A source is a function
 (unpacked packages, target folder) -> samples, plus an entry in SOURCES; STARTERS are sets of sources.
 """
 
