@@ -83,6 +83,7 @@ class CurationOptions:
         if self.min_side < 1 or self.max_aspect < 1:
             raise UserError("min_side and max_aspect must be at least 1", remedy="give a larger number")
         for language in self.languages:
+            # Checked at the start, not after an hour: an unknown code would skip every text.
             if language not in (known := _identifier().labels):
                 near = difflib.get_close_matches(language, known, n=1)
                 remedy = f"did you mean {near[0]!r}?" if near else "give ISO 639-1 codes, such as en or de"
@@ -107,6 +108,7 @@ def check_text(text: str, options: CurationOptions) -> None:
     if not options.min_characters <= len(text) <= options.max_characters:
         limits = f"{options.min_characters} to {options.max_characters}"
         raise FilteredOut("text_length", f"{len(text)} characters, not {limits}")
+    # Short texts pass in any language.
     if options.languages and len(text.split()) >= LANGUAGE_WORDS:
         language, _ = _identifier().classify(text)
         if language not in options.languages:
@@ -131,6 +133,7 @@ def check_image(data: bytes, options: CurationOptions) -> None:
         if options.keep_blank:
             return
         pixels_YXC = np.asarray(image.convert("RGBA"))
+        # Completely transparent, or every pixel equal to the first.
         if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
             raise FilteredOut("image_sanity", "blank: a single colour")
 
@@ -145,6 +148,7 @@ def check_audio(data: bytes, options: CurationOptions) -> None:
             if not options.min_seconds <= seconds <= options.max_seconds:
                 limits = f"{options.min_seconds:g} to {options.max_seconds:g}"
                 raise FilteredOut("audio_sanity", f"{seconds:.2f} s, not {limits} s")
+            # All channels count: a sample of each channel is one sample here.
             peak, clipped, total = 0.0, 0, 0
             for block in file.blocks(blocksize=2**16, dtype="float32"):
                 amplitude = np.abs(block)
@@ -170,6 +174,7 @@ def signature(text: str) -> Signature | None:
         return None
     from rensa import RMinHash
 
+    # The seed is fixed: signatures of different runs and machines are equal.
     sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
     sketch.update(shingles(words))
     return np.array(sketch.digest(), dtype=np.uint32)
@@ -192,9 +197,11 @@ class NearDuplicates:
 
     def find(self, sketch: Signature) -> tuple[str, float] | None:
         """The most similar kept text and its estimated Jaccard similarity, if that reaches the threshold."""
+        # Texts that share at least one band; only these are compared.
         candidates = sorted({number for band in _bands(sketch) for number in self._bands.get(band, ())})
         if not candidates:
             return None
+        # The share of equal entries of two MinHash signatures estimates the Jaccard similarity of the shingles.
         similarity = (np.stack([self._signatures[number] for number in candidates]) == sketch).mean(axis=1)
         best = int(similarity.argmax())
         if similarity[best] < self.threshold:
@@ -231,6 +238,7 @@ def mask(text: str) -> tuple[str, Counter[str]]:
 def is_card(text: str) -> bool:
     """Whether 13 to 19 digits, optionally with spaces or hyphens, are not all equal and pass the Luhn check."""
     digits = [int(character) for character in text if character.isdigit()]
+    # Luhn: every second digit from the right is doubled, and two digits of a result are added.
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
     return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
 

@@ -52,6 +52,7 @@ class Heldout:
 
 def is_heldout(noun: str, share: float) -> bool:
     """Whether samples of this noun are held out: a pure function of the noun, true for `share` of all nouns."""
+    # The first 64 bits of the hash are uniform: nouns below a larger share include those below a smaller one.
     first = int.from_bytes(hashlib.sha256(noun.encode()).digest()[:8], "big")
     return first < share * 2**64
 
@@ -75,7 +76,9 @@ def _combinations(samples: list[RawSample], share: float) -> list[str]:
     """Number of chosen texts in which a word occurs."""
     # First at most the share of every word's texts. With long texts this may give too few; then take more.
     for most in (share, 1.0):
+        # In the order of hashes: a random choice that depends on the texts only.
         for text in sorted(counted.keys() - chosen, key=_digest):
+            # At least one text with each word stays in training.
             fits = all(held[word] < min(math.ceil(most * occurs[word]), occurs[word] - 1) for word in counted[text])
             if len(chosen) < wanted and fits:
                 held.update(counted[text])

@@ -91,10 +91,12 @@ def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | Skip
                 data, ext = text.encode(), checks.modalities["text"].extensions[0]
             else:
                 data, ext = _medium(part, checks)
+            # The digest is of the decoded content, so it identifies a picture whatever its file format or metadata.
             digest = checks.modalities[part.modality].check_media(data, ext)
             if part.modality in MEDIA_CHECKS:
                 MEDIA_CHECKS[part.modality](data, checks.curation)
             parts.append(CheckedPart(part.modality, ext, data, digest))
+        # The rules for texts apply to all texts of a document together.
         what, whole = sample.key, "\n".join(texts)
         if texts:
             check_text(whole, checks.curation)
@@ -109,6 +111,7 @@ def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | Skip
 
 def _medium(part: RawPart, checks: MediaChecks) -> tuple[bytes, str]:
     """The bytes of a media part in a format of its modality, and the extension."""
+    # The name decides the format; `check_media` refuses content of another one.
     suffix = Path(part.content).suffix.lower().lstrip(".")
     ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
     is_drawing = part.modality == "image" and ext == "svg"
@@ -124,11 +127,14 @@ def _read(part: RawPart, root: Path, limit: int) -> bytes:
     """Read the medium. Raises UnreadableMedia if it is too large, truncated or not a regular file, such as a pipe."""
     path, offset = (part.byte_range.file, part.byte_range.offset) if part.byte_range else (root / part.content, 0)
     try:
+        # O_NONBLOCK: opening a pipe must not wait for a writer. The type is checked on the open file, not on its path,
+        # which could be replaced in between.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UnreadableMedia("not a regular file")
             file.seek(offset)
+            # One byte more than the limit shows that the file is larger, whatever its size.
             data = file.read(min(limit + 1, part.byte_range.size if part.byte_range else limit + 1))
     except OSError as error:
         raise UnreadableMedia(error.strerror or "cannot be read") from error
@@ -142,6 +148,7 @@ def _read(part: RawPart, root: Path, limit: int) -> bytes:
 def render_svg(data: bytes, size: int) -> bytes:
     """Render an SVG as an RGB PNG on white, fitted into size x size pixels. Raises UnreadableMedia if it fails."""
     drawing = _self_contained(data)
+    # Loading the system's fonts is slow; drawings without text do not need them.
     has_text = "text>" in drawing
     try:
         png = resvg_py.svg_to_bytes(
@@ -150,6 +157,7 @@ def render_svg(data: bytes, size: int) -> bytes:
         image = Image.open(io.BytesIO(png)).convert("RGB")
     except (ValueError, OSError) as error:
         raise UnreadableMedia(f"cannot be drawn: {error}") from error
+    # White only: nothing was drawn, or everything outside the picture.
     if image.getextrema() == ((255, 255),) * 3:
         raise UnreadableMedia("the drawing is blank")
     file = io.BytesIO()
@@ -177,6 +185,7 @@ class _LimitedTree(ElementTree.TreeBuilder):
 
 def _self_contained(data: bytes) -> str:
     """The drawing without its document type, and without references to anything outside it."""
+    # The tree is written again without a document type, so entities defined in it do not reach the renderer.
     parser = ElementTree.XMLParser(target=_LimitedTree())
     try:
         parser.feed(data)
@@ -187,6 +196,7 @@ def _self_contained(data: bytes) -> str:
         raise UnreadableMedia(f"not an SVG drawing: {error}") from error
     for element in root.iter():
         for name, value in list(element.attrib.items()):
+            # xlink:href and href: local references and embedded pictures stay, files and addresses go.
             if name.rpartition("}")[2] == "href" and not value.strip().startswith(_EMBEDDED):
                 del element.attrib[name]
     return ElementTree.tostring(root, encoding="unicode")

@@ -83,6 +83,7 @@ def _to_json(content: Any) -> bytes:
 
 def merge_reports(shards: Path) -> None:
     """Write SHARDS/report.json and SHARDS/ATTRIBUTION.md from those of the present sources."""
+    # All sources in SHARDS, also those built earlier; a hidden folder is a build in progress.
     folders = sorted(file.parent for file in shards.glob("*/report.json") if not file.parent.name.startswith("."))
     reports = {folder.name: json.loads((folder / "report.json").read_bytes()) for folder in folders}
     credits = [folder / "ATTRIBUTION.md" for folder in folders if (folder / "ATTRIBUTION.md").exists()]

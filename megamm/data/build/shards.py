@@ -81,14 +81,17 @@ class _Seen:
     def admit(self, name: str, sample: CheckedSample, split: str) -> tuple[str, str] | None:
         """Register the sample; if it is skipped, return the rule and the reason."""
         content = "\n".join(f"{part.modality} {part.digest}" for part in sample.parts)
+        # Digests of decoded content: the same picture in two files, with other metadata, is one.
         identity = hashlib.sha256(content.encode()).digest()
         if identity in self.samples:
             return "duplicates", f"identical to {self.samples[identity]}"
+        # Texts may repeat in both splits: many captions are common phrases.
         media = {part.digest: part.modality for part in sample.parts if part.modality != "text"}
         for digest, modality in media.items():
             if self.media.get(digest, split) != split:
                 return "leaks", f"its {modality} is in the {self.media[digest]} split"
         if sample.sketch is not None:
+            # Checked before the exact identity is stored, so a skipped sample leaves no trace.
             if near := self.texts.find(sample.sketch):
                 return "near_duplicates", f"similarity {near[1]:.2f} to {near[0]}"
             self.texts.add(name, sample.sketch)
@@ -107,9 +110,11 @@ class _SplitWriters:
     def add(self, split: str, raw: RawSample, sample: CheckedSample) -> None:
         for number, part in enumerate(sample.parts):
             if (split, part.modality) not in self._writers:
+                # Both splits, even if one stays empty: readers need not ask which folders exist.
                 for name in SPLITS:
                     writer = ShardWriter(self._folder / name / part.modality)
                     self._writers[name, part.modality] = self._stack.enter_context(writer)
+            # The number is the part's position in the whole document, over all modalities.
             ext = f"{number}.{part.ext}" if raw.ordered else part.ext
             self._writers[split, part.modality].add(raw.key, ext, part.data)
 
@@ -121,10 +126,12 @@ def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | 
             remedy = "delete that folder to rebuild it, or choose another --to"
             raise UserError("this source is already built", where=shards / source_name(raw), remedy=remedy)
     shards.mkdir(parents=True, exist_ok=True)
+    # One for all sources of the command: a sample in two sources is stored once.
     seen = _Seen(options.curation.near_duplicates)
     with tempfile.TemporaryDirectory(prefix=".build-", dir=shards) as temporary:
         work = Path(temporary)
         reports = [_build_source(raw.resolve(), work, options, seen, workers) for raw in raws]
+        # Each rename is atomic; the sources are complete before the first one gets its name.
         for report in reports:
             (work / report.source).rename(shards / report.source)
     merge_reports(shards)
@@ -135,6 +142,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     report = BuildReport(source_name(raw), curation=curation.parameters(options.curation))
     folder, spool = work / report.source, work / f".{report.source}.spool"
     spool.mkdir()
+    # Keys, texts and paths of all samples are in memory; media are read one by one.
     samples, heldout = _read(raw, spool, options, report)
     checks = MediaChecks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
     with ExitStack() as stack:
@@ -151,12 +159,14 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
             report.count(split, checked)
             if split == "heldout":
                 report.heldout_by[heldout.rule(sample.key)].append(sample.key)
+        # Only broken samples count against the limit: rules and duplicates are expected to skip some.
         broken = len(report.left_out["broken"])
         if broken > options.max_broken * report.samples:
             what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
             remedy = f"{report.first_reason()}; fix or remove them, or raise --max-broken; nothing was written"
             raise UserError(what, where=raw, remedy=remedy)
     report.write(folder)
+    # Licences require the attribution to stay with the data.
     credits = media_root(raw) / "ATTRIBUTION.md"
     if credits.is_file():
         (folder / credits.name).write_bytes(credits.read_bytes())
@@ -203,8 +213,10 @@ def _checked(
     if not workers:
         yield from map(check, samples)
         return
+    # "spawn": a forked child of a process with threads (torch, image libraries) can hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
+            # pool.map submits everything at once, so pass limited slices: the results contain the media.
             for start in range(0, len(samples), _AHEAD * workers):
                 yield from pool.map(check, samples[start : start + _AHEAD * workers], chunksize=4)
         except BrokenProcessPool as error:

@@ -105,12 +105,14 @@ def write_digits(package: Path, target: Path) -> list[RawSample]:
 
 def chosen_sequences(language: str) -> list[str]:
     """SEQUENCES strings of LENGTH digits, in order: those with the smallest hashes."""
+    # The smallest hashes: a random choice, to which a larger SEQUENCES only adds.
     every = ("".join(digits) for digits in product("0123456789", repeat=LENGTH))
     return sorted(sorted(every, key=lambda digits: _digest(f"{language} {digits}"))[:SEQUENCES])
 
 
 def trimmed(samples: np.ndarray) -> np.ndarray:
     """int16 `[samples]` without the silence before and after."""
+    # int32, because the absolute value of -32768 does not fit int16.
     loud = np.flatnonzero(np.abs(samples.astype(np.int32)) > _QUIET * np.abs(samples.astype(np.int32)).max())
     edge = round(_EDGE * SAMPLE_RATE)
     return samples[max(0, loud[0] - edge) : loud[-1] + 1 + edge]

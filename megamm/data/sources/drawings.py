@@ -47,8 +47,10 @@ def write_clipart(package: Path, target: Path) -> list[RawSample]:
     for path, (title, author) in metadata.items():
         name = path.relative_to(root).with_suffix("").as_posix()
         digest = hashlib.sha256(name.encode()).hexdigest()
+        # By hash, so that the kept share does not depend on the order of files.
         if title == "gramastar" and int(digest, 16) % _STAR_SHARE:
             continue
+        # The name of a collection or of the author does not describe the drawing.
         is_untelling = count[title] > _COLLECTION or _COLLECTION_TITLE.search(title) or title == author
         caption = clipart_caption(name, "" if is_untelling else title, author)
         if not caption:
@@ -70,6 +72,7 @@ def clipart_caption(name: str, title: str, author: str) -> str:
     stem_words = _words(re.sub(r"([a-z])([A-Z])", r"\1 \2", stem), without=author)
     folder_words = "" if folders[-1] in _UNTELLING_FOLDERS else folders[-1].replace("_", " ")
     caption = _words(title) or stem_words or folder_words
+    # "france" in the folder of flags becomes "flag of france", unless the caption says so already.
     for folder, form in _CONTEXT.items():
         if caption and folder in folders and form.format("").split()[0] not in caption.split():
             return form.format(caption)
@@ -79,6 +82,7 @@ def clipart_caption(name: str, title: str, author: str) -> str:
 def _words(text: str, without: str = "") -> str:
     """Lower-case words of a title or file name, without numbers, codes and (truncated) words of the author's name."""
     text = re.sub(r"\([^)]*\)|[_\-+.#]|\d+|\b(?:bw|aiga)\b", " ", text.lower().replace("_", " "))
+    # File names often start with the author's name, cut off after some letters.
     names = re.findall(r"\w+", without.lower())
     words = [w for w in text.split() if not any(name.startswith(w) for name in names)]
     return " ".join(words).strip(" ,;:") if any(len(re.sub(r"\W", "", w)) >= 3 for w in words) else ""
@@ -115,6 +119,7 @@ def write_tuxpaint(package: Path, target: Path) -> list[RawSample]:
         for language, text in texts.items():
             suffix = "" if language == "en" else f"_{language}"
             speech = file.with_name(f"{file.stem}_desc{suffix}.ogg")
+            # Without speech a translation has nothing new but its text: the picture is in the English sample.
             if language != "en" and not speech.is_file():
                 continue
             parts = [RawPart("image", image), RawPart("text", text)]

@@ -81,6 +81,7 @@ class ZipFiles(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         """The bytes of a file. Raises KeyError if it is missing."""
+        # Models written on Windows use backslashes, and some write `./` before a name.
         return self.more.get(name) or self.archive.read(
             self.folder + name.strip().replace("\\", "/").removeprefix("./")
         )
@@ -136,6 +137,7 @@ def _make(job: _ModelTask, target: Path) -> list[RawSample] | str:
     """Write one model's media; returns its samples, or the reason for none."""
     with zipfile.ZipFile(job.catalogue) as archive:
         try:
+            # Two independent samplings: the cloud of a sample is not a part of the points that its picture shows.
             mesh = load_model(archive, job.piece.model, own_materials(archive))
             surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
         except (ValueError, KeyError, IndexError) as error:
@@ -155,6 +157,7 @@ def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Ca
     for number in numbers:
         caption = furniture_caption(values[f"name#{number}"])
         model, icon = (values.get(f"{field}#{number}", "").lstrip("/") for field in ("model", "icon"))
+        # Entries that differ only in name or light share a model file: keep the first.
         if not caption or model in models or not model.lower().endswith(".obj"):
             continue
         models.add(model)
@@ -181,6 +184,7 @@ def furniture_caption(name: str) -> str:
 
 def own_materials(archive: zipfile.ZipFile) -> bytes:
     """The program's named default materials, which its models use implicitly: text inside a class file."""
+    # The strings of a Java class file are plain bytes, so the definitions can be found without parsing it.
     name = "com/eteks/sweethome3d/j3d/OBJLoader.class"
     return b"\n".join(_MATERIALS.findall(archive.read(name))) if name in archive.namelist() else b""
 
@@ -190,6 +194,7 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
     import trimesh
 
     text = archive.read(model)
+    # Models without a material library use the program's own materials: name one that the resolver provides.
     if materials and b"mtllib" not in text:
         text = f"mtllib {_OWN_MATERIALS}\n".encode() + text
     resolver = ZipFiles(archive, model.rpartition("/")[0] + "/", {_OWN_MATERIALS: materials})
@@ -199,6 +204,7 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
 def _write_piece(
     target: Path, key: str, piece: CatalogueModel, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
 ) -> list[RawSample]:
+    # Half of the points suffice for the small frames of a video, in half the time.
     turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
     write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)
     pictures = [(turns, f"{key}-turn{turns}", render(turned(surface, turns), ANGLE, PICTURE)) for turns in TURNS]
@@ -232,6 +238,7 @@ def turned(cloud: CloudArray, quarters: int) -> CloudArray:
     """A cloud `[N, 9]` turned by this many quarters about the vertical axis (y): x goes to -z, z to x."""
     result = cloud.copy()
     for _ in range(quarters):
+        # Columns 0 and 2 are x and z, 3 and 5 those of the normal.
         result[:, [0, 2, 3, 5]] = result[:, [2, 0, 5, 3]] * np.array([1, -1, 1, -1], dtype=cloud.dtype)
     return result
 

@@ -36,6 +36,7 @@ def write_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int, *,
     """Write frames of one size, each shown frame_ms milliseconds, as a VP9 video."""
     pixels = np.stack([on_white(frame) for frame in frames])
     wanted = -(-1000 * SECONDS // frame_ms)
+    # A loop is repeated up to SECONDS; another animation holds its last frame.
     numbers = np.arange(max(wanted, len(frames)))
     pixels = pixels[numbers % len(frames) if loops else numbers.clip(max=len(frames) - 1)]
     write_video(path, pixels, Fraction(1000, frame_ms))
@@ -44,6 +45,7 @@ def write_animation(path: Path, frames: Sequence[Image.Image], frame_ms: int, *,
 def on_white(frame: Image.Image) -> npt.NDArray[np.uint8]:
     """uint8 [S, S, 3]: the picture centred on a white square of even side, enlarged to nearly SIDE if smaller."""
     side = max(frame.size)
+    # Whole factors: every pixel of the art becomes a square of equal size.
     factor = max(1, SIDE // side)
     side = -(-side * factor // 2) * 2
     enlarged = frame.convert("RGBA").resize((frame.width * factor, frame.height * factor), Image.Resampling.NEAREST)
@@ -52,6 +54,7 @@ def on_white(frame: Image.Image) -> npt.NDArray[np.uint8]:
     return np.asarray(square.convert("RGB"))
 
 
+# Pingus
 _CAPTIONS = {
     "core/buttons/armageddon_anim": "a nuclear explosion",
     "core/cursors/animcross2": "a turning cross",
@@ -135,6 +138,7 @@ def write_pingus(package: Path, target: Path) -> list[RawSample]:
         frames = list(cut_frames(file, text, images.parent))
         if has_side:
             other = file.with_stem("right" if name.name == "left" else "left")
+            # Symmetric figures have the same picture for both directions: one sample, and no direction in the caption.
             same = frames == list(cut_frames(other, other.read_text(encoding="utf-8"), images.parent))
             if same and name.name == "right":
                 continue
@@ -153,6 +157,7 @@ def cut_frames(file: Path, text: str, root: Path) -> Iterator[Image.Image]:
     picture = re.search(r'\(image "([^"]+)"\)', text)
     columns, rows = _pair(text, "array", (1, 1))
     assert picture, f"{file} names no picture"
+    # A leading slash means the game's data folder, not the file system.
     path = root / picture[1][1:] if picture[1].startswith("/") else file.parent / picture[1]
     with Image.open(path) as image:
         sheet = image.convert("RGBA")
@@ -169,6 +174,7 @@ def _pair(text: str, field: str, default: tuple[int, int]) -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else default
 
 
+# The Battle for Wesnoth
 _CORE = "usr/share/games/wesnoth/1.16/data/core"
 _LEAST_FRAMES = 4
 _FRAME_MS = 100
@@ -214,6 +220,7 @@ def write_wesnoth(package: Path, target: Path) -> list[RawSample]:
             key = fit_key("wesnoth-" + stem.removeprefix("units/") + "-video")
             caption = action_caption(figure.name, stem.removeprefix(figure.picture))
             pictures = [_open(frame) for frame in frames]
+            # A video has one size; such series combine different pictures.
             if len({picture.size for picture in pictures}) > 1:
                 continue
             write_animation(target / f"video/{key}.mp4", pictures, _FRAME_MS, loops=True)
@@ -248,6 +255,7 @@ def _animations(images: Path, figures: dict[str, Figure]) -> dict[str, list[tupl
             series[match[1]].append((int(match[2]), path))
     animations: dict[str, list[tuple[str, list[Path]]]] = defaultdict(list)
     for stem, frames in sorted(series.items()):
+        # The longest matching name: `elf-captain-bow-1.png` belongs to `elf-captain`, not to `elf`.
         owner = max((p for p in figures if stem.startswith(f"{p}-")), key=len, default=None)
         if owner is not None and len(frames) >= _LEAST_FRAMES:
             animations[owner].append((stem.rstrip("-"), [path for _, path in sorted(frames)]))

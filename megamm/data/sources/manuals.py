@@ -57,6 +57,7 @@ class Pictures:
         """The path of the copy relative to the target; None if the page names no picture file under the root."""
         source = (page.parent / name).resolve()
         root = self.root.resolve()
+        # A page must not copy files from outside the manual, such as /etc/passwd by `../..`.
         if not source.is_relative_to(root) or source.suffix.lower() not in PICTURES or not source.is_file():
             return None
         if source not in self.copied:
@@ -106,6 +107,7 @@ def inline_text(element: Element, markup: Markup) -> str:
 def _inline(element: Element, markup: Markup) -> str:
     if not local_name(element) or markup.skip(element):
         return ""
+    # The white space between joined elements, such as keys, is layout of the source.
     joint = markup.joined.get(local_name(element))
     if joint is not None:
         return joint.join(_inline(child, markup).strip() for child in element)
@@ -122,6 +124,7 @@ def _walk(element: Element, markup: Markup) -> list[tuple[str, str]]:
         return [*found, *_paragraph("".join(element.itertext()).strip("\n"))]
     run = element.text or ""  # text and inline elements up to the next block
     for child in element:
+        # Inline elements, and anything inside a paragraph, continue the current run of text.
         if local_name(element) in markup.paragraphs or not _is_block(child, markup):
             run += _inline(child, markup)
         else:
@@ -130,6 +133,7 @@ def _walk(element: Element, markup: Markup) -> list[tuple[str, str]]:
         run += child.tail or ""
     found += _paragraph(markup.clean(" ".join(run.split())))
     if local_name(element) in markup.items:
+        # A list item gets its dash before its first text, which may follow a picture.
         first = next((n for n, (kind, _) in enumerate(found) if kind == "text"), None)
         if first is not None:
             found[first] = ("text", f"- {found[first][1]}")
@@ -145,6 +149,7 @@ def _is_block(element: Element, markup: Markup) -> bool:
     return any(local_name(inner) in blocks for inner in element.iter())
 
 
+# GNOME: Mallard XML
 _NAMESPACE = "{http://projectmallard.org/1.0/}"
 _TEST = "{http://projectmallard.org/if/1.0/}test"
 _GNOME_SKIPPED = {"info", "links", "comment", "desc", "else"}
@@ -192,6 +197,7 @@ _GNOME = Markup(
 )
 
 
+# GIMP: XHTML from DocBook
 _NUMBER = re.compile(r"^(?:(?:Chapter|Figure|Table|Part|Appendix) [\dIVXA-Z]+(?:\.\d+)*\.\s+|\d+(?:\.\d+)*\.\s+)")
 _NAVIGATION = {"navheader", "navfooter", "toc", "list-of-figures", "list-of-tables"}
 _LEAST_TEXT = 200

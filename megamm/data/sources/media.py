@@ -26,6 +26,7 @@ def write_video(path: Path, frames: np.ndarray, frame_rate: Fraction | int) -> N
     """Write uint8 [F, Y, X, 3], Y and X even, at frame_rate (Hz), every frame with the same duration."""
     import av
 
+    # One thread and bitexact output: the same bytes on every machine with this build of libvpx.
     options = {"crf": _QUALITY, "b": "0", "deadline": "realtime", "cpu-used": "6"}
     with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libvpx-vp9", rate=Fraction(frame_rate), options=options)

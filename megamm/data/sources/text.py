@@ -38,6 +38,8 @@ def read_synset(line: str, part_of_speech: str) -> tuple[str, str] | None:
         return None
     data, gloss = line.split(" | ", 1)
     fields = data.split()
+    # wndb(5): field 3 is the number of words (hexadecimal), then word and sense number alternate. Adjectives can end in
+    # a marker, such as "(a)".
     words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
     return words[0], f"{', '.join(words)} ({part_of_speech}): {gloss.strip()}"
 
@@ -54,6 +56,7 @@ def read_gcide(text: str) -> Iterator[tuple[str, str]]:
     r"""Headword and entry; an entry starts at the left margin with `Headword \pronunciation\`."""
     starts = [match.start() for match in re.finditer(r"^\S[^\n\\]*\\[^\n]*\\", text, re.MULTILINE)]
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        # Names of the sources in brackets follow the definitions.
         entry = re.sub(r"^\s*\[(?:1913 Webster|WordNet|PJC)[^\]]*\]\n?", "", text[start:end], flags=re.MULTILINE)
         yield entry.partition("\\")[0].strip(), entry
 
@@ -70,6 +73,7 @@ def write_fortunes(package: Path, target: Path) -> list[RawSample]:
         for number, saying in enumerate(map(clean_text, sayings), start=1):
             if saying:
                 key = f"fortunes-{file.name}-{number:04d}"
+                # A saying has no subject: its first words identify it, so copies are in one split.
                 noun = normalise_noun(" ".join(saying.split()[:20]))
                 samples.append(RawSample(key, noun, (RawPart("text", saying),)))
     return samples
@@ -79,6 +83,7 @@ def _documents(prefix: str, entries: Iterable[tuple[str, str]]) -> list[RawSampl
     samples: list[RawSample] = []
     lines: list[str] = []
     first = ""
+    # The empty entry at the end completes the last document.
     for word, entry in [*entries, ("", "")]:
         if lines and (not word or sum(map(len, lines)) >= DOCUMENT):
             part = RawPart("text", clean_text("\n".join(lines)))

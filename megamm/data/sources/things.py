@@ -69,6 +69,7 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
         (target / folder).mkdir()
     with zipfile.ZipFile(catalogues[0]) as archive:
         pieces = read_catalogue(archive, target, catalogues[0].name)
+    # Reversed, so that the first of several models with a name remains.
     first = {piece.name: piece for piece in reversed(pieces) if piece.name in THINGS}
     jobs = [_ThingTask(catalogues[0], first[name]) for name in sorted(first)]
     if not jobs:
@@ -85,6 +86,7 @@ def _make(job: _ThingTask, target: Path) -> list[RawSample]:
     """Write one thing's media and return its samples."""
     with zipfile.ZipFile(job.path) as archive:
         mesh = load_model(archive, job.piece.model, own_materials(archive))
+    # As in furniture.py, independent samplings for pictures and clouds.
     surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
     samples: list[RawSample] = []
     for colour in COLOURS:
@@ -99,6 +101,7 @@ def _stills(job: _ThingTask, colour: str, surface: CloudArray, cloud: CloudArray
     noun, caption = normalise_noun(job.piece.name), RawPart("text", f"{colour}, {job.piece.name}")
     for number, degrees in enumerate((*SEEN_COPIES, *CLOUD_COPIES)):
         key, parts = f"{job.key}-{colour}-{number}", []
+        # Every second copy with a picture, and every copy without one, has a cloud.
         if number >= len(SEEN_COPIES) or number % 2 == 0:
             parts.append(RawPart("points", f"points/{key}.npz"))
             np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, HEADING + degrees))

@@ -95,6 +95,7 @@ class MediaBatches:
             max_broken=self._reading.max_broken,
         )
         for batch in stream:
+            # The stream counts all broken clips; those beyond the recorded ones are new.
             for broken in stream.broken[len(self.decoding.broken) :]:
                 self._skip(broken, self.decoding)
             if batch:
@@ -103,6 +104,7 @@ class MediaBatches:
 
     def _skip(self, clip: BrokenClip, decoding: Decoding) -> None:
         name = member_name(self._shards, clip.number)
+        # A document without one of its parts would have a gap in its reading order, so it cannot be skipped alone.
         if self._shards.parts[clip.number] != UNNUMBERED:
             remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"{name}, part of a document: {clip.why}", where=self._shards.folder, remedy=remedy)
