@@ -104,6 +104,7 @@ def write_cloud(cloud: CloudArray) -> bytes:
 
 
 def _read_npz(data: bytes) -> CloudArray:
+    """The array of an npz file, `[M, 9]`, checked for shape and size only. Raises ValueError if it is not one."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             member = archive.getinfo(f"{ARRAY}.npy")
@@ -159,6 +160,7 @@ def _check_obj(data: bytes) -> None:
 
 
 def _check_ply(data: bytes) -> None:
+    """Refuse a ply file whose header declares more elements than the file can hold."""
     # A header of ordinary files has less than 1 kB; 64 kB limit the search in a file without an end.
     header, end, _ = data[:65536].partition(b"end_header")
     if not header.startswith(b"ply") or not end:

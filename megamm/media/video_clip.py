@@ -63,6 +63,8 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class _Packet:
+    """One coded frame of the file; times in ticks."""
+
     time: int
     duration: int
     is_key: bool
@@ -130,6 +132,7 @@ def _is_hidden(packet: Any, stream: Any) -> bool:
 
 
 def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
+    """The clip's frame numbers; starts, end and start are in seconds from the file's first frame."""
     if start >= end:
         raise UnreadableMedia(f"the clip starts at {start:g} s, but the video ends at {end:.2f} s")
     chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)

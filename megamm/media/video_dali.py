@@ -77,6 +77,7 @@ class DaliDecoder:
 
 
 def _pipeline(size: int, device: torch.device, batch_size: int, threads: int) -> Any:
+    """Build DALI's pipeline with the five inputs that `DaliDecoder.decode` feeds."""
     from nvidia import dali
 
     fn: Any = dali.fn

@@ -156,6 +156,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_container(data: bytes, extension: str) -> None:
+    """Raise UnreadableMedia unless the first bytes are those of the extension's container."""
     if not data:
         raise UnreadableMedia("zero bytes")
     wanted = _CONTAINER.get(extension)
@@ -167,6 +168,7 @@ def _check_container(data: bytes, extension: str) -> None:
 
 
 def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
+    """Every frame with the times at which it is shown; the end of the file is checked after the last one."""
     aspect = float(stream.sample_aspect_ratio or 1)
     last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
     for frame in container.decode(stream):

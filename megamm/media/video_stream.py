@@ -151,6 +151,7 @@ class VideoStream:
             raise UserError(what, where=self.clips[broken[0].number].shards.folder, remedy=remedy)
 
     def _decode(self, pool: ThreadPoolExecutor, start: int) -> list[DecodedClip | BrokenClip]:
+        """Decode the batch that starts at this clip number, with one result for each clip, in order."""
         numbers = range(start, min(start + self._batch_size, len(self.clips)))
         data = [self.clips[n].shards.read(self.clips[n].member) for n in numbers]
         if self._dali is None:
@@ -167,6 +168,7 @@ class VideoStream:
         return [results[n] for n in numbers]
 
     def _is_obstructed(self, plan: ClipPlan) -> bool:
+        """Whether DALI cannot decode this clip; the reason is logged when it first occurs."""
         reason = obstacle(plan, self.device)
         if reason:
             self._log_once(reason)
@@ -178,6 +180,7 @@ class VideoStream:
             logger.warning("decoding with PyAV instead of DALI: %s", reason)
 
     def _plan(self, number: int, data: bytes) -> ClipPlan | BrokenClip:
+        """The plan of a clip, or the reason why there is none."""
         clip = self.clips[number]
         try:
             return plan_clip(data, clip.shards.extensions[clip.member], clip.start_seconds, self.sizes)
@@ -185,6 +188,7 @@ class VideoStream:
             return BrokenClip(number, str(error))
 
     def _by_pyav(self, number: int, data: bytes, plan: ClipPlan | None) -> DecodedClip | BrokenClip:
+        """Decode one clip with PyAV; plan: None if it has not been planned yet."""
         found = plan or self._plan(number, data)
         if isinstance(found, BrokenClip):
             return found

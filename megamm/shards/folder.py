@@ -31,6 +31,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IntArray
 from megamm.shards.tar_reader import BLOCK, StoredMember, TarReader
 
+SPLITS = ("train", "heldout")
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
 """A sample's key: no dot (WebDataset ends the key at the first one), short enough for a plain tar header."""
 EXTENSION = re.compile(r"(?:(\d{1,6})\.)?([A-Za-z0-9]{1,8})")
@@ -64,6 +65,7 @@ class Member:
         return self.ext.rpartition(".")[2]
 
     def to_line(self) -> str:
+        """The member's line of an index."""
         entry = {name: value for name, value in self.__dict__.items() if value is not None}
         return json.dumps(entry, separators=(",", ":")) + "\n"
 
@@ -140,6 +142,7 @@ class ShardWriter:
         self._members = []
 
     def _close_shard(self) -> None:
+        """Finish the current tar, and write its index beside it."""
         assert self._tar is not None and self._tar.name is not None
         path = Path(os.fsdecode(self._tar.name))
         self._tar.close()
@@ -337,6 +340,7 @@ def index_tar(tar: Path) -> list[Member]:
 
 
 def _read_exactly(file: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    """The data of a member. Raises ReadError if the tar ends inside it."""
     stream = file.extractfile(info)
     data = stream.read() if stream is not None else b""
     if len(data) != info.size:

@@ -52,6 +52,7 @@ class TarReader:
         return block[BLOCK:]
 
     def _file(self, tar: str) -> int:
+        """The descriptor of a tar, opened if necessary; the least recently used one is closed beyond the limit."""
         if tar not in self._files:
             if len(self._files) == _OPEN:
                 # The first entry is the least recently used: `_file` moves each one that it returns to the end.

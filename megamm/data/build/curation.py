@@ -117,6 +117,7 @@ def check_text(text: str, options: CurationOptions) -> None:
 
 @cache
 def _identifier() -> "LanguageIdentifier":
+    """The language identifier, loaded once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes a second to load; used for --language only
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)
@@ -217,6 +218,7 @@ class NearDuplicates:
 
 
 def _bands(sketch: Signature) -> list[tuple[int, bytes]]:
+    """The bands of a signature, each with its position: texts that share one are candidates."""
     return [(start, sketch[start : start + BAND_ROWS].tobytes()) for start in range(0, PERMUTATIONS, BAND_ROWS)]
 
 

@@ -32,11 +32,10 @@ from megamm.data.build.report import BuildReport, merge_reports
 from megamm.data.raw.readers import READERS, media_root, source_name
 from megamm.data.raw.samples import Broken, RawSample
 from megamm.modalities import REGISTRY
-from megamm.shards.folder import ShardWriter
+from megamm.shards.folder import SPLITS, ShardWriter
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "heldout")
 _SAMPLES_PER_WORKER = 200
 """A worker process takes about three seconds to start, so it is not started for fewer samples."""
 _AHEAD = 32
@@ -108,6 +107,7 @@ class _SplitWriters:
         self._writers: dict[tuple[str, str], ShardWriter] = {}
 
     def add(self, split: str, raw: RawSample, sample: CheckedSample) -> None:
+        """Write the parts of a sample to the folders of their modalities."""
         for number, part in enumerate(sample.parts):
             if (split, part.modality) not in self._writers:
                 # Both splits, even if one stays empty: readers need not ask which folders exist.
@@ -139,6 +139,7 @@ def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | 
 
 
 def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> BuildReport:
+    """Build one source in the folder `work`; returns its report."""
     report = BuildReport(source_name(raw), curation=curation.parameters(options.curation))
     folder, spool = work / report.source, work / f".{report.source}.spool"
     spool.mkdir()

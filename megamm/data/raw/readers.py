@@ -106,6 +106,7 @@ def assemble(key: str, members: list[SampleFile]) -> RawSample:
 
 
 def _interleaved(key: str, members: list[tuple[int, str, SampleFile]]) -> RawSample:
+    """An interleaved sample from (number, extension, member), in order of the numbers."""
     if [number for number, _, _ in members] != list(range(len(members))):
         raise UnusableSample("its parts are not numbered 0, 1, 2, ...")
     entries, ranges = [], []
@@ -173,6 +174,7 @@ def _read_jsonl(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 
 def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
+    """The samples of a folder of files: those with the same path without the extension belong together."""
     if not raw.is_dir():
         raise UserError("no such folder", where=raw, remedy="give a folder of media files")
     stems: dict[str, list[Path]] = {}
@@ -196,6 +198,7 @@ def _read_folder(raw: Path, spool: Path) -> Iterator[RawSample | Broken]:
 
 
 def _folder_file(raw: Path, file: Path) -> SampleFile:
+    """A file of the folder; texts are read, media are named only."""
     extension = file.suffix.lower().lstrip(".")
     if extension not in TEXT_EXTENSIONS:
         return SampleFile(extension, file.as_posix())
@@ -257,6 +260,7 @@ def _tar_files(tar: Path) -> Iterator[tuple[str, SampleFile | Broken]]:
 
 
 def _fault(info: tarfile.TarInfo, path: PurePosixPath) -> str | None:
+    """The reason why a member is not read, if any."""
     if path.is_absolute() or ".." in path.parts:
         return "its path leads outside the folder"
     if info.issym() or info.islnk():
@@ -289,6 +293,7 @@ class UnreadableTable(ValueError):
 
 
 def _table_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of one file, as dicts by column. Raises UnreadableTable, possibly after some rows."""
     try:
         import pyarrow
         from pyarrow import ipc, parquet
@@ -309,6 +314,7 @@ def _table_rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def _row_sample(row: dict[str, Any], default_key: str, media: BinaryIO) -> RawSample | Broken:
+    """The sample of a row; its media are appended to the spool file."""
     ranges: dict[str, ByteRange] = {}
     entry = {name: value for name, value in row.items() if value is not None}
     try:

@@ -95,6 +95,7 @@ def clean_text(text: str) -> str:
 
 
 def _printable(text: str, keep: str) -> str:
+    """Unicode NFC, with a space for each control character that is not in `keep`."""
     # NFC: the same text has the same bytes, so duplicates and held-out texts are found.
     normal = unicodedata.normalize("NFC", text)
     return "".join(" " if unicodedata.category(c) == "Cc" and c not in keep else c for c in normal)
@@ -181,6 +182,7 @@ def noun_of(parts: Iterable[RawPart], key: str) -> str:
 
 
 def _interleaved(entries: Any) -> list[RawPart]:
+    """The parts of an interleaved sample, each from an object with one field."""
     if not isinstance(entries, list) or not entries:
         raise UnusableSample('"parts" is not a list of parts')
     parts = []
@@ -215,6 +217,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _check_inside(part: RawPart, folder: Path) -> None:
+    """Raise UnusableSample if a part's path leads out of the folder."""
     if part.modality != "text":
         try:
             # resolve() follows links and removes `..`, so a link to the outside is found too.
@@ -249,6 +252,7 @@ def normalise_noun(caption: str) -> str:
 
 
 def _singular(word: str) -> str:
+    """A word without its plural ending: rules of English spelling, without a dictionary."""
     if len(word) > 4 and word.endswith("ies"):
         return word[:-3] + "y"
     if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses", "zes")):

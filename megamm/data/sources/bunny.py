@@ -88,6 +88,7 @@ def clips(
 
 
 def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray[np.uint8]]]:
+    """The film's frames, split where the picture changes abruptly."""
     stretch: list[npt.NDArray[np.uint8]] = []
     before = None
     for frame in frames:
@@ -104,6 +105,7 @@ def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray
 
 
 def _frames(film: "InputContainer") -> Iterator[npt.NDArray[np.uint8]]:
+    """The film's frames, scaled, uint8 `[Y, X, 3]`."""
     for frame in film.decode(video=0):
         yield np.asarray(frame.reformat(width=WIDTH, height=HEIGHT, format="rgb24").to_ndarray(), dtype=np.uint8)
 

@@ -204,6 +204,7 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
 def _write_piece(
     target: Path, key: str, piece: CatalogueModel, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
 ) -> list[RawSample]:
+    """Write the media of one model, and return a sample for each picture."""
     # Half of the points suffice for the small frames of a video, in half the time.
     turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
     write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)

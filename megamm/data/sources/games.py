@@ -170,6 +170,7 @@ def cut_frames(file: Path, text: str, root: Path) -> Iterator[Image.Image]:
 
 
 def _pair(text: str, field: str, default: tuple[int, int]) -> tuple[int, int]:
+    """The two numbers of a field `(field A B)` of a sprite file, or the default."""
     found = re.search(rf"\({field} (\d+) (\d+)\)", text)
     return (int(found[1]), int(found[2])) if found else default
 

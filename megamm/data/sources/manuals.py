@@ -105,6 +105,7 @@ def inline_text(element: Element, markup: Markup) -> str:
 
 
 def _inline(element: Element, markup: Markup) -> str:
+    """The text of an element with its white space, as the source has it."""
     if not local_name(element) or markup.skip(element):
         return ""
     # The white space between joined elements, such as keys, is layout of the source.
@@ -145,6 +146,7 @@ def _paragraph(text: str) -> list[tuple[str, str]]:
 
 
 def _is_block(element: Element, markup: Markup) -> bool:
+    """Whether the element is a block, or contains one."""
     blocks = markup.blocks | markup.paragraphs
     return any(local_name(inner) in blocks for inner in element.iter())
 

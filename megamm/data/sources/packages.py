@@ -114,6 +114,7 @@ def _debian_address(package: str, work: Path) -> str:
 
 
 def _unpack_debian(deb: Path, folder: Path) -> None:
+    """Unpack all files of a package. Raises UserError if dpkg-deb fails."""
     result = _run(["dpkg-deb", "-x", str(deb), str(folder)], folder.parent)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]

@@ -80,6 +80,7 @@ def write_fortunes(package: Path, target: Path) -> list[RawSample]:
 
 
 def _documents(prefix: str, entries: Iterable[tuple[str, str]]) -> list[RawSample]:
+    """Combine (word, entry) pairs into documents of at least DOCUMENT characters, in order."""
     samples: list[RawSample] = []
     lines: list[str] = []
     first = ""

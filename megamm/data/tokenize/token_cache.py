@@ -15,11 +15,9 @@ from megamm.common.errors import UserError
 from megamm.data.tokenize.media_batches import Decoding, MediaBatches, VideoReading, member_name
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.protocol import Modality
-from megamm.shards.folder import ShardFolder, ShardWriter, tokens_to_bytes
+from megamm.shards.folder import SPLITS, ShardFolder, ShardWriter, tokens_to_bytes
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -73,6 +71,7 @@ def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoRead
 
 
 def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> Cache:
+    """Create the cache of one folder of media, or check the existing one."""
     shards, target = ShardFolder(media), media.parent / cache_name(modality)
     if target.exists():
         return _kept(target, shards, reading)
@@ -94,6 +93,7 @@ def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> 
 
 
 def _kept(target: Path, shards: ShardFolder, reading: VideoReading) -> Cache:
+    """The existing cache. Raises UserError if it does not match the media or the requested decoder."""
     cache, decoding = ShardFolder(target), Decoding.read(target) or Decoding()
     names = [member_name(shards, i) for i in range(len(shards))]
     # The same names in the same order: media that were added, removed or reordered do not match.
