@@ -170,7 +170,8 @@ def _check_container(data: bytes, extension: str) -> None:
 def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
     """Every frame with the times at which it is shown; the end of the file is checked after the last one."""
     aspect = float(stream.sample_aspect_ratio or 1)
-    last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    gap = 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    previous, start, origin = None, Fraction(0), None
     for frame in container.decode(stream):
         if frame.pts is None:
             raise UnreadableMedia("a frame has no timestamp")
@@ -178,17 +179,17 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
         time = frame.pts * frame.time_base
         origin = time if origin is None else origin
         # A frame's end is the next one's start, so each is yielded one step late.
-        if last is not None:
-            gap = time - origin - last[0]
-            yield ShownFrame(float(last[0]), float(time - origin), last[1], aspect)
-        last = (time - origin, frame)
-    if last is None or origin is None:
+        if previous is not None:
+            gap = time - origin - start
+            yield ShownFrame(float(start), float(time - origin), previous, aspect)
+        previous, start = frame, time - origin
+    if previous is None or origin is None:
         raise UnreadableMedia("no readable frame")
     # The last frame has no successor: use its own duration, else the gap before it.
-    gap = last[1].duration * last[1].time_base or gap
-    end = last[0] + gap
+    gap = previous.duration * previous.time_base or gap
+    end = start + gap
     check_end(container, stream, end, origin, gap)
-    yield ShownFrame(float(last[0]), float(end), last[1], aspect)
+    yield ShownFrame(float(start), float(end), previous, aspect)
 
 
 def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
