@@ -44,8 +44,7 @@ from megamm.data.pipeline.token_dataset import SampleSet
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.flops import flops_of_row
 from megamm.model.vocabulary import Vocabulary
-from megamm.shards.folder import ShardWriter
-from megamm.shards.token_ids import tokens_from_bytes, tokens_to_bytes
+from megamm.shards.folder import ShardWriter, tokens_from_bytes, tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i"}
 VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})

@@ -32,11 +32,10 @@ from PIL import Image
 
 from megamm import __version__
 from megamm.config.accelerators import installed
-from megamm.media.frame_sampling import sampled_frames
 from megamm.media.image_file import pad_to_square, square_pixels
+from megamm.media.video_clip import decode_clip, plan_clip
 from megamm.media.video_dali import DaliDecoder, obstacle
-from megamm.media.video_plan import plan_clip
-from megamm.media.video_pyav import decode_clip
+from megamm.media.video_file import sampled_frames
 from megamm.modalities.protocol import CPU
 
 Frames = npt.NDArray[np.uint8]
@@ -77,7 +76,7 @@ def peer(module: str) -> Any:
 
 
 def ours_pyav() -> Side:
-    """Call megamm.media.video_pyav as VideoStream does."""
+    """Call megamm.media.video_clip as VideoStream does."""
 
     def run(files: list[bytes]) -> list[Frames]:
         plans = [plan_clip(data, "mp4", 0.0, SIZES) for data in files]

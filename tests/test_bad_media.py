@@ -18,9 +18,9 @@ from PIL import Image
 
 from megamm.common.errors import UserError
 from megamm.data.build.curation import CurationOptions
-from megamm.data.build.media_check import Checks, LeftOut, check_sample
+from megamm.data.build.media_check import MediaChecks, SkippedSample, check_sample
 from megamm.data.build.shards import BuildOptions, build
-from megamm.data.raw.samples import RawPart, RawSample, Span
+from megamm.data.raw.samples import ByteRange, RawPart, RawSample
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder
 
@@ -287,7 +287,7 @@ def test_too_many_bad_ones_stop_the_build_with_the_first_named(tmp_path):
 def test_a_medium_that_its_tar_cuts_off_is_named(tmp_path):
     """The tar was whole when its headers were read; another program shortened it afterwards."""
     (tmp_path / "0.tar").write_bytes(wide_png()[:100])
-    part = RawPart("image", "0.tar:a.png", Span(tmp_path / "0.tar", 0, 200))
-    checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)
+    part = RawPart("image", "0.tar:a.png", ByteRange(tmp_path / "0.tar", 0, 200))
+    checks = MediaChecks(tmp_path, 32, CurationOptions(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (part,)), checks)
-    assert found == LeftOut("broken", "0.tar:a.png", "truncated")
+    assert found == SkippedSample("broken", "0.tar:a.png", "truncated")

@@ -7,14 +7,15 @@ import json
 import pytest
 import webdataset
 from PIL import Image
+from shard_checks import read_all
 from source_packages import dotted_png
 
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.data.build.curation import CurationOptions
-from megamm.data.build.media_check import Checks, LeftOut, check_sample, render_svg
+from megamm.data.build.heldout import is_heldout
+from megamm.data.build.media_check import MediaChecks, SkippedSample, check_sample, render_svg
 from megamm.data.build.shards import BuildOptions, build
-from megamm.data.raw.nouns import is_heldout, normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder
 
@@ -67,7 +68,7 @@ def test_own_samples_become_shards_that_webdataset_reads(tmp_path):
             assert int(key.removeprefix("mine-")) == int(caption.split()[1]) + 1  # line numbers start at 1
             assert image == (raw / f"{caption.split()[1]}.png").read_bytes()
     assert json.loads((tmp_path / "shards" / "report.json").read_text())["mine"]["train"] == report.train
-    ShardFolder(tmp_path / "shards" / "mine" / "train" / "image").verify()
+    read_all(ShardFolder(tmp_path / "shards" / "mine" / "train" / "image"))
 
 
 def test_same_input_same_bytes_with_and_without_workers(tmp_path):
@@ -261,9 +262,9 @@ def test_a_hostile_drawing_is_only_unreadable(data):
 def test_a_large_file_is_refused_unread(tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(65 * 2**20)
-    checks = Checks(tmp_path, 32, CurationOptions(), REGISTRY)
+    checks = MediaChecks(tmp_path, 32, CurationOptions(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (RawPart("image", "large.png"),)), checks)
-    assert found == LeftOut("broken", "large.png", "larger than 64 MiB")
+    assert found == SkippedSample("broken", "large.png", "larger than 64 MiB")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,12 @@ import tarfile
 import numpy as np
 import pytest
 from PIL import Image
+from shard_checks import read_all
 
 from megamm.common.errors import UnreadableMedia
 from megamm.data.build.curation import CurationOptions
+from megamm.data.build.heldout import is_heldout
 from megamm.data.build.shards import BuildOptions, build
-from megamm.data.raw.nouns import is_heldout
 from megamm.data.raw.samples import RawPart, RawSample, write_samples
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder
@@ -65,7 +66,7 @@ def stored(shards, *, split="train"):
         for tar in sorted(folder.glob("*.tar")):
             with tarfile.open(tar) as file:
                 members |= {info.name: file.extractfile(info).read() for info in file}
-        ShardFolder(folder).verify()
+        read_all(ShardFolder(folder))
         found[folder.name] = members
     return found
 

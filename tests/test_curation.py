@@ -19,10 +19,11 @@ from megamm.data.build.curation import (
     check_audio,
     check_image,
     check_text,
+    is_card,
+    mask,
     shingles,
     signature,
 )
-from megamm.data.build.pii import is_card, mask
 
 RATE = 16000
 

@@ -11,7 +11,7 @@ import soundfile
 from PIL import Image
 from source_packages import CUBE, contents, frames_of, png, put, target_folder, tone
 
-from megamm.data.sources import digits, things
+from megamm.data.sources import asterisk, things
 from megamm.data.sources.emoji import SIDE, on_white, variant_caption
 from megamm.data.sources.things import about_vertical, painted
 
@@ -69,7 +69,7 @@ def write_g722(path, samples):
 
 
 def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits, "SEQUENCES", 5)
+    monkeypatch.setattr(asterisk, "SEQUENCES", 5)
     words = "zero one two three four five six seven eight nine".split()  # noqa: SIM905
     package = tmp_path / "package"
     silence = np.zeros(4000, dtype=np.int16)
@@ -78,10 +78,10 @@ def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch
         write_g722(package / f"usr/share/asterisk/sounds/en_US_f/digits/{digit}.g722", recording)
     lines = "".join(f"digits/{d}: {word.title()}\n" for d, word in enumerate(words))
     put(package / "usr/share/doc/a/core-sounds-en.txt.gz", gzip.compress(lines.encode()))
-    samples = digits.write_digits(package, target_folder(tmp_path / "raw"))
-    assert len(samples) == 5 * digits.COPIES and len({contents(s)["text"] for s in samples}) == 5
+    samples = asterisk.write_digits(package, target_folder(tmp_path / "raw"))
+    assert len(samples) == 5 * asterisk.COPIES and len({contents(s)["text"] for s in samples}) == 5
     assert {s.noun for s in samples} == {"digits en"}  # so that only combinations are held out
-    beat = round(digits.BEAT * 16_000)
+    beat = round(asterisk.BEAT * 16_000)
     for sample in samples:
         said = [words.index(word) for word in contents(sample)["text"].split()]
         assert sample.key.startswith("digits-en-" + "".join(map(str, said)) + "-")
@@ -98,11 +98,11 @@ def test_sequences_are_the_single_recordings_in_new_orders(tmp_path, monkeypatch
 
 
 def test_silence_is_trimmed_and_pauses_are_whole_beats():
-    beat = round(digits.BEAT * digits.SAMPLE_RATE)
+    beat = round(asterisk.BEAT * asterisk.SAMPLE_RATE)
     recording = np.concatenate([np.zeros(5000), np.full(1000, 9000), np.zeros(3000)]).astype(np.int16)
-    edge = round(0.02 * digits.SAMPLE_RATE)
-    assert len(digits.trimmed(recording)) == 1000 + 2 * edge
-    whole = digits.joined([np.ones(10, np.int16), np.ones(beat, np.int16), np.ones(1, np.int16)], [2, 0])
+    edge = round(0.02 * asterisk.SAMPLE_RATE)
+    assert len(asterisk.trimmed(recording)) == 1000 + 2 * edge
+    whole = asterisk.joined([np.ones(10, np.int16), np.ones(beat, np.int16), np.ones(1, np.int16)], [2, 0])
     assert np.flatnonzero(np.diff(np.concatenate([[0], whole])) == 1).tolist() == [0, 3 * beat]
     assert len(whole) == 5 * beat and whole[4 * beat] == 1 and whole[4 * beat + 1] == 0
 

@@ -15,7 +15,7 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.convert.hf import import_
 from megamm.convert.verify.logits import logits_difference
-from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import normalise_noun
 from megamm.data.tokenize.token_cache import tokenize
 from megamm.inference import evaluate as module
 from megamm.inference.evaluate import evaluate, partners, summarise

@@ -22,8 +22,8 @@ from megamm.cli import app
 from megamm.common.errors import UserError
 from megamm.data import sources
 from megamm.data.raw.samples import RawPart, RawSample, read_samples
-from megamm.data.sources import SOURCES, STARTERS, Source, expand, fetch, packages
-from megamm.data.sources.attribution import append_credits
+from megamm.data.sources import SOURCES, STARTERS, PublicSource, expand, fetch, packages
+from megamm.data.sources.media import append_credits
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package, find_sdist
 
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg-deb makes and unpacks the test package")
@@ -52,7 +52,7 @@ def words(tmp_path, monkeypatch) -> Iterator[dict[str, Path]]:
     debs = {
         name: debian_package(tmp_path, name, {f"usr/share/words/{name}": f"word {name}"}) for name in ("aaa", "bbb")
     }
-    source = Source(("aaa", "bbb"), 1.5, "free", "words", write_words)
+    source = PublicSource(("aaa", "bbb"), 1.5, "free", "words", write_words)
     monkeypatch.setattr(sources, "SOURCES", {"words": source, "more": source})
     monkeypatch.setattr(sources, "STARTERS", {"starter": ("words", "more")})
     monkeypatch.setattr(packages, "_download_debian", lambda package, work: Path(shutil.copy(debs[package], work)))

@@ -11,8 +11,7 @@ from megamm.common.errors import UserError
 from megamm.data.pipeline.token_dataset import SampleSet
 from megamm.data.tokenize.token_cache import cache_name
 from megamm.modalities.image import ImageModality
-from megamm.shards.folder import ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import ShardWriter, tokens_to_bytes
 from megamm.tokenizers.load import load_codec
 
 

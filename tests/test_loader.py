@@ -24,8 +24,7 @@ from megamm.data.pipeline.run_data import PositionTable
 from megamm.data.pipeline.token_dataset import SampleSet
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
-from megamm.shards.folder import ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import ShardWriter, tokens_to_bytes
 
 TEXT, IMAGE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 CODECS = {"text": TEXT, "image": IMAGE}

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from megamm.cli import app
 from megamm.common.errors import UserError
-from megamm.media.meshes import cloud_from_mesh, normalised
+from megamm.media.point_clouds import cloud_from_mesh, normalised
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.load import load_codec
 from megamm.tokenizers.points.model import (

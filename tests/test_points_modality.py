@@ -17,10 +17,9 @@ import trimesh
 from points_data import as_bytes, solid
 
 from megamm.common.errors import UnreadableMedia
-from megamm.media import mesh_file
-from megamm.media.mesh_file import write_cloud
-from megamm.media.meshes import cloud_from_mesh
-from megamm.media.points_file import read_points
+from megamm.media import points_file
+from megamm.media.point_clouds import cloud_from_mesh
+from megamm.media.points_file import read_points, write_cloud
 from megamm.modalities.points import PointsModality
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.points.model import PointsCodec, PointsCodecConfig
@@ -170,7 +169,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_zip_bomb_is_refused_before_it_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_file, "MAX_POINTS", 1000)
+    monkeypatch.setattr(points_file, "MAX_POINTS", 1000)
     bomb = zipped(npy_header((10_000, 9)) + bytes(360_000))
     assert len(bomb) < 2000
     with pytest.raises(UnreadableMedia, match="more than 1000 points"):
@@ -264,7 +263,7 @@ def test_nothing_beside_the_file_is_opened(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_scene_of_very_many_faces_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mesh_file, "MAX_ELEMENTS", 100)
+    monkeypatch.setattr(points_file, "MAX_ELEMENTS", 100)
     assert check(of_glb(), "glb")
     nodes = [{"mesh": 0, "name": f"n{i}"} for i in range(9)]  # one mesh of 12 faces, placed 9 times
     with pytest.raises(UnreadableMedia, match="108 faces"):

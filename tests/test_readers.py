@@ -202,7 +202,7 @@ def test_tars_with_unfit_members(tmp_path):
         next(s for k, s in samples.items() if k.startswith(n)) for n in ("a-deep-one", "a-page", "a-three")
     )
     assert [p.content for p in one.parts] == ["text of one", "a.tar:deep/one.PNG"] and one.ignored == ("pyd", "seg.png")
-    span = one.parts[1].span
+    span = one.parts[1].byte_range
     assert (raw / "a.tar").read_bytes()[span.offset : span.offset + span.size] == b"image"
     assert page.ordered and [p.modality for p in page.parts] == ["text", "image"] and three.parts[0].content == "7"
     reasons = {
@@ -237,7 +237,7 @@ def test_tables_with_unfit_rows(tmp_path):
     samples, broken = read("hf-datasets", raw, tmp_path / "spool")
     first = next(s for k, s in samples.items() if k.startswith("k-1-"))
     assert first.parts[1].content.endswith("/image.jpg")
-    span = first.parts[1].span
+    span = first.parts[1].byte_range
     assert span.file.read_bytes()[span.offset : span.offset + span.size] == picture(0, "JPEG")
     assert samples["k-3"].parts[1].content.endswith(".unknown")
     assert "unreadable from row 1" in broken["b.parquet"]

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import trimesh
 
-from megamm.media.meshes import cloud_from_mesh, normalised
-from megamm.media.render3d import FILL, render
+from megamm.media.point_clouds import FILL, cloud_from_mesh, normalised, render
 
 BOX_COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [0, 255, 255], [255, 0, 255]])
 

@@ -22,8 +22,7 @@ from tiny_run import environment
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
 from megamm.data.pipeline.mixture import WINDOW
-from megamm.shards.folder import ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import ShardWriter, tokens_to_bytes
 
 SIZES = {"a": 230, "b": 57, "c": 101}
 BEFORE, AFTER = {"a": 3.0, "b": 1.0}, {"c": 1.0, "a": 1.0}

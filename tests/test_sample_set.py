@@ -9,8 +9,7 @@ import pytest
 from megamm.common.errors import UserError
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import SampleSet, piece_length, selection, selections
-from megamm.shards.folder import ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import ShardWriter, tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i", "audio": "a"}
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
 from megamm.data.raw.samples import (
     FILE,
     Broken,
@@ -16,6 +15,7 @@ from megamm.data.raw.samples import (
     clean_caption,
     clean_text,
     fit_key,
+    normalise_noun,
     read_samples,
     sample_of,
     write_samples,

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from shard_checks import read_all
 
 from megamm.common.errors import UserError
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.raw.samples import RawPart, RawSample, write_samples
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.index import write_index
+from megamm.shards.folder import ShardFolder, ShardWriter, write_index
 
 
 def picture(number):
@@ -135,7 +135,7 @@ def test_a_page_is_not_split_over_two_tars(tmp_path):
             names.append(file.getnames())
     assert names == [["a.0.txt", "a.1.txt", "b.0.txt", "b.1.txt"], ["c.0.txt", "c.1.txt", "d.0.txt", "d.1.txt"]]
     folder = ShardFolder(tmp_path / "text")
-    folder.verify()
+    read_all(folder)
     assert folder.keys == list("aabbccdd")
 
 

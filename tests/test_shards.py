@@ -8,12 +8,11 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
+from shard_checks import read_all
 
 from megamm.common.errors import UserError
 from megamm.shards import folder as shards
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.index import index_tar, write_index
-from megamm.shards.token_ids import tokens_from_bytes, tokens_to_bytes
+from megamm.shards.folder import ShardFolder, ShardWriter, index_tar, tokens_from_bytes, tokens_to_bytes, write_index
 
 TEXTS = {f"sample-{i:03d}": f"text number {i} ".encode() * (i * 7 % 90) for i in range(25)}
 
@@ -29,7 +28,7 @@ def test_reads_back_what_was_written(tmp_path):
     folder = ShardFolder(write(tmp_path / "text"))
     assert folder.keys == list(TEXTS) and folder.extensions == ["txt"] * 25 and folder.tokens is None
     assert [folder.read(i) for i in reversed(range(25))] == list(reversed(TEXTS.values()))
-    folder.verify()
+    read_all(folder)
     assert sorted(p.name for p in (tmp_path / "text").glob("*.tar")) == ["000000.tar", "000001.tar", "000002.tar"]
 
 
@@ -54,7 +53,7 @@ def test_a_tar_of_webdataset_can_be_indexed_and_read(tmp_path):
         ShardFolder(tmp_path)
     assert write_index(tmp_path) == 25
     folder = ShardFolder(tmp_path)
-    folder.verify()
+    read_all(folder)
     assert dict(zip(folder.keys, map(folder.read, range(25)), strict=True)) == TEXTS
 
 
@@ -136,7 +135,7 @@ def test_an_index_that_does_not_match_is_found_when_read(tmp_path):
     with pytest.raises(UserError, match=r"index and tar do not match: sample-004\.txt"):
         opened.read(4)
     with pytest.raises(UserError, match="do not match"):
-        opened.verify()
+        read_all(opened)
 
 
 def test_a_truncated_tar_cannot_be_indexed(tmp_path):

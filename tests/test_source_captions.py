@@ -1,6 +1,6 @@
 """Captions of the public sources, read from unpacked packages."""
 
-from megamm.data.sources.clipart import clipart_caption, write_clipart
+from megamm.data.sources.drawings import clipart_caption, write_clipart
 from megamm.data.sources.emoji import emoji_caption
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="20">{}</svg>'

@@ -15,11 +15,10 @@ from source_packages import CUBE, contents, frames_of, png, put, target_folder, 
 from megamm.data.sources import furniture
 from megamm.data.sources.asterisk import read_transcripts, write_asterisk
 from megamm.data.sources.bunny import clips, write_bunny
+from megamm.data.sources.drawings import write_tuxpaint
 from megamm.data.sources.furniture import furniture_caption, read_properties, write_furniture
+from megamm.data.sources.games import action_caption, write_pingus, write_wesnoth
 from megamm.data.sources.media import write_flac, write_video
-from megamm.data.sources.pingus import write_pingus
-from megamm.data.sources.tuxpaint import write_tuxpaint
-from megamm.data.sources.wesnoth import action_caption, write_wesnoth
 
 # --- the sources ---
 

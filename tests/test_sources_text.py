@@ -7,8 +7,7 @@ import pytest
 
 from megamm.common.errors import UserError
 from megamm.data.raw.samples import read_samples, write_samples
-from megamm.data.sources.gimp import write_gimp
-from megamm.data.sources.gnome import is_shown, write_gnome
+from megamm.data.sources.manuals import is_shown, write_gimp, write_gnome
 from megamm.data.sources.text import read_synset, write_fortunes, write_gcide, write_wordnet
 
 PAGE = """<page xmlns="http://projectmallard.org/1.0/" xmlns:if="http://projectmallard.org/if/1.0/" id="x">

@@ -15,8 +15,7 @@ from megamm.common.errors import UserError
 from megamm.data.tokenize.token_cache import cache_name, load_codecs, tokenize
 from megamm.modalities.image import ImageModality
 from megamm.modalities.text import TextModality
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.token_ids import tokens_from_bytes
+from megamm.shards.folder import ShardFolder, ShardWriter, tokens_from_bytes
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.text.train import train_text_tokenizer
 from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig

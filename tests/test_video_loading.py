@@ -24,10 +24,10 @@ from megamm.cli import app
 from megamm.common import device
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.data.tokenize.token_cache import cache_name
-from megamm.media import video_pyav, video_stream
+from megamm.media import video_clip, video_stream
+from megamm.media.video_clip import plan_clip
 from megamm.media.video_dali import DaliDecoder, obstacle
 from megamm.media.video_file import video_frames
-from megamm.media.video_plan import plan_clip
 from megamm.media.video_stream import Clip, VideoStream, choose_decoder
 from megamm.modalities.protocol import CPU
 from megamm.modalities.video import VideoModality
@@ -269,10 +269,10 @@ def test_a_clip_late_in_a_long_file_is_decoded_from_the_keyframe_before(monkeypa
         with original(data, extension) as (container, stream):
             yield CountingContainer(container, counts), stream
 
-    original = video_pyav.open_video
-    monkeypatch.setattr(video_pyav, "open_video", counting)
     plan = plan_clip(data, "mp4", 50.25, SIZES)
-    frames = video_pyav.decode_clip(data, "mp4", plan, 48)
+    original = video_clip.open_video
+    monkeypatch.setattr(video_clip, "open_video", counting)
+    frames = video_clip.decode_clip(data, "mp4", plan, 48)
     assert numbers_of(frames) == [int(50.25 + k / 7) for k in range(9)]
     before = max(key for key in keys if key <= 50.2)
     needed = round((50.25 + 8 / 7 - before) * 10)
@@ -290,7 +290,7 @@ def test_seeking_loses_no_frame_where_frames_are_reordered(options, container):
         plan = plan_clip(data, extension, start, SIZES)
         asked = [start + k / 7 + 1e-3 for k in range(9) if start + k / 7 + 1e-3 < 5]
         expected = [int(at * 10) for at in asked][: 1 + (len(asked) - 1) // 4 * 4]
-        assert numbers_of(video_pyav.decode_clip(data, extension, plan, 48)) == expected
+        assert numbers_of(video_clip.decode_clip(data, extension, plan, 48)) == expected
 
 
 def test_a_clip_after_the_end_is_unreadable():

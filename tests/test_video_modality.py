@@ -12,9 +12,8 @@ from PIL import Image
 
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.media import video_file
-from megamm.media.frame_sampling import sampled_frames, usable_frames
 from megamm.media.image_file import square_pixels
-from megamm.media.video_file import sampled_squares, shown_frames, write_mp4
+from megamm.media.video_file import sampled_frames, sampled_squares, shown_frames, usable_frames, write_mp4
 from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
 from megamm.tokenizers.io import save_codec

@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from megamm.media.render3d import render
+from megamm.media.point_clouds import render
 from megamm.modalities.protocol import Modality
 
 LEAST = 96

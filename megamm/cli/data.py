@@ -84,7 +84,7 @@ def build_shards(
 @app.command("index")
 def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.tar, 000001.tar, ...")]) -> None:
     """Build the index of a folder of WebDataset tars, one modality per folder."""
-    from megamm.shards.index import write_index
+    from megamm.shards.folder import write_index
 
     print(f"{folder}: {write_index(folder)} members indexed")
 

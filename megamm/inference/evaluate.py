@@ -30,7 +30,7 @@ from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntA
 from megamm.convert.io.loaded_export import Exported
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import SampleSet
-from megamm.data.raw.nouns import normalise_noun
+from megamm.data.raw.samples import normalise_noun
 
 log = logging.getLogger(__name__)
 

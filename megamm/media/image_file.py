@@ -46,11 +46,13 @@ def decode_image(data: bytes, extension: str) -> Image.Image:
     if not data:
         raise UnreadableMedia("zero bytes")
     try:
+        # Only these decoders run on untrusted bytes: Pillow has dozens, some of them rarely tested.
         image = Image.open(io.BytesIO(data), formats=tuple(_FORMAT.values()))
     except Image.DecompressionBombError as error:
         raise UnreadableMedia(f"more than {MAX_PIXELS} pixels") from error
     except Exception as error:  # Pillow raises many kinds for broken headers
         raise UnreadableMedia(f"not a PNG, JPEG or WebP image: {type(error).__name__}") from error
+    # The extension is stored in the shards, where other tools choose a decoder by it.
     if image.format != _FORMAT.get(extension):
         raise UnreadableMedia(f"a {image.format} image with the extension .{extension}")
     if image.width * image.height > MAX_PIXELS:
@@ -68,6 +70,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     """RGB, with white instead of transparency."""
     if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255 instead of scaling
         image = Image.fromarray((np.asarray(image, dtype=np.uint32) >> 8).astype(np.uint8))
+    # Transparency can be an alpha channel, a palette entry or one colour; RGBA covers all three.
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

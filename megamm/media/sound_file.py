@@ -38,6 +38,7 @@ _END_OF_STREAM = 4
 def check_sound(data: bytes, extension: str) -> str:
     """Decode everything; SHA-256 (hex) of rate and samples. Raises UnreadableMedia if unsuitable for training."""
     with _open(data, extension) as file:
+        # Rate and channels are part of the content: the same samples at another rate are another sound.
         digest = hashlib.sha256(f"{file.samplerate} Hz {file.channels}".encode())
         lowest, highest = math.inf, -math.inf
         for block in _blocks(file):
@@ -58,6 +59,7 @@ def read_waveform(data: bytes, extension: str, sample_rate: int, max_seconds: fl
             read += len(block)
             if read >= wanted:
                 break
+        # Rounded up at the file's rate; the exact length is cut at the new rate.
         waveform = resample(np.concatenate(mono)[:wanted], file.samplerate, sample_rate)
     return waveform[: round(max_seconds * sample_rate)].clip(-1, 1)
 
@@ -120,6 +122,7 @@ def _blocks(file: Any) -> Iterator[Waveform]:
         decoded += len(block)
         yield block
     shortest = math.ceil(MIN_SECONDS * file.samplerate)
+    # The declared number can be an estimate, so a difference shorter than MIN_SECONDS is accepted.
     if decoded + shortest < file.frames:
         raise UnreadableMedia(f"truncated: {decoded} of {file.frames} samples")
     if decoded < shortest:
@@ -129,11 +132,13 @@ def _blocks(file: Any) -> Iterator[Waveform]:
 def _is_cut_off(data: bytes, container: str) -> bool:
     """Whether a file ends before its header says, in cases where libsndfile would read it without an error."""
     if container in ("WAV", "WAVEX"):
+        # RIFF: bytes 4 to 7 hold the file's size without the first 8 bytes.
         size = int.from_bytes(data[4:8], "little")
         return size != _UNKNOWN_SIZE and size + 8 > len(data)
     if container == "RF64":  # EBU Tech 3306: the 64-bit size is in the first chunk
         return int.from_bytes(data[20:28], "little") + 8 > len(data)
     if container == "OGG":
+        # Ogg: byte 26 of a page's header is the number of segments, whose lengths follow; flags are byte 5.
         last = data.rfind(b"OggS")
         lengths = data[last + 27 : last + 27 + data[last + 26]] if last + 27 <= len(data) else b""
         complete = last + 27 + len(lengths) + sum(lengths) <= len(data) and bool(lengths)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.video_clip import ClipPlan
 from megamm.media.video_file import FrameArray
-from megamm.media.video_plan import ClipPlan
 
 CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 GPU_CODECS = CPU_CODECS | {"h264", "hevc", "av1", "mpeg4"}
@@ -38,6 +38,7 @@ def obstacle(plan: ClipPlan, device: torch.device) -> str | None:
         return f"pixel format {plan.pixel_format}"
     if plan.colour_matrix not in _KR_KB:
         return f"colour matrix {plan.colour_matrix}"
+    # DALI decodes a file from its start; PyAV seeks to the keyframe before the clip.
     if plan.skipped:
         return "the clip starts late in its file, and DALI decodes everything before it"
     return "an edit list hides some frames" if plan.has_cuts else None
@@ -58,7 +59,9 @@ class DaliDecoder:
         plans = [plan for _, plan in clips]
         fed: dict[str, list[npt.NDArray[Any]]] = {
             "encoded": [np.frombuffer(data, np.uint8) for data, _ in clips],
+            # DALI needs increasing frame numbers; `_upright` puts repeated frames back.
             "frames": [np.array(sorted(set(plan.frames)), np.int32) for plan in plans],
+            # Height before width, as DALI's resize expects.
             "sides": [np.array(plan.stored_sides(self.size)[::-1], np.float32) for plan in plans],
             "matrix": [_from_bt601(plan.colour_matrix) for plan in plans],
             "corner": [_corner(plan, self.size) for plan in plans],
@@ -74,6 +77,7 @@ class DaliDecoder:
 
 
 def _pipeline(size: int, device: torch.device, batch_size: int, threads: int) -> Any:
+    """Build DALI's pipeline with the five inputs that `DaliDecoder.decode` feeds."""
     from nvidia import dali
 
     fn: Any = dali.fn
@@ -90,9 +94,11 @@ def _pipeline(size: int, device: torch.device, batch_size: int, threads: int) ->
         sides = fn.external_source(name="sides", dtype=types.FLOAT, ndim=1)
         matrix = fn.external_source(name="matrix", dtype=types.FLOAT, ndim=2)
         corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
+        # "mixed": bytes in host memory, decoding on the GPU.
         frames_FYX3 = fn.decoders.video(encoded, frames=numbers, device="cpu" if on_cpu else "mixed")
         scaled = fn.resize(frames_FYX3, size=sides, interp_type=types.INTERP_LANCZOS3, dtype=types.FLOAT)
         rgb = fn.coord_transform(scaled, M=matrix)
+        # A slice that reaches out of the picture is padded; a negative corner centres the picture.
         whole = {"shape": [size, size], "axis_names": "HW", "out_of_bounds_policy": "pad", "fill_values": 255}
         squares = fn.slice(rgb, start=corner, **whole)
         pipeline.set_outputs(fn.cast(squares, dtype=types.UINT8))
@@ -122,6 +128,7 @@ def _upright(frames: FrameArray, plan: ClipPlan) -> FrameArray:
 def _to_rgb(matrix: int) -> npt.NDArray[np.float64]:
     """Matrix from Y' in [0, 1] and Cb, Cr in [-1/2, 1/2] to R'G'B', `[3, 3]` (ITU-R BT.601, BT.709: section 3)."""
     kr, kb = _KR_KB[matrix]
+    # The three weights of luma sum to one.
     kg = 1 - kr - kb
     red, blue = 2 * (1 - kr), 2 * (1 - kb)
     return np.array([[1, 0, red], [1, -kb * blue / kg, -kr * red / kg], [1, blue, 0]])

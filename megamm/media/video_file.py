@@ -2,12 +2,17 @@
 
 Only the video stream that FFmpeg selects is read; sound belongs to another modality. Only the given bytes are opened:
 the file's extension fixes the container format, so playlists and references are not followed.
+
+A codec gets the frames shown at 0, 1 / rate, 2 / rate, ... seconds after the first one. A frame is shown from its
+timestamp until the next one's, so any frame rate, constant or not, is sampled by time. Every decoder uses the sampling
+functions of this module.
 """
 
 import hashlib
 import io
+import math
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,7 +23,6 @@ import numpy.typing as npt
 from PIL import Image
 
 from megamm.common.errors import UnreadableMedia
-from megamm.media.frame_sampling import samples_before, usable_frames
 from megamm.media.image_file import PixelArray, pad_to_square
 
 FrameArray = npt.NDArray[np.uint8]
@@ -89,6 +93,7 @@ def sampled_squares(data: bytes, extension: str, frame_rate: float, limit: int, 
 
     Later frames are not decoded. Raises UnreadableMedia if broken, truncated or of the wrong format.
     """
+    # A frame counts as often as samples fall into the time it is shown: 0 times, once, or repeatedly.
     squares: list[PixelArray] = []
     first = None
     with closing(shown_frames(data, extension)) as frames:
@@ -132,6 +137,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
     """
     import av  # FFmpeg's libraries are not needed to read text
 
+    # Detect the container from the first bytes, and name it to FFmpeg, so that it does not probe other formats.
     _check_container(data, extension)
     try:
         with av.open(io.BytesIO(data), format=_CONTAINER[extension]) as container:
@@ -140,6 +146,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
                 raise UnreadableMedia("contains no video")
             _check_size(stream.codec_context)
             # The limit is for sizes that are not in the header; it includes padding.
+            # "explode": report damage as an error, instead of concealing it with pixels of other frames.
             stream.codec_context.options = {"err_detect": "explode", "max_pixels": str(2 * MAX_PIXELS)}
             yield container, stream
     except UnreadableMedia:
@@ -149,6 +156,7 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
 
 
 def _check_container(data: bytes, extension: str) -> None:
+    """Raise UnreadableMedia unless the first bytes are those of the extension's container."""
     if not data:
         raise UnreadableMedia("zero bytes")
     wanted = _CONTAINER.get(extension)
@@ -160,29 +168,34 @@ def _check_container(data: bytes, extension: str) -> None:
 
 
 def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
+    """Every frame with the times at which it is shown; the end of the file is checked after the last one."""
     aspect = float(stream.sample_aspect_ratio or 1)
-    last, origin, gap = None, None, 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    gap = 1 / stream.average_rate if stream.average_rate else Fraction(0)
+    previous, start, origin = None, Fraction(0), None
     for frame in container.decode(stream):
         if frame.pts is None:
             raise UnreadableMedia("a frame has no timestamp")
         _check_size(frame)  # the size can change
         time = frame.pts * frame.time_base
         origin = time if origin is None else origin
-        if last is not None:
-            gap = time - origin - last[0]
-            yield ShownFrame(float(last[0]), float(time - origin), last[1], aspect)
-        last = (time - origin, frame)
-    if last is None or origin is None:
+        # A frame's end is the next one's start, so each is yielded one step late.
+        if previous is not None:
+            gap = time - origin - start
+            yield ShownFrame(float(start), float(time - origin), previous, aspect)
+        previous, start = frame, time - origin
+    if previous is None or origin is None:
         raise UnreadableMedia("no readable frame")
-    gap = last[1].duration * last[1].time_base or gap
-    end = last[0] + gap
+    # The last frame has no successor: use its own duration, else the gap before it.
+    gap = previous.duration * previous.time_base or gap
+    end = start + gap
     check_end(container, stream, end, origin, gap)
-    yield ShownFrame(float(last[0]), float(end), last[1], aspect)
+    yield ShownFrame(float(start), float(end), previous, aspect)
 
 
 def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
     """Raise UnreadableMedia if the file ends too early. Seconds: end from the first frame, at origin."""
     declared = _declared_duration(container, stream)
+    # Declared durations are imprecise, for example rounded to milliseconds or to whole frames.
     missing = max(MISSING_FRAMES * gap, Fraction(MISSING_SHARE) * declared)
     if max(end, end + origin) < declared - missing:
         raise UnreadableMedia(f"truncated: it ends after {float(end):.2f} s of {float(declared):.2f} s")
@@ -197,6 +210,7 @@ def _declared_duration(container: Any, stream: Any) -> Fraction:
     """Duration of the video stream in seconds; 0 if the file does not declare one."""
     if stream.duration:
         return stream.duration * stream.time_base
+    # Matroska has no duration per stream; muxers write it as a tag, "00:00:05.500000000".
     if tag := re.fullmatch(r"(\d+):(\d\d):(\d\d(?:\.\d+)?)", stream.metadata.get("DURATION", "")):
         return int(tag[1]) * 3600 + int(tag[2]) * 60 + Fraction(tag[3])
     return Fraction(container.duration or 0, 1_000_000) if len(container.streams) == 1 else Fraction(0)
@@ -209,6 +223,7 @@ def write_mp4(frames: npt.NDArray[np.uint8], frame_rate: float) -> bytes:
     """
     import av
 
+    # Rates of broadcast video, such as 30000/1001, stay exact.
     rate = Fraction(frame_rate).limit_denominator(1001)
     file = io.BytesIO()
     with av.open(file, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
@@ -222,3 +237,31 @@ def write_mp4(frames: npt.NDArray[np.uint8], frame_rate: float) -> bytes:
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return file.getvalue()
+
+
+TOLERANCE = 1e-3
+"""A frame that starts at most this late for a sample counts as on time: containers round times (Matroska: to ms)."""
+
+
+def samples_before(time: float, frame_rate: float) -> int:
+    """Number of samples taken before `time`; a frame shown from a to b has samples_before(a) to samples_before(b)."""
+    return max(0, math.ceil((time - TOLERANCE) * frame_rate))
+
+
+def sampled_frames(starts: Sequence[float], end: float, frame_rate: float, limit: int) -> list[int]:
+    """The index of the frame for each sample, at most `limit` samples and at least one.
+
+    starts: the time each frame is first shown, starting at 0; end: the time the last one is no longer shown.
+    """
+    chosen: list[int] = []
+    for index, until in enumerate([*starts[1:], end]):
+        if len(chosen) >= limit:
+            break
+        # Samples up to the end of this frame, less those of earlier frames.
+        chosen += [index] * (samples_before(until, frame_rate) - len(chosen))
+    return chosen[:limit] or [0]
+
+
+def usable_frames(frames: int, max_frames: int, frames_per_step: int) -> int:
+    """The largest 1 + n * frames_per_step up to `frames` (from 1) and `max_frames`: the lengths of a causal codec."""
+    return 1 + (min(frames, max_frames) - 1) // frames_per_step * frames_per_step

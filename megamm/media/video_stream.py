@@ -21,10 +21,9 @@ from typing import Literal
 import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
+from megamm.media.video_clip import ClipPlan, decode_clip, plan_clip
 from megamm.media.video_dali import DaliDecoder, obstacle
 from megamm.media.video_file import FrameArray, VideoSizes
-from megamm.media.video_plan import ClipPlan, plan_clip
-from megamm.media.video_pyav import decode_clip
 from megamm.shards.folder import ShardFolder
 
 logger = logging.getLogger(__name__)
@@ -122,16 +121,20 @@ class VideoStream:
 
     def __iter__(self) -> Iterator[list[DecodedClip]]:
         """Batches of the clips that are not broken, each in the order of its clips."""
+        # One thread prepares the next batch, and its clips are decoded on the pool: one pool for both could deadlock,
+        # with every thread waiting for a free one.
         with ThreadPoolExecutor(self._workers) as pool, ThreadPoolExecutor(1) as ahead:
             following = ahead.submit(self._decode, pool, self._consumed)
             while self._consumed < len(self.clips):
                 results = following.result()
                 stop = self._consumed + len(results)
+                # Start the next batch before this one is handed out.
                 if stop < len(self.clips):
                     following = ahead.submit(self._decode, pool, stop)
                 decoded = [r for r in results if isinstance(r, DecodedClip)]
                 self._count([r for r in results if isinstance(r, BrokenClip)])
                 self.decoders.update(clip.decoder for clip in decoded)
+                # Set before the yield: a state saved while the caller uses this batch includes it.
                 self._consumed = stop
                 yield decoded
 
@@ -148,20 +151,24 @@ class VideoStream:
             raise UserError(what, where=self.clips[broken[0].number].shards.folder, remedy=remedy)
 
     def _decode(self, pool: ThreadPoolExecutor, start: int) -> list[DecodedClip | BrokenClip]:
+        """Decode the batch that starts at this clip number, with one result for each clip, in order."""
         numbers = range(start, min(start + self._batch_size, len(self.clips)))
         data = [self.clips[n].shards.read(self.clips[n].member) for n in numbers]
         if self._dali is None:
             return list(pool.map(self._by_pyav, numbers, data, [None] * len(data)))
+        # DALI decodes all clips of a batch in one call, so plan them first, and set aside those it cannot decode.
         plans = list(pool.map(self._plan, numbers, data))
         results: dict[int, DecodedClip | BrokenClip] = {p.number: p for p in plans if isinstance(p, BrokenClip)}
         planned = [(n, d, p) for n, d, p in zip(numbers, data, plans, strict=True) if isinstance(p, ClipPlan)]
         fit = [clip for clip in planned if not self._is_obstructed(clip[2])]
         results |= self._by_dali(fit)
+        # These clips have an obstacle, or DALI failed on them.
         rest = [clip for clip in planned if clip[0] not in results]
         results |= {r.number: r for r in pool.map(self._by_pyav, *zip(*rest, strict=True))} if rest else {}
         return [results[n] for n in numbers]
 
     def _is_obstructed(self, plan: ClipPlan) -> bool:
+        """Whether DALI cannot decode this clip; the reason is logged when it first occurs."""
         reason = obstacle(plan, self.device)
         if reason:
             self._log_once(reason)
@@ -173,6 +180,7 @@ class VideoStream:
             logger.warning("decoding with PyAV instead of DALI: %s", reason)
 
     def _plan(self, number: int, data: bytes) -> ClipPlan | BrokenClip:
+        """The plan of a clip, or the reason why there is none."""
         clip = self.clips[number]
         try:
             return plan_clip(data, clip.shards.extensions[clip.member], clip.start_seconds, self.sizes)
@@ -180,6 +188,7 @@ class VideoStream:
             return BrokenClip(number, str(error))
 
     def _by_pyav(self, number: int, data: bytes, plan: ClipPlan | None) -> DecodedClip | BrokenClip:
+        """Decode one clip with PyAV; plan: None if it has not been planned yet."""
         found = plan or self._plan(number, data)
         if isinstance(found, BrokenClip):
             return found
@@ -199,6 +208,7 @@ class VideoStream:
             if len(clips) == 1:
                 self._log_once(str(error))
                 return {}
+            # DALI does not report which clip failed: n clips with one failure need about 2 log2(n) calls.
             half = len(clips) // 2
             return self._by_dali(clips[:half]) | self._by_dali(clips[half:])
         return {n: DecodedClip(n, frames, "dali") for (n, _, _), frames in zip(clips, squares, strict=True)}

@@ -1,7 +1,7 @@
 """3D: clouds (npz) and meshes (glb, obj, ply) <-> float32 `[N, 9]` <-> token ids `[T]`.
 
-A cloud is xyz, unit normal and RGB in [0, 1] (media/meshes.py), read with the centre of its bounding box at the origin
-and its longest side 2, always the same points of the same file (media/points_file.py).
+A cloud is xyz, unit normal and RGB in [0, 1] (media/point_clouds.py), read with the centre of its bounding box at the
+origin and its longest side 2, always the same points of the same file (media/points_file.py).
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from megamm.common.sample import IntArray
-from megamm.media.mesh_file import write_cloud
-from megamm.media.meshes import CloudArray
-from megamm.media.points_file import POINTS_EXTENSIONS, digest_of_points, read_points
+from megamm.media.point_clouds import CloudArray
+from megamm.media.points_file import POINTS_EXTENSIONS, digest_of_points, read_points, write_cloud
 from megamm.modalities.protocol import CPU
 from megamm.tokenizers.load import load_codec
 from megamm.tokenizers.points.model import KIND, PointsCodec, quantile_of_patch

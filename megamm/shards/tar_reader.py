@@ -1,6 +1,6 @@
-"""Reads single members of tars by their place, without an index, in data workers.
+"""Reads single members of tars by their offset, without an index, in data workers.
 
-In: `Stored`, a member's place. Out: its bytes, after checking the header there. Offsets and sizes are in bytes.
+In: a `StoredMember`. Out: its bytes, after checking the header before them. Offsets and sizes are in bytes.
 """
 
 import os
@@ -17,7 +17,7 @@ _OPEN = 128
 """Maximum number of open tars: a process can open about 1,000 files, and a data set has more shards."""
 
 
-class Stored(NamedTuple):
+class StoredMember(NamedTuple):
     """A member `name` of a tar: the start and size of its data."""
 
     tar: str
@@ -32,11 +32,15 @@ class TarReader:
     def __init__(self) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()
 
-    def read(self, member: Stored) -> bytes:
+    def read(self, member: StoredMember) -> bytes:
         """The data of a member. Raises UserError if the tar's header there does not match this member."""
+        # One system call reads header and data. pread has no file position, so threads and forked workers can share a
+        # file.
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
         if len(block) < BLOCK + member.size or not _is_header_of(block, member):
             try:
+                # Other valid headers, with other padding or base-256 sizes, fail the quick comparison: parse before
+                # reporting.
                 header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
             except (tarfile.HeaderError, ValueError):
                 header = tarfile.TarInfo("no tar header")
@@ -48,8 +52,10 @@ class TarReader:
         return block[BLOCK:]
 
     def _file(self, tar: str) -> int:
+        """The descriptor of a tar, opened if necessary; the least recently used one is closed beyond the limit."""
         if tar not in self._files:
             if len(self._files) == _OPEN:
+                # The first entry is the least recently used: `_file` moves each one that it returns to the end.
                 os.close(self._files.popitem(last=False)[1])
             try:
                 self._files[tar] = os.open(tar, os.O_RDONLY)
@@ -72,6 +78,6 @@ class TarReader:
             self.close()
 
 
-def _is_header_of(block: bytes, member: Stored) -> bool:
+def _is_header_of(block: bytes, member: StoredMember) -> bool:
     """Whether a plain ustar or GNU header has this name and size: ten times as fast as parsing it."""
     return block[:100].rstrip(b"\0") == member.name.encode() and block[124:136].rstrip(b" \0") == b"%011o" % member.size

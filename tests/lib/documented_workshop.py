@@ -18,7 +18,7 @@ import yaml
 from media_samples import example, make_codecs
 from tiny_run import ROOT
 
-from megamm.data.raw.nouns import is_heldout
+from megamm.data.build.heldout import is_heldout
 from megamm.modalities import REGISTRY
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig

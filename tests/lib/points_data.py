@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import trimesh
 
-from megamm.media.mesh_file import write_cloud
-from megamm.media.meshes import cloud_from_mesh
+from megamm.media.point_clouds import cloud_from_mesh
+from megamm.media.points_file import write_cloud
 from megamm.shards.folder import ShardWriter
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}

@@ -26,7 +26,7 @@ from megamm.convert.extras.rewrite import copy_without_weights, rewrite
 from megamm.convert.io.digests import check_digests, write_digests
 from megamm.convert.io.export_metadata import OWN, read_own
 from megamm.convert.io.tokenizer import export_tokenizer
-from megamm.data.sources.attribution import FILE as ATTRIBUTION
+from megamm.data.sources.media import ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
 from megamm.tokenizers.encoder_decoder import Half, save_half
 from megamm.tokenizers.io import WEIGHTS, new_folder

@@ -3,11 +3,19 @@
 In: clean texts and decodable media of one sample. Out: the name of the rule that skips it and the reason, if any; texts
 with personal data masked, if requested. Near-duplicate texts are found over all samples, by MinHash (Broder 1997) over
 shingles of words, with banding so that only likely pairs are compared (locality-sensitive hashing).
+
+Personal data: e-mail addresses, phone numbers, IP addresses and payment cards are replaced by <EMAIL>, <PHONE>, <IP>
+and <CARD>. Phone numbers are recognised in international form (+49 30 1234567) and in North American form
+(555-123-4567); cards have 13 to 19 digits and a valid check digit (Luhn, ISO/IEC 7812-1). Names and postal addresses
+are not detected.
 """
 
 import difflib
 import io
+import ipaddress
 import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -75,6 +83,7 @@ class CurationOptions:
         if self.min_side < 1 or self.max_aspect < 1:
             raise UserError("min_side and max_aspect must be at least 1", remedy="give a larger number")
         for language in self.languages:
+            # Checked at the start, not after an hour: an unknown code would skip every text.
             if language not in (known := _identifier().labels):
                 near = difflib.get_close_matches(language, known, n=1)
                 remedy = f"did you mean {near[0]!r}?" if near else "give ISO 639-1 codes, such as en or de"
@@ -99,6 +108,7 @@ def check_text(text: str, options: CurationOptions) -> None:
     if not options.min_characters <= len(text) <= options.max_characters:
         limits = f"{options.min_characters} to {options.max_characters}"
         raise FilteredOut("text_length", f"{len(text)} characters, not {limits}")
+    # Short texts pass in any language.
     if options.languages and len(text.split()) >= LANGUAGE_WORDS:
         language, _ = _identifier().classify(text)
         if language not in options.languages:
@@ -107,6 +117,7 @@ def check_text(text: str, options: CurationOptions) -> None:
 
 @cache
 def _identifier() -> "LanguageIdentifier":
+    """The language identifier, loaded once."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier  # takes a second to load; used for --language only
 
     return LanguageIdentifier.from_model_file(MODEL_FILE)
@@ -123,6 +134,7 @@ def check_image(data: bytes, options: CurationOptions) -> None:
         if options.keep_blank:
             return
         pixels_YXC = np.asarray(image.convert("RGBA"))
+        # Completely transparent, or every pixel equal to the first.
         if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
             raise FilteredOut("image_sanity", "blank: a single colour")
 
@@ -137,6 +149,7 @@ def check_audio(data: bytes, options: CurationOptions) -> None:
             if not options.min_seconds <= seconds <= options.max_seconds:
                 limits = f"{options.min_seconds:g} to {options.max_seconds:g}"
                 raise FilteredOut("audio_sanity", f"{seconds:.2f} s, not {limits} s")
+            # All channels count: a sample of each channel is one sample here.
             peak, clipped, total = 0.0, 0, 0
             for block in file.blocks(blocksize=2**16, dtype="float32"):
                 amplitude = np.abs(block)
@@ -162,6 +175,7 @@ def signature(text: str) -> Signature | None:
         return None
     from rensa import RMinHash
 
+    # The seed is fixed: signatures of different runs and machines are equal.
     sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
     sketch.update(shingles(words))
     return np.array(sketch.digest(), dtype=np.uint32)
@@ -184,9 +198,11 @@ class NearDuplicates:
 
     def find(self, sketch: Signature) -> tuple[str, float] | None:
         """The most similar kept text and its estimated Jaccard similarity, if that reaches the threshold."""
+        # Texts that share at least one band; only these are compared.
         candidates = sorted({number for band in _bands(sketch) for number in self._bands.get(band, ())})
         if not candidates:
             return None
+        # The share of equal entries of two MinHash signatures estimates the Jaccard similarity of the shingles.
         similarity = (np.stack([self._signatures[number] for number in candidates]) == sketch).mean(axis=1)
         best = int(similarity.argmax())
         if similarity[best] < self.threshold:
@@ -202,4 +218,52 @@ class NearDuplicates:
 
 
 def _bands(sketch: Signature) -> list[tuple[int, bytes]]:
+    """The bands of a signature, each with its position: texts that share one are candidates."""
     return [(start, sketch[start : start + BAND_ROWS].tobytes()) for start in range(0, PERMUTATIONS, BAND_ROWS)]
+
+
+def mask(text: str) -> tuple[str, Counter[str]]:
+    """The masked text and the count of each kind. Masking twice changes nothing."""
+    counts: Counter[str] = Counter()
+    for kind, pattern, is_meant in _KINDS:
+
+        def replace(match: re.Match[str], kind: str = kind, is_meant: Callable[[str], bool] = is_meant) -> str:
+            if not is_meant(match[0]):
+                return match[0]
+            counts[kind] += 1
+            return f"<{kind}>"
+
+        text = pattern.sub(replace, text)
+    return text, counts
+
+
+def is_card(text: str) -> bool:
+    """Whether 13 to 19 digits, optionally with spaces or hyphens, are not all equal and pass the Luhn check."""
+    digits = [int(character) for character in text if character.isdigit()]
+    # Luhn: every second digit from the right is doubled, and two digits of a result are added.
+    doubled = [sum(divmod(2 * digit, 10)) for digit in digits[-2::-2]]
+    return 13 <= len(digits) <= 19 and len(set(digits)) > 1 and (sum(doubled) + sum(digits[-1::-2])) % 10 == 0
+
+
+def is_address(text: str) -> bool:
+    """Whether this is an IP address. Version 6 needs at least three groups: `a::b` is more often code."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return address.version == 4 or sum(1 for group in text.split(":") if group) >= 3
+
+
+_KINDS: tuple[tuple[str, re.Pattern[str], Callable[[str], bool]], ...] = (
+    ("EMAIL", re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}"), bool),
+    ("IP", re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])"), is_address),
+    ("IP", re.compile(r"(?<![\w:])(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4}(?![\w:])"), is_address),
+    ("CARD", re.compile(r"(?<![\w-])[0-9](?:[ -]?[0-9]){12,18}(?![\w-])"), is_card),
+    (
+        "PHONE",
+        re.compile(r"(?<![\w+])\+[0-9]{1,3}[ .-]?(?:\([0-9]{1,4}\)[ .-]?)?[0-9](?:[ .-]?[0-9]){5,12}(?!\w)"),
+        bool,
+    ),
+    ("PHONE", re.compile(r"(?<![\w.-])(?:\([0-9]{3}\) ?|[0-9]{3}[-. ])[0-9]{3}[-. ][0-9]{4}(?![\w-])"), bool),
+)
+"""Kind, pattern (of bounded length, so that no text takes long), and the check of a match."""

@@ -1,6 +1,7 @@
 """Chooses the held-out samples of a source by two rules: a pure function of their nouns and texts.
 
-noun: a share of the normalised nouns (data/raw/nouns.py), so that held-out data has subjects that training never sees.
+noun: a share of the normalised nouns (data/raw/samples.py), so that held-out data has subjects that are not in
+training.
 combination: of the other samples with a text, a share of the distinct texts, so that held-out data has new
 combinations ("firefighter, woman, dark skin") of words that training has all seen in other texts. A text stays in
 training if otherwise one of its words would not occur in the training split. Every word loses about the same share of
@@ -15,7 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from megamm.data.raw.nouns import is_heldout
 from megamm.data.raw.samples import RawSample
 
 Rule = Literal["noun", "combination"]
@@ -50,6 +50,13 @@ class Heldout:
         return "noun" if key in self.nouns else "combination"
 
 
+def is_heldout(noun: str, share: float) -> bool:
+    """Whether samples of this noun are held out: a pure function of the noun, true for `share` of all nouns."""
+    # The first 64 bits of the hash are uniform: nouns below a larger share include those below a smaller one.
+    first = int.from_bytes(hashlib.sha256(noun.encode()).digest()[:8], "big")
+    return first < share * 2**64
+
+
 def words(text: str) -> frozenset[str]:
     """The different words of a text, in lower case; "medium-dark" is one word."""
     return frozenset(_WORD.findall(text.casefold()))
@@ -69,7 +76,9 @@ def _combinations(samples: list[RawSample], share: float) -> list[str]:
     """Number of chosen texts in which a word occurs."""
     # First at most the share of every word's texts. With long texts this may give too few; then take more.
     for most in (share, 1.0):
+        # In the order of hashes: a random choice that depends on the texts only.
         for text in sorted(counted.keys() - chosen, key=_digest):
+            # At least one text with each word stays in training.
             fits = all(held[word] < min(math.ceil(most * occurs[word]), occurs[word] - 1) for word in counted[text])
             if len(chosen) < wanted and fits:
                 held.update(counted[text])

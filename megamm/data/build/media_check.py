@@ -19,9 +19,16 @@ import resvg_py
 from PIL import Image
 
 from megamm.common.errors import UnreadableMedia
-from megamm.data.build.curation import MEDIA_CHECKS, CurationOptions, FilteredOut, Signature, check_text, signature
-from megamm.data.build.pii import mask
-from megamm.data.raw.members import ALIASES
+from megamm.data.build.curation import (
+    MEDIA_CHECKS,
+    CurationOptions,
+    FilteredOut,
+    Signature,
+    check_text,
+    mask,
+    signature,
+)
+from megamm.data.raw.readers import ALIASES
 from megamm.data.raw.samples import RawPart, RawSample
 from megamm.modalities.protocol import Modality
 
@@ -34,7 +41,7 @@ _EMBEDDED = ("#", "data:image/png", "data:image/jpeg", "data:image/jpg", "data:i
 
 
 @dataclass(frozen=True)
-class Checks:
+class MediaChecks:
     """Settings for a worker: folder of the media, pixels of a drawing's longer side, the rules, and the registry."""
 
     root: Path
@@ -63,7 +70,7 @@ class CheckedSample:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSample:
     """A skipped sample: the rule ("broken": unreadable), the part or sample, and the reason."""
 
     rule: str
@@ -71,7 +78,7 @@ class LeftOut:
     reason: str
 
 
-def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
+def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | SkippedSample:
     """Check a sample; returns what to store of it, or why it is skipped. It is kept as a whole or not at all."""
     parts, texts, masked, what = [], [], Counter[str](), sample.key
     try:
@@ -84,24 +91,27 @@ def check_sample(sample: RawSample, checks: Checks) -> CheckedSample | LeftOut:
                 data, ext = text.encode(), checks.modalities["text"].extensions[0]
             else:
                 data, ext = _medium(part, checks)
+            # The digest is of the decoded content, so it identifies a picture whatever its file format or metadata.
             digest = checks.modalities[part.modality].check_media(data, ext)
             if part.modality in MEDIA_CHECKS:
                 MEDIA_CHECKS[part.modality](data, checks.curation)
             parts.append(CheckedPart(part.modality, ext, data, digest))
+        # The rules for texts apply to all texts of a document together.
         what, whole = sample.key, "\n".join(texts)
         if texts:
             check_text(whole, checks.curation)
     except UnreadableMedia as error:
-        return LeftOut("broken", what, str(error))
+        return SkippedSample("broken", what, str(error))
     except FilteredOut as error:
-        return LeftOut(error.rule, what, str(error))
+        return SkippedSample(error.rule, what, str(error))
     # Only documents are compared: a long caption may belong to many media.
     compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
     return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
 
 
-def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
+def _medium(part: RawPart, checks: MediaChecks) -> tuple[bytes, str]:
     """The bytes of a media part in a format of its modality, and the extension."""
+    # The name decides the format; `check_media` refuses content of another one.
     suffix = Path(part.content).suffix.lower().lstrip(".")
     ext, known = ALIASES.get(suffix, suffix), checks.modalities[part.modality].extensions
     is_drawing = part.modality == "image" and ext == "svg"
@@ -115,19 +125,22 @@ def _medium(part: RawPart, checks: Checks) -> tuple[bytes, str]:
 
 def _read(part: RawPart, root: Path, limit: int) -> bytes:
     """Read the medium. Raises UnreadableMedia if it is too large, truncated or not a regular file, such as a pipe."""
-    path, offset = (part.span.file, part.span.offset) if part.span else (root / part.content, 0)
+    path, offset = (part.byte_range.file, part.byte_range.offset) if part.byte_range else (root / part.content, 0)
     try:
+        # O_NONBLOCK: opening a pipe must not wait for a writer. The type is checked on the open file, not on its path,
+        # which could be replaced in between.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UnreadableMedia("not a regular file")
             file.seek(offset)
-            data = file.read(min(limit + 1, part.span.size if part.span else limit + 1))
+            # One byte more than the limit shows that the file is larger, whatever its size.
+            data = file.read(min(limit + 1, part.byte_range.size if part.byte_range else limit + 1))
     except OSError as error:
         raise UnreadableMedia(error.strerror or "cannot be read") from error
     if len(data) > limit:
         raise UnreadableMedia(f"larger than {limit >> 20} MiB")
-    if part.span and len(data) < part.span.size:
+    if part.byte_range and len(data) < part.byte_range.size:
         raise UnreadableMedia("truncated")
     return data
 
@@ -135,6 +148,7 @@ def _read(part: RawPart, root: Path, limit: int) -> bytes:
 def render_svg(data: bytes, size: int) -> bytes:
     """Render an SVG as an RGB PNG on white, fitted into size x size pixels. Raises UnreadableMedia if it fails."""
     drawing = _self_contained(data)
+    # Loading the system's fonts is slow; drawings without text do not need them.
     has_text = "text>" in drawing
     try:
         png = resvg_py.svg_to_bytes(
@@ -143,6 +157,7 @@ def render_svg(data: bytes, size: int) -> bytes:
         image = Image.open(io.BytesIO(png)).convert("RGB")
     except (ValueError, OSError) as error:
         raise UnreadableMedia(f"cannot be drawn: {error}") from error
+    # White only: nothing was drawn, or everything outside the picture.
     if image.getextrema() == ((255, 255),) * 3:
         raise UnreadableMedia("the drawing is blank")
     file = io.BytesIO()
@@ -170,6 +185,7 @@ class _LimitedTree(ElementTree.TreeBuilder):
 
 def _self_contained(data: bytes) -> str:
     """The drawing without its document type, and without references to anything outside it."""
+    # The tree is written again without a document type, so entities defined in it do not reach the renderer.
     parser = ElementTree.XMLParser(target=_LimitedTree())
     try:
         parser.feed(data)
@@ -180,6 +196,7 @@ def _self_contained(data: bytes) -> str:
         raise UnreadableMedia(f"not an SVG drawing: {error}") from error
     for element in root.iter():
         for name, value in list(element.attrib.items()):
+            # xlink:href and href: local references and embedded pictures stay, files and addresses go.
             if name.rpartition("}")[2] == "href" and not value.strip().startswith(_EMBEDDED):
                 del element.attrib[name]
     return ElementTree.tostring(root, encoding="unicode")

@@ -14,12 +14,12 @@ from megamm.data.build import heldout
 from megamm.data.build.curation import RULES
 from megamm.data.build.media_check import CheckedSample
 
-LEFT_OUT = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
+SKIP_RULES = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
 """Rules by which a sample can be skipped, in the order of the report."""
 
 
 @dataclass
-class Report:
+class BuildReport:
     """Results for one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality.
 
     heldout_by: the keys of the held-out samples by the rule that holds them out (data/build/heldout.py).
@@ -35,9 +35,9 @@ class Report:
     masked: Counter[str] = field(default_factory=Counter)
     ignored_fields: dict[str, int] = field(default_factory=dict)
     heldout_by: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in heldout.RULES})
-    left_out: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {rule: [] for rule in LEFT_OUT})
+    left_out: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {rule: [] for rule in SKIP_RULES})
 
-    def leave_out(self, rule: str, what: str, reason: str) -> None:
+    def skip(self, rule: str, what: str, reason: str) -> None:
         """Record a skipped sample."""
         self.left_out[rule].append({"what": what, "reason": reason})
 
@@ -83,6 +83,7 @@ def _to_json(content: Any) -> bytes:
 
 def merge_reports(shards: Path) -> None:
     """Write SHARDS/report.json and SHARDS/ATTRIBUTION.md from those of the present sources."""
+    # All sources in SHARDS, also those built earlier; a hidden folder is a build in progress.
     folders = sorted(file.parent for file in shards.glob("*/report.json") if not file.parent.name.startswith("."))
     reports = {folder.name: json.loads((folder / "report.json").read_bytes()) for folder in folders}
     credits = [folder / "ATTRIBUTION.md" for folder in folders if (folder / "ATTRIBUTION.md").exists()]

@@ -13,15 +13,15 @@ from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part, Row
 from megamm.data.pipeline.packing import Forms, pack
 from megamm.model.vocabulary import Vocabulary
-from megamm.shards.tar_reader import Stored, TarReader
-from megamm.shards.token_ids import tokens_from_bytes
+from megamm.shards.folder import tokens_from_bytes
+from megamm.shards.tar_reader import StoredMember, TarReader
 
 
 class StoredPart(NamedTuple):
     """Tokens [start, stop) of a member that has `tokens` tokens in total."""
 
     modality: str
-    member: Stored
+    member: StoredMember
     tokens: int
     start: int
     stop: int

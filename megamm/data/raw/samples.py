@@ -6,6 +6,10 @@ Interleaved, parts in reading order:
     {"parts": [{"text": "This is a cat:"}, {"image": "images/cat.png"}, {"text": "It sleeps."}]}
 "caption" or "text" is the text; other modalities name a file, relative to the folder of this file and inside it.
 "key" and "noun" are optional. The parts of an unordered sample are kept in the order of `REGISTRY`.
+
+The noun is the subject of a sample, by which the build holds samples out (data/build/heldout.py). By default it is the
+caption's, normalised: "man health worker: medium skin tone" -> "health worker". All variants of a noun (skin tone,
+gender, colour, direction, number, plural), from every source, are in the same split.
 """
 
 import hashlib
@@ -18,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import KEY
 
@@ -26,8 +29,8 @@ FILE = "samples.jsonl"
 
 
 @dataclass(frozen=True)
-class Span:
-    """The place of a medium inside another file, such as a tar: offset and size in bytes."""
+class ByteRange:
+    """The bytes of a medium inside another file, such as a tar: offset and size in bytes."""
 
     file: Path
     offset: int
@@ -38,12 +41,12 @@ class Span:
 class RawPart:
     """One part: the clean text itself for modality "text", otherwise a path relative to the raw folder.
 
-    With a span the medium is those bytes; the path is then only its name in reports, with its extension.
+    With a byte range the medium is those bytes; the path is then only its name in reports, with its extension.
     """
 
     modality: str
     content: str
-    span: Span | None = None
+    byte_range: ByteRange | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def clean_text(text: str) -> str:
 
 
 def _printable(text: str, keep: str) -> str:
+    """Unicode NFC, with a space for each control character that is not in `keep`."""
+    # NFC: the same text has the same bytes, so duplicates and held-out texts are found.
     normal = unicodedata.normalize("NFC", text)
     return "".join(" " if unicodedata.category(c) == "Cc" and c not in keep else c for c in normal)
 
@@ -99,6 +104,7 @@ def _printable(text: str, keep: str) -> str:
 def fit_key(name: str) -> str:
     """A key from any name: invalid characters become `-`; a changed or shortened key ends in 8 digits of a hash."""
     key = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-")
+    # Names that differ only in replaced characters get different hashes.
     if key == name and KEY.fullmatch(key):
         return key
     return f"{key[:60]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}".lstrip("-")
@@ -108,7 +114,8 @@ def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
     """Write FOLDER/samples.jsonl; the media are already in the folder."""
     with (folder / FILE).open("w", encoding="utf-8") as file:
         for sample in samples:
-            assert not any(part.span for part in sample.parts), f"{sample.key} has parts inside other files"
+            # A byte range points into a temporary file or a tar outside this folder.
+            assert not any(part.byte_range for part in sample.parts), f"{sample.key} has parts inside other files"
             parts: Any = [{part.modality: part.content} for part in sample.parts]
             entry = {"key": sample.key, "noun": sample.noun}
             entry |= (
@@ -153,6 +160,7 @@ def sample_of(entry: Any, default_key: str) -> RawSample:
     key = entry.get("key", default_key)
     if not isinstance(key, str) or not KEY.fullmatch(key):
         raise UnusableSample(f"invalid key {key!r}: use 1 to 80 letters, digits, `_` or `-`")
+    # Unknown fields are reported, not refused: data sets have many of their own.
     known = {"key", "noun", "parts"} if "parts" in entry else {"key", "noun", "caption", *REGISTRY}
     if "parts" in entry:
         parts = _interleaved(entry["parts"])
@@ -161,6 +169,7 @@ def sample_of(entry: Any, default_key: str) -> RawSample:
         if not parts:
             raise UnusableSample(f"no parts: needs at least one of caption, {', '.join(REGISTRY)}")
     noun = str(entry.get("noun") or noun_of(parts, key))
+    # JSON can contain half of a surrogate pair ("\ud800"), which cannot be encoded as UTF-8 later.
     if not all(_is_unicode(text) for text in (noun, *entry, *(part.content for part in parts))):
         raise UnusableSample("contains half of a surrogate pair, which is not valid text")
     return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)))
@@ -173,6 +182,7 @@ def noun_of(parts: Iterable[RawPart], key: str) -> str:
 
 
 def _interleaved(entries: Any) -> list[RawPart]:
+    """The parts of an interleaved sample, each from an object with one field."""
     if not isinstance(entries, list) or not entries:
         raise UnusableSample('"parts" is not a list of parts')
     parts = []
@@ -207,10 +217,46 @@ def _is_unicode(text: str) -> bool:
 
 
 def _check_inside(part: RawPart, folder: Path) -> None:
+    """Raise UnusableSample if a part's path leads out of the folder."""
     if part.modality != "text":
         try:
+            # resolve() follows links and removes `..`, so a link to the outside is found too.
             inside = (folder / part.content).resolve().is_relative_to(folder)
         except (OSError, RuntimeError, ValueError):  # path too long, symlink loop, NUL
             inside = False
         if not inside:
             raise UnusableSample(f"{part.content!r} leads outside the folder")
+
+
+_VARIANT_WORDS = """
+a an the of in on with and or by to for from at s
+skin tone light medium dark pale bright
+man men woman women boy boys girl girls person people male female adult gentleman lady
+red orange yellow green blue purple violet pink brown black white grey gray gold golden silver cyan magenta
+left right up upward upwards down downward downwards north south east west northeast northwest southeast
+southwest front back top bottom forward backward clockwise counterclockwise anticlockwise
+one two three four five six seven eight nine ten eleven twelve
+small big large little simple outline outlined shadow filled coloring b w bw
+icon sign symbol button clipart emoji
+"""
+_VARIANTS = frozenset(_VARIANT_WORDS.split())
+_WORD = re.compile(r"[^\W\d_]+")
+
+
+def normalise_noun(caption: str) -> str:
+    """The caption's words: lower-case, singular, sorted, without variant words unless there are no others."""
+    words = _WORD.findall(caption.casefold())
+    # A caption of variant words only ("red") keeps them; one without letters ("42") is its own noun.
+    kept = [word for word in words if word not in _VARIANTS] or words or [caption.strip()]
+    return " ".join(sorted({_singular(word) for word in kept}))
+
+
+def _singular(word: str) -> str:
+    """A word without its plural ending: rules of English spelling, without a dictionary."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    if len(word) > 4 and word.endswith(("ches", "shes", "xes", "sses", "zes")):
+        return word[:-2]
+    if len(word) > 3 and word.endswith("s") and not word.endswith(("ss", "us", "is")):
+        return word[:-1]
+    return word

@@ -1,7 +1,7 @@
 """Public starter data that needs no account: `megamm data fetch NAME...` writes each source as raw samples.
 
-Out, in RAW/<source>/: `samples.jsonl` (see `samples`), its media, and `ATTRIBUTION.md` (origin, licence, authors).
-The folder appears only when complete; the same packages give the same bytes. A source is one file with a function
+Out, in RAW/<source>/: `samples.jsonl` (data/raw/samples.py), its media, and `ATTRIBUTION.md` (origin, licence,
+authors). The folder appears only when complete; the same packages give the same bytes. A source is a function
 (unpacked packages, target folder) -> samples, plus an entry in SOURCES; STARTERS are sets of sources.
 """
 
@@ -12,25 +12,21 @@ from pathlib import Path
 
 from megamm.common.errors import UserError
 from megamm.data.raw.samples import FILE, RawSample, write_samples
-from megamm.data.sources.asterisk import write_asterisk
-from megamm.data.sources.attribution import write_attribution
+from megamm.data.sources.asterisk import write_asterisk, write_digits
 from megamm.data.sources.bunny import write_bunny
-from megamm.data.sources.clipart import write_clipart
-from megamm.data.sources.digits import write_digits
+from megamm.data.sources.drawings import write_clipart, write_tuxpaint
 from megamm.data.sources.emoji import write_emoji, write_emoji_variants
 from megamm.data.sources.furniture import write_furniture
-from megamm.data.sources.gimp import write_gimp
-from megamm.data.sources.gnome import write_gnome
+from megamm.data.sources.games import write_pingus, write_wesnoth
+from megamm.data.sources.manuals import write_gimp, write_gnome
+from megamm.data.sources.media import write_attribution
 from megamm.data.sources.packages import DebianPrefix, Sdist, fetch_package
-from megamm.data.sources.pingus import write_pingus
 from megamm.data.sources.text import write_fortunes, write_gcide, write_wordnet
 from megamm.data.sources.things import write_things
-from megamm.data.sources.tuxpaint import write_tuxpaint
-from megamm.data.sources.wesnoth import write_wesnoth
 
 
 @dataclass(frozen=True)
-class Source:
+class PublicSource:
     """A public data set in one or more packages; write(unpacked packages, target folder) creates its samples."""
 
     packages: tuple[str | Sdist | DebianPrefix, ...]
@@ -40,6 +36,7 @@ class Source:
     write: Callable[[Path, Path], list[RawSample]]
 
 
+# One catalogue of a package of 120 MB, whose files are in the first 24.5 MB of the archive.
 _BLENDSWAP = DebianPrefix(
     "sweethome3d-furniture",
     24_500_000,
@@ -52,17 +49,17 @@ _BLENDSWAP = DebianPrefix(
 _MOVIEPY_SHA256 = "c80cb56815ece94e5e3e2d361aa40070eeb30a09d23a24c4e684d03e16deacb1"
 
 SOURCES = {
-    "emoji": Source(
+    "emoji": PublicSource(
         ("fonts-noto-color-emoji",), 9.9, "SIL OFL 1.1", "3,780 emoji pictures with their English names", write_emoji
     ),
-    "emoji-variants": Source(
+    "emoji-variants": PublicSource(
         ("fonts-noto-color-emoji",),
         9.9,
         "SIL OFL 1.1",
         "some 500 pictures of people and hands, with profession or hair, gender and skin as caption",
         write_emoji_variants,
     ),
-    "digits": Source(
+    "digits": PublicSource(
         (
             *("asterisk-core-sounds-en-g722", "asterisk-core-sounds-en"),
             *("asterisk-core-sounds-fr-g722", "asterisk-core-sounds-fr"),
@@ -70,20 +67,20 @@ SOURCES = {
         ),
         34.5,
         "CC-BY-SA 3.0",
-        "720 sequences of three spoken digits, joined from recordings in English, French and Spanish",
+        "300 sequences of two spoken digits, three copies each, joined from English, French and Spanish recordings",
         write_digits,
     ),
-    "things": Source(
+    "things": PublicSource(
         ("sweethome3d",),
         17.0,
         "GPL-2+ or CC-BY 3.0",
         "24 models of furniture in two poses and eight headings, and turning: clouds, pictures, videos, attributes",
         write_things,
     ),
-    "clipart": Source(
+    "clipart": PublicSource(
         ("openclipart-svg",), 24.9, "public domain", "6,000 titled drawings of the Open Clip Art Library", write_clipart
     ),
-    "asterisk": Source(
+    "asterisk": PublicSource(
         (
             "asterisk-core-sounds-en-g722",
             "asterisk-core-sounds-en",
@@ -95,58 +92,58 @@ SOURCES = {
         "1,000 spoken telephone prompts with transcripts, English and French",
         write_asterisk,
     ),
-    "sweethome": Source(
+    "sweethome": PublicSource(
         ("sweethome3d",),
         17.0,
         "GPL-2+ or CC-BY 3.0",
         "92 models of furniture: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "blendswap": Source(
+    "blendswap": PublicSource(
         (_BLENDSWAP,),
         24.5,
         "CC0",
         "175 models of furniture and things, a part of `furniture`: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "furniture": Source(
+    "furniture": PublicSource(
         ("sweethome3d-furniture",),
         119.8,
         "CC-BY 3.0, CC0, GPL (by catalogue)",
         "820 models of furniture and things: point clouds, names, pictures, turntable videos",
         write_furniture,
     ),
-    "pingus": Source(
+    "pingus": PublicSource(
         ("pingus-data",), 11.7, "GPL-3+", "72 captioned sprite animations of a game about penguins", write_pingus
     ),
-    "wesnoth": Source(
+    "wesnoth": PublicSource(
         ("wesnoth-1.16-data",),
         146.2,
         "GPL-2+",
         "228 described figures of a fantasy game and 432 of their animations",
         write_wesnoth,
     ),
-    "tuxpaint": Source(
+    "tuxpaint": PublicSource(
         ("tuxpaint-stamps-default",),
         160.9,
         "GPL-2",
         "950 stamps: picture, description and speech, in English and 10 more languages",
         write_tuxpaint,
     ),
-    "gnome": Source(
+    "gnome": PublicSource(
         ("gnome-user-docs",), 8.5, "CC-BY-SA 3.0", "348 pages of the GNOME manuals, text and pictures", write_gnome
     ),
-    "gimp": Source(
+    "gimp": PublicSource(
         ("gimp-help-en", "gimp-help-common"),
         49.8,
         "GFDL 1.2+",
         "662 pages of the GIMP manual, text and 1,990 pictures",
         write_gimp,
     ),
-    "wordnet": Source(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
-    "gcide": Source(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
-    "fortunes": Source(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
-    "bunny": Source(
+    "wordnet": PublicSource(("wordnet-base",), 6.5, "WordNet licence", "117,000 short definitions", write_wordnet),
+    "gcide": PublicSource(("dict-gcide",), 14.8, "GPL-2+", "an English dictionary, 36 MB of text", write_gcide),
+    "fortunes": PublicSource(("fortunes",), 0.8, "BSD", "13,600 sayings and quotations", write_fortunes),
+    "bunny": PublicSource(
         (Sdist("moviepy", "2.2.1", _MOVIEPY_SHA256, (".zip",)),),
         58.4,
         "CC-BY 3.0",
@@ -174,7 +171,7 @@ def expand(names: list[str]) -> list[str]:
 
 
 def is_fetched(name: str, raw: Path) -> bool:
-    """Whether raw/name exists and is complete. Raises UserError if something else is in its place."""
+    """Whether raw/name exists and is complete. Raises UserError if the folder exists without samples."""
     target = raw / name
     if (target / FILE).exists():
         return True
@@ -197,6 +194,7 @@ def fetch(name: str, raw: Path) -> tuple[Path, int | None]:
             folder.mkdir()
         for package in source.packages:
             fetch_package(package, Path(work), unpacked)
+        # Source distributions have no Debian copyright file; their sources append the credits.
         debian = [p if isinstance(p, str) else p.name for p in source.packages if not isinstance(p, Sdist)]
         write_attribution(partial, f"{source.summary}. Licence: {source.licence}.", unpacked, debian)
         samples = source.write(unpacked, partial)

@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.data.raw.samples import RawPart, RawSample
-from megamm.data.sources.attribution import append_credits
-from megamm.data.sources.media import write_flac, write_video
+from megamm.data.sources.media import append_credits, write_flac, write_video
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -50,6 +49,7 @@ def write_bunny(package: Path, target: Path) -> list[RawSample]:
         rate = film.streams.video[0].average_rate
         sound = _sound(film)
     assert rate is not None, "the film has no frame rate"
+    # A second pass, because sound and pictures are interleaved in the file: the clips need the sound complete.
     samples = []
     with av.open(io.BytesIO(film_bytes), mode="r") as film:
         for shot, part, first, frames in clips(_frames(film), rate):
@@ -79,16 +79,20 @@ def clips(
     first = 0
     for shot, stretch in enumerate(_shots(frames)):
         parts = -(-len(stretch) // int(LONGEST * rate))
+        # Equal parts, so that no short rest is left of a long shot.
         for part, piece in enumerate(np.array_split(np.stack(stretch), parts)):
             if len(piece) >= SHORTEST * rate:
                 yield shot, part, first, piece
+            # Parts that are too short count too: `first` numbers the frames of the film.
             first += len(piece)
 
 
 def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray[np.uint8]]]:
+    """The film's frames, split where the picture changes abruptly."""
     stretch: list[npt.NDArray[np.uint8]] = []
     before = None
     for frame in frames:
+        # Rows and columns beyond a whole number of cells are ignored.
         height, width = (side // _GRID * _GRID for side in frame.shape[:2])
         cells = frame[:height, :width].reshape(height // _GRID, _GRID, width // _GRID, _GRID, 3).mean((1, 3))
         if before is not None and np.abs(cells - before).mean() > _CUT:
@@ -101,6 +105,7 @@ def _shots(frames: Iterator[npt.NDArray[np.uint8]]) -> Iterator[list[npt.NDArray
 
 
 def _frames(film: "InputContainer") -> Iterator[npt.NDArray[np.uint8]]:
+    """The film's frames, scaled, uint8 `[Y, X, 3]`."""
     for frame in film.decode(video=0):
         yield np.asarray(frame.reformat(width=WIDTH, height=HEIGHT, format="rgb24").to_ndarray(), dtype=np.uint8)
 
@@ -111,5 +116,6 @@ def _sound(film: "InputContainer") -> npt.NDArray[np.int16]:
 
     resampler = AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
     frames = [out for frame in film.decode(audio=0) for out in resampler.resample(frame)]
+    # None returns the samples that the resampler still holds.
     frames += resampler.resample(None)
     return np.concatenate([frame.to_ndarray().reshape(-1) for frame in frames]).astype(np.int16)

@@ -15,8 +15,7 @@ from fontTools.ttLib import TTFont
 from PIL import Image
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
 
 _VARIATION_SELECTOR = 0xFE0F
 _FLAG_LETTERS = range(0x1F1E6, 0x1F200)
@@ -117,10 +116,12 @@ def _drawn(package: Path) -> Iterator[tuple[tuple[int, ...], str, bytes]]:
         bitmaps, drawn = font["CBDT"].strikeData[0], set()
         for text in sorted(emoji.EMOJI_DATA):
             entry = emoji.EMOJI_DATA[text]
+            # The font's tables lack variation selectors.
             codes = tuple(ord(c) for c in text if ord(c) != _VARIATION_SELECTOR)
             glyph = glyphs.get(codes)
             if entry["status"] != emoji.STATUS["fully_qualified"] or glyph not in bitmaps or glyph in drawn:
                 continue
+            # Several sequences can share a glyph; the first in the order of code points names it.
             drawn.add(glyph)
             yield codes, entry["en"], bitmaps[glyph].imageData
 
@@ -130,6 +131,7 @@ def emoji_caption(name: str, *, is_flag: bool) -> str:
     words = name.strip(":").replace("_", " ").lower()
     if is_flag:
         return f"flag of {words}"
+    # CLDR form: the skin tone after a colon, further attributes after a comma.
     return _SKIN_TONE.sub(lambda tone: f":{tone[1]}, {tone[2]}" if tone[2] else f":{tone[1]}", words)
 
 
@@ -137,6 +139,7 @@ def _glyphs(font: TTFont) -> dict[tuple[int, ...], str]:
     """Code point sequence -> glyph name, from the character map and the GSUB ligatures."""
     names = font.getBestCmap()
     code_of = {name: code for code, name in names.items()}
+    # Single characters first; sequences (skin tones, flags, professions) are ligatures of the font.
     glyphs: dict[tuple[int, ...], str] = {(code,): name for code, name in names.items()}
     for lookup in font["GSUB"].table.LookupList.Lookup:
         for table in lookup.SubTable:

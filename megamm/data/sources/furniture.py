@@ -4,8 +4,8 @@ In: the unpacked Debian package `sweethome3d` (the program's jar contains its de
 `sweethome3d-furniture` (catalogues as .sh3f files, all or some). Both are zip files with a list in Java's .properties
 format, Wavefront OBJ models and icons; they are read in memory and not unpacked. Out, for each model: a point cloud
 (npz), category, proportion and name as caption, and a picture: the catalogue's icon (drawn by Sweet Home 3D), and
-further samples turned by TURNS, each with its own cloud and a rendering by media/render3d.py; the first of these also
-has a turntable video. Models of one file under several names (lamps by colour of their light) count once.
+further samples turned by TURNS, each with its own cloud and a rendering (media/point_clouds.py); the first of these
+also has a turntable video. Models of one file under several names (lamps by colour of their light) count once.
 """
 
 import io
@@ -26,12 +26,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample, clean_caption
-from megamm.data.sources.attribution import append_credits
-from megamm.data.sources.media import write_picture, write_video
-from megamm.media.meshes import CloudArray, cloud_from_mesh
-from megamm.media.render3d import render
+from megamm.data.raw.samples import RawPart, RawSample, clean_caption, normalise_noun
+from megamm.data.sources.media import append_credits, write_picture, write_video
+from megamm.media.point_clouds import CloudArray, cloud_from_mesh, render
 
 if TYPE_CHECKING:
     import trimesh
@@ -57,7 +54,7 @@ _ESCAPE = re.compile(r"\\u([0-9a-fA-F]{4})")
 
 
 @dataclass(frozen=True)
-class Piece:
+class CatalogueModel:
     """A model of a catalogue: name, category ("" if unknown), author, and its files in the zip file."""
 
     name: str
@@ -68,12 +65,12 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A model to be drawn: its place, and the names of its samples."""
+class _ModelTask:
+    """A model to be drawn: its catalogue, and the start of its samples' keys."""
 
     catalogue: Path
     key: str
-    piece: Piece
+    piece: CatalogueModel
 
 
 class ZipFiles(Mapping[str, bytes]):
@@ -84,6 +81,7 @@ class ZipFiles(Mapping[str, bytes]):
 
     def __getitem__(self, name: str) -> bytes:
         """The bytes of a file. Raises KeyError if it is missing."""
+        # Models written on Windows use backslashes, and some write `./` before a name.
         return self.more.get(name) or self.archive.read(
             self.folder + name.strip().replace("\\", "/").removeprefix("./")
         )
@@ -108,7 +106,9 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
         name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower())
         with zipfile.ZipFile(path) as archive:
             pieces = read_catalogue(archive, target, path.name)
-        jobs += [Job(path, f"furniture-{name}-{number:03d}", piece) for number, piece in enumerate(pieces, start=1)]
+        jobs += [
+            _ModelTask(path, f"furniture-{name}-{number:03d}", piece) for number, piece in enumerate(pieces, start=1)
+        ]
     samples = []
     for job, made in zip(jobs, _made(jobs, target), strict=True):
         if isinstance(made, str):
@@ -118,7 +118,7 @@ def write_furniture(package: Path, target: Path) -> list[RawSample]:
     return samples
 
 
-def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
+def _made(jobs: list[_ModelTask], target: Path) -> Iterator[list[RawSample] | str]:
     """The samples of every job in order, or the reason for none; in worker processes if there are enough jobs."""
     make = partial(_make, target=target)
     workers = min(len(os.sched_getaffinity(0)), len(jobs) // _PIECES_PER_WORKER)
@@ -133,10 +133,11 @@ def _made(jobs: list[Job], target: Path) -> Iterator[list[RawSample] | str]:
             raise UserError("a worker process was killed", where=target, remedy=remedy) from error
 
 
-def _make(job: Job, target: Path) -> list[RawSample] | str:
+def _make(job: _ModelTask, target: Path) -> list[RawSample] | str:
     """Write one model's media; returns its samples, or the reason for none."""
     with zipfile.ZipFile(job.catalogue) as archive:
         try:
+            # Two independent samplings: the cloud of a sample is not a part of the points that its picture shows.
             mesh = load_model(archive, job.piece.model, own_materials(archive))
             surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
         except (ValueError, KeyError, IndexError) as error:
@@ -144,7 +145,7 @@ def _make(job: Job, target: Path) -> list[RawSample] | str:
         return _write_piece(target, job.key, job.piece, cloud, surface, archive)
 
 
-def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Piece]:
+def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[CatalogueModel]:
     """The pieces of a catalogue, each model once; adds its licence and authors to the attribution in `target`."""
     lists = [entry for entry in archive.namelist() if _LISTS.fullmatch(entry)]
     if not lists:
@@ -156,13 +157,14 @@ def read_catalogue(archive: zipfile.ZipFile, target: Path, name: str) -> list[Pi
     for number in numbers:
         caption = furniture_caption(values[f"name#{number}"])
         model, icon = (values.get(f"{field}#{number}", "").lstrip("/") for field in ("model", "icon"))
+        # Entries that differ only in name or light share a model file: keep the first.
         if not caption or model in models or not model.lower().endswith(".obj"):
             continue
         models.add(model)
         creator = values.get(f"creator#{number}", "unnamed")
         works[creator].append(caption)
         category = furniture_caption(values.get(f"category#{number}", ""))
-        pieces.append(Piece(caption, category, creator, model, icon))
+        pieces.append(CatalogueModel(caption, category, creator, model, icon))
     licence = clean_caption(values.get("license", ""))
     authors = [f"- {creator}: {', '.join(captions)}" for creator, captions in sorted(works.items())]
     append_credits(target, [f"{name}: {values.get('name', '')}. {licence}. Models by:", "", *authors])
@@ -182,6 +184,7 @@ def furniture_caption(name: str) -> str:
 
 def own_materials(archive: zipfile.ZipFile) -> bytes:
     """The program's named default materials, which its models use implicitly: text inside a class file."""
+    # The strings of a Java class file are plain bytes, so the definitions can be found without parsing it.
     name = "com/eteks/sweethome3d/j3d/OBJLoader.class"
     return b"\n".join(_MATERIALS.findall(archive.read(name))) if name in archive.namelist() else b""
 
@@ -191,6 +194,7 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
     import trimesh
 
     text = archive.read(model)
+    # Models without a material library use the program's own materials: name one that the resolver provides.
     if materials and b"mtllib" not in text:
         text = f"mtllib {_OWN_MATERIALS}\n".encode() + text
     resolver = ZipFiles(archive, model.rpartition("/")[0] + "/", {_OWN_MATERIALS: materials})
@@ -198,8 +202,10 @@ def load_model(archive: zipfile.ZipFile, model: str, materials: bytes) -> "trime
 
 
 def _write_piece(
-    target: Path, key: str, piece: Piece, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
+    target: Path, key: str, piece: CatalogueModel, cloud: CloudArray, surface: CloudArray, archive: zipfile.ZipFile
 ) -> list[RawSample]:
+    """Write the media of one model, and return a sample for each picture."""
+    # Half of the points suffice for the small frames of a video, in half the time.
     turn = [render(surface[::2], 360 * frame / (TURN_FRAMES - 1), PICTURE) for frame in range(TURN_FRAMES - 1)]
     write_video(target / f"video/{key}.mp4", np.stack([*turn, turn[0]]), TURN_RATE)
     pictures = [(turns, f"{key}-turn{turns}", render(turned(surface, turns), ANGLE, PICTURE)) for turns in TURNS]
@@ -233,6 +239,7 @@ def turned(cloud: CloudArray, quarters: int) -> CloudArray:
     """A cloud `[N, 9]` turned by this many quarters about the vertical axis (y): x goes to -z, z to x."""
     result = cloud.copy()
     for _ in range(quarters):
+        # Columns 0 and 2 are x and z, 3 and 5 those of the normal.
         result[:, [0, 2, 3, 5]] = result[:, [2, 0, 5, 3]] * np.array([1, -1, 1, -1], dtype=cloud.dtype)
     return result
 

@@ -33,7 +33,7 @@ class Sdist:
     name: str
     version: str
     sha256: str
-    endings: tuple[str, ...]
+    extensions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,13 @@ def _apt_get_download(work: Path, package: str, *how: str) -> str:
             remedy = "fetch on a Debian or Ubuntu machine and copy its RAW folder here, or bring your own samples.jsonl"
             raise UserError(f"cannot fetch: {tool} is not installed", remedy=remedy)
     options = ["-q", "-o", "Acquire::Retries=2", "-o", f"Acquire::http::Timeout={_TIMEOUT}"]
+    # "download" needs neither root nor the dpkg database, and checks signatures.
     result = _run(["apt-get", *options, "download", *how, package], work)
     if result.returncode:
         logger.info("%s is not in the system's package lists: fetching lists into %s", package, work)
         for folder in ("lists/partial", "cache/archives/partial"):
             (work / folder).mkdir(parents=True, exist_ok=True)
+        # Own package lists: updating the system's would need root, and containers often have none.
         options += ["-o", f"Dir::State::lists={work}/lists", "-o", f"Dir::Cache={work}/cache"]
         for command in (["update"], ["download", *how, package]):
             result = _run(["apt-get", *options, *command], work)
@@ -89,6 +91,7 @@ def _download_prefix(prefix: DebianPrefix, work: Path) -> Path:
     archive = work / f"{prefix.name}.prefix"
     try:
         address = _debian_address(prefix.name, work)
+        # The members of a .deb are in a fixed order, and its data can be unpacked up to where they are cut off.
         request = urllib.request.Request(address, headers={"Range": f"bytes=0-{prefix.size - 1}"})
         with urllib.request.urlopen(request, timeout=_TIMEOUT) as reply:
             data = reply.read(prefix.size)  # a server without range support sends everything
@@ -97,6 +100,7 @@ def _download_prefix(prefix: DebianPrefix, work: Path) -> Path:
     except (OSError, http.client.HTTPException) as error:
         logger.warning("%s: its first %.1f MB failed, fetching all: %s", prefix.name, prefix.size / 1e6, error)
         return _download_debian(prefix.name, work)
+    # Written only after the check of its digest.
     archive.write_bytes(data)
     return archive
 
@@ -110,6 +114,7 @@ def _debian_address(package: str, work: Path) -> str:
 
 
 def _unpack_debian(deb: Path, folder: Path) -> None:
+    """Unpack all files of a package. Raises UserError if dpkg-deb fails."""
     result = _run(["dpkg-deb", "-x", str(deb), str(folder)], folder.parent)
     if result.returncode:
         reason = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -128,6 +133,7 @@ def _unpack_files(deb: Path, files: tuple[str, ...], folder: Path) -> None:
                     if member.isfile() and (name := member.name.removeprefix("./")) in missing:
                         tar.extract(member, folder, filter="data")
                         missing.remove(name)
+                    # Stop here: what follows in a truncated package would be an error.
                     if not missing:
                         return
         except tarfile.TarError as error:
@@ -146,6 +152,7 @@ def _download_sdist(package: Sdist, work: Path) -> Path:
         with urllib.request.urlopen(
             urllib.request.Request(page, headers={"Accept": accept}), timeout=_TIMEOUT
         ) as reply:
+            # The page is JSON or HTML, depending on the index.
             address = find_sdist(reply.read().decode(), archive.name, page)
         if address is None:
             raise UserError(f"the package index has no {archive.name}", where=page, remedy=remedy)
@@ -162,6 +169,7 @@ def _download_sdist(package: Sdist, work: Path) -> Path:
 def _package_index() -> str:
     """The simple index that pip would use; pip prints it as the default of --index-url, from all its settings."""
     command = [sys.executable, "-m", "pip", "download", "--help"]
+    # A wide terminal, so that the help text does not break the address.
     result = subprocess.run(command, env={**os.environ, "COLUMNS": "999"}, capture_output=True, text=True)
     found = re.search(r"--index-url.*?\(default (\S+)\)", " ".join(result.stdout.split()))
     if not found:
@@ -183,7 +191,7 @@ def _unpack_sdist(package: Sdist, archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                if member.isfile() and member.name.endswith(package.endings):
+                if member.isfile() and member.name.endswith(package.extensions):
                     tar.extract(member, folder, filter="data")
     except tarfile.TarError as error:
         remedy = "report it as an issue; nothing was stored"

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample, clean_text
+from megamm.data.raw.samples import RawPart, RawSample, clean_text, normalise_noun
 
 DOCUMENT = 4000
 """Number of characters at which a document of dictionary entries is full."""
@@ -26,10 +25,10 @@ def write_wordnet(package: Path, target: Path) -> list[RawSample]:
     del target  # there are no media
     folder = _folder(package / "usr/share/wordnet")
     samples: list[RawSample] = []
-    for ending, name in _PARTS_OF_SPEECH.items():
-        lines = (folder / f"data.{ending}").read_text(encoding="utf-8", errors="replace").splitlines()
+    for suffix, name in _PARTS_OF_SPEECH.items():
+        lines = (folder / f"data.{suffix}").read_text(encoding="utf-8", errors="replace").splitlines()
         entries = (synset for line in lines if (synset := read_synset(line, name)))
-        samples += _documents(f"wordnet-{ending}", entries)
+        samples += _documents(f"wordnet-{suffix}", entries)
     return samples
 
 
@@ -39,6 +38,8 @@ def read_synset(line: str, part_of_speech: str) -> tuple[str, str] | None:
         return None
     data, gloss = line.split(" | ", 1)
     fields = data.split()
+    # wndb(5): field 3 is the number of words (hexadecimal), then word and sense number alternate. Adjectives can end in
+    # a marker, such as "(a)".
     words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in fields[4 : 4 + 2 * int(fields[3], 16) : 2]]
     return words[0], f"{', '.join(words)} ({part_of_speech}): {gloss.strip()}"
 
@@ -55,6 +56,7 @@ def read_gcide(text: str) -> Iterator[tuple[str, str]]:
     r"""Headword and entry; an entry starts at the left margin with `Headword \pronunciation\`."""
     starts = [match.start() for match in re.finditer(r"^\S[^\n\\]*\\[^\n]*\\", text, re.MULTILINE)]
     for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
+        # Names of the sources in brackets follow the definitions.
         entry = re.sub(r"^\s*\[(?:1913 Webster|WordNet|PJC)[^\]]*\]\n?", "", text[start:end], flags=re.MULTILINE)
         yield entry.partition("\\")[0].strip(), entry
 
@@ -71,15 +73,18 @@ def write_fortunes(package: Path, target: Path) -> list[RawSample]:
         for number, saying in enumerate(map(clean_text, sayings), start=1):
             if saying:
                 key = f"fortunes-{file.name}-{number:04d}"
+                # A saying has no subject: its first words identify it, so copies are in one split.
                 noun = normalise_noun(" ".join(saying.split()[:20]))
                 samples.append(RawSample(key, noun, (RawPart("text", saying),)))
     return samples
 
 
 def _documents(prefix: str, entries: Iterable[tuple[str, str]]) -> list[RawSample]:
+    """Combine (word, entry) pairs into documents of at least DOCUMENT characters, in order."""
     samples: list[RawSample] = []
     lines: list[str] = []
     first = ""
+    # The empty entry at the end completes the last document.
     for word, entry in [*entries, ("", "")]:
         if lines and (not word or sum(map(len, lines)) >= DOCUMENT):
             part = RawPart("text", clean_text("\n".join(lines)))

@@ -1,10 +1,10 @@
 """Renders a few 3D things in a few colours, at slightly different angles and turning.
 
 In: the unpacked Debian package `sweethome3d`, whose models are read as in data/sources/furniture.py. Out, for each
-thing of THINGS and colour of COLOURS: point clouds (npz), pictures by media/render3d.py, and a caption of attributes in
-a fixed order, "red, armchair"; also a video of it turning each way, "turning left, red, armchair". The noun is the
-thing. Attributes visible in few pixels come first in a caption, so that no earlier word predicts which of their values
-occur in training.
+thing of THINGS and colour of COLOURS: point clouds (npz), their renderings (media/point_clouds.py), and a caption of
+attributes in a fixed order, "red, armchair"; also a video of it turning each way, "turning left, red, armchair". The
+noun is the thing. Attributes visible in few pixels come first in a caption, so that no earlier word predicts which of
+their values occur in training.
 """
 
 import multiprocessing
@@ -19,12 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from megamm.common.errors import UserError
-from megamm.data.raw.nouns import normalise_noun
-from megamm.data.raw.samples import RawPart, RawSample
-from megamm.data.sources.furniture import Piece, load_model, own_materials, read_catalogue
+from megamm.data.raw.samples import RawPart, RawSample, normalise_noun
+from megamm.data.sources.furniture import CatalogueModel, load_model, own_materials, read_catalogue
 from megamm.data.sources.media import write_picture, write_video
-from megamm.media.meshes import CloudArray, cloud_from_mesh
-from megamm.media.render3d import render
+from megamm.media.point_clouds import CloudArray, cloud_from_mesh, render
 
 THINGS = frozenset(
     (
@@ -51,11 +49,11 @@ _SURFACE = 6_000
 
 
 @dataclass(frozen=True)
-class _Job:
+class _ThingTask:
     """A thing to be drawn from the catalogue at `path`."""
 
     path: Path
-    piece: Piece
+    piece: CatalogueModel
 
     @property
     def key(self) -> str:
@@ -71,8 +69,9 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
         (target / folder).mkdir()
     with zipfile.ZipFile(catalogues[0]) as archive:
         pieces = read_catalogue(archive, target, catalogues[0].name)
+    # Reversed, so that the first of several models with a name remains.
     first = {piece.name: piece for piece in reversed(pieces) if piece.name in THINGS}
-    jobs = [_Job(catalogues[0], first[name]) for name in sorted(first)]
+    jobs = [_ThingTask(catalogues[0], first[name]) for name in sorted(first)]
     if not jobs:
         raise UserError("the catalogue has none of the things", where=catalogues[0], remedy="use Debian 12")
     make = partial(_make, target=target)
@@ -83,10 +82,11 @@ def write_things(package: Path, target: Path) -> list[RawSample]:
         return [sample for samples in pool.map(make, jobs) for sample in samples]
 
 
-def _make(job: _Job, target: Path) -> list[RawSample]:
+def _make(job: _ThingTask, target: Path) -> list[RawSample]:
     """Write one thing's media and return its samples."""
     with zipfile.ZipFile(job.path) as archive:
         mesh = load_model(archive, job.piece.model, own_materials(archive))
+    # As in furniture.py, independent samplings for pictures and clouds.
     surface, cloud = cloud_from_mesh(mesh, _SURFACE, seed=0), cloud_from_mesh(mesh, POINTS, seed=1)
     samples: list[RawSample] = []
     for colour in COLOURS:
@@ -96,11 +96,12 @@ def _make(job: _Job, target: Path) -> list[RawSample]:
     return samples
 
 
-def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
+def _stills(job: _ThingTask, colour: str, surface: CloudArray, cloud: CloudArray, target: Path) -> Iterator[RawSample]:
     """Copies of the painted thing: pictures, clouds or both, each with the caption."""
     noun, caption = normalise_noun(job.piece.name), RawPart("text", f"{colour}, {job.piece.name}")
     for number, degrees in enumerate((*SEEN_COPIES, *CLOUD_COPIES)):
         key, parts = f"{job.key}-{colour}-{number}", []
+        # Every second copy with a picture, and every copy without one, has a cloud.
         if number >= len(SEEN_COPIES) or number % 2 == 0:
             parts.append(RawPart("points", f"points/{key}.npz"))
             np.savez_compressed(target / f"points/{key}.npz", points=about_vertical(cloud, HEADING + degrees))
@@ -110,7 +111,7 @@ def _stills(job: _Job, colour: str, surface: CloudArray, cloud: CloudArray, targ
         yield RawSample(key, noun, (*parts, caption))
 
 
-def _videos(job: _Job, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
+def _videos(job: _ThingTask, colour: str, surface: CloudArray, target: Path) -> Iterator[RawSample]:
     """The painted thing turning each way."""
     for direction, sign in (("left", -1), ("right", 1)):
         key = f"{job.key}-{colour}-turning-{direction}"

@@ -76,6 +76,7 @@ class MediaBatches:
             yield numbers, [self._read(i) for i in numbers]
 
     def _read(self, i: int) -> Any:
+        """The codec's input of one sample. Raises UserError if it is unreadable."""
         try:
             return self._modality.read_media(self._shards.read(i), self._shards.extensions[i])
         except UnreadableMedia as error:
@@ -85,6 +86,7 @@ class MediaBatches:
             ) from error
 
     def _videos(self, modality: VideoModality) -> Iterator[tuple[list[int], list[Any]]]:
+        """Batches of the videos that are not broken; the decoding is recorded."""
         assert self.decoding is not None
         stream = VideoStream(
             [Clip(self._shards, i) for i in range(len(self._shards))],
@@ -95,14 +97,17 @@ class MediaBatches:
             max_broken=self._reading.max_broken,
         )
         for batch in stream:
+            # The stream counts all broken clips; those beyond the recorded ones are new.
             for broken in stream.broken[len(self.decoding.broken) :]:
-                self._leave_out(broken, self.decoding)
+                self._skip(broken, self.decoding)
             if batch:
                 yield [clip.number for clip in batch], [clip.frames for clip in batch]
         self.decoding.decoders = {str(name): stream.decoders[name] for name in sorted(stream.decoders)}
 
-    def _leave_out(self, clip: BrokenClip, decoding: Decoding) -> None:
+    def _skip(self, clip: BrokenClip, decoding: Decoding) -> None:
+        """Record a broken video. Raises UserError if it is part of a document."""
         name = member_name(self._shards, clip.number)
+        # A document without one of its parts would have a gap in its reading order, so it cannot be skipped alone.
         if self._shards.parts[clip.number] != UNNUMBERED:
             remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"{name}, part of a document: {clip.why}", where=self._shards.folder, remedy=remedy)

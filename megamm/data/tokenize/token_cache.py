@@ -15,12 +15,9 @@ from megamm.common.errors import UserError
 from megamm.data.tokenize.media_batches import Decoding, MediaBatches, VideoReading, member_name
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.protocol import Modality
-from megamm.shards.folder import ShardFolder, ShardWriter
-from megamm.shards.token_ids import tokens_to_bytes
+from megamm.shards.folder import SPLITS, ShardFolder, ShardWriter, tokens_to_bytes
 
 logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "heldout")
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoRead
         for split in SPLITS
         if (s / split / modality.name).is_dir()
     ]
+    # One tokenizer can serve several modalities (image and video): it is enough that one has data.
     for family in dict.fromkeys(modality.family for modality in modalities):
         if not any(modality.family == family for _, modality in media):
             where = ", ".join(map(str, sources)) or None
@@ -73,6 +71,7 @@ def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoRead
 
 
 def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> Cache:
+    """Create the cache of one folder of media, or check the existing one."""
     shards, target = ShardFolder(media), media.parent / cache_name(modality)
     if target.exists():
         return _kept(target, shards, reading)
@@ -82,9 +81,11 @@ def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> 
         for numbers, inputs in batches:
             for i, ids_T in zip(numbers, modality.encode(inputs), strict=True):
                 data = tokens_to_bytes(ids_T, modality.vocabulary_size)
+                # The member's name is that of the media, with the extension npy: the keys of the folders stay aligned.
                 number = member_name(shards, i).removeprefix(shards.keys[i]).removeprefix(".")
                 writer.add(shards.keys[i], f"{number}.npy".removeprefix("."), data, tokens=len(ids_T))
                 samples, total = samples + 1, total + len(ids_T)
+        # Written into the partial folder, so it appears together with the tokens.
         if batches.decoding:
             batches.decoding.write(writer.partial)
     logger.info("%s: %d samples, %d tokens", target, samples, total)
@@ -92,13 +93,16 @@ def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> 
 
 
 def _kept(target: Path, shards: ShardFolder, reading: VideoReading) -> Cache:
+    """The existing cache. Raises UserError if it does not match the media or the requested decoder."""
     cache, decoding = ShardFolder(target), Decoding.read(target) or Decoding()
     names = [member_name(shards, i) for i in range(len(shards))]
+    # The same names in the same order: media that were added, removed or reordered do not match.
     is_whole = [member_name(cache, i) for i in range(len(cache))] == [n for n in names if n not in decoding.broken]
     remedy = "delete the cache and run `megamm data tokenize` again"
     if not is_whole or (cache.tokens is None and len(cache)):
         what = f"the token cache does not match the samples of {shards.folder.name}/"
         raise UserError(what, where=target, remedy=remedy)
+    # Pixels differ a little between decoders, so an explicit choice must hold for an existing cache too.
     if reading.decoder != "auto" and decoding.decoders and reading.decoder not in decoding.decoders:
         raise UserError(
             f"decoded with {', '.join(decoding.decoders)}, not {reading.decoder}", where=target, remedy=remedy

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from megamm.common.device import Device
 from megamm.common.errors import UnreadableMedia, UserError
-from megamm.media.frame_sampling import usable_frames
 from megamm.media.image_file import PixelArray, square_pixels
-from megamm.media.video_file import video_frames
+from megamm.media.video_file import usable_frames, video_frames
 from megamm.tokenizers.io import Split, new_folder, open_media, save_codec
 from megamm.tokenizers.training_loop import Figures, Training, codebook_use, train_codec, warn_of_collapse
 from megamm.tokenizers.visual.metrics import psnr_db, ssim

@@ -1,11 +1,16 @@
-"""Samples surfaces of meshes as point clouds: positions, normals and colours of points, uniform by area.
+"""Point clouds: sampled from the surface of meshes, uniform by area; normalised; rendered as pictures.
 
 A cloud is float32 `[N, 9]`: x, y, z (the file's unit until `normalised`), unit normal, RGB in [0, 1] as the file
-stores it (sRGB by convention). In: a loaded trimesh mesh or scene; untrusted files are loaded by modalities/points.py.
+stores it (sRGB by convention). In: a loaded trimesh mesh or scene; untrusted files are loaded by media/points_file.py.
 Source of the uniform sampling in a triangle: Osada et al. 2002, "Shape Distributions", section 4.2; triangles are
 chosen by stratified sampling of their cumulative area.
+
+A rendering is an orthographic view, uint8 `[size, size, 3]`, with numpy only: points are drawn as discs, nearest on top
+(painter's algorithm), lit from the camera's upper left. The y axis points up. For a mesh, sample it densely once
+(`cloud_from_mesh`) and render all views from that.
 """
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -23,7 +28,7 @@ MAX_COORDINATE = 1e12
 """Limit that keeps float32 far from overflow, even for products of three coordinates."""
 
 
-class PlacedMesh(NamedTuple):
+class MeshInstance(NamedTuple):
     """One mesh of a scene, and its corners `[F, 3, 3]` in the scene's coordinates."""
 
     mesh: "trimesh.Trimesh"
@@ -36,49 +41,53 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     Normals are those of the faces, outward if the corners are listed counter-clockwise. Raises ValueError if there is
     no face, a coordinate is not finite, or the surface has no area.
     """
-    placed = placed_meshes(mesh)
-    if not placed:
+    instances = mesh_instances(mesh)
+    if not instances:
         raise ValueError("has no faces")
-    corners = np.concatenate([part.corners for part in placed])
+    corners = np.concatenate([part.corners for part in instances])
     if not (np.abs(corners) < MAX_COORDINATE).all():
         raise ValueError("has coordinates that are NaN, Inf or too large")
+    # The cross product of two edges is normal to the face, with twice its area as length.
     doubled = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     twice_area = np.linalg.norm(doubled, axis=1)
     below = np.cumsum(twice_area)
     if not (np.isfinite(below[-1]) and below[-1] > 0):
         raise ValueError("its surface has no area")
     random = np.random.default_rng(seed)
+    # One sample in each of `count` equal strata of the cumulative area: more even than independent samples.
     strata = (np.arange(count) + random.random(count)) / count * below[-1]
     face = np.searchsorted(below, strata, side="right").clip(max=len(below) - 1)
     face = np.where(twice_area[face] > 0, face, int(twice_area.argmax()))  # rounding can select an empty last face
+    # The square root makes points uniform in the triangle; without it they would gather at the first corner.
     root, share = np.sqrt(random.random(count)), random.random(count)
     weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
     xyz = (corners[face] * weights[:, :, None]).sum(1)
     normal = doubled[face] / twice_area[face, None]
-    return np.concatenate([xyz, normal, _colours(placed, face, weights)], axis=1).astype(np.float32)
+    return np.concatenate([xyz, normal, _colours(instances, face, weights)], axis=1).astype(np.float32)
 
 
-def placed_meshes(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[PlacedMesh]:
+def mesh_instances(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[MeshInstance]:
     """The meshes with faces of a scene, in its order, repeated as often as the scene places them."""
     import trimesh
 
     if isinstance(mesh, trimesh.Trimesh):
-        return [PlacedMesh(mesh, mesh.vertices[mesh.faces].astype(np.float64))] if len(mesh.faces) else []
-    placed = []
+        return [MeshInstance(mesh, mesh.vertices[mesh.faces].astype(np.float64))] if len(mesh.faces) else []
+    instances = []
     for node in mesh.graph.nodes_geometry:
         transform, name = mesh.graph[node]
         part = mesh.geometry[name]
         if isinstance(part, trimesh.Trimesh) and len(part.faces):
             vertices = part.vertices @ transform[:3, :3].T + transform[:3, 3]
-            placed.append(PlacedMesh(part, vertices[part.faces].astype(np.float64)))
-    return placed
+            instances.append(MeshInstance(part, vertices[part.faces].astype(np.float64)))
+    return instances
 
 
-def _colours(placed: list[PlacedMesh], face: IntArray, weights: FloatArray) -> FloatArray:
+def _colours(instances: list[MeshInstance], face: IntArray, weights: FloatArray) -> FloatArray:
     """RGB `[N, 3]` in [0, 1] at barycentric `weights` `[N, 3]` of `face` `[N]`, numbered over all meshes."""
     colours = np.empty((len(face), 3))
     first = 0
-    for part, _ in placed:
+    for part, _ in instances:
+        # Faces are numbered through all instances; this instance has the numbers from `first` on.
         mine = (face >= first) & (face < first + len(part.faces))
         if mine.any():
             colours[mine] = _mesh_colours(part, face[mine] - first, weights[mine])
@@ -92,6 +101,7 @@ def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) 
 
     visual, corners = mesh.visual, mesh.faces[face]
     if isinstance(visual, TextureVisuals):
+        # A material's texture wins over its colour if texture coordinates exist for every vertex.
         image = texture(mesh)
         rgb = np.broadcast_to(visual.material.main_color, (len(face), 4))[:, :3] / 255
         if image is None or visual.uv is None or len(visual.uv) != len(mesh.vertices):
@@ -133,3 +143,53 @@ def normalised(cloud: CloudArray) -> CloudArray:
         raise ValueError("all points are at the same place")
     moved = ((xyz - (low + high) / 2) * (2 / side)).clip(-1, 1)
     return np.concatenate([moved.astype(np.float32), cloud[:, 3:]], axis=1)
+
+
+ELEVATION = math.radians(20)
+"""The camera looks down at this angle, so that the tops of things are visible."""
+LIGHT = np.array([-0.4, 0.6, 0.7]) / math.sqrt(0.4**2 + 0.6**2 + 0.7**2)
+"""Direction to the light, in camera axes: right, up, towards the viewer."""
+AMBIENT = 0.45
+FILL = 0.95
+"""Share of the picture that the cloud's bounding sphere spans: the scale is the same at every angle."""
+SUPERSAMPLING = 2
+COVER = 6.0
+"""Total area of the discs' bounding squares, in pictures: enough to close the surface."""
+
+
+def render(cloud: CloudArray, angle: float, size: int) -> npt.NDArray[np.uint8]:
+    """One picture on white, uint8 `[size, size, 3]`; angle: rotation of the cloud about the y axis in degrees.
+
+    The cloud need not be normalised: its bounding box is centred and scaled.
+    """
+    # Antialiasing: draw larger, then average blocks of pixels.
+    fine = size * SUPERSAMPLING
+    camera = _camera(math.radians(angle))
+    xyz = cloud[:, :3] - (cloud[:, :3].min(0) + cloud[:, :3].max(0)) / 2
+    radius = max(float(np.linalg.norm(xyz, axis=1).max()), 1e-12)
+    x, y, depth = (xyz @ camera.T * (FILL * fine / 2 / radius)).T.astype(np.float32)
+    # A stable sort, so that equal depths are drawn in the same order on every platform.
+    far_first = np.argsort(depth, kind="stable")
+    # Fewer points need larger discs to close the surface; a disc spans at most 1/16 of the picture.
+    width = int(np.clip(round(fine * math.sqrt(COVER / len(cloud))), 1, fine // 16 + 1))
+    offset = np.mgrid[:width, :width].reshape(2, -1) - (width - 1) / 2
+    across, down = offset[:, np.hypot(*offset) <= width / 2]
+    column = np.floor(fine / 2 + x[far_first, None] + across).astype(np.int64)
+    row = np.floor(fine / 2 - y[far_first, None] + down).astype(np.int64)
+    pixel = row.clip(0, fine - 1) * fine + column.clip(0, fine - 1)
+    light = AMBIENT + (1 - AMBIENT) * np.abs(cloud[:, 3:6] @ (LIGHT @ camera))  # both sides: orientation is unreliable
+    colour = (cloud[:, 6:9] * light[:, None]).clip(0, 1)[far_first]
+    nearest = np.full(fine * fine, -1, dtype=np.int64)
+    # For repeated indices the last assignment wins: the nearest point.
+    nearest[pixel.ravel()] = np.repeat(np.arange(len(cloud)), pixel.shape[1])
+    picture = np.where(nearest[:, None] >= 0, colour[nearest], 1.0)
+    blocks = picture.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3)
+    return (blocks.mean(1).mean(2) * 255).round().astype(np.uint8)  # one axis at a time is three times as fast
+
+
+def _camera(angle: float) -> npt.NDArray[np.float64]:
+    """Rows: the camera's right, up and towards-the-viewer axes in the cloud's coordinates."""
+    sin, cos = math.sin(angle), math.cos(angle)
+    turn = np.array([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]])
+    sin, cos = math.sin(ELEVATION), math.cos(ELEVATION)
+    return np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ turn

@@ -1,8 +1,9 @@
-"""Plans which frames of a video file to decode, by reading its packets and decoding only its first frame.
+"""One clip of a video file: planned by reading the file's packets, then decoded with PyAV (FFmpeg) on the CPU.
 
 In: the file's bytes, the start of the clip (seconds), and the sizes that a visual codec takes. Out: a `ClipPlan`, from
-which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (media/frame_sampling.py).
-Times are in ticks of the file's video stream.
+which any decoder gets the same frames: those shown at start, start + 1 / frame_rate, ... (media/video_file.py), and
+from the plan uint8 `[F, Y, X, 3]`. Planning decodes only the file's first frame; decoding starts at the keyframe before
+the clip and ends with its last frame. Times are in ticks of the file's video stream.
 """
 
 from bisect import bisect_right
@@ -10,10 +11,19 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
+
 from megamm.common.errors import UnreadableMedia
-from megamm.media.frame_sampling import sampled_frames, usable_frames
-from megamm.media.image_file import fitted_sides
-from megamm.media.video_file import ShownFrame, VideoSizes, check_end, open_video
+from megamm.media.image_file import PixelArray, fitted_sides
+from megamm.media.video_file import (
+    FrameArray,
+    ShownFrame,
+    VideoSizes,
+    check_end,
+    open_video,
+    sampled_frames,
+    usable_frames,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class ClipPlan:
 
 @dataclass(frozen=True)
 class _Packet:
+    """One coded frame of the file; times in ticks."""
+
     time: int
     duration: int
     is_key: bool
@@ -67,10 +79,12 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
     """
     with open_video(data, extension) as (container, stream):
         packets, first = _packets(container, stream)
+        # Packets are in decoding order; frames that refer to later ones (B-frames) follow them.
         shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
         if first is None or not shown:
             raise UnreadableMedia("no readable frame")
         tick: Fraction = stream.time_base
+        # The same rules for the last frame's end as in video_file.py, so both find the same frames.
         gap = shown[-1].duration or (shown[-1].time - shown[-2].time if len(shown) > 1 else 0)
         if not gap and stream.average_rate:
             gap = 1 / (stream.average_rate * tick)
@@ -78,6 +92,7 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
         end = (shown[-1].time + gap - origin) * tick
         check_end(container, stream, end, origin * tick, gap * tick)
         chosen = _chosen([float((p.time - origin) * tick) for p in shown], float(end), start_seconds, sizes)
+        # Decoding can only start at a keyframe: the last one not after the clip's first frame.
         keyframe = next((p for p in reversed(shown[: chosen[0] + 1]) if p.is_key), shown[0])
         upright = ShownFrame(0.0, 0.0, first, float(stream.sample_aspect_ratio or 1))
         return ClipPlan(
@@ -100,6 +115,7 @@ def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
     """The packets that hold a frame, in the file's order, and the first frame that the decoder returns (or None)."""
     packets, first = [], None
     for packet in container.demux(stream):
+        # Only the frame's format, size, colours and rotation need a decoded frame: one is enough.
         if first is None:
             first = next(iter(packet.decode()), None)
         if not packet.size or _is_hidden(packet, stream):
@@ -116,9 +132,27 @@ def _is_hidden(packet: Any, stream: Any) -> bool:
 
 
 def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
+    """The clip's frame numbers; starts, end and start are in seconds from the file's first frame."""
     if start >= end:
         raise UnreadableMedia(f"the clip starts at {start:g} s, but the video ends at {end:.2f} s")
     chosen = sampled_frames([s - start for s in starts], end - start, sizes.frame_rate, sizes.max_frames)
+    # [0] can also mean that no sample was taken: use the frame that is shown at the clip's start.
     if chosen == [0]:  # or the end is closer than the tolerance of a sample
         chosen = [bisect_right(starts, start) - 1]
     return chosen[: usable_frames(len(chosen), sizes.max_frames, sizes.frames_per_step)]
+
+
+def decode_clip(data: bytes, extension: str, plan: ClipPlan, size: int) -> FrameArray:
+    """The plan's frames as squares, uint8 `[F, size, size, 3]`. Raises UnreadableMedia if one cannot be decoded."""
+    wanted, squares = set(plan.times), dict[int, PixelArray]()
+    with open_video(data, extension) as (container, stream):
+        # FFmpeg seeks to this keyframe or an earlier one; frames that are not wanted are decoded and dropped.
+        container.seek(plan.keyframe, stream=stream)
+        for frame in container.decode(stream):
+            if frame.pts in wanted:
+                squares[frame.pts] = ShownFrame(0.0, 0.0, frame, plan.pixel_aspect).square(size)
+            if len(squares) == len(wanted):
+                break
+    if len(squares) < len(wanted):
+        raise UnreadableMedia(f"{len(wanted) - len(squares)} of {len(wanted)} frames cannot be decoded")
+    return np.stack([squares[time] for time in plan.times])
