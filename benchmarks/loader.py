@@ -40,7 +40,7 @@ from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.mixture import Mixture, Source
 from megamm.data.pipeline.packing import Form, document_length, pack
 from megamm.data.pipeline.row_stream import RowStream
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.flops import flops_of_row
 from megamm.model.vocabulary import Vocabulary
@@ -74,7 +74,7 @@ def write_shards(folder: Path) -> None:
 
 def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
     """Yield microbatches from the loader, one per step."""
-    sample_set = SampleSet(folder, CODECS)
+    sample_set = TokenDataset(folder, CODECS)
     stream = RowStream([sample_set], Mixture([Source("s", 1, len(sample_set))], 0), VOCABULARY, ROW, FORMS)
     loader = Loader(
         stream,

@@ -21,7 +21,7 @@ from megamm.data.pipeline.mixture_schedule import source_names
 from megamm.data.pipeline.packing import Form, document_length
 from megamm.data.pipeline.row_stream import RowStream
 from megamm.data.pipeline.run_data import PositionTable
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 from megamm.shards.folder import ShardWriter
@@ -53,8 +53,8 @@ def caches(split, samples, seed, image=9, without_image=(), longest=12):
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    pairs = SampleSet(caches(folder / "pairs" / "train", 45, seed=1, without_image={3, 44}), CODECS)
-    texts = SampleSet(caches(folder / "texts" / "train", 30, seed=2, image=0, longest=200), CODECS)
+    pairs = TokenDataset(caches(folder / "pairs" / "train", 45, seed=1, without_image={3, 44}), CODECS)
+    texts = TokenDataset(caches(folder / "texts" / "train", 30, seed=2, image=0, longest=200), CODECS)
     return [pairs, texts]
 
 
@@ -172,7 +172,7 @@ def test_heldout_has_every_sample_once_in_each_order(sets):
 
 
 def test_a_pair_longer_than_a_row_is_named_before_the_run(sets, tmp_path):
-    long = SampleSet(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
+    long = TokenDataset(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
     with pytest.raises(UserError, match=r"sample 's0001' needs .* a row has 64 \(4 such samples\).*seq_length"):
         RowStream([long], Mixture([Source("long", 1, 4)], 0), VOCABULARY, ROW, POSITIONS)
 
@@ -181,9 +181,9 @@ def test_missing_caches_name_the_command(tmp_path):
     split = caches(tmp_path / "source" / "train", 3, seed=0)
     (split / "image").mkdir()
     with pytest.raises(UserError, match=r"no image tokens of codec other.*data tokenize .*source --codec NAME="):
-        SampleSet(split, {"text": TEXT, "image": "other"})
+        TokenDataset(split, {"text": TEXT, "image": "other"})
     with pytest.raises(UserError, match="megamm data build"):
-        SampleSet(tmp_path / "nowhere" / "train", CODECS)
+        TokenDataset(tmp_path / "nowhere" / "train", CODECS)
 
 
 def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
@@ -192,11 +192,11 @@ def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
     entries = [json.loads(line) | {"tokens": 8} for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(UserError, match="does not match the index"):
-        SampleSet(split, CODECS).whole(0)
+        TokenDataset(split, CODECS).whole(0)
 
 
 def test_ids_of_a_larger_codec_are_refused(tmp_path):
-    sample_set = SampleSet(caches(tmp_path / "source" / "train", 3, seed=0), CODECS)
+    sample_set = TokenDataset(caches(tmp_path / "source" / "train", 3, seed=0), CODECS)
     small = Vocabulary.of({"text": (300, TEXT), "image": (4, IMAGE)})
     rows = RowStream([sample_set], Mixture([Source("source", 1, 3)], 0), small, ROW, POSITIONS)
     with pytest.raises(UserError, match=r"image token id .* its codec has 4"):
@@ -233,8 +233,8 @@ def test_workers_give_the_batches_of_the_process_itself(sets, workers):
 
 def test_a_workers_user_error_is_the_same_line(tmp_path):
     def opened():
-        sample_set = SampleSet(tmp_path / "source" / "train", CODECS)
-        return [sample_set, SampleSet(tmp_path / "texts" / "train", CODECS)]
+        sample_set = TokenDataset(tmp_path / "source" / "train", CODECS)
+        return [sample_set, TokenDataset(tmp_path / "texts" / "train", CODECS)]
 
     caches(tmp_path / "source" / "train", 45, seed=1)
     caches(tmp_path / "texts" / "train", 30, seed=2, image=0)

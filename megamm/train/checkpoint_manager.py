@@ -31,7 +31,7 @@ UPLOAD_SECONDS = 300.0
 """Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
 
 
-class RunStore:
+class CheckpointManager:
     """Saves and restores one run; every rank calls every method."""
 
     def __init__(
@@ -78,7 +78,7 @@ class RunStore:
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
 
-        state = checkpoint.RunState(
+        state = checkpoint.TrainState(
             step=step,
             consumed_rows=consumed_rows,
             world_size=self.groups.world_size,
@@ -126,7 +126,7 @@ class RunStore:
         if self.uploader is not None:
             self.uploader.stop()
 
-    def resume(self) -> checkpoint.RunState | None:
+    def resume(self) -> checkpoint.TrainState | None:
         """Restore engine, data and generators from the newest valid checkpoint.
 
         Return None if there is none: the run starts at step 0, with the weights of config.start_from if that is set.
@@ -154,7 +154,7 @@ class RunStore:
     def _needed(self, folder: Path) -> set[str]:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
-    def go_back(self, folder: Path) -> checkpoint.RunState:
+    def go_back(self, folder: Path) -> checkpoint.TrainState:
         """Restore an earlier checkpoint of the run's folder and discard the local tier's steps."""
         self.saver.forget()
         if self.local is not None:
@@ -171,7 +171,7 @@ class RunStore:
             self.uploader.start()
         return found
 
-    def restore(self, folder: Path) -> checkpoint.RunState:
+    def restore(self, folder: Path) -> checkpoint.TrainState:
         """Restore engine, data and generators from a verified checkpoint."""
         from megamm.mcore import rng
 
@@ -192,7 +192,7 @@ class RunStore:
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
         return state
 
-    def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
+    def _resume_data(self, folder: Path, state: checkpoint.TrainState, recorded: dict[str, Any]) -> None:
         """Continue with the recorded mixture; log where the config's mixture takes over, if it differs."""
         try:
             change = self.data.resume(recorded, state.consumed_rows)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megamm.checkpoint import RunState
+from megamm.checkpoint import TrainState
 from megamm.common import device, events
 from megamm.config import RunConfig, accelerators
 from megamm.data.pipeline.loader import Loader, Reading
@@ -30,7 +30,7 @@ from megamm.mcore import groups as grid
 from megamm.model import flops, layout
 from megamm.model.loss import overall, weight_tensor
 from megamm.observability import metrics
-from megamm.train.checkpoint_manager import RunStore
+from megamm.train.checkpoint_manager import CheckpointManager
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Trainer:
         self.groups = grid.build(config.parallel, config.train.seed)
         self.engine = build_engine(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
-        self.store = RunStore(config, data, self.engine, self.groups, place, self._wait_for_writer)
+        self.store = CheckpointManager(config, data, self.engine, self.groups, place, self._wait_for_writer)
         self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
         rank, gather = self.groups.rank, self.groups.gather
         self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
@@ -236,7 +236,7 @@ class Trainer:
             self._go_on_from(resumed)
             self.saved_step = self.step if self.store.is_in_run else 0
 
-    def _go_on_from(self, state: RunState) -> None:
+    def _go_on_from(self, state: TrainState) -> None:
         self.step = self.saved_step = state.step
         seen = [state.tokens.get(name, 0) for name in self.data.vocabulary.modalities]
         self.tokens = torch.tensor(seen, device=self.place.torch_device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.mixture_schedule import OpenSource, Order, begin, resume, to_json
 from megamm.data.pipeline.packing import Form
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 
@@ -29,11 +29,11 @@ def cost(lengths):
 
 def open_stream(folder, weights, recorded, consumed):
     """Return the stream of {source name: weight} after `consumed` rows."""
-    sources = [OpenSource(folder / n, w, SampleSet(folder / n / "train", CODECS)) for n, w in weights.items()]
+    sources = [OpenSource(folder / n, w, TokenDataset(folder / n / "train", CODECS)) for n, w in weights.items()]
     order = Order(5, ROW, VOCABULARY, FORMS)
     if recorded is None:
         return begin(sources, order), None
-    return resume(sources, order, recorded, consumed, lambda path, kind: SampleSet(path / "train", CODECS, kind))
+    return resume(sources, order, recorded, consumed, lambda path, kind: TokenDataset(path / "train", CODECS, kind))
 
 
 def texts(batches):

@@ -29,7 +29,7 @@ _Hash = npt.NDArray[np.uint64]
 class Source:
     """A sample set in the mixture: its name, relative weight (of documents) and number of documents.
 
-    shards: digest of everything else that the order depends on (`SampleSet.digest`), to detect changed shards.
+    shards: digest of everything else that the order depends on (`TokenDataset.digest`), to detect changed shards.
     """
 
     name: str

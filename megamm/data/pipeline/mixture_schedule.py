@@ -17,7 +17,7 @@ from megamm.common.errors import UserError
 from megamm.data.pipeline.mixture import Mixture, Source
 from megamm.data.pipeline.packing import Forms
 from megamm.data.pipeline.row_stream import Place, RowStream
-from megamm.data.pipeline.token_dataset import DocumentKind, SampleSet
+from megamm.data.pipeline.token_dataset import DocumentKind, TokenDataset
 from megamm.model.vocabulary import Vocabulary
 
 
@@ -27,7 +27,7 @@ class OpenSource:
 
     path: Path
     weight: float
-    samples: SampleSet
+    samples: TokenDataset
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def resume(
     order: Order,
     recorded: dict[str, Any],
     consumed_rows: int,
-    open_removed: Callable[[Path, DocumentKind], SampleSet],
+    open_removed: Callable[[Path, DocumentKind], TokenDataset],
 ) -> tuple[RowStream, Change | None]:
     """The rows of a run that resumes after `consumed_rows`, with the change of its mixture if the config has one.
 
@@ -103,7 +103,7 @@ def resume(
         before.require_same(now)
     else:
         mixture = before.then(change_at, now)
-    sets: dict[str, SampleSet] = dict(zip(names, (s.samples for s in sources), strict=True))
+    sets: dict[str, TokenDataset] = dict(zip(names, (s.samples for s in sources), strict=True))
     for source, documents in zip(mixture.sources, mixture.counts_in(place.window), strict=True):
         if documents and source.name not in sets:
             sets[source.name] = _open_removed(source, recorded["sources"][source.name], open_removed)
@@ -115,8 +115,8 @@ def resume(
 
 
 def _open_removed(
-    source: Source, entry: dict[str, Any], open_removed: Callable[[Path, DocumentKind], SampleSet]
-) -> SampleSet:
+    source: Source, entry: dict[str, Any], open_removed: Callable[[Path, DocumentKind], TokenDataset]
+) -> TokenDataset:
     """Open a source no longer in the config, for the rest of the window in progress."""
     try:
         samples = open_removed(Path(entry["path"]), entry["kind"])

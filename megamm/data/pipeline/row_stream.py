@@ -19,7 +19,7 @@ from megamm.common.sample import Row
 from megamm.data.pipeline.mixture import Mixture
 from megamm.data.pipeline.packing import Forms, plan_rows
 from megamm.data.pipeline.row_reader import Recipe, RowReader
-from megamm.data.pipeline.token_dataset import Piece, SampleSet, piece_length
+from megamm.data.pipeline.token_dataset import Piece, TokenDataset, piece_length
 from megamm.model.vocabulary import Vocabulary
 
 _WINDOWS_KEPT = 4
@@ -50,7 +50,7 @@ class RowStream:
 
     def __init__(
         self,
-        sample_sets: Sequence[SampleSet | None],
+        sample_sets: Sequence[TokenDataset | None],
         mixture: Mixture,
         vocabulary: Vocabulary,
         row_length: int,
@@ -100,7 +100,7 @@ class RowStream:
         """Row r of the sequence."""
         return self.reader.row(self.locate(self.plan(r)))
 
-    def _set(self, source: int) -> SampleSet:
+    def _set(self, source: int) -> TokenDataset:
         sample_set = self.sample_sets[source]
         assert sample_set is not None, "a source is absent only after its last window"
         return sample_set
@@ -125,7 +125,7 @@ class RowStream:
         return self._windows[w]
 
 
-def _check_lengths(sample_set: SampleSet, row_length: int) -> None:
+def _check_lengths(sample_set: TokenDataset, row_length: int) -> None:
     needed = sample_set.needed
     if needed.max() > row_length:
         key = sample_set.keys[int(needed.argmax())]

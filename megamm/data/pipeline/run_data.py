@@ -18,7 +18,7 @@ from megamm.data.pipeline import mixture_schedule
 from megamm.data.pipeline.mixture_schedule import Change, OpenSource, Order
 from megamm.data.pipeline.packing import Form, Forms, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import RowStream
-from megamm.data.pipeline.token_dataset import DocumentKind, SampleSet
+from megamm.data.pipeline.token_dataset import DocumentKind, TokenDataset
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
@@ -44,8 +44,8 @@ class RunData:
         """Resume the recorded mixture, changed where the config differs. Raises UserError as `history.resume` does."""
         codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
 
-        def open_removed(path: Path, kind: DocumentKind) -> SampleSet:
-            return SampleSet(path / "train", codec_ids, kind)
+        def open_removed(path: Path, kind: DocumentKind) -> TokenDataset:
+            return TokenDataset(path / "train", codec_ids, kind)
 
         self.resumed = recorded
         self.stream, change = mixture_schedule.resume(self.sources, self.order, recorded, consumed_rows, open_removed)
@@ -115,16 +115,16 @@ def open_run_data(config: RunConfig) -> RunData:
     vocabulary, forms = vocabulary_of(modalities), forms_of(modalities, config.data.seq_length)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
     sources = [
-        OpenSource(source.path, source.weight, SampleSet(source.path / "train", codec_ids, source.documents))
+        OpenSource(source.path, source.weight, TokenDataset(source.path / "train", codec_ids, source.documents))
         for source in config.data.sources
     ]
     order = Order(config.train.seed, config.data.seq_length, vocabulary, forms)
-    heldout = [SampleSet(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
+    heldout = [TokenDataset(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
     rows = _heldout_rows(heldout, vocabulary, config, forms)
     return RunData(vocabulary, modalities, mixture_schedule.begin(sources, order), rows, sources, order)
 
 
-def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
+def _heldout_rows(sets: list[TokenDataset], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
     """Rows of the first held-out documents, from all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
     turns = [_usable_documents(samples, length) for samples in sets]
@@ -142,7 +142,7 @@ def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConf
     return [pack([documents[i] for i in row], vocabulary, length, forms) for row in rows[:HELDOUT_ROWS]]
 
 
-def _usable_documents(samples: SampleSet, length: int) -> Iterator[Document]:
+def _usable_documents(samples: TokenDataset, length: int) -> Iterator[Document]:
     """The documents of all samples that fit into rows of this length, in order."""
     for i in np.flatnonzero(samples.needed <= length).tolist():
         yield from samples.documents(i, length)

@@ -1,6 +1,6 @@
 """One source's split of shards as documents: token caches joined by key; lengths are known without reading tokens.
 
-    SampleSet(SHARDS/<source>/<split>, codec_ids)
+    TokenDataset(SHARDS/<source>/<split>, codec_ids)
         .pieces(i, turn, row_length) -> [Piece]   the parts of sample i for a row, for planning
         .read(i, piece) -> Document               its tokens
 
@@ -73,7 +73,7 @@ def selection(parts: int, turn: int, kind: DocumentKind) -> list[int]:
     return order
 
 
-class SampleSet:
+class TokenDataset:
     """The samples of SHARDS/<source>/<split>: the contents of each modality's token cache, joined by key.
 
     codec_ids: modality -> codec_id, in the order of turn 0 (text first). Modalities without a folder in the split are

@@ -8,7 +8,7 @@ import pytest
 
 from megamm.common.errors import UserError
 from megamm.data.pipeline.packing import document_length
-from megamm.data.pipeline.token_dataset import SampleSet, piece_length, selection, selections
+from megamm.data.pipeline.token_dataset import TokenDataset, piece_length, selection, selections
 from megamm.shards.folder import ShardWriter
 from megamm.shards.token_ids import tokens_to_bytes
 
@@ -40,7 +40,7 @@ def test_turns_go_through_every_order_and_every_ordered_pair(parts):
 def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
     members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
     split = write(tmp_path / "train", members)
-    whole, pairs = SampleSet(split, CODECS), SampleSet(split, CODECS, "pairs")
+    whole, pairs = TokenDataset(split, CODECS), TokenDataset(split, CODECS, "pairs")
     documents = [whole.read(0, whole.pieces(0, turn, 64)[0]) for turn in range(6)]
     assert {tuple(p.modality for p in d.parts) for d in documents} == set(permutations(CODECS))
     for document in documents:
@@ -58,7 +58,7 @@ def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
 def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
     members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
     split = write(tmp_path / "train", [*members, ("text", "alone", None, [7])])
-    pairs, answers = SampleSet(split, CODECS, "pairs"), SampleSet(split, CODECS, "answers")
+    pairs, answers = TokenDataset(split, CODECS, "pairs"), TokenDataset(split, CODECS, "answers")
     for turn in range(6):
         (piece,) = answers.pieces(0, turn, 64)
         assert [piece] == pairs.pieces(0, turn, 64)
@@ -66,7 +66,7 @@ def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
     (piece,) = answers.pieces(1, 0, 64)
     assert answers.read(1, piece).given == 0  # a single part counts to the loss, otherwise nothing is learnt from it
     assert answers.needed.tolist() == pairs.needed.tolist() and answers.digest != pairs.digest
-    numbered = SampleSet(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
+    numbered = TokenDataset(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
     assert numbered.read(0, numbered.pieces(0, 0, 64)[0]).given == 0  # its parts have an order: all of it is learnt
 
 
@@ -88,7 +88,7 @@ def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
             ("text", 7),
         )
     ]
-    sample_set = SampleSet(write(tmp_path / "train", page("p", parts) + page("q", parts[:2])), CODECS)
+    sample_set = TokenDataset(write(tmp_path / "train", page("p", parts) + page("q", parts[:2])), CODECS)
     assert sample_set.keys == ["p", "q"] and sample_set.needed.tolist() == [24, 13]
     for turn in (0, 1, 5):
         pieces = sample_set.pieces(0, turn, 32)
@@ -107,11 +107,11 @@ def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
 
 def test_text_alone_is_cut_to_rows_and_a_pair_never(tmp_path):
     ids = list(range(95))
-    sample_set = SampleSet(write(tmp_path / "train", [("text", "t", None, ids)]), CODECS)
+    sample_set = TokenDataset(write(tmp_path / "train", [("text", "t", None, ids)]), CODECS)
     pieces = sample_set.pieces(0, 0, 32)
     assert [p[0].stop - p[0].start for p in pieces] == [30, 30, 30, 5] and sample_set.needed[0] == 3
     assert [i for p in pieces for i in sample_set.read(0, p).parts[0].ids.tolist()] == ids
-    pair = SampleSet(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
+    pair = TokenDataset(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
     with pytest.raises(UserError, match=r"'t' has 108 tokens, but a row has 32.*seq_length to at least 108"):
         pair.pieces(0, 0, 32)
 
@@ -120,4 +120,4 @@ def test_text_alone_is_cut_to_rows_and_a_pair_never(tmp_path):
 def test_parts_with_a_gap_are_refused(tmp_path, numbers):
     members = [("text", "p", numbers[0], [1]), ("image", "p", numbers[1], [2])]
     with pytest.raises(UserError, match="not numbered 0, 1, 2"):
-        SampleSet(write(tmp_path / "train", members), CODECS)
+        TokenDataset(write(tmp_path / "train", members), CODECS)
