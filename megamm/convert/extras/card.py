@@ -15,7 +15,7 @@ from megamm import checkpoint
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
 from megamm.convert.io.digests import DIGESTS, write_digests
-from megamm.data.pipeline.mixture_schedule import source_names
+from megamm.data.pipeline.mixture import source_names
 from megamm.data.sources.attribution import FILE as ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
 from megamm.observability import metrics
