@@ -1,4 +1,4 @@
-"""Saves and restores the state of a run: tensors, random generators, the history of the data, config.
+"""Saves and restores the state of a run: tensors, random generators, the mixture schedule, config.
 
 The package `checkpoint` writes and verifies checkpoints; this module defines their contents.
 """
@@ -40,14 +40,14 @@ class CheckpointManager:
         data: RunData,
         engine: Engine,
         groups: Groups,
-        place: Device,
+        device: Device,
         while_waiting: Callable[[], None],
     ) -> None:
         """while_waiting: see Saver."""
-        self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
+        self.config, self.data, self.engine, self.groups, self.device = config, data, engine, groups, device
         c = config.checkpoint
         self.local = self._local_tier()
-        self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting, self.local)
+        self.saver = Saver(config.output, device, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
         self.is_in_run = True
@@ -68,8 +68,8 @@ class CheckpointManager:
         heldout_loss: float | None,
         wait: bool = False,
         to_run: bool = True,
-    ) -> float:
-        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows; return the seconds.
+    ) -> None:
+        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows.
 
         tokens: seen so far, by modality; loss_guard: the result of LossGuard.state; heldout_loss: if measured at this
         step. With `wait` the checkpoint is complete on return; UserError on all ranks if it fails. to_run: see
@@ -93,9 +93,8 @@ class CheckpointManager:
         )
         if self.uploader is not None:
             self.uploader.check()
-        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait, to_run)
+        self.saver.save(state, self.engine.blocks(), rng.states(self.device), wait, to_run)
         self.poll()
-        return stall
 
     def poll(self) -> None:
         """Print which checkpoints have been completed; call it at every step."""
@@ -182,11 +181,13 @@ class CheckpointManager:
         checkpoint.check_same_data(folder, state, config)
         if state.mixture is not None and state.consumed_rows:
             self._resume_data(folder, state, state.mixture)
+        # A skipped update did not advance the optimizer and its schedule.
         updates = state.step - state.loss_guard.get("updates_skipped", 0)
         self.engine.load(folder / "tensors", updates, state.has_optimizer)
         same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
         if same_layout and state.has_optimizer:
-            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
+            # The states of the generators belong to ranks: at another layout, they start from the seed.
+            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.device)
         if self.groups.rank == 0:
             layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)

@@ -1,6 +1,6 @@
 """The ranks of a run, as the fork server starts them: what they import before the fork, and what they do after it.
 
-`python -m megamm.train.ranks CHANNEL COMMAND`: a descriptor, and the process to exit with (elastic/fork_server.py).
+`python -m megamm.train.ranks CHANNEL LAUNCHER`: a descriptor, and the process to exit with (elastic/fork_server.py).
 """
 
 import socket
@@ -21,7 +21,7 @@ def preload(config: dict[str, Any]) -> None:
     device, engine = config["device"], config["engine"]
     with processes.without_blas_threads():
         import numpy  # noqa: F401
-    # Imported here: the command names this module too and must stay small.
+    # Imported here: the launcher names this module too and must stay small.
     from megamm.common import device as devices
     from megamm.common.log import log_to_console
 
@@ -52,9 +52,9 @@ def train_rank(config: dict[str, Any]) -> "Ending":
 
 
 def main() -> None:
-    """Serve the command until it closes the channel."""
-    channel, command = map(int, sys.argv[1:])
-    prefork.serve(socket.socket(fileno=channel), command, preload, train_rank)
+    """Serve the launcher until it closes the channel."""
+    channel, launcher = map(int, sys.argv[1:])
+    prefork.serve(socket.socket(fileno=channel), launcher, preload, train_rank)
 
 
 if __name__ == "__main__":

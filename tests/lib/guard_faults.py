@@ -129,14 +129,14 @@ def ended_before(step: int) -> None:
     from megamm.common.errors import UserError
     from megamm.train import trainer
 
-    one_step = trainer.Trainer._one_step
+    read_batches = trainer.Trainer._read_batches
 
-    def ended(self: Any) -> bool:
+    def ended(self: Any) -> Any:
         if self.step + 1 == step:
             raise UserError("ended", remedy="none", on_all_ranks=True)
-        return one_step(self)
+        return read_batches(self)
 
-    trainer.Trainer._one_step = ended
+    trainer.Trainer._read_batches = ended
 
 
 def ended_by_roll_back() -> None:
