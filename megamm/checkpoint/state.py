@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # the writer process imports this package without torch
 class TrainState:
     """The non-tensor part of a checkpoint. layout: the process grid that wrote it.
 
-    Without optimizer state (an import) training starts with new moments. mixture: history of the data mixture
+    Without optimizer state (an import) training starts with new moments. mixture: the mixture schedule
     (data/pipeline/run_data.py); None in an import and in old checkpoints without it. tokens: seen so far, by
     modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it
     was not measured at this step. versions: of the software that wrote it, including the code.

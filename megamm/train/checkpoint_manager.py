@@ -48,7 +48,7 @@ class CheckpointManager:
         c = config.checkpoint
         self.local = self._local_tier()
         self.saver = Saver(config.output, device, c.keep, c.keep_best, while_waiting, self.local)
-        engine.before_update = self.saver.settle
+        engine.before_update = self.saver.settle  # the weights must not change while they are copied
         self.uploader: Uploader | None = None
         self.is_in_run = True
         """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
@@ -132,7 +132,7 @@ class CheckpointManager:
         """
         start, c = time.monotonic(), self.config.checkpoint
         found = choose(self.config.output, c.durable, self.local, self._needed)
-        if self.local is not None:
+        if self.local is not None:  # the next restart must not find other steps there
             self.local.begin(found.step if found else -1)
         if c.durable and self.groups.rank == 0:
             self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)

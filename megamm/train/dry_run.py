@@ -59,6 +59,7 @@ class Grid:
 
     def built_ranks(self) -> list[int]:
         """Return ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
+        # Within a stage, dense shards repeat every `tensor` ranks and expert shards every `expert_ranks`.
         each = max(self.tensor, self.expert_ranks)
         starts = range(0, self.world_size, self.stage)
         firsts = [start + i for start in starts for i in range(each)]
@@ -90,6 +91,7 @@ def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
             if axis not in family.axes and (inside != inside[:, :1]).any():
                 row = int(np.argwhere(inside != inside[:, :1])[0][0])
                 return f"the {name} mix ranks of several {axis} coordinates: {family.ranks[row][:4].tolist()}..."
+        # With no foreign axis in it, a group of this size contains every combination of its own axes.
         count = np.prod([of_rank.max() + 1 for axis, of_rank in coordinates.items() if axis in family.axes], dtype=int)
         if family.ranks.shape[1] != count:
             return f"the {name} have {family.ranks.shape[1]} ranks, not {count}"

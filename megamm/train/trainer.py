@@ -208,6 +208,7 @@ class Trainer:
     def _evaluate(self) -> float | None:
         """Report the mean loss per modality over the held-out rows, weighted by tokens; return their weighted mean."""
         names, start = self.data.vocabulary.modalities, time.monotonic()
+        # The losses are already reduced over all ranks; a modality without tokens in a batch has the mean NaN.
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
         self.heartbeat.beat("evaluate", self.step)
@@ -249,6 +250,7 @@ class Trainer:
         resumed = self.checkpoints.resume()
         if resumed is not None:
             self._continue_from(resumed)
+            # A state that is only in local storage is saved to the run's folder at the next stop.
             self.saved_step = self.step if self.checkpoints.is_in_run else 0
 
     def _continue_from(self, state: TrainState) -> None:
@@ -261,6 +263,7 @@ class Trainer:
     def _open_loader(self, row: int) -> None:
         """Continue reading from this row."""
         self.loader.close()
+        # `waited` is reported as a total of the run.
         waited, self.loader = self.loader.waited, self._loader(row)
         self.loader.waited = waited
 

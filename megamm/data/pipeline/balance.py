@@ -83,6 +83,7 @@ def _bundles(costs: Sequence[float], count: int, size: int) -> list[list[int]]:
     bundles: list[list[int]] = [[] for _ in range(count)]
     heapify(open_bundles)
     for row in sorted(range(len(costs)), key=lambda r: (-costs[r], r)):
+        # The most expensive row that is left goes to the cheapest bundle with space.
         cost, i = heappop(open_bundles)
         bundles[i].append(row)
         if len(bundles[i]) < size:

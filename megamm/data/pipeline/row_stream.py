@@ -100,8 +100,9 @@ class RowStream:
     def block_start(self, r: int) -> BlockStart:
         """The block that row r is in."""
         assert r >= self.start.row, "a stream has no rows before its start"
-        while self._first_rows[-1] <= r:
+        while self._first_rows[-1] <= r:  # plan one block more: its number of rows says where the next one starts
             self.first_row(self.start.block + len(self._first_rows))
+        # The last block that starts at or before r: its rows include r, as the next block starts after it.
         b = bisect_right(self._first_rows, r) - 1
         return BlockStart(self.start.block + b, self._first_rows[b])
 
@@ -115,7 +116,7 @@ class RowStream:
     def _rows_of(self, b: int) -> list[RowSpec]:
         """The rows of block b, in order."""
         if b not in self._blocks:
-            self._blocks[b] = self._plan(b)
+            self._blocks[b] = self._plan(b)  # takes tenths of a second
             if len(self._blocks) > _BLOCKS_KEPT:
                 self._blocks.popitem(last=False)
         self._blocks.move_to_end(b)
@@ -130,6 +131,7 @@ class RowStream:
             dataset = self.datasets[source]
             assert dataset is not None, "a source is absent only after its last block"
             documents += dataset.plan(sample, permutation, self.row_length)
+        # Blocks are packed separately: a row never mixes two, so a block can be planned without the ones before it.
         lengths = np.array([document.length for document in documents], dtype=np.int64)
         return [RowSpec(tuple(documents[d] for d in row)) for row in plan_rows(lengths, self.row_length)]
 

@@ -170,7 +170,7 @@ def _heldout_rows(
     documents: list[Document] = []
     sizes: list[int] = []
     while readers and sum(sizes) < HELDOUT_ROWS * length:
-        for reader in list(readers):
+        for reader in list(readers):  # one document of each, so that a few rows represent all sources
             document = next(reader, None)
             if document is None:
                 readers.remove(reader)
