@@ -35,7 +35,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megamm import __version__
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.rank_file import Image
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.storage.local import LocalTier
@@ -73,9 +73,9 @@ def config_of(model: dict[str, int], batch: int) -> RunConfig:
     )
 
 
-def state(step: int) -> RunState:
+def state(step: int) -> TrainState:
     """Return the state for a checkpoint of which only the tensors are used."""
-    return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
+    return TrainState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
 class Sides:

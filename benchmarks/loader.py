@@ -37,10 +37,10 @@ from megamm import __version__
 from megamm.common.sample import Batch, Document, Part, Row
 from megamm.config import ModelConfig
 from megamm.data.pipeline.loader import Loader, Reading
-from megamm.data.pipeline.mixture import Mixture, Source
-from megamm.data.pipeline.packing import Form, document_length, pack
+from megamm.data.pipeline.mixture import Mixture, MixtureSource
+from megamm.data.pipeline.packing import PackingSpec, document_length, pack
 from megamm.data.pipeline.row_stream import RowStream
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.flops import flops_of_row
 from megamm.model.vocabulary import Vocabulary
@@ -48,7 +48,7 @@ from megamm.shards.folder import ShardWriter, tokens_from_bytes, tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i"}
 VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})
-FORMS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
+PACKING = {"text": PackingSpec(sequential_positions, False), "image": PackingSpec(sequential_positions, True)}
 ROW, MICRO_BATCH, IMAGE_TOKENS, SAMPLES = 2048, 4, 64, 6000
 PEERS = ("webdataset", "megatron-energon")
 ENERGON_BUFFER = 500
@@ -73,8 +73,8 @@ def write_shards(folder: Path) -> None:
 
 def our_batches(folder: Path, workers: int) -> Iterator[Batch]:
     """Yield microbatches from the loader, one per step."""
-    sample_set = SampleSet(folder, CODECS)
-    stream = RowStream([sample_set], Mixture([Source("s", 1, len(sample_set))], 0), VOCABULARY, ROW, FORMS)
+    dataset = TokenDataset(folder, CODECS)
+    stream = RowStream([dataset], Mixture([MixtureSource("s", 1, len(dataset))], 0), VOCABULARY, ROW, PACKING)
     loader = Loader(
         stream,
         global_batch=MICRO_BATCH,
@@ -105,7 +105,7 @@ def packed_in_order(documents: Iterator[Document]) -> Iterator[Batch]:
     """Yield microbatches of documents in the order they come."""
     rows: list[Row] = []
     for row in by_next_fit(documents, lambda document: document):
-        rows.append(pack(row, VOCABULARY, ROW, FORMS))
+        rows.append(pack(row, VOCABULARY, ROW, PACKING))
         if len(rows) == MICRO_BATCH:
             yield Batch.stack(rows)
             rows = []
@@ -173,7 +173,7 @@ def energon_batches(folder: Path, workers: int) -> Iterator[Batch]:
 
         @energon.stateless  # type: ignore[untyped-decorator]
         def pack_selected_samples(self, samples: list[dict[str, Any]]) -> Row:
-            return pack([sample["document"] for sample in samples], VOCABULARY, ROW, FORMS)
+            return pack([sample["document"] for sample in samples], VOCABULARY, ROW, PACKING)
 
         @energon.stateless  # type: ignore[untyped-decorator]
         def batch(self, samples: list[Row]) -> Batch:

@@ -22,7 +22,7 @@ from megamm import __version__
 from megamm.common.sample import IntArray
 from megamm.config import ModelConfig
 from megamm.data.pipeline.balance import assign, imbalance
-from megamm.data.pipeline.mixture import WINDOW
+from megamm.data.pipeline.mixture import BLOCK
 from megamm.data.pipeline.packing import plan_rows
 from megamm.model.flops import flops_of_row
 
@@ -72,11 +72,11 @@ LAYOUTS = ((8, 4, 1), (4, 4, 2), (16, 1, 1))
 
 
 def draw(mix: list[tuple[float, Draw, bool]], row_length: int, generator: np.random.Generator) -> IntArray:
-    """Return the lengths of a window's documents in order; splittable ones are cut to rows."""
+    """Return the lengths of a shuffle block's documents in order; splittable ones are cut to rows."""
     shares = np.array([share for share, _, _ in mix])
-    which = generator.choice(len(mix), WINDOW, p=shares / shares.sum())
+    which = generator.choice(len(mix), BLOCK, p=shares / shares.sum())
     lengths: list[int] = []
-    for length, kind in zip(np.choose(which, [d(generator, WINDOW) for _, d, _ in mix]).tolist(), which, strict=True):
+    for length, kind in zip(np.choose(which, [d(generator, BLOCK) for _, d, _ in mix]).tolist(), which, strict=True):
         while mix[kind][2] and length > row_length:
             lengths.append(row_length)
             length -= row_length - 2  # the rest is a new document with its marks

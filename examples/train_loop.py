@@ -23,7 +23,7 @@ from megamm.model.loss import overall, weight_tensor
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.text.train import train_text_tokenizer
 from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
-from megamm.train.checkpoint_manager import RunStore
+from megamm.train.checkpoint_manager import CheckpointManager
 
 
 def make_data(folder: Path, place: device.Device) -> None:
@@ -65,7 +65,7 @@ def train(folder: Path, place: device.Device) -> None:
     loader = Loader(data.stream, global_batch=rows, micro_batch=rows, data_rank=rank, data_size=size, cost=cost)
     model = build_engine(config, vocabulary.size, groups, place)  # with its optimizer and schedule
     weights = weight_tensor(config.loss_weights, vocabulary.modalities, place.torch_device)
-    store = RunStore(config, data, model, groups, place, while_waiting=lambda: None)
+    store = CheckpointManager(config, data, model, groups, place, while_waiting=lambda: None)
     for step in range(1, config.train.steps + 1):
         result = model.compute_gradients([batch.to(place.torch_device) for batch in loader.step()], weights)
         model.apply_update()

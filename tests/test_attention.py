@@ -14,7 +14,7 @@ from megamm.common.device import Device, choose
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, Part
 from megamm.config import RopeScalingConfig
-from megamm.data.pipeline.packing import Form, pack
+from megamm.data.pipeline.packing import PackingSpec, pack
 from megamm.mcore import cpu
 from megamm.modalities.protocol import sequential_positions
 from megamm.model import rope
@@ -191,7 +191,7 @@ def test_text_of_three_axes_is_text_of_one() -> None:
     vocabulary = Vocabulary.of({"text": (50, "")})
     texts = [np.arange(n, dtype=np.int64) for n in (9, 4, 13)]
     documents = [Document(str(i), (Part("text", ids),)) for i, ids in enumerate(texts)]
-    row = pack(documents, vocabulary, 40, {"text": Form(sequential_positions, has_fixed_length=False)})
+    row = pack(documents, vocabulary, 40, {"text": PackingSpec(sequential_positions, has_fixed_length=False)})
     row_map, used = Batch.stack([row]).row_map, int((row.segment >= 0).sum())
     qkv = [x[:, :1] for x in inputs(9, 40, HEADS[0])[:3]]
     one, three = (build(ALONE, 8, axes)(*qkv, row_map) for axes in (1, 3))

@@ -164,7 +164,7 @@ def test_state_is_read_back_and_holds_no_secrets(tmp_path):
     assert checkpoint.read_state(tmp_path).tokens == {}
 
 
-def checkpoint_state() -> checkpoint.RunState:
-    return checkpoint.RunState(
+def checkpoint_state() -> checkpoint.TrainState:
+    return checkpoint.TrainState(
         3, 12, 1, layout={}, vocabulary=[], config={}, versions={"code": checkpoint.code_version()}
     )

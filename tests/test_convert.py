@@ -5,7 +5,7 @@ import torch
 from convert_rows import documents, model_config
 from transformers import AutoModelForCausalLM
 
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.common.errors import UserError
@@ -37,7 +37,7 @@ def pair(request, tmp_path):
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a swapped pair of norms
             parameter.data.uniform_(0.5, 1.5)
-    state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
+    state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, engine.blocks(), rng.fresh(), device)
     tensors = path_of(tmp_path, 0) / "tensors"
     family = family_for(config.model)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_export import make_export, open_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megamm.checkpoint import RunState
+from megamm.checkpoint import TrainState
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
 from megamm.convert.extras import card
@@ -190,7 +190,7 @@ def test_the_card_tells_of_the_run(export, tmp_path):
     lines = [{"step": 2, "heldout/text": 3.5}, {"step": 4, "heldout/text": 2.25}, {"step": 6, "heldout/text": 1.0}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     gone = {"sources": {"old": {"path": str(tmp_path / "old"), "documents": 1, "shards": "", "kind": "whole"}}}
-    state = RunState(
+    state = TrainState(
         4, 8, 1, {}, own["vocabulary"], own["config"], {"megamm": "1"}, mixture=gone, tokens={"text": 12345}
     )
     own |= {"step": 4, "training": card.record(run / "checkpoints" / "step_00000004", state, config)}

@@ -169,7 +169,7 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
         for o, s in boxes(tuple(t.shape))
     ]
     grid.start(choose("cpu"))
-    state = checkpoint.RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
+    state = checkpoint.TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
     grid.destroy()
     pieces = Pieces(path_of(tmp_path, 0) / "tensors")

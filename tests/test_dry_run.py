@@ -98,10 +98,7 @@ def test_whole_world_is_consistent(name: str) -> None:
     assert dry_run.shards_fault(models, grid) is None
     assert dry_run.size_fault(config, VOCABULARY, models) is None
     assert dry_run.tokens_fault(config) is None
-    places = [grid.place(rank) for rank in range(grid.world_size)]
-    assert [(p.tensor, p.context, p.data, p.pipeline, p.expert) for p in places] == [
-        models[r].place for r in range(grid.world_size)
-    ]
+    assert [grid.coordinates(r) for r in range(grid.world_size)] == [models[r].place for r in range(grid.world_size)]
 
 
 def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:

@@ -14,7 +14,7 @@ from convert_rows import documents
 from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, write_model
 from safetensors.torch import load_file
 
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.saver import save_now
 from megamm.checkpoint.tensor_shards import Block
 from megamm.common.device import choose
@@ -72,7 +72,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     try:
         groups = grid.build(config.parallel, seed=3)
         engine = NativeEngine(config, VOCABULARY, groups, device)
-        state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
+        state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
         save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, SEQUENCE), 4, 0, 1)[0]

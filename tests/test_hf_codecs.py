@@ -8,7 +8,7 @@ import transformers
 from hf_models import AUDIO, SIZES, direct, edited, load, make_folders, noise, pictures
 
 from megamm.common.errors import UserError
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.data.tokenize.token_cache import cache_name
 from megamm.modalities.image import ImageModality
 from megamm.shards.folder import ShardWriter, tokens_to_bytes
@@ -123,7 +123,7 @@ def test_tokens_of_another_codec_are_refused(folders, tmp_path):
     ids = mine.codec.encode(pictures(1, 1))[0].numpy()
     with ShardWriter(tmp_path / "train" / cache_name(mine)) as writer:
         writer.add("a", "npy", tokens_to_bytes(ids, 64), tokens=36)
-    read = SampleSet(tmp_path / "train", {"image": mine.codec_id})
+    read = TokenDataset(tmp_path / "train", {"image": mine.codec_id})
     assert read.whole(0).parts[0].ids.tolist() == ids.tolist()
     with pytest.raises(UserError, match=f"no image tokens of codec {other.codec_id}.*megamm data tokenize.*--codec"):
-        SampleSet(tmp_path / "train", {"image": other.codec_id})
+        TokenDataset(tmp_path / "train", {"image": other.codec_id})

@@ -11,17 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from read_rows import read_row
 from tiny_run import environment
 
 from megamm.common.errors import UserError
 from megamm.data.pipeline.balance import assign, imbalance
 from megamm.data.pipeline.loader import Loader, Reading
-from megamm.data.pipeline.mixture import Mixture, Source
-from megamm.data.pipeline.mixture_schedule import source_names
-from megamm.data.pipeline.packing import Form, document_length
+from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
+from megamm.data.pipeline.packing import PackingSpec, document_length
 from megamm.data.pipeline.row_stream import RowStream
 from megamm.data.pipeline.run_data import PositionTable
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 from megamm.shards.folder import ShardWriter, tokens_to_bytes
@@ -29,7 +29,7 @@ from megamm.shards.folder import ShardWriter, tokens_to_bytes
 TEXT, IMAGE = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 CODECS = {"text": TEXT, "image": IMAGE}
 VOCABULARY = Vocabulary.of({"text": (300, TEXT), "image": (64, IMAGE)})
-POSITIONS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
+PACKING = {"text": PackingSpec(sequential_positions, False), "image": PackingSpec(sequential_positions, True)}
 ROW = 64
 
 
@@ -52,14 +52,14 @@ def caches(split, samples, seed, image=9, without_image=(), longest=12):
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    pairs = SampleSet(caches(folder / "pairs" / "train", 45, seed=1, without_image={3, 44}), CODECS)
-    texts = SampleSet(caches(folder / "texts" / "train", 30, seed=2, image=0, longest=200), CODECS)
+    pairs = TokenDataset(caches(folder / "pairs" / "train", 45, seed=1, without_image={3, 44}), CODECS)
+    texts = TokenDataset(caches(folder / "texts" / "train", 30, seed=2, image=0, longest=200), CODECS)
     return [pairs, texts]
 
 
 def stream(sets, seed=7):
-    mixture = Mixture([Source("pairs", 3, len(sets[0])), Source("texts", 1, len(sets[1]))], seed)
-    return RowStream(sets, mixture, VOCABULARY, ROW, POSITIONS)
+    mixture = Mixture([MixtureSource("pairs", 3, len(sets[0])), MixtureSource("texts", 1, len(sets[1]))], seed)
+    return RowStream(sets, mixture, VOCABULARY, ROW, PACKING)
 
 
 def cost(lengths):
@@ -89,7 +89,7 @@ def test_documents_are_the_tokens_that_were_cached(sets):
     pairs = sets[0]
     both, text = pairs.whole(0), pairs.whole(3)
     assert [p.modality for p in both.parts] == ["text", "image"] and both.key == "s0000"
-    turned = pairs.read(0, pairs.pieces(0, 1, ROW)[0])
+    turned = pairs.read(pairs.plan(0, 1, ROW)[0])
     assert [p.modality for p in turned.parts] == ["image", "text"]
     assert [p.modality for p in text.parts] == ["text"]  # joined by key: sample 3 has no image
     for i in range(len(pairs)):
@@ -101,25 +101,25 @@ def test_documents_are_the_tokens_that_were_cached(sets):
 
 def test_rows_are_a_pure_function_of_their_number(sets):
     forward, backward = stream(sets), stream(sets)
-    numbers = [0, 5, 900, 1, 2500]  # windows are planned in order, and read in any order
-    rows = {r: forward.row(r) for r in numbers}
+    numbers = [0, 5, 900, 1, 2500]  # blocks are planned in order, and read in any order
+    rows = {r: read_row(forward, r) for r in numbers}
     for r in reversed(numbers):
-        assert np.array_equal(rows[r].input_ids, backward.row(r).input_ids)
-        assert np.array_equal(rows[r].position, backward.row(r).position)
-    assert not np.array_equal(stream(sets, seed=8).row(0).input_ids, rows[0].input_ids)
+        assert np.array_equal(rows[r].input_ids, read_row(backward, r).input_ids)
+        assert np.array_equal(rows[r].position, read_row(backward, r).position)
+    assert not np.array_equal(read_row(stream(sets, seed=8), 0).input_ids, rows[0].input_ids)
 
 
-def test_the_first_window_holds_every_document_that_the_mixture_drew(sets):
+def test_the_first_block_holds_every_document_that_the_mixture_drew(sets):
     rows = stream(sets)
-    rows.row(0)
-    window = rows.mixture.window(0)
-    drawn = [sets[s].whole(i) for s, i in zip(window.source.tolist(), window.sample.tolist(), strict=True)]
+    read_row(rows, 0)
+    block = rows.mixture.block(0)
+    drawn = [sets[s].whole(i) for s, i in zip(block.source.tolist(), block.sample.tolist(), strict=True)]
     wanted = sum(document_length(*document.sizes) for document in drawn)
-    in_window = [rows.row(r) for r in range(rows.first_row(1))]
-    marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_window)
-    used = sum(int((row.segment >= 0).sum()) for row in in_window)
-    assert used - 2 * marks == wanted - 2 * len(window.source)  # pieces of long texts add marks and lose no token
-    assert marks > len(window.source)
+    in_block = [read_row(rows, r) for r in range(rows.first_row(1))]
+    marks = sum(int((row.input_ids == VOCABULARY.document_start).sum()) for row in in_block)
+    used = sum(int((row.segment >= 0).sum()) for row in in_block)
+    assert used - 2 * marks == wanted - 2 * len(block.source)  # pieces of long texts add marks and lose no token
+    assert marks > len(block.source)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 6])
@@ -127,7 +127,7 @@ def test_a_step_has_the_same_rows_at_any_data_size(sets, size):
     loaders = [loader(sets, size, rank) for rank in range(size)]
     reference = stream(sets)
     for step in range(3):
-        wanted = sorted(tuple(reference.row(r).input_ids.tolist()) for r in range(step * 12, step * 12 + 12))
+        wanted = sorted(tuple(read_row(reference, r).input_ids.tolist()) for r in range(step * 12, step * 12 + 12))
         assert rows_of_step(loaders) == wanted
 
 
@@ -136,9 +136,9 @@ def test_resume_at_another_size_goes_on_where_it_stopped(sets):
     expected = [rows_of_step(whole) for _ in range(5)]
     before = [loader(sets, 2, rank) for rank in range(2)]
     assert [rows_of_step(before) for _ in range(2)] == expected[:2]
-    state = before[0].state()
-    assert state == before[1].state() == {"consumed_rows": 24}
-    after = [loader(sets, 3, rank, consumed=state["consumed_rows"]) for rank in range(3)]
+    consumed = before[0].consumed_rows
+    assert consumed == before[1].consumed_rows == 24
+    after = [loader(sets, 3, rank, consumed=consumed) for rank in range(3)]
     assert [rows_of_step(after) for _ in range(3)] == expected[2:]
 
 
@@ -146,12 +146,12 @@ def test_microbatches_are_those_that_balance_assigns(sets):
     loaders, reference = [loader(sets, 2, rank) for rank in range(2)], stream(sets)
     steps = [one.step() for one in loaders]
     assert [b.input_ids.shape for b in steps[1]] == [(2, ROW)] * 3 and steps[1][0].position.shape == (2, 3, ROW)
-    costs = [cost(reference.plan(r).lengths) for r in range(12)]
+    costs = [cost(reference.row_spec(r).lengths) for r in range(12)]
     rows = assign(costs, 2, 2)
     for rank, batches in enumerate(steps):
         for batch, numbers in zip(batches, rows[:, rank].tolist(), strict=True):
-            assert batch.input_ids.tolist() == [reference.row(r).input_ids.tolist() for r in numbers]
-    padded = np.mean([(reference.row(r).segment < 0).mean() for r in range(12)])
+            assert batch.input_ids.tolist() == [read_row(reference, r).input_ids.tolist() for r in numbers]
+    padded = np.mean([(read_row(reference, r).segment < 0).mean() for r in range(12)])
     for one in loaders:  # figures of the whole step, the same on every rank
         assert one.figures.padding_share == pytest.approx(padded)
         assert one.figures.imbalance == imbalance(costs, rows)[0] >= 1
@@ -171,18 +171,18 @@ def test_heldout_has_every_sample_once_in_each_order(sets):
 
 
 def test_a_pair_longer_than_a_row_is_named_before_the_run(sets, tmp_path):
-    long = SampleSet(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
+    long = TokenDataset(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
     with pytest.raises(UserError, match=r"sample 's0001' needs .* a row has 64 \(4 such samples\).*seq_length"):
-        RowStream([long], Mixture([Source("long", 1, 4)], 0), VOCABULARY, ROW, POSITIONS)
+        RowStream([long], Mixture([MixtureSource("long", 1, 4)], 0), VOCABULARY, ROW, PACKING)
 
 
 def test_missing_caches_name_the_command(tmp_path):
     split = caches(tmp_path / "source" / "train", 3, seed=0)
     (split / "image").mkdir()
     with pytest.raises(UserError, match=r"no image tokens of codec other.*data tokenize .*source --codec NAME="):
-        SampleSet(split, {"text": TEXT, "image": "other"})
+        TokenDataset(split, {"text": TEXT, "image": "other"})
     with pytest.raises(UserError, match="megamm data build"):
-        SampleSet(tmp_path / "nowhere" / "train", CODECS)
+        TokenDataset(tmp_path / "nowhere" / "train", CODECS)
 
 
 def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
@@ -191,15 +191,15 @@ def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
     entries = [json.loads(line) | {"tokens": 8} for line in index.read_text().splitlines()]
     index.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     with pytest.raises(UserError, match="does not match the index"):
-        SampleSet(split, CODECS).whole(0)
+        TokenDataset(split, CODECS).whole(0)
 
 
 def test_ids_of_a_larger_codec_are_refused(tmp_path):
-    sample_set = SampleSet(caches(tmp_path / "source" / "train", 3, seed=0), CODECS)
+    dataset = TokenDataset(caches(tmp_path / "source" / "train", 3, seed=0), CODECS)
     small = Vocabulary.of({"text": (300, TEXT), "image": (4, IMAGE)})
-    rows = RowStream([sample_set], Mixture([Source("source", 1, 3)], 0), small, ROW, POSITIONS)
+    rows = RowStream([dataset], Mixture([MixtureSource("source", 1, 3)], 0), small, ROW, PACKING)
     with pytest.raises(UserError, match=r"image token id .* its codec has 4"):
-        rows.row(0)
+        read_row(rows, 0)
 
 
 def test_moved_data_keeps_its_order():
@@ -224,16 +224,16 @@ def test_workers_give_the_batches_of_the_process_itself(sets, workers):
                 assert (
                     torch.equal(getattr(a, name), getattr(b, name)) and getattr(b, name).dtype == getattr(a, name).dtype
                 )
-        assert ahead.state() == own.state() and ahead.figures == own.figures
+        assert ahead.consumed_rows == own.consumed_rows and ahead.figures == own.figures
     assert torch.rand(1) == expected
-    assert ahead.state() == {"consumed_rows": 60} and own.waited > 0
+    assert ahead.consumed_rows == 60 and own.waited > 0
     ahead.close()
 
 
 def test_a_workers_user_error_is_the_same_line(tmp_path):
     def opened():
-        sample_set = SampleSet(tmp_path / "source" / "train", CODECS)
-        return [sample_set, SampleSet(tmp_path / "texts" / "train", CODECS)]
+        dataset = TokenDataset(tmp_path / "source" / "train", CODECS)
+        return [dataset, TokenDataset(tmp_path / "texts" / "train", CODECS)]
 
     caches(tmp_path / "source" / "train", 45, seed=1)
     caches(tmp_path / "texts" / "train", 30, seed=2, image=0)
@@ -281,10 +281,10 @@ def test_positions_come_from_a_table_that_needs_no_codec():
     assert all(np.array_equal(again(n), sequential_positions(n)) for n in (0, 1, 17, 40))
 
 
-def test_a_stream_that_starts_at_a_window_has_the_same_rows(sets):
+def test_a_stream_that_starts_at_a_block_has_the_same_rows(sets):
     whole = stream(sets)
-    place = whole.place(whole.first_row(2) + 3)
-    assert (place.window, place.row) == (2, whole.first_row(2))
-    later = RowStream(sets, whole.mixture, VOCABULARY, ROW, POSITIONS, place)
-    for r in (place.row, place.row + 1, whole.first_row(3)):
-        assert np.array_equal(later.row(r).input_ids, whole.row(r).input_ids)
+    start = whole.block_start(whole.first_row(2) + 3)
+    assert (start.block, start.row) == (2, whole.first_row(2))
+    later = RowStream(sets, whole.mixture, VOCABULARY, ROW, PACKING, start)
+    for r in (start.row, start.row + 1, whole.first_row(3)):
+        assert np.array_equal(read_row(later, r).input_ids, read_row(whole, r).input_ids)

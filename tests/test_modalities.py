@@ -10,7 +10,7 @@ from toy_modality import SmellModality
 from megamm.common.errors import UnreadableMedia
 from megamm.common.sample import IGNORE_LABEL, Document, Part
 from megamm.data.pipeline.packing import pack
-from megamm.data.pipeline.run_data import forms_of, load_modalities, vocabulary_of
+from megamm.data.pipeline.run_data import load_modalities, packing_specs, vocabulary_of
 from megamm.modalities import REGISTRY
 
 NAMES = [*REGISTRY, SmellModality.name]
@@ -64,13 +64,13 @@ def test_what_is_no_medium_is_refused(modality, data):
 
 
 def test_every_ordered_pair_is_a_document_whose_losses_are_counted_to_its_modalities(modalities):
-    vocabulary, forms = vocabulary_of(modalities), forms_of(modalities, 512)
+    vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, 512)
     parts = {name: Part(name, m.encode([m.read_media(*example(name, 1))])[0]) for name, m in modalities.items()}
     assert vocabulary.modalities == tuple(NAMES)
     for a, b in permutations(NAMES, 2):
-        row = pack([Document("d", (parts[a], parts[b]))], vocabulary, 512, forms)
+        row = pack([Document("d", (parts[a], parts[b]))], vocabulary, 512, packing)
         media = [name for name in (a, b) if name != "text"]
-        wanted = {name: parts[name].ids.size + (not forms[name].has_fixed_length) for name in media}  # its end mark
+        wanted = {name: parts[name].ids.size + (not packing[name].has_fixed_length) for name in media}  # its end mark
         wanted["text"] = len(media) + 1 + ("text" in (a, b)) * parts["text"].ids.size  # what follows, and the end
         counted = {n: int((row.modality == i).sum()) for i, n in enumerate(vocabulary.modalities)}
         assert {name: count for name, count in counted.items() if count} == wanted

@@ -5,7 +5,7 @@ import pytest
 
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Document, Part
-from megamm.data.pipeline.packing import Form, document_length, pack, padding_share, plan_rows
+from megamm.data.pipeline.packing import PackingSpec, document_length, pack, plan_rows
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 
@@ -18,7 +18,7 @@ def grid_positions(length):
     return np.stack([np.zeros_like(cells), cells // GRID, cells % GRID])
 
 
-POSITIONS = {"text": Form(sequential_positions, False), "image": Form(grid_positions, True)}
+POSITIONS = {"text": PackingSpec(sequential_positions, False), "image": PackingSpec(grid_positions, True)}
 START, END, PADDING = VOCABULARY.document_start, VOCABULARY.document_end, VOCABULARY.padding
 IMAGE, IMAGE_END = VOCABULARY.begin("image"), VOCABULARY.end("image")
 
@@ -32,11 +32,11 @@ def first_fit_decreasing(lengths, row_length):
     """Return the number of rows that the textbook heuristic needs."""
     spaces = []
     for length in sorted(lengths, reverse=True):
-        place = next((i for i, space in enumerate(spaces) if space >= length), None)
-        if place is None:
+        index = next((i for i, space in enumerate(spaces) if space >= length), None)
+        if index is None:
             spaces.append(row_length - length)
         else:
-            spaces[place] -= length
+            spaces[index] -= length
     return len(spaces)
 
 
@@ -127,7 +127,6 @@ def test_labels_stay_in_their_document(seed):
         for name in ("input_ids", "labels", "loss_weight", "modality"):
             assert np.array_equal(getattr(row, name)[here], getattr(alone, name))
         assert np.array_equal(row.position[:, here], alone.position)
-    assert padding_share(row) == pytest.approx(7 / (sum(lengths) + 7))
 
 
 @pytest.mark.parametrize(("modality", "bad"), [("image", 50), ("text", 100), ("text", -1)])

@@ -98,10 +98,10 @@ def test_layout_equals_one_rank(harness: Harness, case: Case):
         pytest.fail(f"{outcome.text()}\n{smallest(harness, case, outcome)}")
     if outcome.verdict == "proven":
         grid = Grid(case.config, case.world)
-        for rank, place in enumerate(outcome.places):
-            theirs = grid.place(rank)
+        for rank, found in enumerate(outcome.places):
+            theirs = grid.coordinates(rank)
             for axis in ("tensor", "context", "data", "pipeline", "expert"):
-                assert place[axis] == getattr(theirs, axis), f"the dry run's {axis} coordinate of rank {rank}"
+                assert found[axis] == getattr(theirs, axis), f"the dry run's {axis} coordinate of rank {rank}"
 
 
 def smallest(harness: Harness, case: Case, outcome: Outcome) -> str:

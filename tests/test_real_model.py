@@ -12,7 +12,7 @@ import torch
 import transformers
 from family_models import read_model
 
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.convert.families import mapping
@@ -45,7 +45,7 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
     try:
         groups, vocabulary = grid.build(config.parallel, seed=1), theirs.config.vocab_size
         engine = NativeEngine(config, vocabulary, groups, device)
-        state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
+        state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
         save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         documents = [torch.tensor(tokenizer(text).input_ids) for text in TEXTS]

@@ -17,11 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import warm
+from read_rows import read_row
 from tiny_run import environment
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
-from megamm.data.pipeline.mixture import WINDOW
+from megamm.data.pipeline.mixture import BLOCK
 from megamm.shards.folder import ShardWriter, tokens_to_bytes
 
 SIZES = {"a": 230, "b": 57, "c": 101}
@@ -83,7 +84,7 @@ def written(log):
 
 def count_rows(stream, first, stop):
     """Count samples in rows [first, stop) of a stream, by their texts."""
-    batches = [Batch.stack([stream.row(r)]) for r in range(first, stop)]
+    batches = [Batch.stack([read_row(stream, r)]) for r in range(first, stop)]
     return Counter(tuple(text) for text in loader_worker.texts(batches))
 
 
@@ -102,12 +103,12 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
         seen += texts
     segments = state["recorded"]["segments"]
     assert [segment["weights"] for segment in segments] == [BEFORE, AFTER]
-    # The same sequence in one go; the last world continues to the end of a window after the change.
+    # The same sequence in one go; the last world continues to the end of a block after the change.
     first = state["recorded"] | {"window": 0, "first_row": 0}
     stream, change = loader_worker.open_stream(folder, AFTER, first, 0)
     assert change is None
-    last_window = max(segments[1]["window"], stream.place(state["consumed_rows"]).window) + 1
-    end = stream.first_row(last_window)
+    last_block = max(segments[1]["window"], stream.block_start(state["consumed_rows"]).block) + 1
+    end = stream.first_row(last_block)
     steps = -(-(end - state["consumed_rows"]) // loader_worker.GLOBAL_BATCH)
     state, texts = run_world(folder, "last", 2, state, steps=steps, weights=AFTER, workers=1)
     seen += texts
@@ -115,34 +116,40 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
     assert end <= consumed < end + loader_worker.GLOBAL_BATCH
     assert seen == count_rows(stream, 0, consumed)
     # That sequence has every sample of a source equally often, except for the epoch in progress.
-    counts = stream.mixture.counts(last_window * WINDOW)
+    counts = stream.mixture.counts(last_block * BLOCK)
     whole = seen - count_rows(stream, end, consumed)
     for number, (name, samples) in enumerate(SIZES.items()):
         drawn = counts[[s.name for s in stream.mixture.sources].index(name)]
         times = [whole[number, i] for i in range(samples)]
         assert sum(times) == drawn and {drawn // samples} <= set(times) <= {drawn // samples, -(-drawn // samples)}
-    assert sum(whole.values()) == last_window * WINDOW
+    assert sum(whole.values()) == last_block * BLOCK
 
 
 def resumed(folder, weights, stream, consumed, earlier=None):
-    """Return the resumed stream; earlier is the history that it was resumed from."""
-    recorded = json.loads(json.dumps(loader_worker.to_json(stream, consumed, earlier)))
+    """Return the resumed stream; earlier is the schedule that it was resumed from."""
+    recorded = json.loads(json.dumps(loader_worker.schedule_to_json(stream, consumed, earlier)))
     return loader_worker.open_stream(folder, weights, recorded, consumed)
 
 
-def test_a_change_waits_for_the_window_in_progress(folder):
+def test_a_change_waits_for_the_block_in_progress(folder):
     stream, _ = loader_worker.open_stream(folder, BEFORE, None, 0)
     boundary = stream.first_row(1)
-    for consumed, window in ((1, 1), (boundary - 1, 1), (boundary, 1), (boundary + 1, 2)):
+    for consumed, block in ((1, 1), (boundary - 1, 1), (boundary, 1), (boundary + 1, 2)):
         changed, change = resumed(folder, AFTER, stream, consumed)
-        assert change is not None and change.row == stream.first_row(window)
+        assert change is not None and change.row == stream.first_row(block)
         assert change.what == "a 0.75 -> 0.5, b removed, c 0.5 (new)"
         for r in {consumed, change.row - 1} - {boundary - 1} | {boundary + 1}:
-            same = np.array_equal(changed.row(r).input_ids, stream.row(r).input_ids) if r >= changed.start.row else True
+            same = (
+                np.array_equal(read_row(changed, r).input_ids, read_row(stream, r).input_ids)
+                if r >= changed.start.row
+                else True
+            )
             assert same == (r < change.row or r < changed.start.row)
-        again, none = resumed(folder, AFTER, changed, change.row + 7, loader_worker.to_json(stream, consumed, None))
+        again, none = resumed(
+            folder, AFTER, changed, change.row + 7, loader_worker.schedule_to_json(stream, consumed, None)
+        )
         assert none is None and np.array_equal(
-            again.row(change.row + 9).input_ids, changed.row(change.row + 9).input_ids
+            read_row(again, change.row + 9).input_ids, read_row(changed, change.row + 9).input_ids
         )
 
 
@@ -150,7 +157,7 @@ def test_a_config_in_another_order_or_scale_changes_nothing(folder):
     stream, _ = loader_worker.open_stream(folder, BEFORE, None, 0)
     same, change = resumed(folder, {"b": 0.5, "a": 1.5}, stream, 500)
     assert change is None
-    assert all(np.array_equal(same.row(r).input_ids, stream.row(r).input_ids) for r in (500, 501, 1800))
+    assert all(np.array_equal(read_row(same, r).input_ids, read_row(stream, r).input_ids) for r in (500, 501, 1800))
 
 
 def test_a_change_that_never_came_is_forgotten(folder):
@@ -158,20 +165,20 @@ def test_a_change_that_never_came_is_forgotten(folder):
     changed, _ = resumed(folder, AFTER, stream, 5)
     other, change = resumed(folder, {"a": 1.0, "b": 1.0}, changed, 17)
     assert change is not None and [len(s.sources) for s in other.mixture.segments] == [2, 2]
-    assert [s.window for s in other.mixture.segments] == [0, 1]
+    assert [s.block for s in other.mixture.segments] == [0, 1]
 
 
 def test_other_shards_under_the_name_are_refused(folder, tmp_path):
     for number, (name, samples) in enumerate(SIZES.items()):
         write_source(tmp_path / name, number, samples - (name == "a"))
     stream, _ = loader_worker.open_stream(folder, BEFORE, None, 0)
-    recorded = loader_worker.to_json(stream, 100, None)
+    recorded = loader_worker.schedule_to_json(stream, 100, None)
     with pytest.raises(UserError, match=r"source 'a' have changed .*229 samples now, 230 before.*restore"):
         loader_worker.open_stream(tmp_path, BEFORE, recorded, 100)
     moved = {name: entry | {"path": f"/elsewhere/{name}"} for name, entry in recorded["sources"].items()}
     stream, change = loader_worker.open_stream(folder, BEFORE, recorded | {"sources": moved}, 100)
     assert change is None  # moved data is recognised by the end of its path
     with pytest.raises(
-        UserError, match=r"source 'b' was removed .*current window of rows still needs it.*restore its shards"
+        UserError, match=r"source 'b' was removed .*current block of rows still needs it.*restore its shards"
     ):
         loader_worker.open_stream(folder, {"a": 1.0}, recorded | {"sources": moved}, 100)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from run_folders import read_tensors
 
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.saver import save_now
 from megamm.checkpoint.tensor_shards import Block
 from megamm.common.device import choose
@@ -169,7 +169,7 @@ def run(job: Job) -> dict[str, float]:
         assert config.start_from is not None
         start_begin.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
         start_begin.begin(config, vocabulary, engine, config.start_from)
-    state = RunState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
+    state = TrainState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
     save_now(job.out, state, engine.blocks(), rng.fresh(), choose("cpu"))
     dist.barrier()
     return fresh

@@ -176,7 +176,7 @@ def started_tensors(job: tuple[Path, Path]) -> None:
     path, out = job
     config = load_config(path)
     _, engine = _started(path)
-    state = checkpoint.RunState(0, 0, 1, {}, [], config.model_dump(mode="json"), versions={})
+    state = checkpoint.TrainState(0, 0, 1, {}, [], config.model_dump(mode="json"), versions={})
     save_now(out, state, engine.blocks(), rng.fresh(), choose("cpu"))
 
 

@@ -12,7 +12,7 @@ from warm import environment
 
 PROGRAM = """
 import multiprocessing.forkserver, multiprocessing.util, os, signal, sys
-from megamm.data import worker_server
+from megamm.data.pipeline import worker_server
 
 def start():
     process = context.Process(target=print, args=("worked",))

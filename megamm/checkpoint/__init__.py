@@ -14,11 +14,11 @@ Load: reader.py reads from the files only what a rank's blocks need. A damaged c
 
 from megamm.checkpoint.folder import newest, path_of, verify
 from megamm.checkpoint.manifest import STATE
-from megamm.checkpoint.state import RunState, check_same_data, check_same_model, code_version, read_rng, read_state
+from megamm.checkpoint.state import TrainState, check_same_data, check_same_model, code_version, read_rng, read_state
 
 __all__ = [
     "STATE",
-    "RunState",
+    "TrainState",
     "check_same_data",
     "check_same_model",
     "code_version",

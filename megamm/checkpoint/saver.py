@@ -31,7 +31,7 @@ from megamm.checkpoint.pending import Owed, Published, Writing
 from megamm.checkpoint.rank_file import Image
 from megamm.checkpoint.staged_files import Images
 from megamm.checkpoint.staging import Staging
-from megamm.checkpoint.state import RunState
+from megamm.checkpoint.state import TrainState
 from megamm.checkpoint.tensor_shards import Block
 from megamm.checkpoint.writer_client import WriterProcess
 from megamm.common.device import Device
@@ -92,7 +92,7 @@ class Saver:
 
     def save(
         self,
-        state: RunState,
+        state: TrainState,
         blocks: Sequence[Block],
         rng: Mapping[str, torch.Tensor],
         wait: bool = False,
@@ -252,7 +252,7 @@ class Saver:
 
 
 def save_now(
-    run: Path, state: RunState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], place: Device, keep: int = 1
+    run: Path, state: TrainState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], place: Device, keep: int = 1
 ) -> None:
     """Write one checkpoint; it is complete on return. Every rank calls it; UserError on all of them if it fails."""
     saver = Saver(run, place, keep)

@@ -1,4 +1,4 @@
-"""The non-tensor part of a checkpoint: `RunState`, and checks that it matches the config that resumes from it."""
+"""The non-tensor part of a checkpoint: `TrainState`, and checks that it matches the config that resumes from it."""
 
 import functools
 import json
@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # the writer process imports this package without torch
 
 
 @dataclass(frozen=True)
-class RunState:
+class TrainState:
     """The non-tensor part of a checkpoint. layout: the process grid that wrote it.
 
-    Without optimizer state (an import) training starts with new moments. mixture: history of the data mixture
-    (data/pipeline/mixture_schedule.py); None in an import and in old checkpoints without it. tokens: seen so far, by
+    Without optimizer state (an import) training starts with new moments. mixture: the mixture schedule
+    (data/pipeline/run_data.py); None in an import and in old checkpoints without it. tokens: seen so far, by
     modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it
     was not measured at this step. versions: of the software that wrote it, including the code.
     """
@@ -48,12 +48,12 @@ class RunState:
         return json.dumps(whole, indent=1).encode()
 
 
-def read_state(folder: Path) -> RunState:
+def read_state(folder: Path) -> TrainState:
     """Read the non-tensor part of a verified checkpoint."""
-    return RunState(**json.loads((folder / STATE).read_bytes()))
+    return TrainState(**json.loads((folder / STATE).read_bytes()))
 
 
-def check_same_model(folder: Path, state: RunState, vocabulary: "Vocabulary", model: dict[str, Any]) -> None:
+def check_same_model(folder: Path, state: TrainState, vocabulary: "Vocabulary", model: dict[str, Any]) -> None:
     """Reject a checkpoint with another vocabulary or architecture; the UserError names the first difference."""
     from megamm.model.vocabulary import Vocabulary
 
@@ -81,7 +81,7 @@ def _described(part: "Range | None") -> str:
     return f"{part.name} of {part.size} ids of codec {part.codec_id or '-'}" if part else "shorter"
 
 
-def check_same_data(folder: Path, state: RunState, config: dict[str, Any]) -> None:
+def check_same_data(folder: Path, state: TrainState, config: dict[str, Any]) -> None:
     """Reject a config that changes the order of the data after a part of it was consumed; the mixture may change.
 
     config: the result of `RunConfig.model_dump(mode="json")`.

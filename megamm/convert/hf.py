@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 
 from megamm import __version__, checkpoint
-from megamm.checkpoint import RunState, files, manifest, retention
+from megamm.checkpoint import TrainState, files, manifest, retention
 from megamm.checkpoint.folder import all_of, find_checkpoint
 from megamm.common import events
 from megamm.common.errors import UserError
@@ -192,8 +192,8 @@ def import_(
     return final
 
 
-def _state(config: RunConfig, vocabulary: Vocabulary) -> RunState:
-    return RunState(
+def _state(config: RunConfig, vocabulary: Vocabulary) -> TrainState:
+    return TrainState(
         step=0,
         consumed_rows=0,
         world_size=1,

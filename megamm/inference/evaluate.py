@@ -29,7 +29,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
 from megamm.convert.io.loaded_export import Exported
 from megamm.data.pipeline.packing import document_length
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.data.raw.samples import normalise_noun
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None,
     kinds = {source.path.name: source.documents for source in export.config.data.sources}
     samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):
-        heldout = SampleSet(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
+        heldout = TokenDataset(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
         fitting = np.flatnonzero(heldout.needed <= export.config.data.seq_length).tolist()
         if len(fitting) < len(heldout):
             log.warning("%s: skipped %d samples that are longer than a row", source, len(heldout) - len(fitting))

@@ -1,4 +1,4 @@
-"""Saves and restores the state of a run: tensors, random generators, the history of the data, config.
+"""Saves and restores the state of a run: tensors, random generators, the mixture schedule, config.
 
 The package `checkpoint` writes and verifies checkpoints; this module defines their contents.
 """
@@ -31,7 +31,7 @@ UPLOAD_SECONDS = 300.0
 """Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
 
 
-class RunStore:
+class CheckpointManager:
     """Saves and restores one run; every rank calls every method."""
 
     def __init__(
@@ -40,15 +40,15 @@ class RunStore:
         data: RunData,
         engine: Engine,
         groups: Groups,
-        place: Device,
+        device: Device,
         while_waiting: Callable[[], None],
     ) -> None:
         """while_waiting: see Saver."""
-        self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
+        self.config, self.data, self.engine, self.groups, self.device = config, data, engine, groups, device
         c = config.checkpoint
         self.local = self._local_tier()
-        self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting, self.local)
-        engine.before_update = self.saver.settle
+        self.saver = Saver(config.output, device, c.keep, c.keep_best, while_waiting, self.local)
+        engine.before_update = self.saver.settle  # the weights must not change while they are copied
         self.uploader: Uploader | None = None
         self.is_in_run = True
         """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
@@ -68,8 +68,8 @@ class RunStore:
         heldout_loss: float | None,
         wait: bool = False,
         to_run: bool = True,
-    ) -> float:
-        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows; return the seconds.
+    ) -> None:
+        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows.
 
         tokens: seen so far, by modality; loss_guard: the result of LossGuard.state; heldout_loss: if measured at this
         step. With `wait` the checkpoint is complete on return; UserError on all ranks if it fails. to_run: see
@@ -78,7 +78,7 @@ class RunStore:
         # Imported here: Megatron is loaded for the device that the run has chosen (mcore/cpu.py).
         from megamm.mcore import rng, store
 
-        state = checkpoint.RunState(
+        state = checkpoint.TrainState(
             step=step,
             consumed_rows=consumed_rows,
             world_size=self.groups.world_size,
@@ -93,9 +93,8 @@ class RunStore:
         )
         if self.uploader is not None:
             self.uploader.check()
-        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait, to_run)
+        self.saver.save(state, self.engine.blocks(), rng.states(self.device), wait, to_run)
         self.poll()
-        return stall
 
     def poll(self) -> None:
         """Print which checkpoints have been completed; call it at every step."""
@@ -126,14 +125,14 @@ class RunStore:
         if self.uploader is not None:
             self.uploader.stop()
 
-    def resume(self) -> checkpoint.RunState | None:
+    def resume(self) -> checkpoint.TrainState | None:
         """Restore engine, data and generators from the newest valid checkpoint.
 
         Return None if there is none: the run starts at step 0, with the weights of config.start_from if that is set.
         """
         start, c = time.monotonic(), self.config.checkpoint
         found = choose(self.config.output, c.durable, self.local, self._needed)
-        if self.local is not None:
+        if self.local is not None:  # the next restart must not find other steps there
             self.local.begin(found.step if found else -1)
         if c.durable and self.groups.rank == 0:
             self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
@@ -154,7 +153,7 @@ class RunStore:
     def _needed(self, folder: Path) -> set[str]:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
-    def go_back(self, folder: Path) -> checkpoint.RunState:
+    def go_back(self, folder: Path) -> checkpoint.TrainState:
         """Restore an earlier checkpoint of the run's folder and discard the local tier's steps."""
         self.saver.forget()
         if self.local is not None:
@@ -171,7 +170,7 @@ class RunStore:
             self.uploader.start()
         return found
 
-    def restore(self, folder: Path) -> checkpoint.RunState:
+    def restore(self, folder: Path) -> checkpoint.TrainState:
         """Restore engine, data and generators from a verified checkpoint."""
         from megamm.mcore import rng
 
@@ -182,17 +181,19 @@ class RunStore:
         checkpoint.check_same_data(folder, state, config)
         if state.mixture is not None and state.consumed_rows:
             self._resume_data(folder, state, state.mixture)
+        # A skipped update did not advance the optimizer and its schedule.
         updates = state.step - state.loss_guard.get("updates_skipped", 0)
         self.engine.load(folder / "tensors", updates, state.has_optimizer)
         same_layout = state.layout == self.config.parallel.model_dump() and state.world_size == self.groups.world_size
         if same_layout and state.has_optimizer:
-            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.place)
+            # The states of the generators belong to ranks: at another layout, they start from the seed.
+            rng.restore(checkpoint.read_rng(folder, self.groups.rank), self.device)
         if self.groups.rank == 0:
             layout = "the same layout" if same_layout else f"layout {state.layout} on {state.world_size} ranks"
             print(f"resumed {folder} at step {state.step}, saved by {layout}", flush=True)
         return state
 
-    def _resume_data(self, folder: Path, state: checkpoint.RunState, recorded: dict[str, Any]) -> None:
+    def _resume_data(self, folder: Path, state: checkpoint.TrainState, recorded: dict[str, Any]) -> None:
         """Continue with the recorded mixture; log where the config's mixture takes over, if it differs."""
         try:
             change = self.data.resume(recorded, state.consumed_rows)

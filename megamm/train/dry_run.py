@@ -9,8 +9,7 @@ Input: a resolved config, a vocabulary size, a world size. Output: a text, and t
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,11 +26,9 @@ BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """A rank's coordinates."""
+class RankCoordinates(NamedTuple):
+    """The index of a rank in each of its groups."""
 
-    rank: int
     tensor: int
     context: int
     data: int
@@ -56,12 +53,13 @@ class Grid:
         sizes = {"tp": p.expert_tensor, "ep": p.expert, "dp": self.expert_replicas, "pp": p.pipeline}
         self.expert = _coordinates(world_size, sizes)
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> RankCoordinates:
         tensor, context, data, pipeline = (int(self.dense[axis][rank]) for axis in ("tp", "cp", "dp", "pp"))
-        return Place(rank, tensor, context, data, pipeline, int(self.expert["ep"][rank]))
+        return RankCoordinates(tensor, context, data, pipeline, int(self.expert["ep"][rank]))
 
     def built_ranks(self) -> list[int]:
         """Return ranks that together hold every shard, then the last rank of each stage; see `first_with`."""
+        # Within a stage, dense shards repeat every `tensor` ranks and expert shards every `expert_ranks`.
         each = max(self.tensor, self.expert_ranks)
         starts = range(0, self.world_size, self.stage)
         firsts = [start + i for start in starts for i in range(each)]
@@ -74,6 +72,7 @@ class Grid:
 
 
 def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The digits of every rank in the mixed radix of these sizes, the first axis varying fastest."""
     rest, found = np.arange(world_size), {}
     for axis, size in sizes.items():
         found[axis], rest = rest % size, rest // size
@@ -92,6 +91,7 @@ def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
             if axis not in family.axes and (inside != inside[:, :1]).any():
                 row = int(np.argwhere(inside != inside[:, :1])[0][0])
                 return f"the {name} mix ranks of several {axis} coordinates: {family.ranks[row][:4].tolist()}..."
+        # With no foreign axis in it, a group of this size contains every combination of its own axes.
         count = np.prod([of_rank.max() + 1 for axis, of_rank in coordinates.items() if axis in family.axes], dtype=int)
         if family.ranks.shape[1] != count:
             return f"the {name} have {family.ranks.shape[1]} ranks, not {count}"
@@ -103,10 +103,10 @@ def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[
     ends = np.cumsum([0, *split])
     stages = int(grid.dense["pp"][-1]) + 1
     for rank, model in models.items():
-        place = grid.place(rank)
-        if model.place != (place.tensor, place.context, place.data, place.pipeline, place.expert):
+        expected = grid.coordinates(rank)
+        if model.place != expected:
             return f"rank {rank} is {model.place} in Megatron's groups (tensor, context, data, pipeline, expert)"
-        chunks = range(place.pipeline, len(split), stages)
+        chunks = range(expected.pipeline, len(split), stages)
         wanted = [list(range(int(ends[chunk]) + 1, int(ends[chunk + 1]) + 1)) for chunk in chunks]
         if model.layers != wanted:
             return f"rank {rank} builds the layers {model.layers}, not {wanted}"
@@ -122,6 +122,7 @@ def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
             return f"rank {rank} holds {model.parameters} parameters, but a checkpoint would have {described} of them"
         for is_expert in (False, True):
             pieces = [piece for piece in model.pieces if piece.is_expert == is_expert]
+            # Elements are counted on the first rank that holds them; its replicas must hold the same boxes.
             first = grid.first_with(rank, is_expert)
             if first == rank:
                 ranks = grid.expert_replicas if is_expert else grid.dense_replicas
@@ -166,8 +167,8 @@ def report(
 ) -> tuple[str, str | None]:
     """Return the text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
 
-    The default vocabulary size comes from the data, and `start_from` is checked against it. rank: a rank whose place is
-    printed too. UserError for an invalid layout or start, for missing data, and for a rank outside the world.
+    The default vocabulary size comes from the data, and `start_from` is checked against it. rank: a rank whose
+    coordinates are printed too. UserError for an invalid layout or start, missing data, and a rank outside the world.
     """
     layout.check(config, world_size)
     if rank is not None and not 0 <= rank < world_size:

@@ -12,25 +12,28 @@ from typing import Any
 
 import torch
 
-from megamm.checkpoint import RunState
-from megamm.common import device, events
+from megamm.checkpoint import TrainState
+from megamm.common import events
+from megamm.common.device import Device
+from megamm.common.device import choose as choose_device
+from megamm.common.sample import Batch
 from megamm.config import RunConfig, accelerators
 from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.run_data import RunData, open_run_data
-from megamm.elastic import heartbeat
 from megamm.elastic.graceful_stop import StopCondition, stop_condition
 from megamm.elastic.heartbeat import Heartbeat
+from megamm.elastic.heartbeat import of_this_rank as heartbeat_of_this_rank
 from megamm.elastic.rank import NodeFault
 from megamm.elastic.rank_status import ExitReason
 from megamm.engine import api
 from megamm.engine.build import build_engine
 from megamm.guards.loss_guard import LeftOut, LossGuard
 from megamm.guards.stragglers import Stragglers
-from megamm.mcore import groups as grid
+from megamm.mcore import groups as process_groups
 from megamm.model import flops, layout
 from megamm.model.loss import overall, weight_tensor
 from megamm.observability import metrics
-from megamm.train.checkpoint_manager import RunStore
+from megamm.train.checkpoint_manager import CheckpointManager
 
 log = logging.getLogger(__name__)
 
@@ -41,51 +44,52 @@ def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReas
     stop_when: by default the launcher's stop condition. UserError for errors that the user can fix; every rank raises
     the same one.
     """
-    beats = heartbeat.of_this_rank(config.output)
-    beats.beat("start", 0)
-    place = device.choose(config.device)
-    accelerators.log_use(config, place)
-    grid.start(place)
+    heartbeat = heartbeat_of_this_rank(config.output)
+    heartbeat.beat("start", 0)
+    device = choose_device(config.device)
+    accelerators.log_use(config, device)
+    process_groups.start(device)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
-    trainer = Trainer(config, data, place, beats)
+    trainer = Trainer(config, data, device, heartbeat)
     try:
         trainer.resume()
         exit_reason = trainer.run(stop_when or stop_condition())
-        beats.beat("end", trainer.step)
+        heartbeat.beat("end", trainer.step)
         if exit_reason == "regroup":
-            trainer.store.drain()  # all nodes resume from the checkpoint that is being written
+            trainer.checkpoints.drain()  # all nodes resume from the checkpoint that is being written
         else:
-            trainer.store.leave_node()
+            trainer.checkpoints.leave_node()
         if exit_reason == "done":
-            trainer.store.finish()
+            trainer.checkpoints.finish()
     except NodeFault as fault:
-        trainer.store.leave_node(fault.ranks)
+        trainer.checkpoints.leave_node(fault.ranks)  # other nodes keep theirs, to resume faster
         raise
     finally:
         trainer.close()
     torch.distributed.barrier()
-    grid.destroy()
-    grid.stop()
+    process_groups.destroy()
+    process_groups.stop()
     return exit_reason
 
 
 class Trainer:
     """The state of a run on this rank, and its loop."""
 
-    def __init__(self, config: RunConfig, data: RunData, place: device.Device, beats: Heartbeat) -> None:
-        self.config, self.data, self.place, self.heartbeat = config, data, place, beats
-        self.groups = grid.build(config.parallel, config.train.seed)
-        self.engine = build_engine(config, data.vocabulary.size, self.groups, place)
-        self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
-        self.store = RunStore(config, data, self.engine, self.groups, place, self._wait_for_writer)
+    def __init__(self, config: RunConfig, data: RunData, device: Device, heartbeat: Heartbeat) -> None:
+        self.config, self.data, self.device, self.heartbeat = config, data, device, heartbeat
+        self.groups = process_groups.build(config.parallel, config.train.seed)
+        self.engine = build_engine(config, data.vocabulary.size, self.groups, device)
+        self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, device.torch_device)
+        self.checkpoints = CheckpointManager(config, data, self.engine, self.groups, device, self._wait_for_writer)
         self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
         rank, gather = self.groups.rank, self.groups.gather
         self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
         stragglers = config.resilience.stragglers
         self.stragglers = Stragglers(stragglers, config.output, rank, self.groups.pipeline_rank, gather)
-        self.tokens = torch.zeros(len(self.weights), dtype=torch.int64, device=place.torch_device)
+        self.tokens = torch.zeros(len(self.weights), dtype=torch.int64, device=device.torch_device)
+        """Tokens seen so far, by modality; on the device, so that no step waits for it."""
         self.metrics: metrics.Metrics | None = None
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
@@ -99,74 +103,80 @@ class Trainer:
             data_size=self.groups.data_size,
             cost=partial(flops.flops_of_row, self.config.model, self.data.vocabulary.size, d.seq_length),
             consumed_rows=consumed_rows,
-            reading=Reading(d.workers, d.prefetch, pin_memory=self.place.is_gpu),
+            reading=Reading(d.workers, d.prefetch, pin_memory=self.device.is_gpu),
         )
 
     def run(self, stop_when: StopCondition) -> ExitReason:
         """Run steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
-        t, every = self.config.train, self.config.checkpoint.every
-        local_every = self.config.checkpoint.local_every if self.config.checkpoint.local is not None else 0
-        if self.groups.rank == 0:
-            run, world_size = self.config.output, self.groups.world_size
-            self.metrics = metrics.Metrics(run, self.step, t.steps, self.config.metrics)
-            events.record(run, "started", step=self.step, world=world_size, layout=self.config.parallel.model_dump())
-        first, stop = self.step + 1, min(t.steps, t.stop_after or t.steps)
-        while self.step < stop:
-            if (exit_reason := stop_when.stops_before(self.step + 1)) is not None:
-                if self.step > self.saved_step:
-                    self.save(wait=True)
+        t, c = self.config.train, self.config.checkpoint
+        local_every = c.local_every if c.local is not None else 0
+        first, last = self.step + 1, min(t.steps, t.stop_after or t.steps)
+        self._record_start()
+        while self.step < last:
+            exit_reason = stop_when.stops_before(self.step + 1)
+            if exit_reason is not None:
+                self._save_last_step()
                 return exit_reason
-            if not self._one_step():
+
+            # Read the rows, and compute loss and gradients. Only DeepSpeed changes the weights here already.
+            first_row, batches = self._read_batches()
+            self.heartbeat.beat("step", self.step + 1)
+            result = self.engine.compute_gradients(batches, self.weights)
+
+            # Judge the result. If it is bad, the guard computes it again; if it stays bad, the update is skipped, or
+            # the run returns to an earlier step.
+            recompute = self.engine.recompute_gradients if self.engine.can_discard else None
+            result, is_good = self.guard.check(self.step + 1, first_row, t.global_batch, result, recompute)
+            if is_good or not self.engine.can_discard:
+                self.engine.apply_update()
+            else:
+                self.engine.discard()
+            if self.guard.wanted_rollback is not None:
+                self._roll_back(self.guard.wanted_rollback)
                 continue
+            self.step += 1
+            self.tokens += result.loss.count.to(self.tokens.dtype)
+
+            # Report, evaluate and save, each as often as configured.
+            is_last = self.step == last
+            if self.step % t.log_every == 0 or self.step in (1, t.steps):
+                self._report(result)
             if self.step == first and self.groups.rank == 0:
                 self.heartbeat.tell_first_step(self.config.output, first)
-            last, heldout_loss = self.step == stop, None
-            if t.eval_every and (self.step % t.eval_every == 0 or last):
+            heldout_loss = None
+            if t.eval_every and (self.step % t.eval_every == 0 or is_last):
                 heldout_loss = self._evaluate()
             fault = self.guard.fault or self.stragglers.fault
-            if last or fault or (every and self.step % every == 0):
-                self.save(heldout_loss, wait=last or fault is not None)
+            if is_last or fault or (c.every and self.step % c.every == 0):
+                self.save(heldout_loss, wait=is_last or fault is not None)
             elif local_every and self.step % local_every == 0:
                 self.save(heldout_loss, to_run=False)
             else:
-                self.store.poll()
-            if fault and not last:
-                raise fault
-        if self.step > self.saved_step:  # no step was left, but the last one is not saved
-            self.save(wait=True)
+                self.checkpoints.poll()
+            if fault and not is_last:
+                raise fault  # the job restarts without that node, from the checkpoint just written
+        self._save_last_step()
         return "done"
 
-    def _one_step(self) -> bool:
-        """Run one step; return False if the loss guard rolled back to an earlier step instead."""
-        t = self.config.train
+    def _record_start(self) -> None:
+        if self.groups.rank == 0:
+            run, t, world_size = self.config.output, self.config.train, self.groups.world_size
+            self.metrics = metrics.Metrics(run, self.step, t.steps, self.config.metrics)
+            events.record(run, "started", step=self.step, world=world_size, layout=self.config.parallel.model_dump())
+
+    def _read_batches(self) -> tuple[int, list[Batch]]:
+        """Return the first row of the next step and this rank's microbatches, without rows that the guard skips."""
         self.heartbeat.beat("data", self.step + 1)
-        row = self.guard.next_row(self.loader.consumed_rows, t.global_batch)
-        if row != self.loader.consumed_rows:
-            self._open_loader(row)
+        first_row = self.guard.next_row(self.loader.consumed_rows, self.config.train.global_batch)
+        if first_row != self.loader.consumed_rows:
+            self._open_loader(first_row)
         with self.engine.timers.host("data"):
-            batches = [batch.to(self.place.torch_device) for batch in self.loader.step()]
-        self.heartbeat.beat("step", self.step + 1)
-        result = self.engine.compute_gradients(batches, self.weights)
-        recompute = self.engine.recompute_gradients if self.engine.can_discard else None
-        result, is_good = self.guard.check(self.step + 1, row, t.global_batch, result, recompute)
-        if is_good or not self.engine.can_discard:
-            self.engine.apply_update()
-        else:
-            self.engine.discard()
-        if self.guard.wanted_rollback is not None:
-            self._roll_back(self.guard.wanted_rollback)
-            return False
-        self.step += 1
-        self.tokens += result.loss.count.to(self.tokens.dtype)
-        reports = self.step % t.log_every == 0 or self.step in (1, t.steps)
-        if reports:
-            self._report(result)
-        return True
+            return first_row, [batch.to(self.device.torch_device) for batch in self.loader.step()]
 
     def _report(self, result: api.StepResult) -> None:
         """Compare the step's figures between ranks; rank 0 writes them."""
         seconds = self.engine.timers.take()
-        scores = self.stragglers.window(self.step, seconds, self.place.torch_device)
+        scores = self.stragglers.window(self.step, seconds, self.device.torch_device)
         if self.metrics is None:
             return
         names = self.data.vocabulary.modalities
@@ -180,17 +190,17 @@ class Trainer:
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         t, m, s = self.config.train, self.config.model, self.config.data.seq_length
         values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
-        self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
+        self.metrics.report(self.step, values, t.global_batch * s, self.device.peak_flops)
 
     def _roll_back(self, window: LeftOut) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
         self.heartbeat.beat("resume", self.step)
-        self.store.drain()
-        folder = self.store.checkpoint_before(window.first)
+        self.checkpoints.drain()
+        folder = self.checkpoints.checkpoint_before(window.first)
         if folder is None:
             why = f"{window.why}, and there is no checkpoint from before row {window.first} to roll back to"
             self.guard.stop(self.step + 1, why, "lower checkpoint.every, or set resilience.loss_guard.action=skip")
-        self._go_on_from(self.store.go_back(folder))
+        self._continue_from(self.checkpoints.go_back(folder))
         self.guard.rolled_back(window)
         if self.metrics is not None:
             self.metrics.go_back(self.step)
@@ -198,13 +208,13 @@ class Trainer:
     def _evaluate(self) -> float | None:
         """Report the mean loss per modality over the held-out rows, weighted by tokens; return their weighted mean."""
         names, start = self.data.vocabulary.modalities, time.monotonic()
+        # The losses are already reduced over all ranks; a modality without tokens in a batch has the mean NaN.
         total = torch.zeros(len(names), dtype=torch.float64)
         count = torch.zeros_like(total)
         self.heartbeat.beat("evaluate", self.step)
         for batches in self.data.heldout_steps(self.config, self.groups.data_rank, self.groups.data_size):
             self.heartbeat.beat("evaluate", self.step)
-            placed = [batch.to(self.place.torch_device) for batch in batches]
-            loss = self.engine.evaluate(placed, self.weights)
+            loss = self.engine.evaluate([batch.to(self.device.torch_device) for batch in batches], self.weights)
             total += torch.nan_to_num(loss.mean.cpu()) * loss.count.cpu()
             count += loss.count.cpu()
         if self.metrics is not None:
@@ -224,29 +234,36 @@ class Trainer:
         with self.engine.timers.host("checkpoint"):
             tokens = dict(zip(self.data.vocabulary.modalities, map(int, self.tokens), strict=True))
             rows, guard = self.loader.consumed_rows, self.guard.state()
-            self.store.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
+            self.checkpoints.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
         self.saved_step = self.step if to_run else self.saved_step
         if self.metrics is not None:
             self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
 
+    def _save_last_step(self) -> None:
+        """Save the state of the last step, unless it is saved already, and wait until it is written."""
+        if self.step > self.saved_step:
+            self.save(wait=True)
+
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
         self.heartbeat.beat("resume", self.step)
-        resumed = self.store.resume()
+        resumed = self.checkpoints.resume()
         if resumed is not None:
-            self._go_on_from(resumed)
-            self.saved_step = self.step if self.store.is_in_run else 0
+            self._continue_from(resumed)
+            # A state that is only in local storage is saved to the run's folder at the next stop.
+            self.saved_step = self.step if self.checkpoints.is_in_run else 0
 
-    def _go_on_from(self, state: RunState) -> None:
+    def _continue_from(self, state: TrainState) -> None:
         self.step = self.saved_step = state.step
         seen = [state.tokens.get(name, 0) for name in self.data.vocabulary.modalities]
-        self.tokens = torch.tensor(seen, device=self.place.torch_device)
+        self.tokens = torch.tensor(seen, device=self.device.torch_device)
         self.guard.restore(state.loss_guard)
         self._open_loader(state.consumed_rows)
 
     def _open_loader(self, row: int) -> None:
         """Continue reading from this row."""
         self.loader.close()
+        # `waited` is reported as a total of the run.
         waited, self.loader = self.loader.waited, self._loader(row)
         self.loader.waited = waited
 
@@ -254,7 +271,7 @@ class Trainer:
         self.heartbeat.beat("wait", self.step)
 
     def close(self) -> None:
-        self.store.close()
+        self.checkpoints.close()
         self.loader.close()
         if self.metrics is not None:
             self.metrics.close()

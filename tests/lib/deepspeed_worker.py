@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.common.sample import Batch
@@ -55,9 +55,9 @@ def batches_of(number: int, groups: grid.Groups) -> list[Batch]:
     return rank_batches(rows, MICRO, groups.data_rank, groups.data_size)
 
 
-def state(step: int) -> RunState:
+def state(step: int) -> TrainState:
     """Return the state for a checkpoint of which only the tensors are used."""
-    return RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
+    return TrainState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
 def run_case(case: dict[str, Any], out: Path) -> None:

@@ -120,8 +120,8 @@ def rows_left_out(first: int, count: int) -> None:
     """Make the reference of a roll-back: data without these rows."""
     from megamm.data.pipeline.row_stream import RowStream
 
-    plan = RowStream.plan
-    RowStream.plan = lambda self, row: plan(self, row + count if row >= first else row)
+    row_spec = RowStream.row_spec
+    RowStream.row_spec = lambda self, row: row_spec(self, row + count if row >= first else row)
 
 
 def ended_before(step: int) -> None:
@@ -129,14 +129,14 @@ def ended_before(step: int) -> None:
     from megamm.common.errors import UserError
     from megamm.train import trainer
 
-    one_step = trainer.Trainer._one_step
+    read_batches = trainer.Trainer._read_batches
 
-    def ended(self: Any) -> bool:
+    def ended(self: Any) -> Any:
         if self.step + 1 == step:
             raise UserError("ended", remedy="none", on_all_ranks=True)
-        return one_step(self)
+        return read_batches(self)
 
-    trainer.Trainer._one_step = ended
+    trainer.Trainer._read_batches = ended
 
 
 def ended_by_roll_back() -> None:
@@ -207,13 +207,13 @@ def slow_forward(rank: int, seconds: float) -> None:
 
 def slow_loader(rank: int, seconds: float) -> None:
     """Make its rows slow to read."""
-    from megamm.data.pipeline.row_reader import RowReader
+    from megamm.data.pipeline.row_stream import RowReader
 
     original = RowReader.row
 
-    def slow(self: Any, recipe: Any) -> Any:
+    def slow(self: Any, spec: Any) -> Any:
         if dist.get_rank() == rank:
             time.sleep(seconds)
-        return original(self, recipe)
+        return original(self, spec)
 
     RowReader.row = slow

@@ -1,7 +1,7 @@
 """A data rank that does not train: it takes rows from the loader and logs them, step by step.
 
 `python loader_worker.py SPEC.json RANK`: appends one line per step to the rank's log, synced before the next step as a
-checkpoint would be: consumed_rows after it, the mixture's history, and which samples were in this rank's rows
+checkpoint would be: consumed_rows after it, the mixture schedule, and which samples were in this rank's rows
 (each has a text of two tokens that name it).
 """
 
@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 from megamm.data.pipeline.loader import Loader, Reading
-from megamm.data.pipeline.mixture_schedule import OpenSource, Order, begin, resume, to_json
-from megamm.data.pipeline.packing import Form
-from megamm.data.pipeline.token_dataset import SampleSet
+from megamm.data.pipeline.packing import PackingSpec
+from megamm.data.pipeline.run_data import OpenSource, StreamOptions, begin_stream, resume_stream, schedule_to_json
+from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 
 CODECS = {"text": "t", "image": "i"}
 VOCABULARY = Vocabulary.of({"text": (4096, "t"), "image": (4096, "i")})
-FORMS = {"text": Form(sequential_positions, False), "image": Form(sequential_positions, True)}
+PACKING = {"text": PackingSpec(sequential_positions, False), "image": PackingSpec(sequential_positions, True)}
 ROW, GLOBAL_BATCH = 128, 12
 
 
@@ -29,11 +29,13 @@ def cost(lengths):
 
 def open_stream(folder, weights, recorded, consumed):
     """Return the stream of {source name: weight} after `consumed` rows."""
-    sources = [OpenSource(folder / n, w, SampleSet(folder / n / "train", CODECS)) for n, w in weights.items()]
-    order = Order(5, ROW, VOCABULARY, FORMS)
+    sources = [OpenSource(folder / n, w, TokenDataset(folder / n / "train", CODECS)) for n, w in weights.items()]
+    options = StreamOptions(5, ROW, VOCABULARY, PACKING)
     if recorded is None:
-        return begin(sources, order), None
-    return resume(sources, order, recorded, consumed, lambda path, kind: SampleSet(path / "train", CODECS, kind))
+        return begin_stream(sources, options), None
+    return resume_stream(
+        sources, options, recorded, consumed, lambda path, kind: TokenDataset(path / "train", CODECS, kind)
+    )
 
 
 def texts(batches):
@@ -66,7 +68,7 @@ def main():
     with (folder / f"{spec['name']}.rank{rank}.jsonl").open("a") as log:
         for _ in range(spec["steps"]):
             read = texts(loader.step())
-            state = to_json(stream, loader.consumed_rows, spec["recorded"])
+            state = schedule_to_json(stream, loader.consumed_rows, spec["recorded"])
             line = {"consumed_rows": loader.consumed_rows, "texts": read, "mixture": state}
             log.write(json.dumps(line) + "\n")
             log.flush()

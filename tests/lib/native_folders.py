@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from megamm import cli
-from megamm.checkpoint import RunState, path_of
+from megamm.checkpoint import TrainState, path_of
 from megamm.checkpoint.tensor_shards import Block
 from megamm.convert.families import mapping
 from megamm.convert.families.config import read_config
@@ -63,9 +63,9 @@ def _halves(key: str, tensor: torch.Tensor) -> list[Block]:
     ]
 
 
-def _state(config: Any) -> RunState:
+def _state(config: Any) -> TrainState:
     vocabulary = Vocabulary((Range("text", 0, VOCABULARY, "none", ("text",)),))
-    return RunState(0, 0, 1, {}, vocabulary.to_json(), config.model_dump(mode="json"), {}, has_optimizer=False)
+    return TrainState(0, 0, 1, {}, vocabulary.to_json(), config.model_dump(mode="json"), {}, has_optimizer=False)
 
 
 def edit(folder: Path, name: str, change) -> None:

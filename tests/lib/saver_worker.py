@@ -25,9 +25,9 @@ class Trouble:
     steps: int
 
 
-def state(step: int) -> checkpoint.RunState:
+def state(step: int) -> checkpoint.TrainState:
     """Return the state for a checkpoint of which only the tensors are used."""
-    return checkpoint.RunState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
+    return checkpoint.TrainState(step, 0, dist.get_world_size(), layout={}, vocabulary=[], config={}, versions={})
 
 
 def run(trouble: Trouble) -> tuple[str, list[int]]:

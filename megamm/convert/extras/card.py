@@ -15,7 +15,7 @@ from megamm import checkpoint
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
 from megamm.convert.io.digests import DIGESTS, write_digests
-from megamm.data.pipeline.mixture_schedule import source_names
+from megamm.data.pipeline.mixture import source_names
 from megamm.data.sources.media import ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
 from megamm.observability import metrics
@@ -27,7 +27,7 @@ _EVALUATE = "evaluate this export with `megamm eval EXPORT ... --json FILE`"
 _UNKNOWN = f"not recorded: no {ATTRIBUTION} beside its shards"
 
 
-def record(folder: Path, state: checkpoint.RunState, config: RunConfig) -> dict[str, Any]:
+def record(folder: Path, state: checkpoint.TrainState, config: RunConfig) -> dict[str, Any]:
     """The run's data for the card, from the checkpoint `folder`; JSON."""
     lines = [line for line in _metrics(folder) if line["step"] <= state.step]
     heldout = {
@@ -49,7 +49,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return metrics.read_lines(run) if (run / metrics.METRICS).is_file() else []
 
 
-def _sources(state: checkpoint.RunState, config: RunConfig) -> Iterator[tuple[str, Path, float | None]]:
+def _sources(state: checkpoint.TrainState, config: RunConfig) -> Iterator[tuple[str, Path, float | None]]:
     """Name, shards and weight of every source trained on; a source removed from the mixture has the weight None."""
     sources = config.data.sources
     now = dict(zip(source_names([source.path for source in sources]), sources, strict=True))
@@ -70,7 +70,7 @@ def _licence(shards: Path) -> str | None:
     return found[1] if found else f"see {ATTRIBUTION}"
 
 
-def copy_attribution(state: checkpoint.RunState, config: RunConfig, folder: Path) -> None:
+def copy_attribution(state: checkpoint.TrainState, config: RunConfig, folder: Path) -> None:
     """Write folder/ATTRIBUTION.md: the attributions of all sources, which their licences require to be passed on."""
     files = [shards / ATTRIBUTION for _, shards, _ in _sources(state, config)]
     if texts := [file.read_bytes() for file in files if file.is_file()]:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint import RunState
+from megamm.checkpoint import TrainState
 from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict
 from megamm.model.vocabulary import Vocabulary
@@ -13,7 +13,7 @@ from megamm.model.vocabulary import Vocabulary
 OWN = "megamm.json"
 
 
-def own_of(state: RunState, training: dict[str, Any]) -> dict[str, Any]:
+def own_of(state: TrainState, training: dict[str, Any]) -> dict[str, Any]:
     """The contents for an export of a checkpoint; training: from card.record."""
     kept = {"vocabulary": state.vocabulary, "config": state.config, "step": state.step, "versions": state.versions}
     return kept | {"training": training}

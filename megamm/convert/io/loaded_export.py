@@ -18,7 +18,7 @@ from megamm.common.sample import Document, Row
 from megamm.config import RunConfig
 from megamm.convert.io.export_metadata import read_own
 from megamm.data.pipeline.packing import pack
-from megamm.data.pipeline.run_data import forms_of, load_modalities, vocabulary_of
+from megamm.data.pipeline.run_data import load_modalities, packing_specs, vocabulary_of
 from megamm.modalities.protocol import Modality
 from megamm.model.vocabulary import Vocabulary
 
@@ -46,7 +46,7 @@ class Exported:
 
     def row(self, document: Document, length: int) -> Row:
         """One document as in training, padded to `length` tokens."""
-        return pack([document], self.vocabulary, length, forms_of(self.modalities, length))
+        return pack([document], self.vocabulary, length, packing_specs(self.modalities, length))
 
 
 def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -2,9 +2,9 @@
 
     Loader   .step() -> list[Batch], the microbatches of the next global batch
 
-Rows are planned here, and read, packed and stacked by `torch.utils.data.DataLoader`. Each step takes the rows
-[consumed, consumed + global_batch), at every world size; `balance.assign` distributes them to ranks. So the whole
-state is the number of rows consumed, without those read ahead.
+Rows are planned in this process (balance.py), and read, packed and stacked by `torch.utils.data.DataLoader`. Each step
+takes the rows [consumed, consumed + global_batch), at every world size. So the whole state is the number of rows
+consumed, without those read ahead.
 """
 
 import multiprocessing
@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,20 +25,8 @@ from megamm.common.errors import UserError
 from megamm.common.processes import die_with_parent, without_blas_threads
 from megamm.common.sample import Batch
 from megamm.data.pipeline import worker_server
-from megamm.data.pipeline.balance import assign, imbalance
-from megamm.data.pipeline.row_reader import Recipe, RowReader
-from megamm.data.pipeline.row_stream import RowStream
-
-RowCost = Callable[[Sequence[int]], float]
-"""Estimated cost of a row (any unit) from the lengths of its documents."""
-
-
-@dataclass(frozen=True)
-class StepFigures:
-    """Figures of a global batch over all ranks: padding share, and cost of the costliest data rank over the mean."""
-
-    padding_share: float
-    imbalance: float
+from megamm.data.pipeline.balance import RowCost, StepFigures, balanced_batches
+from megamm.data.pipeline.row_stream import RowReader, RowSpec, RowStream
 
 
 @dataclass(frozen=True)
@@ -81,7 +69,13 @@ class Loader:
         self.figures = StepFigures(0.0, 1.0)
         """Figures of the last step."""
         self._planned: deque[StepFigures] = deque()
+        """Figures of the steps that are planned but not consumed, the next one first."""
         self._batches: Iterator[Any] | None = None
+
+    @property
+    def _microbatches(self) -> int:
+        """Microbatches of a step on each data rank."""
+        return self.global_batch // (self.micro_batch * self.data_size)
 
     def step(self) -> list[Batch]:
         """The microbatches of the next global batch. Raises UserError for damaged data or a dead worker."""
@@ -89,22 +83,18 @@ class Loader:
         if self._batches is None:
             with without_blas_threads():  # starts the worker server, which forks the workers
                 self._batches = iter(self._data_loader())
-        batches = [self._next(self._batches) for _ in range(self.global_batch // (self.micro_batch * self.data_size))]
+        batches = [self._next(self._batches) for _ in range(self._microbatches)]
         self.figures = self._planned.popleft()
         self.consumed_rows += self.global_batch
         self.waited += time.monotonic() - begin
         return batches
-
-    def state(self) -> dict[str, int]:
-        """The complete state to save; pass it to a new Loader at any data size."""
-        return {"consumed_rows": self.consumed_rows}
 
     def close(self) -> None:
         """Stop the workers."""
         self._batches = None
 
     def _data_loader(self) -> "DataLoader[Batch]":
-        workers, microbatches = self.reading.workers, self.global_batch // (self.micro_batch * self.data_size)
+        workers = self.reading.workers
         parallel: dict[str, Any] = {}
         if workers:
             # Not fork: this process has threads of torch and its communication; a fork would copy their held locks.
@@ -112,11 +102,11 @@ class Loader:
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["megamm.data.pipeline.worker_server", "megamm.data.pipeline.loader"])
             os.environ[worker_server.FOLDER] = multiprocessing.util.get_temp_dir()
-            ahead = max(1, -(-self.reading.prefetch * microbatches // workers))
+            ahead = max(1, -(-self.reading.prefetch * self._microbatches // workers))
             parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
         return DataLoader(
             _Microbatches(self.stream.reader),
-            sampler=self._recipes(self.consumed_rows),
+            sampler=self._plan(self.consumed_rows),
             batch_size=None,  # an item is already a microbatch
             num_workers=workers,
             pin_memory=self.reading.pin_memory,
@@ -125,17 +115,18 @@ class Loader:
             **parallel,
         )
 
-    def _recipes(self, first: int) -> Iterator[list[Recipe]]:
-        """This rank's microbatches from row `first` on, endless; the DataLoader asks as far ahead as it reads."""
-        while True:
-            plans = [self.stream.plan(r) for r in range(first, first + self.global_batch)]
-            costs = [self.cost(plan.lengths) for plan in plans]
-            rows = assign(costs, self.data_size, self.micro_batch)
-            used = sum(sum(plan.lengths) for plan in plans) / (self.global_batch * self.stream.row_length)
-            self._planned.append(StepFigures(1.0 - used, imbalance(costs, rows)[0]))
-            for microbatch in rows[:, self.data_rank].tolist():
-                yield [self.stream.locate(plans[row]) for row in microbatch]
-            first += self.global_batch
+    def _plan(self, first_row: int) -> Iterator[list[RowSpec]]:
+        """This rank's microbatches from that row on, endless; the DataLoader asks as far ahead as it reads."""
+        for batch in balanced_batches(
+            self.stream,
+            first_row,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+            data_size=self.data_size,
+            cost=self.cost,
+        ):
+            self._planned.append(batch.figures)
+            yield from batch.microbatches(self.data_rank)
 
     def _next(self, batches: Iterator[Any]) -> Batch:
         try:
@@ -169,14 +160,14 @@ class _Failure:
 
 
 class _Microbatches(Dataset[Any]):
-    """The work of a worker: recipes of a microbatch's rows -> Batch."""
+    """The work of a worker: the planned rows of a microbatch -> Batch."""
 
     def __init__(self, reader: RowReader) -> None:
         self.reader = reader
 
-    def __getitem__(self, recipes: list[Recipe]) -> Batch | _Failure:
+    def __getitem__(self, rows: list[RowSpec]) -> Batch | _Failure:
         try:
-            return Batch.stack([self.reader.row(recipe) for recipe in recipes])
+            return Batch.stack([self.reader.row(row) for row in rows])
         except UserError as error:
             return _Failure(error.what, None if error.where is None else str(error.where), error.remedy)
 

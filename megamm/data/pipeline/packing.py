@@ -9,7 +9,7 @@ Lengths are in tokens; the arrays of a row are described in `sample.Row`.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -24,22 +24,22 @@ DOCUMENT_MARKS = 2
 """<document_start> and <document_end>."""
 MEDIA_MARKS = 2
 """<X_start> and <X_end> around a media part."""
-_EXACT = 3
+_CHOSEN_EXACTLY = 3
 """About how many documents of a row are chosen to fill it exactly; more gain nothing and cost time."""
 _CANDIDATES = 32
-"""About how many lengths they are chosen from."""
+"""About how many distinct lengths they are chosen from."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """A modality's parts: `Modality.positions` (length T to `[3, T]`), and whether all parts have the same length."""
+class PackingSpec:
+    """How a modality is packed: its `Modality.positions` (length T to `[3, T]`), and whether all parts are as long."""
 
     positions: Callable[[int], IntArray]
     has_fixed_length: bool
 
 
-Forms = Mapping[str, Form]
-"""Forms by modality name."""
+PackingSpecs = Mapping[str, PackingSpec]
+"""By modality name."""
 
 
 def document_length(*parts: tuple[str, int]) -> int:
@@ -55,6 +55,7 @@ def plan_rows(lengths: IntArray, row_length: int) -> list[list[int]]:
     if lengths.size and lengths.max() > row_length:
         what = f"document {int(lengths.argmax())} has {lengths.max()} tokens, but a row has {row_length}"
         raise UserError(what, remedy=f"set data.seq_length to at least {lengths.max()}")
+    # Documents of one length are interchangeable: rows are filled by length, and take the first waiting document of it.
     waiting: dict[int, list[int]] = {}  # length -> its documents, the first one last
     for i in range(len(lengths) - 1, -1, -1):
         waiting.setdefault(int(lengths[i]), []).append(i)
@@ -72,46 +73,59 @@ def plan_rows(lengths: IntArray, row_length: int) -> list[list[int]]:
 
 
 def _fill_row(distinct: list[int], waiting: Mapping[int, list[int]], space: int) -> list[int]:
-    """Lengths for an empty row: the longest first; the last few are chosen to leave the least space."""
+    """Lengths for an empty row of `space` tokens; distinct: the lengths of `waiting`, ascending.
+
+    Greedy while much space is left, exact at the end: short documents can fill almost any gap, long ones cannot.
+    """
     taken: list[int] = []
-    place = len(distinct)
-    while place := bisect_right(distinct, space, 0, place):
-        place -= 1
-        length = distinct[place]
-        copies = min(len(waiting[length]), space // length - _EXACT)
+    end = len(distinct)
+    # 1. Take the longest document that fits, as many of it as wait. Stop when the space holds only about
+    #    _CHOSEN_EXACTLY documents of the next length: these are left to step 3.
+    while end := bisect_right(distinct, space, 0, end):
+        end -= 1
+        length = distinct[end]
+        copies = min(len(waiting[length]), space // length - _CHOSEN_EXACTLY)
         if not taken:
-            copies = max(1, copies)
+            copies = max(1, copies)  # the longest document is always taken, so that no row stays empty
         if copies < 1:
             break
         taken += [length] * copies
         space -= length * copies
+    # 2. Offer every k-th of the lengths that still fit, the longest first.
     fitting = distinct[: bisect_right(distinct, space)]
     candidates = fitting[:: -max(1, len(fitting) // _CANDIDATES)]
-    return taken + _best_sum(candidates, waiting, taken, space)
+    # 3. Fill the rest as well as these can.
+    copies_of = ((length, len(waiting[length]) - taken.count(length)) for length in candidates)
+    return taken + best_subset(copies_of, space)
 
 
-def _best_sum(candidates: list[int], waiting: Mapping[int, list[int]], taken: list[int], space: int) -> list[int]:
-    """The lengths with the largest sum up to `space`: subset sum, with reachable sums as the bits of an integer."""
-    reachable, steps = 1, []
+def best_subset(copies_of: Iterable[tuple[int, int]], space: int) -> list[int]:
+    """The numbers with the largest sum up to `space`, from pairs of a number and how often it may be used.
+
+    Subset sum by dynamic programming; bit s of an integer is set if the sum s can be reached.
+    """
+    reachable = 1  # the empty sum
+    steps: list[tuple[int, int]] = []  # (number, sums that were reachable before it was offered)
     mask = (1 << (space + 1)) - 1
-    for length in candidates:
-        for _ in range(min(len(waiting[length]) - taken.count(length), space // length)):
-            more = reachable | (reachable << length & mask)
+    for number, copies in copies_of:
+        for _ in range(min(copies, space // number)):
+            more = reachable | (reachable << number & mask)
             if more == reachable:
-                break
-            steps.append((length, reachable))
+                break  # another copy reaches nothing new either
+            steps.append((number, reachable))
             reachable = more
         if reachable >> space:
-            break
+            break  # the sum `space` itself: nothing is better
+    # Backwards from the largest sum: a number is part of it if the sum was not reachable without that number.
     total, chosen = reachable.bit_length() - 1, []
-    for length, before in reversed(steps):
+    for number, before in reversed(steps):
         if not before >> total & 1:
-            chosen.append(length)
-            total -= length
+            chosen.append(number)
+            total -= number
     return chosen
 
 
-def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, forms: Forms) -> Row:
+def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, packing: PackingSpecs) -> Row:
     """Pack documents that fit into one row `[S = row_length]`. Raises UserError if an id is out of range."""
     used = sum(document_length(*document.sizes) for document in documents)
     assert used <= row_length, "plan_rows never exceeds a row"
@@ -127,7 +141,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, for
     """The modality whose loss a token counts towards as a label `[S]`; -1 for a token that is certain or given."""
     start = 0
     for segment, document in enumerate(documents):
-        stop = _render(document, row, counts_to, start, vocabulary, forms)
+        stop = _render(document, row, counts_to, start, vocabulary, packing)
         row.segment[start:stop] = segment
         start = stop
     inside = np.flatnonzero((row.segment[:-1] == row.segment[1:]) & (row.segment[:-1] >= 0))
@@ -157,42 +171,40 @@ def _codes(vocabulary: Vocabulary) -> dict[str, _Codes]:
     return codes
 
 
-def _render(document: Document, row: Row, counts_to: IntArray, start: int, vocabulary: Vocabulary, forms: Forms) -> int:
-    """Write ids, positions and modalities of a document into a row from `start` on; returns the end position."""
+def _render(
+    document: Document, row: Row, counts_to: IntArray, start: int, vocabulary: Vocabulary, packing: PackingSpecs
+) -> int:
+    """Write ids, positions and modalities of a document into a row from index `start` on; return the end index."""
     codes = _codes(vocabulary)
-    place, at = start, 0  # the next token's index in the row, and its position if it is text
+    index, at = start, 0  # the next token's index in the row, and its position if it is text
 
     def mark(token: int, modality: int) -> None:
-        nonlocal place, at
-        row.input_ids[place], row.position[:, place], counts_to[place] = token, at, modality
-        place, at = place + 1, at + 1
+        nonlocal index, at
+        row.input_ids[index], row.position[:, index], counts_to[index] = token, at, modality
+        index, at = index + 1, at + 1
 
+    # Marks count towards the loss of text (0) where the model chooses what comes next: an image, or the end.
     mark(vocabulary.document_start, 0)
     for number, part in enumerate(document.parts):
-        code, form, size = codes[part.modality], forms[part.modality], part.ids.size
+        code, spec, size = codes[part.modality], packing[part.modality], part.ids.size
         if code.begin >= 0:
             mark(code.begin, 0)
         if size:
             _check_ids(part, document.key, code)
-            stop, position = place + size, form.positions(size)
-            row.input_ids[place:stop], counts_to[place:stop] = part.ids + code.start, code.number
-            row.position[:, place:stop] = position + at
-            place, at = stop, at + int(position.max()) + 1
+            stop, position = index + size, spec.positions(size)
+            row.input_ids[index:stop], counts_to[index:stop] = part.ids + code.start, code.number
+            row.position[:, index:stop] = position + at
+            index, at = stop, at + int(position.max()) + 1
         if code.end >= 0:
             # If the length is fixed, the end mark is certain: there is nothing to learn.
-            mark(code.end, -1 if form.has_fixed_length else code.number)
+            mark(code.end, -1 if spec.has_fixed_length else code.number)
         if number < document.given:
-            counts_to[start:place] = -1
+            counts_to[start:index] = -1
     mark(vocabulary.document_end, 0)
-    return place
+    return index
 
 
 def _check_ids(part: Part, key: str, code: _Codes) -> None:
     if not 0 <= part.ids.min() <= part.ids.max() < code.size:
         what = f"{part.modality} token id {part.ids.max()} in sample {key!r}, but its codec has {code.size}"
         raise UserError(what, remedy="delete this token cache and run `megamm data tokenize` with this codec")
-
-
-def padding_share(row: Row) -> float:
-    """Share of the row's positions that hold no document."""
-    return float(np.mean(row.segment < 0))

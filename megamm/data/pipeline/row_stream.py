@@ -1,134 +1,145 @@
-"""The global sequence of packed rows: documents in the mixture's order, packed into rows window by window.
+"""The global sequence of packed rows: documents in the mixture's order, packed into rows block by block.
 
-    RowStream   .plan(r) -> RowPlan (content of row r)   .locate(plan) -> Recipe (where it is stored)   .row(r) -> Row
+    RowStream   .row_spec(r) -> RowSpec   the content of row r, and where its tokens are stored
+    RowReader   .row(spec) -> Row         its tokens; the whole work of a data worker
 
 Row r is a pure function of (seed, mixture, shards, vocabulary, row_length), independent of ranks and world size.
-Windows are planned one after the other, because their numbers of rows differ; a resumed stream starts at the window
-recorded in the checkpoint (`place`).
+Shuffle blocks are planned one after the other, because their numbers of rows differ; a resumed stream starts at the
+block recorded in the checkpoint (`block_start`).
 """
 
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Row
 from megamm.data.pipeline.mixture import Mixture
-from megamm.data.pipeline.packing import Forms, plan_rows
-from megamm.data.pipeline.row_reader import Recipe, RowReader
-from megamm.data.pipeline.token_dataset import Piece, SampleSet, piece_length
+from megamm.data.pipeline.packing import PackingSpecs, pack, plan_rows
+from megamm.data.pipeline.token_dataset import DocumentSpec, TokenDataset, read_document
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.tar_reader import TarReader
 
-_WINDOWS_KEPT = 4
+_BLOCKS_KEPT = 4
+"""Planned blocks in memory. A step reads at most the end of one and the start of others; a row read again is near."""
+
+
+class RowSpec(NamedTuple):
+    """A row that is planned but not read. It names every file and offset, so that a worker needs no data set."""
+
+    documents: tuple[DocumentSpec, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each document, including marks."""
+        return [document.length for document in self.documents]
+
+
+class RowReader:
+    """Reads and packs rows of `row_length` tokens. A copy in another process is a few kilobytes; it opens its files."""
+
+    def __init__(self, vocabulary: Vocabulary, row_length: int, packing: PackingSpecs) -> None:
+        self.vocabulary, self.row_length, self.packing = vocabulary, row_length, packing
+        self.tars = TarReader()
+
+    def row(self, spec: RowSpec) -> Row:
+        """Read a row. Raises UserError if a member is damaged or does not match its index."""
+        documents = [read_document(self.tars, document) for document in spec.documents]
+        return pack(documents, self.vocabulary, self.row_length, self.packing)
 
 
 @dataclass(frozen=True)
-class RowPlan:
-    """The content of a row: (source, sample, piece) of each document in it, by number; tokens of each."""
+class BlockStart:
+    """A shuffle block, and the number of its first row."""
 
-    documents: tuple[tuple[int, int, Piece], ...]
-    lengths: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A window, and the number of its first row."""
-
-    window: int = 0
+    block: int = 0
     row: int = 0
 
 
 class RowStream:
     """The endless sequence, from `start` on.
 
-    sample_sets are in the order of mixture.sources; None for a source whose documents are all before `start`. Raises
+    datasets are in the order of mixture.sources; None for a source whose documents are all before `start`. Raises
     UserError if a sample with media is longer than a row; text-only and interleaved documents are cut.
     """
 
     def __init__(
         self,
-        sample_sets: Sequence[SampleSet | None],
+        datasets: Sequence[TokenDataset | None],
         mixture: Mixture,
         vocabulary: Vocabulary,
         row_length: int,
-        forms: Forms,
-        start: Place = Place(),
+        packing: PackingSpecs,
+        start: BlockStart = BlockStart(),
     ) -> None:
-        for sample_set, source in zip(sample_sets, mixture.sources, strict=True):
-            if sample_set is not None:
-                assert len(sample_set) == source.documents
-                _check_lengths(sample_set, row_length)
-        self.sample_sets, self.mixture, self.start = list(sample_sets), mixture, start
-        self.reader = RowReader(vocabulary, row_length, forms)
+        for dataset, source in zip(datasets, mixture.sources, strict=True):
+            if dataset is not None:
+                assert len(dataset) == source.documents
+                _check_lengths(dataset, row_length)
+        self.datasets, self.mixture, self.start = list(datasets), mixture, start
+        self.reader = RowReader(vocabulary, row_length, packing)
         self._first_rows = [start.row]
-        """First row of each planned window from `start` on."""
-        self._windows: OrderedDict[int, list[RowPlan]] = OrderedDict()
+        """First row of each planned block from `start` on."""
+        self._blocks: OrderedDict[int, list[RowSpec]] = OrderedDict()
+        """The blocks used last, the latest at the end."""
 
     @property
     def row_length(self) -> int:
         """Tokens of a row."""
         return self.reader.row_length
 
-    def first_row(self, w: int) -> int:
-        """Number of the first row of window w."""
-        while len(self._first_rows) <= w - self.start.window:
-            last = self.start.window + len(self._first_rows) - 1
-            self._first_rows.append(self._first_rows[-1] + len(self._window(last)))
-        return self._first_rows[w - self.start.window]
-
-    def place(self, r: int) -> Place:
-        """The window that row r is in."""
-        assert r >= self.start.row, "a stream has no rows before its start"
-        while self._first_rows[-1] <= r:
-            self.first_row(self.start.window + len(self._first_rows))
-        w = bisect_right(self._first_rows, r) - 1
-        return Place(self.start.window + w, self._first_rows[w])
-
-    def plan(self, r: int) -> RowPlan:
-        """The content of row r."""
-        place = self.place(r)
-        return self._window(place.window)[r - place.row]
-
-    def locate(self, plan: RowPlan) -> Recipe:
-        """The places of a planned row's tokens, for `RowReader.row`."""
-        return tuple(self._set(source).locate(sample, piece) for source, sample, piece in plan.documents)
-
-    def row(self, r: int) -> Row:
+    def row_spec(self, r: int) -> RowSpec:
         """Row r of the sequence."""
-        return self.reader.row(self.locate(self.plan(r)))
+        start = self.block_start(r)
+        return self._rows_of(start.block)[r - start.row]
 
-    def _set(self, source: int) -> SampleSet:
-        sample_set = self.sample_sets[source]
-        assert sample_set is not None, "a source is absent only after its last window"
-        return sample_set
+    def block_start(self, r: int) -> BlockStart:
+        """The block that row r is in."""
+        assert r >= self.start.row, "a stream has no rows before its start"
+        while self._first_rows[-1] <= r:  # plan one block more: its number of rows says where the next one starts
+            self.first_row(self.start.block + len(self._first_rows))
+        # The last block that starts at or before r: its rows include r, as the next block starts after it.
+        b = bisect_right(self._first_rows, r) - 1
+        return BlockStart(self.start.block + b, self._first_rows[b])
 
-    def _window(self, w: int) -> list[RowPlan]:
-        """The rows of window w, in order."""
-        if w not in self._windows:
-            window = self.mixture.window(w)
-            pieces = [
-                (source, sample, piece)
-                for source, sample, turn in zip(
-                    window.source.tolist(), window.sample.tolist(), window.turn.tolist(), strict=True
-                )
-                for piece in self._set(source).pieces(sample, turn, self.row_length)
-            ]
-            lengths = [piece_length(piece) for _, _, piece in pieces]
-            rows = plan_rows(np.array(lengths, dtype=np.int64), self.row_length)
-            self._windows[w] = [RowPlan(tuple(pieces[p] for p in row), tuple(lengths[p] for p in row)) for row in rows]
-            if len(self._windows) > _WINDOWS_KEPT:
-                self._windows.popitem(last=False)
-        self._windows.move_to_end(w)
-        return self._windows[w]
+    def first_row(self, b: int) -> int:
+        """Number of the first row of block b."""
+        while len(self._first_rows) <= b - self.start.block:
+            last = self.start.block + len(self._first_rows) - 1
+            self._first_rows.append(self._first_rows[-1] + len(self._rows_of(last)))
+        return self._first_rows[b - self.start.block]
+
+    def _rows_of(self, b: int) -> list[RowSpec]:
+        """The rows of block b, in order."""
+        if b not in self._blocks:
+            self._blocks[b] = self._plan(b)  # takes tenths of a second
+            if len(self._blocks) > _BLOCKS_KEPT:
+                self._blocks.popitem(last=False)
+        self._blocks.move_to_end(b)
+        return self._blocks[b]
+
+    def _plan(self, b: int) -> list[RowSpec]:
+        """Pack the documents of block b into rows, from their lengths alone."""
+        block = self.mixture.block(b)
+        documents: list[DocumentSpec] = []
+        columns = (block.source.tolist(), block.sample.tolist(), block.permutation.tolist())
+        for source, sample, permutation in zip(*columns, strict=True):
+            dataset = self.datasets[source]
+            assert dataset is not None, "a source is absent only after its last block"
+            documents += dataset.plan(sample, permutation, self.row_length)
+        # Blocks are packed separately: a row never mixes two, so a block can be planned without the ones before it.
+        lengths = np.array([document.length for document in documents], dtype=np.int64)
+        return [RowSpec(tuple(documents[d] for d in row)) for row in plan_rows(lengths, self.row_length)]
 
 
-def _check_lengths(sample_set: SampleSet, row_length: int) -> None:
-    needed = sample_set.needed
+def _check_lengths(dataset: TokenDataset, row_length: int) -> None:
+    needed = dataset.needed
     if needed.max() > row_length:
-        key = sample_set.keys[int(needed.argmax())]
+        key = dataset.keys[int(needed.argmax())]
         what = f"sample {key!r} needs {needed.max()} tokens, but a row has {row_length} "
         what += f"({int((needed > row_length).sum())} such samples)"
-        raise UserError(what, where=sample_set.folder, remedy=f"set data.seq_length to at least {needed.max()}")
+        raise UserError(what, where=dataset.folder, remedy=f"set data.seq_length to at least {needed.max()}")

@@ -1,9 +1,20 @@
 """Opens and checks all data of a run before any step: vocabulary, training rows, held-out rows.
 
-`--dry-run` and the launcher also run it, so that a missing or damaged shard is found before processes start.
+    data = open_run_data(config)
+    data.stream, data.heldout_steps(...)            # for training and evaluation
+    recorded = data.to_json(consumed_rows)          # the mixture schedule, into a checkpoint
+    change = data.resume(recorded, consumed_rows)   # out of it
+
+`--dry-run` and the launcher also open the data, so that a missing or damaged shard is found before processes start.
+
+The mixture schedule is what a run has been trained on: which sources with which weights from which shuffle block on. If
+the config of a resumed run has other sources or weights, they take effect at the first block of which nothing has been
+consumed; the block in progress is finished as planned. The document count of each source continues, so that no document
+is lost or repeated in its epoch. The order is a pure function of seed and schedule, independent of world size and
+readers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,17 +25,43 @@ import torch
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, IntArray, Row
 from megamm.config import RunConfig
-from megamm.data.pipeline import mixture_schedule
-from megamm.data.pipeline.mixture_schedule import Change, OpenSource, Order
-from megamm.data.pipeline.packing import Form, Forms, document_length, pack, plan_rows
-from megamm.data.pipeline.row_stream import RowStream
-from megamm.data.pipeline.token_dataset import DocumentKind, SampleSet
+from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
+from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
+from megamm.data.pipeline.row_stream import BlockStart, RowStream
+from megamm.data.pipeline.token_dataset import DocumentKind, TokenDataset
 from megamm.modalities import REGISTRY, families
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
 HELDOUT_ROWS = 64
 """Maximum number of held-out rows read at an evaluation during training."""
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source of the config with its opened training split."""
+
+    path: Path
+    weight: float
+    dataset: TokenDataset
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Everything besides the mixture that determines the rows."""
+
+    seed: int
+    row_length: int
+    vocabulary: Vocabulary
+    packing: PackingSpecs
+
+
+@dataclass(frozen=True)
+class MixtureChange:
+    """A change of the mixture from row `row` on, as text."""
+
+    row: int
+    what: str
 
 
 @dataclass
@@ -36,30 +73,30 @@ class RunData:
     stream: RowStream
     heldout_rows: list[Row]
     sources: list[OpenSource]
-    order: Order
+    options: StreamOptions
     resumed: dict[str, Any] | None = None
-    """The history that the run resumed from."""
+    """The schedule that the run resumed from."""
 
-    def resume(self, recorded: dict[str, Any], consumed_rows: int) -> Change | None:
-        """Resume the recorded mixture, changed where the config differs. Raises UserError as `history.resume` does."""
+    def resume(self, recorded: dict[str, Any], consumed_rows: int) -> MixtureChange | None:
+        """Resume the recorded schedule, changed where the config differs. Raises UserError as `resume_stream` does."""
         codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
 
-        def open_removed(path: Path, kind: DocumentKind) -> SampleSet:
-            return SampleSet(path / "train", codec_ids, kind)
+        def open_removed(path: Path, kind: DocumentKind) -> TokenDataset:
+            return TokenDataset(path / "train", codec_ids, kind)
 
         self.resumed = recorded
-        self.stream, change = mixture_schedule.resume(self.sources, self.order, recorded, consumed_rows, open_removed)
+        self.stream, change = resume_stream(self.sources, self.options, recorded, consumed_rows, open_removed)
         return change
 
     def to_json(self, consumed_rows: int) -> dict[str, Any]:
-        """The history of the mixture, for a checkpoint."""
-        return mixture_schedule.to_json(self.stream, consumed_rows, self.resumed)
+        """The mixture schedule, for a checkpoint."""
+        return schedule_to_json(self.stream, consumed_rows, self.resumed)
 
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
         """This data rank's microbatches of each evaluation step; together the same rows at every layout, each once."""
         # A pipeline needs as many microbatches as it has stages.
         micro, microbatches = config.train.micro_batch, config.parallel.pipeline
-        empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities, config.data.seq_length))
+        empty = pack([], self.vocabulary, config.data.seq_length, self.options.packing)
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
             parts = [self.heldout_rows[start : start + micro] for start in starts]
@@ -93,10 +130,10 @@ class PositionTable:
         return self.longest[:, :length]
 
 
-def forms_of(modalities: dict[str, Modality], row_length: int) -> Forms:
-    """The properties of each modality's parts that packing into rows of that many tokens needs."""
+def packing_specs(modalities: dict[str, Modality], row_length: int) -> PackingSpecs:
+    """How each modality's parts are packed into rows of that many tokens."""
     return {
-        name: Form(
+        name: PackingSpec(
             PositionTable(m.positions(m.tokens_per_item or row_length - row_length % m.stride)),
             m.tokens_per_item is not None,
         )
@@ -112,37 +149,158 @@ def open_run_data(config: RunConfig) -> RunData:
             raise UserError(
                 f"loss_weights.{name} has no tokenizer", remedy=f"the modalities are {', '.join(modalities)}"
             )
-    vocabulary, forms = vocabulary_of(modalities), forms_of(modalities, config.data.seq_length)
+    vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, config.data.seq_length)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
     sources = [
-        OpenSource(source.path, source.weight, SampleSet(source.path / "train", codec_ids, source.documents))
+        OpenSource(source.path, source.weight, TokenDataset(source.path / "train", codec_ids, source.documents))
         for source in config.data.sources
     ]
-    order = Order(config.train.seed, config.data.seq_length, vocabulary, forms)
-    heldout = [SampleSet(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
-    rows = _heldout_rows(heldout, vocabulary, config, forms)
-    return RunData(vocabulary, modalities, mixture_schedule.begin(sources, order), rows, sources, order)
+    options = StreamOptions(config.train.seed, config.data.seq_length, vocabulary, packing)
+    heldout = [TokenDataset(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
+    rows = _heldout_rows(heldout, vocabulary, config, packing)
+    return RunData(vocabulary, modalities, begin_stream(sources, options), rows, sources, options)
 
 
-def _heldout_rows(sets: list[SampleSet], vocabulary: Vocabulary, config: RunConfig, forms: Forms) -> list[Row]:
+def _heldout_rows(
+    datasets: list[TokenDataset], vocabulary: Vocabulary, config: RunConfig, packing: PackingSpecs
+) -> list[Row]:
     """Rows of the first held-out documents, from all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
-    turns = [_usable_documents(samples, length) for samples in sets]
+    readers = [_usable_documents(dataset, length) for dataset in datasets]
     documents: list[Document] = []
     sizes: list[int] = []
-    while turns and sum(sizes) < HELDOUT_ROWS * length:
-        for turn in list(turns):
-            document = next(turn, None)
+    while readers and sum(sizes) < HELDOUT_ROWS * length:
+        for reader in list(readers):  # one document of each, so that a few rows represent all sources
+            document = next(reader, None)
             if document is None:
-                turns.remove(turn)
+                readers.remove(reader)
             else:
                 documents.append(document)
                 sizes.append(document_length(*document.sizes))
     rows = plan_rows(np.array(sizes, dtype=np.int64), length)
-    return [pack([documents[i] for i in row], vocabulary, length, forms) for row in rows[:HELDOUT_ROWS]]
+    return [pack([documents[i] for i in row], vocabulary, length, packing) for row in rows[:HELDOUT_ROWS]]
 
 
-def _usable_documents(samples: SampleSet, length: int) -> Iterator[Document]:
+def _usable_documents(dataset: TokenDataset, length: int) -> Iterator[Document]:
     """The documents of all samples that fit into rows of this length, in order."""
-    for i in np.flatnonzero(samples.needed <= length).tolist():
-        yield from samples.documents(i, length)
+    for i in np.flatnonzero(dataset.needed <= length).tolist():
+        yield from dataset.documents(i, length)
+
+
+def begin_stream(sources: Sequence[OpenSource], options: StreamOptions) -> RowStream:
+    """The rows of a new run."""
+    mixture = Mixture(_in_mixture(source_names([s.path for s in sources]), sources), options.seed)
+    return RowStream([s.dataset for s in sources], mixture, options.vocabulary, options.row_length, options.packing)
+
+
+def schedule_to_json(stream: RowStream, consumed_rows: int, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """The mixture schedule after `consumed_rows`, for a checkpoint; earlier: that of the checkpoint resumed from.
+
+    "window" is the shuffle block in progress, "first_row" its first row; "segments" are the changes of the mixture.
+    """
+    entries = dict(earlier["sources"]) if earlier else {}
+    for source, dataset in zip(stream.mixture.sources, stream.datasets, strict=True):
+        if dataset is not None:  # otherwise a removed source, which `earlier` has
+            path = str(dataset.folder.parent)
+            entry = {"documents": source.documents, "shards": source.shards, "path": path, "kind": dataset.kind}
+            entries[source.name] = entry
+    start = stream.block_start(consumed_rows)
+    return {
+        "window": start.block,
+        "first_row": start.row,
+        "sources": entries,
+        "segments": [
+            {"window": segment.block, "weights": {s.name: s.weight for s in segment.sources}}
+            for segment in stream.mixture.segments
+        ],
+    }
+
+
+def resume_stream(
+    sources: Sequence[OpenSource],
+    options: StreamOptions,
+    recorded: dict[str, Any],
+    consumed_rows: int,
+    open_removed: Callable[[Path, DocumentKind], TokenDataset],
+) -> tuple[RowStream, MixtureChange | None]:
+    """The rows of a run that resumes after `consumed_rows`, with the change of its mixture if the config has one.
+
+    Raises UserError if a source's shards have changed, or a removed source is still needed and missing.
+    """
+    names = _recorded_names([s.path for s in sources], recorded)
+    now = _in_mixture(names, sources)
+    mixture = before = _recorded_mixture(recorded, options.seed)
+    start = BlockStart(recorded["window"], recorded["first_row"])
+    # A block of which a row has been consumed is finished as planned.
+    change_at = start.block + (consumed_rows > start.row)
+    if before.has_shares_of(now):
+        before.require_same(now)
+    else:
+        mixture = before.then(change_at, now)
+    datasets = {name: source.dataset for name, source in zip(names, sources, strict=True)}
+    for source, documents in zip(mixture.sources, mixture.counts_in(start.block), strict=True):
+        if documents and source.name not in datasets:
+            datasets[source.name] = _open_removed(source, recorded["sources"][source.name], open_removed)
+    ordered = [datasets.get(source.name) for source in mixture.sources]
+    stream = RowStream(ordered, mixture, options.vocabulary, options.row_length, options.packing, start)
+    if mixture is before:
+        return stream, None
+    return stream, MixtureChange(stream.first_row(change_at), _in_words(before.segments[-1].sources, now))
+
+
+def _open_removed(
+    source: MixtureSource, entry: dict[str, Any], open_removed: Callable[[Path, DocumentKind], TokenDataset]
+) -> TokenDataset:
+    """Open a source no longer in the config, for the rest of the block in progress."""
+    try:
+        dataset = open_removed(Path(entry["path"]), entry["kind"])
+        Mixture([source], 0).require_same([MixtureSource(source.name, 1.0, len(dataset), dataset.digest)])
+    except UserError as error:
+        what = f"source {source.name!r} was removed from the config, but the current block of rows still needs it: "
+        remedy = "restore its shards until the run has written the first checkpoint after the change"
+        raise UserError(what + error.what, where=error.where or entry["path"], remedy=remedy) from None
+    return dataset
+
+
+def _recorded_mixture(recorded: dict[str, Any], seed: int) -> Mixture:
+    def sources(weights: dict[str, float]) -> list[MixtureSource]:
+        entries = recorded["sources"]
+        return [MixtureSource(n, w, entries[n]["documents"], entries[n]["shards"]) for n, w in weights.items()]
+
+    first, *others = recorded["segments"]
+    mixture = Mixture(sources(first["weights"]), seed)
+    for segment in others:
+        mixture = mixture.then(segment["window"], sources(segment["weights"]))
+    return mixture
+
+
+def _in_mixture(names: Sequence[str], sources: Sequence[OpenSource]) -> list[MixtureSource]:
+    return [MixtureSource(n, s.weight, len(s.dataset), s.dataset.digest) for n, s in zip(names, sources, strict=True)]
+
+
+def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str]:
+    """Names of the config's sources: a recorded name if the path or its end is the same, otherwise a new one.
+
+    The order of documents depends on the names: a source keeps its own if it is moved, or another one is added.
+    """
+    by_path = {Path(entry["path"]): name for name, entry in recorded["sources"].items()}
+    names: dict[Path, str] = {path: by_path[path] for path in paths if path in by_path}
+    for path in (path for path in paths if path not in names):
+        matching = [
+            n for n in recorded["sources"] if f"/{path.as_posix()}".endswith(f"/{n}") and n not in names.values()
+        ]
+        if matching:
+            names[path] = max(matching, key=len)
+    for path in (path for path in paths if path not in names):
+        depths = range(1, len(path.parts) + 1)
+        taken = {*names.values(), *recorded["sources"]}
+        new = ["/".join(path.parts[-depth:]) for depth in depths]
+        names[path] = next((name for name in new if name not in taken), new[-1])
+    return [names[path] for path in paths]
+
+
+def _in_words(before: Sequence[MixtureSource], now: Sequence[MixtureSource]) -> str:
+    """ "emoji 0.7 -> 0.5, clipart removed, sprites 0.5 (new)", as shares of the documents."""
+    old, new = ({s.name: s.weight / sum(x.weight for x in sources) for s in sources} for sources in (before, now))
+    words = [f"{n} {old[n]:.3g} -> {new[n]:.3g}" if n in new else f"{n} removed" for n in old]
+    return ", ".join(words + [f"{n} {share:.3g} (new)" for n, share in new.items() if n not in old])

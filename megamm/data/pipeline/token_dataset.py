@@ -1,55 +1,82 @@
 """One source's split of shards as documents: token caches joined by key; lengths are known without reading tokens.
 
-    SampleSet(SHARDS/<source>/<split>, codec_ids)
-        .pieces(i, turn, row_length) -> [Piece]   the parts of sample i for a row, for planning
-        .read(i, piece) -> Document               its tokens
+    TokenDataset(SHARDS/<source>/<split>, codec_ids)
+        .plan(i, permutation, row_length) -> [DocumentSpec]   the documents of sample i, and where their tokens are
+        .read(spec) -> Document                               the tokens of one of them
 
-The order of a sample's parts depends on `turn` (see `selection`), or is their own order if they are numbered. A piece
-is a whole document; only text without media is cut at the end of a row, and a document of numbered parts there or
-between two parts. Lengths are in tokens, including marks.
+A sample's parts are in the order given by the index of a permutation (see `selection`), or in their own order if they
+are numbered. A document is a whole sample; only text without media is cut at the end of a row, and a document of
+numbered parts there or between two parts. Lengths are in tokens, including marks.
 """
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from megamm.common.errors import UserError
-from megamm.common.sample import Document, IntArray
+from megamm.common.sample import Document, IntArray, Part
 from megamm.data.pipeline.packing import DOCUMENT_MARKS, MEDIA_MARKS
-from megamm.data.pipeline.row_reader import StoredDocument, StoredPart, read_document
-from megamm.shards.folder import UNNUMBERED, ShardFolder
-from megamm.shards.tar_reader import TarReader
+from megamm.shards.folder import UNNUMBERED, ShardFolder, tokens_from_bytes
+from megamm.shards.tar_reader import StoredMember, TarReader
 
 DocumentKind = Literal["whole", "pairs", "answers"]
 
+_PARTS = np.dtype([("sample", "i8"), ("member", "i8"), ("tokens", "i8"), ("number", "i4"), ("modality", "i4")])
+"""A row of the table of parts: the index of its sample, of its member in the cache, its length without marks, its
+number in the sample (or UNNUMBERED), and the index of its modality."""
 
-@dataclass(frozen=True)
-class Slice:
-    """Tokens [start, stop) of one member of a modality's cache."""
+
+class TokenSpan(NamedTuple):
+    """Tokens [start, stop) of a part of a sample; the part is one `member` of a token cache, `tokens` long in total.
+
+    It carries the member's file and offset, so that a data worker needs no index of the data set.
+    """
 
     modality: str
-    member: int
+    member: StoredMember
+    tokens: int
     start: int
     stop: int
 
     @property
     def length(self) -> int:
-        """Length in a row, including marks."""
+        """Tokens in a row, including marks."""
         return self.stop - self.start + (0 if self.modality == "text" else MEDIA_MARKS)
 
 
-Piece = tuple[Slice, ...]
+class DocumentSpec(NamedTuple):
+    """A document that is planned but not read: its sample's key and its parts in reading order.
+
+    length: tokens in a row, including marks; given: see Document.
+    """
+
+    key: str
+    spans: tuple[TokenSpan, ...]
+    length: int
+    given: int = 0
 
 
-def piece_length(piece: Piece) -> int:
-    """Tokens in a row."""
-    return DOCUMENT_MARKS + sum(part.length for part in piece)
+def read_document(tars: TarReader, document: DocumentSpec) -> Document:
+    """Read the tokens of a document. Raises UserError if a member is damaged or does not match its index."""
+    parts = tuple(Part(span.modality, _read_ids(tars, document.key, span)) for span in document.spans)
+    return Document(document.key, parts, document.given)
+
+
+def _read_ids(tars: TarReader, key: str, span: TokenSpan) -> IntArray:
+    where, remedy = Path(span.member.tar).parent, "delete that token cache and run `megamm data tokenize` again"
+    try:
+        ids = tokens_from_bytes(tars.read(span.member))
+    except (ValueError, EOFError) as error:
+        raise UserError(f"damaged tokens of {key!r}", where=where, remedy=remedy) from error
+    if ids.size != span.tokens:
+        what = f"the number of tokens of {key!r} does not match the index"
+        raise UserError(what, where=where, remedy=remedy)
+    return ids[span.start : span.stop]
 
 
 def selections(parts: int, kind: DocumentKind) -> int:
@@ -57,45 +84,45 @@ def selections(parts: int, kind: DocumentKind) -> int:
     return parts * (parts - 1) if kind != "whole" and parts > 1 else math.factorial(parts)
 
 
-def selection(parts: int, turn: int, kind: DocumentKind) -> list[int]:
-    """The selected parts of a sample, in order: the turn-th of all permutations, or of all ordered pairs.
+def selection(parts: int, index: int, kind: DocumentKind) -> list[int]:
+    """The selected parts of a sample, in order: the permutation of that index, or the ordered pair of that index.
 
-    kind "answers" has the same pairs as "pairs", but their first part counts towards no loss (`locate`).
+    kind "answers" has the same pairs as "pairs", but their first part counts towards no loss.
     """
-    turn %= selections(parts, kind)
+    index %= selections(parts, kind)
     if kind != "whole" and parts > 1:
-        first, second = divmod(turn, parts - 1)
+        first, second = divmod(index, parts - 1)
         return [first, second + (second >= first)]
+    # The digits of the index in the factorial number system name each time one of the parts that are left (Lehmer
+    # code), so that consecutive indexes go through all permutations.
     left, order = list(range(parts)), []
     for remaining in range(parts, 0, -1):
-        place, turn = divmod(turn, math.factorial(remaining - 1))
-        order.append(left.pop(place))
+        digit, index = divmod(index, math.factorial(remaining - 1))
+        order.append(left.pop(digit))
     return order
 
 
-class SampleSet:
+class TokenDataset:
     """The samples of SHARDS/<source>/<split>: the contents of each modality's token cache, joined by key.
 
-    codec_ids: modality -> codec_id, in the order of turn 0 (text first). Modalities without a folder in the split are
-    absent. Raises UserError if a cache is missing, no modality is present, or a sample's part numbers have a gap.
+    codec_ids: modality -> codec_id, in the order of permutation 0 (text first). Modalities without a folder in the
+    split are absent. `needed`: tokens that a row must have for each sample `[samples]`. Raises UserError if a cache is
+    missing, no modality is present, or a sample's part numbers have a gap.
     """
 
     def __init__(self, folder: Path, codec_ids: Mapping[str, str], kind: DocumentKind = "whole") -> None:
         self.folder, self.kind = folder, kind
-        self._caches = _open_caches(folder, codec_ids)
-        self._names = list(self._caches)
+        caches = _open_caches(folder, codec_ids)
+        self._modalities, self._caches = list(caches), list(caches.values())
         self._tars = TarReader()
-        self.keys, samples = _join([cache.keys for cache in self._caches.values()])
-        columns: list[tuple[IntArray, IntArray, IntArray, IntArray]] = []
-        for cache, sample in zip(self._caches.values(), samples, strict=True):
-            tokens = cache.tokens if cache.tokens is not None else np.zeros(0, dtype=np.int64)
-            columns.append((sample, cache.parts, np.arange(len(cache)), tokens))
-        modality = np.repeat(np.arange(len(columns)), [len(column[0]) for column in columns])
-        sample_of, part, member, tokens = (np.concatenate(c).astype(np.int64) for c in zip(*columns, strict=True))
-        order = np.lexsort((modality, part, sample_of))
-        self._modality, self._part = modality[order], part[order]
-        self._member, self._tokens = member[order], tokens[order]
-        self._starts = np.searchsorted(sample_of[order], np.arange(len(self.keys) + 1))
+        self.keys, sample_of = _join([cache.keys for cache in self._caches])
+        parts = np.concatenate(
+            [_parts_of(m, cache, sample_of[m]) for m, cache in enumerate(self._caches)], dtype=_PARTS
+        )
+        # Sample by sample, in reading order: by number if the parts have one, otherwise by modality.
+        self._parts = parts[np.lexsort((parts["modality"], parts["number"], parts["sample"]))]
+        self._starts = np.searchsorted(self._parts["sample"], np.arange(len(self.keys) + 1))
+        """First part of each sample, and the number of parts `[samples + 1]`; no sample is without parts."""
         self._check_numbers()
         self.needed = self._needed()
 
@@ -104,91 +131,125 @@ class SampleSet:
 
     def _check_numbers(self) -> None:
         """Raise UserError unless every sample's parts are all unnumbered or numbered 0, 1, 2 ..."""
-        place = np.arange(len(self._part)) - np.repeat(self._starts[:-1], np.diff(self._starts))
-        unnumbered = self._part == UNNUMBERED
-        sample = np.repeat(np.arange(len(self)), np.diff(self._starts))
-        mixed = np.bincount(sample, unnumbered, len(self)) % np.maximum(np.diff(self._starts), 1) != 0
-        wrong = (~unnumbered & (self._part != place)) | mixed[sample]
+        sample, number = self._parts["sample"], self._parts["number"]
+        is_unnumbered = number == UNNUMBERED
+        unnumbered = segment_sum(is_unnumbered, self._starts)
+        is_mixed = (unnumbered > 0) & (unnumbered < np.diff(self._starts))
+        has_gap = ~is_unnumbered & (number != self._index_in_sample())
+        wrong = is_mixed[sample] | has_gap
         if wrong.any():
             key = self.keys[int(sample[wrong.argmax()])]
             what = f"the parts of {key!r} are not numbered 0, 1, 2 ... over the modalities of this run"
             remedy = "set tokenizers for every modality of this source, or build it again"
             raise UserError(what, where=self.folder, remedy=remedy)
 
-    def _parts(self, i: int) -> list[Slice]:
-        places = range(int(self._starts[i]), int(self._starts[i + 1]))
-        names = [self._names[self._modality[p]] for p in places]
-        return [Slice(n, int(self._member[p]), 0, int(self._tokens[p])) for n, p in zip(names, places, strict=True)]
+    def _index_in_sample(self) -> IntArray:
+        """0, 1, 2 ... for the parts of each sample `[parts]`."""
+        return np.arange(len(self._parts)) - self._starts[self._parts["sample"]]
+
+    def _needed(self) -> IntArray:
+        """Tokens that a row must have for each sample, whatever the permutation `[samples]`.
+
+        A document of text alone can be cut anywhere, one of numbered parts around its media; others must fit whole.
+        """
+        is_text = np.array([name == "text" for name in self._modalities])[self._parts["modality"]]
+        length = self._parts["tokens"] + np.where(is_text, 0, MEDIA_MARKS)
+        longest_media = np.maximum.reduceat(np.where(is_text, 0, length), self._starts[:-1])
+        if self.kind == "whole":
+            whole = segment_sum(length, self._starts)
+        else:
+            # Any two parts can be the pair: the two longest. Sorting by length keeps each sample's parts together.
+            longest_first = length[np.lexsort((-length, self._parts["sample"]))]
+            whole = segment_sum(np.where(self._index_in_sample() < 2, longest_first, 0), self._starts)
+        is_ordered = self._parts["number"][self._starts[:-1]] != UNNUMBERED
+        uncut = np.where(is_ordered, longest_media, whole)
+        return DOCUMENT_MARKS + np.where(longest_media > 0, uncut, 1)
 
     def is_ordered(self, i: int) -> bool:
         """Whether the sample's parts have an order of their own."""
-        return self._part[self._starts[i]] != UNNUMBERED
+        return bool(self._parts["number"][self._starts[i]] != UNNUMBERED)
 
-    def pieces(self, i: int, turn: int, row_length: int) -> list[Piece]:
-        """Sample i in its turn-th order, cut to rows. Raises UserError if its media are longer than a row."""
-        parts = self._parts(i)
-        if not self.is_ordered(i):
-            parts = [parts[p] for p in selection(len(parts), turn, self.kind)]
-        room = row_length - DOCUMENT_MARKS
-        if sum(part.length for part in parts) <= room:
-            return [tuple(parts)]
-        if self.is_ordered(i) or all(part.modality == "text" for part in parts):
-            return list(_cut(parts, room, self.keys[i]))
-        what = f"sample {self.keys[i]!r} has {piece_length(tuple(parts))} tokens, but a row has {row_length}"
-        remedy = f"set data.seq_length to at least {piece_length(tuple(parts))}"
-        raise UserError(what, where=self.folder, remedy=remedy)
-
-    def turns(self, i: int) -> int:
-        """Number of distinct documents of sample i; its turns repeat after that many."""
+    def permutations(self, i: int) -> int:
+        """Number of distinct documents of sample i; indexes of permutations repeat after that many."""
         parts = int(self._starts[i + 1] - self._starts[i])
         return 1 if self.is_ordered(i) else selections(parts, self.kind)
 
-    def _needed(self) -> IntArray:
-        """Tokens that a row must have for each sample in every turn `[samples]`: those of all uncuttable parts."""
-        is_text = np.array([name == "text" for name in self._names])[self._modality]
-        length = self._tokens + np.where(is_text, 0, MEDIA_MARKS)
-        sample = np.repeat(np.arange(len(self)), np.diff(self._starts))
-        place = np.arange(len(length)) - self._starts[sample]
-        by_length = np.lexsort((-length, sample))
-        of_pairs = np.bincount(sample, np.where(place < 2, length[by_length], 0), len(self))
-        whole = np.bincount(sample, length, len(self)) if self.kind == "whole" else of_pairs
-        media = np.zeros(len(self), dtype=np.int64)
-        np.maximum.at(media, sample, np.where(is_text, 0, length))
-        uncut = np.where(self._part[self._starts[:-1]] != UNNUMBERED, media, whole)
-        return DOCUMENT_MARKS + np.where(media > 0, uncut, 1).astype(np.int64)
+    def plan(self, i: int, permutation: int, row_length: int) -> list[DocumentSpec]:
+        """Sample i in the order of that permutation, cut to rows. Raises UserError if its media are too long."""
+        is_ordered, count = self.is_ordered(i), int(self._starts[i + 1] - self._starts[i])
+        selected = range(count) if is_ordered else selection(count, permutation, self.kind)
+        spans = self._spans(i, selected)
+        length = _length(spans)
+        if length <= row_length:
+            return [DocumentSpec(self.keys[i], tuple(spans), length, self._given(count, is_ordered))]
+        if is_ordered or all(span.modality == "text" for span in spans):
+            pieces = _cut(spans, row_length - DOCUMENT_MARKS, self.keys[i])
+            return [DocumentSpec(self.keys[i], tuple(piece), _length(piece)) for piece in pieces]
+        what = f"sample {self.keys[i]!r} has {length} tokens, but a row has {row_length}"
+        raise UserError(what, where=self.folder, remedy=f"set data.seq_length to at least {length}")
 
-    def read(self, i: int, piece: Piece) -> Document:
-        """The tokens of a piece of sample i."""
-        return read_document(self._tars, self.locate(i, piece))
+    def _given(self, count: int, is_ordered: bool) -> int:
+        # With "answers", the first part of a pair is the question. A single part and a page have none: all is learned.
+        return int(self.kind == "answers" and count > 1 and not is_ordered)
 
-    def locate(self, i: int, piece: Piece) -> StoredDocument:
-        """The places of the tokens of a piece of sample i."""
-        parts = []
-        for part in piece:
-            cache = self._caches[part.modality]
-            assert cache.tokens is not None, "_open_caches refuses a cache without lengths"
-            member, tokens = cache.stored(part.member), int(cache.tokens[part.member])
-            parts.append(StoredPart(part.modality, member, tokens, part.start, part.stop))
-        given = int(self.kind == "answers" and len(parts) > 1 and not self.is_ordered(i))
-        return StoredDocument(self.keys[i], tuple(parts), given)
+    def _spans(self, i: int, selected: Sequence[int]) -> list[TokenSpan]:
+        """These parts of sample i, which are numbered in reading order."""
+        parts = self._parts[self._starts[i] : self._starts[i + 1]].tolist()
+        spans = []
+        for _, member, tokens, _, modality in [parts[p] for p in selected]:
+            stored = self._caches[modality].stored(member)
+            spans.append(TokenSpan(self._modalities[modality], stored, tokens, 0, tokens))
+        return spans
+
+    def read(self, document: DocumentSpec) -> Document:
+        """The tokens of a planned document."""
+        return read_document(self._tars, document)
+
+    def whole(self, i: int) -> Document:
+        """All parts of sample i in reading order, whatever their length."""
+        count = int(self._starts[i + 1] - self._starts[i])
+        spans = self._spans(i, range(count))
+        given = self._given(count, self.is_ordered(i))
+        return self.read(DocumentSpec(self.keys[i], tuple(spans), _length(spans), given))
+
+    def documents(self, i: int, row_length: int) -> Iterator[Document]:
+        """Sample i for evaluation, cut to rows: its first and last permutation (opposite orders), or its own order."""
+        for permutation in sorted({0, self.permutations(i) - 1}):
+            for document in self.plan(i, permutation, row_length):
+                yield self.read(document)
 
     @cached_property
     def digest(self) -> str:
         """12 hex digits over everything that determines a run's order: keys, modalities, lengths, kind of document."""
-        digest = hashlib.sha256(f"{self.kind} {self._names}\n".encode() + "\n".join(self.keys).encode())
-        for column in (self._starts, self._modality, self._part, self._tokens):
+        digest = hashlib.sha256(f"{self.kind} {self._modalities}\n".encode() + "\n".join(self.keys).encode())
+        # Checkpoints record the digest: the columns, their order and their width must stay.
+        for column in (self._starts, *(self._parts[name] for name in ("modality", "number", "tokens"))):
             digest.update(np.ascontiguousarray(column, dtype="<i8").data)
         return digest.hexdigest()[:12]
 
-    def whole(self, i: int) -> Document:
-        """All parts of sample i in reading order, whatever their length."""
-        return self.read(i, tuple(self._parts(i)))
 
-    def documents(self, i: int, row_length: int) -> Iterator[Document]:
-        """Sample i for evaluation, cut to rows: its first and last turn (opposite orders), or its own order."""
-        for turn in sorted({0, self.turns(i) - 1}):
-            for piece in self.pieces(i, turn, row_length):
-                yield self.read(i, piece)
+def _length(spans: Sequence[TokenSpan]) -> int:
+    """Tokens of a document in a row, including marks."""
+    return DOCUMENT_MARKS + sum([span.length for span in spans])
+
+
+def segment_sum(values: np.ndarray, starts: IntArray) -> IntArray:
+    """The sum of the values in each segment [starts[i], starts[i + 1]), of which none may be empty."""
+    # reduceat gives values[starts[i]] for an empty segment instead of 0.
+    return np.add.reduceat(values, starts[:-1], dtype=np.int64)
+
+
+def _parts_of(modality: int, cache: ShardFolder, samples: IntArray) -> np.ndarray:
+    """The rows of the table of parts for one cache; samples: index of the sample of each member."""
+    parts = np.empty(len(cache), dtype=_PARTS)
+    parts["sample"], parts["member"], parts["number"], parts["modality"] = (
+        samples,
+        range(len(cache)),
+        cache.parts,
+        modality,
+    )
+    parts["tokens"] = cache.tokens if cache.tokens is not None else 0  # None only if the cache is empty
+    return parts
 
 
 def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
@@ -200,23 +261,23 @@ def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
     return joined, [np.array([number_of[key] for key in one], dtype=np.int64) for one in keys]
 
 
-def _cut(parts: list[Slice], room: int, key: str) -> Iterator[Piece]:
+def _cut(spans: Sequence[TokenSpan], room: int, key: str) -> Iterator[list[TokenSpan]]:
     """Pieces of at most `room` tokens, each as long as possible, the last one shorter."""
-    taken: list[Slice] = []
+    taken: list[TokenSpan] = []
     left = room
-    for part in parts:
-        while part.length > left:
-            if part.modality == "text" and left > 0:
-                taken.append(Slice("text", part.member, part.start, part.start + left))
-                part = Slice("text", part.member, part.start + left, part.stop)
+    for span in spans:
+        while span.length > left:
+            if span.modality == "text" and left > 0:
+                taken.append(span._replace(stop=span.start + left))
+                span = span._replace(start=span.start + left)
             elif not taken:
-                remedy = f"set data.seq_length to at least {part.length + DOCUMENT_MARKS}"
-                raise UserError(f"{part.modality} of sample {key!r} is longer than a row", remedy=remedy)
-            yield tuple(taken)
+                remedy = f"set data.seq_length to at least {span.length + DOCUMENT_MARKS}"
+                raise UserError(f"{span.modality} of sample {key!r} is longer than a row", remedy=remedy)
+            yield taken
             taken, left = [], room
-        taken.append(part)
-        left -= part.length
-    yield tuple(taken)
+        taken.append(span)
+        left -= span.length
+    yield taken
 
 
 def _open_caches(folder: Path, codec_ids: Mapping[str, str]) -> dict[str, ShardFolder]:

@@ -2,7 +2,7 @@
 
 Python creates that folder for the process that starts the server, and removes it when that process exits. A killed
 rank cannot do so, but the server notices the kill and exits normally. A fork server runs no other code than its
-preloaded modules, so this module takes effect on import.
+preloaded modules, so this module takes effect on import. It is separate from loader.py, which other processes import.
 """
 
 import atexit

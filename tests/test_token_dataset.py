@@ -8,7 +8,7 @@ import pytest
 
 from megamm.common.errors import UserError
 from megamm.data.pipeline.packing import document_length
-from megamm.data.pipeline.token_dataset import SampleSet, piece_length, selection, selections
+from megamm.data.pipeline.token_dataset import TokenDataset, selection, selections
 from megamm.shards.folder import ShardWriter, tokens_to_bytes
 
 CODECS = {"text": "t", "image": "i", "audio": "a"}
@@ -26,21 +26,21 @@ def write(split, members):
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_turns_go_through_every_order_and_every_ordered_pair(parts):
-    orders = [tuple(selection(parts, turn, "whole")) for turn in range(selections(parts, "whole"))]
+def test_permutations_go_through_every_order_and_every_ordered_pair(parts):
+    orders = [tuple(selection(parts, index, "whole")) for index in range(selections(parts, "whole"))]
     assert sorted(orders) == sorted(permutations(range(parts))) and orders[0] == tuple(range(parts))
-    pairs = [tuple(selection(parts, turn, "pairs")) for turn in range(selections(parts, "pairs"))]
+    pairs = [tuple(selection(parts, index, "pairs")) for index in range(selections(parts, "pairs"))]
     assert sorted(pairs) == sorted(permutations(range(parts), min(parts, 2)))
     for kind, all_of_them in (("whole", orders), ("pairs", pairs)):
-        turns = [tuple(selection(parts, turn, kind)) for turn in range(7, 7 + 3 * len(all_of_them))]
-        assert set(Counter(turns).values()) == {3}  # every stretch of turns is balanced
+        drawn = [tuple(selection(parts, index, kind)) for index in range(7, 7 + 3 * len(all_of_them))]
+        assert set(Counter(drawn).values()) == {3}  # every stretch of indexes is balanced
 
 
 def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
     members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
     split = write(tmp_path / "train", members)
-    whole, pairs = SampleSet(split, CODECS), SampleSet(split, CODECS, "pairs")
-    documents = [whole.read(0, whole.pieces(0, turn, 64)[0]) for turn in range(6)]
+    whole, pairs = TokenDataset(split, CODECS), TokenDataset(split, CODECS, "pairs")
+    documents = [whole.read(whole.plan(0, index, 64)[0]) for index in range(6)]
     assert {tuple(p.modality for p in d.parts) for d in documents} == set(permutations(CODECS))
     for document in documents:
         assert {p.modality: p.ids.tolist() for p in document.parts} == {
@@ -49,7 +49,7 @@ def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
             "audio": [4, 5, 6],
         }
         assert document_length(*document.sizes) == whole.needed[0] == 2 + 6 + 4
-    twos = [pairs.read(0, pairs.pieces(0, turn, 64)[0]) for turn in range(6)]
+    twos = [pairs.read(pairs.plan(0, index, 64)[0]) for index in range(6)]
     assert {tuple(p.modality for p in d.parts) for d in twos} == set(permutations(CODECS, 2))
     assert pairs.needed[0] == 2 + 5 + 4  # image and audio are the longest two
 
@@ -57,16 +57,16 @@ def test_a_triple_is_read_whole_or_as_pairs(tmp_path):
 def test_answers_are_pairs_whose_first_part_is_given(tmp_path):
     members = [("text", "a", None, [1]), ("image", "a", None, [2, 3]), ("audio", "a", None, [4, 5, 6])]
     split = write(tmp_path / "train", [*members, ("text", "alone", None, [7])])
-    pairs, answers = SampleSet(split, CODECS, "pairs"), SampleSet(split, CODECS, "answers")
-    for turn in range(6):
-        (piece,) = answers.pieces(0, turn, 64)
-        assert [piece] == pairs.pieces(0, turn, 64)
-        assert (pairs.read(0, piece).given, answers.read(0, piece).given) == (0, 1)
-    (piece,) = answers.pieces(1, 0, 64)
-    assert answers.read(1, piece).given == 0  # a single part counts to the loss, otherwise nothing is learnt from it
+    pairs, answers = TokenDataset(split, CODECS, "pairs"), TokenDataset(split, CODECS, "answers")
+    for index in range(6):
+        (answer,), (pair,) = answers.plan(0, index, 64), pairs.plan(0, index, 64)
+        assert answer.spans == pair.spans
+        assert (pairs.read(pair).given, answers.read(answer).given) == (0, 1)
+    (alone,) = answers.plan(1, 0, 64)
+    assert answers.read(alone).given == 0  # a single part counts to the loss, otherwise nothing is learnt from it
     assert answers.needed.tolist() == pairs.needed.tolist() and answers.digest != pairs.digest
-    numbered = SampleSet(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
-    assert numbered.read(0, numbered.pieces(0, 0, 64)[0]).given == 0  # its parts have an order: all of it is learnt
+    numbered = TokenDataset(write(tmp_path / "pages", page("p", [("text", [1]), ("image", [2, 3])])), CODECS, "answers")
+    assert numbered.read(numbered.plan(0, 0, 64)[0]).given == 0  # its parts have an order: all of it is learnt
 
 
 def page(key, parts):
@@ -87,13 +87,13 @@ def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
             ("text", 7),
         )
     ]
-    sample_set = SampleSet(write(tmp_path / "train", page("p", parts) + page("q", parts[:2])), CODECS)
-    assert sample_set.keys == ["p", "q"] and sample_set.needed.tolist() == [24, 13]
-    for turn in (0, 1, 5):
-        pieces = sample_set.pieces(0, turn, 32)
-        assert max(map(piece_length, pieces)) <= 32
-        read = [sample_set.read(0, piece) for piece in pieces]
-        assert [piece_length(p) for p in pieces] == [document_length(*d.sizes) for d in read]
+    dataset = TokenDataset(write(tmp_path / "train", page("p", parts) + page("q", parts[:2])), CODECS)
+    assert dataset.keys == ["p", "q"] and dataset.needed.tolist() == [24, 13]
+    for index in (0, 1, 5):
+        planned = dataset.plan(0, index, 32)
+        assert max(document.length for document in planned) <= 32
+        read = [dataset.read(document) for document in planned]
+        assert [document.length for document in planned] == [document_length(*d.sizes) for d in read]
         joined: list = []
         for part in (part for d in read for part in d.parts):  # cut texts joined again
             if joined and joined[-1][0] == part.modality == "text":
@@ -101,22 +101,22 @@ def test_a_page_keeps_its_order_and_is_cut_between_or_inside_texts(tmp_path):
             else:
                 joined.append((part.modality, part.ids.tolist()))
         assert joined == parts
-    assert [d.parts[0].modality for d in sample_set.documents(1, 64)] == ["text"]  # one order, so once
+    assert [d.parts[0].modality for d in dataset.documents(1, 64)] == ["text"]  # one order, so once
 
 
 def test_text_alone_is_cut_to_rows_and_a_pair_never(tmp_path):
     ids = list(range(95))
-    sample_set = SampleSet(write(tmp_path / "train", [("text", "t", None, ids)]), CODECS)
-    pieces = sample_set.pieces(0, 0, 32)
-    assert [p[0].stop - p[0].start for p in pieces] == [30, 30, 30, 5] and sample_set.needed[0] == 3
-    assert [i for p in pieces for i in sample_set.read(0, p).parts[0].ids.tolist()] == ids
-    pair = SampleSet(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
+    dataset = TokenDataset(write(tmp_path / "train", [("text", "t", None, ids)]), CODECS)
+    pieces = [document.spans[0] for document in dataset.plan(0, 0, 32)]
+    assert [span.stop - span.start for span in pieces] == [30, 30, 30, 5] and dataset.needed[0] == 3
+    assert [i for document in dataset.plan(0, 0, 32) for i in dataset.read(document).parts[0].ids.tolist()] == ids
+    pair = TokenDataset(write(tmp_path / "pair", [("text", "t", None, ids), ("image", "t", None, [1] * 9)]), CODECS)
     with pytest.raises(UserError, match=r"'t' has 108 tokens, but a row has 32.*seq_length to at least 108"):
-        pair.pieces(0, 0, 32)
+        pair.plan(0, 0, 32)
 
 
 @pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (None, 0)])
 def test_parts_with_a_gap_are_refused(tmp_path, numbers):
     members = [("text", "p", numbers[0], [1]), ("image", "p", numbers[1], [2])]
     with pytest.raises(UserError, match="not numbered 0, 1, 2"):
-        SampleSet(write(tmp_path / "train", members), CODECS)
+        TokenDataset(write(tmp_path / "train", members), CODECS)
