@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megamm import __version__
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.rank_file import Image
+from megamm.checkpoint.rank_file import RankFile
 from megamm.checkpoint.saver import Saver
-from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.storage.local import LocalStorage
 from megamm.common.device import choose
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
@@ -88,8 +88,8 @@ class Sides:
         self.runner = build_engine(config, VOCABULARY, groups, place)
         self.batch = Batch.stack([random_row(np.random.default_rng(1), LENGTH)])
         self.blocks = self.runner.blocks()
-        self.image = Image.of(self.blocks, "unused")
-        self.tensors = {f"{i}": self.blocks[at.block].data for i, at in enumerate(self.image.places)}
+        self.image = RankFile.of(self.blocks, "unused")
+        self.tensors = {f"{i}": self.blocks[at.block].data for i, at in enumerate(self.image.offsets)}
         self.folder, self.step = folder, 0
         self.saver = Saver(folder / "ours", place, keep=1)
         self.runner.before_update = self.saver.settle
@@ -205,7 +205,7 @@ class Every:
         self.batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
         self.weights = torch.ones(2, dtype=torch.float64)
         folder.mkdir(parents=True, exist_ok=True)
-        self.local = LocalTier(str(memory), folder, replicate=False)
+        self.local = LocalStorage(str(memory), folder, replicate=False)
         self.local.begin(-1)
         self.savers = {"local": Saver(folder, place, 2, local=self.local), "run": Saver(folder, place, 2)}
         self.runner.before_update = self._settle

@@ -237,7 +237,7 @@ def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path
 
 def give_up(run: Path) -> None:
     """Do what rank 1 does when it learns that its writer is gone."""
-    from megamm.checkpoint.writer import Attempt
+    from megamm.checkpoint.writer import SaveAttempt
 
     job = {
         "run": str(run),
@@ -249,7 +249,7 @@ def give_up(run: Path) -> None:
         "stall": 0.0,
         "bytes": SIZE,
     }
-    Attempt(job).give_up("the writer process ended with signal 9")
+    SaveAttempt(job).give_up("the writer process ended with signal 9")
 
 
 def test_events_tell_of_the_save(memory, tmp_path):
@@ -273,9 +273,9 @@ def test_a_rank_without_space_for_a_word_is_not_waited_for(tmp_path, monkeypatch
 
     monkeypatch.setattr(files, "write", full)
     with pytest.raises(OSError, match="no space"):
-        writer.Attempt(job | {"rank": 1}).write_own(memoryview(b"x"), {})
+        writer.SaveAttempt(job | {"rank": 1}).write_own(memoryview(b"x"), {})
     monkeypatch.setattr(files, "write", plain)
-    first = writer.Attempt(job | {"rank": 0})
+    first = writer.SaveAttempt(job | {"rank": 0})
     first.write_own(memoryview(b"y"), {})
     begin = time.monotonic()
     with pytest.raises(OSError, match="rank 1: no space left for an error message"):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
@@ -118,7 +118,9 @@ def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, mo
     for first, stop in ((0, 1), (1, 2), (2, 3), (1, 3)):
         wanted = {key: tensor[first:stop] for key, tensor in stored.items() if first < len(tensor)}
         blocks = [
-            Block(key, source.shapes[key], (first, *[0] * (part.dim() - 1)), tuple(part.shape), torch.empty_like(part))
+            TensorShard(
+                key, source.shapes[key], (first, *[0] * (part.dim() - 1)), tuple(part.shape), torch.empty_like(part)
+            )
             for key, part in wanted.items()
         ]
         source.read(blocks)

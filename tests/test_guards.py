@@ -15,14 +15,14 @@ from run_folders import read_tensors, step_folder
 from tiny_run import make_data, numbers, write_config
 
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.upload import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.timers import Clock
 from megamm.config import StragglerConfig, config_from_dict
 from megamm.guards.rerun import compare, suspects
-from megamm.guards.spike_detector import Spikes
+from megamm.guards.spike_detector import SpikeDetector
 from megamm.guards.stragglers import Stragglers, scores
 from megamm.model import layout
 from megamm.observability import metrics
@@ -235,7 +235,7 @@ def test_roll_back_holds_in_the_durable_tier_too(runs):
     url = f"file://{runs.folder}/durable_copies"
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
     run = runs.run("durable", steps=8, **kept)
-    tier, latest = DurableTier(url), run / "checkpoints" / "latest"
+    tier, latest = RemoteCheckpoints(url), run / "checkpoints" / "latest"
     assert tier.complete()[-1] == "step_00000008"
 
     kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
@@ -299,7 +299,7 @@ def test_rank_that_reads_slowly_is_evicted(runs):
 def test_spikes_are_those_of_median_and_deviation():
     """Compare with numpy; a window full of one value has a deviation of a hundredth of it."""
     random = np.random.default_rng(0)
-    found = Spikes(threshold=3.0, window=20)
+    found = SpikeDetector(threshold=3.0, window=20)
     history: list[float] = []
     hits = 0
     for x in random.lognormal(0, 1, 400).tolist():
@@ -314,12 +314,12 @@ def test_spikes_are_those_of_median_and_deviation():
             found.note_good({"loss/text": x})
             history.append(x)
     assert 10 < hits < 200
-    flat = Spikes(threshold=3.0, window=8)
+    flat = SpikeDetector(threshold=3.0, window=8)
     for _ in range(8):
         flat.note_good({"a": 2.0})
     assert flat.why_bad({"a": 2.07}) and not flat.why_bad({"a": 2.05}) and not flat.why_bad({"b": 9.0})
     assert flat.why_bad({"a": math.nan}) == "a nan" and not flat.why_bad({"a": -5.0})
-    again = Spikes(threshold=3.0, window=8)
+    again = SpikeDetector(threshold=3.0, window=8)
     again.restore(json.loads(json.dumps(flat.state())))
     assert again.why_bad({"a": 2.07}) == flat.why_bad({"a": 2.07})
 

@@ -23,8 +23,8 @@ from megamm import checkpoint
 from megamm.checkpoint import inspect, manifest, reader, whole_tensors
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.storage.local import LocalTier
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.storage.local import LocalStorage
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.cli import checkpoint as checkpoint_cli
 from megamm.common import events
 from megamm.common.device import choose
@@ -178,7 +178,7 @@ def one_rank(tmp_path):
     """Return a saver with a local tier, and the tier."""
     groups.start(choose("cpu"))
     (tmp_path / "run").mkdir()
-    local = LocalTier(str(tmp_path / "node"), tmp_path / "run", replicate=True)
+    local = LocalStorage(str(tmp_path / "node"), tmp_path / "run", replicate=True)
     local.begin(-1)
     saver = Saver(tmp_path / "run", choose("cpu"), keep=9, local=local)
     yield saver, local
@@ -188,7 +188,7 @@ def one_rank(tmp_path):
 
 def save(saver, data, step, to_run=False):
     data.fill_(step)
-    saver.save(state(step), [Block.whole("a", data)], {"torch": torch.get_rng_state()}, to_run=to_run)
+    saver.save(state(step), [TensorShard.whole("a", data)], {"torch": torch.get_rng_state()}, to_run=to_run)
     saver.settle()
 
 
@@ -200,7 +200,7 @@ def kept(local):
         for part in local_files.parts_in(folder):
             assert all(manifest.is_whole(folder / name, entry) for name, entry in part.files.items()), (step, found)
             data = torch.zeros(1000)
-            reader.load(folder / "tensors", [Block.whole("a", data)])
+            reader.load(folder / "tensors", [TensorShard.whole("a", data)])
             assert data.unique().tolist() == [step]
             found.append(step)
     return found
@@ -244,7 +244,7 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
     with pytest.raises(UserError, match="prune does not change a local tier"):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
     (part,) = local_files.parts_in(two)
-    local_files.commit(two, local_files.Part(part.rank, 2, part.save, part.node, part.files))
+    local_files.commit(two, local_files.PartRecord(part.rank, 2, part.save, part.node, part.files))
     assert listed(local.root)[1][1:] == ["local", "damaged: this node has only parts of ranks 0 of 2", "newest"]
     local_files.commit(two, part)
     image = two / "tensors" / "__0_0.distcp"

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from megamm.checkpoint import manifest
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 from megamm.checkpoint.storage import local_files, transfer
 
 KEY = bytes(range(32))
@@ -20,7 +20,7 @@ def node(tmp_path):
     folder = local_files.folder_of(root, 3)
     (folder / "tensors").mkdir(parents=True)
     (folder / SHARD).write_bytes(b"x" * 9)
-    part = local_files.Part(0, 1, "save", "me", {SHARD: manifest.digest(folder / SHARD)})
+    part = local_files.PartRecord(0, 1, "save", "me", {SHARD: manifest.digest(folder / SHARD)})
     local_files.commit(folder, part)
     (tmp_path / "secret").write_bytes(b"secret")
     server = transfer.Server(root, KEY, "127.0.0.1")
@@ -47,7 +47,7 @@ def test_wire_stays_in_its_folder_both_ways(node, tmp_path):
     source.mkdir(parents=True)
     (source.parent / "evil").write_bytes(b"evil")
     local_files.commit(
-        source, local_files.Part(0, 1, "save", "me", {"../evil": manifest.digest(source.parent / "evil")})
+        source, local_files.PartRecord(0, 1, "save", "me", {"../evil": manifest.digest(source.parent / "evil")})
     )
     with pytest.raises(transfer.WireError):
         transfer.put(address, KEY, source.parent, 4, 0, floor=0)
@@ -64,14 +64,14 @@ def test_a_silent_client_keeps_nobody_waiting(node, tmp_path):
 def test_a_wrong_file_is_not_taken(node, tmp_path):
     _, address, _part, _ = node
     with pytest.raises(transfer.WireError, match="checksum"):
-        transfer.get(address, KEY, 3, SHARD, Entry(9, "0" * 32), tmp_path / "got")
+        transfer.get(address, KEY, 3, SHARD, ManifestEntry(9, "0" * 32), tmp_path / "got")
     assert list(tmp_path.glob("*got*")) == []
 
 
 def test_replicas_replace_older_ones(node, tmp_path):
     """Parts that the sender reports as replicated everywhere are removed; parts of other ranks and nodes stay."""
     server, address, part, _ = node
-    theirs = local_files.Part(1, 1, "save", "other", {})
+    theirs = local_files.PartRecord(1, 1, "save", "other", {})
     local_files.commit(local_files.folder_of(server.root, 3), theirs)
     source = tmp_path / "source"
     for step in (4, 5):
@@ -86,11 +86,11 @@ def test_replicas_replace_older_ones(node, tmp_path):
 
 
 def test_part_records_are_checked():
-    good = local_files.Part(0, 2, "save", "me", {"rng_00000.safetensors": Entry(1, "0" * 32)}).to_json()
-    assert local_files.Part.from_json(good).to_json() == good
+    good = local_files.PartRecord(0, 2, "save", "me", {"rng_00000.safetensors": ManifestEntry(1, "0" * 32)}).to_json()
+    assert local_files.PartRecord.from_json(good).to_json() == good
     for name in ("../x", "/etc/passwd", "a/../../x", "a\\..\\x", ""):
         with pytest.raises(ValueError, match="lists"):
-            local_files.Part.from_json(good | {"files": {name: {"size": 1, "xxh3_128": ""}}})
+            local_files.PartRecord.from_json(good | {"files": {name: {"size": 1, "xxh3_128": ""}}})
     for bad in ({}, [], good | {"files": 3}, good | {"rank": None}):
         with pytest.raises(ValueError, match="not a part"):
-            local_files.Part.from_json(bad)
+            local_files.PartRecord.from_json(bad)

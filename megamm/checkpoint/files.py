@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megamm.checkpoint import manifest
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Arguments of renameat2(2), which Python lacks; some network file systems do not support an exchange."""
@@ -23,7 +23,7 @@ DIRECT_PIECE = 16 << 20
 """The same with O_DIRECT, where a call costs more than copying the bytes."""
 
 
-def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
+def write(path: Path, pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
     """Write a new file and sync it; return its manifest entry. OSError if it fails."""
     digest, size = manifest.hasher(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -37,10 +37,10 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(size, digest.hexdigest())
+    return ManifestEntry(size, digest.hexdigest())
 
 
-def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
+def write_direct(path: Path, image: memoryview) -> tuple[ManifestEntry, str]:
     """Write page-aligned memory with O_DIRECT (open(2)), like `write` otherwise.
 
     The copy into the page cache takes most of a write's processor time. Also return why the page cache was used, or ""
@@ -70,7 +70,7 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(len(image), digest.hexdigest()), why
+    return ManifestEntry(len(image), digest.hexdigest()), why
 
 
 def _use_cache(descriptor: int) -> bool:
@@ -79,13 +79,13 @@ def _use_cache(descriptor: int) -> bool:
     return False
 
 
-def entry_of(pieces: Iterable[bytes | memoryview]) -> Entry:
+def entry_of(pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
     """Return the manifest entry of a file with these contents."""
     digest, size = manifest.hasher(), 0
     for piece in pieces:
         digest.update(piece)
         size += len(piece)
-    return Entry(size, digest.hexdigest())
+    return ManifestEntry(size, digest.hexdigest())
 
 
 def in_pieces(data: bytes | memoryview, length: int = PIECE) -> Iterable[memoryview]:

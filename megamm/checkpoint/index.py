@@ -41,7 +41,7 @@ _DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, n
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredShard:
     """A stored block: its place in the whole tensor, and the item of a file that holds it (first byte, length)."""
 
     key: str
@@ -55,12 +55,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A stored tensor: its blocks, and their offsets and sizes as `[blocks, axes]`."""
 
     shape: Shape
     dtype: torch.dtype
-    blocks: tuple[Entry, ...]
+    blocks: tuple[StoredShard, ...]
     offsets: np.ndarray
     sizes: np.ndarray
 
@@ -97,7 +97,7 @@ def _checked(found: Any) -> Metadata:
     return found
 
 
-def read(folder: Path) -> dict[str, Stored]:
+def read(folder: Path) -> dict[str, StoredTensor]:
     """Return every stored tensor by its key (stored objects are skipped). UserError as check_index."""
     metadata = check_index(folder)
     storage = {(at.fqn, tuple(at.offset or ())): info for at, info in metadata.storage_data.items()}
@@ -109,15 +109,15 @@ def read(folder: Path) -> dict[str, Stored]:
         for chunk in tensor.chunks:
             info = storage[key, tuple(chunk.offsets)]
             place = info.relative_path, info.offset, info.length
-            blocks.append(Entry(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *place))
+            blocks.append(StoredShard(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *place))
         axes = (len(blocks), len(shape))
         offsets = np.array([block.offset for block in blocks], dtype=np.int64).reshape(axes)
         sizes = np.array([block.size for block in blocks], dtype=np.int64).reshape(axes)
-        tensors[key] = Stored(shape, dtype, tuple(blocks), offsets, sizes)
+        tensors[key] = StoredTensor(shape, dtype, tuple(blocks), offsets, sizes)
     return tensors
 
 
-def files_of(entries: Iterable[Entry]) -> dict[str, bytes]:
+def files_of(entries: Iterable[StoredShard]) -> dict[str, bytes]:
     """Return the files besides the ranks': torch's index, and those that Megatron's loader expects.
 
     entries: of all ranks. Asserts check that they cover every tensor exactly once.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megamm.checkpoint import manifest, retention
 from megamm.checkpoint.storage import local_files, remote
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.upload import RemoteCheckpoints
 from megamm.common import events, urls
 from megamm.common.errors import UserError
 
@@ -26,7 +26,7 @@ class Found:
     name: str
     where: str
     folder: Path | None = None
-    tier: DurableTier | None = None
+    tier: RemoteCheckpoints | None = None
 
     @property
     def kind(self) -> str:
@@ -38,7 +38,7 @@ class Found:
         """The step in its name; -1 for a folder with another name."""
         return manifest.step_of(self.name) if manifest.STEP_FOLDER.fullmatch(self.name) else -1
 
-    def listed(self) -> dict[str, manifest.Entry]:
+    def listed(self) -> dict[str, manifest.ManifestEntry]:
         """Return its files. UserError if there is no valid manifest."""
         if self.tier is not None:
             return self.tier.listed(self.name)
@@ -101,14 +101,14 @@ class Found:
             yield Path(temporary)
 
 
-class Local(Found):
+class FoundLocal(Found):
     """This node's parts of a step in the local tier (checkpoint/storage/local_files.py)."""
 
     @property
     def kind(self) -> str:
         return "local"
 
-    def listed(self) -> dict[str, manifest.Entry]:
+    def listed(self) -> dict[str, manifest.ManifestEntry]:
         """Return its files. UserError unless this node has the parts of all ranks of one save."""
         found = local_files.parts_in(Path(self.where))
         for save in local_files.whole(found).values():
@@ -153,7 +153,7 @@ def _of_run_in_tier(run: Path) -> list[Found]:
 
 def _in_tier(root: Path) -> list[Found]:
     folders = [local_files.folder_of(root, step) for step in local_files.steps_in(root)]
-    return [Local(folder.name, str(folder), folder=folder) for folder in folders]
+    return [FoundLocal(folder.name, str(folder), folder=folder) for folder in folders]
 
 
 def _in_folder(path: Path) -> list[Found]:
@@ -171,6 +171,6 @@ def _behind_url(url: str) -> list[Found]:
     url = urls.checked_url(url)
     parent, _, last = url.rpartition("/")
     one = bool(manifest.STEP_FOLDER.fullmatch(last))
-    tier = DurableTier(parent if one else url)
+    tier = RemoteCheckpoints(parent if one else url)
     wanted = [name for name in tier.remote.folders() if (name == last if one else manifest.STEP_FOLDER.fullmatch(name))]
     return [Found(name, f"{tier.remote.url}/{name}", tier=tier) for name in wanted]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.checkpoint.messages import Message
-from megamm.checkpoint.staging import Staging
-from megamm.checkpoint.writer import Attempt
+from megamm.checkpoint.staging import StagedFile
+from megamm.checkpoint.writer import SaveAttempt
 from megamm.checkpoint.writer_client import WriterProcess
 from megamm.common import events
 
@@ -25,22 +25,22 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Owed:
+class PendingAnswer:
     """A pending answer of the writer. kind: "kept" in the local tier, "replicated", "written", "published"."""
 
     kind: str
     job: Message
-    staging: Staging
+    staging: StagedFile
 
 
-class Writing:
+class PendingAnswers:
     """This rank's view of its writer's work."""
 
     def __init__(self, run: Path, rank: int, while_waiting: Callable[[], None]) -> None:
         """while_waiting: see Saver."""
         self.run, self.rank, self.while_waiting = run, rank, while_waiting
         self.process: WriterProcess | None = None
-        self.owed: list[Owed] = []
+        self.owed: list[PendingAnswer] = []
         self.failures, self.problem, self.local_problem = 0, "", ""
         """Failed saves in a row into the run's folder, the reason of the last one, and that of the local tier."""
         self.replicated = -1
@@ -49,7 +49,7 @@ class Writing:
         self.way = ""
         """The way in which rank 0's image was last written, as logged."""
 
-    def start(self, first: Staging, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
+    def start(self, first: StagedFile, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
         """Return the writer process, restarted if it has exited."""
         if self.process is None:
             self.process = WriterProcess(first.descriptor, first.size)
@@ -60,7 +60,7 @@ class Writing:
         """Whether an answer of one of these kinds is pending."""
         return any(owed.kind in kinds for owed in self.owed)
 
-    def read(self) -> list[Staging]:
+    def read(self) -> list[StagedFile]:
         """Return the images that the writer may be reading."""
         return [owed.staging for owed in self.owed if owed.kind != "published"]
 
@@ -111,7 +111,7 @@ class Writing:
         for owed in lost:
             if owed.kind == "written":
                 with contextlib.suppress(OSError):
-                    Attempt(owed.job).give_up(how)
+                    SaveAttempt(owed.job).give_up(how)
         for_run = [owed for owed in lost if owed.kind in ("written", "published")]
         if for_run or not lost:
             self._failed(how, for_run[-1].job["step"] if for_run else None)
@@ -125,7 +125,7 @@ class Writing:
             with contextlib.suppress(OSError):  # the disk with the events may be full too
                 events.record(self.run, "save_failed", step=step, why=problem)
 
-    def _local(self, owed: Owed, error: str | None) -> None:
+    def _local(self, owed: PendingAnswer, error: str | None) -> None:
         """Handle an answer about the local tier; after an error the run continues without that part."""
         if error is not None:
             self._local_trouble(error, owed.job["step"])

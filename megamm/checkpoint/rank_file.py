@@ -10,35 +10,35 @@ from dataclasses import dataclass
 import torch
 
 from megamm.checkpoint.archive import frame
-from megamm.checkpoint.index import Entry
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.index import StoredShard
+from megamm.checkpoint.tensor_shards import TensorShard
 
 ALIGNMENT = 64
 """Bytes to which items are aligned, as torch.save aligns elements in them."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Place of a block's elements in the image. block: index in the list; start: first byte."""
+class ShardOffset:
+    """ShardOffset of a block's elements in the image. block: index in the list; start: first byte."""
 
     block: int
     start: int
 
 
 @dataclass(frozen=True)
-class Image:
+class RankFile:
     """Layout of `size` bytes. entries: one per block, for the index."""
 
     size: int
-    places: tuple[Place, ...]
-    entries: tuple[Entry, ...]
+    offsets: tuple[ShardOffset, ...]
+    entries: tuple[StoredShard, ...]
     fixed: tuple[tuple[int, bytes], ...]
     """(position, bytes) of everything around the elements."""
 
     @classmethod
-    def of(cls, blocks: Sequence[Block], file: str) -> "Image":
+    def of(cls, blocks: Sequence[TensorShard], file: str) -> "RankFile":
         """Lay out the image of these blocks. file: file name in the entries."""
-        end, places, entries, fixed = 0, [], [], []
+        end, offsets, entries, fixed = 0, [], [], []
         items: dict[tuple[object, ...], tuple[int, int]] = {}
         for number, block in enumerate(blocks):
             data = block.data
@@ -49,11 +49,13 @@ class Image:
                 start = end + len(around.head)
                 length = len(around.head) + data.nbytes + len(around.tail)
                 fixed += [(end, around.head), (start + data.nbytes, around.tail)]
-                places.append(Place(number, start))
+                offsets.append(ShardOffset(number, start))
                 items[same] = end, length
                 end = -(-(end + length) // ALIGNMENT) * ALIGNMENT
-            entries.append(Entry(block.key, block.shape, block.offset, block.size, data.dtype, file, *items[same]))
-        return cls(end, tuple(places), tuple(entries), tuple(fixed))
+            entries.append(
+                StoredShard(block.key, block.shape, block.offset, block.size, data.dtype, file, *items[same])
+            )
+        return cls(end, tuple(offsets), tuple(entries), tuple(fixed))
 
     def lay_out(self, memory: memoryview) -> None:
         """Write the parts that do not change."""

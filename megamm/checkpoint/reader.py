@@ -10,14 +10,14 @@ import torch
 
 from megamm.checkpoint import index
 from megamm.checkpoint.archive import tensor_in
-from megamm.checkpoint.index import Entry, Stored
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.index import StoredShard, StoredTensor
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.errors import UserError
 
 Slices = tuple[slice, ...]
 
 
-def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> None:
+def check(folder: Path, stored: dict[str, StoredTensor], blocks: Sequence[TensorShard]) -> None:
     """Raise UserError unless every requested tensor is stored with its shape (except for the vocabulary's padding)."""
     remedy = "resume with the model config that wrote the checkpoint"
     for block in blocks:
@@ -31,19 +31,19 @@ def check(folder: Path, stored: dict[str, Stored], blocks: Sequence[Block]) -> N
             raise UserError(what, where=folder, remedy=remedy, on_all_ranks=True)
 
 
-def needed_files(stored: dict[str, Stored], blocks: Sequence[Block]) -> set[str]:
+def needed_files(stored: dict[str, StoredTensor], blocks: Sequence[TensorShard]) -> set[str]:
     """Return the names of the files in the folder of tensors that contain a part of the blocks."""
     return {entry.file for block in blocks for entry, _, _ in parts(stored[block.key], block)}
 
 
-def load(folder: Path, blocks: Sequence[Block], stored: dict[str, Stored] | None = None) -> None:
+def load(folder: Path, blocks: Sequence[TensorShard], stored: dict[str, StoredTensor] | None = None) -> None:
     """Load the blocks' data from a folder of tensors. UserError for unsafe contents, another model, missing parts.
 
     stored: the result of index.read, for callers that load in several calls.
     """
     stored = index.read(folder) if stored is None else stored
     check(folder, stored, blocks)
-    by_item: dict[tuple[str, int], list[tuple[Block, Entry, Slices, Slices]]] = {}
+    by_item: dict[tuple[str, int], list[tuple[TensorShard, StoredShard, Slices, Slices]]] = {}
     for block in blocks:
         for entry, theirs, ours in parts(stored[block.key], block):
             by_item.setdefault((entry.file, entry.start), []).append((block, entry, theirs, ours))
@@ -59,7 +59,7 @@ def load(folder: Path, blocks: Sequence[Block], stored: dict[str, Stored] | None
             del tensor
 
 
-def tensor_of(folder: Path, file: memoryview, entry: Entry) -> torch.Tensor:
+def tensor_of(folder: Path, file: memoryview, entry: StoredShard) -> torch.Tensor:
     """Return a stored block, in the file's memory if possible. UserError if it is damaged."""
     try:
         return tensor_in(file[entry.start : entry.start + entry.length], entry.dtype, entry.size)
@@ -76,7 +76,7 @@ def mapped(path: Path) -> Iterator[memoryview]:
     yield memoryview(pages)  # unmapped when the last tensor over it is gone
 
 
-def parts(stored: Stored, block: Block) -> Iterator[tuple[Entry, Slices, Slices]]:
+def parts(stored: StoredTensor, block: TensorShard) -> Iterator[tuple[StoredShard, Slices, Slices]]:
     """Yield the stored blocks that overlap a requested block, with the overlap as slices of each."""
     offset, size = np.array(block.offset, dtype=np.int64), np.array(block.size, dtype=np.int64)
     low = np.maximum(stored.offsets, offset)

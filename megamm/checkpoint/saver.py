@@ -27,18 +27,18 @@ import torch.distributed as dist
 
 from megamm.checkpoint import index
 from megamm.checkpoint.manifest import STATE
-from megamm.checkpoint.pending import Owed, Published, Writing
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.staged_files import Images
-from megamm.checkpoint.staging import Staging
+from megamm.checkpoint.pending import PendingAnswer, PendingAnswers, Published
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.staged_files import StagedFiles
+from megamm.checkpoint.staging import StagedFile
 from megamm.checkpoint.state import RunState
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.checkpoint.writer_client import WriterProcess
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from megamm.checkpoint.storage.local import LocalTier
+    from megamm.checkpoint.storage.local import LocalStorage
 
 FAILURES = 3
 """Number of failed saves in a row that stops the run."""
@@ -68,7 +68,7 @@ class Saver:
         keep: int,
         keep_best: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
-        local: "LocalTier | None" = None,
+        local: "LocalStorage | None" = None,
     ) -> None:
         """keep, keep_best: which checkpoints to keep when a new one is complete (checkpoint/retention.py).
 
@@ -77,10 +77,10 @@ class Saver:
         self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local = local
-        self.images: Images | None = None
-        self.staging: Staging | None = None
+        self.images: StagedFiles | None = None
+        self.staging: StagedFile | None = None
         """The image of the last save."""
-        self.writing = Writing(run, self.rank, while_waiting)
+        self.writing = PendingAnswers(run, self.rank, while_waiting)
         self.constant: Mapping[str, bytes] = {}
         self.nonce, self.saves = "", 0
         self.replicating, self.stall = -1, 0.0
@@ -93,7 +93,7 @@ class Saver:
     def save(
         self,
         state: RunState,
-        blocks: Sequence[Block],
+        blocks: Sequence[TensorShard],
         rng: Mapping[str, torch.Tensor],
         wait: bool = False,
         to_run: bool = True,
@@ -141,7 +141,7 @@ class Saver:
         job |= {"attempt": f"{self.nonce}-{self.saves:06d}", "bytes": self.staging.image.size}
         answers = [kind for kind, is_owed in kinds.items() if is_owed]
         job |= {"image": str(self.staging.path or ""), "floor": agreed.replicated, "answers": answers}
-        self.writing.owed += [Owed(kind, job, self.staging) for kind in answers]
+        self.writing.owed += [PendingAnswer(kind, job, self.staging) for kind in answers]
         if replicates:
             self.replicating = step
         return job
@@ -149,9 +149,9 @@ class Saver:
     def _copy_and_send(
         self,
         writer: WriterProcess,
-        staging: Staging,
+        staging: StagedFile,
         job: dict[str, Any],
-        blocks: Sequence[Block],
+        blocks: Sequence[TensorShard],
         contents: Mapping[str, bytes],
     ) -> WriterProcess | None:
         """Copy the steady blocks and send the job; return the writer if it has exited."""
@@ -172,11 +172,11 @@ class Saver:
             if gone is not None and gone is self.writing.process:
                 self.writing.wait()  # for its exit code
 
-    def _prepare(self, blocks: Sequence[Block]) -> Images:
+    def _prepare(self, blocks: Sequence[TensorShard]) -> StagedFiles:
         """Create the images, and at the first save the index of all ranks, which stays the same."""
         if self.images is not None:
             return self.images
-        image = Image.of(blocks, f"__{self.rank}_0.distcp")
+        image = RankFile.of(blocks, f"__{self.rank}_0.distcp")
         # Together with a counter this gives every save a name that is unique over all attempts of the run.
         told: list[Any] = [None] * self.world
         dist.all_gather_object(told, (uuid.uuid4().hex[:12], image.entries))
@@ -184,7 +184,7 @@ class Saver:
         if self.rank == 0:
             made = index.files_of(entry for _, entries in told for entry in entries)
             self.constant = {f"tensors/{name}": data for name, data in made.items()}
-        self.images = Images(image, self.place, self.local, self.rank)
+        self.images = StagedFiles(image, self.place, self.local, self.rank)
         return self.images
 
     def _writer(self) -> WriterProcess:
@@ -252,7 +252,12 @@ class Saver:
 
 
 def save_now(
-    run: Path, state: RunState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], place: Device, keep: int = 1
+    run: Path,
+    state: RunState,
+    blocks: Sequence[TensorShard],
+    rng: Mapping[str, torch.Tensor],
+    place: Device,
+    keep: int = 1,
 ) -> None:
     """Write one checkpoint; it is complete on return. Every rank calls it; UserError on all of them if it fails."""
     saver = Saver(run, place, keep)

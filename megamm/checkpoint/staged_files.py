@@ -1,37 +1,37 @@
 """The images of a rank's saves, used in turn: one anonymous image, or several that are files of the local tier.
 
 A step's part in the local tier is the image itself, not a copy: before an image is reused for another step, that part
-is invalidated. LocalTier.images is their number: one is being filled, one holds the newest step that all ranks have,
+is invalidated. LocalStorage.images is their number: one is being filled, one holds the newest step that all ranks have,
 and so on.
 """
 
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.staging import Staging
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.staging import StagedFile
 from megamm.checkpoint.storage import local_files
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from megamm.checkpoint.storage.local import LocalTier
+    from megamm.checkpoint.storage.local import LocalStorage
 
 
-class Images:
-    """Images of one rank; each is created when it is first needed."""
+class StagedFiles:
+    """StagedFiles of one rank; each is created when it is first needed."""
 
-    def __init__(self, layout: Image, place: Device, local: "LocalTier | None", rank: int) -> None:
+    def __init__(self, layout: RankFile, place: Device, local: "LocalStorage | None", rank: int) -> None:
         self.layout, self.place, self.local, self.rank = layout, place, local, rank
-        self.all: list[Staging] = []
+        self.all: list[StagedFile] = []
         self.all.append(self._make())
 
-    def _make(self) -> Staging:
+    def _make(self) -> StagedFile:
         if self.local is None:
-            return Staging(self.layout, self.place)
+            return StagedFile(self.layout, self.place)
         path = self.local.root / local_files.IMAGES / f"{self.rank}_{len(self.all)}"
         try:
-            return Staging(self.layout, self.place, path)
+            return StagedFile(self.layout, self.place, path)
         except OSError as error:
             what = f"checkpoint.local: {error}; this rank needs {self.local.images} times {self.layout.size:,} bytes"
             remedy = "free space there, or remove checkpoint.local from the config"
@@ -42,7 +42,9 @@ class Images:
         """The newest step that this rank has in the local tier; -1 for none."""
         return max((image.step for image in self.all if image.is_kept), default=-1)
 
-    def take(self, needed: Collection[int], read: Callable[[], list[Staging]], wait: Callable[[], None]) -> Staging:
+    def take(
+        self, needed: Collection[int], read: Callable[[], list[StagedFile]], wait: Callable[[], None]
+    ) -> StagedFile:
         """Return an image to fill: that of the oldest step that is not needed and not being read.
 
         needed: steps; read: images that are being read; wait: called until there is a free image.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import Device
 
 PIECE = 4 << 20
@@ -22,10 +22,10 @@ THREADS = 4
 """Maximum number of threads; more do not copy faster, because memory bandwidth is the limit."""
 
 
-class Staging:
+class StagedFile:
     """One image. step: step of the state in it, -1 for none; is_kept: whether it is valid in the local tier."""
 
-    def __init__(self, image: Image, place: Device, path: Path | None = None) -> None:
+    def __init__(self, image: RankFile, place: Device, path: Path | None = None) -> None:
         """path: file for the image; without it, the memory is freed when the rank and its writer have exited.
 
         OSError if there is not enough space.
@@ -50,11 +50,11 @@ class Staging:
         self.threads = 1 if place.is_gpu else max(1, min(THREADS, cores))
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
-    def copy(self, blocks: Sequence[Block], steady: bool) -> None:
+    def copy(self, blocks: Sequence[TensorShard], steady: bool) -> None:
         """Copy the elements of the steady blocks, or of the others; on return these blocks may be changed."""
         shares: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in range(self.threads)]
         loads = [0] * self.threads
-        for place in (place for place in self.image.places if blocks[place.block].steady == steady):
+        for place in (place for place in self.image.offsets if blocks[place.block].steady == steady):
             data = blocks[place.block].data.detach().view(-1)
             target = self.bytes[place.start : place.start + data.nbytes].view(data.dtype)
             step = PIECE // data.itemsize

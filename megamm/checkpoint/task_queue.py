@@ -8,7 +8,7 @@ from collections.abc import Callable
 ALIVE_SECONDS = 0.5
 
 
-class Lane:
+class TaskQueue:
     """A thread that runs functions one after the other, started at the first; errors go to threading.excepthook."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Lane:
             self.thread.join()
 
 
-class Working:
+class KeepAlive:
     """While entered, a thread calls `say` every ALIVE_SECONDS: the other threads may be blocked in disk I/O."""
 
     def __init__(self, say: Callable[[], None]) -> None:

@@ -14,24 +14,24 @@ import torch
 
 from megamm.checkpoint import index, reader
 from megamm.checkpoint.archive import elements_at
-from megamm.checkpoint.index import Entry, Stored
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.index import StoredShard, StoredTensor
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.errors import UserError
 
 SCRATCH = 16 << 20
 """Bytes read at a time if the order of elements in the block differs from that in the file."""
 
 
-class Pieces:
+class TensorReader:
     """An open folder of tensors; call `close` after use."""
 
-    def __init__(self, folder: Path, stored: dict[str, Stored] | None = None) -> None:
+    def __init__(self, folder: Path, stored: dict[str, StoredTensor] | None = None) -> None:
         """stored: the result of index.read; if None, it is read here, with UserError if it is not safe to read."""
         self.folder, self.stored = folder, index.read(folder) if stored is None else stored
         self.descriptors: dict[str, int] = {}
         self.starts: dict[tuple[str, int], int | None] = {}
 
-    def read(self, block: Block) -> None:
+    def read(self, block: TensorShard) -> None:
         """Read a block on the CPU, of the stored dtype. UserError as reader.load."""
         stored = self.stored.get(block.key)
         reader.check(self.folder, self.stored, [block])
@@ -39,7 +39,7 @@ class Pieces:
         for entry, theirs, ours in reader.parts(stored, block):
             self._read(entry, theirs, block.data.view(block.size)[ours])
 
-    def _read(self, entry: Entry, box: reader.Slices, target: torch.Tensor) -> None:
+    def _read(self, entry: StoredShard, box: reader.Slices, target: torch.Tensor) -> None:
         """Read the box of a stored block in runs of elements that are contiguous in the file."""
         start = self._start(entry)
         if start is None:  # not in the format that torch.save writes today
@@ -56,7 +56,7 @@ class Pieces:
             element = int(np.dot(place, strides[: len(place)])) if place else 0
             self._run(entry, start + element * entry.dtype.itemsize, target[inside])
 
-    def _run(self, entry: Entry, start: int, target: torch.Tensor) -> None:
+    def _run(self, entry: StoredShard, start: int, target: torch.Tensor) -> None:
         if target.is_contiguous():
             self._fill(entry, start, target)
             return
@@ -67,14 +67,14 @@ class Pieces:
             self._fill(entry, start + i * row, rows)
             target[i : i + step] = rows
 
-    def _fill(self, entry: Entry, start: int, target: torch.Tensor) -> None:
+    def _fill(self, entry: StoredShard, start: int, target: torch.Tensor) -> None:
         try:
             read_into(self._descriptor(entry.file), start, [target])
         except (OSError, EOFError) as error:
             what = f"{entry.key} cannot be read from {entry.file}: {error}"
             raise UserError(what, where=self.folder, remedy="use another checkpoint") from None
 
-    def _start(self, entry: Entry) -> int | None:
+    def _start(self, entry: StoredShard) -> int | None:
         """Return the first byte of its elements in the file; None if torch must read them."""
         at = entry.file, entry.start
         if at not in self.starts:

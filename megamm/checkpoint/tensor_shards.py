@@ -17,7 +17,7 @@ MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class TensorShard:
     """A block of a tensor. data: contiguous, `size` elements, on any device.
 
     grows: a stored tensor with another first size still fits (the vocabulary's padding depends on the layout); only the
@@ -34,7 +34,7 @@ class Block:
     steady: bool = False
 
     @classmethod
-    def whole(cls, key: str, tensor: torch.Tensor) -> "Block":
+    def whole(cls, key: str, tensor: torch.Tensor) -> "TensorShard":
         """Return a block of all of a tensor."""
         shape = tuple(tensor.shape)
         return cls(key, shape, (0,) * len(shape), shape, tensor.detach().contiguous())

@@ -32,9 +32,9 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import files, folder, manifest, messages, retention
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.task_queue import Lane, Working
+from megamm.checkpoint.task_queue import KeepAlive, TaskQueue
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -52,7 +52,7 @@ DIE_WITH_PARENT = 1
 """PR_SET_PDEATHSIG of prctl(2)."""
 
 
-class Attempt:
+class SaveAttempt:
     """One save on one rank. job: run, step, attempt (JOB-NUMBER, unique), rank, world, keep, stall, bytes.
 
     over: set when the rank exits.
@@ -108,7 +108,7 @@ class Attempt:
             raise
         files.rename(new, path)
 
-    def gather(self) -> dict[str, Entry]:
+    def gather(self) -> dict[str, ManifestEntry]:
         """Wait for all ranks' parts; return their files. OSError with the first known problem, or for missing parts."""
         told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
         pause, began, over = POLL_SECONDS[0], time.monotonic(), math.inf
@@ -129,7 +129,7 @@ class Attempt:
             problem = f"no answer from the writers of ranks {sorted(missing)} for {time.monotonic() - began:.0f} s"
         if problem is not None:
             raise OSError(problem)
-        return {name: Entry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
+        return {name: ManifestEntry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
 
     def publish(self) -> dict[str, Any]:
         """Write the manifest, rename the folder, apply the retention; return the answer. OSError: no checkpoint."""
@@ -166,15 +166,15 @@ def _parsed(rank: int, part: bytes) -> dict[str, Any]:
         return {"error": f"rank {rank}: no space left for an error message"}
 
 
-class Local:
-    """This rank's part in the local tier. told: LocalTier.told_to_writers."""
+class LocalPart:
+    """This rank's part in the local tier. told: LocalStorage.told_to_writers."""
 
     def __init__(self, told: dict[str, Any]) -> None:
         self.told, self.root = told, Path(told["root"])
 
     def keep(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
         """Make a save valid in this node's folder; OSError if it fails."""
-        part = local_files.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
+        part = local_files.PartRecord(job["rank"], job["world"], self.told["save"], self.told["node"], {})
         placed = f"tensors/__{job['rank']}_0.distcp", Path(job["image"]), image
         local_files.write(self.root, job["step"], part, placed, contents)
 
@@ -197,16 +197,16 @@ class Service:
         """first: the anonymous image."""
         self.images = {"": first}
         self.constant: messages.Files = {}
-        self.local: Local | None = None
-        self.run_folder, self.replicas, self.over = Lane(), Lane(), threading.Event()
-        self.working = Working(partial(_say, {"kind": "alive"}))
+        self.local: LocalPart | None = None
+        self.run_folder, self.replicas, self.over = TaskQueue(), TaskQueue(), threading.Event()
+        self.working = KeepAlive(partial(_say, {"kind": "alive"}))
 
     def serve(self) -> None:
         """Do the jobs on standard input until it closes."""
         for job, contents in messages.read(sys.stdin.buffer):
             if job["kind"] == "constant":
                 self.constant = contents
-                self.local = Local(job["local"]) if "local" in job else None
+                self.local = LocalPart(job["local"]) if "local" in job else None
             else:
                 self._save(job, contents | self.constant)
         self.over.set()
@@ -235,7 +235,7 @@ class Service:
         return self.images[path]
 
     def _write(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
-        attempt = Attempt(job, self.over)
+        attempt = SaveAttempt(job, self.over)
         with self.working:
             _answer("written", job, partial(attempt.write_own, image, contents))
             if "published" in job["answers"]:

@@ -25,13 +25,13 @@ from megamm.config import RunConfig
 from megamm.elastic.node_fault import NodeFault
 from megamm.engine.api import StepResult
 from megamm.guards.rerun import Comparison, Gather, compare
-from megamm.guards.spike_detector import Spikes
+from megamm.guards.spike_detector import SpikeDetector
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedWindow:
     """Rows [first, end) that changed no weights: read in a step without update ("skip"), or not read ("rollback")."""
 
     how: str
@@ -53,10 +53,10 @@ class LossGuard:
             self.action = "skip" if config.engine == "native" else "stop"
             if rank == 0:
                 log.info("loss guard: action %s, because the engine is %s", self.action, config.engine)
-        self.spikes = Spikes(c.spike, c.window)
-        self.left_out: list[LeftOut] = []
+        self.spikes = SpikeDetector(c.spike, c.window)
+        self.left_out: list[SkippedWindow] = []
         self.updates_skipped = self.skips_in_a_row = self.rollbacks = self.last_bad_step = 0
-        self.wanted_rollback: LeftOut | None = None
+        self.wanted_rollback: SkippedWindow | None = None
         """Set when the last judged step must be undone."""
         self.fault: NodeFault | None = None
         """Set when a rank's hardware failed and the run should continue without it."""
@@ -95,7 +95,7 @@ class LossGuard:
             row = max(w.end for w in met)
         return row
 
-    def rolled_back(self, window: LeftOut) -> None:
+    def rolled_back(self, window: SkippedWindow) -> None:
         """Note the skipped rows of a roll-back; call it after `restore` of the earlier checkpoint's state."""
         self.left_out.append(window)
         self.last_bad_step = window.step
@@ -118,7 +118,7 @@ class LossGuard:
         The count of roll-backs never decreases here: a roll-back restores a state from before itself.
         """
         self.spikes.restore(state.get("values", {}))
-        self.left_out = [LeftOut(**window) for window in state.get("left_out", [])]
+        self.left_out = [SkippedWindow(**window) for window in state.get("left_out", [])]
         self.updates_skipped = state.get("updates_skipped", 0)
         self.skips_in_a_row = state.get("skips_in_a_row", 0)
         self.rollbacks = max(self.rollbacks, state.get("rollbacks", 0))
@@ -141,12 +141,12 @@ class LossGuard:
             self.skips_in_a_row += 1
             self.updates_skipped += 1
             self.last_bad_step = step
-            self.left_out.append(LeftOut("skip", first_row, first_row + rows, step, why))
+            self.left_out.append(SkippedWindow("skip", first_row, first_row + rows, step, why))
             self._tell(step, "skip", why, rows=[first_row, first_row + rows], in_a_row=self.skips_in_a_row)
         elif self.action == "rollback" and self.rollbacks < self.config.max_rollbacks:
             self.rollbacks += 1
             first = max(0, first_row - self.config.margin * rows)
-            self.wanted_rollback = LeftOut("rollback", first, first_row + rows, step, why)
+            self.wanted_rollback = SkippedWindow("rollback", first, first_row + rows, step, why)
             self._tell(step, "rollback", why, rows=[first, first_row + rows], in_a_row=self.rollbacks)
         elif self.action == "stop":
             self.stop(step, why, remedy)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megamm import checkpoint
 from megamm.checkpoint import manifest, retention
 from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.upload import RemoteCheckpoints
 from megamm.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def _choose(run: Path, row: int, durable: str | None) -> Path | None:
     found = next((folder for folder in folders if _is_before(folder, row)), None)
     if found is None:
         return None
-    tier = DurableTier(durable) if durable else None
+    tier = RemoteCheckpoints(durable) if durable else None
     for name in tier.complete() if tier else []:
         if manifest.step_of(name) > manifest.step_of(found.name):
             assert tier is not None

@@ -16,7 +16,7 @@ LEAST_DEVIATION = 0.01
 """Smallest deviation, as a share of the median."""
 
 
-class Spikes:
+class SpikeDetector:
     """Watches named values of every step: the losses (nats per token) and the gradient norm."""
 
     def __init__(self, threshold: float, window: int) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megamm import checkpoint
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.storage.choose import choose
-from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.storage.local import LocalStorage
 from megamm.checkpoint.storage.uploader import Uploader
 from megamm.common import events
 from megamm.common.device import Device
@@ -53,11 +53,11 @@ class RunStore:
         self.is_in_run = True
         """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
 
-    def _local_tier(self) -> LocalTier | None:
+    def _local_tier(self) -> LocalStorage | None:
         c = self.config.checkpoint
         if c.local is None:
             return None
-        return LocalTier(c.local, self.config.output, c.replicate, dist.new_group(backend="gloo"))
+        return LocalStorage(c.local, self.config.output, c.replicate, dist.new_group(backend="gloo"))
 
     def save(
         self,

@@ -24,7 +24,7 @@ from megamm.elastic.rank_status import Ending
 from megamm.elastic.step_boundary import Boundary, of_this_rank
 from megamm.engine import api
 from megamm.engine.build import build_engine
-from megamm.guards.loss_guard import LeftOut, LossGuard
+from megamm.guards.loss_guard import LossGuard, SkippedWindow
 from megamm.guards.stragglers import Stragglers
 from megamm.mcore import groups as grid
 from megamm.model import flops, layout
@@ -181,7 +181,7 @@ class Trainer:
         values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
         self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
 
-    def _roll_back(self, window: LeftOut) -> None:
+    def _roll_back(self, window: SkippedWindow) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
         self.pulse.beat("resume", self.step)
         self.store.drain()

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from megamm.checkpoint import index
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.tensor_shards import TensorShard
 
 
 def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float | None = None, seed: int = 0) -> Path:
@@ -49,15 +49,15 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def write_blocks(folder: Path, ranks: list[list[Block]]) -> None:
+def write_blocks(folder: Path, ranks: list[list[TensorShard]]) -> None:
     """Write a tensors/ folder as that many ranks do: a data file of each rank, then the index over all."""
     folder.mkdir()
     entries = []
     for rank, blocks in enumerate(ranks):
-        image = Image.of(blocks, f"__{rank}_0.distcp")
+        image = RankFile.of(blocks, f"__{rank}_0.distcp")
         data = bytearray(image.size)
         image.lay_out(memoryview(data))
-        for place in image.places:
+        for place in image.offsets:
             elements = blocks[place.block].data.view(-1).view(torch.uint8).numpy().tobytes()
             data[place.start : place.start + len(elements)] = elements
         (folder / f"__{rank}_0.distcp").write_bytes(data)

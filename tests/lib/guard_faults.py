@@ -153,12 +153,12 @@ def ended_by_roll_back() -> None:
 def no_durable_tier() -> None:
     """Make writing to the durable tier fail."""
     from megamm.checkpoint.storage.remote import RemoteError
-    from megamm.checkpoint.storage.upload import DurableTier
+    from megamm.checkpoint.storage.upload import RemoteCheckpoints
 
     def refused(self: Any, name: str) -> None:
         raise RemoteError("no answer", self.remote.url)
 
-    DurableTier.withdraw = refused
+    RemoteCheckpoints.withdraw = refused
 
 
 def no_update(at: list[int]) -> None:

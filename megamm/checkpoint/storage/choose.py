@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megamm import checkpoint
 from megamm.checkpoint import files, manifest, retention
 from megamm.checkpoint.folder import aside
-from megamm.checkpoint.storage.local import LocalTier, Needed
+from megamm.checkpoint.storage.local import LocalStorage, Needed
 from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.upload import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -84,10 +84,10 @@ class Ranks:
 class _Chooser(Ranks):
     """The search, together on all ranks."""
 
-    def __init__(self, run: Path, durable: str | None, local: LocalTier | None, needed: Needed) -> None:
+    def __init__(self, run: Path, durable: str | None, local: LocalStorage | None, needed: Needed) -> None:
         super().__init__()
         self.run, self.local, self.needed = run, local, needed
-        self.durable = DurableTier(durable) if durable else None
+        self.durable = RemoteCheckpoints(durable) if durable else None
 
     def candidates(self) -> list[_Candidate]:
         """Return the checkpoints of all tiers in the order to try. UserError if none is found and a tier fails."""
@@ -125,7 +125,7 @@ class _Chooser(Ranks):
         assert self.durable is not None
         return self._download(self.durable, name)
 
-    def _download(self, tier: DurableTier, name: str) -> Path:
+    def _download(self, tier: RemoteCheckpoints, name: str) -> Path:
         log.info("copying %s/%s", tier.remote.url, name)
         final = self.run / "checkpoints" / name
         temporary = final.with_name(f".tmp-download-{name}")
@@ -148,11 +148,11 @@ class _Chooser(Ranks):
 
 
 def choose(
-    run: Path, durable: str | None = None, local: LocalTier | None = None, needed: Needed = lambda _: set()
+    run: Path, durable: str | None = None, local: LocalStorage | None = None, needed: Needed = lambda _: set()
 ) -> Choice | None:
     """Return the newest valid checkpoint; None in a fresh run. UserError if there are checkpoints but none is valid.
 
-    durable: URL of that tier; local: this node's tier; needed: see LocalTier.restore.
+    durable: URL of that tier; local: this node's tier; needed: see LocalStorage.restore.
     """
     chooser = _Chooser(run, durable, local, needed)
     last_error: UserError | None = None

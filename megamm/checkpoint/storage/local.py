@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from megamm.checkpoint import files, manifest
 from megamm.checkpoint.storage import local_files, transfer
-from megamm.checkpoint.storage.local_files import Part
+from megamm.checkpoint.storage.local_files import PartRecord
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -41,10 +41,10 @@ class _Held:
 
     node: int
     step: int
-    part: Part
+    part: PartRecord
 
 
-class LocalTier:
+class LocalStorage:
     """This rank's view of the tier; all ranks call its methods together, except `passed` and `close`."""
 
     def __init__(self, local: str, run: Path, replicate: bool, group: Any = None) -> None:
@@ -193,7 +193,7 @@ class LocalTier:
 
     def steps(self) -> list[int]:
         """Return the steps that the nodes together have, by their part records (`restore` verifies the files)."""
-        own: list[tuple[int, Part]] = []
+        own: list[tuple[int, PartRecord]] = []
         if self._is_leader:
             for step in local_files.steps_in(self.root):
                 own += [(step, part) for part in local_files.parts_in(local_files.folder_of(self.root, step))]
@@ -202,7 +202,7 @@ class LocalTier:
         self._held = [held for of_rank in gathered for held in of_rank]
         return sorted(step for step in {h.step for h in self._held} if self._whole(step))
 
-    def _whole(self, step: int) -> dict[str, dict[int, Part]]:
+    def _whole(self, step: int) -> dict[str, dict[int, PartRecord]]:
         return local_files.whole(held.part for held in self._held if held.step == step)
 
     def restore(self, step: int, needed: Needed) -> Path:
@@ -224,7 +224,7 @@ class LocalTier:
         self._fetch(step, needed(folder) & files.keys(), files, holders)
         return folder
 
-    def _verified(self, step: int, save: str, files: dict[str, manifest.Entry]) -> dict[str, list[int]]:
+    def _verified(self, step: int, save: str, files: dict[str, manifest.ManifestEntry]) -> dict[str, list[int]]:
         """Return, for each file, the nodes that have a valid copy; the ranks of a node share the reading."""
         place = self.order.index(self.node)
         mine = [h.part for h in self._held if (h.node, h.step, h.part.save) == (place, step, save)]
@@ -239,7 +239,7 @@ class LocalTier:
         return holders
 
     def _fetch(
-        self, step: int, wanted: set[str], files: dict[str, manifest.Entry], holders: dict[str, list[int]]
+        self, step: int, wanted: set[str], files: dict[str, manifest.ManifestEntry], holders: dict[str, list[int]]
     ) -> None:
         """Fetch the files that this node's ranks need and it lacks, a share per rank. The same error on all ranks."""
         place, folder = self.order.index(self.node), local_files.folder_of(self.root, step)

@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import files, manifest
-from megamm.checkpoint.manifest import STEP_FOLDER, Entry
+from megamm.checkpoint.manifest import STEP_FOLDER, ManifestEntry
 
 IMAGES = "images"
 
 
 @dataclass(frozen=True)
-class Part:
-    """The files of one rank. save: the same id on all ranks of an attempt (`LocalTier.save_id`); node: who wrote it.
+class PartRecord:
+    """The files of one rank. save: the same id on all ranks of an attempt (`LocalStorage.save_id`); node: who wrote it.
 
     files: by their path in the step's folder.
     """
@@ -36,7 +36,7 @@ class Part:
     world: int
     save: str
     node: str
-    files: dict[str, Entry]
+    files: dict[str, ManifestEntry]
 
     def to_json(self) -> dict[str, Any]:
         """Return the part record as JSON values."""
@@ -44,10 +44,10 @@ class Part:
         return {"rank": self.rank, "world": self.world, "save": self.save, "node": self.node, "files": listed}
 
     @classmethod
-    def from_json(cls, data: Any) -> "Part":
+    def from_json(cls, data: Any) -> "PartRecord":
         """Parse a part record; ValueError if it is not one, or names a file outside of its folder."""
         try:
-            listed = {name: Entry.from_json(entry) for name, entry in data["files"].items()}
+            listed = {name: ManifestEntry.from_json(entry) for name, entry in data["files"].items()}
             part = cls(int(data["rank"]), int(data["world"]), str(data["save"]), str(data["node"]), listed)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a part record: {error}") from None
@@ -68,7 +68,7 @@ def part_path(folder: Path, rank: int) -> Path:
 
 
 def write(
-    root: Path, step: int, part: Part, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
+    root: Path, step: int, part: PartRecord, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
 ) -> None:
     """Write a rank's small files, link its image, and write the part record that makes them valid.
 
@@ -82,10 +82,10 @@ def write(
     files.remove_file(folder / name)
     os.link(path, folder / name)
     entries[name] = files.entry_of(files.in_pieces(data))
-    commit(folder, Part(part.rank, part.world, part.save, part.node, entries))
+    commit(folder, PartRecord(part.rank, part.world, part.save, part.node, entries))
 
 
-def commit(folder: Path, part: Part) -> None:
+def commit(folder: Path, part: PartRecord) -> None:
     """Write the part record, which makes a rank's files valid."""
     path = part_path(folder, part.rank)
     temporary = path.with_suffix(".new")
@@ -93,12 +93,12 @@ def commit(folder: Path, part: Part) -> None:
     files.rename(temporary, path)
 
 
-def parts_in(folder: Path) -> list[Part]:
+def parts_in(folder: Path) -> list[PartRecord]:
     """Return all valid part records of a step's folder."""
     found = []
     for path in sorted(folder.glob("part_?????.json")):
         with contextlib.suppress(ValueError, OSError):  # cut off by a kill, or just removed: skip it
-            found.append(Part.from_json(json.loads(path.read_bytes())))
+            found.append(PartRecord.from_json(json.loads(path.read_bytes())))
     return found
 
 
@@ -107,9 +107,9 @@ def steps_in(root: Path) -> list[int]:
     return sorted(manifest.step_of(f.name) for f in root.glob("step_*") if STEP_FOLDER.fullmatch(f.name))
 
 
-def whole(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
+def whole(parts: Iterable[PartRecord]) -> dict[str, dict[int, PartRecord]]:
     """Return the parts by save id and rank, for saves that have the parts of all ranks."""
-    saves: dict[str, dict[int, Part]] = {}
+    saves: dict[str, dict[int, PartRecord]] = {}
     for part in parts:
         saves.setdefault(part.save, {})[part.rank] = part
     return {save: ranks for save, ranks in saves.items() if len(ranks) == next(iter(ranks.values())).world}
@@ -120,7 +120,7 @@ def retire(root: Path, step: int, rank: int) -> None:
     folder = folder_of(root, step)
     path = part_path(folder, rank)
     try:
-        part = Part.from_json(json.loads(path.read_bytes()))
+        part = PartRecord.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return
     files.remove_file(path)

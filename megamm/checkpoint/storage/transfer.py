@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import manifest
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 from megamm.checkpoint.storage import local_files
 from megamm.common.errors import UserError
 
@@ -76,7 +76,7 @@ class Server:
 
     def _receive(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
         """Receive a rank's part; remove its parts older than `floor`, which have been replaced everywhere."""
-        part, folder = local_files.Part.from_json(request["part"]), self._folder(request)
+        part, folder = local_files.PartRecord.from_json(request["part"]), self._folder(request)
         local_files.part_path(folder, part.rank).unlink(missing_ok=True)
         for name, entry in part.files.items():
             _write(connection, folder / name, entry)
@@ -93,7 +93,7 @@ def put(address: Address, key: bytes, root: Path, step: int, rank: int, floor: i
     """Send a rank's files and part record; floor: see Server._receive. WireError if the transfer fails."""
     folder = local_files.folder_of(root, step)
     try:
-        part = local_files.Part.from_json(json.loads(local_files.part_path(folder, rank).read_bytes()))
+        part = local_files.PartRecord.from_json(json.loads(local_files.part_path(folder, rank).read_bytes()))
         with Client(address, authkey=key) as connection:
             _say(connection, {"do": "put", "step": step, "part": part.to_json(), "floor": floor})
             for name in part.files:
@@ -107,7 +107,7 @@ def put(address: Address, key: bytes, root: Path, step: int, rank: int, floor: i
         ) from None
 
 
-def get(address: Address, key: bytes, step: int, name: str, entry: Entry, target: Path) -> None:
+def get(address: Address, key: bytes, step: int, name: str, entry: ManifestEntry, target: Path) -> None:
     """Fetch one file and verify it. WireError if the transfer fails."""
     try:
         with Client(address, authkey=key) as connection:
@@ -122,7 +122,7 @@ def _say(connection: "Connection[Any, Any]", value: dict[str, Any]) -> None:
     connection.send_bytes(json.dumps(value).encode())
 
 
-def _write(connection: "Connection[Any, Any]", path: Path, entry: Entry) -> None:
+def _write(connection: "Connection[Any, Any]", path: Path, entry: ManifestEntry) -> None:
     """Write a file of known size from chunks; rename it once its digest is verified. ValueError if it differs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megamm.checkpoint import manifest, retention
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 from megamm.checkpoint.storage.remote import Remote, RemoteError
 from megamm.common.errors import UserError
 
@@ -33,7 +33,7 @@ class Copied:
     kept: int
 
 
-class DurableTier:
+class RemoteCheckpoints:
     """The checkpoints at a URL. Methods raise RemoteError if the store fails, UserError for damaged checkpoints."""
 
     def __init__(self, url: str) -> None:
@@ -54,7 +54,7 @@ class DurableTier:
         names = [name for name in self.remote.folders() if manifest.STEP_FOLDER.fullmatch(name)]
         return [name for name in names if self._listed(name) is not None]
 
-    def _listed(self, name: str) -> dict[str, Entry] | None:
+    def _listed(self, name: str) -> dict[str, ManifestEntry] | None:
         data = self.remote.read(f"{name}/{manifest.NAME}")
         if data is None:
             return None
@@ -64,7 +64,7 @@ class DurableTier:
             log.warning("skipped: %s", error)
             return None
 
-    def listed(self, name: str) -> dict[str, Entry]:
+    def listed(self, name: str) -> dict[str, ManifestEntry]:
         """Return the files of a checkpoint. UserError if it is not complete."""
         data = self.remote.read(f"{name}/{manifest.NAME}")
         return manifest.parse(data or b"", f"{self.remote.url}/{name}")
@@ -100,7 +100,7 @@ class DurableTier:
         journal.unlink(missing_ok=True)
         return Copied(len(missing), sum(listed[file].size for file in missing), len(arrived))
 
-    def _arrived(self, name: str, listed: dict[str, Entry], journal: Path) -> set[str]:
+    def _arrived(self, name: str, listed: dict[str, ManifestEntry], journal: Path) -> set[str]:
         """Return the files that an earlier attempt has uploaded: the journal has their digest, the store their size."""
         sizes = self.remote.files(name)
         arrived = set()
@@ -118,7 +118,7 @@ class DurableTier:
                 arrived.add(file)
         return arrived
 
-    def _check_sizes(self, name: str, listed: dict[str, Entry]) -> None:
+    def _check_sizes(self, name: str, listed: dict[str, ManifestEntry]) -> None:
         sizes = self.remote.files(name)
         wrong = next((file for file, entry in listed.items() if sizes.get(file) != entry.size), None)
         if wrong is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from megamm.checkpoint import manifest, retention
 from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.upload import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -34,7 +34,7 @@ class Uploader:
 
     def __init__(self, run: Path, url: str, keep: int, keep_best: bool) -> None:
         """Start the process. UserError unless the URL is writable."""
-        DurableTier(url).check_writable()
+        RemoteCheckpoints(url).check_writable()
         self._command = [sys.executable, "-m", __name__, str(run), url, str(keep), str(int(keep_best))]
         self._command.append(str(os.getpid()))
         self.start()
@@ -77,7 +77,7 @@ class Uploader:
 class _Loop:
     """The loop of the process."""
 
-    def __init__(self, run: Path, tier: DurableTier, keep: int, keep_best: bool) -> None:
+    def __init__(self, run: Path, tier: RemoteCheckpoints, keep: int, keep_best: bool) -> None:
         self.run, self.tier, self.keep, self.keep_best = run, tier, keep, keep_best
         self.draining = threading.Event()
         self._settled: tuple[str, int, int] | None = None
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run as a process; exit code 0 when drained."""
     run, url, keep, keep_best, parent = arguments
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    loop = _Loop(Path(run), DurableTier(url), int(keep), keep_best == "1")
+    loop = _Loop(Path(run), RemoteCheckpoints(url), int(keep), keep_best == "1")
     threading.Thread(target=_obey, args=(loop, int(parent)), daemon=True).start()
     loop.forever()
     return 0

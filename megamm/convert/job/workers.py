@@ -117,7 +117,7 @@ def made(state: State, segment: Segment) -> str:
     return digest.hexdigest()
 
 
-def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.Entry, list[str]]:
+def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.ManifestEntry, list[str]]:
     """Sync a file and read it back; returns its manifest entry and the digests of segments of these sizes."""
     whole, digests = manifest.hasher(), []
     buffer = memoryview(bytearray(READ))
@@ -130,4 +130,4 @@ def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.E
                 whole.update(buffer[:read])
                 left -= read
             digests.append(digest.hexdigest())
-    return manifest.Entry(sum(sizes), whole.hexdigest()), digests
+    return manifest.ManifestEntry(sum(sizes), whole.hexdigest()), digests

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index, reader
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self.deepspeed.train()
         return loss
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TensorShard]:
         return self.names.blocks(self.shards.gather())
 
     def start_from(self, fill: Fill) -> None:
