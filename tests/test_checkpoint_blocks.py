@@ -14,7 +14,7 @@ from checkpoint_folders import write_blocks
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 
-from megamm.checkpoint import archive, index, reader
+from megamm.checkpoint import index, rank_file, reader
 from megamm.checkpoint.rank_file import ALIGNMENT, RankFile
 from megamm.checkpoint.tensor_shards import TensorShard, flat_boxes
 from megamm.common.errors import UserError
@@ -30,9 +30,9 @@ def test_flat_ranges_are_cut_into_boxes(shape):
     for start in range(numbers.size + 1):
         for stop in range(start, numbers.size + 1):
             found = []
-            for offset, size, place in flat_boxes(shape, start, stop):
+            for offset, size, first in flat_boxes(shape, start, stop):
                 box = numbers[tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))].flatten()
-                assert box.tolist() == list(range(place, place + math.prod(size)))
+                assert box.tolist() == list(range(first, first + math.prod(size)))
                 found += [box.tolist()]
             assert sorted(number for box in found for number in box) == list(range(start, stop))
             assert len(found) <= max(1, 2 * len(shape) - 1)
@@ -44,13 +44,13 @@ def test_items_are_what_torch_saves(dtype, shape):
     tensor = (torch.rand(shape) * 100).to(dtype)
     saved = io.BytesIO()
     torch.save(tensor, saved)
-    frame = archive.frame(dtype, shape)
+    frame = rank_file.frame(dtype, shape)
     elements = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
     ours = frame.head + elements + frame.tail
     assert len(ours) == len(saved.getvalue())
     assert torch.equal(torch.load(io.BytesIO(ours), weights_only=True), tensor)
     for item in (ours, saved.getvalue()):
-        assert torch.equal(archive.tensor_in(memoryview(bytearray(item)), dtype, shape), tensor)
+        assert torch.equal(rank_file.tensor_in(memoryview(bytearray(item)), dtype, shape), tensor)
 
 
 def test_items_in_another_form_are_read_by_torch_and_checked(monkeypatch):
@@ -60,11 +60,11 @@ def test_items_in_another_form_are_read_by_torch_and_checked(monkeypatch):
         saved = io.BytesIO()
         torch.save(tensor, saved, **options)
         view = memoryview(bytearray(saved.getvalue()))
-        assert torch.equal(archive.tensor_in(view, torch.float32, (4, 3)), tensor)
+        assert torch.equal(rank_file.tensor_in(view, torch.float32, (4, 3)), tensor)
         with pytest.raises(ValueError, match="not a tensor"):
-            archive.tensor_in(view, torch.float32, (5, 3))
+            rank_file.tensor_in(view, torch.float32, (5, 3))
         with pytest.raises(ValueError, match="not a tensor"):
-            archive.tensor_in(view, torch.int32, (4, 3))
+            rank_file.tensor_in(view, torch.int32, (4, 3))
 
 
 def _cut(draw: random.Random, tensor: torch.Tensor, key: str) -> list[TensorShard]:
@@ -129,8 +129,8 @@ def test_blocks_of_the_same_memory_are_stored_once(tmp_path):
     blocks = [TensorShard.whole("a", tensor), TensorShard.whole("b", tensor), TensorShard.whole("c", tensor[:25])]
     write_blocks(tmp_path / "t", [blocks])
     assert 1.5 * tensor.nbytes < (tmp_path / "t" / "__0_0.distcp").stat().st_size < 1.5 * tensor.nbytes + 5000
-    places = {key: stored.blocks[0].start for key, stored in index.read(tmp_path / "t").items()}
-    assert places["a"] == places["b"] != places["c"] and all(place % ALIGNMENT == 0 for place in places.values())
+    starts = {key: stored.shards[0].start for key, stored in index.read(tmp_path / "t").items()}
+    assert starts["a"] == starts["b"] != starts["c"] and all(start % ALIGNMENT == 0 for start in starts.values())
 
 
 def test_blocks_must_make_up_the_whole():

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from megamm import checkpoint, cli
 from megamm.checkpoint import files, inspect, retention, whole_tensors
-from megamm.checkpoint.storage.upload import RemoteCheckpoints
+from megamm.checkpoint.storage.remote import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict

@@ -26,12 +26,12 @@ from megamm.common import events
 
 FAULTS = Path(__file__).parent / "lib" / "writer_faults.py"
 SIZE = 3 * mmap.PAGESIZE + 64
-"""Bytes of an image: its end is written through the page cache, the rest with O_DIRECT."""
+"""Bytes of a staged file: its end is written through the page cache, the rest with O_DIRECT."""
 
 
 @pytest.fixture
 def memory():
-    """Return shared memory with the image of a file."""
+    """Return shared memory with a staged file."""
     descriptor = os.memfd_create("image")
     os.write(descriptor, random.Random(1).randbytes(SIZE))
     yield descriptor
@@ -69,7 +69,7 @@ def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int
     )
     answers = ["written"] if rank else ["written", "published"]
     writer.send(
-        job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0, "image": "", "answers": answers}, contents
+        job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0, "staged": "", "answers": answers}, contents
     )
 
 

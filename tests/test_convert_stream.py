@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import warm
+from checkpoint_folders import save_now
 from family_models import MODELS, SEQUENCE, read_model, write_model
 from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
 from tiny_run import environment
@@ -25,8 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from megamm import checkpoint
 from megamm.checkpoint import index, path_of
-from megamm.checkpoint.saver import save_now
-from megamm.checkpoint.tensor_reader import TensorReader
+from megamm.checkpoint.reader import TensorReader
 from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError

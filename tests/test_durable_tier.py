@@ -16,8 +16,7 @@ from checkpoint_folders import contents, make_checkpoint
 
 from megamm.checkpoint import retention
 from megamm.checkpoint.storage import remote
-from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import STREAMS, RemoteCheckpoints
+from megamm.checkpoint.storage.remote import STREAMS, RemoteCheckpoints, RemoteError
 from megamm.checkpoint.storage.uploader import Uploader
 from megamm.common import events, urls
 from megamm.common.errors import UserError
@@ -210,7 +209,7 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
     assert sent[-1] == 13 and len(sent) < 8, sent
     there = RemoteCheckpoints(url)
     there.download("step_00000013", tmp_path / "back", there.listed("step_00000013"))
-    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
+    assert there.store.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
 
 
 def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store, tmp_path, monkeypatch):

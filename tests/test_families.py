@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoint_folders import save_now
 from convert_rows import documents
 from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, write_model
 from safetensors.torch import load_file
 
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.saver import save_now
 from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError

@@ -15,14 +15,13 @@ from run_folders import read_tensors, step_folder
 from tiny_run import make_data, numbers, write_config
 
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.storage.upload import RemoteCheckpoints
+from megamm.checkpoint.storage.remote import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.timers import Clock
 from megamm.config import StragglerConfig, config_from_dict
-from megamm.guards.rerun import compare, suspects
-from megamm.guards.spike_detector import SpikeDetector
+from megamm.guards.loss_guard import SpikeDetector, compare, suspects
 from megamm.guards.stragglers import Stragglers, scores
 from megamm.model import layout
 from megamm.observability import metrics
@@ -93,7 +92,7 @@ def _assert_same_state(ours: Path, theirs: Path) -> None:
 
 
 def test_skip_is_a_step_without_update_and_survives_a_restart(runs):
-    """A NaN in one rank's gradient, in the step and in its second run; a resumed run continues as if uninterrupted.
+    """A NaN in one rank's gradient, in the step and in its rerun; a resumed run continues as if uninterrupted.
 
     The reference makes no update in that pass; it reports a gradient norm there, which the skipped step lacks.
     """
@@ -134,7 +133,7 @@ def test_skip_leaves_the_routers_bias_too(runs):
     _assert_same_state(step_folder(run, 3), step_folder(run, 2))
 
 
-def test_second_run_moves_the_routers_bias_once_and_draws_the_same(runs):
+def test_rerun_moves_the_routers_bias_once_and_draws_the_same(runs):
     kept = {"steps": 3, "model": TINY | {"moe": MOE, "megatron": {"hidden_dropout": 0.1}}}
     once = runs.run("moe_once", ("nan_in_gradient", {"rank": 1, "at": [3]}), **kept)
     assert _actions(once) == [(3, "transient")]

@@ -214,7 +214,7 @@ def test_images_take_turns(one_rank):
         assert kept(local)[: min(step - 1, 2)] == list(range(max(1, step - 2), step)), "before it is written"
         saver.finish()
         assert kept(local) == list(range(max(1, step - 2), step + 1))
-    assert len(list((local.root / local_files.IMAGES).iterdir())) == 3
+    assert len(list((local.root / local_files.STAGED).iterdir())) == 3
     saver.forget()
     local.begin(-1)
     assert kept(local) == []
@@ -241,7 +241,7 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
     assert listed(tmp_path / "run") == [run, step_1, step_2]
     assert listed(local.root) == [step_1, step_2] and listed(two) == [step_2]
     assert inspect.find_one(str(two)).damage() == "" and list(whole_tensors.described(two))
-    with pytest.raises(UserError, match="prune does not change a local tier"):
+    with pytest.raises(UserError, match="prune does not change local storage"):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
     (part,) = local_files.parts_in(two)
     local_files.commit(two, local_files.PartRecord(part.rank, 2, part.save, part.node, part.files))
@@ -267,17 +267,17 @@ def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
     save(saver, data, 2, to_run=True)
     for step in range(3, 8):
         save(saver, data, step)
-        while saver.writing.owes("kept"):
-            saver.writing.wait()
-        assert step in kept(local) and saver.writing.owes("written")
+        while saver.pending.awaits("saved_locally"):
+            saver.pending.wait()
+        assert step in kept(local) and saver.pending.awaits("written")
     wanted, written = torch.full((1000,), 2.0).numpy().tobytes(), b""
     # "r+": the writer first tries O_DIRECT, which would close a pipe that is only read.
     with pipe.open("r+b", buffering=0) as opened:
         while wanted not in written:
             written += opened.read(1 << 20)
-    while saver.writing.owed:
-        saver.writing.wait()
-    assert saver.writing.failures == 1, "a pipe cannot be synced"
+    while saver.pending.answers:
+        saver.pending.wait()
+    assert saver.pending.failures == 1, "a pipe cannot be synced"
 
 
 def test_no_space_is_one_line(one_rank, monkeypatch):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_folders import save_now
 from run_folders import read_tensors
 
 from megamm.checkpoint import RunState, path_of
-from megamm.checkpoint.saver import save_now
 from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError

@@ -40,7 +40,7 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
     return ManifestEntry(size, digest.hexdigest())
 
 
-def write_direct(path: Path, image: memoryview) -> tuple[ManifestEntry, str]:
+def write_direct(path: Path, data: memoryview) -> tuple[ManifestEntry, str]:
     """Write page-aligned memory with O_DIRECT (open(2)), like `write` otherwise.
 
     The copy into the page cache takes most of a write's processor time. Also return why the page cache was used, or ""
@@ -55,11 +55,11 @@ def write_direct(path: Path, image: memoryview) -> tuple[ManifestEntry, str]:
         direct, why = False, "the file system does not support O_DIRECT"
         descriptor = os.open(path, flags, 0o644)
     try:
-        for left in in_pieces(image, DIRECT_PIECE):
+        for left in in_pieces(data, DIRECT_PIECE):
             digest.update(left)
             while left:
                 whole = len(left) - len(left) % mmap.PAGESIZE
-                if direct and not whole:  # the end of the image
+                if direct and not whole:  # the end, less than a page
                     direct = _use_cache(descriptor)
                 try:
                     left = left[os.write(descriptor, left[:whole] if direct else left) :]
@@ -70,7 +70,7 @@ def write_direct(path: Path, image: memoryview) -> tuple[ManifestEntry, str]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return ManifestEntry(len(image), digest.hexdigest()), why
+    return ManifestEntry(len(data), digest.hexdigest()), why
 
 
 def _use_cache(descriptor: int) -> bool:

@@ -98,7 +98,7 @@ def aside(final: Path) -> Path:
 def remove_leftovers(run: Path, attempt: str) -> None:
     """Remove what killed saves and removals left. attempt: JOB-NUMBER of the current save, numbered within the job.
 
-    With a local tier another rank may already be at a later save: the folders of that save stay.
+    With local storage another rank may already be at a later save: the folders of that save stay.
     """
     for pattern in (".tmp-*", ".old-*"):
         for folder in (run / "checkpoints").glob(pattern):

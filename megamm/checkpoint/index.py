@@ -42,7 +42,7 @@ _DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, n
 
 @dataclass(frozen=True)
 class StoredShard:
-    """A stored block: its place in the whole tensor, and the item of a file that holds it (first byte, length)."""
+    """A stored shard: its box in the whole tensor, and the archive in a file that holds it (first byte, length)."""
 
     key: str
     shape: Shape
@@ -56,11 +56,11 @@ class StoredShard:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A stored tensor: its blocks, and their offsets and sizes as `[blocks, axes]`."""
+    """A stored tensor: its shards, and their offsets and sizes as `[shards, axes]`."""
 
     shape: Shape
     dtype: torch.dtype
-    blocks: tuple[StoredShard, ...]
+    shards: tuple[StoredShard, ...]
     offsets: np.ndarray
     sizes: np.ndarray
 
@@ -78,7 +78,7 @@ def check_index(folder: Path) -> Metadata:
     """Return torch's metadata of a folder of tensors. UserError if it contains anything but the index's classes."""
     try:
         data = (folder / INDEX).read_bytes()
-        list(pickletools.genops(data))
+        list(pickletools.genops(data))  # a damaged pickle is an error here, before anything is built from it
         return _checked(_Checker(io.BytesIO(data)).load())
     except Exception as error:
         raise UserError(
@@ -105,15 +105,15 @@ def read(folder: Path) -> dict[str, StoredTensor]:
     for key, tensor in metadata.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
             continue
-        shape, dtype, blocks = tuple(tensor.size), tensor.properties.dtype, []
+        shape, dtype, shards = tuple(tensor.size), tensor.properties.dtype, []
         for chunk in tensor.chunks:
             info = storage[key, tuple(chunk.offsets)]
-            place = info.relative_path, info.offset, info.length
-            blocks.append(StoredShard(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *place))
-        axes = (len(blocks), len(shape))
-        offsets = np.array([block.offset for block in blocks], dtype=np.int64).reshape(axes)
-        sizes = np.array([block.size for block in blocks], dtype=np.int64).reshape(axes)
-        tensors[key] = StoredTensor(shape, dtype, tuple(blocks), offsets, sizes)
+            where = info.relative_path, info.offset, info.length
+            shards.append(StoredShard(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *where))
+        axes = (len(shards), len(shape))
+        offsets = np.array([shard.offset for shard in shards], dtype=np.int64).reshape(axes)
+        sizes = np.array([shard.size for shard in shards], dtype=np.int64).reshape(axes)
+        tensors[key] = StoredTensor(shape, dtype, tuple(shards), offsets, sizes)
     return tensors
 
 
@@ -130,6 +130,7 @@ def files_of(entries: Iterable[StoredShard]) -> dict[str, bytes]:
             e.key, TensorStorageMetadata(TensorProperties(dtype=e.dtype), torch.Size(e.shape), [])
         )
         assert (tuple(stored.size), stored.properties.dtype) == (e.shape, e.dtype), f"ranks differ about {e.key}"
+        # Without overlaps, and with as many elements as the tensor, the shards cover it exactly.
         at = MetadataIndex(e.key, e.offset)
         assert at not in storage, f"{e.key} is stored twice at {e.offset}"
         stored.chunks.append(ChunkStorageMetadata(torch.Size(e.offset), torch.Size(e.size)))
@@ -137,7 +138,7 @@ def files_of(entries: Iterable[StoredShard]) -> dict[str, bytes]:
         volume[e.key] = volume.get(e.key, 0) + torch.Size(e.size).numel()
     wrong = [key for key, stored in tensors.items() if volume[key] != stored.size.numel()]
     assert not wrong, (
-        f"the ranks' blocks of {wrong[0]} have {volume[wrong[0]]} elements, it is {tensors[wrong[0]].size}"
+        f"the ranks' shards of {wrong[0]} have {volume[wrong[0]]} elements, it is {tensors[wrong[0]].size}"
     )
     metadata = Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}

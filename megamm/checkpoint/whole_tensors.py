@@ -53,8 +53,8 @@ def values(folder: Path) -> Read:
 
     def read(wanted: dict[str, Described]) -> dict[str, torch.Tensor]:
         tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
-        blocks = [TensorShard.whole(name, tensor) for name, tensor in tensors.items()]
-        reader.load(folder / "tensors", blocks, stored)
+        shards = [TensorShard.whole(name, tensor) for name, tensor in tensors.items()]
+        reader.load(folder / "tensors", shards, stored)
         return tensors
 
     return read

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megamm.common import events
+from megamm.common.collectives import Gather
 from megamm.config import StragglerConfig
 from megamm.elastic.node_fault import NodeFault
-from megamm.guards.rerun import Gather
 
 PHASES = ("data", "forward", "update", "checkpoint")
 """Phases as named by the engine's clock and the trainer."""
@@ -67,8 +67,10 @@ class Stragglers:
     def window(self, step: int, seconds: Mapping[str, float], device: torch.device) -> Scores:
         """Compare the seconds that each rank counted since the last window; missing phases count as 0."""
         own = [seconds.get(phase, 0.0) for phase in PHASES]
-        parts = self.gather(torch.tensor([self.stage, *own], dtype=torch.float64, device=device))
-        rows = [part.tolist() for part in parts]
+        # The stage travels along: it tells every rank which ranks are peers.
+        rows = [
+            row.tolist() for row in self.gather(torch.tensor([self.stage, *own], dtype=torch.float64, device=device))
+        ]
         by_phase = [dict(zip(PHASES, row[1:], strict=True)) for row in rows]
         found = scores(by_phase, [int(row[0]) for row in rows])
         for rank, score in enumerate(found.score):

@@ -14,9 +14,9 @@ import torch
 from pydantic import TypeAdapter
 
 from megamm.checkpoint import folder
-from megamm.checkpoint.storage.choose import Ranks
 from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common import events
+from megamm.common.collectives import Collectives
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, RunConfig, StartConfig
 from megamm.config.model import FUNCTION
@@ -43,7 +43,7 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
 
 def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
     """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
-    ranks = Ranks()
+    ranks = Collectives()
     with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
         engine.start_from(_Fill(config, vocabulary, start, source, ranks))
         if ranks.rank == 0:
@@ -55,7 +55,7 @@ class _Fill:
     """Implements megamm.engine.api.Fill: sets the blocks that the engine passes to it."""
 
     def __init__(
-        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
+        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Collectives
     ) -> None:
         self.config, self.start, self.source, self.ranks = config, start, source, ranks
         self.growth: Growth = ranks.together(lambda: _growth(config, vocabulary, start, source))

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from megamm import checkpoint
 from megamm.checkpoint import folder, index, reader
-from megamm.checkpoint.storage.choose import Ranks, choose
+from megamm.checkpoint.storage.choose import choose
 from megamm.checkpoint.tensor_shards import MAIN, STATE, Shape, TensorShard
 from megamm.common import urls
+from megamm.common.collectives import Collectives
 from megamm.common.errors import UserError
 from megamm.model.vocabulary import Vocabulary
 
@@ -82,7 +83,7 @@ def _of_hugging_face(path: Path, seq_length: int) -> Source:
 
 
 @contextmanager
-def opened(place: str, run: Path, seq_length: int, ranks: Ranks) -> Iterator[Source]:
+def opened(place: str, run: Path, seq_length: int, ranks: Collectives) -> Iterator[Source]:
     """Open the source while it is read, for rows of seq_length tokens; every rank calls it.
 
     Raises UserError, the same on all ranks, if there is none.

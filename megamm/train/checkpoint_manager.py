@@ -28,7 +28,7 @@ from megamm.mcore.groups import Groups
 
 log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 300.0
-"""Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
+"""Seconds that the end of a run waits for the upload of its last checkpoint to remote storage."""
 
 
 class RunStore:
@@ -46,14 +46,14 @@ class RunStore:
         """while_waiting: see Saver."""
         self.config, self.data, self.engine, self.groups, self.place = config, data, engine, groups, place
         c = config.checkpoint
-        self.local = self._local_tier()
+        self.local = self._local_storage()
         self.saver = Saver(config.output, place, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle
         self.uploader: Uploader | None = None
         self.is_in_run = True
-        """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
+        """Whether the resumed checkpoint is in the run's folder, not only in local storage."""
 
-    def _local_tier(self) -> LocalStorage | None:
+    def _local_storage(self) -> LocalStorage | None:
         c = self.config.checkpoint
         if c.local is None:
             return None
@@ -68,8 +68,8 @@ class RunStore:
         heldout_loss: float | None,
         wait: bool = False,
         to_run: bool = True,
-    ) -> float:
-        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows; return the seconds.
+    ) -> None:
+        """Start to write a checkpoint of the state after `step` steps and `consumed_rows` rows.
 
         tokens: seen so far, by modality; loss_guard: the result of LossGuard.state; heldout_loss: if measured at this
         step. With `wait` the checkpoint is complete on return; UserError on all ranks if it fails. to_run: see
@@ -93,9 +93,8 @@ class RunStore:
         )
         if self.uploader is not None:
             self.uploader.check()
-        stall = self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait, to_run)
+        self.saver.save(state, self.engine.blocks(), rng.states(self.place), wait, to_run)
         self.poll()
-        return stall
 
     def poll(self) -> None:
         """Print which checkpoints have been completed; call it at every step."""
@@ -108,13 +107,13 @@ class RunStore:
         self.poll()
 
     def leave_node(self, ranks: Collection[int] | None = None) -> None:
-        """Free the local tier's memory, unless the run's folder lacks its state; ranks: only on these ranks' nodes."""
+        """Free local storage, unless the run's folder lacks its state; ranks: only on these ranks' nodes."""
         self.drain()
         if self.local is not None:
-            self.local.leave(self.saver.writing.failures == 0, ranks)
+            self.local.leave(self.saver.pending.failures == 0, ranks)
 
     def finish(self) -> None:
-        """At the end of a successful run, wait until the last checkpoint is in the durable tier."""
+        """At the end of a successful run, wait until the last checkpoint is in remote storage."""
         if self.uploader is not None:
             self.uploader.finish(UPLOAD_SECONDS)
 
@@ -143,11 +142,11 @@ class RunStore:
                 begin(self.config, self.data.vocabulary, self.engine, self.config.start_from)
             return None
         state = self.restore(found.folder)
-        self.is_in_run = found.tier != "local"
+        self.is_in_run = found.storage != "local"
         if self.groups.rank == 0:
             seconds, folder = time.monotonic() - start, str(found.folder)
             events.record(
-                self.config.output, "resumed", step=state.step, folder=folder, tier=found.tier, seconds=seconds
+                self.config.output, "resumed", step=state.step, folder=folder, tier=found.storage, seconds=seconds
             )
         return state
 
@@ -155,7 +154,7 @@ class RunStore:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
     def go_back(self, folder: Path) -> checkpoint.RunState:
-        """Restore an earlier checkpoint of the run's folder and discard the local tier's steps."""
+        """Restore an earlier checkpoint of the run's folder and discard the steps in local storage."""
         self.saver.forget()
         if self.local is not None:
             self.local.begin(-1)

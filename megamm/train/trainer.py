@@ -216,7 +216,7 @@ class Trainer:
     def save(self, heldout_loss: float | None = None, wait: bool = False, to_run: bool = True) -> None:
         """Start to write a checkpoint of the state after the current step; with `wait` it is complete on return.
 
-        to_run: save into the run's folder too, not only into the local tier.
+        to_run: save into the run's folder too, not only into local storage.
         """
         self.pulse.beat("save", self.step)
         start = time.monotonic()

@@ -42,8 +42,8 @@ def save(folder):
             data.fill_(step)
             saver.save(state(step), blocks, {"torch": torch.get_rng_state()}, to_run=False)
             saver.finish()
-            while saver.writing.owed:
-                saver.writing.wait()
+            while saver.pending.answers:
+                saver.pending.wait()
     finally:
         saver.close()
         dist.barrier()

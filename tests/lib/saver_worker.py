@@ -40,14 +40,14 @@ def run(trouble: Trouble) -> tuple[str, list[int]]:
         for step in range(1, trouble.steps + 1):
             if rank == trouble.rank and step in trouble.kills:
                 saver.settle()
-                while saver.writing.owed:
-                    saver.writing.wait()
-                os.kill(saver._writer().process.pid, signal.SIGSTOP)
+                while saver.pending.answers:
+                    saver.pending.wait()
+                os.kill(saver._process().process.pid, signal.SIGSTOP)
             data.fill_(step)
             saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
             if rank == trouble.rank and step in trouble.kills:
-                assert saver.writing.process is not None
-                os.kill(saver.writing.process.process.pid, signal.SIGKILL)
+                assert saver.pending.process is not None
+                os.kill(saver.pending.process.process.pid, signal.SIGKILL)
             complete += [int(done.folder.name[5:]) for done in saver.poll()]
         saver.finish()
         complete += [int(done.folder.name[5:]) for done in saver.poll()]

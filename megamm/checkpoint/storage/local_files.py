@@ -1,11 +1,11 @@
-"""A node's share of a checkpoint in the local tier: each rank's files, and a part record that makes them valid.
+"""A node's share of a checkpoint in local storage: each rank's files, and a part record that makes them valid.
 
-    LOCAL/<run id>/images/3_0 …           the memory into which rank 3 copies its state (checkpoint/staging.py)
+    LOCAL/<run id>/images/3_0 …           the files into which rank 3 copies its state (checkpoint/staging.py)
     LOCAL/<run id>/step_00001000/
         tensors/__3_0.distcp              a hard link to one of them, or a replica
         rng_00003.safetensors, …          as in RUN/checkpoints
-        part_00003.json                   the files of rank 3 with digests; written last, removed before the image is
-                                          reused for another step
+        part_00003.json                   the files of rank 3 with digests; written last, removed before the staged
+                                          file is reused for another step
 
 Ranks write without coordination: a step is complete when the parts of all ranks of one save exist on any nodes. Files
 are not synced: digests detect what a power failure has lost. This module does not import torch.
@@ -22,7 +22,8 @@ from typing import Any
 from megamm.checkpoint import files, manifest
 from megamm.checkpoint.manifest import STEP_FOLDER, ManifestEntry
 
-IMAGES = "images"
+STAGED = "images"
+"""Folder of the staged files."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,17 @@ def part_path(folder: Path, rank: int) -> Path:
 
 
 def write(
-    root: Path, step: int, part: PartRecord, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
+    root: Path, step: int, part: PartRecord, staged: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
 ) -> None:
-    """Write a rank's small files, link its image, and write the part record that makes them valid.
+    """Write a rank's small files, link its staged file, and write the part record that makes them valid.
 
-    image: its name in the step's folder, its file, its bytes. part: without files. OSError if it fails.
+    staged: its name in the step's folder, its path, its bytes. part: without files. OSError if it fails.
     """
     folder = folder_of(root, step)
     files.make_folder(folder / "tensors")
     files.remove_file(part_path(folder, part.rank))
     entries = {name: files.write(folder / name, [data]) for name, data in contents.items()}
-    name, path, data = image
+    name, path, data = staged
     files.remove_file(folder / name)
     os.link(path, folder / name)
     entries[name] = files.entry_of(files.in_pieces(data))

@@ -1,4 +1,4 @@
-"""A process beside rank 0 that uploads finished checkpoints to the durable tier, so that no step waits for uploads.
+"""A process beside rank 0 that uploads finished checkpoints to remote storage, so that no step waits for uploads.
 
 It looks for finished folders and uploads the newest that is not there yet (if saves are faster than uploads, those in
 between are skipped). It retries with growing pauses without limit, and applies the retention there. It exits with the
@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamm.checkpoint import manifest, retention
-from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import RemoteCheckpoints
+from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -63,7 +62,7 @@ class Uploader:
             self._process.stdin.close()
             return self._process.wait(seconds) == 0
         except (subprocess.TimeoutExpired, BrokenPipeError):
-            log.warning("the newest checkpoint is not yet in the durable tier; the next start of this run continues")
+            log.warning("the newest checkpoint is not yet in remote storage; the next start of this run continues")
             return False
         finally:
             self.stop()
@@ -77,8 +76,8 @@ class Uploader:
 class _Loop:
     """The loop of the process."""
 
-    def __init__(self, run: Path, tier: RemoteCheckpoints, keep: int, keep_best: bool) -> None:
-        self.run, self.tier, self.keep, self.keep_best = run, tier, keep, keep_best
+    def __init__(self, run: Path, remote: RemoteCheckpoints, keep: int, keep_best: bool) -> None:
+        self.run, self.remote, self.keep, self.keep_best = run, remote, keep, keep_best
         self.draining = threading.Event()
         self._settled: tuple[str, int, int] | None = None
         """The newest checkpoint once it is done: its name, and its manifest's inode and time (ns)."""
@@ -123,7 +122,7 @@ class _Loop:
         retention.set_uploading(self.run, folder.name)
         try:
             identity = _identity(folder)
-            copied = self.tier.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
+            copied = self.remote.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
         except FileNotFoundError:
             return  # it was removed before it was marked as being uploaded
         except RemoteError:
@@ -147,7 +146,7 @@ class _Loop:
                 bytes=copied.bytes,
                 kept_files=copied.kept,
             )
-        self.tier.apply_retention(self.keep, self.keep_best)
+        self.remote.apply_retention(self.keep, self.keep_best)
 
 
 def _identity(folder: Path) -> tuple[str, int, int]:

@@ -19,7 +19,7 @@ import torch
 from megamm import checkpoint
 from megamm.checkpoint import index
 from megamm.checkpoint.folder import find_checkpoint
-from megamm.checkpoint.tensor_reader import TensorReader
+from megamm.checkpoint.reader import TensorReader
 from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.checkpoint.whole_tensors import Described, stream
 from megamm.common.errors import UserError
@@ -101,7 +101,7 @@ class Native:
         """The parts of a piece, with the rank whose file holds each."""
         key, place = self.places[name]
         found = []
-        for entry in self.stored[key].blocks:
+        for entry in self.stored[key].shards:
             if all(low <= at < low + n for at, low, n in zip(place, entry.offset, entry.size, strict=False)):
                 match = _RANK.fullmatch(entry.file)
                 rank = int(match[1]) if match else -1

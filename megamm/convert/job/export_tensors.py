@@ -14,7 +14,7 @@ import torch
 
 from megamm.checkpoint import index, manifest
 from megamm.checkpoint.index import StoredTensor
-from megamm.checkpoint.tensor_reader import TensorReader
+from megamm.checkpoint.reader import TensorReader
 from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index
-from megamm.checkpoint.archive import frame
 from megamm.checkpoint.index import StoredShard
-from megamm.checkpoint.rank_file import ALIGNMENT
+from megamm.checkpoint.rank_file import ALIGNMENT, frame
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig

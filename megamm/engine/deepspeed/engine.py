@@ -117,7 +117,7 @@ class DeepSpeedEngine:
         self.shards.scatter(owned, kinds, 0)
 
     def files_to_load(self, folder: Path) -> set[str]:
-        return {block.file for tensor in index.read(folder).values() for block in tensor.blocks}  # by whole tensors
+        return {block.file for tensor in index.read(folder).values() for block in tensor.shards}  # by whole tensors
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         # Without optimizer state, main copies are set from the weights.
