@@ -204,7 +204,7 @@ def test_one_of_two_ranks_is_killed_at_every_change(memory, faulty, healthy, tmp
 
 
 def test_a_rank_ahead_of_the_first_loses_nothing(memory, tmp_path):
-    """With a local tier saves do not wait for each other: rank 1 may finish its part of step 2 before rank 0."""
+    """With local storage saves do not wait for each other: rank 1 may finish its part of step 2 before rank 0."""
     first, second = _start(memory), _start(memory)
     for step in (1, 2):
         _save(second, tmp_path, step, 1, world=2, attempt=f"a-{step:06d}")

@@ -1,4 +1,4 @@
-"""The nodes' protocol of the local tier under attack, and the records of what a rank wrote."""
+"""The nodes' protocol of local storage under attack, and the records of what a rank wrote."""
 
 import shutil
 import socket

@@ -1,8 +1,8 @@
 """Shared memory into which a rank copies its state, and from which its writer writes the file (rank_file.py).
 
-Without local storage a rank has one staged file, in anonymous memory. With local storage (storage/local_files.py) it has
-`LocalStorage.copies` of them: files there, used in turn. A step's part in local storage is the staged file itself, not a
-copy of it, so a save there needs no further copy. That part is invalidated before the file is reused for another step.
+Without local storage a rank has one staged file, in anonymous memory. With local storage (storage/local_files.py) it
+has `LocalStorage.copies` of them: files there, used in turn. A step's part in local storage is the staged file itself,
+so a save there needs no further copy. That part is invalidated before the file is reused for another step.
 """
 
 import mmap

@@ -13,10 +13,10 @@ same decision without communication:
 All its state is in `state`, a part of each checkpoint: a resumed run makes the same decisions as an uninterrupted one.
 Source: Chowdhery et al. 2022, PaLM, section 5.1 (roll back and skip the batches around the spike).
 
-`SpikeDetector` finds bad steps. A rerun from the same state is compared with the first run (`compare`), which finds the
-rank with faulty hardware. Megatron-core's rerun state machine has the same purpose. It is not used, because it only logs
-its result, reduces a flag over the job in every step, judges values that are not yet summed (so that ranks can disagree)
-and updates the routers' balancing bias twice; its documentation calls it experimental.
+`SpikeDetector` finds bad steps. A rerun from the same state is compared with the first run (`compare`), which finds
+the rank with faulty hardware. Megatron-core's rerun state machine has the same purpose. It is not used, because it only
+logs its result, reduces a flag over the job in every step, judges values that are not yet summed (so that ranks can
+disagree) and updates the routers' balancing bias twice; its documentation calls it experimental.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Ranks of two nodes (megamm/parity/worlds.py) that save into the local tier and search it (test_local_tier.py).
+"""Ranks of two nodes (megamm/parity/worlds.py) that save into local storage and search it (test_local_storage.py).
 
 A node is a folder; another `LocalStorage` object is another attempt of the job.
 """

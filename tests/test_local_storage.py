@@ -1,4 +1,4 @@
-"""The local tier: runs that lose ranks and nodes resume from it, bit for bit; contents of its images and nodes."""
+"""Local storage: runs that lose ranks and nodes resume from it, bit for bit; contents of its staged files and nodes."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ import torch
 import warm
 from fault_matrix import TRAIN
 from faults import environment as with_faults
-from local_tier_worker import COPIED, look
+from local_storage_worker import COPIED, look
 from ports import free_port
 from saver_worker import state
 from tiny_run import environment, numbers, write_config
@@ -38,7 +38,7 @@ QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
 
 
 class Run:
-    """Commands on this machine, each with its own folder for the local tier; output is written to a file."""
+    """Commands on this machine, each with its own folder for local storage; output is written to a file."""
 
     def __init__(self, data, name, faults="", **checkpoint):
         self.output, self.folder = data / name, data / f"{name}.nodes"
@@ -99,7 +99,7 @@ def expected(data):
 def test_a_killed_rank_costs_no_step(data, expected):
     """kill -9 in step 8, saved in the run's folder at step 4: the run resumes from step 7.
 
-    A second kill while the last step is written there: resumed from the local tier, the run has no step left to do.
+    A second kill while the last step is written there: resumed from local storage, the run has no step left to do.
     """
     run = Run(data, "killed", ">pause@step:8:0:0>sigkill@write:10:0:1", local="$NODE")
     try:
@@ -175,7 +175,7 @@ def test_what_the_nodes_together_have(worlds, tmp_path, how):
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """Return a saver with a local tier, and the tier."""
+    """Return a saver with local storage, and that."""
     groups.start(choose("cpu"))
     (tmp_path / "run").mkdir()
     local = LocalStorage(str(tmp_path / "node"), tmp_path / "run", replicate=True)

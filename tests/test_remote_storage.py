@@ -1,4 +1,4 @@
-"""The durable tier over a real local S3 server: dropped connections, a failing or slow server, kill -9."""
+"""Remote storage over a real local S3 server: dropped connections, a failing or slow server, kill -9."""
 
 import contextlib
 import os
