@@ -31,7 +31,7 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
         for piece in pieces:
             digest.update(piece)
             size += len(piece)
-            left = memoryview(piece)
+            left = memoryview(piece)  # write(2) may write less than asked
             while left:
                 left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
@@ -50,6 +50,7 @@ def write_direct(path: Path, data: memoryview) -> tuple[ManifestEntry, str]:
     try:
         descriptor = os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
+        # open(2): EINVAL if the file system does not support O_DIRECT.
         if error.errno != errno.EINVAL:
             raise
         direct, why = False, "the file system does not support O_DIRECT"
@@ -58,6 +59,7 @@ def write_direct(path: Path, data: memoryview) -> tuple[ManifestEntry, str]:
         for left in in_pieces(data, DIRECT_PIECE):
             digest.update(left)
             while left:
+                # O_DIRECT takes whole pages only; what is left after them goes through the cache.
                 whole = len(left) - len(left) % mmap.PAGESIZE
                 if direct and not whole:  # the end, less than a page
                     direct = _use_cache(descriptor)
@@ -116,6 +118,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Sync a file, or the names in a folder, to the disk."""
+    # fsync(2): a new or renamed file survives a power cut only after its folder has been synced too.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

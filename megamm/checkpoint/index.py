@@ -37,6 +37,7 @@ _CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
 }
+"""All that the pickle may refer to, as (module, name): data classes, and functions without effects."""
 _DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
@@ -92,6 +93,7 @@ def _checked(found: Any) -> Metadata:
     for info in found.storage_data.values():
         if Path(info.relative_path).name != info.relative_path or info.relative_path.startswith("."):
             raise ValueError(f"{info.relative_path} is not a file in the folder")
+        # For example compressed: a part of such an item cannot be read on its own.
         if getattr(info, "transform_descriptors", None):
             raise ValueError("it has transformed items")
     return found
@@ -141,6 +143,7 @@ def files_of(entries: Iterable[StoredShard]) -> dict[str, bytes]:
         f"the ranks' shards of {wrong[0]} have {volume[wrong[0]]} elements, it is {tensors[wrong[0]].size}"
     )
     metadata = Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    # Megatron-core's loader expects metadata.json and common.pt; the common state is in state.json instead.
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     megatron = backends | {f"{name}_version": 1 for name in backends}
     common = io.BytesIO()

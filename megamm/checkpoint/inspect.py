@@ -30,7 +30,7 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """Where it is stored: "run", "local" or "durable" (remote storage), as in events."""
+        """Storage that has it: "run", "local" or "durable" (remote storage), as in events."""
         return "durable" if self.remote is not None else "run"
 
     @property
@@ -111,6 +111,7 @@ class FoundLocal(Found):
     def listed(self) -> dict[str, manifest.ManifestEntry]:
         """Return its files. UserError unless this node has the parts of all ranks of one save."""
         found = local_files.parts_in(Path(self.where))
+        # The first complete save; there is rarely a second one of the same step.
         for save in local_files.whole(found).values():
             return {name: entry for part in save.values() for name, entry in part.files.items()}
         ranks = ", ".join(str(part.rank) for part in found) or "none"
@@ -157,6 +158,7 @@ def _in_local_storage(root: Path) -> list[Found]:
 
 
 def _in_folder(path: Path) -> list[Found]:
+    # A run's folder in local storage is recognised by its staged files.
     if (path / local_files.STAGED).is_dir() or (path.parent / local_files.STAGED).is_dir():
         root, one = (path, None) if (path / local_files.STAGED).is_dir() else (path.parent, path.name)
         return [found for found in _in_local_storage(root) if one in (None, found.name)]

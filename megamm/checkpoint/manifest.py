@@ -59,7 +59,7 @@ class ManifestEntry:
     @classmethod
     def from_json(cls, entry: Any, function: str = DIGEST) -> "ManifestEntry":
         """Parse an entry; KeyError, TypeError or ValueError if it is not one."""
-        hasher(function)
+        hasher(function)  # ValueError for an unknown one
         return cls(int(entry["size"]), str(entry[function]), function)
 
 
@@ -97,6 +97,7 @@ def read(folder: Path) -> dict[str, ManifestEntry]:
 def stays_inside(name: str) -> bool:
     """Whether a path in "/" notation stays below the folder that it is relative to."""
     path = PurePosixPath(name)
+    # Only the normal form is accepted: "a//b" or "./a" would name a file twice.
     plain = bool(name) and "\\" not in name and "\0" not in name and str(path) == name
     return plain and not path.is_absolute() and ".." not in path.parts
 

@@ -58,6 +58,7 @@ class PendingSaves:
         """Return the writer process, restarted if it has exited."""
         if self.process is None:
             self.process = WriterProcess(first.descriptor, first.size)
+            # Once per process: later jobs contain only what changes from save to save.
             self.process.send({"kind": "constant"} | message, constant)
         return self.process
 

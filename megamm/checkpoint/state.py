@@ -86,6 +86,7 @@ def check_same_data(folder: Path, state: RunState, config: dict[str, Any]) -> No
 
     config: the result of `RunConfig.model_dump(mode="json")`.
     """
+    # A history of the mixture says which rows were consumed, so the sources may change; without one they may not.
     fixed = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
     for section, key in fixed if state.consumed_rows else []:
         theirs, ours = state.config[section][key], config[section][key]

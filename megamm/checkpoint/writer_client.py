@@ -79,6 +79,7 @@ class WriterProcess:
         end = time.monotonic() + grace
         try:
             self.process.stdin.close()
+            # Its answers are read to the end: it would block at a full pipe.
             while self.answers(max(0.0, end - time.monotonic())):
                 continue
         except (BrokenPipeError, EOFError):

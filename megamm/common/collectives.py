@@ -17,7 +17,10 @@ Gather = Callable[[torch.Tensor], list[torch.Tensor]]
 
 
 class Collectives:
-    """Collective operations without a short timeout; every rank calls every method."""
+    """Collective operations without a short timeout; every rank calls every method.
+
+    An error other than a UserError is not passed on: it ends its rank, and with it the job.
+    """
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE)

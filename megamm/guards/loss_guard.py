@@ -130,6 +130,7 @@ def compare(
     first, rerun: values of the job, the same on every rank. own_first, own_rerun: norms of this rank's own gradient,
     float32 `[buckets]`.
     """
+    # The values of the job show whether the runs differ; each rank's own gradient shows where.
     deviation = max(_difference(first[name], rerun[name]) for name in first)
     own = max(_difference(a, b) for a, b in zip(own_first.tolist(), own_rerun.tolist(), strict=True))
     ranks = [float(part) for part in gather(torch.tensor(own, dtype=torch.float64, device=own_first.device))]

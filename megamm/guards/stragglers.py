@@ -75,6 +75,7 @@ class Stragglers:
         found = scores(by_phase, [int(row[0]) for row in rows])
         for rank, score in enumerate(found.score):
             self.in_a_row[rank] = self.in_a_row[rank] + 1 if score > self.config.threshold else 0
+            # Equal, not at least: a rank that stays slow is reported once.
             if self.in_a_row[rank] == self.config.windows:
                 self._report(step, rank, score, by_phase[rank])
         return found

@@ -94,10 +94,12 @@ class _Chooser(Collectives):
         self.together(lambda: remote.download(name, temporary, by_size[self.rank :: dist.get_world_size()]))
 
         def publish() -> None:
+            # Each rank has read the manifest at another moment: all must have used this one.
             data = remote.store.read(f"{name}/{manifest.NAME}") or b""
             if manifest.parse(data, remote.store.url) != listed:
                 raise RemoteError(f"{name} was replaced while it was being copied", remote.store.url)
             retention.replace(temporary / manifest.NAME, data)
+            # It was tried first (run before durable) and is damaged.
             if final.exists():
                 files.rename(final, aside(final))
             temporary.rename(final)

@@ -271,6 +271,7 @@ def _own_name(folder: Path, file: str) -> str:
     path, mine = folder / file, secrets.token_hex(8)
     temporary = folder / f".{file}.{mine}"
     temporary.write_text(mine)
+    # link(2) fails if the name exists: the first process decides, and the file is never seen without its contents.
     try:
         os.link(temporary, path)
     except FileExistsError:

@@ -77,7 +77,7 @@ def write(
     """
     folder = folder_of(root, step)
     files.make_folder(folder / "tensors")
-    files.remove_file(part_path(folder, part.rank))
+    files.remove_file(part_path(folder, part.rank))  # not valid while its files are replaced
     entries = {name: files.write(folder / name, [data]) for name, data in contents.items()}
     name, path, data = staged
     files.remove_file(folder / name)

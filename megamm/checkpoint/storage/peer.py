@@ -85,6 +85,7 @@ class Server:
     def _receive(self, connection: "Connection[Any, Any]", request: dict[str, Any]) -> None:
         """Receive a rank's part; remove its parts older than `floor`, which have been replaced everywhere."""
         part, folder = local_files.PartRecord.from_json(request["part"]), self._folder(request)
+        # Without its record the part is not valid while its files are replaced.
         local_files.part_path(folder, part.rank).unlink(missing_ok=True)
         for name, entry in part.files.items():
             _write(connection, folder / name, entry)

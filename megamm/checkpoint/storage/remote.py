@@ -202,7 +202,7 @@ class RemoteCheckpoints:
         name, data = folder.name, (folder / manifest.NAME).read_bytes()
         listed = manifest.parse(data, folder)
         there = self.store.read(f"{name}/{manifest.NAME}")
-        if there == data:
+        if there == data:  # complete, since the manifest is written last
             return Copied(0, 0, len(listed))
         if there is not None:
             # The step was trained again: while its files are replaced it must not be valid.
@@ -237,7 +237,7 @@ class RemoteCheckpoints:
                 done = json.loads(line)
                 file, digest, url = done["file"], done["digest"], done["url"]
             except (ValueError, KeyError, TypeError):
-                continue
+                continue  # a line that a kill has cut off
             if (
                 url == self.store.url
                 and file in listed
@@ -283,6 +283,7 @@ class RemoteCheckpoints:
         best = retention.best_of(losses)
         doomed = retention.doomed(complete, keep, {best} if best else set())
         unfinished = set(self.store.folders()) - set(complete)
+        # Only the newest checkpoint is uploaded: older partial uploads are never continued.
         stale = [n for n in unfinished if manifest.STEP_FOLDER.fullmatch(n) and complete and n < complete[-1]]
         if complete:
             self.store.write(retention.LATEST, f"{complete[-1]}\n".encode())

@@ -44,7 +44,7 @@ class Uploader:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the uploader."""
         return self._process.pid
 
     def check(self) -> None:
@@ -119,7 +119,7 @@ class _Loop:
 
     def _copy(self, folder: Path) -> None:
         start, step = time.monotonic(), manifest.step_of(folder.name)
-        retention.set_uploading(self.run, folder.name)
+        retention.set_uploading(self.run, folder.name)  # first: from now on the retention keeps it
         try:
             identity = _identity(folder)
             copied = self.remote.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
@@ -165,7 +165,7 @@ def _obey(loop: _Loop, parent: int) -> None:
             time.sleep(POLL)
         elif select.select([sys.stdin], [], [], POLL)[0]:
             if os.read(sys.stdin.fileno(), len(_DRAIN)) != _DRAIN:
-                os._exit(1)
+                os._exit(1)  # end of file: the process that started this one has exited
             ordered = True
             loop.draining.set()
 
