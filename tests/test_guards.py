@@ -207,7 +207,7 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, le
     assert (window["how"], window["first"], window["end"], window["step"]) == ("rollback", 28, 36, 9)
 
 
-def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
+def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
     """It has steps 7 and 8 from before and after the roll-back: a restart resumes from the newest of the latter.
 
     A run that ends right after its roll-back leaves no valid one.
@@ -229,7 +229,7 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     assert local_files.steps_in(tier) == []
 
 
-def test_roll_back_holds_in_the_durable_tier_too(runs):
+def test_roll_back_holds_in_remote_storage_too(runs):
     """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
     url = f"file://{runs.folder}/durable_copies"
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}

@@ -206,7 +206,7 @@ def kept(local):
     return found
 
 
-def test_images_take_turns(one_rank):
+def test_staged_files_take_turns(one_rank):
     saver, local = one_rank
     data = torch.zeros(1000)
     for step in range(1, 8):
