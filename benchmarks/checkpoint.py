@@ -6,7 +6,7 @@ rounds. stall: seconds by which the next step ends later, as far as it waits (ou
 and backward; copy: seconds if it were waited for at once); durable: until the files are synced (torch.save syncs
 nothing, so its figure is without); resume: seconds to read all back into the live tensors, files in the page cache.
 part every: two ranks with the demo's model and batch (examples/cpu_tiny.yaml) on random tokens. Blocks of steps without
-a save, with one into the local tier (on a RAM disk, one node, no replica) and with one into the run's folder after each
+a save, with one into local storage (on a RAM disk, one node, no replica) and with one into the run's folder after each
 step take turns; cost: 1 - tokens/s with / tokens/s without; cpu_cost: processor seconds, of the rank and the processes
 that it started, with / without - 1; medians of the rounds' ratios. alone: processor seconds of a save without training;
 share: that divided by those of a step. On a shared machine cost and cpu_cost are noise, share is not; it excludes
@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from megamm import __version__
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.rank_file import Image
+from megamm.checkpoint.rank_file import RankFile
 from megamm.checkpoint.saver import Saver
-from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.storage.local import LocalStorage
 from megamm.common.device import choose
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
@@ -88,14 +88,21 @@ class Sides:
         self.runner = build_engine(config, VOCABULARY, groups, place)
         self.batch = Batch.stack([random_row(np.random.default_rng(1), LENGTH)])
         self.blocks = self.runner.blocks()
-        self.image = Image.of(self.blocks, "unused")
-        self.tensors = {f"{i}": self.blocks[at.block].data for i, at in enumerate(self.image.places)}
+        self.layout = RankFile.of(self.blocks, "unused")
+        self.tensors = {f"{i}": self.blocks[at.shard].data for i, at in enumerate(self.layout.offsets)}
         self.folder, self.step = folder, 0
         self.saver = Saver(folder / "ours", place, keep=1)
-        self.runner.before_update = self.saver.settle
+        self.settled = 0.0
+        """Seconds that updates have waited for copies."""
+        self.runner.before_update = self._settle
         self.save()  # makes the plan and starts the writer
         self.saver.finish()
         self.kept = DefaultStager(StagingOptions(False, False, False, False))
+
+    def _settle(self) -> None:
+        start = time.perf_counter()
+        self.saver.settle()
+        self.settled += time.perf_counter() - start
 
     def save(self) -> float:
         """Begin our save; return the seconds that it took."""
@@ -105,10 +112,10 @@ class Sides:
         return time.perf_counter() - start
 
     def ours(self) -> Timed:
-        settled, stalled = self.saver.settled, self.save()
+        settled, stalled = self.settled, self.save()
         self.runner.compute_gradients([self.batch], torch.ones(2, dtype=torch.float64))
         self.runner.apply_update()
-        stalled += self.saver.settled - settled
+        stalled += self.settled - settled
         self.saver.finish()
         return {"stall": stalled}
 
@@ -169,7 +176,7 @@ def stall(folder: Path) -> dict[str, Any]:
     better = min(seconds for name, seconds in medians.items() if "async" in name)
     ratios = {"torch.save": medians["torch.save"], "dcp.async_save, the better": better}
     result["stall_ratio"] = {name: seconds / medians["megamm"] for name, seconds in ratios.items()}
-    result["bytes"] = {"tensors": sum(t.nbytes for t in sides.tensors.values()), "file": sides.image.size}
+    result["bytes"] = {"tensors": sum(t.nbytes for t in sides.tensors.values()), "file": sides.layout.size}
     grid.destroy()
     return result
 
@@ -205,34 +212,38 @@ class Every:
         self.batches = [Batch.stack(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
         self.weights = torch.ones(2, dtype=torch.float64)
         folder.mkdir(parents=True, exist_ok=True)
-        self.local = LocalTier(str(memory), folder, replicate=False)
+        self.local = LocalStorage(str(memory), folder, replicate=False)
         self.local.begin(-1)
         self.savers = {"local": Saver(folder, place, 2, local=self.local), "run": Saver(folder, place, 2)}
         self.runner.before_update = self._settle
-        self.step = 0
+        self.step, self.settled = 0, 0.0
 
     def _settle(self) -> None:
+        start = time.perf_counter()
         for saver in self.savers.values():
             saver.settle()
+        self.settled += time.perf_counter() - start
 
     def block(self, kind: str) -> Timed:
         """Run steps, each with a save of this kind ("none": none): seconds and processor seconds a step, and stall."""
         saver = self.savers.get(kind)
         dist.barrier()
         start, used = time.perf_counter(), _processor_seconds()
-        stalled, settled = 0.0, saver.settled if saver else 0.0
+        stalled, settled = 0.0, self.settled
         for _ in range(STEPS_A_BLOCK):
             self.step += 1
             self.runner.compute_gradients(self.batches, self.weights)
             self.runner.apply_update()
             if saver is not None:
                 rng = {"torch": torch.get_rng_state()}
-                stalled += saver.save(state(self.step), self.runner.blocks(), rng, to_run=kind == "run")
+                begun = time.perf_counter()
+                saver.save(state(self.step), self.runner.blocks(), rng, to_run=kind == "run")
+                stalled += time.perf_counter() - begun
         dist.barrier()
         seconds = (time.perf_counter() - start) / STEPS_A_BLOCK
         if saver is not None:
             saver.finish()
-            stalled += saver.settled - settled
+            stalled += self.settled - settled
         spent = (_processor_seconds() - used) / STEPS_A_BLOCK
         return {"seconds": seconds, "cpu": spent, "stall": stalled / STEPS_A_BLOCK}
 
@@ -271,7 +282,7 @@ def _summary(timed: list[Timed]) -> dict[str, dict[str, float]]:
 
 
 def every(told: tuple[Path, Path, int]) -> dict[str, Any]:
-    """Run part every on one of two ranks; told: the run's folder, that of the local tier, rounds."""
+    """Run part every on one of two ranks; told: the run's folder, that of local storage, rounds."""
     folder, memory, rounds = told
     return Every(folder, memory).run(rounds)
 

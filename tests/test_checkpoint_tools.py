@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from megamm import checkpoint, cli
 from megamm.checkpoint import files, inspect, retention, whole_tensors
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.remote import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
@@ -70,7 +70,7 @@ def test_run_is_copied_pointed_at_and_measured(trained):
     run, durable = trained / "run", trained / "durable"
     names = [f"step_{n:08d}" for n in (2, 4, 6)]
     assert retention.complete(run) == names
-    assert DurableTier(f"file://{durable}").complete()[-1] == names[-1]
+    assert RemoteCheckpoints(f"file://{durable}").complete()[-1] == names[-1]
     losses = {name: heldout(run / "checkpoints" / name) for name in names}
     lowest = min(names, key=lambda name: losses[name])
     for folder in (run / "checkpoints", durable):
@@ -293,7 +293,7 @@ def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path):
     (tmp_path / "secret").write_bytes(b"")
     write_manifest(folder, evil="../../../secret")
     assert "which is not a file of a checkpoint" in inspect.find_one(str(folder)).problem()
-    tier = DurableTier(f"file://{tmp_path}/durable")
+    tier = RemoteCheckpoints(f"file://{tmp_path}/durable")
     with pytest.raises(UserError, match="which is not a file of a checkpoint"):
         tier.upload(folder, tmp_path / "journal")
     shutil.copytree(folder, tmp_path / "durable" / folder.name)

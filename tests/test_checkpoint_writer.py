@@ -26,12 +26,12 @@ from megamm.common import events
 
 FAULTS = Path(__file__).parent / "lib" / "writer_faults.py"
 SIZE = 3 * mmap.PAGESIZE + 64
-"""Bytes of an image: its end is written through the page cache, the rest with O_DIRECT."""
+"""Bytes of a staged file: its end is written through the page cache, the rest with O_DIRECT."""
 
 
 @pytest.fixture
 def memory():
-    """Return shared memory with the image of a file."""
+    """Return shared memory with a staged file."""
     descriptor = os.memfd_create("image")
     os.write(descriptor, random.Random(1).randbytes(SIZE))
     yield descriptor
@@ -69,7 +69,7 @@ def _save(writer: WriterProcess, run: Path, step: int, rank: int = 0, world: int
     )
     answers = ["written"] if rank else ["written", "published"]
     writer.send(
-        job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0, "image": "", "answers": answers}, contents
+        job | {"bytes": SIZE, "rank": rank, "world": world, "stall": 0.0, "staged": "", "answers": answers}, contents
     )
 
 
@@ -204,7 +204,7 @@ def test_one_of_two_ranks_is_killed_at_every_change(memory, faulty, healthy, tmp
 
 
 def test_a_rank_ahead_of_the_first_loses_nothing(memory, tmp_path):
-    """With a local tier saves do not wait for each other: rank 1 may finish its part of step 2 before rank 0."""
+    """With local storage saves do not wait for each other: rank 1 may finish its part of step 2 before rank 0."""
     first, second = _start(memory), _start(memory)
     for step in (1, 2):
         _save(second, tmp_path, step, 1, world=2, attempt=f"a-{step:06d}")
@@ -237,7 +237,7 @@ def test_a_rank_that_ends_does_not_wait_for_those_that_are_lost(memory, tmp_path
 
 def give_up(run: Path) -> None:
     """Do what rank 1 does when it learns that its writer is gone."""
-    from megamm.checkpoint.writer import Attempt
+    from megamm.checkpoint.writer import SaveAttempt
 
     job = {
         "run": str(run),
@@ -249,7 +249,7 @@ def give_up(run: Path) -> None:
         "stall": 0.0,
         "bytes": SIZE,
     }
-    Attempt(job).give_up("the writer process ended with signal 9")
+    SaveAttempt(job).give_up("the writer process ended with signal 9")
 
 
 def test_events_tell_of_the_save(memory, tmp_path):
@@ -273,9 +273,9 @@ def test_a_rank_without_space_for_a_word_is_not_waited_for(tmp_path, monkeypatch
 
     monkeypatch.setattr(files, "write", full)
     with pytest.raises(OSError, match="no space"):
-        writer.Attempt(job | {"rank": 1}).write_own(memoryview(b"x"), {})
+        writer.SaveAttempt(job | {"rank": 1}).write_own(memoryview(b"x"), {})
     monkeypatch.setattr(files, "write", plain)
-    first = writer.Attempt(job | {"rank": 0})
+    first = writer.SaveAttempt(job | {"rank": 0})
     first.write_own(memoryview(b"y"), {})
     begin = time.monotonic()
     with pytest.raises(OSError, match="rank 1: no space left for an error message"):

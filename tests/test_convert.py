@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from checkpoint_folders import save_now
 from convert_rows import documents, model_config
 from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import warm
+from checkpoint_folders import save_now
 from family_models import MODELS, SEQUENCE, read_model, write_model
 from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
 from tiny_run import environment
@@ -25,9 +26,8 @@ from transformers import AutoModelForCausalLM
 
 from megamm import checkpoint
 from megamm.checkpoint import index, path_of
-from megamm.checkpoint.saver import save_now
-from megamm.checkpoint.tensor_reader import Pieces
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.reader import TensorReader
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.convert import hf
@@ -46,7 +46,7 @@ def stored_in(step: Path) -> dict[str, torch.Tensor]:
     from megamm.checkpoint import reader
 
     tensors = {n: torch.empty(s.shape, dtype=s.dtype) for n, s in index.read(step / "tensors").items()}
-    reader.load(step / "tensors", [Block.whole(name, tensor) for name, tensor in tensors.items()])
+    reader.load(step / "tensors", [TensorShard.whole(name, tensor) for name, tensor in tensors.items()])
     return tensors
 
 
@@ -164,7 +164,9 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
         return found
 
     blocks = [
-        Block(key, tuple(t.shape), o, s, t[tuple(slice(a, a + n) for a, n in zip(o, s, strict=True))].contiguous())
+        TensorShard(
+            key, tuple(t.shape), o, s, t[tuple(slice(a, a + n) for a, n in zip(o, s, strict=True))].contiguous()
+        )
         for key, t in tensors.items()
         for o, s in boxes(tuple(t.shape))
     ]
@@ -172,13 +174,13 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
     state = checkpoint.TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
     grid.destroy()
-    pieces = Pieces(path_of(tmp_path, 0) / "tensors")
+    pieces = TensorReader(path_of(tmp_path, 0) / "tensors")
     for key, tensor in tensors.items():
         for _ in range(20):
             offset = tuple(draw.randrange(n) for n in tensor.shape)
             size = tuple(draw.randint(1, n - o) for n, o in zip(tensor.shape, offset, strict=True))
             data = torch.empty(size, dtype=tensor.dtype)
-            pieces.read(Block(key, tuple(tensor.shape), offset, size, data))
+            pieces.read(TensorShard(key, tuple(tensor.shape), offset, size, data))
             box = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
             assert torch.equal(data, tensor[box])
     pieces.close()

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as dcp_load
 
 from megamm import checkpoint
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.errors import UserError
 from megamm.convert.extras.inspect import tree
 from megamm.convert.io.digests import write_digests
@@ -106,7 +106,7 @@ def test_stacks_of_some_layers_are_named_by_the_layers_they_are_of(mixtral, tmp_
     step = Path(shutil.copytree(checkpoint.path_of(mixtral[0], 0), tmp_path / "step_00000000"))
     shutil.rmtree(step / "tensors")
     sizes = {"mlp.linear_fc2": (1, 4, 2), "mlp.router": (2, 3), "mlp.experts.experts.linear_fc2": (2, 2, 4, 3)}
-    stored = [Block.whole(f"decoder.layers.{name}.weight", torch.rand(size)) for name, size in sizes.items()]
+    stored = [TensorShard.whole(f"decoder.layers.{name}.weight", torch.rand(size)) for name, size in sizes.items()]
     write_blocks(step / "tensors", [stored])
     write_manifest(step)
     layers = {name.split(".", 2)[2].removesuffix(".weight") for name in Native(step).described}

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoint_folders import save_now
 from convert_rows import documents
 from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, write_model
 from safetensors.torch import load_file
 
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.saver import save_now
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
@@ -118,7 +118,9 @@ def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, mo
     for first, stop in ((0, 1), (1, 2), (2, 3), (1, 3)):
         wanted = {key: tensor[first:stop] for key, tensor in stored.items() if first < len(tensor)}
         blocks = [
-            Block(key, source.shapes[key], (first, *[0] * (part.dim() - 1)), tuple(part.shape), torch.empty_like(part))
+            TensorShard(
+                key, source.shapes[key], (first, *[0] * (part.dim() - 1)), tuple(part.shape), torch.empty_like(part)
+            )
             for key, part in wanted.items()
         ]
         source.read(blocks)

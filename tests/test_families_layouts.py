@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import save_now
 from convert_rows import documents
 from family_models import read_model, write_model
 from saver_worker import state
 from stream_models import add_tokenizer, cut_weights, equal
 
 from megamm.checkpoint import path_of
-from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.common.sample import IGNORE_LABEL
 from megamm.convert.hf import import_

@@ -15,14 +15,13 @@ from run_folders import read_tensors, step_folder
 from tiny_run import make_data, numbers, write_config
 
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.remote import RemoteCheckpoints
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.timers import Timers
 from megamm.config import StragglerConfig, config_from_dict
-from megamm.guards.rerun import compare, suspects
-from megamm.guards.spike_detector import Spikes
+from megamm.guards.loss_guard import SpikeDetector, compare, suspects
 from megamm.guards.stragglers import Stragglers, scores
 from megamm.model import layout
 from megamm.observability import metrics
@@ -93,7 +92,7 @@ def _assert_same_state(ours: Path, theirs: Path) -> None:
 
 
 def test_skip_is_a_step_without_update_and_survives_a_restart(runs):
-    """A NaN in one rank's gradient, in the step and in its second run; a resumed run continues as if uninterrupted.
+    """A NaN in one rank's gradient, in the step and in its rerun; a resumed run continues as if uninterrupted.
 
     The reference makes no update in that pass; it reports a gradient norm there, which the skipped step lacks.
     """
@@ -134,7 +133,7 @@ def test_skip_leaves_the_routers_bias_too(runs):
     _assert_same_state(step_folder(run, 3), step_folder(run, 2))
 
 
-def test_second_run_moves_the_routers_bias_once_and_draws_the_same(runs):
+def test_rerun_moves_the_routers_bias_once_and_draws_the_same(runs):
     kept = {"steps": 3, "model": TINY | {"moe": MOE, "megatron": {"hidden_dropout": 0.1}}}
     once = runs.run("moe_once", ("nan_in_gradient", {"rank": 1, "at": [3]}), **kept)
     assert _actions(once) == [(3, "transient")]
@@ -208,7 +207,7 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, le
     assert (window["how"], window["first"], window["end"], window["step"]) == ("rollback", 28, 36, 9)
 
 
-def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
+def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
     """It has steps 7 and 8 from before and after the roll-back: a restart resumes from the newest of the latter.
 
     A run that ends right after its roll-back leaves no valid one.
@@ -230,12 +229,12 @@ def test_roll_back_holds_in_the_local_tier_too(runs, left_out, tmp_path):
     assert local_files.steps_in(tier) == []
 
 
-def test_roll_back_holds_in_the_durable_tier_too(runs):
+def test_roll_back_holds_in_remote_storage_too(runs):
     """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
     url = f"file://{runs.folder}/durable_copies"
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
     run = runs.run("durable", steps=8, **kept)
-    tier, latest = DurableTier(url), run / "checkpoints" / "latest"
+    tier, latest = RemoteCheckpoints(url), run / "checkpoints" / "latest"
     assert tier.complete()[-1] == "step_00000008"
 
     kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
@@ -299,7 +298,7 @@ def test_rank_that_reads_slowly_is_evicted(runs):
 def test_spikes_are_those_of_median_and_deviation():
     """Compare with numpy; a window full of one value has a deviation of a hundredth of it."""
     random = np.random.default_rng(0)
-    found = Spikes(threshold=3.0, window=20)
+    found = SpikeDetector(threshold=3.0, window=20)
     history: list[float] = []
     hits = 0
     for x in random.lognormal(0, 1, 400).tolist():
@@ -314,12 +313,12 @@ def test_spikes_are_those_of_median_and_deviation():
             found.note_good({"loss/text": x})
             history.append(x)
     assert 10 < hits < 200
-    flat = Spikes(threshold=3.0, window=8)
+    flat = SpikeDetector(threshold=3.0, window=8)
     for _ in range(8):
         flat.note_good({"a": 2.0})
     assert flat.why_bad({"a": 2.07}) and not flat.why_bad({"a": 2.05}) and not flat.why_bad({"b": 9.0})
     assert flat.why_bad({"a": math.nan}) == "a nan" and not flat.why_bad({"a": -5.0})
-    again = Spikes(threshold=3.0, window=8)
+    again = SpikeDetector(threshold=3.0, window=8)
     again.restore(json.loads(json.dumps(flat.state())))
     assert again.why_bad({"a": 2.07}) == flat.why_bad({"a": 2.07})
 

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_folders import save_now
 from run_folders import read_tensors
 from saver_worker import state
 
 from megamm.checkpoint import path_of
-from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from checkpoint_folders import save_now
 from family_models import read_model
 
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.convert.families import mapping
 from megamm.mcore import groups as grid

@@ -44,7 +44,7 @@ def _nothing_is_left():
 
 
 def start(config, *options, faults=None):
-    """Start the command in a process; next to the config are a file for its output, and $NODE for its local tier."""
+    """Start the command in a process; next to the config are a file for its output, and $NODE for its local storage."""
     env = with_faults(faults, environment()) if faults else environment()
     number = time.monotonic_ns()
     env["NODE"] = str(config.with_suffix(f".{number}.node"))

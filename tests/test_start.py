@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_folders import save_now
 from run_folders import read_tensors
 
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.saver import save_now
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
@@ -279,13 +279,13 @@ def test_a_passed_on_initialisation_is_not_guessed():
         Run(1, 1, Case.of(1, {"model.megatron": {"embedding_init_method_std": 1.0}}).settings, ()).config.model_dump(),
         "",
     )
-    block = Block.whole("output_layer.weight", torch.zeros(3, 4))
+    block = TensorShard.whole("output_layer.weight", torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std changes"):
         new_rows.set_new(block, block.key, config.model, seed=1)
 
 
 def test_a_new_zero_centred_norm_multiplies_by_one():
     model = Case.of(1, {"model.zero_centered_norm": True}).config.model
-    block = Block.whole("decoder.final_layernorm.weight", torch.ones(4))
+    block = TensorShard.whole("decoder.final_layernorm.weight", torch.ones(4))
     new_rows.set_new(block, block.key, model, seed=1)
     assert not block.data.any()

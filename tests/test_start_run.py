@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoint_folders import save_now
 from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
 from megamm import checkpoint
-from megamm.checkpoint.saver import save_now
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from megamm.checkpoint import manifest
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint.manifest import ManifestEntry
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Arguments of renameat2(2), which Python lacks; some network file systems do not support an exchange."""
@@ -23,7 +23,7 @@ DIRECT_PIECE = 16 << 20
 """The same with O_DIRECT, where a call costs more than copying the bytes."""
 
 
-def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
+def write(path: Path, pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
     """Write a new file and sync it; return its manifest entry. OSError if it fails."""
     digest, size = manifest.hasher(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -31,16 +31,16 @@ def write(path: Path, pieces: Iterable[bytes | memoryview]) -> Entry:
         for piece in pieces:
             digest.update(piece)
             size += len(piece)
-            left = memoryview(piece)
+            left = memoryview(piece)  # write(2) may write less than asked
             while left:
                 left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(size, digest.hexdigest())
+    return ManifestEntry(size, digest.hexdigest())
 
 
-def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
+def write_direct(path: Path, data: memoryview) -> tuple[ManifestEntry, str]:
     """Write page-aligned memory with O_DIRECT (open(2)), like `write` otherwise.
 
     The copy into the page cache takes most of a write's processor time. Also return why the page cache was used, or ""
@@ -50,16 +50,18 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
     try:
         descriptor = os.open(path, flags | os.O_DIRECT, 0o644)
     except OSError as error:
+        # open(2): EINVAL if the file system does not support O_DIRECT.
         if error.errno != errno.EINVAL:
             raise
         direct, why = False, "the file system does not support O_DIRECT"
         descriptor = os.open(path, flags, 0o644)
     try:
-        for left in in_pieces(image, DIRECT_PIECE):
+        for left in in_pieces(data, DIRECT_PIECE):
             digest.update(left)
             while left:
+                # O_DIRECT takes whole pages only; what is left after them goes through the cache.
                 whole = len(left) - len(left) % mmap.PAGESIZE
-                if direct and not whole:  # the end of the image
+                if direct and not whole:  # the end, less than a page
                     direct = _use_cache(descriptor)
                 try:
                     left = left[os.write(descriptor, left[:whole] if direct else left) :]
@@ -70,7 +72,7 @@ def write_direct(path: Path, image: memoryview) -> tuple[Entry, str]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    return Entry(len(image), digest.hexdigest()), why
+    return ManifestEntry(len(data), digest.hexdigest()), why
 
 
 def _use_cache(descriptor: int) -> bool:
@@ -79,13 +81,13 @@ def _use_cache(descriptor: int) -> bool:
     return False
 
 
-def entry_of(pieces: Iterable[bytes | memoryview]) -> Entry:
+def entry_of(pieces: Iterable[bytes | memoryview]) -> ManifestEntry:
     """Return the manifest entry of a file with these contents."""
     digest, size = manifest.hasher(), 0
     for piece in pieces:
         digest.update(piece)
         size += len(piece)
-    return Entry(size, digest.hexdigest())
+    return ManifestEntry(size, digest.hexdigest())
 
 
 def in_pieces(data: bytes | memoryview, length: int = PIECE) -> Iterable[memoryview]:
@@ -116,6 +118,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Sync a file, or the names in a folder, to the disk."""
+    # fsync(2): a new or renamed file survives a power cut only after its folder has been synced too.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

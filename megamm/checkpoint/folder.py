@@ -77,13 +77,14 @@ def publish(temporary: Path, final: Path) -> None:
     old = final.with_name(f".old-{final.name}")
     if final.exists() and not is_valid(final):
         files.rename(final, aside(final))
+    # Exchanged in one step, the name always has a valid checkpoint; otherwise it is missing between two renames.
     if final.exists() and files.exchange(temporary, final):
         files.rename(temporary, old)
     else:
         if final.exists():
             files.rename(final, old)
         files.rename(temporary, final)
-    files.sync(final.parent)
+    files.sync(final.parent)  # before the old one is removed
     files.remove_tree(old)
 
 
@@ -98,7 +99,7 @@ def aside(final: Path) -> Path:
 def remove_leftovers(run: Path, attempt: str) -> None:
     """Remove what killed saves and removals left. attempt: JOB-NUMBER of the current save, numbered within the job.
 
-    With a local tier another rank may already be at a later save: the folders of that save stay.
+    With local storage another rank may already be at a later save: the folders of that save stay.
     """
     for pattern in (".tmp-*", ".old-*"):
         for folder in (run / "checkpoints").glob(pattern):
@@ -108,6 +109,7 @@ def remove_leftovers(run: Path, attempt: str) -> None:
 
 def _is_of_later(name: str, attempt: str) -> bool:
     """Whether a temporary folder belongs to this save or a later one of the same job."""
+    # Names are .tmp-step_X-JOB-NUMBER and the same with .parts; numbers have six digits, so text compares like numbers.
     job, _, number = attempt.rpartition("-")
     _, is_same_job, theirs = name.partition(f"-{job}-")
     return bool(is_same_job) and theirs.removesuffix(".parts") >= number

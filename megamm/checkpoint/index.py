@@ -37,12 +37,13 @@ _CLASSES = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
 }
+"""All that the pickle may refer to, as (module, name): data classes, and functions without effects."""
 _DTYPES = {("torch", name) for name in dir(torch) if isinstance(getattr(torch, name), torch.dtype)}
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A stored block: its place in the whole tensor, and the item of a file that holds it (first byte, length)."""
+class StoredShard:
+    """A stored shard: its box in the whole tensor, and the archive in a file that holds it (first byte, length)."""
 
     key: str
     shape: Shape
@@ -55,12 +56,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A stored tensor: its blocks, and their offsets and sizes as `[blocks, axes]`."""
+class StoredTensor:
+    """A stored tensor: its shards, and their offsets and sizes as `[shards, axes]`."""
 
     shape: Shape
     dtype: torch.dtype
-    blocks: tuple[Entry, ...]
+    shards: tuple[StoredShard, ...]
     offsets: np.ndarray
     sizes: np.ndarray
 
@@ -78,7 +79,7 @@ def check_index(folder: Path) -> Metadata:
     """Return torch's metadata of a folder of tensors. UserError if it contains anything but the index's classes."""
     try:
         data = (folder / INDEX).read_bytes()
-        list(pickletools.genops(data))
+        list(pickletools.genops(data))  # a damaged pickle is an error here, before anything is built from it
         return _checked(_Checker(io.BytesIO(data)).load())
     except Exception as error:
         raise UserError(
@@ -92,12 +93,13 @@ def _checked(found: Any) -> Metadata:
     for info in found.storage_data.values():
         if Path(info.relative_path).name != info.relative_path or info.relative_path.startswith("."):
             raise ValueError(f"{info.relative_path} is not a file in the folder")
+        # For example compressed: a part of such an item cannot be read on its own.
         if getattr(info, "transform_descriptors", None):
             raise ValueError("it has transformed items")
     return found
 
 
-def read(folder: Path) -> dict[str, Stored]:
+def read(folder: Path) -> dict[str, StoredTensor]:
     """Return every stored tensor by its key (stored objects are skipped). UserError as check_index."""
     metadata = check_index(folder)
     storage = {(at.fqn, tuple(at.offset or ())): info for at, info in metadata.storage_data.items()}
@@ -105,19 +107,19 @@ def read(folder: Path) -> dict[str, Stored]:
     for key, tensor in metadata.state_dict_metadata.items():
         if not isinstance(tensor, TensorStorageMetadata):
             continue
-        shape, dtype, blocks = tuple(tensor.size), tensor.properties.dtype, []
+        shape, dtype, shards = tuple(tensor.size), tensor.properties.dtype, []
         for chunk in tensor.chunks:
             info = storage[key, tuple(chunk.offsets)]
-            place = info.relative_path, info.offset, info.length
-            blocks.append(Entry(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *place))
-        axes = (len(blocks), len(shape))
-        offsets = np.array([block.offset for block in blocks], dtype=np.int64).reshape(axes)
-        sizes = np.array([block.size for block in blocks], dtype=np.int64).reshape(axes)
-        tensors[key] = Stored(shape, dtype, tuple(blocks), offsets, sizes)
+            where = info.relative_path, info.offset, info.length
+            shards.append(StoredShard(key, shape, tuple(chunk.offsets), tuple(chunk.sizes), dtype, *where))
+        axes = (len(shards), len(shape))
+        offsets = np.array([shard.offset for shard in shards], dtype=np.int64).reshape(axes)
+        sizes = np.array([shard.size for shard in shards], dtype=np.int64).reshape(axes)
+        tensors[key] = StoredTensor(shape, dtype, tuple(shards), offsets, sizes)
     return tensors
 
 
-def files_of(entries: Iterable[Entry]) -> dict[str, bytes]:
+def files_of(entries: Iterable[StoredShard]) -> dict[str, bytes]:
     """Return the files besides the ranks': torch's index, and those that Megatron's loader expects.
 
     entries: of all ranks. Asserts check that they cover every tensor exactly once.
@@ -130,6 +132,7 @@ def files_of(entries: Iterable[Entry]) -> dict[str, bytes]:
             e.key, TensorStorageMetadata(TensorProperties(dtype=e.dtype), torch.Size(e.shape), [])
         )
         assert (tuple(stored.size), stored.properties.dtype) == (e.shape, e.dtype), f"ranks differ about {e.key}"
+        # Without overlaps, and with as many elements as the tensor, the shards cover it exactly.
         at = MetadataIndex(e.key, e.offset)
         assert at not in storage, f"{e.key} is stored twice at {e.offset}"
         stored.chunks.append(ChunkStorageMetadata(torch.Size(e.offset), torch.Size(e.size)))
@@ -137,9 +140,10 @@ def files_of(entries: Iterable[Entry]) -> dict[str, bytes]:
         volume[e.key] = volume.get(e.key, 0) + torch.Size(e.size).numel()
     wrong = [key for key, stored in tensors.items() if volume[key] != stored.size.numel()]
     assert not wrong, (
-        f"the ranks' blocks of {wrong[0]} have {volume[wrong[0]]} elements, it is {tensors[wrong[0]].size}"
+        f"the ranks' shards of {wrong[0]} have {volume[wrong[0]]} elements, it is {tensors[wrong[0]].size}"
     )
     metadata = Metadata(dict(tensors), storage_data=storage, storage_meta=StorageMeta(), version=CURRENT_DCP_VERSION)
+    # Megatron-core's loader expects metadata.json and common.pt; the common state is in state.json instead.
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     megatron = backends | {f"{name}_version": 1 for name in backends}
     common = io.BytesIO()

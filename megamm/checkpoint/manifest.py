@@ -45,7 +45,7 @@ def hasher(name: str = DIGEST) -> Hasher:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ManifestEntry:
     """One file: size in bytes, digest as hex, and the hash function."""
 
     size: int
@@ -57,24 +57,24 @@ class Entry:
         return {"size": self.size, self.function: self.digest}
 
     @classmethod
-    def from_json(cls, entry: Any, function: str = DIGEST) -> "Entry":
+    def from_json(cls, entry: Any, function: str = DIGEST) -> "ManifestEntry":
         """Parse an entry; KeyError, TypeError or ValueError if it is not one."""
-        hasher(function)
+        hasher(function)  # ValueError for an unknown one
         return cls(int(entry["size"]), str(entry[function]), function)
 
 
-def render(listed: Mapping[str, Entry]) -> bytes:
+def render(listed: Mapping[str, ManifestEntry]) -> bytes:
     """Return the manifest for files by their path inside the checkpoint."""
     files = {name: entry.to_json() for name, entry in listed.items()}
     return json.dumps({"digest": DIGEST, "files": files}, indent=1, sort_keys=True).encode()
 
 
-def parse(data: bytes, where: str | Path) -> dict[str, Entry]:
+def parse(data: bytes, where: str | Path) -> dict[str, ManifestEntry]:
     """Return the listed files by their path inside the checkpoint. UserError for anything but a complete, safe list."""
     try:
         whole = json.loads(data)
         function = whole.get("digest", FIRST_DIGEST)
-        entries = {name: Entry.from_json(entry, function) for name, entry in whole["files"].items()}
+        entries = {name: ManifestEntry.from_json(entry, function) for name, entry in whole["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(f"no valid {NAME} ({error})", where) from None
     if STATE not in entries:
@@ -85,7 +85,7 @@ def parse(data: bytes, where: str | Path) -> dict[str, Entry]:
     return entries
 
 
-def read(folder: Path) -> dict[str, Entry]:
+def read(folder: Path) -> dict[str, ManifestEntry]:
     """Parse a folder's own manifest."""
     try:
         data = (folder / NAME).read_bytes()
@@ -97,6 +97,7 @@ def read(folder: Path) -> dict[str, Entry]:
 def stays_inside(name: str) -> bool:
     """Whether a path in "/" notation stays below the folder that it is relative to."""
     path = PurePosixPath(name)
+    # Only the normal form is accepted: "a//b" or "./a" would name a file twice.
     plain = bool(name) and "\\" not in name and "\0" not in name and str(path) == name
     return plain and not path.is_absolute() and ".." not in path.parts
 
@@ -106,17 +107,17 @@ def step_of(name: str) -> int:
     return int(name.removeprefix("step_"))
 
 
-def digest(path: Path, function: str = DIGEST) -> Entry:
+def digest(path: Path, function: str = DIGEST) -> ManifestEntry:
     """Return size and digest of a file. OSError if it cannot be read."""
     made, size = hasher(function), 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             made.update(chunk)
             size += len(chunk)
-    return Entry(size, made.hexdigest(), function)
+    return ManifestEntry(size, made.hexdigest(), function)
 
 
-def problem_of(folder: Path, name: str, entry: Entry, up_to: float = math.inf) -> str:
+def problem_of(folder: Path, name: str, entry: ManifestEntry, up_to: float = math.inf) -> str:
     """Return what is wrong with a file; "" if it has this size and digest (checked up to `up_to` bytes only)."""
     path = folder / name
     if not path.is_file() or path.stat().st_size != entry.size:
@@ -126,7 +127,7 @@ def problem_of(folder: Path, name: str, entry: Entry, up_to: float = math.inf) -
     return "" if digest(path, entry.function) == entry else f"{name} fails its checksum"
 
 
-def is_whole(path: Path, entry: Entry) -> bool:
+def is_whole(path: Path, entry: ManifestEntry) -> bool:
     """Whether the file exists with this size and digest."""
     return not problem_of(path.parent, path.name, entry)
 

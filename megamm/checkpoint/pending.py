@@ -1,4 +1,4 @@
-"""Pending answers of a rank's writer, and their results: completed checkpoints, failures, steps in the local tier."""
+"""Pending answers of a rank's writer, and their results: completed checkpoints, failures, steps in local storage."""
 
 import contextlib
 import logging
@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megamm.checkpoint.messages import Message
-from megamm.checkpoint.staging import Staging
-from megamm.checkpoint.writer import Attempt
-from megamm.checkpoint.writer_client import WriterProcess
+from megamm.checkpoint.staging import StagedFile
+from megamm.checkpoint.writer import SaveAttempt
+from megamm.checkpoint.writer_client import Message, WriterProcess
 from megamm.common import events
 
 log = logging.getLogger(__name__)
@@ -25,44 +24,52 @@ class Published:
 
 
 @dataclass(frozen=True)
-class Owed:
-    """A pending answer of the writer. kind: "kept" in the local tier, "replicated", "written", "published"."""
+class PendingAnswer:
+    """An answer that the writer will send to a job. kind: "saved_locally", "replicated", "written", "published"."""
 
     kind: str
     job: Message
-    staging: Staging
+    staged: StagedFile
 
 
-class Writing:
-    """This rank's view of its writer's work."""
+class PendingSaves:
+    """This rank's saves that its writer process is working on."""
 
     def __init__(self, run: Path, rank: int, while_waiting: Callable[[], None]) -> None:
         """while_waiting: see Saver."""
         self.run, self.rank, self.while_waiting = run, rank, while_waiting
         self.process: WriterProcess | None = None
-        self.owed: list[Owed] = []
+        self.answers: list[PendingAnswer] = []
+        self.handlers: dict[str, Callable[[PendingAnswer, Message], None]] = {
+            "saved_locally": self._on_saved_locally,
+            "replicated": self._on_replicated,
+            "written": self._on_written,
+            "published": self._on_published,
+        }
         self.failures, self.problem, self.local_problem = 0, "", ""
-        """Failed saves in a row into the run's folder, the reason of the last one, and that of the local tier."""
+        """Failed saves in a row into the run's folder, the reason of the last one, and that of local storage."""
         self.replicated = -1
         """The newest step that a peer has."""
         self.published: list[Published] = []
         self.way = ""
-        """The way in which rank 0's image was last written, as logged."""
+        """The way in which rank 0's file was last written, as logged."""
 
-    def start(self, first: Staging, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
+    def start(self, first: StagedFile, message: Message, constant: Mapping[str, bytes]) -> WriterProcess:
         """Return the writer process, restarted if it has exited."""
         if self.process is None:
             self.process = WriterProcess(first.descriptor, first.size)
+            # Once per process: later jobs contain only what changes from save to save.
             self.process.send({"kind": "constant"} | message, constant)
         return self.process
 
-    def owes(self, *kinds: str) -> bool:
+    def awaits(self, *kinds: str) -> bool:
         """Whether an answer of one of these kinds is pending."""
-        return any(owed.kind in kinds for owed in self.owed)
+        return any(answer.kind in kinds for answer in self.answers)
 
-    def read(self) -> list[Staging]:
-        """Return the images that the writer may be reading."""
-        return [owed.staging for owed in self.owed if owed.kind != "published"]
+    def in_use(self) -> list[StagedFile]:
+        """Return the staged files that the writer may be reading."""
+        # "published" alone reads no staged file: rank 0's own file is written by then.
+        return [answer.staged for answer in self.answers if answer.kind != "published"]
 
     def wait(self) -> None:
         """Wait for an answer."""
@@ -82,20 +89,32 @@ class Writing:
                 if seconds is None:
                     self.while_waiting()
                 continue
-            owed = next(o for o in self.owed if (o.kind, o.job["attempt"]) == (answer["kind"], answer["attempt"]))
-            self.owed.remove(owed)
-            if owed.kind in ("kept", "replicated"):
-                self._local(owed, answer["error"])
-            elif answer["error"] is not None:
-                # A failure of rank 0's own part is reported again with "published".
-                if self.rank != 0 or owed.kind == "published":
-                    self._failed(answer["error"], answer["step"])
-            elif self.rank != 0 or owed.kind == "published":
-                self.failures, self.problem = 0, ""
-                if owed.kind == "published":
-                    self._completed(answer)
+            key = answer["kind"], answer["attempt"]
+            pending = next(p for p in self.answers if (p.kind, p.job["attempt"]) == key)
+            self.answers.remove(pending)
+            self.handlers[pending.kind](pending, answer)
 
-    def _completed(self, answer: Message) -> None:
+    def _on_saved_locally(self, pending: PendingAnswer, answer: Message) -> None:
+        if answer["error"] is not None:
+            self._failed_locally(answer["error"], pending.job["step"])
+        else:
+            pending.staged.is_saved_locally, self.local_problem = True, ""
+
+    def _on_replicated(self, pending: PendingAnswer, answer: Message) -> None:
+        if answer["error"] is not None:
+            self._failed_locally(answer["error"], pending.job["step"])
+        else:
+            self.replicated = pending.job["step"]
+
+    def _on_written(self, pending: PendingAnswer, answer: Message) -> None:
+        # Rank 0 has one more answer to come, "published", which also repeats a failure of its own part.
+        if self.rank != 0:
+            self._count(answer)
+
+    def _on_published(self, pending: PendingAnswer, answer: Message) -> None:
+        self._count(answer)
+        if answer["error"] is not None:
+            return
         why = answer["why_cached"]
         way = f"through the page cache: {why}" if why else "with O_DIRECT, which takes the least processor time"
         if way != self.way:
@@ -105,18 +124,25 @@ class Writing:
             log.warning("%s is complete, but a follow-up action failed: %s", answer["folder"], answer["afterwards"])
         self.published.append(Published(Path(answer["folder"]), answer["bytes"], answer["seconds"]))
 
+    def _count(self, answer: Message) -> None:
+        """Count the failures in a row into the run's folder, each save once on every rank."""
+        if answer["error"] is not None:
+            self._failed(answer["error"], answer["step"])
+        else:
+            self.failures, self.problem = 0, ""
+
     def _lost(self, how: str) -> None:
         """Handle the exit of the writer: the other writers are notified of its pending parts."""
-        lost, self.process, self.owed = self.owed, None, []
-        for owed in lost:
-            if owed.kind == "written":
+        lost, self.process, self.answers = self.answers, None, []
+        for pending in lost:
+            if pending.kind == "written":
                 with contextlib.suppress(OSError):
-                    Attempt(owed.job).give_up(how)
-        for_run = [owed for owed in lost if owed.kind in ("written", "published")]
+                    SaveAttempt(pending.job).give_up(how)
+        for_run = [pending for pending in lost if pending.kind in ("written", "published")]
         if for_run or not lost:
             self._failed(how, for_run[-1].job["step"] if for_run else None)
         else:
-            self._local_trouble(how, lost[-1].job["step"])
+            self._failed_locally(how, lost[-1].job["step"])
 
     def _failed(self, problem: str, step: int | None = None) -> None:
         self.failures, self.problem = self.failures + 1, problem
@@ -125,18 +151,10 @@ class Writing:
             with contextlib.suppress(OSError):  # the disk with the events may be full too
                 events.record(self.run, "save_failed", step=step, why=problem)
 
-    def _local(self, owed: Owed, error: str | None) -> None:
-        """Handle an answer about the local tier; after an error the run continues without that part."""
-        if error is not None:
-            self._local_trouble(error, owed.job["step"])
-        elif owed.kind == "kept":
-            owed.staging.is_kept, self.local_problem = True, ""
-        else:
-            self.replicated = owed.job["step"]
-
-    def _local_trouble(self, problem: str, step: int) -> None:
+    def _failed_locally(self, problem: str, step: int) -> None:
+        """Log a failure of local storage, the same one once; the run continues without that part."""
         if problem != self.local_problem:
-            log.warning("local tier, step %d: %s", step, problem)
+            log.warning("local storage, step %d: %s", step, problem)
             with contextlib.suppress(OSError):
                 events.record(self.run, "save_failed", step=step, why=problem, tier="local")
         self.local_problem = problem

@@ -27,6 +27,7 @@ def doomed(names: Sequence[str], keep: int, kept: Collection[str]) -> list[str]:
 
 def best_of(losses: Mapping[str, float | None]) -> str | None:
     """Return the checkpoint with the lowest held-out loss, the newest of equal ones; None if none has a loss."""
+    # The negative step makes the newest of equal ones the minimum.
     known = [(loss, -manifest.step_of(name), name) for name, loss in losses.items() if loss is not None]
     return min(known)[2] if known else None
 

@@ -5,9 +5,9 @@ backward pass, and `settle`, which the engine calls before its update, waits for
 may change at any time, the copy is done when `save` returns. A save does not wait for the disk, unless the previous one
 is not written yet: then the step waits for it (back-pressure), so that no more memory is needed.
 
-With a local tier the images are files of that tier: the writer only adds their digests. Several images are used in
-turn, so that a save does not wait for the run's disk either. An image is reused when no writer reads it and all ranks
-have a newer step; every save begins with an exchange that tells this (`Agreed`).
+With local storage the staged files are files there: the writer only adds their digests. Several are used in turn, so
+that a save does not wait for the run's disk either. One is reused when no writer reads it and all ranks have a newer
+step; every save begins with an exchange of these steps (`Agreed`).
 
 A failed save is logged and skipped. The run stops, on all ranks, only after FAILURES failures in a row, or if a save
 that is waited for fails.
@@ -27,18 +27,17 @@ import torch.distributed as dist
 
 from megamm.checkpoint import index
 from megamm.checkpoint.manifest import STATE
-from megamm.checkpoint.pending import Owed, Published, Writing
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.staged_files import Images
-from megamm.checkpoint.staging import Staging
+from megamm.checkpoint.pending import PendingAnswer, PendingSaves, Published
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.staging import StagedFile, StagedFiles
 from megamm.checkpoint.state import TrainState
-from megamm.checkpoint.tensor_shards import Block
-from megamm.checkpoint.writer_client import WriterProcess
+from megamm.checkpoint.tensor_shards import TensorShard
+from megamm.checkpoint.writer_client import Message, WriterProcess
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 
 if TYPE_CHECKING:
-    from megamm.checkpoint.storage.local import LocalTier
+    from megamm.checkpoint.storage.local import LocalStorage
 
 FAILURES = 3
 """Number of failed saves in a row that stops the run."""
@@ -48,14 +47,15 @@ CLOSE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Agreed:
-    """State of all ranks. kept, replicated: newest step that all have in the local tier, and replicated, or -1.
+    """State of all ranks.
 
-    replicating: whether a rank is replicating.
+    saved_locally, replicated: newest step that all ranks have in local storage, and replicated there, or -1.
+    is_replicating: whether a rank is replicating.
     """
 
-    kept: int
+    saved_locally: int
     replicated: int
-    replicating: bool
+    is_replicating: bool
 
 
 class Saver:
@@ -64,84 +64,117 @@ class Saver:
     def __init__(
         self,
         run: Path,
-        place: Device,
+        device: Device,
         keep: int,
         keep_best: bool = False,
         while_waiting: Callable[[], None] = lambda: None,
-        local: "LocalTier | None" = None,
+        local: "LocalStorage | None" = None,
     ) -> None:
         """keep, keep_best: which checkpoints to keep when a new one is complete (checkpoint/retention.py).
 
         while_waiting: called about twice a second while this rank waits for its writer and the writer is working.
         """
-        self.run, self.place, self.keep, self.keep_best = run, place, keep, keep_best
+        self.run, self.device, self.keep, self.keep_best = run, device, keep, keep_best
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.local = local
-        self.images: Images | None = None
-        self.staging: Staging | None = None
-        """The image of the last save."""
-        self.writing = Writing(run, self.rank, while_waiting)
+        self.staged_files: StagedFiles | None = None
+        self.staged: StagedFile | None = None
+        """The staged file of the last save."""
+        self.pending = PendingSaves(run, self.rank, while_waiting)
         self.constant: Mapping[str, bytes] = {}
+        """Files that are the same in every save: on rank 0, the index."""
         self.nonce, self.saves = "", 0
-        self.replicating, self.stall = -1, 0.0
-        """The last step that was sent to a peer; the seconds that the last save took."""
+        self.replicating = -1
+        """The last step that was sent to a peer."""
         self.copier = ThreadPoolExecutor(1)
         self.copying: Future[WriterProcess | None] | None = None
-        self.settled = 0.0
-        """Total seconds that updates have waited for copies."""
 
     def save(
         self,
         state: TrainState,
-        blocks: Sequence[Block],
+        shards: Sequence[TensorShard],
         rng: Mapping[str, torch.Tensor],
         wait: bool = False,
         to_run: bool = True,
-    ) -> float:
-        """Start a save; return the seconds that this took, `stall`. With `wait`, the save is complete on return.
+    ) -> None:
+        """Start a save. With `wait`, it is complete on return.
 
-        blocks: of this rank; the same list at every save, except for the data. to_run: save into the run's folder too,
-        not only into the local tier. UserError on all ranks, see the module docstring.
+        shards: of this rank; the same list at every save, except for the data. to_run: save into the run's folder too,
+        not only into local storage. UserError on all ranks, see the module docstring.
+
+            rank (this method)                its writer, three threads         rank 0's writer
+            ------------------                -------------------------         ---------------
+            settle: the previous copy
+            wait for its "written" (*)
+            agree with all ranks
+            take a staged file
+            copy what may always change
+            save returns (on a CPU)
+            copy the steady shards
+            send the job -------------------> digests, part record
+              <------------ saved_locally ---
+                                              send the files to a peer
+              <--------------- replicated ---
+                                              write the rank's files
+                                              write R.json -------------------> wait for every rank's R.json
+              <------------------ written ---                                   write the manifest, rename
+              <-------------------------------------------------- published --- (to rank 0 only)
+
+        (*) only without local storage. There, `take` waits until a staged file is free.
         """
         start = time.monotonic()
         self.settle()
-        images = self._prepare(blocks)
-        if self.writing.owed:
-            self.writing.hear(0.0)
-        while self.local is None and self.writing.owes("written"):
-            self.writing.wait()
-        agreed = self._agree(self.writing.failures >= FAILURES)
+        staged_files = self._prepare(shards)
+        if self.pending.answers:
+            self.pending.hear(0.0)
+        while self.local is None and self.pending.awaits("written"):
+            self.pending.wait()
+        agreed = self._agree(self.pending.failures >= FAILURES)
         if self.local is not None:
-            self.local.passed(agreed.replicated if self.local.replicates else agreed.kept)
-        needed = {agreed.kept, agreed.replicated, self.replicating}
-        self.staging = images.take(needed, self.writing.read, self.writing.wait)
-        self.staging.copy(blocks, steady=False)
+            self.local.passed(agreed.replicated if self.local.replicates else agreed.saved_locally)
+        # A resume needs a step that all ranks have: its files stay until all have a newer one.
+        needed = {agreed.saved_locally, agreed.replicated, self.replicating}
+        self.staged = staged_files.take(needed, self.pending.in_use, self.pending.wait)
+        self.staged.copy(shards, steady=False)
         contents = {f"rng_{self.rank:05d}.safetensors": safetensors.torch.save(dict(rng))}
         if self.rank == 0:
             contents[STATE] = state.to_json()
         job = self._job(state.step, to_run, agreed) | {"stall": time.monotonic() - start}
-        self.staging.step = state.step
-        self.copying = self.copier.submit(self._copy_and_send, self._writer(), self.staging, job, blocks, contents)
-        if wait or self.place.is_gpu:
+        self.staged.step = state.step
+        self.copying = self.copier.submit(self._copy_and_send, self._process(), self.staged, job, shards, contents)
+        if wait or self.device.is_gpu:
             self.settle()
-        self.stall = time.monotonic() - start
         if wait:
             self.finish()
-        return self.stall
 
-    def _job(self, step: int, to_run: bool, agreed: Agreed) -> dict[str, Any]:
-        """Return the writer's job for this save, and register the answers that it owes."""
-        assert self.staging is not None
+    def _job(self, step: int, to_run: bool, agreed: Agreed) -> Message:
+        """Return the writer's job for this save, and register the answers that will come."""
+        assert self.staged is not None
         self.saves += 1
-        replicates = self.local is not None and self.local.replicates and not agreed.replicating
-        kinds = {"kept": self.local is not None, "written": to_run, "published": to_run and self.rank == 0}
-        kinds["replicated"] = replicates
-        job: dict[str, Any] = {"kind": "save", "run": str(self.run.absolute()), "step": step, "keep": self.keep}
-        job |= {"keep_best": self.keep_best, "rank": self.rank, "world": self.world}
-        job |= {"attempt": f"{self.nonce}-{self.saves:06d}", "bytes": self.staging.image.size}
-        answers = [kind for kind, is_owed in kinds.items() if is_owed]
-        job |= {"image": str(self.staging.path or ""), "floor": agreed.replicated, "answers": answers}
-        self.writing.owed += [Owed(kind, job, self.staging) for kind in answers]
+        # One replication at a time on all ranks: if the network is slower than the saves, steps in between have none.
+        replicates = self.local is not None and self.local.replicates and not agreed.is_replicating
+        is_expected = {
+            "saved_locally": self.local is not None,
+            "written": to_run,
+            "published": to_run and self.rank == 0,
+            "replicated": replicates,
+        }
+        answers = [kind for kind, expected in is_expected.items() if expected]
+        job: Message = {
+            "kind": "save",
+            "run": str(self.run.absolute()),
+            "step": step,
+            "keep": self.keep,
+            "keep_best": self.keep_best,
+            "rank": self.rank,
+            "world": self.world,
+            "attempt": f"{self.nonce}-{self.saves:06d}",
+            "bytes": self.staged.layout.size,
+            "staged": str(self.staged.path or ""),
+            "floor": agreed.replicated,
+            "answers": answers,
+        }
+        self.pending.answers += [PendingAnswer(kind, job, self.staged) for kind in answers]
         if replicates:
             self.replicating = step
         return job
@@ -149,13 +182,13 @@ class Saver:
     def _copy_and_send(
         self,
         writer: WriterProcess,
-        staging: Staging,
-        job: dict[str, Any],
-        blocks: Sequence[Block],
+        staged: StagedFile,
+        job: Message,
+        shards: Sequence[TensorShard],
         contents: Mapping[str, bytes],
     ) -> WriterProcess | None:
-        """Copy the steady blocks and send the job; return the writer if it has exited."""
-        staging.copy(blocks, steady=True)
+        """Copy the steady shards and send the job; return the writer if it has exited."""
+        staged.copy(shards, steady=True)
         try:
             writer.send(job, contents)
         except BrokenPipeError:
@@ -163,42 +196,40 @@ class Saver:
         return None
 
     def settle(self) -> None:
-        """Wait until steady blocks may be changed. It is the engine's `before_update`; call it before a load too."""
+        """Wait until steady shards may be changed. It is the engine's `before_update`; call it before a load too."""
         if self.copying is not None:
-            start = time.monotonic()
             copying, self.copying = self.copying, None
             gone = copying.result()
-            self.settled += time.monotonic() - start
-            if gone is not None and gone is self.writing.process:
-                self.writing.wait()  # for its exit code
+            if gone is not None and gone is self.pending.process:
+                self.pending.wait()  # for its exit code
 
-    def _prepare(self, blocks: Sequence[Block]) -> Images:
-        """Create the images, and at the first save the index of all ranks, which stays the same."""
-        if self.images is not None:
-            return self.images
-        image = Image.of(blocks, f"__{self.rank}_0.distcp")
+    def _prepare(self, shards: Sequence[TensorShard]) -> StagedFiles:
+        """Create the staged files, and at the first save the index of all ranks, which stays the same."""
+        if self.staged_files is not None:
+            return self.staged_files
+        layout = RankFile.of(shards, f"__{self.rank}_0.distcp")
+        gathered: list[Any] = [None] * self.world
+        dist.all_gather_object(gathered, (uuid.uuid4().hex[:12], layout.entries))
         # Together with a counter this gives every save a name that is unique over all attempts of the run.
-        told: list[Any] = [None] * self.world
-        dist.all_gather_object(told, (uuid.uuid4().hex[:12], image.entries))
-        self.nonce = told[0][0]
+        self.nonce = gathered[0][0]
         if self.rank == 0:
-            made = index.files_of(entry for _, entries in told for entry in entries)
+            made = index.files_of(entry for _, entries in gathered for entry in entries)
             self.constant = {f"tensors/{name}": data for name, data in made.items()}
-        self.images = Images(image, self.place, self.local, self.rank)
-        return self.images
+        self.staged_files = StagedFiles(layout, self.device, self.local, self.rank)
+        return self.staged_files
 
-    def _writer(self) -> WriterProcess:
+    def _process(self) -> WriterProcess:
         """Return the writer process, restarted if it has exited."""
-        assert self.images is not None
-        told = {} if self.local is None else {"local": self.local.told_to_writers}
-        return self.writing.start(self.images.all[0], told, self.constant)
+        assert self.staged_files is not None
+        message = {} if self.local is None else {"local": self.local.writer_settings}
+        return self.pending.start(self.staged_files.all[0], message, self.constant)
 
     def poll(self) -> list[Published]:
         """Return the checkpoints completed since the last call (on rank 0 only). It is cheap: call it at every step."""
-        if self.writing.owed and (self.copying is None or self.copying.done()):
+        if self.pending.answers and (self.copying is None or self.copying.done()):
             self.settle()
-            self.writing.hear(0.0)
-        done, self.writing.published = self.writing.published, []
+            self.pending.hear(0.0)
+        done, self.pending.published = self.pending.published, []
         return done
 
     def finish(self) -> None:
@@ -208,24 +239,25 @@ class Saver:
     def drain(self, failures: int = FAILURES) -> None:
         """Wait until no rank's writer is working. UserError on all ranks after `failures` failures in a row."""
         self.settle()
-        while self.writing.owes("kept", "written", "published"):
-            self.writing.wait()
-        self._agree(self.writing.failures >= failures)
+        while self.pending.awaits("saved_locally", "written", "published"):
+            self.pending.wait()
+        self._agree(self.pending.failures >= failures)
 
     def forget(self) -> None:
-        """Prepare for a roll-back: invalidate all images, after the transfers to peers are done."""
+        """Prepare for a roll-back: invalidate all staged files, after the transfers to peers are done."""
         self.settle()
-        while self.writing.owed:
-            self.writing.wait()
-        for image in self.images.all if self.images is not None else []:
-            image.step, image.is_kept = -1, False
-        self.replicating = self.writing.replicated = -1
+        while self.pending.answers:
+            self.pending.wait()
+        for staged in self.staged_files.all if self.staged_files is not None else []:
+            staged.step, staged.is_saved_locally = -1, False
+        self.replicating = self.pending.replicated = -1
 
     def _agree(self, stop: bool) -> Agreed:
         """Return the state of all ranks; raise UserError on all of them if one wants to stop."""
-        kept = self.images.kept if self.images is not None else -1
-        said = [stop, self.writing.owes("replicated"), -kept, -self.writing.replicated]
-        vote = torch.tensor(said, dtype=torch.int64, device=self.place.torch_device)
+        saved = self.staged_files.saved_locally if self.staged_files is not None else -1
+        # One reduction for all: the maximum of the negated steps is the minimum over the ranks.
+        own = [stop, self.pending.awaits("replicated"), -saved, -self.pending.replicated]
+        vote = torch.tensor(own, dtype=torch.int64, device=self.device.torch_device)
         dist.all_reduce(vote, op=dist.ReduceOp.MAX)
         stops, replicates, *least = vote.tolist()
         if not stops:
@@ -233,7 +265,7 @@ class Saver:
         # All ranks do this together: if another rank exited first, the job could end before rank 0 reports why.
         self.close()
         problems: list[Any] = [None] * self.world
-        dist.all_gather_object(problems, self.writing.problem)
+        dist.all_gather_object(problems, self.pending.problem)
         raise UserError(
             f"the checkpoint could not be written: {next(p for p in problems if p)}",
             where=self.run / "checkpoints",
@@ -245,18 +277,7 @@ class Saver:
         """Stop the writer after it has completed its current writes."""
         self.settle()
         self.copier.shutdown()
-        self.writing.close(CLOSE_SECONDS)
-        if self.images is not None:
-            self.images.close()
-            self.images = self.staging = None
-
-
-def save_now(
-    run: Path, state: TrainState, blocks: Sequence[Block], rng: Mapping[str, torch.Tensor], place: Device, keep: int = 1
-) -> None:
-    """Write one checkpoint; it is complete on return. Every rank calls it; UserError on all of them if it fails."""
-    saver = Saver(run, place, keep)
-    try:
-        saver.save(state, blocks, rng, wait=True)
-    finally:
-        saver.close()
+        self.pending.close(CLOSE_SECONDS)
+        if self.staged_files is not None:
+            self.staged_files.close()
+            self.staged_files = self.staged = None

@@ -1,38 +1,48 @@
-"""Shared memory with the image of this rank's file, and the single copy of the state into it.
+"""Shared memory into which a rank copies its state, and from which its writer writes the file (rank_file.py).
 
-Without a local tier a rank has one anonymous image. With a local tier it has several that are files of that tier
-(checkpoint/storage/local_files.py), so that a save there needs no further copy.
+Without local storage a rank has one staged file, in anonymous memory. With local storage (storage/local_files.py) it
+has `LocalStorage.copies` of them: files there, used in turn. A step's part in local storage is the staged file itself,
+so a save there needs no further copy. That part is invalidated before the file is reused for another step.
 """
 
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.storage import local_files
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import Device
+from megamm.common.errors import UserError
 
-PIECE = 4 << 20
-"""Bytes; larger blocks are split, so that threads get equal shares."""
+if TYPE_CHECKING:
+    from megamm.checkpoint.storage.local import LocalStorage
+
+CHUNK = 4 << 20
+"""Bytes; larger shards are split, so that threads get equal shares."""
 THREADS = 4
 """Maximum number of threads; more do not copy faster, because memory bandwidth is the limit."""
 
 
-class Staging:
-    """One image. step: step of the state in it, -1 for none; is_kept: whether it is valid in the local tier."""
+class StagedFile:
+    """One rank's file in memory.
 
-    def __init__(self, image: Image, place: Device, path: Path | None = None) -> None:
-        """path: file for the image; without it, the memory is freed when the rank and its writer have exited.
+    step: step of the state in it, -1 for none. is_saved_locally: whether its part in local storage is valid.
+    """
+
+    def __init__(self, layout: RankFile, device: Device, path: Path | None = None) -> None:
+        """path: its file; without it, the memory is freed when the rank and its writer have exited.
 
         OSError if there is not enough space.
         """
-        self.image, self.place, self.path = image, place, path
-        self.step, self.is_kept = -1, False
-        self.size = max(image.size, mmap.PAGESIZE)
+        self.layout, self.device, self.path = layout, device, path
+        self.step, self.is_saved_locally = -1, False
+        self.size = max(layout.size, mmap.PAGESIZE)
         if path is None:
             self.descriptor = os.memfd_create("megamm-checkpoint", os.MFD_CLOEXEC)
             os.ftruncate(self.descriptor, self.size)
@@ -42,22 +52,22 @@ class Staging:
             os.posix_fallocate(self.descriptor, 0, self.size)
         # Map all pages now: at the first save each page fault would interrupt the copy.
         self.memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        image.lay_out(memoryview(self.memory))
+        layout.lay_out(memoryview(self.memory))
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-        place.pin_memory(self.bytes)
+        device.pin_memory(self.bytes)
         # A GPU copies without CPU threads; ranks on one machine share the cores.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.threads = 1 if place.is_gpu else max(1, min(THREADS, cores))
+        self.threads = 1 if device.is_gpu else max(1, min(THREADS, cores))
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
-    def copy(self, blocks: Sequence[Block], steady: bool) -> None:
-        """Copy the elements of the steady blocks, or of the others; on return these blocks may be changed."""
+    def copy(self, shards: Sequence[TensorShard], steady: bool) -> None:
+        """Copy the elements of the steady shards, or of the others; on return these shards may be changed."""
         shares: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = [([], []) for _ in range(self.threads)]
         loads = [0] * self.threads
-        for place in (place for place in self.image.places if blocks[place.block].steady == steady):
-            data = blocks[place.block].data.detach().view(-1)
-            target = self.bytes[place.start : place.start + data.nbytes].view(data.dtype)
-            step = PIECE // data.itemsize
+        for at in (at for at in self.layout.offsets if shards[at.shard].steady == steady):
+            data = shards[at.shard].data.detach().view(-1)
+            target = self.bytes[at.start : at.start + data.nbytes].view(data.dtype)
+            step = CHUNK // data.itemsize
             for a in range(0, len(data), step):
                 least = loads.index(min(loads))
                 shares[least][0].append(target[a : a + step])
@@ -66,13 +76,61 @@ class Staging:
         full = [share for share in shares if share[0]]
         if self.pool is None:
             for share in full:
-                torch._foreach_copy_(*share, non_blocking=self.place.is_gpu)
+                torch._foreach_copy_(*share, non_blocking=self.device.is_gpu)
         else:
             list(self.pool.map(lambda share: torch._foreach_copy_(*share), full))
-        self.place.synchronize()
+        self.device.synchronize()
 
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-        self.place.unpin_memory(self.bytes)
+        self.device.unpin_memory(self.bytes)
         os.close(self.descriptor)
+
+
+class StagedFiles:
+    """The staged files of one rank; each is created when it is first needed."""
+
+    def __init__(self, layout: RankFile, device: Device, local: "LocalStorage | None", rank: int) -> None:
+        self.layout, self.device, self.local, self.rank = layout, device, local, rank
+        self.all: list[StagedFile] = []
+        self.all.append(self._make())
+
+    def _make(self) -> StagedFile:
+        if self.local is None:
+            return StagedFile(self.layout, self.device)
+        path = self.local.root / local_files.STAGED / f"{self.rank}_{len(self.all)}"
+        try:
+            return StagedFile(self.layout, self.device, path)
+        except OSError as error:
+            what = f"checkpoint.local: {error}; this rank needs {self.local.copies} times {self.layout.size:,} bytes"
+            remedy = "free space there, or remove checkpoint.local from the config"
+            raise UserError(what, where=self.local.root, remedy=remedy) from None
+
+    @property
+    def saved_locally(self) -> int:
+        """The newest step that this rank has in local storage; -1 for none."""
+        return max((staged.step for staged in self.all if staged.is_saved_locally), default=-1)
+
+    def take(
+        self, needed: Collection[int], in_use: Callable[[], list[StagedFile]], wait: Callable[[], None]
+    ) -> StagedFile:
+        """Return a staged file to fill: that of the oldest step that is neither needed nor being read.
+
+        needed: steps; in_use: returns the files that the writer may be reading; wait: called until a file is free.
+        """
+        if self.local is not None and all(f.step >= 0 for f in self.all) and len(self.all) < self.local.copies:
+            self.all.append(self._make())
+        while not (free := [f for f in self.all if f not in in_use() and (f.step < 0 or f.step not in needed)]):
+            wait()
+        # Files whose save failed (a step, but no valid part) come before those with a valid part.
+        oldest = min(free, key=lambda staged: (staged.is_saved_locally, staged.step))
+        if self.local is not None and oldest.step >= 0:
+            local_files.retire(self.local.root, oldest.step, self.rank)
+        oldest.step, oldest.is_saved_locally = -1, False
+        return oldest
+
+    def close(self) -> None:
+        """Close them; those that are files stay."""
+        for staged in self.all:
+            staged.close()

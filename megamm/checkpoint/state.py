@@ -86,8 +86,9 @@ def check_same_data(folder: Path, state: TrainState, config: dict[str, Any]) -> 
 
     config: the result of `RunConfig.model_dump(mode="json")`.
     """
-    kept = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
-    for section, key in kept if state.consumed_rows else []:
+    # A history of the mixture says which rows were consumed, so the sources may change; without one they may not.
+    fixed = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
+    for section, key in fixed if state.consumed_rows else []:
         theirs, ours = state.config[section][key], config[section][key]
         if theirs != ours:
             what = f"the checkpoint has {section}.{key} = {theirs}, but the config has {ours}"
@@ -112,10 +113,10 @@ def code_version() -> str:
         return __version__
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return __version__
-    return said.stdout.strip() or __version__
+    return done.stdout.strip() or __version__
 
 
 @functools.lru_cache(maxsize=1)

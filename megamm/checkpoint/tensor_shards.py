@@ -1,6 +1,6 @@
-"""Blocks: boxes of a whole tensor in this rank's memory, to be saved or loaded.
+"""Shards: boxes of a whole tensor in this rank's memory, to be saved or loaded.
 
-A whole tensor `key` has `shape`; a block starts at `offset` in it, has `size`, and `data` is its live, contiguous
+A whole tensor `key` has `shape`; a shard starts at `offset` in it, has `size`, and `data` is its live, contiguous
 storage. A rank's flat range of a tensor (the distributed optimizer's shards) is cut into boxes by `flat_boxes`.
 """
 
@@ -17,8 +17,8 @@ MAIN, MOMENTS = "param", ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
-    """A block of a tensor. data: contiguous, `size` elements, on any device.
+class TensorShard:
+    """A shard of a tensor. data: contiguous, `size` elements, on any device.
 
     grows: a stored tensor with another first size still fits (the vocabulary's padding depends on the layout); only the
     rows that both have are read. steady: only an optimizer update (see engine.before_update) or a load changes the
@@ -34,8 +34,8 @@ class Block:
     steady: bool = False
 
     @classmethod
-    def whole(cls, key: str, tensor: torch.Tensor) -> "Block":
-        """Return a block of all of a tensor."""
+    def whole(cls, key: str, tensor: torch.Tensor) -> "TensorShard":
+        """Return a shard of all of a tensor."""
         shape = tuple(tensor.shape)
         return cls(key, shape, (0,) * len(shape), shape, tensor.detach().contiguous())
 
@@ -54,15 +54,15 @@ def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Sha
     row = math.prod(shape[1:])
     first, last = start // row, stop // row
     if first == last:  # within one row
-        for offset, size, place in flat_boxes(shape[1:], start - first * row, stop - first * row):
-            yield (first, *offset), (1, *size), first * row + place
+        for offset, size, at in flat_boxes(shape[1:], start - first * row, stop - first * row):
+            yield (first, *offset), (1, *size), first * row + at
         return
     if start % row:
-        for offset, size, place in flat_boxes(shape[1:], start % row, row):
-            yield (first, *offset), (1, *size), first * row + place
+        for offset, size, at in flat_boxes(shape[1:], start % row, row):
+            yield (first, *offset), (1, *size), first * row + at
         first += 1
     if first < last:
         rest = (0,) * (len(shape) - 1)
         yield (first, *rest), (last - first, *shape[1:]), first * row
-    for offset, size, place in flat_boxes(shape[1:], 0, stop % row):
-        yield (last, *offset), (1, *size), last * row + place
+    for offset, size, at in flat_boxes(shape[1:], 0, stop % row):
+        yield (last, *offset), (1, *size), last * row + at

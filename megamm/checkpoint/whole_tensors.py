@@ -47,14 +47,14 @@ def values(folder: Path) -> Read:
     import torch
 
     from megamm.checkpoint import index, reader
-    from megamm.checkpoint.tensor_shards import Block
+    from megamm.checkpoint.tensor_shards import TensorShard
 
     stored = index.read(folder / "tensors")
 
     def read(wanted: dict[str, Described]) -> dict[str, torch.Tensor]:
         tensors = {name: torch.empty(entry.shape, dtype=getattr(torch, entry.dtype)) for name, entry in wanted.items()}
-        blocks = [Block.whole(name, tensor) for name, tensor in tensors.items()]
-        reader.load(folder / "tensors", blocks, stored)
+        shards = [TensorShard.whole(name, tensor) for name, tensor in tensors.items()]
+        reader.load(folder / "tensors", shards, stored)
         return tensors
 
     return read

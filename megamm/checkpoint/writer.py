@@ -1,8 +1,8 @@
 """The writer of a rank: a process that writes staged checkpoints to disk while the rank continues with its steps.
 
-It reads jobs (messages.py) and the image of the rank's file in shared memory (rank_file.py). It answers with a JSON
-line when the image is valid in the local tier ("kept"), when a peer has it ("replicated"), when it is in the run's
-folder ("written"), and, on rank 0, when the checkpoint there has its final name ("published"). While it is working it
+It reads jobs (writer_client.py) and the rank's file in shared memory (staging.py). It answers with a JSON line for each
+part of a job: the file is valid in local storage ("saved_locally"), a peer has it ("replicated"), it is in the run's
+folder ("written"), and, on rank 0, the checkpoint there has its final name ("published"). While it is working it
 sends "alive" twice a second, so that a rank that waits for a slow disk does not count as hung. The writers of a save
 communicate only through files, in a folder with a name that is unique to this save:
 
@@ -15,11 +15,11 @@ small.
 """
 
 import contextlib
-import ctypes
 import json
 import math
 import mmap
 import os
+import queue
 import shutil
 import signal
 import sys
@@ -31,34 +31,49 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megamm.checkpoint import files, folder, manifest, messages, retention
-from megamm.checkpoint.manifest import Entry
+from megamm.checkpoint import files, folder, manifest, retention, writer_client
+from megamm.checkpoint.manifest import ManifestEntry
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.task_queue import Lane, Working
-from megamm.common import events
+from megamm.checkpoint.writer_client import Files, Message
+from megamm.common import events, processes
 from megamm.common.errors import UserError
 
 PART_SECONDS = 600.0
 """Seconds that rank 0's writer waits for the others' parts after its own is written."""
-DOOMED_SECONDS = 10.0
-"""The same after a part of the save has failed: so that no file is removed while another writer writes it."""
-LONE_SECONDS = 3.0
-"""The same after this rank has exited with an error during a save: the other nodes may be lost."""
+FAILED_SECONDS = 10.0
+"""The same if a part of the save has failed: so that no file is removed while another writer writes it."""
+EXIT_SECONDS = 3.0
+"""Seconds that it still waits after its rank has exited with an error during a save: the other nodes may be lost."""
 POLL_SECONDS = (0.002, 0.1)
 """Seconds between checks for parts: initial and maximum."""
+ALIVE_SECONDS = 0.5
 NICENESS = 10
 """If cores are scarce, the training steps take precedence over the writer."""
-DIE_WITH_PARENT = 1
-"""PR_SET_PDEATHSIG of prctl(2)."""
 
 
-class Attempt:
+class Deadline:
+    """The time until which rank 0's writer waits for parts; it becomes earlier if a part fails or the rank exits."""
+
+    def __init__(self, over: threading.Event) -> None:
+        """over: set when the rank exits."""
+        self.over, self.began, self.exited = over, time.monotonic(), math.inf
+
+    def has_passed(self, has_failed: bool) -> bool:
+        """has_failed: whether a part of the save has failed."""
+        now = time.monotonic()
+        if self.over.is_set():
+            self.exited = min(self.exited, now)  # when it was first seen
+        limit = self.began + (FAILED_SECONDS if has_failed else PART_SECONDS)
+        return now > min(limit, self.exited + EXIT_SECONDS)
+
+
+class SaveAttempt:
     """One save on one rank. job: run, step, attempt (JOB-NUMBER, unique), rank, world, keep, stall, bytes.
 
     over: set when the rank exits.
     """
 
-    def __init__(self, job: dict[str, Any], over: threading.Event | None = None) -> None:
+    def __init__(self, job: Message, over: threading.Event | None = None) -> None:
         self.over = over or threading.Event()
         self.job, self.run = job, Path(job["run"])
         self.final = folder.path_of(self.run, job["step"])
@@ -66,9 +81,9 @@ class Attempt:
         self.parts = self.temporary.with_name(f"{self.temporary.name}.parts")
         self.is_first, self.began, self.problem = job["rank"] == 0, time.monotonic(), ""
         self.why_cached = ""
-        """Why this rank's image was written through the page cache."""
+        """Why this rank's file was written through the page cache; "" if it was not."""
 
-    def write_own(self, image: memoryview, contents: messages.Files) -> None:
+    def write_own(self, staged: memoryview, contents: Files) -> None:
         """Write this rank's files, then its part; an OSError is written there too, and raised."""
         try:
             if self.is_first:
@@ -76,27 +91,27 @@ class Attempt:
             files.make_folder(self.temporary / "tensors")
             files.make_folder(self.parts)
             name = f"tensors/__{self.job['rank']}_0.distcp"
-            entry, self.why_cached = files.write_direct(self.temporary / name, image)
+            entry, self.why_cached = files.write_direct(self.temporary / name, staged)
             entries = {name: entry} | {n: files.write(self.temporary / n, [data]) for n, data in contents.items()}
         except OSError as error:
-            self.problem = f"rank {self.job['rank']}: {self._said(error)}"
+            self.problem = f"rank {self.job['rank']}: {self._described(error)}"
             with contextlib.suppress(OSError):
                 # Free space for the part, which notifies the other writers; the rank itself is notified in any case.
                 files.remove_file(self.temporary / f"tensors/__{self.job['rank']}_0.distcp")
-                self._tell({"error": self.problem})
+                self._write_part({"error": self.problem})
             raise
-        self._tell({"files": {name: entry.to_json() for name, entry in entries.items()}})
+        self._write_part({"files": {name: entry.to_json() for name, entry in entries.items()}})
 
     def give_up(self, problem: str) -> None:
         """Write the part of a writer that exited before it had written one."""
         if not (self.parts / f"{self.job['rank']}.json").exists():
-            self._tell({"error": f"rank {self.job['rank']}: {problem}"})
+            self._write_part({"error": f"rank {self.job['rank']}: {problem}"})
 
-    def _said(self, error: OSError) -> str:
-        place = next(p for p in self.temporary.parents if p.exists())
-        return f"{error}, {shutil.disk_usage(place).free:,} bytes free"
+    def _described(self, error: OSError) -> str:
+        existing = next(p for p in self.temporary.parents if p.exists())
+        return f"{error}, {shutil.disk_usage(existing).free:,} bytes free"
 
-    def _tell(self, part: dict[str, Any]) -> None:
+    def _write_part(self, part: dict[str, Any]) -> None:
         path = self.parts / f"{self.job['rank']}.json"
         new = path.with_suffix(".new")
         files.make_folder(self.parts)
@@ -108,36 +123,38 @@ class Attempt:
             raise
         files.rename(new, path)
 
-    def gather(self) -> dict[str, Entry]:
+    def gather(self) -> dict[str, ManifestEntry]:
         """Wait for all ranks' parts; return their files. OSError with the first known problem, or for missing parts."""
-        told: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
-        pause, began, over = POLL_SECONDS[0], time.monotonic(), math.inf
-        while missing := set(range(self.job["world"])) - told.keys():
-            for rank in missing:
+        parts: dict[int, dict[str, Any]] = {0: {"error": self.problem}} if self.problem else {}
+        ranks, deadline, pause = set(range(self.job["world"])), Deadline(self.over), POLL_SECONDS[0]
+        while True:
+            for rank in ranks - parts.keys():
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    told[rank] = _parsed(rank, (self.parts / f"{rank}.json").read_bytes())
-            patience = DOOMED_SECONDS if any("error" in part for part in told.values()) else PART_SECONDS
-            if self.over.is_set():
-                over = min(over, time.monotonic())
-            if time.monotonic() > min(began + patience, over + LONE_SECONDS):
+                    parts[rank] = _parsed(rank, (self.parts / f"{rank}.json").read_bytes())
+            missing = sorted(ranks - parts.keys())
+            problems = [part["error"] for part in parts.values() if "error" in part]
+            # Wait for the others even if one has failed: they may still be writing into the folder.
+            if not missing or deadline.has_passed(bool(problems)):
                 break
-            if len(told) < self.job["world"]:
-                time.sleep(pause)
-                pause = min(2 * pause, POLL_SECONDS[1])
-        problem = next((part["error"] for part in told.values() if "error" in part), None)
-        if missing and problem is None:
-            problem = f"no answer from the writers of ranks {sorted(missing)} for {time.monotonic() - began:.0f} s"
-        if problem is not None:
-            raise OSError(problem)
-        return {name: Entry.from_json(entry) for part in told.values() for name, entry in part["files"].items()}
+            time.sleep(pause)
+            pause = min(2 * pause, POLL_SECONDS[1])
+        if problems:
+            raise OSError(problems[0])
+        if missing:
+            waited = time.monotonic() - deadline.began
+            raise OSError(f"no answer from the writers of ranks {missing} for {waited:.0f} s")
+        return {
+            name: ManifestEntry.from_json(entry) for part in parts.values() for name, entry in part["files"].items()
+        }
 
     def publish(self) -> dict[str, Any]:
         """Write the manifest, rename the folder, apply the retention; return the answer. OSError: no checkpoint."""
         try:
             listed = self.gather()
+            # Everything is synced before the rename: a folder with the final name is complete, even after a power cut.
             files.write(self.temporary / manifest.NAME, [manifest.render(listed)])
-            for place in (self.temporary / "tensors", self.temporary):
-                files.sync(place)
+            for path in (self.temporary / "tensors", self.temporary):
+                files.sync(path)
             folder.publish(self.temporary, self.final)
         except OSError:
             if not self.over.is_set():  # otherwise the next launch removes them: other writers may still be working
@@ -146,9 +163,9 @@ class Attempt:
             raise
         size, seconds = sum(entry.size for entry in listed.values()), time.monotonic() - self.began
         done: dict[str, Any] = {"bytes": size, "seconds": seconds}
-        told = partial(events.record, self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run")
+        record = partial(events.record, self.run, "saved", step=self.job["step"], stall=self.job["stall"], tier="run")
         for action in (
-            partial(told, **done),
+            partial(record, **done),
             partial(files.remove_tree, self.parts),
             partial(retention.apply, self.run, self.job["keep"], self.job["keep_best"]),
         ):
@@ -166,92 +183,143 @@ def _parsed(rank: int, part: bytes) -> dict[str, Any]:
         return {"error": f"rank {rank}: no space left for an error message"}
 
 
-class Local:
-    """This rank's part in the local tier. told: LocalTier.told_to_writers."""
+class LocalPart:
+    """This rank's part in local storage. settings: LocalStorage.writer_settings."""
 
-    def __init__(self, told: dict[str, Any]) -> None:
-        self.told, self.root = told, Path(told["root"])
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings, self.root = settings, Path(settings["root"])
 
-    def keep(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
+    def save(self, job: Message, staged: memoryview, contents: Files) -> None:
         """Make a save valid in this node's folder; OSError if it fails."""
-        part = local_files.Part(job["rank"], job["world"], self.told["save"], self.told["node"], {})
-        placed = f"tensors/__{job['rank']}_0.distcp", Path(job["image"]), image
-        local_files.write(self.root, job["step"], part, placed, contents)
+        part = local_files.PartRecord(job["rank"], job["world"], self.settings["save"], self.settings["node"], {})
+        tensors = f"tensors/__{job['rank']}_0.distcp", Path(job["staged"]), staged
+        local_files.write(self.root, job["step"], part, tensors, contents)
 
-    def replicate(self, job: dict[str, Any]) -> None:
+    def replicate(self, job: Message) -> None:
         """Copy the save to the peer; UserError if it fails."""
-        from megamm.checkpoint.storage import transfer
+        from megamm.checkpoint.storage import peer  # here: only runs with several nodes need it
 
-        host, port = self.told["peer"]
-        key = bytes.fromhex(self.told["key"])
-        transfer.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
+        host, port = self.settings["peer"]
+        key = bytes.fromhex(self.settings["key"])
+        peer.put((host, port), key, self.root, job["step"], job["rank"], job["floor"])
+
+
+class TaskQueue:
+    """A thread that runs functions one after the other, started at the first; errors go to threading.excepthook."""
+
+    def __init__(self) -> None:
+        self.tasks: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Queue a function."""
+        if self.thread is None:
+            self.thread = threading.Thread(target=self._work, daemon=True)
+            self.thread.start()
+        self.tasks.put(task)
+
+    def _work(self) -> None:
+        while (task := self.tasks.get()) is not None:
+            task()
+
+    def finish(self) -> None:
+        """Wait until all queued functions have run."""
+        self.tasks.put(None)
+        if self.thread is not None:
+            self.thread.join()
+
+
+class KeepAlive:
+    """While entered, a thread calls `send` every ALIVE_SECONDS: the other threads may be blocked in disk I/O."""
+
+    def __init__(self, send: Callable[[], None]) -> None:
+        self.send = send
+        self.entered, self.lock, self.is_entered = 0, threading.Lock(), threading.Event()
+        threading.Thread(target=self._send_alive, daemon=True).start()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            self.entered += 1
+            self.is_entered.set()
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.entered -= 1
+            if not self.entered:
+                self.is_entered.clear()
+
+    def _send_alive(self) -> None:
+        while self.is_entered.wait():
+            time.sleep(ALIVE_SECONDS)
+            if self.is_entered.is_set():
+                self.send()
 
 
 class Service:
-    """The work of the process: local tier in the main thread; run folder and replicas each in a thread of their own.
+    """The work of the process: local storage in the main thread; run folder and replicas each in a thread of their own.
 
     So a slow disk or network does not delay the others.
     """
 
     def __init__(self, first: mmap.mmap) -> None:
-        """first: the anonymous image."""
-        self.images = {"": first}
-        self.constant: messages.Files = {}
-        self.local: Local | None = None
-        self.run_folder, self.replicas, self.over = Lane(), Lane(), threading.Event()
-        self.working = Working(partial(_say, {"kind": "alive"}))
+        """first: the anonymous shared memory, or the first staged file."""
+        self.staged = {"": first}
+        self.constant: Files = {}
+        self.local: LocalPart | None = None
+        self.run_folder, self.replicas, self.over = TaskQueue(), TaskQueue(), threading.Event()
+        self.working = KeepAlive(partial(_send, {"kind": "alive"}))
 
     def serve(self) -> None:
         """Do the jobs on standard input until it closes."""
-        for job, contents in messages.read(sys.stdin.buffer):
+        for job, contents in writer_client.messages(sys.stdin.buffer):
             if job["kind"] == "constant":
                 self.constant = contents
-                self.local = Local(job["local"]) if "local" in job else None
+                self.local = LocalPart(job["local"]) if "local" in job else None
             else:
                 self._save(job, contents | self.constant)
         self.over.set()
         self.run_folder.finish()
 
-    def _save(self, job: dict[str, Any], contents: messages.Files) -> None:
-        image = memoryview(self._image(job["image"]))
-        if "kept" in job["answers"]:
+    def _save(self, job: Message, contents: Files) -> None:
+        staged = memoryview(self._mapped(job["staged"]))
+        if "saved_locally" in job["answers"]:
             assert self.local is not None
             with self.working:
-                _answer("kept", job, partial(self.local.keep, job, image, contents))
+                _answer("saved_locally", job, partial(self.local.save, job, staged, contents))
         if "replicated" in job["answers"]:
             assert self.local is not None
-            self.replicas.do(partial(self._replicate, self.local, job))
+            self.replicas.add(partial(self._replicate, self.local, job))
         if "written" in job["answers"]:
-            self.run_folder.do(partial(self._write, job, image[: job["bytes"]], contents))
+            self.run_folder.add(partial(self._write, job, staged[: job["bytes"]], contents))
 
-    def _replicate(self, local: Local, job: dict[str, Any]) -> None:
+    def _replicate(self, local: LocalPart, job: Message) -> None:
         with self.working:
             _answer("replicated", job, partial(local.replicate, job))
 
-    def _image(self, path: str) -> mmap.mmap:
-        if path not in self.images:
+    def _mapped(self, path: str) -> mmap.mmap:
+        if path not in self.staged:
             with open(path, "rb") as file:
-                self.images[path] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        return self.images[path]
+                self.staged[path] = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        return self.staged[path]
 
-    def _write(self, job: dict[str, Any], image: memoryview, contents: messages.Files) -> None:
-        attempt = Attempt(job, self.over)
+    def _write(self, job: Message, staged: memoryview, contents: Files) -> None:
+        attempt = SaveAttempt(job, self.over)
         with self.working:
-            _answer("written", job, partial(attempt.write_own, image, contents))
+            _answer("written", job, partial(attempt.write_own, staged, contents))
             if "published" in job["answers"]:
                 _answer("published", job, attempt.publish)
 
 
-def _answer(kind: str, job: dict[str, Any], action: Callable[[], dict[str, Any] | None]) -> None:
+def _answer(kind: str, job: Message, action: Callable[[], dict[str, Any] | None]) -> None:
     """Run an action and send its result."""
     try:
-        said = {"error": None} | (action() or {})
+        result = {"error": None} | (action() or {})
     except (OSError, UserError) as error:
-        said = {"error": str(error)}
-    _say({"kind": kind, "step": job["step"], "attempt": job["attempt"]} | said)
+        result = {"error": str(error)}
+    _send({"kind": kind, "step": job["step"], "attempt": job["attempt"]} | result)
 
 
-def _say(line: dict[str, Any]) -> None:
+def _send(line: Message) -> None:
     """Send a line in one write, smaller than PIPE_BUF, so that lines of several threads do not mix."""
     os.write(sys.stdout.fileno(), (json.dumps(line) + "\n").encode())
 
@@ -265,9 +333,7 @@ def _end(error: threading.ExceptHookArgs) -> None:
 def main() -> None:
     """Run `python -m megamm.checkpoint.writer DESCRIPTOR BYTES PARENT`: the shared memory, and the rank's process."""
     descriptor, size, parent = map(int, sys.argv[1:])
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:  # it exited before the call to prctl
-        return
+    processes.die_with_parent(parent)
     os.nice(NICENESS)
     # The rank decides when to exit: it may want to save because of the same signal.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):

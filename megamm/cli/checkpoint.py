@@ -1,6 +1,6 @@
 """`megamm checkpoint list|show|verify|diff|prune`: list, show, verify, compare and remove checkpoints.
 
-Each takes a run's output folder, a checkpoint's folder, or a URL of the durable tier.
+Each takes a run's output folder, a checkpoint's folder, or a URL of remote storage.
 """
 
 import json
@@ -20,7 +20,7 @@ Place = Annotated[str, typer.Argument(help="checkpoint's folder or URL; for a ru
 def list_(places: Places) -> None:
     """List checkpoints: step, size, age, tier, valid or damaged (by names and sizes), newest, best.
 
-    Of the local tier, only this node's files are listed; a step is valid there if every rank's part is on this node.
+    Of local storage, only this node's files are listed; a step is valid there if every rank's part is on this node.
     """
     from megamm.checkpoint import inspect
 
@@ -125,7 +125,7 @@ def prune(
     found = inspect.find(place)
     if found[0].kind == "local":
         raise UserError(
-            "prune does not change a local tier", where=place, remedy="delete the folder after the run has ended"
+            "prune does not change local storage", where=place, remedy="delete the folder after the run has ended"
         )
     valid = next((each for each in reversed(found) if not each.damage()), None)
     if valid is None:
@@ -138,8 +138,8 @@ def prune(
     doomed = retention.doomed([each.name for each in found], keep, kept)
     for each in found:
         if each.name in doomed:
-            if delete and each.tier is not None:
-                each.tier.remove(each.name)
+            if delete and each.remote is not None:
+                each.remote.remove(each.name)
             elif delete and each.folder is not None:
                 retention.remove(each.folder)
             print(f"{'removed' if delete else 'would remove'} {each.where}")

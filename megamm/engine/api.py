@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.model.loss import StepLoss
@@ -33,7 +33,7 @@ class StepResult:
     own_norms: torch.Tensor | None = None
 
 
-Fill = Callable[[Sequence[Block], Mapping[str, Shape], set[str]], None]
+Fill = Callable[[Sequence[TensorShard], Mapping[str, Shape], set[str]], None]
 """Sets blocks of weights, and of main copies under `optimizer.state.param.NAME`. It receives the shapes of all tensors
 of the whole model, and the names of those whose first axis is the vocabulary.
 """
@@ -65,7 +65,7 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Compute only the losses."""
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TensorShard]:
         """Return this rank's share of the model and optimizer tensors: always the same list, except for the data."""
 
     def start_from(self, fill: Fill) -> None:

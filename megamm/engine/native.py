@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import Device
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
@@ -102,7 +102,7 @@ class NativeEngine:
             chunk.train()
         return loss
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TensorShard]:
         return self.stored
 
     def start_from(self, fill: Fill) -> None:

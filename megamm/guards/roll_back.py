@@ -8,8 +8,7 @@ import torch.distributed as dist
 
 from megamm import checkpoint
 from megamm.checkpoint import manifest, retention
-from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
 from megamm.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -18,21 +17,21 @@ log = logging.getLogger(__name__)
 def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool) -> Path | None:
     """Return the newest valid checkpoint from before row `row`; None if there is none. Every rank calls it.
 
-    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for inspection; in the durable tier (its URL, to
-    which nothing may be uploaded meanwhile) they are withdrawn. UserError on all ranks if that tier does not respond.
+    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for inspection; in remote storage (durable: its
+    URL, to which nothing may be uploaded meanwhile) they are withdrawn. UserError on all ranks if it does not respond.
     """
-    told: list[Any] = [None, None]
+    shared: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            told[0] = _choose(run, row, durable)
+            shared[0] = _choose(run, row, durable)
             retention.renew(run, keep_best)
         except RemoteError as error:
-            told[1] = {"what": f"cannot roll back: {error.what}", "where": error.where, "remedy": error.remedy}
-    dist.broadcast_object_list(told, src=0)
-    if told[1] is not None:
+            shared[1] = {"what": f"cannot roll back: {error.what}", "where": error.where, "remedy": error.remedy}
+    dist.broadcast_object_list(shared, src=0)
+    if shared[1] is not None:
         # If the newer ones stayed, a restart would undo the roll-back. This error ends the run before the roll-back.
-        raise UserError(**told[1], on_all_ranks=True, is_transient=True)
-    return told[0]
+        raise UserError(**shared[1], on_all_ranks=True, is_transient=True)
+    return shared[0]
 
 
 def _choose(run: Path, row: int, durable: str | None) -> Path | None:
@@ -40,12 +39,12 @@ def _choose(run: Path, row: int, durable: str | None) -> Path | None:
     found = next((folder for folder in folders if _is_before(folder, row)), None)
     if found is None:
         return None
-    tier = DurableTier(durable) if durable else None
-    for name in tier.complete() if tier else []:
-        if manifest.step_of(name) > manifest.step_of(found.name):
-            assert tier is not None
-            tier.withdraw(name)
-            log.info("withdrew %s from %s", name, tier.remote.url)
+    if durable:
+        remote = RemoteCheckpoints(durable)
+        for name in remote.complete():
+            if manifest.step_of(name) > manifest.step_of(found.name):
+                remote.withdraw(name)
+                log.info("withdrew %s from %s", name, remote.store.url)
     for folder in folders[: folders.index(found)]:
         number = len(list(folder.parent.glob(f"rolled_back-{folder.name}-*"))) + 1
         folder.rename(folder.with_name(f"rolled_back-{folder.name}-{number}"))

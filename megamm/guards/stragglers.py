@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from megamm.common import events
+from megamm.common.collectives import Gather
 from megamm.config import StragglerConfig
 from megamm.elastic.rank import NodeFault
-from megamm.guards.rerun import Gather
 
 PHASES = ("data", "forward", "update", "checkpoint")
 """Phases as named by the engine's timers and the trainer."""
@@ -67,12 +67,15 @@ class Stragglers:
     def window(self, step: int, seconds: Mapping[str, float], device: torch.device) -> Scores:
         """Compare the seconds that each rank counted since the last window; missing phases count as 0."""
         own = [seconds.get(phase, 0.0) for phase in PHASES]
-        parts = self.gather(torch.tensor([self.stage, *own], dtype=torch.float64, device=device))
-        rows = [part.tolist() for part in parts]
+        # The stage travels along: it tells every rank which ranks are peers.
+        rows = [
+            row.tolist() for row in self.gather(torch.tensor([self.stage, *own], dtype=torch.float64, device=device))
+        ]
         by_phase = [dict(zip(PHASES, row[1:], strict=True)) for row in rows]
         found = scores(by_phase, [int(row[0]) for row in rows])
         for rank, score in enumerate(found.score):
             self.in_a_row[rank] = self.in_a_row[rank] + 1 if score > self.config.threshold else 0
+            # Equal, not at least: a rank that stays slow is reported once.
             if self.in_a_row[rank] == self.config.windows:
                 self._report(step, rank, score, by_phase[rank])
         return found

@@ -14,9 +14,9 @@ import torch
 from pydantic import TypeAdapter
 
 from megamm.checkpoint import folder
-from megamm.checkpoint.storage.choose import Ranks
-from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common import events
+from megamm.common.collectives import Collectives
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, RunConfig, StartConfig
 from megamm.config.model import FUNCTION
@@ -43,7 +43,7 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
 
 def begin(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
     """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
-    ranks = Ranks()
+    ranks = Collectives()
     with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
         engine.start_from(_Fill(config, vocabulary, start, source, ranks))
         if ranks.rank == 0:
@@ -55,12 +55,12 @@ class _Fill:
     """Implements megamm.engine.api.Fill: sets the blocks that the engine passes to it."""
 
     def __init__(
-        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Ranks
+        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: Source, ranks: Collectives
     ) -> None:
         self.config, self.start, self.source, self.ranks = config, start, source, ranks
         self.growth: Growth = ranks.together(lambda: _growth(config, vocabulary, start, source))
 
-    def __call__(self, blocks: Sequence[Block], whole: Mapping[str, Shape], tables: set[str]) -> None:
+    def __call__(self, blocks: Sequence[TensorShard], whole: Mapping[str, Shape], tables: set[str]) -> None:
         actions: dict[str, str] = self.ranks.together(lambda: self._decide(whole, tables))
         if self.ranks.rank == 0:
             self._tell(actions)
@@ -68,7 +68,7 @@ class _Fill:
         if any(span.taken_from is None for span in self.growth.spans):
             moved = [name for name in sorted(tables) if actions[name] == "load"]
             around = self.ranks.on_first(lambda: {name: self._text(name) for name in moved})
-        read: list[Block] = []
+        read: list[TensorShard] = []
         for block in blocks:
             name = block.key.removeprefix(MAIN_COPY)
             if name in tables:
@@ -99,15 +99,15 @@ class _Fill:
             if by_action[action]:
                 log.info("tensors %s: %s", what, ", ".join(by_action[action]))
 
-    def _stored(self, block: Block, name: str) -> Block:
+    def _stored(self, block: TensorShard, name: str) -> TensorShard:
         """The block to read from the source: of the float32 copy where there is one."""
         key = MAIN_COPY + name if MAIN_COPY + name in self.source.shapes else name
         return replace(block, key=key, shape=tuple(self.source.shapes[key]), grows=False)
 
-    def _draw(self, block: Block, name: str, around: Around | None = None) -> None:
+    def _draw(self, block: TensorShard, name: str, around: Around | None = None) -> None:
         new_rows.set_new(block, name, self.config.model, self.config.train.seed, around)
 
-    def _table(self, block: Block, name: str, is_new: bool, around: Mapping[str, Around]) -> list[Block]:
+    def _table(self, block: TensorShard, name: str, is_new: bool, around: Mapping[str, Around]) -> list[TensorShard]:
         """Set the new rows and the padding of a table's block; returns the blocks to read from the source."""
         first, stop, size = block.offset[0], block.offset[0] + block.size[0], self.growth.spans[-1].stop
         read = []
@@ -132,7 +132,7 @@ class _Fill:
         step = max(1, WINDOW // width)
         for row in range(text.start, text.stop, step):
             rows = torch.empty(min(step, text.stop - row), width)
-            self.source.read([self._stored(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
+            self.source.read([self._stored(TensorShard(name, (), (row, 0), tuple(rows.shape), rows), name)])
             total += torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
         mean, square = total / len(text)
         return Around(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
@@ -147,7 +147,7 @@ def _growth(config: RunConfig, vocabulary: Vocabulary, start: StartConfig, sourc
         raise UserError(error.what, where=source.where, remedy=error.remedy) from None
 
 
-def _rows(block: Block, low: int, high: int) -> Block:
+def _rows(block: TensorShard, low: int, high: int) -> TensorShard:
     """Rows [low, high) of the whole tensor, all of which are in the block."""
     first = low - block.offset[0]
     data = block.data.view(block.size)[first : first + high - low]

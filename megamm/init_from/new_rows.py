@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 
@@ -38,7 +38,7 @@ def noise(seed: int, name: str, row: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(generator).standard_normal(width, dtype=np.float32))
 
 
-def set_new(block: Block, name: str, model: ModelConfig, seed: int, around: Around | None = None) -> None:
+def set_new(block: TensorShard, name: str, model: ModelConfig, seed: int, around: Around | None = None) -> None:
     """Set a block of the tensor `name`: from `around` for rows of the vocabulary, otherwise as in a new model.
 
     Raises UserError for an initialisation that the config passes to Megatron.

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 
 from megamm import checkpoint
 from megamm.checkpoint import folder, index, reader
-from megamm.checkpoint.storage.choose import Ranks, choose
-from megamm.checkpoint.tensor_shards import MAIN, STATE, Block, Shape
+from megamm.checkpoint.storage.choose import choose
+from megamm.checkpoint.tensor_shards import MAIN, STATE, Shape, TensorShard
 from megamm.common import urls
+from megamm.common.collectives import Collectives
 from megamm.common.errors import UserError
 from megamm.model.vocabulary import Vocabulary
 
@@ -33,7 +34,7 @@ class Source(Protocol):
     """The model section of the source's config."""
     shapes: Mapping[str, Shape]
 
-    def read(self, blocks: Sequence[Block]) -> None:
+    def read(self, blocks: Sequence[TensorShard]) -> None:
         """Set the blocks, which name tensors of `shapes`, from storage. Raises UserError if that is damaged."""
 
 
@@ -53,7 +54,7 @@ class CheckpointSource:
         shapes = {name: stored.shape for name, stored in index.read(step / "tensors").items()}
         return cls(step, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes)
 
-    def read(self, blocks: Sequence[Block]) -> None:
+    def read(self, blocks: Sequence[TensorShard]) -> None:
         reader.load(self.where / "tensors", blocks)
 
 
@@ -82,7 +83,7 @@ def _of_hugging_face(path: Path, seq_length: int) -> Source:
 
 
 @contextmanager
-def opened(place: str, run: Path, seq_length: int, ranks: Ranks) -> Iterator[Source]:
+def opened(place: str, run: Path, seq_length: int, ranks: Collectives) -> Iterator[Source]:
     """Open the source while it is read, for rows of seq_length tokens; every rank calls it.
 
     Raises UserError, the same on all ranks, if there is none.

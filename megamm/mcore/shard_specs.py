@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import nn
 
-from megamm.checkpoint.tensor_shards import Block, flat_boxes
+from megamm.checkpoint.tensor_shards import TensorShard, flat_boxes
 from megamm.mcore.groups import Groups
 
 
@@ -44,12 +44,12 @@ class Part:
     def is_main(self) -> bool:
         return not any(self.replica)
 
-    def block(self, data: torch.Tensor, prefix: str = "") -> Block:
+    def block(self, data: torch.Tensor, prefix: str = "") -> TensorShard:
         """Return the whole part as a block, from a tensor with the local tensor's shape."""
         flat = data.detach().view(-1)[self.start : self.stop]
-        return Block(prefix + self.key, self.shape, self.offset, self.size, flat.view(self.size), self.grows)
+        return TensorShard(prefix + self.key, self.shape, self.offset, self.size, flat.view(self.size), self.grows)
 
-    def blocks(self, flat: torch.Tensor, first: int, prefix: str = "") -> list[Block]:
+    def blocks(self, flat: torch.Tensor, first: int, prefix: str = "") -> list[TensorShard]:
         """Return the blocks of this part in the optimizer's elements [first, first + len(flat)) of the flat tensor."""
         low, high = max(first, self.start), min(first + len(flat), self.stop)
         found = []
@@ -57,7 +57,7 @@ class Part:
             at = self.start - first + place
             data = flat.detach()[at : at + torch.Size(size).numel()].view(size)
             there = tuple(a + b for a, b in zip(self.offset, offset, strict=True))
-            found.append(Block(prefix + self.key, self.shape, there, size, data, self.grows, steady=True))
+            found.append(TensorShard(prefix + self.key, self.shape, there, size, data, self.grows, steady=True))
         return found
 
 

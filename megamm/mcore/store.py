@@ -21,7 +21,7 @@ from torch import nn
 
 from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
-from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Block, Shape
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Shape, TensorShard
 from megamm.mcore import compat, optimizer, shard_specs
 from megamm.mcore.groups import Groups
 from megamm.mcore.shard_specs import Part
@@ -67,7 +67,7 @@ class Plan:
             id(p) for o in (optimizer.parts(optim) if optim is not None else []) for b in o.buffers for p in b.params
         }
 
-    def to_save(self) -> list[Block]:
+    def to_save(self) -> list[TensorShard]:
         """Return this rank's share of the model; the shares of all ranks have every element exactly once."""
         by_tensor = self._by_tensor()
         blocks = []
@@ -80,7 +80,7 @@ class Plan:
         rest = [part for part in self.parts if id(part.tensor) not in self.updated and part.is_main]
         return blocks + [part.block(part.tensor) for part in rest]
 
-    def to_load(self) -> list[Block]:
+    def to_load(self) -> list[TensorShard]:
         """Return all that this rank uses: its whole weights, and the optimizer state that it owns."""
         by_tensor = self._by_tensor()
         blocks = [part.block(part.tensor) for part in self.parts]
@@ -90,7 +90,7 @@ class Plan:
                     blocks += part.blocks(tensor, owned.first, f"{STATE}{kind}.")
         return blocks
 
-    def to_start(self) -> list[Block]:
+    def to_start(self) -> list[TensorShard]:
         """Return its whole weights, and the main copies that it owns, unless they are the weights themselves."""
         by_tensor = self._by_tensor()
         blocks = [part.block(part.tensor) for part in self.parts]
@@ -136,9 +136,9 @@ def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim
     return reader.needed_files(stored, blocks)
 
 
-def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[Block]:
+def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[TensorShard]:
     """Return blocks of whole tensors (names and shapes as in `export_tensors`), to be saved by one process."""
-    return [Block.whole(name, tensor) for name, tensor in tensors.items()]
+    return [TensorShard.whole(name, tensor) for name, tensor in tensors.items()]
 
 
 def versions() -> dict[str, str]:

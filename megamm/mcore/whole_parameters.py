@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Block
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, TensorShard
 from megamm.mcore import shard_specs
 from megamm.mcore.backbone import Backbone
 from megamm.mcore.groups import Groups
@@ -49,7 +49,7 @@ class Names:
             load[owner[name]] += self.shapes[name].numel()
         return owner
 
-    def blocks(self, tensors: Whole) -> list[Block]:
+    def blocks(self, tensors: Whole) -> list[TensorShard]:
         """Return the blocks of whole tensors."""
         return [
             part.block(data, "" if kind == MODEL else f"{STATE}{kind}.")
@@ -60,7 +60,10 @@ class Names:
 
 
 def load(
-    read: Callable[[Sequence[Block]], None], names: Names, owned: Iterable[str], kinds: Mapping[str, Iterable[str]]
+    read: Callable[[Sequence[TensorShard]], None],
+    names: Names,
+    owned: Iterable[str],
+    kinds: Mapping[str, Iterable[str]],
 ) -> Whole:
     """Load the tensors that this rank owns, on the CPU: the `kinds` of each name; `read` fills their blocks."""
     empty = {

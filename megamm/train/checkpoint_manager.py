@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megamm import checkpoint
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.storage.choose import choose
-from megamm.checkpoint.storage.local import LocalTier
+from megamm.checkpoint.storage.local import LocalStorage
 from megamm.checkpoint.storage.uploader import Uploader
 from megamm.common import events
 from megamm.common.device import Device
@@ -28,7 +28,7 @@ from megamm.mcore.groups import Groups
 
 log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 300.0
-"""Seconds that the end of a run waits for the upload of its last checkpoint to the durable tier."""
+"""Seconds that the end of a run waits for the upload of its last checkpoint to remote storage."""
 
 
 class CheckpointManager:
@@ -46,18 +46,18 @@ class CheckpointManager:
         """while_waiting: see Saver."""
         self.config, self.data, self.engine, self.groups, self.device = config, data, engine, groups, device
         c = config.checkpoint
-        self.local = self._local_tier()
+        self.local = self._local_storage()
         self.saver = Saver(config.output, device, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle  # the weights must not change while they are copied
         self.uploader: Uploader | None = None
         self.is_in_run = True
-        """Whether the resumed checkpoint is in the run's folder, not only in the local tier."""
+        """Whether the resumed checkpoint is in the run's folder, not only in local storage."""
 
-    def _local_tier(self) -> LocalTier | None:
+    def _local_storage(self) -> LocalStorage | None:
         c = self.config.checkpoint
         if c.local is None:
             return None
-        return LocalTier(c.local, self.config.output, c.replicate, dist.new_group(backend="gloo"))
+        return LocalStorage(c.local, self.config.output, c.replicate, dist.new_group(backend="gloo"))
 
     def save(
         self,
@@ -107,13 +107,13 @@ class CheckpointManager:
         self.poll()
 
     def leave_node(self, ranks: Collection[int] | None = None) -> None:
-        """Free the local tier's memory, unless the run's folder lacks its state; ranks: only on these ranks' nodes."""
+        """Free local storage, unless the run's folder lacks its state; ranks: only on these ranks' nodes."""
         self.drain()
         if self.local is not None:
-            self.local.leave(self.saver.writing.failures == 0, ranks)
+            self.local.leave(self.saver.pending.failures == 0, ranks)
 
     def finish(self) -> None:
-        """At the end of a successful run, wait until the last checkpoint is in the durable tier."""
+        """At the end of a successful run, wait until the last checkpoint is in remote storage."""
         if self.uploader is not None:
             self.uploader.finish(UPLOAD_SECONDS)
 
@@ -142,11 +142,11 @@ class CheckpointManager:
                 begin(self.config, self.data.vocabulary, self.engine, self.config.start_from)
             return None
         state = self.restore(found.folder)
-        self.is_in_run = found.tier != "local"
+        self.is_in_run = found.storage != "local"
         if self.groups.rank == 0:
             seconds, folder = time.monotonic() - start, str(found.folder)
             events.record(
-                self.config.output, "resumed", step=state.step, folder=folder, tier=found.tier, seconds=seconds
+                self.config.output, "resumed", step=state.step, folder=folder, tier=found.storage, seconds=seconds
             )
         return state
 
@@ -154,7 +154,7 @@ class CheckpointManager:
         return {f"tensors/{name}" for name in self.engine.files_to_load(folder / "tensors")}
 
     def go_back(self, folder: Path) -> checkpoint.TrainState:
-        """Restore an earlier checkpoint of the run's folder and discard the local tier's steps."""
+        """Restore an earlier checkpoint of the run's folder and discard the steps in local storage."""
         self.saver.forget()
         if self.local is not None:
             self.local.begin(-1)

@@ -27,7 +27,7 @@ from megamm.elastic.rank import NodeFault
 from megamm.elastic.rank_status import ExitReason
 from megamm.engine import api
 from megamm.engine.build import build_engine
-from megamm.guards.loss_guard import LeftOut, LossGuard
+from megamm.guards.loss_guard import LossGuard, SkippedWindow
 from megamm.guards.stragglers import Stragglers
 from megamm.mcore import groups as process_groups
 from megamm.model import flops, layout
@@ -192,7 +192,7 @@ class Trainer:
         values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
         self.metrics.report(self.step, values, t.global_batch * s, self.device.peak_flops)
 
-    def _roll_back(self, window: LeftOut) -> None:
+    def _roll_back(self, window: SkippedWindow) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
         self.heartbeat.beat("resume", self.step)
         self.checkpoints.drain()
@@ -227,7 +227,7 @@ class Trainer:
     def save(self, heldout_loss: float | None = None, wait: bool = False, to_run: bool = True) -> None:
         """Start to write a checkpoint of the state after the current step; with `wait` it is complete on return.
 
-        to_run: save into the run's folder too, not only into the local tier.
+        to_run: save into the run's folder too, not only into local storage.
         """
         self.heartbeat.beat("save", self.step)
         start = time.monotonic()

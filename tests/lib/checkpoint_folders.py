@@ -1,15 +1,29 @@
-"""Checkpoint folders without a training run: small random files with a valid manifest."""
+"""Checkpoint folders without a training run: of given tensors, or small random files with a valid manifest."""
 
 import hashlib
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from megamm.checkpoint import index
-from megamm.checkpoint.rank_file import Image
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint import TrainState, index
+from megamm.checkpoint.rank_file import RankFile
+from megamm.checkpoint.saver import Saver
+from megamm.checkpoint.tensor_shards import TensorShard
+from megamm.common.device import Device
+
+
+def save_now(
+    run: Path, state: TrainState, shards: Sequence[TensorShard], rng: Mapping[str, torch.Tensor], device: Device
+) -> None:
+    """Write one checkpoint; it is complete on return. Every rank calls it; UserError on all of them if it fails."""
+    saver = Saver(run, device, keep=1)
+    try:
+        saver.save(state, shards, rng, wait=True)
+    finally:
+        saver.close()
 
 
 def make_checkpoint(run: Path, step: int, size: int = 1000, heldout_loss: float | None = None, seed: int = 0) -> Path:
@@ -49,18 +63,18 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def write_blocks(folder: Path, ranks: list[list[Block]]) -> None:
+def write_blocks(folder: Path, ranks: list[list[TensorShard]]) -> None:
     """Write a tensors/ folder as that many ranks do: a data file of each rank, then the index over all."""
     folder.mkdir()
     entries = []
     for rank, blocks in enumerate(ranks):
-        image = Image.of(blocks, f"__{rank}_0.distcp")
-        data = bytearray(image.size)
-        image.lay_out(memoryview(data))
-        for place in image.places:
-            elements = blocks[place.block].data.view(-1).view(torch.uint8).numpy().tobytes()
-            data[place.start : place.start + len(elements)] = elements
+        layout = RankFile.of(blocks, f"__{rank}_0.distcp")
+        data = bytearray(layout.size)
+        layout.lay_out(memoryview(data))
+        for at in layout.offsets:
+            elements = blocks[at.shard].data.view(-1).view(torch.uint8).numpy().tobytes()
+            data[at.start : at.start + len(elements)] = elements
         (folder / f"__{rank}_0.distcp").write_bytes(data)
-        entries += image.entries
+        entries += layout.entries
     for name, data in index.files_of(entries).items():
         (folder / name).write_bytes(data)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from checkpoint_folders import save_now
 
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict

@@ -47,7 +47,7 @@ _RUNNING = ["start-up", "steady state", "restart"]
 _STEPS = ["first step", "steady state"]
 _LOADER = [*_STEPS, "evaluation"]
 _FOLDERS = ["steady state", "before a save", "restart", "evaluation"]
-_KEPT = "the tier is still empty, or (during a save) contains only older steps"
+_KEPT = "it is still empty, or (during a save) contains only older steps"
 KINDS = {
     "sigkill": Kind("kill -9 of a rank", ALL),
     "sigstop": Kind("SIGSTOP of a rank", ALL),
@@ -70,17 +70,17 @@ KINDS = {
     "fill_disk": Kind("full disk", ["before a save"], "only a save writes large files", False, small_disk=True),
     "nan": Kind("NaN in one rank's gradient", _STEPS, "only steps have gradients", restarts=False),
     "clock": Kind("time of day jumps by 2 h", _OWN, _THREAD, restarts=False),
-    "local_sigkill": Kind("kill -9 of a rank, with a local tier", ALL, local_tier=True, fault="sigkill"),
-    "local_kill_agent": Kind("kill -9 of the agent, with a local tier", ALL, local_tier=True, fault="kill_agent"),
+    "local_sigkill": Kind("kill -9 of a rank, with local storage", ALL, local_tier=True, fault="sigkill"),
+    "local_kill_agent": Kind("kill -9 of the agent, with local storage", ALL, local_tier=True, fault="kill_agent"),
     "local_kill_writer": Kind(
-        "kill -9 of a checkpoint writer, with a local tier",
+        "kill -9 of a checkpoint writer, with local storage",
         _KILLED,
         _WRITER + _ALIKE,
         restarts=False,
         local_tier=True,
         fault="kill_writer",
     ),
-    "local_bit_flip": Kind("bit flipped in the newest of the local tier, kill -9", _FOLDERS, _KEPT, local_tier=True),
+    "local_bit_flip": Kind("bit flipped in the newest of local storage, kill -9", _FOLDERS, _KEPT, local_tier=True),
 }
 
 

@@ -154,7 +154,7 @@ def newest_in_local_tier(run):
     folders = [local_files.folder_of(root, step) for step in local_files.steps_in(root)]
     return only(
         [folder for folder in folders if local_files.whole(local_files.parts_in(folder))][::-1],
-        "step in the local tier",
+        "step in local storage",
     )
 
 

@@ -66,7 +66,7 @@ def prepare(folder: Path, name: str, faults: str) -> tuple[list[str], dict[str, 
 
 
 def local_tier(folder: Path, name: str) -> Path:
-    """Return the local tier of the runs that have one."""
+    """Return local storage of the runs that have one."""
     return folder / f"{name}.local"
 
 
@@ -155,8 +155,8 @@ def suffer(folder: Path, name: str, faults: Faults) -> Outcome:
     code = run(folder, name, plan(faults), workers, any(k.small_disk for k in kinds), has_local)
     wrong, found = differences(folder, name, code), cells(folder / name, faults)
     if has_local:
-        wrong += ["the local tier was not used"] if not local_tier(folder, name).exists() else []
-        wrong += ["memory is left in the local tier"] if list(local_tier(folder, name).glob("*/")) else []
+        wrong += ["local storage was not used"] if not local_tier(folder, name).exists() else []
+        wrong += ["memory is left in local storage"] if list(local_tier(folder, name).glob("*/")) else []
     return Outcome(found, wrong + surprises(faults, found))
 
 

@@ -151,14 +151,13 @@ def ended_by_roll_back() -> None:
 
 
 def no_durable_tier() -> None:
-    """Make writing to the durable tier fail."""
-    from megamm.checkpoint.storage.remote import RemoteError
-    from megamm.checkpoint.storage.upload import DurableTier
+    """Make writing to remote storage fail."""
+    from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
 
     def refused(self: Any, name: str) -> None:
-        raise RemoteError("no answer", self.remote.url)
+        raise RemoteError("no answer", self.store.url)
 
-    DurableTier.withdraw = refused
+    RemoteCheckpoints.withdraw = refused
 
 
 def no_update(at: list[int]) -> None:

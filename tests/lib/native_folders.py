@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from megamm import cli
 from megamm.checkpoint import TrainState, path_of
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.convert.families import mapping
 from megamm.convert.families.config import read_config
 from megamm.convert.io.safetensors_files import Weights
@@ -39,7 +39,7 @@ def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> 
     config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
     with Weights(hf) as weights:
         stored = mapping.from_transformers(family.entries, weights, config.model)
-    ranks: list[list[Block]] = [[], []]
+    ranks: list[list[TensorShard]] = [[], []]
     for key, tensor in stored.items():
         if key in (mapping.EMBEDDING, mapping.HEAD):
             tensor = torch.cat([tensor, torch.zeros(PADDING, tensor.shape[1], dtype=tensor.dtype)])
@@ -53,12 +53,14 @@ def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> 
     return step
 
 
-def _halves(key: str, tensor: torch.Tensor) -> list[Block]:
+def _halves(key: str, tensor: torch.Tensor) -> list[TensorShard]:
     if len(tensor) < 2:
-        return [Block.whole(key, tensor)]
+        return [TensorShard.whole(key, tensor)]
     shape, middle = tuple(tensor.shape), len(tensor) // 2
     return [
-        Block(key, shape, (start, *[0] * (len(shape) - 1)), (stop - start, *shape[1:]), tensor[start:stop].contiguous())
+        TensorShard(
+            key, shape, (start, *[0] * (len(shape) - 1)), (stop - start, *shape[1:]), tensor[start:stop].contiguous()
+        )
         for start, stop in ((0, middle), (middle, shape[0]))
     ]
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from megamm import checkpoint
 from megamm.checkpoint.saver import Saver
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 
@@ -34,20 +34,20 @@ def run(trouble: Trouble) -> tuple[str, list[int]]:
     """Return the error that stopped the rank, or "", and the steps of checkpoints that it knows to be complete."""
     rank, world = dist.get_rank(), dist.get_world_size()
     data, complete = torch.zeros(4), []
-    blocks = [Block("a", (4 * world,), (4 * rank,), (4,), data)]
+    blocks = [TensorShard("a", (4 * world,), (4 * rank,), (4,), data)]
     saver = Saver(trouble.run, choose("cpu"), keep=9)
     try:
         for step in range(1, trouble.steps + 1):
             if rank == trouble.rank and step in trouble.kills:
                 saver.settle()
-                while saver.writing.owed:
-                    saver.writing.wait()
-                os.kill(saver._writer().process.pid, signal.SIGSTOP)
+                while saver.pending.answers:
+                    saver.pending.wait()
+                os.kill(saver._process().process.pid, signal.SIGSTOP)
             data.fill_(step)
             saver.save(state(step), blocks, {"torch": torch.get_rng_state()})
             if rank == trouble.rank and step in trouble.kills:
-                assert saver.writing.process is not None
-                os.kill(saver.writing.process.process.pid, signal.SIGKILL)
+                assert saver.pending.process is not None
+                os.kill(saver.pending.process.process.pid, signal.SIGKILL)
             complete += [int(done.folder.name[5:]) for done in saver.poll()]
         saver.finish()
         complete += [int(done.folder.name[5:]) for done in saver.poll()]

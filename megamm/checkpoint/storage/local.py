@@ -1,4 +1,4 @@
-"""The local tier: checkpoints on the nodes' own memory or disks, and how a resuming job finds them again.
+"""Local storage: checkpoints on the nodes' own memory or disks, and how a resuming job finds them again.
 
 A node is the set of ranks that see the same folder `checkpoint.local` (environment variables in it are expanded). Nodes
 are distinguished by a random name in that folder, so two launchers on one machine are two nodes if their folders
@@ -23,9 +23,10 @@ from typing import Any
 import torch.distributed as dist
 
 from megamm.checkpoint import files, manifest
-from megamm.checkpoint.storage import local_files, transfer
-from megamm.checkpoint.storage.local_files import Part
+from megamm.checkpoint.storage import local_files, peer
+from megamm.checkpoint.storage.local_files import PartRecord
 from megamm.common import events
+from megamm.common.collectives import described
 from megamm.common.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,14 @@ class _Held:
 
     node: int
     step: int
-    part: Part
+    part: PartRecord
 
 
-class LocalTier:
-    """This rank's view of the tier; all ranks call its methods together, except `passed` and `close`."""
+class LocalStorage:
+    """This rank's view of the local storage; all ranks call its methods together, except `passed` and `close`."""
 
     def __init__(self, local: str, run: Path, replicate: bool, group: Any = None) -> None:
-        """Join the tier. UserError if the folder is unusable or shared by several hosts. group: for CPU tensors."""
+        """Join it. UserError if the folder is unusable or shared by several hosts. group: for CPU tensors."""
         self.rank, self.world, self.group = dist.get_rank(), dist.get_world_size(), group
         folder = Path(os.path.expandvars(local))
         if "$" in str(folder):
@@ -59,22 +60,23 @@ class LocalTier:
         self.root, self.key = folder / run_id, key
         self._make(folder)
         self.node = _own_name(folder, "node_id")
-        told = self._gather((self.node, socket.gethostname()))
-        self._check_private(folder, told)
-        self.order = list(dict.fromkeys(node for node, _ in told))
-        self.ranks = [rank for rank, (node, _) in enumerate(told) if node == self.node]
+        nodes = self._gather((self.node, socket.gethostname()))
+        self._check_private(folder, nodes)
+        self.order = list(dict.fromkeys(node for node, _ in nodes))
+        self.ranks = [rank for rank, (node, _) in enumerate(nodes) if node == self.node]
         self._is_leader = self.rank == self.ranks[0]
         if self._is_leader:
-            for image in (self.root / local_files.IMAGES).iterdir():  # of an earlier attempt; its steps are hard links
-                files.remove_file(image)
+            # Of an earlier attempt; the steps in them stay, because those are hard links to the same files.
+            for staged in (self.root / local_files.STAGED).iterdir():
+                files.remove_file(staged)
         self.replicates = replicate and len(self.order) > 1
-        self.images = 4 if self.replicates else 3
+        self.copies = 4 if self.replicates else 3
         """Copies of a rank's state: one being filled, the newest, and an older one in case the newest is damaged; with
         replicas also the newest replicated one."""
         self._held: list[_Held] = []
         self._resumed, self._passed = -1, True
         has_peer = self._is_leader and len(self.order) > 1
-        self._peer = self._start_peer(len({host for _, host in told}) > 1) if has_peer else None
+        self._peer = self._start_peer(len({host for _, host in nodes}) > 1) if has_peer else None
         self.addresses = self._connect()
         if self.rank == 0:
             self._log(folder, replicate)
@@ -82,17 +84,17 @@ class LocalTier:
 
     def _agreed(self, run: Path) -> tuple[str, bytes, str]:
         """Return the run's name, the job's key and this attempt's save id, as chosen by rank 0."""
-        told: list[Any] = [None]
+        chosen: list[Any] = [None]
         if self.rank == 0:
-            told[0] = (_name_of(run), secrets.token_bytes(32), secrets.token_hex(8))
-        dist.broadcast_object_list(told, src=0, group=self.group)
-        return told[0]
+            chosen[0] = (_name_of(run), secrets.token_bytes(32), secrets.token_hex(8))
+        dist.broadcast_object_list(chosen, src=0, group=self.group)
+        return chosen[0]
 
     def _make(self, folder: Path) -> None:
         problem = None
         try:
             self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (self.root / local_files.IMAGES).mkdir(exist_ok=True)
+            (self.root / local_files.STAGED).mkdir(exist_ok=True)
         except OSError as error:
             problem = str(error)
         if (first := next(filter(None, self._gather(problem)), None)) is not None:
@@ -104,9 +106,9 @@ class LocalTier:
         dist.all_gather_object(gathered, value, group=self.group)
         return gathered
 
-    def _check_private(self, folder: Path, told: list[tuple[str, str]]) -> None:
-        for node in {node for node, _ in told}:
-            hosts = sorted({host for name, host in told if name == node})
+    def _check_private(self, folder: Path, nodes: list[tuple[str, str]]) -> None:
+        for node in {node for node, _ in nodes}:
+            hosts = sorted({host for name, host in nodes if name == node})
             if len(hosts) > 1:
                 raise UserError(
                     f"checkpoint.local is shared by {hosts[0]} and {hosts[1]}",
@@ -119,7 +121,7 @@ class LocalTier:
         why = f"on the next of {len(self.order)} nodes" if self.replicates else "none: checkpoint.replicate is off"
         if replicate and not self.replicates:
             why = "none: there is only one node"
-        log.info("local tier %s, %d images per rank, replicas %s", folder, self.images, why)
+        log.info("local storage %s, %d copies of each rank's state, replicas %s", folder, self.copies, why)
         others = [p.name for p in folder.iterdir() if p.is_dir() and p != self.root]
         if others:
             log.warning("%s also contains %d other runs: %s", folder, len(others), ", ".join(sorted(others)[:5]))
@@ -127,7 +129,7 @@ class LocalTier:
     # --- the helper process ---
 
     def _start_peer(self, several_hosts: bool) -> "tuple[subprocess.Popen[str], str, int]":
-        bind, told = _addresses(several_hosts)
+        bind, name = _addresses(several_hosts)
         command = [sys.executable, "-m", "megamm.checkpoint.storage.peer", str(os.getpid())]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -135,22 +137,22 @@ class LocalTier:
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(json.dumps({"root": str(self.root), "key": self.key.hex(), "host": bind}) + "\n")
         process.stdin.flush()
-        return process, told, int(json.loads(process.stdout.readline())["port"])
+        return process, name, int(json.loads(process.stdout.readline())["port"])
 
-    def _connect(self) -> list[transfer.Address]:
+    def _connect(self) -> list[peer.Address]:
         """Return the addresses of all nodes' helper processes, in node order; empty with a single node."""
         own = (self.node, *self._peer[1:]) if self._peer else None
         found = {node: (host, port) for node, host, port in filter(None, self._gather(own))}
         return [found[node] for node in self.order if node in found]
 
     @property
-    def told_to_writers(self) -> dict[str, Any]:
+    def writer_settings(self) -> dict[str, Any]:
         """Settings for this rank's writer (checkpoint/writer.py); `key` is a secret of the job."""
-        told = {"root": str(self.root), "save": self.save_id, "node": self.node}
+        settings = {"root": str(self.root), "save": self.save_id, "node": self.node}
         if not self.replicates:
-            return told
-        peer = self.addresses[(self.order.index(self.node) + 1) % len(self.order)]
-        return told | {"peer": peer, "key": self.key.hex()}
+            return settings
+        next_node = self.addresses[(self.order.index(self.node) + 1) % len(self.order)]
+        return settings | {"peer": next_node, "key": self.key.hex()}
 
     def begin(self, resumed: int) -> None:
         """Remove every step except the one that the run resumes from (-1: none), at a start or after a roll-back."""
@@ -193,16 +195,16 @@ class LocalTier:
 
     def steps(self) -> list[int]:
         """Return the steps that the nodes together have, by their part records (`restore` verifies the files)."""
-        own: list[tuple[int, Part]] = []
+        own: list[tuple[int, PartRecord]] = []
         if self._is_leader:
             for step in local_files.steps_in(self.root):
                 own += [(step, part) for part in local_files.parts_in(local_files.folder_of(self.root, step))]
-        place = self.order.index(self.node)
-        gathered = self._gather([_Held(place, step, part) for step, part in own])
+        index = self.order.index(self.node)
+        gathered = self._gather([_Held(index, step, part) for step, part in own])
         self._held = [held for of_rank in gathered for held in of_rank]
         return sorted(step for step in {h.step for h in self._held} if self._whole(step))
 
-    def _whole(self, step: int) -> dict[str, dict[int, Part]]:
+    def _whole(self, step: int) -> dict[str, dict[int, PartRecord]]:
         return local_files.whole(held.part for held in self._held if held.step == step)
 
     def restore(self, step: int, needed: Needed) -> Path:
@@ -212,53 +214,55 @@ class LocalTier:
         """
         folder = local_files.folder_of(self.root, step)
         saves = self._whole(step)
-        save = min(saves)
+        save = min(saves)  # if several are complete, all ranks must choose the same one
         files = {name: entry for part in saves[save].values() for name, entry in part.files.items()}
         holders = self._verified(step, save, files)
         lost = next((name for name in sorted(files) if name not in holders), None)
         if lost is not None:
             what = f"damaged checkpoint: no node has a valid {lost} of step {step}"
             raise UserError(what, where=folder, remedy="an older checkpoint is used", on_all_ranks=True)
+        # What every rank reads besides tensors; `needed` reads the index from there.
         small = {n for n in files if not n.startswith(("tensors/__", "rng_"))} | {f"rng_{self.rank:05d}.safetensors"}
         self._fetch(step, small & files.keys(), files, holders)
         self._fetch(step, needed(folder) & files.keys(), files, holders)
         return folder
 
-    def _verified(self, step: int, save: str, files: dict[str, manifest.Entry]) -> dict[str, list[int]]:
+    def _verified(self, step: int, save: str, files: dict[str, manifest.ManifestEntry]) -> dict[str, list[int]]:
         """Return, for each file, the nodes that have a valid copy; the ranks of a node share the reading."""
-        place = self.order.index(self.node)
-        mine = [h.part for h in self._held if (h.node, h.step, h.part.save) == (place, step, save)]
+        index = self.order.index(self.node)
+        mine = [h.part for h in self._held if (h.node, h.step, h.part.save) == (index, step, save)]
         names = sorted({name for part in mine for name in part.files})
         share = names[self.ranks.index(self.rank) :: len(self.ranks)]
         folder = local_files.folder_of(self.root, step)
         whole = [name for name in share if manifest.is_whole(folder / name, files[name])]
         holders: dict[str, list[int]] = {}
-        for node, found in self._gather((place, whole)):
+        for node, found in self._gather((index, whole)):
             for name in found:
                 holders.setdefault(name, []).append(node)
         return holders
 
     def _fetch(
-        self, step: int, wanted: set[str], files: dict[str, manifest.Entry], holders: dict[str, list[int]]
+        self, step: int, wanted: set[str], files: dict[str, manifest.ManifestEntry], holders: dict[str, list[int]]
     ) -> None:
         """Fetch the files that this node's ranks need and it lacks, a share per rank. The same error on all ranks."""
-        place, folder = self.order.index(self.node), local_files.folder_of(self.root, step)
+        index, folder = self.order.index(self.node), local_files.folder_of(self.root, step)
         everyone = self._gather(wanted)
-        missing = sorted({n for rank in self.ranks for n in everyone[rank] if place not in holders[n]})
+        missing = sorted({n for rank in self.ranks for n in everyone[rank] if index not in holders[n]})
         problem = None
         for i, name in enumerate(missing):
             if i % len(self.ranks) != self.ranks.index(self.rank):
                 continue
+            # Files are fetched from their holders in turn, so that no node sends all of them.
             source = holders[name][i % len(holders[name])]
             try:
-                transfer.get(self.addresses[source], self.key, step, name, files[name], folder / name)
+                peer.get(self.addresses[source], self.key, step, name, files[name], folder / name)
             except UserError as error:
-                problem = problem or {"what": error.what, "where": str(error.where), "remedy": error.remedy}
+                problem = problem or described(error)
         first = next((p for p in self._gather(problem) if p), None)
         if first is not None:
             raise UserError(**first, on_all_ranks=True)
         for name in missing:
-            holders[name].append(place)
+            holders[name].append(index)
 
 
 def _own_name(folder: Path, file: str) -> str:
@@ -267,6 +271,7 @@ def _own_name(folder: Path, file: str) -> str:
     path, mine = folder / file, secrets.token_hex(8)
     temporary = folder / f".{file}.{mine}"
     temporary.write_text(mine)
+    # link(2) fails if the name exists: the first process decides, and the file is never seen without its contents.
     try:
         os.link(temporary, path)
     except FileExistsError:

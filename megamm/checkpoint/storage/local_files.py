@@ -1,11 +1,11 @@
-"""A node's share of a checkpoint in the local tier: each rank's files, and a part record that makes them valid.
+"""A node's share of a checkpoint in local storage: each rank's files, and a part record that makes them valid.
 
-    LOCAL/<run id>/images/3_0 …           the memory into which rank 3 copies its state (checkpoint/staging.py)
+    LOCAL/<run id>/images/3_0 …           the files into which rank 3 copies its state (checkpoint/staging.py)
     LOCAL/<run id>/step_00001000/
         tensors/__3_0.distcp              a hard link to one of them, or a replica
         rng_00003.safetensors, …          as in RUN/checkpoints
-        part_00003.json                   the files of rank 3 with digests; written last, removed before the image is
-                                          reused for another step
+        part_00003.json                   the files of rank 3 with digests; written last, removed before the staged
+                                          file is reused for another step
 
 Ranks write without coordination: a step is complete when the parts of all ranks of one save exist on any nodes. Files
 are not synced: digests detect what a power failure has lost. This module does not import torch.
@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from megamm.checkpoint import files, manifest
-from megamm.checkpoint.manifest import STEP_FOLDER, Entry
+from megamm.checkpoint.manifest import STEP_FOLDER, ManifestEntry
 
-IMAGES = "images"
+STAGED = "images"
+"""Folder of the staged files."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """The files of one rank. save: the same id on all ranks of an attempt (`LocalTier.save_id`); node: who wrote it.
+class PartRecord:
+    """The files of one rank. save: the same id on all ranks of an attempt (`LocalStorage.save_id`); node: who wrote it.
 
     files: by their path in the step's folder.
     """
@@ -36,7 +37,7 @@ class Part:
     world: int
     save: str
     node: str
-    files: dict[str, Entry]
+    files: dict[str, ManifestEntry]
 
     def to_json(self) -> dict[str, Any]:
         """Return the part record as JSON values."""
@@ -44,10 +45,10 @@ class Part:
         return {"rank": self.rank, "world": self.world, "save": self.save, "node": self.node, "files": listed}
 
     @classmethod
-    def from_json(cls, data: Any) -> "Part":
+    def from_json(cls, data: Any) -> "PartRecord":
         """Parse a part record; ValueError if it is not one, or names a file outside of its folder."""
         try:
-            listed = {name: Entry.from_json(entry) for name, entry in data["files"].items()}
+            listed = {name: ManifestEntry.from_json(entry) for name, entry in data["files"].items()}
             part = cls(int(data["rank"]), int(data["world"]), str(data["save"]), str(data["node"]), listed)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a part record: {error}") from None
@@ -68,24 +69,24 @@ def part_path(folder: Path, rank: int) -> Path:
 
 
 def write(
-    root: Path, step: int, part: Part, image: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
+    root: Path, step: int, part: PartRecord, staged: tuple[str, Path, memoryview], contents: Mapping[str, bytes]
 ) -> None:
-    """Write a rank's small files, link its image, and write the part record that makes them valid.
+    """Write a rank's small files, link its staged file, and write the part record that makes them valid.
 
-    image: its name in the step's folder, its file, its bytes. part: without files. OSError if it fails.
+    staged: its name in the step's folder, its path, its bytes. part: without files. OSError if it fails.
     """
     folder = folder_of(root, step)
     files.make_folder(folder / "tensors")
-    files.remove_file(part_path(folder, part.rank))
+    files.remove_file(part_path(folder, part.rank))  # not valid while its files are replaced
     entries = {name: files.write(folder / name, [data]) for name, data in contents.items()}
-    name, path, data = image
+    name, path, data = staged
     files.remove_file(folder / name)
     os.link(path, folder / name)
     entries[name] = files.entry_of(files.in_pieces(data))
-    commit(folder, Part(part.rank, part.world, part.save, part.node, entries))
+    commit(folder, PartRecord(part.rank, part.world, part.save, part.node, entries))
 
 
-def commit(folder: Path, part: Part) -> None:
+def commit(folder: Path, part: PartRecord) -> None:
     """Write the part record, which makes a rank's files valid."""
     path = part_path(folder, part.rank)
     temporary = path.with_suffix(".new")
@@ -93,12 +94,12 @@ def commit(folder: Path, part: Part) -> None:
     files.rename(temporary, path)
 
 
-def parts_in(folder: Path) -> list[Part]:
+def parts_in(folder: Path) -> list[PartRecord]:
     """Return all valid part records of a step's folder."""
     found = []
     for path in sorted(folder.glob("part_?????.json")):
         with contextlib.suppress(ValueError, OSError):  # cut off by a kill, or just removed: skip it
-            found.append(Part.from_json(json.loads(path.read_bytes())))
+            found.append(PartRecord.from_json(json.loads(path.read_bytes())))
     return found
 
 
@@ -107,9 +108,9 @@ def steps_in(root: Path) -> list[int]:
     return sorted(manifest.step_of(f.name) for f in root.glob("step_*") if STEP_FOLDER.fullmatch(f.name))
 
 
-def whole(parts: Iterable[Part]) -> dict[str, dict[int, Part]]:
+def whole(parts: Iterable[PartRecord]) -> dict[str, dict[int, PartRecord]]:
     """Return the parts by save id and rank, for saves that have the parts of all ranks."""
-    saves: dict[str, dict[int, Part]] = {}
+    saves: dict[str, dict[int, PartRecord]] = {}
     for part in parts:
         saves.setdefault(part.save, {})[part.rank] = part
     return {save: ranks for save, ranks in saves.items() if len(ranks) == next(iter(ranks.values())).world}
@@ -120,7 +121,7 @@ def retire(root: Path, step: int, rank: int) -> None:
     folder = folder_of(root, step)
     path = part_path(folder, rank)
     try:
-        part = Part.from_json(json.loads(path.read_bytes()))
+        part = PartRecord.from_json(json.loads(path.read_bytes()))
     except (OSError, ValueError):
         return
     files.remove_file(path)

@@ -1,4 +1,4 @@
-"""A process beside rank 0 that uploads finished checkpoints to the durable tier, so that no step waits for uploads.
+"""A process beside rank 0 that uploads finished checkpoints to remote storage, so that no step waits for uploads.
 
 It looks for finished folders and uploads the newest that is not there yet (if saves are faster than uploads, those in
 between are skipped). It retries with growing pauses without limit, and applies the retention there. It exits with the
@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megamm.checkpoint import manifest, retention
-from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import DurableTier
+from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
 from megamm.common import events
 from megamm.common.errors import UserError
 
@@ -34,7 +33,7 @@ class Uploader:
 
     def __init__(self, run: Path, url: str, keep: int, keep_best: bool) -> None:
         """Start the process. UserError unless the URL is writable."""
-        DurableTier(url).check_writable()
+        RemoteCheckpoints(url).check_writable()
         self._command = [sys.executable, "-m", __name__, str(run), url, str(keep), str(int(keep_best))]
         self._command.append(str(os.getpid()))
         self.start()
@@ -45,7 +44,7 @@ class Uploader:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """Process id of the uploader."""
         return self._process.pid
 
     def check(self) -> None:
@@ -63,7 +62,7 @@ class Uploader:
             self._process.stdin.close()
             return self._process.wait(seconds) == 0
         except (subprocess.TimeoutExpired, BrokenPipeError):
-            log.warning("the newest checkpoint is not yet in the durable tier; the next start of this run continues")
+            log.warning("the newest checkpoint is not yet in remote storage; the next start of this run continues")
             return False
         finally:
             self.stop()
@@ -77,8 +76,8 @@ class Uploader:
 class _Loop:
     """The loop of the process."""
 
-    def __init__(self, run: Path, tier: DurableTier, keep: int, keep_best: bool) -> None:
-        self.run, self.tier, self.keep, self.keep_best = run, tier, keep, keep_best
+    def __init__(self, run: Path, remote: RemoteCheckpoints, keep: int, keep_best: bool) -> None:
+        self.run, self.remote, self.keep, self.keep_best = run, remote, keep, keep_best
         self.draining = threading.Event()
         self._settled: tuple[str, int, int] | None = None
         """The newest checkpoint once it is done: its name, and its manifest's inode and time (ns)."""
@@ -120,10 +119,10 @@ class _Loop:
 
     def _copy(self, folder: Path) -> None:
         start, step = time.monotonic(), manifest.step_of(folder.name)
-        retention.set_uploading(self.run, folder.name)
+        retention.set_uploading(self.run, folder.name)  # first: from now on the retention keeps it
         try:
             identity = _identity(folder)
-            copied = self.tier.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
+            copied = self.remote.upload(folder, self.run / "uploads" / f"{folder.name}.jsonl")
         except FileNotFoundError:
             return  # it was removed before it was marked as being uploaded
         except RemoteError:
@@ -147,7 +146,7 @@ class _Loop:
                 bytes=copied.bytes,
                 kept_files=copied.kept,
             )
-        self.tier.apply_retention(self.keep, self.keep_best)
+        self.remote.apply_retention(self.keep, self.keep_best)
 
 
 def _identity(folder: Path) -> tuple[str, int, int]:
@@ -166,7 +165,7 @@ def _obey(loop: _Loop, parent: int) -> None:
             time.sleep(POLL)
         elif select.select([sys.stdin], [], [], POLL)[0]:
             if os.read(sys.stdin.fileno(), len(_DRAIN)) != _DRAIN:
-                os._exit(1)
+                os._exit(1)  # end of file: the process that started this one has exited
             ordered = True
             loop.draining.set()
 
@@ -175,7 +174,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run as a process; exit code 0 when drained."""
     run, url, keep, keep_best, parent = arguments
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    loop = _Loop(Path(run), DurableTier(url), int(keep), keep_best == "1")
+    loop = _Loop(Path(run), RemoteCheckpoints(url), int(keep), keep_best == "1")
     threading.Thread(target=_obey, args=(loop, int(parent)), daemon=True).start()
     loop.forever()
     return 0

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint.tensor_reader import bytes_of
+from megamm.checkpoint.reader import bytes_of
 from megamm.convert.io.digests import DIGESTS
 from megamm.convert.io.safetensors_files import Weights, header
 from megamm.tokenizers.io import WEIGHTS

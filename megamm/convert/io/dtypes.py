@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from megamm.checkpoint.tensor_reader import bytes_of
+from megamm.checkpoint.reader import bytes_of
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families.mapping import Group

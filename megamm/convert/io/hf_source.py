@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families import mapping
@@ -39,7 +39,7 @@ class HuggingFaceSource:
         with Weights(folder) as weights:
             self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
 
-    def read(self, blocks: Sequence[Block]) -> None:
+    def read(self, blocks: Sequence[TensorShard]) -> None:
         """Fill the blocks. Raises UserError for an unreadable file."""
         with Weights(self.where) as weights, torch.no_grad():
             for group in mapping.groups(self.family.entries, self.config):
@@ -70,19 +70,19 @@ def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Voca
     return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
-def _has(block: Block, index: tuple[int, ...]) -> bool:
+def _has(block: TensorShard, index: tuple[int, ...]) -> bool:
     places = zip(index, block.offset, block.size, strict=False)
     return all(first <= i < first + size for i, first, size in places)
 
 
-def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: Block) -> None:
+def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: TensorShard) -> None:
     """Copy the part of a tensor, stored as a whole at `index`, that belongs to a block."""
     inside = tuple(i - first for i, first in zip(index, block.offset, strict=False))
     rest = zip(block.offset[len(index) :], block.size[len(index) :], strict=True)
     block.data.view(block.size)[inside].copy_(tensor[tuple(slice(start, start + n) for start, n in rest)])
 
 
-def _copy_rows(weights: Weights, name: str, block: Block) -> None:
+def _copy_rows(weights: Weights, name: str, block: TensorShard) -> None:
     """Copy a block's rows of a tensor that has no axis of layers."""
     place = weights.places[name]
     rows = torch.empty((block.size[0], *place.shape[1:]), dtype=place.dtype)

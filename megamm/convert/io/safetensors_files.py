@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megamm.checkpoint.tensor_reader import read_into
+from megamm.checkpoint.reader import read_into
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common.errors import UserError
 from megamm.tokenizers.io import WEIGHTS, weight_files

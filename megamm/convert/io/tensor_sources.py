@@ -19,8 +19,8 @@ import torch
 from megamm import checkpoint
 from megamm.checkpoint import index
 from megamm.checkpoint.folder import find_checkpoint
-from megamm.checkpoint.tensor_reader import Pieces
-from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.checkpoint.reader import TensorReader
+from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.checkpoint.whole_tensors import Described, stream
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, RunConfig, config_from_dict
@@ -89,19 +89,19 @@ class Native:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = {name: torch.empty_like(meta(self.described[name]), device="cpu") for name in names}
-        with closing(Pieces(self.where / "tensors", self.stored)) as pieces:
+        with closing(TensorReader(self.where / "tensors", self.stored)) as pieces:
             for name, tensor in found.items():
                 key, place = self.places[name]
                 rest = tensor.shape
                 offset, size = place + (0,) * len(rest), (1,) * len(place) + tuple(rest)
-                pieces.read(Block(key, self.stored[key].shape, offset, size, tensor))
+                pieces.read(TensorShard(key, self.stored[key].shape, offset, size, tensor))
         return found
 
     def owners(self, name: str) -> list[Owned]:
         """The parts of a piece, with the rank whose file holds each."""
         key, place = self.places[name]
         found = []
-        for entry in self.stored[key].blocks:
+        for entry in self.stored[key].shards:
             if all(low <= at < low + n for at, low, n in zip(place, entry.offset, entry.size, strict=False)):
                 match = _RANK.fullmatch(entry.file)
                 rank = int(match[1]) if match else -1

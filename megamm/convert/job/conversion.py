@@ -60,7 +60,7 @@ class Work:
             what = f"not enough disk space: {size - there:,} bytes needed, {free:,} bytes free"
             raise UserError(what, where=self.final.parent, remedy="free disk space or choose another folder")
 
-    def fill(self) -> dict[str, manifest.Entry]:
+    def fill(self) -> dict[str, manifest.ManifestEntry]:
         """Write and sync every file; returns their manifest entries. Raises UserError on failure."""
         self._clear()
         for file, items in self.conversion.files.items():
@@ -106,7 +106,7 @@ class Work:
                 self.journal.add(segment.number, digest)
                 progress.add(segment.size)
 
-    def _verify(self, workers: Workers) -> dict[str, manifest.Entry]:
+    def _verify(self, workers: Workers) -> dict[str, manifest.ManifestEntry]:
         """Read all files back; segments with another digest are removed from the journal."""
         by_file: dict[str, list[Segment]] = {}
         for segment in self.segments:

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from megamm.checkpoint import index, manifest
-from megamm.checkpoint.index import Stored
-from megamm.checkpoint.tensor_reader import Pieces
-from megamm.checkpoint.tensor_shards import Block, Shape
+from megamm.checkpoint.index import StoredTensor
+from megamm.checkpoint.reader import TensorReader
+from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families import mapping
@@ -75,7 +75,7 @@ class Export:
 
     @contextmanager
     def opened(self) -> Iterator[Maker]:
-        with closing(Pieces(self.tensors)) as pieces:
+        with closing(TensorReader(self.tensors)) as pieces:
             yield _Reading(pieces, self.model)
 
     def index(self) -> bytes:
@@ -86,7 +86,7 @@ class Export:
 
 @dataclass(frozen=True)
 class _Reading:
-    pieces: Pieces
+    pieces: TensorReader
     model: ModelConfig
 
     def __call__(self, what: bytes | Cut) -> Iterable[bytes | memoryview]:
@@ -98,7 +98,7 @@ class _Reading:
         first = (0 if what.rows is None else what.rows.start, *[0] * (len(shape) - 1))
         ours = torch.empty(shape, dtype=unit.stored_as)
         whole, ones = self.pieces.stored[group.ours].shape, (1,) * len(group.index)
-        self.pieces.read(Block(group.ours, whole, (*group.index, *first), (*ones, *shape), ours))
+        self.pieces.read(TensorShard(group.ours, whole, (*group.index, *first), (*ones, *shape), ours))
         parts = [ours] if group.entry is None else group.entry.cut(ours, self.model)
         for part, (name, dtype, _) in zip(parts, unit.tensors, strict=True):
             yield from elements.bytes_as(part, dtype, name)
@@ -137,7 +137,7 @@ def plan(
     return Export(tensors, entries, m, files, placed, dtypes, f"{source} {changed} {headers}")
 
 
-def _unit(group: Group, stored: Stored, m: ModelConfig, vocabulary_size: int, dtype: torch.dtype | None) -> Unit:
+def _unit(group: Group, stored: StoredTensor, m: ModelConfig, vocabulary_size: int, dtype: torch.dtype | None) -> Unit:
     shape = stored.shape[len(group.index) :]
     if group.ours in (mapping.EMBEDDING, mapping.HEAD):  # without the padding of a parallel layout
         shape = (vocabulary_size, *shape[1:])

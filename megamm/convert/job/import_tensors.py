@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index
-from megamm.checkpoint.archive import frame
-from megamm.checkpoint.index import Entry
-from megamm.checkpoint.rank_file import ALIGNMENT
+from megamm.checkpoint.index import StoredShard
+from megamm.checkpoint.rank_file import ALIGNMENT, frame
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
@@ -67,7 +66,7 @@ class Import:
     folder: Path
     model: ModelConfig
     files: Mapping[str, Sequence[Item]]
-    stored: tuple[Entry, ...]
+    stored: tuple[StoredShard, ...]
     dtypes: tuple[tuple[torch.dtype, torch.dtype], ...]
     """The dtypes read and stored, for each tensor."""
     identity: str
@@ -109,12 +108,12 @@ def plan(
     units = [unit for group in groups for unit in _units(group, weights, m, dtype)]
     shapes = _shapes(units)
     files: dict[str, list[Item]] = {}
-    stored: list[Entry] = []
+    stored: list[StoredShard] = []
     for number, file in enumerate(elements.packed(units, lambda unit: unit.padded, file_size)):
         name, start = f"__{number}_0.distcp", 0
         for unit in file:
             place = shapes[unit.group.ours], unit.offset, unit.block_size
-            stored.append(Entry(unit.group.ours, *place, unit.stored_as, name, start, unit.length))
+            stored.append(StoredShard(unit.group.ours, *place, unit.stored_as, name, start, unit.length))
             start += unit.padded
         files[f"tensors/{name}"] = [Item(unit.padded, unit) for unit in file]
     _check_dtypes(stored, weights.folder)
@@ -148,7 +147,7 @@ def _shapes(units: Sequence[Unit]) -> dict[str, Shape]:
     return shapes
 
 
-def _check_dtypes(stored: Sequence[Entry], folder: Path) -> None:
+def _check_dtypes(stored: Sequence[StoredShard], folder: Path) -> None:
     found: dict[str, torch.dtype] = {}
     for entry in stored:
         if found.setdefault(entry.key, entry.dtype) != entry.dtype:
@@ -156,7 +155,7 @@ def _check_dtypes(stored: Sequence[Entry], folder: Path) -> None:
             raise UserError(what, where=folder, remedy="convert them to one dtype (--dtype)")
 
 
-def _identity(weights: Weights, stored: Sequence[Entry]) -> str:
+def _identity(weights: Weights, stored: Sequence[StoredShard]) -> str:
     """An identity of the input (files by name, size and mtime, tensor offsets) and of the output."""
     told: list[Any] = []
     for file in weights.files:

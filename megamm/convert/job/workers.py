@@ -1,6 +1,5 @@
 """Processes of a conversion that make segments, read files back and compare. With one, it is the calling process."""
 
-import ctypes
 import os
 import signal
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from megamm.checkpoint import files, manifest
-from megamm.checkpoint.writer import DIE_WITH_PARENT
+from megamm.common.processes import die_with_parent
 from megamm.convert.job.plan import Conversion, Maker, Segment
 
 Key = TypeVar("Key", bound=Hashable)
@@ -84,9 +83,7 @@ class Workers:
 
 def _begin(opened: Opened, parent: int) -> None:
     """Initialise a new process: it ends when its parent ends, even if that is killed."""
-    ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    die_with_parent(parent)
     torch.set_num_threads(1)  # the parent's threads were not forked
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets the signal too, and ends the others
     _STATE.append(opened().__enter__())
@@ -117,7 +114,7 @@ def made(state: State, segment: Segment) -> str:
     return digest.hexdigest()
 
 
-def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.Entry, list[str]]:
+def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.ManifestEntry, list[str]]:
     """Sync a file and read it back; returns its manifest entry and the digests of segments of these sizes."""
     whole, digests = manifest.hasher(), []
     buffer = memoryview(bytearray(READ))
@@ -130,4 +127,4 @@ def read_back(state: State, file: str, sizes: Sequence[int]) -> tuple[manifest.E
                 whole.update(buffer[:read])
                 left -= read
             digests.append(digest.hexdigest())
-    return manifest.Entry(sum(sizes), whole.hexdigest()), digests
+    return manifest.ManifestEntry(sum(sizes), whole.hexdigest()), digests

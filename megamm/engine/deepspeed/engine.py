@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index, reader
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
@@ -105,7 +105,7 @@ class DeepSpeedEngine:
         self.deepspeed.train()
         return loss
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[TensorShard]:
         return self.names.blocks(self.shards.gather())
 
     def start_from(self, fill: Fill) -> None:
@@ -117,7 +117,7 @@ class DeepSpeedEngine:
         self.shards.scatter(owned, kinds, 0)
 
     def files_to_load(self, folder: Path) -> set[str]:
-        return {block.file for tensor in index.read(folder).values() for block in tensor.blocks}  # by whole tensors
+        return {block.file for tensor in index.read(folder).values() for block in tensor.shards}  # by whole tensors
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         # Without optimizer state, main copies are set from the weights.

@@ -1,4 +1,4 @@
-"""The local tier: runs that lose ranks and nodes resume from it, bit for bit; contents of its images and nodes."""
+"""Local storage: runs that lose ranks and nodes resume from it, bit for bit; contents of its staged files and nodes."""
 
 import contextlib
 import errno
@@ -13,7 +13,7 @@ import torch
 import warm
 from fault_matrix import TRAIN
 from faults import environment as with_faults
-from local_tier_worker import COPIED, look
+from local_storage_worker import COPIED, look
 from ports import free_port
 from saver_worker import state
 from tiny_run import environment, numbers, write_config
@@ -23,8 +23,8 @@ from megamm import checkpoint
 from megamm.checkpoint import inspect, manifest, reader, whole_tensors
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.storage import local_files
-from megamm.checkpoint.storage.local import LocalTier
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.storage.local import LocalStorage
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.cli import checkpoint as checkpoint_cli
 from megamm.common import events
 from megamm.common.device import choose
@@ -38,7 +38,7 @@ QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
 
 
 class Run:
-    """Commands on this machine, each with its own folder for the local tier; output is written to a file."""
+    """Commands on this machine, each with its own folder for local storage; output is written to a file."""
 
     def __init__(self, data, name, faults="", **checkpoint):
         self.output, self.folder = data / name, data / f"{name}.nodes"
@@ -99,7 +99,7 @@ def expected(data):
 def test_a_killed_rank_costs_no_step(data, expected):
     """kill -9 in step 8, saved in the run's folder at step 4: the run resumes from step 7.
 
-    A second kill while the last step is written there: resumed from the local tier, the run has no step left to do.
+    A second kill while the last step is written there: resumed from local storage, the run has no step left to do.
     """
     run = Run(data, "killed", ">pause@step:8:0:0>sigkill@write:10:0:1", local="$NODE")
     try:
@@ -175,10 +175,10 @@ def test_what_the_nodes_together_have(worlds, tmp_path, how):
 
 @pytest.fixture
 def one_rank(tmp_path):
-    """Return a saver with a local tier, and the tier."""
+    """Return a saver with local storage, and that."""
     groups.start(choose("cpu"))
     (tmp_path / "run").mkdir()
-    local = LocalTier(str(tmp_path / "node"), tmp_path / "run", replicate=True)
+    local = LocalStorage(str(tmp_path / "node"), tmp_path / "run", replicate=True)
     local.begin(-1)
     saver = Saver(tmp_path / "run", choose("cpu"), keep=9, local=local)
     yield saver, local
@@ -188,7 +188,7 @@ def one_rank(tmp_path):
 
 def save(saver, data, step, to_run=False):
     data.fill_(step)
-    saver.save(state(step), [Block.whole("a", data)], {"torch": torch.get_rng_state()}, to_run=to_run)
+    saver.save(state(step), [TensorShard.whole("a", data)], {"torch": torch.get_rng_state()}, to_run=to_run)
     saver.settle()
 
 
@@ -200,13 +200,13 @@ def kept(local):
         for part in local_files.parts_in(folder):
             assert all(manifest.is_whole(folder / name, entry) for name, entry in part.files.items()), (step, found)
             data = torch.zeros(1000)
-            reader.load(folder / "tensors", [Block.whole("a", data)])
+            reader.load(folder / "tensors", [TensorShard.whole("a", data)])
             assert data.unique().tolist() == [step]
             found.append(step)
     return found
 
 
-def test_images_take_turns(one_rank):
+def test_staged_files_take_turns(one_rank):
     saver, local = one_rank
     data = torch.zeros(1000)
     for step in range(1, 8):
@@ -214,7 +214,7 @@ def test_images_take_turns(one_rank):
         assert kept(local)[: min(step - 1, 2)] == list(range(max(1, step - 2), step)), "before it is written"
         saver.finish()
         assert kept(local) == list(range(max(1, step - 2), step + 1))
-    assert len(list((local.root / local_files.IMAGES).iterdir())) == 3
+    assert len(list((local.root / local_files.STAGED).iterdir())) == 3
     saver.forget()
     local.begin(-1)
     assert kept(local) == []
@@ -241,10 +241,10 @@ def test_what_a_node_has_is_listed(one_rank, tmp_path):
     assert listed(tmp_path / "run") == [run, step_1, step_2]
     assert listed(local.root) == [step_1, step_2] and listed(two) == [step_2]
     assert inspect.find_one(str(two)).damage() == "" and list(whole_tensors.described(two))
-    with pytest.raises(UserError, match="prune does not change a local tier"):
+    with pytest.raises(UserError, match="prune does not change local storage"):
         checkpoint_cli.prune(str(local.root), keep=1, delete=True)
     (part,) = local_files.parts_in(two)
-    local_files.commit(two, local_files.Part(part.rank, 2, part.save, part.node, part.files))
+    local_files.commit(two, local_files.PartRecord(part.rank, 2, part.save, part.node, part.files))
     assert listed(local.root)[1][1:] == ["local", "damaged: this node has only parts of ranks 0 of 2", "newest"]
     local_files.commit(two, part)
     image = two / "tensors" / "__0_0.distcp"
@@ -267,17 +267,17 @@ def test_a_slow_disk_holds_up_no_local_step(one_rank, tmp_path):
     save(saver, data, 2, to_run=True)
     for step in range(3, 8):
         save(saver, data, step)
-        while saver.writing.owes("kept"):
-            saver.writing.wait()
-        assert step in kept(local) and saver.writing.owes("written")
+        while saver.pending.awaits("saved_locally"):
+            saver.pending.wait()
+        assert step in kept(local) and saver.pending.awaits("written")
     wanted, written = torch.full((1000,), 2.0).numpy().tobytes(), b""
     # "r+": the writer first tries O_DIRECT, which would close a pipe that is only read.
     with pipe.open("r+b", buffering=0) as opened:
         while wanted not in written:
             written += opened.read(1 << 20)
-    while saver.writing.owed:
-        saver.writing.wait()
-    assert saver.writing.failures == 1, "a pipe cannot be synced"
+    while saver.pending.answers:
+        saver.pending.wait()
+    assert saver.pending.failures == 1, "a pipe cannot be synced"
 
 
 def test_no_space_is_one_line(one_rank, monkeypatch):

@@ -1,6 +1,6 @@
-"""Ranks of two nodes (megamm/parity/worlds.py) that save into the local tier and search it (test_local_tier.py).
+"""Ranks of two nodes (megamm/parity/worlds.py) that save into local storage and search it (test_local_storage.py).
 
-A node is a folder; another `LocalTier` object is another attempt of the job.
+A node is a folder; another `LocalStorage` object is another attempt of the job.
 """
 
 import os
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from saver_worker import state
 
 from megamm.checkpoint.saver import Saver
-from megamm.checkpoint.storage.local import LocalTier
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.storage.local import LocalStorage
+from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 
@@ -27,7 +27,7 @@ def shard(rank):
 
 def tier(folder, run="run"):
     os.environ["NODE"] = f"n{2 * dist.get_rank() // dist.get_world_size()}"
-    return LocalTier(f"{folder}/$NODE", folder / run, replicate=True)
+    return LocalStorage(f"{folder}/$NODE", folder / run, replicate=True)
 
 
 def save(folder):
@@ -36,14 +36,14 @@ def save(folder):
     local.begin(-1)
     rank, world = dist.get_rank(), dist.get_world_size()
     saver, data = Saver(folder / "run", choose("cpu"), keep=1, local=local), torch.zeros(999 + rank)
-    blocks = [Block(f"a{r}", (999 + r,), (0,), (999 + r,), data) for r in range(world) if r == rank]
+    blocks = [TensorShard(f"a{r}", (999 + r,), (0,), (999 + r,), data) for r in range(world) if r == rank]
     try:
         for step in range(1, STEPS + 1):
             data.fill_(step)
             saver.save(state(step), blocks, {"torch": torch.get_rng_state()}, to_run=False)
             saver.finish()
-            while saver.writing.owed:
-                saver.writing.wait()
+            while saver.pending.answers:
+                saver.pending.wait()
     finally:
         saver.close()
         dist.barrier()

@@ -1,4 +1,4 @@
-"""The durable tier over a real local S3 server: dropped connections, a failing or slow server, kill -9."""
+"""Remote storage over a real local S3 server: dropped connections, a failing or slow server, kill -9."""
 
 import contextlib
 import os
@@ -16,8 +16,7 @@ from checkpoint_folders import contents, make_checkpoint
 
 from megamm.checkpoint import retention
 from megamm.checkpoint.storage import remote
-from megamm.checkpoint.storage.remote import RemoteError
-from megamm.checkpoint.storage.upload import STREAMS, DurableTier
+from megamm.checkpoint.storage.remote import STREAMS, RemoteCheckpoints, RemoteError
 from megamm.checkpoint.storage.uploader import Uploader
 from megamm.common import events, urls
 from megamm.common.errors import UserError
@@ -133,7 +132,7 @@ def wait_for(condition, seconds=20.0):
 def test_what_is_uploaded_is_the_folder_and_comes_back(store, tmp_path):
     url, bucket = store
     folder = make_checkpoint(tmp_path / "run", 7)
-    tier = DurableTier(url)
+    tier = RemoteCheckpoints(url)
     assert tier.complete() == []
     copied = tier.upload(folder, tmp_path / "journal")
     assert copied.files == 4 and stored(bucket, "runs/one/step_00000007/") == contents(folder)
@@ -149,7 +148,7 @@ def test_a_connection_that_drops_goes_on_where_it_stopped(server, store, tmp_pat
     proxy = Proxy(server, cuts=1000, after=3 * MEBIBYTE)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     folder = make_checkpoint(tmp_path / "run", 7, size=5 * MEBIBYTE)
-    tier, journal = DurableTier(url), tmp_path / "journal"
+    tier, journal = RemoteCheckpoints(url), tmp_path / "journal"
     with pytest.raises(RemoteError):
         tier.upload(folder, journal)
     assert proxy.cuts < 1000
@@ -178,7 +177,7 @@ def test_the_uploader_outlasts_a_server_that_fails(server, store, tmp_path, monk
         uploader.stop()
     kinds = [e["kind"] for e in events.read(run)]
     assert kinds.count("saved") == 1 and kinds[-1] == "saved"
-    assert DurableTier(url).complete() == ["step_00000001"]
+    assert RemoteCheckpoints(url).complete() == ["step_00000001"]
 
 
 def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tmp_path, monkeypatch):
@@ -208,16 +207,16 @@ def test_a_slow_line_holds_up_no_step_and_takes_no_more_memory(server, store, tm
     assert max(looks) < 1 and max(memory) - memory[0] < 16 * MEBIBYTE, (looks, memory)
     sent = [event["step"] for event in events.read(run) if event["kind"] == "saved"]
     assert sent[-1] == 13 and len(sent) < 8, sent
-    there = DurableTier(url)
+    there = RemoteCheckpoints(url)
     there.download("step_00000013", tmp_path / "back", there.listed("step_00000013"))
-    assert there.remote.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
+    assert there.store.fs.max_concurrency * STREAMS * 50 * MEBIBYTE < 1 << 30, "large files have parts of 50 MiB"
 
 
 def test_an_upload_killed_at_any_time_never_counts_and_is_taken_up(server, store, tmp_path, monkeypatch):
     url, bucket = store
     run = tmp_path / "run"
     folder = make_checkpoint(run, 3, size=16 * MEBIBYTE)
-    whole, tier = contents(folder), DurableTier(url)
+    whole, tier = contents(folder), RemoteCheckpoints(url)
     cut_short = 0
     for delay in (0.0, 0.1):
         uploader = Uploader(run, url, 2, False)
@@ -256,7 +255,7 @@ def test_the_uploader_ends_with_its_run(store, tmp_path):
 
 def test_retention_keeps_the_newest_and_the_best(store, tmp_path):
     url, bucket = store
-    tier = DurableTier(url)
+    tier = RemoteCheckpoints(url)
     for step, loss in ((1, 3.0), (2, 1.5), (3, 2.0), (4, 2.5)):
         tier.upload(make_checkpoint(tmp_path / "run", step, heldout_loss=loss), tmp_path / "journal")
     # An old partial copy is removed, too.
@@ -270,7 +269,7 @@ def test_retention_keeps_the_newest_and_the_best(store, tmp_path):
 
 def test_a_step_saved_again_replaces_the_copy(store, tmp_path):
     url, bucket = store
-    tier = DurableTier(url)
+    tier = RemoteCheckpoints(url)
     tier.upload(make_checkpoint(tmp_path / "one", 5, seed=1), tmp_path / "journal")
     again = make_checkpoint(tmp_path / "two", 5, seed=2)
     tier.upload(again, tmp_path / "journal")
@@ -279,7 +278,7 @@ def test_a_step_saved_again_replaces_the_copy(store, tmp_path):
 
 def test_damage_is_not_uploaded_and_not_downloaded(store, tmp_path):
     url, bucket = store
-    tier = DurableTier(url)
+    tier = RemoteCheckpoints(url)
     folder = make_checkpoint(tmp_path / "run", 5)
     tier.upload(folder, tmp_path / "journal")
     bucket.put_object(Key="runs/one/step_00000005/tensors/__0_0.distcp", Body=bytes(1000))
@@ -296,15 +295,15 @@ def test_a_store_that_cannot_be_written_is_refused_before_training(store, tmp_pa
     with pytest.raises(UserError, match="bucket does not exist"):
         Uploader(tmp_path, "s3://no-such-bucket-here/x", 1, False)
     with pytest.raises(UserError, match="is not a URL"):
-        DurableTier("/plain/path")
+        RemoteCheckpoints("/plain/path")
     with pytest.raises(UserError, match="protocol"):
-        DurableTier("nonsense://x/y")
+        RemoteCheckpoints("nonsense://x/y")
 
 
 @pytest.mark.parametrize("url", ["s3://me:hunter2hunter2@bucket/x", "s3://bucket/x?token=hunter2hunter2"])
 def test_secrets_in_a_url_are_refused_and_not_repeated(url):
     with pytest.raises(UserError) as caught:
-        DurableTier(url)
+        RemoteCheckpoints(url)
     assert "hunter2" not in str(caught.value) and "environment" in str(caught.value)
 
 
