@@ -22,7 +22,7 @@ SCRATCH = 16 << 20
 """Bytes read at a time if the order of elements in the block differs from that in the file."""
 
 
-class Pieces:
+class TensorReader:
     """An open folder of tensors; call `close` after use."""
 
     def __init__(self, folder: Path, stored: dict[str, Stored] | None = None) -> None:

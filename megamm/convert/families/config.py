@@ -122,10 +122,10 @@ def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
     section: dict[str, Any] = {}
     for key, value in dotted.items():
         *parents, last = key.split(".")
-        place = section
+        inner = section
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
     return section
 
 
