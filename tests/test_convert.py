@@ -3,6 +3,7 @@
 import pytest
 import torch
 from convert_rows import documents, model_config
+from family_models import to_transformers
 from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import RunState, path_of
@@ -44,9 +45,7 @@ def pair(request, tmp_path):
     theirs_config = to_config(family, config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
     stored = store.export_tensors(tensors)
-    _load_as_from_disk(
-        theirs, mapping.to_transformers(family.rules, stored, config.model, VOCABULARY), theirs_config, tmp_path
-    )
+    _load_as_from_disk(theirs, to_transformers(family.rules, stored, config.model, VOCABULARY), theirs_config, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     yield config, groups, model, theirs, stored
     grid.destroy()
@@ -152,7 +151,7 @@ def test_what_qwen3_cannot_express_is_refused_by_name(model):
 def test_names_round_trip_bit_for_bit(pair):
     config, _, _, _, stored = pair
     rules = family_for(config.model).rules
-    there = mapping.to_transformers(rules, stored, config.model, VOCABULARY)
+    there = to_transformers(rules, stored, config.model, VOCABULARY)
     back = mapping.from_transformers(rules, there, config.model)
     assert back.keys() == stored.keys() - ({"output_layer.weight"} if config.model.tie_embeddings else set())
     for name, tensor in back.items():

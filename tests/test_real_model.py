@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from family_models import read_model
+from family_models import read_model, to_transformers
 
 from megamm.checkpoint import RunState, path_of
 from megamm.checkpoint.saver import save_now
@@ -60,6 +60,6 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
         assert tokenizer.decode(ours[len(documents[0]) - 1].argmax()).strip() == "Rome"
     finally:
         grid.destroy()
-    back = mapping.to_transformers(family.rules, stored, config.model, vocabulary)
+    back = to_transformers(family.rules, stored, config.model, vocabulary)
     assert back.keys() == file.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in file.items())

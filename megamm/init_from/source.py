@@ -58,7 +58,10 @@ class CheckpointSource:
 
 
 def open_unverified(location: str, seq_length: int) -> WeightSource | None:
-    """Open the source without verifying it: a run's last checkpoint; None for a URL. Raises UserError if there is none."""
+    """Open the source without verifying it: a run's last checkpoint; None for a URL.
+
+    Raises UserError if there is neither checkpoint nor model.
+    """
     if urls.is_url(location):
         return None
     path = Path(location)

@@ -73,7 +73,7 @@ class VerificationOptions:
 
 @dataclass
 class VerificationReport:
-    """What was checked (`lines`) and what failed (`problems`), a sentence each."""
+    """The checks done (`lines`) and the failures (`problems`), a sentence each."""
 
     checkpoint: Path
     folder: Path
