@@ -89,6 +89,7 @@ def export(
         if len(plan.files) > 1:
             files.write(job.folder / INDEX, [plan.index()])
         _write_config_and_codecs(job.folder, family, config, vocabulary, plan.dtypes[-1][1])
+        # Last, because they describe the files before them: the card, then the digests of all files.
         metadata = metadata_of(state, card.record(folder, state, config))
         (job.folder / METADATA).write_text(json.dumps(metadata, indent=1))
         card.copy_attribution(state, config, job.folder)
@@ -271,6 +272,7 @@ def _layout(units: Sequence[ExportedGroup], shard_size: int) -> _Layout:
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     layout = _Layout({}, {})
     for name, shard in zip(names if len(shards) > 1 else [WEIGHTS], shards, strict=True):
+        # sorted() is stable: the order of the layers is kept among tensors of one dtype.
         ordered = sorted(shard, key=lambda unit: -unit.tensors[0][1].itemsize)
         tensors = [tensor for unit in ordered for tensor in unit.tensors]
         head = header(tensors)

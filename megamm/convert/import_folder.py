@@ -70,6 +70,7 @@ def import_(
     if verification.refuse_nan:
         equivalence.refuse_not_finite(given)
     with Weights(folder) as weights:
+        # Checked twice: above against transformers' own class, here against our tables.
         shapes_of(weights, family, config.model, vocabulary)
         plan = plan_import(weights, family.rules, config.model, dtype, shard_size)
     log_plan(plan, plan.dtypes)
@@ -86,7 +87,7 @@ def import_(
         job.publish()
     size = sum(entry.size for entry in listed.values())
     events.record(run, "imported", folder=str(folder), bytes=size, seconds=time.monotonic() - began)
-    retention.apply(run, keep=1, keep_best=False)
+    retention.apply(run, keep=1, keep_best=False)  # writes the pointer `latest`
     return final
 
 
@@ -113,6 +114,7 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
         "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
     }
     apply_overrides(values, overrides)
+    # Before the model is read: a window as long as a row counts as none.
     values["data"].setdefault("seq_length", _max_row_length(folder))
     family, model = read_model(folder, values["data"]["seq_length"])
     config = config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
@@ -282,7 +284,7 @@ def _check_dtypes(stored: Sequence[Entry], folder: Path) -> None:
 def _identity(weights: Weights, stored: Sequence[Entry]) -> str:
     """An identity of the input (files by name, size and mtime, tensor offsets) and of the output.
 
-    Not by digest, which a folder need not have: reading all of it would take as long as the conversion.
+    Not by digests: a folder need not have them, and computing them would read all of it once more.
     """
     described: list[Any] = []
     for file in weights.files:

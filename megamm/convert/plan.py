@@ -72,6 +72,7 @@ def chunks(files: Mapping[str, Sequence[FilePart]]) -> list[Chunk]:
     for file, parts in files.items():
         start, size, run = 0, 0, list[FilePart]()
         for part in parts:
+            # A part is never split: it is made in one piece.
             if run and size + part.size > CHUNK_BYTES:
                 found.append(Chunk(len(found), file, start, tuple(run)))
                 start, size, run = start + size, 0, []

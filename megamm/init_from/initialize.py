@@ -119,7 +119,7 @@ class _WeightInitializer:
         """
         first, stop, size = block.offset[0], block.offset[0] + block.size[0], self.resize.spans[-1].stop
         read = []
-        for span in self.resize.spans:
+        for span in self.resize.spans:  # the part of each span that this block holds
             low, high = max(first, span.start), min(stop, span.stop)
             if low >= high:
                 continue
@@ -155,6 +155,7 @@ class _WeightInitializer:
             rows = torch.empty(min(step, text.stop - row), width)
             self.source.read([self._from_source(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
             total += torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
+        # In float64: E[x^2] - E[x]^2 loses digits where the mean is large against the deviation.
         mean, square = total / len(text)
         return RowDistribution(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
 

@@ -55,6 +55,7 @@ def _sources(state: checkpoint.RunState, config: RunConfig) -> Iterator[tuple[st
     now = dict(zip(source_names([source.path for source in sources]), sources, strict=True))
     for name, source in now.items():
         yield name, source.path, source.weight
+    # The checkpoint's mixture knows sources that the config no longer names: the model has seen them all the same.
     paths = {str(source.path) for source in sources}
     for name, entry in (state.mixture or {}).get("sources", {}).items():
         if name not in now and entry["path"] not in paths:
@@ -126,7 +127,7 @@ def _front_matter(folder: Path, metadata: dict[str, Any], evaluation: dict[str, 
         license_name="as-the-sources-allow" if known else None,
         license_link=ATTRIBUTION if known else None,
         tags=["megamm", *Vocabulary.from_json(metadata["vocabulary"]).modalities],
-        model_name=_title(metadata) if results else None,
+        model_name=_title(metadata) if results else None,  # required with results
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"

@@ -74,7 +74,7 @@ def write_gguf(export: Path, out: Path) -> Path:
         remedy = f"export one of {', '.join(ARCHITECTURES)}, not quantised"
         raise UserError(f"{kind} cannot be written as GGUF", where=export, remedy=remedy)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.partial")  # so that `out` is never an incomplete file
     try:
         with Weights(export) as weights:
             writer = gguf.GGUFWriter(partial, ARCHITECTURES[theirs.model_type])
@@ -141,6 +141,7 @@ def _add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
     for added in values["added_tokens"]:
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         tokens[added["id"]] = (added["content"], kind)
+    # An id without a token is a padding row of the embedding table; the format needs a text for it.
     rows = [tokens.get(id_, (f"[PAD{id_}]", gguf.TokenType.UNUSED)) for id_ in range(theirs.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split)
@@ -173,6 +174,7 @@ def _rope_factors(theirs: Any) -> npt.NDArray[np.float32]:
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
     powers = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
+    # llama.cpp divides the plain frequencies by these factors instead of computing the scaling itself.
     plain = float(theirs.rope_parameters["rope_theta"]) ** -powers
     return (plain / scaled.double()).float().numpy()
 
@@ -188,6 +190,7 @@ def _tensors(theirs: Any, weights: Weights) -> Iterator[_Tensor]:
     for layer in range(theirs.num_hidden_layers) if stacks else ():
         for part, name in stacks.items():
             parts: list[str] = []
+            # The number of experts is what the folder has: their names are numbered from 0 without gaps.
             while (one := f"model.layers.{layer}.{prefix}{len(parts)}.{part}.weight") in weights:
                 parts.append(one)
             info = weights.infos[parts[0]]
@@ -202,6 +205,7 @@ def _tensors(theirs: Any, weights: Weights) -> Iterator[_Tensor]:
 
 
 def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
+    """Describe all tensors, write the header, then the values one tensor after the other, in the same order."""
     import gguf
 
     types = {
@@ -213,6 +217,7 @@ def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
     factors = {}
     if theirs.rope_parameters["rope_type"] == "llama3":
         factors = {"rope_freqs.weight": _rope_factors(theirs)}
+    # The file type is informative: that of the matrices, which make nearly all of the file.
     kept = types[next(t.dtype for t in tensors if len(t.shape) > 1)]
     writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kept.name, f"MOSTLY_{kept.name}")])
     for name, values in factors.items():
@@ -220,6 +225,7 @@ def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
     for tensor in tensors:
         type_ = types[tensor.dtype] if _keeps_dtype(tensor) else types[torch.float32]
         size = int(np.prod(tensor.shape)) * (4 if type_ is types[torch.float32] else 2)
+        # numpy has no bfloat16: the dtype given is ignored in favour of raw_dtype.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

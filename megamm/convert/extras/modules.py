@@ -53,6 +53,7 @@ def split(export: Path, out: Path) -> list[str]:
     Raises UserError if it is not an export, has no media, or `out` exists.
     """
     config, vocabulary, metadata = read_metadata(export)
+    # Text and control ids come first in every vocabulary with media, so a text model is a prefix of the tables.
     text = Vocabulary(vocabulary.ranges[:2])
     if [part.name for part in text.ranges] != ["text", "control"] or text == vocabulary:
         what = "the vocabulary has no media ids: this is already a text model"
@@ -93,6 +94,7 @@ def _write_text_base(
     for name in ("generation_config.json", ATTRIBUTION):
         if (export / name).is_file():
             shutil.copy(export / name, folder / name)
+    # The run's config without media, so that the part is an export of its own.
     run = metadata["config"] | {"tokenizers": {"text": metadata["config"]["tokenizers"]["text"]}}
     run["loss_weights"] = {name: w for name, w in run.get("loss_weights", {}).items() if name == "text"}
     metadata = metadata | {"vocabulary": text.to_json(), "config": run}
@@ -124,6 +126,7 @@ def join(modules: Path, out: Path) -> Path:
         theirs, whole = (json.loads((at / "config.json").read_text()) for at in (base, fusion / WHOLE))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"unreadable {FUSION}: {error}", where=fusion, remedy=_REMEDY) from None
+    # The text model's config differs from the whole model's only in the size of the vocabulary.
     if theirs | {"vocab_size": whole["vocab_size"]} != whole or theirs["vocab_size"] != first:
         raise UserError(f"{TEXT_BASE} and {FUSION} belong to different models", where=modules, remedy=_REMEDY)
 

@@ -98,6 +98,7 @@ class Family:
 
     def refused(self, m: ModelConfig) -> list[str]:
         """Our keys, dotted, whose values a model of this family cannot have."""
+        # Every key that no table mentions must have its default: a key added to the config later is refused, not lost.
         values, defaults = dict(leaves(m.model_dump())), dict(_defaults())
         wrong = [key for key in self.positive if not values[key]]
         wrong += [key for key, other in self.same_as.items() if values[key] != values[other]]

@@ -47,6 +47,7 @@ class HuggingFaceSource:
         with Weights(self.where) as weights, torch.no_grad():
             for group in mapping.groups(self.family.rules, self.config):
                 wanted = [block for block in blocks if block.key == group.ours and _has(block, group.index)]
+                # A table can be the largest tensor by far: only the rows that the blocks need are read.
                 if wanted and group.rule is None:
                     for block in wanted:
                         _copy_rows(weights, group.theirs[0], block)
@@ -62,6 +63,7 @@ def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Voca
         stored = mapping.from_transformers(family.rules, weights.described(), m)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights do not fit config.json: {error}", where=weights.folder, remedy=_REMEDY) from None
+    # Folders with tied embeddings may store the head nevertheless; it equals the embedding and is not read.
     unknown = sorted(weights.keys() - {*mapping.names(family.rules, m), "lm_head.weight"})
     if unknown:
         what = f"{len(unknown)} tensors are unknown to the backbone, the first is {unknown[0]}"
@@ -82,6 +84,7 @@ def join_group(group: TensorGroup, weights: Weights, m: ModelConfig) -> torch.Te
     if group.rule is None:
         return weights[group.theirs[0]]
     infos = [weights.infos[name] for name in group.theirs]
+    # The result's shape comes from a join without values, its views from the inverse.
     like = group.rule.join([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos], m)
     ours = torch.empty(like.shape, dtype=like.dtype)
     parts = group.rule.cut(ours, m)

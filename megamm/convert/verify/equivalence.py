@@ -171,7 +171,7 @@ def check_memory_for_logits(config: RunConfig, vocabulary_size: int) -> None:
     """Raise UserError, before anything is converted, if a model in float32 does not fit into memory."""
     import psutil
 
-    # 4 bytes for each weight, and an eighth more for buffers and the activations of one row.
+    # 4 bytes for each float32 weight; the rest is a margin for everything else.
     needed, free = 4.5 * parameter_count(config.model, vocabulary_size), psutil.virtual_memory().available
     if needed > free:
         what = f"the logit check needs {needed / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free"
@@ -226,6 +226,7 @@ def _compare_tensors(
     for number in range(len(shares)):
         done.add(found[number])
     for (mine, other), count in done.kinds.items():
+        # Where the dtypes differ, one side is the other rounded: the logits are compared after the same rounding.
         as_what = "bit for bit" if mine == other else f"the checkpoint's {mine} with the folder's {other}"
         report.add(f"tensors: {count} compared, {as_what}".replace("torch.", ""))
         if mine != other:
@@ -243,7 +244,7 @@ def _compare_tensors(
 
 
 def _shares(names: dict[str, Described]) -> Iterator[dict[str, Described]]:
-    """Split the names, in order, into shares of about a segment's bytes."""
+    """Split the names, in order, into shares of about a chunk's bytes, at two bytes for each element."""
     share, elements = dict[str, Described](), 0
     for name, described in names.items():
         share[name], elements = described, elements + described.elements
@@ -255,11 +256,12 @@ def _shares(names: dict[str, Described]) -> Iterator[dict[str, Described]]:
 
 
 def _compare_share(sides: tuple[TransformersTensors, FileTensors], names: dict[str, Described]) -> _Compared:
+    """Compare the tensors of a share, streamed: only a few of them are in memory at a time."""
     ours, theirs = sides
     done = _Compared()
     for name, a, b in pairs(ours.read, theirs.read, names):
         done.kinds[a.dtype, b.dtype] = done.kinds.get((a.dtype, b.dtype), 0) + 1
-        b = b[: len(a)] if name in ours.tables else b
+        b = b[: len(a)] if name in ours.tables else b  # other engines pad tables too; no token uses these rows
         if not (_is_finite(a) and _is_finite(b)):
             done.not_finite.append(name)
         if found := _difference(name, a, b):
@@ -273,7 +275,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Difference | None:
-    """The difference; None where one is equal to the other after rounding to its dtype."""
+    """The difference; None where one is equal to the other after rounding to its dtype.
+
+    Both ways, because the verification does not know which side was made from the other.
+    """
     found = difference(name, ours.to(theirs.dtype), theirs)
     if found is None or ours.dtype == theirs.dtype:
         return found
@@ -281,7 +286,10 @@ def _difference(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> Differen
 
 
 def _depth(name: str) -> tuple[int, bool]:
-    """Sort key in the order of the forward pass: the embedding, the layers, the last norm and the head."""
+    """Sort key in the order of the forward pass: the embedding, the layers, the last norm and the head.
+
+    The second value tells whether the tensor is outside of the layers.
+    """
     layer = layer_of(name)
     return (-1 if "embed" in name else 1 << 30, True) if layer is None else (layer, False)
 
@@ -304,11 +312,9 @@ def _compare_logits(report: VerificationReport, checkpoint: NativeTensors, done:
     first = next(number for number, stage in enumerate(stages) if not found[stage] <= TOLERANCE)
     before = f" (the stage before: {found[stages[first - 1]]:.1e})" if first else ""
     its_tensors = [line for name, line in done.changed.items() if _stage(name) == stages[first]]
-    why = (
-        _shortened(its_tensors)
-        if its_tensors
-        else "its tensors are equal: config.json, the mapping or a model's code differs"
-    )
+    why = "its tensors are equal: config.json, the mapping or a model's code differs"
+    if its_tensors:
+        why = _shortened(its_tensors)
     report.problems.append(
         f"logits differ by {worst:.1e} of their scale, allowed is {TOLERANCE:.0e}; "
         f"the first stage that differs is {stages[first]}, by {found[stages[first]]:.1e}{before}: {why}"

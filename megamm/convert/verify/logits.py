@@ -66,6 +66,7 @@ def our_model(step: Path, on: device.Device, rounded: Sequence[torch.dtype] = ()
     train = made_with.train.model_copy(update={"precision": "fp32", "attention": "auto"})
     config = made_with.model_copy(update={"parallel": ParallelConfig(), "train": train})
     size = Vocabulary.from_json(state.vocabulary).size
+    # Imported here: a conversion without the logit check needs no Megatron.
     from megamm.mcore import groups as grid
 
     grid.start(on)
@@ -91,6 +92,7 @@ def their_model(folder: Path, on: device.Device, rounded: Sequence[torch.dtype] 
 
 @torch.inference_mode()
 def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pass:
+    """Run our model on a packed row; attention is limited to the documents by the row's metadata."""
     batch = Batch.stack([row]).to(where)
     with _recorded(model.decoder.layers) as stages:
         logits = model(batch.input_ids, None, batch.row_map)[0, :, :vocabulary_size]
@@ -100,12 +102,14 @@ def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pa
 
 @torch.inference_mode()
 def _theirs(model: Any, row: Row, where: torch.device) -> Pass:
+    """Run transformers' model on each document of a row alone: the reference that knows nothing of packing."""
     found: dict[str, list[torch.Tensor]] = {}
     ids = torch.from_numpy(row.input_ids).to(where)[None]
     for document in range(int(row.segment.max()) + 1):
         tokens = np.flatnonzero(row.segment == document)
         with _recorded(model.get_decoder().layers) as stages:
             logits = model(ids[:, int(tokens[0]) : int(tokens[-1]) + 1], use_cache=False).logits[0]
+        # The documents, one after the other, make the same rows as the packed pass without padding.
         for name, tensor in ({name: tensor[0] for name, tensor in stages.items()} | {LOGITS: logits}).items():
             found.setdefault(name, []).append(tensor)
     return Pass({name: torch.cat(tensors).float().cpu() for name, tensors in found.items()})
@@ -123,6 +127,7 @@ def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
 
     def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # transformers passes the input by position, Megatron-core by name.
         found[EMBEDDING] = given[0] if given else named["hidden_states"]
 
     def after(number: int) -> Callable[[Any, Any, Any], None]:
@@ -142,6 +147,7 @@ def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _round(model: torch.nn.Module, dtypes: Sequence[torch.dtype]) -> None:
+    """Round float32 parameters to each dtype in turn, so that both models compute with equal weights."""
     for parameter in model.parameters():
         for dtype in dtypes:
             parameter.copy_(parameter.to(dtype))

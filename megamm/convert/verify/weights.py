@@ -41,6 +41,7 @@ def tree(path: Path) -> Iterator[str]:
     elements = stored_bytes = 0
     for name, values in stream(tensors.read, tensors.described):
         *branch, leaf = _branches(name)
+        # A branch is printed once, before its first leaf: names come in natural order, so equal branches are together.
         for depth, part in enumerate(branch):
             if shown[depth : depth + 1] != [part]:
                 shown = [*branch[:depth], part]
@@ -94,6 +95,7 @@ def compare(one: Path, other: Path) -> WeightsDiff:
     Two native checkpoints are compared under their own names; a native one and anything else under the names of its
     transformers family. A different dtype counts as a difference; the values are compared anyway.
     """
+    # A checkpoint's own names compare any two runs; only against other formats does it need a family.
     by_family = not (is_native(one) and is_native(other))
     a, b = (open_tensors(path, by_family=by_family) for path in (one, other))
     done = WeightsDiff()
@@ -164,6 +166,7 @@ def _verify_native(path: Path, report: WeightsReport) -> TensorSource | None:
     theirs = TransformersTensors(native, family, model)
     config = to_config(family, model, native.vocabulary_size, native.config.data.seq_length, {})
     problems = shapes.problems(config, theirs.described, found.folder)
+    # With tied embeddings no tensor of the family is made from the head, but a checkpoint may store it.
     used = {name for name, _, _ in theirs.parts.values()} | {mapping.HEAD}
     problems += [f"{name} is not a tensor of the model" for name in native.described if name not in used]
     _add_problems(report, problems, family.architecture)
