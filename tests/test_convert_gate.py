@@ -1,4 +1,4 @@
-"""The gate of a conversion: equal models pass; every kind of damage is found, and its layer is named.
+"""Verification of conversions: equal models pass; every kind of damage is found, and its layer is named.
 
 Tests damage a tensor, config.json or the mapping directly, one layer at a time.
 """
@@ -310,7 +310,7 @@ def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path,
 
 
 def left_by(done) -> Path:
-    """Return where the result is after a command whose gate has failed."""
+    """Return where the result is after a command whose verification has failed."""
     assert done.exit_code == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: verification failed: ")]
     return Path(line.rpartition("the result is kept in ")[2])
@@ -343,7 +343,7 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
 
 
 def test_the_held_out_rows_of_a_run_go_the_same_way(llama):
-    """`megamm eval --run` and the gate compare by the same function."""
+    """`megamm eval --run` and the verification compare by the same function."""
     place = choose("cpu")
     row = logits.random_rows(301, 48)[2]
     step = checkpoint.path_of(llama[0], 0)

@@ -156,25 +156,25 @@ class ImportedShard:
 
     @property
     def length(self) -> int:
-        """Bytes of its archive: the elements, and what torch.save writes around them."""
+        """Bytes of the shard's archive: the elements, and what torch.save writes around them."""
         around = frame(self.stored_as, self.block_size)
         elements = self.stored_as.itemsize * torch.Size(self.size).numel()
         return len(around.head) + elements + len(around.tail)
 
     @property
     def padded(self) -> int:
-        """Its length, rounded up to where the next one begins."""
+        """Length rounded up to where the next shard begins."""
         return -(-self.length // ALIGNMENT) * ALIGNMENT
 
     @property
     def offset(self) -> Shape:
-        """Its first element in the stacked tensor."""
+        """Index of the first element in the stacked tensor."""
         first = 0 if self.rows is None else self.rows.start
         return (*self.group.index, first, *[0] * (len(self.size) - 1)) if self.size else self.group.index
 
     @property
     def block_size(self) -> Shape:
-        """Its size with the axes of layers and experts."""
+        """Size with the axes of layers and experts."""
         return (*[1] * len(self.group.index), *self.size)
 
 
@@ -230,7 +230,7 @@ def plan_import(
 
 
 def _shards(group: TensorGroup, weights: Weights, m: ModelConfig, dtype: torch.dtype | None) -> Iterator[ImportedShard]:
-    """What is stored of a group: all of it at once, or a table row window by row window."""
+    """Yield the stored shards of a group: one for the whole group; for a table, one for each window of rows."""
     infos = [weights.infos[name] for name in group.theirs]
     read_as = infos[0].dtype
     if any(info.dtype != read_as for info in infos):

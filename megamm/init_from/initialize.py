@@ -149,13 +149,13 @@ class _WeightInitializer:
     def _text_distribution(self, name: str) -> RowDistribution:
         """Mean and deviation of the source's text rows, window by window: independent of how they are stored."""
         text, width = self.resize.text, self.source.shapes[name][1]
+        # float64, because E[x^2] - E[x]^2 loses digits where the mean is large against the deviation.
         total = torch.zeros(2, width, dtype=torch.float64)
         step = max(1, WINDOW // width)
         for row in range(text.start, text.stop, step):
             rows = torch.empty(min(step, text.stop - row), width)
             self.source.read([self._from_source(Block(name, (), (row, 0), tuple(rows.shape), rows), name)])
             total += torch.stack([rows.sum(0, dtype=torch.float64), rows.square().sum(0, dtype=torch.float64)])
-        # In float64: E[x^2] - E[x]^2 loses digits where the mean is large against the deviation.
         mean, square = total / len(text)
         return RowDistribution(mean.float(), (square - mean.square()).clamp(min=0).sqrt().float())
 

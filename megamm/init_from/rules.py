@@ -80,7 +80,7 @@ class RowSpan:
 
 @dataclass(frozen=True)
 class VocabularyResize:
-    """Where the rows of the run's vocabulary tables come from.
+    """The sources of the rows of the run's vocabulary tables.
 
     spans: in the order of ids, covering all of them; text: the rows of the source's text, whose distribution new rows
     follow; lines: a log line for each range.

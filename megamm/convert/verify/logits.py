@@ -154,7 +154,7 @@ def _round(model: torch.nn.Module, dtypes: Sequence[torch.dtype]) -> None:
 
 
 def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, float]:
-    """By stage, over all rows: largest difference / largest value of `theirs`. NaN where either side has NaN."""
+    """Largest difference / largest value of `theirs`, by stage, over all rows. NaN where either side has NaN."""
     found = {}
     for stage in theirs[0].stages:
         pairs = [(a.stages[stage], b.stages[stage]) for a, b in zip(ours, theirs, strict=True)]
