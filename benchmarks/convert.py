@@ -53,13 +53,15 @@ def side(name: str, folder: Path, nproc: int, shards: int) -> dict[str, float]:
     else:
         import transformers.models.qwen3
 
-        from megamm.convert import hf
+        from megamm.convert.export import export
+        from megamm.convert.import_folder import import_
+        from megamm.convert.verify.equivalence import VerificationOptions
 
         source, target = (folder / part for part in SIDES[name])
-        convert = hf.export if name.endswith("export") else hf.import_
-        checks = hf.Checks(logits=False, gate=name.startswith("gated"))
+        convert = export if name.endswith("export") else import_
+        verification = VerificationOptions(logits=False, compare=name.startswith("gated"))
         began = time.perf_counter()
-        convert(source, target, nproc=nproc, shard_size=shard_size(folder, shards), checks=checks)
+        convert(source, target, nproc=nproc, shard_size=shard_size(folder, shards), verification=verification)
         seconds[name] = time.perf_counter() - began
     # Not this process's ru_maxrss, which begins with that of its parent.
     lines = Path("/proc/self/status").read_text().splitlines()

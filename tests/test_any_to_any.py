@@ -12,7 +12,7 @@ from media_samples import example, make_codecs
 from tiny_run import ROOT, environment
 from toy_modality import SmellModality
 
-from megamm.convert.io.digests import check_digests
+from megamm.convert.io.export_folder import check_digests
 from megamm.modalities import REGISTRY
 from megamm.observability import metrics
 

@@ -93,7 +93,7 @@ def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: 
 
 @pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
 def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
-    """Block mask and call are those of a GPU; they are compiled and have a backward pass only there."""
+    """TensorShard mask and call are those of a GPU; they are compiled and have a backward pass only there."""
     length = 301
     row_map, (*qkv, _) = random_row_map(2, length), inputs(2, length, heads)
     expected = attention(*(x.double() for x in qkv), row_map, heads[5] or 1, BASE if heads[5] else None)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoint_folders import save_now
 from convert_rows import documents, model_config
+from family_models import to_transformers
 from transformers import AutoModelForCausalLM
 
 from megamm.checkpoint import TrainState, path_of
@@ -44,9 +45,7 @@ def pair(request, tmp_path):
     theirs_config = to_config(family, config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
     stored = store.export_tensors(tensors)
-    _load_as_from_disk(
-        theirs, mapping.to_transformers(family.entries, stored, config.model, VOCABULARY), theirs_config, tmp_path
-    )
+    _load_as_from_disk(theirs, to_transformers(family.rules, stored, config.model, VOCABULARY), theirs_config, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     yield config, groups, model, theirs, stored
     grid.destroy()
@@ -94,8 +93,8 @@ def test_loss_and_gradients_equal_transformers(pair):
     total.backward()
     torch.testing.assert_close(result.mean, sums / counts, rtol=1e-5, atol=0)
     ours = {name: p.main_grad for name, p in model.module.named_parameters()}
-    entries = family_for(config.model).entries
-    stacked = mapping.from_transformers(entries, _gradients(theirs, config), config.model)
+    rules = family_for(config.model).rules
+    stacked = mapping.from_transformers(rules, _gradients(theirs, config), config.model)
     for name, gradient in ours.items():
         wanted = _of_live_name(stacked, name)
         error = (gradient - wanted).norm() / wanted.norm()
@@ -151,9 +150,9 @@ def test_what_qwen3_cannot_express_is_refused_by_name(model):
 
 def test_names_round_trip_bit_for_bit(pair):
     config, _, _, _, stored = pair
-    entries = family_for(config.model).entries
-    there = mapping.to_transformers(entries, stored, config.model, VOCABULARY)
-    back = mapping.from_transformers(entries, there, config.model)
+    rules = family_for(config.model).rules
+    there = to_transformers(rules, stored, config.model, VOCABULARY)
+    back = mapping.from_transformers(rules, there, config.model)
     assert back.keys() == stored.keys() - ({"output_layer.weight"} if config.model.tie_embeddings else set())
     for name, tensor in back.items():
         assert torch.equal(tensor, stored[name]), name

@@ -1,4 +1,4 @@
-"""The gate of a conversion: equal models pass; every kind of damage is found, and its layer is named.
+"""Verification of conversions: equal models pass; every kind of damage is found, and its layer is named.
 
 Tests damage a tensor, config.json or the mapping directly, one layer at a time.
 """
@@ -20,10 +20,9 @@ from megamm import checkpoint
 from megamm.checkpoint import whole_tensors
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.convert.families.mapping import Entry
-from megamm.convert.io.digests import write_digests
-from megamm.convert.verify import gate
-from megamm.convert.verify import logits as compare
+from megamm.convert.families.mapping import TensorRule
+from megamm.convert.io.export_folder import write_digests
+from megamm.convert.verify import equivalence, logits
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +46,13 @@ def test_the_same_model_passes(name, tmp_path):
     """Odd sizes, experts, shards, tables with padding, two ranks' files."""
     run, folder = make_pair(name, tmp_path)
     assert len(list(folder.glob("*.safetensors"))) > 1
-    report = gate.check(run, folder)
+    report = equivalence.verify_equal(run, folder)
     assert report.passed, report.problems
     assert report.lines[-1].startswith("logits: differ by at most ") and "4 rows" in report.lines[-1]
 
 
 def test_it_says_what_it_has_compared(llama):
-    report = gate.check(*llama)
+    report = equivalence.verify_equal(*llama)
     assert report.passed, report.problems
     count = 3 * 9 + 3
     assert report.lines[:-1] == [
@@ -70,7 +69,7 @@ def test_a_changed_tensor_is_found_twice_and_its_layer_named(pair, layer):
     run, folder = pair
     name = f"model.layers.{layer}.mlp.down_proj.weight"
     edit(folder, name, with_one_changed)
-    report = gate.check(run, folder)
+    report = equivalence.verify_equal(run, folder)
     said = f"{name}: 1 of {48 * 56:,} differ, by 0.5 at most"
     tensors, logits = report.problems
     assert tensors == f"1 tensors differ, the first layer that differs is layer {layer}: {said}"
@@ -80,7 +79,7 @@ def test_a_changed_tensor_is_found_twice_and_its_layer_named(pair, layer):
 @pytest.mark.parametrize(("name", "where"), [("model.embed_tokens.weight", "embedding"), ("lm_head.weight", "logits")])
 def test_a_changed_table_is_found(pair, name, where):
     edit(pair[1], name, lambda tensor: tensor + (torch.arange(len(tensor)) % 2)[:, None])
-    tensors, logits = gate.check(*pair).problems
+    tensors, logits = equivalence.verify_equal(*pair).problems
     assert (
         "the first is outside of the layers: " + name in tensors
         and f"the first stage that differs is {where}" in logits
@@ -89,7 +88,7 @@ def test_a_changed_table_is_found(pair, name, where):
 
 def test_the_smallest_bit_of_a_norm_is_found(pair):
     edit(pair[1], "model.layers.2.input_layernorm.weight", lambda t: torch.nextafter(t, torch.full_like(t, 9.0)))
-    (problem,) = gate.check(*pair, logits=False).problems
+    (problem,) = equivalence.verify_equal(*pair, logits=False).problems
     assert "layer 2: model.layers.2.input_layernorm.weight: 48 of 48 differ" in problem
 
 
@@ -98,7 +97,7 @@ def test_another_config_is_found_by_its_key_and_by_logits(pair):
     values = json.loads((pair[1] / "config.json").read_text())
     values["rope_parameters"]["rope_theta"] = 5e4
     (pair[1] / "config.json").write_text(json.dumps(values))
-    config, logits = gate.check(*pair).problems
+    config, logits = equivalence.verify_equal(*pair).problems
     assert config == "config.json has rope_base = 50000.0, but the checkpoint has 10000.0"
     assert "the first stage that differs is layer 0" in logits and "its tensors are equal" in logits
 
@@ -107,7 +106,7 @@ def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
     values = json.loads((pair[1] / "config.json").read_text())
     values |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 20}
     (pair[1] / "config.json").write_text(json.dumps(values))
-    *config, logits = gate.check(*pair).problems
+    *config, logits = equivalence.verify_equal(*pair).problems
     keys = {"num_attention_heads = 3", "num_query_groups = 1", "head_dim = 20"}
     assert keys == {line.removeprefix("config.json has ").split(",")[0] for line in config}
     assert "the first stage that differs is layer 0" in logits
@@ -115,18 +114,18 @@ def test_heads_of_another_size_are_found_though_every_shape_fits(pair):
 
 def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_path, monkeypatch):
     """Gate and up are swapped both on import and on export: bit-identical tensors, but a different model."""
-    join, cut = Entry.join, Entry.cut
-    monkeypatch.setattr(Entry, "join", lambda e, t, m: join(e, t[::-1] if e.rule == "rows" else t, m))
-    monkeypatch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+    join, cut = TensorRule.join, TensorRule.cut
+    monkeypatch.setattr(TensorRule, "join", lambda e, t, m: join(e, t[::-1] if e.kind == "rows" else t, m))
+    monkeypatch.setattr(TensorRule, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.kind == "rows" else 1])
     make_native(pair[1], tmp_path / "run")
-    assert gate.check(tmp_path / "run", pair[1], logits=False).passed
-    (problem,) = gate.check(tmp_path / "run", pair[1]).problems
+    assert equivalence.verify_equal(tmp_path / "run", pair[1], logits=False).passed
+    (problem,) = equivalence.verify_equal(tmp_path / "run", pair[1]).problems
     assert "the first stage that differs is layer 0" in problem and "its tensors are equal" in problem
 
 
 @pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
 def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
-    plain = compare.Batch.row_map.fget
+    plain = logits.Batch.row_map.fget
 
     def row_map(batch):
         found = plain(batch).clone()
@@ -136,8 +135,8 @@ def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
             found[:, 0] = found[:, 0].clamp(max=0)
         return found
 
-    monkeypatch.setattr(compare.Batch, "row_map", property(row_map))
-    report = gate.check(*llama)
+    monkeypatch.setattr(logits.Batch, "row_map", property(row_map))
+    report = equivalence.verify_equal(*llama)
     assert not report.passed, report.lines
 
 
@@ -146,7 +145,7 @@ def test_the_index_is_parsed_once_for_all_tensors(llama, monkeypatch):
     parsed, plain = [], checkpoint.index.check_index
     monkeypatch.setattr(checkpoint.index, "check_index", lambda folder: parsed.append(folder) or plain(folder))
     monkeypatch.setattr(whole_tensors, "BATCH_BYTES", 1)
-    assert gate.check(*llama, logits=False).passed and len(parsed) == 1
+    assert equivalence.verify_equal(*llama, logits=False).passed and len(parsed) == 1
     (step,) = (llama[0] / "checkpoints").glob("step_*")
     assert not list(whole_tensors.differences(step, step, whole_tensors.described(step))) and len(parsed) == 4
 
@@ -160,14 +159,14 @@ def test_several_processes_find_what_one_finds(pair, monkeypatch):
     run, folder = pair
     for layer in (2, 0):
         edit(folder, f"model.layers.{layer}.mlp.down_proj.weight", with_one_changed)
-    alone = gate.check(run, folder, logits=False, nproc=1)
+    alone = equivalence.verify_equal(run, folder, logits=False, nproc=1)
     assert len(alone.problems) == 1 and "layer 0" in alone.problems[0]
-    monkeypatch.setattr(gate, "SEGMENT", 5000)
-    together = gate.check(run, folder, logits=False, nproc=2)
+    monkeypatch.setattr(equivalence, "CHUNK_BYTES", 5000)
+    together = equivalence.verify_equal(run, folder, logits=False, nproc=2)
     assert (together.lines, together.problems) == (alone.lines, alone.problems)
-    monkeypatch.setattr(gate, "_compared", die)
+    monkeypatch.setattr(equivalence, "_compare_share", die)
     with pytest.raises(UserError, match="a process that compares tensors was killed"):
-        gate.check(run, folder, logits=False, nproc=2)
+        equivalence.verify_equal(run, folder, logits=False, nproc=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -184,7 +183,7 @@ def test_bits_are_compared_at_every_size_and_place(dtype):
 
 
 def test_rows_are_whole_packed_and_padded():
-    rows = compare.random_rows(301, 48)
+    rows = logits.random_rows(301, 48)
     documents = [int(row.segment.max()) + 1 for row in rows]
     assert documents[:2] == [1, 1] and min(documents[2:]) >= 3
     for row in rows:
@@ -206,7 +205,7 @@ def test_rows_are_whole_packed_and_padded():
 )
 def test_names_and_shapes_are_complete(pair, change, message):
     edit(pair[1], "model.layers.1.mlp.down_proj.weight", change)
-    report = gate.check(*pair)
+    report = equivalence.verify_equal(*pair)
     assert "model.layers.1.mlp.down_proj.weight " in report.problems[0]
     assert re.search(message, report.problems[0])
     assert report.lines[-1] == "logits: check skipped: the tensors of the two sides do not match"
@@ -218,7 +217,7 @@ def test_a_tensor_too_many_is_found(pair):
     index = json.loads((pair[1] / "model.safetensors.index.json").read_text())
     index["weight_map"]["model.extra"] = first.name
     (pair[1] / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert gate.check(*pair).problems == ["model.extra is not a tensor of the model"]
+    assert equivalence.verify_equal(*pair).problems == ["model.extra is not a tensor of the model"]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float16")])
@@ -229,24 +228,24 @@ def test_a_conversion_of_dtype_is_said_and_compared_after_it(llama, tmp_path, ou
         cast = {name: tensor.to(getattr(torch, theirs)) for name, tensor in load_file(file).items()}
         save_file(cast, file, metadata={"format": "pt"})
     make_native(llama[1], tmp_path / "run", lambda tensor: tensor.to(getattr(torch, ours)))
-    report = gate.check(tmp_path / "run", folder)
+    report = equivalence.verify_equal(tmp_path / "run", folder)
     assert report.passed, report.problems
     assert f"tensors: 30 compared, the checkpoint's {ours} with the folder's {theirs}" in report.lines
     make_native(llama[1], tmp_path / "other", lambda tensor: (tensor * 1.01).to(getattr(torch, ours)))
-    assert "30 tensors differ" in gate.check(tmp_path / "other", folder, logits=False).problems[0]
+    assert "30 tensors differ" in equivalence.verify_equal(tmp_path / "other", folder, logits=False).problems[0]
 
 
 def test_digests_of_both_sides_are_checked(pair, tmp_path):
     write_digests(pair[1])
-    assert "digests: the folder matches its SHA256SUMS" in gate.check(*pair, logits=False).lines
+    assert "digests: the folder matches its SHA256SUMS" in equivalence.verify_equal(*pair, logits=False).lines
     (pair[1] / "generation_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"generation_config.json does not match SHA256SUMS"):
-        gate.check(*pair, logits=False)
+        equivalence.verify_equal(*pair, logits=False)
     run = Path(shutil.copytree(pair[0], tmp_path / "run"))
     shard = checkpoint.path_of(run, 0) / "tensors" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"__1_0.distcp is missing or truncated"):
-        gate.check(run, pair[1], logits=False)
+        equivalence.verify_equal(run, pair[1], logits=False)
 
 
 def test_not_a_number_is_reported_and_logits_left_out(pair, tmp_path, caplog):
@@ -256,7 +255,7 @@ def test_not_a_number_is_reported_and_logits_left_out(pair, tmp_path, caplog):
 
     edit(pair[1], "model.layers.1.self_attn.o_proj.weight", broken)
     make_native(pair[1], tmp_path / "run")
-    report = gate.check(tmp_path / "run", pair[1])
+    report = equivalence.verify_equal(tmp_path / "run", pair[1])
     assert report.passed and report.lines[-1].startswith("logits: check skipped: weights contain NaN")
     assert "tensors: 1 contain NaN or Inf, the first is model.layers.1.self_attn.o_proj.weight" in caplog.messages
 
@@ -266,7 +265,9 @@ def test_no_room_for_a_model_is_said_first(llama, monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
     with pytest.raises(UserError, match=r"the logit check needs 0.0 GB of memory, 0.0 GB are free.*--no-logits"):
-        gate.room_for_logits(gate.Native(gate.find_checkpoint(llama[0])).config, 301)
+        equivalence.check_memory_for_logits(
+            equivalence.NativeTensors(equivalence.find_checkpoint(llama[0])).config, 301
+        )
 
 
 # --- the commands ---
@@ -278,7 +279,7 @@ def export(tmp_path_factory):
 
 
 def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
-    caplog.set_level("INFO", "megamm.convert.verify.gate")
+    caplog.set_level("INFO", "megamm.convert.verify.equivalence")
     assert convert("import", export, tmp_path / "run").exit_code == 0
     assert convert("export", tmp_path / "run", tmp_path / "out").exit_code == 0
     assert sum(line.startswith("logits: differ by at most ") for line in caplog.messages) == 2
@@ -293,23 +294,23 @@ def test_import_and_export_end_with_the_gate(export, tmp_path, caplog):
 
 def test_without_the_gate_nothing_is_compared_and_that_is_said(export, tmp_path, monkeypatch, caplog):
     """The output is written without comparison with its source; memory for models is not checked."""
-    monkeypatch.setattr(gate, "room_for_logits", lambda *_: pytest.fail("a model was built"))
-    cut = Entry.cut
+    monkeypatch.setattr(equivalence, "check_memory_for_logits", lambda *_: pytest.fail("a model was built"))
+    cut = TensorRule.cut
     with monkeypatch.context() as patch:
-        patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+        patch.setattr(TensorRule, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.kind == "rows" else 1])
         assert convert("import", export, tmp_path / "wrong", "--no-gate").exit_code == 0
     assert convert("export", tmp_path / "wrong", tmp_path / "out", "--no-gate").exit_code == 0
     assert (
         caplog.messages.count("verification skipped (--no-gate): the result has not been compared with its source") == 2
     )
     checkpoint.verify(checkpoint.newest(tmp_path / "wrong"))
-    (problem,) = gate.check(tmp_path / "wrong", export, logits=False).problems
+    (problem,) = equivalence.verify_equal(tmp_path / "wrong", export, logits=False).problems
     assert "the first layer that differs is layer 0" in problem
-    assert gate.check(tmp_path / "wrong", tmp_path / "out", logits=False).passed
+    assert equivalence.verify_equal(tmp_path / "wrong", tmp_path / "out", logits=False).passed
 
 
 def left_by(done) -> Path:
-    """Return where the result is after a command whose gate has failed."""
+    """Return where the result is after a command whose verification has failed."""
     assert done.exit_code == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: verification failed: ")]
     return Path(line.rpartition("the result is kept in ")[2])
@@ -318,9 +319,9 @@ def left_by(done) -> Path:
 def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monkeypatch):
     """Exit code 1 with the layer and the path of the complete result; the requested names stay free."""
     assert convert("import", export, tmp_path / "run").exit_code == 0
-    before, cut, end = checkpoint.path_of(tmp_path / "run", 0), Entry.cut, gate.end
+    before, cut, end = checkpoint.path_of(tmp_path / "run", 0), TensorRule.cut, equivalence.verify_result
     with monkeypatch.context() as patch:  # what was made is not what it is compared as
-        patch.setattr(Entry, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.rule == "rows" else 1])
+        patch.setattr(TensorRule, "cut", lambda e, t, m: cut(e, t, m)[:: -1 if e.kind == "rows" else 1])
         done = convert("import", export, tmp_path / "wrong")
     assert "differs is layer 0" in done.stderr
     assert checkpoint.newest(tmp_path / "wrong") is None
@@ -334,7 +335,7 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
         write_digests(left)
         end(native, folder, left, *options)
 
-    monkeypatch.setattr(gate, "end", damaged)
+    monkeypatch.setattr(equivalence, "verify_result", damaged)
     done = convert("export", tmp_path / "run", tmp_path / "out")
     assert "the first layer that differs is layer 1: model.layers.1.mlp.up_proj.weight: 1 of " in done.stderr
     assert not (tmp_path / "out").exists() and before.is_dir()
@@ -342,10 +343,10 @@ def test_a_failed_gate_names_nothing_and_deletes_nothing(export, tmp_path, monke
 
 
 def test_the_held_out_rows_of_a_run_go_the_same_way(llama):
-    """`megamm eval --run` and the gate compare by the same function."""
+    """`megamm eval --run` and the verification compare by the same function."""
     place = choose("cpu")
-    row = compare.random_rows(301, 48)[2]
+    row = logits.random_rows(301, 48)[2]
     step = checkpoint.path_of(llama[0], 0)
-    with compare.our_model(step, place) as ours, compare.their_model(llama[1], place) as theirs:
-        found = compare.relative_differences([ours(row)], [theirs(row)])
+    with logits.our_model(step, place) as ours, logits.their_model(llama[1], place) as theirs:
+        found = logits.relative_differences([ours(row)], [theirs(row)])
     assert list(found) == ["embedding", "layer 0", "layer 1", "layer 2", "logits"] and max(found.values()) <= 1e-5

@@ -19,7 +19,7 @@ from megamm.common.errors import UserError
 from megamm.config import config_from_dict
 from megamm.convert.extras import card
 from megamm.convert.extras.modules import join, split
-from megamm.convert.io.digests import check_digests, write_digests
+from megamm.convert.io.export_folder import check_digests, write_digests
 from megamm.tokenizers.encoder_decoder import KINDS, load_half, save_half
 from megamm.tokenizers.io import codec_id
 from megamm.tokenizers.load import load_codec

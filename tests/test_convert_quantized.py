@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from megamm.cli import convert as cli
 from megamm.common.errors import UserError
 from megamm.convert.extras.quantize import quantize
-from megamm.convert.io.digests import check_digests
+from megamm.convert.io.export_folder import check_digests
 from megamm.convert.verify.weights import verify
 
 TARGETS = ("int8", "int4", "fp8")

@@ -20,6 +20,7 @@ import torch
 import warm
 from checkpoint_folders import save_now
 from family_models import MODELS, SEQUENCE, read_model, write_model
+from safetensors.torch import save_file
 from stream_models import add_tokenizer, equal, tensors_of, write_synthetic
 from tiny_run import environment
 from transformers import AutoModelForCausalLM
@@ -30,11 +31,13 @@ from megamm.checkpoint.reader import TensorReader
 from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.convert import hf
+from megamm.config import config_from_dict
+from megamm.convert.conversion import ConversionJob
+from megamm.convert.export import export
 from megamm.convert.families import mapping
-from megamm.convert.hf import export, import_
+from megamm.convert.import_folder import import_
 from megamm.convert.io.safetensors_files import Weights
-from megamm.convert.job.conversion import Work
+from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.mcore import groups as grid
 from megamm.parity.rows import VOCABULARY
 
@@ -63,9 +66,9 @@ def test_both_ways_have_the_bits_of_the_conversion_in_memory(name: str, tmp_path
     family, section, file = read_model(folder)
     state = checkpoint.read_state(step)
     checkpoint.verify(step)
-    model = hf.config_from_dict(state.config, where=step).model
+    model = config_from_dict(state.config, where=step).model
     assert model.num_layers == section["num_layers"] and not state.has_optimizer
-    assert equal(stored_in(step), mapping.from_transformers(family.entries, file, model))
+    assert equal(stored_in(step), mapping.from_transformers(family.rules, file, model))
     assert len(list((step / "tensors").glob("*.distcp"))) > 1
     out = export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=40_000)
     assert equal(tensors_of(out), file)
@@ -123,7 +126,7 @@ def test_a_problem_of_another_process_is_told(moe: Path, tmp_path: Path) -> None
     shutil.copytree(moe / "hf", folder)
     tensors = tensors_of(folder)
     tensors["model.layers.1.mlp.experts.3.up_proj.weight"][1, 2] = 1e6
-    hf.safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         UserError, match=r"model.layers.1.mlp.experts.3.gate_proj.weight.* 1e\+06, which is out of range for float16"
     ):
@@ -174,16 +177,16 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
     state = checkpoint.TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
     grid.destroy()
-    pieces = TensorReader(path_of(tmp_path, 0) / "tensors")
+    reader = TensorReader(path_of(tmp_path, 0) / "tensors")
     for key, tensor in tensors.items():
         for _ in range(20):
             offset = tuple(draw.randrange(n) for n in tensor.shape)
             size = tuple(draw.randint(1, n - o) for n, o in zip(tensor.shape, offset, strict=True))
             data = torch.empty(size, dtype=tensor.dtype)
-            pieces.read(TensorShard(key, tuple(tensor.shape), offset, size, data))
+            reader.read(TensorShard(key, tuple(tensor.shape), offset, size, data))
             box = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
             assert torch.equal(data, tensor[box])
-    pieces.close()
+    reader.close()
 
 
 @pytest.mark.parametrize(
@@ -208,13 +211,13 @@ class _Killed(BaseException):
 
 
 def _stopped(moe: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
-    """Interrupt it after all segments are written; return the temporary folder."""
+    """Interrupt it after all chunks are written; return the temporary folder."""
 
     def stop(*_: object) -> None:
         raise _Killed
 
     with monkeypatch.context() as patched, pytest.raises(_Killed):
-        patched.setattr(Work, "_verify", stop)
+        patched.setattr(ConversionJob, "_verify", stop)
         export(moe / "run", out, nproc=1, shard_size=20_000, **options)
     return out.with_name(f".tmp-{out.name}")
 
@@ -244,7 +247,7 @@ def test_what_was_begun_with_other_options_is_removed(
 @pytest.fixture
 def damaged(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Return a copy of the run with 3e38 in a large file; call it to restore the file."""
-    monkeypatch.setattr(hf, "_SMALL", 4096)
+    monkeypatch.setattr("megamm.convert.export._VERIFIED_FIRST", 4096)
     shutil.copytree(moe / "run", tmp_path / "run")
     (file,) = path_of(tmp_path / "run", 0).glob("tensors/*.distcp")
     whole, state = file.read_bytes(), file.stat()
@@ -266,7 +269,12 @@ def test_of_a_damaged_checkpoint_nothing_is_kept(
     """Large files are compared with their digests when they are read; output of damaged input is removed."""
     with pytest.raises(UserError, match=r"damaged checkpoint: tensors/\S+ fails its checksum"):
         export(
-            tmp_path / "run", tmp_path / "out", nproc=1, dtype=dtype, shard_size=20_000, checks=hf.Checks(gate=False)
+            tmp_path / "run",
+            tmp_path / "out",
+            nproc=1,
+            dtype=dtype,
+            shard_size=20_000,
+            verification=VerificationOptions(compare=False),
         )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -278,7 +286,9 @@ def test_what_was_made_of_damage_before_a_kill_is_removed(
     place = _stopped(tmp_path, tmp_path / "out", monkeypatch)
     assert b"\x7f\x7f\x7f\x7f" in b"".join(file.read_bytes() for file in place.glob("folder/*.safetensors"))
     damaged()
-    export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, checks=hf.Checks(gate=False))
+    export(
+        tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, verification=VerificationOptions(compare=False)
+    )
     shards = [file.name for file in (moe / "out").glob("*.safetensors")]
     assert shards and all((tmp_path / "out" / s).read_bytes() == (moe / "out" / s).read_bytes() for s in shards)
 
@@ -290,7 +300,9 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(
     shutil.copytree(path_of(tmp_path / "run", 0), path_of(tmp_path / "run", 7))
     file = max(path_of(tmp_path / "run", 7).glob("tensors/*.distcp"), key=lambda file: file.stat().st_size)
     os.truncate(file, file.stat().st_size - 1)
-    export(tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, checks=hf.Checks(logits=False))
+    export(
+        tmp_path / "run", tmp_path / "out", nproc=1, shard_size=20_000, verification=VerificationOptions(logits=False)
+    )
     assert same_files(tmp_path / "out", moe / "out") and "skipped: damaged checkpoint" in caplog.text
 
 
@@ -302,10 +314,10 @@ def converted(kind: str, folder: Path, out: Path) -> None:
 
 
 def test_two_at_once_are_refused(moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second(work: Work) -> None:
+    def second(job: ConversionJob) -> None:
         export(moe / "run", tmp_path / "out", nproc=1)
 
-    monkeypatch.setattr(Work, "fill", second)
+    monkeypatch.setattr(ConversionJob, "fill", second)
     with pytest.raises(UserError, match="another process is converting to this folder"):
         export(moe / "run", tmp_path / "out", nproc=1)
 
@@ -354,9 +366,12 @@ def test_the_model_is_not_overridden(moe: Path, tmp_path: Path, given: str) -> N
 LARGEST_RSS = """
 import sys
 from pathlib import Path
-from megamm.convert.hf import Checks, export, import_
+from megamm.convert.export import export
+from megamm.convert.import_folder import import_
+from megamm.convert.verify.equivalence import VerificationOptions
 convert = import_ if sys.argv[1] == "import" else export
-convert(Path(sys.argv[2]), Path(sys.argv[3]), nproc=1, shard_size=200_000_000, checks=Checks(logits=False))
+checks = VerificationOptions(logits=False)
+convert(Path(sys.argv[2]), Path(sys.argv[3]), nproc=1, shard_size=200_000_000, verification=checks)
 print(1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 

@@ -25,10 +25,9 @@ from torch.distributed.checkpoint import load as dcp_load
 from megamm import checkpoint
 from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common.errors import UserError
-from megamm.convert.extras.inspect import tree
-from megamm.convert.io.digests import write_digests
-from megamm.convert.io.tensor_sources import Native
-from megamm.convert.verify import diff, weights
+from megamm.convert.io.export_folder import write_digests
+from megamm.convert.io.tensor_sources import NativeTensors
+from megamm.convert.verify import weights
 from megamm.tokenizers.io import weight_files
 
 INDEX = "model.safetensors.index.json"
@@ -70,7 +69,7 @@ def leaves(lines: list[str]) -> dict[str, str]:
 
 
 def test_inspect_of_a_folder_is_what_safetensors_has(hf):
-    lines = list(tree(hf))
+    lines = list(weights.tree(hf))
     tensors = whole(hf)
     said = leaves(lines)
     assert said.keys() == tensors.keys()
@@ -86,7 +85,7 @@ def test_inspect_of_a_folder_is_what_safetensors_has(hf):
 def test_inspect_of_a_checkpoint_names_the_ranks(mixtral):
     """Rank 0 has the first of three layers and halves of the tables, as torch's own index confirms."""
     step = checkpoint.path_of(mixtral[0], 0)
-    said = leaves(list(tree(mixtral[0])))
+    said = leaves(list(weights.tree(mixtral[0])))
     metadata = FileSystemReader(step / "tensors").read_metadata()
     name = "decoder.layers.mlp.router.weight"
     assert [chunk.sizes[0] for chunk in metadata.state_dict_metadata[name].chunks] == [1, 2]
@@ -109,14 +108,14 @@ def test_stacks_of_some_layers_are_named_by_the_layers_they_are_of(mixtral, tmp_
     stored = [TensorShard.whole(f"decoder.layers.{name}.weight", torch.rand(size)) for name, size in sizes.items()]
     write_blocks(step / "tensors", [stored])
     write_manifest(step)
-    layers = {name.split(".", 2)[2].removesuffix(".weight") for name in Native(step).described}
+    layers = {name.split(".", 2)[2].removesuffix(".weight") for name in NativeTensors(step).described}
     experts = {f"{layer}.mlp.experts.{e}.linear_fc2" for layer in (1, 2) for e in (0, 1)}
     assert layers == {"0.mlp.linear_fc2", "1.mlp.router", "2.mlp.router", *experts}
 
 
 def test_inspect_counts_what_is_no_number(tmp_path):
     save_file({"a.weight": torch.tensor([1.0, NAN, float("inf")]), "b": torch.arange(3)}, tmp_path / "x.safetensors")
-    lines = list(tree(tmp_path / "x.safetensors"))
+    lines = list(weights.tree(tmp_path / "x.safetensors"))
     assert lines[1:-1] == ["  a.weight  [3]  float32  norm nan  (2 NaN or Inf)", "  b  [3]  int64  norm 2.23607"]
 
 
@@ -127,12 +126,12 @@ def test_diff_across_formats(mixtral, hf, tmp_path):
     run, _ = mixtral
     name = "model.layers.1.block_sparse_moe.experts.3.w2.weight"
     for one, other in ((run, hf), (hf, run), (run, run), (checkpoint.path_of(run, 0), hf)):
-        found = diff.compare(one, other)
+        found = weights.compare(one, other)
         assert not found.lines and found.same == (48 if one == other else 69), found.lines
     edit(hf, name, lambda tensor: tensor + torch.eye(48, 56))
     expected = [f"{name}: 48 of {48 * 56:,} differ, by 1 at most"]
     for one, other in ((run, hf), (hf, mixtral[1])):
-        found = diff.compare(one, other)
+        found = weights.compare(one, other)
         assert (found.lines, found.first_layer) == (expected, 1)
     done = convert("diff", run, hf)
     assert done.exit_code == 1
@@ -150,7 +149,7 @@ def test_diff_of_native_checkpoints_names_the_layer(mixtral, tmp_path):
         return tensor
 
     make_native(mixtral[1], tmp_path / "run", change)
-    found = diff.compare(mixtral[0], tmp_path / "run")
+    found = weights.compare(mixtral[0], tmp_path / "run")
     assert found.lines == [f"decoder.layers.2.mlp.experts.1.linear_fc2.weight: 1 of {48 * 56:,} differ, by 2 at most"]
     assert found.first_layer == 2
 
@@ -164,7 +163,7 @@ def test_diff_says_shapes_dtypes_and_what_only_one_has(hf, tmp_path):
     lost = "model.layers.0.input_layernorm.weight"
     del tensors[lost]
     save_file(tensors | {"new": torch.zeros(1)}, tmp_path / "one.safetensors")
-    found = diff.compare(hf, tmp_path / "one.safetensors")
+    found = weights.compare(hf, tmp_path / "one.safetensors")
     rounding = (whole(hf)[cast] - tensors[cast].float()).abs()
     assert found.lines == [
         f"only in the first: {lost}",

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from megamm.cli import app
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.convert.hf import import_
+from megamm.convert.import_folder import import_
 from megamm.convert.verify.logits import logits_difference
 from megamm.data.raw.samples import normalise_noun
 from megamm.data.tokenize.token_cache import tokenize

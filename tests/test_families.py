@@ -12,7 +12,7 @@ import torch
 import transformers
 from checkpoint_folders import save_now
 from convert_rows import documents
-from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, write_model
+from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, to_transformers, write_model
 from safetensors.torch import load_file
 
 from megamm.checkpoint import TrainState, path_of
@@ -63,7 +63,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     family, section, file = read_model(tmp_path / "hf")
     settings = {f"model.{key}": value for key, value in leaves(section)}
     config = Case.of(1, settings | {"model.moe.aux_loss_coeff": 0.0}).config  # no part of the logits' gradient
-    stored = mapping.from_transformers(family.entries, file, config.model)
+    stored = mapping.from_transformers(family.rules, file, config.model)
     device = choose("cpu")
     grid.start(device)
     from megamm.engine.native import NativeEngine
@@ -90,10 +90,10 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     finally:
         grid.destroy()
     with_buffers = {name: torch.zeros_like(tensor) for name, tensor in stored.items()} | gradients
-    compare_gradients(mapping.to_transformers(family.entries, with_buffers, config.model, VOCABULARY), theirs, tmp_path)
+    compare_gradients(to_transformers(family.rules, with_buffers, config.model, VOCABULARY), theirs, tmp_path)
     counted = sum(tensor.numel() for name, tensor in stored.items() if not name.endswith("expert_bias"))
     assert counted == flops.parameter_count(config.model, VOCABULARY)
-    back = mapping.to_transformers(family.entries, stored, config.model, VOCABULARY)
+    back = to_transformers(family.rules, stored, config.model, VOCABULARY)
     assert back.keys() == file.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in file.items())
     again = to_config(family, config.model, VOCABULARY, COMMON["max_position_embeddings"], {})
@@ -102,7 +102,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     assert different <= {"sliding_window", "max_window_layers", "router_aux_loss_coef"} | {
         f"{name}_token_id" for name in ("bos", "eos", "pad")
     }
-    assert family_for(config.model).entries == family.entries
+    assert family_for(config.model).rules == family.rules
 
 
 @pytest.mark.parametrize("name", ["gemma3", "mixtral", "deepseek-v3-published", "deepseek-v2-lite"])
@@ -110,9 +110,9 @@ def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, mo
     """Pipeline stages request any layers; their borders may be inside a group of equal layers."""
     write_model(name, tmp_path)
     family, section, file = read_model(tmp_path)
-    stored = mapping.from_transformers(family.entries, file, ModelConfig.model_validate(section))
+    stored = mapping.from_transformers(family.rules, file, ModelConfig.model_validate(section))
     whole = Vocabulary((Range("text", 0, VOCABULARY, "unused", ("text",)),))
-    monkeypatch.setattr(hf_source, "text_alone", lambda _: whole)
+    monkeypatch.setattr(hf_source, "text_vocabulary", lambda _: whole)
     source = hf_source.HuggingFaceSource(tmp_path, SEQUENCE)
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == source.shapes
     for first, stop in ((0, 1), (1, 2), (2, 3), (1, 3)):

@@ -21,7 +21,7 @@ from stream_models import add_tokenizer, cut_weights, equal
 from megamm.checkpoint import path_of
 from megamm.common.device import choose
 from megamm.common.sample import IGNORE_LABEL
-from megamm.convert.hf import import_
+from megamm.convert.import_folder import import_
 from megamm.engine.build import build_engine
 from megamm.mcore import groups as grid
 from megamm.parity.case import Case, Run
@@ -116,7 +116,7 @@ class Converted:
     """A transformers model, its conversion, and transformers' mean losses."""
 
     file: dict[str, torch.Tensor]
-    entries: Any
+    rules: Any
     settings: dict[str, Any]
     checkpoint: Path
     losses: torch.Tensor
@@ -135,7 +135,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Conve
         overrides = [f"data.seq_length={SEQUENCE}"]
         import_(folder / "hf", folder / "converted", nproc=1, shard_size=100_000, overrides=overrides)
         settings = {f"model.{key}": value for key, value in section.items()}
-        return Converted(file, family.entries, settings, folder / "converted", expected(theirs))
+        return Converted(file, family.rules, settings, folder / "converted", expected(theirs))
 
     return make
 
@@ -157,7 +157,7 @@ def test_converted_weights_at_every_layout(
     assert not isinstance(done, Failure), done.lines()
     for means in done:
         torch.testing.assert_close(torch.tensor(means, dtype=torch.float64), model.losses, rtol=1e-6, atol=0)
-    back = cut_weights(path_of(out, 5), model.entries, m, VOCABULARY, tmp_path / "back")
+    back = cut_weights(path_of(out, 5), model.rules, m, VOCABULARY, tmp_path / "back")
     assert equal(back, model.file), case.line()
 
 

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("name", SIZES)
 def test_copies_and_shards_give_the_same_codec(folders, name, tmp_path):
     codec, codec_id = load(folders, name)
-    shutil.copytree(folders[name], tmp_path / "export" / "codecs" / "any")  # as megamm/convert/hf.py does
+    shutil.copytree(folders[name], tmp_path / "export" / "codecs" / "any")  # as megamm/convert/export.py does
     copied, copied_id = load_codec(tmp_path / "export" / "codecs" / "any", {}, "audio" if name in AUDIO else "visual")
     direct(folders, name).save_pretrained(tmp_path / "shards", max_shard_size="20kB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_folders import save_now
-from family_models import read_model
+from family_models import read_model, to_transformers
 
 from megamm.checkpoint import TrainState, path_of
 from megamm.common.device import choose
@@ -36,7 +36,7 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "hf")
     family, section, file = read_model(tmp_path / "hf")
     config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
-    stored = mapping.from_transformers(family.entries, file, config.model)
+    stored = mapping.from_transformers(family.rules, file, config.model)
     device = choose("cpu")
     grid.start(device)
     from megamm.engine.native import NativeEngine
@@ -60,6 +60,6 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
         assert tokenizer.decode(ours[len(documents[0]) - 1].argmax()).strip() == "Rome"
     finally:
         grid.destroy()
-    back = mapping.to_transformers(family.entries, stored, config.model, vocabulary)
+    back = to_transformers(family.rules, stored, config.model, vocabulary)
     assert back.keys() == file.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in file.items())

@@ -21,9 +21,8 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
 from megamm.engine.build import build_engine
-from megamm.init_from import initialize as start_begin
-from megamm.init_from import new_rows, rules
-from megamm.init_from.vocabulary_rows import grow
+from megamm.init_from import initialize, new_rows, rules
+from megamm.init_from.rules import resize_vocabulary
 from megamm.mcore import groups as grid
 from megamm.model.vocabulary import Vocabulary
 from megamm.parity.case import Case, Run
@@ -37,7 +36,7 @@ MAIN = "optimizer.state.param."
 
 
 def test_ranges_are_kept_moved_added_and_dropped():
-    growth = grow(BEFORE, AFTER, {})
+    growth = resize_vocabulary(BEFORE, AFTER, {})
     assert [(s.start, s.stop, s.taken_from) for s in growth.spans] == [
         *((0, 61, 0), (61, 93, 61)),
         *((93, 119, None), (119, 135, 93)),
@@ -47,16 +46,16 @@ def test_ranges_are_kept_moved_added_and_dropped():
         *("text: 61 kept", "control: 32 kept"),
         *("visual: 26 new (not in the source)", "audio: 16 moved from 93 to 119"),
     )
-    back = grow(AFTER, BEFORE, {"visual": "ignore"})
+    back = resize_vocabulary(AFTER, BEFORE, {"visual": "ignore"})
     assert back.lines[-1] == "visual: 26 dropped" and back.spans[-1].taken_from == 119
     larger = Vocabulary.of({"text": (70, "t1"), "audio": (9, "a1")})
-    by_rule = grow(BEFORE, larger, {"text": "load", "audio": "new"})
+    by_rule = resize_vocabulary(BEFORE, larger, {"text": "load", "audio": "new"})
     assert [(s.start, s.stop, s.taken_from) for s in by_rule.spans] == [
         *((0, 61, 0), (61, 70, None)),
         *((70, 102, 61), (102, 111, None)),
     ]
     assert by_rule.lines[0] == "text: 61 kept, 9 new (by rule: another codec)"
-    assert grow(BEFORE, larger, {"text": "load", "audio": "load"}).lines[2] == (
+    assert resize_vocabulary(BEFORE, larger, {"text": "load", "audio": "load"}).lines[2] == (
         "audio: 9 moved from 93 to 102, 7 dropped (by rule: another codec)"
     )
 
@@ -84,7 +83,7 @@ def test_ranges_are_kept_moved_added_and_dropped():
 )
 def test_a_range_that_does_not_fit_needs_a_rule(theirs, ours, given, message):
     with pytest.raises(UserError) as caught:
-        grow(theirs, ours, given)
+        resize_vocabulary(theirs, ours, given)
     assert message in str(caught.value)
 
 
@@ -167,8 +166,8 @@ def run(job: Job) -> dict[str, float]:
             data.copy_(blocks.get((MAIN + name, offset), data))
     else:
         assert config.start_from is not None
-        start_begin.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
-        start_begin.begin(config, vocabulary, engine, config.start_from)
+        initialize.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
+        initialize.init_from(config, vocabulary, engine, config.start_from)
     state = TrainState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
     save_now(job.out, state, engine.blocks(), rng.fresh(), choose("cpu"))
     dist.barrier()
@@ -281,11 +280,11 @@ def test_a_passed_on_initialisation_is_not_guessed():
     )
     block = TensorShard.whole("output_layer.weight", torch.zeros(3, 4))
     with pytest.raises(UserError, match=r"model\.megatron\.embedding_init_method_std changes"):
-        new_rows.set_new(block, block.key, config.model, seed=1)
+        new_rows.init_new(block, block.key, config.model, seed=1)
 
 
 def test_a_new_zero_centred_norm_multiplies_by_one():
     model = Case.of(1, {"model.zero_centered_norm": True}).config.model
     block = TensorShard.whole("decoder.final_layernorm.weight", torch.ones(4))
-    new_rows.set_new(block, block.key, model, seed=1)
+    new_rows.init_new(block, block.key, model, seed=1)
     assert not block.data.any()

@@ -22,11 +22,11 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import RunConfig, load_config
+from megamm.convert.export import export
 from megamm.convert.families.config import family_for, to_config
-from megamm.convert.hf import export
 from megamm.data.pipeline.run_data import RunData, open_run_data
-from megamm.engine import api as engines
-from megamm.init_from.initialize import _check_function, begin, check
+from megamm.engine.build import build_engine
+from megamm.init_from.initialize import _check_function, check, init_from
 from megamm.mcore import groups as grid
 from megamm.parity.worlds import Failure
 
@@ -90,13 +90,13 @@ def _built(path: Path) -> tuple[RunConfig, RunData, Any]:
     opened = open_run_data(config)
     grid.destroy()
     groups = grid.build(config.parallel, config.train.seed)
-    return config, opened, engines.build(config, opened.vocabulary.size, groups, choose("cpu"))
+    return config, opened, build_engine(config, opened.vocabulary.size, groups, choose("cpu"))
 
 
 def _started(path: Path) -> tuple[RunData, Any]:
     config, opened, engine = _built(path)
     assert config.start_from is not None
-    begin(config, opened.vocabulary, engine, config.start_from)
+    init_from(config, opened.vocabulary, engine, config.start_from)
     return opened, engine
 
 

@@ -13,7 +13,7 @@ import typer
 
 from megamm.cli import exports
 from megamm.common.log import log_to_console
-from megamm.convert.job.plan import SHARD_SIZE
+from megamm.convert.plan import SHARD_SIZE
 
 app = typer.Typer(
     no_args_is_help=True, help="Export to and import from Hugging Face folders; inspect, compare, verify."
@@ -45,14 +45,15 @@ def export_run(
 
     After an interruption, the same command resumes.
     """
-    from megamm.convert.hf import export
+    from megamm.convert.export import export
     from megamm.convert.io.dtypes import DTYPES
-    from megamm.convert.verify.gate import Checks
+    from megamm.convert.verify.equivalence import VerificationOptions
 
     log_to_console()
-    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
-    with _gated():
-        print(f"exported to {export(run, out, nproc=nproc, shard_size=shard_size, dtype=chosen, checks=checks)}")
+    chosen, verification = None if dtype is None else DTYPES[dtype], VerificationOptions(logits, refuse_nan, gate)
+    with _verification_errors():
+        made = export(run, out, nproc=nproc, shard_size=shard_size, dtype=chosen, verification=verification)
+        print(f"exported to {made}")
 
 
 @app.command("import")
@@ -68,15 +69,21 @@ def import_export(
     gate: Gate = True,
 ) -> None:
     """Write step 0 of a new run with bit-identical weights. After an interruption, the same command resumes."""
-    from megamm.convert.hf import import_
+    from megamm.convert.import_folder import import_
     from megamm.convert.io.dtypes import DTYPES
-    from megamm.convert.verify.gate import Checks
+    from megamm.convert.verify.equivalence import VerificationOptions
 
     log_to_console()
-    chosen, checks = None if dtype is None else DTYPES[dtype], Checks(logits, refuse_nan, gate)
-    with _gated():
+    chosen, verification = None if dtype is None else DTYPES[dtype], VerificationOptions(logits, refuse_nan, gate)
+    with _verification_errors():
         made = import_(
-            folder, run, nproc=nproc, shard_size=shard_size, dtype=chosen, overrides=overrides or [], checks=checks
+            folder,
+            run,
+            nproc=nproc,
+            shard_size=shard_size,
+            dtype=chosen,
+            overrides=overrides or [],
+            verification=verification,
         )
         print(f"imported to {made}")
 
@@ -84,7 +91,7 @@ def import_export(
 @app.command()
 def inspect(place: Place) -> None:
     """Print a tree of tensors: shapes, dtypes, norms and, for a native checkpoint, the ranks whose files hold them."""
-    from megamm.convert.extras.inspect import tree
+    from megamm.convert.verify.weights import tree
 
     log_to_console()
     for line in tree(place):
@@ -94,7 +101,7 @@ def inspect(place: Place) -> None:
 @app.command()
 def diff(one: Place, other: Place) -> None:
     """Compare the tensors of two models in any format, find the first layer that differs; exit code 1 if any does."""
-    from megamm.convert.verify.diff import compare
+    from megamm.convert.verify.weights import compare
 
     log_to_console()
     found = compare(one, other)
@@ -119,12 +126,12 @@ def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
 
 
 @contextmanager
-def _gated() -> Iterator[None]:
+def _verification_errors() -> Iterator[None]:
     """Print a failed verification as one line and exit with code 1."""
-    from megamm.convert.verify.gate import GateError
+    from megamm.convert.verify.equivalence import VerificationError
 
     try:
         yield
-    except GateError as error:
+    except VerificationError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

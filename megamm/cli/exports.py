@@ -67,7 +67,7 @@ def write_model_card(
 ) -> None:
     """Rewrite an export's README.md with its evaluation, and update the digests of its files."""
     from megamm.convert.extras.card import read_evaluation, write_card
-    from megamm.convert.io.export_metadata import read_own
+    from megamm.convert.io.export_folder import read_metadata
 
-    write_card(export, read_own(export)[2], read_evaluation(evaluation))
+    write_card(export, read_metadata(export)[2], read_evaluation(evaluation))
     print(f"wrote {export / 'README.md'}")

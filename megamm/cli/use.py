@@ -25,7 +25,7 @@ def evaluate_export(
 ) -> None:
     """Evaluate an export in stock transformers: held-out loss, and pair gain (how much one part predicts the other)."""
     from megamm.common.device import choose
-    from megamm.convert.io.loaded_export import open_export
+    from megamm.convert.io.export_folder import open_export
     from megamm.convert.verify.logits import logits_difference
     from megamm.inference.evaluate import evaluate, summary_lines
 

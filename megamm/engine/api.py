@@ -33,7 +33,7 @@ class StepResult:
     own_norms: torch.Tensor | None = None
 
 
-Fill = Callable[[Sequence[TensorShard], Mapping[str, Shape], set[str]], None]
+WeightInitializer = Callable[[Sequence[TensorShard], Mapping[str, Shape], set[str]], None]
 """Sets blocks of weights, and of main copies under `optimizer.state.param.NAME`. It receives the shapes of all tensors
 of the whole model, and the names of those whose first axis is the vocabulary.
 """
@@ -68,8 +68,8 @@ class Engine(Protocol):
     def blocks(self) -> list[TensorShard]:
         """Return this rank's share of the model and optimizer tensors: always the same list, except for the data."""
 
-    def start_from(self, fill: Fill) -> None:
-        """Let `fill` set the weights, and their main copies if these have another dtype; called once."""
+    def init_weights(self, initializer: WeightInitializer) -> None:
+        """Let `initializer` set the weights, and their main copies if these have another dtype; called once."""
 
     def files_to_load(self, folder: Path) -> set[str]:
         """Return the names of the files that `load` reads from this folder, which may contain only the index."""

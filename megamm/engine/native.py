@@ -16,7 +16,7 @@ from megamm.common.device import Device
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.config import RunConfig
-from megamm.engine.api import Fill, StepResult
+from megamm.engine.api import StepResult, WeightInitializer
 from megamm.mcore import backbone, optimizer, rng, step, store
 from megamm.mcore.groups import Groups
 from megamm.mcore.local_grad_norms import OwnNorms
@@ -105,9 +105,9 @@ class NativeEngine:
     def blocks(self) -> list[TensorShard]:
         return self.stored
 
-    def start_from(self, fill: Fill) -> None:
+    def init_weights(self, initializer: WeightInitializer) -> None:
         plan = store.Plan(self.chunks, self.optimizer, self.groups)
-        fill(plan.to_start(), *plan.whole(self.groups))
+        initializer(plan.to_start(), *plan.whole(self.groups))
 
     def files_to_load(self, folder: Path) -> set[str]:
         return store.files_to_load(folder, self.chunks, self.optimizer, self.groups)

@@ -27,7 +27,7 @@ import torch
 
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
-from megamm.convert.io.loaded_export import Exported
+from megamm.convert.io.export_folder import LoadedExport
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.data.raw.samples import normalise_noun
@@ -91,7 +91,7 @@ class _Pair:
     """The rule by which it is held out; None if its source has no report."""
 
 
-def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
+def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
     """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
 
     UserError if a split has no tokens of the export's codecs, or if there is no sample.
@@ -144,7 +144,7 @@ def _length(document: Document) -> int:
     return document_length(*document.sizes)
 
 
-def _score(export: Exported, documents: list[Document]) -> _Scores:
+def _score(export: LoadedExport, documents: list[Document]) -> _Scores:
     """Score the documents; equal ones are computed once: most pairs are also among the documents of the loss."""
     number: dict[tuple[tuple[str, bytes], ...], int] = {}
     contents = [tuple((part.modality, part.ids.tobytes()) for part in document.parts) for document in documents]
@@ -162,7 +162,7 @@ def _score(export: Exported, documents: list[Document]) -> _Scores:
 
 
 def _pairs(
-    export: Exported, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
+    export: LoadedExport, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
 ) -> Iterator[_Pair]:
     """Yield every two parts of every sample of one source with their partners; skip those too long for a row."""
     by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
@@ -181,7 +181,7 @@ def _pairs(
                 yield pair
 
 
-def _noun(export: Exported, document: Document) -> str:
+def _noun(export: LoadedExport, document: Document) -> str:
     texts = [export.modalities["text"].decode(p.ids) for p in document.parts if p.modality == "text"]
     return normalise_noun(texts[0]) if texts else document.key
 
@@ -238,7 +238,7 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
 
 
 @torch.inference_mode()
-def token_losses(export: Exported, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
+def token_losses(export: LoadedExport, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
     """Yield (index, row, cross entropy of each label `[S]`, 0 without a label) of every document, longest first."""
     order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
     logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS

@@ -25,7 +25,7 @@ from transformers import (
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
-from megamm.convert.io.loaded_export import Exported
+from megamm.convert.io.export_folder import LoadedExport
 from megamm.data.pipeline.packing import document_length
 from megamm.modalities.protocol import Modality
 
@@ -82,7 +82,7 @@ class GumbelNoise(LogitsProcessor):
         return scores_BV - torch.stack(draws).log().to(scores_BV)
 
 
-def generate(export: Exported, media: Sequence[Any], source: str, target: str, sampling: Sampling) -> list[Any]:
+def generate(export: LoadedExport, media: Sequence[Any], source: str, target: str, sampling: Sampling) -> list[Any]:
     """Generate one medium of `target` for each medium of `source` (as returned by `Modality.read_media`).
 
     UserError if the export lacks a modality, both are the same, or an item is too long for the model.
@@ -95,7 +95,7 @@ def generate(export: Exported, media: Sequence[Any], source: str, target: str, s
     return [codec.decode(ids) for ids in _continue_all(export, items, target, sampling)]
 
 
-def _prompt(export: Exported, part: Part, target: str) -> IntArray:
+def _prompt(export: LoadedExport, part: Part, target: str) -> IntArray:
     """Return the ids `[T]` before the target's first token."""
     target_length = export.modalities[target].stride
     needed = document_length((part.modality, len(part.ids)), (target, target_length))
@@ -109,7 +109,7 @@ def _prompt(export: Exported, part: Part, target: str) -> IntArray:
     return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
 
 
-def _continue_all(export: Exported, prompts: list[IntArray], target: str, sampling: Sampling) -> Iterator[IntArray]:
+def _continue_all(export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling) -> Iterator[IntArray]:
     """Yield the target's codec-local ids `[T]` after each prompt."""
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]
@@ -119,7 +119,7 @@ def _continue_all(export: Exported, prompts: list[IntArray], target: str, sampli
 
 @torch.inference_mode()
 def _continue(
-    export: Exported, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
+    export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
 ) -> list[IntArray]:
     vocabulary, modality = export.vocabulary, export.modalities[target]
     ids_range, fixed = vocabulary[target], modality.tokens_per_item
@@ -165,7 +165,7 @@ def _processors(only: OnlyChoices, sampling: Sampling, seeds: list[int]) -> Logi
     return processors
 
 
-def modality_in(export: Exported, name: str) -> Modality:
+def modality_in(export: LoadedExport, name: str) -> Modality:
     """Return a modality of the export. UserError if it does not have it."""
     if name not in export.modalities:
         remedy = f"use one of {', '.join(export.modalities)}"

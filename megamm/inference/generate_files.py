@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
-from megamm.convert.io.loaded_export import open_export
+from megamm.convert.io.export_folder import open_export
 from megamm.inference.generate import Sampling, generate, modality_in
 from megamm.modalities import REGISTRY
 

@@ -1,4 +1,4 @@
-"""Values of new rows and tensors: a pure function of seed, tensor name and row, identical at every parallel layout.
+"""Initial values of new rows and tensors: a pure function of seed, tensor name and row, so equal at every layout.
 
 A new row of the vocabulary is drawn from the distribution of the source's text rows, w ~ N(mean, diag(std)^2) per
 channel. It then gets about a text row's share of the probability, where a small or zero row can get nearly all of it.
@@ -7,7 +7,6 @@ module its diagonal). Other tensors get Megatron-core's initialisation: N(0, ini
 residual stream N(0, init_std / sqrt(2 layers)); norms 1 (zero-centred norms 0), biases 0.
 """
 
-import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -23,8 +22,8 @@ _TO_RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @dataclass(frozen=True)
-class Around:
-    """A mean and a standard deviation for each channel, float32 `[H]` on the CPU."""
+class RowDistribution:
+    """The normal distribution of a table's rows: mean and standard deviation by channel, float32 `[H]` on the CPU."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -38,28 +37,28 @@ def noise(seed: int, name: str, row: int, width: int) -> torch.Tensor:
     return torch.from_numpy(np.random.Generator(generator).standard_normal(width, dtype=np.float32))
 
 
-def set_new(block: TensorShard, name: str, model: ModelConfig, seed: int, around: Around | None = None) -> None:
-    """Set a block of the tensor `name`: from `around` for rows of the vocabulary, otherwise as in a new model.
+def init_new(block: TensorShard, name: str, model: ModelConfig, seed: int, rows: RowDistribution | None = None) -> None:
+    """Set a block of the tensor `name`: drawn from `rows` for rows of the vocabulary, otherwise as in a new model.
 
     Raises UserError for an initialisation that the config passes to Megatron.
     """
     data = block.data.view(block.size)
-    std = 0.0 if around is not None else _spread(name, model)
-    if around is None and std == 0.0:
+    std = 0.0 if rows is not None else _init_std(name, model)
+    if rows is None and std == 0.0:
         data.fill_(1.0 if "norm" in name and not model.zero_centered_norm else 0.0)
         return
     width, first = block.shape[-1], block.offset[-1]
     columns = slice(first, first + block.size[-1])
+    # A row is numbered within the whole tensor, all axes but the last flattened, and drawn whole even where the block
+    # holds only some of its columns: so a value does not depend on how the tensor is sharded.
     for inside in np.ndindex(*block.size[:-1]):
-        place = tuple(a + b for a, b in zip(block.offset[:-1], inside, strict=True))
-        row = functools.reduce(
-            lambda flat, axis: flat * axis[1] + axis[0], zip(place, block.shape[:-1], strict=True), 0
-        )
+        index = tuple(a + b for a, b in zip(block.offset[:-1], inside, strict=True))
+        row = int(np.ravel_multi_index(index, block.shape[:-1])) if index else 0
         drawn = noise(seed, name, row, width)[columns]
-        data[inside] = drawn * around.std[columns] + around.mean[columns] if around is not None else drawn * std
+        data[inside] = drawn * rows.std[columns] + rows.mean[columns] if rows is not None else drawn * std
 
 
-def _spread(name: str, model: ModelConfig) -> float:
+def _init_std(name: str, model: ModelConfig) -> float:
     """Standard deviation of a new tensor's values; 0 for one that starts with a constant."""
     if "norm" in name or name.endswith("bias"):
         return 0.0

@@ -1,6 +1,6 @@
 """The source of a run's first weights: names, shapes and a way to read blocks.
 
-A place is a run (its newest valid checkpoint), one checkpoint, a URL of checkpoints (its newest; copied to a folder of
+It is a run (its newest valid checkpoint), one checkpoint, a URL of checkpoints (its newest; copied to a folder of
 the run while it is read), or a Hugging Face folder: an export, or a model of a supported family.
 """
 
@@ -25,7 +25,7 @@ MAIN_COPY = f"{STATE}{MAIN}."
 HF_CONFIG = "config.json"
 
 
-class Source(Protocol):
+class WeightSource(Protocol):
     """Whole tensors under their names in a checkpoint (mcore/store.py)."""
 
     where: Path
@@ -58,13 +58,16 @@ class CheckpointSource:
         reader.load(self.where / "tensors", blocks)
 
 
-def glance(place: str, seq_length: int) -> Source | None:
-    """The source, unverified: a run's last checkpoint; None for a URL. Raises UserError if nothing is there."""
-    if urls.is_url(place):
+def open_unverified(location: str, seq_length: int) -> WeightSource | None:
+    """Open the source without verifying it: a run's last checkpoint; None for a URL.
+
+    Raises UserError if there is neither checkpoint nor model.
+    """
+    if urls.is_url(location):
         return None
-    path = Path(place)
+    path = Path(location)
     if (path / HF_CONFIG).is_file():
-        return _of_hugging_face(path, seq_length)
+        return _open_hugging_face(path, seq_length)
     folders = [path] if (path / checkpoint.STATE).is_file() else folder.all_of(path)
     if not folders:
         remedy = "give a run's output folder, a checkpoint, a URL of checkpoints, or a Hugging Face folder"
@@ -75,7 +78,7 @@ def glance(place: str, seq_length: int) -> Source | None:
         return None  # damaged: verification will report it, and use an older one if there is one
 
 
-def _of_hugging_face(path: Path, seq_length: int) -> Source:
+def _open_hugging_face(path: Path, seq_length: int) -> WeightSource:
     # Imported here because it imports transformers.
     from megamm.convert.io.hf_source import HuggingFaceSource
 
@@ -83,17 +86,20 @@ def _of_hugging_face(path: Path, seq_length: int) -> Source:
 
 
 @contextmanager
-def opened(place: str, run: Path, seq_length: int, ranks: Collectives) -> Iterator[Source]:
+def opened(location: str, run: Path, seq_length: int, ranks: Collectives) -> Iterator[WeightSource]:
     """Open the source while it is read, for rows of seq_length tokens; every rank calls it.
 
     Raises UserError, the same on all ranks, if there is none.
     """
-    if urls.is_url(place):
+    if urls.is_url(location):
         copy = run / "start_from"
-        found = choose(copy, place)
+        found = choose(copy, location)
         if found is None:
             raise UserError(
-                "no checkpoint found", where=place, remedy="give the URL that contains step_XXXXXXXX", on_all_ranks=True
+                "no checkpoint found",
+                where=location,
+                remedy="give the URL that contains step_XXXXXXXX",
+                on_all_ranks=True,
             )
         try:
             yield ranks.together(lambda: CheckpointSource.open(found.folder))
@@ -102,11 +108,9 @@ def opened(place: str, run: Path, seq_length: int, ranks: Collectives) -> Iterat
             if ranks.rank == 0:
                 shutil.rmtree(copy, ignore_errors=True)
         return
-    path = Path(place)
+    path = Path(location)
     if (path / HF_CONFIG).is_file():
-        yield ranks.together(lambda: _of_hugging_face(path, seq_length))
+        yield ranks.together(lambda: _open_hugging_face(path, seq_length))
         return
-    from megamm.checkpoint.folder import find_checkpoint
-
-    step = ranks.on_first(lambda: find_checkpoint(path))
+    step = ranks.on_first(lambda: folder.find_checkpoint(path))  # it verifies digests: once, not on every rank
     yield ranks.together(lambda: CheckpointSource.open(step))

@@ -23,7 +23,7 @@ from megamm.config import RunConfig
 from megamm.data.pipeline.run_data import RunData
 from megamm.engine.api import Engine
 from megamm.guards import roll_back
-from megamm.init_from.initialize import begin
+from megamm.init_from.initialize import init_from
 from megamm.mcore.groups import Groups
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class CheckpointManager:
         if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             if self.config.start_from is not None:
-                begin(self.config, self.data.vocabulary, self.engine, self.config.start_from)
+                init_from(self.config, self.data.vocabulary, self.engine, self.config.start_from)
             return None
         state = self.restore(found.folder)
         self.is_in_run = found.storage != "local"

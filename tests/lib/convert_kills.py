@@ -17,17 +17,18 @@ from typing import Any
 
 from megamm import checkpoint
 from megamm.checkpoint import manifest
-from megamm.convert.hf import export, import_
-from megamm.convert.verify.gate import Checks
+from megamm.convert.export import export
+from megamm.convert.import_folder import import_
+from megamm.convert.verify.equivalence import VerificationOptions
 
 
 def convert(kind: str, source: Path, out: Path, options: dict[str, Any]) -> None:
     """Run the conversion; without logits, whose threads do not exist in a forked process."""
-    checks = Checks(logits=False)
+    verification = VerificationOptions(logits=False)
     if kind == "export":
-        export(source, out, checks=checks, **options)
+        export(source, out, verification=verification, **options)
     else:
-        import_(source, out, overrides=["data.seq_length=48"], checks=checks, **options)
+        import_(source, out, overrides=["data.seq_length=48"], verification=verification, **options)
 
 
 class Killing:
@@ -37,7 +38,7 @@ class Killing:
         self.given = kind, source, out, options
         self.kind, self.out = kind, out
         self.final = out if kind == "export" else checkpoint.path_of(out, 0)
-        self.place = self.final.with_name(f".tmp-{self.final.name}")
+        self.temporary = self.final.with_name(f".tmp-{self.final.name}")
         self.resumed = self.finished = 0
 
     def run(self, seconds: float | None) -> bool:
@@ -56,7 +57,7 @@ class Killing:
 
     def _done(self) -> int:
         """Return the number of segments in the journal."""
-        journal = self.place / "journal.jsonl"
+        journal = self.temporary / "journal.jsonl"
         return journal.read_bytes().count(b"segment") if journal.exists() else 0
 
     def digests(self) -> dict[str, str]:
@@ -65,7 +66,7 @@ class Killing:
             checkpoint.verify(self.final)
         files = self.final.rglob("*.distcp") if self.kind == "import" else self.final.rglob("*")
         found = {str(f.relative_to(self.final)): manifest.digest(f).digest for f in files if f.is_file()}
-        for folder in (self.out, self.place):
+        for folder in (self.out, self.temporary):
             shutil.rmtree(folder, ignore_errors=True)
         return found
 

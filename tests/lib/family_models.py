@@ -1,6 +1,7 @@
 """Tiny models of every family, written as transformers writes them, and read into ours."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from megamm.config import ModelConfig
+from megamm.convert.families import mapping
 from megamm.convert.families.config import read_config
 from megamm.parity.rows import VOCABULARY
 
@@ -145,3 +148,17 @@ def read_model(folder: Path) -> tuple[Any, dict[str, Any], dict[str, torch.Tenso
     values = json.loads((folder / "config.json").read_text())
     family, section = read_config(values, SEQUENCE, folder)
     return family, section, load_file(folder / "model.safetensors")
+
+
+def to_transformers(
+    rules: Sequence[mapping.TensorRule], stored: Mapping[str, torch.Tensor], m: ModelConfig, vocabulary_size: int
+) -> dict[str, torch.Tensor]:
+    """Convert stored tensors to a state dict of transformers, without run-time padding of the vocabulary."""
+    result: dict[str, torch.Tensor] = {}
+    for group in mapping.groups(rules, m):
+        ours = stored[group.ours][group.index]
+        if group.ours in (mapping.EMBEDDING, mapping.HEAD):
+            ours = ours[:vocabulary_size]
+        parts = [ours] if group.rule is None else group.rule.cut(ours, m)
+        result |= {name: part.contiguous() for name, part in zip(group.theirs, parts, strict=True)}
+    return result

@@ -38,7 +38,7 @@ def make_native(hf: Path, run: Path, change: Change = lambda tensor: tensor) -> 
     family, section = read_config(json.loads((hf / "config.json").read_text()), SEQUENCE, hf)
     config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
     with Weights(hf) as weights:
-        stored = mapping.from_transformers(family.entries, weights, config.model)
+        stored = mapping.from_transformers(family.rules, weights, config.model)
     ranks: list[list[TensorShard]] = [[], []]
     for key, tensor in stored.items():
         if key in (mapping.EMBEDDING, mapping.HEAD):

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from megamm.convert.families.mapping import Entry
+from megamm.convert.conversion import ConversionJob
+from megamm.convert.export import plan_export
+from megamm.convert.families.mapping import TensorRule
 from megamm.convert.io.safetensors_files import header
-from megamm.convert.job import export_tensors
-from megamm.convert.job.conversion import Work
 
 
 def add_tokenizer(folder: Path, size: int) -> None:
@@ -39,13 +39,13 @@ def equal(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> boo
 
 
 def cut_weights(
-    step: Path, entries: tuple[Entry, ...], m: Any, vocabulary_size: int, out: Path
+    step: Path, rules: tuple[TensorRule, ...], m: Any, vocabulary_size: int, out: Path
 ) -> dict[str, torch.Tensor]:
     """Write the weights of a checkpoint's folder as `megamm convert export` streams them to `out`."""
-    planned = export_tensors.plan(step, entries, m, vocabulary_size, None, 1 << 20)
-    with Work(planned, out, nproc=1) as work:
-        work.fill()
-        work.publish()
+    planned = plan_export(step, rules, m, vocabulary_size, None, 1 << 20)
+    with ConversionJob(planned, out, nproc=1) as job:
+        job.fill()
+        job.publish()
     return tensors_of(out)
 
 

@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megamm.config import RunConfig, config_from_dict
 from megamm.convert.families.config import family_for, to_config
-from megamm.convert.io.loaded_export import Exported, open_export
-from megamm.convert.io.tokenizer import export_tokenizer
+from megamm.convert.io.export_folder import LoadedExport, export_tokenizer, open_export
 from megamm.data.pipeline.run_data import load_modalities, vocabulary_of
 from megamm.data.tokenize.token_cache import tokenize
 from megamm.model.vocabulary import Vocabulary
@@ -77,12 +76,12 @@ def _save_model(export: Path, config: RunConfig, vocabulary: Vocabulary) -> None
     export_tokenizer(export / "codecs" / "text", vocabulary, export)
 
 
-def with_model(export: Exported, model: object) -> Exported:
+def with_model(export: LoadedExport, model: object) -> LoadedExport:
     """Return the same export with another model in memory."""
     copy = dataclasses.replace(export)
     copy.__dict__["model"] = model
     return copy
 
 
-def open_tiny(export: Path) -> Exported:
+def open_tiny(export: Path) -> LoadedExport:
     return open_export(export, CPU)

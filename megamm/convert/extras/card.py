@@ -14,7 +14,7 @@ from typing import Any
 from megamm import checkpoint
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
-from megamm.convert.io.digests import DIGESTS, write_digests
+from megamm.convert.io.export_folder import DIGESTS, write_digests
 from megamm.data.pipeline.mixture import source_names
 from megamm.data.sources.media import ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
@@ -55,6 +55,7 @@ def _sources(state: checkpoint.TrainState, config: RunConfig) -> Iterator[tuple[
     now = dict(zip(source_names([source.path for source in sources]), sources, strict=True))
     for name, source in now.items():
         yield name, source.path, source.weight
+    # The checkpoint's mixture knows sources that the config no longer names: the model has seen them all the same.
     paths = {str(source.path) for source in sources}
     for name, entry in (state.mixture or {}).get("sources", {}).items():
         if name not in now and entry["path"] not in paths:
@@ -77,16 +78,17 @@ def copy_attribution(state: checkpoint.TrainState, config: RunConfig, folder: Pa
         (folder / ATTRIBUTION).write_bytes(b"\n".join(texts))
 
 
-def write_card(folder: Path, own: dict[str, Any], evaluation: dict[str, Any] | None = None) -> None:
-    """Write README.md, then SHA256SUMS. own: the export's megamm.json; evaluation: the output of `megamm eval --json`.
+def write_card(folder: Path, metadata: dict[str, Any], evaluation: dict[str, Any] | None = None) -> None:
+    """Write README.md, then SHA256SUMS.
 
-    Raises UserError if the figures belong to another step.
+    metadata: the export's megamm.json; evaluation: the output of `megamm eval --json`. Raises UserError if the figures
+    belong to another step.
     """
-    if evaluation is not None and evaluation.get("step") != own["step"]:
-        what = f"the evaluation is of step {evaluation.get('step')}, but the export is of step {own['step']}"
+    if evaluation is not None and evaluation.get("step") != metadata["step"]:
+        what = f"the evaluation is of step {evaluation.get('step')}, but the export is of step {metadata['step']}"
         raise UserError(what, where=folder, remedy=_EVALUATE)
     theirs = json.loads((folder / "config.json").read_text())
-    text = _front_matter(folder, own, evaluation) + "\n".join(_body(folder, own, theirs, evaluation)) + "\n"
+    text = _front_matter(folder, metadata, evaluation) + "\n".join(_body(folder, metadata, theirs, evaluation)) + "\n"
     (folder / CARD).write_text(text, encoding="utf-8")
     write_digests(folder)
 
@@ -103,7 +105,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     return values
 
 
-def _front_matter(folder: Path, own: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+def _front_matter(folder: Path, metadata: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
     from huggingface_hub import EvalResult, ModelCardData  # comes with transformers
 
     known = (folder / ATTRIBUTION).is_file()
@@ -124,23 +126,29 @@ def _front_matter(folder: Path, own: dict[str, Any], evaluation: dict[str, Any] 
         license="other" if known else "unknown",
         license_name="as-the-sources-allow" if known else None,
         license_link=ATTRIBUTION if known else None,
-        tags=["megamm", *Vocabulary.from_json(own["vocabulary"]).modalities],
-        model_name=_title(own) if results else None,
+        tags=["megamm", *Vocabulary.from_json(metadata["vocabulary"]).modalities],
+        model_name=_title(metadata) if results else None,  # required with results
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _title(own: dict[str, Any]) -> str:
-    return f"{Path(own['config']['output']).name}, step {own['step']}"
+def _title(metadata: dict[str, Any]) -> str:
+    return f"{Path(metadata['config']['output']).name}, step {metadata['step']}"
 
 
-def _body(folder: Path, own: dict[str, Any], theirs: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
-    vocabulary, told = Vocabulary.from_json(own["vocabulary"]), own.get("training", {})
-    tokens, sources, heldout = told.get("tokens") or {}, told.get("sources") or [], told.get("heldout") or {}
+def _body(
+    folder: Path, metadata: dict[str, Any], theirs: dict[str, Any], evaluation: dict[str, Any] | None
+) -> list[str]:
+    vocabulary, training = Vocabulary.from_json(metadata["vocabulary"]), metadata.get("training", {})
+    tokens, sources, heldout = (
+        training.get("tokens") or {},
+        training.get("sources") or [],
+        training.get("heldout") or {},
+    )
     size = sum(file.stat().st_size for file in weight_files(folder))
     lines = [
-        f"# {_title(own)}",
+        f"# {_title(metadata)}",
         "",
         f"One model of {', '.join(vocabulary.modalities)}: all of them are tokens of one vocabulary, read and written "
         f"by one decoder. `transformers` loads it as {theirs['architectures'][0]}. codecs/ holds the codecs that turn "
@@ -158,9 +166,9 @@ def _body(folder: Path, own: dict[str, Any], theirs: dict[str, Any], evaluation:
     lines += ["", "## Training data", "", *_table(("source", "weight", "licence"), rows)]
     lines += ["", f"Full list of origins and licences: {ATTRIBUTION}."] * (folder / ATTRIBUTION).is_file()
     seen = [(name, f"{count:,}") for name, count in tokens.items()]
-    lines += ["", f"## Training tokens up to step {own['step']}", "", *_table(("modality", "tokens"), seen)]
+    lines += ["", f"## Training tokens up to step {metadata['step']}", "", *_table(("modality", "tokens"), seen)]
     lines += ["", "## Evaluation", "", *_evaluation(heldout, evaluation)]
-    made_by = [f"{name} {version}" for name, version in sorted(own["versions"].items())]
+    made_by = [f"{name} {version}" for name, version in sorted(metadata["versions"].items())]
     return [*lines, "", f"Made with {', '.join(made_by)}."] if made_by else lines
 
 

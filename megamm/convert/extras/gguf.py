@@ -5,8 +5,12 @@ transformers: the names (from the package gguf), the experts of a layer stacked 
 "llama" the order of the rows of q and k: rotary pairs are neighbours instead of half a head apart. Media ids are
 control tokens of the vocabulary; the format cannot hold the codecs. It works tensor by tensor; at most one layer's
 stack of experts is in memory. Source of the format: github.com/ggml-org/ggml, docs/gguf.md.
+
+The tokenizer must be byte-level BPE. llama.cpp selects the text-splitting rule by name from a fixed list; other rules
+cannot be expressed.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +21,7 @@ import numpy.typing as npt
 import torch
 
 from megamm.common.errors import UserError
-from megamm.convert.extras.gguf_tokenizer import add_tokenizer
-from megamm.convert.io.export_metadata import read_own
+from megamm.convert.io.export_folder import read_metadata
 from megamm.convert.io.safetensors_files import Weights
 
 ARCHITECTURES = {
@@ -37,6 +40,10 @@ _EXPERTS = {
         {"gate_proj": "ffn_gate_exps", "up_proj": "ffn_up_exps", "down_proj": "ffn_down_exps"},
     ),
 }
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe", _WORDS + r"\p{N}" + _REST: "qwen2"}
+"""llama.cpp's names of splits, by pattern: Llama 3 and Qwen 2; the GPT-2 split is built into ByteLevel."""
 _PERMUTED = ("self_attn.q_proj.weight", "self_attn.k_proj.weight")
 
 
@@ -58,7 +65,7 @@ def write_gguf(export: Path, out: Path) -> Path:
         raise UserError("the package gguf is missing", remedy="install it: pip install 'megamm[gguf]'") from None
     from transformers import AutoConfig
 
-    own = read_own(export)[2]
+    metadata = read_metadata(export)[2]
     if out.exists():
         raise UserError("the output exists", where=out, remedy="remove it or choose another path")
     theirs = AutoConfig.from_pretrained(export, local_files_only=True, trust_remote_code=False)
@@ -67,13 +74,13 @@ def write_gguf(export: Path, out: Path) -> Path:
         remedy = f"export one of {', '.join(ARCHITECTURES)}, not quantised"
         raise UserError(f"{kind} cannot be written as GGUF", where=export, remedy=remedy)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.partial")  # so that `out` is never an incomplete file
     try:
         with Weights(export) as weights:
             writer = gguf.GGUFWriter(partial, ARCHITECTURES[theirs.model_type])
-            writer.add_name(f"{Path(own['config']['output']).name}-step-{own['step']}")
+            writer.add_name(f"{Path(metadata['config']['output']).name}-step-{metadata['step']}")
             _add_sizes(writer, theirs, export)
-            add_tokenizer(writer, export, theirs)
+            _add_tokenizer(writer, export, theirs)
             _write_tensors(writer, theirs, weights)
             writer.close()
         partial.replace(out)
@@ -113,12 +120,61 @@ def _add_sizes(writer: Any, theirs: Any, where: Path) -> None:
         raise UserError(f"rope_type {kind} cannot be written as GGUF", where=where, remedy="export a model without it")
 
 
+def _add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
+    """Add the tokenizer of export/tokenizer.json. Raises UserError if it is of another kind.
+
+    theirs: transformers' config of the model, with its special ids.
+    """
+    import gguf
+
+    file = export / "tokenizer.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        model, split = values["model"], _split(values["pre_tokenizer"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what, remedy = f"unreadable tokenizer: {error!r}", "create the export again with `megamm convert export`"
+        raise UserError(what, where=file, remedy=remedy) from None
+    if model["type"] != "BPE" or split is None:
+        remedy = "use a byte-level BPE with the split of GPT-2, Llama 3 or Qwen 2"
+        raise UserError("this tokenizer cannot be written as GGUF", where=file, remedy=remedy)
+    tokens = {id_: (token, gguf.TokenType.NORMAL) for token, id_ in model["vocab"].items()}
+    for added in values["added_tokens"]:
+        kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+        tokens[added["id"]] = (added["content"], kind)
+    # An id without a token is a padding row of the embedding table; the format needs a text for it.
+    rows = [tokens.get(id_, (f"[PAD{id_}]", gguf.TokenType.UNUSED)) for id_ in range(theirs.vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list([token for token, _ in rows])
+    writer.add_token_types([kind for _, kind in rows])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]])
+    for name in ("bos", "eos", "pad"):
+        id_ = getattr(theirs, f"{name}_token_id")
+        if id_ is not None:
+            getattr(writer, f"add_{name}_token_id")(id_ if isinstance(id_, int) else id_[0])
+    writer.add_add_bos_token(False)
+
+
+def _split(pre_tokenizer: dict[str, Any]) -> str | None:
+    """llama.cpp's name of the split rule; None if there is none."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    kinds = [step["type"] for step in steps]
+    if kinds[-1] != "ByteLevel" or steps[-1]["add_prefix_space"]:
+        return None
+    if kinds == ["ByteLevel"]:
+        return "gpt-2" if steps[0].get("use_regex", True) else None
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        return _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+    return None
+
+
 def _rope_factors(theirs: Any) -> npt.NDArray[np.float32]:
     """The factors of llama3 scaling: the divisor of each frequency, `[D / 2]`."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](theirs, torch.device("cpu"))
     powers = torch.arange(len(scaled), dtype=torch.float64) / len(scaled)
+    # llama.cpp divides the plain frequencies by these factors instead of computing the scaling itself.
     plain = float(theirs.rope_parameters["rope_theta"]) ** -powers
     return (plain / scaled.double()).float().numpy()
 
@@ -134,20 +190,22 @@ def _tensors(theirs: Any, weights: Weights) -> Iterator[_Tensor]:
     for layer in range(theirs.num_hidden_layers) if stacks else ():
         for part, name in stacks.items():
             parts: list[str] = []
+            # The number of experts is what the folder has: their names are numbered from 0 without gaps.
             while (one := f"model.layers.{layer}.{prefix}{len(parts)}.{part}.weight") in weights:
                 parts.append(one)
-            place = weights.places[parts[0]]
+            info = weights.infos[parts[0]]
             stacked |= set(parts)
-            yield _Tensor(f"blk.{layer}.{name}.weight", tuple(parts), (len(parts), *place.shape), place.dtype)
-    for name, place in sorted(weights.places.items()):
+            yield _Tensor(f"blk.{layer}.{name}.weight", tuple(parts), (len(parts), *info.shape), info.dtype)
+    for name, info in sorted(weights.infos.items()):
         if name not in stacked:
             new = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if new is None:
-                raise UserError(f"GGUF has no name for {name}", where=place.file, remedy="export a model without it")
-            yield _Tensor(new, (name,), place.shape, place.dtype)
+                raise UserError(f"GGUF has no name for {name}", where=info.file, remedy="export a model without it")
+            yield _Tensor(new, (name,), info.shape, info.dtype)
 
 
 def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
+    """Describe all tensors, write the header, then the values one tensor after the other, in the same order."""
     import gguf
 
     types = {
@@ -159,6 +217,7 @@ def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
     factors = {}
     if theirs.rope_parameters["rope_type"] == "llama3":
         factors = {"rope_freqs.weight": _rope_factors(theirs)}
+    # The file type is informative: that of the matrices, which make nearly all of the file.
     kept = types[next(t.dtype for t in tensors if len(t.shape) > 1)]
     writer.add_file_type(gguf.LlamaFileType[{"F32": "ALL_F32"}.get(kept.name, f"MOSTLY_{kept.name}")])
     for name, values in factors.items():
@@ -166,6 +225,7 @@ def _write_tensors(writer: Any, theirs: Any, weights: Weights) -> None:
     for tensor in tensors:
         type_ = types[tensor.dtype] if _keeps_dtype(tensor) else types[torch.float32]
         size = int(np.prod(tensor.shape)) * (4 if type_ is types[torch.float32] else 2)
+        # numpy has no bfloat16: the dtype given is ignored in favour of raw_dtype.
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=type_)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

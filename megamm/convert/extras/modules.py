@@ -22,10 +22,15 @@ from safetensors.torch import load_file, save_file
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
 from megamm.convert.extras import card
-from megamm.convert.extras.rewrite import copy_without_weights, rewrite
-from megamm.convert.io.digests import check_digests, write_digests
-from megamm.convert.io.export_metadata import OWN, read_own
-from megamm.convert.io.tokenizer import export_tokenizer
+from megamm.convert.io.export_folder import (
+    METADATA,
+    check_digests,
+    copy_without_weights,
+    export_tokenizer,
+    read_metadata,
+    write_digests,
+)
+from megamm.convert.io.safetensors_files import rewrite
 from megamm.data.sources.media import ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
 from megamm.tokenizers.encoder_decoder import Half, save_half
@@ -47,7 +52,8 @@ def split(export: Path, out: Path) -> list[str]:
 
     Raises UserError if it is not an export, has no media, or `out` exists.
     """
-    config, vocabulary, own = read_own(export)
+    config, vocabulary, metadata = read_metadata(export)
+    # Text and control ids come first in every vocabulary with media, so a text model is a prefix of the tables.
     text = Vocabulary(vocabulary.ranges[:2])
     if [part.name for part in text.ranges] != ["text", "control"] or text == vocabulary:
         what = "the vocabulary has no media ids: this is already a text model"
@@ -56,7 +62,7 @@ def split(export: Path, out: Path) -> list[str]:
     with new_folder(out) as folder:
         for name in made:
             (folder / name).mkdir()
-        media = _write_text_base(export, folder / TEXT_BASE, own, config, text)
+        media = _write_text_base(export, folder / TEXT_BASE, metadata, config, text)
         _write_fusion(export, folder / FUSION, media, vocabulary, text.size)
         for name, (family, half) in CODEC_HALVES.items():
             if family in config.tokenizers and save_half(config.tokenizers[family], family, half, folder / name):
@@ -69,7 +75,7 @@ def split(export: Path, out: Path) -> list[str]:
 
 
 def _write_text_base(
-    export: Path, folder: Path, own: dict[str, Any], config: RunConfig, text: Vocabulary
+    export: Path, folder: Path, metadata: dict[str, Any], config: RunConfig, text: Vocabulary
 ) -> dict[str, torch.Tensor]:
     """Write an export of the text model; returns the rows that it lacks."""
     media: dict[str, torch.Tensor] = {}
@@ -88,11 +94,12 @@ def _write_text_base(
     for name in ("generation_config.json", ATTRIBUTION):
         if (export / name).is_file():
             shutil.copy(export / name, folder / name)
-    run = own["config"] | {"tokenizers": {"text": own["config"]["tokenizers"]["text"]}}
+    # The run's config without media, so that the part is an export of its own.
+    run = metadata["config"] | {"tokenizers": {"text": metadata["config"]["tokenizers"]["text"]}}
     run["loss_weights"] = {name: w for name, w in run.get("loss_weights", {}).items() if name == "text"}
-    own = own | {"vocabulary": text.to_json(), "config": run}
-    (folder / OWN).write_text(json.dumps(own, indent=1))
-    card.write_card(folder, own)
+    metadata = metadata | {"vocabulary": text.to_json(), "config": run}
+    (folder / METADATA).write_text(json.dumps(metadata, indent=1))
+    card.write_card(folder, metadata)
     return media
 
 
@@ -119,6 +126,7 @@ def join(modules: Path, out: Path) -> Path:
         theirs, whole = (json.loads((at / "config.json").read_text()) for at in (base, fusion / WHOLE))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"unreadable {FUSION}: {error}", where=fusion, remedy=_REMEDY) from None
+    # The text model's config differs from the whole model's only in the size of the vocabulary.
     if theirs | {"vocab_size": whole["vocab_size"]} != whole or theirs["vocab_size"] != first:
         raise UserError(f"{TEXT_BASE} and {FUSION} belong to different models", where=modules, remedy=_REMEDY)
 

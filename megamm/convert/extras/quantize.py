@@ -18,8 +18,8 @@ import torch
 
 from megamm.common.errors import UserError
 from megamm.convert.extras import card
-from megamm.convert.extras.rewrite import copy_without_weights, rewrite, shapes
-from megamm.convert.io.export_metadata import read_own
+from megamm.convert.io.export_folder import copy_without_weights, read_metadata
+from megamm.convert.io.safetensors_files import Weights, rewrite
 from megamm.tokenizers.io import new_folder, weight_files
 
 log = logging.getLogger(__name__)
@@ -37,11 +37,12 @@ def quantize(export: Path, out: Path, to: Target) -> Path:
     except ImportError:
         remedy = "install it: pip install 'megamm[quantize]'"
         raise UserError("the package compressed-tensors is missing", remedy=remedy) from None
-    own = read_own(export)[2]
+    metadata = read_metadata(export)[2]
     theirs = json.loads((export / "config.json").read_text())
     if "quantization_config" in theirs:
         raise UserError("the export is already quantised", where=export, remedy="give the export it was made from")
-    matrices = {name: shape for name, shape in shapes(export).items() if name.endswith(".weight") and len(shape) == 2}
+    infos = Weights(export).infos
+    matrices = {n: info.shape for n, info in infos.items() if n.endswith(".weight") and len(info.shape) == 2}
     kept = [name for name in matrices if any(part in name for part in _KEPT)]
     scheme = _Scheme(to, {name: shape for name, shape in matrices.items() if name not in kept}, export)
     with new_folder(out) as folder:
@@ -49,7 +50,7 @@ def quantize(export: Path, out: Path, to: Target) -> Path:
         rewrite(export, folder, scheme.change)
         theirs["quantization_config"] = scheme.config(["lm_head", *(name.removesuffix(".weight") for name in kept)])
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
-        card.write_card(folder, own)
+        card.write_card(folder, metadata)
     before, after = (sum(file.stat().st_size for file in weight_files(at)) for at in (export, out))
     log.info("%s: %d matrices, weights %.1f -> %.1f MiB", to, scheme.matrices, before / 2**20, after / 2**20)
     return out

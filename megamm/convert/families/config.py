@@ -28,6 +28,7 @@ _NONE = ("mla.q_lora_rank", "attention_softcap", "logit_softcap")
 
 def family_for(m: ModelConfig) -> Family:
     """The first family that can express this model. Raises UserError naming the field that excludes the nearest one."""
+    # The nearest family refuses the fewest keys; of equal ones, the first of the table.
     refused = {family.architecture: family.refused(m) for family in FAMILIES}
     nearest = min(FAMILIES, key=lambda family: len(refused[family.architecture]))
     if wrong := refused[nearest.architecture]:
@@ -122,10 +123,10 @@ def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
     section: dict[str, Any] = {}
     for key, value in dotted.items():
         *parents, last = key.split(".")
-        place = section
+        inner = section
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = value
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
     return section
 
 

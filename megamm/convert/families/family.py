@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from megamm.config import ModelConfig, Section
-from megamm.convert.families.mapping import Entry
+from megamm.convert.families.mapping import TensorRule
 
 FIELDS = {  # ours: theirs
     "num_layers": "num_hidden_layers",
@@ -76,7 +76,7 @@ class Family:
 
     model_type: str
     architecture: str
-    entries: tuple[Entry, ...]
+    rules: tuple[TensorRule, ...]
     fields: dict[str, str] = field(default_factory=lambda: FIELDS)
     fixed: dict[str, Any] = field(default_factory=lambda: FIXED)
     implied: dict[str, Any] = field(default_factory=dict)
@@ -98,18 +98,21 @@ class Family:
 
     def refused(self, m: ModelConfig) -> list[str]:
         """Our keys, dotted, whose values a model of this family cannot have."""
+        # Every key that no table mentions must have its default: a key added to the config later is refused, not lost.
         values, defaults = dict(leaves(m.model_dump())), dict(_defaults())
         wrong = [key for key in self.positive if not values[key]]
         wrong += [key for key, other in self.same_as.items() if values[key] != values[other]]
         wrong += [k for k, (other, _) in self.multiples.items() if not values[k] or values[k] % (values[other] or 1)]
-        placed = {*self.fields, *self.unused, *self.positive, *self.same_as, *self.multiples, *_TRAINING}
+        expressed = {*self.fields, *self.unused, *self.positive, *self.same_as, *self.multiples, *_TRAINING}
         if m.rope_scaling.kind in self.rope_kinds:
-            placed |= _ROPE
-        placed |= {"none": set(), "all": {"window.size"}, "some": {"window.size", "window.full_layers"}}[self.windows]
-        placed |= {"window.rope_base"} if self.has_local_rope else set()
+            expressed |= _ROPE
+        expressed |= {"none": set(), "all": {"window.size"}, "some": {"window.size", "window.full_layers"}}[
+            self.windows
+        ]
+        expressed |= {"window.rope_base"} if self.has_local_rope else set()
         for key, value in values.items():
             is_as_implied = value == self.implied.get(key, defaults.get(key))
-            if not (is_as_implied or key in placed or _is_without_effect(key, m)):
+            if not (is_as_implied or key in expressed or _is_without_effect(key, m)):
                 wrong.append(key)
         if not wrong and (other := self.wrong(m)):
             wrong.append(other)

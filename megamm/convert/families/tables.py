@@ -8,20 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 from megamm.config import ModelConfig
-from megamm.convert.families.family import FIELDS, FIXED, Family, leaves
-from megamm.convert.families.mapping import Entry, dense_layers, routed_layers
+from megamm.convert.families.family import FIELDS, FIXED, Family
+from megamm.convert.families.mapping import TensorRule, dense_layers, routed_layers
 
 _PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (
-    Entry("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
-    Entry("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _PROJECTIONS), "qkv"),
-    Entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
-    Entry("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
+    TensorRule("self_attention.linear_qkv.layer_norm_weight", ("input_layernorm.weight",)),
+    TensorRule("self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in _PROJECTIONS), "qkv"),
+    TensorRule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
+    TensorRule("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
 )
-_QKV_BIAS = (Entry("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _PROJECTIONS), "qkv"),)
+_QKV_BIAS = (TensorRule("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _PROJECTIONS), "qkv"),)
 _QK_NORM = (
-    Entry("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
-    Entry("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
+    TensorRule("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
+    TensorRule("self_attention.k_layernorm.weight", ("self_attn.k_norm.weight",)),
 )
 
 
@@ -34,50 +34,50 @@ def _without_query_latent(m: ModelConfig) -> range:
 
 
 _LATENT_ATTENTION = (
-    Entry("input_layernorm.weight", ("input_layernorm.weight",)),
-    Entry("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
-    Entry("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), layers=_without_query_latent),
-    Entry("self_attention.linear_q_down_proj.weight", ("self_attn.q_a_proj.weight",), layers=_with_query_latent),
-    Entry("self_attention.q_layernorm.weight", ("self_attn.q_a_layernorm.weight",), layers=_with_query_latent),
-    Entry("self_attention.linear_q_up_proj.weight", ("self_attn.q_b_proj.weight",), layers=_with_query_latent),
-    Entry("self_attention.linear_kv_down_proj.weight", ("self_attn.kv_a_proj_with_mqa.weight",)),
-    Entry("self_attention.kv_layernorm.weight", ("self_attn.kv_a_layernorm.weight",)),
-    Entry("self_attention.linear_kv_up_proj.weight", ("self_attn.kv_b_proj.weight",)),
-    Entry("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
+    TensorRule("input_layernorm.weight", ("input_layernorm.weight",)),
+    TensorRule("pre_mlp_layernorm.weight", ("post_attention_layernorm.weight",)),
+    TensorRule("self_attention.linear_q_proj.weight", ("self_attn.q_proj.weight",), layers=_without_query_latent),
+    TensorRule("self_attention.linear_q_down_proj.weight", ("self_attn.q_a_proj.weight",), layers=_with_query_latent),
+    TensorRule("self_attention.q_layernorm.weight", ("self_attn.q_a_layernorm.weight",), layers=_with_query_latent),
+    TensorRule("self_attention.linear_q_up_proj.weight", ("self_attn.q_b_proj.weight",), layers=_with_query_latent),
+    TensorRule("self_attention.linear_kv_down_proj.weight", ("self_attn.kv_a_proj_with_mqa.weight",)),
+    TensorRule("self_attention.kv_layernorm.weight", ("self_attn.kv_a_layernorm.weight",)),
+    TensorRule("self_attention.linear_kv_up_proj.weight", ("self_attn.kv_b_proj.weight",)),
+    TensorRule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
 )
 
 
 def _mlp(
     ours: str, theirs: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-) -> tuple[Entry, ...]:
+) -> tuple[TensorRule, ...]:
     """A gated MLP, given the names of gate, up and down."""
     gate, up, down = (f"{theirs}{name}.weight" for name in names)
-    return Entry(f"{ours}linear_fc1.weight", (gate, up), "rows"), Entry(f"{ours}linear_fc2.weight", (down,))
+    return TensorRule(f"{ours}linear_fc1.weight", (gate, up), "rows"), TensorRule(f"{ours}linear_fc2.weight", (down,))
 
 
 _DENSE = _mlp("mlp.", "mlp.")
 _EXPERTS = "mlp.experts.experts."
-_ROUTED = (Entry("mlp.router.weight", ("mlp.gate.weight",)), *_mlp(_EXPERTS, "mlp.experts.{e}."))
+_ROUTED = (TensorRule("mlp.router.weight", ("mlp.gate.weight",)), *_mlp(_EXPERTS, "mlp.experts.{e}."))
 _MIXTRAL = (
-    Entry("mlp.router.weight", ("block_sparse_moe.gate.weight",)),
+    TensorRule("mlp.router.weight", ("block_sparse_moe.gate.weight",)),
     *_mlp(_EXPERTS, "block_sparse_moe.experts.{e}.", ("w1", "w3", "w2")),
 )
 _ROUTED_AND_SHARED = (*_ROUTED, *_mlp("mlp.shared_experts.", "mlp.shared_experts."))
 _DEEPSEEK_V2 = (
     *_LATENT_ATTENTION,
-    *(replace(entry, layers=dense_layers) for entry in _DENSE),
-    *(replace(entry, layers=routed_layers) for entry in _ROUTED_AND_SHARED),
+    *(replace(rule, layers=dense_layers) for rule in _DENSE),
+    *(replace(rule, layers=routed_layers) for rule in _ROUTED_AND_SHARED),
 )
 _DEEPSEEK_V3 = (
     *_DEEPSEEK_V2,
-    Entry("mlp.router.expert_bias", ("mlp.gate.e_score_correction_bias",), layers=routed_layers),
+    TensorRule("mlp.router.expert_bias", ("mlp.gate.e_score_correction_bias",), layers=routed_layers),
 )
 
 _GEMMA = (
     *_ATTENTION[:-1],
-    Entry("mlp.linear_fc1.layer_norm_weight", ("pre_feedforward_layernorm.weight",)),
-    Entry("self_attn_bda.norm.weight", ("post_attention_layernorm.weight",)),
-    Entry("mlp_bda.norm.weight", ("post_feedforward_layernorm.weight",)),
+    TensorRule("mlp.linear_fc1.layer_norm_weight", ("pre_feedforward_layernorm.weight",)),
+    TensorRule("self_attn_bda.norm.weight", ("post_attention_layernorm.weight",)),
+    TensorRule("mlp_bda.norm.weight", ("post_feedforward_layernorm.weight",)),
     *_DENSE,
 )
 
@@ -216,5 +216,3 @@ FAMILIES = (
         has_local_rope=True,
     ),
 )
-
-__all__ = ["FAMILIES", "Family", "leaves"]

@@ -1,1 +1,1 @@
-"""Reading and writing of what conversions take and make: tensors, tokenizers, digests, exports."""
+"""Input and output of conversions: weights in files and checkpoints, dtypes, the files of an export."""

@@ -1,7 +1,9 @@
-"""A Hugging Face folder of a supported family as the source of a run's start (megamm/init_from), group by group.
+"""The weights of a Hugging Face folder of a supported family as our stored tensors, group by group.
+
+`HuggingFaceSource` is the source of a run's first weights (megamm/init_from); import uses the rest.
 
 An export of megamm contains its vocabulary. In a plain folder the ids of the tokenizer are the text range; padding rows
-of the embedding table beyond them are ignored. At most one group (mapping.Group) is in memory.
+of the embedding table beyond them are ignored. At most one group (mapping.TensorGroup) is in memory.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +17,10 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families import mapping
 from megamm.convert.families.config import read_model
-from megamm.convert.families.tables import FAMILIES, Family
-from megamm.convert.io.dtypes import joined
-from megamm.convert.io.export_metadata import OWN, read_own
+from megamm.convert.families.family import Family
+from megamm.convert.families.mapping import TensorGroup
+from megamm.convert.families.tables import FAMILIES
+from megamm.convert.io.export_folder import METADATA, read_metadata
 from megamm.convert.io.safetensors_files import Weights
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Range, Vocabulary
@@ -26,7 +29,7 @@ _REMEDY = f"give a folder of {', '.join(family.model_type for family in FAMILIES
 
 
 class HuggingFaceSource:
-    """megamm.init_from.source.Source over a folder's safetensors files."""
+    """megamm.init_from.source.WeightSource over a folder's safetensors files."""
 
     def __init__(self, folder: Path, seq_length: int) -> None:
         """seq_length: tokens of the run's rows.
@@ -35,20 +38,21 @@ class HuggingFaceSource:
         self.where = folder
         self.family, self.config = read_model(folder, seq_length)
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
-        self.vocabulary = read_own(folder)[1] if (folder / OWN).is_file() else text_alone(folder)
+        self.vocabulary = read_metadata(folder)[1] if (folder / METADATA).is_file() else text_vocabulary(folder)
         with Weights(folder) as weights:
             self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         """Fill the blocks. Raises UserError for an unreadable file."""
         with Weights(self.where) as weights, torch.no_grad():
-            for group in mapping.groups(self.family.entries, self.config):
+            for group in mapping.groups(self.family.rules, self.config):
                 wanted = [block for block in blocks if block.key == group.ours and _has(block, group.index)]
-                if wanted and group.entry is None:
+                # A table can be the largest tensor by far: only the rows that the blocks need are read.
+                if wanted and group.rule is None:
                     for block in wanted:
                         _copy_rows(weights, group.theirs[0], block)
                 elif wanted:
-                    tensor = joined(group, weights, self.config)
+                    tensor = join_group(group, weights, self.config)
                     for block in wanted:
                         _copy(tensor, group.index, block)
 
@@ -56,10 +60,11 @@ class HuggingFaceSource:
 def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Vocabulary) -> Mapping[str, Shape]:
     """Shapes of the stored tensors that a folder provides. Raises UserError if some are missing, unknown or misfit."""
     try:
-        stored = mapping.from_transformers(family.entries, weights.described(), m)
+        stored = mapping.from_transformers(family.rules, weights.described(), m)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights do not fit config.json: {error}", where=weights.folder, remedy=_REMEDY) from None
-    unknown = sorted(weights.keys() - {*mapping.names(family.entries, m), "lm_head.weight"})
+    # Folders with tied embeddings may store the head nevertheless; it equals the embedding and is not read.
+    unknown = sorted(weights.keys() - {*mapping.names(family.rules, m), "lm_head.weight"})
     if unknown:
         what = f"{len(unknown)} tensors are unknown to the backbone, the first is {unknown[0]}"
         raise UserError(what, where=weights.folder, remedy=_REMEDY)
@@ -70,9 +75,38 @@ def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Voca
     return {name: tuple(tensor.shape) for name, tensor in stored.items()}
 
 
+def join_group(group: TensorGroup, weights: Weights, m: ModelConfig) -> torch.Tensor:
+    """A group's part of the stored tensor, in the files' dtype. Raises KeyError for a missing tensor, or UserError.
+
+    Where the parts are contiguous views of the result (all but query, key and value by query group), the files are read
+    directly into it; otherwise the group is in memory twice.
+    """
+    if group.rule is None:
+        return weights[group.theirs[0]]
+    infos = [weights.infos[name] for name in group.theirs]
+    # The result's shape comes from a join without values, its views from the inverse.
+    like = group.rule.join([torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos], m)
+    ours = torch.empty(like.shape, dtype=like.dtype)
+    parts = group.rule.cut(ours, m)
+    memory = ours.untyped_storage().data_ptr()
+    if all(part.untyped_storage().data_ptr() == memory and part.is_contiguous() for part in parts):
+        for name, part in zip(group.theirs, parts, strict=True):
+            weights.read(name, part)
+        return ours
+    del ours, parts
+    return group.rule.join([weights[name] for name in group.theirs], m)
+
+
+def text_vocabulary(folder: Path) -> Vocabulary:
+    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none."""
+    text = TextModality.load(folder)
+    return Vocabulary((Range("text", 0, text.vocabulary_size, text.codec_id, ("text",)),))
+
+
 def _has(block: TensorShard, index: tuple[int, ...]) -> bool:
-    places = zip(index, block.offset, block.size, strict=False)
-    return all(first <= i < first + size for i, first, size in places)
+    """Return whether the group at `index` of the stacked axes is in the block."""
+    axes = zip(index, block.offset, block.size, strict=False)
+    return all(first <= i < first + size for i, first, size in axes)
 
 
 def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: TensorShard) -> None:
@@ -84,14 +118,8 @@ def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: TensorShard) -> N
 
 def _copy_rows(weights: Weights, name: str, block: TensorShard) -> None:
     """Copy a block's rows of a tensor that has no axis of layers."""
-    place = weights.places[name]
-    rows = torch.empty((block.size[0], *place.shape[1:]), dtype=place.dtype)
+    info = weights.infos[name]
+    rows = torch.empty((block.size[0], *info.shape[1:]), dtype=info.dtype)
     weights.read(name, rows, block.offset[0])
     inside = tuple(slice(start, start + n) for start, n in zip(block.offset[1:], block.size[1:], strict=True))
     block.data.view(block.size).copy_(rows[(slice(None), *inside)])
-
-
-def text_alone(folder: Path) -> Vocabulary:
-    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none."""
-    text = TextModality.load(folder)
-    return Vocabulary((Range("text", 0, text.vocabulary_size, text.codec_id, ("text",)),))

@@ -1,5 +1,5 @@
 """Reads tensors of safetensors files one at a time (with pread, so that file pages do not count as process memory),
-and makes the header of a file to be written.
+makes the header of a file to be written, and rewrites the weights of a folder.
 
 Format: 8 bytes with the length of the header, little-endian; the header, JSON: name -> dtype, shape, first and last
 byte after it; the elements without gaps. Source: github.com/huggingface/safetensors, README.
@@ -7,7 +7,7 @@ byte after it; the elements without gaps. Source: github.com/huggingface/safeten
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megamm.checkpoint.reader import read_into
+from megamm.checkpoint.reader import bytes_of, read_into
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common.errors import UserError
-from megamm.tokenizers.io import WEIGHTS, weight_files
+from megamm.tokenizers.io import INDEX, WEIGHTS, weight_files
 
 DTYPES = {
     code: getattr(torch, name)
@@ -31,11 +31,13 @@ DTYPES = {
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH = 8
 """Bytes of the header's length field; the header is padded to a multiple of it."""
+Change = Callable[[str, torch.Tensor], dict[str, torch.Tensor]]
+"""Maps a tensor and its name to the tensors written instead of it."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A tensor in a file: `start` is its first byte there."""
+class TensorInfo:
+    """Description of a tensor in a file: `start` is its first byte there."""
 
     file: Path
     start: int
@@ -44,7 +46,7 @@ class Place:
 
 
 class Weights(Mapping[str, torch.Tensor]):
-    """Tensors of a folder by name, read on demand. `places`: shapes, dtypes and offsets, known without reading."""
+    """Tensors of a folder by name, read on demand. `infos`: shapes, dtypes and offsets, known without reading."""
 
     def __init__(self, folder: Path) -> None:
         """Read the headers. Raises UserError if there are no weights, or files are damaged."""
@@ -52,9 +54,9 @@ class Weights(Mapping[str, torch.Tensor]):
         self.files = weight_files(folder)
         if not self.files:
             raise UserError(f"no {WEIGHTS}", where=folder, remedy="give a folder with its weights as safetensors")
-        self.places: dict[str, Place] = {}
+        self.infos: dict[str, TensorInfo] = {}
         for file in self.files:
-            self.places |= read_header(file)
+            self.infos |= read_header(file)
         self.descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> "Weights":
@@ -67,36 +69,36 @@ class Weights(Mapping[str, torch.Tensor]):
 
     def read(self, name: str, target: torch.Tensor, row: int = 0) -> None:
         """Fill a contiguous tensor from the named one, starting at one of its rows. Raises KeyError if missing."""
-        place = self.places[name]
-        assert target.dtype == place.dtype
-        start = place.start + row * torch.Size(place.shape[1:]).numel() * place.dtype.itemsize
-        if place.file not in self.descriptors:
-            self.descriptors[place.file] = os.open(place.file, os.O_RDONLY | os.O_CLOEXEC)
+        info = self.infos[name]
+        assert target.dtype == info.dtype
+        start = info.start + row * torch.Size(info.shape[1:]).numel() * info.dtype.itemsize
+        if info.file not in self.descriptors:
+            self.descriptors[info.file] = os.open(info.file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            read_into(self.descriptors[place.file], start, [target])
+            read_into(self.descriptors[info.file], start, [target])
         except (OSError, EOFError) as error:
             what, remedy = f"{name} cannot be read: {error}", "download or copy the file again"
-            raise UserError(what, where=place.file, remedy=remedy) from None
+            raise UserError(what, where=info.file, remedy=remedy) from None
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        place = self.places[name]
-        tensor = torch.empty(place.shape, dtype=place.dtype)
+        info = self.infos[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
         self.read(name, tensor)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
+        return iter(self.infos)
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.infos)
 
     def described(self) -> dict[str, torch.Tensor]:
         """The tensors without their values."""
-        return {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in self.places.items()}
+        return {n: torch.empty(p.shape, dtype=p.dtype, device="meta") for n, p in self.infos.items()}
 
 
-def read_header(file: Path) -> dict[str, Place]:
-    """The places of a file's tensors. Raises UserError if it is damaged or has an unsupported dtype."""
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Read the descriptions of a file's tensors. Raises UserError if it is damaged or has an unsupported dtype."""
     try:
         with safe_open(file, framework="pt"):  # it checks lengths and offsets
             pass
@@ -113,7 +115,7 @@ def read_header(file: Path) -> dict[str, Place]:
         raise UserError(what, where=file, remedy=f"convert it to one of {', '.join(DTYPES)}")
     first = _LENGTH + length
     return {
-        name: Place(file, first + found["data_offsets"][0], DTYPES[found["dtype"]], tuple(found["shape"]))
+        name: TensorInfo(file, first + found["data_offsets"][0], DTYPES[found["dtype"]], tuple(found["shape"]))
         for name, found in header.items()
     }
 
@@ -128,3 +130,35 @@ def header(tensors: Iterable[tuple[str, torch.dtype, Shape]]) -> bytes:
     text = json.dumps(found, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _LENGTH)
     return len(text).to_bytes(_LENGTH, "little") + text
+
+
+def rewrite(source: Path, target: Path, change: Change) -> None:
+    """Write the weights of `source`, changed tensor by tensor, into the folder `target`.
+
+    The files, their names and their index are kept; at most one of the files is in memory. Raises UserError if weights
+    are missing or damaged.
+    """
+    written_to: dict[str, str] = {}
+    size = parameters = 0
+    with Weights(source) as weights:
+        for file in sorted({info.file for info in weights.infos.values()}):
+            written: dict[str, torch.Tensor] = {}
+            for name in (name for name, info in weights.infos.items() if info.file == file):
+                written |= change(name, weights[name])
+            _write(target / file.name, written)
+            written_to |= dict.fromkeys(written, file.name)
+            size += sum(tensor.nbytes for tensor in written.values())
+            parameters += sum(tensor.numel() for tensor in written.values())
+    if set(written_to.values()) != {WEIGHTS}:
+        totals = json.loads((source / INDEX).read_text()).get("metadata", {})
+        totals |= {"total_size": size} | ({"total_parameters": parameters} if "total_parameters" in totals else {})
+        index = {"metadata": totals, "weight_map": dict(sorted(written_to.items()))}
+        (target / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the tensors in the given order, that of the source, so that a joined file has the same bytes again."""
+    with file.open("wb") as opened:
+        opened.write(header((name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()))
+        for tensor in tensors.values():
+            opened.write(bytes_of(tensor.contiguous()))

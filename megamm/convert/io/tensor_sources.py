@@ -1,8 +1,8 @@
 """The tensors of the tools' inputs, one by one: a native checkpoint or run, a transformers folder, a file.
 
-A checkpoint stacks the layers of a tensor, and its experts; here each is a separate piece, under the checkpoint's
+A checkpoint stacks the layers of a tensor, and its experts; here each is a tensor of its own, under the checkpoint's
 name with the numbers inserted (`decoder.layers.3.mlp.experts.0.linear_fc1.weight`) or, if a family of transformers has
-the model, under the names and in the shapes of that family. One piece is in memory at a time.
+the model, under the names and in the shapes of that family. One of them is in memory at a time.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, RunConfig, config_from_dict
 from megamm.convert.families import mapping
 from megamm.convert.families.config import family_for
-from megamm.convert.families.tables import Family
+from megamm.convert.families.family import Family
 from megamm.convert.io.safetensors_files import Weights
 from megamm.model.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ _ROUTED = re.compile(r"\.mlp\.(router|experts|shared_experts)\.")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
-class Tensors(Protocol):
+class TensorSource(Protocol):
     """Names with shapes and dtypes, and their values; each call to `read` may access the files again."""
 
     where: Path
@@ -47,8 +47,8 @@ class Tensors(Protocol):
 
 
 @dataclass(frozen=True)
-class Owned:
-    """The part of a piece that a rank's file holds: the box [offset, offset + size)."""
+class RankBox:
+    """The part of a tensor that a rank's file holds: the box [offset, offset + size)."""
 
     rank: int
     offset: Shape
@@ -58,24 +58,25 @@ class Owned:
         return f"[{', '.join(f'{a}:{a + n}' for a, n in zip(self.offset, self.size, strict=True))}]"
 
 
-class Native:
-    """The weights of a verified checkpoint, piece by piece, without the optimizer state."""
+class NativeTensors:
+    """The weights of a verified checkpoint, one by one, without the optimizer state."""
 
     def __init__(self, step: Path) -> None:
         """Open it. Raises UserError if the index is not safe to read."""
         self.where, self.state = step, checkpoint.read_state(step)
         self.stored = {k: v for k, v in sorted(index.read(step / "tensors").items()) if not k.startswith("optimizer.")}
-        self.places: dict[str, tuple[str, Shape]] = {}
+        self.slices: dict[str, tuple[str, Shape]] = {}
+        """Name -> the stored tensor, and the index along its stacked axes."""
         self.described: dict[str, Described] = {}
         layers = int(self.state.config["model"]["num_layers"])
         for key, stored in self.stored.items():
             kind = str(stored.dtype).removeprefix("torch.")
-            for place in _places(key, stored.shape):
-                name = _piece(key, place, _first_layer(key, stored.shape, layers))
-                self.places[name] = key, place
-                self.described[name] = Described(stored.shape[len(place) :], kind)
+            for at in _stacked_indices(key, stored.shape):
+                name = _name(key, at, _first_layer(key, stored.shape, layers))
+                self.slices[name] = key, at
+                self.described[name] = Described(stored.shape[len(at) :], kind)
         self.described = dict(sorted(self.described.items(), key=lambda item: natural(item[0])))
-        self.names = {at: name for name, at in self.places.items()}
+        self.names = {at: name for name, at in self.slices.items()}
 
     @property
     def config(self) -> RunConfig:
@@ -89,40 +90,40 @@ class Native:
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = {name: torch.empty_like(meta(self.described[name]), device="cpu") for name in names}
-        with closing(TensorReader(self.where / "tensors", self.stored)) as pieces:
+        with closing(TensorReader(self.where / "tensors", self.stored)) as reader:
             for name, tensor in found.items():
-                key, place = self.places[name]
+                key, at = self.slices[name]
                 rest = tensor.shape
-                offset, size = place + (0,) * len(rest), (1,) * len(place) + tuple(rest)
-                pieces.read(TensorShard(key, self.stored[key].shape, offset, size, tensor))
+                offset, size = at + (0,) * len(rest), (1,) * len(at) + tuple(rest)
+                reader.read(TensorShard(key, self.stored[key].shape, offset, size, tensor))
         return found
 
-    def owners(self, name: str) -> list[Owned]:
-        """The parts of a piece, with the rank whose file holds each."""
-        key, place = self.places[name]
+    def owners(self, name: str) -> list[RankBox]:
+        """The parts of a tensor, with the rank whose file holds each (-1: the file's name does not tell)."""
+        key, at = self.slices[name]
         found = []
         for entry in self.stored[key].shards:
-            if all(low <= at < low + n for at, low, n in zip(place, entry.offset, entry.size, strict=False)):
+            if all(low <= i < low + n for i, low, n in zip(at, entry.offset, entry.size, strict=False)):
                 match = _RANK.fullmatch(entry.file)
                 rank = int(match[1]) if match else -1
-                found.append(Owned(rank, entry.offset[len(place) :], entry.size[len(place) :]))
-        return sorted(found, key=lambda owned: (owned.rank, owned.offset))
+                found.append(RankBox(rank, entry.offset[len(at) :], entry.size[len(at) :]))
+        return sorted(found, key=lambda box: (box.rank, box.offset))
 
 
-class AsTransformers:
+class TransformersTensors:
     """A checkpoint's weights as the family's tensors: with the names and shapes that an export has."""
 
-    def __init__(self, native: Native, family: Family, m: ModelConfig) -> None:
+    def __init__(self, native: NativeTensors, family: Family, m: ModelConfig) -> None:
         """Map the tensors. Raises UserError if the checkpoint lacks a tensor of its model, or its shape is wrong."""
         self.native, self.where, self.m = native, native.where, m
-        self.parts: dict[str, tuple[str, mapping.Group, int]] = {}
-        """Their name -> the piece, and which part of it."""
+        self.parts: dict[str, tuple[str, mapping.TensorGroup, int]] = {}
+        """Their name -> our tensor, its group, and which part of it."""
         self.described: dict[str, Described] = {}
         try:
-            for group in mapping.groups(family.entries, m):
-                piece = native.names[group.ours, group.index]
-                for number, part in enumerate(self._cut(meta(native.described[piece]), group)):
-                    self.parts[group.theirs[number]] = piece, group, number
+            for group in mapping.groups(family.rules, m):
+                ours = native.names[group.ours, group.index]
+                for number, part in enumerate(self._cut(meta(native.described[ours]), group)):
+                    self.parts[group.theirs[number]] = ours, group, number
                     self.described[group.theirs[number]] = described_of(part)
         except (KeyError, RuntimeError) as error:
             what = f"the tensors do not match the checkpoint's config: {error}"
@@ -131,32 +132,32 @@ class AsTransformers:
     @cached_property
     def tables(self) -> set[str]:
         """Names of the tensors whose first axis is the vocabulary; here without padding."""
-        return {name for name, (piece, _, _) in self.parts.items() if piece in (mapping.EMBEDDING, mapping.HEAD)}
+        return {name for name, (ours, _, _) in self.parts.items() if ours in (mapping.EMBEDDING, mapping.HEAD)}
 
-    def _cut(self, ours: torch.Tensor, group: mapping.Group) -> Sequence[torch.Tensor]:
-        if group.entry is not None:
-            return group.entry.cut(ours, self.m)
+    def _cut(self, ours: torch.Tensor, group: mapping.TensorGroup) -> Sequence[torch.Tensor]:
+        if group.rule is not None:
+            return group.rule.cut(ours, self.m)
         return [ours[: self.native.vocabulary_size] if group.ours in (mapping.EMBEDDING, mapping.HEAD) else ours]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         wanted = {name: self.parts[name] for name in names}
-        pieces = self.native.read({piece: None for piece, _, _ in wanted.values()})
+        # A dictionary, so that query, key and value read their common tensor once.
+        read = self.native.read({ours: None for ours, _, _ in wanted.values()})
         return {
-            name: self._cut(pieces[piece], group)[number].contiguous()
-            for name, (piece, group, number) in wanted.items()
+            name: self._cut(read[ours], group)[number].contiguous() for name, (ours, group, number) in wanted.items()
         }
 
 
-class OfFiles:
+class FileTensors:
     """The tensors of a transformers folder, or of a safetensors file."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, path: Path) -> None:
         """Open it. Raises UserError if there are no weights, or they are damaged."""
-        self.where = place
-        self.weights = Weights(place)
+        self.where = path
+        self.weights = Weights(path)
         self.described = {
             name: Described(found.shape, str(found.dtype).removeprefix("torch."))
-            for name, found in sorted(self.weights.places.items(), key=lambda item: natural(item[0]))
+            for name, found in sorted(self.weights.infos.items(), key=lambda item: natural(item[0]))
         }
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
@@ -164,27 +165,27 @@ class OfFiles:
             return {name: self.weights[name] for name in names}
 
 
-def open_place(place: Path, *, by_family: bool = False) -> Native | AsTransformers | OfFiles:
+def open_tensors(path: Path, *, by_family: bool = False) -> NativeTensors | TransformersTensors | FileTensors:
     """Open a run (its newest valid checkpoint), a checkpoint, a transformers folder, or a safetensors file.
 
     by_family: a checkpoint under the names of transformers. Raises UserError if it is none of these or, by_family, if
     no family has the model.
     """
-    if place.is_file() or (place.is_dir() and not is_native(place)):
-        return OfFiles(place)
-    native = Native(find_checkpoint(place))
+    if path.is_file() or (path.is_dir() and not is_native(path)):
+        return FileTensors(path)
+    native = NativeTensors(find_checkpoint(path))
     if not by_family:
         return native
     model = native.config.model
-    return AsTransformers(native, family_for(model), model)
+    return TransformersTensors(native, family_for(model), model)
 
 
-def is_native(place: Path) -> bool:
+def is_native(path: Path) -> bool:
     """Whether it is the folder of a run or a checkpoint."""
-    return (place / checkpoint.STATE).is_file() or (place / "checkpoints").is_dir()
+    return (path / checkpoint.STATE).is_file() or (path / "checkpoints").is_dir()
 
 
-def not_finite(tensors: Tensors) -> dict[str, int]:
+def not_finite(tensors: TensorSource) -> dict[str, int]:
     """Tensors that contain NaN or Inf, with the number of such values."""
     floats = {name: entry for name, entry in tensors.described.items() if meta(entry).is_floating_point()}
     # torch has no isfinite for 8 bits; all of their values exist in 16 bits.
@@ -214,8 +215,8 @@ def described_of(tensor: torch.Tensor) -> Described:
     return Described(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
-def _places(key: str, shape: Shape) -> Iterator[Shape]:
-    """Indices of the pieces along the stacked axes of a stored tensor."""
+def _stacked_indices(key: str, shape: Shape) -> Iterator[Shape]:
+    """All indices along the stacked axes of a stored tensor: layer, or layer and expert."""
     stacked = 0 if not key.startswith(mapping.LAYERS) else 2 if _EXPERTS in key else 1
     yield from itertools.product(*map(range, shape[:stacked]))
 
@@ -225,8 +226,9 @@ def _first_layer(key: str, shape: Shape, layers: int) -> int:
     return layers - shape[0] if key.startswith(mapping.LAYERS) and _ROUTED.search(key) else 0
 
 
-def _piece(key: str, place: Shape, first: int) -> str:
-    if not place:
+def _name(key: str, at: Shape, first: int) -> str:
+    """The name of a stored tensor with the numbers of layer and expert inserted; first: the stack's first layer."""
+    if not at:
         return key
-    name = key.replace(mapping.LAYERS, f"{mapping.LAYERS}{first + place[0]}.", 1)
-    return name.replace(_EXPERTS, f".experts.{place[1]}.", 1) if len(place) > 1 else name
+    name = key.replace(mapping.LAYERS, f"{mapping.LAYERS}{first + at[0]}.", 1)
+    return name.replace(_EXPERTS, f".experts.{at[1]}.", 1) if len(at) > 1 else name

@@ -1,1 +1,1 @@
-"""Checks of conversions: shapes, bits, logits, weights."""
+"""Checks of conversions and of weights: equivalence with the source, shapes, logits, NaN and Inf."""

@@ -20,8 +20,7 @@ from megamm.common import device
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import ParallelConfig, RunConfig, config_from_dict
-from megamm.convert.io.export_metadata import read_own
-from megamm.convert.io.loaded_export import load_stock
+from megamm.convert.io.export_folder import load_stock, read_metadata
 from megamm.data.pipeline.run_data import open_run_data
 from megamm.model.vocabulary import Vocabulary
 
@@ -60,38 +59,40 @@ def random_rows(vocabulary_size: int, length: int, seed: int = 0) -> list[Row]:
 
 
 @contextmanager
-def our_model(step: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
+def our_model(step: Path, on: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
     """Build our backbone from a verified checkpoint, in float32 on one process; weights are cast to `rounded` first."""
     state = checkpoint.read_state(step)
     made_with = config_from_dict(state.config, where=step)
     train = made_with.train.model_copy(update={"precision": "fp32", "attention": "auto"})
     config = made_with.model_copy(update={"parallel": ParallelConfig(), "train": train})
     size = Vocabulary.from_json(state.vocabulary).size
+    # Imported here: a conversion without the logit check needs no Megatron.
     from megamm.mcore import groups as grid
 
-    grid.start(place)
+    grid.start(on)
     from megamm.mcore import backbone, store  # after grid.start, which adapts Megatron-core to the device
 
     groups = grid.build(config.parallel, config.train.seed)
     try:
-        (model,) = backbone.build_chunks(config, size, groups, place)
+        (model,) = backbone.build_chunks(config, size, groups, on)
         store.load_weights(step / "tensors", [model], groups)
         _round(model, rounded)
-        yield lambda row: _ours(model.eval(), row, size, place.torch_device)
+        yield lambda row: _ours(model.eval(), row, size, on.torch_device)
     finally:
         grid.destroy()
 
 
 @contextmanager
-def their_model(folder: Path, place: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
+def their_model(folder: Path, on: device.Device, rounded: Sequence[torch.dtype] = ()) -> Iterator[Forward]:
     """Load a transformers folder with its own class, in float32. Raises UserError if the weights are incomplete."""
-    model = load_stock(folder, torch.float32).to(place.torch_device)
+    model = load_stock(folder, torch.float32).to(on.torch_device)
     _round(model, rounded)
-    yield lambda row: _theirs(model, row, place.torch_device)
+    yield lambda row: _theirs(model, row, on.torch_device)
 
 
 @torch.inference_mode()
 def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pass:
+    """Run our model on a packed row; attention is limited to the documents by the row's metadata."""
     batch = Batch.stack([row]).to(where)
     with _recorded(model.decoder.layers) as stages:
         logits = model(batch.input_ids, None, batch.row_map)[0, :, :vocabulary_size]
@@ -101,12 +102,14 @@ def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pa
 
 @torch.inference_mode()
 def _theirs(model: Any, row: Row, where: torch.device) -> Pass:
+    """Run transformers' model on each document of a row alone: the reference that knows nothing of packing."""
     found: dict[str, list[torch.Tensor]] = {}
     ids = torch.from_numpy(row.input_ids).to(where)[None]
     for document in range(int(row.segment.max()) + 1):
-        places = np.flatnonzero(row.segment == document)
+        tokens = np.flatnonzero(row.segment == document)
         with _recorded(model.get_decoder().layers) as stages:
-            logits = model(ids[:, int(places[0]) : int(places[-1]) + 1], use_cache=False).logits[0]
+            logits = model(ids[:, int(tokens[0]) : int(tokens[-1]) + 1], use_cache=False).logits[0]
+        # The documents, one after the other, make the same rows as the packed pass without padding.
         for name, tensor in ({name: tensor[0] for name, tensor in stages.items()} | {LOGITS: logits}).items():
             found.setdefault(name, []).append(tensor)
     return Pass({name: torch.cat(tensors).float().cpu() for name, tensors in found.items()})
@@ -124,6 +127,7 @@ def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
     found: dict[str, torch.Tensor] = {}
 
     def before(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        # transformers passes the input by position, Megatron-core by name.
         found[EMBEDDING] = given[0] if given else named["hidden_states"]
 
     def after(number: int) -> Callable[[Any, Any, Any], None]:
@@ -143,13 +147,14 @@ def _recorded(layers: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def _round(model: torch.nn.Module, dtypes: Sequence[torch.dtype]) -> None:
+    """Round float32 parameters to each dtype in turn, so that both models compute with equal weights."""
     for parameter in model.parameters():
         for dtype in dtypes:
             parameter.copy_(parameter.to(dtype))
 
 
 def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, float]:
-    """By stage, over all rows: largest difference / largest value of `theirs`. NaN where either side has NaN."""
+    """Largest difference / largest value of `theirs`, by stage, over all rows. NaN where either side has NaN."""
     found = {}
     for stage in theirs[0].stages:
         pairs = [(a.stages[stage], b.stages[stage]) for a, b in zip(ours, theirs, strict=True)]
@@ -158,17 +163,17 @@ def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[s
     return found
 
 
-def logits_difference(run: Path, export_folder: Path, place: device.Device, rows: int = 20) -> float:
+def logits_difference(run: Path, export_folder: Path, on: device.Device, rows: int = 20) -> float:
     """Largest absolute logit difference between an export and its run, over the first `rows` held-out rows of the run.
 
     Raises UserError if the export's step differs from the step of the run's newest checkpoint.
     """
     folder = find_checkpoint(run)
-    state, step = checkpoint.read_state(folder), read_own(export_folder)[2]["step"]
+    state, step = checkpoint.read_state(folder), read_metadata(export_folder)[2]["step"]
     if state.step != step:
         what = f"the export is of step {step}, but the run's newest checkpoint is of step {state.step}"
         raise UserError(what, where=export_folder, remedy="export the run again")
     config: RunConfig = config_from_dict(state.config, where=folder)
     heldout = open_run_data(config).heldout_rows[:rows]
-    with our_model(folder, place) as ours, their_model(export_folder, place) as theirs:
+    with our_model(folder, on) as ours, their_model(export_folder, on) as theirs:
         return max(float((ours(r).stages[LOGITS] - theirs(r).stages[LOGITS]).abs().max()) for r in heldout)

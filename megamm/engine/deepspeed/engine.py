@@ -25,7 +25,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.config import RunConfig
-from megamm.engine.api import Fill, StepResult
+from megamm.engine.api import StepResult, WeightInitializer
 from megamm.mcore import backbone, optimizer, plain_step, whole_parameters
 from megamm.mcore.groups import Groups
 from megamm.model.loss import StepLoss
@@ -108,12 +108,14 @@ class DeepSpeedEngine:
     def blocks(self) -> list[TensorShard]:
         return self.names.blocks(self.shards.gather())
 
-    def start_from(self, fill: Fill) -> None:
+    def init_weights(self, initializer: WeightInitializer) -> None:
         kinds = self.shards.kinds((whole_parameters.MAIN,))
         described = {part.key: part for parts in self.names.parts.values() for part in parts}
         whole = {key: part.shape for key, part in described.items()}
         tables = {key for key, part in described.items() if part.grows}
-        owned = whole_parameters.load(lambda blocks: fill(blocks, whole, tables), self.names, self.shards.owned, kinds)
+        owned = whole_parameters.load(
+            lambda blocks: initializer(blocks, whole, tables), self.names, self.shards.owned, kinds
+        )
         self.shards.scatter(owned, kinds, 0)
 
     def files_to_load(self, folder: Path) -> set[str]:

@@ -1,1 +1,0 @@
-"""The conversion itself: planned, run by several processes, resumable."""
