@@ -108,7 +108,7 @@ def results(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Results
 def _run(worlds: Worlds, cases: list[dict[str, Any]], out: Path) -> None:
     # A separate home: an operator compiled at first use is cached there.
     home = out / "home"
-    done = worlds.run(2, deepspeed_worker.run, deepspeed_worker.Job(cases, out, home), timeout=300)
+    done = worlds.run(2, deepspeed_worker.run, deepspeed_worker.Job(cases, out, home), timeout=600)
     assert not isinstance(done, Failure), done.lines()
     said = [line for rank in range(2) for line in (out / f"stdout_{rank}").read_text().splitlines()]
     said = [line for line in said if "OVERFLOW! Skipping step" not in line]
