@@ -38,3 +38,10 @@ def test_a_pair_is_of_two_factors():
         frozenset({("a", "1"), ("c", "2")}),
         frozenset({("b", "1"), ("c", "2")}),
     }
+
+
+def test_a_selection_has_every_part():
+    rows = covering.rows(FACTORS, RULES["free"])
+    few = covering.selection(rows, lambda row: set(row.items()))
+    assert {part for row in few for part in row.items()} == {part for row in rows for part in row.items()}
+    assert 5 <= len(few) < len(rows) / 2 and all(row in rows for row in few)

@@ -309,7 +309,7 @@ def _peak_bytes(call: Callable[[], Any]) -> int:
     return max(itertools.accumulate((e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())), initial=0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.everything)])
 def test_extra_memory_is_a_twentieth_of_the_logits(dtype: torch.dtype) -> None:
     """Memory beyond arguments and gradients, over forward and backward; for the plain form this includes all logits."""
     hidden, weight, labels, token_weight = inputs(11, 8192, 8, 6001, 6001)

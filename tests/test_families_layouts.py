@@ -47,7 +47,7 @@ LAYOUTS = {name: [*ALONE, *DENSE] for name in ("llama3", "mistral-window", "qwen
 LAYOUTS |= {name: [*ALONE, *EXPERTS] for name in ("qwen3-moe", "mixtral")}
 LAYOUTS |= {name: [*ALONE, *EXPERTS, *STAGES] for name in ("deepseek-v3-published", "deepseek-v2-lite")}
 OFTEN = {
-    "llama3": [(1, {}), (4, {T: 2, S: True, P: 2})],
+    "llama3": [(1, {})],
     "mistral-window": [(2, {T: 2})],  # one key-value head on two ranks
     "qwen2-tied": [(4, {T: 4})],  # two on four ranks
     "qwen3": [(2, {P: 2})],
@@ -55,7 +55,7 @@ OFTEN = {
     "gemma3": [(4, {T: 2, S: True, P: 2})],
     "qwen3-moe": [(2, {E: 2}), (4, {P: 2, E: 2})],
     "mixtral": [(4, {T: 2, S: True, E: 2})],
-    "deepseek-v3-published": [(4, {P: 4}), (4, {T: 2, S: True, E: 2})],
+    "deepseek-v3-published": [(4, {P: 4})],
     "deepseek-v2-lite": [(4, {E: 4})],
 }
 CASES = [

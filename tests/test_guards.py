@@ -207,6 +207,7 @@ def test_roll_back_leaves_exactly_the_window_out_and_survives_a_restart(runs, le
     assert (window["how"], window["first"], window["end"], window["step"]) == ("rollback", 28, 36, 9)
 
 
+@pytest.mark.everything
 def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
     """It has steps 7 and 8 from before and after the roll-back: a restart resumes from the newest of the latter.
 
@@ -229,6 +230,7 @@ def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
     assert local_files.steps_in(tier) == []
 
 
+@pytest.mark.everything
 def test_roll_back_holds_in_remote_storage_too(runs):
     """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
     url = f"file://{runs.folder}/durable_copies"

@@ -69,8 +69,11 @@ def injected(run, fault):
     return [event for event in of_kind(run, "injected") if event["fault"] == fault]
 
 
-def test_pods_are_killed_and_drained(work, job):
-    """The pod that hosts the store is cut off, then both are drained, one while the other writes its checkpoint."""
+def test_pods_are_killed_and_drained(work, job, request):
+    """The pod that hosts the store is cut off, then both are drained, one while the other writes its checkpoint.
+
+    With `make test-all` another pod starts after the last step, and finds that all is done.
+    """
     run, paused = work / "run", work / "run.records" / "paused"
     with job("run", "pause@step:3:0:0,until_asked@step:6:1:*,pause@save:6:0:*") as pods_of:
         pods_of.start(1)
@@ -95,6 +98,8 @@ def test_pods_are_killed_and_drained(work, job):
         assert pods_of.state == "complete", pods_of.story()
         assert fault_matrix.differences(work, "run", 0) == [], pods_of.story()
 
+        if not request.config.getoption("everything"):
+            return
         late = pods_of.start(1)  # lost after the last step, before its exit code was seen
         pods_of.until(lambda: late.exit_code() is not None)
         assert late.exit_code() == 0, pods_of.story()

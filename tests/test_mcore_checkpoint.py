@@ -1,8 +1,9 @@
 """Checkpoints between all pairs of layouts, up to 8 ranks, bit for bit: weights, buffers, main copies, moments.
 
-Random state is saved by one rank; every layout reads it and writes it again; then every layout reads what every other
-layout wrote. Megatron's own loader (dist_checkpointing) is the reference on each rank: after it and after ours, every
-tensor must have the same bits. Plain torch is the reference for the folders.
+Random state is saved by one rank; every layout reads it and what the layout before has saved, and saves it again. With
+`make test-all` every layout also reads what every other one has saved. Megatron's own loader (dist_checkpointing) is
+the reference on each rank: after it and after ours, every tensor must have the same bits. Plain torch is the reference
+for the folders.
 """
 
 import warnings
@@ -212,13 +213,13 @@ class Folders:
 
 @pytest.fixture(scope="module")
 def folders_of(worlds, tmp_path_factory):
-    """Return family -> its Folders: every layout has read all earlier checkpoints and has saved its own."""
+    """Return family -> its Folders: every layout has read two earlier checkpoints and has saved its own."""
 
     @cache
     def make(family: str) -> Folders:
         folders = Folders(worlds, family, tmp_path_factory.mktemp(family))
         for i in range(len(folders.cases)):
-            folders.job(i, read=list(range(i)), write=True)
+            folders.job(i, read=sorted({0, i - 1}) if i else [], write=True)
         return folders
 
     return make
@@ -226,7 +227,7 @@ def folders_of(worlds, tmp_path_factory):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layouts_read_what_others_saved(folders_of, family):
-    """Each layout reads all earlier ones; one rank reads all. Plain torch finds the same bits in all folders."""
+    """Each layout has read two of them; one rank reads all. Plain torch finds the same bits in all folders."""
     folders = folders_of(family)
     whole = read_tensors(path_of(folders.saved[0], STEP))
     assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in whole)
@@ -240,11 +241,11 @@ def test_layouts_read_what_others_saved(folders_of, family):
 
 @pytest.mark.everything
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layouts_read_what_later_ones_saved(folders_of, family):
+def test_layouts_read_what_all_others_saved(folders_of, family):
     """Together with the test above this covers all pairs."""
     folders = folders_of(family)
-    for i in range(1, len(folders.cases) - 1):
-        folders.job(i, read=[0, *range(i + 1, len(folders.cases))])
+    for i in range(1, len(folders.cases)):
+        folders.job(i, read=[0, *range(1, i - 1), *range(i + 1, len(folders.cases))])
 
 
 def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:

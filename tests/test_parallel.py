@@ -1,8 +1,9 @@
-"""Layouts against one rank (megamm/parity): every pair of features together, and random compositions.
+"""Layouts against one rank (megamm/parity): pairs of features together, and random compositions.
 
 Same weights, same batch, float32, real gloo processes: losses, every gradient, grad norm, every parameter after one
-step and after the last, tokens per expert, and every rank's coordinates in the dry run. A few cases cover every pair
-(covering.py); `make test-all` runs the full products. A failing composition is reduced to a small one.
+step and after the last, tokens per expert, and every rank's coordinates in the dry run. `make test` has every layout
+with every other kind of parallelism; `make test-all` also has every pair (covering.py) and the full products. A failing
+composition is reduced to a small one.
 """
 
 from functools import cache
@@ -67,7 +68,23 @@ def admits(row: covering.Row) -> bool:
 
 
 COVERING = covering.rows(FACTORS, admits)
-COVERED = {" + ".join(filter(None, row.values())) or "nothing": composed(row) for row in COVERING}
+KINDS = ("experts", "tensor", "pipeline", "context")
+"""The factors that are kinds of parallelism, apart from data."""
+
+
+def parts(row: covering.Row) -> set[tuple[str, ...]]:
+    """Return what `make test` has in some row: every value, and each layout and kit with each other kind."""
+    used = {factor: value for factor, value in row.items() if value}
+    beside = {(used[a], b) for a in (*KINDS, "kit") for b in KINDS if a in used and b in used and a != b}
+    return beside | {(value,) for value in used.values()}
+
+
+def named(rows: list[covering.Row]) -> dict[str, Case | None]:
+    return {" + ".join(filter(None, row.values())) or "nothing": composed(row) for row in rows}
+
+
+FEW = covering.selection(COVERING, parts)
+COVERED = named(COVERING)
 # One head on each rank: its gradient of the shared rotary channels is a strided slice, which Megatron does not sum.
 LATENT = Case.of(2, LAYOUTS["tensor"] | FEATURES["latent attention"])
 ONE_HEAD = LATENT.with_setting("model.num_attention_heads", 2).with_setting("model.num_query_groups", 2)
@@ -81,8 +98,8 @@ COMPOSED = {
 PRODUCTS = matrix.singles() | matrix.pairs() | COMPOSED | ABSENT
 REFUSED = {name: case for name, case in PRODUCTS.items() if case and matrix.expected(case).verdict == "refused"}
 DRAWN = dict(list(RANDOM.items())[:20])
-OFTEN = {"latent attention, one head a rank": ONE_HEAD} | COVERED | REFUSED | dict(list(DRAWN.items())[:8])
-CASES = PRODUCTS | DRAWN | OFTEN
+OFTEN = {"latent attention, one head a rank": ONE_HEAD} | named(FEW) | REFUSED | dict(list(DRAWN.items())[:4])
+CASES = PRODUCTS | DRAWN | COVERED | OFTEN
 PARAMETERS = [
     pytest.param(case, id=name, marks=() if name in OFTEN else pytest.mark.everything)
     for name, case in CASES.items()
@@ -124,7 +141,19 @@ def test_the_matrix_is_whole():
     assert max(case.world for case in OFTEN.values() if case) == 8
 
 
-def test_every_two_parts_are_in_a_case_that_is_always_run():
+def test_every_layout_is_always_run_with_every_other_kind():
+    """The exceptions are invalid in any run: these experts need sequence parallelism beside tensor parallelism."""
+    have = set().union(*map(parts, FEW))
+    assert have == set().union(*map(parts, COVERING))
+    layouts = {(value, factor) for factor in KINDS for value in FACTORS[factor] if value}
+    wanted = {(value, kind) for value, factor in layouts for kind in KINDS if kind != factor}
+    wanted |= {(kit, kind) for kit in KITS for kind in KINDS} | {(mix,) for mix in MIXES}
+    assert wanted - have == {("tensor", "experts")}
+    assert all(composed(row) in OFTEN.values() for row in FEW)
+    assert len(FEW) <= len(COVERING) / 2
+
+
+def test_every_two_parts_are_in_a_case():
     """The cases have everything in the products; missing pairs are invalid in any run or need two batches."""
     assert {name for values in FACTORS.values() for value in values for name in value.split(" + ") if name} == {
         *LAYOUTS,

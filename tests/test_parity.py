@@ -75,7 +75,26 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize(("line", "fault", "named"), NAMED, ids=[f"{f.__name__}-{line[:7]}" for line, f, _ in NAMED])
+SELDOM = {
+    ("data_parallel_sum_dropped", "world=4 parallel.context=2"),
+    ("tied_embedding_sum_dropped", "world=2 parallel.pipeline=2 model.tie_embeddings=true"),
+    ("prediction_depths_twice", "world=2 parallel.pipeline=2 model.mtp.num_layers=1"),
+    ("row_positions_shifted", "world=2 parallel.context=2 model.rope_axes=3"),
+}
+"""Of `make test-all`; a similar fault in another sum, position or loss is always injected."""
+
+
+@pytest.mark.parametrize(
+    ("line", "fault", "named"),
+    [
+        pytest.param(
+            *(line, fault, named),
+            id=f"{fault.__name__}-{line[:7]}",
+            marks=pytest.mark.everything if (fault.__name__, line) in SELDOM else (),
+        )
+        for line, fault, named in NAMED
+    ],
+)
 def test_an_injected_fault_is_named(harness, line, fault, named):
     outcome = harness.prove(Case.parse(line), fault)
     assert outcome.verdict == "mismatch"

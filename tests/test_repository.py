@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,18 @@ from requirement_files import IMPORT_NAMES_OF_EXTRAS, read_pins, setup_lists
 import megamm
 
 ROOT = Path(__file__).parents[1]
-FILES = [
-    File(path.relative_to(ROOT).as_posix(), path.read_text())
-    for top in EVERYWHERE
-    for path in sorted((ROOT / top).rglob("*.py") if top.endswith("/") else [ROOT / top])
-]
 RULE_NAMES = [rule.check.__name__ for rule in RULES]
+
+
+@cache
+def files() -> list[File]:
+    """Return all files that have rules, parsed at first use and not whenever tests are collected."""
+    return [
+        File(path.relative_to(ROOT).as_posix(), path.read_text())
+        for top in EVERYWHERE
+        for path in sorted((ROOT / top).rglob("*.py") if top.endswith("/") else [ROOT / top])
+    ]
+
 
 CLEAN = '''"""A module that keeps every rule."""
 
@@ -55,14 +62,14 @@ if __name__ == "__main__":
 
 
 def test_the_tree_is_read() -> None:
-    paths = {file.path for file in FILES}
+    paths = {file.path for file in files()}
     assert {"setup.py", "megamm/cli/__init__.py", "tests/test_repository.py"} <= paths
     assert not any("venv" in path for path in paths)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=RULE_NAMES)
 def test_rule_is_kept(rule: Rule) -> None:
-    found = rule.findings(FILES)
+    found = rule.findings(files())
     assert not found, f"{rule.check.__doc__}\n" + "\n".join(found)
 
 
@@ -89,7 +96,7 @@ def test_exceptions_are_for_the_named_places_only() -> None:
 def test_no_exception_outlives_its_reason() -> None:
     """An exception for one offence ("path: what") must still be needed; otherwise the next offence there is hidden."""
     for rule in RULES:
-        found = [re.sub(r":\d+: ", ": ", f) for f in dataclasses.replace(rule, except_for={}).findings(FILES)]
+        found = [re.sub(r":\d+: ", ": ", f) for f in dataclasses.replace(rule, except_for={}).findings(files())]
         stale = [e for e in rule.except_for if ": " in e and not any(f.startswith(e) for f in found)]
         assert not stale
 
@@ -140,7 +147,7 @@ def test_every_import_is_declared() -> None:
         *(p.stem for folder in ("tests", "tests/lib", "tools") for p in (ROOT / folder).glob("*.py")),
     }
     undeclared = []
-    for file in FILES:
+    for file in files():
         allowed = shipped | {"setuptools"} if file.path.startswith(("megamm/", "setup.py")) else for_use | {"packaging"}
         for line, name in file.imports:
             top = name.split(".")[0]
@@ -154,7 +161,9 @@ def test_every_import_is_declared() -> None:
 
 def test_no_test_module_is_imported() -> None:
     """Code that several test files use is in tests/lib."""
-    found = [f"{f.path}:{line}: imports {name}" for f in FILES for line, name in f.imports if name.startswith("test_")]
+    found = [
+        f"{f.path}:{line}: imports {name}" for f in files() for line, name in f.imports if name.startswith("test_")
+    ]
     assert not found, "\n".join(found)
 
 

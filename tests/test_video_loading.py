@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import av
@@ -112,23 +113,30 @@ def with_a_hidden_frame(data):
     return file.getvalue()
 
 
-WAVES = video_bytes(waves(12, 192, 160), rate=10)
-FILES = {
-    "plain": (WAVES, "mp4"),
-    "tall": (video_bytes(waves(12, 160, 260), rate=10, container="webm"), "webm"),
-    "odd": (video_bytes(waves(9, 193, 161), rate=10), "mp4"),
-    "oblong pixels": (video_bytes(waves(9, 192, 160), aspect=Fraction(4, 3)), "mp4"),
-    "turned": (video_bytes(waves(9, 210, 160), rotation=90), "mp4"),
-    "upside down": (video_bytes(waves(9, 200, 160), rotation=180), "mp4"),
-    "turned back": (video_bytes(waves(9, 190, 160), rotation=270), "mp4"),
-    "varying": (
-        video_bytes(waves(8, 192, 160), times=[0, 40, 90, 400, 410, 700, 900, 1300], container="matroska"),
-        "mkv",
-    ),
-    "BT.709": (coded(waves(9, 192, 160), "webm", "libvpx-vp9", matrix=1), "webm"),
-    "hidden frame": (with_a_hidden_frame(coded(waves(12, 192, 160), "webm", "libvpx")), "webm"),
-    "one frame": (video_bytes(waves(1, 192, 160)), "mp4"),
-}
+@cache
+def plain():
+    """Return a short video, encoded at first use like all files here, and not whenever tests are collected."""
+    return video_bytes(waves(12, 192, 160), rate=10)
+
+
+@cache
+def good_files():
+    return {
+        "plain": (plain(), "mp4"),
+        "tall": (video_bytes(waves(12, 160, 260), rate=10, container="webm"), "webm"),
+        "odd": (video_bytes(waves(9, 193, 161), rate=10), "mp4"),
+        "oblong pixels": (video_bytes(waves(9, 192, 160), aspect=Fraction(4, 3)), "mp4"),
+        "turned": (video_bytes(waves(9, 210, 160), rotation=90), "mp4"),
+        "upside down": (video_bytes(waves(9, 200, 160), rotation=180), "mp4"),
+        "turned back": (video_bytes(waves(9, 190, 160), rotation=270), "mp4"),
+        "varying": (
+            video_bytes(waves(8, 192, 160), times=[0, 40, 90, 400, 410, 700, 900, 1300], container="matroska"),
+            "mkv",
+        ),
+        "BT.709": (coded(waves(9, 192, 160), "webm", "libvpx-vp9", matrix=1), "webm"),
+        "hidden frame": (with_a_hidden_frame(coded(waves(12, 192, 160), "webm", "libvpx")), "webm"),
+        "one frame": (video_bytes(waves(1, 192, 160)), "mp4"),
+    }
 
 
 def write_shards(folder, files):
@@ -147,7 +155,7 @@ def stream_of(folder, decoder, starts=(0.0,), sizes=SIZES, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    files = [(name.replace(" ", "_").replace(".", ""), *file) for name, file in FILES.items()]
+    files = [(name.replace(" ", "_").replace(".", ""), *file) for name, file in good_files().items()]
     return write_shards(tmp_path_factory.mktemp("videos"), files)
 
 
@@ -172,7 +180,7 @@ def test_dali_gives_the_same_pixels_within_the_stated_tolerance(decoder, folder,
     """Check the tolerances of docs/video.md for downscaled pictures, in levels of 255. The padding is equal."""
     stream = stream_of(folder, decoder, batch_size=4)
     for clip in (clip for batch in stream for clip in batch):
-        name, expected = list(FILES)[clip.number], truth[clip.number].astype(int)
+        name, expected = list(good_files())[clip.number], truth[clip.number].astype(int)
         assert clip.frames.shape == expected.shape and clip.frames.dtype == np.uint8, name
         apart = np.abs(clip.frames - expected)
         # Full colours were clipped by the wrong matrix before the right one. Uncorrected: 32 at most, 6.4 in the mean.
@@ -181,7 +189,7 @@ def test_dali_gives_the_same_pixels_within_the_stated_tolerance(decoder, folder,
         padding = (expected == 255).all((0, 2, 3)), (expected == 255).all((0, 1, 3))
         assert (clip.frames[:, padding[0]] == 255).all() and (clip.frames[:, :, padding[1]] == 255).all(), name
     if decoder[1] == CPU:
-        assert stream.decoders == {"dali": len(FILES)}
+        assert stream.decoders == {"dali": len(good_files())}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -214,12 +222,12 @@ def test_batches_threads_and_starts_change_no_bit(decoder, folder):
     def run(**options):
         return [d for batch in stream_of(folder, decoder, **options) for d in digests(batch)]
 
-    whole = run(batch_size=len(FILES), workers=1)
-    assert [number for number, _ in whole] == list(range(len(FILES)))
+    whole = run(batch_size=len(good_files()), workers=1)
+    assert [number for number, _ in whole] == list(range(len(good_files())))
     assert run(batch_size=1, workers=2) == whole
     assert run(batch_size=4, workers=3) == whole
     assert run(batch_size=3, workers=2, consumed=5) == whole[5:]
-    assert run(consumed=len(FILES)) == []
+    assert run(consumed=len(good_files())) == []
 
 
 @pytest.mark.parametrize("decoder", DECODERS[:2], indirect=True)
@@ -295,7 +303,7 @@ def test_seeking_loses_no_frame_where_frames_are_reordered(options, container):
 
 def test_a_clip_after_the_end_is_unreadable():
     with pytest.raises(UnreadableMedia, match=r"starts at 3 s, but the video ends at 1\.20 s"):
-        plan_clip(WAVES, "mp4", 3.0, SIZES)
+        plan_clip(plain(), "mp4", 3.0, SIZES)
 
 
 # --- broken files ---
@@ -308,37 +316,40 @@ def damaged(data):
         return data[: packet.pos] + b"\xff" * packet.size + data[packet.pos + packet.size :]
 
 
-BROKEN = {
-    "cut": (FILES["tall"][0][: len(FILES["tall"][0]) * 2 // 3], "webm", "truncated"),
-    "headless": (WAVES[: len(WAVES) // 2], "mp4", "broken mp4"),
-    "empty": (b"", "mp4", "zero bytes"),
-    "text": (b"<html>not found</html>" * 50, "webm", "neither MP4"),
-    "misnamed": (FILES["tall"][0], "mp4", "extension .mp4"),
-    "overwritten": (damaged(WAVES), "mp4", ""),
-}
+@cache
+def broken_files():
+    tall, _ = good_files()["tall"]
+    return {
+        "cut": (tall[: len(tall) * 2 // 3], "webm", "truncated"),
+        "headless": (plain()[: len(plain()) // 2], "mp4", "broken mp4"),
+        "empty": (b"", "mp4", "zero bytes"),
+        "text": (b"<html>not found</html>" * 50, "webm", "neither MP4"),
+        "misnamed": (tall, "mp4", "extension .mp4"),
+        "overwritten": (damaged(plain()), "mp4", ""),
+    }
 
 
 def mixed(good_first):
     """Return broken files among good ones."""
-    files = [(name, *file[:2]) for name, file in BROKEN.items()]
-    files.insert(3, ("good1", *FILES["varying"]))
-    return [("good0", WAVES, "mp4"), *files] if good_first else [*files, ("good0", WAVES, "mp4")]
+    files = [(name, *file[:2]) for name, file in broken_files().items()]
+    files.insert(3, ("good1", *good_files()["varying"]))
+    return [("good0", plain(), "mp4"), *files] if good_first else [*files, ("good0", plain(), "mp4")]
 
 
 @pytest.mark.parametrize("good_first", [True, False])
 def test_broken_files_are_named_and_the_others_are_untouched(decoder, good_first, tmp_path, caplog):
     files = mixed(good_first)
     names = [name for name, *_ in files]
-    alone = stream_of(write_shards(tmp_path / "good", [f for f in files if f[0] not in BROKEN]), decoder)
+    alone = stream_of(write_shards(tmp_path / "good", [f for f in files if f[0] not in broken_files()]), decoder)
     expected = [digest for batch in alone for _, digest in digests(batch)]
     with caplog.at_level(logging.WARNING):
         stream = stream_of(write_shards(tmp_path / "all", files), decoder, batch_size=3, max_broken=0.8)
         found = [d for batch in stream for d in digests(batch)]
     assert [digest for _, digest in found] == expected
-    assert [names[n] for n, _ in found] == [name for name in names if name not in BROKEN]
-    assert {names[b.number]: b.why for b in stream.broken}.keys() == BROKEN.keys()
+    assert [names[n] for n, _ in found] == [name for name in names if name not in broken_files()]
+    assert {names[b.number]: b.why for b in stream.broken}.keys() == broken_files().keys()
     for clip in stream.broken:
-        assert BROKEN[names[clip.number]][2] in clip.why
+        assert broken_files()[names[clip.number]][2] in clip.why
         assert f"{names[clip.number]}: {clip.why}" in caplog.text
     assert stream.state() == len(files)
 
@@ -354,7 +365,7 @@ def test_more_broken_files_than_allowed_end_it_with_a_line(decoder, tmp_path):
 @needs_dali
 def test_what_dali_cannot_take_goes_through_pyav_and_is_said(tmp_path, caplog):
     h264 = video_bytes(waves(9, 192, 160), codec="libx264")
-    folder = write_shards(tmp_path, [("a", WAVES, "mp4"), ("b", h264, "mp4"), ("c", h264, "mp4")])
+    folder = write_shards(tmp_path, [("a", plain(), "mp4"), ("b", h264, "mp4"), ("c", h264, "mp4")])
     with caplog.at_level(logging.WARNING):
         stream = stream_of(folder, ("dali", CPU))
         (batch,) = list(stream)
@@ -366,15 +377,15 @@ def test_what_dali_cannot_take_goes_through_pyav_and_is_said(tmp_path, caplog):
 @needs_dali
 def test_dalis_failure_is_one_error_and_the_next_batch_works():
     decoder = DaliDecoder(48, CPU, batch_size=2, threads=1)
-    plan = plan_clip(WAVES, "mp4", 0, SIZES)
-    good = decoder.decode([(WAVES, plan)])[0]
+    plan = plan_clip(plain(), "mp4", 0, SIZES)
+    good = decoder.decode([(plain(), plan)])[0]
     with pytest.raises(UnreadableMedia, match="DALI: "):
-        decoder.decode([(WAVES, plan), (damaged(WAVES), plan)])
-    assert np.array_equal(decoder.decode([(WAVES, plan), (WAVES, plan)])[1], good)
+        decoder.decode([(plain(), plan), (damaged(plain()), plan)])
+    assert np.array_equal(decoder.decode([(plain(), plan), (plain(), plan)])[1], good)
 
 
 def test_what_dali_would_decode_wrongly_is_an_obstacle():
-    plan = plan_clip(WAVES, "mp4", 0, SIZES)
+    plan = plan_clip(plain(), "mp4", 0, SIZES)
     gpu = torch.device("meta")  # any device but a CPU
     assert obstacle(plan, CPU) is None and obstacle(plan, gpu) is None
     for changed, on_cpu, on_gpu in (

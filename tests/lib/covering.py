@@ -6,6 +6,7 @@ pair find these, and a failing row is reduced to its pair by removing one part a
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, product
+from typing import Any
 
 Row = dict[str, str]
 Pair = frozenset[tuple[str, str]]
@@ -49,4 +50,16 @@ def rows(factors: Mapping[str, Sequence[str]], admits: Callable[[Row], bool]) ->
             row = next(option for option in options if option == row or admits(option))
         left -= pairs_of(row)
         found.append(row)
+    return found
+
+
+def selection(rows: Sequence[Row], parts: Callable[[Row], set[Any]]) -> list[Row]:
+    """Return few of the rows that together have every part that any of them has.
+
+    Takes the row that adds most, again and again; a function of the input alone.
+    """
+    left, found = set().union(*map(parts, rows)), []
+    while left:
+        found.append(max(rows, key=lambda row: len(parts(row) & left)))
+        left -= parts(found[-1])
     return found

@@ -1,11 +1,13 @@
-"""Runs engines over the same rows in real processes, many cases per start: `torchrun deepspeed_worker.py CASES OUT`.
+"""Runs engines over the same rows in a world's real processes (megamm/parity/worlds.py), many cases per start.
 
 A case builds its engine, loads a folder if one is named, runs its steps (saving OUT/NAME after step `save_at`) and,
 if there were any, evaluates; OUT/NAME.json gets losses, grad norms and learning rates of every step.
 """
 
 import json
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,14 +93,21 @@ def run_case(case: dict[str, Any], out: Path) -> None:
     grid.destroy()
 
 
-def main() -> None:
-    cases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    grid.start(choose("cpu"))
-    for case in cases:
-        run_case(case, out)
+@dataclass(frozen=True)
+class Job:
+    """Cases to run one after the other. out: the folder of their results, and of each rank's output in stdout_RANK."""
+
+    cases: list[dict[str, Any]]
+    out: Path
+    home: Path
+
+
+def run(job: Job) -> None:
+    """Run the job on this rank."""
+    os.environ["HOME"] = str(job.home)
+    printed = os.open(job.out / f"stdout_{dist.get_rank()}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(printed, 1)
+    for case in job.cases:
+        run_case(case, job.out)
     dist.barrier()
-    grid.stop()
-
-
-if __name__ == "__main__":
-    main()
+    sys.stdout.flush()

@@ -12,6 +12,7 @@ hand, "reason": why it is long}. Times are wall clock, fixtures included. test_d
 """
 
 import ast
+import gc
 import json
 import multiprocessing.util
 import os
@@ -103,6 +104,12 @@ class Selection:
             of_file[name.partition("::")[0]] += record["ordinary"] + more
         ranks = {file: (-seconds, file) for file, seconds in of_file.items()}
         items[:] = sorted(chosen, key=lambda item: ranks[item.nodeid.partition("::")[0]])
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what the imports of all test files have made from every later garbage collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionstart() -> None:
