@@ -256,9 +256,9 @@ HOSTILE = {
 def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatch):
     """Its manifest is valid; a resuming run, an export and the tools execute nothing of it."""
     from megamm.common.device import choose
-    from megamm.mcore import groups
+    from megamm.mcore import process_groups
 
-    groups.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     from megamm.mcore import store
 
     monkeypatch.chdir(tmp_path)

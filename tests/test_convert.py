@@ -12,7 +12,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL
 from megamm.convert.families import mapping
 from megamm.convert.families.config import family_for, to_config
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 MODELS = {
@@ -27,11 +27,11 @@ def pair(request, tmp_path):
     """Return (config, our model, transformers' model with the same weights)."""
     config = model_config(MODELS[request.param])
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
     from megamm.mcore import rng, store
 
-    groups = grid.build(config.parallel, seed=3)
+    groups = process_groups.build(config.parallel, seed=3)
     engine = NativeEngine(config, VOCABULARY, groups, device)
     model = engine.chunks[0]
     for name, parameter in model.named_parameters():
@@ -49,7 +49,7 @@ def pair(request, tmp_path):
     )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     yield config, groups, model, theirs, stored
-    grid.destroy()
+    process_groups.destroy()
 
 
 def _load_as_from_disk(theirs, weights, theirs_config, tmp_path) -> None:
@@ -63,7 +63,7 @@ def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
     _, _, model, theirs, _ = pair
     batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, 48), 4, 0, 1)[0]
     with torch.no_grad():
-        ours = model.module(batch.input_ids, None, batch.row_map)
+        ours = model.module(batch.input_ids, None, batch.packed_seq_metadata)
         worst = max(
             (ours[row, part] - theirs(batch.input_ids[row : row + 1, part]).logits[0]).abs().max().item()
             for row, part in documents(batch)

@@ -35,7 +35,7 @@ from megamm.convert.families import mapping
 from megamm.convert.hf import export, import_
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.job.conversion import Work
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY
 
 LENGTH = [f"data.seq_length={SEQUENCE}"]
@@ -168,10 +168,10 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
         for key, t in tensors.items()
         for o, s in boxes(tuple(t.shape))
     ]
-    grid.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     state = checkpoint.RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
-    grid.destroy()
+    process_groups.destroy()
     pieces = Pieces(path_of(tmp_path, 0) / "tensors")
     for key, tensor in tensors.items():
         for _ in range(20):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cross_entropy_worker import CASES, CHUNKED, PLAIN, errors_of_cases, inputs, relative_error, run
 
 from megamm.ops.cross_entropy import MOST_CHUNKS
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 # For loss, token losses, gradient of hidden, gradient of weight. In bfloat16 logits and gradients have 8 bits.
 TOLERANCE = {
@@ -287,7 +287,7 @@ def test_arguments_that_do_not_fit(changed: dict[str, Any], message: str, functi
 def parallel_errors(worlds: Worlds) -> dict[str, list[float]]:
     """Return the errors of all cases, computed in one world of four ranks."""
     found = worlds.run(4, errors_of_cases, None, timeout=300)
-    assert not isinstance(found, Failure), found
+    assert not isinstance(found, WorldFailure), found
     assert all(one == found[0] for one in found)
     return found[0]
 

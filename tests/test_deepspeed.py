@@ -231,9 +231,9 @@ def test_a_run_begins_with_zero3_and_ends_natively(tmp_path):
 
 def test_without_the_package_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    from megamm.mcore import groups
+    from megamm.mcore import process_groups
 
-    groups.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     from megamm.engine.deepspeed.engine import import_deepspeed
 
     with pytest.raises(UserError, match="deepspeed is not installed"):

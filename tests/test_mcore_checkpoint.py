@@ -21,10 +21,10 @@ from megamm.checkpoint import path_of
 from megamm.checkpoint.saver import save_now
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity import rows
 from megamm.parity.case import Case, Run
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 VOCABULARY = 96
 STEP = 5
@@ -47,7 +47,7 @@ def run(job: Job) -> list[str]:
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
-    groups = grid.build(config.parallel, seed=1 + len(job.folders))
+    groups = process_groups.build(config.parallel, seed=1 + len(job.folders))
     engine = build_engine(config, VOCABULARY, groups, place)
     live, wrong = _live(engine), []
     first = job.out if job.fill else job.folders[0]
@@ -206,7 +206,7 @@ class Folders:
         case, folders = self.cases[number], tuple(self.saved[i] for i in read)
         told = Job(case.world, case.settings, folders, self.saved[number] if write else None, fill=not read)
         done = self.worlds.run(case.world, run, told, timeout=120)
-        assert not isinstance(done, Failure), done.lines()
+        assert not isinstance(done, WorldFailure), done.lines()
         assert not any(done), f"{case.line()}: {next(wrong for wrong in done if wrong)[:5]}"
 
 
@@ -250,7 +250,7 @@ def test_layouts_read_what_later_ones_saved(folders_of, family):
 def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
     """Run a step of the native engine; return whether steady blocks are unchanged before the update, and after it."""
     config = Run(1, 1, settings, ()).config
-    groups = grid.build(config.parallel, seed=1)
+    groups = process_groups.build(config.parallel, seed=1)
     engine = build_engine(config, rows.VOCABULARY, groups, choose("cpu"))
     steady = [block for block in engine.blocks() if block.steady]
     before, seen = [block.data.clone() for block in steady], []

@@ -24,10 +24,10 @@ from megamm.engine.build import build_engine
 from megamm.init_from import initialize as start_begin
 from megamm.init_from import new_rows, rules
 from megamm.init_from.vocabulary_rows import grow
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.model.vocabulary import Vocabulary
 from megamm.parity.case import Case, Run
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 TEXT, AUDIO, VISUAL = (61, "t0"), (16, "a0"), (26, "v0")
 BEFORE = Vocabulary.of({"text": TEXT, "audio": AUDIO})
@@ -149,7 +149,7 @@ def run(job: Job) -> dict[str, float]:
     from megamm.mcore import rng
 
     config = Run(job.world, 1, job.settings, ()).config
-    groups = grid.build(config.parallel, seed=job.world)
+    groups = process_groups.build(config.parallel, seed=job.world)
     vocabulary = BEFORE if job.fill else AFTER
     engine: Any = build_engine(config, vocabulary.size, groups, choose("cpu"))
     fresh = {}
@@ -202,7 +202,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[int, dict[s
 def _done(worlds: Worlds, world: int, settings: dict[str, Any], out: Path, fill: bool = False) -> dict[str, float]:
     case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1, "output": str(out)} | settings)
     results = worlds.run(world, run, Job(world, case.settings, out, fill), timeout=120)
-    assert not isinstance(results, Failure), results.lines()
+    assert not isinstance(results, WorldFailure), results.lines()
     return results[0]
 
 

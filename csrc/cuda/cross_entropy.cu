@@ -114,11 +114,11 @@ __global__ void __launch_bounds__(kThreads) gradient_of_rows(
     return counts ? std::exp(load(logit) - maximum) * scale - uniform - (column == target ? at_target : C(0)) : C(0);
   };
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.in_vectors; column += kThreads * kVector) {
-    auto* place = reinterpret_cast<Vector<T, kVector>*>(x + column);
-    auto held = *place;
+    auto* address = reinterpret_cast<Vector<T, kVector>*>(x + column);
+    auto held = *address;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) store(held.items[i], gradient(held.items[i], column + i));
-    *place = held;
+    *address = held;
   }
   for (int64_t column = p.in_vectors + threadIdx.x; column < p.columns; column += kThreads)
     store(x[column], gradient(x[column], column));

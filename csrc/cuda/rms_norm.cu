@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(kBlock<kGroup>) backward_rows(Backward<T> p) {
   __syncthreads();
   for (int column = threadIdx.x; column < p.width; column += kThreads) {
     const int vector = column / kVector;
-    const int place = (vector / kGroup * kVector + column % kVector) * kThreads + vector % kGroup;
+    const int slot = (vector / kGroup * kVector + column % kVector) * kThreads + vector % kGroup;
     C total = 0;
-    for (int group = 0; group < kRows; ++group) total += shared_memory<C>()[place + group * kGroup];
+    for (int group = 0; group < kRows; ++group) total += shared_memory<C>()[slot + group * kGroup];
     p.partial[int64_t(blockIdx.x) * p.width + column] = total;
   }
 }

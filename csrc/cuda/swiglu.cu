@@ -193,8 +193,8 @@ __global__ void __launch_bounds__(kThreads) backward_sums(SwigluInput<T> in, Swi
     shared[(kVector + i) * kThreads + threadIdx.x] = of_up[i];
   }
   __syncthreads();
-  for (int place = threadIdx.x; place < 2 * kVector * lanes; place += kThreads) {
-    const int item = place / lanes, of_lane = place % lanes;
+  for (int index = threadIdx.x; index < 2 * kVector * lanes; index += kThreads) {
+    const int item = index / lanes, of_lane = index % lanes;
     const int64_t to_column = (column_block * lanes + of_lane) * kVector + item % kVector;
     if (to_column >= in.width) continue;
     C total = 0;

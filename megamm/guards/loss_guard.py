@@ -169,9 +169,11 @@ class LossGuard:
             self.fault = NodeFault(seen.suspects, f"{action} fault at step {step}: {why}")
 
     def _compare(self, first: StepResult, second: StepResult) -> Comparison:
-        assert first.own_norms is not None and second.own_norms is not None, "the engine cannot run a step again"
+        assert first.local_grad_norms is not None and second.local_grad_norms is not None, (
+            "the engine cannot run a step again"
+        )
         values = self._values(first), self._values(second)
-        return compare(*values, first.own_norms, second.own_norms, self.gather)
+        return compare(*values, first.local_grad_norms, second.local_grad_norms, self.gather)
 
     def _values(self, result: StepResult) -> dict[str, float]:
         """Return the judged values: the gradient norm and the loss of each modality in the step."""

@@ -33,8 +33,8 @@ from megamm.common.sample import IGNORE_LABEL
 from megamm.config import RunConfig
 from megamm.mcore import compat, mlp
 from megamm.mcore.attention import PackedAttention, ScoreForm, choose_kernel
-from megamm.mcore.groups import Groups
 from megamm.mcore.norm import NormThenAdd, RMSNorm
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.mcore.transformer_config import transformer_config
 from megamm.model.rope import Rope
 
@@ -44,8 +44,8 @@ log = logging.getLogger(__name__)
 class Backbone(GPTModel):
     """GPTModel with the run's loss over all prediction depths; the loss excludes the vocabulary's run-time padding.
 
-    forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32 of labels'
-    shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached cross
+    forward(input_ids `[B, S/cp]`, None, packed_seq_metadata `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32
+    of labels' shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached cross
     entropy of each token `[1 + K, B, S/cp]`: of the next token, then of K = mtp.num_layers tokens further ahead.
     Without labels it returns logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
     """
@@ -175,7 +175,7 @@ def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, norm: ModuleSpec, vp
     return replace(block, layer_specs=modules)
 
 
-def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> list[Backbone]:
+def build_chunks(config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> list[Backbone]:
     """Build this rank's pipeline chunks (one unless interleaved) on the device, in the run's precision."""
     compat.apply()
     kernel, why_kernel = choose_kernel(config.train.attention, device)
@@ -260,7 +260,7 @@ def _reduce_experts_apart(chunks: list[Backbone]) -> None:
                 parameter.allreduce = False
 
 
-def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[DistributedDataParallel]:
+def wrap(chunks: list[Backbone], groups: ProcessGroups, device: Device) -> list[DistributedDataParallel]:
     """Wrap the chunks with gradient buffers that are reduced over data and context parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -18,15 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamm.common.device import Device
 from megamm.config import RunConfig
-from megamm.mcore import cpu, groups
-from megamm.mcore.ownership import Piece
+from megamm.mcore import cpu, process_groups
+from megamm.mcore.ownership import HeldBox
 from megamm.model.layout import layers_per_chunk
 
 META = Device(torch.device("meta"), "gloo")
 
 
 @dataclass(frozen=True)
-class Family:
+class GroupKind:
     """Groups of one kind over the whole world: ranks `[groups, members]`, and the axes that vary within a group."""
 
     expert_grid: bool
@@ -36,14 +36,14 @@ class Family:
 
 @dataclass(frozen=True)
 class RankModel:
-    """Contents of one rank. layers: 1-based layer numbers of each of its chunks; place: from Megatron's groups."""
+    """Contents of one rank. layers: 1-based layer numbers of each chunk; coordinates: from Megatron's groups."""
 
-    place: tuple[int, int, int, int, int]
+    coordinates: tuple[int, int, int, int, int]
     """Rank in the tensor, context, data, pipeline and expert group."""
     layers: list[list[int]]
     dense_parameters: int
     expert_parameters: int
-    pieces: list[Piece]
+    pieces: list[HeldBox]
     members: dict[str, list[int]]
 
     @property
@@ -51,15 +51,15 @@ class RankModel:
         return self.dense_parameters + self.expert_parameters
 
 
-class PaperWorld:
-    """The simulated world. families: every kind of group of Megatron's grid (filled by the first rank built)."""
+class FakeWorld:
+    """The simulated world. group_kinds: every kind of group of Megatron's grid (filled by the first rank built)."""
 
     def __init__(self, config: RunConfig, vocabulary_size: int, world_size: int) -> None:
         assert not dist.is_initialized(), "a process in a job cannot take the role of other ranks"
         cpu.install()  # no device is used, not even on a machine with a GPU
         self.config, self.vocabulary_size, self.world_size = config, vocabulary_size, world_size
         self._fast_config = _quick_to_build(config, vocabulary_size)
-        self.families: dict[tuple[Any, ...], Family] = {}
+        self.group_kinds: dict[tuple[Any, ...], GroupKind] = {}
         self._group_of_rank: dict[tuple[Any, ...], np.ndarray] = {}
 
     def rank(self, rank: int) -> RankModel:
@@ -67,7 +67,7 @@ class PaperWorld:
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=self.world_size)
         try:
             with self._only_groups_of(rank):
-                built = groups.build(self.config.parallel, self.config.train.seed)
+                built = process_groups.build(self.config.parallel, self.config.train.seed)
             from megamm.mcore import backbone
 
             with torch.device("meta"), warnings.catch_warnings():
@@ -80,7 +80,7 @@ class PaperWorld:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()  # destroys all groups
 
-    def _describe(self, chunks: list[Any], built: groups.Groups) -> RankModel:
+    def _describe(self, chunks: list[Any], built: process_groups.ProcessGroups) -> RankModel:
         pieces = [piece for chunk in chunks for piece in _pieces(chunk, built)]
         parameters = [p for chunk in chunks for p in chunk.parameters()]
         experts = sum(p.numel() for p in parameters if _is_expert(p))
@@ -107,13 +107,13 @@ class PaperWorld:
 
         def own_group(generator: Any, token: str) -> list[list[int]]:
             key = (generator.order, tuple(generator.ordered_size), token)
-            if key not in self.families:
+            if key not in self.group_kinds:
                 ranks = np.array(get_ranks(generator, token))
-                self.families[key] = Family(self._is_expert_grid(generator), tuple(token.split("-")), ranks)
+                self.group_kinds[key] = GroupKind(self._is_expert_grid(generator), tuple(token.split("-")), ranks)
                 index = np.full(self.world_size, -1)
                 index[ranks] = np.arange(len(ranks))[:, None]
                 self._group_of_rank[key] = index
-            return [self.families[key].ranks[self._group_of_rank[key][rank]].tolist()]
+            return [self.group_kinds[key].ranks[self._group_of_rank[key][rank]].tolist()]
 
         def fake_group(ranks: list[int], backend: str | None = None, **options: Any) -> Any:
             return new_group(ranks, backend="fake", **options) if rank in ranks else dist.GroupMember.NON_GROUP_MEMBER
@@ -154,14 +154,14 @@ def _is_expert(parameter: torch.Tensor) -> bool:
     return not getattr(parameter, "allreduce", True)
 
 
-def _pieces(chunk: Any, built: groups.Groups) -> Iterator[Piece]:
+def _pieces(chunk: Any, built: process_groups.ProcessGroups) -> Iterator[HeldBox]:
     """Yield the pieces that a checkpoint of this chunk stores, with the number of copies in gradient reduction."""
     from megamm.mcore import shard_specs  # after cpu.install
 
     parameters = {id(p) for p in chunk.parameters()}
     for part in shard_specs.of(chunk, built):
         is_parameter = id(part.tensor) in parameters
-        yield Piece(
+        yield HeldBox(
             part.key,
             part.shape,
             part.offset,

@@ -10,7 +10,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 
-class OwnNorms:
+class LocalGradNorms:
     """Measures the gradient buckets of these chunks, including those of expert-parallel parameters."""
 
     def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:

@@ -1,4 +1,4 @@
-"""Observes a running model: row maps and positions that attention used, and experts that routers chose."""
+"""Observes a running model: the metadata and positions that attention used, and the experts that routers chose."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from megamm.mcore import attention
 
 @dataclass
 class Seen:
-    """row_maps `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
+    """metadata `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
 
     margin: smallest lead of a chosen expert over the best expert not chosen, that is, how close routing was to a tie.
     """
 
-    row_maps: list[torch.Tensor] = field(default_factory=list)
+    metadata: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
     routed: Counter[tuple[str, int]] = field(default_factory=Counter)
     margin: float = float("inf")
@@ -34,7 +34,7 @@ def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, attention.PackedAttention):
-                hooks.append(module.register_forward_pre_hook(_row_map(seen), with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(_metadata(seen), with_kwargs=True))
             elif isinstance(module, TopKRouter):
                 layer = f"{'mtp.' if '.mtp.' in f'.{name}' else ''}{module.layer_number}"
                 hooks.append(module.register_forward_hook(_routing(seen, layer)))
@@ -50,11 +50,11 @@ def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
         hook.remove()
 
 
-def _row_map(seen: Seen) -> Any:
+def _metadata(seen: Seen) -> Any:
     def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        row_map = named["attention_mask"] if "attention_mask" in named else arguments[3]
-        if not any(row_map is known for known in seen.row_maps):
-            seen.row_maps.append(row_map)
+        packed_seq_metadata = named["attention_mask"] if "attention_mask" in named else arguments[3]
+        if not any(packed_seq_metadata is known for known in seen.metadata):
+            seen.metadata.append(packed_seq_metadata)
 
     return hook
 

@@ -1,6 +1,6 @@
 """Checks that every parameter element has exactly one owner, and as many copies as its gradient is reduced over.
 
-Input: the `Piece`s that ranks hold, boxes in the tensors of the whole model. Every tensor is cut into cells along the
+Input: the `HeldBox`s that ranks hold, boxes in the tensors of the whole model. Every tensor is cut into cells along the
 borders of all its pieces, and owners and holders of each cell are counted: this is exact, and the work depends only on
 the number of pieces.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Piece(NamedTuple):
+class HeldBox(NamedTuple):
     """A box of a whole tensor that a rank holds; shapes and offsets count elements."""
 
     key: str
@@ -37,12 +37,12 @@ class Piece(NamedTuple):
         return f"[{', '.join(ranges)}]{' as owner' if self.is_owner else ''}"
 
 
-def fault(pieces: Iterable[tuple[Piece, int]]) -> str | None:
+def fault(pieces: Iterable[tuple[HeldBox, int]]) -> str | None:
     """Return the first tensor with an element that is not owned once or not held by `copies` ranks, or None.
 
     pieces: the pieces of one rank of every kind, each with the number of ranks of that kind in the world.
     """
-    by_key: dict[str, list[tuple[Piece, int]]] = {}
+    by_key: dict[str, list[tuple[HeldBox, int]]] = {}
     for piece, ranks in pieces:
         by_key.setdefault(piece.key, []).append((piece, ranks))
     for key, held in by_key.items():
@@ -52,7 +52,7 @@ def fault(pieces: Iterable[tuple[Piece, int]]) -> str | None:
     return None
 
 
-def _fault_of_tensor(held: list[tuple[Piece, int]]) -> str | None:
+def _fault_of_tensor(held: list[tuple[HeldBox, int]]) -> str | None:
     first = held[0][0]
     for piece, _ in held:
         if piece.shape != first.shape:

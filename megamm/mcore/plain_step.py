@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megamm.common.sample import Batch
 from megamm.config import MTPConfig
 from megamm.mcore.backbone import Backbone
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.mcore.step import local_targets
 from megamm.model.loss import StepLoss, means, modality_sums, token_counts, token_factor
 
@@ -25,7 +25,7 @@ def run(
     batches: Sequence[Batch],
     loss_weights: torch.Tensor,
     mtp: MTPConfig,
-    groups: Groups,
+    groups: ProcessGroups,
     backward: Callable[[torch.Tensor], None] | None = None,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
@@ -35,15 +35,15 @@ def run(
     *averaged* over data-parallel ranks. Every rank calls it every step with the same number of microbatches;
     loss_weights is float64 `[modalities]`.
     """
-    prepared = [(batch.row_map, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
+    prepared = [(batch.packed_seq_metadata, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
     # A microbatch's auxiliary loss is a mean over its tokens; a step's is the mean over microbatches and ranks.
     MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches), device=loss_weights.device))
     total = torch.zeros_like(counts[0])
-    for row_map, input_ids, targets in prepared:
+    for packed_seq_metadata, input_ids, targets in prepared:
         factor = token_factor(targets, counts, loss_weights, mtp.loss_weight)
         with timed():
-            loss, loss_KBS = forward(input_ids, None, row_map, labels=targets.labels, loss_mask=factor)
+            loss, loss_KBS = forward(input_ids, None, packed_seq_metadata, labels=targets.labels, loss_mask=factor)
         total += modality_sums(loss_KBS, targets, loss_weights.numel())
         if backward is not None:
             backward(loss * groups.data_size)

@@ -17,11 +17,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 from megamm.checkpoint.tensor_shards import Block, flat_boxes
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ShardSpec:
     """Elements [start, stop) of the flattened local `tensor`: the box of `size` at `offset` of the whole tensor.
 
     shape: of the whole tensor (without vocabulary padding it may be shorter, `grows`). `size` is 1 along leading axes
@@ -53,15 +53,15 @@ class Part:
         """Return the blocks of this part in the optimizer's elements [first, first + len(flat)) of the flat tensor."""
         low, high = max(first, self.start), min(first + len(flat), self.stop)
         found = []
-        for offset, size, place in flat_boxes(self.size, low - self.start, high - self.start):
-            at = self.start - first + place
+        for offset, size, before in flat_boxes(self.size, low - self.start, high - self.start):
+            at = self.start - first + before
             data = flat.detach()[at : at + torch.Size(size).numel()].view(size)
             there = tuple(a + b for a, b in zip(self.offset, offset, strict=True))
             found.append(Block(prefix + self.key, self.shape, there, size, data, self.grows, steady=True))
         return found
 
 
-def of(module: nn.Module, groups: Groups) -> list[Part]:
+def of(module: nn.Module, groups: ProcessGroups) -> list[ShardSpec]:
     """Return the parts of all parameters and stored buffers of a model or pipeline chunk (not wrapped for DP)."""
     described: Any = module
     entries = described.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp}).values()
@@ -85,7 +85,7 @@ def _storage(tensor: Any) -> tuple[int, int, torch.Size]:
 
 def _of_entry(
     entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor, is_routed: Sequence[int]
-) -> list[Part]:
+) -> list[ShardSpec]:
     boxes: Sequence[ShardedTensor] = (
         list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
     )
@@ -98,13 +98,13 @@ def _of_entry(
         assert len(replica) == 3, f"{box.key}: {replica} is not (stage, tensor, data)"
         key, leading = _stacked(box.key, is_routed)
         parts.append(
-            Part(
+            ShardSpec(
                 key=key,
                 tensor=tensor,
                 start=start,
                 stop=start + data.numel(),
                 shape=(*(count for _, count in leading), *box.global_shape),
-                offset=(*(place for place, _ in leading), *box.global_offset),
+                offset=(*(index for index, _ in leading), *box.global_offset),
                 size=(1,) * (len(leading) + box.prepend_axis_num) + tuple(box.local_shape),
                 stacked=len(leading) + box.prepend_axis_num,
                 replica=replica,

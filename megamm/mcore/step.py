@@ -16,7 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megamm.common.sample import Batch
 from megamm.mcore.context import local_index
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
@@ -28,7 +28,7 @@ def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
         chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
 
-def local_targets(batch: Batch, groups: Groups, depths: int) -> tuple[torch.Tensor, Targets]:
+def local_targets(batch: Batch, groups: ProcessGroups, depths: int) -> tuple[torch.Tensor, Targets]:
     """Return input ids `[B, S/cp]` and targets of this context rank's tokens; targets are shifted on the whole row."""
     index = local_index(batch.input_ids.shape[1], groups.context_rank, groups.context_size, batch.input_ids.device)
     return batch.input_ids[:, index], targets_of(batch, depths).at(index)
@@ -39,7 +39,7 @@ def run(
     batches: Sequence[Batch],
     loss_weights: torch.Tensor,
     mtp_weight: float,
-    groups: Groups,
+    groups: ProcessGroups,
     forward_only: bool = False,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
@@ -62,7 +62,7 @@ def run(
         batch, input_ids, targets = next(iterator)
         factor = token_factor(targets, counts, loss_weights, mtp_weight)
         with timed():
-            output = chunk(input_ids, None, batch.row_map, labels=targets.labels, loss_mask=factor)
+            output = chunk(input_ids, None, batch.packed_seq_metadata, labels=targets.labels, loss_mask=factor)
         return output, partial(loss_func, targets)
 
     if not forward_only:

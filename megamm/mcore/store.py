@@ -23,12 +23,12 @@ from megamm import __version__
 from megamm.checkpoint import code_version, index, reader
 from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Block, Shape
 from megamm.mcore import compat, optimizer, shard_specs
-from megamm.mcore.groups import Groups
-from megamm.mcore.shard_specs import Part
+from megamm.mcore.process_groups import ProcessGroups
+from megamm.mcore.shard_specs import ShardSpec
 
 
 @dataclass(frozen=True, eq=False)
-class Owned:
+class OptimizerShard:
     """The part of one parameter that this rank's optimizer updates: elements from `first` on, flattened.
 
     kinds: main copy (for a float32 weight the weight itself) and moments, float32 `[elements]`.
@@ -44,22 +44,24 @@ class Owned:
         return self.parameter.detach().view(-1)[self.first : self.first + len(self.kinds[MAIN])]
 
 
-def _owned(optim: Any) -> Iterator[Owned]:
+def _owned(optim: Any) -> Iterator[OptimizerShard]:
     """Yield this rank's part of every parameter that it updates at least partly."""
     for part in optimizer.parts(optim):
         for ranges in part.gbuf_ranges:
             for buckets in ranges.values():
-                for parameter, place in (item for bucket in buckets for item in bucket["param_map"].items()):
+                for parameter, ranges_of_it in (item for bucket in buckets for item in bucket["param_map"].items()):
                     group, order = part.model_param_group_index_map[parameter]
                     main = part.optimizer.param_groups[group]["params"][order]
                     state = part.optimizer.state[main]
-                    yield Owned(parameter, place["param"].start, {MAIN: main} | {m: state[m] for m in MOMENTS})
+                    yield OptimizerShard(
+                        parameter, ranges_of_it["param"].start, {MAIN: main} | {m: state[m] for m in MOMENTS}
+                    )
 
 
-class Plan:
+class EngineShards:
     """Blocks of an engine's tensors. Create it after the engine: it refers to the live tensors, which must not move."""
 
-    def __init__(self, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups) -> None:
+    def __init__(self, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: ProcessGroups) -> None:
         """optim None: only weights."""
         self.parts = [part for chunk in chunks for part in shard_specs.of(chunk.module, groups)]
         self.owned = list(_owned(optim)) if optim is not None else []
@@ -100,7 +102,7 @@ class Plan:
                     blocks += part.blocks(owned.kinds[MAIN], owned.first, f"{STATE}{MAIN}.")
         return blocks
 
-    def whole(self, groups: Groups) -> tuple[dict[str, Shape], set[str]]:
+    def whole(self, groups: ProcessGroups) -> tuple[dict[str, Shape], set[str]]:
         """Return name and shape of every tensor of the model, and the names of those padded along the vocabulary."""
         stages: list[Any] = [None] * groups.collection.pp.size()
         # The ranks of a stage hold parts of the same tensors.
@@ -109,29 +111,33 @@ class Plan:
         found = {key: described for stage in stages for key, described in stage.items()}
         return {key: shape for key, (shape, _) in found.items()}, {key for key, (_, grows) in found.items() if grows}
 
-    def _by_tensor(self) -> dict[int, list[Part]]:
-        found: dict[int, list[Part]] = {}
+    def _by_tensor(self) -> dict[int, list[ShardSpec]]:
+        found: dict[int, list[ShardSpec]] = {}
         for part in self.parts:
             found.setdefault(id(part.tensor), []).append(part)
         return found
 
 
-def load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: Groups, step: int) -> None:
+def load(
+    folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any | None, groups: ProcessGroups, step: int
+) -> None:
     """Read this rank's part of the model and of the optimizer's state after `step` steps."""
     if optim is not None:
         for part in optimizer.parts(optim):
             compat.prime_adam(part, step)
-    reader.load(folder, Plan(chunks, optim, groups).to_load())
+    reader.load(folder, EngineShards(chunks, optim, groups).to_load())
 
 
-def load_weights(folder: Path, models: Sequence[nn.Module], groups: Groups) -> None:
+def load_weights(folder: Path, models: Sequence[nn.Module], groups: ProcessGroups) -> None:
     """Read this rank's part of the weights into a model that is not wrapped and has no gradient buffers."""
     reader.load(folder, [part.block(part.tensor) for model in models for part in shard_specs.of(model, groups)])
 
 
-def files_to_load(folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: Groups) -> set[str]:
+def files_to_load(
+    folder: Path, chunks: Sequence[DistributedDataParallel], optim: Any, groups: ProcessGroups
+) -> set[str]:
     """Return the names of the files that `load` reads."""
-    stored, blocks = index.read(folder), Plan(chunks, optim, groups).to_load()
+    stored, blocks = index.read(folder), EngineShards(chunks, optim, groups).to_load()
     reader.check(folder, stored, blocks)
     return reader.needed_files(stored, blocks)
 

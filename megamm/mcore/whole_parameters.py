@@ -12,8 +12,8 @@ import torch
 from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, STATE, Block
 from megamm.mcore import shard_specs
 from megamm.mcore.backbone import Backbone
-from megamm.mcore.groups import Groups
-from megamm.mcore.shard_specs import Part
+from megamm.mcore.process_groups import ProcessGroups
+from megamm.mcore.shard_specs import ShardSpec
 
 MODEL = "model"
 """Kind of a parameter's value in the run's precision; MAIN and MOMENTS are float32."""
@@ -26,16 +26,16 @@ Whole = dict[str, dict[str, torch.Tensor]]
 class Names:
     """Stored parts of a model's tensors: parameters and persistent buffers by their name in the module."""
 
-    parts: Mapping[str, list[Part]]
+    parts: Mapping[str, list[ShardSpec]]
     shapes: Mapping[str, torch.Size]
     dtypes: Mapping[str, torch.dtype]
 
     @classmethod
-    def of(cls, model: Backbone, groups: Groups) -> "Names":
+    def of(cls, model: Backbone, groups: ProcessGroups) -> "Names":
         """Create the names for a model that is whole on this rank."""
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
         name_of = {id(tensor): name for name, tensor in tensors.items()}
-        found: dict[str, list[Part]] = {}
+        found: dict[str, list[ShardSpec]] = {}
         for part in shard_specs.of(model, groups):
             without_data = replace(part, tensor=torch.empty_like(part.tensor, device="meta"))
             found.setdefault(name_of[id(part.tensor)], []).append(without_data)

@@ -11,11 +11,11 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from megamm.mcore import shard_specs
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 
 
-def coordinates(groups: Groups) -> tuple[dict[str, int], dict[str, int]]:
-    """Return this rank's coordinate along every axis of the grid, and the sizes of the axes."""
+def coordinates(groups: ProcessGroups) -> tuple[dict[str, int], dict[str, int]]:
+    """Return this rank's coordinate along every axis of the device mesh, and the sizes of the axes."""
     c = groups.collection
     axes = {"tensor": c.tp, "context": c.cp, "data": c.dp, "pipeline": c.pp, "expert": c.ep, "expert tensor": c.expt_tp}
     axes["expert data"] = c.expt_dp
@@ -51,7 +51,7 @@ class Piece:
         self.tensor.data.view(-1)[index.flatten()] = block.flatten().to(self.tensor.dtype)
 
 
-def pieces(chunks: Sequence[DistributedDataParallel], groups: Groups) -> list[Piece]:
+def pieces(chunks: Sequence[DistributedDataParallel], groups: ProcessGroups) -> list[Piece]:
     """Return the pieces of all parameters and stored buffers of this rank's pipeline chunks (wrapped for DP)."""
     return [
         Piece(

@@ -60,10 +60,10 @@ class Run:
         nested: dict[str, Any] = {}
         for key, value in (BASE | dict(self.settings)).items():
             *parents, last = key.split(".")
-            place = nested
+            section = nested
             for parent in parents:
-                place = place.setdefault(parent, {})
-            place[last] = value
+                section = section.setdefault(parent, {})
+            section[last] = value
         return config_from_dict(nested, "parity case")
 
     def reference(self) -> "Run":

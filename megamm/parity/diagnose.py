@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from megamm.parity.case import Run
-from megamm.parity.report import Difference, Extent, RankReport
+from megamm.parity.report import Extent, RankReport, TensorDifference
 from megamm.parity.rows import MODALITIES
 
 if TYPE_CHECKING:
@@ -55,8 +55,8 @@ class _Reference:
 
 
 def _missing_sums(reports: Sequence[RankReport], reference: _Reference) -> list[str]:
-    """Find tensors whose replicas along some axes of the grid differ and sum to the reference."""
-    blocks: dict[tuple[str, tuple[int, ...]], dict[int, Difference]] = defaultdict(dict)
+    """Find tensors whose replicas along some axes of the device mesh differ and sum to the reference."""
+    blocks: dict[tuple[str, tuple[int, ...]], dict[int, TensorDifference]] = defaultdict(dict)
     for rank, report in enumerate(reports):
         for d in report.differences:
             if d.what == "gradient":
@@ -91,10 +91,10 @@ def _axes(reports: Sequence[RankReport], is_expert: bool) -> list[tuple[str, ...
 
 
 def _sums_to(theirs: Array, held: dict[int, Array], reports: Sequence[RankReport], axes: tuple[str, ...]) -> bool:
-    grid = _EXPERT_AXES if axes[0].startswith("expert") else _DENSE_AXES
+    mesh_axes = _EXPERT_AXES if axes[0].startswith("expert") else _DENSE_AXES
     groups = defaultdict(list)
     for rank, values in held.items():
-        groups[tuple(reports[rank].place[a] for a in grid if a not in axes)].append(values)
+        groups[tuple(reports[rank].coordinates[a] for a in mesh_axes if a not in axes)].append(values)
     # Replicas that another sum has made equal count once.
     partial = [_distinct(values) for values in groups.values()]
     return all(len(values) > 1 and _near(np.sum(values, axis=0), theirs) for values in partial)
@@ -171,7 +171,9 @@ def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
     yield "microbatch", [{i for i in rows if i // micro == m} for m in range(len(rows) // micro)]
 
 
-def _normalised_over(harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[Difference]) -> float | None:
+def _normalised_over(
+    harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[TensorDifference]
+) -> float | None:
     """Return the factor c for which c x (sum of the parts' own mean losses) gives the wrong gradients, or None."""
     everything = frozenset(range(run.config.train.global_batch))
     references = [_Reference(harness, replace(run, muted=everything - part)) for part in parts]

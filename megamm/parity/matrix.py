@@ -10,7 +10,7 @@ from typing import Any
 
 from megamm.common.errors import UserError
 from megamm.parity.case import Case
-from megamm.parity.report import Outcome
+from megamm.parity.report import CaseOutcome
 
 Settings = dict[str, Any]
 _MOE: Settings = {"model.moe.num_experts": 4, "model.moe.ffn_hidden_size": 40}
@@ -126,7 +126,7 @@ modality within 1e-6; every gradient, the gradient norm and every parameter afte
 """
 
 
-def table(outcome_of: Callable[[Case], Outcome]) -> str:
+def table(outcome_of: Callable[[Case], CaseOutcome]) -> str:
     """Return the document; outcome_of is called once for every case."""
     reasons: list[str] = []
 
@@ -164,10 +164,10 @@ def _row(first: str, cells: list[str]) -> str:
     return f"| {first} | {' | '.join(cells)} |"
 
 
-def expected(case: Case) -> Outcome:
+def expected(case: Case) -> CaseOutcome:
     """Return the outcome of a correct run of the case without running it: proven, unless layout.check rejects it."""
     try:
         case.run()
     except UserError as error:
-        return Outcome(case.line(), "refused", [error.what])
-    return Outcome(case.line(), "proven")
+        return CaseOutcome(case.line(), "refused", [error.what])
+    return CaseOutcome(case.line(), "proven")

@@ -18,7 +18,7 @@ def strange(seen: Any, batches: Sequence[Batch], config: RunConfig, context_rank
     maps = [torch.cat((b.segment[:, None], b.position), 1) for b in batches]
     positions = [expected_positions(b, axes)[..., local_tokens(b, context_rank, size)] for b in batches]
     kinds = {
-        "segments or positions (row map) passed to attention": (seen.row_maps, maps),
+        "segments or positions passed to attention": (seen.metadata, maps),
         "positions used for RoPE in attention": (seen.positions, positions),
     }
     return [

@@ -13,23 +13,22 @@ from safetensors.torch import load_file, save_file
 
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
-from megamm.mcore import observe
+from megamm.mcore import observe, process_groups
 from megamm.parity import assemble, positions
 from megamm.parity.assemble import Piece
 from megamm.parity.case import Run
-from megamm.parity.report import BOUNDS, Difference, Extent, Job, RankReport
+from megamm.parity.report import BOUNDS, Extent, ParityJob, RankReport, TensorDifference
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 Tensors = dict[str, torch.Tensor]
 
 
-def compute(job: Job) -> RankReport:
+def compute(job: ParityJob) -> RankReport:
     """Run the job; every rank of a world calls it."""
     if job.fault:
         job.fault()
     run, config = job.run, job.run.config
-    groups = grid.build(config.parallel, seed=run.seed)
+    groups = process_groups.build(config.parallel, seed=run.seed)
     engine: Any = build_engine(config, VOCABULARY, groups, choose("cpu"))
     pieces = assemble.pieces(engine.chunks, groups)
     compare = _Writer(job, pieces) if job.makes_reference else _Comparer(job, pieces)
@@ -94,7 +93,7 @@ def _value(what: str, piece: Piece) -> torch.Tensor | None:
 class _Writer:
     """Draws the initial weights, and keeps whole tensors for the file."""
 
-    def __init__(self, job: Job, pieces: list[Piece]) -> None:
+    def __init__(self, job: ParityJob, pieces: list[Piece]) -> None:
         self.job, self.pieces, self.tensors = job, pieces, Tensors()
 
     def start(self, seed: int) -> None:
@@ -125,9 +124,9 @@ class _Writer:
 class _Comparer:
     """Starts from the reference's weights, and records every block that differs from the reference."""
 
-    def __init__(self, job: Job, pieces: list[Piece]) -> None:
+    def __init__(self, job: ParityJob, pieces: list[Piece]) -> None:
         self.job, self.pieces, self.theirs = job, pieces, load_file(job.reference)
-        self.differences: list[Difference] = []
+        self.differences: list[TensorDifference] = []
         self.worst: dict[str, float] = {}
 
     def start(self, seed: int) -> None:
@@ -161,7 +160,7 @@ class _Comparer:
             residual = float((ours - ratio * theirs).norm() / scale)
             extent = Extent(piece.key, piece.offset, piece.size, piece.is_main)
             values = ours.numpy().copy() if self.job.with_values else None
-            self.differences.append(Difference(what, step, extent, error, ratio, residual, values))
+            self.differences.append(TensorDifference(what, step, extent, error, ratio, residual, values))
 
     def finish(self, report: RankReport) -> None:
         report.differences, report.worst = self.differences, self.worst

@@ -14,7 +14,7 @@ BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "gradient norm": 1e-5, "parameter": 1e
 
 
 @dataclass(frozen=True)
-class Job:
+class ParityJob:
     """A job for all ranks. reference: file that is written if `makes_reference`, otherwise compared with.
 
     fault: changes this process before the model is built (for tests of the harness). with_values: report the values of
@@ -44,7 +44,7 @@ class Extent:
 
 
 @dataclass(frozen=True)
-class Difference:
+class TensorDifference:
     """A block that differs from the reference.
 
     ratio: the factor with which the reference is closest to it; residual: the relative distance from that multiple.
@@ -62,15 +62,15 @@ class Difference:
 
 @dataclass
 class RankReport:
-    """Report of one rank: its place in the grid; per step the loss and token count by modality and the grad norm."""
+    """Report of one rank: its mesh coordinates; per step the loss and token count by modality and the grad norm."""
 
-    place: dict[str, int]
+    coordinates: dict[str, int]
     sizes: dict[str, int]
     loss: list[list[float]] = field(default_factory=list)
     count: list[list[float]] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)
     extents: list[Extent] = field(default_factory=list)
-    differences: list[Difference] = field(default_factory=list)
+    differences: list[TensorDifference] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
     routed: dict[tuple[str, int], int] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
@@ -78,14 +78,14 @@ class RankReport:
 
 
 @dataclass
-class Outcome:
-    """Outcome of a case. verdict: proven, refused, mismatch, crash or hang; findings: errors, or why it is refused."""
+class CaseOutcome:
+    """Result of a case. verdict: proven, refused, mismatch, crash or hang; findings: errors, or why it is refused."""
 
     case: str
     verdict: str
     findings: list[str] = field(default_factory=list)
     worst: dict[str, float] = field(default_factory=dict)
-    places: list[dict[str, int]] = field(default_factory=list)
+    coordinates: list[dict[str, int]] = field(default_factory=list)
     seconds: float = 0.0
 
     def text(self) -> str:

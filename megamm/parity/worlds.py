@@ -31,7 +31,7 @@ _GRACE = 1.0  # seconds in which other ranks may still report their own error af
 
 
 @dataclass(frozen=True)
-class Failure:
+class WorldFailure:
     """A failed world: kind "crash" or "hang", and for each rank its error or its stack."""
 
     kind: str
@@ -73,10 +73,10 @@ class Worlds:
         self._connection.close()  # the server exits at the end of its input
         self._process.join()
 
-    def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | Failure:
+    def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | WorldFailure:
         """Run function(argument) in each of `size` ranks; return their results in rank order, or their failure."""
         self._connection.send(_Job(size, function, argument, timeout))
-        answer: list[Any] | Failure = self._connection.recv()
+        answer: list[Any] | WorldFailure = self._connection.recv()
         return answer
 
 
@@ -97,7 +97,7 @@ class _World:
                 self.connections.append(near)
                 self.processes.append(process)
 
-    def answer(self) -> list[Any] | Failure:
+    def answer(self) -> list[Any] | WorldFailure:
         size = self.job.size
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
@@ -120,7 +120,7 @@ class _World:
                     deadline = min(deadline, time.monotonic() + _GRACE)
         if len(results) == size:
             return [results[rank] for rank in range(size)]
-        return Failure("crash" if errors else "hang", errors or self._stacks(results))
+        return WorldFailure("crash" if errors else "hang", errors or self._stacks(results))
 
     def _stacks(self, done: dict[int, Any]) -> dict[int, str]:
         """Return the stack of each rank."""

@@ -21,7 +21,7 @@ from megamm.model import layout
 from megamm.model.flops import parameter_count
 
 if TYPE_CHECKING:
-    from megamm.mcore.fake_world import Family, RankModel
+    from megamm.mcore.fake_world import GroupKind, RankModel
 
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
@@ -80,7 +80,7 @@ def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndar
     return found
 
 
-def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
+def groups_fault(families: Sequence["GroupKind"], grid: Grid) -> str | None:
     """Check that Megatron's groups of each kind contain every rank once and vary only along their own axes."""
     for family in families:
         name = f"{'expert ' if family.expert_grid else ''}{'-'.join(family.axes)} groups"
@@ -104,8 +104,8 @@ def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[
     stages = int(grid.dense["pp"][-1]) + 1
     for rank, model in models.items():
         place = grid.place(rank)
-        if model.place != (place.tensor, place.context, place.data, place.pipeline, place.expert):
-            return f"rank {rank} is {model.place} in Megatron's groups (tensor, context, data, pipeline, expert)"
+        if model.coordinates != (place.tensor, place.context, place.data, place.pipeline, place.expert):
+            return f"rank {rank} is {model.coordinates} in Megatron's groups (tensor, context, data, pipeline, expert)"
         chunks = range(place.pipeline, len(split), stages)
         wanted = [list(range(int(ends[chunk]) + 1, int(ends[chunk + 1]) + 1)) for chunk in chunks]
         if model.layers != wanted:
@@ -190,13 +190,13 @@ def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
     """Do the same for a layout that layout.check accepts and a known vocabulary. Do not call it within a job."""
-    from megamm.mcore.fake_world import PaperWorld
+    from megamm.mcore.fake_world import FakeWorld
 
     start = time.monotonic()
-    grid, world = Grid(config, world_size), PaperWorld(config, vocabulary_size, world_size)
+    grid, world = Grid(config, world_size), FakeWorld(config, vocabulary_size, world_size)
     models = {r: world.rank(r) for r in dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))}
     found = (
-        groups_fault(list(world.families.values()), grid)
+        groups_fault(list(world.group_kinds.values()), grid)
         or stages_fault(models, grid, layout.layers_per_chunk(config, vocabulary_size))
         or shards_fault(models, grid)
         or size_fault(config, vocabulary_size, models)
@@ -213,7 +213,7 @@ def describe(
         lines.append(
             f"consistent: {len(_tensor_sizes(models))} tensors (layers stacked), each element owned once over "
             f"tensor x pipeline x expert, by {grid.dense_replicas:,} replicas{experts}; "
-            f"{len(world.families)} kinds of groups, each with every rank once"
+            f"{len(world.group_kinds)} kinds of groups, each with every rank once"
         )
     return "\n".join([*lines, f"took {time.monotonic() - start:.1f} s"]), found
 
@@ -255,7 +255,7 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def _rank_lines(config: RunConfig, model: "RankModel", rank: int) -> list[str]:
-    coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.place, strict=True)
+    coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.coordinates, strict=True)
     lines = [f"rank {rank}: " + ", ".join(f"{axis} {i}" for axis, i in coordinates)]
     lines[0] += "; layers " + " ".join(_span(chunk) for chunk in model.layers)
     for kind, members in model.members.items():

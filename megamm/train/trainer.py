@@ -26,7 +26,7 @@ from megamm.engine import api
 from megamm.engine.build import build_engine
 from megamm.guards.loss_guard import LeftOut, LossGuard
 from megamm.guards.stragglers import Stragglers
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.model import flops, layout
 from megamm.model.loss import overall, weight_tensor
 from megamm.observability import metrics
@@ -44,7 +44,7 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
     pulse.beat("start", 0)
     place = device.choose(config.device)
     accelerators.log_use(config, place)
-    grid.start(place)
+    process_groups.start(place)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
@@ -65,8 +65,8 @@ def train(config: RunConfig, boundary: Boundary | None = None) -> Ending:
     finally:
         trainer.close()
     torch.distributed.barrier()
-    grid.destroy()
-    grid.stop()
+    process_groups.destroy()
+    process_groups.stop()
     return ending
 
 
@@ -75,7 +75,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, data: RunData, place: device.Device, pulse: Heartbeat) -> None:
         self.config, self.data, self.place, self.pulse = config, data, place, pulse
-        self.groups = grid.build(config.parallel, config.train.seed)
+        self.groups = process_groups.build(config.parallel, config.train.seed)
         self.engine = build_engine(config, data.vocabulary.size, self.groups, place)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, place.torch_device)
         self.store = RunStore(config, data, self.engine, self.groups, place, self._wait_for_writer)

@@ -27,7 +27,7 @@ from megamm.common.timers import Clock
 from megamm.config import RunConfig
 from megamm.engine.api import Fill, StepResult
 from megamm.mcore import backbone, optimizer, plain_step, whole_parameters
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
 
     can_discard = False
 
-    def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
+    def __init__(self, config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> None:
         """Build the engine. UserError if deepspeed is not installed."""
         self.before_update: Callable[[], None] = lambda: None
         deepspeed = import_deepspeed(device)
@@ -60,9 +60,9 @@ class DeepSpeedEngine:
         self.shards = Shards(model, self.names, self.deepspeed.optimizer, self.adam)
         self.schedule = optimizer.build_schedule(config, self.adam)
         if groups.rank == 0:
-            stage, place = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
+            stage, adam_on = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
             log.info(
-                "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, place
+                "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, adam_on
             )
 
     def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
@@ -146,7 +146,7 @@ def import_deepspeed(device: Device) -> ModuleType:
     return deepspeed
 
 
-def deepspeed_config(config: RunConfig, groups: Groups) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, groups: ProcessGroups) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for this run."""
     t, zero = config.train, config.deepspeed
     stage: dict[str, Any] = {
