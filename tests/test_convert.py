@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoint_folders import generator_states, read_whole
 from convert_rows import documents, model_config
 from transformers import AutoModelForCausalLM
 
@@ -29,7 +30,6 @@ def pair(request, tmp_path):
     device = choose("cpu")
     process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
     groups = process_groups.build(config.parallel, seed=3)
     engine = NativeEngine(config, VOCABULARY, groups, device)
@@ -38,12 +38,12 @@ def pair(request, tmp_path):
         if "norm" in name:  # ones would hide a swapped pair of norms
             parameter.data.uniform_(0.5, 1.5)
     state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
-    save_now(tmp_path, state, engine.blocks(), rng.fresh(), device)
+    save_now(tmp_path, state, engine.blocks(), generator_states(), device)
     tensors = path_of(tmp_path, 0) / "tensors"
     family = family_for(config.model)
     theirs_config = to_config(family, config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
-    stored = store.export_tensors(tensors)
+    stored = read_whole(tensors)
     _load_as_from_disk(
         theirs, mapping.to_transformers(family.entries, stored, config.model, VOCABULARY), theirs_config, tmp_path
     )

@@ -151,8 +151,8 @@ TAMPERED = {
 
 def _tampered(model: Any, tensor: str, tamper: Any) -> Any:
     """Return the rank's model with the first shard of the tensor changed."""
-    at, piece = next((i, p) for i, p in enumerate(model.pieces) if p.key.endswith(tensor))
-    return replace(model, pieces=[*model.pieces[:at], tamper(piece), *model.pieces[at + 1 :]])
+    at, piece = next((i, p) for i, p in enumerate(model.boxes) if p.key.endswith(tensor))
+    return replace(model, boxes=[*model.boxes[:at], tamper(piece), *model.boxes[at + 1 :]])
 
 
 @pytest.mark.parametrize("tensor", ["self_attention.linear_proj.weight", "router.weight", "experts.linear_fc2.weight"])
@@ -182,10 +182,10 @@ def test_a_rank_that_holds_something_else_than_its_equals_is_found() -> None:
 def test_a_wrong_number_of_replicas_is_found(tensor: str) -> None:
     """All ranks agree on the number, but it is not the number of ranks that hold the tensor."""
     _, grid, _, models = _built("tp2-ep2-etp2")
-    copies = next(p.copies for p in models[0].pieces if p.key.endswith(tensor))
+    copies = next(p.copies for p in models[0].boxes if p.key.endswith(tensor))
     for wrong in (copies // 2, copies * 2):
         changed = {
-            r: replace(m, pieces=[p._replace(copies=wrong) if p.key.endswith(tensor) else p for p in m.pieces])
+            r: replace(m, boxes=[p._replace(copies=wrong) if p.key.endswith(tensor) else p for p in m.boxes])
             for r, m in models.items()
         }
         assert f"is held by {copies} ranks, not {wrong}" in str(dry_run.shards_fault(changed, grid))
@@ -218,7 +218,7 @@ def test_a_missing_layer_and_a_wrong_order_are_found() -> None:
         assert "builds the layers" in str(dry_run.stages_fault({0: replace(models[0], layers=layers)}, grid, split))
     wrong = replace(models[0], coordinates=models[1].coordinates)
     assert "rank 0 is (1, 0, 0, 0, 1)" in str(dry_run.stages_fault({0: wrong}, grid, split))
-    lost = {r: replace(m, pieces=[p for p in m.pieces if "router" not in p.key]) for r, m in models.items()}
+    lost = {r: replace(m, boxes=[p for p in m.boxes if "router" not in p.key]) for r, m in models.items()}
     assert "parameters, but a checkpoint would have" in str(dry_run.shards_fault(lost, grid))
     assert "the ranks hold a model of" in str(dry_run.size_fault(config, VOCABULARY + 2, models))
 

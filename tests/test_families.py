@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from checkpoint_folders import generator_states, whole_blocks
 from convert_rows import documents
 from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, write_model
 from safetensors.torch import load_file
@@ -40,7 +41,7 @@ def stored_gradients(module: Any, groups: Any) -> dict[str, torch.Tensor]:
     for part in shard_specs.of(module, groups):
         if getattr(part.tensor, "main_grad", None) is not None:
             block = part.block(part.tensor.main_grad)
-            place = tuple(slice(first, first + flops) for first, flops in zip(block.offset, block.size, strict=True))
+            place = tuple(slice(first, first + size) for first, size in zip(block.offset, block.size, strict=True))
             whole.setdefault(part.key, torch.full(part.shape, torch.nan))[place] = block.data.view(block.size)
     return whole
 
@@ -67,13 +68,12 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     device = choose("cpu")
     process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
     try:
         groups = process_groups.build(config.parallel, seed=3)
         engine = NativeEngine(config, VOCABULARY, groups, device)
         state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
-        save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
+        save_now(tmp_path, state, whole_blocks(stored), generator_states(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, SEQUENCE), 4, 0, 1)[0]
         ours = engine.chunks[0].module(batch.input_ids, None, batch.packed_seq_metadata)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_folders import generator_states
 from convert_rows import documents
 from family_models import read_model, write_model
 from saver_worker import state
@@ -81,7 +82,6 @@ class Job:
 
 def run(job: Job) -> list[float]:
     """Return the mean loss of every modality."""
-    from megamm.mcore import rng  # only after a world has adapted Megatron-core to its device
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
@@ -90,7 +90,7 @@ def run(job: Job) -> list[float]:
     engine.load(path_of(job.folder, 0) / "tensors", 5, with_optimizer=False)
     batches = rank_batches(global_batch(6, 1, ROWS, SEQUENCE), 1, groups.data_rank, groups.data_size)
     loss = engine.evaluate(batches, torch.ones(2, dtype=torch.float64))
-    save_now(job.out, state(5), engine.blocks(), rng.fresh(), place)
+    save_now(job.out, state(5), engine.blocks(), generator_states(), place)
     mean: list[float] = loss.mean.tolist()
     return mean
 

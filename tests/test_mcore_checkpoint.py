@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_folders import generator_states
 from run_folders import read_tensors
 from saver_worker import state
 
@@ -77,9 +78,8 @@ def run(job: Job) -> list[str]:
 
 
 def _save(engine: Any, out: Path) -> None:
-    from megamm.mcore import rng
 
-    save_now(out, state(STEP), engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(out, state(STEP), engine.blocks(), generator_states(), choose("cpu"))
 
 
 def _live(engine: Any) -> dict[str, torch.Tensor]:

@@ -11,10 +11,9 @@ import covering
 import pytest
 
 from megamm.parity import fuzz, matrix
-from megamm.parity.case import Case
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.harness import Harness
 from megamm.parity.matrix import FEATURES, LAYOUTS, compose
-from megamm.parity.report import CaseOutcome
 from megamm.train.dry_run import Grid
 
 # Independent features are tested together.

@@ -10,8 +10,7 @@ import warm
 
 from megamm.common.errors import UserError
 from megamm.parity import fuzz, harness, matrix
-from megamm.parity.case import Case
-from megamm.parity.report import CaseOutcome, Extent, RankReport
+from megamm.parity.case import Case, CaseOutcome, Extent, RankReport
 from megamm.parity.rows import MIXES, global_batch, kinds
 
 ROOT = Path(__file__).parents[1]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from checkpoint_folders import generator_states, whole_blocks
 from family_models import read_model
 
 from megamm.checkpoint import RunState, path_of
@@ -40,13 +41,12 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
     device = choose("cpu")
     process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
     try:
         groups, vocabulary = process_groups.build(config.parallel, seed=1), theirs.config.vocab_size
         engine = NativeEngine(config, vocabulary, groups, device)
         state = RunState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
-        save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
+        save_now(tmp_path, state, whole_blocks(stored), generator_states(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         documents = [torch.tensor(tokenizer(text).input_ids) for text in TEXTS]
         segment = torch.cat([torch.full_like(ids, i) for i, ids in enumerate(documents)])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from checkpoint_folders import generator_states
 from run_folders import read_tensors
 
 from megamm.checkpoint import RunState, path_of
@@ -146,7 +147,6 @@ class Job:
 
 def run(job: Job) -> dict[str, float]:
     """Return the standard deviation of the engine's fresh tensors, without tables (whole on one rank)."""
-    from megamm.mcore import rng
 
     config = Run(job.world, 1, job.settings, ()).config
     groups = process_groups.build(config.parallel, seed=job.world)
@@ -170,7 +170,7 @@ def run(job: Job) -> dict[str, float]:
         start_begin.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
         start_begin.begin(config, vocabulary, engine, config.start_from)
     state = RunState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
-    save_now(job.out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(job.out, state, engine.blocks(), generator_states(), choose("cpu"))
     dist.barrier()
     return fresh
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoint_folders import generator_states
 from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
@@ -171,13 +172,12 @@ def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:
 
 def started_tensors(job: tuple[Path, Path]) -> None:
     """Start and save."""
-    from megamm.mcore import rng
 
     path, out = job
     config = load_config(path)
     _, engine = _started(path)
     state = checkpoint.RunState(0, 0, 1, {}, [], config.model_dump(mode="json"), versions={})
-    save_now(out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(out, state, engine.blocks(), generator_states(), choose("cpu"))
 
 
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}}

@@ -18,7 +18,6 @@ from megamm.common.timers import Clock
 from megamm.config import RunConfig
 from megamm.engine.api import Fill, StepResult
 from megamm.mcore import backbone, optimizer, rng, step, store
-from megamm.mcore.local_grad_norms import LocalGradNorms
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
 
@@ -46,7 +45,7 @@ class NativeEngine:
         step.prepare(self.chunks)
         self.optimizer = optimizer.build(config, self.chunks)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
-        self.local_grad_norms = LocalGradNorms(self.chunks)
+        self.local_grad_norms = optimizer.LocalGradNorms(self.chunks)
         self.before_update: Callable[[], None] = lambda: None
         self._step: _Step | None = None
         self.stored = store.EngineShards(self.chunks, self.optimizer, groups).to_save()

@@ -69,7 +69,7 @@ def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> t
 
 
 class PackedAttention(MegatronModule):
-    """query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]`, value `[S/cp, B, G, E]`, packed_seq_metadata -> `[S/cp, B, N * E]`.
+    """Attention of query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]` and value `[S/cp, B, G, E]` -> `[S/cp, B, N * E]`.
 
     N and G are this tensor rank's heads and groups; E, the values' head size, is D except for latent attention (MLA).
     rope None: RoPE is already applied to queries and keys; with 1 axis a token's position is its index in its document,
@@ -181,7 +181,7 @@ _CACHE: list[_MetadataCache] = []
 It is global because Megatron gives layers nothing shared but `attention_mask`, which full recomputation saves and
 passes on as a new tensor object: object identity would miss in every recomputed layer. Invariant: the entry holds its
 tensor, so the memory cannot be freed and reused at the same address; an in-place change raises torch's version counter.
-Interleaved pipeline chunks alternate between microbatches: then only layers of one chunk share.
+One entry only: a pipeline has several microbatches in flight, and each entry's masks take memory.
 """
 
 

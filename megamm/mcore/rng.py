@@ -12,11 +12,6 @@ def states(device: Device) -> dict[str, torch.Tensor]:
     return {"torch": torch.get_rng_state(), "device": device.rng_state(), **regions}
 
 
-def fresh() -> dict[str, torch.Tensor]:
-    """Return the states of a process that has not used a parallel region yet (for an imported checkpoint)."""
-    return {"torch": torch.get_rng_state(), "device": torch.get_rng_state()}
-
-
 def restore(saved: dict[str, torch.Tensor], device: Device) -> None:
     """Restore what `states` returned."""
     get_cuda_rng_tracker().set_states(

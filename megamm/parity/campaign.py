@@ -11,9 +11,8 @@ from queue import SimpleQueue
 
 from megamm.parity import fuzz as random_cases
 from megamm.parity import matrix
-from megamm.parity.case import Case
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.harness import Harness
-from megamm.parity.report import CaseOutcome
 
 _GOOD = ("proven", "refused")
 

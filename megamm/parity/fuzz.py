@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.parity.case import Case
-from megamm.parity.report import CaseOutcome
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.rows import MIXES
 
 Settings = dict[str, Any]

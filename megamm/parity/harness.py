@@ -17,8 +17,7 @@ from safetensors import safe_open
 
 from megamm.common.errors import UserError
 from megamm.parity import diagnose
-from megamm.parity.case import Case, Run
-from megamm.parity.report import BOUNDS, CaseOutcome, ParityJob, RankReport
+from megamm.parity.case import BOUNDS, Case, CaseOutcome, ParityJob, RankReport, Run
 from megamm.parity.rows import MODALITIES
 from megamm.parity.worlds import WorldFailure, Worlds
 

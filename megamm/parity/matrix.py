@@ -9,8 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.parity.case import Case
-from megamm.parity.report import CaseOutcome
+from megamm.parity.case import Case, CaseOutcome
 
 Settings = dict[str, Any]
 _MOE: Settings = {"model.moe.num_experts": 4, "model.moe.ffn_hidden_size": 40}

@@ -83,8 +83,8 @@ def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndar
 def groups_fault(families: Sequence["GroupKind"], grid: Grid) -> str | None:
     """Check that Megatron's groups of each kind contain every rank once and vary only along their own axes."""
     for family in families:
-        name = f"{'expert ' if family.expert_grid else ''}{'-'.join(family.axes)} groups"
-        coordinates = grid.expert if family.expert_grid else grid.dense
+        name = f"{'expert ' if family.is_of_experts else ''}{'-'.join(family.axes)} groups"
+        coordinates = grid.expert if family.is_of_experts else grid.dense
         if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
             return f"{name} do not contain every rank once"
         for axis, of_rank in coordinates.items():
@@ -117,20 +117,20 @@ def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
     """Check that every element has one owner and as many copies as its gradient reduction sums, equal on replicas."""
     held = []
     for rank, model in models.items():
-        described = sum(piece.size for piece in model.pieces if piece.is_parameter)
+        described = sum(piece.size for piece in model.boxes if piece.is_parameter)
         if described != model.parameters:
             return f"rank {rank} holds {model.parameters} parameters, but a checkpoint would have {described} of them"
         for is_expert in (False, True):
-            pieces = [piece for piece in model.pieces if piece.is_expert == is_expert]
+            pieces = [piece for piece in model.boxes if piece.is_expert == is_expert]
             first = grid.first_with(rank, is_expert)
             if first == rank:
                 ranks = grid.expert_replicas if is_expert else grid.dense_replicas
                 held += [(piece, ranks) for piece in pieces]
                 continue
-            others = [piece for piece in models[first].pieces if piece.is_expert == is_expert]
+            others = [piece for piece in models[first].boxes if piece.is_expert == is_expert]
             for piece, other in zip(pieces, others, strict=True):
                 if piece != other._replace(is_owner=False):
-                    return f"tensor {piece.key}: rank {rank} has {piece.box}, rank {first} has {other.box}"
+                    return f"tensor {piece.key}: rank {rank} has {piece}, rank {first} has {other}"
     return ownership.fault(held)
 
 
@@ -152,13 +152,13 @@ def tokens_fault(config: RunConfig) -> str | None:
 def size_fault(config: RunConfig, vocabulary_size: int, models: Mapping[int, "RankModel"]) -> str | None:
     """Check that the built tensors add up to the model in the config, including padding of the vocabulary."""
     p = config.parallel
-    padded = -(-vocabulary_size // p.tensor) * p.tensor
+    padded = layout.padded_vocabulary(vocabulary_size, p.tensor)
     wanted, built = parameter_count(config.model, padded), sum(_tensor_sizes(models).values())
     return None if built == wanted else f"the ranks hold a model of {built:,} parameters, not {wanted:,}"
 
 
 def _tensor_sizes(models: Mapping[int, "RankModel"]) -> dict[str, int]:
-    return {p.key: math.prod(p.shape) for m in models.values() for p in m.pieces if p.is_parameter}
+    return {p.key: math.prod(p.shape) for m in models.values() for p in m.boxes if p.is_parameter}
 
 
 def report(

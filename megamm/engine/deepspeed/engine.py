@@ -19,14 +19,14 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index, reader
-from megamm.checkpoint.tensor_shards import Block
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, Block
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
 from megamm.common.timers import Clock
 from megamm.config import RunConfig
 from megamm.engine.api import Fill, StepResult
-from megamm.mcore import backbone, optimizer, plain_step, whole_parameters
+from megamm.mcore import backbone, optimizer, step, store
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
 
@@ -51,13 +51,13 @@ class DeepSpeedEngine:
         self.config, self.groups, self.clock = config, groups, Clock(device)
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
-        self.names = whole_parameters.Names.of(model, groups)
+        self.specs = store.ParameterSpecs.of(model, groups)
         self.adam = _adam(config, model)
         with contextlib.redirect_stdout(io.StringIO()):  # in some stages it prints memory figures
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self.adam, config=deepspeed_config(config, groups), dist_init_required=False
             )
-        self.shards = Shards(model, self.names, self.deepspeed.optimizer, self.adam)
+        self.shards = Shards(model, self.specs, self.deepspeed.optimizer, self.adam)
         self.schedule = optimizer.build_schedule(config, self.adam)
         if groups.rank == 0:
             stage, adam_on = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
@@ -69,7 +69,7 @@ class DeepSpeedEngine:
         """Also changes the weights: the optimizer step is part of DeepSpeed's backward pass."""
         self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
-        loss = plain_step.run(
+        loss = step.run_unsharded(
             self.deepspeed,
             batches,
             loss_weights,
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
             self._backward,
             partial(self.clock.device, "forward"),
         )
-        plain_step.finish(self.model)
+        step.finish_unsharded(self.model)
         norm = float(self.deepspeed.get_global_grad_norm())
         # In bf16 DeepSpeed returns -1 for a gradient that is not finite.
         return StepResult(loss, norm if norm >= 0 else math.nan, lr)
@@ -101,19 +101,19 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         self.deepspeed.eval()
-        loss = plain_step.run(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
+        loss = step.run_unsharded(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
         self.deepspeed.train()
         return loss
 
     def blocks(self) -> list[Block]:
-        return self.names.blocks(self.shards.gather())
+        return self.specs.blocks(self.shards.gather())
 
     def start_from(self, fill: Fill) -> None:
-        kinds = self.shards.kinds((whole_parameters.MAIN,))
-        described = {part.key: part for parts in self.names.parts.values() for part in parts}
+        kinds = self.shards.kinds((MAIN,))
+        described = {part.key: part for parts in self.specs.by_name.values() for part in parts}
         whole = {key: part.shape for key, part in described.items()}
         tables = {key for key, part in described.items() if part.grows}
-        owned = whole_parameters.load(lambda blocks: fill(blocks, whole, tables), self.names, self.shards.owned, kinds)
+        owned = store.load_whole(lambda blocks: fill(blocks, whole, tables), self.specs, self.shards.owned, kinds)
         self.shards.scatter(owned, kinds, 0)
 
     def files_to_load(self, folder: Path) -> set[str]:
@@ -121,9 +121,8 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         # Without optimizer state, main copies are set from the weights.
-        model, main, moments = whole_parameters.MODEL, whole_parameters.MAIN, whole_parameters.MOMENTS
-        kinds = self.shards.kinds((main, *moments) if with_optimizer else (model,))
-        owned = whole_parameters.load(partial(reader.load, folder), self.names, self.shards.owned, kinds)
+        kinds = self.shards.kinds((MAIN, *MOMENTS) if with_optimizer else (store.MODEL,))
+        owned = store.load_whole(partial(reader.load, folder), self.specs, self.shards.owned, kinds)
         self.shards.scatter(owned, kinds, step)
         optimizer.set_schedule(self.schedule, step)
 
