@@ -25,7 +25,7 @@ class RunState:
 
     Without optimizer state (an import) training starts with new moments. mixture: history of the data mixture
     (data/pipeline/mixture_schedule.py); None in an import and in old checkpoints without it. tokens: seen so far, by
-    modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it
+    modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (loss.overall), None if it
     was not measured at this step. versions: of the software that wrote it, including the code.
     """
 

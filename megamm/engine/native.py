@@ -1,6 +1,7 @@
 """The native engine: Megatron's schedules, data-parallel gradient buffers and distributed optimizer (ZeRO-1).
 
-A step has two parts, gradients and update, so that it can be judged, run again or skipped in between.
+A step has two phases, gradients and update (api.py). Between them nothing but generators and buffers has changed, so
+that the same gradients can be computed again, or the step discarded.
 """
 
 import math
@@ -114,5 +115,6 @@ class NativeEngine:
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)
         if not with_optimizer:
+            # The optimizer's main copies still have the initial weights.
             self.optimizer.reload_model_params()
         optimizer.set_schedule(self.schedule, step)

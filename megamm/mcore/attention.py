@@ -114,6 +114,7 @@ class PackedAttention(MegatronModule):
             key = self._shared_by_all_heads(key)
         chunks = local_chunks(packed_seq_metadata.shape[2], self.group.rank(), size)
         if self.rope is not None:
+            # Before the exchange, while this rank has the tokens whose positions it derives.
             angles = self._angles(packed_seq_metadata, chunks, query)
             query, key = rotate(query, *angles), rotate(key, *angles)
         if size > 1 and self.exchange == "alltoall":
@@ -123,6 +124,7 @@ class PackedAttention(MegatronModule):
             )
             return heads_to_tokens(context, self.group).flatten(2)
         if size > 1:
+            # Keys and values in one message; queries stay, so a rank computes only its own tokens' results.
             both = gather_row(torch.cat((key, value), dim=-1), self.group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
         return self.attend(query, key, value, packed_seq_metadata, chunks, self.form).flatten(2)
@@ -145,6 +147,7 @@ class PackedAttention(MegatronModule):
         assert rope is not None
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
+            # With one axis positions restart in each document, which keeps angles small (see the module's docstring).
             position = (
                 packed_seq_metadata[:, 1:]
                 if rope.axes == 3
@@ -239,6 +242,7 @@ def _blocks(packed_seq_metadata: torch.Tensor, chunks: Chunks, dtype: torch.dtyp
     blocks = []
     for (start, stop), first in zip(ranges, reach, strict=True):
         first = max(first, start - window + 1) if window else first
+        # Counted in whole blocks, as keys and values are split in `_attend_sdpa`.
         keys = slice(first // BLOCK, -(-stop // BLOCK))
         seen = slice(keys.start * BLOCK, min(keys.stop * BLOCK, length))
         allowed = segment[:, start:stop, None] == segment[:, None, seen]

@@ -41,6 +41,7 @@ def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
             list(chunks),
         )
     for part in parts(optimizer):
+        # The moments exist before the first step, so that the engine's blocks are always the same list.
         compat.prime_adam(part, step=0)
         for group in part.optimizer.param_groups:
             # One fused pass over a parameter; torch's default on a CPU is one pass per operation.

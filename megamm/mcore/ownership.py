@@ -61,6 +61,7 @@ def _fault_of_tensor(held: list[tuple[HeldBox, int]]) -> str | None:
         ends = [o + e for o, e in zip(box.offset, box.extent, strict=True)]
         if min(box.offset, default=0) < 0 or any(e > s for e, s in zip(ends, box.shape, strict=True)):
             return f"of shape {box.shape} does not contain the piece {box}"
+    # Between two neighbouring borders no box begins or ends: a cell is in a box as a whole, or not at all.
     borders = [
         np.unique([0, size, *(p.offset[d] for p, _ in held), *(p.offset[d] + p.extent[d] for p, _ in held)])
         for d, size in enumerate(first.shape)
@@ -71,6 +72,7 @@ def _fault_of_tensor(held: list[tuple[HeldBox, int]]) -> str | None:
         cells = tuple(
             slice(*np.searchsorted(b, (o, o + e))) for b, o, e in zip(borders, box.offset, box.extent, strict=True)
         )
+        # A box stands for as many ranks of its kind; a checkpoint stores the copy of one of them.
         owners[cells] += box.is_owner
         holders[cells] += ranks
     for counts, wanted, what in ((owners, 1, "owned by"), (holders, first.copies, "held by")):

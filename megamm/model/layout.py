@@ -229,6 +229,7 @@ def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
     tail = table + m.mtp.num_layers * (flops.mtp_parameters(m, active=True) + table)
 
     def badness(stages: list[int]) -> tuple[int, int, list[int]]:
+        # The slowest stage sets the pace; among equals the least memory, then more layers on earlier stages.
         work = [n * layer for n in stages]
         work[-1] += tail
         held = [work[0] + table, *work[1:]]

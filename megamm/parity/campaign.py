@@ -62,6 +62,7 @@ def table(file: Path, jobs: int) -> int:
 def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[CaseOutcome]:
     """Yield the outcomes in the order of the cases; `jobs` cases run in parallel."""
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        # A harness runs one case at a time: each thread takes a free one.
         free: SimpleQueue[Harness] = SimpleQueue()
         for _ in range(jobs):
             free.put(stack.enter_context(Harness()))

@@ -87,6 +87,7 @@ class Harness:
     ) -> list[RankReport]:
         """Run the ranks and compare them with the reference. RunFailed if a world fails."""
         self.reference(run.reference())
+        # The ranks compare their own tensors with the file, so that only differences travel to this process.
         path = self.path(run.reference())
         job = ParityJob(run, path, fault=fault, with_values=with_values, first_step_only=first_step_only)
         return self._work(run.world, job)
@@ -135,6 +136,7 @@ def compare(reports: Sequence[RankReport], one: RankReport, shapes: dict[str, tu
     """Return the differences from the reference, one line for each kind and tensor."""
     found = sorted({text for r in reports for text in r.strange})
     found += _scalars(reports, one) + _coverage(reports, shapes)
+    # Each token is routed by one rank: the ranks' counts add up to the reference's.
     routed = sum((Counter(r.routed) for r in reports), Counter())
     for layer_and_expert in sorted(one.routed.keys() | routed.keys()):
         if routed[layer_and_expert] != one.routed.get(layer_and_expert, 0):

@@ -77,6 +77,7 @@ def compose(*parts: Settings) -> Case | None:
     if _SPLIT in merged and merged.get("parallel.virtual_pipeline"):
         merged |= {_SPLIT: [1, 2, 1, 1], "model.num_layers": 5}
     world = merged.get("parallel.tensor", 1) * merged.get("parallel.pipeline", 1) * merged.get("parallel.context", 1)
+    # Experts are split over the ranks of a stage: add data-parallel ranks if there are too few.
     spread = world * data // merged.get("parallel.pipeline", 1)
     experts = merged.get("parallel.expert", 1) * merged.get("parallel.expert_tensor", 1)
     if spread % experts:

@@ -33,6 +33,7 @@ def compute(job: ParityJob) -> RankReport:
     specs = [spec for chunk in engine.chunks for spec in shard_specs.of(chunk.module, groups)]
     compare = _Writer(job, specs) if job.makes_reference else _Comparer(job, specs)
     compare.start(run.seed)
+    # The optimizer's main copies were made from the initial weights, before `start` has set others.
     engine.optimizer.reload_model_params()
     report = RankReport(*_coordinates(groups))
     report.extents = [Extent(p.key, p.offset, p.size, p.is_main) for p in specs]
@@ -150,6 +151,7 @@ class _Comparer:
     def _compare(self, what: str, step: int, spec: ShardSpec, ours: torch.Tensor) -> None:
         whole = self.theirs[f"{what}/{spec.key}"]
         theirs = whole[_box(spec)]
+        # A table's padding differs between layouts: common rows are compared, a gradient of further rows must be 0.
         true = tuple(slice(n) for n in theirs.shape)
         padding = ours.clone()
         padding[true] = 0.0

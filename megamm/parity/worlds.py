@@ -117,6 +117,7 @@ class _World:
                     is_error, value = True, f"ended with exit code {self.processes[rank].exitcode}"
                 (errors if is_error else results)[rank] = value
                 if is_error:
+                    # The others' errors are mostly consequences: they get little time to report them.
                     deadline = min(deadline, time.monotonic() + _GRACE)
         if len(results) == size:
             return [results[rank] for rank in range(size)]
@@ -127,7 +128,7 @@ class _World:
         waiting = [rank for rank in range(self.job.size) if rank not in done]
         for rank in waiting:
             os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
-        time.sleep(0.3)
+        time.sleep(0.3)  # the signal's handler writes to a file, and nothing tells when it is done
         stacks = {rank: (self.folder / f"stack_{rank}").read_text() for rank in waiting}
         return {rank: stacks.get(rank, "done") for rank in range(self.job.size)}
 
@@ -175,6 +176,7 @@ def _rank(rank: int, job: _Job, listener: socket.socket, connection: Connection,
     faulthandler.register(signal.SIGUSR1, file=(folder / f"stack_{rank}").open("w"), all_threads=False)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     host, port = listener.getsockname()
+    # Longer than the server waits, so that the server reports a hang with the stacks of all ranks.
     timeout = datetime.timedelta(seconds=2 * job.timeout)
     listening = listener.detach() if rank == 0 else None
     try:
