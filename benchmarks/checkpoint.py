@@ -43,9 +43,9 @@ from megamm.common.device import choose
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import random_row
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 ROUNDS = 5
 LARGE = {"num_layers": 5, "hidden_size": 512, "ffn_hidden_size": 1536, "num_attention_heads": 8, "num_query_groups": 4}
@@ -83,8 +83,8 @@ class Sides:
 
     def __init__(self, folder: Path) -> None:
         place, config = choose("cpu"), config_of(LARGE, batch=1)
-        grid.start(place)
-        groups = grid.build(config.parallel, seed=1)
+        process_groups.start(place)
+        groups = process_groups.build(config.parallel, seed=1)
         self.runner = build_engine(config, VOCABULARY, groups, place)
         self.batch = Batch.stack([random_row(np.random.default_rng(1), LENGTH)])
         self.blocks = self.runner.blocks()
@@ -177,7 +177,7 @@ def stall(folder: Path) -> dict[str, Any]:
     ratios = {"torch.save": medians["torch.save"], "dcp.async_save, the better": better}
     result["stall_ratio"] = {name: seconds / medians["megamm"] for name, seconds in ratios.items()}
     result["bytes"] = {"tensors": sum(t.nbytes for t in sides.tensors.values()), "file": sides.layout.size}
-    grid.destroy()
+    process_groups.destroy()
     return result
 
 
@@ -205,7 +205,7 @@ class Every:
 
     def __init__(self, folder: Path, memory: Path) -> None:
         place, config = choose("cpu"), config_of(DEMO, GLOBAL_BATCH)
-        groups = grid.build(config.parallel, seed=1)
+        groups = process_groups.build(config.parallel, seed=1)
         self.runner = build_engine(config, VOCABULARY, groups, place)
         draw = np.random.default_rng(groups.data_rank)
         rows = [random_row(draw, LENGTH) for _ in range(GLOBAL_BATCH // groups.data_size)]
@@ -311,7 +311,7 @@ def main() -> None:
             with Worlds() as worlds, tempfile.TemporaryDirectory(prefix="megamm-local-", dir=shared) as memory:
                 told = (Path(folder, "every"), Path(memory), arguments.rounds)
                 ranks = worlds.run(2, every, told, timeout=1200)
-            assert not isinstance(ranks, Failure), ranks.lines()
+            assert not isinstance(ranks, WorldFailure), ranks.lines()
             result["every"] = ranks[0]
         if arguments.part in (None, "stall"):
             result["stall"] = stall(Path(folder))

@@ -52,26 +52,19 @@ def compiled(function: Function, device: Device) -> Function:
     return torch.compile(function, dynamic=False, options=options)
 
 
-def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device, residual: bool) -> Case:
-    """Return RMSNorm, or the residual's addition and RMSNorm."""
-    x, *rest = (leaf(rows, width, dtype=dtype, device=device) for _ in range(2 if residual else 1))
-    weight = leaf(width, dtype=dtype, device=device)
-    plain = ops.TORCH.add_rms_norm if residual else ops.TORCH.rms_norm
+def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
+    """Return RMSNorm."""
+    x, weight = leaf(rows, width, dtype=dtype, device=device), leaf(width, dtype=dtype, device=device)
     sides = {
-        "csrc": ops.CSRC.add_rms_norm if residual else ops.CSRC.rms_norm,
-        "torch": plain,
-        "torch.compile": compiled(plain, device),
+        "csrc": ops.CSRC.rms_norm,
+        "torch": ops.TORCH.rms_norm,
+        "torch.compile": compiled(ops.TORCH.rms_norm, device),
     }
-    if device.is_gpu and not residual:
+    if device.is_gpu:
         sides |= peers("liger_kernel.transformers.functional", "liger_rms_norm", lambda f: lambda x, w: f(x, w, 1e-6))
         sides |= peers("quack", "rmsnorm", lambda f: lambda x, w: f(x, w))
-    if device.is_gpu and residual:
-        liger = "liger_kernel.transformers.functional"
-        sides |= peers(liger, "liger_fused_add_rms_norm", lambda f: lambda x, r, w: f(x, r, w, 1e-6))
-    size, (forward, backward) = rows * width * x.element_size(), ((4, 4) if residual else (2, 3))
-    name = "add_rms_norm" if residual else "rms_norm"
-    moved = {FORWARD: forward * size, GRADIENT: backward * size}
-    return Case(name, f"{rows} x {width}", (x, *rest, weight), sides, moved)
+    size = rows * width * x.element_size()
+    return Case("rms_norm", f"{rows} x {width}", (x, weight), sides, {FORWARD: 2 * size, GRADIENT: 3 * size})
 
 
 def swiglu_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
@@ -163,8 +156,7 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
         gates, clips = [(2048, 768), (1024, 2048), (512, 5632)], [(8, 224)]
         heads = [(2048, 256, 5152), (1024, 256, 32000)]
     for dtype in dtypes:
-        for residual in (False, True):
-            yield from (norm_case(*shape, dtype, device, residual) for shape in norms[: 2 if quick else None])
+        yield from (norm_case(*shape, dtype, device) for shape in norms[: 2 if quick else None])
         yield from (swiglu_case(*shape, dtype, device) for shape in gates[: 1 if quick else None])
         yield from (patch_case(*clip, dtype, device, clip == clips[0]) for clip in clips[: 1 if quick else None])
         yield from (loss_case(*head, dtype, device) for head in heads[: 1 if quick else None])

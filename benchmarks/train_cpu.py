@@ -25,7 +25,7 @@ from megamm import __version__
 from megamm.common.device import choose
 from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import RunConfig, config_from_dict
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 
 VOCABULARY, LENGTH, MICRO_BATCH, MICROBATCHES = 5152, 256, 4, 2
 DOCUMENT = 80
@@ -80,10 +80,10 @@ def _row(rng: np.random.Generator) -> Row:
 def our_step(config: RunConfig) -> Callable[[], float]:
     """Return a function that runs one training step of ours on this rank's grid and returns the loss."""
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine  # import Megatron, which is adapted to the device by now
 
-    engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=1), device)
+    engine = NativeEngine(config, VOCABULARY, process_groups.build(config.parallel, seed=1), device)
     groups = engine.groups
     batches, weights = microbatches(groups.data_rank, groups.data_size), torch.ones(1, dtype=torch.float64)
 
@@ -148,7 +148,7 @@ def against_plain(threads: int, rounds: int, steps: int) -> dict[str, Any]:
     for _ in range(rounds):
         for name, run in sides.items():
             speeds[name].append(timed(run, steps))
-    grid.destroy()
+    process_groups.destroy()
     ratios = [ours / plain for ours, plain in zip(speeds["ours"], speeds["plain"], strict=True)]
     return {name: statistics.median(s) for name, s in speeds.items()} | {"ratio": statistics.median(ratios)}
 

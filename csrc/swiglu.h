@@ -10,15 +10,13 @@
 
 namespace megamm {
 
-// Rows of `gate` and `up` with their own strides; for a fused projection they are the two halves of one row.
+// Rows of the fused projection: `gate` and `up` are the two halves of one row.
 template <class T>
 struct SwigluInput {
   using C = compute_t<T>;
   const T* gate;
-  int64_t gate_stride;
   const T* up;
-  int64_t up_stride;
-  const T* bias;              // [2 width] or null
+  int64_t stride;
   const T* row_weight;        // [rows], or null
   const float* float_weight;  // [rows] in float32, or null; never both
   int64_t rows;
@@ -81,21 +79,19 @@ namespace {  // torch's headers hide Tensor: types that hold one must not be vis
 
 // The operands as tensors: rows with one stride, the small ones contiguous.
 struct SwigluTensors {
-  Tensor gate;
-  std::optional<Tensor> up, bias, row_weight;
+  Tensor gate_up;
+  std::optional<Tensor> row_weight;
   std::optional<double> limit;
   int64_t rows, width;
 
-  bool is_weight_float() const { return row_weight && row_weight->scalar_type() != gate.scalar_type(); }
+  bool is_weight_float() const { return row_weight && row_weight->scalar_type() != gate_up.scalar_type(); }
 
   template <class T>
   SwigluInput<T> input() const {
     using C = compute_t<T>;
-    return {data_of<T>(gate),
-            row_stride(gate),
-            up ? data_of<T>(*up) : data_of<T>(gate) + width,
-            row_stride(up ? *up : gate),
-            bias ? data_of<T>(*bias) : nullptr,
+    return {data_of<T>(gate_up),
+            data_of<T>(gate_up) + width,
+            row_stride(gate_up),
             row_weight && !is_weight_float() ? data_of<T>(*row_weight) : nullptr,
             is_weight_float() ? data_of<float>(*row_weight) : nullptr,
             rows,
@@ -105,62 +101,49 @@ struct SwigluTensors {
   }
 
   std::vector<int64_t> value_sizes() const {
-    auto sizes = sizes_of(gate);
+    auto sizes = sizes_of(gate_up);
     sizes.back() = width;
     return sizes;
   }
 };
 
-// Gradients of the operands; those of absent operands have no elements.
+// Gradients of the operands; that of an absent row_weight has no elements.
 struct SwigluGradients {
-  Tensor gate, up, bias, row_weight;
+  Tensor gate_up, row_weight;
 
   explicit SwigluGradients(const SwigluTensors& of)
-      : gate(new_empty(of.gate)), up(like(of.up, of)), bias(like(of.bias, of)), row_weight(like(of.row_weight, of)) {}
+      : gate_up(new_empty(of.gate_up)),
+        row_weight(of.row_weight ? new_empty(*of.row_weight)
+                                 : new_empty(of.gate_up, {0}, of.gate_up.scalar_type())) {}
 
   template <class T>
   SwigluOutput<T> output(const Tensor& dy) const {
-    const int64_t stride = gate.size(gate.dim() - 1);
-    T* dgate = mutable_data_of<T>(gate);
-    return {data_of<T>(dy), row_stride(dy), dgate, up.numel() ? mutable_data_of<T>(up) : dgate + stride / 2, stride};
-  }
-
- private:
-  static Tensor like(const std::optional<Tensor>& t, const SwigluTensors& of) {
-    return t ? new_empty(*t) : new_empty(of.gate, {0}, of.gate.scalar_type());
+    const int64_t stride = gate_up.size(gate_up.dim() - 1);
+    T* dgate = mutable_data_of<T>(gate_up);
+    return {data_of<T>(dy), row_stride(dy), dgate, dgate + stride / 2, stride};
   }
 };
 
 // Checks what kernels assume about each tensor and prepares it for them.
-inline SwigluTensors swiglu_tensors(const Tensor& gate, const std::optional<Tensor>& up,
-                                    const std::optional<Tensor>& bias, const std::optional<Tensor>& row_weight,
+inline SwigluTensors swiglu_tensors(const Tensor& gate_up, const std::optional<Tensor>& row_weight,
                                     std::optional<double> limit, const char* op) {
-  STD_TORCH_CHECK(gate.dim() > 0, op, ": gate must have an axis");
-  const int64_t last = gate.size(gate.dim() - 1);
-  STD_TORCH_CHECK(up || last % 2 == 0, op, ": the last axis of a fused projection must be even");
-  const int64_t width = up ? last : last / 2;
-  if (up) check_same_sizes(*up, gate, op, "up");
-  if (bias) {
-    check_like(*bias, gate, op, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == 2 * width, op, ": bias must have two elements per column");
-  }
+  STD_TORCH_CHECK(gate_up.dim() > 0, op, ": gate_up must have an axis");
+  const int64_t last = gate_up.size(gate_up.dim() - 1);
+  STD_TORCH_CHECK(last % 2 == 0, op, ": the last axis of a fused projection must be even");
   if (row_weight) {
-    auto leading = sizes_of(gate);
+    auto leading = sizes_of(gate_up);
     leading.pop_back();
-    if (row_weight->scalar_type() != ScalarType::Float) check_like(*row_weight, gate, op, "row_weight");
-    STD_TORCH_CHECK(row_weight->device() == gate.device() && sizes_of(*row_weight) == leading, op,
-                    ": row_weight must have one element per row, on the device of gate");
+    if (row_weight->scalar_type() != ScalarType::Float) check_like(*row_weight, gate_up, op, "row_weight");
+    STD_TORCH_CHECK(row_weight->device() == gate_up.device() && sizes_of(*row_weight) == leading, op,
+                    ": row_weight must have one element per row, on the device of gate_up");
   }
-  const auto contiguous = [](const std::optional<Tensor>& t) {
-    return t ? std::optional(torch::stable::contiguous(*t)) : t;
-  };
-  return {as_rows(gate),          up ? std::optional(as_rows(*up)) : up, contiguous(bias),
-          contiguous(row_weight), limit, rows_of(gate), width};
+  return {as_rows(gate_up), row_weight ? std::optional(torch::stable::contiguous(*row_weight)) : row_weight, limit,
+          rows_of(gate_up), last / 2};
 }
 
 // The gradient of y as rows, checked against the operands.
 inline Tensor swiglu_rows_of(const Tensor& dy, const SwigluTensors& of) {
-  check_like(dy, of.gate, "swiglu_backward", "dy");
+  check_like(dy, of.gate_up, "swiglu_backward", "dy");
   STD_TORCH_CHECK(sizes_of(dy) == of.value_sizes(), "swiglu_backward: dy is not of the sizes of swiglu's result");
   return as_rows(dy);
 }

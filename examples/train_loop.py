@@ -17,7 +17,7 @@ from megamm.data.pipeline.loader import Loader
 from megamm.data.pipeline.run_data import open_run_data
 from megamm.data.tokenize.token_cache import load_codecs, tokenize
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as process_groups
+from megamm.mcore import process_groups
 from megamm.model.flops import flops_of_row
 from megamm.model.loss import overall, weight_tensor
 from megamm.tokenizers.io import save_codec

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_reference import attention, random_row_map, relative_error
+from attention_reference import attention, random_metadata, relative_error
 from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, errors_of_cases, inputs
 
 from megamm.common.device import Device, choose
@@ -19,7 +19,7 @@ from megamm.mcore import cpu
 from megamm.modalities.protocol import sequential_positions
 from megamm.model import rope
 from megamm.model.vocabulary import Vocabulary
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 OUTPUT, GRADIENT = 1e-6, 1e-5
 
@@ -31,7 +31,7 @@ def megatron_adapted() -> None:
         cpu.install()
 
 
-def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
+def _metadata(segments: list[int], rows: int = 1) -> torch.Tensor:
     """Return `[B, 4, S]` of text documents of these lengths."""
     segment = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments))
     position = torch.cat([torch.arange(n) for n in segments])
@@ -45,7 +45,7 @@ def _row_map(segments: list[int], rows: int = 1) -> torch.Tensor:
 def context_errors(worlds: Worlds) -> dict[str, list[float]]:
     """Return the errors of all cases, computed in one world of four ranks."""
     found = worlds.run(4, errors_of_cases, None, timeout=300)
-    assert not isinstance(found, Failure), found
+    assert not isinstance(found, WorldFailure), found
     assert all(one == found[0] for one in found)
     return found[0]
 
@@ -71,8 +71,8 @@ def test_zigzag_split() -> None:
 @pytest.mark.parametrize("heads", HEADS, ids=[heads[0] for heads in HEADS])
 @pytest.mark.parametrize(("length", "only_short"), [(33, False), (301, False), (301, True)])
 def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[Any, ...]) -> None:
-    row_map, tensors = random_row_map(1, length, only_short), inputs(1, length, heads)
-    found = errors(build(ALONE, heads[3], heads[5]), torch.arange(length), tensors, row_map, heads[5])
+    packed_seq_metadata, tensors = random_metadata(1, length, only_short), inputs(1, length, heads)
+    found = errors(build(ALONE, heads[3], heads[5]), torch.arange(length), tensors, packed_seq_metadata, heads[5])
     assert found[0] <= OUTPUT
     assert max(found[1:]) <= GRADIENT
 
@@ -81,13 +81,13 @@ def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[An
 @pytest.mark.parametrize("only_short", [False, True])
 def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: bool) -> None:
     length, heads = 301, HEADS[1]
-    row_map, tensors = random_row_map(4, length, only_short), inputs(4, length, heads)
+    packed_seq_metadata, tensors = random_metadata(4, length, only_short), inputs(4, length, heads)
     module = build(ALONE, heads[3], heads[5], form=form)
-    found = errors(module, torch.arange(length), tensors, row_map, heads[5], form)
+    found = errors(module, torch.arange(length), tensors, packed_seq_metadata, heads[5], form)
     assert found[0] <= OUTPUT
     assert max(found[1:]) <= GRADIENT
-    flex = build(ALONE, heads[3], heads[5], kernel="flex", form=form)(*tensors[:3], row_map)
-    wanted = attention(*(x.double() for x in tensors[:3]), row_map, heads[5], BASE, form)
+    flex = build(ALONE, heads[3], heads[5], kernel="flex", form=form)(*tensors[:3], packed_seq_metadata)
+    wanted = attention(*(x.double() for x in tensors[:3]), packed_seq_metadata, heads[5], BASE, form)
     assert relative_error(flex.detach(), wanted.detach()) <= OUTPUT
 
 
@@ -95,9 +95,11 @@ def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: 
 def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
     """TensorShard mask and call are those of a GPU; they are compiled and have a backward pass only there."""
     length = 301
-    row_map, (*qkv, _) = random_row_map(2, length), inputs(2, length, heads)
-    expected = attention(*(x.double() for x in qkv), row_map, heads[5] or 1, BASE if heads[5] else None)
-    assert relative_error(build(ALONE, heads[3], heads[5], kernel="flex")(*qkv, row_map), expected) <= OUTPUT
+    packed_seq_metadata, (*qkv, _) = random_metadata(2, length), inputs(2, length, heads)
+    expected = attention(*(x.double() for x in qkv), packed_seq_metadata, heads[5] or 1, BASE if heads[5] else None)
+    assert (
+        relative_error(build(ALONE, heads[3], heads[5], kernel="flex")(*qkv, packed_seq_metadata), expected) <= OUTPUT
+    )
 
 
 @pytest.mark.gpu
@@ -106,41 +108,41 @@ def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("form", [None, *FORMS], ids=str)
 def test_kernels_on_a_gpu(kernel: str, form: tuple[float, float, int] | None) -> None:
     device, length, heads = choose("auto").torch_device, 389, ("grouped", 4, 2, 32, 32, 3)
-    row_map, tensors = random_row_map(3, length), inputs(3, length, heads)
+    packed_seq_metadata, tensors = random_metadata(3, length), inputs(3, length, heads)
     module = build(ALONE, heads[3], heads[5], kernel=kernel, form=form)
 
     def on_gpu(*arguments: torch.Tensor) -> torch.Tensor:
         return module(*(x.to(device) for x in arguments)).cpu()
 
-    found = errors(on_gpu, torch.arange(length), tensors, row_map, heads[5], form)
+    found = errors(on_gpu, torch.arange(length), tensors, packed_seq_metadata, heads[5], form)
     assert max(found) <= GRADIENT
 
 
-def test_every_layer_sees_its_own_row_map() -> None:
-    """State that layers share for a row map is not used for another row map, or after the row map was changed."""
+def test_every_layer_sees_its_own_metadata() -> None:
+    """State that layers share for packed_seq_metadata is not used for another tensor, or after it was changed."""
     heads, length = HEADS[0], 32
     module, (*qkv, _) = build(ALONE, heads[3], 1), inputs(4, length, heads)
 
-    def check(row_map: torch.Tensor) -> None:
-        expected = attention(*(x.double() for x in qkv), row_map, 1, BASE)
-        assert relative_error(module(*qkv, row_map), expected) <= OUTPUT
+    def check(packed_seq_metadata: torch.Tensor) -> None:
+        expected = attention(*(x.double() for x in qkv), packed_seq_metadata, 1, BASE)
+        assert relative_error(module(*qkv, packed_seq_metadata), expected) <= OUTPUT
 
-    row_map = random_row_map(5, length)
-    check(row_map)
-    check(row_map.detach())
-    row_map[:, 0] = random_row_map(6, length)[:, 0]
-    check(row_map)
-    check(row_map.flip(2).flip(0))
+    packed_seq_metadata = random_metadata(5, length)
+    check(packed_seq_metadata)
+    check(packed_seq_metadata.detach())
+    packed_seq_metadata[:, 0] = random_metadata(6, length)[:, 0]
+    check(packed_seq_metadata)
+    check(packed_seq_metadata.flip(2).flip(0))
     with torch.inference_mode():
-        inner = random_row_map(7, length)
+        inner = random_metadata(7, length)
         check(inner)
         inner[:, 0] = 0
         check(inner)
 
 
-def _work(module: torch.nn.Module, row_map: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
+def _work(module: torch.nn.Module, packed_seq_metadata: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> float:
     """Return the share of the S x S scores that a forward pass computes."""
-    length, scores, plain = row_map.shape[2], 0, F.scaled_dot_product_attention
+    length, scores, plain = packed_seq_metadata.shape[2], 0, F.scaled_dot_product_attention
 
     def counted(query: torch.Tensor, key: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         nonlocal scores
@@ -150,14 +152,14 @@ def _work(module: torch.nn.Module, row_map: torch.Tensor, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(F, "scaled_dot_product_attention", counted)
         query = torch.randn(length, 1, 1, 4)
-        module(query, query, query, row_map)
+        module(query, query, query, packed_seq_metadata)
     return scores / length**2
 
 
 def test_masked_work_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(ALONE, 4, 1)
-    assert _work(module, _row_map([2048]), monkeypatch) == pytest.approx(0.5, abs=0.04)
-    assert _work(module, _row_map([32] * 64), monkeypatch) == pytest.approx(1 / 16)
+    assert _work(module, _metadata([2048]), monkeypatch) == pytest.approx(0.5, abs=0.04)
+    assert _work(module, _metadata([32] * 64), monkeypatch) == pytest.approx(1 / 16)
 
 
 # --- positions ---
@@ -178,7 +180,7 @@ def test_three_axes_are_those_of_qwen3_vl(head_dim: int) -> None:
     section = list(rope.sections(head_dim))
     parameters = {"rope_type": "default", "rope_theta": BASE, "mrope_section": section, "mrope_interleaved": True}
     theirs = Qwen3VLTextRotaryEmbedding(Qwen3VLTextConfig(head_dim=head_dim, rope_parameters=parameters))
-    query, position = torch.randn(33, 4, 2, head_dim), random_row_map(8, 33)[:, 1:]
+    query, position = torch.randn(33, 4, 2, head_dim), random_metadata(8, 33)[:, 1:]
     cosines, sines = theirs(query, position.transpose(0, 1))
     expected, _ = apply_rotary_pos_emb(*[query.permute(1, 2, 0, 3)] * 2, cosines, sines)
     ours = rope.rotate(query, *rope.cosines_and_sines(position, head_dim, rope.Rope(BASE, 3), query.dtype))
@@ -192,9 +194,9 @@ def test_text_of_three_axes_is_text_of_one() -> None:
     texts = [np.arange(n, dtype=np.int64) for n in (9, 4, 13)]
     documents = [Document(str(i), (Part("text", ids),)) for i, ids in enumerate(texts)]
     row = pack(documents, vocabulary, 40, {"text": PackingSpec(sequential_positions, has_fixed_length=False)})
-    row_map, used = Batch.stack([row]).row_map, int((row.segment >= 0).sum())
+    packed_seq_metadata, used = Batch.stack([row]).packed_seq_metadata, int((row.segment >= 0).sum())
     qkv = [x[:, :1] for x in inputs(9, 40, HEADS[0])[:3]]
-    one, three = (build(ALONE, 8, axes)(*qkv, row_map) for axes in (1, 3))
+    one, three = (build(ALONE, 8, axes)(*qkv, packed_seq_metadata) for axes in (1, 3))
     assert used == 32
     assert torch.equal(one[:used], three[:used])
 
@@ -237,4 +239,4 @@ def test_kernel_is_chosen_with_a_reason() -> None:
         choose_kernel("flex", here)
     leaf = torch.randn(8, 1, 1, 4, requires_grad=True)
     with pytest.raises(NotImplementedError, match="backward"):
-        build(ALONE, 4, 1, kernel="flex")(leaf, leaf, leaf, _row_map([8]))
+        build(ALONE, 4, 1, kernel="flex")(leaf, leaf, leaf, _metadata([8]))

@@ -19,15 +19,15 @@ from megamm.checkpoint.tensor_shards import TensorShard
 from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.mcore import groups
-from megamm.parity.worlds import Failure
+from megamm.mcore import process_groups
+from megamm.parity.worlds import WorldFailure
 
 RNG = {"torch": torch.arange(9, dtype=torch.uint8)}
 
 
 @pytest.fixture
 def saver(tmp_path):
-    groups.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     saver = Saver(tmp_path, choose("cpu"), keep=2)
     yield saver
     saver.close()
@@ -134,7 +134,7 @@ def test_the_save_that_is_waited_for_must_be_there(saver, tmp_path):
 def test_one_rank_of_two_loses_its_writer(worlds, tmp_path, rank):
     """The other ranks learn of it from its rank; no run hangs, and the next save is complete."""
     done = worlds.run(2, run, Trouble(tmp_path, rank, kills=(3,), steps=5), timeout=60)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     assert [error for error, _ in done] == ["", ""]
     assert done[0][1] == [1, 2, 4, 5] and done[1][1] == []
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*")) == [
@@ -149,7 +149,7 @@ def test_one_rank_of_two_loses_its_writer(worlds, tmp_path, rank):
 
 def test_all_ranks_stop_together(worlds, tmp_path):
     done = worlds.run(2, run, Trouble(tmp_path, 1, kills=(2, 3, 4), steps=9), timeout=60)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     assert done[0][0] == done[1][0] and "rank 1: the writer process ended with signal 9" in done[0][0]
     assert done[0][1] == [1]
 

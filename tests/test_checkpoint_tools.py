@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from checkpoint_folders import make_checkpoint, write_manifest
+from checkpoint_folders import make_checkpoint, read_whole, write_manifest
 from tiny_run import environment, make_data, megamm, write_config
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.api import CheckpointException
@@ -255,18 +255,12 @@ HOSTILE = {
 @pytest.mark.parametrize("place", HOSTILE)
 def test_code_in_a_checkpoint_is_never_executed(run, place, tmp_path, monkeypatch):
     """Its manifest is valid; a resuming run, an export and the tools execute nothing of it."""
-    from megamm.common.device import choose
-    from megamm.mcore import groups
-
-    groups.start(choose("cpu"))
-    from megamm.mcore import store
-
     monkeypatch.chdir(tmp_path)
     folder = step(run, 6)
     HOSTILE[place](folder)
     write_manifest(folder)
     checkpoint.verify(folder)
-    readers = [lambda: store.export_tensors(folder / "tensors"), lambda: checkpoint.read_rng(folder, 0)]
+    readers = [lambda: read_whole(folder / "tensors"), lambda: checkpoint.read_rng(folder, 0)]
     readers += [lambda: checkpoint_command("show", folder), lambda: checkpoint_command("diff", folder, step(run, 4))]
     for read in readers:
         with contextlib.suppress(Exception, CheckpointException):  # that it is rejected, and how, is not tested here

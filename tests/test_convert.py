@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, read_whole, save_now
 from convert_rows import documents, model_config
 from family_models import to_transformers
 from transformers import AutoModelForCausalLM
@@ -13,7 +13,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL
 from megamm.convert.families import mapping
 from megamm.convert.families.config import family_for, to_config
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 MODELS = {
@@ -28,27 +28,26 @@ def pair(request, tmp_path):
     """Return (config, our model, transformers' model with the same weights)."""
     config = model_config(MODELS[request.param])
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
-    groups = grid.build(config.parallel, seed=3)
+    groups = process_groups.build(config.parallel, seed=3)
     engine = NativeEngine(config, VOCABULARY, groups, device)
     model = engine.chunks[0]
     for name, parameter in model.named_parameters():
         if "norm" in name:  # ones would hide a swapped pair of norms
             parameter.data.uniform_(0.5, 1.5)
     state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
-    save_now(tmp_path, state, engine.blocks(), rng.fresh(), device)
+    save_now(tmp_path, state, engine.blocks(), generator_states(), device)
     tensors = path_of(tmp_path, 0) / "tensors"
     family = family_for(config.model)
     theirs_config = to_config(family, config.model, VOCABULARY, config.data.seq_length, {})
     theirs = AutoModelForCausalLM.from_config(theirs_config, dtype=torch.float32, attn_implementation="eager")
-    stored = store.export_tensors(tensors)
+    stored = read_whole(tensors)
     _load_as_from_disk(theirs, to_transformers(family.rules, stored, config.model, VOCABULARY), theirs_config, tmp_path)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
     yield config, groups, model, theirs, stored
-    grid.destroy()
+    process_groups.destroy()
 
 
 def _load_as_from_disk(theirs, weights, theirs_config, tmp_path) -> None:
@@ -62,7 +61,7 @@ def test_logits_of_packed_rows_equal_transformers_on_single_documents(pair):
     _, _, model, theirs, _ = pair
     batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, 48), 4, 0, 1)[0]
     with torch.no_grad():
-        ours = model.module(batch.input_ids, None, batch.row_map)
+        ours = model.module(batch.input_ids, None, batch.packed_seq_metadata)
         worst = max(
             (ours[row, part] - theirs(batch.input_ids[row : row + 1, part]).logits[0]).abs().max().item()
             for row, part in documents(batch)

@@ -125,9 +125,9 @@ def test_a_mapping_that_is_wrong_both_ways_is_found_by_logits_alone(pair, tmp_pa
 
 @pytest.mark.parametrize("fault", ["a document is cut in two", "attention crosses documents"])
 def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
-    plain = logits.Batch.row_map.fget
+    plain = logits.Batch.packed_seq_metadata.fget
 
-    def row_map(batch):
+    def packed_seq_metadata(batch):
         found = plain(batch).clone()
         if fault == "a document is cut in two":
             found[:, 0, 7:] += 1000 * (found[:, 0, 7:] >= 0)
@@ -135,7 +135,7 @@ def test_packing_that_leaks_is_found(llama, monkeypatch, fault):
             found[:, 0] = found[:, 0].clamp(max=0)
         return found
 
-    monkeypatch.setattr(logits.Batch, "row_map", property(row_map))
+    monkeypatch.setattr(logits.Batch, "packed_seq_metadata", property(packed_seq_metadata))
     report = equivalence.verify_equal(*llama)
     assert not report.passed, report.lines
 

@@ -38,7 +38,7 @@ from megamm.convert.families import mapping
 from megamm.convert.import_folder import import_
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.verify.equivalence import VerificationOptions
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY
 
 LENGTH = [f"data.seq_length={SEQUENCE}"]
@@ -180,10 +180,10 @@ def test_boxes_of_blocks_that_lie_anywhere(tmp_path: Path) -> None:
         for key, t in tensors.items()
         for o, s in boxes(tuple(t.shape))
     ]
-    grid.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     state = checkpoint.TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={})
     save_now(tmp_path, state, blocks, {"torch": torch.get_rng_state()}, choose("cpu"))
-    grid.destroy()
+    process_groups.destroy()
     reader = TensorReader(path_of(tmp_path, 0) / "tensors")
     for key, tensor in tensors.items():
         for _ in range(20):

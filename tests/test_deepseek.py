@@ -13,7 +13,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer, Qwen3RMS
 
 from megamm.common.device import choose
 from megamm.common.sample import IGNORE_LABEL
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 LATENT = {
@@ -36,10 +36,10 @@ def engine(request):
     """Return our engine for a model section, with norms and routing biases moved off their neutral start."""
     config = model_config(request.param)
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
 
-    engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=5), device)
+    engine = NativeEngine(config, VOCABULARY, process_groups.build(config.parallel, seed=5), device)
     torch.manual_seed(6)
     for name, parameter in engine.chunks[0].module.named_parameters():
         if "norm" in name:
@@ -50,7 +50,7 @@ def engine(request):
         if name.endswith("expert_bias"):
             buffer.uniform_(-0.2, 0.2)
     yield engine
-    grid.destroy()
+    process_groups.destroy()
 
 
 def _documents(batch):

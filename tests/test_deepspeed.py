@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 HALF = 8
 # More experts than some microbatches have tokens for; balanced by loss and by bias; one that all tokens use.
@@ -109,7 +109,7 @@ def _run(worlds: Worlds, cases: list[dict[str, Any]], out: Path) -> None:
     # A separate home: an operator compiled at first use is cached there.
     home = out / "home"
     done = worlds.run(2, deepspeed_worker.run, deepspeed_worker.Job(cases, out, home), timeout=600)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     said = [line for rank in range(2) for line in (out / f"stdout_{rank}").read_text().splitlines()]
     said = [line for line in said if "OVERFLOW! Skipping step" not in line]
     assert not said, "DeepSpeed must log only skipped steps"
@@ -218,9 +218,9 @@ def test_a_run_begins_with_zero3_and_ends_natively(tmp_path):
 
 def test_without_the_package_one_line_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    from megamm.mcore import groups
+    from megamm.mcore import process_groups
 
-    groups.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     from megamm.engine.deepspeed.engine import import_deepspeed
 
     with pytest.raises(UserError, match="deepspeed is not installed"):

@@ -17,7 +17,7 @@ from megamm import cli
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.config import RunConfig, config_from_dict, load_config
-from megamm.mcore import groups
+from megamm.mcore import process_groups
 from megamm.model import layout
 from megamm.model.flops import parameter_count
 from megamm.train import dry_run
@@ -72,20 +72,20 @@ def no_job() -> Iterator[None]:
 
     cpu.install()
     if torch.distributed.is_initialized():
-        groups.destroy()
-        groups.stop()
+        process_groups.destroy()
+        process_groups.stop()
     yield
 
 
 @cache
 def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
     """Return config, grid, world and every rank's model of a layout."""
-    from megamm.mcore.fake_world import PaperWorld
+    from megamm.mcore.fake_world import FakeWorld
 
     world_size, parallel, model = LAYOUTS[name]
     config = _config(parallel, model)
     layout.check(config, world_size)
-    world = PaperWorld(config, VOCABULARY, world_size)
+    world = FakeWorld(config, VOCABULARY, world_size)
     return config, dry_run.Grid(config, world_size), world, {r: world.rank(r) for r in range(world_size)}
 
 
@@ -93,33 +93,35 @@ def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
 def test_whole_world_is_consistent(name: str) -> None:
     """All ranks are built, not only those that the dry run builds, so its choice is verified."""
     config, grid, world, models = _built(name)
-    assert dry_run.groups_fault(list(world.families.values()), grid) is None
+    assert dry_run.groups_fault(list(world.group_kinds.values()), grid) is None
     assert dry_run.stages_fault(models, grid, layout.layers_per_chunk(config, VOCABULARY)) is None
     assert dry_run.shards_fault(models, grid) is None
     assert dry_run.size_fault(config, VOCABULARY, models) is None
     assert dry_run.tokens_fault(config) is None
-    assert [grid.coordinates(r) for r in range(grid.world_size)] == [models[r].place for r in range(grid.world_size)]
+    assert [grid.coordinates(r) for r in range(grid.world_size)] == [
+        models[r].coordinates for r in range(grid.world_size)
+    ]
 
 
 def test_no_tensor_has_storage_and_one_rank_holds_the_model() -> None:
-    from megamm.mcore.fake_world import PaperWorld
+    from megamm.mcore.fake_world import FakeWorld
 
     config, _, _, models = _built("one")
     assert models[0].parameters == parameter_count(config.model, VOCABULARY)
     big = config.model_copy(update={"model": config.model.model_copy(update={"hidden_size": 2**16})})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert PaperWorld(big, VOCABULARY, 1).rank(0).parameters * 4 > 2**30
+    assert FakeWorld(big, VOCABULARY, 1).rank(0).parameters * 4 > 2**30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB: a quarter of one GiB"
 
 
 def test_parameters_of_a_rank_by_hand() -> None:
     """Half of each layer's matrices, all of its norms; a stage's layers; a table on the first and the last stage."""
-    from megamm.mcore.fake_world import PaperWorld
+    from megamm.mcore.fake_world import FakeWorld
 
     config = _config({"tensor": 2, "pipeline": 2, "layers_per_chunk": [5, 3]}, {})
     layer = 64 * 8 * (2 * 8 + 2 * 4) // 2 + 3 * 64 * 96 // 2 + 2 * 64 + 2 * 8
     table = 151 * 64
-    world = PaperWorld(config, VOCABULARY, 8)
+    world = FakeWorld(config, VOCABULARY, 8)
     counts = [world.rank(rank).parameters for rank in (0, 3, 4, 7)]
     assert counts == [5 * layer + table] * 2 + [3 * layer + table + 64] * 2
 
@@ -148,8 +150,8 @@ TAMPERED = {
 
 def _tampered(model: Any, tensor: str, tamper: Any) -> Any:
     """Return the rank's model with the first shard of the tensor changed."""
-    at, piece = next((i, p) for i, p in enumerate(model.pieces) if p.key.endswith(tensor))
-    return replace(model, pieces=[*model.pieces[:at], tamper(piece), *model.pieces[at + 1 :]])
+    at, piece = next((i, p) for i, p in enumerate(model.boxes) if p.key.endswith(tensor))
+    return replace(model, boxes=[*model.boxes[:at], tamper(piece), *model.boxes[at + 1 :]])
 
 
 @pytest.mark.parametrize("tensor", ["self_attention.linear_proj.weight", "router.weight", "experts.linear_fc2.weight"])
@@ -179,10 +181,10 @@ def test_a_rank_that_holds_something_else_than_its_equals_is_found() -> None:
 def test_a_wrong_number_of_replicas_is_found(tensor: str) -> None:
     """All ranks agree on the number, but it is not the number of ranks that hold the tensor."""
     _, grid, _, models = _built("tp2-ep2-etp2")
-    copies = next(p.copies for p in models[0].pieces if p.key.endswith(tensor))
+    copies = next(p.copies for p in models[0].boxes if p.key.endswith(tensor))
     for wrong in (copies // 2, copies * 2):
         changed = {
-            r: replace(m, pieces=[p._replace(copies=wrong) if p.key.endswith(tensor) else p for p in m.pieces])
+            r: replace(m, boxes=[p._replace(copies=wrong) if p.key.endswith(tensor) else p for p in m.boxes])
             for r, m in models.items()
         }
         assert f"is held by {copies} ranks, not {wrong}" in str(dry_run.shards_fault(changed, grid))
@@ -213,9 +215,9 @@ def test_a_missing_layer_and_a_wrong_order_are_found() -> None:
     split = layout.layers_per_chunk(config, VOCABULARY)
     for layers in (models[0].layers[::-1], [models[0].layers[0][:-1], models[0].layers[1]]):
         assert "builds the layers" in str(dry_run.stages_fault({0: replace(models[0], layers=layers)}, grid, split))
-    wrong = replace(models[0], place=models[1].place)
+    wrong = replace(models[0], coordinates=models[1].coordinates)
     assert "rank 0 is (1, 0, 0, 0, 1)" in str(dry_run.stages_fault({0: wrong}, grid, split))
-    lost = {r: replace(m, pieces=[p for p in m.pieces if "router" not in p.key]) for r, m in models.items()}
+    lost = {r: replace(m, boxes=[p for p in m.boxes if "router" not in p.key]) for r, m in models.items()}
     assert "parameters, but a checkpoint would have" in str(dry_run.shards_fault(lost, grid))
     assert "the ranks hold a model of" in str(dry_run.size_fault(config, VOCABULARY + 2, models))
 
@@ -223,7 +225,7 @@ def test_a_missing_layer_and_a_wrong_order_are_found() -> None:
 @pytest.mark.parametrize("name", ["tp2-cp2-pp2-dp2", "tp2-ep2-etp4"])
 def test_groups_that_mix_coordinates_are_found(name: str) -> None:
     _, grid, world, _ = _built(name)
-    for family in world.families.values():
+    for family in world.group_kinds.values():
         if 1 in family.ranks.shape:
             continue
         exchanged, doubled = family.ranks.copy(), family.ranks.copy()
@@ -248,8 +250,8 @@ def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) ->
     from megamm.engine.native import NativeEngine
 
     config, device = _config({}, {}, precision=precision), choose("cpu")
-    groups.start(device)
-    engine = NativeEngine(config, VOCABULARY, groups.build(config.parallel, 1), device)
+    process_groups.start(device)
+    engine = NativeEngine(config, VOCABULARY, process_groups.build(config.parallel, 1), device)
     parameters = list(engine.chunks[0].parameters())
     weights = {p.data_ptr() for p in parameters}
     state: list[torch.Tensor] = []
@@ -261,8 +263,8 @@ def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) ->
     count = sum(p.numel() for p in parameters)
     held = [parameters[0].element_size(), parameters[0].main_grad.element_size()]
     assert (*held, sum(t.numel() * t.element_size() for t in state) / count) == dry_run.BYTES[precision]
-    groups.destroy()
-    groups.stop()
+    process_groups.destroy()
+    process_groups.stop()
 
 
 # --- the command ---

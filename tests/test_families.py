@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now, whole_blocks
 from convert_rows import documents
 from family_models import COMMON, MODELS, SEQUENCE, THETA, YARN, read_model, to_transformers, write_model
 from safetensors.torch import load_file
@@ -25,7 +25,7 @@ from megamm.convert.families.config import family_for, read_config, to_config
 from megamm.convert.families.family import leaves
 from megamm.convert.families.tables import FAMILIES
 from megamm.convert.io import hf_source
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.model import flops
 from megamm.model.vocabulary import Range, Vocabulary
 from megamm.parity.case import Case
@@ -40,7 +40,7 @@ def stored_gradients(module: Any, groups: Any) -> dict[str, torch.Tensor]:
     for part in shard_specs.of(module, groups):
         if getattr(part.tensor, "main_grad", None) is not None:
             block = part.block(part.tensor.main_grad)
-            place = tuple(slice(first, first + flops) for first, flops in zip(block.offset, block.size, strict=True))
+            place = tuple(slice(first, first + size) for first, size in zip(block.offset, block.size, strict=True))
             whole.setdefault(part.key, torch.full(part.shape, torch.nan))[place] = block.data.view(block.size)
     return whole
 
@@ -65,18 +65,17 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
     config = Case.of(1, settings | {"model.moe.aux_loss_coeff": 0.0}).config  # no part of the logits' gradient
     stored = mapping.from_transformers(family.rules, file, config.model)
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
     try:
-        groups = grid.build(config.parallel, seed=3)
+        groups = process_groups.build(config.parallel, seed=3)
         engine = NativeEngine(config, VOCABULARY, groups, device)
         state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
-        save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
+        save_now(tmp_path, state, whole_blocks(stored), generator_states(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         batch = rank_batches(global_batch(5, 1, [(True, True)] * 4, SEQUENCE), 4, 0, 1)[0]
-        ours = engine.chunks[0].module(batch.input_ids, None, batch.row_map)
+        ours = engine.chunks[0].module(batch.input_ids, None, batch.packed_seq_metadata)
         pull = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
         read = torch.zeros(pull.shape)
         for row, part in documents(batch):
@@ -88,7 +87,7 @@ def test_logits_equal_transformers_and_tensors_come_back(name: str, tmp_path: Pa
         (ours * pull * read).sum().backward()
         gradients = stored_gradients(engine.chunks[0].module, groups)
     finally:
-        grid.destroy()
+        process_groups.destroy()
     with_buffers = {name: torch.zeros_like(tensor) for name, tensor in stored.items()} | gradients
     compare_gradients(to_transformers(family.rules, with_buffers, config.model, VOCABULARY), theirs, tmp_path)
     counted = sum(tensor.numel() for name, tensor in stored.items() if not name.endswith("expert_bias"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now
 from convert_rows import documents
 from family_models import read_model, write_model
 from saver_worker import state
@@ -23,10 +23,10 @@ from megamm.common.device import choose
 from megamm.common.sample import IGNORE_LABEL
 from megamm.convert.import_folder import import_
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.case import Case, Run
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
-from megamm.parity.worlds import Failure
+from megamm.parity.worlds import WorldFailure
 
 ROWS, SEQUENCE = [(True, True)] * 8, 48
 SIZES = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -81,16 +81,15 @@ class Job:
 
 def run(job: Job) -> list[float]:
     """Return the mean loss of every modality."""
-    from megamm.mcore import rng  # only after a world has adapted Megatron-core to its device
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
-    groups = grid.build(config.parallel, seed=9)
+    groups = process_groups.build(config.parallel, seed=9)
     engine = build_engine(config, VOCABULARY, groups, place)
     engine.load(path_of(job.folder, 0) / "tensors", 5, with_optimizer=False)
     batches = rank_batches(global_batch(6, 1, ROWS, SEQUENCE), 1, groups.data_rank, groups.data_size)
     loss = engine.evaluate(batches, torch.ones(2, dtype=torch.float64))
-    save_now(job.out, state(5), engine.blocks(), rng.fresh(), place)
+    save_now(job.out, state(5), engine.blocks(), generator_states(), place)
     mean: list[float] = loss.mean.tolist()
     return mean
 
@@ -154,7 +153,7 @@ def test_converted_weights_at_every_layout(
     ]
     out = tmp_path / "saved"
     done = worlds.run(world, run, Job(world, case.settings, model.checkpoint, out), timeout=120)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     for means in done:
         torch.testing.assert_close(torch.tensor(means, dtype=torch.float64), model.losses, rtol=1e-6, atol=0)
     back = cut_weights(path_of(out, 5), model.rules, m, VOCABULARY, tmp_path / "back")

@@ -30,8 +30,8 @@ from megamm.common import events
 from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.elastic import heartbeat
-from megamm.mcore import groups
-from megamm.parity.worlds import Failure
+from megamm.mcore import process_groups
+from megamm.parity.worlds import WorldFailure
 
 CHECKPOINT = {"every": 4, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 60}
@@ -167,7 +167,7 @@ def test_what_the_nodes_together_have(worlds, tmp_path, how):
     """Four ranks on two nodes; a rank reads its own shard and that of a rank on the other node."""
     (tmp_path / "run").mkdir()
     found = worlds.run(4, look, (str(tmp_path), how), timeout=100)
-    assert not isinstance(found, Failure), found.lines()
+    assert not isinstance(found, WorldFailure), found.lines()
     for number, (steps, shards) in enumerate(found):
         want_steps, want = FOUND[how](number)
         assert (steps[-len(want_steps) :] if want_steps else steps, shards) == (want_steps, want)
@@ -176,7 +176,7 @@ def test_what_the_nodes_together_have(worlds, tmp_path, how):
 @pytest.fixture
 def one_rank(tmp_path):
     """Return a saver with local storage, and that."""
-    groups.start(choose("cpu"))
+    process_groups.start(choose("cpu"))
     (tmp_path / "run").mkdir()
     local = LocalStorage(str(tmp_path / "node"), tmp_path / "run", replicate=True)
     local.begin(-1)

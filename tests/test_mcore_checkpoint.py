@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now
 from run_folders import read_tensors
 from saver_worker import state
 
 from megamm.checkpoint import path_of
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity import rows
 from megamm.parity.case import Case, Run
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 VOCABULARY = 96
 STEP = 5
@@ -48,7 +48,7 @@ def run(job: Job) -> list[str]:
 
     place = choose("cpu")
     config = Run(job.world, 1, job.settings, ()).config
-    groups = grid.build(config.parallel, seed=1 + len(job.folders))
+    groups = process_groups.build(config.parallel, seed=1 + len(job.folders))
     engine = build_engine(config, VOCABULARY, groups, place)
     live, wrong = _live(engine), []
     first = job.out if job.fill else job.folders[0]
@@ -78,9 +78,8 @@ def run(job: Job) -> list[str]:
 
 
 def _save(engine: Any, out: Path) -> None:
-    from megamm.mcore import rng
 
-    save_now(out, state(STEP), engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(out, state(STEP), engine.blocks(), generator_states(), choose("cpu"))
 
 
 def _live(engine: Any) -> dict[str, torch.Tensor]:
@@ -207,7 +206,7 @@ class Folders:
         case, folders = self.cases[number], tuple(self.saved[i] for i in read)
         told = Job(case.world, case.settings, folders, self.saved[number] if write else None, fill=not read)
         done = self.worlds.run(case.world, run, told, timeout=120)
-        assert not isinstance(done, Failure), done.lines()
+        assert not isinstance(done, WorldFailure), done.lines()
         assert not any(done), f"{case.line()}: {next(wrong for wrong in done if wrong)[:5]}"
 
 
@@ -251,7 +250,7 @@ def test_layouts_read_what_all_others_saved(folders_of, family):
 def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
     """Run a step of the native engine; return whether steady blocks are unchanged before the update, and after it."""
     config = Run(1, 1, settings, ()).config
-    groups = grid.build(config.parallel, seed=1)
+    groups = process_groups.build(config.parallel, seed=1)
     engine = build_engine(config, rows.VOCABULARY, groups, choose("cpu"))
     steady = [block for block in engine.blocks() if block.steady]
     before, seen = [block.data.clone() for block in steady], []

@@ -12,10 +12,9 @@ import covering
 import pytest
 
 from megamm.parity import fuzz, matrix
-from megamm.parity.case import Case
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.harness import Harness
 from megamm.parity.matrix import FEATURES, LAYOUTS, compose
-from megamm.parity.report import Outcome
 from megamm.train.dry_run import Grid
 
 # Independent features are tested together.
@@ -115,18 +114,18 @@ def test_layout_equals_one_rank(harness: Harness, case: Case):
         pytest.fail(f"{outcome.text()}\n{smallest(harness, case, outcome)}")
     if outcome.verdict == "proven":
         grid = Grid(case.config, case.world)
-        for rank, found in enumerate(outcome.places):
+        for rank, found in enumerate(outcome.coordinates):
             theirs = grid.coordinates(rank)
             for axis in ("tensor", "context", "data", "pipeline", "expert"):
                 assert found[axis] == getattr(theirs, axis), f"the dry run's {axis} coordinate of rank {rank}"
 
 
-def smallest(harness: Harness, case: Case, outcome: Outcome) -> str:
+def smallest(harness: Harness, case: Case, outcome: CaseOutcome) -> str:
     """Reduce a mismatching case to the settings that it does not fail without."""
     if outcome.verdict != "mismatch":
         return f"not made small: {outcome.verdict}"
 
-    def fails(smaller: Case) -> Outcome | None:
+    def fails(smaller: Case) -> CaseOutcome | None:
         found = outcome if smaller == case else harness.prove(smaller, explain=False)
         return found if found.verdict == "mismatch" else None
 

@@ -10,8 +10,7 @@ import warm
 
 from megamm.common.errors import UserError
 from megamm.parity import fuzz, harness, matrix
-from megamm.parity.case import Case
-from megamm.parity.report import Extent, Outcome, RankReport
+from megamm.parity.case import Case, CaseOutcome, Extent, RankReport
 from megamm.parity.rows import MIXES, global_batch, kinds
 
 ROOT = Path(__file__).parents[1]
@@ -47,7 +46,7 @@ NAMED = [
     (
         "world=2 parallel.context=2 model.rope_axes=3",
         faults.row_positions_shifted,
-        "segments or positions (row map) passed to attention differ from the row's: row 0, token 1: 0 instead of 1",
+        "segments or positions passed to attention differ from the row's: row 0, token 1: 0 instead of 1",
     ),
     (
         f"world=2 parallel.expert=2 model.moe.aux_loss_coeff=0.02 {MOE}",
@@ -218,7 +217,7 @@ def test_a_failing_case_is_made_small():
         asked.append(case)
         settings = dict(case.settings)
         wrong = settings.get("parallel.tensor", 1) > 1 and settings.get("model.moe.aux_loss_coeff")
-        return Outcome(case.line(), "mismatch") if wrong else None
+        return CaseOutcome(case.line(), "mismatch") if wrong else None
 
     case = next(c for n in range(2000) if fails(c := fuzz.draw(3, n, 8)) and matrix.expected(c).verdict == "proven")
     small = Case.parse(fuzz.minimise(case, fails).case)

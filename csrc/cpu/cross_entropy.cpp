@@ -26,18 +26,16 @@ MEGAMM_CLONES void statistics_rows(
   constexpr C kLowest = -std::numeric_limits<C>::infinity();
   for (int64_t row = begin; row < end; ++row) {
     const T* x = logits + row * stride;
-    C maximum = kLowest, exponentials = 0, total = 0;
+    C maximum = kLowest, exponentials = 0;
     for (int64_t first = 0; first < columns; first += kBlock) {
       const T* in = x + first;
       const int64_t count = columns - first < kBlock ? columns - first : kBlock;
-      C largest = kLowest, sum = 0;
-#pragma omp simd reduction(max : largest) reduction(+ : sum)
+      C largest = kLowest;
+#pragma omp simd reduction(max : largest)
       for (int64_t i = 0; i < count; ++i) {
         const C value = load(in[i]);
-        largest = value > largest ? value : largest;  // a NaN is ignored here, but makes the sums NaN
-        sum += value;
+        largest = value > largest ? value : largest;  // a NaN is ignored here, but makes the sum NaN
       }
-      total += sum;
       if (largest > maximum) {
         exponentials *= maximum > kLowest ? exp_of(maximum - largest) : C(1);  // 1: keeps a NaN
         maximum = largest;
@@ -46,20 +44,18 @@ MEGAMM_CLONES void statistics_rows(
       const C reference = maximum > kLowest ? maximum : C(0);
       exponentials += sum_of<C>(count, [=](int64_t i) MEGAMM_LAMBDA { return exp_of(load(in[i]) - reference); });
     }
-    C* to = out + row * 4;
+    C* to = out + row * 3;
     to[0] = maximum;
     to[1] = exponentials;
     to[2] = target[row] >= 0 && target[row] < columns ? load(x[target[row]]) : C(0);
-    to[3] = total;
   }
 }
 
-// x = scale * exp(x - m) - uniform, minus at_target at the target, if that is in the row.
+// x = factor * softmax(x), minus factor at the target, if that is in the row.
 template <class T>
 MEGAMM_CLONES void gradient_rows(
     T* logits, int64_t stride, int64_t columns, const int64_t* target, const compute_t<T>* statistics,
-    const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size, compute_t<T> z_loss,
-    int64_t begin, int64_t end) {
+    const compute_t<T>* factor, int64_t begin, int64_t end) {
   using C = compute_t<T>;
   for (int64_t row = begin; row < end; ++row) {
     T* x = logits + row * stride;
@@ -68,15 +64,12 @@ MEGAMM_CLONES void gradient_rows(
       std::memset(x, 0, columns * sizeof(T));
       continue;
     }
-    const C maximum = statistics[row * 4], exponentials = statistics[row * 4 + 1];
-    const C of_softmax = z_loss == 0 ? C(1) : C(1) + 2 * z_loss * (maximum + std::log(exponentials));
-    const C scale = weight * of_softmax / exponentials, uniform = weight * (smoothing / vocabulary_size);
+    const C maximum = statistics[row * 3], scale = weight / statistics[row * 3 + 1];
     const bool has_target = target[row] >= 0 && target[row] < columns;
     const C at_target = has_target ? load(x[target[row]]) : C(0);
 #pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) store(x[i], exp_of(load(x[i]) - maximum) * scale - uniform);
-    if (has_target)
-      store(x[target[row]], exp_of(at_target - maximum) * scale - uniform - weight * (1 - smoothing));
+    for (int64_t i = 0; i < columns; ++i) store(x[i], exp_of(load(x[i]) - maximum) * scale);
+    if (has_target) store(x[target[row]], exp_of(at_target - maximum) * scale - weight);
   }
 }
 
@@ -92,8 +85,7 @@ void cross_entropy_statistics(const Tensor& logits, const Tensor& target, const 
   });
 }
 
-void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor,
-                            int64_t vocabulary_size, double label_smoothing, double z_loss) {
+void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor) {
   check_gradient(logits, target, statistics, factor);
   const int64_t columns = logits.size(1);
   dispatch(logits.scalar_type(), "cross_entropy_gradient_", [&](auto zero) {
@@ -101,8 +93,7 @@ void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Te
     using C = compute_t<T>;
     torch::stable::parallel_for(0, logits.size(0), grain(columns), [&](int64_t begin, int64_t end) {
       gradient_rows<T>(mutable_data_of<T>(logits), row_stride(logits), columns, data_of<int64_t>(target),
-                       data_of<C>(statistics), data_of<C>(factor), C(label_smoothing), C(vocabulary_size), C(z_loss), begin,
-                       end);
+                       data_of<C>(statistics), data_of<C>(factor), begin, end);
     });
   });
 }

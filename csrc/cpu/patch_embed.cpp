@@ -67,9 +67,9 @@ MEGAMM_CLONES void patchify_lines(const Patching& g, const In* video, const Vide
   for (int64_t line = begin; line < end; ++line) {
     const Line at = line_at(g, line);
     Out* to = patches + line * g.grid.x * width;
-    for (int64_t place = 0; place < g.channels * t; ++place) {
-      const int64_t c = place / t, number = per_channel ? c : 0;
-      int64_t frame = at.frame + place % t;
+    for (int64_t index = 0; index < g.channels * t; ++index) {
+      const int64_t c = index / t, number = per_channel ? c : 0;
+      int64_t frame = at.frame + index % t;
       if (frame < 0 && g.replicated) frame = 0;
       const bool is_there = frame >= 0 && frame < g.size.t;
       for (int64_t y = at.y; y < at.y + p; ++y, to += q) {
@@ -98,8 +98,8 @@ MEGAMM_CLONES void unpatchify_lines(const Patching& g, const In* patches, int64_
     // Only read; move_pieces writes to patches in its other direction.
     In* from = const_cast<In*>(patches) + line * g.grid.x * patch_stride;
     const int64_t rows = std::min(p, g.size.y - at.y);
-    for (int64_t place = 0; place < g.channels * t * rows; ++place) {
-      const int64_t c = place / (t * rows), dt = place / rows % t, dy = place % rows, frame = at.frame + dt;
+    for (int64_t index = 0; index < g.channels * t * rows; ++index) {
+      const int64_t c = index / (t * rows), dt = index / rows % t, dy = index % rows, frame = at.frame + dt;
       if (frame < 0 || frame >= g.size.t) continue;
       Out* to = video + row_at(strides, at.batch, c, frame, at.y + dy);
       In* pieces = from + ((c * t + dt) * p + dy) * q;

@@ -59,19 +59,17 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) statistics_of_rows(Rows<T> p) {
   using C = compute_t<T>;
   constexpr int kVector = kPerVector<T>;
-  __shared__ C scratch[3][kThreads / kWarp];
+  __shared__ C scratch[2][kThreads / kWarp];
   const int64_t row = blockIdx.x;
   const T* x = p.logits + row * p.stride;
   Online<C> own;
-  C total = 0;
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.in_vectors; column += kThreads * kVector) {
     const auto held = *reinterpret_cast<const Vector<T, kVector>*>(x + column);
-    C largest = kLowest<C>;  // a NaN is ignored here, but makes the sums NaN
+    C largest = kLowest<C>;  // a NaN is ignored here, but makes the sum NaN
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const C value = load(held.items[i]);
       largest = value > largest ? value : largest;
-      total += value;
     }
     own.raise(largest);
 #pragma unroll
@@ -79,46 +77,38 @@ __global__ void __launch_bounds__(kThreads) statistics_of_rows(Rows<T> p) {
   }
   for (int64_t column = p.in_vectors + threadIdx.x; column < p.columns; column += kThreads) {
     const C value = load(x[column]);
-    total += value;
     own.raise(value);
     own.add(value);
   }
   const C maximum = max_in_block(own.maximum, scratch[0]);
   own.raise(maximum);
   const C exponentials = sum_in_block<kThreads>(own.exponentials, scratch[1]);
-  total = sum_in_block<kThreads>(total, scratch[2]);
   if (threadIdx.x > 0) return;
   const int64_t target = p.target[row];
-  C* to = p.statistics + row * 4;
+  C* to = p.statistics + row * 3;
   to[0] = maximum;
   to[1] = exponentials;
   to[2] = target >= 0 && target < p.columns ? load(x[target]) : C(0);
-  to[3] = total;
 }
 
-// scale * exp(x - m) - uniform, minus at_target at the target.
+// factor * softmax(x), minus factor at the target.
 template <class T>
-__global__ void __launch_bounds__(kThreads) gradient_of_rows(
-    Rows<T> p, const compute_t<T>* factor, compute_t<T> smoothing, compute_t<T> vocabulary_size,
-    compute_t<T> z_loss) {
+__global__ void __launch_bounds__(kThreads) gradient_of_rows(Rows<T> p, const compute_t<T>* factor) {
   using C = compute_t<T>;
   constexpr int kVector = kPerVector<T>;
   const int64_t row = blockIdx.x, target = p.target[row];
   T* x = p.logits + row * p.stride;
-  const C weight = factor[row], maximum = p.statistics[row * 4], exponentials = p.statistics[row * 4 + 1];
-  const C of_softmax = z_loss == 0 ? C(1) : C(1) + 2 * z_loss * (maximum + std::log(exponentials));
-  const C scale = weight * of_softmax / exponentials, uniform = weight * (smoothing / vocabulary_size);
-  const C at_target = weight * (1 - smoothing);
+  const C weight = factor[row], maximum = p.statistics[row * 3], scale = weight / p.statistics[row * 3 + 1];
   const bool counts = weight != 0;  // otherwise 0 whatever the logits are: 0 * NaN is NaN
   const auto gradient = [&](T logit, int64_t column) {
-    return counts ? std::exp(load(logit) - maximum) * scale - uniform - (column == target ? at_target : C(0)) : C(0);
+    return counts ? std::exp(load(logit) - maximum) * scale - (column == target ? weight : C(0)) : C(0);
   };
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.in_vectors; column += kThreads * kVector) {
-    auto* place = reinterpret_cast<Vector<T, kVector>*>(x + column);
-    auto held = *place;
+    auto* address = reinterpret_cast<Vector<T, kVector>*>(x + column);
+    auto held = *address;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) store(held.items[i], gradient(held.items[i], column + i));
-    *place = held;
+    *address = held;
   }
   for (int64_t column = p.in_vectors + threadIdx.x; column < p.columns; column += kThreads)
     store(x[column], gradient(x[column], column));
@@ -141,15 +131,14 @@ void cross_entropy_statistics(const Tensor& logits, const Tensor& target, const 
   });
 }
 
-void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor,
-                            int64_t vocabulary_size, double label_smoothing, double z_loss) {
+void cross_entropy_gradient(const Tensor& logits, const Tensor& target, const Tensor& statistics, const Tensor& factor) {
   check_gradient(logits, target, statistics, factor);
   DeviceGuard guard(logits.get_device_index());
   dispatch(logits.scalar_type(), "cross_entropy_gradient_", [&](auto zero) {
     using T = decltype(zero);
     using C = compute_t<T>;
     launch(gradient_of_rows<T>, logits.size(0), kThreads, 0, logits, rows_at<T>(logits, target, statistics),
-           data_of<C>(factor), C(label_smoothing), C(vocabulary_size), C(z_loss));
+           data_of<C>(factor));
   });
 }
 

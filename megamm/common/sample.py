@@ -80,7 +80,7 @@ class Batch:
     modality: torch.Tensor
 
     @property
-    def row_map(self) -> torch.Tensor:
+    def packed_seq_metadata(self) -> torch.Tensor:
         """The values that attention needs for whole rows, `[B, 4, S]`: segment, then t, h, w of every token."""
         return torch.cat((self.segment[:, None], self.position), dim=1)
 

@@ -23,14 +23,14 @@ from megamm.model.loss import StepLoss
 class StepResult:
     """Result of an optimizer step: losses before it, norm of the whole gradient before clipping, learning rate.
 
-    These are the same on every rank. own_norms belongs to this rank: the norm of its gradient in each bucket before the
-    sum over ranks, float32 `[buckets]`; None if the engine does not measure it.
+    These are the same on every rank. local_grad_norms belongs to this rank: the norm of its gradient in each bucket
+    before the sum over ranks, float32 `[buckets]`; None if the engine does not measure it.
     """
 
     loss: StepLoss
     grad_norm: float
     lr: float
-    own_norms: torch.Tensor | None = None
+    local_grad_norms: torch.Tensor | None = None
 
 
 WeightInitializer = Callable[[Sequence[TensorShard], Mapping[str, Shape], set[str]], None]

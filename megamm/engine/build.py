@@ -3,10 +3,10 @@
 from megamm.common.device import Device
 from megamm.config import RunConfig
 from megamm.engine.api import Engine
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 
 
-def build_engine(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> Engine:
+def build_engine(config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> Engine:
     """Build the configured engine with newly initialised weights."""
     if config.engine == "deepspeed":
         from megamm.engine.deepspeed.engine import DeepSpeedEngine

@@ -1,6 +1,7 @@
 """The native engine: Megatron's schedules, data-parallel gradient buffers and distributed optimizer (ZeRO-1).
 
-A step has two parts, gradients and update, so that it can be judged, run again or skipped in between.
+A step has two phases, gradients and update (api.py). Between them nothing but generators and buffers has changed, so
+that the same gradients can be computed again, or the step discarded.
 """
 
 import math
@@ -18,8 +19,7 @@ from megamm.common.timers import Timers
 from megamm.config import RunConfig
 from megamm.engine.api import StepResult, WeightInitializer
 from megamm.mcore import backbone, optimizer, rng, step, store
-from megamm.mcore.groups import Groups
-from megamm.mcore.local_grad_norms import OwnNorms
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
 
 
@@ -39,17 +39,17 @@ class NativeEngine:
 
     can_discard = True
 
-    def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
+    def __init__(self, config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> None:
         self.config, self.groups, self.device, self.timers = config, groups, device, Timers(device)
         chunks = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.chunks = backbone.wrap(chunks, groups, device)
         step.prepare(self.chunks)
         self.optimizer = optimizer.build(config, self.chunks)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
-        self.own_norms = OwnNorms(self.chunks)
+        self.local_grad_norms = optimizer.LocalGradNorms(self.chunks)
         self.before_update: Callable[[], None] = lambda: None
         self._step: _Step | None = None
-        self.stored = store.Plan(self.chunks, self.optimizer, groups).to_save()
+        self.stored = store.EngineShards(self.chunks, self.optimizer, groups).to_save()
 
     def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
         # All other state that a backward pass changes: random generators (dropout) and the routers' balancing bias.
@@ -81,7 +81,7 @@ class NativeEngine:
         timed = partial(self.timers.device, "forward")
         loss = step.run(self.chunks, of.batches, of.loss_weights, weight, self.groups, timed=timed)
         of.grad_norm = optimizer.norm(self.optimizer)
-        return StepResult(loss, of.grad_norm, self.optimizer.param_groups[0]["lr"], self.own_norms.latest())
+        return StepResult(loss, of.grad_norm, self.optimizer.param_groups[0]["lr"], self.local_grad_norms.latest())
 
     def _buffers(self) -> list[torch.Tensor]:
         return [buffer.clone() for chunk in self.chunks for buffer in chunk.module.buffers()]
@@ -106,7 +106,7 @@ class NativeEngine:
         return self.stored
 
     def init_weights(self, initializer: WeightInitializer) -> None:
-        plan = store.Plan(self.chunks, self.optimizer, self.groups)
+        plan = store.EngineShards(self.chunks, self.optimizer, self.groups)
         initializer(plan.to_start(), *plan.whole(self.groups))
 
     def files_to_load(self, folder: Path) -> set[str]:
@@ -115,5 +115,6 @@ class NativeEngine:
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)
         if not with_optimizer:
+            # The optimizer's main copies still have the initial weights.
             self.optimizer.reload_model_params()
         optimizer.set_schedule(self.schedule, step)

@@ -281,9 +281,11 @@ class LossGuard:
             self.fault = NodeFault(comparison.suspects, f"{action} fault at step {step}: {why}")
 
     def _compare(self, first: StepResult, rerun: StepResult) -> Comparison:
-        assert first.own_norms is not None and rerun.own_norms is not None, "the engine cannot run a step again"
+        assert first.local_grad_norms is not None and rerun.local_grad_norms is not None, (
+            "the engine cannot run a step again"
+        )
         values = self._values(first), self._values(rerun)
-        return compare(*values, first.own_norms, rerun.own_norms, self.gather)
+        return compare(*values, first.local_grad_norms, rerun.local_grad_norms, self.gather)
 
     def _values(self, result: StepResult) -> dict[str, float]:
         """Return the judged values: the gradient norm and the loss of each modality in the step."""

@@ -58,7 +58,7 @@ class OnlyChoices(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         place = input_ids.shape[1] - self.prompt_length
-        choices = self.modality.choices(place)
+        choices = self.modality.valid_token_ids(place)
         kept = torch.full_like(scores_BV, -torch.inf)
         allowed = slice(self.first_id + choices.start, self.first_id + choices.stop)
         kept[:, allowed] = scores_BV[:, allowed]

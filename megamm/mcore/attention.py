@@ -1,9 +1,9 @@
 """Core attention for packed rows: causal within each document of a row, none across documents, RoPE per document.
 
 Without Transformer Engine, Megatron's own core attention supports neither packed rows nor context parallelism. This
-module replaces `core_attention` in the layer spec. Megatron passes `attention_mask` through unchanged; here it is the
-row map, int64 `[B, 4, S]`: segment (common/sample.py), then t, h, w of every token of the whole row, even if a context
-rank holds only S/cp of its tokens. Mask and positions are derived from it.
+module replaces `core_attention` in the layer spec. Megatron passes `attention_mask` through unchanged; here it is
+packed_seq_metadata, int64 `[B, 4, S]`: segment (common/sample.py), then t, h, w of every token of the whole row, even
+if a context rank holds only S/cp of its tokens. Mask and positions are derived from it.
 
 Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys back to the start of
 their documents; "flex", torch's flex_attention, compiled, which skips masked blocks within one call.
@@ -16,8 +16,8 @@ Sources: Beltagy et al. 2020 (windows); Gemma Team 2024 (caps); Vaswani et al. 2
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.mcore.packed_seq_cache import once_a_row_map
 from megamm.model.rope import Rope, cosines_and_sines, rotate
 
+T = TypeVar("T")
 Kernel = Literal["sdpa", "flex"]
 Chunks = Sequence[tuple[int, int]]
 """(start, stop) in the row of the given queries."""
@@ -69,7 +69,7 @@ def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> t
 
 
 class PackedAttention(MegatronModule):
-    """query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]`, value `[S/cp, B, G, E]` and row map -> `[S/cp, B, N * E]`.
+    """Attention of query `[S/cp, B, N, D]`, key `[S/cp, B, G, D]` and value `[S/cp, B, G, E]` -> `[S/cp, B, N * E]`.
 
     N and G are this tensor rank's heads and groups; E, the values' head size, is D except for latent attention (MLA).
     rope None: RoPE is already applied to queries and keys; with 1 axis a token's position is its index in its document,
@@ -109,21 +109,25 @@ class PackedAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         assert attention_bias is None and packed_seq_params is None
-        row_map, size = attention_mask, self.group.size()
+        packed_seq_metadata, size = attention_mask, self.group.size()
         if self.shared_channels and self.tensor_group.size() > 1:
             key = self._shared_by_all_heads(key)
-        chunks = local_chunks(row_map.shape[2], self.group.rank(), size)
+        chunks = local_chunks(packed_seq_metadata.shape[2], self.group.rank(), size)
         if self.rope is not None:
-            angles = self._angles(row_map, chunks, query)
+            # Before the exchange, while this rank has the tokens whose positions it derives.
+            angles = self._angles(packed_seq_metadata, chunks, query)
             query, key = rotate(query, *angles), rotate(key, *angles)
         if size > 1 and self.exchange == "alltoall":
             query, key, value = tokens_to_heads((query, key, value), self.group)
-            context = self.attend(query, key, value, row_map, [(0, row_map.shape[2])], self.form)
+            context = self.attend(
+                query, key, value, packed_seq_metadata, [(0, packed_seq_metadata.shape[2])], self.form
+            )
             return heads_to_tokens(context, self.group).flatten(2)
         if size > 1:
+            # Keys and values in one message; queries stay, so a rank computes only its own tokens' results.
             both = gather_row(torch.cat((key, value), dim=-1), self.group)
             key, value = both.split([key.shape[-1], value.shape[-1]], dim=-1)
-        return self.attend(query, key, value, row_map, chunks, self.form).flatten(2)
+        return self.attend(query, key, value, packed_seq_metadata, chunks, self.form).flatten(2)
 
     def _shared_by_all_heads(self, key: torch.Tensor) -> torch.Tensor:
         """Return the same keys with a correct gradient for their position channels.
@@ -135,17 +139,66 @@ class PackedAttention(MegatronModule):
         shared = _GradientSum.apply(shared[:, :, :1], self.tensor_group)
         return torch.cat((own, shared.expand(-1, -1, key.shape[2], -1)), dim=-1)
 
-    def _angles(self, row_map: torch.Tensor, chunks: Chunks, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(
+        self, packed_seq_metadata: torch.Tensor, chunks: Chunks, query: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines for this rank's tokens, `[S/cp, B, 1, D]` each."""
         rope, head_dim = self.rope, query.shape[-1]
         assert rope is not None
 
         def make() -> tuple[torch.Tensor, torch.Tensor]:
-            position = row_map[:, 1:] if rope.axes == 3 else document_positions(row_map[:, 0]).unsqueeze(1)
+            # With one axis positions restart in each document, which keeps angles small (see the module's docstring).
+            position = (
+                packed_seq_metadata[:, 1:]
+                if rope.axes == 3
+                else document_positions(packed_seq_metadata[:, 0]).unsqueeze(1)
+            )
             local = torch.cat([position[..., start:stop] for start, stop in chunks], dim=-1)
             return cosines_and_sines(local, head_dim, rope, query.dtype)
 
-        return once_a_row_map(row_map, ("angles", *chunks, rope, head_dim, query.dtype), make)
+        return _cached(packed_seq_metadata, ("angles", *chunks, rope, head_dim, query.dtype), make)
+
+
+@dataclass
+class _MetadataCache:
+    """Values that depend only on one packed_seq_metadata: masks and angles."""
+
+    packed_seq_metadata: torch.Tensor
+    version: int
+    values: dict[Any, Any] = field(default_factory=dict)
+
+    def is_of(self, other: torch.Tensor) -> bool:
+        """Whether `other` is the same memory, unchanged: recomputation passes another tensor over the same memory."""
+        own = self.packed_seq_metadata
+        return (own.data_ptr(), own.shape, own.stride(), self.version) == (
+            other.data_ptr(),
+            other.shape,
+            other.stride(),
+            other._version,
+        )
+
+
+_CACHE: list[_MetadataCache] = []
+"""The cache of the metadata that a layer used last, or empty.
+
+It is global because Megatron gives layers nothing shared but `attention_mask`, which full recomputation saves and
+passes on as a new tensor object: object identity would miss in every recomputed layer. Invariant: the entry holds its
+tensor, so the memory cannot be freed and reused at the same address; an in-place change raises torch's version counter.
+One entry only: a pipeline has several microbatches in flight, and each entry's masks take memory.
+"""
+
+
+def _cached(packed_seq_metadata: torch.Tensor, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """Return make(), which the first layer computes and other layers reuse for the same metadata and key."""
+    if packed_seq_metadata.is_inference():  # inference tensors have no version counter
+        return make()
+    if not (_CACHE and _CACHE[0].is_of(packed_seq_metadata)):
+        _CACHE[:] = [_MetadataCache(packed_seq_metadata, packed_seq_metadata._version)]
+    values = _CACHE[0].values
+    if key not in values:
+        values[key] = make()
+    result: T = values[key]
+    return result
 
 
 class _GradientSum(torch.autograd.Function):
@@ -180,15 +233,16 @@ class _Block:
     mask: torch.Tensor
 
 
-def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: int) -> list[_Block]:
-    segment, length = row_map[:, 0], row_map.shape[2]
+def _blocks(packed_seq_metadata: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: int) -> list[_Block]:
+    segment, length = packed_seq_metadata[:, 0], packed_seq_metadata.shape[2]
     ranges = [(at, min(at + BLOCK, stop)) for start, stop in chunks for at in range(start, stop, BLOCK)]
-    index = torch.arange(length, device=row_map.device)
+    index = torch.arange(length, device=packed_seq_metadata.device)
     # The only transfer from the device: for each block, the start of the first document in it.
     reach = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]].tolist()
     blocks = []
     for (start, stop), first in zip(ranges, reach, strict=True):
         first = max(first, start - window + 1) if window else first
+        # Counted in whole blocks, as keys and values are split in `_attend_sdpa`.
         keys = slice(first // BLOCK, -(-stop // BLOCK))
         seen = slice(keys.start * BLOCK, min(keys.stop * BLOCK, length))
         allowed = segment[:, start:stop, None] == segment[:, None, seen]
@@ -196,19 +250,26 @@ def _blocks(row_map: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: i
         if window:
             allowed &= index[start:stop, None] - index[seen] < window
         # Every layer uses a float mask directly; torch would convert a boolean mask in each layer.
-        mask = torch.zeros(allowed.shape, dtype=dtype, device=row_map.device).masked_fill_(~allowed, -torch.inf)
+        mask = torch.zeros(allowed.shape, dtype=dtype, device=packed_seq_metadata.device).masked_fill_(
+            ~allowed, -torch.inf
+        )
         blocks.append(_Block(stop - start, keys, mask.unsqueeze(1)))
     return blocks
 
 
 def _attend_sdpa(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_seq_metadata: torch.Tensor,
+    chunks: Chunks,
+    form: ScoreForm,
 ) -> torch.Tensor:
     """Compute attention of the chunks' queries `[Q, B, N, D]` over the row's keys and values -> `[Q, B, N, E]`."""
-    blocks = once_a_row_map(
-        row_map,
+    blocks = _cached(
+        packed_seq_metadata,
         ("blocks", *chunks, query.dtype, form.window),
-        lambda: _blocks(row_map, chunks, query.dtype, form.window),
+        lambda: _blocks(packed_seq_metadata, chunks, query.dtype, form.window),
     )
     # Grouped keys are repeated: GPU kernels with a mask and without S x S scores do not support grouped queries.
     per_group = query.shape[2] // key.shape[2]
@@ -234,8 +295,8 @@ def _product(
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _block_mask(row_map: torch.Tensor, chunks: Chunks, window: int) -> BlockMask:
-    segment, device = row_map[:, 0], row_map.device
+def _block_mask(packed_seq_metadata: torch.Tensor, chunks: Chunks, window: int) -> BlockMask:
+    segment, device = packed_seq_metadata[:, 0], packed_seq_metadata.device
     index = torch.cat([torch.arange(*chunk, device=device) for chunk in chunks])
 
     def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -247,11 +308,16 @@ def _block_mask(row_map: torch.Tensor, chunks: Chunks, window: int) -> BlockMask
 
 
 def _attend_flex(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, row_map: torch.Tensor, chunks: Chunks, form: ScoreForm
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_seq_metadata: torch.Tensor,
+    chunks: Chunks,
+    form: ScoreForm,
 ) -> torch.Tensor:
     """Compute the same as `_attend_sdpa`; on a CPU it is uncompiled and without gradients, for tests."""
     kind = ("block mask", *chunks, form.window)
-    mask = once_a_row_map(row_map, kind, lambda: _block_mask(row_map, chunks, form.window))
+    mask = _cached(packed_seq_metadata, kind, lambda: _block_mask(packed_seq_metadata, chunks, form.window))
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex()
     cap = _capped(form.softcap) if form.softcap else None

@@ -9,7 +9,7 @@ Gemma and DeepSeek models, so that an export runs in standard inference engines.
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,11 +31,12 @@ from megamm import ops
 from megamm.common.device import Device
 from megamm.common.sample import IGNORE_LABEL
 from megamm.config import RunConfig
-from megamm.mcore import compat, mlp
-from megamm.mcore.attention import PackedAttention, ScoreForm, choose_kernel
-from megamm.mcore.groups import Groups
-from megamm.mcore.norm import NormThenAdd, RMSNorm
+from megamm.mcore import compat, layers
+from megamm.mcore.attention import Kernel, PackedAttention, ScoreForm, choose_kernel
+from megamm.mcore.layers import NormThenAdd, RMSNorm
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.mcore.transformer_config import transformer_config
+from megamm.model.layout import padded_vocabulary
 from megamm.model.rope import Rope
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,9 @@ log = logging.getLogger(__name__)
 class Backbone(GPTModel):
     """GPTModel with the run's loss over all prediction depths; the loss excludes the vocabulary's run-time padding.
 
-    forward(input_ids `[B, S/cp]`, None, row_map `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32 of labels'
-    shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached cross
-    entropy of each token `[1 + K, B, S/cp]`: of the next token, then of K = mtp.num_layers tokens further ahead.
+    forward(input_ids `[B, S/cp]`, None, packed_seq_metadata `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32
+    of labels' shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached
+    cross entropy of each token `[1 + K, B, S/cp]`: of the next token, then of K = mtp.num_layers tokens further ahead.
     Without labels it returns logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
     """
 
@@ -175,64 +176,90 @@ def _mtp_spec(config: TransformerConfig, layer: ModuleSpec, norm: ModuleSpec, vp
     return replace(block, layer_specs=modules)
 
 
-def build_chunks(config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> list[Backbone]:
+@dataclass(frozen=True)
+class _Plan:
+    """The run's choices for its chunks, and why they were made."""
+
+    megatron_config: TransformerConfig
+    ops: ops.Ops
+    kernel: Kernel
+    cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    reasons: list[str]
+    """One line for the log of each choice."""
+
+
+def build_chunks(config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> list[Backbone]:
     """Build this rank's pipeline chunks (one unless interleaved) on the device, in the run's precision."""
     compat.apply()
-    kernel, why_kernel = choose_kernel(config.train.attention, device)
-    chosen, why_chosen = ops.choose(config.ops, device.torch_device)
-    megatron_config = transformer_config(config, vocabulary_size, device)
-    norm = ModuleSpec(RMSNorm, {"ops": chosen})
-    specs = [_spec_of(config, number, megatron_config, kernel, norm) for number in range(config.model.num_layers)]
-    cross_entropy, cap = chosen.linear_cross_entropy, config.model.logit_softcap
-    if cap:  # the memory-saving implementation, which never holds all logits, does not support a cap
-        cross_entropy = partial(ops.TORCH.linear_cross_entropy, softcap=cap)
-    padded = -(-vocabulary_size // config.parallel.tensor) * config.parallel.tensor
-    chunks, virtual = [], config.parallel.virtual_pipeline
-    for chunk in range(virtual):
-        stage = chunk if virtual > 1 else None
-        first = get_transformer_layer_offset(megatron_config, stage, groups.pipeline_rank)
-        layers = specs[first : first + get_num_layers_to_build(megatron_config, stage, groups.pipeline_rank)]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.getLogger("megatron.core").setLevel(logging.ERROR)
-            model = Backbone(
-                config=megatron_config,
-                transformer_layer_spec=TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm),
-                mtp_block_spec=_mtp_spec(megatron_config, specs[-1], norm, stage),
-                vocab_size=padded,
-                true_vocab_size=vocabulary_size,
-                cross_entropy=cross_entropy,
-                logit_softcap=config.model.logit_softcap,
-                embedding_scale=config.model.hidden_size**0.5 if config.model.scale_embeddings else 1.0,
-                max_sequence_length=config.data.seq_length,
-                pre_process=groups.pipeline_rank == 0 and chunk == 0,
-                post_process=groups.is_last_stage and chunk == virtual - 1,
-                parallel_output=True,
-                share_embeddings_and_output_weights=config.model.tie_embeddings,
-                position_embedding_type="none",  # PackedAttention applies RoPE
-                pg_collection=groups.collection,
-                vp_stage=stage,
-            ).to(device.torch_device)
-        chunks.append(model.bfloat16() if megatron_config.bf16 else model)
-    gated = [mlp.use_ops(chunk, megatron_config, chosen) for chunk in chunks]
-    if groups.rank == 0:
-        log.info("attention: %s, %s", kernel, why_kernel)
-        log.info("ops: %s, %s", chosen.name, why_chosen)
-        if cap:
-            log.info("cross entropy: torch, because model.logit_softcap = %s needs all logits at once", cap)
-        if not all(gated):
-            log.info("using Megatron-core's MLP: fused SwiGLU needs no bias and no fp8")
+    plan = _plan(config, vocabulary_size, device)
+    norm = ModuleSpec(RMSNorm, {"ops": plan.ops})
+    specs = [_spec_of(config, number, plan, norm) for number in range(config.model.num_layers)]
+    chunks = []
+    for chunk in range(config.parallel.virtual_pipeline):
+        model = _build_chunk(config, vocabulary_size, plan, specs, norm, groups, chunk).to(device.torch_device)
+        chunks.append(model.bfloat16() if plan.megatron_config.bf16 else model)
+    is_fused = [layers.use_ops(chunk, plan.megatron_config, plan.ops) for chunk in chunks]
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
-    # From here on the flag only means that gradients of q norms are partial sums over tensor ranks. This is true for
-    # norms per head; a latent's norm is before the split into heads, and summing would multiply its gradient.
-    megatron_config.qk_layernorm &= not megatron_config.multi_latent_attention
+    if groups.rank == 0:
+        for reason in plan.reasons:
+            log.info(reason)
+        if not all(is_fused):
+            log.info("using Megatron-core's MLP: fused SwiGLU needs no bias and no fp8")
     return chunks
 
 
-def _spec_of(
-    config: RunConfig, number: int, megatron_config: TransformerConfig, kernel: str, norm: ModuleSpec
-) -> ModuleSpec:
+def _plan(config: RunConfig, vocabulary_size: int, device: Device) -> _Plan:
+    """Choose kernels and operators for the device. UserError if it cannot run what the config requires."""
+    kernel, why_kernel = choose_kernel(config.train.attention, device)
+    chosen, why_ops = ops.choose(config.ops, device.torch_device)
+    reasons = [f"attention: {kernel}, {why_kernel}", f"ops: {chosen.name}, {why_ops}"]
+    cross_entropy, cap = chosen.linear_cross_entropy, config.model.logit_softcap
+    if cap:  # the memory-saving implementation, which never holds all logits, does not support a cap
+        cross_entropy = partial(ops.TORCH.linear_cross_entropy, softcap=cap)
+        reasons.append(f"cross entropy: torch, because model.logit_softcap = {cap} needs all logits at once")
+    return _Plan(transformer_config(config, vocabulary_size, device), chosen, kernel, cross_entropy, reasons)
+
+
+def _build_chunk(
+    config: RunConfig,
+    vocabulary_size: int,
+    plan: _Plan,
+    specs: list[ModuleSpec],
+    norm: ModuleSpec,
+    groups: ProcessGroups,
+    chunk: int,
+) -> Backbone:
+    """Build one chunk from the specs of all the model's layers, in float32."""
+    megatron_config, last = plan.megatron_config, config.parallel.virtual_pipeline - 1
+    stage = chunk if last > 0 else None  # Megatron's number of a chunk, None without interleaving
+    first = get_transformer_layer_offset(megatron_config, stage, groups.pipeline_rank)
+    own_specs = specs[first : first + get_num_layers_to_build(megatron_config, stage, groups.pipeline_rank)]
+    with warnings.catch_warnings():
+        # Megatron warns of every fusion that it would get from Transformer Engine; the log names what is used.
+        warnings.simplefilter("ignore")
+        logging.getLogger("megatron.core").setLevel(logging.ERROR)
+        return Backbone(
+            config=megatron_config,
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=own_specs, layer_norm=norm),
+            mtp_block_spec=_mtp_spec(megatron_config, specs[-1], norm, stage),
+            vocab_size=padded_vocabulary(vocabulary_size, config.parallel.tensor),
+            true_vocab_size=vocabulary_size,
+            cross_entropy=plan.cross_entropy,
+            logit_softcap=config.model.logit_softcap,
+            embedding_scale=config.model.hidden_size**0.5 if config.model.scale_embeddings else 1.0,
+            max_sequence_length=config.data.seq_length,
+            pre_process=groups.pipeline_rank == 0 and chunk == 0,
+            post_process=groups.is_last_stage and chunk == last,
+            parallel_output=True,
+            share_embeddings_and_output_weights=config.model.tie_embeddings,
+            position_embedding_type="none",  # PackedAttention applies RoPE
+            pg_collection=groups.collection,
+            vp_stage=stage,
+        )
+
+
+def _spec_of(config: RunConfig, number: int, plan: _Plan, norm: ModuleSpec) -> ModuleSpec:
     """Return the spec of one layer; `number` counts the model's layers from 0."""
     m, window = config.model, config.model.window
     has_window = window.size > 0 and number not in window.full_layers
@@ -243,14 +270,14 @@ def _spec_of(
     attention = dict(
         rope=None if m.mla.kv_lora_rank else rope,
         exchange=config.parallel.context_exchange,
-        kernel=kernel,
+        kernel=plan.kernel,
         form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0),
     )
-    return layer_spec(megatron_config, attention, norm, m.sandwich_norm, dense=number < m.moe.dense_layers)
+    return layer_spec(plan.megatron_config, attention, norm, m.sandwich_norm, dense=number < m.moe.dense_layers)
 
 
 def _reduce_experts_apart(chunks: list[Backbone]) -> None:
-    """Sum gradients of experts over the expert grid's data-parallel group, which differs from the dense one.
+    """Sum gradients of experts over the experts' own data-parallel group, which differs from the dense one.
 
     Megatron does this itself only if parallel.expert > 1; otherwise it omits the sum over tensor ranks.
     """
@@ -260,7 +287,7 @@ def _reduce_experts_apart(chunks: list[Backbone]) -> None:
                 parameter.allreduce = False
 
 
-def wrap(chunks: list[Backbone], groups: Groups, device: Device) -> list[DistributedDataParallel]:
+def wrap(chunks: list[Backbone], groups: ProcessGroups, device: Device) -> list[DistributedDataParallel]:
     """Wrap the chunks with gradient buffers that are reduced over data and context parallel ranks."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -48,6 +48,7 @@ def tokens_to_heads(heads: Sequence[torch.Tensor], group: dist.ProcessGroup) -> 
     size = group.size()
     repeated = [x.repeat_interleave(size // math.gcd(size, x.shape[2]), dim=2) for x in heads]
     by_rank = [x.unflatten(2, (size, -1)) for x in repeated]  # [S/cp, B, cp, N'/cp, D]
+    # The exchange splits the first axis: for each rank its heads of all tensors, of this rank's tokens.
     sent = torch.cat([x.flatten(3) for x in by_rank], dim=-1).movedim(2, 0).flatten(0, 1)
     received = ranks_to_row(all_to_all(group, sent), size)
     shares = [x.shape[3:] for x in by_rank]
@@ -66,6 +67,7 @@ def ranks_to_row(x: torch.Tensor, size: int) -> torch.Tensor:
     """Reorder the ranks' concatenated tokens into row order: `[S, ...]` -> `[S, ...]`."""
     if size == 1:
         return x
+    # Each rank has an early and a late chunk. In the row, the late chunks are in reverse order of the ranks.
     early, late = x.unflatten(0, (size, 2, -1)).unbind(1)
     return torch.cat((early, late.flip(0))).flatten(0, 1)
 

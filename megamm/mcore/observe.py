@@ -1,9 +1,10 @@
-"""Observes a running model: row maps and positions that attention used, and experts that routers chose."""
+"""Observes a running model: the metadata and positions that attention used, and the experts that routers chose."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,12 +17,12 @@ from megamm.mcore import attention
 
 @dataclass
 class Seen:
-    """row_maps `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
+    """metadata `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
 
     margin: smallest lead of a chosen expert over the best expert not chosen, that is, how close routing was to a tie.
     """
 
-    row_maps: list[torch.Tensor] = field(default_factory=list)
+    metadata: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
     routed: Counter[tuple[str, int]] = field(default_factory=Counter)
     margin: float = float("inf")
@@ -34,59 +35,63 @@ def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, attention.PackedAttention):
-                hooks.append(module.register_forward_pre_hook(_row_map(seen), with_kwargs=True))
+                hooks.append(module.register_forward_pre_hook(partial(_note_metadata, seen), with_kwargs=True))
             elif isinstance(module, TopKRouter):
                 layer = f"{'mtp.' if '.mtp.' in f'.{name}' else ''}{module.layer_number}"
-                hooks.append(module.register_forward_hook(_routing(seen, layer)))
+                hooks.append(module.register_forward_hook(partial(_note_routing, seen, layer)))
     original = attention.cosines_and_sines
 
     def recorded(position: torch.Tensor, *rest: Any) -> Any:
         seen.positions.append(position)
         return original(position, *rest)
 
+    # Positions exist only inside attention, which passes them to this function: no hook of a module sees them.
     with mock.patch.object(attention, "cosines_and_sines", recorded):
         yield seen
     for hook in hooks:
         hook.remove()
 
 
-def _row_map(seen: Seen) -> Any:
-    def hook(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        row_map = named["attention_mask"] if "attention_mask" in named else arguments[3]
-        if not any(row_map is known for known in seen.row_maps):
-            seen.row_maps.append(row_map)
-
-    return hook
+def _note_metadata(seen: Seen, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+    """Record packed_seq_metadata: Megatron passes it as the attention mask, by name or as the fourth argument."""
+    metadata = named["attention_mask"] if "attention_mask" in named else arguments[3]
+    if not any(metadata is known for known in seen.metadata):
+        seen.metadata.append(metadata)
 
 
-def _routing(seen: Seen, layer: str) -> Any:
-    @torch.no_grad()
-    def hook(router: Any, arguments: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        chosen = output[1]
-        if output[0].requires_grad:  # the first pass of a recomputed layer runs without gradients
-            for expert, count in enumerate(chosen.sum(0).tolist()):
-                seen.routed[layer, expert] += count
-        scores = router.gating(arguments[0]).flatten(0, -2).float()
-        if router.score_function == "sigmoid":
-            scores = scores.sigmoid()
-        elif router.config.moe_router_pre_softmax:
-            scores = scores.softmax(-1)
-        if router.expert_bias is not None:
-            scores = scores + router.expert_bias
-        if router.config.moe_router_group_topk:
-            scores, lead = _of_best_groups(scores, router.config)
-            seen.margin = min(seen.margin, lead)
-        if not chosen.all():
-            last = scores.masked_fill(~chosen, torch.inf).amin(1)
-            best = scores.masked_fill(chosen, -torch.inf).amax(1)
-            seen.margin = min(seen.margin, (last - best).min().item())
+@torch.no_grad()
+def _note_routing(
+    seen: Seen, layer: str, router: Any, arguments: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Record the router's choice (output[1], bool `[T, E]`) and how close it was to another one.
 
-    return hook
+    The scores are computed again from the router's input as Megatron ranks them: after the score function, with the
+    balancing bias, within the chosen groups of experts.
+    """
+    chosen = output[1]
+    if output[0].requires_grad:  # the first pass of a recomputed layer runs without gradients
+        for expert, count in enumerate(chosen.sum(0).tolist()):
+            seen.routed[layer, expert] += count
+    scores = router.gating(arguments[0]).flatten(0, -2).float()
+    if router.score_function == "sigmoid":
+        scores = scores.sigmoid()
+    elif router.config.moe_router_pre_softmax:
+        scores = scores.softmax(-1)
+    if router.expert_bias is not None:
+        scores = scores + router.expert_bias
+    if router.config.moe_router_group_topk:
+        scores, lead = _of_best_groups(scores, router.config)
+        seen.margin = min(seen.margin, lead)
+    if not chosen.all():
+        last = scores.masked_fill(~chosen, torch.inf).amin(1)
+        best = scores.masked_fill(chosen, -torch.inf).amax(1)
+        seen.margin = min(seen.margin, (last - best).min().item())
 
 
 def _of_best_groups(scores: torch.Tensor, config: Any) -> tuple[torch.Tensor, float]:
     """Return scores `[T, E]`, -inf outside a token's groups, and the smallest lead of a chosen group over another."""
     groups, wanted = scores.unflatten(1, (config.moe_router_num_groups, -1)), config.moe_router_group_topk
+    # A group's score is the sum of its best experts, as many as a token uses of each group (DeepSeek-V3).
     of_group = groups.topk(config.moe_router_topk // wanted, dim=-1).values.sum(-1)
     best = of_group.topk(min(wanted + 1, of_group.shape[1])).values
     lead = (best[:, wanted - 1] - best[:, wanted]).min().item() if best.shape[1] > wanted else float("inf")

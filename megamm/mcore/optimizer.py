@@ -1,12 +1,13 @@
-"""AdamW with Megatron's distributed optimizer (ZeRO-1), and its learning-rate schedule.
+"""AdamW with Megatron's distributed optimizer (ZeRO-1), its learning-rate schedule, and norms of gradients.
 
 Sources: Loshchilov and Hutter 2019 (AdamW); Rajbhandari et al. 2020 (ZeRO); Hu et al. 2024 (WSD).
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
@@ -40,6 +41,7 @@ def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
             list(chunks),
         )
     for part in parts(optimizer):
+        # The moments exist before the first step, so that the engine's blocks are always the same list.
         compat.prime_adam(part, step=0)
         for group in part.optimizer.param_groups:
             # One fused pass over a parameter; torch's default on a CPU is one pass per operation.
@@ -60,6 +62,36 @@ def norm(optimizer: Any) -> float:
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
+
+
+class LocalGradNorms:
+    """Norms of this rank's own gradients, bucket by bucket (also of experts), just before the data-parallel sum.
+
+    After the sum it is unknown which rank produced a wrong value. The cost is one pass over the gradient per step.
+    """
+
+    def __init__(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        self._norms: dict[int, torch.Tensor] = {}
+        for chunk in chunks:
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.start_grad_sync = self._watching(group, group.start_grad_sync)
+
+    def latest(self) -> torch.Tensor:
+        """Return the norms of the last backward pass, float32 `[buckets]`, always in the same order."""
+        return torch.stack([self._norms[key] for key in sorted(self._norms)])
+
+    def _watching(self, group: Any, start_grad_sync: Callable[..., Any]) -> Callable[..., Any]:
+        first = len(self._norms)
+        for number, bucket in enumerate(group.buckets, start=first):
+            self._norms[number] = bucket.grad_data.new_zeros(())
+
+        # Called once a step per bucket group: with overlap, as soon as the backward pass has filled its buckets.
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            for number, bucket in enumerate(group.buckets, start=first):
+                self._norms[number] = torch.linalg.vector_norm(bucket.grad_data)
+            return start_grad_sync(*args, **kwargs)
+
+        return watched
 
 
 def update(optimizer: Any, grad_norm: float) -> None:

@@ -6,21 +6,16 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megamm.common.device import Device
 
 
-def states(place: Device) -> dict[str, torch.Tensor]:
+def states(device: Device) -> dict[str, torch.Tensor]:
     """Return all states by name, uint8 `[n]` each."""
     regions = {f"region.{name}": state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}
-    return {"torch": torch.get_rng_state(), "device": place.rng_state(), **regions}
+    return {"torch": torch.get_rng_state(), "device": device.rng_state(), **regions}
 
 
-def fresh() -> dict[str, torch.Tensor]:
-    """Return the states of a process that has not used a parallel region yet (for an imported checkpoint)."""
-    return {"torch": torch.get_rng_state(), "device": torch.get_rng_state()}
-
-
-def restore(saved: dict[str, torch.Tensor], place: Device) -> None:
+def restore(saved: dict[str, torch.Tensor], device: Device) -> None:
     """Restore what `states` returned."""
     get_cuda_rng_tracker().set_states(
         {name.removeprefix("region."): state for name, state in saved.items() if name.startswith("region.")}
     )
     torch.set_rng_state(saved["torch"])
-    place.set_rng_state(saved["device"])
+    device.set_rng_state(saved["device"])

@@ -1,9 +1,10 @@
 """Positions of this rank's tensors in the whole model's tensors, from Megatron's sharded state dict.
 
-Checkpoints (store.py, whole_parameters.py), comparison between layouts (mcore/assemble.py) and the dry run
-(fake_world.py) all use it. Megatron gives the name of the whole tensor (`key`), its shape, and the boxes of it that a
-local tensor holds: usually one, two for the halves of a SwiGLU. Megatron stacks layers on a first axis unless there are
-two kinds of layers; here they are always stacked, over the layers that have the tensor.
+This is the only description of where an element is stored. Checkpoints (store.py), comparison between layouts
+(parity/rank.py) and the dry run (fake_world.py) all use it. Megatron gives the name of the whole tensor (`key`), its
+shape, and the boxes of it that a local tensor holds: usually one, two for the halves of a SwiGLU. Megatron stacks
+layers on a first axis unless there are two kinds of layers; here they are always stacked, over the layers that have
+the tensor.
 """
 
 import re
@@ -17,11 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import nn
 
 from megamm.checkpoint.tensor_shards import TensorShard, flat_boxes
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class ShardSpec:
     """Elements [start, stop) of the flattened local `tensor`: the box of `size` at `offset` of the whole tensor.
 
     shape: of the whole tensor (without vocabulary padding it may be shorter, `grows`). `size` is 1 along leading axes
@@ -45,36 +46,36 @@ class Part:
         return not any(self.replica)
 
     def block(self, data: torch.Tensor, prefix: str = "") -> TensorShard:
-        """Return the whole part as a block, from a tensor with the local tensor's shape."""
+        """Return the whole spec as a block, from a tensor with the local tensor's shape."""
         flat = data.detach().view(-1)[self.start : self.stop]
         return TensorShard(prefix + self.key, self.shape, self.offset, self.size, flat.view(self.size), self.grows)
 
     def blocks(self, flat: torch.Tensor, first: int, prefix: str = "") -> list[TensorShard]:
-        """Return the blocks of this part in the optimizer's elements [first, first + len(flat)) of the flat tensor."""
+        """Return the blocks of this spec in the optimizer's elements [first, first + len(flat)) of the flat tensor."""
         low, high = max(first, self.start), min(first + len(flat), self.stop)
         found = []
-        for offset, size, place in flat_boxes(self.size, low - self.start, high - self.start):
-            at = self.start - first + place
+        for offset, size, before in flat_boxes(self.size, low - self.start, high - self.start):
+            at = self.start - first + before
             data = flat.detach()[at : at + torch.Size(size).numel()].view(size)
             there = tuple(a + b for a, b in zip(self.offset, offset, strict=True))
             found.append(TensorShard(prefix + self.key, self.shape, there, size, data, self.grows, steady=True))
         return found
 
 
-def of(module: nn.Module, groups: Groups) -> list[Part]:
-    """Return the parts of all parameters and stored buffers of a model or pipeline chunk (not wrapped for DP)."""
+def of(module: nn.Module, groups: ProcessGroups) -> list[ShardSpec]:
+    """Return the specs of all parameters and stored buffers of a model or pipeline chunk (not wrapped for DP)."""
     described: Any = module
     entries = described.sharded_state_dict(metadata={"dp_cp_group": groups.collection.dp_cp}).values()
     freq = described.config.moe_layer_freq
     tensors = {_storage(t): t for t in (*module.buffers(), *module.parameters())}
     found = [
-        part
+        spec
         # Extra state of layers is skipped: it is always empty here, and would be the only data stored as a pickle.
         for entry in entries
         if isinstance(entry, ShardedTensor | ShardedTensorFactory)
-        for part in _of_entry(entry, tensors[_storage(entry.data)], freq if isinstance(freq, list) else [])
+        for spec in _of_entry(entry, tensors[_storage(entry.data)], freq if isinstance(freq, list) else [])
     ]
-    missing = {id(p) for p in module.parameters()} - {id(part.tensor) for part in found}
+    missing = {id(p) for p in module.parameters()} - {id(spec.tensor) for spec in found}
     assert not missing, "Megatron does not store every parameter"
     return found
 
@@ -85,11 +86,11 @@ def _storage(tensor: Any) -> tuple[int, int, torch.Size]:
 
 def _of_entry(
     entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor, is_routed: Sequence[int]
-) -> list[Part]:
+) -> list[ShardSpec]:
     boxes: Sequence[ShardedTensor] = (
         list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
     )
-    parts = []
+    specs = []
     for box in boxes:
         data: Any = box.data
         assert data.is_contiguous() and data.untyped_storage()._cdata == tensor.untyped_storage()._cdata, box.key
@@ -97,21 +98,21 @@ def _of_entry(
         replica = box.replica_id if isinstance(box.replica_id, tuple) else (0, 0, box.replica_id)
         assert len(replica) == 3, f"{box.key}: {replica} is not (stage, tensor, data)"
         key, leading = _stacked(box.key, is_routed)
-        parts.append(
-            Part(
+        specs.append(
+            ShardSpec(
                 key=key,
                 tensor=tensor,
                 start=start,
                 stop=start + data.numel(),
                 shape=(*(count for _, count in leading), *box.global_shape),
-                offset=(*(place for place, _ in leading), *box.global_offset),
+                offset=(*(index for index, _ in leading), *box.global_offset),
                 size=(1,) * (len(leading) + box.prepend_axis_num) + tuple(box.local_shape),
                 stacked=len(leading) + box.prepend_axis_num,
                 replica=replica,
                 grows=box.allow_shape_mismatch,
             )
         )
-    return parts
+    return specs
 
 
 def _stacked(key: str, is_routed: Sequence[int]) -> tuple[str, list[tuple[int, int]]]:

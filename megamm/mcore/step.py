@@ -1,8 +1,8 @@
-"""One step with Megatron's schedule: forward and backward of all microbatches, gradients summed exactly.
+"""Forward and backward of all microbatches of a step, for every mix of modalities and every layout.
 
-The same `forward_step` works for every mix of modalities and every layout. The loss is already normalised over the
-whole job (objective.py); Megatron divides by microbatches and by data x context ranks, so it is first multiplied by
-both.
+`run` uses Megatron's schedule (pipeline, gradient buffers); `run_unsharded` is for an engine that reduces gradients
+itself and has the whole model on every data-parallel rank. The loss is the same: it is normalised over the whole job
+(model/loss.py) before the backward pass, so that gradients are plain sums.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,23 +12,31 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megamm.common.sample import Batch
+from megamm.config import MTPConfig
+from megamm.mcore.backbone import Backbone
 from megamm.mcore.context import local_index
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
 def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Set the functions by which Megatron's schedule finishes gradients; call it once after building."""
+    """Set what Megatron's schedule reads from the chunks' config to finish gradients; call it once after building."""
     no_sync = [chunk.no_sync for chunk in chunks]
     for chunk in chunks:
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
+        # Here the flag means that gradients of q and k norms are partial sums over tensor ranks, to be summed. This is
+        # true for norms per head. The norm of a latent is before the split into heads: summing would multiply its
+        # gradient. It is set only now, because Megatron 0.19 builds no norm of a latent without it.
+        chunk.config.qk_layernorm = chunk.config.qk_layernorm and not chunk.config.multi_latent_attention
 
 
-def local_targets(batch: Batch, groups: Groups, depths: int) -> tuple[torch.Tensor, Targets]:
+def local_targets(batch: Batch, groups: ProcessGroups, depths: int) -> tuple[torch.Tensor, Targets]:
     """Return input ids `[B, S/cp]` and targets of this context rank's tokens; targets are shifted on the whole row."""
     index = local_index(batch.input_ids.shape[1], groups.context_rank, groups.context_size, batch.input_ids.device)
     return batch.input_ids[:, index], targets_of(batch, depths).at(index)
@@ -39,7 +47,7 @@ def run(
     batches: Sequence[Batch],
     loss_weights: torch.Tensor,
     mtp_weight: float,
-    groups: Groups,
+    groups: ProcessGroups,
     forward_only: bool = False,
     timed: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> StepLoss:
@@ -51,6 +59,7 @@ def run(
     depths = 1 + (chunks[0].config.mtp_num_layers or 0)
     prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
+    # Megatron divides by microbatches and by data x context ranks, but the loss is already normalised over the job.
     scale = 1.0 if forward_only else float(len(batches) * groups.collection.dp_cp.size())
 
     def loss_func(targets: Targets, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -62,7 +71,7 @@ def run(
         batch, input_ids, targets = next(iterator)
         factor = token_factor(targets, counts, loss_weights, mtp_weight)
         with timed():
-            output = chunk(input_ids, None, batch.row_map, labels=targets.labels, loss_mask=factor)
+            output = chunk(input_ids, None, batch.packed_seq_metadata, labels=targets.labels, loss_mask=factor)
         return output, partial(loss_func, targets)
 
     if not forward_only:
@@ -82,3 +91,43 @@ def run(
     has_loss = groups.is_last_stage and groups.tensor_rank == 0
     total = groups.sum_over_job(torch.stack(sums).sum(0) if has_loss else torch.zeros_like(counts[0]))
     return StepLoss(means(total, counts[0]), counts[0])
+
+
+def run_unsharded(
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    batches: Sequence[Batch],
+    loss_weights: torch.Tensor,
+    mtp: MTPConfig,
+    groups: ProcessGroups,
+    backward: Callable[[torch.Tensor], None] | None = None,
+    timed: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StepLoss:
+    """Run this rank's microbatches, each forward within `timed()` and followed by `backward(loss)` if given.
+
+    forward is the backbone's. The step's gradient is that of the scalar losses, *added* over microbatches and
+    *averaged* over data-parallel ranks. Every rank calls it every step with the same number of microbatches;
+    loss_weights is float64 `[modalities]`.
+    """
+    prepared = [(batch.packed_seq_metadata, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
+    counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
+    # A microbatch's auxiliary loss is a mean over its tokens; a step's is the mean over microbatches and ranks.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches), device=loss_weights.device))
+    total = torch.zeros_like(counts[0])
+    for packed_seq_metadata, input_ids, targets in prepared:
+        factor = token_factor(targets, counts, loss_weights, mtp.loss_weight)
+        with timed():
+            loss, loss_KBS = forward(input_ids, None, packed_seq_metadata, labels=targets.labels, loss_mask=factor)
+        total += modality_sums(loss_KBS, targets, loss_weights.numel())
+        if backward is not None:
+            backward(loss * groups.data_size)
+    return StepLoss(means(groups.sum_over_data(total), counts[0]), counts[0])
+
+
+def finish_unsharded(model: Backbone) -> None:
+    """Update the routers' balancing bias from the step's tokens and reset these; call it after the last backward.
+
+    Megatron's `finalize_model_grads` does the same at the end of its schedule.
+    """
+    if model.config.moe_router_enable_expert_bias:
+        _update_router_expert_bias([model], model.config)
+    reset_model_temporary_tensors(model.config, [model])

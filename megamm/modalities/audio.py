@@ -72,7 +72,7 @@ class AudioModality:
         t, h = np.divmod(np.arange(length, dtype=np.int64), self.stride)
         return np.stack([t, h, np.zeros_like(t)])
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """The ids of the level at this place."""
         first = place % self.stride * self.codec.codebook_size
         return range(first, first + self.codec.codebook_size)

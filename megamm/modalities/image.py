@@ -77,6 +77,6 @@ class ImageModality:
         h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.grid_size)
         return np.stack([np.zeros_like(h), h, w])
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """All ids, at every place."""
         return range(self.vocabulary_size)

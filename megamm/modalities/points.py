@@ -69,6 +69,6 @@ class PointsModality:
         height, width, _ = quantile_of_patch(self.codec.config.patches)[:, np.arange(length) // 2]
         return np.stack([np.arange(length), height, width])
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """Cells at even places, shapes at odd ones."""
-        return self.codec.choices(place)
+        return self.codec.valid_token_ids(place)

@@ -71,7 +71,7 @@ class Modality(Protocol):
         """
         ...
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """The ids allowed at this place of a part (for a residual codec, those of its level)."""
         ...
 

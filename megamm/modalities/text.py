@@ -65,6 +65,6 @@ class TextModality:
         """`[3, length]`, t = h = w = 0 .. length - 1."""
         return sequential_positions(length)
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """All ids, at every place."""
         return range(self.vocabulary_size)

@@ -71,6 +71,6 @@ class VideoModality:
         t, place = np.divmod(np.arange(length, dtype=np.int64), self.stride)
         return np.stack([t, *np.divmod(place, self.codec.grid_size)])
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """All ids, at every place."""
         return range(self.vocabulary_size)

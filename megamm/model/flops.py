@@ -62,5 +62,6 @@ def _attention_flops(m: ModelConfig, length: int) -> float:
     mla, window = m.mla, min(m.window.size or length, length)
     head_dims = mla.qk_head_dim + mla.qk_rope_head_dim + mla.v_head_dim if mla.kv_lora_rank else 2 * m.head_dim
     layers, full = m.num_layers + m.mtp.num_layers, len(set(m.window.full_layers))
+    # Twice the number of pairs, as a product is a multiplication and an addition; 3: backward costs two forward passes.
     pairs = full * length**2 + (layers - full) * (2 * window * length - window**2)
     return 3.0 * pairs * m.num_attention_heads * head_dims

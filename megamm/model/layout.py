@@ -206,6 +206,11 @@ def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "") -
         raise UserError(f"{what} = {value} is not divisible by {by} = {divisor}", remedy=remedy)
 
 
+def padded_vocabulary(size: int, tensor_parallel: int) -> int:
+    """Return the rows of the embedding table at run time: rounded up so that every tensor rank gets the same number."""
+    return -(-size // tensor_parallel) * tensor_parallel
+
+
 def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
     """Return the number of layers of every pipeline chunk in model order, as configured or balanced.
 
@@ -224,6 +229,7 @@ def layers_per_chunk(config: RunConfig, vocabulary_size: int) -> list[int]:
     tail = table + m.mtp.num_layers * (flops.mtp_parameters(m, active=True) + table)
 
     def badness(stages: list[int]) -> tuple[int, int, list[int]]:
+        # The slowest stage sets the pace; among equals the least memory, then more layers on earlier stages.
         work = [n * layer for n in stages]
         work[-1] += tail
         held = [work[0] + table, *work[1:]]

@@ -43,6 +43,7 @@ def targets_of(batch: Batch, depths: int) -> Targets:
     """Return the targets of all depths; a token whose target would be outside its document has none."""
     labels, weights, modality = [batch.labels], [batch.loss_weight], [batch.modality]
     for depth in range(1, depths):
+        # The last tokens of a document would get their target from the next document.
         inside = torch.zeros_like(batch.segment, dtype=torch.bool)
         inside[:, :-depth] = batch.segment[:, :-depth] == batch.segment[:, depth:]
         labels.append(batch.labels.roll(-depth, 1).where(inside, IGNORE_LABEL))
@@ -64,6 +65,7 @@ def token_factor(targets: Targets, counts: torch.Tensor, weights: torch.Tensor, 
     depths = len(counts)
     depth_weight = torch.full_like(counts[:, :1], mtp_weight / max(depths - 1, 1))
     depth_weight[0] = 1.0
+    # A modality without tokens has the factor 0 instead of 0 / 0.
     per_modality = torch.where(counts > 0, depth_weight * weights / counts.clamp(min=1e-30), 0.0)
     counted = targets.modality >= 0
     depth = torch.arange(depths, device=counts.device)[:, None, None]

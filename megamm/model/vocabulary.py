@@ -2,7 +2,7 @@
 
 A range holds the ids of one codec; image and video share the visual one. The ranges are recorded in checkpoints and
 exports. CONTROL_SIZE slots are reserved, so that a modality added later (its begin and end marks are control tokens)
-shifts no other id. Padding for tensor parallelism is not included: `padded_size` is computed at run time.
+shifts no other id. Padding for tensor parallelism is not included (`padded_vocabulary` in layout.py).
 """
 
 from dataclasses import asdict, dataclass
@@ -87,11 +87,6 @@ class Vocabulary:
     @property
     def padding(self) -> int:
         return self["control"].start + PADDING
-
-    def padded_size(self, tensor_parallel: int, multiple: int = 1) -> int:
-        """Rows of the embedding at run time: the size rounded up so that every TP rank gets the same number."""
-        step = tensor_parallel * multiple
-        return -(-self.size // step) * step
 
     def control_name(self, token: int) -> str:
         """Name of a control token, as it appears in an exported tokenizer."""

@@ -1,43 +1,32 @@
 """The fused operators of csrc/ as functions: norm, gated activation, patch embedding, loss.
 
-`choose` returns the functions for a device, compiled or plain torch (reference.py); both have the same interface.
+`choose` returns the functions for a device, compiled or in plain torch; both have the same interface. registry.py is
+the table of all ops.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from megamm.ops import cross_entropy_reference, library, reference
-from megamm.ops.cross_entropy import linear_cross_entropy
-from megamm.ops.patch_embed import patch_embed_3d, unpatchify_3d
-from megamm.ops.rms_norm import add_rms_norm, rms_norm
-from megamm.ops.swiglu import swiglu
+from megamm.ops import library
+from megamm.ops.registry import OPS
 
 
-class Ops(NamedTuple):
-    """One implementation of every op; each function is documented where it is defined."""
+class Ops:
+    """One implementation of every op in the table: its functions are attributes with the names of the ops."""
 
-    name: str
-    rms_norm: Callable[..., Tensor]
-    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    swiglu: Callable[..., Tensor]
-    linear_cross_entropy: Callable[..., tuple[Tensor, Tensor]]
-    patch_embed_3d: Callable[..., Tensor]
-    unpatchify_3d: Callable[..., Tensor]
+    def __init__(self, name: str, functions: dict[str, Callable[..., Any]]) -> None:
+        self.name = name
+        self.__dict__.update(functions)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Callable[..., Any]: ...
 
 
-CSRC = Ops("csrc", rms_norm, add_rms_norm, swiglu, linear_cross_entropy, patch_embed_3d, unpatchify_3d)
-TORCH = Ops(
-    "torch",
-    reference.rms_norm,
-    reference.add_rms_norm,
-    reference.swiglu,
-    cross_entropy_reference.linear_cross_entropy,
-    reference.patch_embed_3d,
-    reference.unpatchify_3d,
-)
+CSRC = Ops("csrc", {name: op.csrc for name, op in OPS.items()})
+TORCH = Ops("torch", {name: op.torch for name, op in OPS.items()})
 
 
 def choose(setting: str, device: torch.device) -> tuple[Ops, str]:
@@ -55,4 +44,4 @@ def describe() -> str:
     return "; ".join("{}: {} ({})".format(kind, *library.choose("auto", torch.device(kind))) for kind in kinds)
 
 
-__all__ = ["CSRC", "TORCH", "Ops", "choose", "describe"]
+__all__ = ["CSRC", "OPS", "TORCH", "Ops", "choose", "describe"]

@@ -20,15 +20,6 @@ def check_same_device(op: str, **tensors: Tensor) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, {first} is on {x.device}; they must be the same")
 
 
-def check_same_shape(op: str, **tensors: Tensor) -> None:
-    """Check as check_same_kind does, and raise ValueError unless all have the shape of the first."""
-    check_same_kind(op, **tensors)
-    (first, x), *others = tensors.items()
-    for name, tensor in others:
-        if tensor.shape != x.shape:
-            raise ValueError(f"{op}: {name} is {list(tensor.shape)}, {first} is {list(x.shape)}; they must be the same")
-
-
 def dtype_name(tensor: Tensor) -> str:
     """The name of a dtype, such as "float32"."""
     return str(tensor.dtype).removeprefix("torch.")

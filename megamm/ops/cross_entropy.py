@@ -1,24 +1,24 @@
 """Cross entropy of a linear layer's outputs without storing the full logits.
 
     logits = hidden @ weight^T,  lse_t = log(sum over v of exp(logits_tv)),
-    CE_t = (1 - s) * (lse_t - logits_t,label) + s * (lse_t - mean over v of logits_tv),   s the label smoothing,
-    loss = sum over t of w_t * (CE_t + z * lse_t^2).
+    CE_t = lse_t - logits_t,label,    loss = sum over t of w_t * CE_t.
 
 Tokens are processed chunk by chunk. Since every token's weight is known, a chunk's gradient is computed at once: it
 overwrites the chunk's logits and is multiplied into the gradients of hidden and weight; the backward pass only scales
 these two. In a tensor-parallel group, rank r holds rows [r * V_local, (r + 1) * V_local) of the weight; one exchange
-per chunk, of four numbers per token, gives every rank the same softmax.
+per chunk, of three numbers per token, gives every rank the same softmax.
 
 The memory beyond arguments and gradients is one chunk of logits: 1/24 of all from 8160 tokens on, with the weight's
 gradient in float32.
 Sources: Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models"; Shoeybi et al. 2019, "Megatron-LM"
-(vocabulary parallel); Chowdhery et al. 2022, "PaLM" (z-loss); Szegedy et al. 2016 (label smoothing).
+(vocabulary parallel).
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
@@ -38,8 +38,6 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     *,
     vocabulary_size: int | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     ignore_index: int = -100,
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
@@ -51,7 +49,7 @@ def linear_cross_entropy(
     computations after the logits; the logits and their gradient have hidden's dtype. The weight's gradient is summed
     over chunks in float32 and rounded to its dtype once, in the backward pass. Runs are bitwise reproducible.
 
-    Rows of weight from vocabulary_size on (default: none) are padding: excluded from softmax, smoothing and gradient.
+    Rows of weight from vocabulary_size on (default: none) are padding: excluded from softmax and gradient.
     A token with the label ignore_index has loss 0, CE_t 0 and no gradient, whatever its logits are. Any other label
     outside [0, vocabulary_size) makes loss, CE_t and gradients NaN: raising would have to wait for the device.
 
@@ -62,7 +60,7 @@ def linear_cross_entropy(
     """
     ranks = 1 if group is None else group.size()
     size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
-    check_arguments(hidden, weight, labels, token_weight, size, ranks, label_smoothing)
+    check_arguments(hidden, weight, labels, token_weight, size, ranks)
     with_grad = torch.is_grad_enabled()
     loss, token_loss, _, _ = _linear_cross_entropy(
         hidden,
@@ -70,8 +68,6 @@ def linear_cross_entropy(
         labels,
         token_weight,
         size,
-        label_smoothing,
-        z_loss,
         ignore_index,
         group.group_name if group is not None and ranks > 1 else "",
         chunk_rows or _chunk_rows(len(hidden)),
@@ -93,7 +89,6 @@ def check_arguments(
     token_weight: Tensor | None,
     vocabulary_size: int,
     ranks: int,
-    label_smoothing: float,
 ) -> None:
     """Raise ValueError if the arguments of `linear_cross_entropy` do not match each other."""
 
@@ -118,7 +113,6 @@ def check_arguments(
         check_same_device(op, hidden=hidden, **{name: tensor})
     rows = ranks * weight.shape[0]
     check(0 < vocabulary_size <= rows, f"vocabulary_size {vocabulary_size} is not in 1..{rows}, the rows of weight")
-    check(0 <= label_smoothing <= 1, f"label_smoothing {label_smoothing} is not in 0..1")
 
 
 def _in_chunks(
@@ -127,8 +121,6 @@ def _in_chunks(
     labels: Tensor,
     token_weight: Tensor | None,
     vocabulary_size: int,
-    label_smoothing: float,
-    z_loss: float,
     ignore_index: int,
     group: str,
     chunk_rows: int,
@@ -146,7 +138,7 @@ def _in_chunks(
     # Index among this rank's columns; -1: on another rank.
     target = torch.where((labels >= start) & (labels < start + columns), labels - start, -1)
 
-    statistics = factor.new_empty(len(labels), 4)
+    statistics = factor.new_empty(len(labels), 3)
     d_hidden, d_weight = _new_gradients(hidden, weight, with_hidden, with_weight)
     width = -(-columns // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
     buffer = hidden.new_empty(min(chunk_rows, len(labels)), width)[:, :columns]
@@ -158,14 +150,13 @@ def _in_chunks(
             statistics[rows] = _combine(statistics[rows], process_group)
         if not (with_hidden or with_weight):
             continue
-        kernels.cross_entropy_gradient_.default(
-            logits, target[rows], statistics[rows], factor[rows], vocabulary_size, label_smoothing, z_loss
-        )
+        # Overwrites the logits with their gradient.
+        kernels.cross_entropy_gradient_.default(logits, target[rows], statistics[rows], factor[rows])
         if with_hidden:
             torch.mm(logits, used, out=d_hidden[rows])
         if with_weight:
             _add_product(d_weight[:columns], logits, hidden[rows])
-    return *_losses(statistics, counted, factor, vocabulary_size, label_smoothing, z_loss), d_hidden, d_weight
+    return *_losses(statistics, counted, factor), d_hidden, d_weight
 
 
 def _factor(labels: Tensor, token_weight: Tensor | None, counted: Tensor, vocabulary_size: int) -> Tensor:
@@ -187,13 +178,14 @@ def _new_gradients(hidden: Tensor, weight: Tensor, with_hidden: bool, with_weigh
 
 
 def _combine(own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Combine the statistics `[C, 4]` over all ranks' columns: m, sum of exp(x - m), x at the target, sum of x."""
+    """Combine the statistics `[C, 3]` over all ranks' columns: m, sum of exp(x - m), x at the target."""
     gathered = own.new_empty(group.size(), *own.shape)
     dist.all_gather(list(gathered.unbind()), own.contiguous(), group=group)
-    maxima, exponentials, picked, sums = gathered.unbind(2)
+    maxima, exponentials, picked = gathered.unbind(2)
     maximum = maxima.amax(0)
+    # Where all logits of a token are -inf, nothing may be subtracted.
     scale = (maxima - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp()
-    return torch.stack([maximum, (exponentials * scale).sum(0), picked.sum(0), sums.sum(0)], 1)
+    return torch.stack([maximum, (exponentials * scale).sum(0), picked.sum(0)], 1)
 
 
 def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
@@ -208,25 +200,13 @@ def _add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
         torch.addmm(total, d_logits.t(), hidden, out_dtype=total.dtype, out=total)
 
 
-def _losses(
-    statistics: Tensor,
-    counted: Tensor,
-    factor: Tensor,
-    vocabulary_size: int,
-    label_smoothing: float,
-    z_loss: float,
-) -> tuple[Tensor, Tensor]:
+def _losses(statistics: Tensor, counted: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, CE_t `[T]`)."""
-    maximum, exponentials, picked, sums = statistics.unbind(1)
+    maximum, exponentials, picked = statistics.unbind(1)
     # Large numbers are subtracted from each other before a small one is added.
-    log = exponentials.log()
-    token_loss = (maximum - picked) + log
-    if label_smoothing:
-        of_mean = (maximum - sums / vocabulary_size) + log
-        token_loss = (1 - label_smoothing) * token_loss + label_smoothing * of_mean
+    token_loss = (maximum - picked) + exponentials.log()
     token_loss = token_loss.where(counted, 0.0).masked_fill(factor.isnan(), torch.nan)
-    with_z = token_loss + z_loss * (maximum + log).square().where(counted, 0.0) if z_loss else token_loss
-    return (factor * with_z).sum(), token_loss
+    return (factor * token_loss).sum(), token_loss
 
 
 def _shapes(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -248,7 +228,7 @@ def _scale_gradients(ctx: Any, of_loss: Tensor | None, *_: Any) -> tuple[Tensor 
         (gradient * of_loss).to(ctx.dtype) if needed and of_loss is not None else None
         for gradient, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     ]
-    return *gradients, *[None] * 10
+    return *gradients, *[None] * 8  # one for each further argument of _in_chunks
 
 
 _linear_cross_entropy = torch.library.custom_op("megamm::linear_cross_entropy", _in_chunks, mutates_args=())
@@ -260,3 +240,65 @@ def register() -> None:
     _linear_cross_entropy.register_autograd(_scale_gradients, setup_context=_keep_gradients)
     for kernel in ("cross_entropy_statistics", "cross_entropy_gradient_"):
         torch.library.register_fake(f"megamm::{kernel}", lambda *_: None)
+
+
+def linear_cross_entropy_torch(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    token_weight: Tensor | None = None,
+    *,
+    vocabulary_size: int | None = None,
+    ignore_index: int = -100,
+    group: dist.ProcessGroup | None = None,
+    softcap: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The same in plain torch: full logits, gradients by autograd.
+
+    softcap: limits logits to softcap * tanh(logits / softcap) first.
+    """
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
+    size = ranks * weight.shape[0] if vocabulary_size is None else vocabulary_size
+    check_arguments(hidden, weight, labels, token_weight, size, ranks)
+    start = rank * weight.shape[0]
+    counted = labels != ignore_index
+    # An ignored token's logits can have any value, and 0 * inf is NaN.
+    logits = F.linear(hidden.masked_fill(~counted[:, None], 0.0), weight[: max(size - start, 0)])
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    invalid = counted & ((labels < 0) | (labels >= size))
+    label = labels.masked_fill(~counted | invalid, 0)
+    if ranks == 1:
+        token_loss = F.cross_entropy(logits, label, reduction="none")
+    else:
+        token_loss = _over_group(logits, label - start, group)
+    token_loss = token_loss.where(counted, 0.0) * torch.where(invalid, torch.nan, 1.0)
+    factor = counted if token_weight is None else token_weight.where(counted, 0.0)
+    return (factor * token_loss).sum(), token_loss.detach()
+
+
+def _over_group(logits: Tensor, target: Tensor, group: Any) -> Tensor:
+    """CE `[T]` over the columns of all ranks; target counts from this rank's first column."""
+    maximum = F.pad(logits.detach(), (0, 1), value=-torch.inf).amax(1)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX, group)
+    exponentials = (logits - maximum[:, None]).exp().sum(1)
+    here = (target >= 0) & (target < logits.shape[1])
+    # One additional column, so that a rank without a target can pick one.
+    padded = F.pad(logits, (0, 1))
+    picked = padded.gather(1, target.where(here, logits.shape[1])[:, None])[:, 0]
+    exponentials, picked = _SumOverGroup.apply(torch.stack([exponentials, picked]), group)
+    return maximum + exponentials.log() - picked
+
+
+class _SumOverGroup(torch.autograd.Function):
+    """Sum over ranks that all compute the same loss from it: each takes its own part of that loss's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megamm.common.errors import UserError
-from megamm.ops import cross_entropy, patch_embed, rms_norm, swiglu
+from megamm.ops.registry import OPS
 
 FILE = Path(__file__).parent.parent / "_csrc.so"
 REMEDY = "install a C++ compiler (and nvcc for a GPU) and rebuild: pip install --no-build-isolation -e ."
@@ -24,8 +24,9 @@ def load() -> str:
         torch.ops.load_library(FILE)
     except OSError as error:
         return f"{FILE.name} cannot be loaded: {error.__cause__ or error}"
-    for op in (rms_norm, swiglu, cross_entropy, patch_embed):
-        op.register()
+    # Only now: shapes and gradients can be registered for ops that the library has defined.
+    for register in dict.fromkeys(op.register for op in OPS.values()):
+        register()
     return ""
 
 

@@ -1,4 +1,4 @@
-"""RMSNorm over the last axis, alone or with an addition of the residual before it.
+"""RMSNorm over the last axis.
 
     y = x * rstd * weight,  rstd = 1 / sqrt(mean(x^2) + eps)            (zero-centred: * (1 + weight))
 
@@ -12,9 +12,10 @@ Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from megamm.ops.check import check_same_kind, check_same_shape
+from megamm.ops.check import check_same_kind
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool = False) -> Tensor:
@@ -22,26 +23,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool =
 
     Rows with one stride are read in place, others are copied first. ValueError if shapes, dtypes or devices differ.
     """
-    _check_weight("rms_norm", x, weight)
+    check_same_kind("rms_norm", x=x, weight=weight)
+    if x.dim() == 0 or weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {list(weight.shape)} does not match the last axis of x {list(x.shape)}")
     return torch.ops.megamm.rms_norm.default(x, weight, eps, zero_centered)[0]
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool = False
-) -> tuple[Tensor, Tensor]:
-    """rms_norm(x + residual), and x + residual as the new residual, `[..., N]` each, in one pass over memory.
-
-    The sum is rounded to the dtype before it is normalised, as with two separate operators.
-    """
-    check_same_shape("add_rms_norm", x=x, residual=residual)
-    _check_weight("add_rms_norm", x, weight)
-    return torch.ops.megamm.add_rms_norm.default(x, residual, weight, eps, zero_centered)[:2]
-
-
-def _check_weight(op: str, x: Tensor, weight: Tensor) -> None:
-    check_same_kind(op, x=x, weight=weight)
-    if x.dim() == 0 or weight.shape != x.shape[-1:]:
-        raise ValueError(f"{op}: weight {list(weight.shape)} does not match the last axis of x {list(x.shape)}")
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float = 1e-6, zero_centered: bool = False) -> Tensor:
+    """The same in plain torch."""
+    return F.rms_norm(x, weight.shape, weight + 1 if zero_centered else weight, eps)
 
 
 def _statistics(x: Tensor) -> Tensor:
@@ -53,49 +43,24 @@ def _empty(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _setup_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.zero_centered = inputs
-    _save(ctx, x, weight, output[-1])
-
-
-def _setup_add_norm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, _, weight, _, ctx.zero_centered = inputs
-    _save(ctx, output[1], weight, output[-1])
-
-
-def _save(ctx: Any, x: Tensor, weight: Tensor, rstd: Tensor) -> None:
-    ctx.save_for_backward(x, weight, rstd)
-    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _norm_gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return None, None, None, None
     x, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.megamm.rms_norm_backward.default(dy, None, x, weight, rstd, ctx.zero_centered)
+    dx, dweight = torch.ops.megamm.rms_norm_backward.default(dy, x, weight, rstd, ctx.zero_centered)
     return dx, dweight, None, None
 
 
-def _add_norm_gradient(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return dsum, dsum, None, None, None
-    x, weight, rstd = ctx.saved_tensors
-    dx, dweight = torch.ops.megamm.rms_norm_backward.default(dy, dsum, x, weight, rstd, ctx.zero_centered)
-    return dx, dx, dweight, None, None
-
-
 def register() -> None:
-    """Register shapes and gradients of the ops in torch.ops.megamm."""
-    fake, gradient = torch.library.register_fake, torch.library.register_autograd
+    """Register shapes and gradient of the op in torch.ops.megamm."""
+    fake = torch.library.register_fake
     fake("megamm::rms_norm", lambda x, weight, eps, zero_centered: (_empty(x), _statistics(x)))
-    fake(
-        "megamm::add_rms_norm",
-        lambda x, residual, weight, eps, zero_centered: (_empty(x), _empty(x), _statistics(x)),
-    )
-    fake(
-        "megamm::rms_norm_backward",
-        lambda dy, dx_add, x, weight, rstd, zero_centered: (_empty(x), _empty(weight)),
-    )
-    gradient("megamm::rms_norm", _norm_gradient, setup_context=_setup_norm)
-    gradient("megamm::add_rms_norm", _add_norm_gradient, setup_context=_setup_add_norm)
+    fake("megamm::rms_norm_backward", lambda dy, x, weight, rstd, zero_centered: (_empty(x), _empty(weight)))
+    torch.library.register_autograd("megamm::rms_norm", _gradient, setup_context=_setup)

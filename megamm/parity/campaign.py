@@ -11,9 +11,8 @@ from queue import SimpleQueue
 
 from megamm.parity import fuzz as random_cases
 from megamm.parity import matrix
-from megamm.parity.case import Case
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.harness import Harness
-from megamm.parity.report import Outcome
 
 _GOOD = ("proven", "refused")
 
@@ -60,14 +59,15 @@ def table(file: Path, jobs: int) -> int:
     return int(any(verdict not in _GOOD for verdict in verdicts))
 
 
-def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
+def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[CaseOutcome]:
     """Yield the outcomes in the order of the cases; `jobs` cases run in parallel."""
     with ExitStack() as stack, ThreadPoolExecutor(jobs) as pool:
+        # A harness runs one case at a time: each thread takes a free one.
         free: SimpleQueue[Harness] = SimpleQueue()
         for _ in range(jobs):
             free.put(stack.enter_context(Harness()))
 
-        def prove(case: Case) -> Outcome:
+        def prove(case: Case) -> CaseOutcome:
             harness = free.get()
             try:
                 return harness.prove(case, explain=False)
@@ -82,11 +82,11 @@ def prove_all(cases: Sequence[Case], jobs: int) -> Iterator[Outcome]:
             pool.shutdown(cancel_futures=True)
 
 
-def _smallest(failed: Outcome) -> str:
+def _smallest(failed: CaseOutcome) -> str:
     """Return how to reproduce a failing case, minimised (it must still fail in the same way) and explained."""
     with Harness() as harness:
 
-        def fails(candidate: Case) -> Outcome | None:
+        def fails(candidate: Case) -> CaseOutcome | None:
             outcome = harness.prove(candidate, explain=False)
             return outcome if outcome.verdict == failed.verdict else None
 

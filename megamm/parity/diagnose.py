@@ -14,8 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import safe_open
 
-from megamm.parity.case import Run
-from megamm.parity.report import Difference, Extent, RankReport
+from megamm.parity.case import Extent, RankReport, Run, TensorDifference
 from megamm.parity.rows import MODALITIES
 
 if TYPE_CHECKING:
@@ -55,8 +54,8 @@ class _Reference:
 
 
 def _missing_sums(reports: Sequence[RankReport], reference: _Reference) -> list[str]:
-    """Find tensors whose replicas along some axes of the grid differ and sum to the reference."""
-    blocks: dict[tuple[str, tuple[int, ...]], dict[int, Difference]] = defaultdict(dict)
+    """Find tensors whose replicas along some axes of the device mesh differ and sum to the reference."""
+    blocks: dict[tuple[str, tuple[int, ...]], dict[int, TensorDifference]] = defaultdict(dict)
     for rank, report in enumerate(reports):
         for d in report.differences:
             if d.what == "gradient":
@@ -91,10 +90,10 @@ def _axes(reports: Sequence[RankReport], is_expert: bool) -> list[tuple[str, ...
 
 
 def _sums_to(theirs: Array, held: dict[int, Array], reports: Sequence[RankReport], axes: tuple[str, ...]) -> bool:
-    grid = _EXPERT_AXES if axes[0].startswith("expert") else _DENSE_AXES
+    mesh_axes = _EXPERT_AXES if axes[0].startswith("expert") else _DENSE_AXES
     groups = defaultdict(list)
     for rank, values in held.items():
-        groups[tuple(reports[rank].place[a] for a in grid if a not in axes)].append(values)
+        groups[tuple(reports[rank].coordinates[a] for a in mesh_axes if a not in axes)].append(values)
     # Replicas that another sum has made equal count once.
     partial = [_distinct(values) for values in groups.values()]
     return all(len(values) > 1 and _near(np.sum(values, axis=0), theirs) for values in partial)
@@ -137,22 +136,48 @@ def _frozen(settings: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def _wrong_part(harness: "Harness", name: str, part: Run, fault: Fault) -> list[str]:
+    """Return what is wrong with the gradient of one part of the loss, run alone: at most one line.
+
+    A gradient is linear in the parts of the loss, so an error of one part shows alone in a run with only this part. The
+    explanations are tried from the most to the least specific.
+    """
     reports = harness.compute(part, fault, with_values=True, first_step_only=True)
+    # The ratio is NaN where the reference is 0: a factor cannot explain such a block.
     wrong = [d for r in reports for d in r.differences if d.what == "gradient" and not np.isnan(d.ratio)]
     if not wrong:
         return []
+    return [
+        _common_factor(harness, name, part, wrong, reports[0])
+        or _wrong_normalisation(harness, name, part, wrong)
+        or _largest_error(name, wrong)
+    ]
+
+
+def _common_factor(
+    harness: "Harness", name: str, part: Run, wrong: Sequence[TensorDifference], report: RankReport
+) -> str | None:
+    """Explain the differences by one factor: all wrong blocks are the same multiple of the reference."""
     ratios = [d.ratio for d in wrong]
-    if max(d.residual for d in wrong) < _SAME and max(ratios) - min(ratios) < _SAME:
-        keys = sorted({d.extent.key for d in wrong})
-        every = {key for key, gradient in _Reference(harness, part).tensors.items() if gradient.any()}
-        where = "" if every <= set(keys) else f" in {', '.join(keys)}"
-        return [f"gradient of {name} is multiplied by {ratios[0]:.4g}{_size_named(ratios[0], reports[0])}{where}"]
+    if not (max(d.residual for d in wrong) < _SAME and max(ratios) - min(ratios) < _SAME):
+        return None
+    keys = {d.extent.key for d in wrong}
+    every = {key for key, gradient in _Reference(harness, part).tensors.items() if gradient.any()}
+    where = "" if every <= keys else f" in {', '.join(sorted(keys))}"
+    return f"gradient of {name} is multiplied by {ratios[0]:.4g}{_size_named(ratios[0], report)}{where}"
+
+
+def _wrong_normalisation(harness: "Harness", name: str, part: Run, wrong: Sequence[TensorDifference]) -> str | None:
+    """Explain the differences by a mean over each rank or microbatch instead of one over the job."""
     for over, parts in _row_parts(part):
         factor = _normalised_over(harness, part, parts, wrong)
         if factor is not None:
-            return [f"loss of {name} is normalised per {over}, not over the whole job (sum over them x {factor:.4g})"]
+            return f"loss of {name} is normalised per {over}, not over the whole job (sum over them x {factor:.4g})"
+    return None
+
+
+def _largest_error(name: str, wrong: Sequence[TensorDifference]) -> str:
     worst = max(wrong, key=lambda d: d.error)
-    return [f"gradient of {name} is wrong, not by a factor: {worst.extent.key} by {worst.error:.1e}"]
+    return f"gradient of {name} is wrong, not by a factor: {worst.extent.key} by {worst.error:.1e}"
 
 
 def _size_named(ratio: float, report: RankReport) -> str:
@@ -171,8 +196,12 @@ def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
     yield "microbatch", [{i for i in rows if i // micro == m} for m in range(len(rows) // micro)]
 
 
-def _normalised_over(harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[Difference]) -> float | None:
+def _normalised_over(
+    harness: "Harness", run: Run, parts: list[set[int]], wrong: Sequence[TensorDifference]
+) -> float | None:
     """Return the factor c for which c x (sum of the parts' own mean losses) gives the wrong gradients, or None."""
+    # A run with all other rows muted gives the gradient of one part's own mean. The wrong normalisation computes a
+    # multiple of the sum of these; least squares finds which.
     everything = frozenset(range(run.config.train.global_batch))
     references = [_Reference(harness, replace(run, muted=everything - part)) for part in parts]
     expected = np.concatenate([np.sum([r.block(d.extent) for r in references], axis=0).ravel() for d in wrong])

@@ -6,8 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.parity.case import Case
-from megamm.parity.report import Outcome
+from megamm.parity.case import Case, CaseOutcome
 from megamm.parity.rows import MIXES
 
 Settings = dict[str, Any]
@@ -119,7 +118,7 @@ def _pipeline(rng: random.Random, pipeline: int) -> Settings:
     return settings
 
 
-def minimise(case: Case, fails: Callable[[Case], Outcome | None]) -> Outcome:
+def minimise(case: Case, fails: Callable[[Case], CaseOutcome | None]) -> CaseOutcome:
     """Return the smallest case found by removing one feature after the other while it still fails.
 
     fails: returns the outcome of a case that fails (in any way), else None.

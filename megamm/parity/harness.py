@@ -17,10 +17,9 @@ from safetensors import safe_open
 
 from megamm.common.errors import UserError
 from megamm.parity import diagnose
-from megamm.parity.case import Case, Run
-from megamm.parity.report import BOUNDS, Job, Outcome, RankReport
+from megamm.parity.case import BOUNDS, Case, CaseOutcome, ParityJob, RankReport, Run
 from megamm.parity.rows import MODALITIES
-from megamm.parity.worlds import Failure, Worlds
+from megamm.parity.worlds import WorldFailure, Worlds
 
 TIE = 1e-5
 """Routing scores closer than this could be ordered differently because of rounding: such a draw is not used."""
@@ -30,7 +29,7 @@ _DRAWS = 8
 class RunFailed(Exception):
     """A world crashed or hung."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: WorldFailure) -> None:
         self.failure = failure
         super().__init__(failure.kind)
 
@@ -54,18 +53,18 @@ class Harness:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._own.close()
 
-    def prove(self, case: Case, fault: Callable[[], None] | None = None, explain: bool = True) -> Outcome:
+    def prove(self, case: Case, fault: Callable[[], None] | None = None, explain: bool = True) -> CaseOutcome:
         """Compare the case with its reference; on a mismatch report the cause (if explain) and the errors.
 
         fault: called first in every rank (for tests of the harness).
         """
         begin = time.monotonic()
-        outcome = Outcome(case.line(), "proven")
+        outcome = CaseOutcome(case.line(), "proven")
         try:
             run, one = self._drawn(case.run())
             reports = self.compute(run, fault)
             outcome.findings = compare(reports, one, self.shapes(run.reference()))
-            outcome.places = [r.place for r in reports]
+            outcome.coordinates = [r.coordinates for r in reports]
             for report in reports:
                 outcome.worst |= {k: max(v, outcome.worst.get(k, 0.0)) for k, v in report.worst.items()}
             if outcome.findings:
@@ -88,15 +87,16 @@ class Harness:
     ) -> list[RankReport]:
         """Run the ranks and compare them with the reference. RunFailed if a world fails."""
         self.reference(run.reference())
+        # The ranks compare their own tensors with the file, so that only differences travel to this process.
         path = self.path(run.reference())
-        job = Job(run, path, fault=fault, with_values=with_values, first_step_only=first_step_only)
+        job = ParityJob(run, path, fault=fault, with_values=with_values, first_step_only=first_step_only)
         return self._work(run.world, job)
 
     def reference(self, run: Run) -> RankReport:
         """Return the report of a one-rank run, computed if not yet known. RunFailed if its world fails."""
         name = run.name()
         if name not in self._references:
-            self._references[name] = self._work(1, Job(run, self.path(run), makes_reference=True))[0]
+            self._references[name] = self._work(1, ParityJob(run, self.path(run), makes_reference=True))[0]
         return self._references[name]
 
     def path(self, run: Run) -> Path:
@@ -118,14 +118,14 @@ class Harness:
                 return candidate, report
         raise AssertionError(f"near ties in the routing of {_DRAWS} draws: {run}")
 
-    def _work(self, size: int, job: Job) -> list[RankReport]:
+    def _work(self, size: int, job: ParityJob) -> list[RankReport]:
         answer = self._worlds.run(size, _compute, job, timeout=self._timeout)
-        if isinstance(answer, Failure):
+        if isinstance(answer, WorldFailure):
             raise RunFailed(answer)
         return answer
 
 
-def _compute(job: Job) -> RankReport:
+def _compute(job: ParityJob) -> RankReport:
     """Run the job in a rank. Megatron-core may only be imported there, because only there it is adapted."""
     from megamm.parity import rank
 
@@ -136,11 +136,13 @@ def compare(reports: Sequence[RankReport], one: RankReport, shapes: dict[str, tu
     """Return the differences from the reference, one line for each kind and tensor."""
     found = sorted({text for r in reports for text in r.strange})
     found += _scalars(reports, one) + _coverage(reports, shapes)
+    # Each token is routed by one rank: the ranks' counts add up to the reference's.
     routed = sum((Counter(r.routed) for r in reports), Counter())
-    for place in sorted(one.routed.keys() | routed.keys()):
-        if routed[place] != one.routed.get(place, 0):
-            layer, expert = place
-            found.append(f"{layer}: expert {expert} got {routed[place]} tokens instead of {one.routed.get(place, 0)}")
+    for layer_and_expert in sorted(one.routed.keys() | routed.keys()):
+        if routed[layer_and_expert] != one.routed.get(layer_and_expert, 0):
+            layer, expert = layer_and_expert
+            wanted = one.routed.get(layer_and_expert, 0)
+            found.append(f"{layer}: expert {expert} got {routed[layer_and_expert]} tokens instead of {wanted}")
     by_tensor = defaultdict(list)
     for number, report in enumerate(reports):
         for d in report.differences:

@@ -9,8 +9,7 @@ from itertools import combinations
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.parity.case import Case
-from megamm.parity.report import Outcome
+from megamm.parity.case import Case, CaseOutcome
 
 Settings = dict[str, Any]
 _MOE: Settings = {"model.moe.num_experts": 4, "model.moe.ffn_hidden_size": 40}
@@ -78,6 +77,7 @@ def compose(*parts: Settings) -> Case | None:
     if _SPLIT in merged and merged.get("parallel.virtual_pipeline"):
         merged |= {_SPLIT: [1, 2, 1, 1], "model.num_layers": 5}
     world = merged.get("parallel.tensor", 1) * merged.get("parallel.pipeline", 1) * merged.get("parallel.context", 1)
+    # Experts are split over the ranks of a stage: add data-parallel ranks if there are too few.
     spread = world * data // merged.get("parallel.pipeline", 1)
     experts = merged.get("parallel.expert", 1) * merged.get("parallel.expert_tensor", 1)
     if spread % experts:
@@ -126,7 +126,7 @@ modality within 1e-6; every gradient, the gradient norm and every parameter afte
 """
 
 
-def table(outcome_of: Callable[[Case], Outcome]) -> str:
+def table(outcome_of: Callable[[Case], CaseOutcome]) -> str:
     """Return the document; outcome_of is called once for every case."""
     reasons: list[str] = []
 
@@ -164,10 +164,10 @@ def _row(first: str, cells: list[str]) -> str:
     return f"| {first} | {' | '.join(cells)} |"
 
 
-def expected(case: Case) -> Outcome:
+def expected(case: Case) -> CaseOutcome:
     """Return the outcome of a correct run of the case without running it: proven, unless layout.check rejects it."""
     try:
         case.run()
     except UserError as error:
-        return Outcome(case.line(), "refused", [error.what])
-    return Outcome(case.line(), "proven")
+        return CaseOutcome(case.line(), "refused", [error.what])
+    return CaseOutcome(case.line(), "proven")

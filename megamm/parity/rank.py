@@ -13,30 +13,30 @@ from safetensors.torch import load_file, save_file
 
 from megamm.common.device import choose
 from megamm.engine.build import build_engine
-from megamm.mcore import assemble, observe
-from megamm.mcore import groups as grid
-from megamm.mcore.assemble import Piece
-from megamm.parity import positions
-from megamm.parity.case import Run
-from megamm.parity.report import BOUNDS, Difference, Extent, Job, RankReport
-from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
+from megamm.mcore import observe, process_groups, shard_specs
+from megamm.mcore.process_groups import ProcessGroups
+from megamm.mcore.shard_specs import ShardSpec
+from megamm.parity.case import BOUNDS, Extent, ParityJob, RankReport, Run, TensorDifference
+from megamm.parity.rows import VOCABULARY, global_batch, rank_batches, wrong_inputs
 
 Tensors = dict[str, torch.Tensor]
 
 
-def compute(job: Job) -> RankReport:
+def compute(job: ParityJob) -> RankReport:
     """Run the job; every rank of a world calls it."""
     if job.fault:
         job.fault()
     run, config = job.run, job.run.config
-    groups = grid.build(config.parallel, seed=run.seed)
+    groups = process_groups.build(config.parallel, seed=run.seed)
     engine: Any = build_engine(config, VOCABULARY, groups, choose("cpu"))
-    pieces = assemble.pieces(engine.chunks, groups)
-    compare = _Writer(job, pieces) if job.makes_reference else _Comparer(job, pieces)
+    # The same description as checkpoints use, so that what is compared is what would be stored.
+    specs = [spec for chunk in engine.chunks for spec in shard_specs.of(chunk.module, groups)]
+    compare = _Writer(job, specs) if job.makes_reference else _Comparer(job, specs)
     compare.start(run.seed)
+    # The optimizer's main copies were made from the initial weights, before `start` has set others.
     engine.optimizer.reload_model_params()
-    report = RankReport(*assemble.coordinates(groups))
-    report.extents = [Extent(p.key, p.offset, p.size, p.is_main) for p in pieces]
+    report = RankReport(*_coordinates(groups))
+    report.extents = [Extent(p.key, p.offset, p.size, p.is_main) for p in specs]
     weights = torch.tensor(run.weights, dtype=torch.float64)
     restore = _reduce_everywhere(engine)
     for step in range(1, 2 if job.first_step_only else len(run.rows) + 1):
@@ -50,11 +50,19 @@ def compute(job: Job) -> RankReport:
             restore()
             compare.see("parameter", 1)
         _note(report, result, seen, step)
-        report.strange += positions.strange(seen, batches, config, groups.context_rank)
+        report.strange += wrong_inputs(seen, batches, config, groups.context_rank)
     if not job.first_step_only:
         compare.see("final", len(run.rows))
     compare.finish(report)
     return report
+
+
+def _coordinates(groups: ProcessGroups) -> tuple[dict[str, int], dict[str, int]]:
+    """Return this rank's coordinate along every axis of the device mesh, and the sizes of the axes."""
+    c = groups.collection
+    axes = {"tensor": c.tp, "context": c.cp, "data": c.dp, "pipeline": c.pp, "expert": c.ep, "expert tensor": c.expt_tp}
+    axes["expert data"] = c.expt_dp
+    return {name: g.rank() for name, g in axes.items()}, {name: g.size() for name, g in axes.items()}
 
 
 def _rows(run: Run, step: int) -> list[Any]:
@@ -86,37 +94,37 @@ def _reduce_everywhere(engine: Any) -> Callable[[], None]:
     return restore
 
 
-def _value(what: str, piece: Piece) -> torch.Tensor | None:
+def _value(what: str, spec: ShardSpec) -> torch.Tensor | None:
     """Return the local tensor to compare, or None: a buffer has no gradient."""
-    return getattr(piece.tensor, "main_grad", None) if what == "gradient" else piece.tensor
+    return getattr(spec.tensor, "main_grad", None) if what == "gradient" else spec.tensor
 
 
 class _Writer:
     """Draws the initial weights, and keeps whole tensors for the file."""
 
-    def __init__(self, job: Job, pieces: list[Piece]) -> None:
-        self.job, self.pieces, self.tensors = job, pieces, Tensors()
+    def __init__(self, job: ParityJob, specs: list[ShardSpec]) -> None:
+        self.job, self.specs, self.tensors = job, specs, Tensors()
 
     def start(self, seed: int) -> None:
         """Set weights without the symmetries of an initialisation: norm weights of 1 would hide swapped tensors."""
         generator = torch.Generator().manual_seed(seed)
-        for piece in self.pieces:
-            block = piece.cut(piece.tensor)
-            if "norm" in piece.key:
+        for spec in self.specs:
+            block = _cut(spec, spec.tensor)
+            if "norm" in spec.key:
                 low = -0.5 if self.job.run.config.model.zero_centered_norm else 0.5
-                piece.put(torch.empty_like(block).uniform_(low, low + 1.0, generator=generator))
-            elif piece.key.endswith("router.weight"):
-                piece.put(torch.empty_like(block).normal_(0, 0.3, generator=generator))
-            elif piece.key.endswith("expert_bias"):
-                piece.put(torch.empty_like(block).uniform_(-0.1, 0.1, generator=generator))
+                _put(spec, torch.empty_like(block).uniform_(low, low + 1.0, generator=generator))
+            elif spec.key.endswith("router.weight"):
+                _put(spec, torch.empty_like(block).normal_(0, 0.3, generator=generator))
+            elif spec.key.endswith("expert_bias"):
+                _put(spec, torch.empty_like(block).uniform_(-0.1, 0.1, generator=generator))
         self.see("start", 0)
 
     def see(self, what: str, step: int) -> None:
-        for piece in self.pieces:
-            value = _value(what, piece)
+        for spec in self.specs:
+            value = _value(what, spec)
             if value is not None:
-                whole = self.tensors.setdefault(f"{what}/{piece.key}", torch.zeros(piece.shape))
-                whole[_box(piece)] = piece.cut(value).float()
+                whole = self.tensors.setdefault(f"{what}/{spec.key}", torch.zeros(spec.shape))
+                whole[_box(spec)] = _cut(spec, value).float()
 
     def finish(self, report: RankReport) -> None:
         save_file(self.tensors, self.job.reference)
@@ -125,30 +133,31 @@ class _Writer:
 class _Comparer:
     """Starts from the reference's weights, and records every block that differs from the reference."""
 
-    def __init__(self, job: Job, pieces: list[Piece]) -> None:
-        self.job, self.pieces, self.theirs = job, pieces, load_file(job.reference)
-        self.differences: list[Difference] = []
+    def __init__(self, job: ParityJob, specs: list[ShardSpec]) -> None:
+        self.job, self.specs, self.theirs = job, specs, load_file(job.reference)
+        self.differences: list[TensorDifference] = []
         self.worst: dict[str, float] = {}
 
     def start(self, seed: int) -> None:
-        for piece in self.pieces:
-            piece.put(self.theirs[f"start/{piece.key}"][_box(piece)])
+        for spec in self.specs:
+            _put(spec, self.theirs[f"start/{spec.key}"][_box(spec)])
 
     def see(self, what: str, step: int) -> None:
-        for piece in self.pieces:
-            value = _value(what, piece)
+        for spec in self.specs:
+            value = _value(what, spec)
             if value is not None:
-                self._compare(what, step, piece, piece.cut(value).float())
+                self._compare(what, step, spec, _cut(spec, value).float())
 
-    def _compare(self, what: str, step: int, piece: Piece, ours: torch.Tensor) -> None:
-        whole = self.theirs[f"{what}/{piece.key}"]
-        theirs = whole[_box(piece)]
+    def _compare(self, what: str, step: int, spec: ShardSpec, ours: torch.Tensor) -> None:
+        whole = self.theirs[f"{what}/{spec.key}"]
+        theirs = whole[_box(spec)]
+        # A table's padding differs between layouts: common rows are compared, a gradient of further rows must be 0.
         true = tuple(slice(n) for n in theirs.shape)
         padding = ours.clone()
         padding[true] = 0.0
         ours = ours[true]
         # A layer's or expert's own norm; if it is almost 0, rounding errors depend on its neighbours.
-        own = whole[_box(piece)[: piece.stacked]].norm()
+        own = whole[_box(spec)[: spec.stacked]].norm()
         scale = torch.maximum(own, 1e-3 * whole.norm()).clamp(min=1e-30)
         error = float((ours - theirs).norm() / scale)
         if what == "gradient":
@@ -159,13 +168,24 @@ class _Comparer:
             square = float(theirs.square().sum())
             ratio = float((ours * theirs).sum()) / square if square else float("nan")
             residual = float((ours - ratio * theirs).norm() / scale)
-            extent = Extent(piece.key, piece.offset, piece.size, piece.is_main)
+            extent = Extent(spec.key, spec.offset, spec.size, spec.is_main)
             values = ours.numpy().copy() if self.job.with_values else None
-            self.differences.append(Difference(what, step, extent, error, ratio, residual, values))
+            self.differences.append(TensorDifference(what, step, extent, error, ratio, residual, values))
 
     def finish(self, report: RankReport) -> None:
         report.differences, report.worst = self.differences, self.worst
 
 
-def _box(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(start, start + n) for start, n in zip(piece.offset, piece.size, strict=True))
+def _cut(spec: ShardSpec, local: torch.Tensor) -> torch.Tensor:
+    """Return the spec's box `[*size]` of a tensor with the local parameter's shape: its value or gradient."""
+    return local.detach().flatten()[spec.start : spec.stop].reshape(spec.size)
+
+
+def _put(spec: ShardSpec, block: torch.Tensor) -> None:
+    """Set the local tensor's elements; a block without the vocabulary's padding leaves the padding unchanged."""
+    box = spec.tensor.data.view(-1)[spec.start : spec.stop].view(spec.size)
+    box[tuple(slice(n) for n in block.shape)].copy_(block)
+
+
+def _box(spec: ShardSpec) -> tuple[slice, ...]:
+    return tuple(slice(start, start + n) for start, n in zip(spec.offset, spec.size, strict=True))

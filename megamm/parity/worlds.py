@@ -1,4 +1,4 @@
-"""Groups of real gloo ranks, forked from one process that has imported torch and Megatron-core once.
+"""ProcessGroups of real gloo ranks, forked from one process that has imported torch and Megatron-core once.
 
 A `Worlds` is a server process without threads. For each job it forks a world of the requested size, calls a function in
 every rank and returns the ranks' results. The world exits with its job, because the threads and sockets of process
@@ -31,7 +31,7 @@ _GRACE = 1.0  # seconds in which other ranks may still report their own error af
 
 
 @dataclass(frozen=True)
-class Failure:
+class WorldFailure:
     """A failed world: kind "crash" or "hang", and for each rank its error or its stack."""
 
     kind: str
@@ -73,10 +73,10 @@ class Worlds:
         self._connection.close()  # the server exits at the end of its input
         self._process.join()
 
-    def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | Failure:
+    def run(self, size: int, function: Callable[[Any], Any], argument: Any, timeout: float) -> list[Any] | WorldFailure:
         """Run function(argument) in each of `size` ranks; return their results in rank order, or their failure."""
         self._connection.send(_Job(size, function, argument, timeout))
-        answer: list[Any] | Failure = self._connection.recv()
+        answer: list[Any] | WorldFailure = self._connection.recv()
         return answer
 
 
@@ -97,7 +97,7 @@ class _World:
                 self.connections.append(near)
                 self.processes.append(process)
 
-    def answer(self) -> list[Any] | Failure:
+    def answer(self) -> list[Any] | WorldFailure:
         size = self.job.size
         results: dict[int, Any] = {}
         errors: dict[int, str] = {}
@@ -117,17 +117,18 @@ class _World:
                     is_error, value = True, f"ended with exit code {self.processes[rank].exitcode}"
                 (errors if is_error else results)[rank] = value
                 if is_error:
+                    # The others' errors are mostly consequences: they get little time to report them.
                     deadline = min(deadline, time.monotonic() + _GRACE)
         if len(results) == size:
             return [results[rank] for rank in range(size)]
-        return Failure("crash" if errors else "hang", errors or self._stacks(results))
+        return WorldFailure("crash" if errors else "hang", errors or self._stacks(results))
 
     def _stacks(self, done: dict[int, Any]) -> dict[int, str]:
         """Return the stack of each rank."""
         waiting = [rank for rank in range(self.job.size) if rank not in done]
         for rank in waiting:
             os.kill(self.processes[rank].pid or 0, signal.SIGUSR1)
-        time.sleep(0.3)
+        time.sleep(0.3)  # the signal's handler writes to a file, and nothing tells when it is done
         stacks = {rank: (self.folder / f"stack_{rank}").read_text() for rank in waiting}
         return {rank: stacks.get(rank, "done") for rank in range(self.job.size)}
 
@@ -175,6 +176,7 @@ def _rank(rank: int, job: _Job, listener: socket.socket, connection: Connection,
     faulthandler.register(signal.SIGUSR1, file=(folder / f"stack_{rank}").open("w"), all_threads=False)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     host, port = listener.getsockname()
+    # Longer than the server waits, so that the server reports a hang with the stacks of all ranks.
     timeout = datetime.timedelta(seconds=2 * job.timeout)
     listening = listener.detach() if rank == 0 else None
     try:

@@ -24,7 +24,7 @@ from megamm.data.pipeline.run_data import RunData
 from megamm.engine.api import Engine
 from megamm.guards import roll_back
 from megamm.init_from.initialize import init_from
-from megamm.mcore.groups import Groups
+from megamm.mcore.process_groups import ProcessGroups
 
 log = logging.getLogger(__name__)
 UPLOAD_SECONDS = 300.0
@@ -39,7 +39,7 @@ class CheckpointManager:
         config: RunConfig,
         data: RunData,
         engine: Engine,
-        groups: Groups,
+        groups: ProcessGroups,
         device: Device,
         while_waiting: Callable[[], None],
     ) -> None:

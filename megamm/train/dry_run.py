@@ -20,7 +20,7 @@ from megamm.model import layout
 from megamm.model.flops import parameter_count
 
 if TYPE_CHECKING:
-    from megamm.mcore.fake_world import Family, RankModel
+    from megamm.mcore.fake_world import GroupKind, RankModel
 
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
@@ -79,11 +79,11 @@ def _coordinates(world_size: int, sizes: Mapping[str, int]) -> dict[str, np.ndar
     return found
 
 
-def groups_fault(families: Sequence["Family"], grid: Grid) -> str | None:
+def groups_fault(families: Sequence["GroupKind"], grid: Grid) -> str | None:
     """Check that Megatron's groups of each kind contain every rank once and vary only along their own axes."""
     for family in families:
-        name = f"{'expert ' if family.expert_grid else ''}{'-'.join(family.axes)} groups"
-        coordinates = grid.expert if family.expert_grid else grid.dense
+        name = f"{'expert ' if family.is_of_experts else ''}{'-'.join(family.axes)} groups"
+        coordinates = grid.expert if family.is_of_experts else grid.dense
         if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
             return f"{name} do not contain every rank once"
         for axis, of_rank in coordinates.items():
@@ -104,8 +104,8 @@ def stages_fault(models: Mapping[int, "RankModel"], grid: Grid, split: Sequence[
     stages = int(grid.dense["pp"][-1]) + 1
     for rank, model in models.items():
         expected = grid.coordinates(rank)
-        if model.place != expected:
-            return f"rank {rank} is {model.place} in Megatron's groups (tensor, context, data, pipeline, expert)"
+        if model.coordinates != expected:
+            return f"rank {rank} is {model.coordinates} in Megatron's groups (tensor, context, data, pipeline, expert)"
         chunks = range(expected.pipeline, len(split), stages)
         wanted = [list(range(int(ends[chunk]) + 1, int(ends[chunk + 1]) + 1)) for chunk in chunks]
         if model.layers != wanted:
@@ -117,21 +117,21 @@ def shards_fault(models: Mapping[int, "RankModel"], grid: Grid) -> str | None:
     """Check that every element has one owner and as many copies as its gradient reduction sums, equal on replicas."""
     held = []
     for rank, model in models.items():
-        described = sum(piece.size for piece in model.pieces if piece.is_parameter)
+        described = sum(piece.size for piece in model.boxes if piece.is_parameter)
         if described != model.parameters:
             return f"rank {rank} holds {model.parameters} parameters, but a checkpoint would have {described} of them"
         for is_expert in (False, True):
-            pieces = [piece for piece in model.pieces if piece.is_expert == is_expert]
+            pieces = [piece for piece in model.boxes if piece.is_expert == is_expert]
             # Elements are counted on the first rank that holds them; its replicas must hold the same boxes.
             first = grid.first_with(rank, is_expert)
             if first == rank:
                 ranks = grid.expert_replicas if is_expert else grid.dense_replicas
                 held += [(piece, ranks) for piece in pieces]
                 continue
-            others = [piece for piece in models[first].pieces if piece.is_expert == is_expert]
+            others = [piece for piece in models[first].boxes if piece.is_expert == is_expert]
             for piece, other in zip(pieces, others, strict=True):
                 if piece != other._replace(is_owner=False):
-                    return f"tensor {piece.key}: rank {rank} has {piece.box}, rank {first} has {other.box}"
+                    return f"tensor {piece.key}: rank {rank} has {piece}, rank {first} has {other}"
     return ownership.fault(held)
 
 
@@ -153,13 +153,13 @@ def tokens_fault(config: RunConfig) -> str | None:
 def size_fault(config: RunConfig, vocabulary_size: int, models: Mapping[int, "RankModel"]) -> str | None:
     """Check that the built tensors add up to the model in the config, including padding of the vocabulary."""
     p = config.parallel
-    padded = -(-vocabulary_size // p.tensor) * p.tensor
+    padded = layout.padded_vocabulary(vocabulary_size, p.tensor)
     wanted, built = parameter_count(config.model, padded), sum(_tensor_sizes(models).values())
     return None if built == wanted else f"the ranks hold a model of {built:,} parameters, not {wanted:,}"
 
 
 def _tensor_sizes(models: Mapping[int, "RankModel"]) -> dict[str, int]:
-    return {p.key: math.prod(p.shape) for m in models.values() for p in m.pieces if p.is_parameter}
+    return {p.key: math.prod(p.shape) for m in models.values() for p in m.boxes if p.is_parameter}
 
 
 def report(
@@ -191,13 +191,13 @@ def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
     """Do the same for a layout that layout.check accepts and a known vocabulary. Do not call it within a job."""
-    from megamm.mcore.fake_world import PaperWorld
+    from megamm.mcore.fake_world import FakeWorld
 
     start = time.monotonic()
-    grid, world = Grid(config, world_size), PaperWorld(config, vocabulary_size, world_size)
+    grid, world = Grid(config, world_size), FakeWorld(config, vocabulary_size, world_size)
     models = {r: world.rank(r) for r in dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))}
     found = (
-        groups_fault(list(world.families.values()), grid)
+        groups_fault(list(world.group_kinds.values()), grid)
         or stages_fault(models, grid, layout.layers_per_chunk(config, vocabulary_size))
         or shards_fault(models, grid)
         or size_fault(config, vocabulary_size, models)
@@ -214,7 +214,7 @@ def describe(
         lines.append(
             f"consistent: {len(_tensor_sizes(models))} tensors (layers stacked), each element owned once over "
             f"tensor x pipeline x expert, by {grid.dense_replicas:,} replicas{experts}; "
-            f"{len(world.families)} kinds of groups, each with every rank once"
+            f"{len(world.group_kinds)} kinds of groups, each with every rank once"
         )
     return "\n".join([*lines, f"took {time.monotonic() - start:.1f} s"]), found
 
@@ -256,7 +256,7 @@ def _span(layers: Sequence[int]) -> str:
 
 
 def _rank_lines(config: RunConfig, model: "RankModel", rank: int) -> list[str]:
-    coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.place, strict=True)
+    coordinates = zip(("tensor", "context", "data", "pipeline", "expert"), model.coordinates, strict=True)
     lines = [f"rank {rank}: " + ", ".join(f"{axis} {i}" for axis, i in coordinates)]
     lines[0] += "; layers " + " ".join(_span(chunk) for chunk in model.layers)
     for kind, members in model.members.items():

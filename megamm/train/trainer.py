@@ -29,7 +29,7 @@ from megamm.engine import api
 from megamm.engine.build import build_engine
 from megamm.guards.loss_guard import LossGuard, SkippedWindow
 from megamm.guards.stragglers import Stragglers
-from megamm.mcore import groups as process_groups
+from megamm.mcore import process_groups
 from megamm.model import flops, layout
 from megamm.model.loss import overall, weight_tensor
 from megamm.observability import metrics

@@ -12,7 +12,7 @@ import torch
 ROWS = 4
 
 
-def random_row_map(seed: int, length: int, only_short: bool = False) -> torch.Tensor:
+def random_metadata(seed: int, length: int, only_short: bool = False) -> torch.Tensor:
     """Return `[4, 4, S]`: rows of odd documents with padding, one whole-row document, only padding, one long and short.
 
     only_short: four rows of the first kind, so that no row makes a batch look further back than it needs.
@@ -64,7 +64,7 @@ def attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    row_map: torch.Tensor,
+    packed_seq_metadata: torch.Tensor,
     axes: int = 1,
     base: float | None = None,
     form: tuple[float, float, int] | None = None,
@@ -77,11 +77,11 @@ def attention(
     scale, cap, window = form or (1 / math.sqrt(head_dim), math.inf, length)
     out = query.new_zeros(length, rows, heads, value.shape[3])
     for b in range(rows):
-        for start, stop in documents(row_map[b, 0].tolist()):
+        for start, stop in documents(packed_seq_metadata[b, 0].tolist()):
             q, k, v = (x[start:stop, b].repeat_interleave(heads // x.shape[2], dim=1) for x in (query, key, value))
             if base is not None:
                 index = torch.arange(stop - start).expand(3, -1)
-                position = index if axes == 1 else row_map[b, 1:, start:stop]
+                position = index if axes == 1 else packed_seq_metadata[b, 1:, start:stop]
                 q, k = turned(q, position, axes, base), turned(k, position, axes, base)
             ones = torch.ones(stop - start, stop - start).bool()
             scores = torch.einsum("qnd,knd->nqk", q, k) * scale

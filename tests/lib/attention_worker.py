@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_reference import ROWS, attention, random_row_map, relative_error
+from attention_reference import ROWS, attention, random_metadata, relative_error
 
 from megamm.model.rope import Rope
 
@@ -64,11 +64,13 @@ def inputs(seed: int, length: int, heads: tuple[Any, ...]) -> list[torch.Tensor]
     return [*tensors, torch.randn(length, ROWS, n * value_dim, generator=generator)]
 
 
-def expected(tensors: list[torch.Tensor], row_map: torch.Tensor, axes: int, form: Any = None) -> list[torch.Tensor]:
+def expected(
+    tensors: list[torch.Tensor], packed_seq_metadata: torch.Tensor, axes: int, form: Any = None
+) -> list[torch.Tensor]:
     """Return the reference's output and gradients of query, key and value, for whole rows."""
     *qkv, weight = (x.double() for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
-    out = attention(*leaves, row_map, axes or 1, BASE if axes else None, form)
+    out = attention(*leaves, packed_seq_metadata, axes or 1, BASE if axes else None, form)
     return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
 
 
@@ -76,16 +78,19 @@ def errors(
     module: torch.nn.Module,
     index: torch.Tensor,
     tensors: list[torch.Tensor],
-    row_map: torch.Tensor,
+    packed_seq_metadata: torch.Tensor,
     axes: int,
     form: Any = None,
 ) -> list[float]:
     """Return relative errors of a module given the tokens `index` of the rows: output, then the three gradients."""
     *qkv, weight = (x[index] for x in tensors)
     leaves = [x.requires_grad_() for x in qkv]
-    out = module(*leaves, row_map)
+    out = module(*leaves, packed_seq_metadata)
     ours = [out.detach(), *torch.autograd.grad(out, leaves, weight)]
-    return [relative_error(x, y[index]) for x, y in zip(ours, expected(tensors, row_map, axes, form), strict=True)]
+    return [
+        relative_error(x, y[index])
+        for x, y in zip(ours, expected(tensors, packed_seq_metadata, axes, form), strict=True)
+    ]
 
 
 def errors_of_cases(_: None) -> dict[str, list[float]]:
@@ -102,8 +107,8 @@ def errors_of_cases(_: None) -> dict[str, list[float]]:
         index = local_index(length, dist.get_rank(group), cp, torch.device("cpu"))
         form = case.get("form")
         module = build(group, heads[3], heads[5], case["exchange"], form=form)
-        row_map = random_row_map(seed, length, only_short=heads[0] == "grouped")
-        worst = torch.tensor(errors(module, index, inputs(seed, length, heads), row_map, heads[5], form))
+        packed_seq_metadata = random_metadata(seed, length, only_short=heads[0] == "grouped")
+        worst = torch.tensor(errors(module, index, inputs(seed, length, heads), packed_seq_metadata, heads[5], form))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         results[name] = worst.tolist()
     return results

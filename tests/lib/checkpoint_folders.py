@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from megamm.checkpoint import TrainState, index
+from megamm.checkpoint import TrainState, index, reader
 from megamm.checkpoint.rank_file import RankFile
 from megamm.checkpoint.saver import Saver
 from megamm.checkpoint.tensor_shards import TensorShard
@@ -78,3 +78,21 @@ def write_blocks(folder: Path, ranks: list[list[TensorShard]]) -> None:
         entries += layout.entries
     for name, data in index.files_of(entries).items():
         (folder / name).write_bytes(data)
+
+
+def whole_blocks(tensors: dict[str, torch.Tensor]) -> list[TensorShard]:
+    """Return blocks of whole tensors, to be saved by one process."""
+    return [TensorShard.whole(name, tensor) for name, tensor in tensors.items()]
+
+
+def read_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Read all whole model tensors of a tensors/ folder by Megatron's names (without optimizer state)."""
+    stored = {key: tensor for key, tensor in index.read(folder).items() if not key.startswith("optimizer.")}
+    tensors = {key: torch.empty(tensor.shape, dtype=tensor.dtype) for key, tensor in stored.items()}
+    reader.load(folder, whole_blocks(tensors))
+    return tensors
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """Return the states of a process that has not used a parallel region yet."""
+    return {"torch": torch.get_rng_state(), "device": torch.get_rng_state()}

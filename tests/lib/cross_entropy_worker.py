@@ -14,14 +14,11 @@ from megamm.ops import CSRC, TORCH, library
 
 assert not library.load(), library.load()
 CHUNKED, PLAIN = CSRC.linear_cross_entropy, TORCH.linear_cross_entropy
-OPTIONS = {"plain": {}, "smooth": {"label_smoothing": 0.1}, "z": {"label_smoothing": 0.05, "z_loss": 1e-3}}
 # (ranks, rows of weight on a rank, vocabulary): no padding, some, and so much that a rank has only padding.
 SPLITS = [(2, 17, 34), (2, 31, 59), (4, 9, 33), (4, 2, 5)]
 CASES = {
-    f"{implementation}-tp{split[0]}-{split[2]}-{dtype}-{options}": (implementation, split, dtype, options)
-    for implementation, split, dtype, options in product(
-        ("chunked", "plain"), SPLITS, ("float64", "float32", "bfloat16"), OPTIONS
-    )
+    f"{implementation}-tp{split[0]}-{split[2]}-{dtype}": (implementation, split, dtype)
+    for implementation, split, dtype in product(("chunked", "plain"), SPLITS, ("float64", "float32", "bfloat16"))
 }
 
 
@@ -47,9 +44,9 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def errors(seed: int, case: tuple[Any, ...], group: dist.ProcessGroup) -> list[float]:
-    implementation, (ranks, local, vocabulary), dtype, options = case
+    implementation, (ranks, local, vocabulary), dtype = case
     hidden, weight, *labels = inputs(seed, 29, 11, ranks * local, vocabulary)
-    given: dict[str, Any] = OPTIONS[options] | {"vocabulary_size": vocabulary}
+    given: dict[str, Any] = {"vocabulary_size": vocabulary}
     expected = run(PLAIN, hidden, weight, *labels, **given)
     own = slice(group.rank() * local, (group.rank() + 1) * local)
     function = PLAIN if implementation == "plain" else CHUNKED

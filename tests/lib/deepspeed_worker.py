@@ -20,7 +20,7 @@ from megamm.common.device import choose
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, config_from_dict
 from megamm.engine.build import build_engine
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.model import layout
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
@@ -50,7 +50,7 @@ def case_config(case: dict[str, Any]) -> RunConfig:
     )
 
 
-def batches_of(number: int, groups: grid.Groups) -> list[Batch]:
+def batches_of(number: int, groups: process_groups.ProcessGroups) -> list[Batch]:
     """Return a step's batches; in every third step data rank 1 has no image, and step 4 has none at all."""
     image_rows = [] if number == 4 else [0, 1, 4, 5] if number % 3 == 1 else range(ROWS)
     rows = global_batch(number, 1, [(True, i in image_rows) for i in range(ROWS)], LENGTH)
@@ -65,7 +65,7 @@ def state(step: int) -> TrainState:
 def run_case(case: dict[str, Any], out: Path) -> None:
     config = case_config(case)
     layout.check(config, dist.get_world_size())
-    groups = grid.build(config.parallel, seed=case.get("seed", 1))
+    groups = process_groups.build(config.parallel, seed=case.get("seed", 1))
     runner = build_engine(config, VOCABULARY, groups, choose("cpu"))
     first, last = case["steps"]
     if "load" in case:
@@ -90,7 +90,7 @@ def run_case(case: dict[str, Any], out: Path) -> None:
         result["diverged"] = runner.compute_gradients(batches_of(1001, groups), WEIGHTS * torch.inf).grad_norm
     if dist.get_rank() == 0:
         (out / f"{case['name']}.json").write_text(json.dumps(result))
-    grid.destroy()
+    process_groups.destroy()
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def nan_in_gradient(rank: int, at: list[int]) -> None:
 
 def flipped_bit(rank: int, at: list[int]) -> None:
     """Flip the highest exponent bit of one activation between 1 and 2 in a norm's output, once each time."""
-    from megamm.mcore.norm import RMSNorm
+    from megamm.mcore.layers import RMSNorm
 
     original, due = RMSNorm.forward, False
 
@@ -189,7 +189,7 @@ def no_update(at: list[int]) -> None:
 def slow_forward(rank: int, seconds: float) -> None:
     """Add a busy loop to every forward of a norm. Phases are measured in processor time, independent of other load."""
     from megamm.common import device, timers
-    from megamm.mcore.norm import RMSNorm
+    from megamm.mcore.layers import RMSNorm
 
     timers.time = device.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[assignment]
 

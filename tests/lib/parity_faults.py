@@ -65,7 +65,7 @@ def row_positions_shifted():
     """(t, h, w) reach attention one token late."""
     from megamm.common.sample import Batch
 
-    Batch.row_map = property(lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1)), 1))
+    Batch.packed_seq_metadata = property(lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1)), 1))
 
 
 def auxiliary_loss_twice():
@@ -84,10 +84,10 @@ def prediction_depths_twice():
 
 def counts_of_this_rank_only():
     """Each rank divides by its own tokens."""
-    from megamm.mcore.groups import Groups
+    from megamm.mcore.process_groups import ProcessGroups
 
-    original = Groups.sum_over_data
-    Groups.sum_over_data = lambda self, tensor: tensor if tensor.dim() == 2 else original(self, tensor)
+    original = ProcessGroups.sum_over_data
+    ProcessGroups.sum_over_data = lambda self, tensor: tensor if tensor.dim() == 2 else original(self, tensor)
 
 
 def last_rank_never_comes():

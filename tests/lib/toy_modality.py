@@ -55,7 +55,7 @@ class SmellModality:
     def positions(self, length: int) -> IntArray:
         return sequential_positions(length)
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         return range(self.vocabulary_size)
 
     @staticmethod

@@ -67,19 +67,19 @@ def our_model(step: Path, on: device.Device, rounded: Sequence[torch.dtype] = ()
     config = made_with.model_copy(update={"parallel": ParallelConfig(), "train": train})
     size = Vocabulary.from_json(state.vocabulary).size
     # Imported here: a conversion without the logit check needs no Megatron.
-    from megamm.mcore import groups as grid
+    from megamm.mcore import process_groups
 
-    grid.start(on)
-    from megamm.mcore import backbone, store  # after grid.start, which adapts Megatron-core to the device
+    process_groups.start(on)
+    from megamm.mcore import backbone, store  # after process_groups.start, which adapts Megatron-core to the device
 
-    groups = grid.build(config.parallel, config.train.seed)
+    groups = process_groups.build(config.parallel, config.train.seed)
     try:
         (model,) = backbone.build_chunks(config, size, groups, on)
         store.load_weights(step / "tensors", [model], groups)
         _round(model, rounded)
         yield lambda row: _ours(model.eval(), row, size, on.torch_device)
     finally:
-        grid.destroy()
+        process_groups.destroy()
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def _ours(model: Any, row: Row, vocabulary_size: int, where: torch.device) -> Pa
     """Run our model on a packed row; attention is limited to the documents by the row's metadata."""
     batch = Batch.stack([row]).to(where)
     with _recorded(model.decoder.layers) as stages:
-        logits = model(batch.input_ids, None, batch.row_map)[0, :, :vocabulary_size]
+        logits = model(batch.input_ids, None, batch.packed_seq_metadata)[0, :, :vocabulary_size]
     seen = {name: tensor[:, 0] for name, tensor in stages.items()}  # [S, B = 1, H]
     return _seen(row, seen | {LOGITS: logits})
 

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import index, reader
-from megamm.checkpoint.tensor_shards import TensorShard
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS, TensorShard
 from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.config import RunConfig
 from megamm.engine.api import StepResult, WeightInitializer
-from megamm.mcore import backbone, optimizer, plain_step, whole_parameters
-from megamm.mcore.groups import Groups
+from megamm.mcore import backbone, optimizer, step, store
+from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class DeepSpeedEngine:
 
     can_discard = False
 
-    def __init__(self, config: RunConfig, vocabulary_size: int, groups: Groups, device: Device) -> None:
+    def __init__(self, config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> None:
         """Build the engine. UserError if deepspeed is not installed."""
         self.before_update: Callable[[], None] = lambda: None
         deepspeed = import_deepspeed(device)
@@ -51,25 +51,25 @@ class DeepSpeedEngine:
         self.config, self.groups, self.timers = config, groups, Timers(device)
         (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.model = model
-        self.names = whole_parameters.Names.of(model, groups)
+        self.specs = store.ParameterSpecs.of(model, groups)
         self.adam = _adam(config, model)
         with contextlib.redirect_stdout(io.StringIO()):  # in some stages it prints memory figures
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=self.adam, config=deepspeed_config(config, groups), dist_init_required=False
             )
-        self.shards = Shards(model, self.names, self.deepspeed.optimizer, self.adam)
+        self.shards = Shards(model, self.specs, self.deepspeed.optimizer, self.adam)
         self.schedule = optimizer.build_schedule(config, self.adam)
         if groups.rank == 0:
-            stage, place = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
+            stage, adam_on = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
             log.info(
-                "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, place
+                "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, adam_on
             )
 
     def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
         """Also changes the weights: the optimizer step is part of DeepSpeed's backward pass."""
         self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
-        loss = plain_step.run(
+        loss = step.run_unsharded(
             self.deepspeed,
             batches,
             loss_weights,
@@ -78,7 +78,7 @@ class DeepSpeedEngine:
             self._backward,
             partial(self.timers.device, "forward"),
         )
-        plain_step.finish(self.model)
+        step.finish_unsharded(self.model)
         norm = float(self.deepspeed.get_global_grad_norm())
         # In bf16 DeepSpeed returns -1 for a gradient that is not finite.
         return StepResult(loss, norm if norm >= 0 else math.nan, lr)
@@ -101,20 +101,20 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         self.deepspeed.eval()
-        loss = plain_step.run(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
+        loss = step.run_unsharded(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
         self.deepspeed.train()
         return loss
 
     def blocks(self) -> list[TensorShard]:
-        return self.names.blocks(self.shards.gather())
+        return self.specs.blocks(self.shards.gather())
 
     def init_weights(self, initializer: WeightInitializer) -> None:
-        kinds = self.shards.kinds((whole_parameters.MAIN,))
-        described = {part.key: part for parts in self.names.parts.values() for part in parts}
+        kinds = self.shards.kinds((MAIN,))
+        described = {part.key: part for parts in self.specs.by_name.values() for part in parts}
         whole = {key: part.shape for key, part in described.items()}
         tables = {key for key, part in described.items() if part.grows}
-        owned = whole_parameters.load(
-            lambda blocks: initializer(blocks, whole, tables), self.names, self.shards.owned, kinds
+        owned = store.load_whole(
+            lambda blocks: initializer(blocks, whole, tables), self.specs, self.shards.owned, kinds
         )
         self.shards.scatter(owned, kinds, 0)
 
@@ -123,9 +123,8 @@ class DeepSpeedEngine:
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
         # Without optimizer state, main copies are set from the weights.
-        model, main, moments = whole_parameters.MODEL, whole_parameters.MAIN, whole_parameters.MOMENTS
-        kinds = self.shards.kinds((main, *moments) if with_optimizer else (model,))
-        owned = whole_parameters.load(partial(reader.load, folder), self.names, self.shards.owned, kinds)
+        kinds = self.shards.kinds((MAIN, *MOMENTS) if with_optimizer else (store.MODEL,))
+        owned = store.load_whole(partial(reader.load, folder), self.specs, self.shards.owned, kinds)
         self.shards.scatter(owned, kinds, step)
         optimizer.set_schedule(self.schedule, step)
 
@@ -148,7 +147,7 @@ def import_deepspeed(device: Device) -> ModuleType:
     return deepspeed
 
 
-def deepspeed_config(config: RunConfig, groups: Groups) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, groups: ProcessGroups) -> dict[str, Any]:
     """Return DeepSpeed's own configuration for this run."""
     t, zero = config.train, config.deepspeed
     stage: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Gathers whole tensors from ZeRO's shards and scatters them back, one parameter at a time.
 
-A rank never holds more whole tensors than its share of the model (whole_store.Names.owners), plus the one in transit.
+A rank holds only its share of the whole tensors (store.ParameterSpecs.owners), plus the one in transit.
 For every parameter, ZeRO shards a float32 main copy and Adam's moments over the ranks; stages 1 and 2 shard the
 concatenation of a group of parameters, stage 3 shards every parameter.
 """
@@ -13,17 +13,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeed import utils
 
-from megamm.mcore.whole_parameters import MAIN, MODEL, MOMENTS, Names, Whole
+from megamm.checkpoint.tensor_shards import MAIN, MOMENTS
+from megamm.mcore.store import MODEL, ParameterSpecs, WholeTensors
 
 
 class Shards:
     """The tensors of a model that DeepSpeed has sharded; every rank calls every method."""
 
-    def __init__(self, model: torch.nn.Module, names: Names, zero: Any, adam: torch.optim.AdamW) -> None:
+    def __init__(self, model: torch.nn.Module, specs: ParameterSpecs, zero: Any, adam: torch.optim.AdamW) -> None:
         """Create the (zero) Adam state of every shard. zero: DeepSpeed's optimizer around `adam`."""
-        self.model, self.names, self.zero, self.adam = model, names, zero, adam
+        self.model, self.specs, self.zero, self.adam = model, specs, zero, adam
         self.parameters = dict(model.named_parameters())
-        self.owners = names.owners(dist.get_world_size())
+        self.owners = specs.owners(dist.get_world_size())
         self.owned = [name for name, rank in self.owners.items() if rank == dist.get_rank()]
         self._prime()
 
@@ -40,13 +41,13 @@ class Shards:
 
     def kinds(self, of_parameter: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
         """Return what to read for each stored tensor: these kinds for a parameter, the value for a buffer."""
-        return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.names.parts}
+        return {name: of_parameter if name in self.parameters else (MODEL,) for name in self.specs.by_name}
 
-    def gather(self) -> Whole:
+    def gather(self) -> WholeTensors:
         """Return this rank's share of whole tensors, on the CPU."""
-        owned: Whole = {name: {} for name in self.owned}
+        owned: WholeTensors = {name: {} for name in self.owned}
         buffers = dict(self.model.named_buffers())
-        for name in self.names.parts:
+        for name in self.specs.by_name:
             if name in self.parameters:
                 parameter = self.parameters[name]
                 for kind in (MAIN, *MOMENTS):
@@ -54,13 +55,13 @@ class Shards:
                     if name in owned:
                         owned[name][kind] = whole.cpu()
                         if kind == MAIN:
-                            owned[name][MODEL] = whole.to("cpu", self.names.dtypes[name])
+                            owned[name][MODEL] = whole.to("cpu", self.specs.dtypes[name])
             elif name in owned:
                 owned[name][MODEL] = buffers[name].detach().cpu()
         return owned
 
     @torch.no_grad()
-    def scatter(self, owned: Whole, kinds: dict[str, tuple[str, ...]], step: int) -> None:
+    def scatter(self, owned: WholeTensors, kinds: dict[str, tuple[str, ...]], step: int) -> None:
         """Set `kinds` of every tensor from its owner's; with Adam's moments, also set Adam's step count to `step`."""
         buffers = dict(self.model.named_buffers())
         for name, wanted in kinds.items():
@@ -82,11 +83,13 @@ class Shards:
             for state in self.adam.state.values():
                 state["step"].fill_(step)
 
-    def _from_owner(self, owned: Whole, name: str, kind: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _from_owner(
+        self, owned: WholeTensors, name: str, kind: str, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
         if name in owned:
             whole = owned[name][kind].to(device, dtype)
         else:
-            whole = torch.empty(self.names.shapes[name], dtype=dtype, device=device)
+            whole = torch.empty(self.specs.shapes[name], dtype=dtype, device=device)
         dist.broadcast(whole, src=self.owners[name])
         return whole
 

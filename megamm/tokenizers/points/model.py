@@ -174,7 +174,7 @@ class PointsCodec(nn.Module):
                 raise ValueError(f"an id at the place of a {name} is not one of the {count} {name}s")
         return self._decoded(self.quantiser.to_codes(shapes), self._centres(cells)).flatten(1, 2).clamp(-1, 1)
 
-    def choices(self, place: int) -> range:
+    def valid_token_ids(self, place: int) -> range:
         """Ids that are allowed at this place of a cloud's tokens."""
         return (
             range(self.config.cell_count)

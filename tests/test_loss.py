@@ -6,7 +6,7 @@ import torch
 from megamm.common.device import choose
 from megamm.common.sample import Row
 from megamm.config import config_from_dict
-from megamm.mcore import groups as grid
+from megamm.mcore import process_groups
 from megamm.parity.rows import VOCABULARY, global_batch, rank_batches
 
 MODEL = {
@@ -37,11 +37,11 @@ def gradients(request):
         "test",
     )
     device = choose("cpu")
-    grid.start(device)
+    process_groups.start(device)
     from megamm.engine.native import NativeEngine
     from megamm.mcore import step
 
-    engine = NativeEngine(config, VOCABULARY, grid.build(config.parallel, seed=5), device)
+    engine = NativeEngine(config, VOCABULARY, process_groups.build(config.parallel, seed=5), device)
 
     def gradients(rows: list[Row], weights: tuple[float, float]) -> dict[str, torch.Tensor]:
         batches = rank_batches(rows, MICRO, 0, 1)
@@ -49,7 +49,7 @@ def gradients(request):
         return {name: p.main_grad.clone() for name, p in engine.chunks[0].module.named_parameters()}
 
     yield gradients
-    grid.destroy()
+    process_groups.destroy()
 
 
 def _same(ours, theirs):

@@ -1,4 +1,4 @@
-"""Process groups of a run: sets up and destroys torch.distributed and Megatron's TP x CP x PP x EP x DP grid.
+"""Process groups of a run: sets up and destroys torch.distributed and Megatron's TP x CP x PP x EP x DP device mesh.
 
 A single process without a launcher gets a world of one over an in-memory store: no port, no network.
 """
@@ -18,8 +18,8 @@ from megamm.mcore import cpu
 
 
 @dataclass(frozen=True)
-class Groups:
-    """This rank's place in the grid; `collection` is Megatron's ProcessGroupCollection."""
+class ProcessGroups:
+    """This rank's coordinates in the device mesh; `collection` is Megatron's ProcessGroupCollection."""
 
     collection: Any
     rank: int
@@ -89,8 +89,8 @@ def start(device: Device, timeout_minutes: float = 10) -> None:
         dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
-def build(parallel: ParallelConfig, seed: int) -> Groups:
-    """Create the grid over the started job and seed the parallel regions' generators."""
+def build(parallel: ParallelConfig, seed: int) -> ProcessGroups:
+    """Create the device mesh over the started job and seed the parallel regions' generators."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -107,11 +107,11 @@ def build(parallel: ParallelConfig, seed: int) -> Groups:
     # Stages initialise different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.
     tensor_parallel.model_parallel_cuda_manual_seed(seed + 100 * collection.pp.rank(), force_reset_rng=True)
     torch.manual_seed(seed + 100 * collection.pp.rank())
-    return Groups(collection, dist.get_rank(), dist.get_world_size())
+    return ProcessGroups(collection, dist.get_rank(), dist.get_world_size())
 
 
 def destroy() -> None:
-    """Undo `build`, so that a process can create another grid (tests and conversion do). Without a grid, do nothing."""
+    """Undo `build`, if it was called, so that a process can create another mesh (tests and conversion do)."""
     from megatron.core import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
