@@ -19,7 +19,7 @@ from megamm.modalities.audio import AudioModality
 from megamm.shards.folder import ShardWriter
 from megamm.tokenizers.audio import word_error
 from megamm.tokenizers.audio.mel import FLOOR, LogMel
-from megamm.tokenizers.audio.metrics import Clip, evaluate, evaluate_waveforms, stft_distance
+from megamm.tokenizers.audio.metrics import TranscribedClip, evaluate, evaluate_waveforms, stft_distance
 from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
 from megamm.tokenizers.audio.train import Crops, read_clips, train_audio_codec
 from megamm.tokenizers.residual_fsq import ResidualFSQ
@@ -289,7 +289,11 @@ def test_transcripts_become_words():
 
 
 def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
-    clips = [Clip(chirp(1), "a rising tone"), Clip(chirp(2), ""), Clip(chirp(3), "un autre son")]
+    clips = [
+        TranscribedClip(chirp(1), "a rising tone"),
+        TranscribedClip(chirp(2), ""),
+        TranscribedClip(chirp(3), "un autre son"),
+    ]
     monkeypatch.setattr(word_error, "recognise", lambda waveforms: ["a falling tone"] * len(waveforms))
     figures = evaluate_waveforms(codec, clips)
     assert figures["understood"] == 0.5  # of two with words; the recogniser does not support the language of one

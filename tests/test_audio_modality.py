@@ -168,7 +168,7 @@ def test_media_to_ids_and_back_through_the_protocol(audio):
     for waveform, ids, other in zip(media, together, alone, strict=True):
         assert ids.dtype == np.int64 and len(ids) == 3 * -(-len(waveform) // 800)
         assert np.array_equal(ids, other)  # batching does not change the ids
-        assert all(id in audio.choices(place) for place, id in enumerate(ids.tolist()))
+        assert all(id in audio.valid_token_ids(place) for place, id in enumerate(ids.tolist()))
         decoded = audio.decode(ids)
         assert decoded.dtype == np.float32 and len(decoded) == len(ids) // 3 * 800
     written = audio.read_media(audio.write_media(SOUND), "flac")
@@ -186,7 +186,7 @@ def test_positions_are_latent_frame_and_level(audio):
 
 
 def test_choices_are_the_ids_of_a_level(audio):
-    assert [audio.choices(place) for place in (0, 1, 2, 3)] == [
+    assert [audio.valid_token_ids(place) for place in (0, 1, 2, 3)] == [
         range(60),
         range(60, 120),
         range(120, 180),
@@ -201,5 +201,5 @@ def test_ids_that_are_no_sound_are_refused(audio, ids):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a codec of family audio"):
+    with pytest.raises(UserError, match="not a tokenizer for audio"):
         AudioModality.load(tmp_path)

@@ -95,7 +95,7 @@ def test_the_audio_modality_takes_the_folder(folders, name):
     modality, clips = AudioModality.load(folders[name]), [noise(333).numpy(), noise(40, 1).numpy()]
     assert modality.codec_id == load(folders, name)[1] and modality.stride == CODEBOOKS[name][0]
     for clip, ids in zip(clips, modality.encode(clips), strict=True):
-        assert all(number in modality.choices(place) for place, number in enumerate(ids.tolist()))
+        assert all(number in modality.valid_token_ids(place) for place, number in enumerate(ids.tolist()))
         assert 0 <= len(modality.decode(ids)) - len(clip) < CODEBOOKS[name][1]
 
 

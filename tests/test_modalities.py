@@ -33,7 +33,7 @@ def test_media_become_ids_that_may_stand_where_they_stand_and_media_again(modali
     for ids in (all_ids := modality.encode(media)):
         assert ids.dtype == np.int64 and ids.ndim == 1 and ids.size > 0 and ids.size % modality.stride == 0
         assert modality.tokens_per_item in (None, ids.size)
-        assert all(i in modality.choices(place) for place, i in enumerate(ids.tolist()))
+        assert all(i in modality.valid_token_ids(place) for place, i in enumerate(ids.tolist()))
         assert ids.max() < modality.vocabulary_size
     for one, ids in zip(media, all_ids, strict=True):  # an id does not depend on the batch
         assert np.array_equal(modality.encode([one])[0], ids)

@@ -77,9 +77,9 @@ def test_tokens_alternate_within_their_ranges() -> None:
     assert ids.shape == (6, 32) and ids.dtype == torch.int64 and module.tokens == 32
     assert CONFIG.vocabulary_size == 8**3 + 12
     for place in range(32):
-        allowed = module.choices(place)
+        allowed = module.valid_token_ids(place)
         assert all(int(i) in allowed for i in ids[:, place])
-    assert sorted([*module.choices(0), *module.choices(1)]) == list(range(CONFIG.vocabulary_size))
+    assert sorted([*module.valid_token_ids(0), *module.valid_token_ids(1)]) == list(range(CONFIG.vocabulary_size))
 
 
 def test_a_cell_holds_the_mean_of_its_patch() -> None:
@@ -200,7 +200,7 @@ def test_a_saved_codec_gives_the_same_ids(tmp_path: Path) -> None:
     save_codec(module, tmp_path)
     loaded, codec_id = load_codec(tmp_path, {KIND: PointsCodec}, "points")
     assert torch.equal(loaded.eval().encode(batch), module.encode(batch)) and len(codec_id) == 12
-    with pytest.raises(UserError, match="is not of family visual"):
+    with pytest.raises(UserError, match="is not one for visual"):
         load_codec(tmp_path, {"another": PointsCodec}, "visual")
 
 

@@ -278,9 +278,9 @@ def test_tokens_positions_and_choices(modality: PointsModality) -> None:
     assert modality.encode([]) == []
     for one in ids:
         assert one.shape == (16,) and one.dtype == np.int64
-        assert all(int(i) in modality.choices(place) for place, i in enumerate(one))
+        assert all(int(i) in modality.valid_token_ids(place) for place, i in enumerate(one))
         assert modality.decode(one).shape == (64, 9)
-    assert set(modality.choices(0)).isdisjoint(modality.choices(1))
+    assert set(modality.valid_token_ids(0)).isdisjoint(modality.valid_token_ids(1))
     positions = modality.positions(16)
     np.testing.assert_array_equal(positions[0], np.arange(16))
     np.testing.assert_array_equal(positions[1], [0] * 8 + [1] * 8)  # height is halved first

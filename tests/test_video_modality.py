@@ -263,7 +263,7 @@ def test_media_to_ids_and_back_through_the_protocol(folder):
     assert [len(m) for m in media] == [9, 1, 9, 5, 9] and media[0].shape == (9, 32, 32, 3)
     together, alone = video.encode(media), [video.encode([m])[0] for m in media]
     assert video.encode([]) == [] and video.vocabulary_size == 60
-    assert (video.stride, video.tokens_per_item, video.choices(5)) == (16, None, range(60))
+    assert (video.stride, video.tokens_per_item, video.valid_token_ids(5)) == (16, None, range(60))
     for ids, other, frames in zip(together, alone, media, strict=True):
         assert (
             ids.dtype == np.int64 and ids.shape == (16 * (1 + len(frames) // 4),) and 0 <= ids.min() <= ids.max() < 60
@@ -281,7 +281,7 @@ def test_the_first_latent_frame_is_the_image_of_the_first_frame(folder):
     video, image = VideoModality.load(folder), ImageModality.load(folder)
     frames = shape_video(7, frames=9)
     assert np.array_equal(video.encode([frames])[0][:16], image.encode([frames[0]])[0])
-    assert video.codec_id == image.codec_id and video.family == image.family
+    assert video.codec_id == image.codec_id and video.tokenizer_name == image.tokenizer_name
 
 
 def test_positions_are_frame_by_frame_and_row_by_row(folder):
@@ -309,5 +309,5 @@ def test_what_is_written_plays_everywhere_and_reads_back(count):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a codec of family visual"):
+    with pytest.raises(UserError, match="not a tokenizer for visual"):
         VideoModality.load(tmp_path)

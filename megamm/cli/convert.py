@@ -19,7 +19,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Export to and import from Hugging Face folders; inspect, compare, verify."
 )
 app.add_typer(exports.app)
-Place = Annotated[Path, typer.Argument(help="run, checkpoint, Hugging Face folder or safetensors file")]
+Model = Annotated[Path, typer.Argument(help="run, checkpoint, Hugging Face folder or safetensors file")]
 Processes = Annotated[int, typer.Option(help="number of processes; 0: one per core", min=0)]
 ShardSize = Annotated[int, typer.Option(help="maximum bytes of a weights file", min=1)]
 Dtype = Annotated[
@@ -82,17 +82,17 @@ def import_export(
 
 
 @app.command()
-def inspect(place: Place) -> None:
+def inspect(model: Model) -> None:
     """Print a tree of tensors: shapes, dtypes, norms and, for a native checkpoint, the ranks whose files hold them."""
     from megamm.convert.extras.inspect import tree
 
     log_to_console()
-    for line in tree(place):
+    for line in tree(model):
         print(line)
 
 
 @app.command()
-def diff(one: Place, other: Place) -> None:
+def diff(one: Model, other: Model) -> None:
     """Compare the tensors of two models in any format, find the first layer that differs; exit code 1 if any does."""
     from megamm.convert.verify.diff import compare
 
@@ -107,12 +107,12 @@ def diff(one: Place, other: Place) -> None:
 
 
 @app.command()
-def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
+def verify(model: Model, refuse_nan: RefuseNan = False) -> None:
     """Check digests, names and shapes against the config, NaN and Inf; exit code 1 if there is a problem."""
     from megamm.convert.verify.weights import verify as verified
 
     log_to_console()
-    report = verified(place, refuse_nan=refuse_nan)
+    report = verified(model, refuse_nan=refuse_nan)
     print(*report.lines, *(f"problem: {problem}" for problem in report.problems), sep="\n")
     if report.problems:
         raise typer.Exit(1)

@@ -138,7 +138,7 @@ def _has(module: str, folder: str = "") -> bool:
     spec = importlib.util.find_spec(module)
     if spec is None or not folder:
         return spec is not None
-    return any(Path(place, folder).is_dir() for place in spec.submodule_search_locations or [])
+    return any(Path(path, folder).is_dir() for path in spec.submodule_search_locations or [])
 
 
 def _version(module: str, package: str) -> str | None:

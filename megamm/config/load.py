@@ -54,19 +54,19 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise UserError(f"override {override!r} is not key=value", remedy="use the form train.steps=100")
     *parents, last = key.split(".")
-    place: Any = data
+    section: Any = data
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
             raise UserError(
                 f"override {override!r}: {parent} is not a section", remedy="use the keys in docs/config.md"
             )
     try:
-        place[last] = yaml.safe_load(text)
+        section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML", remedy="quote the value") from None
-    if isinstance(place[last], str):
-        place[last] = _number(place[last])
+    if isinstance(section[last], str):
+        section[last] = _number(section[last])
 
 
 def _number(text: str) -> str | float:

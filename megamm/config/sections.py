@@ -121,10 +121,10 @@ class StartConfig(Section):
 
     @field_validator("checkpoint")
     @classmethod
-    def _without_secrets(cls, place: str) -> str:
+    def _without_secrets(cls, source: str) -> str:
         from megamm.common.urls import checked_url, is_url
 
-        return checked_url(place) if is_url(place) else place
+        return checked_url(source) if is_url(source) else source
 
 
 class CheckpointConfig(Section):

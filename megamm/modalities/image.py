@@ -25,7 +25,7 @@ class ImageModality:
     """The image modality; build it with `ImageModality.load(folder)`."""
 
     name: ClassVar[str] = "image"
-    family: ClassVar[str] = "visual"
+    tokenizer_name: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
 
     def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
@@ -77,6 +77,6 @@ class ImageModality:
         h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.grid_size)
         return np.stack([np.zeros_like(h), h, w])
 
-    def choices(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

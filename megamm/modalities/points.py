@@ -24,7 +24,7 @@ class PointsModality:
     """The points modality; build it with `PointsModality.load(folder)`."""
 
     name: ClassVar[str] = "points"
-    family: ClassVar[str] = "points"
+    tokenizer_name: ClassVar[str] = "points"
     extensions: ClassVar[tuple[str, ...]] = POINTS_EXTENSIONS
 
     def __init__(self, codec: PointsCodec, codec_id: str, device: torch.device) -> None:
@@ -61,7 +61,7 @@ class PointsModality:
         return list(self.codec.encode(torch.from_numpy(np.stack(media)).to(self.device)).cpu().numpy())
 
     def decode(self, ids: IntArray) -> CloudArray:
-        """Ids `[T]` to a cloud `[N, 9]`. Raises ValueError if T is not the codec's or an id is invalid at its place."""
+        """Ids `[T]` to a cloud `[N, 9]`. Raises ValueError if T is not the codec's or an id is invalid at its index."""
         clouds = self.codec.decode(torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))[None].to(self.device))
         return clouds[0].cpu().numpy()
 
@@ -70,6 +70,6 @@ class PointsModality:
         height, width, _ = quantile_of_patch(self.codec.config.patches)[:, np.arange(length) // 2]
         return np.stack([np.arange(length), height, width])
 
-    def choices(self, place: int) -> range:
-        """Cells at even places, shapes at odd ones."""
-        return self.codec.choices(place)
+    def valid_token_ids(self, index: int) -> range:
+        """Cells at even indices, shapes at odd ones."""
+        return self.codec.valid_token_ids(index)

@@ -21,8 +21,9 @@ class Modality(Protocol):
 
     name: ClassVar[str]
     """Folder of the media in a shard set, and the modality's name everywhere: "text", "image"."""
-    family: ClassVar[str]
-    """Codec family: "text", "visual", "audio", "points". Modalities of one family share its folder and ids."""
+    tokenizer_name: ClassVar[str]
+    """Its tokenizer in a run's `tokenizers`: "text", "visual", "audio", "points". Image and video share one, and its
+    ids."""
     extensions: ClassVar[tuple[str, ...]]
     """File extensions in its shards, without the dot; `write_media` uses the first."""
 
@@ -71,8 +72,8 @@ class Modality(Protocol):
         """
         ...
 
-    def choices(self, place: int) -> range:
-        """The ids allowed at this place of a part (for a residual codec, those of its level)."""
+    def valid_token_ids(self, index: int) -> range:
+        """The ids that are valid at this index of a part (for a residual codec, those of its level)."""
         ...
 
 

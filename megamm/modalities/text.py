@@ -24,7 +24,7 @@ class TextModality:
     """The text modality; build it with `TextModality.load(folder)`."""
 
     name: ClassVar[str] = "text"
-    family: ClassVar[str] = "text"
+    tokenizer_name: ClassVar[str] = "text"
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
 
     def __init__(self, tokenizer: Tokenizer, codec_id: str) -> None:
@@ -65,6 +65,6 @@ class TextModality:
         """`[3, length]`, t = h = w = 0 .. length - 1."""
         return sequential_positions(length)
 
-    def choices(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

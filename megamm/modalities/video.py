@@ -23,7 +23,7 @@ class VideoModality:
     """The video modality; build it with `VideoModality.load(folder)`."""
 
     name: ClassVar[str] = "video"
-    family: ClassVar[str] = "visual"
+    tokenizer_name: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "webm", "mkv", "mov")
 
     def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
@@ -68,9 +68,9 @@ class VideoModality:
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: t is the latent frame, (h, w) row-major over its grid."""
-        t, place = np.divmod(np.arange(length, dtype=np.int64), self.stride)
-        return np.stack([t, *np.divmod(place, self.codec.grid_size)])
+        t, cell = np.divmod(np.arange(length, dtype=np.int64), self.stride)
+        return np.stack([t, *np.divmod(cell, self.codec.grid_size)])
 
-    def choices(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

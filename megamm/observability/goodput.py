@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megamm.observability.restarts import Attempt, Record, Restart, attempts_of, from_step, restarts_of
+from megamm.observability.restarts import LaunchRecord, Record, Restart, attempts_of, from_step, restarts_of
 
 KINDS = (
     "productive",
@@ -39,7 +39,7 @@ PARTS = ("evaluation_seconds", "checkpoint_stall_seconds")
 
 
 @dataclass(frozen=True)
-class Span:
+class TimelineSpan:
     """A piece of the time line, for a plot; short parts inside it (waiting, saving) are not shown separately."""
 
     begin: float
@@ -54,7 +54,7 @@ class Goodput:
     begin: float = 0.0
     end: float = 0.0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    spans: list[Span] = field(default_factory=list)
+    spans: list[TimelineSpan] = field(default_factory=list)
     restarts: list[Restart] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attempts: int = 0
@@ -82,13 +82,13 @@ class Goodput:
             return
         if self.spans and self.spans[-1].kind == kind and abs(self.spans[-1].end - begin) < 1e-3:
             begin = self.spans.pop().begin
-        self.spans.append(Span(begin, end, kind))
+        self.spans.append(TimelineSpan(begin, end, kind))
 
 
 def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: float = math.inf) -> Goodput:
     """Account for all of a run's time until its last record.
 
-    Lines without "time" (older runs) cannot be placed and are noted. going_on_from: the step after which the run is
+    Lines without "time" (older runs) are noted, not counted. going_on_from: the step after which the run is
     about to continue; the recorded steps after it will be repeated. This counts as one more attempt, unless the last
     recorded attempt has not reached its first step.
     """
@@ -113,7 +113,7 @@ def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: fl
     return result
 
 
-def _kept_until(attempts: list[Attempt], limit: float) -> list[list[float]]:
+def _kept_until(attempts: list[LaunchRecord], limit: float) -> list[list[float]]:
     """Return, for every line of every attempt and for the time after its last line, the last step not repeated."""
     table = []
     for attempt in reversed(attempts):
@@ -129,7 +129,7 @@ def _kept_until(attempts: list[Attempt], limit: float) -> list[list[float]]:
     return table[::-1]
 
 
-def _count_start(result: Goodput, attempt: Attempt) -> float:
+def _count_start(result: Goodput, attempt: LaunchRecord) -> float:
     """Count the time until the first step begins, and return that time."""
     started, resumed, again = (attempt.first(kind) for kind in ("started", "resumed", "restarting"))
     if started is not None:
@@ -172,7 +172,7 @@ def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> fl
     return float(line["time"])
 
 
-def _count_tail(result: Goodput, attempt: Attempt, after: Attempt | None, limit: float, clock: float) -> None:
+def _count_tail(result: Goodput, attempt: LaunchRecord, after: LaunchRecord | None, limit: float, clock: float) -> None:
     """Count the time after the last line: saving, unreported steps, a failure, its detection, and what followed."""
     failed = attempt.failure
     ended = failed["time"] if failed is not None else max((e["time"] for e in attempt.events), default=clock)
@@ -196,7 +196,7 @@ def _count_tail(result: Goodput, attempt: Attempt, after: Attempt | None, limit:
     result.span(clock, attempt.end, kind)
 
 
-def _count_unreported(result: Goodput, attempt: Attempt, limit: float, between: tuple[float, float]) -> None:
+def _count_unreported(result: Goodput, attempt: LaunchRecord, limit: float, between: tuple[float, float]) -> None:
     """Count the steps after the last line.
 
     They are repeated, except those before the checkpoint, whose time is estimated from the last step time. The rest of

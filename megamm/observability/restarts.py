@@ -1,6 +1,6 @@
 """Attempts and restarts of a run, derived from its recorded events and metrics.
 
-Input: events (megamm/common/events.py) and lines of metrics, each with "time" in Unix seconds. Output: `Attempt`s
+Input: events (megamm/common/events.py) and lines of metrics, each with "time" in Unix seconds. Output: `LaunchRecord`s
 with their events and lines, and `Restart`s with seconds.
 """
 
@@ -13,7 +13,7 @@ Record = dict[str, Any]
 
 
 @dataclass
-class Attempt:
+class LaunchRecord:
     """The time from one launch to the next. Events and lines of metrics are sorted by time."""
 
     begin: float
@@ -74,19 +74,19 @@ def from_step(line: Record) -> int:
     return int(line["step"] - line.get("steps", 0))
 
 
-def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str], None]) -> list[Attempt]:
+def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str], None]) -> list[LaunchRecord]:
     """Return the attempts of a run. events and lines are sorted by time; note is called with what was inferred."""
-    starts, places = _launches(events, lines)
+    starts, first_events = _launches(events, lines)
     first = [e["time"] for e in events[:1]] + [line["time"] - line.get("step_seconds", 0.0) for line in lines[:1]]
     if not first:
         return []
     if not starts or min(first) < starts[0] - 1e-3:
         note("no launch is recorded before the first records: the time before them is unknown")
-        starts, places = [min(first), *starts], [0, *places]
+        starts, first_events = [min(first), *starts], [0, *first_events]
     last = max([e["time"] for e in events[-1:]] + [line["time"] for line in lines[-1:]])
-    attempts = [Attempt(begin, end) for begin, end in zip(starts, [*starts[1:], last], strict=True)]
-    for place, event in enumerate(events):  # by place: two events may have the same time
-        attempts[max(bisect_right(places, place) - 1, 0)].events.append(event)
+    attempts = [LaunchRecord(begin, end) for begin, end in zip(starts, [*starts[1:], last], strict=True)]
+    for index, event in enumerate(events):  # by index: two events may have the same time
+        attempts[max(bisect_right(first_events, index) - 1, 0)].events.append(event)
     for line in lines:
         attempts[max(bisect_right(starts, line["time"]) - 1, 0)].lines.append(line)
     attempts[-1].is_last = True
@@ -99,8 +99,8 @@ def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], l
     That event is a launch or a restart, or, without either, a resumption or a first step. Launches of several nodes
     with nothing between them count as one; so do "started" events without a line between them.
     """
-    begins, places, state = list[float](), list[int](), "ended"
-    for place, event in enumerate(events):
+    begins, first_events, state = list[float](), list[int](), "ended"
+    for index, event in enumerate(events):
         kind, begin = event["kind"], event["time"]
         is_new = False
         if kind in ("launched", "restarting"):
@@ -118,11 +118,11 @@ def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], l
             state = "ended"
         if is_new:
             begins.append(begin)
-            places.append(place)
-    return begins, places
+            first_events.append(index)
+    return begins, first_events
 
 
-def restarts_of(attempts: list[Attempt]) -> list[Restart]:
+def restarts_of(attempts: list[LaunchRecord]) -> list[Restart]:
     """Return every failure together with the recovery by the next attempt."""
     found = []
     for attempt, after in zip(attempts, [*attempts[1:], None], strict=True):

@@ -92,7 +92,7 @@ SHARES = ("productive", "repeated", "checkpoint_stall", "detection", "restart", 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """Result of the simulated runs. shares: mean share of the wall time by kind, in the order of SHARES; sum 1."""
 
     goodput: tuple[float, ...]
@@ -112,18 +112,18 @@ class Outcome:
     def percentile(self, percent: float) -> float:
         """Return a percentile of the runs' goodput, interpolated linearly."""
         ordered = sorted(self.goodput)
-        place = percent / 100 * (len(ordered) - 1)
-        low, part = int(place), place - int(place)
+        position = percent / 100 * (len(ordered) - 1)
+        low, part = int(position), position - int(position)
         return ordered[low] + part * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
-def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
+def simulate(scenario: Scenario, runs: int, seed: int) -> SimulationResult:
     """Simulate `runs` runs; the same seed gives the same outcome."""
     simulated = [_Run(scenario, random.Random(f"{seed}:{i}")) for i in range(runs)]
     total = scenario.days * DAY
     for run in simulated:
         run.play()
-    return Outcome(
+    return SimulationResult(
         goodput=tuple(run.spent["productive"] / total for run in simulated),
         shares={name: statistics.fmean(run.spent[name] for run in simulated) / total for name in SHARES},
         stops=statistics.fmean(run.stops for run in simulated),
@@ -227,7 +227,7 @@ def expected_goodput(interval: float, stall: float, recovery: float, mean_second
     return interval / (m * math.exp(recovery / m) * math.expm1((interval + stall) / m))
 
 
-def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: int) -> str:
+def text(scenario: Scenario, outcome: SimulationResult, sources: dict[str, str], seed: int) -> str:
     """Return the text to print: result, shares of time, and all assumptions. sources: the source of each cost."""
     s, c, mean = scenario, scenario.costs, scenario.mean_seconds_between_stops
     total = sum(count for _, count, _ in s.stops)

@@ -68,18 +68,21 @@ def save_codec(codec: Codec, folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read_config(folder: Path, family: str) -> dict[str, Any]:
-    """A codec folder's config.json. Raises UserError if it is not a codec folder."""
+def read_config(folder: Path, tokenizer: str, remedy: str | None = None) -> dict[str, Any]:
+    """A tokenizer folder's config.json. Raises UserError if config or weights are missing, with `remedy` if given.
+
+    tokenizer: its name in a run's `tokenizers`.
+    """
     file = folder / "config.json"
     if not (file.is_file() and weight_files(folder)):
-        remedy = f"give a folder made by `megamm tokenizer train {family}`"
+        remedy = remedy or f"give a folder made by `megamm tokenizer train {tokenizer}`"
         raise UserError(
-            f"not a codec of family {family}: it needs config.json and {WEIGHTS}", where=folder, remedy=remedy
+            f"not a tokenizer for {tokenizer}: config.json or {WEIGHTS} is missing", where=folder, remedy=remedy
         )
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain the codec") from error
+        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain it") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from megamm.data.pipeline.mixture_schedule import Change, OpenSource, Order
 from megamm.data.pipeline.packing import Form, Forms, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import RowStream
 from megamm.data.pipeline.token_dataset import DocumentKind, SampleSet
-from megamm.modalities import REGISTRY, families
+from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
@@ -69,10 +69,12 @@ class RunData:
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
     """Load the modalities of the configured codecs, in the registry's order. Raises UserError for an unknown codec."""
-    for family in tokenizers:
-        if family not in families():
-            raise UserError(f"tokenizers.{family}: no such codec", remedy=f"the codecs are {', '.join(families())}")
-    return {name: m.load(tokenizers[m.family], device) for name, m in REGISTRY.items() if m.family in tokenizers}
+    for name in tokenizers:
+        if name not in tokenizer_names():
+            remedy = f"the tokenizers are {', '.join(tokenizer_names())}"
+            raise UserError(f"tokenizers.{name}: no such tokenizer", remedy=remedy)
+    chosen = {name: m for name, m in REGISTRY.items() if m.tokenizer_name in tokenizers}
+    return {name: m.load(tokenizers[m.tokenizer_name], device) for name, m in chosen.items()}
 
 
 def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:

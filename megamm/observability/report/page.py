@@ -62,8 +62,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: Sequence[st
 
 def section(title: str, note: str, content: str, anchor: str = "") -> str:
     """Return a section. note: plain text; anchor: the section's id, for links within the page."""
-    place = f' id="{escape(anchor, quote=True)}"' if anchor else ""
-    return f'<section{place}><h2>{escape(title)}</h2><p class="soft">{escape(note)}</p>{content}</section>'
+    attribute = f' id="{escape(anchor, quote=True)}"' if anchor else ""
+    return f'<section{attribute}><h2>{escape(title)}</h2><p class="soft">{escape(note)}</p>{content}</section>'
 
 
 def details(title: str, content: str) -> str:

@@ -64,10 +64,10 @@ def find(folders: list[Path]) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    for place, inner, files in os.walk(folder):
+    for path, inner, files in os.walk(folder):
         inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
         if events.EVENTS in files or metrics.METRICS in files:
-            yield Path(place)
+            yield Path(path)
 
 
 def status(run: Path, now: float | None = None) -> Status:

@@ -97,8 +97,8 @@ def plot(
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
     for value in ticks(x_low, x_high):
-        place = f'x="{x_of(value):.1f}" y="{HEIGHT - BOTTOM + 15}"'
-        parts.append(f'<text class="tick" {place} text-anchor="middle">{number(value)}</text>')
+        position = f'x="{x_of(value):.1f}" y="{HEIGHT - BOTTOM + 15}"'
+        parts.append(f'<text class="tick" {position} text-anchor="middle">{number(value)}</text>')
     parts.append(
         f'<text class="tick" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
@@ -177,8 +177,8 @@ def timeline(bands: Sequence[Band], marks: Sequence[tuple[Mark, str]], *, end: f
     parts = []
     for band in bands:
         size = max(x_of(band.end) - x_of(band.begin), 0.6)
-        place = f'x="{x_of(band.begin):.1f}" y="18" width="{size:.1f}" height="26"'
-        parts.append(f'<rect {place} fill="{band.colour}"><title>{escape(band.text)}</title></rect>')
+        position = f'x="{x_of(band.begin):.1f}" y="18" width="{size:.1f}" height="26"'
+        parts.append(f'<rect {position} fill="{band.colour}"><title>{escape(band.text)}</title></rect>')
     for mark, colour in marks:
         x = x_of(mark.x)
         path = f'<path d="M{x:.1f} 16 l-4.5 -9 h9 z" fill="{colour}">'

@@ -32,7 +32,7 @@ SMALLEST = 1e-5
 
 
 @dataclass(frozen=True)
-class Clip:
+class TranscribedClip:
     """A sound, float32 `[samples]`, with the words spoken in it, or "" if unknown."""
 
     waveform: Waveform
@@ -40,7 +40,7 @@ class Clip:
 
 
 @torch.inference_mode()
-def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
+def evaluate(codec: AudioCodec, clips: list[TranscribedClip]) -> Figures:
     """Mel distance and codebook use for clips of at least one sample each."""
     device = codec.norm.weight.device
     total, values = 0.0, 0
@@ -58,7 +58,7 @@ def evaluate(codec: AudioCodec, clips: list[Clip]) -> Figures:
     return figures
 
 
-def evaluate_waveforms(codec: AudioCodec, clips: list[Clip]) -> Figures:
+def evaluate_waveforms(codec: AudioCodec, clips: list[TranscribedClip]) -> Figures:
     """Distance of the decoded waveforms, and the share of words that a recogniser still understands."""
     device = codec.norm.weight.device
     originals = [torch.from_numpy(clip.waveform).to(device) for clip in clips]
@@ -87,7 +87,7 @@ def stft_distance(made: Tensor, original: Tensor) -> float:
     return total / len(RESOLUTIONS)
 
 
-def _word_errors(clips: list[Clip], decoded: list[Waveform], sample_rate: int) -> Figures:
+def _word_errors(clips: list[TranscribedClip], decoded: list[Waveform], sample_rate: int) -> Figures:
     """Word error rates of the clips with known words; {} if they cannot be measured (logged)."""
     spoken = [i for i, clip in enumerate(clips) if clip.said]
     missing = word_error.missing_package()

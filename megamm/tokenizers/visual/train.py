@@ -89,7 +89,7 @@ def train_visual_codec(
     target: Path,
     config: VisualCodecConfig,
     training: Training,
-    place: Device,
+    device: Device,
     dtype: torch.dtype = torch.float32,
     mix: ClipMix | None = None,
 ) -> Figures:
@@ -107,9 +107,9 @@ def train_visual_codec(
         codec = VisualCodec(config)
 
         def report(_: torch.nn.Module, step: int) -> Figures:
-            return evaluate(codec, images, videos, place.torch_device)
+            return evaluate(codec, images, videos, device.torch_device)
 
-        reports = train_codec(codec, train, training, place, report, dtype)
+        reports = train_codec(codec, train, training, device, report, dtype)
         save_codec(codec, folder)
         record = asdict(training) | {"clip_share": mix.share, "clip_frames": train.clip_frames}
         record |= {"train_images": len(train.images), "train_videos": len(train.videos)}
