@@ -48,7 +48,7 @@ def _marked(names: list[str]) -> list[Any]:
 
 
 def _zero(stage: int, offload: bool = False) -> dict[str, Any]:
-    return {"engine": "deepspeed", "deepspeed": {"zero": stage, "offload": offload}}
+    return {"engine": "deepspeed", "deepspeed": {"zero": stage, "offload_optimizer": offload}}
 
 
 def _cases() -> list[dict[str, Any]]:

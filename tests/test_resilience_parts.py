@@ -384,7 +384,7 @@ def config(**sections):
             "data": {"seq_length": 64, "sources": [{"path": "x"}]},
             "tokenizers": {},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 8, "global_batch": 8, "micro_batch": 1},
+            "train": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 1},
         }
         | sections,
         where="test",

@@ -74,7 +74,7 @@ def train(
         from megamm.data.pipeline.run_data import open_run_data
 
         vocabulary = open_run_data(run).vocabulary
-        if run.start_from is not None:
+        if run.init_from is not None:
             from megamm.init_from.initialize import check as check_start  # here, as it takes a second to import
 
             check_start(run, vocabulary)

@@ -4,6 +4,7 @@ Each takes a run's output folder, a checkpoint's folder, or a URL of remote stor
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -90,7 +91,7 @@ def diff(one: Checkpoint, other: Checkpoint) -> None:
     log_to_console()
     lines: list[str] = []
     with inspect.find_one(one).here() as a, inspect.find_one(other).here() as b:
-        states = [_flat(json.loads((folder / "state.json").read_bytes())) for folder in (a, b)]
+        states = [_flat(_state(folder)) for folder in (a, b)]
         for key in sorted(states[0].keys() | states[1].keys()):
             values = [json.dumps(state[key]) if key in state else "absent" for state in states]
             if values[0] != values[1]:
@@ -144,6 +145,15 @@ def prune(
                 retention.remove(each.folder)
             print(f"{'removed' if delete else 'would remove'} {each.where}")
     print(f"{len(found) - len(doomed)} kept" + ("" if delete or not doomed else "; --delete removes the others"))
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's state with today's config keys, so that a renamed key is not a difference."""
+    from megamm.config.load import rename_keys
+
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    rename_keys(state.get("config", {}), folder)
+    return state
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -222,7 +222,7 @@ def _described(folder: Path, run: Path, overrides: Sequence[str]) -> tuple[RunCo
         "data": {"sources": [{"path": "none"}]},
         "tokenizers": {"text": str(folder.absolute())},
         "optimizer": {"lr": 1e-5},
-        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     apply_overrides(values, overrides)
     values["data"].setdefault("seq_length", _longest(folder))

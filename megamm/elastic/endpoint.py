@@ -1,6 +1,6 @@
 """Checks of the rendezvous endpoint, HOST:PORT: a rendezvous store must listen there, and it must serve this job.
 
-Without these checks a port used by another program would cost rendezvous.join seconds and a restart, again and again,
+Without these checks a port used by another program would cost rendezvous.join_timeout seconds and a restart, each time,
 and a node with a different config would train with the others, each rank by its own config.
 """
 

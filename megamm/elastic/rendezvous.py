@@ -125,9 +125,9 @@ class Alone:
 class Times:
     """Timeouts of a rendezvous, in seconds: see ResilienceConfig."""
 
-    join: float
-    last_call: float
-    keep_alive: float
+    join_timeout: float
+    last_call_timeout: float
+    keep_alive_interval: float
 
 
 class Rendezvous:
@@ -147,7 +147,7 @@ class Rendezvous:
         endpoint.check(place)
         is_local = endpoint.parse(place)[0] in ("127.0.0.1", "localhost")
         self.address = "127.0.0.1" if is_local else socket.getfqdn()
-        parameters = RendezvousParameters("c10d", place, "megamm", *nodes, read_timeout=int(times.join))
+        parameters = RendezvousParameters("c10d", place, "megamm", *nodes, read_timeout=int(times.join_timeout))
         try:
             backend, store = create_backend(parameters)
         except RendezvousError as error:
@@ -162,8 +162,8 @@ class Rendezvous:
             backend,
             *nodes,
             local_addr=self.address,
-            timeout=RendezvousTimeout(join=times.join * seconds, last_call=times.last_call * seconds),
-            keep_alive_interval=times.keep_alive,  # type: ignore[arg-type]  # any number of seconds is one
+            timeout=RendezvousTimeout(join=times.join_timeout * seconds, last_call=times.last_call_timeout * seconds),
+            keep_alive_interval=times.keep_alive_interval,  # type: ignore[arg-type]  # any number of seconds is one
             keep_alive_max_attempt=self.KEEP_ALIVES_MISSED,
         )
         self._store: Any = None

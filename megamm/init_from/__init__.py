@@ -1,4 +1,4 @@
-"""Start a run from existing weights: `start_from` in the config (docs/starting.md).
+"""Start a run from existing weights: `init_from` in the config (docs/starting.md).
 
     init_from/source.py      the source of the weights: a checkpoint, or a Hugging Face folder (convert/io/hf_source.py)
     init_from/vocabulary_rows.py  ranges of ids: kept, moved, new or dropped

@@ -1,6 +1,6 @@
 """Decides for each tensor of a run that starts from other weights whether it is loaded or new; ignores the rest.
 
-In: names and shapes on both sides, and `start_from.rules`: pairs of an action and a pattern (`*` and `?`, matching
+In: names and shapes on both sides, and `init_from.rules`: pairs of an action and a pattern (`*` and `?`, matching
 whole names), in order. The first rule that matches a name decides; a name without a match is loaded. Nothing is
 guessed: if an action is impossible, the error names the tensor.
 """
@@ -30,7 +30,7 @@ def decide(
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, sorted(names), n=1, cutoff=0.0)
             raise UserError(
-                f"start_from.rules: {action} {pattern!r} matches no tensor",
+                f"init_from.rules: {action} {pattern!r} matches no tensor",
                 remedy=f"the nearest name is {near[0]}; `megamm checkpoint show` lists all names of a checkpoint",
             )
     actions = {name: next((a for a, pattern in rules if fnmatchcase(name, pattern)), "load") for name in sorted(names)}
@@ -39,7 +39,7 @@ def decide(
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
             f"the source does not match the model: {', '.join(problems[:SHOWN])}{more}",
-            remedy="under start_from.rules set `new` for tensors of the model, `ignore` for tensors of the source",
+            remedy="under init_from.rules set `new` for tensors of the model, `ignore` for tensors of the source",
         )
     return {name: actions[name] for name in ours}
 

@@ -1,6 +1,6 @@
 """Finds the source row for each row of the vocabulary's tables in a run that starts from another vocabulary.
 
-In: both vocabularies and the rules of `start_from.vocabulary`. Out: spans of rows (ids) that cover the run's
+In: both vocabularies and the rules of `init_from.vocabulary`. Out: spans of rows (ids) that cover the run's
 vocabulary. A range that both have with the same codec is copied row by row. Any other change except an addition needs
 a rule.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from megamm.common.errors import UserError
 from megamm.model.vocabulary import Range, Vocabulary
 
-KEY = "start_from.vocabulary"
+KEY = "init_from.vocabulary"
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,8 @@ class Trainer:
         t, d = self.config.train, self.config.data
         return Loader(
             self.data.stream,
-            global_batch=t.global_batch,
-            micro_batch=t.micro_batch,
+            global_batch=t.global_batch_size,
+            micro_batch=t.micro_batch_size,
             data_rank=self.groups.data_rank,
             data_size=self.groups.data_size,
             cost=partial(flops.flops_of_row, self.config.model, self.data.vocabulary.size, d.seq_length),
@@ -139,7 +139,7 @@ class Trainer:
         """Run one step; return False if the loss guard rolled back to an earlier step instead."""
         t = self.config.train
         self.pulse.beat("data", self.step + 1)
-        row = self.guard.next_row(self.loader.consumed_rows, t.global_batch)
+        row = self.guard.next_row(self.loader.consumed_rows, t.global_batch_size)
         if row != self.loader.consumed_rows:
             self._open_loader(row)
         with self.engine.clock.host("data"):
@@ -147,7 +147,7 @@ class Trainer:
         self.pulse.beat("step", self.step + 1)
         result = self.engine.compute_gradients(batches, self.weights)
         recompute = self.engine.recompute_gradients if self.engine.can_discard else None
-        result, is_good = self.guard.check(self.step + 1, row, t.global_batch, result, recompute)
+        result, is_good = self.guard.check(self.step + 1, row, t.global_batch_size, result, recompute)
         if is_good or not self.engine.can_discard:
             self.engine.apply_update()
         else:
@@ -179,7 +179,7 @@ class Trainer:
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         t, m, s = self.config.train, self.config.model, self.config.data.seq_length
         values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
-        self.metrics.report(self.step, values, t.global_batch * s, self.place.peak_flops)
+        self.metrics.report(self.step, values, t.global_batch_size * s, self.place.peak_flops)
 
     def _roll_back(self, window: LeftOut) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""

@@ -171,7 +171,7 @@ def _write_configs(folder: Path, tokenizers: dict[str, str]) -> None:
         "data": {"seq_length": 160, "sources": [{"path": f"shards/{name}", "documents": "pairs"} for name in SOURCES]},
         "tokenizers": tokenizers,
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "train": {"steps": 8, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 8},
+        "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1, "eval_every": 8},
         "checkpoint": {"every": 2},
         "resilience": {"hang_seconds": 300, "startup_seconds": 300},  # the cores are shared: slow is not a hang
     }

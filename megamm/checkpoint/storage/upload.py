@@ -46,7 +46,7 @@ class DurableTier:
             self.remote.write(".write-test", b"x")
             self.remote.remove(".write-test")
         except RemoteError as error:
-            remedy = "create the bucket or folder, set the store's credentials, or remove checkpoint.durable"
+            remedy = "create the bucket or folder, set the store's credentials, or remove checkpoint.remote"
             raise UserError(error.what, where=self.remote.url, remedy=remedy) from None
 
     def complete(self) -> list[str]:

@@ -58,7 +58,7 @@ class RunData:
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
         """This data rank's microbatches of each evaluation step; together the same rows at every layout, each once."""
         # A pipeline needs as many microbatches as it has stages.
-        micro, microbatches = config.train.micro_batch, config.parallel.pipeline
+        micro, microbatches = config.train.micro_batch_size, config.parallel.pipeline
         empty = pack([], self.vocabulary, config.data.seq_length, forms_of(self.modalities, config.data.seq_length))
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
