@@ -18,9 +18,8 @@ from megamm.common.errors import UnreadableMedia, UserError
 from megamm.media.sound_file import Waveform, read_waveform
 from megamm.media.text_file import to_text
 from megamm.shards.folder import ShardFolder
-from megamm.tokenizers.audio.metrics import TranscribedClip, evaluate, evaluate_waveforms
+from megamm.tokenizers.audio.metrics import TranscribedClip, evaluate, evaluate_waveforms, words
 from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
-from megamm.tokenizers.audio.word_error import words
 from megamm.tokenizers.io import Split, new_folder, open_media, save_codec
 from megamm.tokenizers.training_loop import Figures, Training, train_codec, warn_of_collapse
 
