@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from megamm.observability.goodput import KINDS, account
-from megamm.observability.restarts import Restart
+from megamm.observability.goodput import KINDS, Restart, account
 
 
 def line(time, step, steps, step_seconds, wait=0.0, evaluation=0.0, stall=0.0):

@@ -24,8 +24,8 @@ from megamm.elastic import heartbeat
 from megamm.observability import metrics
 from megamm.observability.goodput import account
 from megamm.observability.prometheus import TEXTFILE, Exporter
+from megamm.observability.report.page import Series, number, plot, thin, ticks
 from megamm.observability.report.run import write_report
-from megamm.observability.report.svg import Series, number, plot, thin, ticks
 
 STEPS = 24
 

@@ -1,7 +1,8 @@
 """Simulated goodput of a large run, from published failure rates and given or measured costs of a failure.
 
 Input: a `Scenario` (GPUs, seconds, published rates). Output: the share of wall time by kind, over many simulated runs.
-Nothing here is a measurement on a large cluster, and every text made from it says "simulated".
+Nothing here is a measurement on a large cluster, and every text made from it says "simulated". `measure` takes the
+costs from the events and metrics of a real run.
 
 Failures are a Poisson process with the rate per GPU of Llama 3's pretraining (Grattafiori et al. 2024, "The Llama
 3 Herd of Models", section 3.3.4 and table 5: 466 stops in 54 days on 16,384 GPUs, 47 planned and 419 unexpected; the
@@ -16,7 +17,13 @@ import random
 import statistics
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
+
+from megamm.common import events
+from megamm.common.errors import UserError
+from megamm.observability import metrics
+from megamm.observability.goodput import account
 
 Kind = Literal["hardware", "software", "hang", "planned"]
 """hardware: a node is also lost; hang: no process exits; planned: a checkpoint is written first."""
@@ -258,3 +265,39 @@ def text(scenario: Scenario, outcome: SimulationResult, sources: dict[str, str],
 
 def _share(scenario: Scenario, kind: Kind) -> float:
     return sum(n for _, n, k in scenario.stops if k == kind) / sum(n for _, n, _ in scenario.stops)
+
+
+def measure(run: Path, gpus: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Return medians of the costs that the run recorded; UserError if it recorded none.
+
+    Assumed, not measured: rendezvous time grows with the logarithm of the number of ranks; the other costs do not grow
+    (every rank reads and writes its own part).
+    """
+    recorded = events.read(run)
+    restarts = account(recorded, metrics.read_all_lines(run)).restarts
+    ranks = max((e["world"] for e in recorded if e["kind"] == "started" and isinstance(e.get("world"), int)), default=1)
+    grown = math.log2(max(gpus, 2)) / math.log2(max(ranks, 2))
+    saved = [e for e in recorded if e["kind"] == "saved"]
+    found: dict[str, list[float | None]] = {
+        "detection": [r.detection for r in restarts if r.kind == "failed"],
+        "hang_detection": [r.detection for r in restarts if r.kind == "hang"],
+        "restart": [
+            r.total - (r.detection or 0.0) + (grown - 1) * (r.rendezvous or 0.0)
+            for r in restarts
+            if r.total is not None
+        ],
+        "stall": [e.get("stall") for e in saved],
+        "lag": [e.get("seconds") for e in saved],
+    }
+    seconds: dict[str, float] = {}
+    sources: dict[str, str] = {}
+    for name, values in found.items():
+        known = [value for value in values if value is not None]
+        if known:
+            seconds[name] = statistics.median(known)
+            sources[name] = f"measured: median of {len(known)} on {ranks} ranks"
+    if "restart" in seconds:
+        sources["restart"] += f", its rendezvous times {grown:.1f} (log2 of the ranks)"
+    if not seconds:
+        raise UserError("no timed failure or checkpoint is recorded", where=run, remedy="give the costs as options")
+    return seconds, sources

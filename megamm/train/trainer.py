@@ -226,7 +226,7 @@ class Trainer:
             self.store.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
         self.saved_step = self.step if to_run else self.saved_step
         if self.metrics is not None:
-            self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
+            self.metrics.exclude("checkpoint_stall_seconds", time.monotonic() - start)
 
     def resume(self) -> None:
         """Continue from the newest valid checkpoint of the output folder, if there is one."""
