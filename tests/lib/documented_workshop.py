@@ -86,7 +86,8 @@ def make(folder: Path) -> None:
         ["convert", "modules", "EXPORT", "PARTS"],
     )
     steps = sorted((folder / "RUN" / "checkpoints").glob("step_*"))
-    for name, target in {"ONE": steps[0], "OTHER": steps[-1], "PLACE": folder / "RUN"}.items():
+    run = folder / "RUN"
+    for name, target in {"ONE": steps[0], "OTHER": steps[-1], "CHECKPOINT": run, "MODEL": run}.items():
         (folder / name).symlink_to(target.relative_to(folder))
     for name in ("mine", "old_codec"):
         shutil.copytree(folder / "RUN", folder / "runs" / name, symlinks=True)
