@@ -121,7 +121,7 @@ def test_a_damaged_encoder_or_decoder_is_refused(parts, tmp_path):
         [
             ({k: v for k, v in kept.items() if k != "decoder.stem.weight"}, config, "decoder.stem.weight is missing"),
             (kept | {"decoder.more": torch.zeros(1)}, config, "decoder.more is missing or unknown"),
-            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not an encoder or decoder of a codec"),
+            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not the encoder or decoder of a tokenizer"),
         ]
     ):
         folder = tmp_path / str(number)

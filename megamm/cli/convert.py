@@ -40,7 +40,7 @@ def export_run(
     refuse_nan: RefuseNan = False,
     gate: Gate = True,
 ) -> None:
-    """Export to a folder that transformers' AutoModelForCausalLM loads: safetensors, config, tokenizer and codecs.
+    """Export to a folder that transformers' AutoModelForCausalLM loads: safetensors, config and tokenizers.
 
     After an interruption, the same command resumes.
     """

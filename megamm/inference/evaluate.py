@@ -94,7 +94,7 @@ class _Pair:
 def evaluate(export: Exported, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
     """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
 
-    UserError if a split has no tokens of the export's codecs, or if there is no sample.
+    UserError if a split has no tokens of the export's tokenizers, or if there is no sample.
     """
     codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
     kinds = {source.path.name: source.documents for source in export.config.data.sources}

@@ -1,9 +1,9 @@
 """`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
 
-Input: media of one modality, as its codec reads them. Output: the same number of the other modality. The prompt has the
-same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its
-`<Y_start>`. At each position, only ids that the target's codec allows can follow: exactly the number of one item, or,
-for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
+Input: media of one modality, as read by its tokenizer. Output: the same number of the other modality. The prompt has
+the same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds
+its `<Y_start>`. At each position, only ids that are valid for the target can follow: exactly the number of one item,
+or, for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
 Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not depend on its
 batch.
 """

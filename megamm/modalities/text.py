@@ -1,6 +1,6 @@
 """Text: UTF-8 bytes <-> str <-> token ids `[T]` of a Hugging Face tokenizer.
 
-The codec folder is any Hugging Face tokenizer folder; `tokenizer.json` alone is enough. No special tokens are added,
+The tokenizer folder is any of Hugging Face; `tokenizer.json` alone is enough. No special tokens are added,
 and the text of a special token ("<|endoftext|>") in the data is read as plain characters, so no document can inject
 one. Ids are [0, vocabulary_size).
 """

@@ -77,7 +77,7 @@ def load_module(folder: Path) -> Any:
     module = values.pop("half", None)
     parts = _PARTS.get(_kind(values))
     if module not in ("encoder", "decoder") or parts is None:
-        raise UserError("not an encoder or decoder of a codec", where=folder, remedy=_REMEDY)
+        raise UserError("not the encoder or decoder of a tokenizer", where=folder, remedy=_REMEDY)
     codec = _whole(_kind(values), values, folder)
     absent = parts[_other(module)]
     try:

@@ -57,8 +57,8 @@ def checked_config(config: type[AnyConfig], values: dict[str, Any], where: Path 
         return config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        what = f"codec config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
-        raise UserError(what, where=where, remedy="correct this value, or train the codec again") from error
+        what = f"tokenizer config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
+        raise UserError(what, where=where, remedy="correct this value, or train the tokenizer again") from error
 
 
 def save_codec(codec: Codec, folder: Path) -> None:

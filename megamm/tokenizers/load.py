@@ -32,8 +32,8 @@ def load_codec(folder: Path, kinds: Mapping[str, Any], tokenizer: str) -> tuple[
         codec.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        where = folder / WEIGHTS
-        raise UserError(f"weights do not fit the config: {reason}", where=where, remedy="retrain the codec") from error
+        what = f"weights do not fit the config: {reason}"
+        raise UserError(what, where=folder / WEIGHTS, remedy="retrain the tokenizer") from error
     return codec, codec_id(folder)
 
 

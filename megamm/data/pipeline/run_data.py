@@ -68,7 +68,7 @@ class RunData:
 
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
-    """Load the modalities of the configured codecs, in the registry's order. Raises UserError for an unknown codec."""
+    """Load the modalities of the configured tokenizers, in the registry's order. UserError for an unknown one."""
     for name in tokenizers:
         if name not in tokenizer_names():
             remedy = f"the tokenizers are {', '.join(tokenizer_names())}"

@@ -39,13 +39,13 @@ def cache_name(modality: Modality) -> str:
 
 
 def load_codecs(codecs: list[str], device: torch.device) -> list[Modality]:
-    """All modalities of the codecs given as `NAME=FOLDER`. Raises UserError for another form or a missing codec."""
+    """All modalities of the tokenizers given as `NAME=FOLDER`. UserError for another form or a missing folder."""
     loaded = []
     for codec in codecs:
         name, separator, folder = codec.partition("=")
         if not separator or name not in tokenizer_names():
             remedy = f"use NAME=FOLDER, where NAME is one of {', '.join(tokenizer_names())}"
-            raise UserError(f"unknown codec {codec!r}", remedy=remedy)
+            raise UserError(f"unknown tokenizer {codec!r}", remedy=remedy)
         loaded += [m.load(Path(folder), device) for m in REGISTRY.values() if m.tokenizer_name == name]
     return loaded
 

@@ -102,8 +102,9 @@ def _check_adapter(model_type: str, folder: Path, tokenizer: str) -> None:
         return
     whole = MODELS_WITH_A_CODEC.get(model_type)
     if whole and tokenizer == "visual":
-        remedy = f"save only its codec: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
-        raise UserError(f"a whole {model_type} model, but only its image codec is needed", where=folder, remedy=remedy)
+        remedy = f"save only its tokenizer: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
+        what = f"a whole {model_type} model, but only its image tokenizer is needed"
+        raise UserError(what, where=folder, remedy=remedy)
     remedy = f"give a folder made by `megamm tokenizer train {tokenizer}`"
     if adapters:
         remedy += f", or a transformers model of type {' or '.join(adapters)}"

@@ -115,7 +115,7 @@ class ChameleonCodec(HFVisualCodec):
 
     def __init__(self, model: Any, config: HFVisualConfig) -> None:
         super().__init__(model, config)
-        logger.warning("Chameleon's codec can only read images: transformers has no decoder to generate them")
+        logger.warning("Chameleon's tokenizer can only read images: transformers has no decoder to generate them")
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
@@ -126,8 +126,8 @@ class ChameleonCodec(HFVisualCodec):
 
     def to_clips(self, codes: Tensor) -> Tensor:
         """Always raises UserError."""
-        remedy = "use a codec with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
-        raise UserError("Chameleon's codec cannot generate images, only read them", remedy=remedy)
+        remedy = "use a tokenizer with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
+        raise UserError("Chameleon's tokenizer cannot generate images, only read them", remedy=remedy)
 
 
 class JanusCodec(HFVisualCodec):

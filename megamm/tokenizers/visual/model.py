@@ -261,7 +261,7 @@ def check_ids(ids: Tensor, grid: int, codebook_size: int) -> None:
 def chosen_ops(device: torch.device) -> ops.Ops:
     """The compiled patch operators if they are built for the device, else torch's."""
     chosen, reason = ops.choose("auto", device)
-    logger.info("visual codec on %s: %s operators, %s", device, chosen.name, reason)
+    logger.info("visual tokenizer on %s: %s operators, %s", device, chosen.name, reason)
     return chosen
 
 
