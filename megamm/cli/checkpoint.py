@@ -128,6 +128,7 @@ def prune(
         raise UserError(
             "prune does not change a local tier", where=checkpoint, remedy="delete the folder after the run has ended"
         )
+    # Digests are verified from the newest back, until one is valid: this one is never deleted, whatever `keep` is.
     valid = next((each for each in reversed(found) if not each.damage()), None)
     if valid is None:
         raise UserError(

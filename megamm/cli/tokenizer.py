@@ -21,6 +21,7 @@ def started(processes: int) -> bool:
 
     if processes == 1 or torchrun.is_rank():
         return False
+    # Each rank runs the same command line; is_rank() is then true, and it does the work.
     torchrun.launch(sys.argv[1:], processes)
     return True
 

@@ -62,6 +62,7 @@ class ImageModality:
         """Images `[Y, X, 3]` to ids `[T]` each, on the codec's device."""
         if not media:
             return []
+        # F = 1: the visual codec takes videos, and an image is one frame.
         images_BFYX3 = torch.from_numpy(np.stack(media)[:, None]).to(self.device)
         return list(self.codec.encode(images_BFYX3).cpu().numpy())
 

@@ -67,6 +67,7 @@ class PointsModality:
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: t counts the tokens; (h, w) are the quantiles of height and width of the patch."""
+        # A patch has two tokens, cell and shape, with the same height and width.
         height, width, _ = quantile_of_patch(self.codec.config.patches)[:, np.arange(length) // 2]
         return np.stack([np.arange(length), height, width])
 

@@ -55,6 +55,7 @@ class VideoModality:
 
     def encode(self, media: Sequence[FrameArray]) -> list[IntArray]:
         """Videos `[F, Y, X, 3]` to ids `[T]` each, on the codec's device; videos of one length form a batch."""
+        # Results come in order of length and are returned in the order of `media`.
         ids: dict[int, IntArray] = {}
         for numbers in batches_of_one_length([len(frames) for frames in media]):
             videos_BFYX3 = torch.from_numpy(np.stack([media[i] for i in numbers])).to(self.device)

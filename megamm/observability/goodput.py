@@ -113,6 +113,7 @@ def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str],
         note("no launch is recorded before the first records: the time before them is unknown")
         starts, first_events = [min(first), *starts], [0, *first_events]
     last = max([e["time"] for e in events[-1:]] + [line["time"] for line in lines[-1:]])
+    # An attempt lasts until the next launch, so the attempts cover the whole time without a gap.
     attempts = [LaunchRecord(begin, end) for begin, end in zip(starts, [*starts[1:], last], strict=True)]
     for index, event in enumerate(events):  # by index: two events may have the same time
         attempts[max(bisect_right(first_events, index) - 1, 0)].events.append(event)
@@ -133,14 +134,17 @@ def _launches(events: list[Record], lines: list[Record]) -> tuple[list[float], l
         kind, begin = event["kind"], event["time"]
         is_new = False
         if kind in ("launched", "restarting"):
+            # Each node of a job records its launch: only the first one after something else begins an attempt.
             is_new = kind == "restarting" or state != "launched"
             state = "launched"
         elif kind == "resumed":
             is_new = state in ("started", "ended")
+            # "resumed" is recorded after reading the checkpoint; the attempt began before that.
             begin = max(begin - event.get("seconds", 0.0), begins[-1] if begins else 0.0)
             state = "resumed"
         elif kind == "started":
             has_lines = bool(begins) and any(begins[-1] <= line["time"] < begin for line in lines)
+            # Two "started" without a line of metrics between them come from two ranks or nodes of one attempt.
             is_new = state == "ended" or (state == "started" and has_lines)
             state = "started"
         elif kind in ("failed", "hang", "finished", "gave_up", "evicted"):
@@ -225,10 +229,10 @@ class Goodput:
         self.spans.append(TimelineSpan(begin, end, kind))
 
 
-def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: float = math.inf) -> Goodput:
+def account(events: Sequence[Record], lines: Sequence[Record], resuming_from: float = math.inf) -> Goodput:
     """Account for all of a run's time until its last record.
 
-    Lines without "time" (older runs) are noted, not counted. going_on_from: the step after which the run is
+    Lines without "time" (older runs) are noted, not counted. resuming_from: the step after which the run is
     about to continue; the recorded steps after it will be repeated. This counts as one more attempt, unless the last
     recorded attempt has not reached its first step.
     """
@@ -241,9 +245,10 @@ def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: fl
     if not attempts:
         return result
     result.begin, result.end = attempts[0].begin, attempts[-1].end
-    is_new = going_on_from < math.inf and bool(attempts[-1].lines or attempts[-1].first("started"))
+    # The attempt that calls this has no record yet, except if its launch is the last record.
+    is_new = resuming_from < math.inf and bool(attempts[-1].lines or attempts[-1].first("started"))
     result.attempts = len(attempts) + is_new
-    kept_until = _kept_until(attempts, going_on_from)
+    kept_until = _kept_until(attempts, resuming_from)
     for attempt, after, limits in zip(attempts, [*attempts[1:], None], kept_until, strict=True):
         clock = _count_start(result, attempt)
         for line, limit in zip(attempt.lines, limits[:-1], strict=True):
@@ -255,6 +260,7 @@ def account(events: Sequence[Record], lines: Sequence[Record], going_on_from: fl
 
 def _kept_until(attempts: list[LaunchRecord], limit: float) -> list[list[float]]:
     """Return, for every line of every attempt and for the time after its last line, the last step not repeated."""
+    # From the end of the run to its begin: a later attempt decides which steps of the earlier ones were kept.
     table = []
     for attempt in reversed(attempts):
         column = [limit]
@@ -264,6 +270,7 @@ def _kept_until(attempts: list[LaunchRecord], limit: float) -> list[list[float]]
                 limit = min(limit, from_step(line))
         table.append(column[::-1])
         begun = attempt.first("resumed", "started")
+        # An attempt without a line may still have resumed at an earlier step: the steps after that are repeated.
         if begun is not None and not attempt.lines:
             limit = min(limit, begun.get("step", 0))
     return table[::-1]
@@ -279,6 +286,7 @@ def _count_start(result: Goodput, attempt: LaunchRecord) -> float:
         end = max(attempt.lines[0]["time"] - attempt.lines[0].get("step_seconds", 0.0), attempt.begin)
     else:
         return attempt.begin  # it never reached a step: `_count_tail` counts its time
+    # Pause and load are parts of the time before the first step; what is left of it is start-up.
     left = max(end - attempt.begin, 0.0)
     paused = min((again or {}).get("backoff", 0.0), left)
     loaded = min((resumed or {}).get("seconds", 0.0), left - paused)
@@ -292,6 +300,7 @@ def _count_start(result: Goodput, attempt: LaunchRecord) -> float:
 def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> float:
     """Count the time since the line before; what the line does not account for is unknown."""
     step_seconds = line.get("step_seconds", 0.0)
+    # Durations come from the line, elapsed time from the clock; the difference is unknown time.
     waited = min(line.get("data_wait_seconds", 0.0), step_seconds)
     steps = line.get("steps", 0)
     kept = min(max(limit - from_step(line), 0), steps) / steps if steps else float(line["step"] <= limit)
@@ -321,6 +330,8 @@ def _count_tail(result: Goodput, attempt: LaunchRecord, after: LaunchRecord | No
     left = max(attempt.end - clock, 0.0)
     again = after.first("restarting") if after is not None else None
     if again is not None:
+        # The restarted attempt recorded how long it took to end the ranks and to meet again; each is cut to the time
+        # that there was.
         torn = min(again.get("teardown", left), left)
         met = min(again.get("rendezvous", 0.0), left - torn)
         begin = clock
@@ -352,6 +363,7 @@ def _count_unreported(result: Goodput, attempt: LaunchRecord, limit: float, betw
     detected = min(detection or 0.0, left)
     stalled = min(stall, left - detected)
     left -= detected + stalled
+    # Steps up to the checkpoint were kept but have no line: they are estimated at the pace of the last line.
     pace = last["step_seconds"] / last["steps"] if last is not None and last.get("steps") else 0.0
     kept = min(max(limit - step, 0) * pace, left) if limit != math.inf else 0.0
     rest = "unknown"

@@ -33,7 +33,7 @@ class Metrics:
 
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.total_steps = run, total_steps
-        past = goodput.account(events.read(run), read_all_lines(run), going_on_from=start_step)
+        past = goodput.account(events.read(run), read_all_lines(run), resuming_from=start_step)
         self.restarts, self.first_launch = max(past.attempts - 1, 0), past.begin or time.time()
         self.productive = past.seconds["productive"]
         drop_after(run, start_step)
@@ -100,6 +100,7 @@ class Metrics:
 
     def exclude(self, part: str, seconds: float) -> None:
         """Exclude time outside of steps (part: one of goodput.OUTSIDE_STEPS) from the throughput."""
+        # Both clocks move forward, so that the next line counts only the time of steps.
         self.clock += seconds
         self.time += seconds
         self.excluded[part] += seconds
@@ -110,7 +111,7 @@ class Metrics:
 
         self.file.close()
         self.board.close()
-        past = goodput.account(events.read(self.run), read_all_lines(self.run), going_on_from=step)
+        past = goodput.account(events.read(self.run), read_all_lines(self.run), resuming_from=step)
         self.productive, self.since = past.seconds["productive"], step
         drop_after(self.run, step)
         self.file = (self.run / METRICS).open("a")
@@ -140,6 +141,8 @@ def drop_after(run: Path, step: int) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in dropped))
     temporary = (run / METRICS).with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    # The dropped lines were appended before: a kill in between leaves a line in both files, and read_all_lines
+    # counts it once.
     os.replace(temporary, run / METRICS)
 
 

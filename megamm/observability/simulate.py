@@ -176,6 +176,7 @@ class _Run:
 
     def _train(self, seconds: float, is_kept: bool) -> None:
         """Train; a checkpoint ends every `interval` of training, and the work after the last usable one is repeated."""
+        # One period is `interval` of training and one stall; a checkpoint is usable `lag` after its stall.
         interval, stall = self.scenario.interval, self.scenario.costs.stall
         count, rest = divmod(seconds, interval + stall)
         worked = count * interval + min(rest, interval)
@@ -195,6 +196,7 @@ class _Run:
             self.jobs, self.restarts = self.jobs + 1, 0
         self.restarts += 1
         seen = {"planned": 0.0, "hang": costs.hang_detection}.get(kind, costs.detection)
+        # The next stop can fall into detection or restart: exponential times have no memory.
         until_stop = self._until_stop()
         self._spend("detection", min(seen, until_stop))
         self._spend("restart", max(min(costs.restart, until_stop - seen), 0))
@@ -202,6 +204,7 @@ class _Run:
 
     def _take_spare(self) -> None:
         """Replace a lost node, which becomes a spare after repair; without a spare wait for the first repaired node."""
+        # A heap of the times at which lost nodes come back, earliest first.
         while self.repaired_at and self.repaired_at[0] <= self.clock:
             heapq.heappop(self.repaired_at)
             self.spares += 1
@@ -219,6 +222,7 @@ def young(stall: float, mean_seconds_between_stops: float) -> float:
 
 def daly(stall: float, mean_seconds_between_stops: float) -> float:
     """Return the same to a higher order (Daly 2006, equation 37)."""
+    # Outside of the range of the expansion: Daly recommends one checkpoint per mean time between stops.
     if stall >= 2 * mean_seconds_between_stops:
         return mean_seconds_between_stops
     ratio = stall / (2 * mean_seconds_between_stops)

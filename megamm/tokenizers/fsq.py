@@ -38,6 +38,7 @@ class FSQ(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """Latent `[..., C]` of any real value to codes `[..., C]`; the gradient passes the rounding unchanged."""
         bounded = self.bound(latent)
+        # Straight-through estimator: rounding forward, identity backward (Bengio et al. 2013).
         rounded = bounded + (bounded.round() - bounded).detach()
         return rounded / (self.levels // 2)
 

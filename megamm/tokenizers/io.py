@@ -124,6 +124,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
                 what = f"{tensor} is both in {found[tensor]} and in {file.name}"
                 raise UserError(what, where=folder, remedy="download or copy the folder again")
             found[tensor] = file.name
+    # The index and the headers must agree on every tensor: with a stale index a wrong weight could be read.
     for tensor in sorted(said.keys() | found.keys()):
         if said.get(tensor) != found.get(tensor):
             is_said, is_so = (side.get(tensor, "no file") for side in (said, found))
@@ -161,6 +162,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def codec_id(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 over config and weights."""
+    # Over contents only: a copied or moved folder has the same id, and its token caches stay valid.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
         with file.open("rb") as weights:

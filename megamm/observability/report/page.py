@@ -88,6 +88,7 @@ def folded(title: str, text: str) -> str:
 
 def write(path: Path, title: str, body: str, style: str = "") -> None:
     """Write the page atomically; it loads no other files. style: CSS rules in addition to STYLE."""
+    # A page holds texts from events and prompts; even unescaped markup could then load and run nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -123,6 +124,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     if not high > low:
         return [low]
     rough = (high - low) / count
+    # The step is the smallest of 1, 2, 5 and 10 times this power that is not below the rough one.
     power = 10.0 ** math.floor(math.log10(rough))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)

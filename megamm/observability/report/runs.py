@@ -72,6 +72,7 @@ def find(folders: list[Path]) -> list[Path]:
 
 def _below(folder: Path) -> Iterator[Path]:
     for path, inner, files in os.walk(folder):
+        # os.walk descends only into what is left in `inner`: a run's own folders hold no runs.
         inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
         if events.EVENTS in files or metrics.METRICS in files:
             yield Path(path)
@@ -123,10 +124,10 @@ def _silent_after(beats: list[heartbeat.Beat], lines: list[dict[str, Any]]) -> f
 def _state(
     recorded: list[dict[str, Any]], beats: list[heartbeat.Beat], limit: float, steps: int | None, now: float
 ) -> tuple[State, str]:
+    """Return the state and its reason: by the last event of the run's life if that decides, else by the heartbeats."""
     life = [event for event in recorded if event["kind"] in LIFE]
     last: dict[str, Any] = life[-1] if life else {"kind": "none", "time": 0.0}
     heard = max((beat.time for beat in beats), default=0.0)
-    age = now - min((beat.time for beat in beats), default=last["time"])
     ended = bool(beats) and all(beat.phase == "end" for beat in beats)
     match last["kind"]:
         case "finished":
@@ -136,15 +137,19 @@ def _state(
         case "failed" | "evicted":
             return _after_failure(last, life, now)
         case "signal":
+            # The run was asked to stop; if its ranks were killed meanwhile, no "end" heartbeat will come.
             if ended or now - last["time"] > STARTUP_SECONDS:
                 return "stopped", f"{last.get('signal', 'a signal')}: run it again to continue"
             return "stopping", f"{last.get('signal', 'a signal')}: writing a checkpoint, then exiting"
         case "launched" | "restarting" if now - max(last["time"], heard) <= STARTUP_SECONDS:
             return "waiting", f"{last['kind']}, no step yet"
+    # From here on, the run makes steps or should do so.
+    age = now - min((beat.time for beat in beats), default=last["time"])
     has_agent = any(event["kind"] == "launched" for event in life)
     if ended and not (has_agent and age <= SILENT_SECONDS):  # an agent records the end, a moment later
         is_done = steps is not None and max(beat.step for beat in beats) >= steps
         return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to continue")
+    # The oldest heartbeat counts: one hung rank holds up all others.
     if age > limit:
         slowest = min(beats, key=lambda beat: beat.time, default=None)
         who = f"rank {slowest.rank} on {slowest.host}, in {slowest.phase}" if slowest else "no heartbeat"
@@ -155,6 +160,7 @@ def _state(
 def _after_failure(last: dict[str, Any], life: list[dict[str, Any]], now: float) -> tuple[State, str]:
     """Return the state after a failure: a restart follows, unless the user must fix an error or had stopped the run."""
     cause = str(last.get("cause") or f"{last['kind']}: {last.get('why', '')}")
+    # Events of earlier launches say nothing about the end of this one.
     since_launch = life[max((i for i, e in enumerate(life) if e["kind"] in ("launched", "restarting")), default=0) :]
     is_final = cause.startswith("error: ") or any(event["kind"] == "signal" for event in since_launch)
     if is_final or now - last["time"] > STARTUP_SECONDS:
@@ -203,6 +209,7 @@ class Tail:
         try:
             with self.path.open("rb") as file:
                 found = os.fstat(file.fileno())
+                # A restart replaces metrics.jsonl (os.replace): another inode, whose first lines are known already.
                 if found.st_ino != self.inode or found.st_size < self.offset:
                     self.inode, self.offset, known = found.st_ino, 0, self.newest
                 else:
@@ -211,6 +218,7 @@ class Tail:
                 text = file.read()
         except FileNotFoundError:
             return []
+        # The rest is a line that is being written; the next call reads it as a whole.
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
         lines = [line for line in map(_parsed, whole.splitlines()) if line.get("time", 0.0) > known]

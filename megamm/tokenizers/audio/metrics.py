@@ -110,6 +110,7 @@ def _word_errors(clips: list[TranscribedClip], decoded: list[Waveform], sample_r
         return recognise([resample(waveforms[i], sample_rate, RECOGNISER_RATE) for i in chosen])
 
     originals = dict(zip(spoken, heard([clip.waveform for clip in clips], spoken), strict=True))
+    # Clips that the recogniser does not understand in the original say nothing about the codec.
     understood = [i for i in spoken if word_error_rate([clips[i].said], [originals[i]]) <= 0.5]
     if not understood:
         return {"understood": 0.0}

@@ -88,6 +88,7 @@ class LogMel(nn.Module):
         magnitude = (self.inverse_filters @ mel).clamp(min=FLOOR**2)  # an exact zero could not grow again
         target = self.filters.T @ mel
         for _ in range(MAGNITUDE_STEPS):
+            # Multiplicative updates keep magnitudes positive; the floor avoids a division by zero in silence.
             magnitude = magnitude * target / (self.filters.T @ (self.filters @ magnitude)).clamp(min=FLOOR**2)
         return magnitude
 
@@ -100,6 +101,7 @@ class LogMel(nn.Module):
         last = torch.zeros_like(phase)
         for _ in range(PHASE_STEPS):
             spectrum = self.spectrum(self._inverse(magnitude * phase, samples))
+            # Take the phase of a consistent spectrum, extrapolated (which makes it fast), with the given magnitudes.
             phase = torch.sgn(spectrum + MOMENTUM * (spectrum - last))
             last = spectrum
         return self._inverse(magnitude * phase, samples)

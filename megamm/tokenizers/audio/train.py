@@ -44,6 +44,7 @@ class Crops:
         crops = np.zeros((len(numbers), self.crop), dtype=np.float32)
         for row, number in zip(crops, numbers, strict=True):
             waveform = self.waveforms[self.clip_of[number]]
+            # Seeded by number and epoch: a crop does not depend on the rank or the batch it is in.
             room = max(0, len(waveform) - self.crop)
             start = int(np.random.default_rng((number, epoch)).integers(room + 1))
             piece = waveform[start : start + self.crop]
@@ -107,6 +108,7 @@ def read_clips(
     count = min(len(members), MAX_CLIPS)
     clips: list[TranscribedClip] = []
     read = 0.0
+    # A fixed random order, so that `seconds` of held-out clips come from all sources.
     for chosen in np.random.default_rng(0).permutation(count).tolist():
         if read >= seconds:
             break

@@ -196,12 +196,14 @@ class PointsCodec(nn.Module):
         mean = hidden.mean(0)
         variances, directions = torch.linalg.eigh((hidden - mean).T @ (hidden - mean) / len(hidden))
         codes = len(self.config.levels)
+        # eigh sorts ascending: the last directions have the largest variance. Dividing by the deviation whitens them.
         weight = directions[:, -codes:].T / variances[-codes:, None].clamp(min=1e-12).sqrt()
         self.to_latent.weight.copy_(weight)
         self.to_latent.bias.copy_(-weight @ mean)
 
     def _cells(self, patches: Tensor) -> Tensor:
         """The cells `[B, P]` that contain the means of patches `[B, P, n, 9]`; x is the least significant digit."""
+        # From [-1, 1] to cell numbers along each axis; a mean exactly at 1 belongs to the last cell.
         digits = ((patches[..., :3].mean(2) + 1) / 2 * self.config.cells).floor().long().clamp(0, self.config.cells - 1)
         return digits[..., 0] + self.config.cells * (digits[..., 1] + self.config.cells * digits[..., 2])
 
@@ -235,6 +237,7 @@ def quantile_of_patch(patches: int) -> npt.NDArray[np.int64]:
     number, quantile = np.arange(patches), np.zeros((3, patches), dtype=np.int64)
     levels = patches.bit_length() - 1
     for level in range(levels):
+        # Bit by bit from the first cut: 1 if the patch is in the upper half of it.
         upper_half = number >> (levels - 1 - level) & 1
         quantile[level % 3] = 2 * quantile[level % 3] + upper_half
     return quantile
@@ -244,6 +247,7 @@ def halve(clouds: Tensor, patches: int) -> Tensor:
     """Clouds `[B, N, 9]` cut at medians into `[B, patches, N / patches, 9]`; equal coordinates keep their order."""
     parts = clouds
     for level in range(patches.bit_length() - 1):
+        # After sorting, cutting the sequence in two equal parts cuts at the median.
         parts = _sorted(parts, HALVING_AXES[level % 3])
         parts = parts.reshape(2 * len(parts), -1, CHANNELS)
     return parts.view(len(clouds), patches, -1, CHANNELS)
@@ -251,6 +255,7 @@ def halve(clouds: Tensor, patches: int) -> Tensor:
 
 def _in_one_order(clouds: Tensor) -> Tensor:
     """Points `[B, N, 9]` sorted by all their channels, so that points with one equal coordinate have an order too."""
+    # Stable sorts from the least to the most significant channel give one lexicographic order.
     for channel in reversed(range(CHANNELS)):
         clouds = _sorted(clouds, channel)
     return clouds
@@ -275,6 +280,7 @@ def patch_loss(target: Tensor, output: Tensor, colour_weight: float) -> Tensor:
     with torch.no_grad():  # the choice of the nearest point has no gradient, its distance has one
         distance = torch.cdist(target[..., :3], output[..., :3])
     total = output.new_zeros(())
+    # Both directions, so that neither side has points far from all points of the other.
     for axis, mine, others in ((2, target, output), (1, output, target)):
         nearest = distance.argmin(axis)
         matched = others.gather(1, nearest[:, :, None].expand(-1, -1, CHANNELS))

@@ -68,6 +68,7 @@ class VisualData:
         self.clip_frames = usable_frames(mix.frames, config.max_frames, config.frames_per_step)
         self.clips = len(videos)
         if images and videos:
+            # share = clips / (images + clips), solved for clips.
             self.clips = max(1, round(len(images) * mix.share / (1 - mix.share)))
 
     def __len__(self) -> int:
@@ -84,6 +85,7 @@ class VisualData:
             return self.images[number][None]
         video = self.videos[(number - len(self.images) + epoch * self.clips) % len(self.videos)]
         length = min(len(video), self.clip_frames)
+        # Seeded by number and epoch: a clip does not depend on the rank or the batch it is in.
         begin = int(np.random.default_rng((number, epoch)).integers(len(video) - length + 1))
         return video[begin : begin + length]
 
