@@ -71,7 +71,7 @@ INSTALL_REQUIRES = [
     "py3langid>=0.4,<1",
     # Reads meshes and clouds: glb, obj, ply.
     "trimesh>=4.5,<6",
-    # Copies of checkpoints to any kind of store (checkpoint.durable).
+    # Copies of checkpoints to any kind of store (checkpoint.remote).
     "fsspec>=2024.6",
 ]
 
@@ -84,7 +84,7 @@ EXTRAS_REQUIRE = {
     "slurm": ["submitit>=1.5,<2"],
     # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
     "parquet": ["pyarrow>=17"],
-    # Checkpoints to S3: checkpoint.durable=s3://bucket/prefix.
+    # Checkpoints to S3: checkpoint.remote=s3://bucket/prefix.
     "s3": ["s3fs>=2024.6"],
     # The second engine (megamm/engine/deepspeed), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],

@@ -67,7 +67,7 @@ def config_of(model: dict[str, int], batch: int) -> RunConfig:
             "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
             "tokenizers": {"text": "unused"},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1000, "global_batch": batch, "micro_batch": min(batch, MICRO_BATCH)},
+            "train": {"steps": 1000, "global_batch_size": batch, "micro_batch_size": min(batch, MICRO_BATCH)},
         },
         where="benchmark",
     )

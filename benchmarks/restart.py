@@ -35,7 +35,7 @@ def run(folder: Path) -> list[dict[str, Any]]:
 
     tiny_run.make_data(folder)
     steps = 2 * len(FAULTS) + 2
-    train = {"steps": steps, "global_batch": 4, "micro_batch": 1, "log_every": 1}
+    train = {"steps": steps, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1}
     resilience = {"backoff_seconds": 0, "hang_seconds": HANG_SECONDS}
     sections = {"train": train, "checkpoint": {"every": 2, "keep": 2}, "resilience": resilience}
     config = tiny_run.write_config(folder, folder / "run", **sections)

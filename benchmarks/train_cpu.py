@@ -49,7 +49,7 @@ def config_of(parallel: dict[str, Any]) -> RunConfig:
             "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
             "tokenizers": {"text": "unused"},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1000, "global_batch": MICRO_BATCH * MICROBATCHES, "micro_batch": MICRO_BATCH},
+            "train": {"steps": 1000, "global_batch_size": MICRO_BATCH * MICROBATCHES, "micro_batch_size": MICRO_BATCH},
             "parallel": parallel,
         },
         where="benchmark",
@@ -170,7 +170,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "TP=2, sequence": {"tensor": 2, "sequence": True},
     "PP=2": {"pipeline": 2},
     "CP=2, all-gather": {"context": 2},
-    "CP=2, all-to-all": {"context": 2, "context_exchange": "alltoall"},
+    "CP=2, all-to-all": {"context": 2, "cp_comm_type": "alltoall"},
 }
 
 

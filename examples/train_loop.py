@@ -54,7 +54,7 @@ def train(folder: Path, place: device.Device) -> None:
         "data": {"seq_length": 64, "sources": [{"path": str(folder / "shards/drawn")}]},
         "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "visual")},
         "optimizer": {"lr": 3e-3, "warmup_steps": 5},
-        "train": {"steps": 60, "global_batch": rows, "micro_batch": rows},
+        "train": {"steps": 60, "global_batch_size": rows, "micro_batch_size": rows},
     }
     config = config_from_dict(settings, where="settings")  # a mistake raises UserError
     process_groups.start(place)  # torchrun's job, or a world of this process alone

@@ -55,7 +55,7 @@ def write_config(folder: Path, codecs: dict[str, Path], sources: list[dict]) -> 
         "data": {"seq_length": 160, "sources": sources},
         "tokenizers": {name: str(path) for name, path in codecs.items()},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "train": {"steps": 12, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 12},
+        "train": {"steps": 12, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1, "eval_every": 12},
         "resilience": {"max_restarts": 0},  # in the process in which the toy modality is registered
     }
     path = folder / "run.yaml"

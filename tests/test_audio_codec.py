@@ -17,12 +17,11 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.modalities.audio import AudioModality
 from megamm.shards.folder import ShardWriter
-from megamm.tokenizers.audio import word_error
-from megamm.tokenizers.audio.mel import FLOOR, LogMel
-from megamm.tokenizers.audio.metrics import Clip, evaluate, evaluate_waveforms, stft_distance
-from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
+from megamm.tokenizers.audio import metrics
+from megamm.tokenizers.audio.metrics import TranscribedClip, evaluate, evaluate_waveforms, stft_distance
+from megamm.tokenizers.audio.model import FLOOR, AudioCodec, AudioCodecConfig, LogMel
 from megamm.tokenizers.audio.train import Crops, read_clips, train_audio_codec
-from megamm.tokenizers.residual_fsq import ResidualFSQ
+from megamm.tokenizers.fsq import ResidualFSQ
 from megamm.tokenizers.training_loop import COLLAPSED, Training
 
 SIZES = dict(mels=40, codebooks=3, levels=(5, 4, 4), width=48, encoder_depth=1, decoder_depth=1)
@@ -285,17 +284,21 @@ def test_the_command_trains_and_reports(source, tmp_path):
 
 
 def test_transcripts_become_words():
-    assert word_error.words("Press 1, or #! (beep) [tone] It's <break> 42.") == "press one or it's four two"
+    assert metrics.words("Press 1, or #! (beep) [tone] It's <break> 42.") == "press one or it's four two"
 
 
 def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
-    clips = [Clip(chirp(1), "a rising tone"), Clip(chirp(2), ""), Clip(chirp(3), "un autre son")]
-    monkeypatch.setattr(word_error, "recognise", lambda waveforms: ["a falling tone"] * len(waveforms))
+    clips = [
+        TranscribedClip(chirp(1), "a rising tone"),
+        TranscribedClip(chirp(2), ""),
+        TranscribedClip(chirp(3), "un autre son"),
+    ]
+    monkeypatch.setattr(metrics, "recognise", lambda waveforms: ["a falling tone"] * len(waveforms))
     figures = evaluate_waveforms(codec, clips)
     assert figures["understood"] == 0.5  # of two with words; the recogniser does not support the language of one
     assert figures["word_error"] == figures["word_error_of_originals"] == pytest.approx(1 / 3)
     assert figures["word_error"] == pytest.approx(jiwer.wer("a rising tone", "a falling tone"))
-    monkeypatch.setattr(word_error, "PACKAGES", ("pocketsphinx", "no_such_package"))
+    monkeypatch.setattr(metrics, "PACKAGES", ("pocketsphinx", "no_such_package"))
     with caplog.at_level(logging.INFO):
         assert "word_error" not in evaluate_waveforms(codec, clips)
     assert "not measured: no_such_package is not installed" in caplog.text
@@ -304,7 +307,7 @@ def test_speech_is_measured_beside_the_originals(codec, monkeypatch, caplog):
 def test_the_recogniser_forgets_what_it_heard_before():
     click = np.zeros(RATE // 4, dtype=np.float32)
     click[1000] = 0.5
-    heard = word_error.recognise([click, click])
+    heard = metrics.recognise([click, click])
     assert heard[0] == heard[1] == heard[0].lower()
 
 

@@ -201,5 +201,5 @@ def test_ids_that_are_no_sound_are_refused(audio, ids):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a codec of family audio"):
+    with pytest.raises(UserError, match="not a tokenizer for audio"):
         AudioModality.load(tmp_path)

@@ -15,7 +15,7 @@ from megamm import checkpoint
 from megamm.checkpoint import index
 from megamm.common.errors import UserError
 
-TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "stop_after": 4}
+TRAIN = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1, "stop_after": 4}
 
 
 @pytest.fixture(scope="module")

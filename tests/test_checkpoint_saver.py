@@ -155,11 +155,11 @@ def test_all_ranks_stop_together(worlds, tmp_path):
 
 
 def test_state_is_read_back_and_holds_no_secrets(tmp_path):
-    config = {"checkpoint": {"durable": "s3://me:hidden@host/bucket/run?token=hidden"}, "list": ["http://a@b/c"]}
+    config = {"checkpoint": {"remote": "s3://me:hidden@host/bucket/run?token=hidden"}, "list": ["http://a@b/c"]}
     whole = replace(checkpoint_state(), config=config, tokens={"text": 5}, loss_guard={"skipped": [3]})
     (tmp_path / "state.json").write_bytes(whole.to_json())
     read = checkpoint.read_state(tmp_path)
-    assert read.config == {"checkpoint": {"durable": "s3://***@host/bucket/run?token=***"}, "list": ["http://***@b/c"]}
+    assert read.config == {"checkpoint": {"remote": "s3://***@host/bucket/run?token=***"}, "list": ["http://***@b/c"]}
     assert replace(read, config=config) == whole
     old = json.loads(whole.to_json())
     for name in ("tokens", "loss_guard", "mixture"):

@@ -25,7 +25,7 @@ from megamm.common import events
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
 
-TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 2, "stop_after": 6}
+TRAIN = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1, "eval_every": 2, "stop_after": 6}
 SECRET = "zq7secretsecretsecretzq7"
 
 
@@ -34,7 +34,7 @@ def trained(tmp_path_factory) -> Path:
     """Train 6 steps with checkpoints 2, 4, 6, copied to file://…/durable; secrets are in its environment."""
     folder = tmp_path_factory.mktemp("trained")
     make_data(folder)
-    section = {"every": 2, "keep": 3, "keep_best": True, "durable": f"file://{folder}/durable"}
+    section = {"every": 2, "keep": 3, "keep_best": True, "remote": f"file://{folder}/durable"}
     config = write_config(folder, folder / "run", train=TRAIN, checkpoint=section)
     secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "MY_TOKEN": SECRET}
     command = [sys.executable, "-m", "megamm", "train", str(config)]
@@ -96,7 +96,7 @@ def test_config_refuses_secrets_without_repeating_them(trained, url):
     import yaml
 
     config = yaml.safe_load((trained / "run.yaml").read_text())
-    config["checkpoint"]["durable"] = url
+    config["checkpoint"]["remote"] = url
     with pytest.raises(UserError) as caught:
         config_from_dict(config, "run.yaml")
     assert "hunter2" not in str(caught.value)
@@ -117,7 +117,7 @@ def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
     shutil.rmtree(lost / "checkpoints")
     told = []
     for output, durable in ((lost, f"file://{trained}/durable"), (own, None)):
-        section = {"every": 0, "keep": 3, "keep_best": True} | ({"durable": durable} if durable else {})
+        section = {"every": 0, "keep": 3, "keep_best": True} | ({"remote": durable} if durable else {})
         done = megamm("train", write_config(trained, output, train=TRAIN | {"stop_after": 8}, checkpoint=section))
         assert done.returncode == 0, done.stderr
         told.append([e["tier"] for e in events.read(output) if e["kind"] == "resumed"])

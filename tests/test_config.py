@@ -1,14 +1,18 @@
 """Configs: overrides, one-line errors that suggest the nearest key, rejection before any process starts."""
 
+import copy
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from megamm import cli
 from megamm.common.errors import UserError
-from megamm.config import RunConfig, config_from_dict, load_config, reference
+from megamm.config import RunConfig, apply_overrides, config_from_dict, load, load_config, reference
 from megamm.model import layout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
@@ -54,6 +58,87 @@ def test_a_resolved_config_reads_back_equal():
     assert again == config
 
 
+EARLIER = {
+    "start_from": {"checkpoint": "runs/a", "rules": [{"new": "mtp.*"}]},
+    "checkpoint.durable": "file:///copies",
+    "train.global_batch": 12,
+    "train.micro_batch": 3,
+    "parallel.context_exchange": "alltoall",
+    "deepspeed.offload": True,
+    "resilience.rendezvous.join": 7.0,
+    "resilience.rendezvous.last_call": 8.0,
+    "resilience.rendezvous.keep_alive": 9.0,
+}
+"""A value, other than the default, for every key that had another name."""
+
+
+def _at(data: Any, key: str) -> Any:
+    for part in key.split("."):
+        data = data[part]
+    return data
+
+
+def _put(data: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
+    *parents, last = key.split(".")
+    section = data
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[last] = value
+    return data
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
+    """Return the lines logged so far; a key is reported once per process."""
+    monkeypatch.setattr(load, "_logged", set())
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "megamm.config.load"]
+
+
+def test_every_renamed_key_is_listed():
+    keys = set(load._all_keys(RunConfig, ""))
+    assert EARLIER.keys() == load.RENAMED.keys()
+    assert keys.isdisjoint(load.RENAMED) and keys.issuperset(load.RENAMED.values())
+
+
+@pytest.mark.parametrize("old", EARLIER)
+def test_an_earlier_key_sets_the_new_one(old, lines, tmp_path):
+    new, value, path = load.RENAMED[old], EARLIER[old], tmp_path / "run.yaml"
+    example = yaml.safe_load(EXAMPLE.read_text())
+    earlier = config_from_dict(example, "new").model_dump(mode="json")
+    for key in (old, new):  # remove today's key: a stored config of the earlier version lacks it
+        *parents, last = key.split(".")
+        _at(earlier, ".".join(parents)).pop(last, None) if parents else earlier.pop(last, None)
+    expected = config_from_dict(_put(copy.deepcopy(earlier), new, value), "new")
+    assert not lines()
+
+    assert config_from_dict(_put(earlier, old, value), "state.json") == expected
+    inner = [f".{key}" for key in value] if isinstance(value, dict) else [""]
+    assert lines() == [f"state.json: the key {old}{key} is now {new}{key}" for key in inner]
+    assert _at(earlier, old) == value, "the caller's mapping is as it was"
+    assert config_from_dict(earlier, "state.json") == expected and len(lines()) == len(inner), "reported once"
+
+    path.write_text(yaml.safe_dump(earlier))
+    assert load_config(path) == expected
+    overrides = [f"{old}{key}={json.dumps(_at(EARLIER[old], key[1:]) if key else value)}" for key in inner]
+    path.write_text(yaml.safe_dump({key: inside for key, inside in earlier.items() if key != old}))
+    assert load_config(path, overrides) == expected
+
+
+@pytest.mark.parametrize("old", EARLIER)
+def test_a_key_under_both_names_is_one_error(old):
+    new, data = load.RENAMED[old], yaml.safe_load(EXAMPLE.read_text())
+    with pytest.raises(UserError, match=f"^{old} and {new} are both given .run.yaml.; remove {old}"):
+        config_from_dict(_put(_put(data, old, EARLIER[old]), new, EARLIER[old]), "run.yaml")
+
+
+def test_overrides_win_over_a_file_with_earlier_keys(lines):
+    data = {"train": {"global_batch": 4, "micro_batch": 1}, "start_from": {}}
+    apply_overrides(data, ["train.global_batch_size=8", "train.micro_batch=2", "train.micro_batch_size=4"], "run.yaml")
+    assert data == {"train": {"global_batch_size": 8, "micro_batch_size": 4}, "init_from": {}}
+    apply_overrides(data, ["start_from.checkpoint=a", "init_from.rules=[]"])
+    assert data["init_from"] == {"checkpoint": "a", "rules": []}
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -96,20 +181,29 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (2, ["parallel.pipeline=2", "parallel.layers_per_chunk=[4]"], "does not split 4 layers into 2 chunks"),
         (
             2,
-            ["parallel.pipeline=2", "parallel.virtual_pipeline=2", "train.global_batch=9", "train.micro_batch=3"],
+            [
+                "parallel.pipeline=2",
+                "parallel.virtual_pipeline=2",
+                "train.global_batch_size=9",
+                "train.micro_batch_size=3",
+            ],
             "microbatches of a step = 3 is not divisible by parallel.pipeline = 2",
         ),
         (2, ["parallel.tensor=2", "parallel.sequence=true", "data.seq_length=255"], "data.seq_length = 255"),
         (2, ["parallel.sequence=true"], "parallel.sequence needs parallel.tensor > 1"),
         (2, ["parallel.context=2", "data.seq_length=254"], "data.seq_length = 254 is not divisible by parts of a row"),
-        (4, ["parallel.context=4", "parallel.tensor=2", "parallel.context_exchange=alltoall"], "world size = 4"),
+        (4, ["parallel.context=4", "parallel.tensor=2", "parallel.cp_comm_type=alltoall"], "world size = 4"),
         (
             8,
-            ["parallel.context=4", "parallel.tensor=2", "parallel.context_exchange=alltoall"],
+            ["parallel.context=4", "parallel.tensor=2", "parallel.cp_comm_type=alltoall"],
             "attention heads of a tensor rank = 2 is not divisible by parallel.context (alltoall) = 4",
         ),
         (2, ["parallel.expert=2"], "parallel.expert > 1 needs a model with experts"),
-        (3, ["parallel.expert=3", "train.micro_batch=1", "train.global_batch=9", *MOE], "model.moe.num_experts = 4"),
+        (
+            3,
+            ["parallel.expert=3", "train.micro_batch_size=1", "train.global_batch_size=9", *MOE],
+            "model.moe.num_experts = 4",
+        ),
         (
             1,
             ["parallel.expert=4", *MOE],
@@ -138,7 +232,7 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         ),
         (2, ["engine=deepspeed", "parallel.tensor=2"], "engine=deepspeed supports only data parallelism"),
         (2, [*MOE, "parallel.tensor=2"], "MoE with parallel.tensor > 1 needs sequence parallel"),
-        (3, ["train.micro_batch=1"], "is not divisible by micro_batch x data parallel = 3"),
+        (3, ["train.micro_batch_size=1"], "is not divisible by micro_batch_size x data parallel = 3"),
         (1, ["optimizer.warmup_steps=100000"], "optimizer.warmup_steps=100000 must be less than"),
         (1, ["optimizer.schedule=wsd"], "optimizer.schedule=wsd needs decay_steps"),
         (1, ["optimizer.min_lr=1"], "optimizer.min_lr > optimizer.lr"),

@@ -20,7 +20,7 @@ from megamm.config import config_from_dict
 from megamm.convert.extras import card
 from megamm.convert.extras.modules import join, split
 from megamm.convert.io.export_folder import check_digests, write_digests
-from megamm.tokenizers.encoder_decoder import KINDS, load_half, save_half
+from megamm.tokenizers.encoder_decoder import KINDS, load_module, save_module
 from megamm.tokenizers.io import codec_id
 from megamm.tokenizers.load import load_codec
 
@@ -72,10 +72,10 @@ def test_text_base_is_an_export(parts):
 def test_halves_of_the_codecs_do_what_the_codecs_do(export, parts):
     image, _ = load_codec(export / "codecs" / "visual", KINDS["visual"], "visual")
     ids = torch.randint(0, image.codebook_size, (3, 2 * image.grid_size**2))
-    decoder = load_half(parts / "image_decoder")
+    decoder = load_module(parts / "image_decoder")
     assert torch.equal(decoder.decode(ids), image.decode(ids))
     audio, _ = load_codec(export / "codecs" / "audio", KINDS["audio"], "audio")
-    encoder = load_half(parts / "audio_encoder")
+    encoder = load_module(parts / "audio_encoder")
     clips = torch.stack([noise(3001, 1), noise(3001, 2)])
     for mine, theirs in zip(encoder.encode(clips, [3001, 77]), audio.encode(clips, [3001, 77]), strict=True):
         assert torch.equal(mine, theirs)
@@ -91,16 +91,19 @@ def codecs(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_halves_of_codecs_of_transformers(codecs, name, tmp_path):
-    family = "audio" if name in AUDIO else "visual"
+def test_encoders_and_decoders_of_codecs_of_transformers(codecs, name, tmp_path):
+    tokenizer = "audio" if name in AUDIO else "visual"
     if name == "chameleon":
-        assert not save_half(codecs[name], family, "decoder", tmp_path / "half") and not (tmp_path / "half").exists()
+        assert (
+            not save_module(codecs[name], tokenizer, "decoder", tmp_path / "decoder")
+            and not (tmp_path / "decoder").exists()
+        )
         return
-    whole, _ = load_codec(codecs[name], {}, family)
-    assert save_half(codecs[name], family, "encoder", tmp_path / "encoder")
-    assert save_half(codecs[name], family, "decoder", tmp_path / "decoder")
-    encoder, decoder = load_half(tmp_path / "encoder"), load_half(tmp_path / "decoder")
-    if family == "audio":
+    whole, _ = load_codec(codecs[name], {}, tokenizer)
+    assert save_module(codecs[name], tokenizer, "encoder", tmp_path / "encoder")
+    assert save_module(codecs[name], tokenizer, "decoder", tmp_path / "decoder")
+    encoder, decoder = load_module(tmp_path / "encoder"), load_module(tmp_path / "decoder")
+    if tokenizer == "audio":
         (ids,) = whole.encode(noise(99)[None], [99])
         assert torch.equal(encoder.encode(noise(99)[None], [99])[0], ids)
     else:
@@ -108,17 +111,17 @@ def test_halves_of_codecs_of_transformers(codecs, name, tmp_path):
         assert torch.equal(encoder.encode(pictures(2, 1)), ids)
     assert torch.equal(decoder.decode(ids), whole.decode(ids))
     with pytest.raises(UserError, match=r"lack|half"):
-        load_codec(tmp_path / "decoder", {}, family)  # half of a codec is rejected
+        load_codec(tmp_path / "decoder", {}, tokenizer)  # a decoder alone is rejected
 
 
-def test_a_damaged_half_is_refused(parts, tmp_path):
+def test_a_damaged_encoder_or_decoder_is_refused(parts, tmp_path):
     kept = load_file(parts / "image_decoder" / "model.safetensors")
     config = (parts / "image_decoder" / "config.json").read_text()
     for number, (tensors, text, what) in enumerate(
         [
             ({k: v for k, v in kept.items() if k != "decoder.stem.weight"}, config, "decoder.stem.weight is missing"),
             (kept | {"decoder.more": torch.zeros(1)}, config, "decoder.more is missing or unknown"),
-            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not a half of a codec"),
+            (kept, config.replace('"half": "decoder"', '"half": "both"'), "not the encoder or decoder of a tokenizer"),
         ]
     ):
         folder = tmp_path / str(number)
@@ -126,7 +129,7 @@ def test_a_damaged_half_is_refused(parts, tmp_path):
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(text)
         with pytest.raises(UserError, match=what):
-            load_half(folder)
+            load_module(folder)
 
 
 def test_the_parts_are_the_export_again(export, parts, tmp_path):

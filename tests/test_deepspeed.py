@@ -52,7 +52,7 @@ BF16_RESUMED = _marked([f"bf16-native-zero{stage}" for stage in (1, 2, 3)])
 
 
 def _zero(stage: int, offload: bool = False) -> dict[str, Any]:
-    return {"engine": "deepspeed", "deepspeed": {"zero": stage, "offload": offload}}
+    return {"engine": "deepspeed", "deepspeed": {"zero": stage, "offload_optimizer": offload}}
 
 
 def _cases() -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ def _config(parallel: dict[str, Any], model: dict[str, Any], **train: Any) -> Ru
             "data": {"seq_length": 64, "sources": [{"path": "unused"}]},
             "tokenizers": {},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 2, "global_batch": 64, "micro_batch": 1} | train,
+            "train": {"steps": 2, "global_batch_size": 64, "micro_batch_size": 1} | train,
         },
         "test",
     )
@@ -314,7 +314,7 @@ def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:
     assert "256 tokens in 2 microbatches" in done.stdout
     assert not (tmp_path / "run").exists()
     # The start is checked as before a run, without reading the source's tensors.
-    start = load_config(config, [f"start_from.checkpoint={tmp_path / 'nowhere'}"])
+    start = load_config(config, [f"init_from.checkpoint={tmp_path / 'nowhere'}"])
     with pytest.raises(UserError, match="nowhere"):
         dry_run.report(start, 4)
 

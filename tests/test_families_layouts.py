@@ -144,7 +144,7 @@ def test_converted_weights_at_every_layout(
     worlds: Any, converted: Callable[[str], Converted], name: str, world: int, parallel: dict[str, Any], tmp_path: Path
 ) -> None:
     model = converted(name)
-    case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1} | model.settings | parallel)
+    case = Case.of(world, {"train.global_batch_size": 8, "train.micro_batch_size": 1} | model.settings | parallel)
     m = case.config.model
     assert LAYOUTS[name] == [
         *ALONE,

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from megamm.observability.goodput import KINDS, account
-from megamm.observability.restarts import Restart
+from megamm.observability.goodput import KINDS, Restart, account
 
 
 def line(time, step, steps, step_seconds, wait=0.0, evaluation=0.0, stall=0.0):
@@ -100,8 +99,8 @@ def test_a_roll_back_inside_of_an_attempt_is_seen_by_its_lines():
     events = [event(0, "launched"), event(0, "started", step=0)]
     result = account(events, [line(10, 10, 10, 10.0), line(16, 10, 6, 6.0)])
     assert seconds(result) == pytest.approx({"productive": 4 + 6, "repeated": 6})
-    going_on = account(events, [line(10, 10, 10, 10.0)], going_on_from=7)
-    assert seconds(going_on) == pytest.approx({"productive": 7, "repeated": 3})
+    resuming = account(events, [line(10, 10, 10, 10.0)], resuming_from=7)
+    assert seconds(resuming) == pytest.approx({"productive": 7, "repeated": 3})
 
 
 def test_failing_before_the_first_step_and_a_new_job():

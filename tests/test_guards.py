@@ -54,7 +54,8 @@ class Runs:
         self, name: str, *faults: Fault, steps: int = 8, guard: dict[str, Any] | None = None, **sections: Any
     ) -> tuple[str, str] | None:
         """Return kind and text of the error that all ranks ended with; None if they succeeded."""
-        sections["train"] = {"steps": 12, "stop_after": steps, "global_batch": 4, "micro_batch": 1, "log_every": 1}
+        train = {"steps": 12, "stop_after": steps, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1}
+        sections["train"] = train
         sections["resilience"] = sections.get("resilience", {}) | {"loss_guard": guard or {}}
         config = write_config(self.folder, self.folder / name, **sections)
         ended = self.worlds.run(2, guard_faults.train, Case(str(config), list(faults)), timeout=180)
@@ -234,7 +235,7 @@ def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
 def test_roll_back_holds_in_remote_storage_too(runs):
     """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
     url = f"file://{runs.folder}/durable_copies"
-    kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "durable": url}}
+    kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "remote": url}}
     run = runs.run("durable", steps=8, **kept)
     tier, latest = RemoteCheckpoints(url), run / "checkpoints" / "latest"
     assert tier.complete()[-1] == "step_00000008"
@@ -368,7 +369,7 @@ def test_deepspeed_cannot_skip():
         "data": {"seq_length": 64, "sources": [{"path": "x"}]},
         "tokenizers": {"text": "x"},
         "optimizer": {"lr": 1e-3},
-        "train": {"steps": 2, "global_batch": 1, "micro_batch": 1},
+        "train": {"steps": 2, "global_batch_size": 1, "micro_batch_size": 1},
     }
     layout.check(config_from_dict(config, "test"), 1)
     with pytest.raises(UserError, match=r"loss_guard\.action=skip"):

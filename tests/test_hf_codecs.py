@@ -63,12 +63,12 @@ def refused(folder, family_name, match):
 
 def test_other_models_are_refused(folders, tmp_path):
     refused(
-        folders["dac"], "visual", "'dac' is not a codec of family visual.*emu3_vqgan or chameleon_vqgan or janus_vqgan"
+        folders["dac"], "visual", "'dac' is not a tokenizer for visual.*emu3_vqgan or chameleon_vqgan or janus_vqgan"
     )
-    refused(folders["emu3"], "audio", "'emu3_vqgan' is not a codec of family audio.*mimi or encodec or dac")
-    refused(folders["emu3"], "points", "'emu3_vqgan' is not a codec of family points.*tokenizer train points`$")
-    refused(edited(folders, "dac", tmp_path / "a", model_type="bert"), "audio", "'bert' is not a codec of family audio")
-    refused(edited(folders, "dac", tmp_path / "k", kind="megamm-y"), "audio", "kind 'megamm-y' is not of family audio")
+    refused(folders["emu3"], "audio", "'emu3_vqgan' is not a tokenizer for audio.*mimi or encodec or dac")
+    refused(folders["emu3"], "points", "'emu3_vqgan' is not a tokenizer for points.*tokenizer train points`$")
+    refused(edited(folders, "dac", tmp_path / "a", model_type="bert"), "audio", "'bert' is not a tokenizer for audio")
+    refused(edited(folders, "dac", tmp_path / "k", kind="megamm-y"), "audio", "kind 'megamm-y' is not one for audio")
     refused(edited(folders, "mimi", tmp_path / "b", audio_channels=2), "audio", "2 channels; only mono")
     refused(edited(folders, "encodec", tmp_path / "c", audio_channels=2), "audio", "2 channels; only mono")
     refused(edited(folders, "encodec", tmp_path / "d", normalize=True), "audio", "scale for each chunk")
@@ -79,7 +79,7 @@ def test_other_models_are_refused(folders, tmp_path):
 
 
 def test_damage_is_named(folders, tmp_path):
-    refused(tmp_path / "none", "audio", "not a codec of family audio")
+    refused(tmp_path / "none", "audio", "not a tokenizer for audio")
     refused(edited(folders, "dac", tmp_path / "a", codebook_size="many"), "audio", "DacModel cannot be used: .*many")
     refused(
         edited(folders, "dac", tmp_path / "b", n_codebooks=4), "audio", "lack .* tensors of DacModel, such as quant"

@@ -141,5 +141,5 @@ def test_ids_that_are_no_image_are_refused(folder, ids):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a codec of family visual"):
+    with pytest.raises(UserError, match="not a tokenizer for visual"):
         ImageModality.load(tmp_path)

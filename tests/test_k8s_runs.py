@@ -23,7 +23,7 @@ WORK = "/mnt/work"
 SECTIONS = {
     "train": fault_matrix.TRAIN,
     "checkpoint": fault_matrix.CHECKPOINT | {"local": "/mnt/local"},
-    "resilience": {"hang_seconds": 60, "rendezvous": {"last_call": 1, "keep_alive": 1}},
+    "resilience": {"hang_seconds": 60, "rendezvous": {"last_call_timeout": 1, "keep_alive_interval": 1}},
 }
 
 

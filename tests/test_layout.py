@@ -20,7 +20,7 @@ def _config(layers: int, pipeline: int, virtual: int = 1, **model) -> RunConfig:
             "data": {"seq_length": 64, "sources": [{"path": "unused"}]},
             "tokenizers": {},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1, "global_batch": 8, "micro_batch": 1},
+            "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": 1},
             "parallel": {"pipeline": pipeline, "virtual_pipeline": virtual},
         },
         "test",

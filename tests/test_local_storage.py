@@ -122,7 +122,8 @@ def test_a_killed_rank_costs_no_step(data, expected):
 def test_nodes_that_are_lost(data, expected):
     """If one node loses its memory, its peer's replica is used; if both do, the run's folder."""
     run = Run(data, "nodes", ">pause@step:7:0:0>pause@step:10:0:1", local="$NODE")
-    options = ["--nnodes", "2:2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
+    options = ["--nnodes", "2:2", "--rendezvous", f"127.0.0.1:{free_port()}"]
+    options.append("resilience.rendezvous.last_call_timeout=1")
     try:
         for node in ("a", "b"):
             run.start(node, *options)

@@ -32,7 +32,7 @@ def gradients(request):
             "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
             "tokenizers": {"text": "unused"},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1, "global_batch": 8, "micro_batch": MICRO},
+            "train": {"steps": 1, "global_batch_size": 8, "micro_batch_size": MICRO},
         },
         "test",
     )

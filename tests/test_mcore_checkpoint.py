@@ -196,7 +196,7 @@ class Folders:
 
     def __init__(self, worlds: Worlds, family: str, folder: Path) -> None:
         model, layouts = FAMILIES[family]
-        batch = {"train.global_batch": 24, "train.micro_batch": 1}
+        batch = {"train.global_batch_size": 24, "train.micro_batch_size": 1}
         self.worlds = worlds
         self.cases = [Case.of(world, batch | model | parallel) for world, parallel in [(1, {}), *layouts]]
         self.saved = [folder / f"layout{i}" for i in range(len(self.cases))]
@@ -255,7 +255,7 @@ def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
     steady = [block for block in engine.blocks() if block.steady]
     before, seen = [block.data.clone() for block in steady], []
     engine.before_update = lambda: seen.extend(block.data.clone() for block in steady)
-    batch = rows.global_batch(1, 1, [(True, True)] * config.train.global_batch, config.data.seq_length)
+    batch = rows.global_batch(1, 1, [(True, True)] * config.train.global_batch_size, config.data.seq_length)
     engine.compute_gradients(rows.rank_batches(batch, 2, 0, 1), torch.ones(2, dtype=torch.float64))
     engine.apply_update()
     told = all(torch.equal(a, b) for a, b in zip(before, seen, strict=True))
@@ -263,5 +263,5 @@ def told_before_updates(settings: tuple[tuple[str, Any], ...]) -> list[bool]:
 
 
 def test_steady_blocks_change_at_updates_alone(worlds):
-    done = worlds.run(1, told_before_updates, Case.of(1, {"train.global_batch": 4} | RICH).settings, timeout=60)
+    done = worlds.run(1, told_before_updates, Case.of(1, {"train.global_batch_size": 4} | RICH).settings, timeout=60)
     assert done == [[True, False]], done

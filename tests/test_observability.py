@@ -24,8 +24,8 @@ from megamm.elastic import heartbeat
 from megamm.observability import metrics
 from megamm.observability.goodput import account
 from megamm.observability.prometheus import TEXTFILE, Exporter
+from megamm.observability.report.page import Series, number, plot, thin, ticks
 from megamm.observability.report.run import write_report
-from megamm.observability.report.svg import Series, number, plot, thin, ticks
 
 STEPS = 24
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory) -> Path:
     """Run, killed after the line of step 14, then resumed; lines every 2 steps, checkpoints every 5."""
     folder = tmp_path_factory.mktemp("observed")
     make_data(folder)
-    train = {"steps": STEPS, "global_batch": 4, "micro_batch": 1, "log_every": 2, "eval_every": 8}
+    train = {"steps": STEPS, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 2, "eval_every": 8}
     config = write_config(folder, folder / "run", train=train, checkpoint={"every": 5})
     output = folder / "run"
     env = with_faults("kill_command_once_saved@data:15:0:0", environment())
@@ -234,7 +234,8 @@ def test_report_of_a_killed_run(run, tmp_path):
     plots = re.findall(r'aria-label="([^"]+)"', out.read_text())
     assert {"text (nats/token) over step", "image (nats/token) over step", "time line"} <= set(plots)
     assert {"Throughput (tokens/s) over step", "Gradient norm (before clipping) over step"} <= set(plots)
-    for words in (f"{STEPS} / {STEPS}", "repeated", "data wait", "Configuration", "megatron-core", "global_batch: 4"):
+    setup = ("Configuration", "megatron-core", "global_batch_size: 4")
+    for words in (f"{STEPS} / {STEPS}", "repeated", "data wait", *setup):
         assert words in page.text, words
     polylines = out.read_text().count("<polyline")
     assert polylines >= 6
@@ -265,7 +266,7 @@ def test_report_is_escaped_and_holds_no_secret(tmp_path, monkeypatch):
 
 
 def test_redaction_leaves_what_is_no_secret():
-    plain = {"tokens_per_s": 3.0, "tokenizers": {"text": "/a/b"}, "micro_batch": 1, "note": "the token of a word"}
+    plain = {"tokens_per_s": 3.0, "tokenizers": {"text": "/a/b"}, "micro_batch_size": 1, "note": "the token of a word"}
     assert redact.values(plain) == plain
     assert redact.values({"api_key": "k", "list": [{"AWS_SECRET_ACCESS_KEY": "v"}]}) == {
         "api_key": "***",

@@ -200,7 +200,7 @@ def test_a_saved_codec_gives_the_same_ids(tmp_path: Path) -> None:
     save_codec(module, tmp_path)
     loaded, codec_id = load_codec(tmp_path, {KIND: PointsCodec}, "points")
     assert torch.equal(loaded.eval().encode(batch), module.encode(batch)) and len(codec_id) == 12
-    with pytest.raises(UserError, match="is not of family visual"):
+    with pytest.raises(UserError, match="is not one for visual"):
         load_codec(tmp_path, {"another": PointsCodec}, "visual")
 
 

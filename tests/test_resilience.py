@@ -18,7 +18,7 @@ from megamm.common import events
 from megamm.elastic import heartbeat
 from megamm.observability import metrics
 
-TRAIN = {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1, "eval_every": 4}
+TRAIN = {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}
 QUICK = {"backoff_seconds": 0, "same_step_limit": 9}
 COMMANDS = []
@@ -196,7 +196,7 @@ def test_what_the_user_must_mend_is_told_in_one_line_and_not_tried_again(data):
 @pytest.mark.everything
 def test_two_nodes_tell_the_users_mistake_once(data):
     output, config = config_of(data, "mistake_of_nodes")
-    options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call=1"]
+    options = ["--nnodes", "2", "--rendezvous", f"127.0.0.1:{free_port()}", "resilience.rendezvous.last_call_timeout=1"]
     nodes = [start(config, *options, faults="user_error@step:2:1:*") for _ in range(2)]
     assert [node.wait(timeout=120) for node in nodes] == [2, 2], output_of(config)
     assert errors_of(config) == ["error: an injected mistake; fix it"]
@@ -249,7 +249,7 @@ def test_a_single_process_without_restarts_saves_on_a_signal(data):
 def test_nodes_come_and_go(data, undisturbed):
     """One node, then two and a spare, which takes over; one continues alone, another joins; the rows are the same."""
     output, config = config_of(data, "nodes", hang_seconds=60)
-    times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
+    times = ["resilience.rendezvous.keep_alive_interval=1", "resilience.rendezvous.last_call_timeout=1"]
     options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
     # It is asked in step 3 and stops after 3 or 4: a rank that has begun the next step finishes it.
     kills = "kill_command@step:5:1:1,kill_command@step:5:1:2"
@@ -299,7 +299,7 @@ def test_a_faulty_node_is_evicted(data, undisturbed):
     No node leaves anything in its memory.
     """
     output, config = config_of(data, "evicted", "$NODE", hang_seconds=60, loss_guard={"evict": True})
-    times = ["resilience.rendezvous.keep_alive=1", "resilience.rendezvous.last_call=1"]
+    times = ["resilience.rendezvous.keep_alive_interval=1", "resilience.rendezvous.last_call_timeout=1"]
     options = ["--nnodes", "1:2", "--rendezvous", f"127.0.0.1:{free_port()}", *times]
     # Until asked, so that all three nodes have joined: it stops after step 2 or 3.
     faults = "until_asked@data:2:0:0,nan@step:4:0:1,nan@step:6:1:2"

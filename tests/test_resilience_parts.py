@@ -385,7 +385,7 @@ def config(**sections):
             "data": {"seq_length": 64, "sources": [{"path": "x"}]},
             "tokenizers": {},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 8, "global_batch": 8, "micro_batch": 1},
+            "train": {"steps": 8, "global_batch_size": 8, "micro_batch_size": 1},
         }
         | sections,
         where="test",
@@ -396,7 +396,7 @@ def test_numbers_of_nodes_that_divide_the_batch():
     assert admissible_nodes(config(), 1, Nodes.parse("1:9", "h:1")) == (1, 2, 4, 8)
     assert admissible_nodes(config(), 2, Nodes.parse("1:9", "h:1")) == (1, 2, 4)
     assert admissible_nodes(config(parallel={"tensor": 2}), 1, Nodes.parse("2:6", "h:1")) == (2, 4)
-    with pytest.raises(UserError, match="global_batch"):
+    with pytest.raises(UserError, match="global_batch_size"):
         admissible_nodes(config(), 3, Nodes())
 
 

@@ -54,7 +54,7 @@ def run_world(folder, name, size, state, *, kill_after=0, steps=1_000_000, weigh
 
     Returns the state that every rank has reached, and the texts of the steps up to it.
     """
-    rank_options = {"workers": 0, "prefetch": 1, "micro_batch": 1} | reading
+    rank_options = {"workers": 0, "prefetch": 1, "micro_batch_size": 1} | reading
     spec = {"folder": str(folder), "name": name, "world_size": size, "steps": steps, "weights": weights}
     path = folder / f"{name}.json"
     path.write_text(json.dumps(spec | state | rank_options))
@@ -92,8 +92,8 @@ def test_every_sample_is_counted_over_kills_resizes_and_another_mixture(folder):
     state, seen = {"consumed_rows": 0, "recorded": None}, Counter()
     worlds = [
         ("one", 1, {"kill_after": 3, "workers": 1, "prefetch": 3}),
-        ("two", 2, {"kill_after": 4, "micro_batch": 3}),
-        ("three", 3, {"kill_after": 2, "weights": AFTER, "workers": 2, "micro_batch": 2}),
+        ("two", 2, {"kill_after": 4, "micro_batch_size": 3}),
+        ("three", 3, {"kill_after": 2, "weights": AFTER, "workers": 2, "micro_batch_size": 2}),
         ("four", 4, {"kill_after": 5, "weights": AFTER}),
     ]
     for name, size, options in worlds:

@@ -15,7 +15,7 @@ from tiny_run import environment, make_data, megamm, write_config
 from megamm.common import events
 from megamm.elastic import heartbeat
 from megamm.observability import metrics
-from megamm.observability.report import follow, runs
+from megamm.observability.report import runs
 
 NOW = 1_000_000.0
 
@@ -143,7 +143,7 @@ def test_wrong_folders_are_one_line(tmp_path):
 def test_tail_of_a_file_that_is_replaced_and_cut(tmp_path):
     """A restart rewrites the metrics without the last lines; a kill leaves half a line."""
     path = tmp_path / "x.jsonl"
-    tail = follow.Tail(path)
+    tail = runs.Tail(path)
     assert tail.read() == []
     path.write_text("".join(json.dumps({"time": t}) + "\n" for t in (1.0, 2.0, 3.0)) + '{"ti')
     assert [line["time"] for line in tail.read()] == [1.0, 2.0, 3.0]
@@ -194,7 +194,7 @@ def test_attach_tells_everything_once_and_ends_with_the_run(followed):
     lines = [line for line in told if "kind" not in line]
     assert [line for line in metrics.read_lines(run) if line not in lines] == []
     assert len({line["time"] for line in lines}) == len(lines)
-    texts = [follow.text(line) for line in told]
+    texts = [runs.format_line(line) for line in told]
     assert all("\n" not in text for text in texts) and any("step 6  loss/text" in text for text in texts)
 
 
@@ -212,7 +212,7 @@ def test_runs_of_a_real_run(followed):
 def test_attach_to_a_run_that_failed(tmp_path):
     run = write(tmp_path / "run", [LAUNCHED, (5.0, "gave_up", {"why": "3 failures"})])
     told: list[dict] = []
-    thread = threading.Thread(target=lambda: told.extend(follow.follow(run)), daemon=True)
+    thread = threading.Thread(target=lambda: told.extend(runs.follow(run)), daemon=True)
     thread.start()
     thread.join(timeout=30)
     assert not thread.is_alive() and [line["kind"] for line in told] == ["launched", "gave_up"]

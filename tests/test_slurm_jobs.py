@@ -74,7 +74,7 @@ def test_gpus_of_tasks(lab):
 
 @pytest.mark.everything
 def test_four_nodes_become_two(lab):
-    fault, soon = ">pause@step:5:0:*", ["resilience.rendezvous.last_call=8"]
+    fault, soon = ">pause@step:5:0:*", ["resilience.rendezvous.last_call_timeout=8"]
     job = lab.sbatch("elastic", "--nodes=4", "--no-kill", faults=fault, overrides=soon, MEGAMM_NNODES_MIN="2")
     job.is_at("injected")
     for node in ("n3", "n4"):

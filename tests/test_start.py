@@ -67,7 +67,7 @@ def test_ranges_are_kept_moved_added_and_dropped():
             AFTER,
             BEFORE,
             {},
-            "the source has 26 ids of visual, the run has none; set start_from.vocabulary.visual: ig",
+            "the source has 26 ids of visual, the run has none; set init_from.vocabulary.visual: ig",
         ),
         (BEFORE, Vocabulary.of({"text": (61, "t1"), "audio": AUDIO}), {}, "text has codec t1, the source t0"),
         (
@@ -76,8 +76,8 @@ def test_ranges_are_kept_moved_added_and_dropped():
             {},
             "audio has 9 ids, the source 16",
         ),
-        (BEFORE, AFTER, {"visual": "load"}, "start_from.vocabulary.visual: load, but the source has no such range"),
-        (BEFORE, AFTER, {"audio": "ignore"}, "start_from.vocabulary.audio: ignore, but the run has this range"),
+        (BEFORE, AFTER, {"visual": "load"}, "init_from.vocabulary.visual: load, but the source has no such range"),
+        (BEFORE, AFTER, {"audio": "ignore"}, "init_from.vocabulary.audio: ignore, but the run has this range"),
         (BEFORE, AFTER, {"vision": "new"}, "no such range; the ranges are text, control, audio, visual"),
     ],
 )
@@ -164,9 +164,9 @@ def run(job: Job) -> dict[str, float]:
         for (name, offset), data in blocks.items():
             data.copy_(blocks.get((MAIN + name, offset), data))
     else:
-        assert config.start_from is not None
+        assert config.init_from is not None
         initialize.WINDOW = 7 * config.model.hidden_size  # several windows of text rows, the last one shorter
-        initialize.init_from(config, vocabulary, engine, config.start_from)
+        initialize.init_from(config, vocabulary, engine, config.init_from)
     state = TrainState(0, 0, job.world, {}, vocabulary.to_json(), config.model_dump(mode="json"), versions={})
     save_now(job.out, state, engine.blocks(), generator_states(), choose("cpu"))
     dist.barrier()
@@ -198,7 +198,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], list[tuple[int, dict[s
 
 
 def _done(worlds: Worlds, world: int, settings: dict[str, Any], out: Path, fill: bool = False) -> dict[str, float]:
-    case = Case.of(world, {"train.global_batch": 8, "train.micro_batch": 1, "output": str(out)} | settings)
+    case = Case.of(world, {"train.global_batch_size": 8, "train.micro_batch_size": 1, "output": str(out)} | settings)
     results = worlds.run(world, run, Job(world, case.settings, out, fill), timeout=120)
     assert not isinstance(results, WorldFailure), results.lines()
     return results[0]
@@ -212,9 +212,9 @@ def test_every_layout_starts_with_the_same_bits(worlds, family, tmp_path):
     source = tmp_path / "source"
     _done(worlds, 1, model, source, fill=True)
     theirs = read_tensors(path_of(source, 0))
-    start: dict[str, Any] = {"start_from.checkpoint": str(source)}
+    start: dict[str, Any] = {"init_from.checkpoint": str(source)}
     if more:
-        start |= {"start_from.rules": [{"new": "mtp.*"}]}
+        start |= {"init_from.rules": [{"new": "mtp.*"}]}
     first: dict[str, torch.Tensor] = {}
     for number, (world, layout) in enumerate(layouts):
         out = tmp_path / f"layout{number}"
@@ -262,7 +262,7 @@ def test_new_tensors_are_spread_as_a_fresh_models(worlds, tmp_path):
     """Compare with what Megatron itself draws, tensor by tensor."""
     model = MOE | MTP
     fresh = _done(worlds, 1, model, tmp_path / "fresh", fill=True)
-    start = {"start_from.checkpoint": str(tmp_path / "fresh"), "start_from.rules": [{"new": "*"}]}
+    start = {"init_from.checkpoint": str(tmp_path / "fresh"), "init_from.rules": [{"new": "*"}]}
     _done(worlds, 1, model | start, tmp_path / "new")
     ours = {k: v for k, v in read_tensors(path_of(tmp_path / "new", 0)).items() if not k.startswith("optimizer.")}
     assert ours.keys() == {key for key in fresh if not key.startswith("optimizer.")}

@@ -57,7 +57,7 @@ def text_run(data) -> Path:
 
 
 def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
-    config, run = _config(data, "grown", start_from={"checkpoint": str(text_run)}), data / "grown"
+    config, run = _config(data, "grown", init_from={"checkpoint": str(text_run)}), data / "grown"
     done = megamm("train", config, "parallel.tensor=2", "train.stop_after=3", "--nproc", 2)
     assert done.returncode == 0, done.stderr
     assert f"started from {step_folder(text_run, 4)}\n" in done.stdout
@@ -68,13 +68,13 @@ def test_a_text_run_grows_by_images_and_trains_on(data, text_run):
     assert lines[0]["loss/text"] < before[0]["loss/text"] - 0.1
     assert lines[2]["loss/image"] < lines[0]["loss/image"]
     # From here on the run is resumed, without reading the source.
-    done = megamm("train", config, f"start_from.checkpoint={data / 'nowhere'}", "resilience.max_restarts=0")
+    done = megamm("train", config, f"init_from.checkpoint={data / 'nowhere'}", "resilience.max_restarts=0")
     assert done.returncode == 0 and "resumed" in done.stdout and "started from" not in done.stdout
     kinds = [event["kind"] for event in events.read(run)]
     assert [kind for kind in kinds if kind in ("started_from", "resumed")] == ["started_from", "resumed"]
     again = megamm("train", config, f"output={text_run}", "resilience.max_restarts=0")
     assert again.returncode == 2
-    assert f"or another `output` with start_from.checkpoint={step_folder(text_run, 4)}" in again.stderr
+    assert f"or another `output` with init_from.checkpoint={step_folder(text_run, 4)}" in again.stderr
 
 
 def _logits(engine: Any, rows: list[Any]) -> list[torch.Tensor]:
@@ -95,8 +95,8 @@ def _built(path: Path) -> tuple[RunConfig, RunData, Any]:
 
 def _started(path: Path) -> tuple[RunData, Any]:
     config, opened, engine = _built(path)
-    assert config.start_from is not None
-    init_from(config, opened.vocabulary, engine, config.start_from)
+    assert config.init_from is not None
+    init_from(config, opened.vocabulary, engine, config.init_from)
     return opened, engine
 
 
@@ -123,7 +123,7 @@ def text_logits(paths: tuple[Path, Path, Path]) -> tuple[float, float]:
 def test_text_is_read_as_by_the_source(data, text_run, worlds, place, tmp_path):
     """The text is read equally from every form of source."""
     start = {"checkpoint": place.format(run=text_run, data=data)}
-    grown = _config(data, tmp_path.name, start_from=start)
+    grown = _config(data, tmp_path.name, init_from=start)
     done = worlds.run(1, text_logits, (data / "text.yaml", text_run, grown), timeout=60)
     assert not isinstance(done, WorldFailure), done.lines()
     ((off, loss_off),) = done
@@ -195,14 +195,14 @@ def test_qwen3_becomes_the_backbone_at_every_layout(data, worlds, tmp_path, mode
     layout = {"expert": 2, "pipeline": 2} if "moe" in model else {"tensor": 2, "pipeline": 2}
     folder = tmp_path / "hub"
     start = {"checkpoint": str(folder)}
-    one = _config(data, f"one{tmp_path.name}", model=model, start_from=start)
+    one = _config(data, f"one{tmp_path.name}", model=model, init_from=start)
     _qwen3(folder, data, load_config(one))
     assert len(list(folder.glob("*.safetensors"))) > 1
     done = worlds.run(1, qwen3_logits, (folder, one), timeout=60)
     assert not isinstance(done, WorldFailure), done.lines()
     ((off, largest),) = done
     assert largest > 0.1 and off <= 1e-5 * largest, done
-    other = _config(data, f"other{tmp_path.name}", model=model, start_from=start, parallel=layout)
+    other = _config(data, f"other{tmp_path.name}", model=model, init_from=start, parallel=layout)
     for world, path in ((1, one), (4, other)):
         failed = worlds.run(world, started_tensors, (path, tmp_path / path.stem), timeout=60)
         assert not isinstance(failed, WorldFailure), failed.lines()
@@ -229,7 +229,7 @@ LAYERS = {n: {"num_hidden_layers": n, "layer_types": ["full_attention"] * n} for
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_a_folder_that_does_not_fit_is_refused_before_any_process_starts(data, tmp_path, changes, message):
-    config = load_config(_config(data, "refused", start_from={"checkpoint": str(tmp_path / "hub")}))
+    config = load_config(_config(data, "refused", init_from={"checkpoint": str(tmp_path / "hub")}))
     folder = _qwen3(tmp_path / "hub", data, config)
     values = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(values))
@@ -240,7 +240,7 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_process_starts(data, t
 
 def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path, caplog):
     start = {"checkpoint": str(tmp_path / "hub"), "model_changes": ["rope_base"]}
-    config = load_config(_config(data, "longer", model={"rope_base": 5e6}, start_from=start))
+    config = load_config(_config(data, "longer", model={"rope_base": 5e6}, init_from=start))
     _qwen3(tmp_path / "hub", data, load_config(_config(data, "before")))
     with caplog.at_level("INFO", logger="megamm"):
         check(config, open_run_data(config).vocabulary)

@@ -280,7 +280,7 @@ def test_the_first_latent_frame_is_the_image_of_the_first_frame(folder):
     video, image = VideoModality.load(folder), ImageModality.load(folder)
     frames = shape_video(7, frames=9)
     assert np.array_equal(video.encode([frames])[0][:16], image.encode([frames[0]])[0])
-    assert video.codec_id == image.codec_id and video.family == image.family
+    assert video.codec_id == image.codec_id and video.tokenizer_name == image.tokenizer_name
 
 
 def test_positions_are_frame_by_frame_and_row_by_row(folder):
@@ -308,5 +308,5 @@ def test_what_is_written_plays_everywhere_and_reads_back(count):
 
 
 def test_no_codec_folder_is_a_user_error(tmp_path):
-    with pytest.raises(UserError, match="not a codec of family visual"):
+    with pytest.raises(UserError, match="not a tokenizer for visual"):
         VideoModality.load(tmp_path)

@@ -22,9 +22,8 @@ from megamm.shards.folder import ShardWriter
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.load import load_visual_codec
 from megamm.tokenizers.training_loop import Training
-from megamm.tokenizers.visual.metrics import LUMA, ssim
 from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig, to_pixels
-from megamm.tokenizers.visual.train import ClipMix, VisualData, evaluate, read_samples, train_visual_codec
+from megamm.tokenizers.visual.train import LUMA, ClipMix, VisualData, evaluate, read_samples, ssim, train_visual_codec
 
 CPU = Device(torch.device("cpu"), "gloo")
 CONFIG = VisualCodecConfig(image_size=32, width=32, decoder_depth=1, levels=(5, 4, 4), max_frames=9)

@@ -67,9 +67,11 @@ def rebuilt(out: Path, codecs: dict[str, Modality], named: dict[str, Any], summa
             again = show(codec, codec.decode(ids), f"{words.THINGS[name][0]} from its tokens")
             sides = _side("Held out", show(codec, medium, f"held-out {words.THINGS[name][0]}"))
             cards.append(_card(sides + _side(f"From its {len(ids)} tokens", again)))
-        values = summary["codecs"][codec.family].items()
+        values = summary["codecs"][codec.tokenizer_name].items()
         rows = [(key.replace("_", " "), f"{value:.4g}") for key, value in values if isinstance(value, int | float)]
-        figures = page.details(f"Figures of the {codec.family} tokenizer", page.table(["held-out media", ""], rows))
+        figures = page.details(
+            f"Figures of the {codec.tokenizer_name} tokenizer", page.table(["held-out media", ""], rows)
+        )
         sections.append(f"<h3>{escape(name.capitalize())}</h3>{_grid(cards, {name})}{figures}")
     note = "The model reads and writes tokens. No output can be better than these reconstructions of real media."
     return page.section("Tokenizers", note, "".join(sections), "tokenizers")

@@ -26,7 +26,7 @@ from demo_samples import directions
 from megamm.data.pipeline.run_data import load_modalities
 from megamm.observability import metrics
 from megamm.observability.report import page
-from megamm.observability.report.svg import Mark, Series, plot
+from megamm.observability.report.page import Mark, Series, plot
 
 STYLE = """
 .story p { font-size: 1.1rem; margin: .6rem 0 } .links { margin: 1rem 0 0; line-height: 1.9 }

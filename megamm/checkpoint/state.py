@@ -64,7 +64,7 @@ def check_same_model(folder: Path, state: TrainState, vocabulary: "Vocabulary", 
         raise UserError(
             f"the checkpoint has another vocabulary: {_described(other)}, but the config has {_described(ours)}",
             where=folder,
-            remedy=f"use the tokenizers it was trained with, or another `output` with start_from.checkpoint={folder}",
+            remedy=f"use the tokenizers it was trained with, or another `output` with init_from.checkpoint={folder}",
             on_all_ranks=True,
         )
     for key, value in state.config["model"].items():

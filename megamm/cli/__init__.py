@@ -14,7 +14,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import checkpoint, convert, data, doctor, observe, tokenizer, use
+from megamm.cli import checkpoint, convert, data, doctor, inference, observe, tokenizer
 from megamm.common import exit_codes
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
@@ -28,7 +28,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(convert.app, name="convert")
-app.add_typer(use.app)
+app.add_typer(inference.app)
 app.add_typer(doctor.app)
 app.add_typer(observe.app)
 
@@ -74,7 +74,7 @@ def train(
         from megamm.data.pipeline.run_data import open_run_data
 
         vocabulary = open_run_data(run).vocabulary
-        if run.start_from is not None:
+        if run.init_from is not None:
             from megamm.init_from.initialize import check as check_start  # here, as it takes a second to import
 
             check_start(run, vocabulary)

@@ -4,6 +4,7 @@ Each takes a run's output folder, a checkpoint's folder, or a URL of remote stor
 """
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,12 +13,12 @@ from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
 
 app = typer.Typer(no_args_is_help=True, help="List, show, verify, compare and remove checkpoints.")
-Places = Annotated[list[str], typer.Argument(help="output folder of a run, folder of a checkpoint, or URL")]
-Place = Annotated[str, typer.Argument(help="checkpoint's folder or URL; for a run, its newest checkpoint")]
+Checkpoints = Annotated[list[str], typer.Argument(help="output folder of a run, folder of a checkpoint, or URL")]
+Checkpoint = Annotated[str, typer.Argument(help="checkpoint's folder or URL; for a run, its newest checkpoint")]
 
 
 @app.command("list")
-def list_(places: Places) -> None:
+def list_(checkpoints: Checkpoints) -> None:
     """List checkpoints: step, size, age, tier, valid or damaged (by names and sizes), newest, best.
 
     Of local storage, only this node's files are listed; a step is valid there if every rank's part is on this node.
@@ -25,8 +26,8 @@ def list_(places: Places) -> None:
     from megamm.checkpoint import inspect
 
     log_to_console()
-    for place in places:
-        found = inspect.find(place, with_local=True)
+    for checkpoint in checkpoints:
+        found = inspect.find(checkpoint, with_local=True)
         best, newest = inspect.best_of([f for f in found if f.kind != "local"]), max(f.step for f in found)
         for each in found:
             problem, age = each.problem(), each.age()
@@ -45,14 +46,14 @@ def list_(places: Places) -> None:
 
 @app.command()
 def show(
-    place: Place,
+    checkpoint: Checkpoint,
     config: Annotated[bool, typer.Option("--config", help="also print its config")] = False,
 ) -> None:
     """Print state, layout, versions and every tensor with its shape and dtype."""
     from megamm.checkpoint import inspect, whole_tensors
 
     log_to_console()
-    with inspect.find_one(place).here() as folder:
+    with inspect.find_one(checkpoint).here() as folder:
         state = json.loads((folder / "state.json").read_bytes())
         recorded, mixture = state.pop("config", {}), state.pop("mixture", None)
         for key, value in state.items():
@@ -68,13 +69,13 @@ def show(
 
 
 @app.command()
-def verify(places: Places) -> None:
+def verify(checkpoints: Checkpoints) -> None:
     """Compare every file with its digest; exit code 1 if one differs."""
     from megamm.checkpoint import inspect
 
     log_to_console()
     damaged = False
-    for each in [found for place in places for found in inspect.find(place)]:
+    for each in [found for checkpoint in checkpoints for found in inspect.find(checkpoint)]:
         damage = each.damage()
         damaged |= bool(damage)
         print(f"{each.where}: {'damaged: ' + damage if damage else 'valid'}")
@@ -83,14 +84,14 @@ def verify(places: Places) -> None:
 
 
 @app.command()
-def diff(one: Place, other: Place) -> None:
+def diff(one: Checkpoint, other: Checkpoint) -> None:
     """Show differences in state, config and tensors, with the largest of each tensor; exit code 1 if there is any."""
     from megamm.checkpoint import inspect, whole_tensors
 
     log_to_console()
     lines: list[str] = []
     with inspect.find_one(one).here() as a, inspect.find_one(other).here() as b:
-        states = [_flat(json.loads((folder / "state.json").read_bytes())) for folder in (a, b)]
+        states = [_flat(_state(folder)) for folder in (a, b)]
         for key in sorted(states[0].keys() | states[1].keys()):
             values = [json.dumps(state[key]) if key in state else "absent" for state in states]
             if values[0] != values[1]:
@@ -114,7 +115,7 @@ def diff(one: Place, other: Place) -> None:
 
 @app.command()
 def prune(
-    place: Annotated[str, typer.Argument(help="output folder of a run, or URL")],
+    checkpoint: Annotated[str, typer.Argument(help="output folder of a run, or URL")],
     keep: Annotated[int, typer.Option(help="how many of the newest to keep", min=1)],
     delete: Annotated[bool, typer.Option("--delete", help="delete them; by default they are only listed")] = False,
 ) -> None:
@@ -122,15 +123,16 @@ def prune(
     from megamm.checkpoint import inspect, retention
 
     log_to_console()
-    found = inspect.find(place)
+    found = inspect.find(checkpoint)
     if found[0].kind == "local":
         raise UserError(
-            "prune does not change local storage", where=place, remedy="delete the folder after the run has ended"
+            "prune does not change a local tier", where=checkpoint, remedy="delete the folder after the run has ended"
         )
+    # Digests are verified from the newest back, until one is valid: this one is never deleted, whatever `keep` is.
     valid = next((each for each in reversed(found) if not each.damage()), None)
     if valid is None:
         raise UserError(
-            "no valid checkpoint", where=place, remedy="nothing was removed; run `megamm checkpoint verify`"
+            "no valid checkpoint", where=checkpoint, remedy="nothing was removed; run `megamm checkpoint verify`"
         )
     kept = {valid.name, inspect.best_of(found) or valid.name}
     if found[0].folder is not None:
@@ -144,6 +146,15 @@ def prune(
                 retention.remove(each.folder)
             print(f"{'removed' if delete else 'would remove'} {each.where}")
     print(f"{len(found) - len(doomed)} kept" + ("" if delete or not doomed else "; --delete removes the others"))
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's state with today's config keys, so that a renamed key is not a difference."""
+    from megamm.config.load import rename_keys
+
+    state: dict[str, Any] = json.loads((folder / "state.json").read_bytes())
+    rename_keys(state.get("config", {}), folder)
+    return state
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

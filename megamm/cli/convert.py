@@ -1,4 +1,4 @@
-"""`megamm convert export|import|inspect|diff|verify`: convert between native checkpoints and Hugging Face folders.
+"""`megamm convert`: convert between native checkpoints and Hugging Face folders; make other formats of an export.
 
 Exit code 1: the verification failed, or a difference or damage was found; 2: wrong input.
 """
@@ -11,15 +11,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamm.cli import exports
 from megamm.common.log import log_to_console
 from megamm.convert.plan import SHARD_SIZE
 
 app = typer.Typer(
     no_args_is_help=True, help="Export to and import from Hugging Face folders; inspect, compare, verify."
 )
-app.add_typer(exports.app)
-Place = Annotated[Path, typer.Argument(help="run, checkpoint, Hugging Face folder or safetensors file")]
+Export = Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")]
+Model = Annotated[Path, typer.Argument(help="run, checkpoint, Hugging Face folder or safetensors file")]
 Processes = Annotated[int, typer.Option(help="number of processes; 0: one per core", min=0)]
 ShardSize = Annotated[int, typer.Option(help="maximum bytes of a weights file", min=1)]
 Dtype = Annotated[
@@ -41,7 +40,7 @@ def export_run(
     refuse_nan: RefuseNan = False,
     gate: Gate = True,
 ) -> None:
-    """Export to a folder that transformers' AutoModelForCausalLM loads: safetensors, config, tokenizer and codecs.
+    """Export to a folder that transformers' AutoModelForCausalLM loads: safetensors, config and tokenizers.
 
     After an interruption, the same command resumes.
     """
@@ -89,17 +88,17 @@ def import_export(
 
 
 @app.command()
-def inspect(place: Place) -> None:
+def inspect(model: Model) -> None:
     """Print a tree of tensors: shapes, dtypes, norms and, for a native checkpoint, the ranks whose files hold them."""
     from megamm.convert.verify.weights import tree
 
     log_to_console()
-    for line in tree(place):
+    for line in tree(model):
         print(line)
 
 
 @app.command()
-def diff(one: Place, other: Place) -> None:
+def diff(one: Model, other: Model) -> None:
     """Compare the tensors of two models in any format, find the first layer that differs; exit code 1 if any does."""
     from megamm.convert.verify.weights import compare
 
@@ -114,15 +113,77 @@ def diff(one: Place, other: Place) -> None:
 
 
 @app.command()
-def verify(place: Place, refuse_nan: RefuseNan = False) -> None:
+def verify(model: Model, refuse_nan: RefuseNan = False) -> None:
     """Check digests, names and shapes against the config, NaN and Inf; exit code 1 if there is a problem."""
     from megamm.convert.verify.weights import verify as verified
 
     log_to_console()
-    report = verified(place, refuse_nan=refuse_nan)
+    report = verified(model, refuse_nan=refuse_nan)
     print(*report.lines, *(f"problem: {problem}" for problem in report.problems), sep="\n")
     if report.problems:
         raise typer.Exit(1)
+
+
+@app.command("modules")
+def split_export(
+    export: Export,
+    out: Annotated[Path, typer.Argument(help="folder to create")],
+) -> None:
+    """Split an export into parts that load alone: text_base, image_decoder, audio_encoder, multimodal_fusion."""
+    from megamm.convert.extras.modules import split
+
+    log_to_console()
+    print(*(out / name for name in split(export, out)), sep="\n")
+
+
+@app.command("join")
+def join_modules(
+    modules: Annotated[Path, typer.Argument(help="a folder made by `megamm convert modules`")],
+    out: Annotated[Path, typer.Argument(help="export to create")],
+) -> None:
+    """Join text_base and multimodal_fusion to the export that they were split from."""
+    from megamm.convert.extras.modules import join
+
+    log_to_console()
+    print(f"joined to {join(modules, out)}")
+
+
+@app.command("quantize")
+def quantize_export(
+    export: Export,
+    out: Annotated[Path, typer.Argument(help="folder to create")],
+    to: Annotated[Literal["int8", "int4", "fp8"], typer.Option(help="format of the layers' matrices")],
+) -> None:
+    """Write an export with quantised weights in the format of compressed-tensors, which transformers reads."""
+    from megamm.convert.extras.quantize import quantize
+
+    log_to_console()
+    print(f"quantised to {quantize(export, out, to)}")
+
+
+@app.command("gguf")
+def export_gguf(
+    export: Export,
+    out: Annotated[Path, typer.Argument(help="GGUF file to create")],
+) -> None:
+    """Write an export's model and tokenizer as one GGUF file, which llama.cpp reads."""
+    from megamm.convert.extras.gguf import write_gguf
+
+    log_to_console()
+    print(f"wrote {write_gguf(export, out)}")
+
+
+@app.command("card")
+def write_model_card(
+    export: Export,
+    evaluation: Annotated[Path, typer.Argument(help="file written by `megamm eval --json` for this export")],
+) -> None:
+    """Rewrite an export's README.md with its evaluation, and update the digests of its files."""
+    from megamm.convert.extras.card import read_evaluation, write_card
+    from megamm.convert.io.export_folder import read_metadata
+
+    write_card(export, read_metadata(export)[2], read_evaluation(evaluation))
+    print(f"wrote {export / 'README.md'}")
 
 
 @contextmanager

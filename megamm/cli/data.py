@@ -92,7 +92,7 @@ def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.t
 @app.command("tokenize")
 def tokenize_shards(
     sources: Sources,
-    codec: Annotated[list[str], typer.Option(help="MODALITY=FOLDER, once per modality")],
+    codec: Annotated[list[str], typer.Option(help="NAME=FOLDER, once per tokenizer")],
     device: DeviceChoice = "auto",
     video_decoder: Annotated[DecoderChoice, typer.Option(help="auto: dali on a GPU, else pyav")] = "auto",
     max_broken: Annotated[float, typer.Option(help="share of a folder's videos that may be broken")] = 0.0,

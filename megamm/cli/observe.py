@@ -56,13 +56,13 @@ def attach(
     as_json: Annotated[bool, typer.Option("--json", help="print events and metrics as recorded")] = False,
 ) -> None:
     """Follow a run's events and metrics until it ends; exit code 1 if it failed. Ctrl-C does not stop the run."""
-    from megamm.observability.report import follow, runs
+    from megamm.observability.report import runs
 
     if runs.find([run])[:1] != [run]:
         raise UserError("no events and no metrics of a run", where=run, remedy="give the `output` folder of a run")
     try:
-        for line in follow.follow(run):
-            print(json.dumps(line) if as_json else follow.text(line), flush=True)
+        for line in runs.follow(run):
+            print(json.dumps(line) if as_json else runs.format_line(line), flush=True)
     except KeyboardInterrupt:
         return
     ended = runs.status(run)
@@ -92,8 +92,7 @@ def simulate_faults(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Simulate the goodput of a large job at Llama 3's published failure rates; prints every assumption."""
-    from megamm.observability.costs import measure
-    from megamm.observability.simulate import Costs, Scenario, daly, simulate, text
+    from megamm.observability.simulate import Costs, Scenario, daly, measure, simulate, text
 
     given = dict(zip(ASSUMED, (detection, hang_detection, restart, stall, lag), strict=True))
     measured, sources = measure(run, gpus) if run is not None else ({}, {})

@@ -1,4 +1,4 @@
-"""`megamm tokenizer train NAME`: train the codecs, each with its own size options."""
+"""`megamm tokenizer train NAME`: train the tokenizers, each with its own size options."""
 
 import sys
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from megamm.cli.common import DeviceChoice, Precision, Sources, Target
 from megamm.common.log import log_to_console
 
-app = typer.Typer(no_args_is_help=True, help="Train the tokenizers (codecs) of the modalities.")
+app = typer.Typer(no_args_is_help=True, help="Train the tokenizers of the modalities.")
 train_app = typer.Typer(no_args_is_help=True, help="Train a tokenizer on the train split of built shards.")
 app.add_typer(train_app, name="train")
 
@@ -21,6 +21,7 @@ def started(processes: int) -> bool:
 
     if processes == 1 or torchrun.is_rank():
         return False
+    # Each rank runs the same command line; is_rank() is then true, and it does the work.
     torchrun.launch(sys.argv[1:], processes)
     return True
 
@@ -62,7 +63,7 @@ def train_visual(
     dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
-    """Train the FSQ codec of images and videos; reports PSNR, SSIM and codebook use on the held-out split."""
+    """Train the FSQ tokenizer of images and videos; reports PSNR, SSIM and codebook use on the held-out split."""
     if started(nproc):
         return
     from megamm.common.device import DTYPES, choose
@@ -115,7 +116,7 @@ def train_audio(
     dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
-    """Train the residual FSQ audio codec; reports mel distance and word error on the held-out split."""
+    """Train the residual FSQ tokenizer of audio; reports mel distance and word error on the held-out split."""
     if started(nproc):
         return
     from megamm.common.device import DTYPES, choose
@@ -169,7 +170,7 @@ def train_points(
     dtype: Precision = "fp32",
     nproc: Processes = 1,
 ) -> None:
-    """Train the FSQ points codec; reports Chamfer distance and codebook use on the held-out split."""
+    """Train the FSQ tokenizer of points; reports Chamfer distance and codebook use on the held-out split."""
     if started(nproc):
         return
     from megamm.common.device import DTYPES, choose

@@ -73,6 +73,7 @@ def log_use(config: RunConfig, device: Device) -> None:
     """Log one line per package at the begin of a run's log."""
     found = installed()
     fused = fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
+    # A user can switch the fusion off with Megatron-core's own field.
     fused = fused and bool(config.model.megatron.get("gradient_accumulation_fusion", True))
     for name, line in describe(found, is_gpu=device.is_gpu, engine=config.engine, fused=fused).items():
         log.info("%s: %s", name, line)
@@ -138,7 +139,7 @@ def _has(module: str, folder: str = "") -> bool:
     spec = importlib.util.find_spec(module)
     if spec is None or not folder:
         return spec is not None
-    return any(Path(place, folder).is_dir() for place in spec.submodule_search_locations or [])
+    return any(Path(path, folder).is_dir() for path in spec.submodule_search_locations or [])
 
 
 def _version(module: str, package: str) -> str | None:

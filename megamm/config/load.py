@@ -1,9 +1,13 @@
 """Loads a run's configuration from a YAML file plus dotted `key=value` overrides.
 
 An unknown key or a value of the wrong type is a one-line error; for an unknown key it names the nearest valid one.
+Keys of earlier versions (RENAMED) are still read, from files, overrides, checkpoints and exports.
 """
 
+import copy
 import difflib
+import logging
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -16,6 +20,23 @@ from pydantic import BaseModel, ValidationError
 from megamm.common.errors import UserError
 from megamm.config.sections import RunConfig
 
+log = logging.getLogger(__name__)
+
+RENAMED = {
+    "start_from": "init_from",
+    "checkpoint.durable": "checkpoint.remote",
+    "train.global_batch": "train.global_batch_size",
+    "train.micro_batch": "train.micro_batch_size",
+    "parallel.context_exchange": "parallel.cp_comm_type",
+    "deepspeed.offload": "deepspeed.offload_optimizer",
+    "resilience.rendezvous.join": "resilience.rendezvous.join_timeout",
+    "resilience.rendezvous.last_call": "resilience.rendezvous.last_call_timeout",
+    "resilience.rendezvous.keep_alive": "resilience.rendezvous.keep_alive_interval",
+}
+"""Keys of version 0.1 and their names today, which are those of Megatron-LM, DeepSpeed and torch's rendezvous. Never
+remove a line: checkpoints and exports record the config of their run."""
+_logged: set[str] = set()
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read the YAML file, apply overrides like `train.steps=100`, validate. The UserError names the key."""
@@ -27,12 +48,14 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"not valid YAML: {error}", where=path, remedy="correct the line named above") from None
     if not isinstance(data, dict):
         raise UserError("the config is not a mapping", where=path, remedy="start from examples/cpu_tiny.yaml")
-    apply_overrides(data, overrides)
+    apply_overrides(data, overrides, where=path)
     return config_from_dict(data, where=path)
 
 
 def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
     """Validate a plain mapping (from YAML, or as recorded in a checkpoint)."""
+    data = copy.deepcopy(data)
+    rename_keys(data, where)
     _check_keys(RunConfig, data, "", where)
     try:
         return RunConfig.model_validate(data)
@@ -43,8 +66,45 @@ def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
         raise UserError(f"{key}: {first['msg']}{given}", where=where, remedy="correct this key") from None
 
 
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Set keys of a plain mapping from `key=value`. Raises UserError for any other form."""
+def rename_keys(data: dict[str, Any], where: str | Path) -> None:
+    """Replace keys of earlier versions in a plain mapping by today's; log one line for each.
+
+    Raises UserError if a key is given under both names.
+    """
+    for old, new in RENAMED.items():
+        *parents, old_key = old.split(".")
+        section, new_key = _section_at(data, parents), new.rpartition(".")[2]  # a key stays in its section
+        if section is None or old_key not in section:
+            continue
+        if new_key in section:
+            raise UserError(f"{old} and {new} are both given", where=where, remedy=f"remove {old}, the earlier name")
+        value = section[new_key] = section.pop(old_key)
+        # For a section, name each of its keys in full: this is what a user searches for.
+        inner = [f".{key}" for key in value] if isinstance(value, dict) and value else [""]
+        for key in inner:
+            _log_renamed(old + key, new + key, where)
+
+
+def _section_at(data: dict[str, Any], parents: list[str]) -> dict[str, Any] | None:
+    section: Any = data
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _log_renamed(old: str, new: str, where: str | Path) -> None:
+    """Log the new name, once per process: a stored config is read several times, and by every rank."""
+    if old not in _logged and os.environ.get("RANK", "0") == "0":
+        log.warning("%s: the key %s is now %s", where, old, new)
+    _logged.add(old)
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str], where: str | Path = "config") -> None:
+    """Set keys of a plain mapping from `key=value`. Raises UserError for any other form. where: for log and errors.
+
+    Mapping and overrides may have keys of earlier versions. The last override of a key counts, under either name.
+    """
+    rename_keys(data, where)
     for override in overrides:
         _apply_override(data, override)
 
@@ -53,20 +113,24 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"override {override!r} is not key=value", remedy="use the form train.steps=100")
+    for old, new in RENAMED.items():
+        if key == old or key.startswith(f"{old}."):
+            given, key = key, new + key.removeprefix(old)
+            _log_renamed(given, key, f"override {override!r}")
     *parents, last = key.split(".")
-    place: Any = data
+    section: Any = data
     for parent in parents:
-        place = place.setdefault(parent, {})
-        if not isinstance(place, dict):
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
             raise UserError(
                 f"override {override!r}: {parent} is not a section", remedy="use the keys in docs/config.md"
             )
     try:
-        place[last] = yaml.safe_load(text)
+        section[last] = yaml.safe_load(text)
     except yaml.YAMLError:
         raise UserError(f"override {override!r}: the value is not YAML", remedy="quote the value") from None
-    if isinstance(place[last], str):
-        place[last] = _number(place[last])
+    if isinstance(section[last], str):
+        section[last] = _number(section[last])
 
 
 def _number(text: str) -> str | float:
@@ -81,6 +145,7 @@ def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, whe
     """Report unknown keys with a suggestion, which pydantic does not give."""
     for key, value in data.items():
         if key not in section.model_fields:
+            # A sibling that looks alike is more likely meant than a key of another section; without one, any key.
             near = difflib.get_close_matches(str(key), _all_keys(RunConfig, ""), n=1, cutoff=0.0)
             siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
             nearest = prefix + siblings[0] if siblings else near[0]

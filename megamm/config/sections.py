@@ -27,7 +27,7 @@ class ParallelConfig(Section):
         [], description="Layers of each chunk, in order. Empty: balanced by cost."
     )
     context: int = Field(1, ge=1, description="Context-parallel ranks, which split every row.")
-    context_exchange: Literal["allgather", "alltoall"] = Field(
+    cp_comm_type: Literal["allgather", "alltoall"] = Field(
         "allgather", description="Collective of context parallelism: gather keys and values, or exchange heads."
     )
     expert: int = Field(1, ge=1, description="Expert-parallel ranks.")
@@ -82,8 +82,8 @@ class TrainConfig(Section):
     stop_after: int = Field(
         0, ge=0, description="Stop after this step without changing the schedule. 0: run to the end."
     )
-    global_batch: int = Field(ge=1, description="Rows of a step, over all ranks.")
-    micro_batch: int = Field(ge=1, description="Rows that a rank computes at once.")
+    global_batch_size: int = Field(ge=1, description="Rows of a step, over all ranks.")
+    micro_batch_size: int = Field(ge=1, description="Rows that a rank computes at once.")
     seed: int = Field(1, description="Seed of the initial weights, the order of the data and dropout.")
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="Precision of the computation; `bf16` keeps fp32 main weights in the optimizer."
@@ -101,7 +101,7 @@ class TrainConfig(Section):
 Action = Literal["load", "new", "ignore"]
 
 
-class StartConfig(Section):
+class InitFromConfig(Section):
     """Weights that a run starts from while it has no checkpoint of its own (docs/starting.md).
 
     Actions are `load` (take it from the source), `new` (initialize it as in a fresh model) and `ignore` (it exists in
@@ -121,10 +121,10 @@ class StartConfig(Section):
 
     @field_validator("checkpoint")
     @classmethod
-    def _without_secrets(cls, place: str) -> str:
+    def _without_secrets(cls, source: str) -> str:
         from megamm.common.urls import checked_url, is_url
 
-        return checked_url(place) if is_url(place) else place
+        return checked_url(source) if is_url(source) else source
 
 
 class CheckpointConfig(Section):
@@ -135,7 +135,7 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(
         False, description="Also keep the checkpoint with the lowest held-out loss. Needs `train.eval_every`."
     )
-    durable: str | None = Field(
+    remote: str | None = Field(
         None, description="URL that finished checkpoints are uploaded to, for example s3://bucket/prefix."
     )
     local: str | None = Field(
@@ -146,7 +146,7 @@ class CheckpointConfig(Section):
         True, description="With several nodes, each keeps a copy of another node's share of the `local` checkpoints."
     )
 
-    @field_validator("durable")
+    @field_validator("remote")
     @classmethod
     def _without_secrets(cls, url: str | None) -> str | None:
         # Imported here: fsspec is not needed where there is no URL. Its error does not repeat a password.
@@ -203,15 +203,17 @@ class DeepSpeedConfig(Section):
     zero: Literal[1, 2, 3] = Field(
         1, description="ZeRO stage: 1 shards the optimizer state, 2 also gradients, 3 also parameters."
     )
-    offload: bool = Field(False, description="Keep the optimizer state in host memory.")
+    offload_optimizer: bool = Field(False, description="Keep the optimizer state in host memory.")
 
 
 class RendezvousConfig(Section):
     """How long the nodes of a job wait for each other, in seconds."""
 
-    join: float = Field(600.0, gt=0, description="Time until the least number of nodes has joined, or the job fails.")
-    last_call: float = Field(5.0, gt=0, description="Wait for further nodes once there are enough.")
-    keep_alive: float = Field(
+    join_timeout: float = Field(
+        600.0, gt=0, description="Time until the least number of nodes has joined, or the job fails."
+    )
+    last_call_timeout: float = Field(5.0, gt=0, description="Wait for further nodes once there are enough.")
+    keep_alive_interval: float = Field(
         2.0, gt=0, description="Interval of keep-alive messages. A node that misses three is lost."
     )
 
@@ -257,7 +259,7 @@ class RunConfig(Section):
     )
     optimizer: OptimizerConfig
     train: TrainConfig
-    start_from: StartConfig | None = None
+    init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
     metrics: MetricsConfig = MetricsConfig()

@@ -110,7 +110,7 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
         "data": {"sources": [{"path": "none"}]},
         "tokenizers": {"text": str(folder.absolute())},
         "optimizer": {"lr": 1e-5},
-        "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+        "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
     }
     apply_overrides(values, overrides)
     # Before the model is read: a window as long as a row counts as none.

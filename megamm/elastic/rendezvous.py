@@ -6,7 +6,7 @@ ranks have entered, and "done". If the store's host is lost, every other agent e
 starts a new agent, which looks for the store again.
 
 The endpoint, HOST:PORT, is checked first: a rendezvous store must listen there, and it must serve this job. Otherwise a
-port used by another program would cost rendezvous.join seconds and a restart, again and again, and a node with a
+port used by another program would cost rendezvous.join_timeout seconds and a restart, each time, and a node with a
 different config would train with the others, each rank by its own config.
 """
 
@@ -136,9 +136,9 @@ class SingleNode:
 class Times:
     """Timeouts of a rendezvous, in seconds: see ResilienceConfig."""
 
-    join: float
-    last_call: float
-    keep_alive: float
+    join_timeout: float
+    last_call_timeout: float
+    keep_alive_interval: float
 
 
 class TorchRendezvous:
@@ -159,7 +159,7 @@ class TorchRendezvous:
         check_endpoint(endpoint)
         is_local = parse_endpoint(endpoint)[0] in ("127.0.0.1", "localhost")
         self.address = "127.0.0.1" if is_local else socket.getfqdn()
-        parameters = RendezvousParameters("c10d", endpoint, "megamm", *nodes, read_timeout=int(times.join))
+        parameters = RendezvousParameters("c10d", endpoint, "megamm", *nodes, read_timeout=int(times.join_timeout))
         try:
             backend, store = create_backend(parameters)
         except RendezvousError as error:
@@ -174,8 +174,8 @@ class TorchRendezvous:
             backend,
             *nodes,
             local_addr=self.address,
-            timeout=RendezvousTimeout(join=times.join * seconds, last_call=times.last_call * seconds),
-            keep_alive_interval=times.keep_alive,  # type: ignore[arg-type]  # any number of seconds is one
+            timeout=RendezvousTimeout(join=times.join_timeout * seconds, last_call=times.last_call_timeout * seconds),
+            keep_alive_interval=times.keep_alive_interval,  # type: ignore[arg-type]  # any number of seconds is one
             keep_alive_max_attempt=self.KEEP_ALIVES_MISSED,
         )
         self._store: Any = None

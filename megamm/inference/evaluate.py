@@ -94,7 +94,7 @@ class _Pair:
 def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
     """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
 
-    UserError if a split has no tokens of the export's codecs, or if there is no sample.
+    UserError if a split has no tokens of the export's tokenizers, or if there is no sample.
     """
     codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
     kinds = {source.path.name: source.documents for source in export.config.data.sources}
@@ -148,6 +148,7 @@ def _score(export: LoadedExport, documents: list[Document]) -> _Scores:
     """Score the documents; equal ones are computed once: most pairs are also among the documents of the loss."""
     number: dict[tuple[tuple[str, bytes], ...], int] = {}
     contents = [tuple((part.modality, part.ids.tobytes()) for part in document.parts) for document in documents]
+    # `which` maps each document to the number of its first equal one.
     which = [number.setdefault(content, len(number)) for content in contents]
     different = list(dict(zip(which, documents, strict=True)).values())
     shape = (len(different), len(export.vocabulary.modalities))
@@ -194,8 +195,10 @@ def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
     """
     _, group, sizes = np.unique(np.array(nouns), return_inverse=True, return_counts=True)
     rank = rng.permutation(len(sizes))
+    # Random within a group, and groups in random order: every partner of another noun is possible.
     order = np.lexsort((rng.random(len(nouns)), rank[group]))
     result = np.empty(len(nouns), dtype=np.int64)
+    # Groups lie side by side in `order`; a shift by the largest size leads out of every group of at most half.
     result[order] = np.roll(order, -min(int(sizes.max()), len(nouns) // 2))
     return result
 
@@ -233,6 +236,7 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
     _, group = np.unique(np.array(nouns), return_inverse=True)
     residuals = np.bincount(group, weights=gains - mean)
     groups = len(residuals)
+    # Sums of residuals by noun, with the factor G / (G - 1) for few clusters.
     error = math.sqrt((residuals**2).sum() * groups / (groups - 1)) / len(gains) if groups > 1 else None
     return PairGain(mean, error, len(gains), groups, float((gains > 0).mean()))
 
@@ -240,6 +244,8 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
 @torch.inference_mode()
 def token_losses(export: LoadedExport, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
     """Yield (index, row, cross entropy of each label `[S]`, 0 without a label) of every document, longest first."""
+    # Longest first: the largest batch is computed first, so memory runs out at once or never; rows of similar
+    # length are padded least.
     order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
     logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS
     while order:

@@ -1,9 +1,9 @@
 """`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
 
-Input: media of one modality, as its codec reads them. Output: the same number of the other modality. The prompt has the
-same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds its
-`<Y_start>`. At each position, only ids that the target's codec allows can follow: exactly the number of one item, or,
-for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
+Input: media of one modality, as read by its tokenizer. Output: the same number of the other modality. The prompt has
+the same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds
+its `<Y_start>`. At each position, only ids that are valid for the target can follow: exactly the number of one item,
+or, for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
 Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not depend on its
 batch.
 """
@@ -50,20 +50,21 @@ class Sampling:
             raise UserError(f"invalid sampling settings {self}", remedy=remedy)
 
 
-class OnlyChoices(LogitsProcessor):
-    """Excludes every id that is not allowed at the target's current position; `stop` is None for a fixed length."""
+class ValidTokens(LogitsProcessor):
+    """Excludes every id that is invalid at the target's current index; `stop` is None for a fixed length."""
 
     def __init__(self, modality: Modality, first_id: int, stop: int | None, prompt_length: int) -> None:
         self.modality, self.first_id, self.stop, self.prompt_length = modality, first_id, stop, prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
-        place = input_ids.shape[1] - self.prompt_length
-        choices = self.modality.valid_token_ids(place)
+        index = input_ids.shape[1] - self.prompt_length
+        ids = self.modality.valid_token_ids(index)
         kept = torch.full_like(scores_BV, -torch.inf)
-        allowed = slice(self.first_id + choices.start, self.first_id + choices.stop)
-        kept[:, allowed] = scores_BV[:, allowed]
+        valid = slice(self.first_id + ids.start, self.first_id + ids.stop)
+        kept[:, valid] = scores_BV[:, valid]
         is_text = self.modality.name == "text"
-        if self.stop is not None and place % self.modality.stride == 0 and (place or is_text):
+        # Only text may be empty; other media end after at least one whole latent frame.
+        if self.stop is not None and index % self.modality.stride == 0 and (index or is_text):
             kept[:, self.stop] = scores_BV[:, self.stop]
         return kept
 
@@ -140,7 +141,7 @@ def _continue(
         attention_mask=(input_BS != vocabulary.padding).long(),
         generation_config=config,
         logits_processor=_processors(
-            OnlyChoices(modality, ids_range.start, None if fixed else stop, longest), sampling, seeds
+            ValidTokens(modality, ids_range.start, None if fixed else stop, longest), sampling, seeds
         ),
     )
     new_BT = output_BS[:, longest:].cpu().numpy()
@@ -153,7 +154,7 @@ def _most_tokens(modality: Modality, sampling: Sampling, room: int) -> int:
     return most // modality.stride * modality.stride
 
 
-def _processors(only: OnlyChoices, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
+def _processors(only: ValidTokens, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:
     processors = LogitsProcessorList([only])
     if sampling.temperature > 0:
         processors.append(TemperatureLogitsWarper(sampling.temperature))

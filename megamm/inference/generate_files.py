@@ -132,6 +132,7 @@ def generate_requests(folder: Path, requests: list[Request], sampling: Sampling,
     for request in requests:
         directions.setdefault((request.modality, request.target), []).append(request)
     for (source, _), same in directions.items():
+        # Before the model is loaded, which takes long: a broken input ends the command at once.
         _check_media(source, [request.source for request in same])
     export = open_export(folder, device)
     for (source, target), same in directions.items():

@@ -1,4 +1,4 @@
-"""Start a run from existing weights: `start_from` in the config (docs/starting.md).
+"""Start a run from existing weights: `init_from` in the config (docs/starting.md).
 
     init_from/initialize.py  the whole start, on every rank
     init_from/source.py      the source of the weights: a checkpoint, or a Hugging Face folder (convert/io/hf_source.py)

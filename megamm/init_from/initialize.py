@@ -18,7 +18,7 @@ from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common import events
 from megamm.common.collectives import Collectives
 from megamm.common.errors import UserError
-from megamm.config import ModelConfig, RunConfig, StartConfig
+from megamm.config import InitFromConfig, ModelConfig, RunConfig
 from megamm.config.model import FUNCTION
 from megamm.engine.api import Engine
 from megamm.init_from import new_rows, rules
@@ -33,18 +33,18 @@ WINDOW = 1 << 22
 
 
 def check(config: RunConfig, vocabulary: Vocabulary) -> None:
-    """Check `start_from` before any process runs, as far as no tensors are needed.
+    """Check `init_from` before any process runs, as far as no tensors are needed.
 
     Raises UserError as `init_from` does.
     """
-    start, run = config.start_from, config.output
-    has_own = config.checkpoint.durable is not None or any(folder.all_of(run))
+    start, run = config.init_from, config.output
+    has_own = config.checkpoint.remote is not None or any(folder.all_of(run))
     source = None if start is None or has_own else open_unverified(start.checkpoint, config.data.seq_length)
     if start is not None and source is not None:
         _plan_resize(config, vocabulary, start, source)
 
 
-def init_from(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: StartConfig) -> None:
+def init_from(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: InitFromConfig) -> None:
     """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
     ranks = Collectives()
     with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
@@ -58,7 +58,7 @@ class _WeightInitializer:
     """Implements megamm.engine.api.WeightInitializer: sets the blocks that the engine passes to it."""
 
     def __init__(
-        self, config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: WeightSource, ranks: Collectives
+        self, config: RunConfig, vocabulary: Vocabulary, start: InitFromConfig, source: WeightSource, ranks: Collectives
     ) -> None:
         self.config, self.start, self.source, self.ranks = config, start, source, ranks
         self.resize: VocabularyResize = ranks.together(lambda: _plan_resize(config, vocabulary, start, source))
@@ -161,7 +161,7 @@ class _WeightInitializer:
 
 
 def _plan_resize(
-    config: RunConfig, vocabulary: Vocabulary, start: StartConfig, source: WeightSource
+    config: RunConfig, vocabulary: Vocabulary, start: InitFromConfig, source: WeightSource
 ) -> VocabularyResize:
     """Plan the change from the source's vocabulary to the run's. Raises UserError if model or vocabulary do not fit."""
     try:
@@ -187,7 +187,7 @@ def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequ
     defaults = TypeAdapter(dict[str, Any]).dump_python(default, mode="json")
     unknown = next((key for key in admitted if key not in FUNCTION), None)
     if unknown is not None:
-        what = f"start_from.model_changes: {unknown} is not one of the keys that it can admit"
+        what = f"init_from.model_changes: {unknown} is not one of the keys that it can admit"
         raise UserError(what, remedy=f"use only {', '.join(FUNCTION)}")
     for key in FUNCTION:
         before, after = _at(theirs, key), _at(ours, key)
@@ -200,8 +200,8 @@ def _check_function(theirs: Mapping[str, Any], config: RunConfig, admitted: Sequ
                 f"model.{key} is {before} in the source, but {after} in the config: the same weights would compute "
                 f"something else"
             )
-            raise UserError(what, remedy=f"set model.{key}: {before}, or add {key} to start_from.model_changes")
-        log.info("model.%s: %s in the source, now %s: allowed by start_from.model_changes", key, before, after)
+            raise UserError(what, remedy=f"set model.{key}: {before}, or add {key} to init_from.model_changes")
+        log.info("model.%s: %s in the source, now %s: allowed by init_from.model_changes", key, before, after)
 
 
 def _at(section: Mapping[str, Any], key: str) -> Any:

@@ -64,6 +64,6 @@ def _init_std(name: str, model: ModelConfig) -> float:
         return 0.0
     passed = next((key for key in model.megatron if "init" in key or "mup" in key), None)
     if passed is not None:
-        what = f"start_from.rules: {name} is to be new, but model.megatron.{passed} changes its initialisation"
+        what = f"init_from.rules: {name} is to be new, but model.megatron.{passed} changes its initialisation"
         raise UserError(what, remedy=f"remove model.megatron.{passed}, use model.init_std", on_all_ranks=True)
     return model.init_std / (math.sqrt(2.0 * model.num_layers) if name.endswith(_TO_RESIDUAL) else 1.0)

@@ -1,11 +1,11 @@
 """Decides what a run that starts from other weights loads, initialises and ignores: tensors, and rows of its tables.
 
-`decide` gives each tensor an action. In: names and shapes on both sides, and `start_from.rules`: pairs of an action and
+`decide` gives each tensor an action. In: names and shapes on both sides, and `init_from.rules`: pairs of an action and
 a pattern (`*` and `?`, matching whole names), in order. The first rule that matches a name decides; a name without a
 match is loaded. Nothing is guessed: if an action is impossible, the error names the tensor.
 
 `resize_vocabulary` finds the source row of each row of the vocabulary's tables. In: both vocabularies and the rules of
-`start_from.vocabulary`. A range that both have with the same codec is copied row by row. Any other change except an
+`init_from.vocabulary`. A range that both have with the same codec is copied row by row. Any other change except an
 addition needs a rule.
 """
 
@@ -21,7 +21,7 @@ Shape = tuple[int, ...]
 Rule = tuple[str, str]
 SHOWN = 4
 """Maximum number of tensors that an error names."""
-KEY = "start_from.vocabulary"
+KEY = "init_from.vocabulary"
 
 
 def decide(
@@ -37,7 +37,7 @@ def decide(
         if not any(fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, sorted(names), n=1, cutoff=0.0)
             raise UserError(
-                f"start_from.rules: {action} {pattern!r} matches no tensor",
+                f"init_from.rules: {action} {pattern!r} matches no tensor",
                 remedy=f"the nearest name is {near[0]}; `megamm checkpoint show` lists all names of a checkpoint",
             )
     # In the order of the rules: the first that matches a name decides.
@@ -47,7 +47,7 @@ def decide(
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
             f"the source does not match the model: {', '.join(problems[:SHOWN])}{more}",
-            remedy="under start_from.rules set `new` for tensors of the model, `ignore` for tensors of the source",
+            remedy="under init_from.rules set `new` for tensors of the model, `ignore` for tensors of the source",
         )
     return {name: actions[name] for name in ours}
 

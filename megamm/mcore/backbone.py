@@ -269,7 +269,7 @@ def _spec_of(config: RunConfig, number: int, plan: _Plan, norm: ModuleSpec) -> M
     scale = m.query_pre_attn_scalar**-0.5 if m.query_pre_attn_scalar else 0.0
     attention = dict(
         rope=None if m.mla.kv_lora_rank else rope,
-        exchange=config.parallel.context_exchange,
+        exchange=config.parallel.cp_comm_type,
         kernel=plan.kernel,
         form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0),
     )

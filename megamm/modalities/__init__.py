@@ -17,6 +17,6 @@ REGISTRY: dict[str, type[Modality]] = {
 }
 
 
-def families() -> list[str]:
-    """Names of the codecs, as used by a run's `tokenizers` and by `--codec`."""
-    return list(dict.fromkeys(modality.family for modality in REGISTRY.values()))
+def tokenizer_names() -> list[str]:
+    """Names of the tokenizers, as used by a run's `tokenizers` and by `--codec`."""
+    return list(dict.fromkeys(modality.tokenizer_name for modality in REGISTRY.values()))

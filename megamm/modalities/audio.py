@@ -23,7 +23,7 @@ class AudioModality:
     """The audio modality; build it with `AudioModality.load(folder)`."""
 
     name: ClassVar[str] = "audio"
-    family: ClassVar[str] = "audio"
+    tokenizer_name: ClassVar[str] = "audio"
     extensions: ClassVar[tuple[str, ...]] = tuple(CONTAINERS)
 
     def __init__(self, codec: AudioCodec, codec_id: str, device: torch.device) -> None:
@@ -72,7 +72,7 @@ class AudioModality:
         t, h = np.divmod(np.arange(length, dtype=np.int64), self.stride)
         return np.stack([t, h, np.zeros_like(t)])
 
-    def valid_token_ids(self, place: int) -> range:
-        """The ids of the level at this place."""
-        first = place % self.stride * self.codec.codebook_size
+    def valid_token_ids(self, index: int) -> range:
+        """The ids of the level at this index."""
+        first = index % self.stride * self.codec.codebook_size
         return range(first, first + self.codec.codebook_size)

@@ -25,7 +25,7 @@ class ImageModality:
     """The image modality; build it with `ImageModality.load(folder)`."""
 
     name: ClassVar[str] = "image"
-    family: ClassVar[str] = "visual"
+    tokenizer_name: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
 
     def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
@@ -62,6 +62,7 @@ class ImageModality:
         """Images `[Y, X, 3]` to ids `[T]` each, on the codec's device."""
         if not media:
             return []
+        # F = 1: the visual codec takes videos, and an image is one frame.
         images_BFYX3 = torch.from_numpy(np.stack(media)[:, None]).to(self.device)
         return list(self.codec.encode(images_BFYX3).cpu().numpy())
 
@@ -77,6 +78,6 @@ class ImageModality:
         h, w = np.divmod(np.arange(length, dtype=np.int64), self.codec.grid_size)
         return np.stack([np.zeros_like(h), h, w])
 
-    def valid_token_ids(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

@@ -23,7 +23,7 @@ class PointsModality:
     """The points modality; build it with `PointsModality.load(folder)`."""
 
     name: ClassVar[str] = "points"
-    family: ClassVar[str] = "points"
+    tokenizer_name: ClassVar[str] = "points"
     extensions: ClassVar[tuple[str, ...]] = POINTS_EXTENSIONS
 
     def __init__(self, codec: PointsCodec, codec_id: str, device: torch.device) -> None:
@@ -60,15 +60,16 @@ class PointsModality:
         return list(self.codec.encode(torch.from_numpy(np.stack(media)).to(self.device)).cpu().numpy())
 
     def decode(self, ids: IntArray) -> CloudArray:
-        """Ids `[T]` to a cloud `[N, 9]`. Raises ValueError if T is not the codec's or an id is invalid at its place."""
+        """Ids `[T]` to a cloud `[N, 9]`. Raises ValueError if T is not the codec's or an id is invalid at its index."""
         clouds = self.codec.decode(torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64))[None].to(self.device))
         return clouds[0].cpu().numpy()
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: t counts the tokens; (h, w) are the quantiles of height and width of the patch."""
+        # A patch has two tokens, cell and shape, with the same height and width.
         height, width, _ = quantile_of_patch(self.codec.config.patches)[:, np.arange(length) // 2]
         return np.stack([np.arange(length), height, width])
 
-    def valid_token_ids(self, place: int) -> range:
-        """Cells at even places, shapes at odd ones."""
-        return self.codec.valid_token_ids(place)
+    def valid_token_ids(self, index: int) -> range:
+        """Cells at even indices, shapes at odd ones."""
+        return self.codec.valid_token_ids(index)

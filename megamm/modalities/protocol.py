@@ -1,7 +1,7 @@
 """The protocol of a modality: media bytes <-> arrays <-> token ids.
 
 A modality is one file that implements `Modality` and one line in `megamm.modalities.REGISTRY`. Its ids are local to
-the codec, in [0, vocabulary_size); `model.vocabulary` shifts them to their range.
+the tokenizer, in [0, vocabulary_size); `model.vocabulary` shifts them to their range.
 """
 
 from collections.abc import Sequence
@@ -17,39 +17,40 @@ CPU = torch.device("cpu")
 
 
 class Modality(Protocol):
-    """A kind of media with the tokenizer (codec) that converts it to tokens and back."""
+    """A kind of media with the tokenizer that converts it to tokens and back."""
 
     name: ClassVar[str]
     """Folder of the media in a shard set, and the modality's name everywhere: "text", "image"."""
-    family: ClassVar[str]
-    """Codec family: "text", "visual", "audio", "points". Modalities of one family share its folder and ids."""
+    tokenizer_name: ClassVar[str]
+    """Its tokenizer in a run's `tokenizers`: "text", "visual", "audio", "points". Image and video share one, and its
+    ids."""
     extensions: ClassVar[tuple[str, ...]]
     """File extensions in its shards, without the dot; `write_media` uses the first."""
 
     vocabulary_size: int
-    """Number of token ids of the loaded codec."""
+    """Number of token ids of the loaded tokenizer."""
     codec_id: str
-    """First 12 hex digits of the SHA-256 over the codec's config and weights; names its token caches."""
+    """First 12 hex digits of the SHA-256 over the tokenizer's config and weights; names its token caches."""
     tokens_per_item: int | None
-    """Tokens of every item of the loaded codec; None if the length varies (text, audio, video)."""
+    """Tokens of every item of the loaded tokenizer; None if the length varies (text, audio, video)."""
     stride: int
     """Every part's length is a multiple of this: 1 for text, the tokens of a latent frame for video."""
 
     @classmethod
     def load(cls, codec: Path, device: torch.device = CPU) -> "Modality":
-        """Load the codec from its folder, to compute on `device`. Raises UserError if it is not such a codec."""
+        """Load the tokenizer from its folder, to compute on `device`. Raises UserError if it is not such a one."""
         ...
 
     @staticmethod
     def check_media(data: bytes, extension: str) -> str:
-        """Decode the media fully, without a codec; returns the SHA-256 (hex) of the result, to find duplicates.
+        """Decode the media fully, without a tokenizer; returns the SHA-256 (hex) of the result, to find duplicates.
 
         Raises UnreadableMedia if it cannot be used for training.
         """
         ...
 
     def read_media(self, data: bytes, extension: str) -> Any:
-        """Media bytes to the codec's input (text: str; image: uint8 `[Y, X, 3]`). Raises UnreadableMedia if broken."""
+        """Media bytes to input of `encode` (text: str; image: uint8 `[Y, X, 3]`). Raises UnreadableMedia if broken."""
         ...
 
     def write_media(self, media: Any) -> bytes:
@@ -57,7 +58,7 @@ class Modality(Protocol):
         ...
 
     def encode(self, media: Sequence[Any]) -> list[IntArray]:
-        """A batch of codec inputs to token ids, one `[T]` array each."""
+        """A batch of tokenizer inputs to token ids, one `[T]` array each."""
         ...
 
     def decode(self, ids: IntArray) -> Any:
@@ -71,8 +72,8 @@ class Modality(Protocol):
         """
         ...
 
-    def valid_token_ids(self, place: int) -> range:
-        """The ids allowed at this place of a part (for a residual codec, those of its level)."""
+    def valid_token_ids(self, index: int) -> range:
+        """The ids that are valid at this index of a part (for a residual codec, those of its level)."""
         ...
 
 

@@ -1,6 +1,6 @@
 """Text: UTF-8 bytes <-> str <-> token ids `[T]` of a Hugging Face tokenizer.
 
-The codec folder is any Hugging Face tokenizer folder; `tokenizer.json` alone is enough. No special tokens are added,
+The tokenizer folder is any of Hugging Face; `tokenizer.json` alone is enough. No special tokens are added,
 and the text of a special token ("<|endoftext|>") in the data is read as plain characters, so no document can inject
 one. Ids are [0, vocabulary_size).
 """
@@ -24,7 +24,7 @@ class TextModality:
     """The text modality; build it with `TextModality.load(folder)`."""
 
     name: ClassVar[str] = "text"
-    family: ClassVar[str] = "text"
+    tokenizer_name: ClassVar[str] = "text"
     extensions: ClassVar[tuple[str, ...]] = ("txt",)
 
     def __init__(self, tokenizer: Tokenizer, codec_id: str) -> None:
@@ -65,6 +65,6 @@ class TextModality:
         """`[3, length]`, t = h = w = 0 .. length - 1."""
         return sequential_positions(length)
 
-    def valid_token_ids(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

@@ -23,7 +23,7 @@ class VideoModality:
     """The video modality; build it with `VideoModality.load(folder)`."""
 
     name: ClassVar[str] = "video"
-    family: ClassVar[str] = "visual"
+    tokenizer_name: ClassVar[str] = "visual"
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "webm", "mkv", "mov")
 
     def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
@@ -55,6 +55,7 @@ class VideoModality:
 
     def encode(self, media: Sequence[FrameArray]) -> list[IntArray]:
         """Videos `[F, Y, X, 3]` to ids `[T]` each, on the codec's device; videos of one length form a batch."""
+        # Results come in order of length and are returned in the order of `media`.
         ids: dict[int, IntArray] = {}
         for numbers in batches_of_one_length([len(frames) for frames in media]):
             videos_BFYX3 = torch.from_numpy(np.stack([media[i] for i in numbers])).to(self.device)
@@ -68,9 +69,9 @@ class VideoModality:
 
     def positions(self, length: int) -> IntArray:
         """`[3, length]`: t is the latent frame, (h, w) row-major over its grid."""
-        t, place = np.divmod(np.arange(length, dtype=np.int64), self.stride)
-        return np.stack([t, *np.divmod(place, self.codec.grid_size)])
+        t, cell = np.divmod(np.arange(length, dtype=np.int64), self.stride)
+        return np.stack([t, *np.divmod(cell, self.codec.grid_size)])
 
-    def valid_token_ids(self, place: int) -> range:
-        """All ids, at every place."""
+    def valid_token_ids(self, index: int) -> range:
+        """All ids, at every index."""
         return range(self.vocabulary_size)

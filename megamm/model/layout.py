@@ -25,7 +25,8 @@ def check(config: RunConfig, world_size: int) -> None:
     if m.mtp.num_layers:  # their projections of hidden states are split over tensor ranks
         _divisible("model.hidden_size with multi-token prediction", m.hidden_size, "parallel.tensor", p.tensor)
     data_parallel = config.data_parallel(world_size)
-    _divisible("train.global_batch", t.global_batch, "micro_batch x data parallel", t.micro_batch * data_parallel)
+    rows = t.micro_batch_size * data_parallel
+    _divisible("train.global_batch_size", t.global_batch_size, "micro_batch_size x data parallel", rows)
     if p.sequence and p.tensor == 1:
         raise UserError("parallel.sequence needs parallel.tensor > 1", remedy="set parallel.sequence=false")
     _check_sequence(config)
@@ -48,7 +49,7 @@ def _check_sequence(config: RunConfig) -> None:
     chunks = 2 * p.context if p.context > 1 else 1
     parts = chunks * (p.tensor if p.sequence else 1)
     _divisible("data.seq_length", config.data.seq_length, "parts of a row over tensor and context ranks", parts)
-    if p.context > 1 and p.context_exchange == "alltoall":
+    if p.context > 1 and p.cp_comm_type == "alltoall":
         heads = m.num_attention_heads // p.tensor
         _divisible("attention heads of a tensor rank", heads, "parallel.context (alltoall)", p.context)
 
@@ -74,9 +75,9 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
             f"parallel.layers_per_chunk = {given} does not split {m.num_layers} layers into {chunks} chunks",
             remedy="give one number per chunk (pipeline x virtual_pipeline), with this sum",
         )
-    microbatches = t.global_batch // (t.micro_batch * data_parallel)
+    microbatches = t.global_batch_size // (t.micro_batch_size * data_parallel)
     if p.virtual_pipeline > 1:
-        remedy = "change train.global_batch or set parallel.virtual_pipeline=1"
+        remedy = "change train.global_batch_size or set parallel.virtual_pipeline=1"
         _divisible("microbatches of a step", microbatches, "parallel.pipeline", p.pipeline, remedy)
 
 

@@ -42,15 +42,15 @@ class Vocabulary:
         """Build it from modality name -> (vocabulary_size, codec_id); "text" is required."""
         if "text" not in codecs:
             raise UserError("no text tokenizer", remedy="set tokenizers.text in the config")
-        families: dict[str, list[str]] = {"text": [], "control": []}
+        by_tokenizer: dict[str, list[str]] = {"text": [], "control": []}
         for name in REGISTRY:
             if name in codecs:
-                families.setdefault(REGISTRY[name].family, []).append(name)
+                by_tokenizer.setdefault(REGISTRY[name].tokenizer_name, []).append(name)
         ranges, start = [], 0
-        for family, names in families.items():
+        for tokenizer, names in by_tokenizer.items():
             size, codec_id = codecs[names[0]] if names else (CONTROL_SIZE, "")
-            assert all(codecs[name] == (size, codec_id) for name in names), "one family, one codec"
-            ranges.append(Range(family, start, size, codec_id, tuple(names)))
+            assert all(codecs[name] == (size, codec_id) for name in names), "modalities of one tokenizer share its ids"
+            ranges.append(Range(tokenizer, start, size, codec_id, tuple(names)))
             start += size
         return cls(tuple(ranges))
 

@@ -22,7 +22,6 @@ log = logging.getLogger(__name__)
 METRICS, DROPPED = "metrics.jsonl", "metrics_dropped.jsonl"
 STARVED = 0.1
 """Share of a step's time spent waiting for data above which the console reports it."""
-LEFT_OUT = ("evaluation_seconds", "checkpoint_stall_seconds")
 
 
 class Metrics:
@@ -34,7 +33,7 @@ class Metrics:
 
         run.mkdir(parents=True, exist_ok=True)
         self.run, self.total_steps = run, total_steps
-        past = goodput.account(events.read(run), read_all_lines(run), going_on_from=start_step)
+        past = goodput.account(events.read(run), read_all_lines(run), resuming_from=start_step)
         self.restarts, self.first_launch = max(past.attempts - 1, 0), past.begin or time.time()
         self.productive = past.seconds["productive"]
         drop_after(run, start_step)
@@ -44,8 +43,8 @@ class Metrics:
         # Read both clocks at the same moment, so that there are no gaps between lines on the time line.
         self.clock, self.time = time.monotonic(), time.time()
         self.since, self.waited = start_step, 0.0
-        self.left_out = dict.fromkeys(LEFT_OUT, 0.0)
-        self.is_first_report, self.told_starved = True, False
+        self.excluded = dict.fromkeys(goodput.OUTSIDE_STEPS, 0.0)
+        self.is_first_report, self.has_warned = True, False
 
     def report(self, step: int, values: dict[str, Any], tokens_per_step: float, peak_flops: float | None) -> None:
         """Record values after `step`; add throughput, time left, and the use of time since the last call.
@@ -69,9 +68,9 @@ class Metrics:
         values |= {"steps": steps, "step_seconds": seconds, "data_wait_seconds": min(waited, seconds)}
         values |= {"restarts": self.restarts, "goodput": min(self.productive / passed, 1.0)}
         self._write({"step": step} | values | self.prometheus.heartbeat_age())
-        self._tell(step, values)
+        self._print(step, values)
 
-    def _tell(self, step: int, values: dict[str, Any]) -> None:
+    def _print(self, step: int, values: dict[str, Any]) -> None:
         losses = " ".join(f"{k[5:]} {v:.4f}" for k, v in values.items() if k.startswith("loss/") and v is not None)
         mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
         grad_norm = "not finite" if values["grad_norm"] is None else f"{values['grad_norm']:.3f}"
@@ -83,8 +82,8 @@ class Metrics:
             f"{values['seconds_left']:.0f} s left",
             flush=True,
         )
-        if is_starved and not self.is_first_report and not self.told_starved:
-            self.told_starved = True
+        if is_starved and not self.is_first_report and not self.has_warned:
+            self.has_warned = True
             log.warning(
                 "starved: %.0f %% of the time of steps is spent waiting for data; raise data.workers, or data.prefetch "
                 "if reading is uneven (reported once; metrics have data_wait_share)",
@@ -94,16 +93,17 @@ class Metrics:
 
     def report_heldout(self, step: int, losses: dict[str, float | None], seconds: float) -> None:
         """Record held-out losses and the seconds of the evaluation."""
-        self.leave_out("evaluation_seconds", seconds)
+        self.exclude("evaluation_seconds", seconds)
         self._write({"step": step} | losses)
         shown = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in losses.items() if v is not None)
         print(f"step {step}/{self.total_steps}  held-out loss {shown}", flush=True)
 
-    def leave_out(self, part: str, seconds: float) -> None:
-        """Exclude time outside of steps (part: one of LEFT_OUT) from the throughput."""
+    def exclude(self, part: str, seconds: float) -> None:
+        """Exclude time outside of steps (part: one of goodput.OUTSIDE_STEPS) from the throughput."""
+        # Both clocks move forward, so that the next line counts only the time of steps.
         self.clock += seconds
         self.time += seconds
-        self.left_out[part] += seconds
+        self.excluded[part] += seconds
 
     def go_back(self, step: int) -> None:
         """Drop the lines after an earlier step, from which the run continues without a restart."""
@@ -111,15 +111,15 @@ class Metrics:
 
         self.file.close()
         self.board.close()
-        past = goodput.account(events.read(self.run), read_all_lines(self.run), going_on_from=step)
+        past = goodput.account(events.read(self.run), read_all_lines(self.run), resuming_from=step)
         self.productive, self.since = past.seconds["productive"], step
         drop_after(self.run, step)
         self.file = (self.run / METRICS).open("a")
         self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=step + 1)
 
     def _write(self, line: dict[str, Any]) -> None:
-        line |= self.left_out | {"time": self.time}
-        self.left_out = dict.fromkeys(LEFT_OUT, 0.0)
+        line |= self.excluded | {"time": self.time}
+        self.excluded = dict.fromkeys(goodput.OUTSIDE_STEPS, 0.0)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for key, value in line.items():
@@ -141,6 +141,8 @@ def drop_after(run: Path, step: int) -> None:
         file.write("".join(json.dumps(line) + "\n" for line in dropped))
     temporary = (run / METRICS).with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+    # The dropped lines were appended before: a kill in between leaves a line in both files, and read_all_lines
+    # counts it once.
     os.replace(temporary, run / METRICS)
 
 

@@ -79,6 +79,7 @@ class Exporter:
 
     def update(self, line: dict[str, Any]) -> None:
         """Set the gauges from a line of metrics, and rewrite the file. None (a modality without tokens) becomes NaN."""
+        # Made at the first value: on a device without a known peak the metric does not exist, instead of being 0.
         if "mfu" in line and "mfu" not in self.gauges:
             self.gauges["mfu"] = self.make_gauge(*GAUGES["mfu"])
         for key, given in line.items():
@@ -96,6 +97,7 @@ class Exporter:
     def oldest_heartbeat(self) -> float:
         """Return the result of the function below, cached for 100 times its duration (at most 1 % of the time)."""
         begin = time.monotonic()
+        # On a shared file system reading thousands of small files is slow; a scrape must not slow the run down.
         if begin - self.read_at >= 100 * self.read_cost:
             self.oldest = oldest_heartbeat(self.run)
             self.read_at = time.monotonic()

@@ -1,7 +1,8 @@
 """Simulated goodput of a large run, from published failure rates and given or measured costs of a failure.
 
 Input: a `Scenario` (GPUs, seconds, published rates). Output: the share of wall time by kind, over many simulated runs.
-Nothing here is a measurement on a large cluster, and every text made from it says "simulated".
+Nothing here is a measurement on a large cluster, and every text made from it says "simulated". `measure` takes the
+costs from the events and metrics of a real run.
 
 Failures are a Poisson process with the rate per GPU of Llama 3's pretraining (Grattafiori et al. 2024, "The Llama
 3 Herd of Models", section 3.3.4 and table 5: 466 stops in 54 days on 16,384 GPUs, 47 planned and 419 unexpected; the
@@ -16,7 +17,13 @@ import random
 import statistics
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from pathlib import Path
 from typing import Literal
+
+from megamm.common import events
+from megamm.common.errors import UserError
+from megamm.observability import metrics
+from megamm.observability.goodput import account
 
 Kind = Literal["hardware", "software", "hang", "planned"]
 """hardware: a node is also lost; hang: no process exits; planned: a checkpoint is written first."""
@@ -92,7 +99,7 @@ SHARES = ("productive", "repeated", "checkpoint_stall", "detection", "restart", 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SimulationResult:
     """Result of the simulated runs. shares: mean share of the wall time by kind, in the order of SHARES; sum 1."""
 
     goodput: tuple[float, ...]
@@ -112,18 +119,18 @@ class Outcome:
     def percentile(self, percent: float) -> float:
         """Return a percentile of the runs' goodput, interpolated linearly."""
         ordered = sorted(self.goodput)
-        place = percent / 100 * (len(ordered) - 1)
-        low, part = int(place), place - int(place)
+        position = percent / 100 * (len(ordered) - 1)
+        low, part = int(position), position - int(position)
         return ordered[low] + part * (ordered[min(low + 1, len(ordered) - 1)] - ordered[low])
 
 
-def simulate(scenario: Scenario, runs: int, seed: int) -> Outcome:
+def simulate(scenario: Scenario, runs: int, seed: int) -> SimulationResult:
     """Simulate `runs` runs; the same seed gives the same outcome."""
     simulated = [_Run(scenario, random.Random(f"{seed}:{i}")) for i in range(runs)]
     total = scenario.days * DAY
     for run in simulated:
         run.play()
-    return Outcome(
+    return SimulationResult(
         goodput=tuple(run.spent["productive"] / total for run in simulated),
         shares={name: statistics.fmean(run.spent[name] for run in simulated) / total for name in SHARES},
         stops=statistics.fmean(run.stops for run in simulated),
@@ -169,6 +176,7 @@ class _Run:
 
     def _train(self, seconds: float, is_kept: bool) -> None:
         """Train; a checkpoint ends every `interval` of training, and the work after the last usable one is repeated."""
+        # One period is `interval` of training and one stall; a checkpoint is usable `lag` after its stall.
         interval, stall = self.scenario.interval, self.scenario.costs.stall
         count, rest = divmod(seconds, interval + stall)
         worked = count * interval + min(rest, interval)
@@ -188,6 +196,7 @@ class _Run:
             self.jobs, self.restarts = self.jobs + 1, 0
         self.restarts += 1
         seen = {"planned": 0.0, "hang": costs.hang_detection}.get(kind, costs.detection)
+        # The next stop can fall into detection or restart: exponential times have no memory.
         until_stop = self._until_stop()
         self._spend("detection", min(seen, until_stop))
         self._spend("restart", max(min(costs.restart, until_stop - seen), 0))
@@ -195,6 +204,7 @@ class _Run:
 
     def _take_spare(self) -> None:
         """Replace a lost node, which becomes a spare after repair; without a spare wait for the first repaired node."""
+        # A heap of the times at which lost nodes come back, earliest first.
         while self.repaired_at and self.repaired_at[0] <= self.clock:
             heapq.heappop(self.repaired_at)
             self.spares += 1
@@ -212,6 +222,7 @@ def young(stall: float, mean_seconds_between_stops: float) -> float:
 
 def daly(stall: float, mean_seconds_between_stops: float) -> float:
     """Return the same to a higher order (Daly 2006, equation 37)."""
+    # Outside of the range of the expansion: Daly recommends one checkpoint per mean time between stops.
     if stall >= 2 * mean_seconds_between_stops:
         return mean_seconds_between_stops
     ratio = stall / (2 * mean_seconds_between_stops)
@@ -227,7 +238,7 @@ def expected_goodput(interval: float, stall: float, recovery: float, mean_second
     return interval / (m * math.exp(recovery / m) * math.expm1((interval + stall) / m))
 
 
-def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: int) -> str:
+def text(scenario: Scenario, outcome: SimulationResult, sources: dict[str, str], seed: int) -> str:
     """Return the text to print: result, shares of time, and all assumptions. sources: the source of each cost."""
     s, c, mean = scenario, scenario.costs, scenario.mean_seconds_between_stops
     total = sum(count for _, count, _ in s.stops)
@@ -258,3 +269,39 @@ def text(scenario: Scenario, outcome: Outcome, sources: dict[str, str], seed: in
 
 def _share(scenario: Scenario, kind: Kind) -> float:
     return sum(n for _, n, k in scenario.stops if k == kind) / sum(n for _, n, _ in scenario.stops)
+
+
+def measure(run: Path, gpus: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Return medians of the costs that the run recorded; UserError if it recorded none.
+
+    Assumed, not measured: rendezvous time grows with the logarithm of the number of ranks; the other costs do not grow
+    (every rank reads and writes its own part).
+    """
+    recorded = events.read(run)
+    restarts = account(recorded, metrics.read_all_lines(run)).restarts
+    ranks = max((e["world"] for e in recorded if e["kind"] == "started" and isinstance(e.get("world"), int)), default=1)
+    grown = math.log2(max(gpus, 2)) / math.log2(max(ranks, 2))
+    saved = [e for e in recorded if e["kind"] == "saved"]
+    found: dict[str, list[float | None]] = {
+        "detection": [r.detection for r in restarts if r.kind == "failed"],
+        "hang_detection": [r.detection for r in restarts if r.kind == "hang"],
+        "restart": [
+            r.total - (r.detection or 0.0) + (grown - 1) * (r.rendezvous or 0.0)
+            for r in restarts
+            if r.total is not None
+        ],
+        "stall": [e.get("stall") for e in saved],
+        "lag": [e.get("seconds") for e in saved],
+    }
+    seconds: dict[str, float] = {}
+    sources: dict[str, str] = {}
+    for name, values in found.items():
+        known = [value for value in values if value is not None]
+        if known:
+            seconds[name] = statistics.median(known)
+            sources[name] = f"measured: median of {len(known)} on {ranks} ranks"
+    if "restart" in seconds:
+        sources["restart"] += f", its rendezvous times {grown:.1f} (log2 of the ranks)"
+    if not seconds:
+        raise UserError("no timed failure or checkpoint is recorded", where=run, remedy="give the costs as options")
+    return seconds, sources

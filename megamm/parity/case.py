@@ -39,8 +39,8 @@ BASE: dict[str, Any] = {
     "optimizer.lr": 1e-2,
     "optimizer.clip_grad": 1.0,
     "train.steps": 10,
-    "train.global_batch": 8,
-    "train.micro_batch": 2,
+    "train.global_batch_size": 8,
+    "train.micro_batch_size": 2,
 }
 BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "gradient norm": 1e-5, "parameter": 1e-5}
 """Maximum relative errors from rounding in float32; a tensor's error is the norm of the difference over the norm."""
@@ -80,7 +80,7 @@ class Run:
         kept = {k: v for k, v in self.settings if not k.startswith(_LAYOUT_ONLY)}
         kept["ops"] = "torch"
         if not kept.get("model.moe.aux_loss_coeff"):
-            kept["train.micro_batch"] = 1
+            kept["train.micro_batch_size"] = 1
         return replace(self, world=1, settings=tuple(sorted(kept.items())))
 
     def name(self) -> str:
@@ -137,7 +137,8 @@ class Case:
         """Return the computation of the case's ranks. UserError if the layout is rejected."""
         config = self.config
         layout.check(config, self.world)
-        batch, micro, data = config.train.global_batch, config.train.micro_batch, config.data_parallel(self.world)
+        batch, micro = config.train.global_batch_size, config.train.micro_batch_size
+        data = config.data_parallel(self.world)
         steps = []
         for step in range(1, rows.steps_of(self.mix) + 1):
             kinds = rows.kinds(self.mix, step, batch, micro, data)

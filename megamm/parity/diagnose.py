@@ -190,8 +190,8 @@ def _size_named(ratio: float, report: RankReport) -> str:
 def _row_parts(run: Run) -> Iterator[tuple[str, list[set[int]]]]:
     """Yield partitions of a step's rows over which a wrong loss may be normalised."""
     config = run.config
-    micro, data = config.train.micro_batch, config.data_parallel(run.world)
-    rows = range(config.train.global_batch)
+    micro, data = config.train.micro_batch_size, config.data_parallel(run.world)
+    rows = range(config.train.global_batch_size)
     yield "data-parallel rank", [{i for i in rows if i // micro % data == r} for r in range(data)]
     yield "microbatch", [{i for i in rows if i // micro == m} for m in range(len(rows) // micro)]
 
@@ -202,7 +202,7 @@ def _normalised_over(
     """Return the factor c for which c x (sum of the parts' own mean losses) gives the wrong gradients, or None."""
     # A run with all other rows muted gives the gradient of one part's own mean. The wrong normalisation computes a
     # multiple of the sum of these; least squares finds which.
-    everything = frozenset(range(run.config.train.global_batch))
+    everything = frozenset(range(run.config.train.global_batch_size))
     references = [_Reference(harness, replace(run, muted=everything - part)) for part in parts]
     expected = np.concatenate([np.sum([r.block(d.extent) for r in references], axis=0).ravel() for d in wrong])
     ours = np.concatenate([d.values.ravel() for d in wrong if d.values is not None])

@@ -24,7 +24,7 @@ def draw(seed: int, number: int, max_ranks: int) -> Case:
     settings: Settings = {f"parallel.{axis}": size for axis, size in sizes.items() if size > 1}
     tensor, pipeline, context = sizes["tensor"], sizes["pipeline"], sizes["context"]
     if context > 1:
-        settings["parallel.context_exchange"] = rng.choice(["allgather", "alltoall"])
+        settings["parallel.cp_comm_type"] = rng.choice(["allgather", "alltoall"])
     settings |= _model(rng, tensor)
     if rng.random() < 0.5:
         settings |= _experts(rng, tensor, tensor * context * left)
@@ -35,7 +35,7 @@ def draw(seed: int, number: int, max_ranks: int) -> Case:
     settings["data.seq_length"] = parts * rng.randint(-(-20 // parts), max(64 // parts, -(-20 // parts)))
     micro = rng.choice([1, 1, 2, 3])
     microbatches = pipeline * rng.randint(1, 2) if "parallel.virtual_pipeline" in settings else rng.randint(1, 4)
-    settings |= {"train.micro_batch": micro, "train.global_batch": micro * left * microbatches}
+    settings |= {"train.micro_batch_size": micro, "train.global_batch_size": micro * left * microbatches}
     settings["train.recompute"] = rng.choice(["none", "none", "selective", "full"])
     return Case.of(world, settings, rng.choice(list(MIXES)), number)
 

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Settings] = {
     "interleaved pipeline": _PP | {"parallel.virtual_pipeline": 2},
     "uneven split": _PP | {"parallel.layers_per_chunk": [1, 3]},
     "context, all-gather": _CP,
-    "context, all-to-all": _CP | {"parallel.context_exchange": "alltoall"},
+    "context, all-to-all": _CP | {"parallel.cp_comm_type": "alltoall"},
     "expert, all-to-all": _MOE | {"parallel.expert": 2},
     "expert, all-gather": _MOE | {"parallel.expert": 2, "model.moe.dispatcher": "allgather"},
     "expert tensor": _MOE | _TP | {"parallel.sequence": True, "parallel.expert_tensor": 2},

@@ -40,7 +40,7 @@ def compute(job: ParityJob) -> RankReport:
     weights = torch.tensor(run.weights, dtype=torch.float64)
     restore = _reduce_everywhere(engine)
     for step in range(1, 2 if job.first_step_only else len(run.rows) + 1):
-        batches = rank_batches(_rows(run, step), config.train.micro_batch, groups.data_rank, groups.data_size)
+        batches = rank_batches(_rows(run, step), config.train.micro_batch_size, groups.data_rank, groups.data_size)
         with observe.watch(engine.chunks) as seen:
             result = engine.compute_gradients(batches, weights)
             if step == 1:

@@ -1,1 +1,1 @@
-"""The trainable tokenizers (codecs) behind the modalities: quantisers, autoencoders and their training."""
+"""The tokenizers behind the modalities: quantisers, autoencoders (codecs) and their training."""

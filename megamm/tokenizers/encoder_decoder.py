@@ -1,7 +1,7 @@
-"""Saves and loads one half of a codec: an image decoder (ids to pixels), an audio encoder (waveform to ids).
+"""Exports a codec's encoder or decoder alone: an image decoder (ids to pixels), an audio encoder (waveform to ids).
 
-The folder of a half has the codec's config.json with the added key `half`, and model.safetensors without the tensors
-that only the other half needs, in float32. Its results are bit-identical to the whole codec's.
+The exported folder has the codec's config.json with the added key `half`, and model.safetensors without the tensors
+that only the other module needs, in float32. Its results are bit-identical to the whole codec's.
 """
 
 import json
@@ -20,12 +20,12 @@ from megamm.tokenizers.load import load_codec
 from megamm.tokenizers.visual.model import KIND as VISUAL
 from megamm.tokenizers.visual.model import VisualCodec
 
-Half = Literal["encoder", "decoder"]
+CodecModule = Literal["encoder", "decoder"]
 KINDS: dict[str, dict[str, Any]] = {
     "audio": {AUDIO: AudioCodec},
     "visual": {VISUAL: VisualCodec},
 }
-"""Our own codecs, by family."""
+"""Our own codecs, by tokenizer name and kind."""
 _VQGAN: dict[str, tuple[str, ...]] = {
     "encoder": ("model.encoder", "model.quant_conv"),
     "decoder": ("model.decoder", "model.post_quant_conv"),
@@ -42,42 +42,46 @@ _PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "emu3_vqgan": _VQGAN,
     "janus_vqgan": _VQGAN,
 }
-"""Modules that only one half needs, by kind (model_type for transformers' codecs). Chameleon's has no decoder."""
+"""Submodules that only the encoder or only the decoder needs, by kind (model_type for transformers' codecs).
+Chameleon's has no decoder."""
 _REMEDY = "create it again with `megamm convert modules`"
 
 
-def save_half(codec: Path, family: str, half: Half, target: Path) -> bool:
-    """Write one half of a codec folder into `target`, created if necessary; False if the codec lacks this half."""
-    values = read_config(codec, family)
+def save_module(codec: Path, tokenizer: str, module: CodecModule, target: Path) -> bool:
+    """Write this module of a codec folder into `target`, created if necessary; False if it cannot be exported alone.
+
+    tokenizer: the codec's name in a run's `tokenizers`.
+    """
+    values = read_config(codec, tokenizer)
     parts = _PARTS.get(_kind(values))
     if parts is None:
         return False
-    module, _ = load_codec(codec, KINDS[family], family)
+    whole, _ = load_codec(codec, KINDS[tokenizer], tokenizer)
     kept = {
         name: tensor.detach().contiguous()
-        for name, tensor in module.state_dict().items()
-        if not _is_in(name, parts[_other(half)])
+        for name, tensor in whole.state_dict().items()
+        if not _is_in(name, parts[_other(module)])
     }
     target.mkdir(parents=True, exist_ok=True)
-    (target / "config.json").write_text(json.dumps(values | {"half": half}, indent=2) + "\n")
+    (target / "config.json").write_text(json.dumps(values | {"half": module}, indent=2) + "\n")
     save_file(kept, target / WEIGHTS, metadata={"format": "pt"})
     return True
 
 
-def load_half(folder: Path) -> Any:
-    """The half codec on the CPU, in eval mode, with `encode` or `decode` as in the whole codec.
+def load_module(folder: Path) -> Any:
+    """The encoder or decoder on the CPU, in eval mode, with `encode` or `decode` as in the whole codec.
 
-    Raises UserError if the folder is not a half or is damaged.
+    Raises UserError if the folder was not written by `save_module` or is damaged.
     """
-    values = read_config(folder, "half")
-    half = values.pop("half", None)
+    values = read_config(folder, "an encoder or decoder alone", _REMEDY)
+    module = values.pop("half", None)
     parts = _PARTS.get(_kind(values))
-    if half not in ("encoder", "decoder") or parts is None:
-        raise UserError("not a half of a codec", where=folder, remedy=_REMEDY)
-    module = _whole(_kind(values), values, folder)
-    absent = parts[_other(half)]
+    if module not in ("encoder", "decoder") or parts is None:
+        raise UserError("not the encoder or decoder of a tokenizer", where=folder, remedy=_REMEDY)
+    codec = _whole(_kind(values), values, folder)
+    absent = parts[_other(module)]
     try:
-        missing, unknown = module.load_state_dict(load_file(folder / WEIGHTS), strict=False)
+        missing, unknown = codec.load_state_dict(load_file(folder / WEIGHTS), strict=False)
     except (SafetensorError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"weights do not fit the config: {reason}", where=folder, remedy=_REMEDY) from error
@@ -85,10 +89,10 @@ def load_half(folder: Path) -> Any:
         raise UserError(f"{wrong[0]} is missing or unknown", where=folder, remedy=_REMEDY)
     for part in absent:  # it has random weights, which must not be used
         parent, _, name = part.rpartition(".")
-        owner = module.get_submodule(parent)
+        owner = codec.get_submodule(parent)
         if hasattr(owner, name):
             delattr(owner, name)
-    return module.eval()
+    return codec.eval()
 
 
 def _whole(kind: str, values: dict[str, Any], folder: Path) -> nn.Module:
@@ -96,18 +100,18 @@ def _whole(kind: str, values: dict[str, Any], folder: Path) -> nn.Module:
         if kind in codecs:
             module: nn.Module = codecs[kind](checked_config(codecs[kind].Config, values, folder / "config.json"))
             return module
-    from megamm.tokenizers.hf.load import form_of  # brings transformers
+    from megamm.tokenizers.hf.load import describe_codec  # brings transformers
 
-    form = form_of(folder, values)
-    return form.adapter(form.model_class(form.config), form.sizes)
+    found = describe_codec(folder, values)
+    return found.adapter(found.model_class(found.config), found.sizes)
 
 
 def _kind(values: dict[str, Any]) -> str:
     return str(values.get("kind", values.get("model_type")))
 
 
-def _other(half: str) -> str:
-    return "decoder" if half == "encoder" else "encoder"
+def _other(module: str) -> str:
+    return "decoder" if module == "encoder" else "encoder"
 
 
 def _is_in(name: str, parts: tuple[str, ...]) -> bool:

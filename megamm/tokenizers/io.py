@@ -57,8 +57,8 @@ def checked_config(config: type[AnyConfig], values: dict[str, Any], where: Path 
         return config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        what = f"codec config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
-        raise UserError(what, where=where, remedy="correct this value, or train the codec again") from error
+        what = f"tokenizer config: {'.'.join(map(str, first['loc']))} {first['msg']}".replace(": Value error,", ":")
+        raise UserError(what, where=where, remedy="correct this value, or train the tokenizer again") from error
 
 
 def save_codec(codec: Codec, folder: Path) -> None:
@@ -68,18 +68,21 @@ def save_codec(codec: Codec, folder: Path) -> None:
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def read_config(folder: Path, family: str) -> dict[str, Any]:
-    """A codec folder's config.json. Raises UserError if it is not a codec folder."""
+def read_config(folder: Path, tokenizer: str, remedy: str | None = None) -> dict[str, Any]:
+    """A tokenizer folder's config.json. Raises UserError if config or weights are missing, with `remedy` if given.
+
+    tokenizer: its name in a run's `tokenizers`.
+    """
     file = folder / "config.json"
     if not (file.is_file() and weight_files(folder)):
-        remedy = f"give a folder made by `megamm tokenizer train {family}`"
+        remedy = remedy or f"give a folder made by `megamm tokenizer train {tokenizer}`"
         raise UserError(
-            f"not a codec of family {family}: it needs config.json and {WEIGHTS}", where=folder, remedy=remedy
+            f"not a tokenizer for {tokenizer}: config.json or {WEIGHTS} is missing", where=folder, remedy=remedy
         )
     try:
         return dict(json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
-        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain the codec") from error
+        raise UserError(f"unreadable config: {error}", where=file, remedy="restore or retrain it") from error
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -121,6 +124,7 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
                 what = f"{tensor} is both in {found[tensor]} and in {file.name}"
                 raise UserError(what, where=folder, remedy="download or copy the folder again")
             found[tensor] = file.name
+    # The index and the headers must agree on every tensor: with a stale index a wrong weight could be read.
     for tensor in sorted(said.keys() | found.keys()):
         if said.get(tensor) != found.get(tensor):
             is_said, is_so = (side.get(tensor, "no file") for side in (said, found))
@@ -158,6 +162,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def codec_id(folder: Path) -> str:
     """First 12 hex digits of the SHA-256 over config and weights."""
+    # Over contents only: a copied or moved folder has the same id, and its token caches stay valid.
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
         with file.open("rb") as weights:

@@ -1,7 +1,7 @@
 """The training loop of all trainable codecs: AdamW with warm-up and cosine decay, on one or more ranks.
 
 In: a codec whose `forward(*batch)` returns its training loss (a mean over samples), and its samples in memory. Out: the
-codec trained in place, and its held-out reports. Ranks share each batch (DistributedDataParallel), so any number of
+trained codec, and its held-out reports. Ranks share each batch (DistributedDataParallel), so any number of
 ranks takes the same steps. The same seed, data, device and thread count give the same weights, bit for bit.
 """
 
@@ -64,31 +64,33 @@ def train_codec(
     codec: nn.Module,
     data: CodecData,
     training: Training,
-    place: Device,
+    device: Device,
     evaluate: Callable[[nn.Module, int], Figures],
     dtype: torch.dtype = torch.float32,
 ) -> list[Figures]:
-    """Train in place; `evaluate(codec, step)` is called ten times and at the end, on rank 0 only.
+    """Train the codec itself; `evaluate(codec, step)` is called ten times and at the end, on rank 0 only.
 
     dtype is that of the computation (autocast); weights are float32. Returns the reports; none on other ranks.
     Raises UserError if the batch is not divisible by the number of ranks.
     """
+    # Under torchrun each rank runs this function; without it, this is the only process.
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(place.backend)
+        dist.init_process_group(device.backend)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if training.batch_size % ranks:
         what = f"batch_size {training.batch_size} is not divisible by {ranks} ranks"
         raise UserError(what, remedy=f"use a multiple of {ranks}", on_all_ranks=True)
     torch.manual_seed(training.seed)
-    codec.to(place.torch_device)
+    codec.to(device.torch_device)
     shared = DistributedDataParallel(codec) if ranks > 1 else codec
     optimizer = _optimizer(codec, training.learning_rate)
     reports = []
     for step, (numbers, epoch) in enumerate(_batches(len(data), training)):
         for group in optimizer.param_groups:
             group["lr"] = training.learning_rate_at(step)
-        batch = [tensor.to(place.torch_device) for tensor in data.batch(numbers[rank::ranks], epoch)]
-        with torch.autocast(place.torch_device.type, dtype, enabled=dtype != torch.float32):
+        # Every rank draws the same numbers and takes each `ranks`-th: no communication, and no sample twice.
+        batch = [tensor.to(device.torch_device) for tensor in data.batch(numbers[rank::ranks], epoch)]
+        with torch.autocast(device.torch_device.type, dtype, enabled=dtype != torch.float32):
             loss = shared(*batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,6 +111,7 @@ def train_codec(
 
 
 def _optimizer(codec: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    # Weight decay on matrices only: norms and biases have none, as is usual.
     matrices = [p for p in codec.parameters() if p.ndim > 1]
     vectors = [p for p in codec.parameters() if p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}]
@@ -121,6 +124,7 @@ def _batches(samples: int, training: Training) -> Iterator[tuple[list[int], int]
     order: list[int] = []
     drawn = 0
     for _ in range(training.steps):
+        # A batch can cross the end of an epoch; it counts as part of the one it begins in.
         epoch = drawn // samples
         while len(order) < training.batch_size:
             order += torch.randperm(samples, generator=generator).tolist()
@@ -130,7 +134,7 @@ def _batches(samples: int, training: Training) -> Iterator[tuple[list[int], int]
 
 
 def codebook_use(counts: Tensor) -> Figures:
-    """From counts of each code `[codebook]`: the share of codes used, and exp of the entropy of their frequencies."""
+    """The share of codes used, and exp of the entropy of their frequencies, from counts of each code `[codebook]`."""
     frequency = counts[counts > 0].double() / counts.sum()
     return {
         "codes_used": (counts > 0).double().mean().item(),

@@ -128,18 +128,18 @@ class CheckpointManager:
     def resume(self) -> checkpoint.TrainState | None:
         """Restore engine, data and generators from the newest valid checkpoint.
 
-        Return None if there is none: the run starts at step 0, with the weights of config.start_from if that is set.
+        Return None if there is none: the run starts at step 0, with the weights of config.init_from if that is set.
         """
         start, c = time.monotonic(), self.config.checkpoint
-        found = choose(self.config.output, c.durable, self.local, self._needed)
+        found = choose(self.config.output, c.remote, self.local, self._needed)
         if self.local is not None:  # the next restart must not find other steps there
             self.local.begin(found.step if found else -1)
-        if c.durable and self.groups.rank == 0:
-            self.uploader = Uploader(self.config.output, c.durable, c.keep, c.keep_best)
+        if c.remote and self.groups.rank == 0:
+            self.uploader = Uploader(self.config.output, c.remote, c.keep, c.keep_best)
         if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
-            if self.config.start_from is not None:
-                init_from(self.config, self.data.vocabulary, self.engine, self.config.start_from)
+            if self.config.init_from is not None:
+                init_from(self.config, self.data.vocabulary, self.engine, self.config.init_from)
             return None
         state = self.restore(found.folder)
         self.is_in_run = found.storage != "local"
@@ -165,7 +165,7 @@ class CheckpointManager:
         if self.uploader is not None:
             self.uploader.stop()
         c = self.config.checkpoint
-        found = roll_back.checkpoint_before(self.config.output, row, c.durable, c.keep_best)
+        found = roll_back.checkpoint_before(self.config.output, row, c.remote, c.keep_best)
         if self.uploader is not None:
             self.uploader.start()
         return found
@@ -201,5 +201,5 @@ class CheckpointManager:
             where = error.where or folder
             raise UserError(error.what, where=where, remedy=error.remedy, on_all_ranks=True) from None
         if change is not None:
-            step = state.step + (change.row - state.consumed_rows) // self.config.train.global_batch + 1
+            step = state.step + (change.row - state.consumed_rows) // self.config.train.global_batch_size + 1
             log.info("the mixture changes at row %d, in step %d: %s", change.row, step, change.what)

@@ -167,7 +167,7 @@ def report(
 ) -> tuple[str, str | None]:
     """Return the text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
 
-    The default vocabulary size comes from the data, and `start_from` is checked against it. rank: a rank whose
+    The default vocabulary size comes from the data, and `init_from` is checked against it. rank: a rank whose
     coordinates are printed too. UserError for an invalid layout or start, missing data, and a rank outside the world.
     """
     layout.check(config, world_size)
@@ -231,9 +231,10 @@ def _layout_lines(config: RunConfig, grid: Grid, vocabulary_size: int) -> list[s
     return [
         *lines,
         f"model {parameter_count(config.model, vocabulary_size):,} parameters, vocabulary {vocabulary_size:,}",
-        f"step {t.global_batch} rows x {s} = {t.global_batch * s:,} tokens in "
-        f"{t.global_batch // (t.micro_batch * data)} microbatches of {t.micro_batch} rows on each data rank; "
-        f"{t.steps:,} steps = {t.steps * t.global_batch * s:,} tokens",
+        f"step {t.global_batch_size} rows x {s} = {t.global_batch_size * s:,} tokens in "
+        f"{t.global_batch_size // (t.micro_batch_size * data)} microbatches of {t.micro_batch_size} rows "
+        "on each data rank; "
+        f"{t.steps:,} steps = {t.steps * t.global_batch_size * s:,} tokens",
     ]
 
 

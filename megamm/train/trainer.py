@@ -97,8 +97,8 @@ class Trainer:
         t, d = self.config.train, self.config.data
         return Loader(
             self.data.stream,
-            global_batch=t.global_batch,
-            micro_batch=t.micro_batch,
+            global_batch=t.global_batch_size,
+            micro_batch=t.micro_batch_size,
             data_rank=self.groups.data_rank,
             data_size=self.groups.data_size,
             cost=partial(flops.flops_of_row, self.config.model, self.data.vocabulary.size, d.seq_length),
@@ -126,7 +126,7 @@ class Trainer:
             # Judge the result. If it is bad, the guard computes it again; if it stays bad, the update is skipped, or
             # the run returns to an earlier step.
             recompute = self.engine.recompute_gradients if self.engine.can_discard else None
-            result, is_good = self.guard.check(self.step + 1, first_row, t.global_batch, result, recompute)
+            result, is_good = self.guard.check(self.step + 1, first_row, t.global_batch_size, result, recompute)
             if is_good or not self.engine.can_discard:
                 self.engine.apply_update()
             else:
@@ -167,7 +167,7 @@ class Trainer:
     def _read_batches(self) -> tuple[int, list[Batch]]:
         """Return the first row of the next step and this rank's microbatches, without rows that the guard skips."""
         self.heartbeat.beat("data", self.step + 1)
-        first_row = self.guard.next_row(self.loader.consumed_rows, self.config.train.global_batch)
+        first_row = self.guard.next_row(self.loader.consumed_rows, self.config.train.global_batch_size)
         if first_row != self.loader.consumed_rows:
             self._open_loader(first_row)
         with self.engine.timers.host("data"):
@@ -190,7 +190,7 @@ class Trainer:
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         t, m, s = self.config.train, self.config.model, self.config.data.seq_length
         values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
-        self.metrics.report(self.step, values, t.global_batch * s, self.device.peak_flops)
+        self.metrics.report(self.step, values, t.global_batch_size * s, self.device.peak_flops)
 
     def _roll_back(self, window: SkippedWindow) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
@@ -237,7 +237,7 @@ class Trainer:
             self.checkpoints.save(self.step, rows, tokens, guard, heldout_loss, wait, to_run)
         self.saved_step = self.step if to_run else self.saved_step
         if self.metrics is not None:
-            self.metrics.leave_out("checkpoint_stall_seconds", time.monotonic() - start)
+            self.metrics.exclude("checkpoint_stall_seconds", time.monotonic() - start)
 
     def _save_last_step(self) -> None:
         """Save the state of the last step, unless it is saved already, and wait until it is written."""

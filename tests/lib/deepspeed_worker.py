@@ -44,7 +44,7 @@ def case_config(case: dict[str, Any]) -> RunConfig:
             "tokenizers": {"text": "unused"},
             # Clipping at half of a usual norm, and decay strong enough to be seen. eps: as in parity_worker.py.
             "optimizer": {"lr": 1e-2, "warmup_steps": 5, "clip_grad": 0.4, "weight_decay": 0.5, "eps": 1e-3},
-            "train": {"steps": STEPS, "global_batch": ROWS, "micro_batch": MICRO} | case.get("train", {}),
+            "train": {"steps": STEPS, "global_batch_size": ROWS, "micro_batch_size": MICRO} | case.get("train", {}),
         },
         "deepspeed case",
     )

@@ -168,7 +168,7 @@ def slurm(entry: Entry, command: str, folder: Path) -> None:
 
 
 HOST = {"HOST": "127.0.0.1"}
-MANY = HOST | {"$": " train.global_batch=32 train.micro_batch=1"}
+MANY = HOST | {"$": " train.global_batch_size=32 train.micro_batch_size=1"}
 """For 32 ranks with one row each: the tiny CONFIG has fewer."""
 LONG = "trains for minutes by default; only a few steps here"
 ENTRIES = [

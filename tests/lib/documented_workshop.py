@@ -86,7 +86,8 @@ def make(folder: Path) -> None:
         ["convert", "modules", "EXPORT", "PARTS"],
     )
     steps = sorted((folder / "RUN" / "checkpoints").glob("step_*"))
-    for name, target in {"ONE": steps[0], "OTHER": steps[-1], "PLACE": folder / "RUN"}.items():
+    run = folder / "RUN"
+    for name, target in {"ONE": steps[0], "OTHER": steps[-1], "CHECKPOINT": run, "MODEL": run}.items():
         (folder / name).symlink_to(target.relative_to(folder))
     for name in ("mine", "old_codec"):
         shutil.copytree(folder / "RUN", folder / "runs" / name, symlinks=True)
@@ -171,7 +172,7 @@ def _write_configs(folder: Path, tokenizers: dict[str, str]) -> None:
         "data": {"seq_length": 160, "sources": [{"path": f"shards/{name}", "documents": "pairs"} for name in SOURCES]},
         "tokenizers": tokenizers,
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "train": {"steps": 8, "global_batch": 4, "micro_batch": 2, "log_every": 1, "eval_every": 8},
+        "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 2, "log_every": 1, "eval_every": 8},
         "checkpoint": {"every": 2},
         "resilience": {"hang_seconds": 300, "startup_seconds": 300},  # the cores are shared: slow is not a hang
     }

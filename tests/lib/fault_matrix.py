@@ -24,7 +24,7 @@ from tiny_run import environment, make_data, numbers, write_config
 from megamm.common import events
 
 RANKS, STEPS, BATCH, TIMEOUT = 2, 10, 4, 600
-TRAIN = {"steps": STEPS, "global_batch": BATCH, "micro_batch": 1, "log_every": 1, "eval_every": 4}
+TRAIN = {"steps": STEPS, "global_batch_size": BATCH, "micro_batch_size": 1, "log_every": 1, "eval_every": 4}
 CHECKPOINT = {"every": 2, "keep": 9}
 RESILIENCE = {"backoff_seconds": 0, "same_step_limit": 9, "hang_seconds": 3, "startup_seconds": 30}
 ON_SMALL_DISK = """

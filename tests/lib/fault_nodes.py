@@ -23,7 +23,7 @@ from ports import free_port
 
 from megamm.common import events
 
-RENDEZVOUS = ("join=60", "last_call=1", "keep_alive=0.5")
+RENDEZVOUS = ("join_timeout=60", "last_call_timeout=1", "keep_alive_interval=0.5")
 STEP, SECONDS = 5, 240
 HOSTS = {"node-a": "192.0.2.1", "node-b": "192.0.2.2"}
 """RFC 5737: reserved addresses; the namespaces have no route out."""

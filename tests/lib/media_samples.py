@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from codec_data import as_bytes, shape_picture
 
-from megamm.modalities import REGISTRY, families
+from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
 from megamm.tokenizers.io import save_codec
 from megamm.tokenizers.points.model import PointsCodec, PointsCodecConfig
@@ -112,11 +112,11 @@ _CODECS: dict[str, Callable[[Path], None]] = {
 
 
 def make_codecs(folder: Path) -> dict[str, Path]:
-    """Write folder/<family>/ with untrained weights from one seed, for every family of the registry."""
-    for family in families():
-        (folder / family).mkdir(parents=True)
+    """Write folder/<name>/ with untrained weights from one seed, for every name of the registry."""
+    for name in tokenizer_names():
+        (folder / name).mkdir(parents=True)
         torch.manual_seed(0)
-        owner = next(m for m in REGISTRY.values() if m.family == family)
-        make = _CODECS.get(family) or owner.make_codec  # type: ignore[attr-defined]
-        make(folder / family)
-    return {family: folder / family for family in families()}
+        owner = next(m for m in REGISTRY.values() if m.tokenizer_name == name)
+        make = _CODECS.get(name) or owner.make_codec  # type: ignore[attr-defined]
+        make(folder / name)
+    return {name: folder / name for name in tokenizer_names()}

@@ -6,8 +6,8 @@ import torch
 
 TRAIN = {
     "steps": 8,
-    "global_batch": 4,
-    "micro_batch": 1,
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
     "log_every": 1,
     "eval_every": 8,
 }

@@ -60,7 +60,7 @@ def _config(folder: Path, source: Path, codecs: Path, changes: dict[str, Any]) -
             "data": {"sources": [{"path": str(source)}], "seq_length": 64},
             "tokenizers": {codec.name: str(codec) for codec in sorted(codecs.iterdir())},
             "optimizer": {"lr": 1e-3},
-            "train": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+            "train": {"steps": 1, "global_batch_size": 1, "micro_batch_size": 1},
         },
         where="test",
     )

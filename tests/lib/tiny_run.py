@@ -67,7 +67,7 @@ def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path
         "data": {"seq_length": 64, "sources": [{"path": str(folder / "shards" / "drawn")}]},
         "tokenizers": {name: str(folder / "tokenizers" / name) for name in ("text", "visual")},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "train": {"steps": 8, "global_batch": 4, "micro_batch": 1, "log_every": 1},
+        "train": {"steps": 8, "global_batch_size": 4, "micro_batch_size": 1, "log_every": 1},
         "checkpoint": {"every": 2, "keep": 4},
     }
     for name, section in sections.items():

@@ -20,7 +20,7 @@ class SmellModality:
     """A letter is a token; a part has four letters per sniff, and any number of sniffs."""
 
     name: ClassVar[str] = "smell"
-    family: ClassVar[str] = "smell"
+    tokenizer_name: ClassVar[str] = "smell"
     extensions: ClassVar[tuple[str, ...]] = ("smell",)
     stride = 4
     tokens_per_item: int | None = None
@@ -55,7 +55,7 @@ class SmellModality:
     def positions(self, length: int) -> IntArray:
         return sequential_positions(length)
 
-    def valid_token_ids(self, place: int) -> range:
+    def valid_token_ids(self, index: int) -> range:
         return range(self.vocabulary_size)
 
     @staticmethod

@@ -174,7 +174,7 @@ class RemoteCheckpoints:
             self.store.write(".write-test", b"x")
             self.store.remove(".write-test")
         except RemoteError as error:
-            remedy = "create the bucket or folder, set the store's credentials, or remove checkpoint.durable"
+            remedy = "create the bucket or folder, set the store's credentials, or remove checkpoint.remote"
             raise UserError(error.what, where=self.store.url, remedy=remedy) from None
 
     def complete(self) -> list[str]:

@@ -33,13 +33,13 @@ from megamm.convert.io.export_folder import (
 from megamm.convert.io.safetensors_files import rewrite
 from megamm.data.sources.media import ATTRIBUTION
 from megamm.model.vocabulary import Vocabulary
-from megamm.tokenizers.encoder_decoder import Half, save_half
+from megamm.tokenizers.encoder_decoder import CodecModule, save_module
 from megamm.tokenizers.io import WEIGHTS, new_folder
 
 log = logging.getLogger(__name__)
 TEXT_BASE, FUSION, WHOLE = "text_base", "multimodal_fusion", "whole"
 KIND = "megamm-multimodal-fusion"
-CODEC_HALVES: dict[str, tuple[str, Half]] = {
+CODEC_MODULES: dict[str, tuple[str, CodecModule]] = {
     "image_decoder": ("visual", "decoder"),
     "audio_encoder": ("audio", "encoder"),
 }
@@ -64,11 +64,13 @@ def split(export: Path, out: Path) -> list[str]:
             (folder / name).mkdir()
         media = _write_text_base(export, folder / TEXT_BASE, metadata, config, text)
         _write_fusion(export, folder / FUSION, media, vocabulary, text.size)
-        for name, (family, half) in CODEC_HALVES.items():
-            if family in config.tokenizers and save_half(config.tokenizers[family], family, half, folder / name):
+        for name, (tokenizer, module) in CODEC_MODULES.items():
+            if tokenizer in config.tokenizers and save_module(
+                config.tokenizers[tokenizer], tokenizer, module, folder / name
+            ):
                 made.append(name)
             else:
-                log.info("no %s: there is no %s codec with this half", name, family)
+                log.info("no %s: there is no %s tokenizer with this module", name, tokenizer)
         for name in made:
             write_digests(folder / name)
     return made

@@ -57,7 +57,7 @@ def read_metadata(export_folder: Path) -> tuple[RunConfig, Vocabulary, dict[str,
         raise UserError(
             f"not an export of megamm: {error}",
             where=export_folder,
-            remedy="create one with `megamm convert export`; to start from other folders use start_from.checkpoint",
+            remedy="create one with `megamm convert export`; to start from other folders use init_from.checkpoint",
         ) from None
     inside = {name: export_folder / "codecs" / name for name in config.tokenizers}
     return config.model_copy(update={"tokenizers": inside}), Vocabulary.from_json(metadata["vocabulary"]), metadata

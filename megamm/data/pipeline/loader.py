@@ -61,7 +61,7 @@ class Loader:
     ) -> None:
         if global_batch % (micro_batch * data_size):
             what = f"global batch {global_batch} is not a multiple of micro batch {micro_batch} x data size {data_size}"
-            raise UserError(what, remedy=f"set train.global_batch to a multiple of {micro_batch * data_size}")
+            raise UserError(what, remedy=f"set train.global_batch_size to a multiple of {micro_batch * data_size}")
         assert 0 <= data_rank < data_size
         self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
         self.data_rank, self.data_size, self.cost, self.reading = data_rank, data_size, cost, reading

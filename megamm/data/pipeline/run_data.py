@@ -29,7 +29,7 @@ from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
 from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import BlockStart, RowStream
 from megamm.data.pipeline.token_dataset import DocumentKind, TokenDataset
-from megamm.modalities import REGISTRY, families
+from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
 
@@ -95,7 +95,7 @@ class RunData:
     def heldout_steps(self, config: RunConfig, data_rank: int, data_size: int) -> Iterator[list[Batch]]:
         """This data rank's microbatches of each evaluation step; together the same rows at every layout, each once."""
         # A pipeline needs as many microbatches as it has stages.
-        micro, microbatches = config.train.micro_batch, config.parallel.pipeline
+        micro, microbatches = config.train.micro_batch_size, config.parallel.pipeline
         empty = pack([], self.vocabulary, config.data.seq_length, self.options.packing)
         for first in range(0, len(self.heldout_rows), micro * microbatches * data_size):
             starts = [first + (i * data_size + data_rank) * micro for i in range(microbatches)]
@@ -105,11 +105,13 @@ class RunData:
 
 
 def load_modalities(tokenizers: dict[str, Path], device: torch.device = CPU) -> dict[str, Modality]:
-    """Load the modalities of the configured codecs, in the registry's order. Raises UserError for an unknown codec."""
-    for family in tokenizers:
-        if family not in families():
-            raise UserError(f"tokenizers.{family}: no such codec", remedy=f"the codecs are {', '.join(families())}")
-    return {name: m.load(tokenizers[m.family], device) for name, m in REGISTRY.items() if m.family in tokenizers}
+    """Load the modalities of the configured tokenizers, in the registry's order. UserError for an unknown one."""
+    for name in tokenizers:
+        if name not in tokenizer_names():
+            remedy = f"the tokenizers are {', '.join(tokenizer_names())}"
+            raise UserError(f"tokenizers.{name}: no such tokenizer", remedy=remedy)
+    chosen = {name: m for name, m in REGISTRY.items() if m.tokenizer_name in tokenizers}
+    return {name: m.load(tokenizers[m.tokenizer_name], device) for name, m in chosen.items()}
 
 
 def vocabulary_of(modalities: dict[str, Modality]) -> Vocabulary:

@@ -13,7 +13,7 @@ import torch
 
 from megamm.common.errors import UserError
 from megamm.data.tokenize.media_batches import Decoding, MediaBatches, VideoReading, member_name
-from megamm.modalities import REGISTRY, families
+from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import Modality
 from megamm.shards.folder import SPLITS, ShardFolder, ShardWriter, tokens_to_bytes
 
@@ -36,14 +36,14 @@ def cache_name(modality: Modality) -> str:
 
 
 def load_codecs(codecs: list[str], device: torch.device) -> list[Modality]:
-    """All modalities of the codecs given as `family=FOLDER`. Raises UserError for another form or a missing codec."""
+    """All modalities of the tokenizers given as `NAME=FOLDER`. UserError for another form or a missing folder."""
     loaded = []
     for codec in codecs:
-        family, separator, folder = codec.partition("=")
-        if not separator or family not in families():
-            remedy = f"use NAME=FOLDER, where NAME is one of {', '.join(families())}"
-            raise UserError(f"unknown codec {codec!r}", remedy=remedy)
-        loaded += [m.load(Path(folder), device) for m in REGISTRY.values() if m.family == family]
+        name, separator, folder = codec.partition("=")
+        if not separator or name not in tokenizer_names():
+            remedy = f"use NAME=FOLDER, where NAME is one of {', '.join(tokenizer_names())}"
+            raise UserError(f"unknown tokenizer {codec!r}", remedy=remedy)
+        loaded += [m.load(Path(folder), device) for m in REGISTRY.values() if m.tokenizer_name == name]
     return loaded
 
 
@@ -62,11 +62,11 @@ def tokenize(sources: list[Path], modalities: list[Modality], reading: VideoRead
         if (s / split / modality.name).is_dir()
     ]
     # One tokenizer can serve several modalities (image and video): it is enough that one has data.
-    for family in dict.fromkeys(modality.family for modality in modalities):
-        if not any(modality.family == family for _, modality in media):
+    for name in dict.fromkeys(modality.tokenizer_name for modality in modalities):
+        if not any(modality.tokenizer_name == name for _, modality in media):
             where = ", ".join(map(str, sources)) or None
             remedy = "give source folders made by `megamm data build` (SHARDS/<source>), or remove that --codec"
-            raise UserError(f"no {family} shards", where=where, remedy=remedy)
+            raise UserError(f"no {name} shards", where=where, remedy=remedy)
     return [_tokenize_folder(folder, modality, reading) for folder, modality in media]
 
 

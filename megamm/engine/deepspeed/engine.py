@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         self.shards = Shards(model, self.specs, self.deepspeed.optimizer, self.adam)
         self.schedule = optimizer.build_schedule(config, self.adam)
         if groups.rank == 0:
-            stage, adam_on = config.deepspeed.zero, "host" if config.deepspeed.offload else "device"
+            stage, adam_on = config.deepspeed.zero, "host" if config.deepspeed.offload_optimizer else "device"
             log.info(
                 "engine: DeepSpeed %s, ZeRO-%d, Adam on the %s: as configured", deepspeed.__version__, stage, adam_on
             )
@@ -160,11 +160,11 @@ def deepspeed_config(config: RunConfig, groups: ProcessGroups) -> dict[str, Any]
         # Megatron's linear layers keep no copy of a weight; DeepSpeed's would replace torch's for the whole process.
         "memory_efficient_linear": False,
     }
-    if zero.offload:
+    if zero.offload_optimizer:
         stage["offload_optimizer"] = {"device": "cpu"}
     return {
-        "train_micro_batch_size_per_gpu": t.micro_batch,
-        "gradient_accumulation_steps": t.global_batch // (t.micro_batch * groups.data_size),
+        "train_micro_batch_size_per_gpu": t.micro_batch_size,
+        "gradient_accumulation_steps": t.global_batch_size // (t.micro_batch_size * groups.data_size),
         "gradient_clipping": config.optimizer.clip_grad,
         "zero_optimization": stage,
         "bf16": {"enabled": t.precision == "bf16"},

@@ -19,7 +19,7 @@ from megamm.common.errors import UserError
 from megamm.observability import metrics
 from megamm.observability.goodput import Goodput, account
 from megamm.observability.report import page, timeline
-from megamm.observability.report.svg import Mark, Series, number, plot
+from megamm.observability.report.page import Mark, Series, number, plot
 
 REPORT = "report.html"
 TRAIN, HELDOUT = "#2457c5", "#c2541b"
@@ -38,11 +38,11 @@ class Record:
 
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Write the page of a run's output folder to `out` (default RUN/report.html). UserError if there is no run."""
-    told, lines = events.read(run), metrics.read_lines(run)
-    if not told and not lines:
+    recorded, lines = events.read(run), metrics.read_lines(run)
+    if not recorded and not lines:
         raise UserError("no events and no metrics of a run", where=run, remedy="name the `output` folder of a run")
-    told, lines = redact.values(told), redact.values(lines)
-    record = Record(run, told, lines, account(told, redact.values(metrics.read_all_lines(run))), _state(run))
+    recorded, lines = redact.values(recorded), redact.values(lines)
+    record = Record(run, recorded, lines, account(recorded, redact.values(metrics.read_all_lines(run))), _state(run))
     body = "".join(
         (
             _head(record),

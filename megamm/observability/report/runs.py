@@ -1,9 +1,11 @@
-"""`megamm runs`: status of runs, read only from their folders, so that it works on any machine that sees the folders.
+"""`megamm runs` and `megamm attach`: status of runs, and a run's events and metrics as they are written.
 
-Input: RUN/events.jsonl, heartbeats/, metrics.jsonl, metrics_dropped.jsonl, metrics.prom. Output: `Status`. Losses are
-in nats per token, times in Unix seconds, ages in seconds.
+Runs are only read, from their folders, so this works on any machine that sees the folders. Input: RUN/events.jsonl,
+heartbeats/, metrics.jsonl, metrics_dropped.jsonl, metrics.prom; a restart replaces metrics.jsonl. Output: `Status`, or
+lines of text. Losses are in nats per token, times in Unix seconds, ages in seconds.
 """
 
+import json
 import os
 import re
 import statistics
@@ -31,6 +33,11 @@ SILENT_SECONDS, STARTUP_SECONDS = 60.0, 600.0
 and in phases that may take long. A failure without a restart is final after the latter time."""
 _NOT_RUNS = ("checkpoints", "heartbeats", "tensorboard", "hangs")
 _TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILINE)
+POLL = 0.5
+"""Seconds between two polls; each poll reads two file sizes from a shared file system."""
+STATUS_SECONDS = 5.0
+BEFORE = 10
+"""Number of earlier lines that are shown first."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,21 @@ def find(folders: list[Path]) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    for place, inner, files in os.walk(folder):
+    for path, inner, files in os.walk(folder):
+        # os.walk descends only into what is left in `inner`: a run's own folders hold no runs.
         inner[:] = sorted(name for name in inner if name not in _NOT_RUNS and not name.startswith("."))
         if events.EVENTS in files or metrics.METRICS in files:
-            yield Path(place)
+            yield Path(path)
 
 
 def status(run: Path, now: float | None = None) -> Status:
     """Return the status of a run at `now`, in Unix seconds."""
     now = time.time() if now is None else now
-    told, lines = redact.values(events.read(run)), metrics.read_lines(run)
+    recorded, lines = redact.values(events.read(run)), metrics.read_lines(run)
     beats = _newest_attempt(heartbeat.read(run))
     steps = _target(run)
-    state, why = _state(told, beats, _silent_after(beats, lines), steps, now)
-    account_of = account(told, metrics.read_all_lines(run))
+    state, why = _state(recorded, beats, _silent_after(beats, lines), steps, now)
+    account_of = account(recorded, metrics.read_all_lines(run))
     losses: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("loss/") for k in line)), {})
     return Status(
         run=str(run),
@@ -114,12 +122,12 @@ def _silent_after(beats: list[heartbeat.Beat], lines: list[dict[str, Any]]) -> f
 
 
 def _state(
-    told: list[dict[str, Any]], beats: list[heartbeat.Beat], limit: float, steps: int | None, now: float
+    recorded: list[dict[str, Any]], beats: list[heartbeat.Beat], limit: float, steps: int | None, now: float
 ) -> tuple[State, str]:
-    life = [event for event in told if event["kind"] in LIFE]
+    """Return the state and its reason: by the last event of the run's life if that decides, else by the heartbeats."""
+    life = [event for event in recorded if event["kind"] in LIFE]
     last: dict[str, Any] = life[-1] if life else {"kind": "none", "time": 0.0}
     heard = max((beat.time for beat in beats), default=0.0)
-    age = now - min((beat.time for beat in beats), default=last["time"])
     ended = bool(beats) and all(beat.phase == "end" for beat in beats)
     match last["kind"]:
         case "finished":
@@ -129,15 +137,19 @@ def _state(
         case "failed" | "evicted":
             return _after_failure(last, life, now)
         case "signal":
+            # The run was asked to stop; if its ranks were killed meanwhile, no "end" heartbeat will come.
             if ended or now - last["time"] > STARTUP_SECONDS:
                 return "stopped", f"{last.get('signal', 'a signal')}: run it again to continue"
             return "stopping", f"{last.get('signal', 'a signal')}: writing a checkpoint, then exiting"
         case "launched" | "restarting" if now - max(last["time"], heard) <= STARTUP_SECONDS:
             return "waiting", f"{last['kind']}, no step yet"
+    # From here on, the run makes steps or should do so.
+    age = now - min((beat.time for beat in beats), default=last["time"])
     has_agent = any(event["kind"] == "launched" for event in life)
     if ended and not (has_agent and age <= SILENT_SECONDS):  # an agent records the end, a moment later
         is_done = steps is not None and max(beat.step for beat in beats) >= steps
         return ("done", "all ranks ended") if is_done else ("stopped", "all ranks ended: run it again to continue")
+    # The oldest heartbeat counts: one hung rank holds up all others.
     if age > limit:
         slowest = min(beats, key=lambda beat: beat.time, default=None)
         who = f"rank {slowest.rank} on {slowest.host}, in {slowest.phase}" if slowest else "no heartbeat"
@@ -148,6 +160,7 @@ def _state(
 def _after_failure(last: dict[str, Any], life: list[dict[str, Any]], now: float) -> tuple[State, str]:
     """Return the state after a failure: a restart follows, unless the user must fix an error or had stopped the run."""
     cause = str(last.get("cause") or f"{last['kind']}: {last.get('why', '')}")
+    # Events of earlier launches say nothing about the end of this one.
     since_launch = life[max((i for i, e in enumerate(life) if e["kind"] in ("launched", "restarting")), default=0) :]
     is_final = cause.startswith("error: ") or any(event["kind"] == "signal" for event in since_launch)
     if is_final or now - last["time"] > STARTUP_SECONDS:
@@ -182,3 +195,70 @@ def table(found: list[Status]) -> "Table":
         )
         rows.add_row(*map(Text, cells))
     return rows
+
+
+class Tail:
+    """Reads new complete lines of a JSON-lines file. A replaced file is read again; known lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.inode, self.offset, self.newest = -1, 0, float("-inf")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the lines since the last call, oldest first."""
+        try:
+            with self.path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                # A restart replaces metrics.jsonl (os.replace): another inode, whose first lines are known already.
+                if found.st_ino != self.inode or found.st_size < self.offset:
+                    self.inode, self.offset, known = found.st_ino, 0, self.newest
+                else:
+                    known = float("-inf")
+                file.seek(self.offset)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        # The rest is a line that is being written; the next call reads it as a whole.
+        whole = text[: text.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        lines = [line for line in map(_parsed, whole.splitlines()) if line.get("time", 0.0) > known]
+        self.newest = max([self.newest, *(line.get("time", 0.0) for line in lines)])
+        return lines
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Parse a line; {} for one that a kill cut off and that the next writer continued."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def follow(run: Path) -> Iterator[dict[str, Any]]:
+    """Yield events and lines of metrics sorted by time, starting with the last earlier ones; end with the run."""
+    tails = [Tail(run / events.EVENTS), Tail(run / metrics.METRICS)]
+    is_first, looked = True, float("-inf")
+    while True:
+        new = sorted((line for tail in tails for line in tail.read() if line), key=lambda line: line.get("time", 0.0))
+        yield from redact.values(new[-BEFORE:] if is_first else new)
+        is_first = False
+        if new or time.monotonic() - looked > STATUS_SECONDS:
+            looked = time.monotonic()
+            # More lines may have been written since the last read: read them before the end.
+            if status(run).state in FINAL:
+                yield from redact.values([line for tail in tails for line in tail.read() if line])
+                return
+        time.sleep(POLL)
+
+
+def format_line(line: dict[str, Any]) -> str:
+    """Format a line for people: time (UTC), then the fields."""
+    at = time.strftime("%m-%d %H:%M:%S", time.gmtime(line.get("time", 0.0)))
+    if "kind" in line:
+        fields = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("time", "kind", "reports"))
+        return f"{at}  {line['kind']}  {fields}".replace("\n", " ")
+    losses = " ".join(f"{k} {v:.4f}" for k, v in line.items() if k.startswith(("loss/", "heldout/")) and v is not None)
+    speed = f"  {line['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in line else ""
+    goodput = f"  goodput {line['goodput']:.1%}" if "goodput" in line else ""
+    return f"{at}  step {line['step']}  {losses}{speed}{goodput}"

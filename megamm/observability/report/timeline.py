@@ -11,7 +11,7 @@ from typing import Any
 
 from megamm.observability.goodput import KINDS, Goodput
 from megamm.observability.report import page
-from megamm.observability.report.svg import Band, Mark, Series, number, plot, timeline
+from megamm.observability.report.page import Band, Mark, Series, number, plot, timeline
 
 Event = dict[str, Any]
 COLOURS = {
@@ -94,7 +94,7 @@ def goodput_section(goodput: Goodput) -> str:
     return page.section("Where the time went", note, content)
 
 
-def timeline_section(goodput: Goodput, told: list[Event]) -> str:
+def timeline_section(goodput: Goodput, recorded: list[Event]) -> str:
     """Return the time line: every span in its colour, with events as triangles above."""
     begin, end = goodput.begin, goodput.end
     if end <= begin:
@@ -106,7 +106,7 @@ def timeline_section(goodput: Goodput, told: list[Event]) -> str:
         Band((s.begin - begin) / unit, (s.end - begin) / unit, COLOURS[s.kind], f"{s.kind} {duration(s.end - s.begin)}")
         for s in goodput.spans
     ]
-    shown = [e for e in told if e["kind"] in MARKS]
+    shown = [e for e in recorded if e["kind"] in MARKS]
     saved = [e for e in shown if e["kind"] == "saved"]
     if len(saved) > LISTED:  # they would hide the rest
         shown = [e for e in shown if e["kind"] != "saved"]
@@ -175,9 +175,9 @@ def restarts_section(goodput: Goodput) -> str:
     return page.section("Restarts", note, page.table(head, rows, ["cause", "phase"]))
 
 
-def checkpoints_section(told: list[Event]) -> str:
+def checkpoints_section(recorded: list[Event]) -> str:
     """Return stall, time and size of the checkpoints by tier, and the skipped checkpoints."""
-    saved = [e for e in told if e["kind"] == "saved"]
+    saved = [e for e in recorded if e["kind"] == "saved"]
     rows = []
     for tier in dict.fromkeys(e.get("tier", "run") for e in saved):
         of_tier = [e for e in saved if e.get("tier", "run") == tier]
@@ -187,7 +187,7 @@ def checkpoints_section(told: list[Event]) -> str:
             row += [f"{statistics.median(known):.3f}", f"{max(known):.3f}"] if known else ["", ""]
         sizes = [e["bytes"] for e in of_tier if isinstance(e.get("bytes"), int)]
         rows.append([*row, f"{sizes[-1] / 2**20:,.1f}" if sizes else ""])
-    skipped = [_line_of(e) for e in told if e["kind"] == "skipped_checkpoint"]
+    skipped = [_line_of(e) for e in recorded if e["kind"] == "skipped_checkpoint"]
     if not rows and not skipped:
         return page.section("Checkpoints", "None was recorded.", "")
     head = ["tier", "saved", "newest step", "stall, median", "stall, most", "seconds, median", "seconds, most", "MiB"]
@@ -195,9 +195,9 @@ def checkpoints_section(told: list[Event]) -> str:
     return page.section("Checkpoints", "Stall: seconds that steps waited.", page.table(head, rows) + passed)
 
 
-def straggler_plot(told: list[Event]) -> list[str]:
+def straggler_plot(recorded: list[Event]) -> list[str]:
     """Return a plot of the scores of slow ranks over steps; [] if there are none."""
-    found = [e for e in told if e["kind"] == "straggler" and isinstance(e.get("score"), int | float)]
+    found = [e for e in recorded if e["kind"] == "straggler" and isinstance(e.get("score"), int | float)]
     by_rank = Counter(e.get("rank") for e in found)
     colours = list(COLOURS.values())
     series = [
@@ -207,9 +207,9 @@ def straggler_plot(told: list[Event]) -> list[str]:
     return [plot("Stragglers", series, x_label="step", y_label="own time / median")] if series else []
 
 
-def events_section(told: list[Event], begin: float) -> str:
+def events_section(recorded: list[Event], begin: float) -> str:
     """Return all events except checkpoints, newest last."""
-    shown = [e for e in told if e["kind"] != "saved"]
+    shown = [e for e in recorded if e["kind"] != "saved"]
     rows = [[f"{e['time'] - begin:,.1f}", _utc(e["time"]), e["kind"], _fields_of(e)] for e in shown[-LISTED:]]
     if not rows:
         return page.section("Events", "None was recorded.", "")

@@ -18,9 +18,8 @@ from megamm.common.errors import UnreadableMedia, UserError
 from megamm.media.sound_file import Waveform, read_waveform
 from megamm.media.text_file import to_text
 from megamm.shards.folder import ShardFolder
-from megamm.tokenizers.audio.metrics import Clip, evaluate, evaluate_waveforms
+from megamm.tokenizers.audio.metrics import TranscribedClip, evaluate, evaluate_waveforms, words
 from megamm.tokenizers.audio.model import AudioCodec, AudioCodecConfig
-from megamm.tokenizers.audio.word_error import words
 from megamm.tokenizers.io import Split, new_folder, open_media, save_codec
 from megamm.tokenizers.training_loop import Figures, Training, train_codec, warn_of_collapse
 
@@ -31,7 +30,7 @@ MAX_CLIPS = 10_000
 
 
 class Crops:
-    """Training crops `[crop]` of the clips: one per started `crop` samples, at a new random place each epoch."""
+    """Training crops `[crop]` of the clips: one per started `crop` samples, at a new random offset each epoch."""
 
     def __init__(self, waveforms: list[Waveform], crop: int) -> None:
         self.waveforms, self.crop = waveforms, crop
@@ -45,6 +44,7 @@ class Crops:
         crops = np.zeros((len(numbers), self.crop), dtype=np.float32)
         for row, number in zip(crops, numbers, strict=True):
             waveform = self.waveforms[self.clip_of[number]]
+            # Seeded by number and epoch: a crop does not depend on the rank or the batch it is in.
             room = max(0, len(waveform) - self.crop)
             start = int(np.random.default_rng((number, epoch)).integers(room + 1))
             piece = waveform[start : start + self.crop]
@@ -57,7 +57,7 @@ def train_audio_codec(
     target: Path,
     config: AudioCodecConfig,
     training: Training,
-    place: Device,
+    device: Device,
     dtype: torch.dtype = torch.float32,
     *,
     crop_seconds: float,
@@ -76,7 +76,7 @@ def train_audio_codec(
         logger.info("%d clips (%.2f h) to train on, %.0f s held out", len(data.waveforms), hours, seconds)
         torch.manual_seed(training.seed)
         codec = AudioCodec(config)
-        reports = train_codec(codec, data, training, place, lambda _, step: evaluate(codec, heldout), dtype)
+        reports = train_codec(codec, data, training, device, lambda _, step: evaluate(codec, heldout), dtype)
         save_codec(codec, folder)
         if reports:  # only on the first rank
             reports[-1] |= evaluate_waveforms(codec, heldout)
@@ -96,7 +96,9 @@ def train_audio_codec(
     return reports[-1]
 
 
-def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seconds: float = math.inf) -> list[Clip]:
+def read_clips(
+    sources: list[Path], split: Split, config: AudioCodecConfig, seconds: float = math.inf
+) -> list[TranscribedClip]:
     """The clips of a split, at most MAX_CLIPS, in a fixed random order, until they reach `seconds` in total.
 
     Raises UserError for an unreadable clip.
@@ -104,8 +106,9 @@ def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seco
     members = [(shards, i) for shards in open_media(sources, split, "audio") for i in range(len(shards))]
     texts = _texts(sources, split)
     count = min(len(members), MAX_CLIPS)
-    clips: list[Clip] = []
+    clips: list[TranscribedClip] = []
     read = 0.0
+    # A fixed random order, so that `seconds` of held-out clips come from all sources.
     for chosen in np.random.default_rng(0).permutation(count).tolist():
         if read >= seconds:
             break
@@ -117,7 +120,7 @@ def read_clips(sources: list[Path], split: Split, config: AudioCodecConfig, seco
             raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
         whole = len(waveform) < round(config.max_seconds * config.sample_rate)  # otherwise truncated: no transcript
         said = texts.get((shards.folder.parent, shards.keys[i]), "") if whole and shards.parts[i] < 0 else ""
-        clips.append(Clip(waveform, said))
+        clips.append(TranscribedClip(waveform, said))
         read += len(waveform) / config.sample_rate
     return clips
 

@@ -24,7 +24,7 @@ from megamm.tokenizers.io import codec_id, read_config, weight_files
 logger = logging.getLogger(__name__)
 
 ADAPTERS: dict[str, dict[str, Any]] = {"audio": AUDIO_ADAPTERS, "visual": VISUAL_ADAPTERS}
-"""Adapters by family and model_type."""
+"""Adapters by tokenizer name and model_type."""
 MODELS_WITH_A_CODEC = {"chameleon": "ChameleonModel", "emu3": "Emu3Model", "janus": "JanusModel"}
 """model_type of language models that contain such a codec, with the transformers class that can read it from them."""
 
@@ -32,8 +32,8 @@ RESTORE = "download or copy the folder again, or save it again with save_pretrai
 
 
 @dataclass(frozen=True)
-class Form:
-    """The form of a folder: our adapter, the transformers model with its config, and the sizes known so far."""
+class TransformersCodec:
+    """A codec that transformers saved: our adapter, the transformers model with its config, and its sizes."""
 
     adapter: Any
     model_class: Any
@@ -41,13 +41,13 @@ class Form:
     sizes: Any
 
 
-def form_of(folder: Path, values: dict[str, Any]) -> Form:
-    """The form of a folder, given its config.json values, for a model_type that has an adapter.
+def describe_codec(folder: Path, values: dict[str, Any]) -> TransformersCodec:
+    """The codec of a folder, given its config.json values, for a model_type that has an adapter.
 
     Raises UserError if the config is damaged, or the adapter does not support this variant of the model.
     """
-    family = next(family for family, adapters in ADAPTERS.items() if values["model_type"] in adapters)
-    adapter = ADAPTERS[family][values["model_type"]]
+    tokenizer = next(tokenizer for tokenizer, adapters in ADAPTERS.items() if values["model_type"] in adapters)
+    adapter = ADAPTERS[tokenizer][values["model_type"]]
     import transformers  # takes seconds
 
     model_class = getattr(transformers, adapter.model_class)
@@ -55,9 +55,9 @@ def form_of(folder: Path, values: dict[str, Any]) -> Form:
         safe = {k: v for k, v in values.items() if "attn_implementation" not in k}  # it can name code to download
         config = model_class.config_class.from_dict(safe)
         try:
-            return Form(adapter, model_class, config, adapter.sizes(config))
+            return TransformersCodec(adapter, model_class, config, adapter.sizes(config))
         except ValueError as error:
-            remedy = f"use a supported variant, or train a codec with `megamm tokenizer train {family}`"
+            remedy = f"use a supported variant, or train a tokenizer with `megamm tokenizer train {tokenizer}`"
             raise UserError(f"unsupported {adapter.model_class}: {error}", where=folder, remedy=remedy) from error
     except UserError:
         raise
@@ -70,19 +70,19 @@ def _unusable(adapter: Any, error: Exception, folder: Path) -> UserError:
     return UserError(f"{adapter.model_class} cannot be used: {reason}", where=folder, remedy=RESTORE)
 
 
-def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
+def load_hf_codec(folder: Path, tokenizer: str) -> tuple[nn.Module, str]:
     """The adapter around the folder's model, on the CPU and in eval mode, and its codec_id.
 
-    Raises UserError if the model is not a codec of this family, is not supported by its adapter, or is damaged.
+    Raises UserError if the model is not one for this tokenizer, is not supported by its adapter, or is damaged.
     """
-    values = read_config(folder, family)
-    _check_adapter(str(values["model_type"]), folder, family)
+    values = read_config(folder, tokenizer)
+    _check_adapter(str(values["model_type"]), folder, tokenizer)
     state = _read_weights(folder)
-    form = form_of(folder, values)
-    adapter = form.adapter
+    found = describe_codec(folder, values)
+    adapter = found.adapter
     try:
-        model, report = form.model_class.from_pretrained(
-            None, config=form.config, state_dict=state, dtype=torch.float32, output_loading_info=True
+        model, report = found.model_class.from_pretrained(
+            None, config=found.config, state_dict=state, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:  # transformers raises many kinds for weights that it cannot use
         raise _unusable(adapter, error, folder) from error
@@ -92,22 +92,23 @@ def load_hf_codec(folder: Path, family: str) -> tuple[nn.Module, str]:
         raise UserError(what, where=folder, remedy=RESTORE)
     if unused:
         logger.warning("%s: %d tensors are not used by this config, such as %s", folder, len(unused), unused[0])
-    logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, version("transformers"), form.sizes)
-    return adapter(model, form.sizes).eval(), codec_id(folder)
+    logger.info("%s: %s through transformers %s, %s", folder, adapter.__name__, version("transformers"), found.sizes)
+    return adapter(model, found.sizes).eval(), codec_id(folder)
 
 
-def _check_adapter(model_type: str, folder: Path, family: str) -> None:
-    adapters = ADAPTERS.get(family, {})
+def _check_adapter(model_type: str, folder: Path, tokenizer: str) -> None:
+    adapters = ADAPTERS.get(tokenizer, {})
     if model_type in adapters:
         return
     whole = MODELS_WITH_A_CODEC.get(model_type)
-    if whole and family == "visual":
-        remedy = f"save only its codec: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
-        raise UserError(f"a whole {model_type} model, but only its image codec is needed", where=folder, remedy=remedy)
-    remedy = f"give a folder made by `megamm tokenizer train {family}`"
+    if whole and tokenizer == "visual":
+        remedy = f"save only its tokenizer: transformers.{whole}.from_pretrained(FOLDER).vqmodel.save_pretrained(NEW)"
+        what = f"a whole {model_type} model, but only its image tokenizer is needed"
+        raise UserError(what, where=folder, remedy=remedy)
+    remedy = f"give a folder made by `megamm tokenizer train {tokenizer}`"
     if adapters:
         remedy += f", or a transformers model of type {' or '.join(adapters)}"
-    what = f"a transformers model of type {model_type!r} is not a codec of family {family}"
+    what = f"a transformers model of type {model_type!r} is not a tokenizer for {tokenizer}"
     raise UserError(what, where=folder, remedy=remedy)
 
 

@@ -73,6 +73,7 @@ class HFVisualCodec(nn.Module):
         step, size = self.frames_per_step, self.image_size
         if not count or (count - 1) % step or rows != size or columns != size:
             raise ValueError(f"frames {list(frames.shape)} are not 1 + n * {step} of {size} x {size}")
+        # The first frame is coded as an image: repeated to a whole clip, as Emu3 does with images.
         first = frames[:, :1].expand(-1, step, -1, -1, -1)
         clips = torch.cat([first, frames[:, 1:]], 1).unflatten(1, (-1, step)).flatten(0, 1)
         pixels = (to_pixels(part).permute(0, 1, 4, 2, 3) for part in clips.split(CLIPS_AT_ONCE))
@@ -87,6 +88,7 @@ class HFVisualCodec(nn.Module):
         clips = torch.cat([to_frames(self.to_clips(part)).permute(0, 1, 3, 4, 2) for part in codes]).unflatten(
             0, (len(ids), -1)
         )
+        # Of the first clip only one frame is kept: it was the image repeated.
         return torch.cat([clips[:, 0, :1], clips[:, 1:].flatten(1, 2)], 1)
 
 
@@ -115,7 +117,7 @@ class ChameleonCodec(HFVisualCodec):
 
     def __init__(self, model: Any, config: HFVisualConfig) -> None:
         super().__init__(model, config)
-        logger.warning("Chameleon's codec can only read images: transformers has no decoder to generate them")
+        logger.warning("Chameleon's tokenizer can only read images: transformers has no decoder to generate them")
 
     @classmethod
     def sizes(cls, config: Any) -> HFVisualConfig:
@@ -126,8 +128,8 @@ class ChameleonCodec(HFVisualCodec):
 
     def to_clips(self, codes: Tensor) -> Tensor:
         """Always raises UserError."""
-        remedy = "use a codec with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
-        raise UserError("Chameleon's codec cannot generate images, only read them", remedy=remedy)
+        remedy = "use a tokenizer with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
+        raise UserError("Chameleon's tokenizer cannot generate images, only read them", remedy=remedy)
 
 
 class JanusCodec(HFVisualCodec):

@@ -1,4 +1,4 @@
-"""The points codec: clouds float32 `[B, N, 9]` <-> ids int64 `[B, T]`: explicit places and learnt shapes of patches.
+"""The points codec: clouds float32 `[B, N, 9]` <-> ids int64 `[B, T]`: explicit cells and learnt shapes of patches.
 
 A cloud (xyz in [-1, 1], unit normal, RGB in [0, 1]) is halved at the median repeatedly, by height, then width, then
 depth, into patches with equal numbers of points. So patch number p is always the same part of the cloud's quantiles.
@@ -73,7 +73,7 @@ class PointsCodecConfig(CodecConfig):
         return self.cell_count + self.codebook_size
 
 
-class Block(nn.Module):
+class TransformerLayer(nn.Module):
     """A pre-norm transformer layer over the patches of a cloud; keeps `[B, P, D]`."""
 
     def __init__(self, width: int) -> None:
@@ -93,7 +93,7 @@ class Block(nn.Module):
         return hidden + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(hidden))))
 
 
-class PatchPlaces(nn.Module):
+class PatchEmbedding(nn.Module):
     """Embedding of a patch's number and cell: centres `[B, P, 3]` to `[B, P, D]`."""
 
     def __init__(self, patches: int, width: int) -> None:
@@ -106,7 +106,7 @@ class PatchPlaces(nn.Module):
 
 
 class PointsCodec(nn.Module):
-    """Encoder, FSQ and decoder; places need no training, and limit the error even without it."""
+    """Encoder, FSQ and decoder; cells need no training, and limit the error even without it."""
 
     Config: ClassVar[type[PointsCodecConfig]] = PointsCodecConfig
 
@@ -119,15 +119,20 @@ class PointsCodec(nn.Module):
             nn.Linear(CHANNELS, width // 2), nn.ReLU(), nn.Linear(width // 2, width // 2)
         )
         self.patch_encoder = nn.Linear(width, width)
-        self.encoder_places = PatchPlaces(config.patches, width)
-        self.encoder = nn.Sequential(*[Block(width) for _ in range(config.encoder_depth)], nn.LayerNorm(width))
+        # `encoder_places` and `decoder_places` are names of tensors in saved codecs.
+        self.encoder_places = PatchEmbedding(config.patches, width)
+        self.encoder = nn.Sequential(
+            *[TransformerLayer(width) for _ in range(config.encoder_depth)], nn.LayerNorm(width)
+        )
         self.to_latent = nn.Linear(width, codes)
         self.from_codes = nn.Linear(codes, width)
-        self.decoder_places = PatchPlaces(config.patches, width)
-        self.decoder = nn.Sequential(*[Block(width) for _ in range(config.decoder_depth)], nn.LayerNorm(width))
+        self.decoder_places = PatchEmbedding(config.patches, width)
+        self.decoder = nn.Sequential(
+            *[TransformerLayer(width) for _ in range(config.decoder_depth)], nn.LayerNorm(width)
+        )
         outputs = config.points // config.patches * CHANNELS
         last = nn.Linear(2 * width, outputs)
-        # Points that start at the same place all have the same nearest points, and separate slowly.
+        # Points that start at the same coordinates all have the same nearest points, and separate slowly.
         last.bias.data.view(-1, CHANNELS)[:, :3].normal_(std=0.5)
         self.to_points = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), last)
 
@@ -161,7 +166,7 @@ class PointsCodec(nn.Module):
 
     @torch.inference_mode()
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids `[B, T]` to clouds `[B, N, 9]`. Raises ValueError if T is wrong, or an id is invalid at its place."""
+        """Ids `[B, T]` to clouds `[B, N, 9]`. Raises ValueError if T is wrong, or an id is invalid at its index."""
         if ids.shape[1] != self.tokens:
             raise ValueError(f"{ids.shape[1]} ids, expected {self.tokens}")
         cells, shapes = ids.view(len(ids), -1, 2).unbind(2)
@@ -171,16 +176,13 @@ class PointsCodec(nn.Module):
             ("shape", shapes, self.quantiser.codebook_size),
         ):
             if index.min() < 0 or index.max() >= count:
-                raise ValueError(f"an id at the place of a {name} is not one of the {count} {name}s")
+                raise ValueError(f"an id at the index of a {name} is not one of the {count} {name}s")
         return self._decoded(self.quantiser.to_codes(shapes), self._centres(cells)).flatten(1, 2).clamp(-1, 1)
 
-    def valid_token_ids(self, place: int) -> range:
-        """Ids that are allowed at this place of a cloud's tokens."""
-        return (
-            range(self.config.cell_count)
-            if place % 2 == 0
-            else range(self.config.cell_count, self.config.vocabulary_size)
-        )
+    def valid_token_ids(self, index: int) -> range:
+        """Ids that are valid at this index of a cloud's tokens: cells at even ones, shapes at odd ones."""
+        cells = self.config.cell_count
+        return range(cells) if index % 2 == 0 else range(cells, self.config.vocabulary_size)
 
     @torch.no_grad()
     def calibrate(self, clouds: Tensor) -> None:
@@ -194,12 +196,14 @@ class PointsCodec(nn.Module):
         mean = hidden.mean(0)
         variances, directions = torch.linalg.eigh((hidden - mean).T @ (hidden - mean) / len(hidden))
         codes = len(self.config.levels)
+        # eigh sorts ascending: the last directions have the largest variance. Dividing by the deviation whitens them.
         weight = directions[:, -codes:].T / variances[-codes:, None].clamp(min=1e-12).sqrt()
         self.to_latent.weight.copy_(weight)
         self.to_latent.bias.copy_(-weight @ mean)
 
     def _cells(self, patches: Tensor) -> Tensor:
         """The cells `[B, P]` that contain the means of patches `[B, P, n, 9]`; x is the least significant digit."""
+        # From [-1, 1] to cell numbers along each axis; a mean exactly at 1 belongs to the last cell.
         digits = ((patches[..., :3].mean(2) + 1) / 2 * self.config.cells).floor().long().clamp(0, self.config.cells - 1)
         return digits[..., 0] + self.config.cells * (digits[..., 1] + self.config.cells * digits[..., 2])
 
@@ -233,6 +237,7 @@ def quantile_of_patch(patches: int) -> npt.NDArray[np.int64]:
     number, quantile = np.arange(patches), np.zeros((3, patches), dtype=np.int64)
     levels = patches.bit_length() - 1
     for level in range(levels):
+        # Bit by bit from the first cut: 1 if the patch is in the upper half of it.
         upper_half = number >> (levels - 1 - level) & 1
         quantile[level % 3] = 2 * quantile[level % 3] + upper_half
     return quantile
@@ -242,6 +247,7 @@ def halve(clouds: Tensor, patches: int) -> Tensor:
     """Clouds `[B, N, 9]` cut at medians into `[B, patches, N / patches, 9]`; equal coordinates keep their order."""
     parts = clouds
     for level in range(patches.bit_length() - 1):
+        # After sorting, cutting the sequence in two equal parts cuts at the median.
         parts = _sorted(parts, HALVING_AXES[level % 3])
         parts = parts.reshape(2 * len(parts), -1, CHANNELS)
     return parts.view(len(clouds), patches, -1, CHANNELS)
@@ -249,6 +255,7 @@ def halve(clouds: Tensor, patches: int) -> Tensor:
 
 def _in_one_order(clouds: Tensor) -> Tensor:
     """Points `[B, N, 9]` sorted by all their channels, so that points with one equal coordinate have an order too."""
+    # Stable sorts from the least to the most significant channel give one lexicographic order.
     for channel in reversed(range(CHANNELS)):
         clouds = _sorted(clouds, channel)
     return clouds
@@ -273,6 +280,7 @@ def patch_loss(target: Tensor, output: Tensor, colour_weight: float) -> Tensor:
     with torch.no_grad():  # the choice of the nearest point has no gradient, its distance has one
         distance = torch.cdist(target[..., :3], output[..., :3])
     total = output.new_zeros(())
+    # Both directions, so that neither side has points far from all points of the other.
     for axis, mine, others in ((2, target, output), (1, output, target)):
         nearest = distance.argmin(axis)
         matched = others.gather(1, nearest[:, :, None].expand(-1, -1, CHANNELS))

@@ -60,7 +60,7 @@ def train_points_codec(
     target: Path,
     config: PointsCodecConfig,
     training: Training,
-    place: Device,
+    device: Device,
     dtype: torch.dtype = torch.float32,
 ) -> Figures:
     """Train on `sources` and write the codec folder `target`, with training.json; returns the last report.
@@ -73,13 +73,13 @@ def train_points_codec(
         torch.manual_seed(training.seed)
         codec = PointsCodec(config)
         codec.calibrate(train[:: -(-len(train) // CALIBRATION), 0])
-        floor = floor_of(heldout.to(place.torch_device))
+        floor = floor_of(heldout.to(device.torch_device))
 
         def report(_: object, step: int) -> Figures:
             chosen = heldout if step == training.steps else heldout[:INTERIM]
-            return evaluate(codec, chosen[:, 0].to(place.torch_device))
+            return evaluate(codec, chosen[:, 0].to(device.torch_device))
 
-        reports = train_codec(codec, _Clouds(train), training, place, report, dtype)
+        reports = train_codec(codec, _Clouds(train), training, device, report, dtype)
         if reports:
             reports[-1] |= floor
         save_codec(codec, folder)

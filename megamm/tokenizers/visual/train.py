@@ -8,6 +8,7 @@ entropy of the codes' frequencies).
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -23,7 +24,6 @@ from megamm.media.image_file import PixelArray, square_pixels
 from megamm.media.video_file import usable_frames, video_frames
 from megamm.tokenizers.io import Split, new_folder, open_media, save_codec
 from megamm.tokenizers.training_loop import Figures, Training, codebook_use, train_codec, warn_of_collapse
-from megamm.tokenizers.visual.metrics import psnr_db, ssim
 from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig, batches_of_one_length, to_frames, to_pixels
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 MAX_SAMPLES = {("image", "train"): 100_000, ("image", "heldout"): 1_000}
 MAX_SAMPLES |= {("video", "train"): 4_000, ("video", "heldout"): 100}
 """Larger splits are thinned evenly: they are kept in memory, 12 kB per frame at 64 pixels; more do not help a codec."""
+LUMA = (0.299, 0.587, 0.114)
+"""Luma weights of R'G'B' (ITU-R BT.601), used for SSIM: the paper defines it for grey images only."""
+WINDOW, SIGMA = 11, 1.5
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class VisualData:
         self.clip_frames = usable_frames(mix.frames, config.max_frames, config.frames_per_step)
         self.clips = len(videos)
         if images and videos:
+            # share = clips / (images + clips), solved for clips.
             self.clips = max(1, round(len(images) * mix.share / (1 - mix.share)))
 
     def __len__(self) -> int:
@@ -79,6 +84,7 @@ class VisualData:
             return self.images[number][None]
         video = self.videos[(number - len(self.images) + epoch * self.clips) % len(self.videos)]
         length = min(len(video), self.clip_frames)
+        # Seeded by number and epoch: a clip does not depend on the rank or the batch it is in.
         begin = int(np.random.default_rng((number, epoch)).integers(len(video) - length + 1))
         return video[begin : begin + length]
 
@@ -88,7 +94,7 @@ def train_visual_codec(
     target: Path,
     config: VisualCodecConfig,
     training: Training,
-    place: Device,
+    device: Device,
     dtype: torch.dtype = torch.float32,
     mix: ClipMix | None = None,
 ) -> Figures:
@@ -106,9 +112,9 @@ def train_visual_codec(
         codec = VisualCodec(config)
 
         def report(_: torch.nn.Module, step: int) -> Figures:
-            return evaluate(codec, images, videos, place.torch_device)
+            return evaluate(codec, images, videos, device.torch_device)
 
-        reports = train_codec(codec, train, training, place, report, dtype)
+        reports = train_codec(codec, train, training, device, report, dtype)
         save_codec(codec, folder)
         record = asdict(training) | {"clip_share": mix.share, "clip_frames": train.clip_frames}
         record |= {"train_images": len(train.images), "train_videos": len(train.videos)}
@@ -193,3 +199,36 @@ def _errors(frames: Tensor, pixels: Tensor) -> Tensor:
     squared = (pixels - to_pixels(frames)).double().square().sum()
     squared_8bit = (made.double() - frames.double()).square().sum()
     return torch.stack([squared, squared_8bit, ssim(frames.flatten(0, 1), made.flatten(0, 1)).sum()])
+
+
+def psnr_db(squared_error: float) -> float:
+    """PSNR from the mean squared error of 8-bit values: 10 log10(255^2 / MSE), at most 148 dB (instead of inf)."""
+    return 10 * math.log10(255**2 / max(squared_error, 1e-10))
+
+
+def ssim(pictures: Tensor, others: Tensor) -> Tensor:
+    """Mean SSIM of each pair of uint8 `[N, Y, X, 3]`, float64 `[N]`; Y and X at least 11.
+
+    Source: Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity", equation 13,
+    with its constants: a Gaussian window of 11 x 11 (sigma 1.5), averaged over the positions where it fits.
+    """
+    x, y = _luma(pictures), _luma(others)
+    mean_x, mean_y, xx, yy, xy = (_windowed(each) for each in (x, y, x * x, y * y, x * y))
+    var_x, var_y, covariance = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    likeness = (2 * mean_x * mean_y + C1) * (2 * covariance + C2)
+    likeness /= (mean_x**2 + mean_y**2 + C1) * (var_x + var_y + C2)
+    return likeness.mean((1, 2, 3))
+
+
+def _luma(pictures: Tensor) -> Tensor:
+    """Luma `[N, 1, Y, X]` in float64: small variances are differences of large numbers."""
+    return (pictures.double() @ torch.tensor(LUMA, dtype=torch.float64, device=pictures.device)).unsqueeze(1)
+
+
+def _windowed(values: Tensor) -> Tensor:
+    """Gaussian means `[N, 1, Y - 10, X - 10]`; the window is the product of a column and a row."""
+    at = torch.arange(WINDOW, dtype=torch.float64, device=values.device) - WINDOW // 2
+    weights = torch.exp(-(at**2) / (2 * SIGMA**2))
+    weights /= weights.sum()
+    columns = torch.nn.functional.conv2d(values, weights.view(1, 1, -1, 1))
+    return torch.nn.functional.conv2d(columns, weights.view(1, 1, 1, -1))

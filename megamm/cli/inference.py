@@ -32,11 +32,11 @@ def evaluate_export(
     log_to_console()
     if json_file is not None and json_file.exists():
         raise UserError("the output exists", where=json_file, remedy="remove it or choose another")
-    place = choose(device)
-    figures = evaluate(open_export(export, place.torch_device), sources, limit=limit, seed=seed).to_json()
+    chosen = choose(device)
+    figures = evaluate(open_export(export, chosen.torch_device), sources, limit=limit, seed=seed).to_json()
     print(*summary_lines(figures), sep="\n")
     if run is not None:
-        figures["logits_max_abs_diff"] = logits_difference(run, export, place)
+        figures["logits_max_abs_diff"] = logits_difference(run, export, chosen)
         print(f"logits: at most {figures['logits_max_abs_diff']:.1e} from the run's own model")
     if json_file is not None:
         partial = json_file.with_name(f".{json_file.name}.partial")
