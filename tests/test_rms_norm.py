@@ -16,7 +16,7 @@ DTYPES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 1e-2, torch
 """Largest error relative to the largest value: the rounding of the dtype."""
 
 SHAPES = [(37, 333), (5, 128), (300, 64), (2, 3, 1024), (7, 4096), (2, 9000), (9, 7), (11, 3), (0, 8), (3, 0), (5,)]
-"""ProcessGroups of 8 threads to a block for a row, rows in vectors or not, rows too wide for registers, empty ones."""
+"""Groups of 8 threads to a block for a row, rows in vectors or not, rows too wide for registers, empty ones."""
 
 
 def close(actual, expected, dtype):

@@ -30,8 +30,8 @@ class MoEConfig(Section):
         True, description="Normalise the weights of a token's `top_k` experts to a sum of 1; false: use the scores."
     )
     routed_scaling_factor: float = Field(1.0, gt=0, description="Factor on these weights, after normalisation.")
-    num_groups: int = Field(1, ge=1, description="ProcessGroups that the experts are divided into. 1: no groups.")
-    group_top_k: int = Field(1, ge=1, description="ProcessGroups that a token's experts are chosen from.")
+    num_groups: int = Field(1, ge=1, description="Groups that the experts are divided into. 1: no groups.")
+    group_top_k: int = Field(1, ge=1, description="Groups that a token's experts are chosen from.")
     aux_loss_coeff: float = Field(0.0, ge=0, description="Weight of the load-balancing loss. 0: no such loss.")
     bias_update_rate: float = Field(
         0.0,

@@ -1,4 +1,4 @@
-"""ProcessGroups of real gloo ranks, forked from one process that has imported torch and Megatron-core once.
+"""Groups of real gloo ranks, forked from one process that has imported torch and Megatron-core once.
 
 A `Worlds` is a server process without threads. For each job it forks a world of the requested size, calls a function in
 every rank and returns the ranks' results. The world exits with its job, because the threads and sockets of process

@@ -58,7 +58,7 @@ def main():
     loader = Loader(
         stream,
         global_batch=GLOBAL_BATCH,
-        micro_batch=spec["micro_batch"],
+        micro_batch=spec["micro_batch_size"],
         data_rank=rank,
         data_size=spec["world_size"],
         cost=cost,
