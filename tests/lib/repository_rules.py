@@ -203,7 +203,7 @@ _BEFORE_A_COMMA = re.compile(r"(With|Without|For|In|On|At|As|So|From|Under|Besid
 
 
 def docstring_opening(file: File) -> Iterator[Finding]:
-    """A docstring opens with a verb, a noun phrase or a whole sentence ("With the lock, read ..."), not with "Of ..."."""
+    """A docstring opens with a verb, a noun phrase or a whole sentence ("With the lock, read ..."), not "Of ..."."""
     for node in ast.walk(file.tree):
         if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
