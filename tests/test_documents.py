@@ -42,11 +42,11 @@ def broken_links(page: Path, text: str, root: Path = ROOT) -> Iterator[str]:
             if "://" in target or target.startswith("mailto:"):
                 continue
             path, _, anchor = target.partition("#")
-            file = (page.parent / path).resolve() if path else page
+            file = (page.parent / path).resolve()
             where = f"{page.relative_to(root)}:{number}"
-            if not file.exists():
+            if path and not file.exists():
                 yield f"{where}: {target} does not exist"
-            elif anchor and anchor not in anchors(text if file == page else file.read_text()):
+            elif anchor and anchor not in anchors(file.read_text() if path else text):
                 yield f"{where}: {target} has no such heading"
 
 
