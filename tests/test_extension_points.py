@@ -106,7 +106,7 @@ def test_a_modality_with_a_trainable_tokenizer_needs_no_other_file(copy: Path) -
     raw.mkdir(parents=True)
     lines = []
     for n in range(24):
-        (raw / f"{n}.scent").write_text("".join("abcdefgh"[(n * k + k * k) % 8] for k in range(1, 13)))
+        (raw / f"{n}.scent").write_text("".join("abcdefgh"[(n // 8 + n * k + k * k) % 8] for k in range(12 + n)))
         lines.append({"scent": f"{n}.scent", "caption": f"the scent of number {n}", "noun": f"n{n}"})
     (raw / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = {
@@ -117,19 +117,29 @@ def test_a_modality_with_a_trainable_tokenizer_needs_no_other_file(copy: Path) -
         "data": {"seq_length": 64, "sources": [{"path": "shards/smelled"}]},
         "tokenizers": {"text": "tokenizers/text", "scent": "tokenizers/scent"},
         "optimizer": {"lr": 1e-2, "warmup_steps": 1},
-        "train": {"steps": 3, "global_batch": 2, "micro_batch": 1, "log_every": 1},
+        "train": {"steps": 3, "global_batch_size": 2, "micro_batch_size": 1, "log_every": 1},
         "resilience": {"max_restarts": 0},
     }
     (copy / "run.yaml").write_text(yaml.safe_dump(config))
     commands = [
-        ["data", "build", "raw/smelled", "--to", "shards", "--heldout", "0.2"],
+        ["data", "build", "raw/smelled", "--to", "shards", "--heldout", "0.3"],
         ["tokenizer", "train", "text", "shards/smelled", "--to", "tokenizers/text", "--vocabulary", "280"],
         ["tokenizer", "train", "scent", "shards/smelled", "--to", "tokenizers/scent"],
         ["data", "tokenize", "shards/smelled", "--codec", "text=tokenizers/text", "--codec", "scent=tokenizers/scent"],
         ["train", "run.yaml"],
         ["convert", "export", "run", "export"],
-        ["generate", "export", "--prompt", "the scent of number 1", "--to", "scent", "--out", "made.scent"]
-        + ["--max-tokens", "4"],
+        [
+            "generate",
+            "export",
+            "--prompt",
+            "the scent of 1",
+            "--to",
+            "scent",
+            "--out",
+            "made.scent",
+            "--max-tokens",
+            "4",
+        ],
     ]
     code = "from megamm.cli import app\n" + "".join(f"app({c!r}, standalone_mode=False)\n" for c in commands)
     output = run(copy, code)
