@@ -13,6 +13,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import pydantic
 import pytest
 import yaml
 from demo_tools import load_tool
@@ -22,6 +23,7 @@ from repository_rules import EVERYWHERE, RULES, File, Rule
 from requirement_files import IMPORT_NAMES_OF_EXTRAS, read_pins, setup_lists
 
 import megamm
+from megamm.config import RunConfig, reference
 
 ROOT = Path(__file__).parents[1]
 RULE_NAMES = [rule.check.__name__ for rule in RULES]
@@ -254,6 +256,32 @@ def test_hooks_and_lint_run_the_same_tools() -> None:
 )
 def test_words_that_have_a_plainer_one_are_found(line: str, count: int) -> None:
     assert len(list(load_tool("check_words").findings(f"first\n{line}\n"))) == count
+
+
+def test_no_such_word_is_in_the_repository(capsys: pytest.CaptureFixture[str]) -> None:
+    tool = load_tool("check_words")
+    assert tool.main(tool.files()) == 0, capsys.readouterr().out
+
+
+def test_a_word_of_the_list_fails_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\nThe run goes on.\n")  # words: ok
+    assert load_tool("check_words").main([page]) == 1
+    assert capsys.readouterr().out == f"{page}:3: 'goes on': write continues, resumes\n"  # words: ok
+
+
+class _WithAnotherKey(RunConfig):
+    """A run's file."""
+
+    another_key: int = pydantic.Field(default=1, ge=0, description="A key that docs/config.md does not have.")
+
+
+def test_the_page_of_config_keys_is_stale_after_a_change_of_the_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/test_config.py compares the page with the schema; this shows that the comparison can fail."""
+    page = (ROOT / "docs" / "config.md").read_text()
+    monkeypatch.setattr(reference, "RunConfig", _WithAnotherKey)
+    assert "| `another_key` | integer ≥ 0 | `1` |" in reference.page()
+    assert reference.page() != page
 
 
 def test_every_object_of_the_api_pages_exists() -> None:

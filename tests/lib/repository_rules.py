@@ -152,6 +152,66 @@ def no_work_at_import(file: File) -> Iterator[Finding]:
                 yield node.lineno, f"{name}(...) at the top level works at import"
 
 
+EARLIER_WORDS = {"place": "device, path, offset, coordinates or index", "pulse": "heartbeat"}
+"""Words that may not be part of an identifier, with the words to use: they had several meanings at once."""
+EARLIER_NAMES = {
+    "Alone": "SingleNode",
+    "Lane": "TaskQueue",
+    "LeftOut": "SkippedWindow or SkippedSample",
+    "OwnNorms": "LocalGradNorms",
+    "PaperWorld": "FakeWorld",
+    "Recipe": "RowSpec",
+    "RunState": "TrainState",
+    "RunStore": "CheckpointManager",
+    "SampleSet": "TokenDataset",
+    "StoredPart": "TokenSpan",
+    "own_norms": "local_grad_norms",
+    "padded_size": "the size that the backbone and the dry run compute themselves",
+    "row_map": "the metadata of a packed sequence",
+    "whole_store": "whole_parameters",
+}
+"""Identifiers that the field calls otherwise, with the name to use."""
+
+
+def _defined(node: ast.AST) -> Iterator[str]:
+    """The identifiers that a node defines: variables, attributes, parameters, functions, classes, import aliases."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        yield node.id
+    elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        yield node.attr
+    elif isinstance(node, ast.arg):
+        yield node.arg
+    elif isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node.name
+    elif isinstance(node, ast.Import | ast.ImportFrom):
+        yield from (alias.asname for alias in node.names if alias.asname)
+
+
+def earlier_names(file: File) -> Iterator[Finding]:
+    """Identifiers are the field's terms; the names in EARLIER_WORDS and EARLIER_NAMES do not come back."""
+    for node in ast.walk(file.tree):
+        for name in _defined(node):
+            words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
+            old = [w for w in EARLIER_WORDS if {w, f"{w}s"} & {word.lower() for word in words}]
+            better = EARLIER_NAMES.get(name) or (EARLIER_WORDS[old[0]] if old else None)
+            if better:
+                yield getattr(node, "lineno", 1), f"{name}: write {better}"
+
+
+_NEVER_FIRST = re.compile(r"(Of|To where|By|Told|So (many|much|that)|Than) ")
+_BEFORE_A_COMMA = re.compile(r"(With|Without|For|In|On|At|As|So|From|Under|Beside) ")
+
+
+def docstring_opening(file: File) -> Iterator[Finding]:
+    """A docstring opens with a verb, a noun phrase or a whole sentence ("With the lock, read ..."), not "Of ..."."""
+    for node in ast.walk(file.tree):
+        if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first = re.split(r"[.:;](?=\s|$)", ast.get_docstring(node) or "", maxsplit=1)[0]
+        if _NEVER_FIRST.match(first) or (_BEFORE_A_COMMA.match(first) and "," not in first):
+            yield node.lineno, f"the docstring of {node.name} opens with a fragment: {first.split()[0]!r}"
+
+
 @dataclass(frozen=True)
 class Rule:
     """A check, the places where it holds, the exceptions with their reasons, and snippets that must violate it.
@@ -218,6 +278,47 @@ RULES = [
     Rule(file_length, ("megamm/",), ("x = 1\n" * (MAX_FILE_LINES + 1),)),
     Rule(function_length, CODE, (_LONG_FUNCTION, f"class A:\n    async {_LONG_FUNCTION}".replace("    x", "      x"))),
     Rule(module_docstring, EVERYWHERE, ("", "x = 1", "# only a comment")),
+    Rule(
+        earlier_names,
+        ("megamm/",),
+        (
+            "place = 1",
+            "def f(place): ...",
+            "def f(*, first_places=()): ...",
+            "class A:\n    def __init__(self):\n        self.place: int = 0",
+            "class Place: ...",
+            "class OpenPlace: ...",
+            "def place_of(x): ...",
+            "for k, place in enumerate(x): ...",
+            "lambda place: 0",
+            "import megamm.common.device as place",
+            "pulse = 1",
+            "class SampleSet: ...",
+            "row_map = 1",
+        ),
+        {
+            "megamm/tokenizers/points/model.py: encoder_places": "the name of a tensor in saved tokenizers",
+            "megamm/tokenizers/points/model.py: decoder_places": "the name of a tensor in saved tokenizers",
+        },
+    ),
+    Rule(
+        docstring_opening,
+        CODE,
+        (
+            'def f():\n    """Of all values, the least."""',
+            'def f():\n    """To where it is after that many updates, from wherever it is."""',
+            'def f():\n    """By path, the digest of a file."""',
+            'def f():\n    """Told the result, gives the one to use."""',
+            'def f():\n    """So many bytes more."""',
+            'class A:\n    """With the weights of each modality."""',
+            'class A:\n    """Without the memory that it takes."""',
+            'class A:\n    def f(self):\n        """For the ranks of a node: their addresses."""',
+            'async def f():\n    """In the order of arrival.\n\n    A step, then the next."""',
+            'def f():\n    """On the device; with its name, if it has one."""',
+            'def f():\n    """At the end of a run."""',
+            'def f():\n    """As text."""',
+        ),
+    ),
     Rule(
         data_is_not_code,
         CODE,

@@ -1,0 +1,1 @@
+"""The tokenizer of scents: a code for each letter."""
