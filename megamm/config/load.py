@@ -145,7 +145,7 @@ def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, whe
     """Report unknown keys with a suggestion, which pydantic does not give."""
     for key, value in data.items():
         if key not in section.model_fields:
-            # A sibling that looks alike is more likely meant than a key of another section; without one, any key.
+            # A similar key of this section is more likely meant than a key of another section; without one, any key.
             near = difflib.get_close_matches(str(key), _all_keys(RunConfig, ""), n=1, cutoff=0.0)
             siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
             nearest = prefix + siblings[0] if siblings else near[0]

@@ -173,7 +173,7 @@ class _Microbatches(Dataset[Any]):
 
 
 def _end_with_parent(worker: int) -> None:
-    """In a worker: exit when the training process exits. torch watches the parent, which here is the fork server."""
+    """Make a worker exit when the training process exits. torch watches the parent, which here is the fork server."""
     die_with_parent(os.getppid())  # the server exits with the training process, and the kernel kills a stuck worker
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are started by multiprocessing"
