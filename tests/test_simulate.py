@@ -11,8 +11,17 @@ from typer.testing import CliRunner
 from megamm.cli import app
 from megamm.common import events
 from megamm.common.errors import UserError
-from megamm.observability import costs
-from megamm.observability.simulate import LLAMA3_STOPS, SHARES, Costs, Scenario, daly, expected_goodput, simulate, young
+from megamm.observability.simulate import (
+    LLAMA3_STOPS,
+    SHARES,
+    Costs,
+    Scenario,
+    daly,
+    expected_goodput,
+    measure,
+    simulate,
+    young,
+)
 
 COSTS = Costs(detection=60, hang_detection=60, restart=540, stall=30, lag=0)
 CRASHES = (("crash", 1, "hardware"),)
@@ -93,7 +102,7 @@ def test_command_prints_result_and_assumptions():
 
 def test_costs_of_a_run(tmp_path):
     with pytest.raises(UserError, match="no timed failure or checkpoint"):
-        costs.measure(tmp_path, 64)
+        measure(tmp_path, 64)
     events.record(tmp_path, "launched", restart=0)
     events.record(tmp_path, "started", step=0, world=4)
     for i, stall in enumerate((0.2, 0.4, 0.3)):
@@ -101,7 +110,7 @@ def test_costs_of_a_run(tmp_path):
     events.record(tmp_path, "failed", rank=1, step=3, phase="step", cause="signal 9", detection=0.5)
     events.record(tmp_path, "restarting", restart=1, teardown=0.1, rendezvous=1.0)
     events.record(tmp_path, "started", step=2, world=4)
-    seconds, sources = costs.measure(tmp_path, 64)
+    seconds, sources = measure(tmp_path, 64)
     assert set(seconds) == {"detection", "restart", "stall", "lag"}
     assert (seconds["detection"], seconds["stall"], seconds["lag"]) == (0.5, 0.3, 2.0)
     # log2(64) / log2(4) = 3: the rendezvous takes three times as long; everything else took no time here.
