@@ -115,7 +115,7 @@ def test_decoding_gives_clouds_and_refuses_wrong_ids() -> None:
             module.decode(wrong)
     ids = ids.clone()
     ids[0, 1] = 0
-    with pytest.raises(ValueError, match="the place of a shape is not one of the 12"):
+    with pytest.raises(ValueError, match="the index of a shape is not one of the 12"):
         module.decode(ids)
     with pytest.raises(ValueError, match="shape"):
         module.encode(clouds(1, points=64))
