@@ -127,26 +127,16 @@ def test_a_modality_with_a_trainable_tokenizer_needs_no_other_file(copy: Path) -
         ["tokenizer", "train", "scent", "shards/smelled", "--to", "tokenizers/scent"],
         ["data", "tokenize", "shards/smelled", "--codec", "text=tokenizers/text", "--codec", "scent=tokenizers/scent"],
         ["train", "run.yaml"],
-        ["convert", "export", "run", "export"],
-        [
-            "generate",
-            "export",
-            "--prompt",
-            "the scent of 1",
-            "--to",
-            "scent",
-            "--out",
-            "made.scent",
-            "--max-tokens",
-            "4",
-        ],
     ]
     code = "from megamm.cli import app\n" + "".join(f"app({c!r}, standalone_mode=False)\n" for c in commands)
+    code += "from megamm.modalities.scent import ScentModality, Path\n"
+    code += "scent = ScentModality.load(Path('tokenizers/scent'))\n"
+    code += "print('again', scent.write_media(scent.decode(scent.encode([scent.read_media(b'abcd', 'scent')])[0])))\n"
     output = run(copy, code)
     assert "restored 1.000" in output  # the tokenizer was trained: untrained tables restore about one letter in eight
+    assert "again b'abcd'" in output
     losses = [json.loads(line) for line in (copy / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any((line.get("loss/scent") or 0) > 0 for line in losses)
-    assert set((copy / "made.scent").read_text()) <= set("abcdefgh")
 
 
 def test_an_operator_in_plain_torch_needs_its_file_and_a_line(copy: Path) -> None:

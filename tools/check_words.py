@@ -6,6 +6,7 @@ Prints FILE:LINE and the better word for each, and exits with code 1 if there ar
 ends with `words: ok` in a comment.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -45,10 +46,13 @@ def main(paths: list[Path]) -> int:
 
 
 def files() -> list[Path]:
-    """The repository's files of these kinds, without hidden folders and build outputs."""
-    found = (path for path in ROOT.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    parts = ((path, path.relative_to(ROOT).parts) for path in found)
-    return sorted(p for p, names in parts if not any(n.startswith(".") or n in ("build", "out", "site") for n in names))
+    """The repository's files of these kinds, without hidden folders and build outputs, which are not entered."""
+    found: list[Path] = []
+    for folder, inside, names in os.walk(ROOT):
+        outputs = ("build", "out", "site") if Path(folder) == ROOT else ()
+        inside[:] = [name for name in inside if not name.startswith(".") and name not in outputs]
+        found += [Path(folder, name) for name in names if not name.startswith(".") and name.endswith(SUFFIXES)]
+    return sorted(found)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ function, but not under `if TYPE_CHECKING`, which never runs.
 """
 
 import ast
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -56,31 +57,36 @@ def modules(files: Sequence[File]) -> Tree:
     return named
 
 
-def imports_of(file: File, tree: Tree) -> Iterator[tuple[int, str]]:
-    """(line, module of the tree) of every import in a file that can run."""
+@functools.cache
+def _imported(file: File) -> list[tuple[int, str]]:
+    """(line, dotted name) of every import in a file that can run."""
     never = {
         id(node)
         for block in ast.walk(file.tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
         for statement in block.body
         for node in ast.walk(statement)
     }
+    found: list[tuple[int, str]] = []
     for node in ast.walk(file.tree):
         if id(node) in never:
             continue
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, f"{node.module}.{alias.name}") for alias in node.names]
         elif isinstance(node, ast.Call) and file.dotted(node.func).endswith(("import_module", "__import__")):
-            names = [str(a.value) for a in node.args[:1] if isinstance(a, ast.Constant)]
-        else:
-            continue
-        for name in names:
-            if name in tree:
-                yield node.lineno, name
-            elif (parent := name.rpartition(".")[0]) in tree:
-                yield node.lineno, parent
+            found += [(node.lineno, str(a.value)) for a in node.args[:1] if isinstance(a, ast.Constant)]
+    return found
+
+
+def imports_of(file: File, tree: Tree) -> Iterator[tuple[int, str]]:
+    """(line, module of the tree) of every import in a file that can run."""
+    for line, name in _imported(file):
+        if name in tree:
+            yield line, name
+        elif (parent := name.rpartition(".")[0]) in tree:
+            yield line, parent
 
 
 def layers(files: Sequence[File]) -> Iterator[str]:
