@@ -1,7 +1,6 @@
 """The library used from Python: tiny captioned pictures, two tokenizers, a model, the step loop and a checkpoint.
 
-python examples/train_loop.py [FOLDER]    # default: train_loop; 60 steps on one CPU core
-"""
+python examples/train_loop.py [FOLDER]    # default: train_loop; 60 steps on one CPU core"""
 
 import json
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from megamm.common import device
+from megamm.common.device import Device, choose
 from megamm.config.load import config_from_dict
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.pipeline.loader import Loader
@@ -26,7 +25,7 @@ from megamm.tokenizers.visual.model import VisualCodec, VisualCodecConfig
 from megamm.train.checkpoint_manager import CheckpointManager
 
 
-def make_data(folder: Path, place: device.Device) -> None:
+def make_data(folder: Path, device: Device) -> None:
     """Write folder/shards/drawn, tokenized, and folder/tokenizers/{text,visual}."""
     raw, shards, tokenizers = folder / "raw/drawn", folder / "shards/drawn", folder / "tokenizers"
     raw.mkdir(parents=True)
@@ -42,10 +41,10 @@ def make_data(folder: Path, place: device.Device) -> None:
     (tokenizers / "visual").mkdir()  # left untrained for brevity; `megamm tokenizer train visual` trains one
     sizes = VisualCodecConfig(image_size=16, downsample=8, width=16, levels=(5, 5))
     save_codec(VisualCodec(sizes), tokenizers / "visual")
-    tokenize([shards], load_codecs([f"{name}={tokenizers / name}" for name in ("text", "visual")], place.torch_device))
+    tokenize([shards], load_codecs([f"{name}={tokenizers / name}" for name in ("text", "visual")], device.torch_device))
 
 
-def train(folder: Path, place: device.Device) -> None:
+def train(folder: Path, device: Device) -> None:
     """Train on make_data's folder; the checkpoint in folder/run is one that `megamm` reads and resumes."""
     heads, rows = {"num_attention_heads": 4, "num_query_groups": 2}, 4
     settings = {  # keys as in a YAML file
@@ -57,17 +56,17 @@ def train(folder: Path, place: device.Device) -> None:
         "train": {"steps": 60, "global_batch_size": rows, "micro_batch_size": rows},
     }
     config = config_from_dict(settings, where="settings")  # a mistake raises UserError
-    process_groups.start(place)  # torchrun's job, or a world of this process alone
+    process_groups.start(device)  # torchrun's job, or a world of this process alone
     groups = process_groups.build(config.parallel, config.train.seed)  # tensor, pipeline, context, expert, data
     data = open_run_data(config)
     vocabulary, rank, size = data.vocabulary, groups.data_rank, groups.data_size
     cost = partial(flops_of_row, config.model, vocabulary.size, config.data.seq_length)  # to balance the ranks
     loader = Loader(data.stream, global_batch=rows, micro_batch=rows, data_rank=rank, data_size=size, cost=cost)
-    model = build_engine(config, vocabulary.size, groups, place)  # with its optimizer and schedule
-    weights = weight_tensor(config.loss_weights, vocabulary.modalities, place.torch_device)
-    store = CheckpointManager(config, data, model, groups, place, while_waiting=lambda: None)
+    model = build_engine(config, vocabulary.size, groups, device)  # with its optimizer and schedule
+    weights = weight_tensor(config.loss_weights, vocabulary.modalities, device.torch_device)
+    store = CheckpointManager(config, data, model, groups, device, while_waiting=lambda: None)
     for step in range(1, config.train.steps + 1):
-        result = model.compute_gradients([batch.to(place.torch_device) for batch in loader.step()], weights)
+        result = model.compute_gradients([batch.to(device.torch_device) for batch in loader.step()], weights)
         model.apply_update()
         if step % 10 == 0:
             print(f"step {step}: loss {overall(result.loss.mean, weights):.3f}", flush=True)
@@ -77,5 +76,5 @@ def train(folder: Path, place: device.Device) -> None:
 
 if __name__ == "__main__":  # data workers and the checkpoint writer are processes of their own
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "train_loop")
-    make_data(target, device.choose("cpu"))
-    train(target, device.choose("cpu"))
+    make_data(target, choose("cpu"))
+    train(target, choose("cpu"))

@@ -50,7 +50,7 @@ def test_report_of_this_environment():
 
 
 def test_looking_imports_nothing():
-    probe = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megamm import accelerators; "
+    probe = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from megamm.config import accelerators; "
     probe += "assert accelerators.installed().deepspeed; print(*sorted(m for m in sys.modules if '.' not in m))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

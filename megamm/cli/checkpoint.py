@@ -126,7 +126,7 @@ def prune(
     found = inspect.find(checkpoint)
     if found[0].kind == "local":
         raise UserError(
-            "prune does not change a local tier", where=checkpoint, remedy="delete the folder after the run has ended"
+            "prune does not change local storage", where=checkpoint, remedy="delete the folder after the run has ended"
         )
     # Digests are verified from the newest back, until one is valid: this one is never deleted, whatever `keep` is.
     valid = next((each for each in reversed(found) if not each.damage()), None)
