@@ -26,7 +26,8 @@ class TrainState:
     Without optimizer state (an import) training starts with new moments. mixture: the mixture schedule
     (data/pipeline/run_data.py); None in an import and in old checkpoints without it. tokens: seen so far, by
     modality. loss_guard: LossGuard.state. heldout_loss: weighted mean over modalities (objective.overall), None if it
-    was not measured at this step. versions: of the software that wrote it, including the code.
+    was not measured at this step. versions: of the software that wrote it, including the code. origin: what the Hugging
+    Face folder that the weights came from says about its use (convert/io/origin.py); None without one.
     """
 
     step: int
@@ -41,6 +42,7 @@ class TrainState:
     tokens: dict[str, int] = field(default_factory=dict)
     loss_guard: dict[str, Any] = field(default_factory=dict)
     heldout_loss: float | None = None
+    origin: dict[str, Any] | None = None
 
     def to_json(self) -> bytes:
         """Return the contents of state.json, without secrets."""

@@ -24,6 +24,7 @@ ShardSize = Annotated[int, typer.Option(help="maximum bytes of a weights file", 
 Dtype = Annotated[
     Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="dtype of the weights (default: unchanged)")
 ]
+Trim = Annotated[bool, typer.Option("--trim-vocabulary", help="drop embedding rows beyond the tokenizer's ids")]
 Logits = Annotated[bool, typer.Option("--logits/--no-logits", help="compare both models' logits at the end")]
 Gate = Annotated[bool, typer.Option("--gate/--no-gate", help="verify the result against its source")]
 RefuseNan = Annotated[bool, typer.Option("--refuse-nan", help="NaN or Inf in a weight is an error, not a warning")]
@@ -36,6 +37,7 @@ def export_run(
     nproc: Processes = 0,
     shard_size: ShardSize = SHARD_SIZE,
     dtype: Dtype = None,
+    trim_vocabulary: Trim = False,
     logits: Logits = True,
     refuse_nan: RefuseNan = False,
     gate: Gate = True,
@@ -51,7 +53,15 @@ def export_run(
     log_to_console()
     chosen, verification = None if dtype is None else DTYPES[dtype], VerificationOptions(logits, refuse_nan, gate)
     with _verification_errors():
-        made = export(run, out, nproc=nproc, shard_size=shard_size, dtype=chosen, verification=verification)
+        made = export(
+            run,
+            out,
+            nproc=nproc,
+            shard_size=shard_size,
+            dtype=chosen,
+            trim_vocabulary=trim_vocabulary,
+            verification=verification,
+        )
         print(f"exported to {made}")
 
 

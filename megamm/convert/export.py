@@ -36,6 +36,7 @@ from megamm.convert.families.mapping import TensorGroup, TensorRule
 from megamm.convert.io import dtypes
 from megamm.convert.io.dtypes import DtypeChange
 from megamm.convert.io.export_folder import METADATA, copy_tokenizer, export_tokenizer, metadata_of
+from megamm.convert.io.origin import GENERATION, Origin, generation_settings, plain_ids, special_ids
 from megamm.convert.io.safetensors_files import header
 from megamm.convert.io.tensor_sources import NativeTensors
 from megamm.convert.plan import SHARD_SIZE, FilePart, Maker, pack_into_files, row_windows
@@ -57,11 +58,13 @@ def export(
     nproc: int = 0,
     shard_size: int = SHARD_SIZE,
     dtype: torch.dtype | None = None,
+    trim_vocabulary: bool = False,
     verification: VerificationOptions = VerificationOptions(),
 ) -> Path:
     """Write a Hugging Face folder that AutoModelForCausalLM loads; returns `out`.
 
-    nproc: processes, 0: one per core; shard_size: bytes of a file; dtype: of the export's weights, None: as stored.
+    nproc: processes, 0: one per core; shard_size: bytes of a file; dtype: of the export's weights, None: as stored;
+    trim_vocabulary: drop the rows that an imported model's tables have beyond its tokenizer's ids.
     Raises UserError if `out` exists, a value is out of range for the dtype, there is not enough space, another process
     converts to the same folder, or a file of the newest checkpoint does not match its manifest. An incomplete newest
     checkpoint is skipped. Raises VerificationError if the result is not the same model.
@@ -72,15 +75,17 @@ def export(
     state = checkpoint.read_state(folder)
     config = config_from_dict(state.config, where=folder)
     vocabulary = Vocabulary.from_json(state.vocabulary)
-    family = family_for(config.model)
+    origin = Origin.from_json(state.origin)
+    family, native = family_for(config.model, state.origin), NativeTensors(folder)
     for name, codec in config.tokenizers.items():
         if not codec.is_dir():
             raise UserError(f"tokenizers.{name}: no such folder", where=codec, remedy="restore the run's codec there")
     if verification.needs_models:
         equivalence.check_memory_for_logits(config, vocabulary.size)
     if verification.refuse_nan:
-        equivalence.refuse_not_finite(NativeTensors(folder))
-    plan = plan_export(folder, family.rules, config.model, vocabulary.size, dtype, shard_size)
+        equivalence.refuse_not_finite(native)
+    rows = vocabulary.size if trim_vocabulary else native.table_rows
+    plan = plan_export(folder, family.rules, config.model, rows, dtype, shard_size)
     log_plan(plan, plan.dtypes)
     media = [codec for name, codec in config.tokenizers.items() if name != "text"]
     codec_bytes = sum(f.stat().st_size for codec in media for f in codec.rglob("*") if f.is_file())
@@ -88,7 +93,7 @@ def export(
         _write_weights(job, folder)
         if len(plan.files) > 1:
             files.write(job.folder / INDEX, [plan.index()])
-        _write_config_and_codecs(job.folder, family, config, vocabulary, plan.dtypes[-1][1])
+        _write_config_and_codecs(job.folder, family, config, vocabulary, origin, rows, plan.dtypes[-1][1])
         # Last, because they describe the files before them: the card, then the digests of all files.
         metadata = metadata_of(state, card.record(folder, state, config))
         (job.folder / METADATA).write_text(json.dumps(metadata, indent=1))
@@ -119,24 +124,28 @@ def _write_weights(job: ConversionJob, source: Path) -> None:
 
 
 def _write_config_and_codecs(
-    folder: Path, family: Family, config: RunConfig, vocabulary: Vocabulary, dtype: torch.dtype
+    folder: Path,
+    family: Family,
+    config: RunConfig,
+    vocabulary: Vocabulary,
+    origin: Origin | None,
+    rows: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Write config.json, generation_config.json, the tokenizer and the codecs."""
-    from transformers import GenerationConfig
-
-    if any(part.name == "control" for part in vocabulary.ranges):
-        export_tokenizer(config.tokenizers["text"], vocabulary, folder)
-        special = {
-            "bos_token_id": vocabulary.document_start,
-            "eos_token_id": vocabulary.document_end,
-            "pad_token_id": vocabulary.padding,
-        }
+    """Write config.json, generation_config.json, the tokenizer and the codecs. rows: of the vocabulary's tables."""
+    template = origin.chat_template if origin is not None else None
+    if vocabulary.has_control:
+        export_tokenizer(config.tokenizers["text"], vocabulary, folder, template)
+        special = special_ids(vocabulary, origin)
     else:  # imported from a plain folder
-        special = copy_tokenizer(config.tokenizers["text"], folder, vocabulary.size)
-    theirs = to_config(family, config.model, vocabulary.size, config.data.seq_length, special)
+        special = copy_tokenizer(config.tokenizers["text"], folder, vocabulary.size, template)
+        special = plain_ids(origin, special, rows) if origin is not None else special
+    theirs = to_config(family, config.model, rows, config.data.seq_length, special, origin and origin.config)
     theirs.dtype = dtype
     theirs.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
+    # As it is: transformers' own class refuses to write settings that published files have.
+    settings = generation_settings(origin, vocabulary, special)
+    (folder / GENERATION).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     for name, codec in config.tokenizers.items():
         shutil.copytree(codec, folder / "codecs" / name, ignore=_NO_MODEL if name == "text" else None)
 
@@ -222,15 +231,17 @@ def plan_export(
     step: Path,
     rules: tuple[TensorRule, ...],
     m: ModelConfig,
-    vocabulary_size: int,
+    rows: int,
     dtype: torch.dtype | None,
     shard_size: int,
 ) -> ExportPlan:
-    """Plan the export of a checkpoint's folder. Raises UserError for missing tensors, or ones the family lacks."""
+    """Plan the export of a checkpoint's folder. rows: of the vocabulary's tables in the export.
+
+    Raises UserError for missing tensors, or ones the family lacks."""
     stored = {name: found for name, found in index.read(step / "tensors").items() if not name.startswith("optimizer.")}
     groups = list(mapping.groups(rules, m))
     _check_names(stored.keys(), {group.ours for group in groups}, step)
-    units = [_exported_group(group, stored[group.ours], m, vocabulary_size, dtype) for group in groups]
+    units = [_exported_group(group, stored[group.ours], m, rows, dtype) for group in groups]
     layout = _layout(units, shard_size)
     changes = tuple((unit.stored_as, written) for unit in units for _, written, _ in unit.tensors)
     return ExportPlan(step / "tensors", m, layout.files, layout.file_of, changes, _identity(step, layout.files))
@@ -245,12 +256,12 @@ def _check_names(stored: Iterable[str], needed: set[str], step: Path) -> None:
 
 
 def _exported_group(
-    group: TensorGroup, stored: StoredTensor, m: ModelConfig, vocabulary_size: int, dtype: torch.dtype | None
+    group: TensorGroup, stored: StoredTensor, m: ModelConfig, rows: int, dtype: torch.dtype | None
 ) -> ExportedGroup:
     """Compute what a group is split into, by splitting a tensor without values."""
     shape = stored.shape[len(group.index) :]
     if group.ours in (mapping.EMBEDDING, mapping.HEAD):  # without the padding of a parallel layout
-        shape = (vocabulary_size, *shape[1:])
+        shape = (rows, *shape[1:])
     ours = torch.empty(shape, dtype=stored.dtype, device="meta")
     parts = [ours] if group.rule is None else group.rule.cut(ours, m)
     written = dtypes.target_of(stored.dtype, dtype)

@@ -29,13 +29,13 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
 from megamm.convert.conversion import ConversionJob, log_plan
 from megamm.convert.families import mapping
-from megamm.convert.families.config import family_for, read_model
-from megamm.convert.families.family import Family
+from megamm.convert.families.config import read_model
 from megamm.convert.families.mapping import TensorGroup, TensorRule
 from megamm.convert.io import dtypes
 from megamm.convert.io.dtypes import DtypeChange
 from megamm.convert.io.export_folder import METADATA, read_metadata
 from megamm.convert.io.hf_source import join_group, shapes_of, text_vocabulary
+from megamm.convert.io.origin import Origin, read_origin
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.io.tensor_sources import FileTensors
 from megamm.convert.plan import SHARD_SIZE, FilePart, Maker, pack_into_files, row_windows
@@ -60,26 +60,30 @@ def import_(
     """
     if all_of(run):
         raise UserError("the run already has checkpoints", where=run, remedy="remove it or choose another output")
-    config, vocabulary, family = _read_description(folder, run, overrides)
+    config = _read_config(folder, run, overrides)
     began = time.monotonic()
     given = FileTensors(folder)
     shapes.check(folder, given.described)
+    family, _ = read_model(folder, config.data.seq_length)
+    is_export = (folder / METADATA).is_file()
+    vocabulary = read_metadata(folder)[1] if is_export else text_vocabulary(folder, given.weights)
     if verification.needs_models:
         equivalence.check_memory_for_logits(config, vocabulary.size)
     if verification.refuse_nan:
         equivalence.refuse_not_finite(given)
     with Weights(folder) as weights:
         # Checked twice: above against transformers' own class, here against our tables.
-        shapes_of(weights, family, config.model, vocabulary)
+        found = shapes_of(weights, family, config.model, vocabulary)
         plan = plan_import(weights, family.rules, config.model, dtype, shard_size)
     log_plan(plan, plan.dtypes)
+    origin = read_origin(folder, vocabulary, found[mapping.EMBEDDING][0])
     final = checkpoint.path_of(run, 0)
     with ConversionJob(plan, final, nproc) as job:
         listed = job.fill()
         random = torch.get_rng_state()  # the state of a process that has not drawn in a parallel region
         more = {f"tensors/{name}": data for name, data in plan.index().items()}
         more["rng_00000.safetensors"] = safetensors.torch.save({"torch": random, "device": random.clone()})
-        more[checkpoint.STATE] = _state(config, vocabulary).to_json()
+        more[checkpoint.STATE] = _state(config, vocabulary, origin).to_json()
         listed |= {name: files.write(job.folder / name, [data]) for name, data in more.items()}
         files.write(job.folder / manifest.NAME, [manifest.render(listed)])
         equivalence.verify_result(job.folder, folder, job.folder, verification, nproc)
@@ -90,8 +94,8 @@ def import_(
     return final
 
 
-def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tuple[RunConfig, Vocabulary, Family]:
-    """Read config, vocabulary and family of a folder.
+def _read_config(folder: Path, run: Path, overrides: Sequence[str]) -> RunConfig:
+    """Read the config of the run that a folder becomes.
 
     In a plain folder, config.json gives the model and the tokenizer; the rest is the minimum that is valid, plus
     `overrides`: a run that starts from it has its own config.
@@ -101,10 +105,9 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
         what = f"{wrong}: the folder's config.json defines the model"
         raise UserError(what, where=folder, remedy="remove this option")
     if (folder / METADATA).is_file():
-        _, vocabulary, metadata = read_metadata(folder)
+        metadata = read_metadata(folder)[2]
         apply_overrides(metadata["config"], overrides)
-        config = config_from_dict(metadata["config"], where=folder / METADATA)
-        return config, vocabulary, family_for(config.model)
+        return config_from_dict(metadata["config"], where=folder / METADATA)
     values: dict[str, Any] = {
         "output": str(run),
         "data": {"sources": [{"path": "none"}]},
@@ -115,9 +118,8 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
     apply_overrides(values, overrides)
     # Before the model is read: a window as long as a row counts as none.
     values["data"].setdefault("seq_length", _max_row_length(folder))
-    family, model = read_model(folder, values["data"]["seq_length"])
-    config = config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
-    return config, text_vocabulary(folder), family
+    model = read_model(folder, values["data"]["seq_length"])[1]
+    return config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
 
 
 def _max_row_length(folder: Path) -> int:
@@ -130,7 +132,7 @@ def _max_row_length(folder: Path) -> int:
         raise UserError(what, where=file, remedy="set the row length: data.seq_length=N") from None
 
 
-def _state(config: RunConfig, vocabulary: Vocabulary) -> TrainState:
+def _state(config: RunConfig, vocabulary: Vocabulary, origin: Origin) -> TrainState:
     return TrainState(
         step=0,
         consumed_rows=0,
@@ -140,6 +142,7 @@ def _state(config: RunConfig, vocabulary: Vocabulary) -> TrainState:
         config=config.model_dump(mode="json"),
         versions={"megamm": __version__, "code": checkpoint.code_version(), "torch": torch.__version__},
         has_optimizer=False,
+        origin=origin.to_json(),
     )
 
 

@@ -44,14 +44,20 @@ def check(config: RunConfig, vocabulary: Vocabulary) -> None:
         _plan_resize(config, vocabulary, start, source)
 
 
-def init_from(config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: InitFromConfig) -> None:
-    """Set the engine's weights as `start` describes. Raises UserError, the same on all ranks, if that is impossible."""
+def init_from(
+    config: RunConfig, vocabulary: Vocabulary, engine: Engine, start: InitFromConfig
+) -> dict[str, Any] | None:
+    """Set the engine's weights as `start` describes; return the source's TrainState.origin.
+
+    Raises UserError, the same on all ranks, if that is impossible.
+    """
     ranks = Collectives()
     with opened(start.checkpoint, config.output, config.data.seq_length, ranks) as source:
         engine.init_weights(_WeightInitializer(config, vocabulary, start, source, ranks))
         if ranks.rank == 0:
             events.record(config.output, "started_from", place=start.checkpoint, folder=str(source.where))
             print(f"started from {source.where}", flush=True)
+        return source.origin
 
 
 class _WeightInitializer:

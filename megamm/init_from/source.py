@@ -33,6 +33,8 @@ class WeightSource(Protocol):
     model: Mapping[str, Any]
     """The model section of the source's config."""
     shapes: Mapping[str, Shape]
+    origin: dict[str, Any] | None
+    """TrainState.origin."""
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         """Set the blocks, which name tensors of `shapes`, from storage. Raises UserError if that is damaged."""
@@ -46,13 +48,14 @@ class CheckpointSource:
     vocabulary: Vocabulary
     model: Mapping[str, Any]
     shapes: Mapping[str, Shape]
+    origin: dict[str, Any] | None
 
     @classmethod
     def open(cls, step: Path) -> "CheckpointSource":
         """Open it. Raises UserError if the index is not safe to read."""
         state = checkpoint.read_state(step)
         shapes = {name: stored.shape for name, stored in index.read(step / "tensors").items()}
-        return cls(step, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes)
+        return cls(step, Vocabulary.from_json(state.vocabulary), state.config["model"], shapes, state.origin)
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         reader.load(self.where / "tensors", blocks)

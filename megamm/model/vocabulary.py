@@ -77,6 +77,11 @@ class Vocabulary:
         return self.begin(modality) + 1
 
     @property
+    def has_control(self) -> bool:
+        """Whether it has control ids; a model imported from a plain Hugging Face folder has text ids only."""
+        return any(part.name == "control" for part in self.ranges)
+
+    @property
     def document_start(self) -> int:
         return self["control"].start + DOCUMENT_START
 

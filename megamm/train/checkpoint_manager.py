@@ -50,6 +50,8 @@ class CheckpointManager:
         self.saver = Saver(config.output, device, c.keep, c.keep_best, while_waiting, self.local)
         engine.before_update = self.saver.settle  # the weights must not change while they are copied
         self.uploader: Uploader | None = None
+        self.origin: dict[str, Any] | None = None
+        """TrainState.origin of every checkpoint of the run."""
         self.is_in_run = True
         """Whether the resumed checkpoint is in the run's folder, not only in local storage."""
 
@@ -90,6 +92,7 @@ class CheckpointManager:
             tokens=tokens,
             loss_guard=loss_guard,
             heldout_loss=heldout_loss,
+            origin=self.origin,
         )
         if self.uploader is not None:
             self.uploader.check()
@@ -139,7 +142,7 @@ class CheckpointManager:
         if found is None:
             log.info("no checkpoint in %s: starting at step 0", self.config.output)
             if self.config.init_from is not None:
-                init_from(self.config, self.data.vocabulary, self.engine, self.config.init_from)
+                self.origin = init_from(self.config, self.data.vocabulary, self.engine, self.config.init_from)
             return None
         state = self.restore(found.folder)
         self.is_in_run = found.storage != "local"
@@ -176,6 +179,7 @@ class CheckpointManager:
 
         self.saver.settle()
         state = checkpoint.read_state(folder)
+        self.origin = state.origin
         config = self.config.model_dump(mode="json")
         checkpoint.check_same_model(folder, state, self.data.vocabulary, config["model"])
         checkpoint.check_same_data(folder, state, config)

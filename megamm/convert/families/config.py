@@ -1,6 +1,8 @@
 """Converts config.json of transformers <-> the model section of a run's config, by the tables in tables.py."""
 
 import json
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,21 @@ _NONE = ("mla.q_lora_rank", "attention_softcap", "logit_softcap")
 """Our keys that are 0 where theirs are None."""
 
 
-def family_for(m: ModelConfig) -> Family:
-    """The first family that can express this model. Raises UserError naming the field that excludes the nearest one."""
+_OWN_KEYS = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "vocab_size"}
+_OWN_KEYS |= {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq", "bos_token_id", "eos_token_id"}
+_OWN_KEYS |= {"sliding_window", "use_sliding_window", "layer_types", "sliding_window_pattern", "max_window_layers"}
+_OWN_KEYS |= {"pad_token_id", "auto_map", "quantization_config", "num_nextn_predict_layers"}
+"""Keys of an origin's config.json that an export does not take over: it has its own values, or nothing of the kind."""
+
+
+def family_for(m: ModelConfig, origin: Mapping[str, Any] | None = None) -> Family:
+    """The family of the origin (TrainState.origin), or else the first one, that can express this model.
+
+    Raises UserError naming the field that excludes the nearest one.
+    """
+    known = next((f for f in FAMILIES if origin is not None and f.model_type == origin["config"]["model_type"]), None)
+    if known is not None and not known.refused(m):
+        return known
     # The nearest family refuses the fewest keys; of equal ones, the first of the table.
     refused = {family.architecture: family.refused(m) for family in FAMILIES}
     nearest = min(FAMILIES, key=lambda family: len(refused[family.architecture]))
@@ -37,16 +52,33 @@ def family_for(m: ModelConfig) -> Family:
     return nearest
 
 
-def to_config(family: Family, m: ModelConfig, vocabulary_size: int, seq_length: int, special: dict[str, int]) -> Any:
-    """transformers' configuration of our backbone; special: the bos/eos/pad token ids."""
+def to_config(
+    family: Family,
+    m: ModelConfig,
+    vocabulary_size: int,
+    seq_length: int,
+    special: Mapping[str, Any],
+    origin: Mapping[str, Any] | None = None,
+) -> Any:
+    """transformers' configuration of our backbone; special: the bos/eos/pad token ids.
+
+    vocabulary_size: rows of the vocabulary's tables; origin: config.json of the model that the weights came from, for
+    what is not in ours: the positions that it was made for, and keys that do not change what the weights compute.
+    """
     from transformers import CONFIG_MAPPING
 
+    origin = origin or {}
+    is_same_family = origin.get("model_type") == family.model_type
+    if is_same_family and origin.get("num_hidden_layers") == m.num_layers:
+        m = _with_dropped_windows(family, m, seq_length, origin)
     ours = dict(leaves(m.model_dump()))
-    values: dict[str, Any] = {theirs: ours[key] for key, theirs in family.fields.items()} | family.fixed
+    values = _carried(origin) if is_same_family else {}
+    values |= {theirs: ours[key] for key, theirs in family.fields.items()} | family.fixed
     values |= {count: ours[key] // ours[other] for key, (other, count) in family.multiples.items()}
     # 0 means none there.
     values |= {family.fields[key]: None for key in _NONE if key in family.fields and not ours[key]}
-    values |= {"vocab_size": vocabulary_size, "max_position_embeddings": seq_length, **special}
+    positions = max(seq_length, origin.get("max_position_embeddings") or 0)
+    values |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **special}
     values |= _to_windows(family, m)
     scaling = m.rope_scaling
     rope = {_ROPE_SCALING[key]: getattr(scaling, key) for key in _ROPE_NEEDS[scaling.kind]}
@@ -56,6 +88,29 @@ def to_config(family: Family, m: ModelConfig, vocabulary_size: int, seq_length: 
     by_layer = {"full_attention": rope, "sliding_attention": local}
     values["rope_parameters"] = by_layer if family.has_local_rope else rope
     return CONFIG_MAPPING[family.model_type](architectures=[family.architecture], **values)
+
+
+def _carried(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys that an export of the same family takes over from the config.json of its origin."""
+    from transformers import GenerationConfig
+
+    # Old files have generation settings here; they are in generation_config.json now (io/origin.py).
+    others = _OWN_KEYS | (GenerationConfig().to_dict().keys() - {"use_cache"})
+    return {key: value for key, value in origin.items() if key not in others and not key.startswith("_")}
+
+
+def _with_dropped_windows(family: Family, m: ModelConfig, seq_length: int, origin: Mapping[str, Any]) -> ModelConfig:
+    """The model with the windows that `_windows` has dropped because they are not shorter than a row."""
+    from transformers import CONFIG_MAPPING
+
+    if m.window.size or family.windows == "none":
+        return m
+    theirs = CONFIG_MAPPING[family.model_type].from_dict(dict(origin))
+    found = _windows(family, theirs, sys.maxsize, Path("config.json"))
+    if found.get("window.size", 0) < seq_length:
+        return m
+    window = m.window.model_copy(update={key.removeprefix("window."): value for key, value in found.items()})
+    return m.model_copy(update={"window": window})
 
 
 def _to_windows(family: Family, m: ModelConfig) -> dict[str, Any]:
@@ -131,7 +186,10 @@ def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _windows(family: Family, theirs: Any, seq_length: int, where: Path) -> dict[str, Any]:
-    """Our dotted keys. A window as long as a row counts as none, unless its layers use other RoPE angles."""
+    """Our dotted keys. A window as long as a row counts as none, unless its layers use other RoPE angles.
+
+    An export has it again (`_with_dropped_windows`).
+    """
     size, kinds = getattr(theirs, "sliding_window", None), getattr(theirs, "layer_types", None)
     if other := set(kinds or ()) - {"full_attention", "sliding_attention"}:
         raise _inexpressible("layer_types", sorted(other)[0], where)
@@ -186,6 +244,7 @@ def _defaults(family: Family) -> dict[str, Any]:
 
 def _of_any_model() -> set[str]:
     """Keys that every transformers configuration has: generation, classification heads, version."""
-    from transformers import PreTrainedConfig
+    from transformers import GenerationConfig, PreTrainedConfig
 
-    return {*PreTrainedConfig().to_dict(), "model_type", "torch_dtype", "_name_or_path"}
+    generation = GenerationConfig().to_dict()  # settings of generation, in older files
+    return {*PreTrainedConfig().to_dict(), *generation, "model_type", "torch_dtype", "_name_or_path"}

@@ -24,21 +24,25 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from megamm.checkpoint import TrainState
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, Row
 from megamm.config import RunConfig, config_from_dict
+from megamm.convert.io.origin import ChatTemplate, read_chat_template
 from megamm.data.pipeline.packing import pack
 from megamm.data.pipeline.run_data import load_modalities, packing_specs, vocabulary_of
 from megamm.modalities.protocol import Modality
-from megamm.model.vocabulary import Vocabulary
+from megamm.model.vocabulary import DOCUMENT_START, Vocabulary
 from megamm.tokenizers.io import INDEX, weight_files
 
 log = logging.getLogger(__name__)
 METADATA = "megamm.json"
 DIGESTS = "SHA256SUMS"
+_TOKENIZER_FILES = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+_TOKENIZER_FILES |= {"vocab.json", "merges.txt", "vocab.txt", "tekken.json"}
+_TOKENIZER_FILES |= {"chat_template.jinja", "chat_template.json", "additional_chat_templates"}
 _REMEDY = "create the export again with `megamm convert export`"
 
 
@@ -80,8 +84,13 @@ def special_tokens(vocabulary: Vocabulary) -> list[str]:
     return names
 
 
-def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json. Raises UserError if the text tokenizer cannot be extended."""
+def export_tokenizer(
+    text_codec: Path, vocabulary: Vocabulary, folder: Path, chat_template: ChatTemplate | None = None
+) -> None:
+    """Write tokenizer.json and tokenizer_config.json: the export's tokenizer gives the prompts of training.
+
+    chat_template: used if the text tokenizer's folder has none. Raises UserError if the tokenizer cannot be extended.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     file = text_codec / "tokenizer.json"
@@ -96,25 +105,101 @@ def export_tokenizer(text_codec: Path, vocabulary: Vocabulary, folder: Path) -> 
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     start = vocabulary["control"].start
     assert tokenizer.token_to_id(names[0]) == start and tokenizer.token_to_id(names[-1]) == vocabulary.size - 1
-    PreTrainedTokenizerFast(
+    _set_prompt_form(tokenizer, names[DOCUMENT_START], vocabulary.document_start)
+    extended = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=vocabulary.control_name(vocabulary.document_start),
         eos_token=vocabulary.control_name(vocabulary.document_end),
         pad_token=vocabulary.control_name(vocabulary.padding),
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+        padding_side="left",  # a prompt ends where generation starts
+    )
+    extended.chat_template = read_chat_template(text_codec) or chat_template
+    extended.save_pretrained(folder)
 
 
-def copy_tokenizer(text_codec: Path, folder: Path, size: int) -> dict[str, int]:
-    """Write the text tokenizer unchanged, for a vocabulary of `size` text ids; returns its bos/eos/pad token ids.
+def _set_prompt_form(tokenizer: Tokenizer, start: str, start_id: int) -> None:
+    """Make `tokenizer(text)` give <|document_start|> and the ids of the text, as packing.py renders a document.
 
-    Token ids without a row in the model, which the tokenizer class may add, are skipped."""
+    A template of the text tokenizer, such as Llama's <|begin_of_text|>, was not used in training: it is replaced, and
+    so are limits of length.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    template = processors.TemplateProcessing(
+        single=f"{start} $A", pair=f"{start} $A {start}:1 $B:1", special_tokens=[(start, start_id)]
+    )
+    before = json.loads(tokenizer.to_str())["post_processor"] or {}
+    is_by_bytes = "ByteLevel" in {before.get("type"), *(step["type"] for step in before.get("processors", ()))}
+    # ByteLevel trims the spaces from offsets and changes no id.
+    tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), template]) if is_by_bytes else template
+
+
+def surplus_tokens(tokenizer: Tokenizer, rows: int) -> dict[int, str]:
+    """Added tokens whose ids have no row in a table of `rows` rows; empty if other tokens have none either."""
+    added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items() if id_ >= rows}
+    beyond = {id_ for id_ in tokenizer.get_vocab(with_added_tokens=True).values() if id_ >= rows}
+    return dict(sorted(added.items())) if beyond == added.keys() else {}
+
+
+def copy_tokenizer(
+    text_codec: Path, folder: Path, size: int, chat_template: ChatTemplate | None = None
+) -> dict[str, int]:
+    """Write the text tokenizer of a model without control ids; returns its bos/eos/pad token ids.
+
+    size: text ids of the vocabulary; added tokens beyond them are left out. chat_template: see export_tokenizer.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(text_codec, local_files_only=True, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
+    for path in text_codec.iterdir():
+        if path.name in _TOKENIZER_FILES or path.suffix in (".model", ".tiktoken"):
+            (shutil.copytree if path.is_dir() else shutil.copyfile)(path, folder / path.name)
+    if not (folder / "tokenizer.json").is_file():  # which other engines read
+        AutoTokenizer.from_pretrained(text_codec, local_files_only=True, trust_remote_code=False).save_pretrained(
+            folder
+        )
+    _remove_tokens(folder, size)
+    if chat_template is not None and read_chat_template(folder) is None:
+        named = {"default": chat_template} if isinstance(chat_template, str) else chat_template
+        for name, template in named.items():
+            file = f"additional_chat_templates/{name}.jinja" if name != "default" else "chat_template.jinja"
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(template, encoding="utf-8")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return {}  # tokenizer.json alone names no special tokens
     ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     return {name: token for name, token in ids.items() if token is not None and token < size}
+
+
+def _remove_tokens(folder: Path, size: int) -> None:
+    """Remove the added tokens with ids from `size` on from the tokenizer files of a folder."""
+    file = folder / "tokenizer.json"
+    surplus = surplus_tokens(Tokenizer.from_file(str(file)), size)
+    if not surplus:
+        return
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["id"] not in surplus]
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=2), encoding="utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        if (folder / name).is_file():
+            kept = _without(json.loads((folder / name).read_text(encoding="utf-8")), set(surplus.values()), size)
+            (folder / name).write_text(json.dumps(kept, ensure_ascii=False, indent=2), encoding="utf-8")
+    log.warning("%s: tokens left out, as the model has no row for them: %s", folder, ", ".join(surplus.values()))
+
+
+def _without(value: Any, tokens: set[str], size: int) -> Any:
+    """A JSON value of a tokenizer's config without these tokens, by name or id (added_tokens_decoder)."""
+
+    def is_kept(entry: Any, key: str = "") -> bool:
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        is_named = isinstance(content, str) and content in tokens
+        return not (is_named or key in tokens or (key.isdigit() and int(key) >= size))
+
+    if isinstance(value, dict):
+        return {key: _without(entry, tokens, size) for key, entry in value.items() if is_kept(entry, key)}
+    return [_without(entry, tokens, size) for entry in value if is_kept(entry)] if isinstance(value, list) else value
 
 
 def write_digests(folder: Path) -> Path:

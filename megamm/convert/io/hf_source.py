@@ -2,10 +2,12 @@
 
 `HuggingFaceSource` is the source of a run's first weights (megamm/init_from); import uses the rest.
 
-An export of megamm contains its vocabulary. In a plain folder the ids of the tokenizer are the text range; padding rows
-of the embedding table beyond them are ignored. At most one group (mapping.TensorGroup) is in memory.
+An export of megamm contains its vocabulary. In a plain folder the ids of the tokenizer are the text range. Padding rows
+of the embedding table beyond them are imported, but no id of another run starts from them. At most one group
+(mapping.TensorGroup) is in memory.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,13 @@ from megamm.convert.families.config import read_model
 from megamm.convert.families.family import Family
 from megamm.convert.families.mapping import TensorGroup
 from megamm.convert.families.tables import FAMILIES
-from megamm.convert.io.export_folder import METADATA, read_metadata
+from megamm.convert.io.export_folder import METADATA, read_metadata, surplus_tokens
+from megamm.convert.io.origin import read_origin
 from megamm.convert.io.safetensors_files import Weights
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Range, Vocabulary
 
+log = logging.getLogger(__name__)
 _REMEDY = f"give a folder of {', '.join(family.model_type for family in FAMILIES)} with its weights as safetensors"
 
 
@@ -38,9 +42,11 @@ class HuggingFaceSource:
         self.where = folder
         self.family, self.config = read_model(folder, seq_length)
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
-        self.vocabulary = read_metadata(folder)[1] if (folder / METADATA).is_file() else text_vocabulary(folder)
         with Weights(folder) as weights:
+            is_export = (folder / METADATA).is_file()
+            self.vocabulary = read_metadata(folder)[1] if is_export else text_vocabulary(folder, weights)
             self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
+        self.origin = read_origin(folder, self.vocabulary, self.shapes[mapping.EMBEDDING][0]).to_json()
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         """Fill the blocks. Raises UserError for an unreadable file."""
@@ -97,10 +103,19 @@ def join_group(group: TensorGroup, weights: Weights, m: ModelConfig) -> torch.Te
     return group.rule.join([weights[name] for name in group.theirs], m)
 
 
-def text_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none."""
+def text_vocabulary(folder: Path, weights: Weights) -> Vocabulary:
+    """The vocabulary of a plain folder: the ids of its tokenizer. Raises UserError if it has none.
+
+    Added tokens at the end of a tokenizer that have no row in the embedding are left out: no prompt for this model can
+    have them (Gemma 3 1B has one, of its larger siblings).
+    """
     text = TextModality.load(folder)
-    return Vocabulary((Range("text", 0, text.vocabulary_size, text.codec_id, ("text",)),))
+    size, embedding = text.vocabulary_size, weights.infos.get("model.embed_tokens.weight")
+    if embedding is not None and (surplus := surplus_tokens(text.tokenizer, embedding.shape[0])):
+        names = ", ".join(f"{token} ({id_})" for id_, token in surplus.items())
+        log.warning("%s: tokens left out, as the embedding has no row for them: %s", folder, names)
+        size = embedding.shape[0]
+    return Vocabulary((Range("text", 0, size, text.codec_id, ("text",)),))
 
 
 def _has(block: TensorShard, index: tuple[int, ...]) -> bool:

@@ -27,6 +27,7 @@ from megamm.config import ModelConfig, RunConfig, config_from_dict
 from megamm.convert.families import mapping
 from megamm.convert.families.config import family_for
 from megamm.convert.families.family import Family
+from megamm.convert.io.origin import Origin
 from megamm.convert.io.safetensors_files import Weights
 from megamm.model.vocabulary import Vocabulary
 
@@ -88,6 +89,17 @@ class NativeTensors:
         """Number of ids, without the padding of the tables."""
         return Vocabulary.from_json(self.state.vocabulary).size
 
+    @property
+    def table_rows(self) -> int:
+        """Rows of the vocabulary's tables in an export: those of the folder that a model was imported from.
+
+        A run has a vocabulary of its own, with control ids: its tables are padded for its layout only.
+        """
+        origin, vocabulary = Origin.from_json(self.state.origin), Vocabulary.from_json(self.state.vocabulary)
+        if origin is None or vocabulary.has_control:
+            return vocabulary.size
+        return max(vocabulary.size, min(origin.rows, self.stored[mapping.EMBEDDING].shape[0]))
+
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         found = {name: torch.empty_like(meta(self.described[name]), device="cpu") for name in names}
         with closing(TensorReader(self.where / "tensors", self.stored)) as reader:
@@ -131,13 +143,13 @@ class TransformersTensors:
 
     @cached_property
     def tables(self) -> set[str]:
-        """Names of the tensors whose first axis is the vocabulary; here without padding."""
+        """Names of the tensors whose first axis is the vocabulary; here without the padding of a parallel layout."""
         return {name for name, (ours, _, _) in self.parts.items() if ours in (mapping.EMBEDDING, mapping.HEAD)}
 
     def _cut(self, ours: torch.Tensor, group: mapping.TensorGroup) -> Sequence[torch.Tensor]:
         if group.rule is not None:
             return group.rule.cut(ours, self.m)
-        return [ours[: self.native.vocabulary_size] if group.ours in (mapping.EMBEDDING, mapping.HEAD) else ours]
+        return [ours[: self.native.table_rows] if group.ours in (mapping.EMBEDDING, mapping.HEAD) else ours]
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         wanted = {name: self.parts[name] for name in names}
@@ -177,7 +189,7 @@ def open_tensors(path: Path, *, by_family: bool = False) -> NativeTensors | Tran
     if not by_family:
         return native
     model = native.config.model
-    return TransformersTensors(native, family_for(model), model)
+    return TransformersTensors(native, family_for(model, native.state.origin), model)
 
 
 def is_native(path: Path) -> bool:

@@ -159,12 +159,12 @@ def _verify_native(path: Path, report: WeightsReport) -> TensorSource | None:
     native = NativeTensors(found.folder)
     model = native.config.model
     try:
-        family = family_for(model)
+        family = family_for(model, native.state.origin)
     except UserError as error:
         report.lines.append(f"names and shapes: no transformers class to compare with: {error.what}")
         return native
     theirs = TransformersTensors(native, family, model)
-    config = to_config(family, model, native.vocabulary_size, native.config.data.seq_length, {})
+    config = to_config(family, model, native.table_rows, native.config.data.seq_length, {})
     problems = shapes.problems(config, theirs.described, found.folder)
     # With tied embeddings no tensor of the family is made from the head, but a checkpoint may store it.
     used = {name for name, _, _ in theirs.parts.values()} | {mapping.HEAD}
