@@ -8,6 +8,7 @@ checkpoint/rank_file.py does: whole layers, from which any parallel layout reads
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,19 +30,22 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
 from megamm.convert.conversion import ConversionJob, log_plan
 from megamm.convert.families import mapping
-from megamm.convert.families.config import family_for, read_model
+from megamm.convert.families.config import family_for
 from megamm.convert.families.family import Family
 from megamm.convert.families.mapping import TensorGroup, TensorRule
 from megamm.convert.io import dtypes
 from megamm.convert.io.dtypes import DtypeChange
 from megamm.convert.io.export_folder import METADATA, read_metadata
-from megamm.convert.io.hf_source import join_group, shapes_of, text_vocabulary
+from megamm.convert.io.hf_source import join_group, read_folder, shapes_of, text_vocabulary, with_own_head
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.io.tensor_sources import FileTensors
+from megamm.convert.io.unused import summary
 from megamm.convert.plan import SHARD_SIZE, FilePart, Maker, pack_into_files, row_windows
 from megamm.convert.verify import equivalence, shapes
 from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 def import_(
@@ -62,13 +66,15 @@ def import_(
         raise UserError("the run already has checkpoints", where=run, remedy="remove it or choose another output")
     config, vocabulary, family = _read_description(folder, run, overrides)
     began = time.monotonic()
-    given = FileTensors(folder)
+    given = FileTensors(folder, used_only=True)
+    if given.weights.unused:
+        log.info("%s: %s", folder, summary(given.weights.unused))
     shapes.check(folder, given.described)
     if verification.needs_models:
         equivalence.check_memory_for_logits(config, vocabulary.size)
     if verification.refuse_nan:
         equivalence.refuse_not_finite(given)
-    with Weights(folder) as weights:
+    with Weights(folder, used_only=True) as weights:
         # Checked twice: above against transformers' own class, here against our tables.
         shapes_of(weights, family, config.model, vocabulary)
         plan = plan_import(weights, family.rules, config.model, dtype, shard_size)
@@ -104,6 +110,7 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
         _, vocabulary, metadata = read_metadata(folder)
         apply_overrides(metadata["config"], overrides)
         config = config_from_dict(metadata["config"], where=folder / METADATA)
+        config = config.model_copy(update={"model": with_own_head(folder, config.model)})
         return config, vocabulary, family_for(config.model)
     values: dict[str, Any] = {
         "output": str(run),
@@ -115,7 +122,7 @@ def _read_description(folder: Path, run: Path, overrides: Sequence[str]) -> tupl
     apply_overrides(values, overrides)
     # Before the model is read: a window as long as a row counts as none.
     values["data"].setdefault("seq_length", _max_row_length(folder))
-    family, model = read_model(folder, values["data"]["seq_length"])
+    family, model = read_folder(folder, values["data"]["seq_length"])
     config = config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
     return config, text_vocabulary(folder), family
 
@@ -191,7 +198,7 @@ class ImportPlan:
 
     @contextmanager
     def opened(self) -> Iterator[Maker]:
-        with Weights(self.folder) as weights:
+        with Weights(self.folder, used_only=True) as weights:
             yield _ImportMaker(weights, self.model)
 
     def index(self) -> dict[str, bytes]:
