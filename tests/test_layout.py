@@ -78,7 +78,7 @@ EXPERTS = {"num_experts": 8, "ffn_hidden_size": 32, "top_k": 4}
         ({"window": {"size": 8}, "mtp": {"num_layers": 1}}, "multi-token prediction does not support windows"),
         (LATENT | {"window": {"size": 8}}, "latent attention does not support model.window.size"),
         (LATENT | {"attention_softcap": 8.0}, "latent attention does not support model.attention_softcap"),
-        ({"rope_scaling": {"kind": "yarn", "factor": 2}}, "yarn requires MLA"),
+        (LATENT | {"rope_scaling": {"kind": "yarn", "truncate": False}}, "attention_factor and truncate"),
         ({"moe": EXPERTS | {"dense_layers": 4}}, "leaves no layer with experts"),
         ({"moe": EXPERTS | {"score": "sigmoid", "norm_top_k": False}}, "Megatron-core normalises sigmoid scores"),
         ({"moe": EXPERTS | {"num_groups": 3, "group_top_k": 2}}, "not divisible by model.moe.num_groups = 3"),

@@ -92,6 +92,15 @@ class RopeScalingConfig(Section):
     mscale_all_dim: float = Field(
         0.0, ge=0, description="`yarn`: growth of all channels by ln(`factor`), as part of the softmax scale."
     )
+    attention_factor: float = Field(
+        0.0,
+        ge=0,
+        description="`yarn` with grouped queries: factor on rotated queries and keys. 0: it follows from `factor`, "
+        "`mscale` and `mscale_all_dim`.",
+    )
+    truncate: bool = Field(
+        True, description="`yarn`: widen the range of partly scaled frequencies to whole channel pairs."
+    )
 
 
 class WindowConfig(Section):
@@ -153,6 +162,7 @@ FUNCTION = (
     *("rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"),
     *("rope_scaling.high_freq_factor", "rope_scaling.original_length", "rope_scaling.beta_fast"),
     *("rope_scaling.beta_slow", "rope_scaling.mscale", "rope_scaling.mscale_all_dim"),
+    *("rope_scaling.attention_factor", "rope_scaling.truncate"),
     *("moe.top_k", "moe.score", "moe.norm_top_k", "moe.routed_scaling_factor", "moe.num_groups", "moe.group_top_k"),
     *("query_pre_attn_scalar", "attention_softcap", "logit_softcap", "window.size", "window.full_layers"),
     *("window.rope_base", "activation", "zero_centered_norm", "scale_embeddings"),

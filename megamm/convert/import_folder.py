@@ -8,6 +8,7 @@ checkpoint/rank_file.py does: whole layers, from which any parallel layout reads
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,19 +30,21 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
 from megamm.convert.conversion import ConversionJob, log_plan
 from megamm.convert.families import mapping
-from megamm.convert.families.config import read_model
 from megamm.convert.families.mapping import TensorGroup, TensorRule
 from megamm.convert.io import dtypes
 from megamm.convert.io.dtypes import DtypeChange
 from megamm.convert.io.export_folder import METADATA, read_metadata
-from megamm.convert.io.hf_source import join_group, shapes_of, text_vocabulary
+from megamm.convert.io.hf_source import join_group, read_folder, shapes_of, text_vocabulary, with_own_head
 from megamm.convert.io.origin import Origin, read_origin
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.io.tensor_sources import FileTensors
+from megamm.convert.io.unused import summary
 from megamm.convert.plan import SHARD_SIZE, FilePart, Maker, pack_into_files, row_windows
 from megamm.convert.verify import equivalence, shapes
 from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.model.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 def import_(
@@ -62,16 +65,18 @@ def import_(
         raise UserError("the run already has checkpoints", where=run, remedy="remove it or choose another output")
     config = _read_config(folder, run, overrides)
     began = time.monotonic()
-    given = FileTensors(folder)
+    given = FileTensors(folder, used_only=True)
+    if given.weights.unused:
+        log.info("%s: %s", folder, summary(given.weights.unused))
     shapes.check(folder, given.described)
-    family, _ = read_model(folder, config.data.seq_length)
+    family, _ = read_folder(folder, config.data.seq_length)
     is_export = (folder / METADATA).is_file()
     vocabulary = read_metadata(folder)[1] if is_export else text_vocabulary(folder, given.weights)
     if verification.needs_models:
         equivalence.check_memory_for_logits(config, vocabulary.size)
     if verification.refuse_nan:
         equivalence.refuse_not_finite(given)
-    with Weights(folder) as weights:
+    with Weights(folder, used_only=True) as weights:
         # Checked twice: above against transformers' own class, here against our tables.
         found = shapes_of(weights, family, config.model, vocabulary)
         plan = plan_import(weights, family.rules, config.model, dtype, shard_size)
@@ -107,7 +112,8 @@ def _read_config(folder: Path, run: Path, overrides: Sequence[str]) -> RunConfig
     if (folder / METADATA).is_file():
         metadata = read_metadata(folder)[2]
         apply_overrides(metadata["config"], overrides)
-        return config_from_dict(metadata["config"], where=folder / METADATA)
+        config = config_from_dict(metadata["config"], where=folder / METADATA)
+        return config.model_copy(update={"model": with_own_head(folder, config.model)})
     values: dict[str, Any] = {
         "output": str(run),
         "data": {"sources": [{"path": "none"}]},
@@ -118,7 +124,7 @@ def _read_config(folder: Path, run: Path, overrides: Sequence[str]) -> RunConfig
     apply_overrides(values, overrides)
     # Before the model is read: a window as long as a row counts as none.
     values["data"].setdefault("seq_length", _max_row_length(folder))
-    model = read_model(folder, values["data"]["seq_length"])[1]
+    model = read_folder(folder, values["data"]["seq_length"])[1]
     return config_from_dict(values | {"model": model.model_dump(mode="json")}, where=folder)
 
 
@@ -194,7 +200,7 @@ class ImportPlan:
 
     @contextmanager
     def opened(self) -> Iterator[Maker]:
-        with Weights(self.folder) as weights:
+        with Weights(self.folder, used_only=True) as weights:
             yield _ImportMaker(weights, self.model)
 
     def index(self) -> dict[str, bytes]:

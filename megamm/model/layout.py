@@ -83,8 +83,6 @@ def _check_pipeline(config: RunConfig, data_parallel: int) -> None:
 
 def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
     if m.mla.kv_lora_rank == 0:
-        if m.rope_scaling.kind == "yarn":
-            raise UserError("model.rope_scaling.kind = yarn requires MLA", remedy="set it to linear or llama3")
         return
     for key in ("qk_head_dim", "qk_rope_head_dim", "v_head_dim"):
         if getattr(m.mla, key) == 0:
@@ -100,6 +98,9 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
     inside = "MLA applies RoPE inside Megatron with 1-D positions"
     if m.rope_axes == 3 or m.rope_scaling.kind not in ("none", "yarn"):
         raise UserError(inside, remedy="set model.rope_axes=1, model.rope_scaling.kind=none or yarn")
+    if m.rope_scaling.attention_factor or not m.rope_scaling.truncate:
+        what = "latent attention does not support model.rope_scaling.attention_factor and truncate"
+        raise UserError(what, remedy="remove them")
     if m.qkv_bias:
         raise UserError("latent attention has no biases", remedy="set model.qkv_bias=false")
 

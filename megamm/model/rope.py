@@ -7,7 +7,8 @@ frequencies; the slowest pairs follow t (Qwen3-VL, Bai et al. 2025: interleaved 
 
 A longer context: "linear" divides all angles (Chen et al. 2023, position interpolation); "llama3" divides those of
 pairs with fewer than low_freq_factor turns within the original length, keeps those with more than high_freq_factor
-turns, and interpolates linearly in between (Grattafiori et al. 2024, Llama 3.1).
+turns, and interpolates linearly in between (Grattafiori et al. 2024, Llama 3.1); "yarn" interpolates over channel
+pairs instead of turns, and multiplies the rotated queries and keys by `attention_factor` (Peng et al. 2023, YaRN).
 """
 
 import math
@@ -38,9 +39,39 @@ def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> torc
         return plain
     if s.kind == "linear":
         return plain / s.factor
+    if s.kind == "yarn":
+        scaled = _yarn_ramp(head_dim, rope).to(device)
+        return plain * (1 - scaled) + plain / s.factor * scaled
     turns = s.original_length * plain / (2 * math.pi)
     kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return plain * (kept + (1 - kept) / s.factor)
+
+
+def _yarn_ramp(head_dim: int, rope: Rope) -> torch.Tensor:
+    """How far each channel pair is scaled, from 0 to 1, float32 `[D / 2]`."""
+    s = rope.scaling
+
+    def pair(turns: float) -> float:
+        """The pair, not rounded, with that many turns within the original length."""
+        return head_dim * math.log(s.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.base))
+
+    low, high = pair(s.beta_fast), pair(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # As in transformers, the upper limit is in channels, although pairs are counted.
+    low, high = max(low, 0), min(high, head_dim - 1)
+    high += 0.001 if low == high else 0
+    return ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+
+
+def attention_factor(scaling: RopeScalingConfig) -> float:
+    """Factor on rotated queries and keys, so that scores grow by its square; 1 without YaRN."""
+    if scaling.kind != "yarn":
+        return 1.0
+    if scaling.attention_factor:
+        return scaling.attention_factor
+    growth = 0.1 * math.log(scaling.factor)
+    return (scaling.mscale * growth + 1) / (scaling.mscale_all_dim * growth + 1)
 
 
 def sections(head_dim: int) -> tuple[int, int, int]:
@@ -68,12 +99,13 @@ def cosines_and_sines(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines, computed in float32 and cast, `[S, B, 1, D]`; sines are negative for the first of a pair.
 
-    position `[B, A, S]` has A = rope.axes axes.
+    position `[B, A, S]` has A = rope.axes axes. With YaRN both are multiplied by the attention factor.
     """
     device = position_BAS.device
     position = position_BAS[:, axis_of_pairs(head_dim, rope.axes, device)].permute(2, 0, 1).unsqueeze(2)
     angles = position.float() * inverse_frequencies(head_dim, rope, device)
-    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+    factor = attention_factor(rope.scaling)
+    cosines, sines = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
     return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
 
 

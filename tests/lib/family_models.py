@@ -124,6 +124,19 @@ MODELS["deepseek-v2-lite"] = (
 )
 
 
+# As a user adds it to a published Qwen for longer texts; then with the keys that few files have.
+QWEN_YARN = {key: value for key, value in YARN.items() if not key.startswith("mscale")}
+
+
+MODELS["qwen2-yarn"] = ("Qwen2", {"rope_parameters": QWEN_YARN})
+
+
+MODELS["qwen3-yarn-factor"] = ("Qwen3", {"rope_parameters": QWEN_YARN | {"attention_factor": 1.3, "truncate": False}})
+
+
+MODELS["mistral-yarn-mscale"] = ("Mistral", {"rope_parameters": YARN, "sliding_window": 9})
+
+
 SEQUENCE = 48
 
 

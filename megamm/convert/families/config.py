@@ -1,6 +1,7 @@
 """Converts config.json of transformers <-> the model section of a run's config, by the tables in tables.py."""
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,15 +9,18 @@ from typing import Any
 
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
-from megamm.convert.families.family import Family, leaves
+from megamm.convert.families.family import IF_GIVEN, Family, leaves
+from megamm.convert.families.read_keys import read_keys
 from megamm.convert.families.tables import FAMILIES
+
+log = logging.getLogger(__name__)
 
 _ROPE_SCALING = {  # ours: theirs
     "factor": "factor",
     "low_freq_factor": "low_freq_factor",
     "high_freq_factor": "high_freq_factor",
     "original_length": "original_max_position_embeddings",
-    **{name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+    **{name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")},
 }
 _ROPE_NEEDS = {
     "none": (),
@@ -82,6 +86,11 @@ def to_config(
     values |= _to_windows(family, m)
     scaling = m.rope_scaling
     rope = {_ROPE_SCALING[key]: getattr(scaling, key) for key in _ROPE_NEEDS[scaling.kind]}
+    if scaling.kind == "yarn":  # other engines do not know some keys: written only where they have an effect
+        if not scaling.mscale_all_dim and not m.mla.kv_lora_rank:
+            del rope["mscale"], rope["mscale_all_dim"]
+        rope |= {"attention_factor": scaling.attention_factor} if scaling.attention_factor else {}
+        rope |= {} if scaling.truncate else {"truncate": False}
     kind = "default" if scaling.kind == "none" else scaling.kind
     rope = {"rope_type": kind, "rope_theta": m.rope_base, **rope}
     local = {"rope_type": "default", "rope_theta": m.window.rope_base or m.rope_base}
@@ -156,15 +165,11 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
         theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
     except Exception as error:  # transformers raises many kinds for a damaged one
         raise _unreadable(error, where) from None
-    for key in values:
-        # Keys with a leading _ are notes on the file's origin; token ids are read from the tokenizer.
-        is_note = key.startswith("_") or key.endswith("_token_id")
-        if not is_note and key not in family.known_keys() | _of_any_model() and values[key] is not None:
-            raise _inexpressible(key, values[key], where)
+    _refuse_unknown(family, values, where)
     for key, value in family.fixed.items():
         if getattr(theirs, key) != value:
             raise _inexpressible(key, getattr(theirs, key), where)
-    for key, value in family.if_given.items():
+    for key, value in (IF_GIVEN | family.if_given).items():
         if values.get(key, value) != value:
             raise _inexpressible(key, values[key], where)
     section = _nested(_ours(family, theirs, where, _windows(family, theirs, seq_length, where)))
@@ -172,6 +177,21 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
         name = family.fields.get(wrong, wrong)
         raise _inexpressible(name, getattr(theirs, name, theirs.rope_parameters), where)
     return family, section
+
+
+def _refuse_unknown(family: Family, values: dict[str, Any], where: Path) -> None:
+    """Raise UserError for a key that transformers reads but our tables lack; log the keys that it does not read."""
+    known, ignored = family.known_keys() | _of_any_model(), []
+    for key, value in values.items():
+        # Keys with a leading _ are notes on the file's origin; token ids are read from the tokenizer.
+        if key in known or key.startswith("_") or key.endswith("_token_id") or value is None:
+            continue
+        if key in read_keys(family.model_type):
+            raise _inexpressible(key, value, where)
+        ignored.append(key)
+    if ignored:
+        names = ", ".join(ignored)
+        log.info("%s: skipping keys that transformers' %s does not read: %s", where, family.architecture, names)
 
 
 def _nested(dotted: dict[str, Any]) -> dict[str, Any]:
@@ -210,12 +230,18 @@ def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> 
             raise _inexpressible("rope_parameters", local, where)
         windows = windows and windows | {"window.rope_base": float(local["rope_theta"])}
     kind = {"default": "none"}.get(rope["rope_type"], rope["rope_type"])
-    has_more = rope.get("partial_rotary_factor", 1.0) != 1.0 or rope.get("attention_factor") or "truncate" in rope
-    if kind not in family.rope_kinds or has_more or (rope.get("mscale_all_dim") and not rope.get("mscale")):
+    latent = "mla.kv_lora_rank" in family.fields
+    if kind == "yarn":
+        rope = _yarn(rope, theirs.max_position_embeddings, latent)
+    if kind not in family.rope_kinds or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _inexpressible("rope_parameters", rope, where)
+    has_more = kind == "yarn" and (rope.get("attention_factor") or not rope.get("truncate", True))
+    if latent and (has_more or (rope.get("mscale_all_dim") and not rope.get("mscale"))):
         raise _inexpressible("rope_parameters", rope, where)
     ours = family.implied | windows | {key: getattr(theirs, name, None) for key, name in family.fields.items()}
     ours |= {"rope_base": float(rope["rope_theta"]), "rope_scaling.kind": kind}
-    named = {key: rope.get(_ROPE_SCALING[key]) for key in _ROPE_NEEDS[kind]}
+    optional = ("attention_factor", "truncate") if kind == "yarn" else ()
+    named = {key: rope.get(_ROPE_SCALING[key]) for key in (*_ROPE_NEEDS[kind], *optional)}
     ours |= {f"rope_scaling.{key}": value for key, value in named.items() if value is not None}
     ours |= {key: 0 for key in _NONE if ours.get(key, 0) is None}
     if ours.get("head_dim", 0) is None:
@@ -224,6 +250,18 @@ def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> 
         ours["head_dim"] = theirs.qk_nope_head_dim + theirs.qk_rope_head_dim
     ours |= {key: ours[other] for key, other in family.same_as.items()}
     return ours | {key: ours[other] * getattr(theirs, n) for key, (other, n) in family.multiples.items()}
+
+
+def _yarn(rope: dict[str, Any], max_position: int, latent: bool) -> dict[str, Any]:
+    """The parameters of YaRN with transformers' rules for missing ones; latent: for latent attention."""
+    rope = {key: value for key, value in rope.items() if value is not None}
+    if "factor" not in rope:
+        rope["factor"] = max_position / rope["original_max_position_embeddings"]
+    rope |= {key: default for key, default in (("beta_fast", 32), ("beta_slow", 1)) if not rope.get(key)}
+    if not latent and not (rope.get("mscale") and rope.get("mscale_all_dim")):
+        # One alone has no effect, except that latent attention also scales its softmax by mscale_all_dim.
+        rope = {key: value for key, value in rope.items() if not key.startswith("mscale")}
+    return rope
 
 
 def _unreadable(error: Exception, where: Path) -> UserError:

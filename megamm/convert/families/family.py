@@ -25,6 +25,7 @@ FIXED = {"hidden_act": "silu"}
 _ROPE = {"rope_base", "rope_scaling.kind", "rope_scaling.factor", "rope_scaling.low_freq_factor"}
 _ROPE |= {"rope_scaling.high_freq_factor", "rope_scaling.original_length"}
 _ROPE |= {f"rope_scaling.{name}" for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
+_YARN = {"rope_scaling.attention_factor", "rope_scaling.truncate"}
 _TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.loss_weight", "init_std"}
 _TRAINING |= {f"megatron.{name}" for name in ("moe_z_loss_coeff", "moe_router_dtype", "deterministic_mode")}
 _TRAINING |= {"megatron.hidden_dropout"}
@@ -34,10 +35,14 @@ _IGNORED |= {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_f
 _IGNORED |= {"sliding_window", "use_sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}
 _IGNORED |= {"bos_token_id", "eos_token_id", "pad_token_id", "pretraining_tp"}
 _IGNORED |= {"output_router_logits", "router_jitter_noise", "router_aux_loss_coef", "max_window_layers"}
-_IGNORED |= {"num_local_experts", "qk_head_dim", "head_dim", "num_nextn_predict_layers"}
+_IGNORED |= {"num_local_experts", "qk_head_dim", "head_dim", "num_nextn_predict_layers", "num_mtp_layers"}
+_IGNORED |= {"gradient_checkpointing", "num_labels", "name_or_path", "attn_implementation", "partial_rotary_factor"}
+_IGNORED |= {"original_max_position_embeddings"}
 _IGNORED |= {"auto_map", "ep_size", "seq_aux", "aux_loss_alpha", "n_group", "topk_group", "cache_implementation"}
 """Their keys that are read elsewhere, follow from others, or do not change what the weights compute. Tensors of
-prediction modules, which transformers skips too, are refused as tensors."""
+prediction modules are in convert/io/unused.py."""
+IF_GIVEN = {"is_causal": True, "attention_chunk_size": None}
+"""Their keys that no class declares, but the code of every model reads, with the only value that we support."""
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,6 +69,13 @@ def _is_without_effect(key: str, m: ModelConfig) -> bool:
     return not is_on and name != switch
 
 
+def _yarn(m: ModelConfig) -> str | None:
+    """transformers uses mscale 1 where mscale_all_dim is 0."""
+    s = m.rope_scaling
+    wrong = s.kind == "yarn" and s.mscale != 1.0 and s.mscale_all_dim == 0.0 and s.attention_factor == 0.0
+    return "rope_scaling.mscale" if wrong else None
+
+
 @dataclass(frozen=True)
 class Family:
     """fields: our keys (dotted, below `model`) -> their keys; fixed: their keys -> the only value that we support;
@@ -86,7 +98,7 @@ class Family:
     if_given: dict[str, Any] = field(default_factory=dict)
     wrong: Callable[[ModelConfig], str | None] = lambda _: None
     unused: tuple[str, ...] = ()
-    rope_kinds: tuple[str, ...] = ("none", "linear", "llama3")
+    rope_kinds: tuple[str, ...] = ("none", "linear", "llama3", "yarn")
     windows: Literal["none", "all", "some"] = "none"
     """Which layers can have a sliding window."""
     has_local_rope: bool = False
@@ -94,7 +106,7 @@ class Family:
     def known_keys(self) -> set[str]:
         """Their keys that any table names."""
         counts = {key for _, key in self.multiples.values()}
-        return {*self.fields.values(), *self.fixed, *self.if_given, *counts, *_IGNORED}
+        return {*self.fields.values(), *self.fixed, *self.if_given, *IF_GIVEN, *counts, *_IGNORED}
 
     def refused(self, m: ModelConfig) -> list[str]:
         """Our keys, dotted, whose values a model of this family cannot have."""
@@ -105,7 +117,7 @@ class Family:
         wrong += [k for k, (other, _) in self.multiples.items() if not values[k] or values[k] % (values[other] or 1)]
         expressed = {*self.fields, *self.unused, *self.positive, *self.same_as, *self.multiples, *_TRAINING}
         if m.rope_scaling.kind in self.rope_kinds:
-            expressed |= _ROPE
+            expressed |= _ROPE if m.mla.kv_lora_rank else _ROPE | _YARN
         expressed |= {"none": set(), "all": {"window.size"}, "some": {"window.size", "window.full_layers"}}[
             self.windows
         ]
@@ -114,6 +126,6 @@ class Family:
             is_as_implied = value == self.implied.get(key, defaults.get(key))
             if not (is_as_implied or key in expressed or _is_without_effect(key, m)):
                 wrong.append(key)
-        if not wrong and (other := self.wrong(m)):
+        if not wrong and (other := self.wrong(m) or _yarn(m)):
             wrong.append(other)
         return [f"model.{key}" for key in wrong]

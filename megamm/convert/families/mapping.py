@@ -19,6 +19,8 @@ from megamm.config import ModelConfig
 
 Tensors = dict[str, torch.Tensor]
 LAYERS, EMBEDDING, HEAD = "decoder.layers.", "embedding.word_embeddings.weight", "output_layer.weight"
+HEAD_THERE = "lm_head.weight"
+"""Their name of the output layer's weight."""
 
 
 def all_layers(m: ModelConfig) -> range:
@@ -81,7 +83,7 @@ class TensorRule:
 def unstacked(m: ModelConfig) -> dict[str, str]:
     """Stored tensors without an axis of layers, with their names in transformers."""
     tables = {EMBEDDING: "model.embed_tokens.weight", "decoder.final_layernorm.weight": "model.norm.weight"}
-    return tables if m.tie_embeddings else tables | {HEAD: "lm_head.weight"}
+    return tables if m.tie_embeddings else tables | {HEAD: HEAD_THERE}
 
 
 @dataclass(frozen=True)

@@ -110,13 +110,7 @@ _DEEPSEEK_FIXED = _UNBIASED | {"rms_norm_eps": 1e-6}  # the norms of the latents
 def _deepseek_v3(m: ModelConfig) -> str | None:
     if m.moe.num_groups > 1 and m.moe.top_k != 2 * m.moe.group_top_k:
         return "moe.group_top_k"  # they score a group by its best two, we by its best top_k / group_top_k
-    return "moe.top_k" if m.moe.top_k == 1 else _yarn(m)  # our router does not normalise a single sigmoid
-
-
-def _yarn(m: ModelConfig) -> str | None:
-    """transformers uses mscale 1 where mscale_all_dim is 0."""
-    wrong = m.rope_scaling.mscale != 1.0 and m.rope_scaling.mscale_all_dim == 0.0
-    return "rope_scaling.mscale" if wrong else None
+    return "moe.top_k" if m.moe.top_k == 1 else None  # our router does not normalise a single sigmoid
 
 
 def _local_rope(m: ModelConfig) -> str | None:
@@ -187,7 +181,6 @@ FAMILIES = (
         ("moe.num_experts", "mla.kv_lora_rank"),
         multiples={"moe.shared_ffn_hidden_size": ("moe.ffn_hidden_size", "n_shared_experts")},
         if_given={"moe_layer_freq": 1, "scoring_func": "softmax"},
-        wrong=_yarn,
         unused=("head_dim",),
         rope_kinds=("none", "yarn"),
     ),

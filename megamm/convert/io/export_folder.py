@@ -31,6 +31,8 @@ from megamm.common.errors import UserError
 from megamm.common.sample import Document, Row
 from megamm.config import RunConfig, config_from_dict
 from megamm.convert.io.origin import ChatTemplate, read_chat_template
+from megamm.convert.io.safetensors_files import Weights
+from megamm.convert.io.unused import unused
 from megamm.data.pipeline.packing import pack
 from megamm.data.pipeline.run_data import load_modalities, packing_specs, vocabulary_of
 from megamm.modalities.protocol import Modality
@@ -296,7 +298,10 @@ def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
         raise UserError(f"transformers cannot load it: {reason}", where=folder, remedy=_REMEDY) from error
     model, found = loaded
     # transformers would continue with random weights in place of missing ones.
-    wrong = sorted(map(str, [*found["missing_keys"], *found["unexpected_keys"]]))
+    unexpected = set(map(str, found["unexpected_keys"]))
+    # transformers may have joined tensors of the files (experts) under another name in the same layer.
+    unexpected -= Weights(folder, used_only=True).unused.keys() | unused(folder, ((n, (1,)) for n in unexpected)).keys()
+    wrong = sorted(set(map(str, found["missing_keys"])) | unexpected)
     if wrong:
         what = f"{len(wrong)} tensors are missing or unknown, the first is {wrong[0]}"
         raise UserError(what, where=folder, remedy=_REMEDY)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megamm.checkpoint.tensor_shards import Shape, TensorShard
+from megamm.checkpoint.whole_tensors import difference
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families import mapping
@@ -25,6 +26,8 @@ from megamm.convert.families.tables import FAMILIES
 from megamm.convert.io.export_folder import METADATA, read_metadata, surplus_tokens
 from megamm.convert.io.origin import read_origin
 from megamm.convert.io.safetensors_files import Weights
+from megamm.convert.io.unused import summary
+from megamm.convert.plan import row_windows
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Range, Vocabulary
 
@@ -40,9 +43,11 @@ class HuggingFaceSource:
 
         Raises UserError for another architecture, missing, unknown or damaged tensors, or a missing tokenizer."""
         self.where = folder
-        self.family, self.config = read_model(folder, seq_length)
+        self.family, self.config = read_folder(folder, seq_length)
         self.model: Mapping[str, Any] = self.config.model_dump(mode="json")
-        with Weights(folder) as weights:
+        with Weights(folder, used_only=True) as weights:
+            if weights.unused:
+                log.info("%s: %s", folder, summary(weights.unused))
             is_export = (folder / METADATA).is_file()
             self.vocabulary = read_metadata(folder)[1] if is_export else text_vocabulary(folder, weights)
             self.shapes = shapes_of(weights, self.family, self.config, self.vocabulary)
@@ -50,7 +55,7 @@ class HuggingFaceSource:
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         """Fill the blocks. Raises UserError for an unreadable file."""
-        with Weights(self.where) as weights, torch.no_grad():
+        with Weights(self.where, used_only=True) as weights, torch.no_grad():
             for group in mapping.groups(self.family.rules, self.config):
                 wanted = [block for block in blocks if block.key == group.ours and _has(block, group.index)]
                 # A table can be the largest tensor by far: only the rows that the blocks need are read.
@@ -63,6 +68,45 @@ class HuggingFaceSource:
                         _copy(tensor, group.index, block)
 
 
+def read_folder(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
+    """`read_model`, corrected by the weights: a head that differs from the embedding is not tied to it."""
+    family, model = read_model(folder, seq_length)
+    return family, with_own_head(folder, model)
+
+
+def with_own_head(folder: Path, m: ModelConfig) -> ModelConfig:
+    """The model, untied if the folder has an output layer with other values than its embedding, as transformers does.
+
+    The log reports it, because the folder's configuration declares the opposite.
+    """
+    if not m.tie_embeddings:
+        return m
+    names = [mapping.unstacked(m)[mapping.EMBEDDING], mapping.HEAD_THERE]
+    with Weights(folder) as weights:
+        infos = [weights.infos.get(name) for name in names]
+        if infos[0] is None or infos[1] is None or _equal(weights, names):
+            return m
+    what = "config.json has tie_word_embeddings = true, but lm_head.weight differs from model.embed_tokens.weight"
+    log.warning("%s: %s: importing both, with tie_embeddings = false", folder, what)
+    return m.model_copy(update={"tie_embeddings": False})
+
+
+def _equal(weights: Weights, names: Sequence[str]) -> bool:
+    """Whether two tensors have the same values; they are read in windows of rows."""
+    one, other = (weights.infos[name] for name in names)
+    if one.shape != other.shape:
+        return False
+    rows, *rest = one.shape
+    size = torch.Size(rest).numel()
+    for window in row_windows(rows, size * max(one.dtype.itemsize, other.dtype.itemsize)):
+        parts = [torch.empty((len(window), *rest), dtype=info.dtype) for info in (one, other)]
+        for name, part in zip(names, parts, strict=True):
+            weights.read(name, part, window.start)
+        if difference(names[1], *parts):
+            return False
+    return True
+
+
 def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Vocabulary) -> Mapping[str, Shape]:
     """Shapes of the stored tensors that a folder provides. Raises UserError if some are missing, unknown or misfit."""
     try:
@@ -70,7 +114,7 @@ def shapes_of(weights: Weights, family: Family, m: ModelConfig, vocabulary: Voca
     except (KeyError, RuntimeError) as error:
         raise UserError(f"the weights do not fit config.json: {error}", where=weights.folder, remedy=_REMEDY) from None
     # Folders with tied embeddings may store the head nevertheless; it equals the embedding and is not read.
-    unknown = sorted(weights.keys() - {*mapping.names(family.rules, m), "lm_head.weight"})
+    unknown = sorted(weights.keys() - {*mapping.names(family.rules, m), mapping.HEAD_THERE})
     if unknown:
         what = f"{len(unknown)} tensors are unknown to the backbone, the first is {unknown[0]}"
         raise UserError(what, where=weights.folder, remedy=_REMEDY)

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from megamm.checkpoint.reader import bytes_of, read_into
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common.errors import UserError
+from megamm.convert.io.unused import unused
 from megamm.tokenizers.io import INDEX, WEIGHTS, weight_files
 
 DTYPES = {
@@ -48,8 +49,11 @@ class TensorInfo:
 class Weights(Mapping[str, torch.Tensor]):
     """Tensors of a folder by name, read on demand. `infos`: shapes, dtypes and offsets, known without reading."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the headers. Raises UserError if there are no weights, or files are damaged."""
+    def __init__(self, folder: Path, *, used_only: bool = False) -> None:
+        """Read the headers. Raises UserError if there are no weights, or files are damaged.
+
+        used_only: without the tensors that transformers does not use; `unused` has their names and kinds.
+        """
         self.folder = folder
         self.files = weight_files(folder)
         if not self.files:
@@ -57,6 +61,10 @@ class Weights(Mapping[str, torch.Tensor]):
         self.infos: dict[str, TensorInfo] = {}
         for file in self.files:
             self.infos |= read_header(file)
+        shapes = ((name, info.shape) for name, info in self.infos.items())
+        self.unused = unused(folder, shapes) if used_only else {}
+        for name in self.unused:
+            del self.infos[name]
         self.descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> "Weights":

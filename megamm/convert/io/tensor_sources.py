@@ -163,10 +163,13 @@ class TransformersTensors:
 class FileTensors:
     """The tensors of a transformers folder, or of a safetensors file."""
 
-    def __init__(self, path: Path) -> None:
-        """Open it. Raises UserError if there are no weights, or they are damaged."""
+    def __init__(self, path: Path, *, used_only: bool = False) -> None:
+        """Open it. Raises UserError if there are no weights, or they are damaged.
+
+        used_only: without the tensors that transformers does not use.
+        """
         self.where = path
-        self.weights = Weights(path)
+        self.weights = Weights(path, used_only=used_only)
         self.described = {
             name: Described(found.shape, str(found.dtype).removeprefix("torch."))
             for name, found in sorted(self.weights.infos.items(), key=lambda item: natural(item[0]))

@@ -22,9 +22,9 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, RunConfig
 from megamm.config.model import FUNCTION
 from megamm.convert.conversion import ConversionWorkers
-from megamm.convert.families.config import read_model
 from megamm.convert.families.family import Family, leaves
 from megamm.convert.io.export_folder import DIGESTS, check_digests
+from megamm.convert.io.hf_source import read_folder
 from megamm.convert.io.tensor_sources import (
     FileTensors,
     NativeTensors,
@@ -132,9 +132,9 @@ def verify_equal(native: Path, hugging_face: Path, *, logits: bool = True, nproc
         report.add(f"digests: the folder has no {DIGESTS}")
     checkpoint = NativeTensors(report.checkpoint)
     config = checkpoint.config
-    family, model = read_model(hugging_face, config.data.seq_length)
+    family, model = read_folder(hugging_face, config.data.seq_length)
     _compare_configs(report, config, family, model)
-    ours, theirs = TransformersTensors(checkpoint, family, config.model), FileTensors(hugging_face)
+    ours, theirs = TransformersTensors(checkpoint, family, config.model), FileTensors(hugging_face, used_only=True)
     common, is_complete = _compare_names(report, ours, theirs)
     done = _compare_tensors(report, ours, theirs, common, nproc)
     if not logits:

@@ -27,6 +27,7 @@ from megamm.convert.io.tensor_sources import (
     not_finite,
     open_tensors,
 )
+from megamm.convert.io.unused import summary
 from megamm.convert.verify import shapes
 
 
@@ -175,7 +176,9 @@ def _verify_native(path: Path, report: WeightsReport) -> TensorSource | None:
 
 def _verify_files(path: Path, report: WeightsReport) -> TensorSource:
     """Check a transformers folder, or a safetensors file."""
-    tensors = FileTensors(path)
+    tensors = FileTensors(path, used_only=True)
+    if tensors.weights.unused:
+        report.lines.append(summary(tensors.weights.unused))
     if path.is_file():
         report.lines.append("single file: no digests and no config to check")
         return tensors
