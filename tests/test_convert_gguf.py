@@ -3,15 +3,14 @@
 import json
 import shutil
 import sys
-import urllib.request
 
 import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
+from llama_cpp import largest_error, llama_cpp, logits, token_ids
 from safetensors.torch import load_file, save_file
 from tiny_export import make_export
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megamm.common.errors import UserError
@@ -29,7 +28,6 @@ MODELS = {
     "qwen3": {"head_dim": 12},
     "qwen3moe": {"moe": MOE},
 }
-IDS = torch.from_numpy(np.random.default_rng(0).integers(0, 300, (3, 40)))
 
 
 def rewrite(export, change):
@@ -48,41 +46,9 @@ def pair(request, tmp_path_factory):
     return request.param, export, folder / "deep" / "m.gguf"
 
 
-@torch.no_grad()
-def logits(model):
-    return model.eval()(IDS).logits
-
-
-def llama_cpp(file):
-    """Run llama.cpp on the CPU, in float32 throughout."""
-    import xllamacpp as xl
-
-    options = xl.CommonParams()
-    options.model.path, options.verbosity = str(file), -1
-    options.n_ctx, options.n_parallel, options.n_gpu_layers = 64, 1, 0
-    options.cpuparams.n_threads = options.cpuparams_batch.n_threads = 1
-    options.cache_type_k = options.cache_type_v = xl.ggml_type.GGML_TYPE_F32
-    options.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    options.warmup = options.fit_params = False
-    return xl.Server(options)
-
-
 def test_llama_cpp_predicts_as_transformers_does(pair):
     _, export, file = pair
-    model = AutoModelForCausalLM.from_pretrained(export)
-    raw = logits(model).double()
-    expected, scale = torch.log_softmax(raw, -1), raw.abs().max()
-    server, size = llama_cpp(file), model.config.vocab_size
-    for row in range(len(IDS)):
-        for length in (1, 17, 40):
-            asked = {"prompt": IDS[row, :length].tolist(), "n_predict": 1, "n_probs": size, "cache_prompt": False}
-            asked |= {"logit_bias": [[64, 1000.0]]}  # generates "a": it gives no probabilities for part of a character
-            answer = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-            got = torch.full((size,), torch.nan, dtype=torch.float64)
-            for entry in answer:
-                got[entry["id"]] = entry["logprob"]
-            error = (got - expected[row, length - 1]).abs().max()  # NaN if an id is missing
-            assert error <= 1e-5 * scale, f"{error:.1e} of {scale:.1f}"
+    assert largest_error(export, file) <= 1e-5
 
 
 def test_transformers_reads_the_same_model(pair):
@@ -107,13 +73,7 @@ def test_llama_cpp_reads_text_as_the_export_does(pair):
         "It's 12345 things\n\n  é!\t日本 🙂",
         "<|audio_0|>x",
     ):
-        body = json.dumps({"content": text, "parse_special": True, "add_special": True}).encode()
-        request = urllib.request.Request(
-            f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"}
-        )
-        assert (
-            json.loads(urllib.request.urlopen(request, timeout=30).read())["tokens"] == tokenizer(text)["input_ids"]
-        ), text
+        assert token_ids(server, text) == tokenizer(text)["input_ids"], text
 
 
 def test_the_file_says_what_the_config_says(pair):
@@ -154,22 +114,6 @@ def test_half_precision_is_kept_bit_for_bit(tmp_path, dtype):
     norm = read["blk.0.ffn_norm.weight"]
     assert norm.data.dtype == np.float32
     assert np.array_equal(norm.data, weights["model.layers.0.post_attention_layernorm.weight"].float().numpy())
-
-
-@pytest.mark.parametrize(("split", "name"), [(r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2")])
-def test_the_splits_of_others_are_known(tmp_path, split, name):
-    """The splits of Llama 3 and Qwen 2 match transformers', and llama.cpp splits accordingly."""
-    from tokenizers import Regex, pre_tokenizers
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-    export = make_export(tmp_path, train=2, heldout=1)
-    pattern = GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"].replace(r"\p{N}{1,3}", split)
-    tokenizer = Tokenizer.from_file(str(export / "tokenizer.json"))
-    steps = [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    tokenizer.save(str(export / "tokenizer.json"))
-    write_gguf(export, tmp_path / "m.gguf")
-    assert GGUFReader(tmp_path / "m.gguf").fields["tokenizer.ggml.pre"].contents() == name
 
 
 def test_refusals(tmp_path, monkeypatch):

@@ -175,12 +175,15 @@ def quantize_export(
 def export_gguf(
     export: Export,
     out: Annotated[Path, typer.Argument(help="GGUF file to create")],
+    without_normalizer: Annotated[
+        bool, typer.Option("--without-normalizer", help="accept a tokenizer with NFC, which llama.cpp does not apply")
+    ] = False,
 ) -> None:
     """Write an export's model and tokenizer as one GGUF file, which llama.cpp reads."""
     from megamm.convert.extras.gguf import write_gguf
 
     log_to_console()
-    print(f"wrote {write_gguf(export, out)}")
+    print(f"wrote {write_gguf(export, out, without_normalizer=without_normalizer)}")
 
 
 @app.command("card")
