@@ -51,7 +51,8 @@ INSTALL_REQUIRES = [
     "PyYAML>=6,<7",
     "typer>=0.15,<1",
     "rich>=13,<16",
-    "pillow>=11",
+    # Pictures; 11.3 reads AVIF.
+    "pillow>=11.3",
     # Video files (FFmpeg inside its wheels); 15 knows how a frame is rotated.
     "av>=15,<19",
     "tensorboard>=2.18,<3",
@@ -84,6 +85,9 @@ EXTRAS_REQUIRE = {
     "slurm": ["submitit>=1.5,<2"],
     # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
     "parquet": ["pyarrow>=17"],
+    # Photos of phones (.heic). Its wheel contains libheif and libde265 (LGPL) and the encoder x265 (GPL), which megamm
+    # does not call; PNG to AVIF need none of it.
+    "heic": ["pillow-heif>=1.0,<2"],
     # Checkpoints to S3: checkpoint.remote=s3://bucket/prefix.
     "s3": ["s3fs>=2024.6"],
     # The second engine (megamm/engine/deepspeed), which reads names of this series inside of DeepSpeed's optimizers.

@@ -44,7 +44,8 @@ BAD = {
     "text named png": (b"not an image\n" * 50, "png", "not a PNG, JPEG or WebP"),
     "html named jpg": (b"<html>404 not found</html>", "jpg", "not a PNG, JPEG or WebP"),
     "jpg named png": (JPEG, "png", "a JPEG image with the extension .png"),
-    "gif": (as_bytes(PICTURE, "GIF"), "png", "not a PNG, JPEG or WebP"),
+    "gif named png": (as_bytes(PICTURE, "GIF"), "png", "a GIF image with the extension .png"),
+    "another format": (as_bytes(PICTURE, "PPM"), "png", "not a PNG, JPEG or WebP"),
     "large": (png_of_size(10_000, 10_000), "png", f"more than {MAX_PIXELS}"),
     "decompression bomb": (png_of_size(100_000, 100_000), "png", f"more than {MAX_PIXELS}"),
 }

@@ -1,4 +1,4 @@
-"""Images: PNG, JPEG or WebP bytes <-> uint8 `[Y, X, 3]` (sRGB) <-> token ids `[T]`, row-major over the grid.
+"""Images: bytes of a file (media/image_file.py) <-> sRGB, uint8 `[Y, X, 3]` <-> token ids `[T]`, row by row.
 
 Every image becomes a square of the codec's size: EXIF rotation is applied, transparency is replaced by white, the
 image is scaled with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped or stretched.
@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from megamm.common.sample import IntArray
-from megamm.media.image_file import PixelArray, decode_image, square_pixels
+from megamm.media.image_file import IMAGE_EXTENSIONS, PixelArray, decode_image, square_pixels
 from megamm.modalities.protocol import CPU
 from megamm.tokenizers.load import load_visual_codec
 from megamm.tokenizers.visual.model import VisualCodec
@@ -26,7 +26,7 @@ class ImageModality:
 
     name: ClassVar[str] = "image"
     tokenizer_name: ClassVar[str] = "visual"
-    extensions: ClassVar[tuple[str, ...]] = ("png", "jpg", "webp")
+    extensions: ClassVar[tuple[str, ...]] = IMAGE_EXTENSIONS
 
     def __init__(self, codec: VisualCodec, codec_id: str, device: torch.device) -> None:
         self.codec = codec.to(device).eval()

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from megamm.common.errors import UserError
+from megamm.media.image_file import decode_image
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -123,23 +123,23 @@ def _identifier() -> "LanguageIdentifier":
     return LanguageIdentifier.from_model_file(MODEL_FILE)
 
 
-def check_image(data: bytes, options: CurationOptions) -> None:
-    """Raise FilteredOut if a decodable image is tiny, a strip, or all of one colour."""
-    with Image.open(io.BytesIO(data)) as image:
-        short, long = sorted(image.size)
-        if short < options.min_side:
-            raise FilteredOut("image_sanity", f"{image.width} x {image.height} is less than {options.min_side} pixels")
-        if long > options.max_aspect * short:
-            raise FilteredOut("image_sanity", f"{image.width} x {image.height} is more than {options.max_aspect:g} : 1")
-        if options.keep_blank:
-            return
-        pixels_YXC = np.asarray(image.convert("RGBA"))
-        # Completely transparent, or every pixel equal to the first.
-        if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
-            raise FilteredOut("image_sanity", "blank: a single colour")
+def check_image(data: bytes, extension: str, options: CurationOptions) -> None:
+    """Raise FilteredOut if a decodable image is tiny, a strip, or all of one colour, as it is in training."""
+    image = decode_image(data, extension)
+    short, long = sorted(image.size)
+    if short < options.min_side:
+        raise FilteredOut("image_sanity", f"{image.width} x {image.height} is less than {options.min_side} pixels")
+    if long > options.max_aspect * short:
+        raise FilteredOut("image_sanity", f"{image.width} x {image.height} is more than {options.max_aspect:g} : 1")
+    if options.keep_blank:
+        return
+    pixels_YXC = np.asarray(image.convert("RGBA"))
+    # Completely transparent, or every pixel equal to the first.
+    if not pixels_YXC[..., 3].any() or (pixels_YXC == pixels_YXC[0, 0]).all():
+        raise FilteredOut("image_sanity", "blank: a single colour")
 
 
-def check_audio(data: bytes, options: CurationOptions) -> None:
+def check_audio(data: bytes, extension: str, options: CurationOptions) -> None:
     """Raise FilteredOut if audio is too short or long, silent, or clipped. Decodes blocks, to limit memory."""
     import soundfile
 

@@ -94,7 +94,7 @@ def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | Skip
             # The digest is of the decoded content, so it identifies a picture whatever its file format or metadata.
             digest = checks.modalities[part.modality].check_media(data, ext)
             if part.modality in MEDIA_CHECKS:
-                MEDIA_CHECKS[part.modality](data, checks.curation)
+                MEDIA_CHECKS[part.modality](data, ext, checks.curation)
             parts.append(CheckedPart(part.modality, ext, data, digest))
         # The rules for texts apply to all texts of a document together.
         what, whole = sample.key, "\n".join(texts)

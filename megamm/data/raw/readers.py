@@ -38,7 +38,8 @@ from megamm.modalities import REGISTRY
 
 TEXT_EXTENSIONS = ("txt", "json", "cls")
 MAX_TEXT_BYTES = 16 * 2**20
-ALIASES = {"jpeg": "jpg", "jpe": "jpg", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
+ALIASES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "mpo": "jpg", "dib": "bmp", "tif": "tiff", "heif": "heic"}
+ALIASES |= {"hif": "heic", "apng": "png", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
 """Other extensions of the same formats."""
 _CAPTIONS = ("caption", "text")
 _NO_SAMPLES = ("ATTRIBUTION.md", "README.md", "LICENSE")
