@@ -70,8 +70,10 @@ INSTALL_REQUIRES = [
     # Curation: MinHash of long texts, and their language (0.5 and 5 MB, neither brings anything).
     "rensa>=0.5,<1",
     "py3langid>=0.4,<1",
-    # Reads meshes and clouds: glb, obj, ply.
+    # Meshes and their scenes: glb, and the arrays of all.
     "trimesh>=4.5,<6",
+    # Splits concave polygons of meshes into triangles (the engine that trimesh recommends, 0.1 MB); brings nothing.
+    "mapbox-earcut>=2,<3",
     # Copies of checkpoints to any kind of store (checkpoint.remote).
     "fsspec>=2024.6",
 ]

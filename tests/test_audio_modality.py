@@ -59,7 +59,7 @@ BAD = {
     "truncated flac": (FILES["flac"][: len(FILES["flac"]) // 2], "flac", "broken FLAC"),
     "truncated ogg": (FILES["ogg"][: len(FILES["ogg"]) // 2], "ogg", "truncated"),
     "ogg without its end": (FILES["ogg"][:-10], "ogg", "truncated"),
-    "ogg without its last page": (FILES["ogg"][: FILES["ogg"].rfind(b"OggS")], "ogg", "truncated"),
+    "ogg without its only page of sound": (FILES["ogg"][: FILES["ogg"].rfind(b"OggS")], "ogg", "shorter than"),
     "opus without its end": (FILES["opus"][:-10], "opus", "truncated"),
     "truncated mp3": (FILES["mp3"][: len(FILES["mp3"]) // 2], "mp3", "truncated"),
     "damaged flac": (damaged(FILES["flac"]), "flac", "broken FLAC"),

@@ -29,10 +29,14 @@ MAX_COORDINATE = 1e12
 
 
 class MeshInstance(NamedTuple):
-    """One mesh of a scene, and its corners `[F, 3, 3]` in the scene's coordinates."""
+    """One mesh of a scene, and its corners `[F, 3, 3]` in the scene's coordinates.
+
+    orientation: -1 if its transform mirrors, so that the corners are listed clockwise; else 1.
+    """
 
     mesh: "trimesh.Trimesh"
     corners: FloatArray
+    orientation: int = 1
 
 
 def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: int) -> CloudArray:
@@ -62,7 +66,8 @@ def cloud_from_mesh(mesh: "trimesh.Trimesh | trimesh.Scene", count: int, seed: i
     root, share = np.sqrt(random.random(count)), random.random(count)
     weights = np.stack([1 - root, root * (1 - share), root * share], axis=1)
     xyz = (corners[face] * weights[:, :, None]).sum(1)
-    normal = doubled[face] / twice_area[face, None]
+    turned = np.repeat([part.orientation for part in instances], [len(part.corners) for part in instances])
+    normal = doubled[face] / twice_area[face, None] * turned[face, None]
     return np.concatenate([xyz, normal, _colours(instances, face, weights)], axis=1).astype(np.float32)
 
 
@@ -78,7 +83,8 @@ def mesh_instances(mesh: "trimesh.Trimesh | trimesh.Scene") -> list[MeshInstance
         part = mesh.geometry[name]
         if isinstance(part, trimesh.Trimesh) and len(part.faces):
             vertices = part.vertices @ transform[:3, :3].T + transform[:3, 3]
-            instances.append(MeshInstance(part, vertices[part.faces].astype(np.float64)))
+            mirrors = np.linalg.det(transform[:3, :3]) < 0
+            instances.append(MeshInstance(part, vertices[part.faces].astype(np.float64), -1 if mirrors else 1))
     return instances
 
 
@@ -86,7 +92,7 @@ def _colours(instances: list[MeshInstance], face: IntArray, weights: FloatArray)
     """RGB `[N, 3]` in [0, 1] at barycentric `weights` `[N, 3]` of `face` `[N]`, numbered over all meshes."""
     colours = np.empty((len(face), 3))
     first = 0
-    for part, _ in instances:
+    for part, *_ in instances:
         # Faces are numbered through all instances; this instance has the numbers from `first` on.
         mine = (face >= first) & (face < first + len(part.faces))
         if mine.any():
@@ -104,6 +110,9 @@ def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) 
         # A material's texture wins over its colour if texture coordinates exist for every vertex.
         image = texture(mesh)
         rgb = np.broadcast_to(visual.material.main_color, (len(face), 4))[:, :3] / 255
+        # glTF multiplies the material's colour with those of the vertices, if a mesh has both.
+        if (tint := visual.vertex_attributes.get("color")) is not None:
+            rgb = rgb * (np.asarray(tint, dtype=np.float64)[corners, :3] * weights[:, :, None]).sum(1)
         if image is None or visual.uv is None or len(visual.uv) != len(mesh.vertices):
             return rgb
         uv = (np.asarray(visual.uv, dtype=np.float64)[corners] * weights[:, :, None]).sum(1)

@@ -1,5 +1,8 @@
 """Untrusted 3D files: npz clouds and glb, obj or ply meshes -> normalised point clouds, float32 `[N, 9]`.
 
+glb is read as its specification says (media/gltf_file.py), polygons of obj and ply are split into triangles that cover
+exactly them (media/polygon_files.py). A mesh is whole or refused: nothing of it is left out because it cannot be read.
+
 A mesh is sampled uniformly by area; a cloud with more than N points is thinned, one with fewer is repeated, at random
 with a seed from the file's hash: the same file always gives the same points (media/point_clouds.py).
 
@@ -19,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.gltf_file import plain_glb
 from megamm.media.point_clouds import CloudArray, cloud_from_mesh, normalised, texture
+from megamm.media.polygon_files import mesh_of_obj, mesh_of_ply
 
 if TYPE_CHECKING:
     import trimesh
@@ -129,14 +134,12 @@ def _read_npz(data: bytes) -> CloudArray:
 
 def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
     """The scene of a glb, obj or ply file, with at least one face; with the colours that the file itself contains."""
-    import trimesh
-
     # The headers are checked before trimesh, which allocates what they declare.
     {"glb": _check_glb, "ply": _check_ply, "obj": _check_obj}[extension](data)
-    # The materials of obj and ply are in other files.
-    options: dict[str, Any] = {} if extension == "glb" else {"skip_materials": True}
+    if extension == "glb":
+        data = plain_glb(data)
     try:
-        scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False, **options)
+        scene = _load_scene(data, extension)
         # A scene can place one mesh many times: count the faces as placed, as sampling does.
         instances = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
         faces = sum(len(getattr(part, "faces", ())) for part in instances)
@@ -150,7 +153,23 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
         image = texture(part)
         if image is not None and image.width * image.height > MAX_TEXTURE_PIXELS:
             raise ValueError(f"has a texture of {image.width} x {image.height} pixels")
+        try:
+            if image is not None:
+                image.load()  # a truncated picture fails here, not when its colours are wanted
+        except Exception as error:
+            raise ValueError(f"has a broken texture: {error}") from error
     return scene
+
+
+def _load_scene(data: bytes, extension: str) -> "trimesh.Scene":
+    """The file's meshes as they are placed, with triangles only."""
+    import trimesh
+
+    if extension == "obj":
+        return trimesh.Scene(mesh_of_obj(data))
+    if extension == "ply":
+        return trimesh.Scene(mesh_of_ply(data))
+    return trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False)
 
 
 def _check_obj(data: bytes) -> None:

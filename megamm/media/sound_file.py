@@ -1,20 +1,33 @@
 """Sound files (WAV, FLAC, Ogg Vorbis or Opus, MP3) to waveforms; refuses broken and hostile files with a reason.
 
 In: the bytes of a file and its extension. Out: float32 `[samples]` mono at a given sample rate, or a digest. Decoded in
-blocks, so that a file that declares years of sound uses little memory. Decoder: libsndfile. Resampling: polyphase,
-band-limited (scipy.signal.resample_poly).
+blocks, so that a file that declares years of sound uses little memory. Decoders: libsndfile; FFmpeg for MP3, because
+libsndfile stops at an estimated length if there is no Xing header. Resampling: polyphase, band-limited
+(scipy.signal.resample_poly).
+
+The length of a sound is that of its data (media/sound_length.py): headers of files from a pipe have none, and a decoder
+that stops before the packets of the file end is noticed.
 """
 
 import hashlib
 import io
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.sound_length import (
+    flac_with_length,
+    mp3_declared_samples,
+    ogg_links,
+    packet_seconds,
+    wav_with_length,
+)
 
 Waveform = npt.NDArray[np.float32]
 
@@ -29,10 +42,15 @@ SILENCE = 2.0**-15
 RATES = (2_000, 384_000)
 """Hz; files that declare other rates are broken."""
 BLOCK = 1 << 16
-_UNKNOWN_SIZE = 0xFFFFFFFF
-"""Size in the header of a WAV file that was written to a pipe."""
-_END_OF_STREAM = 4
-"""Flag in the header of an Ogg stream's last page (RFC 3533, section 6)."""
+
+
+@dataclass(frozen=True)
+class _Sound:
+    """An open file: its rate (Hz), channels, and samples as blocks float32 `[up to BLOCK, channels]`."""
+
+    samplerate: int
+    channels: int
+    blocks: Iterator[Waveform]
 
 
 def check_sound(data: bytes, extension: str) -> str:
@@ -41,7 +59,7 @@ def check_sound(data: bytes, extension: str) -> str:
         # Rate and channels are part of the content: the same samples at another rate are another sound.
         digest = hashlib.sha256(f"{file.samplerate} Hz {file.channels}".encode())
         lowest, highest = math.inf, -math.inf
-        for block in _blocks(file):
+        for block in file.blocks:
             digest.update(block.tobytes())
             mono = block.mean(axis=1)
             lowest, highest = min(lowest, float(mono.min())), max(highest, float(mono.max()))
@@ -54,7 +72,7 @@ def read_waveform(data: bytes, extension: str, sample_rate: int, max_seconds: fl
     """The first max_seconds as float32 `[samples]` in [-1, 1], mono (the mean of the channels), at sample_rate (Hz)."""
     with _open(data, extension) as file:
         wanted, mono, read = math.ceil(max_seconds * file.samplerate), [], 0
-        for block in _blocks(file):
+        for block in file.blocks:
             mono.append(block.mean(axis=1))
             read += len(block)
             if read >= wanted:
@@ -77,70 +95,111 @@ def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
     return resample_poly(waveform, new_rate // divisor, rate // divisor).astype(np.float32)
 
 
-def _open(data: bytes, extension: str) -> Any:
-    """A soundfile.SoundFile with a valid header. Raises UnreadableMedia if it is invalid."""
-    import soundfile  # loads a shared library
-
+@contextmanager
+def _open(data: bytes, extension: str) -> Iterator[_Sound]:
+    """The sound of a file with a valid header. Raises UnreadableMedia if it is invalid, also while it is read."""
     if not data:
         raise UnreadableMedia("zero bytes")
     if extension not in CONTAINERS:
         raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(CONTAINERS)}")
+    # libsndfile reads the header of every format, also of MP3, whose data FFmpeg decodes.
+    with _sound_file(_with_length(data)) as file:
+        if file.format not in CONTAINERS[extension] or (extension == "opus" and file.subtype != "OPUS"):
+            raise UnreadableMedia(f"a {file.format} ({file.subtype}) file with the extension .{extension}")
+        if not RATES[0] <= file.samplerate <= RATES[1]:
+            raise UnreadableMedia(f"unsupported sample rate of {file.samplerate} Hz")
+        # The declared length of MP3 can be an estimate: `_checked` counts what is decoded.
+        if file.format != "MP3" and file.frames > MAX_SECONDS * file.samplerate:
+            raise UnreadableMedia(f"longer than {MAX_SECONDS // 60} minutes")
+        if file.format == "MP3":
+            blocks, declared = _mp3_blocks(data, file.samplerate), mp3_declared_samples(data)
+        elif file.format == "OGG":
+            blocks, declared = _ogg_blocks(data, file.samplerate), 0
+        else:
+            blocks, declared = _blocks(file), file.frames
+        yield _Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))
+
+
+def _sound_file(data: bytes) -> Any:
+    """A soundfile.SoundFile. Raises UnreadableMedia if libsndfile cannot open it."""
+    import soundfile  # loads a shared library
+
     try:
-        file = soundfile.SoundFile(io.BytesIO(data))
+        return soundfile.SoundFile(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
         raise UnreadableMedia(f"not a sound file, or its header is broken: {error.error_string}") from error
-    if file.format not in CONTAINERS[extension] or (extension == "opus" and file.subtype != "OPUS"):
-        raise UnreadableMedia(f"a {file.format} ({file.subtype}) file with the extension .{extension}")
-    if not RATES[0] <= file.samplerate <= RATES[1]:
-        raise UnreadableMedia(f"unsupported sample rate of {file.samplerate} Hz")
-    if file.frames > MAX_SECONDS * file.samplerate:
-        raise UnreadableMedia(f"longer than {MAX_SECONDS // 60} minutes")
-    if _is_cut_off(data, file.format):
-        raise UnreadableMedia(f"truncated: the end of the {file.format} file is missing")
-    return file
 
 
-def _blocks(file: Any) -> Iterator[Waveform]:
-    """All samples of an open file, float32 `[up to BLOCK, channels]`.
+def _with_length(data: bytes) -> bytes:
+    """The file with its true length in the header, where the format has one."""
+    if data.startswith((b"RIFF", b"RIFX", b"RF64")):
+        return wav_with_length(data)
+    return flac_with_length(data) if data.startswith(b"fLaC") else data
+
+
+def _checked(blocks: Iterator[Waveform], container: str, rate: int, declared: int, data: bytes) -> Iterator[Waveform]:
+    """The blocks, each checked; after the last one, compare their length with the header's and the packets'.
 
     Raises UnreadableMedia if broken, too short or too loud; a caller that stops early misses errors in the rest.
     """
+    decoded = 0
+    for block in blocks:
+        if not np.isfinite(block).all():
+            raise UnreadableMedia("contains NaN or Inf samples")
+        if np.abs(block).max() > MAX_PEAK:
+            raise UnreadableMedia(f"samples above {MAX_PEAK}: floating-point sound is within [-1, 1]")
+        decoded += len(block)
+        if decoded > MAX_SECONDS * rate:
+            raise UnreadableMedia(f"longer than {MAX_SECONDS // 60} minutes")
+        yield block
+    shortest = math.ceil(MIN_SECONDS * rate)
+    # The declared number can be an estimate, so a difference shorter than MIN_SECONDS is accepted.
+    if decoded + shortest < declared:
+        raise UnreadableMedia(f"truncated: {decoded} of {declared} samples")
+    if decoded < shortest:
+        raise UnreadableMedia(f"shorter than {MIN_SECONDS} s")
+    seconds = packet_seconds(data, container)
+    if decoded / rate < seconds:
+        raise UnreadableMedia(f"the decoder of {container} stops after {decoded / rate:.2f} of {seconds:.2f} s")
+
+
+def _blocks(file: Any) -> Iterator[Waveform]:
+    """All samples that libsndfile reads from an open file."""
     import soundfile
 
-    decoded = 0
     while True:
         try:
             block = file.read(BLOCK, dtype="float32", always_2d=True)
         except soundfile.LibsndfileError as error:
             raise UnreadableMedia(f"broken {file.format} data: {error.error_string}") from error
         if not len(block):
-            break
-        if not np.isfinite(block).all():
-            raise UnreadableMedia("contains NaN or Inf samples")
-        if np.abs(block).max() > MAX_PEAK:
-            raise UnreadableMedia(f"samples above {MAX_PEAK}: floating-point sound is within [-1, 1]")
-        decoded += len(block)
+            return
         yield block
-    shortest = math.ceil(MIN_SECONDS * file.samplerate)
-    # The declared number can be an estimate, so a difference shorter than MIN_SECONDS is accepted.
-    if decoded + shortest < file.frames:
-        raise UnreadableMedia(f"truncated: {decoded} of {file.frames} samples")
-    if decoded < shortest:
-        raise UnreadableMedia(f"shorter than {MIN_SECONDS} s")
 
 
-def _is_cut_off(data: bytes, container: str) -> bool:
-    """Whether a file ends before its header says, in cases where libsndfile would read it without an error."""
-    if container in ("WAV", "WAVEX"):
-        # RIFF: bytes 4 to 7 hold the file's size without the first 8 bytes.
-        size = int.from_bytes(data[4:8], "little")
-        return size != _UNKNOWN_SIZE and size + 8 > len(data)
-    if container == "RF64":  # EBU Tech 3306: the 64-bit size is in the first chunk
-        return int.from_bytes(data[20:28], "little") + 8 > len(data)
-    if container == "OGG":
-        # Ogg: byte 26 of a page's header is the number of segments, whose lengths follow; flags are byte 5.
-        last = data.rfind(b"OggS")
-        lengths = data[last + 27 : last + 27 + data[last + 26]] if last + 27 <= len(data) else b""
-        complete = last + 27 + len(lengths) + sum(lengths) <= len(data) and bool(lengths)
-        return not (complete and data[last + 5] & _END_OF_STREAM)
-    return False
+def _ogg_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
+    """The samples of all links of an Ogg file, one after the other: libsndfile reads only the first."""
+    for link in ogg_links(data):
+        with _sound_file(link) as file:
+            if file.samplerate != rate:
+                raise UnreadableMedia(f"its sample rate changes from {rate} to {file.samplerate} Hz")
+            yield from _blocks(file)
+
+
+def _mp3_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
+    """The samples that FFmpeg decodes from MP3 data."""
+    import av
+
+    container: Any
+    with av.open(io.BytesIO(data), format="mp3") as container:
+        stream = container.streams.audio[0]
+        stream.codec_context.options = {"err_detect": "explode"}
+        try:
+            for frame in container.decode(stream):
+                if frame.sample_rate != rate:
+                    raise UnreadableMedia(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
+                if frame.format.name != "fltp":
+                    raise UnreadableMedia(f"broken MP3 data: samples of the format {frame.format.name}")
+                yield frame.to_ndarray().T
+        except av.FFmpegError as error:
+            raise UnreadableMedia(f"broken MP3 data: {error.strerror}") from error

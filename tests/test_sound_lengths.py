@@ -1,0 +1,230 @@
+"""Sounds are read to the end of their data: headers without a length, chained streams, recordings without an end.
+
+Expected lengths are those of the samples that were written, and FFmpeg's where a format adds delays of its own.
+"""
+
+import io
+import struct
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from audio_data import RATE, as_bytes, chirp
+
+from megamm.common.errors import UnreadableMedia
+from megamm.media import sound_file
+from megamm.media.sound_file import check_sound, read_waveform
+from megamm.media.sound_length import _ogg_checksum, mp3_declared_samples
+
+SOUND = chirp(1, seconds=2.0)
+HALF = len(SOUND) // 2
+WAV = as_bytes((SOUND * 2**15).astype(np.int16), "wav")
+
+
+def mp3(samples=SOUND, mode="VARIABLE"):
+    file = io.BytesIO()
+    soundfile.write(file, samples, RATE, format="MP3", bitrate_mode=mode, compression_level=0.5)
+    return file.getvalue()
+
+
+def without_first_frame(data):
+    """Remove the frame with the Xing header, as streaming servers do: the next frame has the same version and rate."""
+    following = data.find(data[:2], 4)
+    while data[following + 2] & 0x0C != data[2] & 0x0C:
+        following = data.find(data[:2], following + 1)
+    return data[following:]
+
+
+def half_loud():
+    """Noise after a quiet tone: a variable bit rate whose first frames say nothing about the rest."""
+    samples = 0.01 * SOUND
+    samples[HALF:] += 0.2 * np.random.default_rng(0).standard_normal(len(samples) - HALF).astype(np.float32)
+    return samples
+
+
+def length(data, extension):
+    return len(read_waveform(data, extension, RATE, 60.0))
+
+
+def ffmpeg_length(data, container):
+    with av.open(io.BytesIO(data), format=container) as file:
+        rate = file.streams.audio[0].rate
+        return sum(frame.samples for frame in file.decode(audio=0)) * RATE / rate
+
+
+def test_a_variable_mp3_without_a_header_is_read_to_its_end():
+    whole = mp3(half_loud())
+    assert b"Xing" in whole[:200] and length(whole, "mp3") == len(SOUND)
+    bare = without_first_frame(whole)
+    assert b"Xing" not in bare and mp3_declared_samples(bare) == 0
+    with soundfile.SoundFile(io.BytesIO(bare)) as estimated:
+        assert abs(estimated.frames - len(SOUND)) > RATE // 10  # what libsndfile would stop at
+    assert length(bare, "mp3") == ffmpeg_length(bare, "mp3")
+    read = read_waveform(bare, "mp3", RATE, 60.0)
+    assert 0 <= len(read) - len(SOUND) <= 4 * 576  # the encoder's delay and padding, which only the header names
+    best = max(np.corrcoef(read[shift : shift + len(SOUND)], half_loud())[0, 1] for shift in range(500, 1300))
+    assert best > 0.75  # noise at the lowest quality
+    assert len(check_sound(bare, "mp3")) == 64
+
+
+def test_mp3s_behind_each_other_are_read_to_the_end():
+    for data in (mp3() + mp3(), mp3(mode="CONSTANT") * 2, mp3() + without_first_frame(mp3())):
+        assert abs(length(data, "mp3") - 2 * len(SOUND)) <= 6 * 576
+
+
+def test_an_mp3_whose_header_says_less_is_read_to_its_end_and_one_that_says_more_is_truncated():
+    data = mp3()
+    at = data.find(b"Xing") + 8
+    frames = int.from_bytes(data[at : at + 4], "big")
+    less = data[:at] + (frames // 3).to_bytes(4, "big") + data[at + 4 :]
+    assert length(less, "mp3") > len(SOUND) - 4 * 576
+    with pytest.raises(UnreadableMedia, match="truncated"):
+        check_sound(data[: len(data) * 2 // 3], "mp3")
+
+
+def wav_of_sizes(riff, size, data=WAV):
+    return data[:4] + struct.pack("<I", riff) + data[8:40] + struct.pack("<I", size) + data[44:]
+
+
+PIPES = {
+    "sox": (0x7FFFF024, 0x7FFFF000),
+    "sox, all of 31 bits": (0x7FFFFFFF, 0x80000000 - 36),
+    "kaldi's example": (0x7FFFFFFF, 0x80000000),
+    "arecord": (0x80000024, 0x80000000),
+    "ffmpeg": (0xFFFFFFFF, 0xFFFFFFFF),
+    "all bits less the header": (0xFFFFFFFF, 0xFFFFFFFF - 36),
+    "never completed": (0, 0),
+    "never completed, of an empty file": (36, 0),
+    "the whole is unknown only": (0xFFFFFFFF, len(WAV) - 44),
+    "the whole is wrong only": (len(WAV) + 500, len(WAV) - 44),
+}
+
+
+@pytest.mark.parametrize("what", PIPES)
+def test_a_wav_without_its_length_is_read_to_its_end(what):
+    piped = wav_of_sizes(*PIPES[what])
+    assert check_sound(piped, "wav") == check_sound(WAV, "wav")
+    assert length(piped, "wav") == len(SOUND)
+    if what == "sox":
+        assert length(piped[:-1], "wav") == len(SOUND) - 1  # half a sample is none
+
+
+def test_a_wav_with_a_length_is_truncated_if_it_is_shorter():
+    for data, reason in ((WAV[:-10], "truncated: 63990 of 64000 bytes"), (wav_of_sizes(36, 0)[:44], "shorter than")):
+        with pytest.raises(UnreadableMedia, match=reason):
+            check_sound(data, "wav")
+
+
+def test_big_endian_and_64_bit_wavs_are_read_to_their_end():
+    file = io.BytesIO()
+    soundfile.write(file, SOUND, RATE, format="WAV", subtype="PCM_16", endian="BIG")
+    rifx = file.getvalue()
+    assert rifx[:4] == b"RIFX" and length(rifx, "wav") == len(SOUND)
+    at = rifx.find(b"data") + 4
+    assert length(rifx[:at] + b"\x7f\xff\xf0\0" + rifx[at + 4 :], "wav") == len(SOUND)
+    file = io.BytesIO()
+    soundfile.write(file, SOUND, RATE, format="RF64", subtype="PCM_16")
+    rf64 = file.getvalue()
+    assert rf64[12:16] == b"ds64" and length(rf64, "wav") == len(SOUND)
+    for sizes in ((0, 0, 0), (2**64 - 1,) * 3, (0xFFFFFFFF, 0xFFFFFFFF, 0)):
+        piped = rf64[:20] + struct.pack("<3Q", *sizes) + rf64[44:]
+        assert check_sound(piped, "wav") == check_sound(rf64, "wav"), sizes
+    with pytest.raises(UnreadableMedia, match="truncated"):
+        check_sound(rf64[:-100], "wav")
+
+
+def flac_of(samples, claimed):
+    data = as_bytes(samples, "flac")
+    return data[:21] + ((data[21] & 0xF0) << 32 | claimed).to_bytes(5, "big") + data[26:]
+
+
+@pytest.mark.parametrize("claimed", [0, 1, HALF])
+def test_a_flac_that_declares_fewer_samples_or_none_is_read_to_its_end(claimed):
+    data = flac_of(SOUND, claimed)
+    assert check_sound(data, "flac") == check_sound(as_bytes(SOUND, "flac"), "flac")
+    assert length(data, "flac") == len(SOUND) == ffmpeg_length(data, "flac")
+
+
+def pages(data):
+    """The pages of an Ogg file."""
+    starts = [at for at in range(len(data)) if data.startswith(b"OggS\0", at)]
+    return [data[a:b] for a, b in zip(starts, [*starts[1:], len(data)], strict=True)]
+
+
+def page_with(page, flags=None, granule=None, number=None):
+    """A page with another header and the checksum of it."""
+    _, _, old_flags, old_granule, serial, old_number = struct.unpack_from("<4sBBqII", page)
+    new = (old if given is None else given for given, old in ((flags, old_flags), (granule, old_granule)))
+    head = struct.pack("<4sBBqII", b"OggS", 0, *new, serial, old_number if number is None else number)
+    return head + struct.pack("<I", _ogg_checksum(head + bytes(4) + page[26:])) + page[26:]
+
+
+LONG = chirp(4, seconds=20.0)
+OGGS = {extension: as_bytes(LONG, extension) for extension in ("ogg", "opus")}
+
+
+@pytest.mark.parametrize("extension", OGGS)
+def test_an_ogg_without_the_flag_for_its_end_is_read(extension):
+    whole = OGGS[extension]
+    *first, last = pages(whole)
+    assert len(first) > 4 and last[5] & 4 and page_with(last) == last  # the checksum is the library's
+    recorded = b"".join([*first, page_with(last, flags=last[5] & ~4)])
+    assert check_sound(recorded, extension) == check_sound(whole, extension)
+    shorter = b"".join(page_with(page, flags=page[5] & ~4) for page in first)
+    assert abs(length(shorter, extension) - ffmpeg_length(shorter, "ogg")) < RATE // 10
+    assert 0 < length(whole, extension) - length(shorter, extension) < 3 * RATE
+
+
+@pytest.mark.parametrize("extension", OGGS)
+def test_chained_oggs_are_read_to_the_last(extension):
+    both = OGGS[extension] + as_bytes(SOUND, extension)
+    assert abs(length(both, extension) - len(LONG) - len(SOUND)) <= 2
+    assert abs(ffmpeg_length(both, "ogg") - length(both, extension)) < RATE // 10
+    file = io.BytesIO()
+    soundfile.write(file, SOUND, 2 * RATE if extension == "ogg" else 24_000, format="OGG", subtype="VORBIS")
+    with pytest.raises(UnreadableMedia, match="sample rate changes"):
+        check_sound(OGGS["ogg"] + file.getvalue(), "ogg")
+
+
+@pytest.mark.parametrize("extension", OGGS)
+def test_pages_of_an_ogg_that_are_damaged_or_missing_are_noticed(extension):
+    every = pages(OGGS[extension])
+    middle = len(every) // 2
+    damaged = bytearray(every[middle])
+    damaged[len(damaged) // 2] ^= 1
+    cases = {
+        "damaged": [*every[:middle], bytes(damaged), *every[middle + 1 :]],
+        "missing": [*every[:middle], *every[middle + 1 :]],
+        "no page": [*every[:middle], b"junk", *every[middle:]],
+        "truncated": [*every[:-1], every[-1][:-1]],
+    }
+    for reason, parts in cases.items():
+        with pytest.raises(UnreadableMedia, match=reason):
+            check_sound(b"".join(parts), extension)
+
+
+def test_a_recording_of_a_running_stream_is_read():
+    """The headers, then the pages from the middle on, as a listener gets them who joins late."""
+    every = pages(OGGS["ogg"])
+    headers = sum(struct.unpack_from("<q", page, 6)[0] == 0 for page in every)
+    recorded = b"".join([*every[:headers], *every[headers + 2 :]])
+    assert abs(length(recorded, "ogg") - ffmpeg_length(recorded, "ogg")) < RATE // 10
+
+
+@pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "opus", "mp3"])
+def test_a_decoder_that_stops_early_is_noticed(extension, monkeypatch):
+    """Every decoder, made to stop after a second, contradicts the packets of the file."""
+    data = as_bytes(LONG, extension)
+    for name in ("_blocks", "_mp3_blocks"):
+        real = getattr(sound_file, name)
+
+        def short(*given, real=real):
+            for count, block in enumerate(real(*given)):
+                if count < (1 if len(block) > RATE else RATE // 1152):
+                    yield block[:RATE]
+
+        monkeypatch.setattr(sound_file, name, short)
+    monkeypatch.setattr(sound_file, "mp3_declared_samples", lambda data: 0)
+    with pytest.raises(UnreadableMedia, match=r"truncated: 16000 of|the decoder of \w+ stops after [01]\."):
+        check_sound(data, extension)
