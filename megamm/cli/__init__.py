@@ -8,14 +8,14 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import yaml
 from pydantic import BaseModel
 
 from megamm.cli import checkpoint, convert, data, doctor, inference, observe, tokenizer
-from megamm.common import exit_codes
+from megamm.common import exit_codes, outputs
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
 
@@ -70,6 +70,7 @@ def train(
     stop_when = None
     if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
+        check_output(run.output)
         launcher.admissible_nodes(run, nproc, nodes)
         from megamm.data.pipeline.run_data import open_run_data
 
@@ -103,6 +104,18 @@ def _train_here(run: "RunConfig", stop_when: "SignalStopCondition | None") -> No
         raise typer.Exit(exit_codes.EVICTED) from None
 
 
+def check_output(run: Path) -> None:
+    """Raise UserError if the run cannot write to its folder, or to what an earlier launch has left there."""
+    from megamm.common.events import EVENTS
+    from megamm.elastic.hang_detector import HANGS
+    from megamm.elastic.heartbeat import HEARTBEATS
+    from megamm.elastic.run_lock import LOCK
+    from megamm.observability.metrics import METRICS
+
+    outputs.check_folder(run, "output")
+    outputs.check_inside(run, "output", (LOCK, EVENTS, METRICS), (HEARTBEATS, HANGS, "checkpoints"))
+
+
 def yaml_of(run: BaseModel) -> str:
     """Return a config as YAML, with defaults filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
@@ -115,6 +128,14 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR)
+        _exit_with(error)
+    except OSError as error:
+        if (fixable := outputs.user_error(error)) is None:
+            raise
+        _exit_with(fixable)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR)
