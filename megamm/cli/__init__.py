@@ -18,6 +18,7 @@ from megamm.cli import checkpoint, convert, data, doctor, inference, observe, to
 from megamm.common import exit_codes, outputs
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
+from megamm.elastic import torchrun
 
 if TYPE_CHECKING:
     from megamm.config import RunConfig
@@ -52,7 +53,7 @@ def train(
     75 stopped by a signal with a checkpoint written.
     """
     from megamm.config import load_config
-    from megamm.elastic import launcher, torchrun
+    from megamm.elastic import launcher
 
     run = load_config(config, overrides or [])
     nodes = launcher.Nodes.parse(nnodes, rendezvous)
@@ -67,6 +68,7 @@ def train(
         return
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
+    torchrun.check_environment(nproc, nodes.most, "--nproc and --nnodes")
     stop_when = None
     if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
@@ -126,6 +128,7 @@ def main() -> None:
     # Set before torch is loaded. Threads that spin while waiting make training ten times slower on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        torchrun.take_leftovers()
         app()
     except UserError as error:
         _exit_with(error)
