@@ -182,6 +182,23 @@ def test_what_is_built_is_not_overwritten(tmp_path):
     assert set(json.loads((tmp_path / "shards" / "report.json").read_text())) == {"mine", "more"}
 
 
+def test_every_source_has_a_name_of_its_own(tmp_path):
+    """Folders and files of one name, one folder twice, names of SHARDS itself, and raw data in the target's place."""
+    one, two = raw_folder(tmp_path / "a" / "train"), raw_folder(tmp_path / "b" / "train")
+    (tmp_path / "train.jsonl").write_text((one / "samples.jsonl").read_text())
+    before = sorted(tmp_path.rglob("*"))
+    for raws in ([one, two], [one, one], [one, tmp_path / "b" / ".." / "a" / "train"], [two, tmp_path / "train.jsonl"]):
+        with pytest.raises(UserError, match=r"two sources are called 'train'.*rename one of them") as refused:
+            build(raws, tmp_path / "shards", BuildOptions())
+        assert all(str(raw) in str(refused.value) for raw in raws)
+    with pytest.raises(UserError, match=r"the shards would replace the raw data.*choose another --to"):
+        build([one], tmp_path / "a", BuildOptions())
+    for name in (".hidden", "report.json", "ATTRIBUTION.md"):
+        with pytest.raises(UserError, match=r"a source cannot be called .*rename"):
+            build([tmp_path / name], tmp_path / "shards", BuildOptions())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_wrong_input_is_one_clear_line(tmp_path):
     with pytest.raises(UserError, match=r"no samples\.jsonl"):
         build([tmp_path], tmp_path / "shards", BuildOptions())

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from megamm.common import events, exit_codes, processes
 from megamm.common.errors import UserError
 from megamm.config import config_from_dict
+from megamm.config.sections import ResilienceConfig
 from megamm.elastic import hang_detector, heartbeat, restart_policy
 from megamm.elastic.graceful_stop import AgentStopCondition, GracefulStop
 from megamm.elastic.heartbeat import Heartbeat, read
@@ -184,6 +186,111 @@ def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_
         assert detector.overdue(ranks) == []
     assert silence_until_overdue(clock, ranks, detector) == pytest.approx(3, abs=1.5)
     elsewhere.close()
+
+
+def test_a_gpu_gets_more_time_unless_the_config_says_how_much():
+    """A file system that stalls for 15 s, or a kernel loaded in 22 s, is no hang of a GPU."""
+    for hang, on_gpu, limit in ((None, False, 5), (None, True, 120), (7.0, True, 7), (7.0, False, 7)):
+        clock, ranks, detector = detector_of(hang)
+        for status in ranks:
+            status.write(1, "step", 9, clock.now, True)
+            status.set_longest("step", 1.0)
+            if on_gpu:
+                status.set_on_gpu()
+        assert silence_until_overdue(clock, ranks, detector) == pytest.approx(2 * 1.0 + limit, abs=0.5)
+    assert ResilienceConfig().hang_seconds is None
+
+
+def test_a_compilation_is_not_counted_on_any_rank_of_the_node():
+    clock, ranks, detector = detector_of(startup=100.0)
+    for status in ranks:
+        status.write(1, "step", 9, clock.now, True)
+        status.set_longest("step", 1.0)
+    ranks[0].set_compiling(True, 2)
+    for _ in range(240):  # a minute, in which rank 1 waits in a collective
+        clock.now += 0.25
+        assert detector.overdue(ranks) == []
+    ranks[0].set_compiling(False, 3)
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(2 * 1.0 + 5, abs=0.5)
+    ranks[0].set_compiling(True, 2000)  # one that never ends is a hang
+    begin = clock.now
+    while not (overdue := detector.overdue(ranks)):
+        clock.now += 0.25
+    assert 0 in overdue and clock.now - begin == pytest.approx(100, abs=1)
+
+
+def test_a_compilation_on_another_node_is_not_counted(tmp_path):
+    clock, ranks, detector = detector_of(run=tmp_path, startup=100.0)
+    for status in ranks:
+        status.write(1, "step", 9, clock.now, True)
+        status.set_longest("step", 1.0)
+    elsewhere, old = Heartbeat(tmp_path, rank=7, attempt=1), Heartbeat(tmp_path, rank=8, attempt=0)
+    for heart in (elsewhere, old):
+        for step in (1, 2, 3):
+            heart.beat("step", step)
+    old._begin_compilation()  # in the attempt before: it was killed
+    elsewhere._begin_compilation()
+    for _ in range(240):
+        clock.now += 0.25
+        assert detector.overdue(ranks) == []
+    elsewhere._end_compilation()
+    assert silence_until_overdue(clock, ranks, detector) <= 2 * 1.0 + 5.5
+    elsewhere._begin_compilation()  # one that never ends
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(100, abs=10)
+    for heart in (elsewhere, old):
+        heart.close()
+
+
+def test_torch_reports_its_compilations_and_recompilations(tmp_path):
+    """A function compiled by torch (without code generation), again for another type; its time is not the step's."""
+    page = HeartbeatPage.create(1)
+    status, heart = page.ranks[0], Heartbeat(tmp_path, 0, 0, page.ranks[0])
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append((status.is_compiling, heartbeat.read(tmp_path)[0].is_compiling))
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline:
+            pass
+        return graph
+
+    torch.compile(lambda x: x, backend=lambda graph, _: graph)(torch.ones(1))  # imports what compiling needs
+    heart.watch_compilations()
+    for phase, step in (("data", 1), ("step", 1), ("data", 2), ("step", 2)):
+        heart.beat(phase, step)
+    compiled = torch.compile(lambda x: x * 2 + 1, backend=backend)
+    before = status.count
+    for dtype in (torch.float32, torch.float64):
+        assert compiled(torch.ones(3, dtype=dtype)).sum() == 9
+    assert seen == [(True, True)] * 2 and not status.is_compiling
+    assert not heartbeat.read(tmp_path)[0].is_compiling and status.count == before + 4
+    heart.beat("data", 3)
+    assert status.longest()["step"] < 0.8  # of 1.0 s and more
+    heart.close()
+    compiled(torch.ones(3, dtype=torch.int32))
+    assert len(seen) == 3 and seen[-1] == (False, False)
+
+
+def test_the_first_steps_on_a_gpu_are_measured_apart(tmp_path):
+    """Automatic dynamic shapes compile again in the second step: neither it nor the third tells the usual time."""
+    page = HeartbeatPage.create(1)
+    heart = Heartbeat(tmp_path, 0, 0, page.ranks[0])
+    heart.set_on_gpu()
+    warm = {}
+    for step in range(5, 10):
+        for phase in ("data", "step"):
+            heart.beat(phase, step)
+            warm[phase, step] = page.ranks[0].is_warm
+    assert page.ranks[0].is_on_gpu and next(key for key, is_warm in warm.items() if is_warm) == ("data", 8)
+    heart.close()
+    after = Heartbeat(tmp_path, 1, 0, page.ranks[0])
+    after.set_on_gpu()
+    for phase, step, is_warm in (("step", 1, False), ("save", 1, False), ("step", 2, False), ("step", 3, False)):
+        after.beat(phase, step)
+        assert after.is_warm == is_warm
+    after.beat("evaluate", 3)
+    assert after.is_warm
+    after.close()
 
 
 def test_a_machine_that_slept_is_no_hang():

@@ -8,16 +8,17 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import yaml
 from pydantic import BaseModel
 
 from megamm.cli import checkpoint, convert, data, doctor, inference, observe, tokenizer
-from megamm.common import exit_codes
+from megamm.common import exit_codes, outputs
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
+from megamm.elastic import torchrun
 
 if TYPE_CHECKING:
     from megamm.config import RunConfig
@@ -52,7 +53,7 @@ def train(
     75 stopped by a signal with a checkpoint written.
     """
     from megamm.config import load_config
-    from megamm.elastic import launcher, torchrun
+    from megamm.elastic import launcher
 
     run = load_config(config, overrides or [])
     nodes = launcher.Nodes.parse(nnodes, rendezvous)
@@ -67,9 +68,11 @@ def train(
         return
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
+    torchrun.check_environment(nproc, nodes.most, "--nproc and --nnodes")
     stop_when = None
     if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
+        check_output(run.output)
         launcher.admissible_nodes(run, nproc, nodes)
         from megamm.data.pipeline.run_data import open_run_data
 
@@ -103,6 +106,18 @@ def _train_here(run: "RunConfig", stop_when: "SignalStopCondition | None") -> No
         raise typer.Exit(exit_codes.EVICTED) from None
 
 
+def check_output(run: Path) -> None:
+    """Raise UserError if the run cannot write to its folder, or to what an earlier launch has left there."""
+    from megamm.common.events import EVENTS
+    from megamm.elastic.hang_detector import HANGS
+    from megamm.elastic.heartbeat import HEARTBEATS
+    from megamm.elastic.run_lock import LOCK
+    from megamm.observability.metrics import METRICS
+
+    outputs.check_folder(run, "output")
+    outputs.check_inside(run, "output", (LOCK, EVENTS, METRICS), (HEARTBEATS, HANGS, "checkpoints"))
+
+
 def yaml_of(run: BaseModel) -> str:
     """Return a config as YAML, with defaults filled in."""
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
@@ -113,8 +128,17 @@ def main() -> None:
     # Set before torch is loaded. Threads that spin while waiting make training ten times slower on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
+        torchrun.take_leftovers()
         app()
     except UserError as error:
-        if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR)
+        _exit_with(error)
+    except OSError as error:
+        if (fixable := outputs.user_error(error)) is None:
+            raise
+        _exit_with(fixable)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    if not error.on_all_ranks or os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(exit_codes.CRASHED if error.is_transient else exit_codes.USER_ERROR)

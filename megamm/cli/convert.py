@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from megamm.cli.common import writable_file, writable_folder
 from megamm.common.log import log_to_console
 from megamm.convert.plan import SHARD_SIZE
 
@@ -33,7 +34,7 @@ RefuseNan = Annotated[bool, typer.Option("--refuse-nan", help="NaN or Inf in a w
 @app.command("export")
 def export_run(
     run: Annotated[Path, typer.Argument(help="a run's output folder, or one checkpoint")],
-    out: Annotated[Path, typer.Argument(help="Hugging Face folder to create")],
+    out: Annotated[Path, typer.Argument(help="Hugging Face folder to create", callback=writable_folder)],
     nproc: Processes = 0,
     shard_size: ShardSize = SHARD_SIZE,
     dtype: Dtype = None,
@@ -68,7 +69,9 @@ def export_run(
 @app.command("import")
 def import_export(
     folder: Annotated[Path, typer.Argument(help="an export, or a Hugging Face folder with its tokenizer")],
-    run: Annotated[Path, typer.Argument(help="output folder of a new run; it starts from these weights")],
+    run: Annotated[
+        Path, typer.Argument(help="output folder of a new run; it starts from these weights", callback=writable_folder)
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.seq_length=4096")] = None,
     nproc: Processes = 0,
     shard_size: ShardSize = SHARD_SIZE,
@@ -137,7 +140,7 @@ def verify(model: Model, refuse_nan: RefuseNan = False) -> None:
 @app.command("modules")
 def split_export(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="folder to create")],
+    out: Annotated[Path, typer.Argument(help="folder to create", callback=writable_folder)],
 ) -> None:
     """Split an export into parts that load alone: text_base, image_decoder, audio_encoder, multimodal_fusion."""
     from megamm.convert.extras.modules import split
@@ -149,7 +152,7 @@ def split_export(
 @app.command("join")
 def join_modules(
     modules: Annotated[Path, typer.Argument(help="a folder made by `megamm convert modules`")],
-    out: Annotated[Path, typer.Argument(help="export to create")],
+    out: Annotated[Path, typer.Argument(help="export to create", callback=writable_folder)],
 ) -> None:
     """Join text_base and multimodal_fusion to the export that they were split from."""
     from megamm.convert.extras.modules import join
@@ -161,7 +164,7 @@ def join_modules(
 @app.command("quantize")
 def quantize_export(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="folder to create")],
+    out: Annotated[Path, typer.Argument(help="folder to create", callback=writable_folder)],
     to: Annotated[Literal["int8", "int4", "fp8"], typer.Option(help="format of the layers' matrices")],
 ) -> None:
     """Write an export with quantised weights in the format of compressed-tensors, which transformers reads."""
@@ -174,7 +177,7 @@ def quantize_export(
 @app.command("gguf")
 def export_gguf(
     export: Export,
-    out: Annotated[Path, typer.Argument(help="GGUF file to create")],
+    out: Annotated[Path, typer.Argument(help="GGUF file to create", callback=writable_file)],
     without_normalizer: Annotated[
         bool, typer.Option("--without-normalizer", help="accept a tokenizer with NFC, which llama.cpp does not apply")
     ] = False,

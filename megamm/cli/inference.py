@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources
+from megamm.cli.common import DeviceChoice, Sources, writable_file
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
 
@@ -20,7 +20,9 @@ def evaluate_export(
     limit: Annotated[int | None, typer.Option(help="most held-out samples per source", min=1)] = None,
     seed: Annotated[int, typer.Option(help="seed of the shuffled partners")] = 0,
     run: Annotated[Path | None, typer.Option(help="also compare logits with this run's own model")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the results to this file")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="write the results to this file", callback=writable_file)
+    ] = None,
     device: DeviceChoice = "auto",
 ) -> None:
     """Evaluate an export in stock transformers: held-out loss, and pair gain (how much one part predicts the other)."""
@@ -50,7 +52,9 @@ def generate(
     to: Annotated[str | None, typer.Option(help="output modality: text, image, audio, video, points")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="text to start from; may be repeated")] = None,
     file: Annotated[list[Path] | None, typer.Option("--from", help="file to start from; may be repeated")] = None,
-    out: Annotated[Path | None, typer.Option(help="file to write; a folder for several inputs")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write; a folder for several inputs", callback=writable_file)
+    ] = None,
     requests: Annotated[
         Path | None, typer.Option(help='JSON lines {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}')
     ] = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from megamm.cli.common import print_tables
+from megamm.cli.common import print_tables, writable_file
 from megamm.common.errors import UserError
 
 app = typer.Typer()
@@ -20,7 +20,9 @@ of the range that ByteRobust reports (10 to 30 s)."""
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="a run's output folder")],
-    out: Annotated[Path | None, typer.Option(help="HTML file to write (default: RUN/report.html)")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write (default: RUN/report.html)", callback=writable_file)
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page about a run: losses, speed, failures, restarts and goodput."""
     from megamm.observability.report.run import write_report

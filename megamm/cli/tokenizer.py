@@ -19,9 +19,10 @@ def started(processes: int) -> bool:
     """Run this command in `processes` ranks and return True; return False if this process should do the work itself."""
     from megamm.elastic import torchrun
 
+    torchrun.check_environment(processes, 1, "--nproc")
     if processes == 1 or torchrun.is_rank():
         return False
-    # Each rank runs the same command line; is_rank() is then true, and it does the work.
+    # Each rank runs the same command line, and does the work.
     torchrun.launch(sys.argv[1:], processes)
     return True
 

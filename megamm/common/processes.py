@@ -5,15 +5,19 @@ its parent exits (PR_SET_PDEATHSIG), which also kills a process that is stopped 
 """
 
 import ctypes
+import multiprocessing.util
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from megamm.common.errors import UserError
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEP_SECONDS = 30.0
@@ -22,6 +26,9 @@ CLEANING_SECONDS = 5.0
 """Seconds within which a helper process that cleans up after a killed one exits on its own."""
 _CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 """Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
+_SOCKET_PATH, _SOCKET_NAME = 107, "/pymp-12345678/listener-12345678"
+"""Bytes of a Unix socket's path (sockaddr_un of Linux), and the names that multiprocessing appends to a folder."""
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals with which users and schedulers stop a job; only the launcher handles them, other processes ignore them."""
 
@@ -72,6 +79,34 @@ def without_blas_threads() -> Iterator[None]:
             del os.environ[key]
         else:
             os.environ[key] = before
+
+
+def socket_folder() -> str:
+    """Return the folder for multiprocessing's sockets, of this process and of those that it starts.
+
+    It is in the folder for temporary files, unless the path of a socket there would be too long for the kernel: then in
+    the first of _SHORT_FOLDERS that can be written to. Only sockets are stored there, no data. UserError if none can.
+    """
+    usual = tempfile.gettempdir()
+    try:
+        if _has_room(usual):
+            return multiprocessing.util.get_temp_dir()
+        for folder in filter(None, (os.environ.get("XDG_RUNTIME_DIR"), *_SHORT_FOLDERS)):
+            if _has_room(folder) and os.access(folder, os.W_OK | os.X_OK):
+                tempfile.tempdir = folder
+                return multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
+    most = _SOCKET_PATH - len(_SOCKET_NAME)
+    raise UserError(
+        f"the folder for temporary files has a path of {len(os.fsencode(usual))} bytes: too long for sockets",
+        where=usual,
+        remedy=f"set TMPDIR to one of at most {most} bytes, or allow writing to {' or '.join(_SHORT_FOLDERS)}",
+    )
+
+
+def _has_room(folder: str) -> bool:
+    return len(os.fsencode(os.path.abspath(folder))) + len(_SOCKET_NAME) <= _SOCKET_PATH
 
 
 def threads() -> list[str]:

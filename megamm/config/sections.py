@@ -228,8 +228,11 @@ class ResilienceConfig(Section):
     backoff_seconds: float = Field(
         5.0, ge=0, description="Wait before a restart that follows no progress; doubled each time."
     )
-    hang_seconds: float = Field(
-        5.0, gt=0, description="A rank hangs if it is silent for this long beyond twice its usual time."
+    hang_seconds: float | None = Field(
+        None,
+        gt=0,
+        description="A rank hangs if it is silent for this long beyond twice its usual time. Default: 120 on a GPU, 5 "
+        "on a CPU. A compilation does not count.",
     )
     startup_seconds: float = Field(
         600.0,

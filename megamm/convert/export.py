@@ -140,7 +140,7 @@ def _write_config_and_codecs(
     else:  # imported from a plain folder
         special = copy_tokenizer(config.tokenizers["text"], folder, vocabulary.size, template)
         special = plain_ids(origin, special, rows) if origin is not None else special
-    theirs = to_config(family, config.model, rows, config.data.seq_length, special, origin and origin.config)
+    theirs = to_config(family, config.model, rows, config.data.seq_length, special, origin.config if origin else None)
     theirs.dtype = dtype
     theirs.save_pretrained(folder)
     # As it is: transformers' own class refuses to write settings that published files have.

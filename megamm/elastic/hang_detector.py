@@ -2,12 +2,13 @@
 
 A rank sends a heartbeat at every step, evaluation batch and change of phase. It is overdue when it has been silent for
 longer than twice its longest recent time between heartbeats plus resilience.hang_seconds. If that time is not known,
-that is, before the first step of a launch is done, the limit is resilience.startup_seconds. For the first evaluation
+that is, before the first steps of a launch are done, the limit is resilience.startup_seconds. For the first evaluation
 and the first checkpoint after it the limit is _FIRST_FACTOR times the longest time known so far, plus hang_seconds.
 
 Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
 the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
-that it is working (phase "wait"), no rank is overdue: the others wait for that rank.
+that it is working (phase "wait"), no rank is overdue: the others wait for that rank. The same holds while a rank
+compiles, which it reports (heartbeat.py), for at most resilience.startup_seconds; this time is not counted.
 """
 
 import math
@@ -33,6 +34,8 @@ _FIRST_FACTOR = 10.0
 """How much longer than anything so far the first evaluation or checkpoint may take."""
 _WAIT_SECONDS = 3.0
 """Seconds for which a rank's report that its writer is working counts; it is repeated about every second."""
+GPU_SECONDS, CPU_SECONDS = 120.0, 5.0
+"""resilience.hang_seconds if it is not set. On a GPU, a hang is rare and a stall of a shared file system is not."""
 _COMMUNICATION = (
     "torch/distributed/",
     "megatron/core/distributed/",
@@ -48,9 +51,9 @@ _OUTERMOST = (" in <module>", " in _run_module_as_main", "  ...")
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits in seconds; see the module docstring and ResilienceConfig."""
+    """Limits in seconds; see the module docstring and ResilienceConfig. hang: None for the default of the device."""
 
-    hang: float
+    hang: float | None
     startup: float
 
 
@@ -86,6 +89,8 @@ class HangDetector:
         """Attempt and count of the last "wait" of each rank: a repeated one is not a new report."""
         self._written = -math.inf
         """Time of the last report that a writer is working."""
+        self._compilations: dict[int, tuple[tuple[int, int], float]] = {}
+        """Attempt and count of the last beat of each rank that compiled, and the time at which it was seen first."""
         self.longest = dict(longest)
         self._seen: dict[int, tuple[int, float]] = {}
         """Beats of each rank, and the time of the last new one."""
@@ -114,8 +119,31 @@ class HangDetector:
             if seconds:
                 self.longest[what] = max(seconds)
         overdue = [i for i, status in enumerate(statuses) if now - self._seen[i][1] > self.limit(status)]
+        if any(status.is_compiling and i not in overdue for i, status in enumerate(statuses)):
+            self._do_not_count(statuses, now)
+            return []
         # Heartbeat files are read only if a rank is overdue: this runs several times a second.
-        return overdue if overdue and not self._writer_works(now) else []
+        if not overdue or self._writer_works(now):
+            return []
+        if self._compiles_elsewhere(now):
+            self._do_not_count(statuses, now)
+            return []
+        return overdue
+
+    def _do_not_count(self, statuses: list[RankStatus], now: float) -> None:
+        """Begin the time of the ranks that wait for one that compiles again."""
+        self._seen |= {i: (status.count, now) for i, status in enumerate(statuses) if not status.is_compiling}
+
+    def _compiles_elsewhere(self, now: float) -> bool:
+        """Whether a rank of another node compiles, within its limit."""
+        beats = heartbeat.read(self.run)
+        last = max((beat.attempt for beat in beats), default=0)
+        compiling = [beat for beat in beats if beat.is_compiling and beat.attempt == last]
+        for beat in compiling:
+            which = beat.attempt, beat.count
+            if self._compilations.get(beat.rank, (None, 0.0))[0] != which:
+                self._compilations[beat.rank] = which, now
+        return any(now - self._compilations[beat.rank][1] < self.limits.startup for beat in compiling)
 
     def _writer_works(self, now: float) -> bool:
         """Whether a rank of any node has recently reported that it waits for its writer."""
@@ -130,18 +158,21 @@ class HangDetector:
         Three cases: in phase "wait" the rank reports about every second; a phase whose usual duration is known may take
         twice as long; for the first one of its kind there is only a generous limit.
         """
-        limits, known, phase = self.limits, self.longest, status.phase
+        known, phase = self.longest, status.phase
+        hang = self.limits.hang or (GPU_SECONDS if status.is_on_gpu else CPU_SECONDS)
+        longest = max(self.limits.startup, hang)
+        if status.is_compiling:
+            return longest
         if phase == "wait":
-            return limits.hang
+            return hang
         usual = known.get(phase, 0.0)
         if phase in ("data", "step"):
             # Either phase may take as long as both together: the loader reads ahead during steps.
             usual = known.get("data", 0.0) + known.get("step", 0.0) if status.is_warm else known.get("first", 0.0)
         if usual:
-            return 2 * usual + limits.hang
-        longest = max(limits.startup, limits.hang)
+            return 2 * usual + hang
         if phase in ("evaluate", "save") and "first" in known:
-            return min(_FIRST_FACTOR * max(known.values()) + limits.hang, longest)
+            return min(_FIRST_FACTOR * max(known.values()) + hang, longest)
         return longest
 
 

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megamm.common import events
 from megamm.elastic.rank_status import PHASES, HeartbeatPage, RankStatus
@@ -19,6 +20,8 @@ from megamm.elastic.rank_status import PHASES, HeartbeatPage, RankStatus
 HEARTBEATS = "heartbeats"
 ATTEMPT = "MEGAMM_ATTEMPT"
 """Variable in a rank's environment: the number of the attempt, from 0."""
+GPU_WARM_UP = 3
+"""First steps of an attempt on a GPU that do not show how long a step takes: kernels are compiled and loaded."""
 _FILE_BYTES, _RECENT, _SECONDS = 1024, 32, 1.0
 """Bytes of a file, number of recent beats, and the shortest time between two writes while steps alternate with data."""
 
@@ -39,6 +42,7 @@ class Beat:
     time: float
     attempt: int
     longest: dict[str, float] = field(default_factory=dict)
+    is_compiling: bool = False
 
 
 class Heartbeat:
@@ -52,10 +56,15 @@ class Heartbeat:
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self.rank, self.attempt, self.status, self.host = rank, attempt, status, socket.gethostname()
         self.count, self.written, self.since = 0, 0.0, time.monotonic()
-        self.phase, self.first_step, self.is_warm = "", 0, False
+        self.phase, self.step, self.first_step, self.is_warm, self.is_compiling = "", 0, 0, False, False
+        self.warm_up = 1
+        """Number of first steps after which the usual time of a step is known."""
         self.spent: dict[str, float] = {}
         """Seconds in each phase so far."""
         self._recent: dict[str, deque[float]] = {}
+        self._compiling_since = 0.0
+        self._callbacks: Any = None
+        """Torch's handler of compilations, which calls this object."""
 
     def beat(self, phase: str, step: int) -> None:
         """Report that this rank is alive and in this phase of PHASES. step: the one in progress, else the last done."""
@@ -65,18 +74,52 @@ class Heartbeat:
         if self.phase in loop and self.first_step == 0:
             self.first_step = step
         self._measure(now - self.since)
-        # Warm once a step is done: the next step begins, or a phase outside the loop follows the first one.
-        self.is_warm = self.is_warm or (self.first_step > 0 and (step > self.first_step or phase not in loop))
+        # Warm once the first steps are done: the next step begins, or a phase outside the loop follows the last one.
+        done = step - self.first_step + (phase not in loop)
+        self.is_warm = self.is_warm or (self.first_step > 0 and done >= self.warm_up)
         changes = phase != self.phase and not (phase in loop and self.phase in loop)
-        self.phase, self.since = phase, now
+        self.phase, self.step, self.since = phase, step, now
         if self.status is not None:
             self.status.write(self.count, phase, step, now, self.is_warm)
         if changes or now - self.written >= _SECONDS:
-            self.written = now
-            who = self.rank, os.getpid(), self.host
-            beat = Beat(*who, phase, step, self.count, time.time(), self.attempt, self.longest)
-            # A single write of constant length: a reader never sees half of it.
-            os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
+            self._write(now)
+
+    def _write(self, now: float) -> None:
+        self.written = now
+        who = self.rank, os.getpid(), self.host
+        where = self.phase, self.step, self.count, time.time(), self.attempt, self.longest, self.is_compiling
+        # A single write of constant length: a reader never sees half of it.
+        os.pwrite(self.file, json.dumps(asdict(Beat(*who, *where))).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
+
+    def set_on_gpu(self) -> None:
+        """Report that this rank computes on a GPU: its first steps take longer, and its limits are longer."""
+        self.warm_up = GPU_WARM_UP
+        if self.status is not None:
+            self.status.set_on_gpu()
+
+    def watch_compilations(self) -> None:
+        """Report every compilation of torch from now on: its time is not that of the step in which it happens."""
+        from torch._dynamo.callback import callback_handler
+
+        self._callbacks = callback_handler
+        callback_handler.register_start_callback(self._begin_compilation)
+        callback_handler.register_end_callback(self._end_compilation)
+
+    def _begin_compilation(self, _: Any = None) -> None:
+        self._compiling_since = time.monotonic()
+        self._set_compiling(True)
+
+    def _end_compilation(self, _: Any = None) -> None:
+        self.since += time.monotonic() - self._compiling_since
+        self._set_compiling(False)
+
+    def _set_compiling(self, is_compiling: bool) -> None:
+        self.is_compiling = is_compiling
+        self.count += 1
+        if self.status is not None:
+            self.status.set_compiling(is_compiling, self.count)
+        if self.is_warm:  # before that, the other nodes' limit is that of a start
+            self._write(time.monotonic())
 
     def _measure(self, seconds: float) -> None:
         """Add the time since the last beat to the phase that it began."""
@@ -96,7 +139,15 @@ class Heartbeat:
         seconds = {phase: round(value, 3) for phase, value in spent.items()}
         events.record(run, "first_step", step=step, attempt=self.attempt, seconds=seconds)
 
+    def ignore_compilations(self) -> None:
+        """End `watch_compilations`."""
+        if self._callbacks is not None:
+            self._callbacks.remove_start_callback(self._begin_compilation)
+            self._callbacks.remove_end_callback(self._end_compilation)
+        self._callbacks = None
+
     def close(self) -> None:
+        self.ignore_compilations()
         os.close(self.file)
 
 

@@ -16,7 +16,7 @@ TIMED = (*PHASES, "first")
 NO_STEP = -1
 HEARTBEAT_PAGE = "MEGAMM_SLOTS"
 """Variable in a rank's environment: "descriptor:ranks:index" of its status."""
-_NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict")
+_NAMES = ("count", "step", "phase", "since", "entered", "pid", "thread", "warm", "verdict", "gpu", "compiling")
 # A status: an integer for each of _NAMES, a float for each of TIMED, then a text (length and UTF-8). The header: why to
 # stop (index in _WHY; 0 for no stop), and the last step + 1 (0 while it is not known).
 _WORDS = 8 * (len(_NAMES) + len(TIMED))
@@ -90,6 +90,23 @@ class RankStatus:
     @property
     def is_warm(self) -> bool:
         return bool(self._integer("warm"))
+
+    def set_on_gpu(self) -> None:
+        """Write that the rank computes on a GPU."""
+        self._set_integer("gpu", 1)
+
+    @property
+    def is_on_gpu(self) -> bool:
+        return bool(self._integer("gpu"))
+
+    def set_compiling(self, is_compiling: bool, count: int) -> None:
+        """Write the begin or end of a compilation, which counts as a beat."""
+        self._set_integer("compiling", int(is_compiling))
+        self._set_integer("count", count)
+
+    @property
+    def is_compiling(self) -> bool:
+        return bool(self._integer("compiling"))
 
     def set_longest(self, what: str, seconds: float) -> None:
         """Set the longest recent time between two beats, for one of TIMED."""

@@ -7,9 +7,16 @@ import logging
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from megamm.common.errors import UserError
+
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that torchrun, and every other launcher of ranks, sets for each of them."""
+_MORE = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_RUN_ID = "megamm"
+_leftovers: dict[str, str] = {}
+"""What `take_leftovers` has removed from this process's environment."""
 
 
 def launch(arguments: Sequence[str], processes: int) -> None:
@@ -32,7 +39,7 @@ def launch(arguments: Sequence[str], processes: int) -> None:
                 min_nodes=1,
                 max_nodes=1,
                 nproc_per_node=processes,
-                run_id="local",
+                run_id=_RUN_ID,
                 rdzv_backend="c10d",
                 rdzv_endpoint="127.0.0.1:0",
                 local_addr="127.0.0.1",
@@ -54,5 +61,56 @@ def launch(arguments: Sequence[str], processes: int) -> None:
 
 
 def is_rank() -> bool:
-    """Whether this process was started by a launcher as one rank of a job."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether this process was started by a launcher as one rank of a job: all that torch needs to join it is set."""
+    return all(name in os.environ for name in OF_A_RANK)
+
+
+def is_own_rank() -> bool:
+    """Whether `launch` has started this process."""
+    return is_rank() and os.environ.get("TORCHELASTIC_RUN_ID") == _RUN_ID
+
+
+def take_leftovers() -> None:
+    """Remove variables of a rank from the environment if this process is not one; `check_environment` reports them.
+
+    Pods of a training operator and jobs of a cloud have RANK, WORLD_SIZE and MASTER_ADDR of the node; shells keep what
+    was exported once. Left alone, one of them would choose the GPU, silence the log, or make torch wait for others.
+    """
+    _leftovers.clear()
+    if not is_rank():
+        _leftovers.update({name: os.environ.pop(name) for name in (*OF_A_RANK, *_MORE) if name in os.environ})
+
+
+def check_environment(processes: int, nodes: int, options: str) -> None:
+    """Raise UserError if the environment and the options describe different jobs; print what is ignored.
+
+    processes, nodes: the numbers asked for; options: their names, for the message.
+    """
+    if is_own_rank():
+        return
+    if is_rank():
+        rank, world, local = (os.environ[name] for name in OF_A_RANK[:3])
+        if not all(value.isdecimal() for value in (rank, world, local)) or int(rank) >= int(world):
+            what = f"invalid environment of a rank: {_shown(os.environ)}"
+            raise UserError(what, remedy=f"start it with torchrun, or unset {' '.join(OF_A_RANK[:3])}")
+        if processes * nodes > 1:
+            raise UserError(
+                f"this process is rank {rank} of {world} of another launcher, which conflicts with {options}",
+                where=_shown(os.environ),
+                remedy=f"remove {options}, or unset {' '.join(OF_A_RANK[:3])} to start the job from here",
+            )
+        return
+    found = _shown(_leftovers)
+    if _leftovers.get("WORLD_SIZE", "1") != "1" and nodes == 1:
+        missing = ", ".join(name for name in OF_A_RANK if name not in _leftovers)
+        raise UserError(
+            f"the environment is that of a job with several nodes or ranks, not of one of its ranks ({missing} unset)",
+            where=found,
+            remedy="add --nnodes and --rendezvous on each node, start it with torchrun, or unset RANK WORLD_SIZE",
+        )
+    if found:
+        print(f"note: ignoring {found} of the environment: not that of a rank", file=sys.stderr, flush=True)
+
+
+def _shown(variables: Mapping[str, str]) -> str:
+    return " ".join(f"{name}={variables[name]}" for name in OF_A_RANK[:3] if name in variables)

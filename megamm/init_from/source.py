@@ -33,8 +33,10 @@ class WeightSource(Protocol):
     model: Mapping[str, Any]
     """The model section of the source's config."""
     shapes: Mapping[str, Shape]
-    origin: dict[str, Any] | None
-    """TrainState.origin."""
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """TrainState.origin."""
 
     def read(self, blocks: Sequence[TensorShard]) -> None:
         """Set the blocks, which name tensors of `shapes`, from storage. Raises UserError if that is damaged."""

@@ -47,12 +47,15 @@ def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReas
     heartbeat = heartbeat_of_this_rank(config.output)
     heartbeat.beat("start", 0)
     device = choose_device(config.device)
+    if device.is_gpu:
+        heartbeat.set_on_gpu()
     accelerators.log_use(config, device)
     process_groups.start(device)
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
     trainer = Trainer(config, data, device, heartbeat)
+    heartbeat.watch_compilations()
     try:
         trainer.resume()
         exit_reason = trainer.run(stop_when or stop_condition())
@@ -67,6 +70,7 @@ def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReas
         trainer.checkpoints.leave_node(fault.ranks)  # other nodes keep theirs, to resume faster
         raise
     finally:
+        heartbeat.ignore_compilations()
         trainer.close()
     torch.distributed.barrier()
     process_groups.destroy()

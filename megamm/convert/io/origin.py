@@ -133,4 +133,4 @@ def generation_settings(origin: Origin | None, vocabulary: Vocabulary, special: 
         if dropped:
             log.warning("%s: dropped %s: ids of another tokenizer", GENERATION, ", ".join(dropped))
         settings = {key: value for key, value in settings.items() if key not in dropped}
-    return settings | special
+    return {**settings, **special}

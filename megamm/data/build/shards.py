@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _SAMPLES_PER_WORKER = 200
 """A worker process takes about three seconds to start, so it is not started for fewer samples."""
+_OF_ALL = ("report.json", "ATTRIBUTION.md")
+"""Files in SHARDS beside the folders of the sources."""
 _AHEAD = 32
 """Samples per worker that are checked ahead of writing; they wait in memory."""
 
@@ -121,10 +123,7 @@ class _SplitWriters:
 
 def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[BuildReport]:
     """Build every source, then rename all at once. A UserError leaves SHARDS unchanged. workers: None = all cores."""
-    for raw in raws:
-        if (shards / source_name(raw)).exists():
-            remedy = "delete that folder to rebuild it, or choose another --to"
-            raise UserError("this source is already built", where=shards / source_name(raw), remedy=remedy)
+    _check_names(raws, shards)
     shards.mkdir(parents=True, exist_ok=True)
     # One for all sources of the command: a sample in two sources is stored once.
     seen = _Seen(options.curation.near_duplicates)
@@ -136,6 +135,24 @@ def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | 
             (work / report.source).rename(shards / report.source)
     merge_reports(shards)
     return reports
+
+
+def _check_names(raws: list[Path], shards: Path) -> None:
+    """Raise UserError unless every source gets a folder of its own in SHARDS, which does not exist yet."""
+    named: dict[str, Path] = {}
+    for raw in raws:
+        name, target = source_name(raw), shards / source_name(raw)
+        if not name or name.startswith(".") or name in _OF_ALL:
+            raise UserError(f"a source cannot be called {name!r}", where=raw, remedy="rename this raw folder or file")
+        if name in named:
+            remedy = "rename one of them, or build each into a --to of its own: a source is named after its raw data"
+            raise UserError(f"two sources are called {name!r}", where=f"{named[name]}, {raw}", remedy=remedy)
+        if target.resolve() == raw.resolve():
+            raise UserError("the shards would replace the raw data", where=raw, remedy="choose another --to")
+        if os.path.lexists(target):
+            remedy = "delete that folder to rebuild it, or choose another --to"
+            raise UserError("this source is already built", where=target, remedy=remedy)
+        named[name] = raw
 
 
 def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> BuildReport:
