@@ -69,7 +69,7 @@ def test_leftovers_are_named_and_have_no_effect(given, capsys, variables):
 
 @pytest.mark.parametrize("variables", [{"RANK": "3", "WORLD_SIZE": "8"}, POD | {"RANK": "3", "WORLD_SIZE": "8"}])
 def test_a_pod_of_several_needs_the_nodes(given, capsys, variables):
-    """Each would train alone in the same folder, or wait for a rendezvous that nobody has opened."""
+    """Each would train alone in the same folder, or wait for a rendezvous that no process has opened."""
     given(variables)
     with pytest.raises(
         UserError, match=r"not of one of its ranks \(.*LOCAL_RANK.* unset\) \(RANK=3 WORLD_SIZE=8\).*--nnodes"
