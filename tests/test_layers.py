@@ -1,4 +1,4 @@
-"""The house in order: layers, no circles, class names once (tests/lib/layer_rules.py); each rule can fail."""
+"""The house in order: layers, no import cycles, class names once (tests/lib/layer_rules.py); each rule can fail."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rules of the whole package: layers, circles of files, names that exist once; tests/test_layers.py applies them.
+"""Rules of the whole package: layers, import cycles, names that exist once; tests/test_layers.py applies them.
 
 A rule is a function of all files of megamm/ that yields what is wrong. An import counts at any depth, also inside a
 function, but not under `if TYPE_CHECKING`, which never runs.
@@ -105,11 +105,11 @@ def layers(files: Sequence[File]) -> Iterator[str]:
                 yield f"{file.path}:{line}: {layer} imports {name}, which is above it; hand the object in, or move it"
 
 
-def circles(files: Sequence[File]) -> Iterator[str]:
+def import_cycles(files: Sequence[File]) -> Iterator[str]:
     """No files import each other, directly or by way of others."""
     tree = modules(files)
     graph = {m: {name for _, name in imports_of(file, tree) if name != m} for m, file in tree.items()}
-    # A file that starts no chain of imports, or ends none, is in no circle: removed until none is left to remove.
+    # A file that starts no chain of imports, or ends none, is in no cycle: removed until none is left to remove.
     while ends := {m for m, names in graph.items() if not names} | (graph.keys() - set().union(*graph.values())):
         graph = {m: names - ends for m, names in graph.items() if m not in ends}
     for module in sorted(graph):
@@ -169,7 +169,7 @@ TREE_RULES = [
         ),
     ),
     TreeRule(
-        circles,
+        import_cycles,
         (
             {
                 "megamm/data/a.py": "from megamm.data import b",

@@ -166,8 +166,8 @@ EARLIER_NAMES = {
     "SampleSet": "TokenDataset",
     "StoredPart": "TokenSpan",
     "own_norms": "local_grad_norms",
-    "padded_size": "the size that the backbone and the dry run compute themselves",
-    "row_map": "the metadata of a packed sequence",
+    "padded_size": "padded_vocabulary of model/layout.py",
+    "row_map": "packed_seq_metadata",
     "whole_store": "whole_parameters",
 }
 """Identifiers that the field calls otherwise, with the name to use."""
