@@ -134,7 +134,6 @@ def _of_live_name(stacked, name):
     "model",
     [
         {"rope_axes": 3},
-        {"mtp": {"num_layers": 1}},
         {"mla": {"kv_lora_rank": 8}},
         {"moe": MODELS["moe"]["moe"] | {"shared_ffn_hidden_size": 8}},
         {"moe": MODELS["moe"]["moe"] | {"score": "sigmoid"}},

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from published import EOS, IDS, ROWS, TEMPLATE, publish, write_json
+from published_folder import EOS, IDS, ROWS, TEMPLATE, publish, write_json
 from safetensors.torch import load_file
 from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

@@ -69,6 +69,9 @@ def train(
     if (world_size, vocabulary_size, rank) != (None, None, None):
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
     torchrun.check_environment(nproc, nodes.most, "--nproc and --nnodes")
+
+    from megamm.convert import exportable
+
     stop_when = None
     if not torchrun.is_rank():
         # Every error that can be found before a process starts is found here.
@@ -77,6 +80,7 @@ def train(
         from megamm.data.pipeline.run_data import open_run_data
 
         vocabulary = open_run_data(run).vocabulary
+        exportable.check(run, vocabulary)
         if run.init_from is not None:
             from megamm.init_from.initialize import check as check_start  # here, as it takes a second to import
 
@@ -86,6 +90,8 @@ def train(
         from megamm.elastic.graceful_stop import SignalStopCondition
 
         stop_when = SignalStopCondition()
+    else:
+        exportable.check(run)
     _train_here(run, stop_when)
 
 

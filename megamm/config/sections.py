@@ -271,10 +271,20 @@ class RunConfig(Section):
         "native", description="Training engine: Megatron-core (`native`), or DeepSpeed (data parallel only)."
     )
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    export: Literal["required", "off"] = Field(
+        "required",
+        description="`required`: refuse, before the first step, a model or tokenizer that cannot be exported to "
+        "transformers. `off`: train it anyway.",
+    )
     loss_weights: dict[str, float] = Field(
         {},
         description="Weight of the mean loss of each modality in the total loss. Modalities that are not named have 1.",
     )
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _off_is_false_in_yaml(cls, value: object) -> object:
+        return "off" if value is False else value
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "RunConfig":

@@ -11,6 +11,7 @@ A weights file has a header, then the tensors in the order of the layers, wider 
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -45,6 +46,7 @@ from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.model.vocabulary import Vocabulary
 from megamm.tokenizers.io import INDEX, WEIGHTS
 
+log = logging.getLogger(__name__)
 _VERIFIED_FIRST = 16 << 20
 """Files up to this many bytes are fully verified before they are read; larger ones only by size."""
 _NO_MODEL = shutil.ignore_patterns("*.safetensors", "*.bin", "*.gguf", "*.pt", "*.pth", "*.index.json")
@@ -239,6 +241,9 @@ def plan_export(
 
     Raises UserError for missing tensors, or ones the family lacks."""
     stored = {name: found for name, found in index.read(step / "tensors").items() if not name.startswith("optimizer.")}
+    if dropped := [name for name in stored if name.startswith(mapping.PREDICTION)]:
+        log.info("export: without the modules of multi-token prediction (%d tensors)", len(dropped))
+        stored = {name: found for name, found in stored.items() if name not in dropped}
     groups = list(mapping.groups(rules, m))
     _check_names(stored.keys(), {group.ours for group in groups}, step)
     units = [_exported_group(group, stored[group.ours], m, rows, dtype) for group in groups]

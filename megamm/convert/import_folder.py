@@ -27,7 +27,7 @@ from megamm.checkpoint.rank_file import ALIGNMENT, frame
 from megamm.checkpoint.tensor_shards import Shape
 from megamm.common import events
 from megamm.common.errors import UserError
-from megamm.config import ModelConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
+from megamm.config import ModelConfig, MTPConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
 from megamm.convert.conversion import ConversionJob, log_plan
 from megamm.convert.families import mapping
 from megamm.convert.families.mapping import TensorGroup, TensorRule
@@ -113,7 +113,9 @@ def _read_config(folder: Path, run: Path, overrides: Sequence[str]) -> RunConfig
         metadata = read_metadata(folder)[2]
         apply_overrides(metadata["config"], overrides)
         config = config_from_dict(metadata["config"], where=folder / METADATA)
-        return config.model_copy(update={"model": with_own_head(folder, config.model)})
+        # Modules of multi-token prediction are not exported, so that the imported model has none.
+        model = config.model.model_copy(update={"mtp": MTPConfig()})
+        return config.model_copy(update={"model": with_own_head(folder, model)})
     values: dict[str, Any] = {
         "output": str(run),
         "data": {"sources": [{"path": "none"}]},

@@ -15,6 +15,7 @@ import numpy as np
 
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
+from megamm.convert import exportable
 from megamm.mcore import ownership
 from megamm.model import layout
 from megamm.model.flops import parameter_count
@@ -168,11 +169,13 @@ def report(
     """Return the text of `megamm train CONFIG --dry-run`, and what is inconsistent (then the run must not start).
 
     The default vocabulary size comes from the data, and `init_from` is checked against it. rank: a rank whose
-    coordinates are printed too. UserError for an invalid layout or start, missing data, and a rank outside the world.
+    coordinates are printed too. UserError for an invalid layout or start, missing data, a run that cannot be exported
+    although the config requires it, and a rank outside the world.
     """
     layout.check(config, world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise UserError(f"rank {rank} is not one of {world_size} ranks", remedy=f"give --rank 0 to {world_size - 1}")
+    vocabulary = None
     if vocabulary_size is None:
         from megamm.data.pipeline.run_data import open_run_data
         from megamm.init_from.initialize import check as check_start
@@ -184,7 +187,9 @@ def report(
             raise UserError(error.what, where=error.where, remedy=remedy) from None
         check_start(config, vocabulary)
         vocabulary_size = vocabulary.size
-    return describe(config, vocabulary_size, world_size, rank)
+    exported = exportable.check(config, vocabulary)
+    text, found = describe(config, vocabulary_size, world_size, rank)
+    return f"{text}\n{exported}", found
 
 
 def describe(

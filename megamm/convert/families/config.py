@@ -84,6 +84,8 @@ def to_config(
     positions = max(seq_length, origin.get("max_position_embeddings") or 0)
     values |= {"vocab_size": vocabulary_size, "max_position_embeddings": positions, **special}
     values |= _to_windows(family, m)
+    if "num_nextn_predict_layers" in _defaults(family):
+        values["num_nextn_predict_layers"] = 0
     scaling = m.rope_scaling
     rope = {_ROPE_SCALING[key]: getattr(scaling, key) for key in _ROPE_NEEDS[scaling.kind]}
     if scaling.kind == "yarn":  # other engines do not know some keys: written only where they have an effect
@@ -165,7 +167,9 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
         theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
     except Exception as error:  # transformers raises many kinds for a damaged one
         raise _unreadable(error, where) from None
-    _refuse_unknown(family, values, where)
+    if unread := unread_keys(family, values, where):
+        names = ", ".join(unread)
+        log.info("%s: skipping keys that transformers' %s does not read: %s", where, family.architecture, names)
     for key, value in family.fixed.items():
         if getattr(theirs, key) != value:
             raise _inexpressible(key, getattr(theirs, key), where)
@@ -179,19 +183,17 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
     return family, section
 
 
-def _refuse_unknown(family: Family, values: dict[str, Any], where: Path) -> None:
-    """Raise UserError for a key that transformers reads but our tables lack; log the keys that it does not read."""
-    known, ignored = family.known_keys() | _of_any_model(), []
+def unread_keys(family: Family, values: dict[str, Any], where: Path) -> list[str]:
+    """Keys of a config.json that transformers does not read. Raises UserError for one that only our tables lack."""
+    known, unread = family.known_keys() | _of_any_model(), []
     for key, value in values.items():
         # Keys with a leading _ are notes on the file's origin; token ids are read from the tokenizer.
         if key in known or key.startswith("_") or key.endswith("_token_id") or value is None:
             continue
         if key in read_keys(family.model_type):
             raise _inexpressible(key, value, where)
-        ignored.append(key)
-    if ignored:
-        names = ", ".join(ignored)
-        log.info("%s: skipping keys that transformers' %s does not read: %s", where, family.architecture, names)
+        unread.append(key)
+    return unread
 
 
 def _nested(dotted: dict[str, Any]) -> dict[str, Any]:

@@ -26,10 +26,16 @@ _ROPE = {"rope_base", "rope_scaling.kind", "rope_scaling.factor", "rope_scaling.
 _ROPE |= {"rope_scaling.high_freq_factor", "rope_scaling.original_length"}
 _ROPE |= {f"rope_scaling.{name}" for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 _YARN = {"rope_scaling.attention_factor", "rope_scaling.truncate"}
-_TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.loss_weight", "init_std"}
-_TRAINING |= {f"megatron.{name}" for name in ("moe_z_loss_coeff", "moe_router_dtype", "deterministic_mode")}
-_TRAINING |= {"megatron.hidden_dropout"}
-"""Our fields that do not change what the weights compute."""
+_TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.num_layers", "mtp.loss_weight", "init_std"}
+_MEGATRON = ("moe_z_loss_coeff", "moe_router_dtype", "moe_input_jitter_eps", "moe_expert_capacity_factor")
+_MEGATRON += ("moe_token_drop_policy", "moe_pad_expert_input_to_capacity", "moe_permute_fusion", "moe_router_fusion")
+_MEGATRON += ("moe_shared_expert_overlap", "hidden_dropout", "attention_dropout", "deterministic_mode")
+_MEGATRON += ("gradient_accumulation_fusion", "apply_rope_fusion", "masked_softmax_fusion", "bias_activation_fusion")
+_MEGATRON += ("bias_dropout_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "perform_initialization")
+_MEGATRON += ("embedding_init_method_std", "attention_softmax_in_fp32", "fp32_residual_connection", "fp8", "fp8_recipe")
+_MEGATRON += ("cpu_offloading", "cpu_offloading_num_layers", "tp_comm_overlap", "recompute_modules")
+_TRAINING |= {f"megatron.{name}" for name in _MEGATRON}
+"""Our fields that do not change what the weights compute. Modules of multi-token prediction are not exported."""
 _IGNORED = {"vocab_size", "max_position_embeddings", "attention_dropout", "use_cache"}
 _IGNORED |= {"rope_parameters", "rope_theta", "rope_scaling", "rope_local_base_freq"}
 _IGNORED |= {"sliding_window", "use_sliding_window", "layer_types", "sliding_window_pattern", "_sliding_window_pattern"}

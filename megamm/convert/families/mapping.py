@@ -19,6 +19,8 @@ from megamm.config import ModelConfig
 
 Tensors = dict[str, torch.Tensor]
 LAYERS, EMBEDDING, HEAD = "decoder.layers.", "embedding.word_embeddings.weight", "output_layer.weight"
+PREDICTION = "mtp."
+"""Prefix of the stored tensors of multi-token prediction, which no family has."""
 HEAD_THERE = "lm_head.weight"
 """Their name of the output layer's weight."""
 
