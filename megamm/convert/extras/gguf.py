@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tokenizers import Tokenizer
 
 from megamm.common.errors import UserError
 from megamm.convert.io.export_folder import read_metadata
@@ -152,7 +153,7 @@ def _add_tokenizer(writer: Any, export: Path, theirs: Any) -> None:
         id_ = getattr(theirs, f"{name}_token_id")
         if id_ is not None:
             getattr(writer, f"add_{name}_token_id")(id_ if isinstance(id_, int) else id_[0])
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(Tokenizer.from_file(str(file)).encode("").ids[:1] == [theirs.bos_token_id])
 
 
 def _split(pre_tokenizer: dict[str, Any]) -> str | None:
