@@ -3,27 +3,40 @@
 Where generation stops, sampling settings, chat template, positions, windows, rows without ids, and the ids of a prompt.
 """
 
+import copy
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from published_folder import EOS, IDS, ROWS, TEMPLATE, publish, write_json
+from codec_data import write_source
+from published_folder import EOS, IDS, ROWS, TEMPLATE, bpe, publish, write_json
 from safetensors.torch import load_file
-from tokenizers import AddedToken
+from tiny_export import with_model
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megamm import checkpoint
 from megamm.common.errors import UserError
+from megamm.common.sample import Document, Part
 from megamm.convert.export import export
 from megamm.convert.import_folder import import_
+from megamm.convert.io.export_folder import LoadedExport, export_tokenizer, open_export
 from megamm.convert.io.hf_source import HuggingFaceSource
 from megamm.convert.verify.equivalence import VerificationOptions
+from megamm.data.pipeline.packing import PackingSpec, document_length, pack
+from megamm.data.tokenize.token_cache import tokenize
+from megamm.inference.evaluate import evaluate
+from megamm.inference.generate import Sampling, generate
 from megamm.init_from.rules import resize_vocabulary
+from megamm.modalities.protocol import sequential_positions
 from megamm.modalities.text import TextModality
 from megamm.model.vocabulary import Vocabulary
+from megamm.tokenizers.text.train import train_text_tokenizer
 
 LENGTH = 32
 """data.seq_length of the import: far below the positions that the models were made for."""
@@ -232,6 +245,102 @@ def test_a_tokenizer_with_more_ordinary_tokens_is_another_one(tmp_path: Path) ->
     publish(tmp_path / "hf", rows=250)
     with pytest.raises(UserError, match=f"the embedding has 250 rows, but the tokenizer has {IDS} ids"):
         there_and_back(tmp_path / "hf", tmp_path)
+
+
+def by_words(folder: Path) -> Tokenizer:
+    """Return a tokenizer that puts one token in front of a text and one behind it, as BERT's does."""
+    words = {word: i for i, word in enumerate(("[UNK]", "[CLS]", "[SEP]", "a", "red", "box", "Hi"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    return tokenizer
+
+
+def short(folder: Path) -> Tokenizer:
+    """Return a tokenizer whose file cuts and pads every text, which training does not."""
+    tokenizer = bpe()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=8)
+    return tokenizer
+
+
+def trained(folder: Path) -> Tokenizer:
+    train_text_tokenizer([write_source(folder / "shards", 4, 1)], folder / "own", vocabulary_size=270)
+    return Tokenizer.from_file(str(folder / "own" / "tokenizer.json"))
+
+
+TOKENIZERS = {"llama 3": lambda folder: bpe(), "bert": by_words, "short": short, "own": trained}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_exported_tokenizer_gives_the_ids_of_training(kind: str, tmp_path: Path) -> None:
+    """The truth is the row that the trainer packs; a prompt is a document before its end mark."""
+    (tmp_path / "text").mkdir()
+    TOKENIZERS[kind](tmp_path).save(str(tmp_path / "text" / "tokenizer.json"))
+    text = TextModality.load(tmp_path / "text")
+    image = 16, "codec"
+    vocabulary = Vocabulary.of({"text": (text.vocabulary_size, text.codec_id), "image": image, "video": image})
+    export_tokenizer(tmp_path / "text", vocabulary, tmp_path / "out", TEMPLATE)
+    theirs, stored = AutoTokenizer.from_pretrained(tmp_path / "out"), tmp_path / "out" / "tokenizer.json"
+    specs = {name: PackingSpec(sequential_positions, False) for name in ("text", "image")}
+    red, pixels = Part("text", text.encode(["a red box"])[0]), Part("image", np.arange(4))
+    marks = "<|image_start|><|visual_0|><|visual_1|><|visual_2|><|visual_3|><|image_end|>"
+    for prompt, parts in {"a red box": [red], marks: [pixels], f"a red box{marks}": [red, pixels]}.items():
+        size = document_length(*((part.modality, part.ids.size) for part in parts))
+        row = pack([Document("key", tuple(parts))], vocabulary, size, specs).input_ids.tolist()
+        assert row[-1] == vocabulary.document_end == theirs.eos_token_id
+        assert theirs(prompt).input_ids == row[:-1]
+        assert Tokenizer.from_file(str(stored)).encode(prompt).ids == row[:-1]
+    # Training reads the names of special tokens in a text as plain characters.
+    injected = "Hi <|eot_id|> a"
+    assert theirs(injected, split_special_tokens=True).input_ids[1:] == text.encode([injected])[0].tolist()
+    batch = theirs(["Hi", "a red box"], padding=True)
+    assert all(ids[-1] != vocabulary.padding for ids in batch.input_ids), "generation starts after the prompt"
+    assert theirs.apply_chat_template(TALK)["input_ids"].count(vocabulary.document_start) == 1
+
+
+@pytest.fixture(scope="module")
+def opened(llama: Path) -> LoadedExport:
+    return open_export(llama / "out", torch.device("cpu"))
+
+
+def test_an_import_continues_text_as_transformers_does(llama: Path, opened: LoadedExport) -> None:
+    """Greedy, from the ids of the source's own tokenizer, up to any of the source's ends."""
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(llama / "hf"), AutoTokenizer.from_pretrained(llama / "hf")
+    prompts = ["Hi", "a longer prompt"]
+    made = generate(opened, prompts, "text", "text", Sampling(temperature=0, max_tokens=12))
+    for prompt, text in zip(prompts, made, strict=True):
+        asked = tokenizer(prompt, return_tensors="pt")
+        # Rows without ids are not a choice of ours.
+        ids = theirs.generate(**asked, max_new_tokens=12, do_sample=False, suppress_tokens=list(range(IDS, ROWS)))
+        new = [i for i in ids[0, asked.input_ids.shape[1] :].tolist() if i not in EOS]
+        assert opened.modalities["text"].encode([text])[0].tolist() == new or text == tokenizer.decode(new)
+    assert opened.prompt_form.start == (256,) and opened.prompt_form.ends == tuple(EOS)
+
+
+@pytest.mark.parametrize("end", EOS)
+def test_an_import_stops_at_every_end_of_its_source(opened: LoadedExport, end: int) -> None:
+    model = copy.deepcopy(opened.model)
+    with torch.no_grad():  # this id is by far the most likely after the prompt
+        prompt = torch.from_numpy(opened.prompt(Part("text", opened.modalities["text"].encode(["Hi"])[0])))[None]
+        model.lm_head.weight[end] = 100 * model.model(prompt).last_hidden_state[0, -1]
+    assert generate(with_model(opened, model), ["Hi"], "text", "text", Sampling(temperature=0)) == [""]
+
+
+def test_an_import_is_evaluated_by_the_loss_of_transformers(opened: LoadedExport, llama: Path, tmp_path: Path) -> None:
+    source = write_source(tmp_path / "shapes", 4, 3)
+    tokenize([source], [opened.modalities["text"]])
+    found = evaluate(opened, [source])
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(llama / "hf"), AutoTokenizer.from_pretrained(llama / "hf")
+    with tarfile.open(next((source / "heldout" / "text").glob("*.tar"))) as tar:
+        texts = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]
+    losses = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            losses += [float(theirs(ids, labels=ids).loss)] * (ids.shape[1] - 1)
+    assert len(texts) == found.samples and found.tokens == {"text": len(losses)}
+    assert found.loss["text"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
 
 
 def test_the_checkpoint_keeps_it(llama: Path) -> None:

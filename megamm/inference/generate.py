@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from megamm.common.errors import UserError
-from megamm.common.sample import Document, IntArray, Part
+from megamm.common.sample import IntArray, Part
 from megamm.convert.io.export_folder import LoadedExport
 from megamm.data.pipeline.packing import document_length
 from megamm.modalities.protocol import Modality
@@ -51,10 +51,10 @@ class Sampling:
 
 
 class ValidTokens(LogitsProcessor):
-    """Excludes every id that is invalid at the target's current index; `stop` is None for a fixed length."""
+    """Excludes every id that is invalid at the target's current index; `stops` is empty for a fixed length."""
 
-    def __init__(self, modality: Modality, first_id: int, stop: int | None, prompt_length: int) -> None:
-        self.modality, self.first_id, self.stop, self.prompt_length = modality, first_id, stop, prompt_length
+    def __init__(self, modality: Modality, first_id: int, stops: Sequence[int], prompt_length: int) -> None:
+        self.modality, self.first_id, self.stops, self.prompt_length = modality, first_id, list(stops), prompt_length
 
     def __call__(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         index = input_ids.shape[1] - self.prompt_length
@@ -64,8 +64,8 @@ class ValidTokens(LogitsProcessor):
         kept[:, valid] = scores_BV[:, valid]
         is_text = self.modality.name == "text"
         # Only text may be empty; other media end after at least one whole latent frame.
-        if self.stop is not None and index % self.modality.stride == 0 and (index or is_text):
-            kept[:, self.stop] = scores_BV[:, self.stop]
+        if self.stops and index % self.modality.stride == 0 and (index or is_text):
+            kept[:, self.stops] = scores_BV[:, self.stops]
         return kept
 
 
@@ -89,7 +89,8 @@ def generate(export: LoadedExport, media: Sequence[Any], source: str, target: st
     UserError if the export lacks a modality, both are the same, or an item is too long for the model.
     """
     reader, codec = modality_in(export, source), modality_in(export, target)
-    if source == target:
+    # A model imported without control ids can only continue text.
+    if source == target and export.vocabulary.has_control:
         raise UserError(f"cannot generate {source} to {target}", remedy="choose a target other than the source")
     parts = [Part(source, ids) for ids in reader.encode(media)]
     items = [_prompt(export, part, target) for part in parts]
@@ -105,8 +106,7 @@ def _prompt(export: LoadedExport, part: Part, target: str) -> IntArray:
             f"{part.modality} of {len(part.ids)} tokens leaves no room for {target} in {export.config.data.seq_length}"
         )
         raise UserError(what, where=export.folder, remedy="give a shorter input")
-    length = document_length((part.modality, len(part.ids)))
-    before_end = export.row(Document("prompt", (part,)), length).input_ids[:-1]
+    before_end = export.prompt(part)
     return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
 
 
@@ -124,28 +124,31 @@ def _continue(
 ) -> list[IntArray]:
     vocabulary, modality = export.vocabulary, export.modalities[target]
     ids_range, fixed = vocabulary[target], modality.tokens_per_item
-    stop = vocabulary.document_end if target == "text" else vocabulary.end(target)
+    stops = export.prompt_form.ends if target == "text" else (vocabulary.end(target),)
+    padding = export.prompt_form.padding
     longest = max(map(len, prompts))
     # Padded on the left, so that all prompts end at the same position.
-    padded = [np.pad(p, (longest - len(p), 0), constant_values=vocabulary.padding) for p in prompts]
+    padded = [np.pad(p, (longest - len(p), 0), constant_values=padding) for p in prompts]
+    mask = [np.pad(np.ones(len(p), dtype=np.int64), (longest - len(p), 0)) for p in prompts]
     input_BS = torch.from_numpy(np.stack(padded)).to(export.device)
     config = GenerationConfig(
         max_new_tokens=fixed or _most_tokens(modality, sampling, export.config.data.seq_length - longest),
         do_sample=False,  # the noise samples
-        bos_token_id=vocabulary.document_start,
-        eos_token_id=stop,
-        pad_token_id=vocabulary.padding,
+        eos_token_id=list(stops),
+        pad_token_id=padding,
     )
     output_BS = export.model.generate(
         input_BS,
-        attention_mask=(input_BS != vocabulary.padding).long(),
+        attention_mask=torch.from_numpy(np.stack(mask)).to(export.device),
         generation_config=config,
         logits_processor=_processors(
-            ValidTokens(modality, ids_range.start, None if fixed else stop, longest), sampling, seeds
+            ValidTokens(modality, ids_range.start, () if fixed else stops, longest), sampling, seeds
         ),
     )
     new_BT = output_BS[:, longest:].cpu().numpy()
-    return [ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start for ids in new_BT]
+    # After an end there is padding, whose id can be one of the text's.
+    ended = [ids[: int(np.isin(ids, stops).argmax())] if np.isin(ids, stops).any() else ids for ids in new_BT]
+    return [ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start for ids in ended]
 
 
 def _most_tokens(modality: Modality, sampling: Sampling, room: int) -> int:

@@ -22,18 +22,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import AddedToken, Tokenizer, processors
 
 from megamm.checkpoint import TrainState
 from megamm.common.errors import UserError
-from megamm.common.sample import Document, Row
+from megamm.common.sample import IGNORE_LABEL, Document, IntArray, Part, Row
 from megamm.config import RunConfig, config_from_dict
-from megamm.convert.io.origin import ChatTemplate, read_chat_template
+from megamm.convert.io.origin import ChatTemplate, read_chat_template, read_origin
 from megamm.convert.io.safetensors_files import Weights
 from megamm.convert.io.unused import unused
-from megamm.data.pipeline.packing import pack
+from megamm.data.pipeline.packing import DOCUMENT_MARKS, document_length, pack
 from megamm.data.pipeline.run_data import load_modalities, packing_specs, vocabulary_of
 from megamm.modalities.protocol import Modality
 from megamm.model.vocabulary import DOCUMENT_START, Vocabulary
@@ -258,6 +259,15 @@ def _digest(file: Path) -> str:
 
 
 @dataclass(frozen=True)
+class PromptForm:
+    """The ids around a document: `start` before its first part, `ends` after its last one, and `padding` of a batch."""
+
+    start: tuple[int, ...]
+    ends: tuple[int, ...]
+    padding: int
+
+
+@dataclass(frozen=True)
 class LoadedExport:
     """An open export; `step` is the training step of its weights. The weights are read on first use of `model`."""
 
@@ -273,11 +283,66 @@ class LoadedExport:
         """The transformers model, in eval mode on the device. Raises UserError if weights are missing or do not fit."""
         model = load_stock(self.folder)
         log.info("%s from step %d on %s, %s", type(model).__name__, self.step, self.device, model.dtype)
+        # Otherwise `generate` takes over every setting that its caller leaves out, such as a penalty for repetitions.
+        model.generation_config = type(model.generation_config)()
         return model.to(self.device)
 
+    @cached_property
+    def prompt_form(self) -> PromptForm:
+        """The form of training; for an imported model without control ids, that of its own tokenizer and settings."""
+        v = self.vocabulary
+        if v.has_control:
+            return PromptForm((v.document_start,), (v.document_end,), v.padding)
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        read = tokenizer("a", return_special_tokens_mask=True)
+        before = next(i for i, is_special in enumerate(read.special_tokens_mask) if not is_special)
+        if before > DOCUMENT_MARKS:
+            what = f"the tokenizer puts {before} ids in front of a text, the most is {DOCUMENT_MARKS}"
+            raise UserError(what, where=self.folder, remedy="change the post_processor of its tokenizer.json")
+        ends = read_origin(self.folder, v, v.size).ends()
+        if not ends and tokenizer.eos_token_id is not None:
+            ends = [tokenizer.eos_token_id]
+        # Padding is masked, so any id serves.
+        padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        return PromptForm(tuple(read.input_ids[:before]), tuple(ends), padding)
+
+    def prompt(self, *parts: Part) -> IntArray:
+        """The ids `[T]` of a document's first parts, as in training."""
+        if self.vocabulary.has_control:
+            length = document_length(*((part.modality, len(part.ids)) for part in parts))
+            return self.row(Document("prompt", parts), length).input_ids[:-1]
+        ids = np.concatenate([np.array(self.prompt_form.start, dtype=np.int64), *(part.ids for part in parts)])
+        if not ids.size:
+            raise UserError("the prompt is empty", where=self.folder, remedy="give a text of at least one token")
+        if ids.max() >= self.vocabulary.size:
+            what = f"token id {ids.max()} has no row in the model, which has {self.vocabulary.size}"
+            raise UserError(what, where=self.folder, remedy="remove this token from the text")
+        return ids
+
     def row(self, document: Document, length: int) -> Row:
-        """One document as in training, padded to `length` tokens."""
-        return pack([document], self.vocabulary, length, packing_specs(self.modalities, length))
+        """One document as in training, padded to `length` tokens.
+
+        Without control ids every id counts as a label except those in front of the text.
+        """
+        if self.vocabulary.has_control:
+            return pack([document], self.vocabulary, length, packing_specs(self.modalities, length))
+        ids = self.prompt(*document.parts)
+        row = Row(
+            input_ids=np.full(length, self.prompt_form.padding, dtype=np.int64),
+            labels=np.full(length, IGNORE_LABEL, dtype=np.int64),
+            loss_weight=np.zeros(length, dtype=np.float32),
+            segment=np.full(length, -1, dtype=np.int64),
+            position=np.zeros((3, length), dtype=np.int64),
+            modality=np.full(length, -1, dtype=np.int64),
+        )
+        row.input_ids[: ids.size], row.segment[: ids.size] = ids, 0
+        row.position[:, : ids.size] = np.arange(ids.size)
+        first = max(1, len(self.prompt_form.start))  # the index of the first id that is a label
+        row.labels[first - 1 : ids.size - 1] = ids[first:]
+        row.modality[first - 1 : ids.size - 1], row.loss_weight[first - 1 : ids.size - 1] = 0, 1.0
+        return row
 
 
 def load_stock(folder: Path, dtype: torch.dtype | None = None) -> Any:
@@ -312,6 +377,11 @@ def open_export(folder: Path, device: torch.device) -> LoadedExport:
     """Open an export with its own codecs. Raises UserError if it is not an export, or a codec was exchanged."""
     config, vocabulary, metadata = read_metadata(folder)
     modalities = load_modalities(config.tokenizers, device)
-    if vocabulary_of(modalities) != vocabulary:
+    if not vocabulary.has_control:  # imported from a plain folder, whose tokenizer may have tokens without a row
+        text, ours = vocabulary_of(modalities)["text"], vocabulary["text"]
+        does_match = text.codec_id == ours.codec_id and text.size >= ours.size
+    else:
+        does_match = vocabulary_of(modalities) == vocabulary
+    if not does_match:
         raise UserError("the codecs do not match the model's vocabulary", where=folder / "codecs", remedy=_REMEDY)
     return LoadedExport(folder, config, vocabulary, modalities, metadata["step"], device)

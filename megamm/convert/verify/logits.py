@@ -166,7 +166,8 @@ def relative_differences(ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[s
 def logits_difference(run: Path, export_folder: Path, on: device.Device, rows: int = 20) -> float:
     """Largest absolute logit difference between an export and its run, over the first `rows` held-out rows of the run.
 
-    Raises UserError if the export's step differs from the step of the run's newest checkpoint.
+    A run that was imported from a plain folder has none: random rows are used. Raises UserError if the export's step
+    differs from the step of the run's newest checkpoint.
     """
     folder = find_checkpoint(run)
     state, step = checkpoint.read_state(folder), read_metadata(export_folder)[2]["step"]
@@ -174,6 +175,10 @@ def logits_difference(run: Path, export_folder: Path, on: device.Device, rows: i
         what = f"the export is of step {step}, but the run's newest checkpoint is of step {state.step}"
         raise UserError(what, where=export_folder, remedy="export the run again")
     config: RunConfig = config_from_dict(state.config, where=folder)
-    heldout = open_run_data(config).heldout_rows[:rows]
+    vocabulary = Vocabulary.from_json(state.vocabulary)
+    if vocabulary.has_control:
+        heldout = open_run_data(config).heldout_rows[:rows]
+    else:  # an import of a plain folder has no data
+        heldout = random_rows(vocabulary.size, min(128, config.data.seq_length))
     with our_model(folder, on) as ours, their_model(export_folder, on) as theirs:
         return max(float((ours(r).stages[LOGITS] - theirs(r).stages[LOGITS]).abs().max()) for r in heldout)
