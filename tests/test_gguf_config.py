@@ -67,16 +67,17 @@ def changed(export, folder, changes):
     return folder
 
 
+SIBLING = pytest.mark.everything
 ACCEPTED = [
-    ("llama", {"rope_parameters": YARN}),
+    pytest.param("llama", {"rope_parameters": YARN}, marks=SIBLING),
     ("llama", {"rope_parameters": YARN | {"attention_factor": 0.8}}),
     ("llama", {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}}),
-    ("llama", {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0}}),
+    pytest.param("llama", {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0}}, marks=SIBLING),
     ("qwen2", {"rope_parameters": YARN}),
-    ("qwen3_moe", {"rope_parameters": YARN}),
-    ("mixtral", {"rope_parameters": LLAMA3}),
+    pytest.param("qwen3_moe", {"rope_parameters": YARN}, marks=SIBLING),
+    pytest.param("mixtral", {"rope_parameters": LLAMA3}, marks=SIBLING),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("mistral", {"sliding_window": 64}),  # as long as the context: it masks nothing
+    pytest.param("mistral", {"sliding_window": 64}, marks=SIBLING),  # as long as the context: it masks nothing
     ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1}),  # as Qwen2.5 publishes it
     ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2, "layer_types": None}),
     # Keys that transformers' LlamaConfig does not read.
@@ -94,14 +95,16 @@ def test_llama_cpp_computes_what_is_accepted(exports, tmp_path, kind, changes):
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}
 REFUSED = [
     ("mistral", {"sliding_window": 16}, "sliding_window = 16"),
-    ("mixtral", {"sliding_window": 16}, "sliding_window = 16"),
+    pytest.param("mixtral", {"sliding_window": 16}, "sliding_window = 16", marks=SIBLING),
     ("qwen2", WINDOW | {"max_window_layers": 1, "layer_types": None}, "sliding_window = 16"),
-    ("qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, "sliding_window = 16"),
-    ("qwen3_moe", WINDOW, "sliding_window = 16"),
+    pytest.param(
+        "qwen3", WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}, "sliding_window = 16", marks=SIBLING
+    ),
+    pytest.param("qwen3_moe", WINDOW, "sliding_window = 16", marks=SIBLING),
     ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob = False"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act = gelu"),
     ("qwen3", {"attention_bias": True}, "attention_bias = True"),
-    ("qwen3_moe", {"attention_bias": True}, "attention_bias = True"),
+    pytest.param("qwen3_moe", {"attention_bias": True}, "attention_bias = True", marks=SIBLING),
     ("qwen3", {"rope_parameters": LLAMA3}, "rope_type llama3"),
 ]
 
