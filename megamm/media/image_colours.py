@@ -120,14 +120,14 @@ class _Transforms:
     @staticmethod
     @lru_cache(maxsize=16)
     def of_profile(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-        """From pixels of this mode with this profile."""
+        """The transform from pixels of this mode with this profile."""
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
 
     @staticmethod
     @lru_cache(maxsize=1)
     def of_lab() -> ImageCms.ImageCmsTransform:
-        """From CIE L*a*b* (D50)."""
+        """The transform from CIE L*a*b* (D50)."""
         return ImageCms.buildTransform(ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB"), "LAB", "RGB")
 
 

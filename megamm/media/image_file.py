@@ -1,9 +1,9 @@
 """Image files (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, HEIC) -> upright sRGB picture -> square uint8 `[Y, X, 3]`.
 
 Of a file with several pictures (animation, MPO, pages of a TIFF), the first is read. Colours are converted to 8-bit
-sRGB (media/image_colours.py). Every image becomes a square of the wanted size: EXIF rotation is applied, transparency is
-replaced by white, the image is scaled with antialiasing (Lanczos) to fit, and padded with white, so nothing is cropped
-or stretched.
+sRGB (media/image_colours.py). Every image becomes a square of the wanted size: EXIF rotation is applied, transparency
+is replaced by white, the image is scaled with antialiasing (Lanczos) to fit, and padded with white, so nothing is
+cropped or stretched.
 """
 
 import io
