@@ -288,6 +288,6 @@ def test_a_medium_that_its_tar_cuts_off_is_named(tmp_path):
     """The tar was whole when its headers were read; another program shortened it afterwards."""
     (tmp_path / "0.tar").write_bytes(wide_png()[:100])
     part = RawPart("image", "0.tar:a.png", ByteRange(tmp_path / "0.tar", 0, 200))
-    checks = MediaChecks(tmp_path, 32, CurationOptions(), REGISTRY)
+    checks = MediaChecks(tmp_path, 32, CurationOptions(), frozenset(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (part,)), checks)
     assert found == SkippedSample("broken", "0.tar:a.png", "truncated")

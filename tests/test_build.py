@@ -279,7 +279,7 @@ def test_a_hostile_drawing_is_only_unreadable(data):
 def test_a_large_file_is_refused_unread(tmp_path):
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(65 * 2**20)
-    checks = MediaChecks(tmp_path, 32, CurationOptions(), REGISTRY)
+    checks = MediaChecks(tmp_path, 32, CurationOptions(), frozenset(), REGISTRY)
     found = check_sample(RawSample("k", "noun", (RawPart("image", "large.png"),)), checks)
     assert found == SkippedSample("broken", "large.png", "larger than 64 MiB")
 

@@ -181,7 +181,7 @@ def test_rules_and_masking_are_counted(tmp_path):
 
 def test_unknown_fields_are_reported(tmp_path):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "samples.jsonl").write_text('{"text": "x", "imgae": "a.png"}\n{"text": "y", "width": 3}\n')
+    (tmp_path / "mine" / "samples.jsonl").write_text('{"text": "x", "imgae": "a"}\n{"text": "y", "width": 3}\n')
     (report,) = build([tmp_path / "mine"], tmp_path / "shards", BuildOptions())
     assert report.ignored_fields == {"imgae": 1, "width": 1}
 

@@ -43,6 +43,10 @@ def build_shards(
         float, typer.Option(help="share of the other captions, of words that all occur in training")
     ] = 0.0,
     max_broken: Annotated[float, typer.Option(help="share of broken samples above which nothing is written")] = 0.02,
+    allow_missing: Annotated[
+        list[str] | None,
+        typer.Option(help="modality whose unreadable parts are dropped, not their samples; may be repeated"),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="random subset of at most this many samples per source")] = None,
     image_size: Annotated[int, typer.Option(help="pixels of the longer side of a rendered drawing")] = 128,
     min_characters: Annotated[int, typer.Option(help="least characters of a sample's texts")] = 1,
@@ -75,9 +79,10 @@ def build_shards(
         max_clipped=max_clipped,
         mask_pii=mask_pii,
     )
-    options = BuildOptions(heldout, heldout_combinations, max_broken, limit, image_size, form, curation)
+    missing = tuple(allow_missing or ())
+    options = BuildOptions(heldout, heldout_combinations, max_broken, limit, image_size, form, curation, missing)
     for report in build(raws, to, options):
-        print(report.summary())
+        print("\n".join([report.summary(), *report.details()]))
     print(f"{to}/report.json lists every skipped sample")
 
 

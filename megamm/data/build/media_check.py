@@ -28,8 +28,8 @@ from megamm.data.build.curation import (
     mask,
     signature,
 )
-from megamm.data.raw.readers import ALIASES
-from megamm.data.raw.samples import RawPart, RawSample
+from megamm.data.raw.extensions import ALIASES
+from megamm.data.raw.samples import Missing, RawPart, RawSample
 from megamm.modalities.protocol import Modality
 
 MAX_BYTES = {"image": 64 * 2**20, "video": 2**30}
@@ -47,6 +47,8 @@ class MediaChecks:
     root: Path
     image_size: int
     curation: CurationOptions
+    may_miss: frozenset[str]
+    """Modalities without which a sample is still used."""
     modalities: Mapping[str, type[Modality]]
 
 
@@ -67,6 +69,7 @@ class CheckedSample:
     parts: tuple[CheckedPart, ...]
     sketch: Signature | None = None
     masked: Counter[str] = field(default_factory=Counter)
+    missing: tuple[Missing, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,28 @@ class SkippedSample:
 
 
 def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | SkippedSample:
-    """Check a sample; returns what to store of it, or why it is skipped. It is kept as a whole or not at all."""
-    parts, texts, masked, what = [], [], Counter[str](), sample.key
+    """Check a sample; returns what to store of it, or why it is skipped.
+
+    It is kept as a whole or not at all, except for parts of modalities that may be missing.
+    """
+    parts: list[CheckedPart] = []
+    texts, masked, what = [], Counter[str](), sample.key
+    missing = list(sample.missing)
     try:
-        for part in sample.parts:
+        for number, part in enumerate(sample.parts):
             what = sample.key if part.modality == "text" else part.content
+            try:
+                checked, found = _checked_part(part, checks)
+            except UnreadableMedia as error:
+                # The last part cannot be missing.
+                if part.modality not in checks.may_miss or len(parts) + len(sample.parts) - number == 1:
+                    raise
+                missing.append(Missing(part.modality, str(error)))
+                continue
+            masked += found
+            parts.append(checked)
             if part.modality == "text":
-                text, found = mask(part.content) if checks.curation.mask_pii else (part.content, Counter[str]())
-                masked += found
-                texts.append(text)
-                data, ext = text.encode(), checks.modalities["text"].extensions[0]
-            else:
-                data, ext = _medium(part, checks)
-            # The digest is of the decoded content, so it identifies a picture whatever its file format or metadata.
-            digest = checks.modalities[part.modality].check_media(data, ext)
-            if part.modality in MEDIA_CHECKS:
-                MEDIA_CHECKS[part.modality](data, ext, checks.curation)
-            parts.append(CheckedPart(part.modality, ext, data, digest))
+                texts.append(checked.data.decode())
         # The rules for texts apply to all texts of a document together.
         what, whole = sample.key, "\n".join(texts)
         if texts:
@@ -106,7 +114,22 @@ def check_sample(sample: RawSample, checks: MediaChecks) -> CheckedSample | Skip
         return SkippedSample(error.rule, what, str(error))
     # Only documents are compared: a long caption may belong to many media.
     compared = checks.curation.near_duplicates > 0 and (sample.ordered or len(texts) == len(parts))
-    return CheckedSample(tuple(parts), signature(whole) if compared else None, masked)
+    return CheckedSample(tuple(parts), signature(whole) if compared else None, masked, tuple(missing))
+
+
+def _checked_part(part: RawPart, checks: MediaChecks) -> tuple[CheckedPart, Counter[str]]:
+    """A part for the shards, and the personal data masked in it. Raises UnreadableMedia or FilteredOut."""
+    found = Counter[str]()
+    if part.modality == "text":
+        text, found = mask(part.content) if checks.curation.mask_pii else (part.content, found)
+        data, ext = text.encode(), checks.modalities["text"].extensions[0]
+    else:
+        data, ext = _medium(part, checks)
+    # The digest is of the decoded content, so it identifies a picture whatever its file format or metadata.
+    digest = checks.modalities[part.modality].check_media(data, ext)
+    if part.modality in MEDIA_CHECKS:
+        MEDIA_CHECKS[part.modality](data, ext, checks.curation)
+    return CheckedPart(part.modality, ext, data, digest), found
 
 
 def _medium(part: RawPart, checks: MediaChecks) -> tuple[bytes, str]:

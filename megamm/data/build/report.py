@@ -1,12 +1,13 @@
-"""The result for every sample of a build: report.json of a source, a console line, and the merged reports.
+"""The result for every sample of a build: report.json of a source, console lines, and the merged reports.
 
 Out: SHARDS/<source>/report.json with counts and, by rule, each skipped sample with its reason; SHARDS/report.json
 and SHARDS/ATTRIBUTION.md with those of all sources.
 """
 
 import json
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,41 @@ SKIP_RULES = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
 """Rules by which a sample can be skipped, in the order of the report."""
 
 
+EXAMPLES = 3
+"""Names shown of each reason."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Samples with the same reason: the first one's, in full, their number, and the first names."""
+
+    reason: str
+    count: int
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        return f"{self.count} x {self.reason} ({', '.join(self.first)}{more})"
+
+
+def grouped(entries: list[dict[str, str]]) -> list[Reason]:
+    """Group {"what", "reason"} by reason, the most frequent first; numbers and details after a colon may differ."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for entry in entries:
+        groups.setdefault(re.sub(r"[\d.,]+", "N", re.split(r": | to ", entry["reason"])[0]), []).append(entry)
+    reasons = [
+        Reason(found[0]["reason"], len(found), tuple(entry["what"] for entry in found[:EXAMPLES]))
+        for found in groups.values()
+    ]
+    return sorted(reasons, key=lambda reason: -reason.count)
+
+
 @dataclass
 class BuildReport:
     """Results for one source's samples; left_out: rule -> [{"what", "reason"}]; media: bytes by modality.
+
+    missing: the same by modality, of samples that are used without a part of it (--allow-missing); no_data: number of
+    files that do not belong to the data, by kind.
 
     heldout_by: the keys of the held-out samples by the rule that holds them out (data/build/heldout.py).
     """
@@ -33,6 +66,8 @@ class BuildReport:
     parts: Counter[str] = field(default_factory=Counter)
     media_bytes: Counter[str] = field(default_factory=Counter)
     masked: Counter[str] = field(default_factory=Counter)
+    missing: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    no_data: Counter[str] = field(default_factory=Counter)
     ignored_fields: dict[str, int] = field(default_factory=dict)
     heldout_by: dict[str, list[str]] = field(default_factory=lambda: {rule: [] for rule in heldout.RULES})
     left_out: dict[str, list[dict[str, str]]] = field(default_factory=lambda: {rule: [] for rule in SKIP_RULES})
@@ -41,8 +76,10 @@ class BuildReport:
         """Record a skipped sample."""
         self.left_out[rule].append({"what": what, "reason": reason})
 
-    def count(self, split: str, sample: CheckedSample) -> None:
+    def count(self, split: str, key: str, sample: CheckedSample) -> None:
         """Record a sample stored in a split."""
+        for lost in sample.missing:
+            self.missing.setdefault(lost.modality, []).append({"what": key, "reason": lost.reason})
         setattr(self, split, getattr(self, split) + 1)
         self.masked += sample.masked
         for part in sample.parts:
@@ -64,6 +101,18 @@ class BuildReport:
             line += "; masked: " + ", ".join(f"{count} {kind}" for kind, count in sorted(self.masked.items()))
         return line
 
+    def details(self) -> list[str]:
+        """Console lines below the summary: counts by reason with the first names, parts missing, files of no use."""
+        lines = [f"{rule.replace('_', ' ')}: {r}" for rule in self.left_out for r in self.reasons(rule)]
+        for modality, entries in sorted(self.missing.items()):
+            lines += [f"used without {modality}: {reason}" for reason in grouped(entries)]
+        lines += [f"not read: {count} {kind}" for kind, count in sorted(self.no_data.items())]
+        return [f"  {line}" for line in lines]
+
+    def reasons(self, rule: str) -> list[Reason]:
+        """The samples that a rule skips, by reason."""
+        return grouped(self.left_out[rule])
+
     def first_reason(self) -> str:
         """The first broken sample and the reason."""
         if not self.left_out["broken"]:
@@ -73,7 +122,8 @@ class BuildReport:
     def write(self, folder: Path) -> None:
         """Write FOLDER/report.json."""
         folder.mkdir(parents=True, exist_ok=True)  # it does not exist yet if every sample was skipped
-        (folder / "report.json").write_bytes(_to_json(self.__dict__))
+        reasons = {rule: [asdict(reason) for reason in self.reasons(rule)] for rule in self.left_out}
+        (folder / "report.json").write_bytes(_to_json(self.__dict__ | {"reasons": reasons}))
 
 
 def _to_json(content: Any) -> bytes:

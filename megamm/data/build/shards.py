@@ -29,8 +29,9 @@ from megamm.data.build.curation import CurationOptions, NearDuplicates
 from megamm.data.build.heldout import Heldout
 from megamm.data.build.media_check import CheckedSample, MediaChecks, SkippedSample, check_sample
 from megamm.data.build.report import BuildReport, merge_reports
+from megamm.data.raw.extensions import OTHER
 from megamm.data.raw.readers import READERS, media_root, source_name
-from megamm.data.raw.samples import Broken, RawSample
+from megamm.data.raw.samples import Broken, NoData, RawSample
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import SPLITS, ShardWriter
 
@@ -49,7 +50,8 @@ class BuildOptions:
     """heldout: share of nouns; heldout_combinations: share of the captions of the other nouns; max_broken: share of
     samples; limit: samples per source; image_size: pixels (drawings).
 
-    form: format of the raw data (`readers.READERS`); curation: rules that samples have to pass.
+    form: format of the raw data (`readers.READERS`); curation: rules that samples have to pass; allow_missing:
+    modalities without which a sample is still used (OTHER: files of unknown kinds).
     """
 
     heldout: float = 0.05
@@ -59,6 +61,7 @@ class BuildOptions:
     image_size: int = 128
     form: str = "samples"
     curation: CurationOptions = field(default_factory=CurationOptions)
+    allow_missing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("heldout", "heldout_combinations", "max_broken"):
@@ -66,6 +69,10 @@ class BuildOptions:
                 raise UserError(f"{name} is {getattr(self, name)}", remedy="give a number from 0 to 1")
         if self.image_size < 1 or (self.limit is not None and self.limit < 1):
             raise UserError("image_size and limit must be at least 1", remedy="give a positive number")
+        for modality in self.allow_missing:
+            if modality not in (*REGISTRY, OTHER):
+                remedy = f"choose from {', '.join((*REGISTRY, OTHER))}"
+                raise UserError(f"allow_missing: unknown modality {modality!r}", remedy=remedy)
         if self.form not in READERS:
             raise UserError(f"unknown raw data format {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
 
@@ -162,7 +169,8 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     spool.mkdir()
     # Keys, texts and paths of all samples are in memory; media are read one by one.
     samples, heldout = _read(raw, spool, options, report)
-    checks = MediaChecks(media_root(raw), options.image_size, options.curation, dict(REGISTRY))
+    may_miss = frozenset(options.allow_missing)
+    checks = MediaChecks(media_root(raw), options.image_size, options.curation, may_miss, dict(REGISTRY))
     with ExitStack() as stack:
         writers = _SplitWriters(folder, stack)
         for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
@@ -174,14 +182,15 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
                 report.skip(refused[0], sample.key, refused[1])
                 continue
             writers.add(split, sample, checked)
-            report.count(split, checked)
+            report.count(split, sample.key, checked)
             if split == "heldout":
                 report.heldout_by[heldout.rule(sample.key)].append(sample.key)
         # Only broken samples count against the limit: rules and duplicates are expected to skip some.
         broken = len(report.left_out["broken"])
         if broken > options.max_broken * report.samples:
             what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
-            remedy = f"{report.first_reason()}; fix or remove them, or raise --max-broken; nothing was written"
+            reasons = "; ".join(str(reason) for reason in report.reasons("broken")[:3])
+            remedy = f"{reasons}; fix or remove them, or raise --max-broken; nothing was written"
             raise UserError(what, where=raw, remedy=remedy)
     report.write(folder)
     # Licences require the attribution to stay with the data.
@@ -196,9 +205,11 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: BuildReport) ->
     samples: dict[str, RawSample] = {}
     broken: list[Broken] = []
     ignored: Counter[str] = Counter()
-    for entry in READERS[options.form](raw, spool):
+    for entry in READERS[options.form](raw, spool, frozenset(options.allow_missing)):
         if isinstance(entry, Broken):
             broken.append(entry)
+        elif isinstance(entry, NoData):
+            report.no_data[entry.kind] += 1
         elif entry.key in samples:
             broken.append(Broken(entry.key, "duplicate key"))
         else:
@@ -214,6 +225,8 @@ def _read(raw: Path, spool: Path, options: BuildOptions, report: BuildReport) ->
     report.ignored_fields = dict(sorted(ignored.items()))
     if ignored:
         logger.warning("%s: ignoring unknown fields: %s", report.source, ", ".join(report.ignored_fields))
+        if not any(part.modality == "text" for key in chosen for part in samples[key].parts):
+            logger.warning("%s: no sample has text; if one of these fields is the text, call it text", report.source)
     if not chosen:
         raise UserError("no usable sample", where=raw, remedy=report.first_reason())
     return [samples[key] for key in chosen], heldout

@@ -18,10 +18,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from megamm.common.errors import UserError
+from megamm.data.raw.extensions import modality_of
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import KEY
 
@@ -50,6 +51,14 @@ class RawPart:
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A part that a sample should have and has not, because it cannot be read; the reason."""
+
+    modality: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class RawSample:
     """A key, the noun that decides the split, and the parts; ordered: interleaved parts in reading order."""
 
@@ -59,6 +68,8 @@ class RawSample:
     ordered: bool = False
     ignored: tuple[str, ...] = ()
     """Unknown fields of its line; the build reports them, because one may be misspelt."""
+    missing: tuple[Missing, ...] = ()
+    """Parts without which it is used (--allow-missing); the build reports them."""
 
     def __post_init__(self) -> None:
         modalities = [part.modality for part in self.parts]
@@ -73,6 +84,18 @@ class Broken:
 
     what: str
     reason: str
+
+
+@dataclass(frozen=True)
+class NoData:
+    """A file that does not belong to the data, such as `._cat.jpg` of macOS, and the kind of file for the report."""
+
+    what: str
+    kind: str
+
+
+Entry = RawSample | Broken | NoData
+"""What a reader yields."""
 
 
 class UnusableSample(ValueError):
@@ -124,12 +147,12 @@ def write_samples(folder: Path, samples: Iterable[RawSample]) -> None:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def read_samples(folder: Path) -> Iterator[RawSample | Broken]:
+def read_samples(folder: Path, may_miss: frozenset[str] = frozenset()) -> Iterator[RawSample | Broken]:
     """The samples of a raw folder in file order, unusable lines as Broken. Raises UserError if the file is missing."""
-    yield from read_lines(folder / FILE)
+    yield from read_lines(folder / FILE, may_miss)
 
 
-def read_lines(path: Path) -> Iterator[RawSample | Broken]:
+def read_lines(path: Path, may_miss: frozenset[str] = frozenset()) -> Iterator[RawSample | Broken]:
     """The samples of any file of such lines; paths are relative to its folder, and must stay inside it."""
     try:
         lines = path.open("rb")
@@ -143,7 +166,7 @@ def read_lines(path: Path) -> Iterator[RawSample | Broken]:
             if not line.strip():
                 continue
             try:
-                sample = sample_of(json.loads(line), default_key=f"{source}-{number:08d}")
+                sample = sample_of(json.loads(line), f"{source}-{number:08d}", may_miss)
                 for part in sample.parts:
                     _check_inside(part, folder)
                 yield sample
@@ -153,8 +176,11 @@ def read_lines(path: Path) -> Iterator[RawSample | Broken]:
                 yield Broken(f"{path.name}:{number}", f"not JSON: {error}")
 
 
-def sample_of(entry: Any, default_key: str) -> RawSample:
-    """Convert one line's JSON to a sample, with cleaned texts. Raises UnusableSample if that is impossible."""
+def sample_of(entry: Any, default_key: str, may_miss: frozenset[str] = frozenset()) -> RawSample:
+    """Convert one line's JSON to a sample, with cleaned texts. Raises UnusableSample if that is impossible.
+
+    may_miss: modalities without which a sample is still used.
+    """
     if not isinstance(entry, dict):
         raise UnusableSample("not a JSON object")
     key = entry.get("key", default_key)
@@ -162,17 +188,43 @@ def sample_of(entry: Any, default_key: str) -> RawSample:
         raise UnusableSample(f"invalid key {key!r}: use 1 to 80 letters, digits, `_` or `-`")
     # Unknown fields are reported, not refused: data sets have many of their own.
     known = {"key", "noun", "parts"} if "parts" in entry else {"key", "noun", "caption", *REGISTRY}
+    missing: list[Missing] = []
     if "parts" in entry:
         parts = _interleaved(entry["parts"])
     else:
-        parts = _parts_of(entry)
+        # An empty field of a modality that may be missing counts as missing.
+        empty = [name for name in ("caption", *REGISTRY) if name in entry and not str(entry[name] or "").strip()]
+        missing = [Missing("text" if name == "caption" else name, f'no "{name}"') for name in empty]
+        missing = [lost for lost in missing if lost.modality in may_miss]
+        dropped = {name for name in empty if ("text" if name == "caption" else name) in may_miss}
+        parts = _parts_of({name: value for name, value in entry.items() if name not in dropped})
+        missing += _misnamed(entry, known, {part.modality for part in parts}, may_miss)
         if not parts:
             raise UnusableSample(f"no parts: needs at least one of caption, {', '.join(REGISTRY)}")
     noun = str(entry.get("noun") or noun_of(parts, key))
     # JSON can contain half of a surrogate pair ("\ud800"), which cannot be encoded as UTF-8 later.
     if not all(_is_unicode(text) for text in (noun, *entry, *(part.content for part in parts))):
         raise UnusableSample("contains half of a surrogate pair, which is not valid text")
-    return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)))
+    return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)), tuple(missing))
+
+
+def _misnamed(entry: dict[str, Any], known: set[str], there: set[str], may_miss: frozenset[str]) -> list[Missing]:
+    """The media that unknown fields name, of modalities that the sample has no part of.
+
+    Raises UnusableSample for one that must not be missing: {"img": "a.png", "text": "a cat"} is not a text alone.
+    """
+    found = []
+    for name in sorted(set(entry) - known):
+        value = entry[name]
+        # Addresses of the net are where something came from.
+        is_path = isinstance(value, str) and len(value) < 1000 and "://" not in value
+        modality = modality_of(PurePath(value).suffix.lower().lstrip(".")) if is_path else None
+        if modality not in (None, "text", *there):
+            reason = f'field "{name}" names a file of {modality}: call the field "{modality}", or remove it'
+            if modality not in may_miss:
+                raise UnusableSample(reason)
+            found.append(Missing(str(modality), reason))
+    return found
 
 
 def noun_of(parts: Iterable[RawPart], key: str) -> str:
