@@ -186,10 +186,11 @@ def _packets(data: bytes, demuxer: str) -> tuple[float, float]:
     """Seconds of all packets of the sound, and of the longest one; 0 if FFmpeg cannot read the container."""
     import av
 
+    container: Any
     seconds, longest = 0.0, 0.0
     try:
         with av.open(io.BytesIO(data), format=demuxer) as container:
-            stream: Any = container.streams.best("audio")
+            stream = container.streams.best("audio")
             for packet in container.demux(stream) if stream else ():
                 duration = float((packet.duration or 0) * stream.time_base)
                 seconds, longest = seconds + duration, max(longest, duration)
