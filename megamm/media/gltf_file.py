@@ -99,7 +99,7 @@ class _Plain:
         # The material of primitives that name none (section 3.9): white.
         self.materials.append({"pbrMetallicRoughness": {"baseColorFactor": [1.0, 1.0, 1.0, 1.0]}})
         meshes = [self._mesh(mesh, mesh.get("weights", [])) for mesh in given.get("meshes", [])]
-        roots = self._place(meshes)
+        roots = self._scene_roots(meshes)
         header: Json = {"asset": {"version": "2.0"}, "nodes": self.nodes, "meshes": meshes, "materials": self.materials}
         header |= {"accessors": self.accessors, "bufferViews": self.views, "images": self.images}
         header["textures"] = [{"source": number} for number in range(len(self.images))]
@@ -110,7 +110,7 @@ class _Plain:
         chunks = struct.pack("<II", len(text), _JSON) + text + struct.pack("<II", len(self.body), _BIN) + self.body
         return b"glTF" + struct.pack("<II", 2, 12 + len(chunks)) + chunks
 
-    def _place(self, meshes: list[Json]) -> list[int]:
+    def _scene_roots(self, meshes: list[Json]) -> list[int]:
         """Place morphed and skinned meshes, which nodes change; returns the scene's roots."""
         scenes = self.given.get("scenes", [])
         if scenes:

@@ -131,7 +131,7 @@ def ogg_links(data: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class _OggPage:
-    """A page at bytes start to end; continues: whether its last packet goes on in the stream's next page."""
+    """A page at bytes start to end; continues: whether its last packet continues in the stream's next page."""
 
     start: int
     end: int
