@@ -356,6 +356,18 @@ def test_polygons_are_covered_exactly(what):
         assert (normals @ [0.8, -0.6, 0] >= -1e-6).all()  # all on the side of the outline's
 
 
+def test_an_outline_that_crosses_itself_and_data_that_a_ply_does_not_declare_are_refused():
+    crossed = [(0, 0), (2, 2), (1, 0.5), (0, 2)]
+    for data, kind in ((obj(crossed), "obj"), (ply(crossed, True), "ply")):
+        with pytest.raises(UnreadableMedia, match="4 corners crosses itself"):
+            digest_of_points(data, kind)
+    for binary in (False, True):
+        data = ply(OUTLINES["a dart"][0], binary)
+        assert digest_of_points(data + b"\n", "ply")
+        with pytest.raises(UnreadableMedia, match="after its last element"):
+            digest_of_points(data.replace(b"element face 2", b"element face 1"), "ply")
+
+
 def test_no_point_of_a_concave_polygon_is_outside():
     """The dart's notch: above y = 0.5 + 1.5 |x - 1| there is nothing."""
     cloud = cloud_from_mesh(read_mesh(obj(OUTLINES["a dart"][0]), "obj"), 2000, seed=0)
@@ -381,6 +393,8 @@ def test_negative_corners_count_from_their_own_line():
     data = first + b"f -3 -2 -1\n" + second + b"f -3/-1 -2/-1 \\\n -1/-1 # the last three\n"
     assert area(surface(data, "obj")) == 0.5 + 4.5
     assert surface(data, "obj")[0].tolist() == [[0, 0, 0], [1, 0, 0], [0, 1, 0]]
+    for ends in (first + b"f -3 -2 \r-1\n", (first + b"f 1 2 3\n").replace(b"\n", b"\r")):
+        assert area(surface(ends, "obj")) == 0.5
     for wrong, reason in ((b"f -4 -2 -1\n", "vertex -4"), (b"f 0 1 2\n", "vertex 0"), (b"f 1 2 9\n", "vertex 9 of 3")):
         with pytest.raises(UnreadableMedia, match=reason):
             digest_of_points(first + wrong, "obj")

@@ -1,6 +1,8 @@
 """Videos: rejected files, choice of frames and their layout in the square, and the modality's contract."""
 
 import io
+import itertools
+import struct
 from fractions import Fraction
 
 import av
@@ -13,7 +15,15 @@ from PIL import Image
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.media import video_file
 from megamm.media.image_file import square_pixels
-from megamm.media.video_file import sampled_frames, sampled_squares, shown_frames, usable_frames, write_mp4
+from megamm.media.video_clip import decode_clip, plan_clip
+from megamm.media.video_file import (
+    orientation_of,
+    sampled_frames,
+    sampled_squares,
+    shown_frames,
+    usable_frames,
+    write_mp4,
+)
 from megamm.modalities.image import ImageModality
 from megamm.modalities.video import VideoModality
 from megamm.tokenizers.io import save_codec
@@ -63,7 +73,7 @@ BAD = {
     "mp4 named webm": (MP4, "webm", "an MP4 file with the extension .webm"),
     "mp4 named avi": (MP4, "avi", "an MP4 file with the extension .avi"),
     "sound only": (sound_only(), "mp4", "no video"),
-    "damaged": (flipped(H264, len(H264) // 2), "mkv", "broken mkv"),
+    "damaged": (flipped(H264, len(H264) // 2), "mkv", "broken mkv|no readable frame"),
     "ten minutes and more": (
         video_bytes(levels(2), times=[0, 700_000], container="matroska"),
         "mkv",
@@ -237,6 +247,148 @@ def test_rotation_is_applied(degrees):
     inner = square[:, 12:36] if tall else square[12:36]
     assert np.abs(inner - upright.astype(int)).mean() < 12
     assert (square[:, :12] if tall else square[:12]).min() == 255
+
+
+MATRICES = [
+    (1, 0, 0, 1),
+    (-1, 0, 0, 1),
+    (1, 0, 0, -1),
+    (-1, 0, 0, -1),
+    (0, 1, 1, 0),
+    (0, -1, -1, 0),
+    (0, 1, -1, 0),
+    (0, -1, 1, 0),
+]
+
+
+def with_matrix(data, a, b, c, d):
+    """The mp4 with another display matrix in the header of its track (ISO/IEC 14496-12, section 8.3)."""
+    at = data.find(b"tkhd") + 44
+    rows = struct.pack(">9i", *(round(v * 65536) for v in (a, b, 0, c, d, 0, 0, 0)), 1 << 30)
+    return data[:at] + rows + data[at + 36 :]
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_a_display_matrix_is_applied_as_it_is_defined(matrix):
+    """The pixel (x, y) is shown at (a x + c y, b x + d y), moved into the picture; FFmpeg's filters do the same."""
+    a, b, c, d = matrix
+    picture = np.zeros((24, 48, 3), np.uint8)
+    picture[:12, :24], picture[12:, :24] = (255, 0, 0), (0, 255, 0)
+    data = with_matrix(video_bytes(picture[None], container="mp4"), *matrix)
+    y, x = np.mgrid[:24, :48]
+    shown_x, shown_y = a * x + c * y, b * x + d * y
+    expected = np.zeros((24, 48, 3) if a else (48, 24, 3), np.uint8)
+    expected[shown_y - shown_y.min(), shown_x - shown_x.min()] = picture
+    with av.open(io.BytesIO(data)) as file:
+        frame = next(file.decode(video=0))
+        assert np.array_equal(np.asarray(orientation_of(frame).image(frame.to_image())), by_filters(frame, matrix))
+    sizes = VisualCodecConfig(image_size=48, max_frames=1)
+    for square in (
+        sampled_squares(data, "mp4", 8, 1, 48)[0],
+        decode_clip(data, "mp4", plan_clip(data, "mp4", 0, sizes), 48)[0],
+    ):
+        inner = square[12:36] if a else square[:, 12:36]
+        assert np.abs(inner.astype(int) - expected).mean() < 12
+    stored = np.asarray(frame.to_image())[None]
+    assert np.array_equal(orientation_of(frame).frames(stored)[0], by_filters(frame, matrix))
+
+
+def by_filters(frame, matrix):
+    """The frame after the filters that the ffmpeg program inserts for this matrix (ffmpeg_filter.c: autorotate)."""
+    a, b, c, d = matrix
+    angle = round(np.degrees(np.arctan2(b, a))) % 360
+    filters = {
+        90: [("transpose", "cclock_flip" if c > 0 else "clock")],
+        270: [("transpose", "clock_flip" if c < 0 else "cclock")],
+        180: [("hflip", None)] * (a < 0) + [("vflip", None)] * (d < 0),
+        0: [("vflip", None)] * (d < 0),
+    }[angle]
+    graph = av.filter.Graph()
+    plain = av.VideoFrame.from_ndarray(np.asarray(frame.to_image()), format="rgb24")
+    nodes = [graph.add_buffer(width=plain.width, height=plain.height, format=plain.format, time_base=Fraction(1, 8))]
+    nodes += [graph.add(name, value) for name, value in filters]
+    nodes.append(graph.add("buffersink"))
+    for one, other in itertools.pairwise(nodes):
+        one.link_to(other)
+    graph.configure()
+    graph.push(plain)
+    return graph.pull().to_ndarray(format="rgb24")
+
+
+def test_a_rotation_that_is_no_quarter_turn_is_refused():
+    data = video_bytes(np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(UnreadableMedia, match="rotated by 45 degrees"):
+        VideoModality.check_media(with_matrix(data, 0.7071, 0.7071, -0.7071, 0.7071), "mp4")
+    assert VideoModality.check_media(with_matrix(data, 1, 0.001, -0.001, 1), "mp4")
+
+
+OPEN_GOP = {
+    "libx264": {"x264-params": "open-gop=1:keyint=10:bframes=3:scenecut=0"},
+    "libx265": {"x265-params": "open-gop=1:keyint=10:bframes=3:scenecut=0:log-level=none"},
+}
+
+
+def open_gop(codec):
+    """Thirty frames whose groups of pictures refer to the one before."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        stream = out.add_stream(codec, rate=8)
+        stream.width = stream.height = 64
+        stream.pix_fmt, stream.options = "yuv420p", OPEN_GOP[codec]
+        for number, pixels in enumerate(levels(30, 64)):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    return file.getvalue()
+
+
+def cut(data, container, packet):
+    """`ffmpeg -c copy` from this packet on, in the order of the file."""
+    file = io.BytesIO()
+    with av.open(io.BytesIO(data)) as given, av.open(file, "w", format=container) as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        for found in [p for p in given.demux() if p.size][packet:]:
+            found.stream = stream
+            out.mux(found)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("codec", OPEN_GOP)
+def test_what_can_be_decoded_of_a_cut_video_is_used(codec):
+    """Cut at the second keyframe, whose leading frames are lost, and in the middle of a group of pictures."""
+    data = open_gop(codec)
+    with av.open(io.BytesIO(data)) as file:
+        keys = [number for number, p in enumerate(p for p in file.demux() if p.size) if p.is_keyframe]
+    assert len(keys) > 2
+    for container, extension in (("matroska", "mkv"), ("mp4", "mp4")):
+        for packet in (keys[1], keys[1] - 4):
+            part = cut(data, container, packet)
+            with av.open(io.BytesIO(part)) as file:
+                expected = [numbers_of([f.to_ndarray(format="rgb24")])[0] for f in file.decode(video=0)]
+            assert expected[-1] == 29 and 15 <= len(expected) <= 28
+            assert VideoModality.check_media(part, extension)
+            assert numbers_of(sampled_squares(part, extension, 8, 60, 64)) == expected
+            sizes = VisualCodecConfig(image_size=64, frame_rate=8, max_frames=9, frames_per_step=4)
+            for start in (0, 1.0):
+                plan = plan_clip(part, extension, start, sizes)
+                clip = numbers_of(decode_clip(part, extension, plan, 64))
+                assert clip == expected[int(8 * start) :][:9]
+
+
+@pytest.mark.parametrize("codec", OPEN_GOP)
+def test_clips_begin_at_any_frame_of_an_open_group(codec):
+    data = open_gop(codec)
+    sizes = VisualCodecConfig(image_size=64, frame_rate=8, max_frames=5, frames_per_step=4)
+    for first in range(0, 25, 3):
+        plan = plan_clip(data, "mkv", first / 8, sizes)
+        assert numbers_of(decode_clip(data, "mkv", plan, 64)) == list(range(first, first + 5))
+
+
+def test_damage_behind_the_cut_is_still_refused():
+    part = cut(open_gop("libx264"), "matroska", 12)
+    refused = sum(is_refused(flipped(part, at)) for at in range(len(part) // 3, len(part) - 200, 150))
+    assert refused >= 3
 
 
 def test_pixels_that_are_not_square_are_stretched():

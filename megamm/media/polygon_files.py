@@ -21,6 +21,7 @@ IntArray = npt.NDArray[np.int64]
 
 _FAN_TOLERANCE = 1e-9
 """Area that a fan may cover twice, as a share of the polygon's area: rounding, not an overlap."""
+_EAR_TOLERANCE = 1e-6
 _UNSUPPORTED_OBJ = frozenset({"curv", "curv2", "surf"})
 """Free-form geometry: it is not made of polygons, and reading only the polygons beside it would lose a part."""
 
@@ -79,8 +80,12 @@ def _ears(corners: FloatArray) -> IntArray:
     found = mapbox_earcut.triangulate_float64(flat, np.array([len(flat)], np.uint32)).astype(np.int64).reshape(-1, 3)
     # Earcut does not keep the direction of rotation, from which faces get their normals.
     a, b, c = (flat[found[:, k]] for k in range(3))
-    clockwise = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0]) < 0
-    found[clockwise] = found[clockwise][:, ::-1]
+    doubled = (b[:, 0] - a[:, 0]) * (c[:, 1] - a[:, 1]) - (b[:, 1] - a[:, 1]) * (c[:, 0] - a[:, 0])
+    # The normal is as long as twice the area that the outline encloses; one that crosses itself has no such surface.
+    enclosed = float(np.linalg.norm(normal))
+    if not abs(np.abs(doubled).sum() - enclosed) <= _EAR_TOLERANCE * enclosed:
+        raise ValueError(f"a face of {len(corners)} corners crosses itself; split it into triangles")
+    found[doubled < 0] = found[doubled < 0][:, ::-1]
     return found
 
 
@@ -93,9 +98,9 @@ def mesh_of_obj(data: bytes) -> "trimesh.Trimesh":
 
     vertices: list[list[float]] = []
     polygons: list[list[int]] = []
-    # A backslash at the end continues a line.
+    # A backslash at the end continues a line. A single CR ends lines only in a file without LF.
     text = re.sub(r"\\\r?\n", " ", data.decode("utf-8", "replace"))
-    for line in text.splitlines():
+    for line in text.split("\n" if "\n" in text else "\r"):
         words = line.partition("#")[0].split()
         if not words:
             continue
@@ -203,8 +208,10 @@ def _ply_elements(data: bytes) -> dict[str, dict[str, Column]]:
             properties[list(counts)[-1]][words[-1]] = tuple((order or "") + _PLY_TYPES[word] for word in types)
     if order is None:
         raise ValueError("its header has no format")
-    read = _AsciiPly(body).element if order == "" else _BinaryPly(body).element
-    elements = {name: read(count, properties[name]) for name, count in counts.items()}
+    reader = _AsciiPly(body) if order == "" else _BinaryPly(body)
+    elements = {name: reader.element(count, properties[name]) for name, count in counts.items()}
+    if reader.rest():
+        raise ValueError("has data after its last element: the header declares too little")
     return {name: columns for name, columns in elements.items() if counts[name]}
 
 
@@ -213,6 +220,10 @@ class _AsciiPly:
 
     def __init__(self, body: bytes) -> None:
         self.words, self.at = body.split(), 0
+
+    def rest(self) -> bool:
+        """Whether some of the body is not read."""
+        return self.at < len(self.words)
 
     def element(self, count: int, properties: dict[str, tuple[str, ...]]) -> dict[str, Column]:
         """The columns of the next element."""
@@ -243,6 +254,10 @@ class _BinaryPly:
 
     def __init__(self, body: bytes) -> None:
         self.body, self.at = body, 0
+
+    def rest(self) -> bool:
+        """Whether some of the body is not read; line ends at the end do not count."""
+        return bool(self.body[self.at :].strip(b"\r\n"))
 
     def element(self, count: int, properties: dict[str, tuple[str, ...]]) -> dict[str, Column]:
         """The columns of the next element."""

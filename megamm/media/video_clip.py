@@ -17,10 +17,14 @@ from megamm.common.errors import UnreadableMedia
 from megamm.media.image_file import PixelArray, fitted_sides
 from megamm.media.video_file import (
     FrameArray,
+    Orientation,
+    PacketDecoder,
     ShownFrame,
     VideoSizes,
     check_end,
+    is_hidden,
     open_video,
+    orientation_of,
     sampled_frames,
     usable_frames,
 )
@@ -44,21 +48,22 @@ class ClipPlan:
     colour_matrix: int
     """Code of ISO/IEC 23091-2, MatrixCoefficients; 2 if the file does not specify one."""
     has_cuts: bool
-    """Whether the container hides frames of some packets (edit lists)."""
+    """Whether some packets have no visible frame: edit lists, and what a cut of the file has left."""
     width: int
     height: int
     """As stored, in pixels."""
-    turns: int
-    """Quarter turns counter-clockwise that make it upright."""
+    orientation: Orientation
+    """How it becomes upright."""
     pixel_aspect: float
     """Width of a stored pixel over its height."""
 
     def stored_sides(self, size: int) -> tuple[int, int]:
         """Width and height of the picture in a square of `size` pixels, before rotation."""
-        aspect = 1 / self.pixel_aspect if self.turns % 2 else self.pixel_aspect
-        width, height = (self.height, self.width) if self.turns % 2 else (self.width, self.height)
+        swaps = self.orientation.swaps_axes
+        aspect = 1 / self.pixel_aspect if swaps else self.pixel_aspect
+        width, height = (self.height, self.width) if swaps else (self.width, self.height)
         width, height = fitted_sides(width * aspect, height, size)
-        return (height, width) if self.turns % 2 else (width, height)
+        return (height, width) if swaps else (width, height)
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,11 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
     with open_video(data, extension) as (container, stream):
         packets, first = _packets(container, stream)
         # Packets are in decoding order; frames that refer to later ones (B-frames) follow them.
-        shown = sorted((p for p in packets if not p.is_cut), key=lambda p: p.time)
-        if first is None or not shown:
+        if first is None or first.pts is None:
+            raise UnreadableMedia("no readable frame")
+        # What is shown before the first decodable frame refers to frames before the file was cut.
+        shown = sorted((p for p in packets if not p.is_cut and p.time >= first.pts), key=lambda p: p.time)
+        if not shown:
             raise UnreadableMedia("no readable frame")
         tick: Fraction = stream.time_base
         # The same rules for the last frame's end as in video_file.py, so both find the same frames.
@@ -94,7 +102,6 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
         chosen = _chosen([float((p.time - origin) * tick) for p in shown], float(end), start_seconds, sizes)
         # Decoding can only start at a keyframe: the last one not after the clip's first frame.
         keyframe = next((p for p in reversed(shown[: chosen[0] + 1]) if p.is_key), shown[0])
-        upright = ShownFrame(0.0, 0.0, first, float(stream.sample_aspect_ratio or 1))
         return ClipPlan(
             frames=tuple(chosen),
             times=tuple(shown[number].time for number in chosen),
@@ -106,29 +113,24 @@ def plan_clip(data: bytes, extension: str, start_seconds: float, sizes: VideoSiz
             has_cuts=len(shown) < len(packets),
             width=first.width,
             height=first.height,
-            turns=upright.turns(),
-            pixel_aspect=upright.pixel_aspect,
+            orientation=orientation_of(first),
+            pixel_aspect=float(stream.sample_aspect_ratio or 1),
         )
 
 
 def _packets(container: Any, stream: Any) -> tuple[list[_Packet], Any]:
     """The packets that hold a frame, in the file's order, and the first frame that the decoder returns (or None)."""
-    packets, first = [], None
+    packets, first, decoder = [], None, PacketDecoder()
     for packet in container.demux(stream):
-        # Only the frame's format, size, colours and rotation need a decoded frame: one is enough.
+        # Only the first time, and the frame's format, size, colours and orientation need a decoded frame.
         if first is None:
-            first = next(iter(packet.decode()), None)
-        if not packet.size or _is_hidden(packet, stream):
+            first = next(iter(decoder.decode(packet, stream)), None)
+        if not packet.size or is_hidden(packet, stream):
             continue
         if packet.pts is None:
             raise UnreadableMedia("a frame has no timestamp")
         packets.append(_Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard))
     return packets, first
-
-
-def _is_hidden(packet: Any, stream: Any) -> bool:
-    """Whether its frame is never shown: VP8 has a flag in the first byte (RFC 6386, section 9.1: show_frame)."""
-    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _chosen(starts: list[float], end: float, start: float, sizes: VideoSizes) -> list[int]:
@@ -148,7 +150,7 @@ def decode_clip(data: bytes, extension: str, plan: ClipPlan, size: int) -> Frame
     with open_video(data, extension) as (container, stream):
         # FFmpeg seeks to this keyframe or an earlier one; frames that are not wanted are decoded and dropped.
         container.seek(plan.keyframe, stream=stream)
-        for frame in container.decode(stream):
+        for frame in PacketDecoder(plan.keyframe).frames(container, stream):
             if frame.pts in wanted:
                 squares[frame.pts] = ShownFrame(0.0, 0.0, frame, plan.pixel_aspect).square(size)
             if len(squares) == len(wanted):

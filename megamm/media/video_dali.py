@@ -41,7 +41,7 @@ def obstacle(plan: ClipPlan, device: torch.device) -> str | None:
     # DALI decodes a file from its start; PyAV seeks to the keyframe before the clip.
     if plan.skipped:
         return "the clip starts late in its file, and DALI decodes everything before it"
-    return "an edit list hides some frames" if plan.has_cuts else None
+    return "an edit list or a cut hides some frames" if plan.has_cuts else None
 
 
 class DaliDecoder:
@@ -111,18 +111,20 @@ def _corner(plan: ClipPlan, size: int) -> npt.NDArray[np.int32]:
     width, height = plan.stored_sides(size)
     rows, columns = size - height, size - width
     # Half of an odd padding is rounded down above and to the left of the upright picture.
-    top = rows // 2 if plan.turns in (0, 1) else rows - rows // 2
-    left = columns // 2 if plan.turns in (0, 3) else columns - columns // 2
+    o = plan.orientation
+    rows_flip, columns_flip = (o.flips_columns, o.flips_rows) if o.swaps_axes else (o.flips_rows, o.flips_columns)
+    top = rows - rows // 2 if rows_flip else rows // 2
+    left = columns - columns // 2 if columns_flip else columns // 2
     return np.array([-top, -left], np.int32)
 
 
 def _upright(frames: FrameArray, plan: ClipPlan) -> FrameArray:
-    """Convert the distinct stored frames to those of the plan, rotated."""
+    """Convert the distinct stored frames to those of the plan, upright."""
     distinct = sorted(set(plan.frames))
     if len(frames) != len(distinct):
         raise UnreadableMedia(f"DALI: {len(frames)} of {len(distinct)} frames")
     chosen = frames[np.searchsorted(distinct, plan.frames)]
-    return np.ascontiguousarray(np.rot90(chosen, plan.turns, axes=(1, 2)))
+    return plan.orientation.frames(chosen)
 
 
 def _to_rgb(matrix: int) -> npt.NDArray[np.float64]:

@@ -6,12 +6,16 @@ the file's extension fixes the container format, so playlists and references are
 A codec gets the frames shown at 0, 1 / rate, 2 / rate, ... seconds after the first one. A frame is shown from its
 timestamp until the next one's, so any frame rate, constant or not, is sampled by time. Every decoder uses the sampling
 functions of this module.
+
+A file that was cut out of another one can begin with packets that refer to frames before the cut (open GOP). They
+cannot be decoded and are not frames of the file; it begins with the first frame that can be decoded.
 """
 
 import hashlib
 import io
 import math
 import re
+import struct
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -39,7 +43,18 @@ _CONTAINER = {"mp4": _MP4, "mov": _MP4, "webm": _MATROSKA, "mkv": _MATROSKA}
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
 """The first box of an MP4 or QuickTime file is one of these."""
 _EBML = b"\x1a\x45\xdf\xa3"
-_TRANSPOSE = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}
+_TRANSPOSE = {
+    (False, True, False): Image.Transpose.FLIP_LEFT_RIGHT,
+    (False, False, True): Image.Transpose.FLIP_TOP_BOTTOM,
+    (False, True, True): Image.Transpose.ROTATE_180,
+    (True, False, False): Image.Transpose.TRANSPOSE,
+    (True, True, False): Image.Transpose.ROTATE_270,
+    (True, False, True): Image.Transpose.ROTATE_90,
+    (True, True, True): Image.Transpose.TRANSVERSE,
+}
+"""By the fields of `Orientation`, in their order."""
+_LARGEST_TILT = math.tan(math.radians(1))
+"""Display matrices are rounded; up to this, FFmpeg also treats a rotation as a quarter turn."""
 
 
 class VideoSizes(Protocol):
@@ -56,6 +71,40 @@ class VideoSizes(Protocol):
 
 
 @dataclass(frozen=True)
+class Orientation:
+    """How a stored picture becomes upright: its axes are swapped, then columns (left-right) and rows are reversed."""
+
+    swaps_axes: bool = False
+    flips_columns: bool = False
+    flips_rows: bool = False
+
+    def image(self, stored: Image.Image) -> Image.Image:
+        """The upright picture."""
+        transpose = _TRANSPOSE.get((self.swaps_axes, self.flips_columns, self.flips_rows))
+        return stored if transpose is None else stored.transpose(transpose)
+
+    def frames(self, stored: FrameArray) -> FrameArray:
+        """Upright frames of `[F, Y, X, 3]`."""
+        upright = stored.swapaxes(1, 2) if self.swaps_axes else stored
+        upright = upright[:, :, ::-1] if self.flips_columns else upright
+        return np.ascontiguousarray(upright[:, ::-1] if self.flips_rows else upright)
+
+
+def orientation_of(frame: Any) -> Orientation:
+    """The orientation of an av.VideoFrame. Raises UnreadableMedia for a rotation that is not a quarter turn."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    # Fixed-point rows (a, b, u), (c, d, v), (x, y, w): the pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d = struct.unpack("=5i", bytes(side_data)[:20]) if side_data else (1, 0, 0, 0, 1)
+    straight, turned = max(abs(a), abs(d)), max(abs(b), abs(c))
+    if min(straight, turned) > _LARGEST_TILT * max(straight, turned):
+        degrees = math.degrees(math.atan2(b, a))
+        raise UnreadableMedia(f"rotated by {degrees:.0f} degrees; only quarter turns are supported")
+    if turned > straight:
+        return Orientation(True, flips_columns=c < 0, flips_rows=b < 0)
+    return Orientation(False, flips_columns=a < 0, flips_rows=d < 0)
+
+
+@dataclass(frozen=True)
 class ShownFrame:
     """A decoded frame (av.VideoFrame) and the time it is shown, in seconds from the first.
 
@@ -69,17 +118,12 @@ class ShownFrame:
 
     def image(self) -> Image.Image:
         """The frame in RGB and upright, in stored pixels."""
-        image = self.frame.to_image()
-        turns = self.turns()
-        return image.transpose(_TRANSPOSE[turns]) if turns else image
+        return orientation_of(self.frame).image(self.frame.to_image())
 
     def square(self, size: int) -> PixelArray:
         """uint8 `[size, size, 3]`, aspect kept, padded like an image."""
-        return pad_to_square(self.image(), size, 1 / self.pixel_aspect if self.turns() % 2 else self.pixel_aspect)
-
-    def turns(self) -> int:
-        """Quarter turns counter-clockwise that make the stored picture upright."""
-        return round(self.frame.rotation / 90) % 4
+        swaps = orientation_of(self.frame).swaps_axes
+        return pad_to_square(self.image(), size, 1 / self.pixel_aspect if swaps else self.pixel_aspect)
 
 
 def video_frames(data: bytes, extension: str, sizes: VideoSizes) -> FrameArray:
@@ -172,7 +216,8 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
     aspect = float(stream.sample_aspect_ratio or 1)
     gap = 1 / stream.average_rate if stream.average_rate else Fraction(0)
     previous, start, origin = None, Fraction(0), None
-    for frame in container.decode(stream):
+    decoder = PacketDecoder()
+    for frame in decoder.frames(container, stream):
         if frame.pts is None:
             raise UnreadableMedia("a frame has no timestamp")
         _check_size(frame)  # the size can change
@@ -185,11 +230,71 @@ def _decode(container: Any, stream: Any) -> Iterator[ShownFrame]:
         previous, start = frame, time - origin
     if previous is None or origin is None:
         raise UnreadableMedia("no readable frame")
+    # A decoder that gives up early without an error leaves packets behind.
+    if decoder.last > previous.pts:
+        missing = float((decoder.last - previous.pts) * stream.time_base)
+        raise UnreadableMedia(f"the decoder stops {missing:.2f} s before the last frame")
     # The last frame has no successor: use its own duration, else the gap before it.
     gap = previous.duration * previous.time_base or gap
     end = start + gap
     check_end(container, stream, end, origin, gap)
     yield ShownFrame(float(start), float(end), previous, aspect)
+
+
+class PacketDecoder:
+    """Decodes packets, without errors of those that refer to frames before the beginning of the file or of a seek.
+
+    keyframe: presentation time (ticks) of the keyframe from which on all is decodable; None: that of the first one.
+    last: presentation time of the last packet that holds a visible frame; before any packet, a low number.
+    """
+
+    def __init__(self, keyframe: int | None = None) -> None:
+        self.keyframe, self.last = keyframe, -(1 << 63)
+        self._is_cut, self._keyframes = keyframe is not None, 0
+        self._doubtful: set[int] = set()
+        """Times of packets with an error that is none if their frames are decoded."""
+
+    def frames(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The frames of the rest of the file, in display order."""
+        for packet in container.demux(stream):
+            yield from self.decode(packet, stream)
+        if self._doubtful:
+            raise UnreadableMedia(f"{len(self._doubtful)} frames cannot be decoded")
+
+    def decode(self, packet: Any, stream: Any) -> list[Any]:
+        """The frames that the decoder returns for a packet."""
+        import av
+
+        time = packet.pts
+        if packet.size and not packet.is_discard and not is_hidden(packet, stream) and time is not None:
+            self.last = max(self.last, time)
+        if packet.is_keyframe and packet.size:
+            if time is None:
+                raise UnreadableMedia("a frame has no timestamp")
+            self.keyframe = time if self.keyframe is None else self.keyframe
+            self._keyframes += time >= self.keyframe
+        # Leading pictures: decoded before or after the keyframe, but shown before it.
+        is_leading = packet.size > 0 and (self.keyframe is None or (time is not None and time < self.keyframe))
+        self._is_cut = self._is_cut or is_leading
+        try:
+            frames = list(packet.decode())
+        except av.FFmpegError:
+            if is_leading:
+                return []
+            # H.264 may tell the decoder to forget frames before the cut. Such a frame itself is decoded whole.
+            if not (self._is_cut and self._keyframes == 1 and packet.size and time is not None):
+                raise
+            self._doubtful.add(time)
+            return []
+        if any(frame.pts in self._doubtful and frame.is_corrupt for frame in frames):
+            raise UnreadableMedia("a frame is damaged")
+        self._doubtful.difference_update(frame.pts for frame in frames)
+        return frames
+
+
+def is_hidden(packet: Any, stream: Any) -> bool:
+    """Whether its frame is never shown: VP8 has a flag in the first byte (RFC 6386, section 9.1: show_frame)."""
+    return stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def check_end(container: Any, stream: Any, end: Fraction, origin: Fraction, gap: Fraction) -> None:
