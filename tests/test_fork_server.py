@@ -19,9 +19,9 @@ CONFIG = {"device": "cpu", "engine": "native"}
 class Launcher:
     """A fork server, from which prefork parents are requested as agents do."""
 
-    def __init__(self, config):
+    def __init__(self, config, module="megamm.train.ranks"):
         self.before = processes.children(os.getpid())
-        self.server = ForkServer("megamm.train.ranks", config)
+        self.server = ForkServer(module, config)
 
     def prefork_parents(self):
         return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]
@@ -66,8 +66,8 @@ def launcher():
     processes.adopt_orphans()
     made = []
 
-    def make(config):
-        made.append(Launcher(config))
+    def make(*arguments):
+        made.append(Launcher(*arguments))
         return made[-1]
 
     yield make
