@@ -189,7 +189,7 @@ def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_
 
 
 def test_a_gpu_gets_more_time_unless_the_config_says_how_much():
-    """A file system that stalls for 15 s, or a kernel loaded in 22 s, is no hang of a GPU."""
+    """A file system that stalls for 15 s, or a kernel loaded in 22 s, does not count as a hang of a GPU."""
     for hang, on_gpu, limit in ((None, False, 5), (None, True, 120), (7.0, True, 7), (7.0, False, 7)):
         clock, ranks, detector = detector_of(hang)
         for status in ranks:
@@ -241,6 +241,7 @@ def test_a_compilation_on_another_node_is_not_counted(tmp_path):
         heart.close()
 
 
+@pytest.mark.everything
 def test_torch_reports_its_compilations_and_recompilations(tmp_path):
     """A function compiled by torch (without code generation), again for another type; its time is not the step's."""
     page = HeartbeatPage.create(1)
