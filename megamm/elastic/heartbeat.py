@@ -86,10 +86,11 @@ class Heartbeat:
 
     def _write(self, now: float) -> None:
         self.written = now
-        who = self.rank, os.getpid(), self.host
-        where = self.phase, self.step, self.count, time.time(), self.attempt, self.longest, self.is_compiling
+        at = time.time()
+        who = self.rank, os.getpid(), self.host, self.phase, self.step, self.count, at, self.attempt
+        beat = Beat(*who, longest=self.longest, is_compiling=self.is_compiling)
         # A single write of constant length: a reader never sees half of it.
-        os.pwrite(self.file, json.dumps(asdict(Beat(*who, *where))).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
+        os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
 
     def set_on_gpu(self) -> None:
         """Report that this rank computes on a GPU: its first steps take longer, and its limits are longer."""
