@@ -8,20 +8,36 @@ import time
 
 import pytest
 
+from megamm.common import device as devices
 from megamm.common import processes
 from megamm.elastic import fork_server
 from megamm.elastic.fork_server import ForkServer
 from megamm.elastic.rank_status import HeartbeatPage
 
 CONFIG = {"device": "cpu", "engine": "native"}
+# Fakes of installed packages that initialise the GPU when they are imported, as Transformer Engine can: Megatron-core
+# imports what it finds, and forks of such a process cannot use the GPU.
+LOG = """
+import os
+with open(os.environ["IMPORTED"], "a") as file:
+    file.write(f"{__name__} {os.getpid()}\\n")
+raise ModuleNotFoundError("the rest of the package")  # so that Megatron-core does without it
+"""
+BY_TORCH = "import torch; torch.cuda._initialized = True\n" + LOG
+RANKS = """
+import torch
+torch.cuda.is_available = lambda: True  # as with a GPU: the fork server must not know that there is none
+from megamm.train import ranks
+ranks.main()
+"""
 
 
 class Launcher:
     """A fork server, from which prefork parents are requested as agents do."""
 
-    def __init__(self, config):
+    def __init__(self, config, module="megamm.train.ranks"):
         self.before = processes.children(os.getpid())
-        self.server = ForkServer("megamm.train.ranks", config)
+        self.server = ForkServer(module, config)
 
     def prefork_parents(self):
         return [p for p in processes.children(os.getpid()) if p not in (*self.before, self.server.pid)]
@@ -66,8 +82,8 @@ def launcher():
     processes.adopt_orphans()
     made = []
 
-    def make(config):
-        made.append(Launcher(config))
+    def make(*arguments):
+        made.append(Launcher(*arguments))
         return made[-1]
 
     yield make
@@ -117,3 +133,43 @@ def test_one_that_cannot_import_is_tried_again_only_when_asked(launcher, capfd):
         it.wait(lambda: it.server.pid is None)
         assert it.prefork_parents() == []
     assert capfd.readouterr().err.count("fork server died") == 3
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize(
+    ("packages", "is_replaced"),
+    [
+        ({"transformer_engine": BY_TORCH, "flash_attn": BY_TORCH}, True),
+        ({"transformer_engine": LOG, "flash_attn": LOG}, False),
+    ],
+)
+def test_packages_that_touch_the_gpu_are_left_to_the_ranks(
+    launcher, monkeypatch, tmp_path, capfd, packages, is_replaced
+):
+    for name, source in packages.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(source)
+    (tmp_path / "gpu_ranks.py").write_text(RANKS)
+    imported = tmp_path / "imported"
+    monkeypatch.setenv("IMPORTED", str(imported))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    it = launcher({"device": "gpu", "engine": "native"}, "gpu_ranks")
+    server = it.server.pid
+    parent = it.ask()
+    assert json.loads(it.answer(parent, 240)) == {"swept": 0}, capfd.readouterr().err
+    assert it.server.pid == server, "it has not died"
+    # The first process imported them, once each; its replacement, of the same id, and the prefork parent did not.
+    assert sorted(set(imported.read_text().split("\n")) - {""}) == sorted(f"{name} {server}" for name in packages)
+    assert len(it.prefork_parents()) == 1
+    with open(f"/proc/{server}/cmdline", "rb") as file:
+        assert (b"without-megatron" in file.read()) == is_replaced
+    assert ("initialises the GPU when imported" in capfd.readouterr().err) == is_replaced
+    parent.close()
+
+
+def test_a_gpu_that_torch_did_not_initialise_is_noticed(monkeypatch):
+    assert not devices.is_initialized()
+    monkeypatch.setattr(devices, "UNIFIED_MEMORY", "/dev/zero")
+    with open("/dev/zero", "rb"):
+        assert devices.is_initialized()
+    assert not devices.is_initialized()

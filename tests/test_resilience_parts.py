@@ -241,6 +241,7 @@ def test_a_compilation_on_another_node_is_not_counted(tmp_path):
         heart.close()
 
 
+@pytest.mark.everything
 def test_torch_reports_its_compilations_and_recompilations(tmp_path):
     """A function compiled by torch (without code generation), again for another type; its time is not the step's."""
     page = HeartbeatPage.create(1)

@@ -27,12 +27,14 @@ esac
 SCONTROL = """#!/bin/sh
 case "$1 $2" in
 "show hostnames") echo "$3" | tr , '\\n' ;;
-"show job") echo "JobId=7 JobState=$STATE Reason=$REASON ExcNodeList=(null) StdOut=$LOG" ;;
+"show job")
+    [ "$3" = -o ] && end=" " || end="\n   "
+    printf "JobId=7 JobState=$STATE Reason=$REASON$end%s$end" "ExcNodeList=(null)" "Command=$COMMAND" "StdOut=$LOG" ;;
 *) echo "scontrol $*" >>"$NOTES" ;;
 esac
 """
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "megamm", "SLURM_JOB_NODELIST": "n1,n2", "STATE": "RUNNING"}
-QUIET = {"REASON": "None", "SAYS": "", "GOOD": "n1 n2"}
+QUIET = {"REASON": "None", "SAYS": "", "COMMAND": "(null)", "GOOD": "n1 n2"}
 
 
 @pytest.fixture
@@ -117,6 +119,26 @@ def test_tasks_that_cannot_be_are_refused(start, env, why):
 def test_exit_codes(start, code, env, exit_code, is_requeued):
     done = start("config.yaml", code=code, MEGAMM_PREFLIGHT="0", **env)
     assert (done.code, "scontrol requeue 7" in done.asked) == (exit_code, is_requeued), done.log
+
+
+@pytest.mark.parametrize("arguments", ["", " config.yaml output=a b"])
+def test_a_checkout_and_a_log_with_spaces_in_their_paths(start, tmp_path, arguments):
+    """Slurm runs a copy of the script; it finds cluster.env beside the original, and evictions in the log."""
+    checkout, spool = tmp_path / "my project (v1)" / "launchers" / "slurm", tmp_path / "spool"
+    shutil.copytree(SLURM, checkout)
+    (checkout / "cluster.env").write_text(f"MEGAMM_NPROC=5\n{(checkout / 'cluster.env').read_text()}")
+    spool.mkdir()
+    shutil.copy(checkout / "pretrain_mm.sh", spool / "slurm_script")
+    log = tmp_path / "my logs" / "run (1).log"
+    log.parent.mkdir()
+    says = "pretrain_mm: training with\nsrun: error: n2: task 1: Exited with exit code 4\n"
+    log.write_text(says)
+    command = f"{checkout / 'pretrain_mm.sh'}{arguments}"
+    env = {"COMMAND": command, "LOG": str(log), "MEGAMM_PREFLIGHT": "0"}
+    (tmp_path / "my config.yaml").touch()
+    done = start("my config.yaml", "output=a b", command=("bash", spool / "slurm_script"), code=75, **env)
+    assert "train my config.yaml output=a b --nproc 5" in done.asked[0], done.log
+    assert done.asked[1:] == ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=n2"], done.log
 
 
 def test_nodes_that_failed_are_excluded(start):

@@ -36,6 +36,7 @@ def given(monkeypatch):
     torchrun._leftovers.clear()
 
 
+@pytest.mark.everything
 def test_a_real_child_of_torchrun_is_a_rank(given, tmp_path):
     (tmp_path / "show.py").write_text(SHOW)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", str(tmp_path / "show.py")]
@@ -110,6 +111,7 @@ def test_commands_say_it_in_one_line(given, monkeypatch, capsys, tmp_path, varia
         assert ended.value.code == 2 and error.count("\n") == 1 and what in error, error
 
 
+@pytest.mark.everything
 def test_a_pod_starts_all_its_processes(given, monkeypatch, capsys, tmp_path):
     """RANK=0 WORLD_SIZE=1 and --nproc 2: the launcher is asked for two, and its environment has neither."""
     given({})

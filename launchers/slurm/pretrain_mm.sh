@@ -74,11 +74,22 @@ check_arguments() {
 read_site() {
     local beside
     beside=$(dirname "${BASH_SOURCE[0]}")
-    [ -f "$beside/cluster.env" ] || beside=$(dirname "$(job_field "$SLURM_JOB_ID" Command)")
+    [ -f "$beside/cluster.env" ] || beside=$(dirname "$(job_script "$SLURM_JOB_ID")")
     local file=${MEGAMM_CLUSTER_ENV:-$beside/cluster.env}
     [ -f "$file" ] || usage "$file not found; set MEGAMM_CLUSTER_ENV to the file of this site"
     # shellcheck source=launchers/slurm/cluster.env
     . "$file"
+}
+
+# job_path JOB KEY: a path may have spaces, but it is the rest of its line.
+job_path() { scontrol show job "$1" | sed -n "s/^ *$2=//p" | head -n 1; }
+
+# job_script JOB: its record has the script's arguments too, separated by spaces: the longest part that is a file.
+job_script() {
+    local command
+    command=$(job_path "$1" Command)
+    while [ ! -f "$command" ] && [[ $command == *" "* ]]; do command=${command% *}; done
+    echo "$command"
 }
 
 job_field() { scontrol show job -o "$1" | sed -n "s/.* $2=\([^ ]*\).*/\1/p" | head -n 1; }
@@ -235,7 +246,7 @@ conclude() {
 # Print the nodes that were evicted in this start of the job: srun logs their exit code.
 evicted_nodes() {
     local log list
-    log=$(job_field "$job" StdOut)
+    log=$(job_path "$job" StdOut)
     [ -f "$log" ] || return
     list=$(tac "$log" | sed '/pretrain_mm: training with/q' |
         sed -n "s/^srun[^:]*: error: \\([^:]*\\): tasks\\{0,1\\} .*: Exited with exit code $EVICTED\$/\\1/p")

@@ -24,6 +24,7 @@ PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The apex module that Megatron-core calls for `gradient_accumulation_fusion`."""
 DRIVER = Path("/proc/driver/nvidia/version")
+OPEN_FILES, UNIFIED_MEMORY = Path("/proc/self/fd"), "/dev/nvidia-uvm"
 DeviceEvent = float | torch.cuda.Event
 """A point in the device's work: seconds of the process's clock on a CPU, an event on its stream on a GPU."""
 
@@ -114,8 +115,18 @@ def will_be_gpu(wanted: Literal["auto", "cpu", "gpu"]) -> bool:
 
 
 def is_initialized() -> bool:
-    """Whether this process has initialised a GPU; if so, it cannot fork processes that use it."""
-    return torch.cuda.is_initialized()
+    """Whether this process has initialised a GPU; if so, it cannot fork processes that use it.
+
+    A library can do so without torch: the driver then has its device of unified memory open. NVML does not open it.
+    """
+    return torch.cuda.is_initialized() or any(_target(link) == UNIFIED_MEMORY for link in OPEN_FILES.iterdir())
+
+
+def _target(link: Path) -> str | None:
+    try:
+        return os.readlink(link)
+    except OSError:  # closed meanwhile: the folder that is read has a descriptor too
+        return None
 
 
 def gpus() -> list[str]:

@@ -118,11 +118,13 @@ def serve(
     """Serve requests until the launcher closes the channel.
 
     preload: imports, from the run's config, what ranks need; it must start no threads. program: what each rank does.
+    The config stays in the channel until then: a process that `preload` replaces by exec reads it again.
     """
     processes.die_with_parent(launcher)
     processes.ignore_stop_signals()
-    config, begin = json.loads(channel.recv(MESSAGE_BYTES))["config"], time.monotonic()
+    config, begin = json.loads(channel.recv(MESSAGE_BYTES, socket.MSG_PEEK))["config"], time.monotonic()
     preload(config)
+    channel.recv(MESSAGE_BYTES)
     gc.collect()
     gc.freeze()  # no collection writes to pages that all ranks share
     channel.send(json.dumps({"ready": time.monotonic() - begin}).encode())

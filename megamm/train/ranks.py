@@ -1,8 +1,11 @@
 """The ranks of a run, as the fork server starts them: what they import before the fork, and what they do after it.
 
-`python -m megamm.train.ranks CHANNEL LAUNCHER`: a descriptor, and the process to exit with (elastic/fork_server.py).
+`python -m megamm.train.ranks CHANNEL LAUNCHER [without-megatron]`: a descriptor, and the process to exit with
+(elastic/fork_server.py).
 """
 
+import logging
+import os
 import socket
 import sys
 from typing import Any
@@ -13,15 +16,23 @@ from megamm.config import config_from_dict
 from megamm.elastic import prefork
 from megamm.elastic.rank_status import ExitReason
 
+log = logging.getLogger(__name__)
+WITHOUT_MEGATRON = "without-megatron"
+"""The argument of a fork server that leaves the import of Megatron-core to the ranks."""
+
 
 def preload(config: dict[str, Any]) -> None:
-    """Import everything that ranks use on the device they will choose, without starting threads."""
+    """Import what ranks use on the device they will choose, without starting threads and without touching the GPU.
+
+    Megatron-core imports Transformer Engine and apex if they are installed, and such a package may initialise the GPU
+    when it is imported. This process is then replaced by one that imports all but Megatron-core: each rank imports it
+    itself, so that a restart takes longer, but every rank uses the same packages as without a fork server.
+    """
     device, engine = config["device"], config["engine"]
     with processes.without_blas_threads():
         import numpy  # noqa: F401
     # Imported here: the launcher names this module too and must stay small.
     from megamm.common import device as devices
-    from megamm.common.log import log_to_console
 
     log_to_console()
     if not devices.will_be_gpu(device):
@@ -31,6 +42,22 @@ def preload(config: dict[str, Any]) -> None:
     import torch._dynamo  # the first optimizer imports it: a second
     import torch.utils.tensorboard  # noqa: F401
 
+    import megamm.checkpoint
+    import megamm.data.pipeline.loader  # noqa: F401
+
+    if WITHOUT_MEGATRON not in sys.argv:
+        _import_megatron(engine)
+        if devices.is_initialized():
+            log.warning(
+                "an installed package initialises the GPU when imported: each rank imports Megatron-core itself"
+            )
+            sys.stderr.flush()
+            os.execv(sys.executable, [*sys.orig_argv, WITHOUT_MEGATRON])
+    assert not devices.is_initialized(), "an import has initialised the GPU: ranks cannot be forked from this process"
+
+
+def _import_megatron(engine: str) -> None:
+    """Import the rest: all that imports Megatron-core."""
     import megamm.engine.native
     import megamm.mcore.rng
     import megamm.mcore.store
@@ -38,7 +65,6 @@ def preload(config: dict[str, Any]) -> None:
 
     if engine == "deepspeed":
         import megamm.engine.deepspeed.engine  # noqa: F401
-    assert not devices.is_initialized(), "an import has initialised the GPU: ranks cannot be forked from this process"
 
 
 def train_rank(config: dict[str, Any]) -> ExitReason:
@@ -51,7 +77,7 @@ def train_rank(config: dict[str, Any]) -> ExitReason:
 
 def main() -> None:
     """Serve the launcher until it closes the channel."""
-    channel, launcher = map(int, sys.argv[1:])
+    channel, launcher = map(int, sys.argv[1:3])
     prefork.serve(socket.socket(fileno=channel), launcher, preload, train_rank)
 
 
