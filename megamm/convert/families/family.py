@@ -27,7 +27,12 @@ _ROPE |= {"rope_scaling.high_freq_factor", "rope_scaling.original_length"}
 _ROPE |= {f"rope_scaling.{name}" for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")}
 _YARN = {"rope_scaling.attention_factor", "rope_scaling.truncate"}
 _TRAINING = {"moe.dispatcher", "moe.aux_loss_coeff", "mtp.num_layers", "mtp.loss_weight", "init_std"}
-_MEGATRON: tuple[str, ...] = ("moe_z_loss_coeff", "moe_router_dtype", "moe_input_jitter_eps", "moe_expert_capacity_factor")
+_MEGATRON: tuple[str, ...] = (
+    "moe_z_loss_coeff",
+    "moe_router_dtype",
+    "moe_input_jitter_eps",
+    "moe_expert_capacity_factor",
+)
 _MEGATRON += ("moe_token_drop_policy", "moe_pad_expert_input_to_capacity", "moe_permute_fusion", "moe_router_fusion")
 _MEGATRON += ("moe_shared_expert_overlap", "hidden_dropout", "attention_dropout", "deterministic_mode")
 _MEGATRON += ("gradient_accumulation_fusion", "apply_rope_fusion", "masked_softmax_fusion", "bias_activation_fusion")
