@@ -28,7 +28,8 @@ _CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 """Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
 _SOCKET_PATH, _SOCKET_NAME = 107, "/pymp-12345678/listener-12345678"
 """Bytes of a Unix socket's path (sockaddr_un of Linux), and the names that multiprocessing appends to a folder."""
-_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", str(SHARED_MEMORY))
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals with which users and schedulers stop a job; only the launcher handles them, other processes ignore them."""
 
@@ -157,6 +158,15 @@ def _cleans_up(process: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return any(name in command for name in _CLEANERS)
+
+
+def remove_shared_tensors(process: int) -> None:
+    """Remove what a killed process has left in shared memory; call it before its id can be another process's.
+
+    torch hands over a tensor in a file named torch_PID_..., which it maps and then unlinks; a kill in between leaves it.
+    """
+    for path in SHARED_MEMORY.glob(f"torch_{process}_*"):
+        path.unlink(missing_ok=True)
 
 
 def signal_main_thread(process: int, number: int) -> None:
