@@ -111,7 +111,7 @@ def test_a_run_starts_from_parts_of_stored_tensors(name: str, tmp_path: Path, mo
     family, section, file = read_model(tmp_path)
     stored = mapping.from_transformers(family.rules, file, ModelConfig.model_validate(section))
     whole = Vocabulary((Range("text", 0, VOCABULARY, "unused", ("text",)),))
-    monkeypatch.setattr(hf_source, "text_vocabulary", lambda _: whole)
+    monkeypatch.setattr(hf_source, "text_vocabulary", lambda *_: whole)
     source = hf_source.HuggingFaceSource(tmp_path, SEQUENCE)
     assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == source.shapes
     for first, stop in ((0, 1), (1, 2), (2, 3), (1, 3)):

@@ -215,14 +215,14 @@ def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, m
         (["--prompt", "a", "--to", "image", "--out", "taken.png"], "the output exists"),
         (["--from", "gone.png", "--to", "text"], "cannot read: No such file"),
         (["--from", "broken.png", "--to", "text"], "unusable image: not a PNG"),
-        (["--from", "a.gif", "--to", "text"], "no modality reads .gif files"),
+        (["--from", "a.tga", "--to", "text"], "no modality reads .tga files"),
         (["--to", "text"], "give --prompt, or --from"),
         (["--prompt", "a", "--from", "broken.png", "--to", "text"], "give --prompt, or --from"),
     ],
 )
 def test_what_a_user_can_mend_is_named(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    for name in ("taken.png", "broken.png", "a.gif"):
+    for name in ("taken.png", "broken.png", "a.tga"):
         (tmp_path / name).write_bytes(b"not an image")
     done = _run(folder, *arguments)
     assert isinstance(done.exception, UserError) and message in str(done.exception)

@@ -57,6 +57,7 @@ def read_state(folder: Path) -> TrainState:
 
 def check_same_model(folder: Path, state: TrainState, vocabulary: "Vocabulary", model: dict[str, Any]) -> None:
     """Reject a checkpoint with another vocabulary or architecture; the UserError names the first difference."""
+    from megamm.config import ModelConfig
     from megamm.model.vocabulary import Vocabulary
 
     theirs = Vocabulary.from_json(state.vocabulary)
@@ -69,14 +70,25 @@ def check_same_model(folder: Path, state: TrainState, vocabulary: "Vocabulary", 
             remedy=f"use the tokenizers it was trained with, or another `output` with init_from.checkpoint={folder}",
             on_all_ranks=True,
         )
-    for key, value in state.config["model"].items():
+    # Keys that did not exist when it was written have their defaults.
+    written = ModelConfig.model_validate(state.config["model"]).model_dump(mode="json")
+    for key, value in written.items():
         if key != "megatron" and value != model[key]:
+            name, stored, given = _first_difference(f"model.{key}", value, model[key])
             raise UserError(
-                f"the checkpoint has model.{key} = {value}, but the config has {model[key]}",
+                f"the checkpoint has {name} = {stored}, but the config has {given}",
                 where=folder,
                 remedy="resume with the checkpoint's model, or choose another `output`",
                 on_all_ranks=True,
             )
+
+
+def _first_difference(name: str, stored: Any, given: Any) -> tuple[str, Any, Any]:
+    """Return the first key of a section with another value, and both values; a plain value is itself the difference."""
+    if isinstance(stored, dict) and isinstance(given, dict) and stored.keys() == given.keys():
+        key = next(key for key in stored if stored[key] != given[key])
+        return _first_difference(f"{name}.{key}", stored[key], given[key])
+    return name, stored, given
 
 
 def _described(part: "Range | None") -> str:

@@ -163,7 +163,7 @@ def _cleans_up(process: int) -> bool:
 def remove_shared_tensors(process: int) -> None:
     """Remove what a killed process has left in shared memory; call it before its id can be another process's.
 
-    torch hands over a tensor in a file named torch_PID_..., which it maps and then unlinks; a kill in between leaves it.
+    torch hands over a tensor in a file torch_PID_..., which it maps and then unlinks; a kill in between leaves it.
     """
     for path in SHARED_MEMORY.glob(f"torch_{process}_*"):
         path.unlink(missing_ok=True)
