@@ -1,16 +1,19 @@
 """The fork server, with this process in the role of its launcher: it provides prefork parents after any failure."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
 from megamm.common import processes
 from megamm.elastic import fork_server
 from megamm.elastic.fork_server import ForkServer
+from megamm.elastic.prefork import PreforkParent
 from megamm.elastic.rank_status import HeartbeatPage
 
 CONFIG = {"device": "cpu", "engine": "native"}
@@ -105,6 +108,39 @@ def test_prefork_parents_outlive_their_fork_server_and_come_from_another(launche
     it.wait(lambda: all(processes.state(p) == "Z" for p in it.prefork_parents()))
     said = capfd.readouterr().err
     assert said.count("fork server died") == 2 and said.count("fork server is not responding") == 1
+
+
+def leave_a_worker(*_):
+    """The rank's program: its child is stopped while it hands over a tensor, and the rank ends."""
+    child = os.fork()
+    if child == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(child, os.WUNTRACED)
+    Path(f"/dev/shm/torch_{child}_1_0").touch()
+    os._exit(child % 200)
+
+
+def test_what_a_killed_worker_leaves_in_shared_memory_is_removed():
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    page, dump = HeartbeatPage.create(1).descriptor, os.memfd_create("stacks")
+    parent = os.fork()
+    if parent == 0:
+        ours.close()
+        processes.adopt_orphans()
+        with contextlib.suppress(BaseException):
+            PreforkParent(leave_a_worker, CONFIG, its, page, [dump]).serve()
+        os._exit(0)
+    its.close()
+    before = set(Path("/dev/shm").iterdir())
+    ours.send(json.dumps({"start": [{"RANK": "0"}]}).encode())
+    answers = [json.loads(ours.recv(4096)) for _ in range(2)]
+    assert "started" in answers[0] and "exited" in answers[1]
+    left = [path for path in set(Path("/dev/shm").iterdir()) - before if path.match("torch_*_1_0")]
+    (path,) = [path for path in left if int(path.name.split("_")[1]) % 200 == answers[1]["status"]]
+    ours.send(b'{"sweep": true}')
+    assert json.loads(ours.recv(4096)) == {"swept": 1} and not path.exists()
+    ours.close()
+    assert os.waitpid(parent, 0)[1] == 0
 
 
 def test_one_that_cannot_import_is_tried_again_only_when_asked(launcher, capfd):

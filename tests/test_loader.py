@@ -257,12 +257,15 @@ def test_a_killed_worker_is_said_to_be(sets):
     one = loader(sets, 1, 0, workers=1, prefetch=1)
     one.step()
     worker = one._batches._workers[0].pid
+    tensor = Path(f"/dev/shm/torch_{worker}_1_0")
+    tensor.touch()  # killed while it handed over a tensor
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(
         UserError, match=rf"a data worker \(process {worker}\) ended unexpectedly; .*lower data.workers"
     ):
         for _ in range(99):
             one.step()
+    assert not tensor.exists()
     one.close()
 
 

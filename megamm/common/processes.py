@@ -22,6 +22,7 @@ CLEANING_SECONDS = 5.0
 """Seconds within which a helper process that cleans up after a killed one exits on its own."""
 _CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
 """Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
+SHARED_MEMORY = Path("/dev/shm")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals with which users and schedulers stop a job; only the launcher handles them, other processes ignore them."""
 
@@ -122,6 +123,15 @@ def _cleans_up(process: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return any(name in command for name in _CLEANERS)
+
+
+def remove_shared_tensors(process: int) -> None:
+    """Remove what a killed process has left in shared memory; call it before its id can be another process's.
+
+    torch hands over a tensor in a file torch_PID_..., which it maps and then unlinks; a kill in between leaves it.
+    """
+    for path in SHARED_MEMORY.glob(f"torch_{process}_*"):
+        path.unlink(missing_ok=True)
 
 
 def signal_main_thread(process: int, number: int) -> None:

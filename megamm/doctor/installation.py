@@ -25,10 +25,10 @@ import megamm
 from megamm import ops
 from megamm.checkpoint.state import code_version
 from megamm.common import device
+from megamm.common.processes import SHARED_MEMORY
 from megamm.config import accelerators
 from megamm.ops import library
 
-SHARED_MEMORY = Path("/dev/shm")
 REASONS = {"psutil": "without it Megatron-core hangs forever when it saves a checkpoint"}
 """Package -> what fails without it, if that is not obvious."""
 

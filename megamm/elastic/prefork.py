@@ -105,8 +105,10 @@ class PreforkParent:
 
     def _report_exit(self, process: int, status: int) -> None:
         index = self.ranks.pop(process, None)
-        if index is not None:  # otherwise a rank started it
+        if index is not None:
             self._send(exited=index, status=os.waitstatus_to_exitcode(status))
+        else:  # a rank started it, perhaps a data worker
+            processes.remove_shared_tensors(process)
 
     def _send(self, **message: Any) -> None:
         self.channel.send(json.dumps(message).encode())

@@ -22,7 +22,7 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from megamm.common.errors import UserError
-from megamm.common.processes import die_with_parent, without_blas_threads
+from megamm.common.processes import die_with_parent, remove_shared_tensors, without_blas_threads
 from megamm.common.sample import Batch
 from megamm.data.pipeline import worker_server
 from megamm.data.pipeline.balance import RowCost, StepFigures, balanced_batches
@@ -91,7 +91,10 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers."""
+        workers = getattr(self._batches, "_workers", [])
         self._batches = None
+        for worker in workers:
+            remove_shared_tensors(worker.pid)  # torch kills those that take longer than some seconds
 
     def _data_loader(self) -> "DataLoader[Batch]":
         workers = self.reading.workers
@@ -136,6 +139,8 @@ class Loader:
             died = [worker.pid for worker in getattr(batches, "_workers", []) if _has_ended(worker)]
             if not died:
                 raise
+            for process in died:
+                remove_shared_tensors(process)
             what = f"a data worker (process {', '.join(map(str, died))}) ended unexpectedly"
             remedy = "if the node ran out of memory, lower data.workers or data.prefetch; the same command resumes"
             raise UserError(what, remedy=remedy, is_transient=True) from None
