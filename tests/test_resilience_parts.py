@@ -173,6 +173,32 @@ def test_what_has_no_usual_time_yet_gets_the_long_limit_and_remembers():
     assert silence_until_overdue(clock, ranks, detector) == pytest.approx(13, abs=0.5)
 
 
+def test_a_restart_on_a_slower_node_gets_longer_each_time():
+    """Its first step may take longer than twice the earlier one; a fixed limit would end every attempt the same way."""
+    clock, ranks, detector = detector_of(startup=100.0)
+    ranks[0].set_longest("first", 4.0)
+    detector.overdue(ranks)
+    limits = [13, 31, 67, 139, 205]  # twice the silence before + 5; that counts up to startup_seconds
+    for limit in limits:
+        for status in ranks:
+            status.clear()
+            status.write(1, "data", 5, clock.now, False)
+        detector.begin()
+        assert silence_until_overdue(clock, ranks, detector) == pytest.approx(limit, abs=4)
+    for status in ranks:
+        status.clear()
+        status.write(1, "step", 6, clock.now, True)
+        status.set_longest("first", 6.0)  # it succeeds: what it took counts from now on
+        status.set_longest("step", 1.0)
+    detector.begin()
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(2 * 1.0 + 5, abs=0.5)
+    for status in ranks:
+        status.clear()
+        status.write(1, "data", 6, clock.now, False)
+    detector.begin()
+    assert silence_until_overdue(clock, ranks, detector) == pytest.approx(2 * 6.0 + 5, abs=0.5)
+
+
 def test_nobody_is_overdue_while_a_rank_anywhere_waits_for_a_writer_at_work(tmp_path):
     clock, ranks, detector = detector_of(run=tmp_path)
     for status in ranks:

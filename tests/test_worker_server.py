@@ -1,9 +1,6 @@
 """The folder of the data workers' sockets is removed, however the process that made it ends."""
 
-import multiprocessing
-import multiprocessing.connection
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -14,12 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_run import environment, make_data, numbers, write_config
 
-from megamm.common import processes
-from megamm.common.errors import UserError
-
 PROGRAM = """
 import multiprocessing.forkserver, os, signal, sys
-from megamm.common.processes import socket_folder
+from megamm.common.processes import WORKERS_FOLDER, socket_folder
 from megamm.data.pipeline import worker_server
 
 def start():
@@ -30,7 +24,7 @@ def start():
 if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megamm.data.pipeline.worker_server"])
-    os.environ[worker_server.FOLDER] = socket_folder()
+    os.environ[WORKERS_FOLDER] = socket_folder()
     start()
     if sys.argv[1] == "stop":
         multiprocessing.forkserver._forkserver._stop()
@@ -59,24 +53,65 @@ def test_a_long_path_of_temporary_files_is_not_used_for_sockets(tmp_path, how):
     assert len(str(used)) < 75 and [path.name for path in folder.iterdir()] == ["program.py"]
 
 
-def test_the_longest_path_that_has_room(tmp_path, monkeypatch):
+LISTEN = """
+import multiprocessing.connection
+from megamm.common import processes
+processes._SHORT_FOLDERS = ("/absent",)
+print(processes.socket_folder())
+multiprocessing.connection.Listener(family="AF_UNIX").close()
+"""
+
+
+@pytest.mark.parametrize("begin", ["", "ä"])
+def test_the_longest_path_that_has_room(begin):
     """Python's own names are appended to it, by its own function; one byte more is one too many, in any encoding."""
-    monkeypatch.setattr(processes, "_SHORT_FOLDERS", (str(tmp_path / "absent"),))
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    for length, begin in ((75, ""), (75, "ä"), (76, ""), (76, "ä")):
-        parent = tempfile.mkdtemp(dir="/tmp")
-        folder = f"{parent}/{begin}{'b' * (length - len(parent) - 1 - len(begin.encode()))}"
-        os.mkdir(folder)
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        monkeypatch.setitem(multiprocessing.current_process()._config, "tempdir", None)
-        if length == 75:
-            assert processes.socket_folder().startswith(folder)
-            multiprocessing.connection.Listener(family="AF_UNIX").close()
-        else:
-            with pytest.raises(UserError, match=r"a path of 76 bytes: too long.*at most 75 bytes"):
-                processes.socket_folder()
-        assert tempfile.gettempdir() == folder
-        shutil.rmtree(parent)
+    for length in (75, 76):
+        with tempfile.TemporaryDirectory(dir="/tmp") as parent:
+            folder = Path(parent, begin + "b" * (length - len(parent) - 1 - len(begin.encode())))
+            folder.mkdir()
+            env = environment() | {"TMPDIR": str(folder)}
+            env.pop("XDG_RUNTIME_DIR", None)
+            done = subprocess.run([sys.executable, "-c", LISTEN], env=env, capture_output=True, text=True, timeout=120)
+            if length == 75:
+                assert done.returncode == 0 and Path(done.stdout.strip()).parent == folder, done.stderr
+            else:
+                assert "a path of 76 bytes: too long" in done.stderr and "at most 75 bytes" in done.stderr
+
+
+RANK = """
+import multiprocessing.forkserver, os, time
+from megamm.common.processes import WORKERS_FOLDER, socket_folder
+
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["blocks"])
+os.environ[WORKERS_FOLDER] = socket_folder()
+semaphore = context.Semaphore()
+multiprocessing.forkserver.ensure_running()
+print(os.environ[WORKERS_FOLDER], semaphore._semlock.name, flush=True)
+time.sleep(600)  # until it is killed
+"""
+SWEEP = """
+import subprocess, sys
+from megamm.common import processes
+
+processes.adopt_orphans()
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE, text=True)
+print(rank.stdout.readline(), processes.sweep())
+"""
+
+
+def test_a_fork_server_that_still_imports_leaves_nothing_when_it_is_swept(tmp_path):
+    """On a slow node the import takes longer than anyone waits: the sweep removes the folder in its place."""
+    os.mkfifo(tmp_path / "never")
+    (tmp_path / "blocks.py").write_text(f"open({str(tmp_path / 'never')!r}).read()\n")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        env = environment() | {"TMPDIR": folder}
+        env["PYTHONPATH"] = f"{tmp_path}:{env.get('PYTHONPATH', '')}"
+        command = [sys.executable, "-c", SWEEP, RANK]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        sockets, semaphore, swept = done.stdout.split()
+        assert Path(sockets).parent == Path(folder) and int(swept) == 3, done.stderr  # rank, fork server, tracker
+        assert not list(Path(folder).iterdir()) and not Path(f"/dev/shm/sem.{semaphore.lstrip('/')}").exists()
 
 
 @pytest.mark.everything

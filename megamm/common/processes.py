@@ -7,6 +7,7 @@ its parent exits (PR_SET_PDEATHSIG), which also kills a process that is stopped 
 import ctypes
 import multiprocessing.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,9 +24,11 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 SWEEP_SECONDS = 30.0
 """A killed process that still exists after this time hangs in the kernel."""
 CLEANING_SECONDS = 5.0
-"""Seconds within which a helper process that cleans up after a killed one exits on its own."""
-_CLEANERS = (b"multiprocessing.resource_tracker", b"multiprocessing.forkserver")
-"""Command lines of helpers that notice the exit of their parent and remove its semaphores and its socket folder."""
+"""Seconds within which a resource tracker removes the semaphores of processes that have exited, and exits."""
+_TRACKER, _FORK_SERVER = b"multiprocessing.resource_tracker", b"multiprocessing.forkserver"
+"""In the command lines of Python's helper processes."""
+WORKERS_FOLDER = "MEGAMM_WORKERS_FOLDER"
+"""The environment variable of a fork server of data workers, with the folder of their sockets."""
 _SOCKET_PATH, _SOCKET_NAME = 107, "/pymp-12345678/listener-12345678"
 """Bytes of a Unix socket's path (sockaddr_un of Linux), and the names that multiprocessing appends to a folder."""
 SHARED_MEMORY = Path("/dev/shm")
@@ -131,16 +134,21 @@ def sweep(kept: Collection[int] = (), on_exit: Callable[[int, int], None] = lamb
 
     When they exit, their own children become children of this process (adopt_orphans), so it repeats until none is
     left. on_exit: called with each process and its waitpid status. A process that hangs in the kernel is given up after
-    SWEEP_SECONDS. Helpers that clean up after others have CLEANING_SECONDS to do so.
+    SWEEP_SECONDS. Resource trackers exit on their own when all others have; they are killed only if they do not within
+    CLEANING_SECONDS. A fork server of data workers may still be importing, so its folder of sockets is removed here.
     """
     count, empty, deadline = 0, 0, time.monotonic() + SWEEP_SECONDS
     patience = time.monotonic() + CLEANING_SECONDS
     while empty < 2 and time.monotonic() < deadline:  # twice: the kernel's list may miss one while another ends
         left = [process for process in children(os.getpid()) if process not in kept]
         empty = 0 if left else empty + 1
-        for process in left:
-            if time.monotonic() > patience or not _cleans_up(process):
-                os.kill(process, signal.SIGKILL)  # not reaped yet: no other process can have its id
+        killed = [process for process in left if not _is_helper(process, _TRACKER)]
+        patience = time.monotonic() + CLEANING_SECONDS if killed else patience
+        for process in killed if time.monotonic() < patience else left:
+            folder = _variable(process, WORKERS_FOLDER) if _is_helper(process, _FORK_SERVER) else None
+            os.kill(process, signal.SIGKILL)  # not reaped yet: no other process can have its id
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
         for process in left:
             ended, status = os.waitpid(process, os.WNOHANG)
             if ended:
@@ -151,13 +159,22 @@ def sweep(kept: Collection[int] = (), on_exit: Callable[[int, int], None] = lamb
     return count
 
 
-def _cleans_up(process: int) -> bool:
-    """Whether a process exits on its own after cleaning up what its parent has left."""
+def _is_helper(process: int, name: bytes) -> bool:
+    """Whether a process is that helper of Python's multiprocessing."""
     try:
-        command = Path(f"/proc/{process}/cmdline").read_bytes()
+        return name in Path(f"/proc/{process}/cmdline").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return any(name in command for name in _CLEANERS)
+
+
+def _variable(process: int, name: str) -> str | None:
+    """Return a variable of the environment with which a process was started; None if it has none."""
+    try:
+        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    prefix = f"{name}=".encode()
+    return next((os.fsdecode(entry[len(prefix) :]) for entry in variables if entry.startswith(prefix)), None)
 
 
 def remove_shared_tensors(process: int) -> None:

@@ -4,6 +4,8 @@ A rank sends a heartbeat at every step, evaluation batch and change of phase. It
 longer than twice its longest recent time between heartbeats plus resilience.hang_seconds. If that time is not known,
 that is, before the first steps of a launch are done, the limit is resilience.startup_seconds. For the first evaluation
 and the first checkpoint after it the limit is _FIRST_FACTOR times the longest time known so far, plus hang_seconds.
+Before the first step of a restart, silence in an attempt that failed counts as a usual time too: a node that has become
+slow gets twice as long at the next attempt, instead of the same limit again and again.
 
 Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
 the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
@@ -92,12 +94,18 @@ class HangDetector:
         self._compilations: dict[int, tuple[tuple[int, int], float]] = {}
         """Attempt and count of the last beat of each rank that compiled, and the time at which it was seen first."""
         self.longest = dict(longest)
+        self._waited: dict[str, float] = {}
+        """The longest silence of a rank before the first step of this attempt, by name in TIMED."""
         self._seen: dict[int, tuple[int, float]] = {}
         """Beats of each rank, and the time of the last new one."""
         self._looked = clock()
 
     def begin(self) -> None:
         """Begin a new attempt: no rank has sent a heartbeat yet."""
+        for what, seconds in self._waited.items():
+            if what in self.longest:  # otherwise the limit is that of the first launch, which is generous
+                self.longest[what] = max(self.longest[what], min(seconds, self.limits.startup))
+        self._waited.clear()
         self._seen.clear()
         self._looked = self.clock()
 
@@ -113,6 +121,9 @@ class HangDetector:
         for index, status in enumerate(statuses):
             count, since = self._seen.get(index, (-1, now))
             self._seen[index] = (count, since + asleep) if count == status.count else (status.count, now)
+            if not status.is_warm:
+                what = "first" if status.phase in ("data", "step") else status.phase
+                self._waited[what] = max(self._waited.get(what, 0.0), now - self._seen[index][1])
         # Ranks work in step, so the slowest rank's duration counts for all.
         for what in TIMED:
             seconds = [status.longest()[what] for status in statuses if what in status.longest()]

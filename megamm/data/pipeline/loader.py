@@ -22,9 +22,14 @@ import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from megamm.common.errors import UserError
-from megamm.common.processes import die_with_parent, remove_shared_tensors, socket_folder, without_blas_threads
+from megamm.common.processes import (
+    WORKERS_FOLDER,
+    die_with_parent,
+    remove_shared_tensors,
+    socket_folder,
+    without_blas_threads,
+)
 from megamm.common.sample import Batch
-from megamm.data.pipeline import worker_server
 from megamm.data.pipeline.balance import RowCost, StepFigures, balanced_batches
 from megamm.data.pipeline.row_stream import RowReader, RowSpec, RowStream
 
@@ -104,7 +109,7 @@ class Loader:
             # Not spawn: every worker would import torch; a server imports it once and forks before it has threads.
             context = torch.multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["megamm.data.pipeline.worker_server", "megamm.data.pipeline.loader"])
-            os.environ[worker_server.FOLDER] = socket_folder()
+            os.environ[WORKERS_FOLDER] = socket_folder()
             ahead = max(1, -(-self.reading.prefetch * self._microbatches // workers))
             parallel = {"multiprocessing_context": context, "prefetch_factor": ahead}
         return DataLoader(

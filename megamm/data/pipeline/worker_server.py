@@ -10,8 +10,8 @@ import os
 import shutil
 import time
 
-FOLDER = "MEGAMM_WORKERS_FOLDER"
-"""The environment variable with its path."""
+from megamm.common.processes import WORKERS_FOLDER
+
 _SECONDS = 1.0
 """Seconds within which the kernel assigns a new parent to the children of an exiting process."""
 
@@ -26,5 +26,5 @@ def _end(folder: str, starter: int) -> None:
     os._exit(0)  # with torch, a normal interpreter exit takes tenths of a second
 
 
-if FOLDER in os.environ:
-    atexit.register(_end, os.environ[FOLDER], os.getppid())
+if WORKERS_FOLDER in os.environ:
+    atexit.register(_end, os.environ[WORKERS_FOLDER], os.getppid())
