@@ -72,6 +72,13 @@ def test_the_class_is_named(overrides: list[str], line: str) -> None:
     assert exportable.check(load_config(TINY, overrides)) == line
 
 
+def test_an_export_keeps_the_class_of_its_source_if_that_can_express_the_model() -> None:
+    llama = load_config(TINY, ["model.qk_norm=false"])
+    for family, named in (("mistral", "Mistral"), ("llama", "Llama"), ("qwen3", "Llama")):  # Qwen3 has norms of q and k
+        line = exportable.check(llama, origin={"config": {"model_type": family}})
+        assert line == f"export: {named}ForCausalLM of transformers"
+
+
 def test_the_dry_run_names_the_class_or_refuses() -> None:
     done = megamm("train", TINY, "--dry-run", "--vocabulary-size", 99)
     assert done.returncode == 0 and "\nexport: Qwen3ForCausalLM of transformers\n" in done.stdout, done.stderr

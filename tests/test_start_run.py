@@ -243,7 +243,8 @@ def test_what_changes_the_function_of_weights_is_admitted_by_name(data, tmp_path
     config = load_config(_config(data, "longer", model={"rope_base": 5e6}, init_from=start))
     _qwen3(tmp_path / "hub", data, load_config(_config(data, "before")))
     with caplog.at_level("INFO", logger="megamm"):
-        check(config, open_run_data(config).vocabulary)
+        origin = check(config, open_run_data(config).vocabulary)
+    assert origin is not None and origin["config"]["model_type"] == "qwen3"
     assert "model.rope_base: 1000000.0 in the source, now 5000000.0: allowed" in caplog.text
 
 

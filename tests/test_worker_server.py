@@ -79,7 +79,7 @@ def test_the_longest_path_that_has_room(begin):
 
 
 RANK = """
-import multiprocessing.forkserver, os, time
+import multiprocessing.forkserver, os, signal
 from megamm.common.processes import WORKERS_FOLDER, socket_folder
 
 context = multiprocessing.get_context("forkserver")
@@ -88,7 +88,7 @@ os.environ[WORKERS_FOLDER] = socket_folder()
 semaphore = context.Semaphore()
 multiprocessing.forkserver.ensure_running()
 print(os.environ[WORKERS_FOLDER], semaphore._semlock.name, flush=True)
-time.sleep(600)  # until it is killed
+signal.pause()  # until it is killed
 """
 SWEEP = """
 import subprocess, sys

@@ -1,6 +1,8 @@
 """Checks before the first step that a run can be exported, so that no run trains for days what no engine loads."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megamm.checkpoint.folder import all_of
 from megamm.common.errors import UserError
@@ -13,13 +15,15 @@ from megamm.tokenizers.text.model import load_tokenizer, vocabulary_size
 _REMEDY = "or set export: off to train a model that cannot be exported"
 
 
-def check(config: RunConfig, vocabulary: Vocabulary | None = None) -> str:
+def check(config: RunConfig, vocabulary: Vocabulary | None = None, origin: Mapping[str, Any] | None = None) -> str:
     """What the run's export will be, in a line for the dry run. vocabulary None: unknown, ids are not checked.
+
+    origin: TrainState.origin of the weights that the run starts from, whose family an export keeps if it can.
 
     Raises UserError if `export: required` cannot be met. A run that has checkpoints already continues in any case.
     """
     try:
-        line = _describe(config, vocabulary)
+        line = _describe(config, vocabulary, origin)
     except UserError as error:
         if config.export == "required" and not any(all_of(config.output)):
             remedy = f"{error.remedy}, {_REMEDY}"
@@ -28,10 +32,10 @@ def check(config: RunConfig, vocabulary: Vocabulary | None = None) -> str:
     return f"export: {line}"
 
 
-def _describe(config: RunConfig, vocabulary: Vocabulary | None) -> str:
+def _describe(config: RunConfig, vocabulary: Vocabulary | None, origin: Mapping[str, Any] | None) -> str:
     """The class of the export and what it lacks. Raises UserError for what an export would refuse."""
     m = config.model
-    family = family_for(m)
+    family = family_for(m, origin)
     text = config.tokenizers.get("text")
     if text is not None and text.exists():
         _check_tokenizer(text, vocabulary)

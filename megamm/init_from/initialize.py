@@ -32,16 +32,18 @@ WINDOW = 1 << 22
 """Values of text rows in memory at a time, for computing their mean and deviation."""
 
 
-def check(config: RunConfig, vocabulary: Vocabulary) -> None:
+def check(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any] | None:
     """Check `init_from` before any process runs, as far as no tensors are needed.
 
-    Raises UserError as `init_from` does.
+    Return the source's TrainState.origin; None without a source, or if the run has checkpoints of its own. Raises
+    UserError as `init_from` does.
     """
     start, run = config.init_from, config.output
     has_own = config.checkpoint.remote is not None or any(folder.all_of(run))
     source = None if start is None or has_own else open_unverified(start.checkpoint, config.data.seq_length)
     if start is not None and source is not None:
         _plan_resize(config, vocabulary, start, source)
+    return None if source is None else source.origin
 
 
 def init_from(

@@ -1,9 +1,8 @@
 """Sound files (WAV, FLAC, Ogg Vorbis or Opus, MP3) to waveforms; refuses broken and hostile files with a reason.
 
 In: the bytes of a file and its extension. Out: float32 `[samples]` mono at a given sample rate, or a digest. Decoded in
-blocks, so that a file that declares years of sound uses little memory. Decoders: libsndfile; FFmpeg for MP3, because
-libsndfile stops at an estimated length if there is no Xing header. Resampling: polyphase, band-limited
-(scipy.signal.resample_poly).
+blocks, so that a file that declares years of sound uses little memory. libsndfile decodes all formats but MP3, where it
+stops at an estimated length if there is no Xing header: FFmpeg decodes that. scipy.signal.resample_poly resamples.
 
 The length of a sound is that of its data (media/sound_length.py): headers of files from a pipe have none, and a decoder
 that stops before the packets of the file end is noticed.
@@ -45,7 +44,7 @@ BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class _Sound:
+class Sound:
     """An open file: its rate (Hz), channels, and samples as blocks float32 `[up to BLOCK, channels]`."""
 
     samplerate: int
@@ -55,7 +54,7 @@ class _Sound:
 
 def check_sound(data: bytes, extension: str) -> str:
     """Decode everything; SHA-256 (hex) of rate and samples. Raises UnreadableMedia if unsuitable for training."""
-    with _open(data, extension) as file:
+    with open_sound(data, extension) as file:
         # Rate and channels are part of the content: the same samples at another rate are another sound.
         digest = hashlib.sha256(f"{file.samplerate} Hz {file.channels}".encode())
         lowest, highest = math.inf, -math.inf
@@ -70,7 +69,7 @@ def check_sound(data: bytes, extension: str) -> str:
 
 def read_waveform(data: bytes, extension: str, sample_rate: int, max_seconds: float) -> Waveform:
     """The first max_seconds as float32 `[samples]` in [-1, 1], mono (the mean of the channels), at sample_rate (Hz)."""
-    with _open(data, extension) as file:
+    with open_sound(data, extension) as file:
         wanted, mono, read = math.ceil(max_seconds * file.samplerate), [], 0
         for block in file.blocks:
             mono.append(block.mean(axis=1))
@@ -96,7 +95,7 @@ def resample(waveform: Waveform, rate: int, new_rate: int) -> Waveform:
 
 
 @contextmanager
-def _open(data: bytes, extension: str) -> Iterator[_Sound]:
+def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
     """The sound of a file with a valid header. Raises UnreadableMedia if it is invalid, also while it is read."""
     if not data:
         raise UnreadableMedia("zero bytes")
@@ -117,7 +116,7 @@ def _open(data: bytes, extension: str) -> Iterator[_Sound]:
             blocks, declared = _ogg_blocks(data, file.samplerate), 0
         else:
             blocks, declared = _blocks(file), file.frames
-        yield _Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))
+        yield Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))
 
 
 def _sound_file(data: bytes) -> Any:
@@ -191,7 +190,8 @@ def _mp3_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
     import av
 
     container: Any
-    with av.open(io.BytesIO(data), format="mp3") as container:
+    # The text of tags is not needed, and often in another encoding than UTF-8.
+    with av.open(io.BytesIO(data), format="mp3", metadata_errors="replace") as container:
         stream = container.streams.audio[0]
         stream.codec_context.options = {"err_detect": "explode"}
         try:

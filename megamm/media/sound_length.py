@@ -188,7 +188,7 @@ def _packets(data: bytes, demuxer: str) -> tuple[float, float]:
 
     seconds, longest = 0.0, 0.0
     try:
-        with av.open(io.BytesIO(data), mode="r", format=demuxer) as container:
+        with av.open(io.BytesIO(data), mode="r", format=demuxer, metadata_errors="replace") as container:
             stream: Any = container.streams.best("audio")
             for packet in container.demux(stream) if stream else ():
                 duration = float((packet.duration or 0) * stream.time_base)

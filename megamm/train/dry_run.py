@@ -175,7 +175,7 @@ def report(
     layout.check(config, world_size)
     if rank is not None and not 0 <= rank < world_size:
         raise UserError(f"rank {rank} is not one of {world_size} ranks", remedy=f"give --rank 0 to {world_size - 1}")
-    vocabulary = None
+    vocabulary = origin = None
     if vocabulary_size is None:
         from megamm.data.pipeline.run_data import open_run_data
         from megamm.init_from.initialize import check as check_start
@@ -185,9 +185,9 @@ def report(
         except UserError as error:
             remedy = f"{error.remedy}, or add --vocabulary-size to the dry run"
             raise UserError(error.what, where=error.where, remedy=remedy) from None
-        check_start(config, vocabulary)
+        origin = check_start(config, vocabulary)
         vocabulary_size = vocabulary.size
-    exported = exportable.check(config, vocabulary)
+    exported = exportable.check(config, vocabulary, origin)
     text, found = describe(config, vocabulary_size, world_size, rank)
     return f"{text}\n{exported}", found
 

@@ -123,6 +123,14 @@ def newest_checkpoint(run, seconds=2.0):
     return found[-1]
 
 
+def settled_checkpoint(run):
+    """Return the newest checkpoint after a save that is under way, which would otherwise be newer a moment later."""
+    end = time.monotonic() + 1.0  # a save that waits for the calling rank does not end
+    while any((run / "checkpoints").glob(".tmp-*")) and time.monotonic() < end:
+        time.sleep(0.01)
+    return newest_checkpoint(run)
+
+
 def once_saved(act):
     """Act once two checkpoints exist: a save that a kill interrupts might leave only one."""
 
@@ -158,7 +166,7 @@ def newest_in_local_tier(run):
     )
 
 
-def damage(change, newest=newest_checkpoint):
+def damage(change, newest=settled_checkpoint):
     """Change the largest file of the newest checkpoint, then kill the rank so that the run has to resume."""
 
     def act(run, pid):

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from megamm.common.errors import UserError
+from megamm.convert.io.origin import GENERATION
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ def _add_yarn(writer: Any, config: Any) -> None:
 
 def add_sampling(writer: Any, export: Path) -> None:
     """Add the sampling settings of generation_config.json, which llama.cpp uses by default."""
-    file = export / "generation_config.json"
+    file = export / GENERATION
     if not file.exists():
         return
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megamm.common.errors import UserError
+from megamm.convert.io.origin import GENERATION, ends_of
 
 log = logging.getLogger(__name__)
 
@@ -89,10 +90,10 @@ def _checked(values: dict[str, Any], file: Path, without_normalizer: bool) -> st
         remedy = "use a byte-level BPE with the split of GPT-2, Llama 3, Qwen 2 or SmolLM"
         what = f"this tokenizer cannot be written as GGUF: {'; '.join(problems)}"
         raise UserError(what, where=file, remedy=remedy)
-    normalizers = _steps(values.get("normalizer"), "normalizers")
-    if normalizers and not (without_normalizer and {step["type"] for step in normalizers} == {"NFC"}):
-        kinds = ", ".join(step["type"] for step in normalizers)
-        is_nfc = {step["type"] for step in normalizers} == {"NFC"}
+    normalizers = [step["type"] for step in _steps(values.get("normalizer"), "normalizers")]
+    is_nfc = set(normalizers) == {"NFC"}
+    if normalizers and not (without_normalizer and is_nfc):
+        kinds = ", ".join(normalizers)
         what = f"this tokenizer cannot be written as GGUF: it normalises text ({kinds}) and llama.cpp does not"
         remedy = "add --without-normalizer, and give llama.cpp text in NFC" if is_nfc else "use one without normalizer"
         raise UserError(what, where=file, remedy=remedy)
@@ -221,11 +222,10 @@ def _around(tokenizer: Any, export: Path) -> tuple[list[int], list[int]]:
 
 def _stops(config: Any, export: Path) -> list[int]:
     """The ids that end a text: of generation_config.json where it names them, as transformers does, or config.json."""
-    given = config.eos_token_id
-    file = export / "generation_config.json"
-    if file.exists():  # read before: add_sampling reports a damaged one
-        given = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", given)
-    ids = [] if given is None else [given] if isinstance(given, int) else list(given)
+    file = export / GENERATION
+    # Read before: add_sampling reports a damaged one.
+    generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    ids = ends_of(generation, {"eos_token_id": config.eos_token_id})
     if beyond := [id_ for id_ in ids if id_ >= config.vocab_size]:
         log.warning("left out of the ids that end a text: %s, which the model has no rows for", beyond)
     return [id_ for id_ in dict.fromkeys(ids) if id_ < config.vocab_size]

@@ -46,9 +46,14 @@ class Origin:
         return None if values is None else cls(**values)
 
     def ends(self) -> list[int]:
-        """Ids at which generation stops, as in generation_config.json, or else in config.json."""
-        found = self.generation.get("eos_token_id", self.config.get("eos_token_id"))
-        return [] if found is None else [found] if isinstance(found, int) else list(found)
+        """Ids at which generation stops."""
+        return ends_of(self.generation, self.config)
+
+
+def ends_of(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
+    """Ids at which generation stops, as in generation_config.json, or else in config.json."""
+    found = generation.get("eos_token_id", config.get("eos_token_id"))
+    return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
 def read_origin(folder: Path, vocabulary: Vocabulary, rows: int) -> Origin:

@@ -24,10 +24,8 @@ def unused(folder: Path, shapes: Iterable[tuple[str, Shape]]) -> dict[str, str]:
         layer = _LAYER.match(name)
         if _ANGLES.search(name):
             found[name] = "RoPE frequencies"
-        elif _MASK.search(name) and len(shape) in (
-            0,
-            4,
-        ):  # a scalar, or a causal mask [1, 1, S, S]; a bias has one axis
+        # A scalar, or a causal mask [1, 1, S, S]; a bias has one axis.
+        elif _MASK.search(name) and len(shape) in (0, 4):
             found[name] = "causal masks"
         elif layer and int(layer[1]) in prediction:
             found[name] = "modules of multi-token prediction"
