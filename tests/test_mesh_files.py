@@ -402,6 +402,26 @@ def test_negative_corners_count_from_their_own_line():
         digest_of_points(first + b"f 1 2 3\nsurf 0 1 0 1 1 2 3 4\n", "obj")
 
 
+def test_a_damaged_line_of_an_obj_leaves_no_hole():
+    """Other readers ignore lines with an unknown keyword; "fo" is the earlier keyword of faces."""
+    corners = b"v 0 0 0\nv 1 0 0\nv 0 1 0\nvn 0 0 1\nvt 0 0\nvp 0 0\ns 1\nexporter's own line\n"
+    assert area(surface(corners + b"fo 1 2 3\nf 1 3 2\n", "obj")) == 1.0
+    for damaged in (b"f0 1 2 3\n", b"v1 1 1 1\n"):
+        with pytest.raises(UnreadableMedia, match="not a keyword of obj"):
+            digest_of_points(corners + b"f 1 2 3\n" + damaged, "obj")
+
+
+def test_a_row_of_a_text_ply_is_its_line():
+    """A wrong length of a list must not take the next row's values: found by fuzz_media.py."""
+    head = b"ply\nformat ascii 1.0\nelement vertex 5\nproperty float x\nproperty float y\nproperty float z\n"
+    head += b"element face 2\nproperty list uchar int vertex_indices\nend_header\n"
+    head += b"0 0 0\n2 0 0\n2 2 0\n1 .5 0\n0 2 0\n"
+    assert area(surface(head + b"3 2 3 4\n\n3 0 1 2 \r\n", "ply")) == 1.5 + 2.0
+    for damaged in (b"5 2 3 4\n3 0 1 2\n", b"3 2 3 4 0\n3 0 1 2\n", b"3 2 3 4\n"):
+        with pytest.raises(UnreadableMedia, match=r"truncated|a row of 4 values has 5"):
+            digest_of_points(head + damaged, "ply")
+
+
 def test_colours_of_vertices_survive_texture_coordinates_and_have_any_width():
     coloured = b"v 0 0 0 1 0 0\nv 1 0 0 1 0 0\nv 0 1 0 1 0 0\nvt 0 0\nf 1/1 2/1 3/1\n"
     assert colour(coloured, "obj") == [1, 0, 0]

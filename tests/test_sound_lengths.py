@@ -146,6 +146,20 @@ def test_a_flac_that_declares_fewer_samples_or_none_is_read_to_its_end(claimed):
     assert length(data, "flac") == len(SOUND) == ffmpeg_length(data, "flac")
 
 
+def test_flacs_behind_each_other_are_read_to_the_last():
+    stereo = as_bytes(np.stack([SOUND[:HALF], SOUND[:HALF]], 1), "flac")
+    mono = as_bytes(SOUND, "flac")
+    both = mono + stereo
+    assert length(both, "flac") == len(SOUND) + HALF
+    np.testing.assert_allclose(read_waveform(both, "flac", RATE, 60.0)[len(SOUND) :], SOUND[:HALF], atol=2**-14)
+    # FFmpeg decodes the frames of both, of the second one only from the first that its parser finds.
+    assert len(SOUND) < ffmpeg_length(both, "flac") <= length(both, "flac")
+    assert length(mono + b"TAG" + bytes(125), "flac") == len(SOUND)
+    for broken in (mono + stereo[:-1000], mono[:-1000] + stereo):
+        with pytest.raises(UnreadableMedia, match=r"broken FLAC|truncated"):
+            check_sound(broken, "flac")
+
+
 def pages(data):
     """The pages of an Ogg file."""
     starts = [at for at in range(len(data)) if data.startswith(b"OggS\0", at)]
@@ -234,3 +248,13 @@ def test_a_tag_in_another_encoding_than_utf_8_changes_nothing():
     """Latin-1, as ID3v1 has it: the digest is that of the file without the tag."""
     tag = b"TAG" + "Caf\u00e9".encode("latin-1").ljust(125, b"\0")
     assert check_sound(mp3() + tag, "mp3") == check_sound(mp3(), "mp3")
+
+
+def test_an_mp3_that_only_libsndfile_can_open_is_unreadable():
+    """The header of a first frame with a wrong byte behind it, and the file cut after it: found by fuzz_media.py."""
+    data = bytearray(mp3()[:406])
+    data[6] = 0x10
+    with soundfile.SoundFile(io.BytesIO(bytes(data))), pytest.raises(av.InvalidDataError):
+        av.open(io.BytesIO(bytes(data)), format="mp3")
+    with pytest.raises(UnreadableMedia, match="broken MP3 data: Invalid data found"):
+        check_sound(bytes(data), "mp3")

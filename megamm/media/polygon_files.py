@@ -108,10 +108,13 @@ def mesh_of_obj(data: bytes) -> "trimesh.Trimesh":
             if len(words) < 4:
                 raise ValueError(f"a vertex without three coordinates: {line[:80]!r}")
             vertices.append([float(word) for word in words[1:]])
-        elif words[0] == "f":
+        elif words[0] in ("f", "fo"):  # "fo" is the name of faces in old files
             polygons.append([_corner(word, len(vertices)) for word in words[1:]])
         elif words[0] in _UNSUPPORTED_OBJ:
             raise ValueError(f"has free-form geometry ({words[0]}), only polygons are supported")
+        elif words[0][0] in "vf" and words[0] not in ("vt", "vn", "vp"):
+            # Ignored like other unknown lines, a damaged line would be a hole in the mesh.
+            raise ValueError(f"has a line that begins with {words[0][:20]!r}, which is not a keyword of obj")
     if not vertices:
         raise ValueError("has no vertices")
     xyz = np.array([vertex[:3] for vertex in vertices], np.float64)
@@ -216,33 +219,39 @@ def _ply_elements(data: bytes) -> dict[str, dict[str, Column]]:
 
 
 class _AsciiPly:
-    """Reads elements from a body of text, one word after the other."""
+    """Reads elements from a body of text, each row from a line of its own."""
 
     def __init__(self, body: bytes) -> None:
-        self.words, self.at = body.split(), 0
+        self.rows, self.at = [words for line in body.splitlines() if (words := line.split())], 0
 
     def rest(self) -> bool:
         """Whether some of the body is not read."""
-        return self.at < len(self.words)
+        return self.at < len(self.rows)
 
     def element(self, count: int, properties: dict[str, tuple[str, ...]]) -> dict[str, Column]:
         """The columns of the next element."""
         columns: dict[str, list[Any]] = {name: [] for name in properties}
-        kinds = [(columns[name].append, types) for name, types in properties.items()]
-        if count * len(kinds) > len(self.words) - self.at:
-            raise ValueError(f"truncated: {count} rows of {len(kinds)} values in {len(self.words) - self.at}")
-        for _ in range(count):
-            for append, types in kinds:
-                if len(types) == 1:
-                    append(float(self.words[self.at]))
-                    self.at += 1
+        kinds = [(columns[name].append, len(types) == 2) for name, types in properties.items()]
+        if count > len(self.rows) - self.at:
+            raise ValueError(f"truncated: {len(self.rows) - self.at} of {count} rows")
+        for words in self.rows[self.at : self.at + count]:
+            at = 0
+            for append, is_list in kinds:
+                if at >= len(words):
+                    raise ValueError(f"truncated: a row of {len(words)} values")
+                if not is_list:
+                    append(float(words[at]))
+                    at += 1
                     continue
-                length = int(self.words[self.at])
-                row = self.words[self.at + 1 : self.at + 1 + length]
+                length = int(words[at])
+                row = words[at + 1 : at + 1 + length]
                 if length < 0 or len(row) < length:
                     raise ValueError(f"truncated: a list of {length} values has {len(row)}")
                 append([int(float(word)) for word in row])
-                self.at += 1 + length
+                at += 1 + length
+            if at < len(words):
+                raise ValueError(f"a row of {at} values has {len(words)}")
+        self.at += count
         return {
             name: columns[name] if len(types) == 2 else np.array(columns[name]).astype(types[0])
             for name, types in properties.items()

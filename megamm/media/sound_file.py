@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from megamm.common.errors import UnreadableMedia
 from megamm.media.sound_length import (
+    flac_links,
     flac_with_length,
     mp3_declared_samples,
     ogg_links,
@@ -113,7 +114,9 @@ def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
         if file.format == "MP3":
             blocks, declared = _mp3_blocks(data, file.samplerate), mp3_declared_samples(data)
         elif file.format == "OGG":
-            blocks, declared = _ogg_blocks(data, file.samplerate), 0
+            blocks, declared = _link_blocks(ogg_links(data), file.samplerate), 0
+        elif file.format == "FLAC":
+            blocks, declared = _link_blocks(flac_links(data), file.samplerate), 0
         else:
             blocks, declared = _blocks(file), file.frames
         yield Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))
@@ -176,13 +179,18 @@ def _blocks(file: Any) -> Iterator[Waveform]:
         yield block
 
 
-def _ogg_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
-    """The samples of all links of an Ogg file, one after the other: libsndfile reads only the first."""
-    for link in ogg_links(data):
+def _link_blocks(links: list[bytes], rate: int) -> Iterator[Waveform]:
+    """The samples of Ogg or FLAC files behind each other: libsndfile reads only the first."""
+    for link in links:
         with _sound_file(link) as file:
             if file.samplerate != rate:
                 raise UnreadableMedia(f"its sample rate changes from {rate} to {file.samplerate} Hz")
-            yield from _blocks(file)
+            read = 0
+            for block in _blocks(file):
+                read += len(block)
+                yield block
+            if file.format == "FLAC" and read < file.frames:
+                raise UnreadableMedia(f"truncated: {read} of {file.frames} samples")
 
 
 def _mp3_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
@@ -190,16 +198,16 @@ def _mp3_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
     import av
 
     container: Any
-    # The text of tags is not needed, and often in another encoding than UTF-8.
-    with av.open(io.BytesIO(data), format="mp3", metadata_errors="replace") as container:
-        stream = container.streams.audio[0]
-        stream.codec_context.options = {"err_detect": "explode"}
-        try:
+    try:
+        # The text of tags is not needed, and often in another encoding than UTF-8.
+        with av.open(io.BytesIO(data), format="mp3", metadata_errors="replace") as container:
+            stream = container.streams.audio[0]
+            stream.codec_context.options = {"err_detect": "explode"}
             for frame in container.decode(stream):
                 if frame.sample_rate != rate:
                     raise UnreadableMedia(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
                 if frame.format.name != "fltp":
                     raise UnreadableMedia(f"broken MP3 data: samples of the format {frame.format.name}")
                 yield frame.to_ndarray().T
-        except av.FFmpegError as error:
-            raise UnreadableMedia(f"broken MP3 data: {error.strerror}") from error
+    except av.FFmpegError as error:
+        raise UnreadableMedia(f"broken MP3 data: {error.strerror}") from error

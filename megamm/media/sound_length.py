@@ -2,8 +2,8 @@
 
 A program that writes to a pipe does not know the length when it writes the header, so it leaves a placeholder: all
 bits set, about 2 GiB, or zero. `wav_with_length` and `flac_with_length` put the true length there. `ogg_links` checks
-all pages, whose damage decoders skip silently, and separates chained streams. `packet_seconds` is the length of the
-container's packets, which a decoder must reach.
+all pages, whose damage decoders skip silently, and separates chained streams; `flac_links` separates FLAC files.
+`packet_seconds` is the length of the container's packets, which a decoder must reach.
 """
 
 import io
@@ -21,6 +21,8 @@ _RF64_PLACEHOLDERS = (*_PLACEHOLDERS, range(1 << 62, 1 << 64))
 _BEGIN, _END = 2, 4
 """Flags of Ogg pages (RFC 3533, section 6)."""
 _PAGE = struct.Struct("<4sBBqIIIB")
+_FLAC = b"fLaC\0\0\0\x22"
+"""The marker of a FLAC file and the header of its first block, whose size is always 34 (RFC 9639, section 8)."""
 _BIT_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _DEMUXERS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
 
@@ -95,6 +97,15 @@ def mp3_declared_samples(data: bytes) -> int:
     # remove the encoder's delay and padding, less than three frames.
     per_frame = 1152 if head[1:2] and head[1] >> 3 & 3 == 3 else 576
     return max(0, (frames - 3) * per_frame)
+
+
+def flac_links(data: bytes) -> list[bytes]:
+    """The FLAC files that stand behind each other, each with its length in the header; usually one."""
+    starts, at = [0], 0
+    while (at := data.find(_FLAC, at + 1)) >= 0:
+        starts.append(at)
+    ends = [*starts[1:], len(data)]
+    return [flac_with_length(data[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 def ogg_links(data: bytes) -> list[bytes]:

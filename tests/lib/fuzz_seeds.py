@@ -49,6 +49,10 @@ def _videos(extension: str) -> list[bytes]:
 
 
 def _images(extension: str) -> list[bytes]:
+    if extension == "heic":
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener()
     kind = Image.registered_extensions().get(f".{extension}")
     if kind is None or kind not in Image.SAVE:
         return []
