@@ -27,7 +27,6 @@ from megamm.convert.verify import weights
 from megamm.model.vocabulary import Range, Vocabulary
 
 MOE = "num_experts: 4, ffn_hidden_size: 16"
-DRY = ["--dry-run", "--vocabulary-size", "99"]
 TINY = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
 
 
@@ -48,26 +47,36 @@ def train(*arguments: str) -> tuple[int, str, str]:
     ],
 )
 def test_a_model_without_a_class_is_refused_unless_export_is_off(override: str, named: str) -> None:
-    _, _, message = train(str(TINY), override, *DRY)
+    with pytest.raises(UserError) as refused:
+        exportable.check(load_config(TINY, [override]))
+    message = str(refused.value)
     assert named in message and "set export: off" in message and "\n" not in message
-    _, output, _ = train(str(TINY), override, "export=off", *DRY)
-    assert "export: not possible: " in output and named in output
+    line = exportable.check(load_config(TINY, [override, "export=off"]))
+    assert line.startswith("export: not possible: ") and named in line
 
 
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ([], "export: Qwen3ForCausalLM of transformers\n"),
-        (["model.qk_norm=false"], "export: LlamaForCausalLM of transformers\n"),
-        ([f"model.moe={{{MOE}}}"], "export: Qwen3MoeForCausalLM of transformers\n"),
-        (["model.mtp.num_layers=1"], "of transformers, without the modules of multi-token prediction\n"),
-        (["model.megatron={gradient_accumulation_fusion: true}"], "export: Qwen3ForCausalLM"),
+        ([], "export: Qwen3ForCausalLM of transformers"),
+        (["model.qk_norm=false"], "export: LlamaForCausalLM of transformers"),
+        ([f"model.moe={{{MOE}}}"], "export: Qwen3MoeForCausalLM of transformers"),
+        (
+            ["model.mtp.num_layers=1"],
+            "export: Qwen3ForCausalLM of transformers, without the modules of multi-token prediction",
+        ),
+        (["model.megatron={gradient_accumulation_fusion: true}"], "export: Qwen3ForCausalLM of transformers"),
     ],
 )
-def test_the_dry_run_names_the_class(overrides: list[str], line: str) -> None:
-    code, output, message = train(str(TINY), *overrides, *DRY)
-    assert code == 0, message
-    assert line in output
+def test_the_class_is_named(overrides: list[str], line: str) -> None:
+    assert exportable.check(load_config(TINY, overrides)) == line
+
+
+def test_the_dry_run_names_the_class_or_refuses() -> None:
+    done = megamm("train", TINY, "--dry-run", "--vocabulary-size", 99)
+    assert done.returncode == 0 and "\nexport: Qwen3ForCausalLM of transformers\n" in done.stdout, done.stderr
+    done = megamm("train", TINY, "model.rope_axes=3", "--dry-run", "--vocabulary-size", 99)
+    assert done.returncode == 2 and "set export: off" in done.stderr
 
 
 @pytest.mark.parametrize("value", ["off", "false", "no"])
