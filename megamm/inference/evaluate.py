@@ -105,8 +105,8 @@ def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = N
     for number, source in enumerate(sources):
         heldout = TokenDataset(source / "heldout", codec_ids, kinds.get(source.name, "whole"), long_documents)
         fitting = heldout.used(export.config.data.seq_length).tolist()
-        if len(fitting) < len(heldout):
-            log.warning("%s: skipped %d samples that are longer than a row", source, len(heldout) - len(fitting))
+        if long_samples := heldout.long_samples(export.config.data.seq_length):
+            log.warning("%s", long_samples)
         fitting = fitting[:limit]
         samples += len(fitting)
         documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
