@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -185,7 +186,7 @@ def test_standard_error_is_over_nouns():
     assert summarise(gains, ["one"] * 50).standard_error is None
 
 
-def test_a_source_of_text_alone_counts_to_the_loss_only(export, source, tmp_path):
+def test_a_source_of_text_alone_counts_to_the_loss_only(export, source, tmp_path, caplog):
     with ShardWriter(tmp_path / "texts" / "heldout" / "text") as writer:
         writer.add("long", "txt", b"a red box and " * 30)  # longer than a row of 64: split
         writer.add("short", "txt", b"a box")
@@ -194,6 +195,12 @@ def test_a_source_of_text_alone_counts_to_the_loss_only(export, source, tmp_path
     assert set(alone.loss) == {"text"} and alone.pair_gain == {} and alone.samples == 2
     assert {g.samples for g in both.pair_gain.values()} == {HELDOUT}
     assert evaluate(export, [source], limit=5).samples == 5
+    assert "of 2 samples, longer than a row of 64 tokens and split: 1 (long)" in caplog.text
+    # A run that refuses long samples still evaluates other data.
+    data = export.config.data.model_copy(update={"long_documents": "error"})
+    strict = replace(export, config=export.config.model_copy(update={"data": data}))
+    assert evaluate(strict, [tmp_path / "texts"]).samples == 1
+    assert "of 2 samples, longer than a row of 64 tokens and skipped: 1 (long)" in caplog.text
 
 
 def test_without_the_token_caches_of_the_export_the_command_to_make_them_is_named(export, tmp_path):

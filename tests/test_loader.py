@@ -172,7 +172,7 @@ def test_heldout_has_every_sample_once_in_each_order(sets):
 
 def test_a_pair_longer_than_a_row_is_named_before_the_run(sets, tmp_path):
     long = TokenDataset(caches(tmp_path / "long" / "train", 4, seed=1, image=70), CODECS)
-    with pytest.raises(UserError, match=r"sample 's0001' needs .* a row has 64 \(4 such samples\).*seq_length"):
+    with pytest.raises(UserError, match=r"sample 's0000' needs 80 .* a row has 64 \(4 such samples, .*seq_length"):
         RowStream([long], Mixture([MixtureSource("long", 1, 4)], 0), VOCABULARY, ROW, PACKING)
 
 

@@ -101,10 +101,13 @@ def check_same_data(folder: Path, state: TrainState, config: dict[str, Any]) -> 
     config: the result of `RunConfig.model_dump(mode="json")`.
     """
     # A history of the mixture says which rows were consumed, so the sources may change; without one they may not.
-    fixed = [("data", "seq_length"), ("train", "seed")] + ([("data", "sources")] if state.mixture is None else [])
+    fixed = [("data", "seq_length"), ("data", "long_documents"), ("train", "seed")]
+    fixed += [("data", "sources")] if state.mixture is None else []
     for section, key in fixed if state.consumed_rows else []:
-        theirs, ours = state.config[section][key], config[section][key]
-        if theirs != ours:
+        # Checkpoints from before this key have its default.
+        theirs, ours = ({"long_documents": "auto"} | state.config[section])[key], config[section][key]
+        # With "error", no sample is longer than a row, so that all values mean the same rows.
+        if theirs != ours and not (key == "long_documents" and "error" in (theirs, ours)):
             what = f"the checkpoint has {section}.{key} = {theirs}, but the config has {ours}"
             if key == "sources":
                 what += ", and this old checkpoint has no history of the mixture"

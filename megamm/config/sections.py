@@ -52,6 +52,12 @@ class DataConfig(Section):
 
     sources: list[SourceConfig] = Field(min_length=1, description="The sources of the mixture.")
     seq_length: int = Field(ge=8, description="Tokens of a packed row.")
+    long_documents: Literal["auto", "cut", "skip", "error"] = Field(
+        "auto",
+        description="Action for samples longer than a row. `auto`: split text without media, and pages, into several "
+        "documents; skip other samples. `cut`: also drop the end of the text beside media, to fit. `skip`: skip all. "
+        "`error`: refuse the run. Media are never cut; `--dry-run` and the log count and name these samples.",
+    )
     workers: int = Field(
         0, ge=0, description="Processes of each rank that read and pack rows. 0: the rank reads itself."
     )

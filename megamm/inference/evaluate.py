@@ -98,12 +98,15 @@ def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = N
     """
     codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
     kinds = {source.path.name: source.documents for source in export.config.data.sources}
+    # Sources that the run did not have may have samples longer than a row: these are left out, not an error.
+    long_documents = export.config.data.long_documents
+    long_documents = "skip" if long_documents == "error" else long_documents
     samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):
-        heldout = TokenDataset(source / "heldout", codec_ids, kinds.get(source.name, "whole"))
-        fitting = np.flatnonzero(heldout.needed <= export.config.data.seq_length).tolist()
-        if len(fitting) < len(heldout):
-            log.warning("%s: skipped %d samples that are longer than a row", source, len(heldout) - len(fitting))
+        heldout = TokenDataset(source / "heldout", codec_ids, kinds.get(source.name, "whole"), long_documents)
+        fitting = heldout.used(export.config.data.seq_length).tolist()
+        if long_samples := heldout.long_samples(export.config.data.seq_length):
+            log.warning("%s", long_samples)
         fitting = fitting[:limit]
         samples += len(fitting)
         documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]

@@ -176,20 +176,22 @@ def report(
     if rank is not None and not 0 <= rank < world_size:
         raise UserError(f"rank {rank} is not one of {world_size} ranks", remedy=f"give --rank 0 to {world_size - 1}")
     vocabulary = origin = None
+    long_samples: list[str] = []
     if vocabulary_size is None:
         from megamm.data.pipeline.run_data import open_run_data
         from megamm.init_from.initialize import check as check_start
 
         try:
-            vocabulary = open_run_data(config).vocabulary
+            data = open_run_data(config)
         except UserError as error:
             remedy = f"{error.remedy}, or add --vocabulary-size to the dry run"
             raise UserError(error.what, where=error.where, remedy=remedy) from None
+        vocabulary, long_samples = data.vocabulary, [str(found) for found in data.long_samples if found]
         origin = check_start(config, vocabulary)
         vocabulary_size = vocabulary.size
     exported = exportable.check(config, vocabulary, origin)
     text, found = describe(config, vocabulary_size, world_size, rank)
-    return f"{text}\n{exported}", found
+    return "\n".join([text, *long_samples, exported]), found
 
 
 def describe(

@@ -54,6 +54,8 @@ def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReas
     world_size = torch.distributed.get_world_size()
     layout.check(config, world_size)
     data = open_run_data(config)
+    for long_samples in filter(None, data.long_samples):
+        log.info("%s", long_samples)
     trainer = Trainer(config, data, device, heartbeat)
     heartbeat.watch_compilations()
     try:

@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megamm.common.errors import UserError
-from megamm.common.sample import Row
+from megamm.common.sample import IntArray, Row
 from megamm.data.pipeline.mixture import Mixture
 from megamm.data.pipeline.packing import PackingSpecs, pack, plan_rows
 from megamm.data.pipeline.token_dataset import DocumentSpec, TokenDataset, read_document
@@ -60,11 +59,19 @@ class BlockStart:
     row: int = 0
 
 
+def used_samples(dataset: TokenDataset, row_length: int) -> IntArray:
+    """The numbers of the samples that are trained on. Raises UserError if there is none, or as `used` does."""
+    used = dataset.used(row_length)
+    if len(dataset) and not len(used):
+        raise dataset.too_long(row_length)
+    return used
+
+
 class RowStream:
     """The endless sequence, from `start` on.
 
-    datasets are in the order of mixture.sources; None for a source whose documents are all before `start`. Raises
-    UserError if a sample with media is longer than a row; text-only and interleaved documents are cut.
+    datasets are in the order of mixture.sources; None for a source whose documents are all before `start`. The mixture
+    counts the samples that are used. Raises UserError if no sample of a data set fits into a row.
     """
 
     def __init__(
@@ -76,10 +83,10 @@ class RowStream:
         packing: PackingSpecs,
         start: BlockStart = BlockStart(),
     ) -> None:
-        for dataset, source in zip(datasets, mixture.sources, strict=True):
-            if dataset is not None:
-                assert len(dataset) == source.documents
-                _check_lengths(dataset, row_length)
+        self._samples = [None if dataset is None else used_samples(dataset, row_length) for dataset in datasets]
+        """Of each data set, the numbers of the samples that are used."""
+        for samples, source in zip(self._samples, mixture.sources, strict=True):
+            assert samples is None or len(samples) == source.documents
         self.datasets, self.mixture, self.start = list(datasets), mixture, start
         self.reader = RowReader(vocabulary, row_length, packing)
         self._first_rows = [start.row]
@@ -128,18 +135,9 @@ class RowStream:
         documents: list[DocumentSpec] = []
         columns = (block.source.tolist(), block.sample.tolist(), block.permutation.tolist())
         for source, sample, permutation in zip(*columns, strict=True):
-            dataset = self.datasets[source]
-            assert dataset is not None, "a source is absent only after its last block"
-            documents += dataset.plan(sample, permutation, self.row_length)
+            dataset, samples = self.datasets[source], self._samples[source]
+            assert dataset is not None and samples is not None, "a source is absent only after its last block"
+            documents += dataset.plan(int(samples[sample]), permutation, self.row_length)
         # Blocks are packed separately: a row never mixes two, so a block can be planned without the ones before it.
         lengths = np.array([document.length for document in documents], dtype=np.int64)
         return [RowSpec(tuple(documents[d] for d in row)) for row in plan_rows(lengths, self.row_length)]
-
-
-def _check_lengths(dataset: TokenDataset, row_length: int) -> None:
-    needed = dataset.needed
-    if needed.max() > row_length:
-        key = dataset.keys[int(needed.argmax())]
-        what = f"sample {key!r} needs {needed.max()} tokens, but a row has {row_length} "
-        what += f"({int((needed > row_length).sum())} such samples)"
-        raise UserError(what, where=dataset.folder, remedy=f"set data.seq_length to at least {needed.max()}")

@@ -24,11 +24,12 @@ import torch
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, IntArray, Row
-from megamm.config import RunConfig
+from megamm.config import RunConfig, SourceConfig
+from megamm.data.pipeline.long_samples import LongSamples
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
 from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
-from megamm.data.pipeline.row_stream import BlockStart, RowStream
-from megamm.data.pipeline.token_dataset import DocumentKind, TokenDataset
+from megamm.data.pipeline.row_stream import BlockStart, RowStream, used_samples
+from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, TokenDataset
 from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
@@ -74,6 +75,9 @@ class RunData:
     heldout_rows: list[Row]
     sources: list[OpenSource]
     options: StreamOptions
+    long_documents: LongDocuments = "auto"
+    long_samples: Sequence[LongSamples] = ()
+    """Of each split of each source, what becomes of the samples that are longer than a row."""
     resumed: dict[str, Any] | None = None
     """The schedule that the run resumed from."""
 
@@ -82,7 +86,7 @@ class RunData:
         codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
 
         def open_removed(path: Path, kind: DocumentKind) -> TokenDataset:
-            return TokenDataset(path / "train", codec_ids, kind)
+            return TokenDataset(path / "train", codec_ids, kind, self.long_documents)
 
         self.resumed = recorded
         self.stream, change = resume_stream(self.sources, self.options, recorded, consumed_rows, open_removed)
@@ -153,14 +157,18 @@ def open_run_data(config: RunConfig) -> RunData:
             )
     vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, config.data.seq_length)
     codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
-    sources = [
-        OpenSource(source.path, source.weight, TokenDataset(source.path / "train", codec_ids, source.documents))
-        for source in config.data.sources
-    ]
+
+    def opened(source: SourceConfig, split: str) -> TokenDataset:
+        return TokenDataset(source.path / split, codec_ids, source.documents, config.data.long_documents)
+
+    sources = [OpenSource(source.path, source.weight, opened(source, "train")) for source in config.data.sources]
     options = StreamOptions(config.train.seed, config.data.seq_length, vocabulary, packing)
-    heldout = [TokenDataset(source.path / "heldout", codec_ids, source.documents) for source in config.data.sources]
+    heldout = [opened(source, "heldout") for source in config.data.sources]
+    splits = [split for source, other in zip(sources, heldout, strict=True) for split in (source.dataset, other)]
+    long_samples = [split.long_samples(config.data.seq_length) for split in splits]
     rows = _heldout_rows(heldout, vocabulary, config, packing)
-    return RunData(vocabulary, modalities, begin_stream(sources, options), rows, sources, options)
+    stream = begin_stream(sources, options)
+    return RunData(vocabulary, modalities, stream, rows, sources, options, config.data.long_documents, long_samples)
 
 
 def _heldout_rows(
@@ -185,13 +193,14 @@ def _heldout_rows(
 
 def _usable_documents(dataset: TokenDataset, length: int) -> Iterator[Document]:
     """The documents of all samples that fit into rows of this length, in order."""
-    for i in np.flatnonzero(dataset.needed <= length).tolist():
+    for i in dataset.used(length).tolist():
         yield from dataset.documents(i, length)
 
 
 def begin_stream(sources: Sequence[OpenSource], options: StreamOptions) -> RowStream:
     """The rows of a new run."""
-    mixture = Mixture(_in_mixture(source_names([s.path for s in sources]), sources), options.seed)
+    names = source_names([s.path for s in sources])
+    mixture = Mixture(_in_mixture(names, sources, options.row_length), options.seed)
     return RowStream([s.dataset for s in sources], mixture, options.vocabulary, options.row_length, options.packing)
 
 
@@ -230,7 +239,7 @@ def resume_stream(
     Raises UserError if a source's shards have changed, or a removed source is still needed and missing.
     """
     names = _recorded_names([s.path for s in sources], recorded)
-    now = _in_mixture(names, sources)
+    now = _in_mixture(names, sources, options.row_length)
     mixture = before = _recorded_mixture(recorded, options.seed)
     start = BlockStart(recorded["window"], recorded["first_row"])
     # A block of which a row has been consumed is finished as planned.
@@ -242,7 +251,9 @@ def resume_stream(
     datasets = {name: source.dataset for name, source in zip(names, sources, strict=True)}
     for source, documents in zip(mixture.sources, mixture.counts_in(start.block), strict=True):
         if documents and source.name not in datasets:
-            datasets[source.name] = _open_removed(source, recorded["sources"][source.name], open_removed)
+            datasets[source.name] = _open_removed(
+                source, recorded["sources"][source.name], options.row_length, open_removed
+            )
     ordered = [datasets.get(source.name) for source in mixture.sources]
     stream = RowStream(ordered, mixture, options.vocabulary, options.row_length, options.packing, start)
     if mixture is before:
@@ -251,12 +262,16 @@ def resume_stream(
 
 
 def _open_removed(
-    source: MixtureSource, entry: dict[str, Any], open_removed: Callable[[Path, DocumentKind], TokenDataset]
+    source: MixtureSource,
+    entry: dict[str, Any],
+    row_length: int,
+    open_removed: Callable[[Path, DocumentKind], TokenDataset],
 ) -> TokenDataset:
     """Open a source no longer in the config, for the rest of the block in progress."""
     try:
-        dataset = open_removed(Path(entry["path"]), entry["kind"])
-        Mixture([source], 0).require_same([MixtureSource(source.name, 1.0, len(dataset), dataset.digest)])
+        path = Path(entry["path"])
+        dataset = open_removed(path, entry["kind"])
+        Mixture([source], 0).require_same(_in_mixture([source.name], [OpenSource(path, 1.0, dataset)], row_length))
     except UserError as error:
         what = f"source {source.name!r} was removed from the config, but the current block of rows still needs it: "
         remedy = "restore its shards until the run has written the first checkpoint after the change"
@@ -276,8 +291,13 @@ def _recorded_mixture(recorded: dict[str, Any], seed: int) -> Mixture:
     return mixture
 
 
-def _in_mixture(names: Sequence[str], sources: Sequence[OpenSource]) -> list[MixtureSource]:
-    return [MixtureSource(n, s.weight, len(s.dataset), s.dataset.digest) for n, s in zip(names, sources, strict=True)]
+def _in_mixture(names: Sequence[str], sources: Sequence[OpenSource], row_length: int) -> list[MixtureSource]:
+    """The sources with the number of their samples that are used. Raises UserError for one without any."""
+    counts = [len(used_samples(s.dataset, row_length)) for s in sources]
+    return [
+        MixtureSource(name, s.weight, count, s.dataset.digest)
+        for name, s, count in zip(names, sources, counts, strict=True)
+    ]
 
 
 def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str]:

@@ -5,8 +5,10 @@
         .read(spec) -> Document                               the tokens of one of them
 
 A sample's parts are in the order given by the index of a permutation (see `selection`), or in their own order if they
-are numbered. A document is a whole sample; only text without media is cut at the end of a row, and a document of
-numbered parts there or between two parts. Lengths are in tokens, including marks.
+are numbered. A document is a whole sample. `long_documents` says what becomes of one that is longer than a row: "auto"
+splits text without media at the end of a row, and a page (numbered parts) there or between two parts, and skips other
+samples; "cut" also shortens the text beside media; "skip" and "error" change no document. No medium is ever cut.
+Lengths are in tokens and include marks.
 """
 
 import hashlib
@@ -17,14 +19,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
+from megamm.data.pipeline.long_samples import LongSamples, Named
 from megamm.data.pipeline.packing import DOCUMENT_MARKS, MEDIA_MARKS
 from megamm.shards.folder import UNNUMBERED, ShardFolder, tokens_from_bytes
 from megamm.shards.tar_reader import StoredMember, TarReader
 
 DocumentKind = Literal["whole", "pairs", "answers"]
+LongDocuments = Literal["auto", "cut", "skip", "error"]
 
 _PARTS = np.dtype([("sample", "i8"), ("member", "i8"), ("tokens", "i8"), ("number", "i4"), ("modality", "i4")])
 """A row of the table of parts: the index of its sample, of its member in the cache, its length without marks, its
@@ -106,12 +111,18 @@ class TokenDataset:
     """The samples of SHARDS/<source>/<split>: the contents of each modality's token cache, joined by key.
 
     codec_ids: modality -> codec_id, in the order of permutation 0 (text first). Modalities without a folder in the
-    split are absent. `needed`: tokens that a row must have for each sample `[samples]`. Raises UserError if a cache is
-    missing, no modality is present, or a sample's part numbers have a gap.
+    split are absent. Raises UserError if a cache is missing, no modality is present, or a sample's part numbers have a
+    gap.
     """
 
-    def __init__(self, folder: Path, codec_ids: Mapping[str, str], kind: DocumentKind = "whole") -> None:
-        self.folder, self.kind = folder, kind
+    def __init__(
+        self,
+        folder: Path,
+        codec_ids: Mapping[str, str],
+        kind: DocumentKind = "whole",
+        long_documents: LongDocuments = "auto",
+    ) -> None:
+        self.folder, self.kind, self.long_documents = folder, kind, long_documents
         caches = _open_caches(folder, codec_ids)
         self._modalities, self._caches = list(caches), list(caches.values())
         self._tars = TarReader()
@@ -124,7 +135,10 @@ class TokenDataset:
         self._starts = np.searchsorted(self._parts["sample"], np.arange(len(self.keys) + 1))
         """First part of each sample, and the number of parts `[samples + 1]`; no sample is without parts."""
         self._check_numbers()
-        self.needed = self._needed()
+        self.longest = self._needed("skip")
+        """Tokens of each sample's longest document, uncut `[samples]`."""
+        self.needed = self.longest if long_documents in ("skip", "error") else self._needed(long_documents)
+        """Tokens that a row must have for each sample, cut as far as allowed `[samples]`."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -147,23 +161,68 @@ class TokenDataset:
         """0, 1, 2 ... for the parts of each sample `[parts]`."""
         return np.arange(len(self._parts)) - self._starts[self._parts["sample"]]
 
-    def _needed(self) -> IntArray:
-        """Tokens that a row must have for each sample, whatever the permutation `[samples]`.
+    def _is_text(self) -> npt.NDArray[np.bool_]:
+        """Whether each part is a text `[parts]`."""
+        return np.array([name == "text" for name in self._modalities])[self._parts["modality"]]
 
-        A document of text alone can be cut anywhere, one of numbered parts around its media; others must fit whole.
-        """
-        is_text = np.array([name == "text" for name in self._modalities])[self._parts["modality"]]
+    def _needed(self, long_documents: LongDocuments) -> IntArray:
+        """Tokens that a row must have for each sample, whatever the permutation `[samples]`."""
+        is_text = self._is_text()
         length = self._parts["tokens"] + np.where(is_text, 0, MEDIA_MARKS)
-        longest_media = np.maximum.reduceat(np.where(is_text, 0, length), self._starts[:-1])
-        if self.kind == "whole":
-            whole = segment_sum(length, self._starts)
-        else:
-            # Any two parts can be the pair: the two longest. Sorting by length keeps each sample's parts together.
-            longest_first = length[np.lexsort((-length, self._parts["sample"]))]
-            whole = segment_sum(np.where(self._index_in_sample() < 2, longest_first, 0), self._starts)
         is_ordered = self._parts["number"][self._starts[:-1]] != UNNUMBERED
-        uncut = np.where(is_ordered, longest_media, whole)
+        if long_documents in ("skip", "error"):
+            return DOCUMENT_MARKS + np.where(is_ordered, segment_sum(length, self._starts), self._selected(length))
+        # A document of text alone can be split anywhere, a page around its media. Others must fit as they are, or with
+        # one token of their text.
+        longest_media = np.maximum.reduceat(np.where(is_text, 0, length), self._starts[:-1])
+        kept = np.where(is_text, np.minimum(length, 1), length) if long_documents == "cut" else length
+        uncut = np.where(is_ordered, longest_media, self._selected(kept))
         return DOCUMENT_MARKS + np.where(longest_media > 0, uncut, 1)
+
+    def _selected(self, length: IntArray) -> IntArray:
+        """The length of each sample's longest selection of unnumbered parts, from that of every part `[parts]`."""
+        if self.kind == "whole":
+            return segment_sum(length, self._starts)
+        # Any two parts can be the pair: the two longest. Sorting by length keeps each sample's parts together.
+        longest_first = length[np.lexsort((-length, self._parts["sample"]))]
+        return segment_sum(np.where(self._index_in_sample() < 2, longest_first, 0), self._starts)
+
+    def used(self, row_length: int) -> IntArray:
+        """The numbers of the samples that are used with rows of this length. UserError if a longer one is an error."""
+        used = np.flatnonzero(self.needed <= row_length)
+        if self.long_documents == "error" and len(used) < len(self):
+            raise self.too_long(row_length)
+        return used
+
+    def long_samples(self, row_length: int) -> LongSamples:
+        """What becomes of the samples that are longer than a row."""
+        is_long, is_used = self.longest > row_length, self.needed <= row_length
+        is_split = np.logical_and.reduceat(self._is_text(), self._starts[:-1])
+        is_split |= self._parts["number"][self._starts[:-1]] != UNNUMBERED
+        return LongSamples(
+            self.folder,
+            row_length,
+            len(self),
+            split=self._named(is_long & is_used & is_split),
+            shortened=self._named(is_long & is_used & ~is_split),
+            skipped=self._named(is_long & ~is_used),
+        )
+
+    def _named(self, samples: npt.NDArray[np.bool_]) -> Named:
+        chosen = np.flatnonzero(samples)
+        return Named(len(chosen), tuple(self.keys[i] for i in chosen[: Named.NAMES].tolist()))
+
+    def too_long(self, row_length: int) -> UserError:
+        """The error about samples that do not fit into a row; it names the first of them."""
+        is_unused = self.needed > row_length
+        first, longest = int(is_unused.argmax()), self.needed.max()
+        what = f"sample {self.keys[first]!r} needs {self.needed[first]} tokens, but a row has {row_length} "
+        what += f"({is_unused.sum()} such samples, the longest needs {longest})"
+        remedy = f"set data.seq_length to at least {longest}"
+        others = [other for other in ("auto", "cut") if (self._needed(other) <= row_length).any()]
+        if others:
+            remedy += f", or data.long_documents to {others[0]}"
+        return UserError(what, where=self.folder, remedy=remedy)
 
     def is_ordered(self, i: int) -> bool:
         """Whether the sample's parts have an order of their own."""
@@ -175,7 +234,9 @@ class TokenDataset:
         return 1 if self.is_ordered(i) else selections(parts, self.kind)
 
     def plan(self, i: int, permutation: int, row_length: int) -> list[DocumentSpec]:
-        """Sample i in the order of that permutation, cut to rows. Raises UserError if its media are too long."""
+        """Sample i in the order of that permutation, cut to rows; none if the sample is skipped."""
+        if self.needed[i] > row_length:
+            return []
         is_ordered, count = self.is_ordered(i), int(self._starts[i + 1] - self._starts[i])
         selected = range(count) if is_ordered else selection(count, permutation, self.kind)
         spans = self._spans(i, selected)
@@ -183,10 +244,10 @@ class TokenDataset:
         if length <= row_length:
             return [DocumentSpec(self.keys[i], tuple(spans), length, self._given(count, is_ordered))]
         if is_ordered or all(span.modality == "text" for span in spans):
-            pieces = _cut(spans, row_length - DOCUMENT_MARKS, self.keys[i])
+            pieces = _split(spans, row_length - DOCUMENT_MARKS)
             return [DocumentSpec(self.keys[i], tuple(piece), _length(piece)) for piece in pieces]
-        what = f"sample {self.keys[i]!r} has {length} tokens, but a row has {row_length}"
-        raise UserError(what, where=self.folder, remedy=f"set data.seq_length to at least {length}")
+        spans = [_shortened(span, length - row_length) if span.modality == "text" else span for span in spans]
+        return [DocumentSpec(self.keys[i], tuple(spans), row_length, self._given(count, is_ordered))]
 
     def _given(self, count: int, is_ordered: bool) -> int:
         # With "answers", the first part of a pair is the question. A single part and a page have none: all is learned.
@@ -261,7 +322,13 @@ def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
     return joined, [np.array([number_of[key] for key in one], dtype=np.int64) for one in keys]
 
 
-def _cut(spans: Sequence[TokenSpan], room: int, key: str) -> Iterator[list[TokenSpan]]:
+def _shortened(span: TokenSpan, excess: int) -> TokenSpan:
+    """A sample's text without its last tokens; an unnumbered sample has one text."""
+    assert span.length > excess, "a sample that needs more than a row is skipped"
+    return span._replace(stop=span.stop - excess)
+
+
+def _split(spans: Sequence[TokenSpan], room: int) -> Iterator[list[TokenSpan]]:
     """Pieces of at most `room` tokens, each as long as possible, the last one shorter."""
     taken: list[TokenSpan] = []
     left = room
@@ -270,9 +337,7 @@ def _cut(spans: Sequence[TokenSpan], room: int, key: str) -> Iterator[list[Token
             if span.modality == "text" and left > 0:
                 taken.append(span._replace(stop=span.start + left))
                 span = span._replace(start=span.start + left)
-            elif not taken:
-                remedy = f"set data.seq_length to at least {span.length + DOCUMENT_MARKS}"
-                raise UserError(f"{span.modality} of sample {key!r} is longer than a row", remedy=remedy)
+            assert taken, "a page with a medium longer than a row is skipped"
             yield taken
             taken, left = [], room
         taken.append(span)
