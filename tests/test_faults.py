@@ -10,6 +10,7 @@ import fault_cases
 import fault_matrix
 import fault_nodes
 import faults
+import network
 import pytest
 import warm
 from fault_matrix import Cell
@@ -138,6 +139,6 @@ def test_order_of_faults():
 @pytest.mark.everything
 @pytest.mark.parametrize("kind", fault_cases.NODES)
 def test_faults_between_nodes(folder, kind):
-    if kind == "network_cut" and not fault_nodes.can_cut():
+    if kind == "network_cut" and not network.is_possible():
         pytest.skip("network namespaces are not allowed here")
     assert fault_nodes.suffer_apart(folder, kind) == []

@@ -6,6 +6,7 @@ the number of ranks changes, losses differ in the order of sums. Jobs that Slurm
 
 import os
 import re
+import shutil
 
 import faults
 import pytest
@@ -23,6 +24,24 @@ def test_a_cancelled_job_saves_and_does_not_come_back(lab):
     job.tells("SIGTERM: writing a checkpoint", "with a checkpoint; Slurm has ended this job")
     assert (record["JobState"], record["Restarts"]) == ("CANCELLED", "0"), job.log
     assert [path.is_dir() for path in sorted((job.run / "checkpoints").glob("step_0000000[56]"))] == [True]
+
+
+def test_a_checkout_with_spaces_and_brackets(lab):
+    """slurmctld's own record of a script in such a folder; python3 on the node shows what it is asked to run."""
+    cluster, folder = lab.cluster, lab.folder / "my project (v1)"
+    shutil.copytree(SCRIPT.parent, folder / "slurm")
+    (folder / "slurm" / "cluster.env").write_text(f"MEGAMM_NPROC=5\n{(SCRIPT.parent / 'cluster.env').read_text()}")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").write_text('#!/bin/sh\nprintf "<%s>" "$@"; echo\n')
+    (folder / "bin" / "python3").chmod(0o755)
+    (folder / "my config.yaml").touch()
+    log = folder / "a log.txt"
+    env = {**os.environ, **cluster.env, "MEGAMM_PREFLIGHT": "0", "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    sent = ["sbatch", "--parsable", f"--output={log}", folder / "slurm" / SCRIPT.name, "my config.yaml", "output=a b"]
+    number = cluster(*sent, env=env, cwd=folder)
+    record = cluster.wait_for(number)
+    assert record["JobState"] == "COMPLETED", log.read_text()
+    assert "<-m><megamm><train><my config.yaml><output=a b><--nproc><5>" in log.read_text()
 
 
 @pytest.fixture

@@ -18,3 +18,5 @@ RANK_REGROUP = 41
 """Stopped at a step boundary with a checkpoint, because nodes joined or another node must leave."""
 RANK_EVICTED = 42
 """The same, but this node must leave."""
+AGENT_ALONE = 43
+"""Of an agent: too few nodes came in time. The launcher exits with 1: another agent would wait in vain."""

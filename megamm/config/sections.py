@@ -218,6 +218,11 @@ class RendezvousConfig(Section):
     join_timeout: float = Field(
         600.0, gt=0, description="Time until the least number of nodes has joined, or the job fails."
     )
+    lost_timeout: float = Field(
+        120.0,
+        gt=0,
+        description="The same once the job has run: until lost nodes are back, or the launch ends with exit code 1.",
+    )
     last_call_timeout: float = Field(5.0, gt=0, description="Wait for further nodes once there are enough.")
     keep_alive_interval: float = Field(
         2.0, gt=0, description="Interval of keep-alive messages. A node that misses three is lost."

@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import IO, Any, Literal
 
-from megamm.common import processes
+from megamm.common import addresses, processes
 
 STARTUP, LIMIT = 90.0, 60.0
 """Time limit in seconds for the first group of a new process, and for every further group."""
@@ -86,8 +86,9 @@ class _Workers:
         for index in range(job.processes):
             self.errors.append(tempfile.TemporaryFile("w+"))  # noqa: SIM115  closed by `end`
             env = os.environ | {"LOCAL_RANK": str(index)}
-            if job.host in ("127.0.0.1", "localhost"):
-                env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            interface = "lo" if addresses.is_local(job.host) else addresses.gloo_interface(job.host)
+            if interface is not None:
+                env.setdefault("GLOO_SOCKET_IFNAME", interface)
             process = processes.start_module(
                 __name__,
                 env=env,

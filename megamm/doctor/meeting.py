@@ -10,6 +10,7 @@ import socket
 import time
 from typing import Any
 
+from megamm.common import addresses
 from megamm.elastic.launcher import Nodes
 from megamm.elastic.rendezvous import parse_endpoint
 
@@ -127,10 +128,10 @@ class Meeting:
 
 def _listener(host: str, port: int) -> socket.socket | None:
     """Open the store's socket, if `host` is this node and the port is free (two "nodes" may share a machine)."""
+    if not addresses.is_this_node(host):
+        return None
     try:
-        socket.create_server((host, 0)).close()
-        is_loopback = socket.gethostbyname(host).startswith("127.") and host in ("127.0.0.1", "localhost")
         # A host's own name may resolve to loopback (Debian), which other nodes cannot reach.
-        return socket.create_server((host if is_loopback else "", port), backlog=1024)
+        return socket.create_server((host if addresses.is_local(host) else "", port), backlog=1024)
     except OSError:
         return None

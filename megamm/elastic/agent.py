@@ -17,7 +17,7 @@ import time
 from typing import Any
 
 from megamm import __version__
-from megamm.common import events, exit_codes, processes
+from megamm.common import addresses, events, exit_codes, processes
 from megamm.common.errors import UserError
 from megamm.elastic import hang_detector, heartbeat, restart_policy, run_lock
 from megamm.elastic.launcher_messages import LauncherChannel, LaunchPlan
@@ -29,12 +29,15 @@ from megamm.elastic.rendezvous import (
     SingleNode,
     StoreLost,
     TorchRendezvous,
+    parse_endpoint,
 )
 from megamm.elastic.restart_cycle import CycleOutcome, RestartCycle
 from megamm.elastic.workers import PreforkParentLost, Workers
 
 log = logging.getLogger(__name__)
 _TICK = 0.1
+_REPORT = 30.0
+"""Seconds between two lines about nodes that are missing."""
 _LINGER = 1.5
 """Seconds for which this process serves its store after the job has ended, so that the others can read how it ended."""
 _NEEDED = 10.0
@@ -43,6 +46,10 @@ _NEEDED = 10.0
 
 class Stopped(Exception):
     """A stop was requested while there was nothing to save."""
+
+
+class NodesMissing(Exception):
+    """Too few nodes have come within the limit."""
 
 
 class Agent:
@@ -54,7 +61,9 @@ class Agent:
         # Durations of this launch only: another launch may have used other machines.
         known = {} if plan.is_fresh else heartbeat.longest(plan.run)
         self.detector = hang_detector.HangDetector(plan.limits, plan.run, longest=known)
-        self.rendezvous: Rendezvous
+        self._met: Rendezvous | None = None
+        self._host: str | None = None
+        """The host of the rendezvous, once this process has imported what it needs to look for it."""
         self.is_fresh, self.attempt = plan.is_fresh, -1
         self.failures: list[restart_policy.Failure] = []
         self.teardown = 0.0
@@ -64,7 +73,7 @@ class Agent:
     def run(self) -> int:
         try:
             self.workers.prepare()
-            self.rendezvous = self._wait_for(self._meet)
+            self._met = self._wait_for(self._meet)
             while True:
                 outcome = self._next_attempt()
                 if outcome.code is not None:
@@ -78,15 +87,24 @@ class Agent:
         except StoreLost as error:
             log.warning("lost the rendezvous store: %s", error)
             return exit_codes.CRASHED
+        except NodesMissing as error:
+            print(f"error: {error}", file=sys.stderr)
+            return exit_codes.AGENT_ALONE
         except Stopped:
             return exit_codes.REQUEUE
         finally:
             self.workers.close()
 
+    @property
+    def rendezvous(self) -> Rendezvous:
+        assert self._met is not None
+        return self._met
+
     def _meet(self) -> Rendezvous:
         plan = self.plan
         if plan.endpoint is None:
             return SingleNode()
+        self._host = parse_endpoint(plan.endpoint)[0]
         job = {"megamm": __version__, "nproc": plan.processes, "nnodes": plan.nodes, "config": plan.config}
         return TorchRendezvous(plan.endpoint, plan.nodes, plan.times, job)
 
@@ -106,7 +124,7 @@ class Agent:
         self._pause(attempt_plan.pause)
         if group_rank >= attempt_plan.nodes:
             log.info("spare node: waiting to replace a lost node")
-            return self._wait_as_spare()
+            return self._wait_as_spare(nodes)
         cycle = RestartCycle(self.plan, self.workers, self.detector, self.rendezvous, attempt_plan, group_rank)
         outcome = cycle.run(self.launcher, self.listener)
         self._end_ranks()
@@ -177,7 +195,7 @@ class Agent:
 
     def _job(self) -> str:
         """Name of this job: the same on all its nodes, different for every other job."""
-        if self.rendezvous.address != "127.0.0.1":
+        if self.rendezvous.address != addresses.LOOPBACK:
             return str(self.plan.endpoint)
         return f"{self.plan.endpoint or self.plan.launcher_pid} of {socket.gethostname()}"
 
@@ -186,7 +204,7 @@ class Agent:
         if self.listener is not None:
             self.listener.close()
         self.listener = socket.create_server(
-            ("127.0.0.1" if self.rendezvous.address == "127.0.0.1" else "", 0), backlog=1024
+            (addresses.LOOPBACK if self.rendezvous.address == addresses.LOOPBACK else "", 0), backlog=1024
         )
         return self.listener.getsockname()[1]
 
@@ -198,14 +216,16 @@ class Agent:
             log.warning("the ranks' prefork parent has exited; the next attempt starts a new one")
         self.teardown = time.monotonic() - begin
 
-    def _wait_as_spare(self) -> CycleOutcome:
-        """Wait until nodes join or leave; then all nodes rendezvous again."""
+    def _wait_as_spare(self, nodes: int) -> CycleOutcome:
+        """Wait until nodes join or leave; then all nodes rendezvous again. nodes: of this round, with the spares."""
         while True:
             self._tick()
             code = self.rendezvous.received("end")
             if code is not None:
                 return CycleOutcome(int(code))
-            if self.rendezvous.received("lost") is not None or self.rendezvous.waiting():
+            # The nodes that train may all be lost at once, so that none of them reports it.
+            is_smaller = self.rendezvous.present() < nodes
+            if is_smaller or self.rendezvous.received("lost") is not None or self.rendezvous.waiting():
                 return CycleOutcome(None)
 
     def _leave_evicted(self) -> None:
@@ -232,13 +252,41 @@ class Agent:
             log.info("the node that hosts the store has already left")
 
     def _wait_for(self, call: Any) -> Any:
-        """Return the call's result; read signals from the launcher while it runs."""
+        """Return the call's result; meanwhile read signals from the launcher, and report which nodes are missing.
+
+        Raises NodesMissing after rendezvous.join_timeout; once the job has run, after rendezvous.lost_timeout.
+        """
         if self.plan.endpoint is None:
             return call()
-        background = Background(call)
+        times, background = self.plan.times, Background(call)
+        name, limit = ("join", times.join_timeout) if self.is_fresh else ("lost", times.lost_timeout)
+        begin = reported = time.monotonic()
         while not background.is_done:
             self._tick()
+            now, missing = time.monotonic(), self._missing()
+            if missing <= 0:  # complete, or this node is a spare, which waits for as long as the job runs
+                begin = now
+            elif now - begin > limit:
+                why = f"resilience.rendezvous.{name}_timeout = {limit:g} s is over; start the job again"
+                raise NodesMissing(f"gave up waiting for {self._described(missing)}: {why}")
+            elif now - max(begin, reported) > min(_REPORT, limit / 4):
+                reported = now
+                until = time.strftime("%H:%M:%S", time.localtime(time.time() + limit - (now - begin)))
+                log.warning("waiting for %s, %d s, until %s", self._described(missing), now - begin, until)
         return background.result()
+
+    def _missing(self) -> int:
+        """Return how many nodes are missing, as far as this node knows; at most 0 if there are enough."""
+        if self._met is None:
+            return int(self._host is not None)
+        return self.plan.nodes[0] - self._met.present()
+
+    def _described(self, missing: int) -> str:
+        if self._met is not None:
+            return f"{missing} of {self.plan.nodes[0]} nodes at {self.plan.endpoint}"
+        if addresses.resolve(str(self._host)):
+            return f"the node at {self.plan.endpoint}"
+        return f"{self._host}: the name does not resolve here"
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -117,6 +117,8 @@ def _supervise(launcher: "_Launcher", config: RunConfig, ranks: int, nodes: Node
         # The job may be done although this node's agent failed afterwards.
         if any(event["kind"] == "finished" for event in events.read(config.output)[before:]):
             return exit_codes.DONE  # the agent only had to leave the job
+        if code == exit_codes.AGENT_ALONE:
+            return exit_codes.CRASHED
         deaths += 1
         if code != exit_codes.CRASHED:  # with CRASHED it has exited in order, for example because the store is lost
             _record_death(plan, code)

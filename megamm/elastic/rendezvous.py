@@ -10,23 +10,29 @@ port used by another program would cost rendezvous.join_timeout seconds and a re
 different config would train with the others, each rank by its own config.
 """
 
+import contextlib
 import datetime
 import gc
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from megamm.common import redact
+from megamm.common import addresses, redact
 from megamm.common.errors import UserError
 
 PORT = 29400
 """The default port, the same as torch's."""
+_UNLIMITED = 10 * 365 * 86400.0
 _ANSWER = 2.0
 """Seconds within which a store must answer."""
+_RETRY = 0.5
+"""Seconds between two attempts to reach it."""
+_RUN_ID = "megamm"
 _SHOWN = 3
 """Maximum number of differences between two configs that a message lists."""
 
@@ -60,6 +66,9 @@ class Rendezvous(Protocol):
     """One node's view of the job. Every call returns soon, except `join`, which waits for the other nodes."""
 
     address: str
+    """This node's address for the others."""
+    interface: str | None
+    """The network interface that gloo must be told; None if it finds one."""
 
     def join(self) -> tuple[int, int]:
         """Return this node's group rank and the number of nodes in a new round."""
@@ -79,6 +88,9 @@ class Rendezvous(Protocol):
     def waiting(self) -> int:
         """Return the number of nodes that are waiting to join."""
 
+    def present(self) -> int:
+        """Return the number of nodes that are in the round or have joined the next one, this one included."""
+
     def close(self) -> None:
         """End the job: nodes that wait to join exit too."""
 
@@ -96,7 +108,8 @@ class Rendezvous(Protocol):
 class SingleNode:
     """A job of one node: no rendezvous, no store, no torch."""
 
-    address = "127.0.0.1"
+    address = addresses.LOOPBACK
+    interface: str | None = None
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -122,6 +135,9 @@ class SingleNode:
     def waiting(self) -> int:
         return 0
 
+    def present(self) -> int:
+        return 1
+
     def close(self) -> None: ...
 
     def leave(self) -> None: ...
@@ -137,6 +153,7 @@ class Times:
     """Timeouts of a rendezvous, in seconds: see ResilienceConfig."""
 
     join_timeout: float
+    lost_timeout: float
     last_call_timeout: float
     keep_alive_interval: float
 
@@ -151,30 +168,30 @@ class TorchRendezvous:
         """job: JSON values that must be equal on all nodes, else UserError."""
         # Imported here to keep the agent of a single node small.
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # the agent gives ranks a store (rank.py)
-        from torch.distributed.elastic.rendezvous import RendezvousParameters
         from torch.distributed.elastic.rendezvous.api import RendezvousError
-        from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
         from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
+        host = parse_endpoint(endpoint)[0]
+        _wait_for_host(endpoint)
         check_endpoint(endpoint)
-        is_local = parse_endpoint(endpoint)[0] in ("127.0.0.1", "localhost")
-        self.address = "127.0.0.1" if is_local else socket.getfqdn()
-        parameters = RendezvousParameters("c10d", endpoint, "megamm", *nodes, read_timeout=int(times.join_timeout))
+        self.address, self.interface = addresses.own(host), addresses.gloo_interface(host)
+        # The agent has the limits (agent.py): torch's would also end a spare, which waits for as long as the job runs.
+        seconds = int(max(times.join_timeout, times.lost_timeout)) + 60
         try:
-            backend, store = create_backend(parameters)
+            backend, store = _connect(endpoint, nodes, seconds)
         except RendezvousError as error:
             raise StoreLost(str(error.__cause__ or error)) from None
         self._lost = (RendezvousError, RuntimeError, ValueError)
         self._call(check_same_job, store, endpoint, job)
         self._port: int = store.port  # type: ignore[attr-defined]  # a TCPStore
-        seconds = datetime.timedelta(seconds=1)
+        unit = datetime.timedelta(seconds=1)
         self._handler = DynamicRendezvousHandler.from_backend(
-            parameters.run_id,
+            _RUN_ID,
             store,
             backend,
             *nodes,
             local_addr=self.address,
-            timeout=RendezvousTimeout(join=times.join_timeout * seconds, last_call=times.last_call_timeout * seconds),
+            timeout=RendezvousTimeout(join=_UNLIMITED * unit, last_call=times.last_call_timeout * unit),
             keep_alive_interval=times.keep_alive_interval,  # type: ignore[arg-type]  # any number of seconds is one
             keep_alive_max_attempt=self.KEEP_ALIVES_MISSED,
         )
@@ -214,6 +231,11 @@ class TorchRendezvous:
     def waiting(self) -> int:
         return self._call(self._handler.num_nodes_waiting)
 
+    def present(self) -> int:
+        # Torch has no public count. `join` refreshes this copy about once a second, later each keep-alive does.
+        state = self._handler._state_holder.state
+        return len(state.participants)
+
     def close(self) -> None:
         self._call(self._handler.shutdown)
 
@@ -244,6 +266,38 @@ class TorchRendezvous:
             return function(*arguments)
         except self._lost as error:
             raise StoreLost(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
+
+
+def _wait_for_host(endpoint: str) -> None:
+    """Return when the host resolves and, unless it is this node, answers; the agent limits the time.
+
+    In Kubernetes a name exists once its pod has started. Torch would print a C++ stack for each failed attempt.
+    """
+    host, port = parse_endpoint(endpoint)
+    while not addresses.is_this_node(host):
+        with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=_ANSWER):
+            return
+        time.sleep(_RETRY)
+
+
+def _connect(endpoint: str, nodes: tuple[int, int], seconds: int) -> Any:
+    """Return torch's backend and store; the store's server is in this process if the host is this node.
+
+    Torch itself would compare the host with the addresses of this host's name, which must resolve for that.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+
+    def create(is_host: bool) -> Any:
+        return create_backend(
+            RendezvousParameters("c10d", endpoint, _RUN_ID, *nodes, read_timeout=seconds, is_host=is_host)
+        )
+
+    if addresses.is_this_node(parse_endpoint(endpoint)[0]):
+        with contextlib.suppress(RendezvousError):  # another agent on this machine has the port: it hosts the store
+            return create(True)
+    return create(False)
 
 
 class Background:
@@ -288,7 +342,7 @@ def check_endpoint(endpoint: str) -> None:
     try:
         socket.create_connection((host, port), timeout=_ANSWER).close()
     except ConnectionRefusedError:
-        if _is_this_machine(host) and _is_taken(port):
+        if any(map(addresses.is_of_this_machine, addresses.resolve(host))) and _is_taken(port):
             raise UserError(
                 "rendezvous port is in use by another program's connection", where=endpoint, remedy=remedy
             ) from None
@@ -297,14 +351,6 @@ def check_endpoint(endpoint: str) -> None:
     else:
         if not _is_store(host, port):
             raise UserError("rendezvous port is in use by another service", where=endpoint, remedy=remedy)
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        socket.create_server((host, 0)).close()
-    except OSError:
-        return False
-    return True
 
 
 def _is_taken(port: int) -> bool:

@@ -70,7 +70,8 @@ class RestartCycle:
     def _environment(self, index: int) -> dict[str, str]:
         """Return a rank's environment, as torchrun sets it; prefork.py adds HEARTBEAT_PAGE."""
         world = self.attempt_plan.nodes * self.plan.processes
-        return {
+        name, interface = "GLOO_SOCKET_IFNAME", self.rendezvous.interface
+        return ({name: interface} if interface and name not in os.environ else {}) | {
             "RANK": str(self.ranks[index]),
             "LOCAL_RANK": str(index),
             "WORLD_SIZE": str(world),

@@ -14,9 +14,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import fault_matrix
+import network
 from fault_kinds import below, command_line
 from faults import record
 from ports import free_port
@@ -27,9 +30,6 @@ RENDEZVOUS = ("join_timeout=60", "last_call_timeout=1", "keep_alive_interval=0.5
 STEP, SECONDS = 5, 240
 HOSTS = {"node-a": "192.0.2.1", "node-b": "192.0.2.2"}
 """RFC 5737: reserved addresses; the namespaces have no route out."""
-IN_NAMESPACE = (
-    'hostname "$1"; mount --bind "$2" /etc/hosts; ip link set lo up; touch "$3"; read _; shift 3; exec "$@" </dev/null'
-)
 
 
 def wait_for(what, seconds=SECONDS):
@@ -39,16 +39,6 @@ def wait_for(what, seconds=SECONDS):
         assert time.monotonic() < end, "timed out"
         time.sleep(0.02)
     return found
-
-
-def can_cut() -> bool:
-    """Return whether namespaces and virtual interfaces are available."""
-    try_it = "ip link add name ve-a type veth peer name ve-b && mount --bind /etc/hosts /etc/hosts"
-    command = ["unshare", "--user", "--map-root-user", "--net", "--mount", "sh", "-c", try_it]
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
 
 
 class Job:
@@ -62,12 +52,11 @@ class Job:
         self.command = [*command, "--nproc", "1", "--nnodes", "2:2", "--rendezvous", endpoint, *times]
         self.nodes: list[subprocess.Popen] = []
 
-    def start(self, *before: str, **options) -> subprocess.Popen:
-        """Start another node; `before`: a command that runs its command."""
+    def start(self, how: Callable[..., subprocess.Popen] = subprocess.Popen) -> subprocess.Popen:
+        """Start another node; how: starts a command, like subprocess.Popen."""
         with (self.folder / f"{self.name}.log").open("a") as log:
-            node = subprocess.Popen([*before, *self.command], env=self.env, stdout=log, stderr=log, **options)
-        self.nodes.append(node)
-        return node
+            self.nodes.append(how(self.command, env=self.env, stdout=log, stderr=log))
+        return self.nodes[-1]
 
     @contextlib.contextmanager
     def paused(self, kind: str):
@@ -115,39 +104,26 @@ def _listens(endpoint):
 def network_cut(folder: Path) -> list[str]:
     """In a private namespace (see main): the link goes down in a step and comes back when that was detected."""
     job = Job(folder, "network_cut", "node-a:29400")
-    hosts = job.records / "hosts"
-    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in HOSTS.items()))
+    text = "127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in HOSTS.items())
     try:
-        _ip("link", "add", "name", "ve-a", "type", "veth", "peer", "name", "ve-b")
-        for (name, address), link in zip(HOSTS.items(), ("ve-a", "ve-b"), strict=True):
-            ready = job.records / name
-            shell = ["sh", "-e", "-c", IN_NAMESPACE, "sh", name, str(hosts), str(ready)]
-            node = job.start("unshare", "--uts", "--mount", "--net", *shell, stdin=subprocess.PIPE)
-            wait_for(ready.exists)
-            _ip("link", "set", link, "netns", str(node.pid))
-            _ip("addr", "add", f"{address}/24", "dev", link, within=node)
-            _ip("link", "set", link, "up", within=node)
-        for node in job.nodes:
-            node.stdin.write(b"\n")
-            node.stdin.close()
+        network.lay_cable()
+        for (name, address), link in zip(HOSTS.items(), network.LINKS, strict=True):
+            hosts = job.records / f"{name}.hosts"
+            hosts.write_text(text)
+            job.start(partial(network.start_host, name, address, hosts, link))
+        network.go(*job.nodes)
         with job.paused("network_cut"):
-            _ip("link", "set", "ve-b", "down", within=job.nodes[1])
+            network.ip("link", "set", network.LINKS[1], "down", within=job.nodes[1])
         wait_for(job.failed)
-        _ip("link", "set", "ve-b", "up", within=job.nodes[1])
+        network.ip("link", "set", network.LINKS[1], "up", within=job.nodes[1])
         return job.end()
     finally:
         job.kill()
 
 
-def _ip(*arguments: str, within: subprocess.Popen | None = None) -> None:
-    enter = [] if within is None else ["nsenter", "--target", str(within.pid), "--net"]
-    subprocess.run([*enter, "ip", *arguments], check=True)
-
-
 def suffer_apart(folder: Path, kind: str) -> list[str]:
     """Return how a run under that fault differs from the baseline run; it uses namespaces if needed."""
-    unshare = ["unshare", "--user", "--map-root-user", "--net"] if kind == "network_cut" else []
-    command = [*unshare, sys.executable, __file__, str(folder), kind]
+    command = [*(network.APART if kind == "network_cut" else ()), sys.executable, __file__, str(folder), kind]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3 * SECONDS)
     return done.stdout.splitlines() if done.returncode == 0 else [done.stderr.strip().splitlines()[-1]]
 

@@ -27,6 +27,7 @@ def shard(rank):
 
 def tier(folder, run="run"):
     os.environ["NODE"] = f"n{2 * dist.get_rank() // dist.get_world_size()}"
+    os.environ["MASTER_ADDR"] = "127.0.0.1"  # as set by every launcher
     return LocalStorage(f"{folder}/$NODE", folder / run, replicate=True)
 
 

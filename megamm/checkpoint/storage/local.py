@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megamm.checkpoint import files, manifest
 from megamm.checkpoint.storage import local_files, peer
 from megamm.checkpoint.storage.local_files import PartRecord
-from megamm.common import events
+from megamm.common import addresses, events
 from megamm.common.collectives import described
 from megamm.common.errors import UserError
 
@@ -75,8 +75,7 @@ class LocalStorage:
         replicas also the newest replicated one."""
         self._held: list[_Held] = []
         self._resumed, self._passed = -1, True
-        has_peer = self._is_leader and len(self.order) > 1
-        self._peer = self._start_peer(len({host for _, host in nodes}) > 1) if has_peer else None
+        self._peer = self._start_peer() if self._is_leader and len(self.order) > 1 else None
         self.addresses = self._connect()
         if self.rank == 0:
             self._log(folder, replicate)
@@ -128,8 +127,8 @@ class LocalStorage:
 
     # --- the helper process ---
 
-    def _start_peer(self, several_hosts: bool) -> "tuple[subprocess.Popen[str], str, int]":
-        bind, name = _addresses(several_hosts)
+    def _start_peer(self) -> "tuple[subprocess.Popen[str], str, int]":
+        bind, name = _addresses()
         command = [sys.executable, "-m", "megamm.checkpoint.storage.peer", str(os.getpid())]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -286,14 +285,11 @@ def _name_of(run: Path) -> str:
     return hashlib.sha256(f"{_own_name(run, 'run_id')} {run.resolve()}".encode()).hexdigest()[:16]
 
 
-def _addresses(several_hosts: bool) -> tuple[str, str]:
+def _addresses() -> tuple[str, str]:
     """Return the address to listen on, and the name by which other nodes reach it."""
-    if not several_hosts:
-        return "127.0.0.1", "127.0.0.1"
     master = os.environ["MASTER_ADDR"]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # No packet is sent: this finds the local address that is routed to the job's first node.
-        probe.connect((master, 9))
-        own = str(probe.getsockname()[0])
-    # The first node reaches itself by loopback; the others reach it by MASTER_ADDR.
-    return ("", master) if own.startswith("127.") else (own, own)
+    if addresses.is_local(master):
+        return addresses.LOOPBACK, addresses.LOOPBACK
+    own = addresses.routed(master)
+    # The first node may reach itself by loopback; the others reach it by MASTER_ADDR.
+    return ("", master) if own is None or addresses.is_loopback(own) else (own, own)
