@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
+from audio_data import as_bytes, as_mpeg4, chirp
 from PIL import Image
 
 from megamm.common.errors import UserError
@@ -24,6 +25,7 @@ from megamm.data.build.curation import (
     shingles,
     signature,
 )
+from megamm.media.sound_length import _ogg_checksum
 
 RATE = 16000
 
@@ -75,6 +77,27 @@ def test_audio(kind):
     assert "0.50 s, not" in reason(check_audio, audio(tone(0.5), kind), kind.lower(), max_seconds=0.4)
     assert "silent" in reason(check_audio, audio(tone(0.5, 5e-4), kind), kind.lower())
     assert reason(check_audio, audio(0 * tone(), kind), kind.lower(), keep_blank=True) is None
+
+
+def test_audio_is_measured_as_training_reads_it():
+    """Lengths that a header does not have, or that libsndfile misreads: those of the samples written."""
+    sound = chirp(1, seconds=2.0)
+    wav, opus = as_bytes(sound, "wav"), as_bytes(sound, "opus")
+    # The last page without its flag 4, with the checksum of that.
+    page = bytearray(opus[opus.rfind(b"OggS") :])
+    page[5] &= ~4
+    page[22:26] = _ogg_checksum(bytes(page[:22] + bytes(4) + page[26:])).to_bytes(4, "little")
+    sounds = {
+        "a wav from a pipe": (wav[:4] + b"\xff" * 4 + wav[8:40] + b"\xff" * 4 + wav[44:], "wav", 2.0),
+        "chained oggs": (2 * as_bytes(sound, "ogg"), "ogg", 4.0),
+        "flacs behind each other": (2 * as_bytes(sound, "flac"), "flac", 4.0),
+        "opus without its end flag": (opus[: -len(page)] + page, "opus", 2.0),
+        "m4a": (as_mpeg4(sound, "m4a"), "m4a", 2.0),
+        "aac": (as_mpeg4(sound, "aac"), "aac", 2.0),
+    }
+    for what, (data, extension, seconds) in sounds.items():
+        assert reason(check_audio, data, extension, max_seconds=seconds + 0.2) is None, what
+        assert " s, not 0.1 to" in reason(check_audio, data, extension, max_seconds=seconds - 0.1), what
 
 
 def test_clipped_audio():

@@ -72,6 +72,13 @@ def test_formats_of_phones(extension):
         decode_image(make(PICTURE)[:-40], extension)
 
 
+def test_the_reason_for_a_broken_heic_is_one_line():
+    """The text of libheif ends with a line end."""
+    with pytest.raises(UnreadableMedia, match="references data outside of file bounds") as error:
+        decode_image(heic(PICTURE)[:-40], "heic")
+    assert "\n" not in str(error.value)
+
+
 def test_heic_without_its_package_is_one_line(monkeypatch):
     data = heic(PICTURE)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

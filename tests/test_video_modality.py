@@ -462,3 +462,13 @@ def test_what_is_written_plays_everywhere_and_reads_back(count):
 def test_no_codec_folder_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="not a tokenizer for visual"):
         VideoModality.load(tmp_path)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv"])
+def test_tags_in_other_encodings_than_utf_8_change_nothing(container):
+    """Latin-1, as old recorders write it."""
+    data = video_bytes(MOVING, codec="libx264", container={"mkv": "matroska"}.get(container, container))
+    name = {"mp4": b"VideoHandler", "mkv": b"Lavf"}[container]
+    assert data.count(name) >= 1
+    latin = data.replace(name, b"Caf\xe9" + name[4:])
+    assert VideoModality.check_media(latin, container) == VideoModality.check_media(data, container)

@@ -34,3 +34,7 @@ class UserError(Exception):
 
 class UnreadableMedia(ValueError):
     """A file that cannot be decoded; the message gives the reason. Builds count these and list them in a report."""
+
+    def __init__(self, reason: str) -> None:
+        # Decoders pass on their own reasons, some with line ends.
+        super().__init__(" ".join(reason.split()))

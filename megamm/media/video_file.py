@@ -184,7 +184,8 @@ def open_video(data: bytes, extension: str) -> Iterator[tuple[Any, Any]]:
     # Detect the container from the first bytes, and name it to FFmpeg, so that it does not probe other formats.
     _check_container(data, extension)
     try:
-        with av.open(io.BytesIO(data), format=_CONTAINER[extension]) as container:
+        # The text of tags is not needed, and often in another encoding than UTF-8.
+        with av.open(io.BytesIO(data), format=_CONTAINER[extension], metadata_errors="replace") as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise UnreadableMedia("contains no video")

@@ -11,7 +11,6 @@ are not detected.
 """
 
 import difflib
-import io
 import ipaddress
 import re
 from collections import Counter
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from megamm.common.errors import UserError
+from megamm.common.errors import UnreadableMedia, UserError
 from megamm.media.image_file import decode_image
+from megamm.media.sound_file import open_sound
 
 if TYPE_CHECKING:
     from py3langid.langid import LanguageIdentifier
@@ -140,24 +140,23 @@ def check_image(data: bytes, extension: str, options: CurationOptions) -> None:
 
 
 def check_audio(data: bytes, extension: str, options: CurationOptions) -> None:
-    """Raise FilteredOut if audio is too short or long, silent, or clipped. Decodes blocks, to limit memory."""
-    import soundfile
-
+    """Raise FilteredOut if audio, as training reads it, is too short or long, silent, or clipped."""
+    peak, clipped, total, length = 0.0, 0, 0, 0
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            seconds = file.frames / file.samplerate
-            if not options.min_seconds <= seconds <= options.max_seconds:
-                limits = f"{options.min_seconds:g} to {options.max_seconds:g}"
-                raise FilteredOut("audio_sanity", f"{seconds:.2f} s, not {limits} s")
-            # All channels count: a sample of each channel is one sample here.
-            peak, clipped, total = 0.0, 0, 0
-            for block in file.blocks(blocksize=2**16, dtype="float32"):
+        with open_sound(data, extension) as sound:
+            for block in sound.blocks:
                 amplitude = np.abs(block)
                 peak = max(peak, float(amplitude.max(initial=0)))
+                # All channels count: a sample of each channel is one sample here.
                 clipped += int((amplitude >= FULL_SCALE).sum())
                 total += block.size
-    except soundfile.LibsndfileError as error:
+                length += len(block)
+    except UnreadableMedia as error:
         raise FilteredOut("audio_sanity", f"cannot be checked: {error}") from error
+    seconds = length / sound.samplerate
+    if not options.min_seconds <= seconds <= options.max_seconds:
+        limits = f"{options.min_seconds:g} to {options.max_seconds:g}"
+        raise FilteredOut("audio_sanity", f"{seconds:.2f} s, not {limits} s")
     if peak < SILENCE and not options.keep_blank:
         raise FilteredOut("audio_sanity", f"silent: peak {peak:.1e} of full scale")
     if clipped > options.max_clipped * total:
