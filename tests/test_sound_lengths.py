@@ -331,6 +331,8 @@ def test_bytes_between_adts_frames_are_noticed():
         f"no frame at byte {at}": [*frames[:9], bytes(500), *frames[9:]],
         "no frame at byte": [*frames[:9], frames[9][:-10], *frames[10:]],
         "the last frame is missing": [*frames[:-2], frames[-2][:-1]],
+        "the end of its last tag": [*frames[:9], ID3[:6] + b"\1" + ID3[7:], *frames[9:]],
+        r"no frame at byte 0$": [bytes(3000), *frames],
         "several blocks": [*frames[:9], bytes(several), *frames[10:]],
         "sample rate changes from 16000 to 32000": [*frames, *adts(rate=32_000)],
         "no frame at byte 0": [b"no sound at all " * 999],

@@ -130,7 +130,7 @@ def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
         elif file.format == "OGG":
             blocks, declared = _link_blocks(ogg_links(data), file.samplerate), 0
         elif file.format == "FLAC":
-            blocks, declared = _link_blocks(flac_links(data), file.samplerate), file.frames
+            blocks, declared = _link_blocks(flac_links(data), file.samplerate), 0
         else:
             blocks, declared = _blocks(file), file.frames
         yield Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))

@@ -2,9 +2,9 @@
 
 A program that writes to a pipe does not know the length when it writes the header, so it leaves a placeholder: all
 bits set, about 2 GiB, or zero. `wav_with_length` and `flac_with_length` put the true length there. `ogg_links` checks
-all pages, whose damage decoders skip silently, and separates chained streams; `adts_frames` does so with the frames of
-AAC. `packet_seconds` is the length of the
-container's packets, which a decoder must reach.
+all pages, whose damage decoders skip silently, and separates chained streams; `adts_frames` checks the frames of AAC,
+and `flac_links` separates FLAC files. `packet_seconds` is the length of the container's packets, which a decoder must
+reach.
 """
 
 import io
@@ -128,11 +128,15 @@ def adts_frames(data: bytes) -> tuple[bytes, float]:
     seconds, position = 0.0, 0
     while size := _id3_size(data, position):
         position += size
-    position = next((at for at in range(position, position + _LONGEST_ADTS) if _adts_chain(data, at)), position)
+    start = position
+    position = next((at for at in range(start, start + _LONGEST_ADTS) if _adts_chain(data, at)), start)
+    skipped = position - start
     while position < len(data):
         # Parts of HLS begin with an ID3v2 tag; an ID3v1 tag is the last 128 bytes of a file.
         if size := _id3_size(data, position):
             position += size
+            if position > len(data):
+                raise UnreadableMedia("truncated: the end of its last tag is missing")
             continue
         if frames and position + 128 == len(data) and data.startswith(b"TAG", position):
             break
@@ -147,6 +151,9 @@ def adts_frames(data: bytes) -> tuple[bytes, float]:
         frames.append(data[position : position + size])
         seconds += 1024 / rate
         position += size
+    # A frame that was cut is about as long as the others; what is longer was several frames.
+    if skipped > 2 * max(map(len, frames), default=0):
+        raise UnreadableMedia(f"broken AAC data: no frame at byte {start}")
     return b"".join(frames), seconds
 
 
