@@ -379,7 +379,7 @@ def test_dalis_failure_is_one_error_and_the_next_batch_works():
     decoder = DaliDecoder(48, CPU, batch_size=2, threads=1)
     plan = plan_clip(plain(), "mp4", 0, SIZES)
     good = decoder.decode([(plain(), plan)])[0]
-    with pytest.raises(UnreadableMedia, match="DALI: "):
+    with pytest.raises(UnreadableMedia, match=r"^DALI: .*Failed to send packet to decoder: Invalid data"):
         decoder.decode([(plain(), plan), (damaged(plain()), plan)])
     assert np.array_equal(decoder.decode([(plain(), plan), (plain(), plan)])[1], good)
 

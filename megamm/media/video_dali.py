@@ -72,7 +72,7 @@ class DaliDecoder:
             (squares,) = self._pipeline.run()
         except RuntimeError as error:
             self._pipeline = self._build()  # after an error the old one cannot be used
-            raise UnreadableMedia(f"DALI: {_last_line(error)}") from error
+            raise UnreadableMedia(f"DALI: {_cause(error)}") from error
         return [_upright(np.array(squares.as_cpu().at(i)), plan) for i, plan in enumerate(plans)]
 
 
@@ -141,7 +141,7 @@ def _from_bt601(matrix: int) -> npt.NDArray[np.float32]:
     return (_to_rgb(matrix) @ np.linalg.inv(_to_rgb(_BT601))).astype(np.float32)
 
 
-def _last_line(error: RuntimeError) -> str:
-    """The cause, extracted from DALI's many lines."""
-    lines = [line for line in str(error).splitlines() if "/dali/" in line and "] " in line]
-    return lines[0].partition("] ")[2][:200] if lines else "decoding failed"
+def _cause(error: RuntimeError) -> str:
+    """The cause, extracted from DALI's many lines: the first line behind "encountered:"."""
+    lines = str(error).partition("encountered:")[2].split("\n")
+    return next((line.strip()[:200] for line in lines if line.strip()), "decoding failed")
