@@ -1,6 +1,7 @@
 """Generation: exact ranges and lengths, the same results as an uncached loop, draws independent of the batch."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from megamm.cli import app
 from megamm.common.errors import UserError
-from megamm.inference.generate import GumbelNoise, Sampling, generate
+from megamm.inference.generate import GumbelNoise, Sampling, generate, generate_from
 
 GREEDY = Sampling(temperature=0, max_tokens=8)
 CAPTIONS = ["a red ellipse", "blue", "a long caption of a purple rectangle"]
@@ -117,10 +118,60 @@ def test_gumbel_noise_draws_from_the_softmax():
 def test_a_prompt_that_leaves_no_room_is_a_user_error(export):
     with pytest.raises(UserError, match="leaves no room for image in 64"):
         generate(export, ["word " * 60], "text", "image", GREEDY)
-    with pytest.raises(UserError, match="cannot generate text to text"):
-        generate(export, CAPTIONS, "text", "text", GREEDY)
+    with pytest.raises(UserError, match=r"text of .* and image of 16 tokens leaves no room for image in 64"):
+        generate_from(export, [(("text", "word " * 9), ("image", PICTURES[0]))], "image", GREEDY)
     with pytest.raises(UserError, match="no modality 'audio'"):
         generate(export, CAPTIONS, "text", "audio", GREEDY)
+
+
+def _ids(export, *parts):
+    """The ids of a prompt by hand: as docs/architecture.md says a document is rendered, without its end."""
+    v, ids = export.vocabulary, [export.vocabulary.document_start]
+    for part in parts:
+        if isinstance(part, str):
+            ids += export.modalities["text"].encode([part])[0].tolist()
+        else:
+            image = export.modalities["image"].encode([part])[0] + v["image"].start
+            ids += [v.begin("image"), *image.tolist(), v.end("image")]
+    return ids
+
+
+MIXED = {
+    "text": ("a red",),
+    "text, text": ("a red", " ellip"),
+    "text, image": ("this is", PICTURES[0]),
+    "image, text": (PICTURES[0], "a red"),
+    "text, image, text": ("this", PICTURES[1], " is a"),
+    "image, text, image": (PICTURES[0], " and ", PICTURES[1]),
+}
+
+
+@pytest.mark.parametrize("parts", MIXED.values(), ids=MIXED)
+def test_a_prompt_mixes_parts_in_any_order(export, parts):
+    """Text continues text, and an image may follow an image: each as the plain loop over the hand-made prompt."""
+    v, text, image = export.vocabulary, export.modalities["text"], export.modalities["image"]
+    prompt = [("text" if isinstance(part, str) else "image", part) for part in parts]
+    allowed = [*range(v["text"].start, v["text"].stop), v.document_end]
+    made, _ = _plain_loop(export, _ids(export, *parts), allowed, 8, stop=v.document_end)
+    assert generate_from(export, [prompt], "text", GREEDY) == [text.decode(made)]
+    if sum(not isinstance(part, str) for part in parts) < 2:  # else too long for the model
+        ids = [*_ids(export, *parts), v.begin("image")]
+        made, _ = _plain_loop(export, ids, range(v["image"].start, v["image"].stop), IMAGE_TOKENS)
+        assert np.array_equal(
+            generate_from(export, [prompt], "image", GREEDY)[0], image.decode(made - v["image"].start)
+        )
+
+
+def test_no_token_is_generated_after_a_stop_string(export):
+    lengths = []
+    model = copy.copy(export.model)
+    model.generate = lambda *a, **k: (
+        lengths.append((out := export.model.generate(*a, **k)).shape[1] - a[0].shape[1]) or out
+    )
+    drawn = Sampling(seed=4, max_tokens=16)
+    whole = generate(with_model(export, model), CAPTIONS[:1], "text", "text", drawn)[0]
+    generate(with_model(export, model), CAPTIONS[:1], "text", "text", dataclasses.replace(drawn, stop=(whole[:1],)))
+    assert lengths[1] < lengths[0]
 
 
 @pytest.mark.parametrize("values", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 2}, {"max_tokens": 0}])
@@ -150,6 +201,44 @@ def test_the_command_writes_one_file_or_a_folder(folder, tmp_path):
     printed = _run(folder, *pictures, "--to", "text", "--max-tokens", 5)
     assert printed.stdout == "".join(caption + "\n" for caption in captions)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.png", "1.png", "captions", "new"]
+
+
+def test_the_command_keeps_the_order_of_parts(folder, export, tmp_path):
+    file = tmp_path / "0.png"
+    file.write_bytes(as_bytes(shape_picture(0)[0]))
+    end = ["--to", "text", "--max-tokens", 5, "--temperature", 0]
+    orders = [
+        ("--prompt", "this", "--from", file, "--prompt", " is"),
+        ("--from", file, "--prompt=this", "--prompt", " is"),
+    ]
+    for order, parts in zip(orders, [("this", PICTURES[0], " is"), (PICTURES[0], "this", " is")], strict=True):
+        prompt = [("text" if isinstance(part, str) else "image", part) for part in parts]
+        made = generate_from(export, [prompt], "text", Sampling(temperature=0, max_tokens=5))
+        done = _run(folder, *order, *end)
+        assert done.exit_code == 0 and done.stdout == made[0] + "\n", done.output
+    several = _run(folder, "--prompt", "a", "--prompt", "b", *end).stdout
+    assert several == "".join(_run(folder, "--prompt", text, *end).stdout for text in "ab")
+    together = generate(export, ["a b"], "text", "text", Sampling(temperature=0, max_tokens=5))[0]
+    assert _run(folder, "--prompt", "a", "--prompt", " b", "--together", *end).stdout == together + "\n"
+    requests = tmp_path / "requests.jsonl"
+    line = {"parts": [{"from": "0.png"}, {"prompt": "this"}, {"prompt": " is"}], "to": "text", "out": "a.txt"}
+    requests.write_text(json.dumps(line))
+    assert _run(folder, "--requests", requests, "--max-tokens", 5, "--temperature", 0).exit_code == 0
+    assert (tmp_path / "a.txt").read_text() == made[0]
+
+
+def test_options_that_requests_do_not_take_are_named(folder, tmp_path):
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps({"prompt": "a", "to": "image", "out": "a.png"}))
+    for option, message in (
+        (("--together",), "combined with .*--together"),
+        (("--stop", "b"), "no request is for text"),
+    ):
+        done = _run(folder, "--requests", requests, *option)
+        assert isinstance(done.exception, UserError)
+        with pytest.raises(UserError, match=message):
+            raise done.exception
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_requests_are_made_as_by_single_commands(folder, tmp_path):
@@ -192,6 +281,9 @@ def test_requests_are_made_as_by_single_commands(folder, tmp_path):
         ([{"prompt": "a", "to": "image", "out": "c.png"}] * 2, "2 requests write the same file"),
         ([{"from": "gone.png", "to": "text", "out": "c.txt"}], "cannot read: No such file"),
         ([{"prompt": " ", "to": "image", "out": "c.png"}], "contains no text"),
+        ([{"parts": [], "to": "image", "out": "c.png"}], "wrong parts"),
+        ([{"parts": [{"prompt": "a", "from": "b.png"}], "to": "image", "out": "c.png"}], "wrong parts"),
+        ([{"parts": [{"prompt": "a"}, {"from": "gone.png"}], "to": "text", "out": "c.txt"}], "No such file"),
     ],
 )
 def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, message):
@@ -217,7 +309,9 @@ def test_a_wrong_request_is_named_and_nothing_written(folder, tmp_path, lines, m
         (["--from", "broken.png", "--to", "text"], "unusable image: not a PNG"),
         (["--from", "a.tga", "--to", "text"], "no modality reads .tga files"),
         (["--to", "text"], "give --prompt, or --from"),
-        (["--prompt", "a", "--from", "broken.png", "--to", "text"], "give --prompt, or --from"),
+        (["--prompt", "a", "--from", "broken.png", "--to", "text"], "unusable image: not a PNG"),
+        (["--prompt", "a", "--to", "text", "--stop", ""], "an empty stop string"),
+        (["--prompt", "a", "--to", "image", "--out", "a.png", "--stop", "b"], "stop strings end text, not image"),
     ],
 )
 def test_what_a_user_can_mend_is_named(folder, tmp_path, monkeypatch, arguments, message):

@@ -1,14 +1,15 @@
-"""`megamm generate`: from one modality to another with an export, by transformers' own `generate` (KV cache).
+"""`megamm generate`: from a prompt to one modality with an export, by transformers' own `generate` (KV cache).
 
-Input: media of one modality, as read by its tokenizer. Output: the same number of the other modality. The prompt has
-the same form as in training: `<document_start> text` or `<document_start> <X_start> ids <X_end>`; a media target adds
-its `<Y_start>`. At each position, only ids that are valid for the target can follow: exactly the number of one item,
-or, for variable length, up to the end token, which is allowed after a whole number of strides (frames). Sampling is
-Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not depend on its
-batch.
+Input: prompts, each of parts of any modalities in any order, as read by their tokenizers. Output: one medium of the
+target for each. The prompt has the same form as in training: `<document_start>`, then text ids or `<X_start> ids
+<X_end>` for each part; a media target adds its `<Y_start>`, and a text target after a text part continues it. At each
+position, only ids that are valid for the target can follow: exactly the number of one item, or, for variable length, up
+to the end token, which is allowed after a whole number of strides (frames). Text also ends at the first stop string.
+Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not
+depend on its batch.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,7 +28,8 @@ from transformers import (
 from megamm.common.errors import UserError
 from megamm.common.sample import IntArray, Part
 from megamm.convert.io.export_folder import LoadedExport
-from megamm.data.pipeline.packing import document_length
+from megamm.data.pipeline.packing import MEDIA_MARKS
+from megamm.inference.continuation import Continuation, TextFollower
 from megamm.modalities.protocol import Modality
 
 BATCH = 32
@@ -43,11 +46,15 @@ class Sampling:
     seed: int = 0
     max_tokens: int = 64
     """Maximum length of a text target."""
+    stop: tuple[str, ...] = ()
+    """Text ends before the first of these strings."""
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
             remedy = "use temperature >= 0, top_k >= 0, 0 < top_p <= 1 and max_tokens >= 1"
             raise UserError(f"invalid sampling settings {self}", remedy=remedy)
+        if "" in self.stop:
+            raise UserError("an empty stop string", remedy="give text with --stop")
 
 
 class ValidTokens(LogitsProcessor):
@@ -83,78 +90,140 @@ class GumbelNoise(LogitsProcessor):
         return scores_BV - torch.stack(draws).log().to(scores_BV)
 
 
+Prompt = Sequence[tuple[str, Any]]
+"""Parts in order: the modality, and a medium as returned by its `Modality.read_media`."""
+
+
 def generate(export: LoadedExport, media: Sequence[Any], source: str, target: str, sampling: Sampling) -> list[Any]:
-    """Generate one medium of `target` for each medium of `source` (as returned by `Modality.read_media`).
+    """Generate one medium of `target` for each medium of `source`; errors as `generate_from` has them."""
+    return generate_from(export, [((source, medium),) for medium in media], target, sampling)
 
-    UserError if the export lacks a modality, both are the same, or an item is too long for the model.
+
+def generate_from(
+    export: LoadedExport,
+    prompts: Sequence[Prompt],
+    target: str,
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
+) -> list[Any]:
+    """Generate one medium of `target` for each prompt. on_text: gets the text of a single prompt as it is generated.
+
+    UserError if the export lacks a modality, a prompt is too long for the model, or stop strings are given for media.
     """
-    reader, codec = modality_in(export, source), modality_in(export, target)
-    # A model imported without control ids can only continue text.
-    if source == target and export.vocabulary.has_control:
-        raise UserError(f"cannot generate {source} to {target}", remedy="choose a target other than the source")
-    parts = [Part(source, ids) for ids in reader.encode(media)]
-    items = [_prompt(export, part, target) for part in parts]
-    return [codec.decode(ids) for ids in _continue_all(export, items, target, sampling)]
+    codec = modality_in(export, target)
+    if sampling.stop and target != "text":
+        raise UserError(f"stop strings end text, not {target}", remedy="remove --stop, or generate text")
+    assert on_text is None or (target == "text" and len(prompts) == 1)
+    encoded: dict[str, Iterator[IntArray]] = {}
+    for name in dict.fromkeys(name for prompt in prompts for name, _ in prompt):
+        media = [medium for prompt in prompts for modality, medium in prompt if modality == name]
+        encoded[name] = iter(modality_in(export, name).encode(media))
+    items = [[Part(name, next(encoded[name])) for name, _ in prompt] for prompt in prompts]
+    ids = [_prompt(export, parts, target) for parts in items]
+    made: list[Any] = []
+    for first in range(0, len(items), BATCH):
+        batch = slice(first, first + BATCH)
+        seeds = [sampling.seed + i for i in range(len(items))[batch]]
+        if target == "text":
+            texts = [
+                Continuation(codec, _text_at_end(parts), sampling.stop, _most_text(export, prompt, sampling))
+                for parts, prompt in zip(items[batch], ids[batch], strict=True)
+            ]
+            _continue_text(export, ids[batch], texts, sampling, seeds, on_text)
+            made += [text.text for text in texts]
+        else:
+            made += [codec.decode(new) for new in _media_ids(export, ids[batch], target, sampling, seeds)]
+    return made
 
 
-def _prompt(export: LoadedExport, part: Part, target: str) -> IntArray:
+def _text_at_end(parts: list[Part]) -> IntArray:
+    """The text ids at the end of a prompt."""
+    kept: list[IntArray] = []
+    for part in reversed(parts):
+        if part.modality != "text":
+            break
+        kept.insert(0, part.ids)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *kept])
+
+
+def _prompt(export: LoadedExport, parts: list[Part], target: str) -> IntArray:
     """Return the ids `[T]` before the target's first token."""
-    target_length = export.modalities[target].stride
-    needed = document_length((part.modality, len(part.ids)), (target, target_length))
-    if needed > export.config.data.seq_length:
-        what = (
-            f"{part.modality} of {len(part.ids)} tokens leaves no room for {target} in {export.config.data.seq_length}"
-        )
+    before_end = export.prompt(*parts)
+    # The target, with its marks and the document's end; text needs room for one id.
+    needed = len(before_end) + 1
+    if target != "text":
+        needed += export.modalities[target].stride + MEDIA_MARKS
+    if needed > export.longest:
+        given = " and ".join(f"{part.modality} of {len(part.ids)} tokens" for part in parts)
+        what = f"{given} leaves no room for {target} in {export.longest}"
         raise UserError(what, where=export.folder, remedy="give a shorter input")
-    before_end = export.prompt(part)
     return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
 
 
-def _continue_all(export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling) -> Iterator[IntArray]:
+def _most_text(export: LoadedExport, prompt: IntArray, sampling: Sampling) -> int:
+    return min(sampling.max_tokens, export.longest - len(prompt))
+
+
+def _continue_text(
+    export: LoadedExport,
+    prompts: list[IntArray],
+    texts: list[Continuation],
+    sampling: Sampling,
+    seeds: list[int],
+    on_text: Callable[[str], None] | None,
+) -> None:
+    """Generate the rest of `texts`."""
+    ends, first_id = export.prompt_form.ends, export.vocabulary["text"].start
+    only = ValidTokens(export.modalities["text"], first_id, ends, max(map(len, prompts)))
+    most = max(text.most for text in texts)
+    follower = TextFollower(texts, first_id, ends, on_text)
+    _continue(export, prompts, most, ends, _processors(only, sampling, seeds), StoppingCriteriaList([follower]))
+
+
+def _media_ids(
+    export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
+) -> Iterator[IntArray]:
     """Yield the target's codec-local ids `[T]` after each prompt."""
-    for first in range(0, len(prompts), BATCH):
-        batch = prompts[first : first + BATCH]
-        seeds = [sampling.seed + i for i in range(first, first + len(batch))]
-        yield from _continue(export, batch, target, sampling, seeds)
+    modality, ids_range, end = export.modalities[target], export.vocabulary[target], export.vocabulary.end(target)
+    longest = max(map(len, prompts))
+    # Of a variable length: what the row has room for, less its end and the document's, in whole strides.
+    most = modality.tokens_per_item or (export.longest - longest - 2) // modality.stride * modality.stride
+    ends = () if modality.tokens_per_item else (end,)
+    only = ValidTokens(modality, ids_range.start, ends, longest)
+    for ids in _continue(export, prompts, most, ends, _processors(only, sampling, seeds), StoppingCriteriaList()):
+        yield ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start
 
 
 @torch.inference_mode()
 def _continue(
-    export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
-) -> list[IntArray]:
-    vocabulary, modality = export.vocabulary, export.modalities[target]
-    ids_range, fixed = vocabulary[target], modality.tokens_per_item
-    stops = export.prompt_form.ends if target == "text" else (vocabulary.end(target),)
+    export: LoadedExport,
+    prompts: list[IntArray],
+    most: int,
+    ends: Sequence[int],
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+) -> IntArray:
+    """Return the new ids `[items, T]`, with padding after an end."""
     padding = export.prompt_form.padding
     longest = max(map(len, prompts))
     # Padded on the left, so that all prompts end at the same position.
     padded = [np.pad(p, (longest - len(p), 0), constant_values=padding) for p in prompts]
     mask = [np.pad(np.ones(len(p), dtype=np.int64), (longest - len(p), 0)) for p in prompts]
-    input_BS = torch.from_numpy(np.stack(padded)).to(export.device)
     config = GenerationConfig(
-        max_new_tokens=fixed or _most_tokens(modality, sampling, export.config.data.seq_length - longest),
+        max_new_tokens=most,
         do_sample=False,  # the noise samples
-        eos_token_id=list(stops),
+        eos_token_id=list(ends) or None,
         pad_token_id=padding,
     )
     output_BS = export.model.generate(
-        input_BS,
+        torch.from_numpy(np.stack(padded)).to(export.device),
         attention_mask=torch.from_numpy(np.stack(mask)).to(export.device),
         generation_config=config,
-        logits_processor=_processors(
-            ValidTokens(modality, ids_range.start, () if fixed else stops, longest), sampling, seeds
-        ),
+        logits_processor=processors,
+        stopping_criteria=criteria,
     )
-    new_BT = output_BS[:, longest:].cpu().numpy()
-    # After an end there is padding, whose id can be one of the text's.
-    ended = [ids[: int(np.isin(ids, stops).argmax())] if np.isin(ids, stops).any() else ids for ids in new_BT]
-    return [ids[(ids >= ids_range.start) & (ids < ids_range.stop)] - ids_range.start for ids in ended]
-
-
-def _most_tokens(modality: Modality, sampling: Sampling, room: int) -> int:
-    """Return the maximum length of a variable target: text by the sampling, media by the row, in whole strides."""
-    most = min(sampling.max_tokens, room) if modality.name == "text" else room - 2  # its end token and the document's
-    return most // modality.stride * modality.stride
+    new_BT: IntArray = output_BS[:, longest:].cpu().numpy()
+    return new_BT
 
 
 def _processors(only: ValidTokens, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:

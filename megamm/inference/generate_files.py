@@ -1,21 +1,22 @@
 """`megamm generate` on files: reads prompts and files, or a file of requests, and writes the generated media.
 
-Each request has its own input, modality and output. All are checked before the model is loaded. An output gets its
-final name when it is complete.
+Each request has its own prompt, modality and output; a prompt has one part or several, of any modalities. All are
+checked before the model is loaded. An output gets its final name when it is complete.
 """
 
 import json
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
-from megamm.convert.io.export_folder import open_export
-from megamm.inference.generate import Sampling, generate, modality_in
+from megamm.convert.io.export_folder import LoadedExport, open_export
+from megamm.inference.generate import Prompt, Sampling, generate_from, modality_in
 from megamm.modalities import REGISTRY
 
 
@@ -26,55 +27,63 @@ class Medium:
     data: bytes
     extension: str
     where: str
+    modality: str
 
     @classmethod
     def of_prompt(cls, prompt: str) -> "Medium":
         # Bytes from the shell that are not UTF-8 are kept, so that they are rejected later.
-        return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}")
+        return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}", "text")
 
     @classmethod
     def of_file(cls, path: Path) -> "Medium":
+        modality, ending = modality_of(path), path.suffix[1:].lower()
         try:
-            return cls(path.read_bytes(), path.suffix[1:].lower(), str(path))
+            return cls(path.read_bytes(), ending, str(path), modality)
         except OSError as error:
             raise UserError(f"cannot read: {error.strerror}", where=path, remedy="give a readable file") from error
 
 
 def generate_files(
     folder: Path,
-    inputs: list[Medium],
-    source: str,
+    prompts: list[tuple[Medium, ...]],
     target: str,
     out: Path | None,
     sampling: Sampling,
     device: torch.device,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[Any]:
-    """Generate with the export in `folder`, and write `out`: a file, or for several inputs a folder of 000.png, ...
+    """Generate with the export in `folder`, and write `out`: a file, or for several prompts a folder of 000.png, ...
 
-    Return the generated media. UserError, before any model is loaded, if an input or `out` is invalid.
+    Return the generated media. on_text: gets the text of a single prompt as it is generated. UserError, before any
+    model is loaded, if an input or `out` is invalid.
     """
-    _check_media(source, inputs)
+    for prompt in prompts:
+        _check_media(prompt)
     if target not in REGISTRY:
         raise UserError(f"unknown modality {target!r}", remedy=f"use one of {', '.join(REGISTRY)}")
     if out is None and target != "text":
         raise UserError(f"no output given for {target}", remedy="add --out")
     if out is not None:
-        _check_out(out, target, len(inputs))
+        _check_out(out, target, len(prompts))
     export = open_export(folder, device)
-    reader = modality_in(export, source)
-    media = [reader.read_media(item.data, item.extension) for item in inputs]
-    made = generate(export, media, source, target, sampling)
+    made = generate_from(export, [_read(export, prompt) for prompt in prompts], target, sampling, on_text)
     if out is not None:
         _write([export.modalities[target].write_media(medium) for medium in made], target, out)
     return made
 
 
+def _read(export: LoadedExport, prompt: tuple[Medium, ...]) -> Prompt:
+    """Read the media of a prompt. UserError if the export lacks a modality."""
+    return [
+        (part.modality, modality_in(export, part.modality).read_media(part.data, part.extension)) for part in prompt
+    ]
+
+
 @dataclass(frozen=True)
 class Request:
-    """One line of a file of requests: generate the modality `target` from `source`, and write it to `out`."""
+    """One line of a file of requests: generate the modality `target` from a prompt, and write it to `out`."""
 
-    source: Medium
-    modality: str
+    prompt: tuple[Medium, ...]
     target: str
     out: Path
 
@@ -82,6 +91,7 @@ class Request:
 def read_requests(file: Path) -> list[Request]:
     """Read requests from a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
 
+    Instead, {"parts": [{"prompt": TEXT}, {"from": FILE}, ...], "to": ..., "out": ...} is one prompt of several parts.
     Relative paths are relative to the folder of `file`. UserError for the first line that is not a request, and for an
     output that exists or is used twice.
     """
@@ -107,9 +117,9 @@ def _request(line: str, where: str, folder: Path) -> Request:
         entry = json.loads(line)
     except ValueError as error:
         raise UserError(f"not JSON: {error}", where=where, remedy=remedy) from error
-    if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
+    if not isinstance(entry, dict) or not all(isinstance(entry[key], str) for key in entry if key != "parts"):
         raise UserError("not a JSON object of strings", where=where, remedy=remedy)
-    given = {"prompt", "from"} & set(entry)
+    given = {"prompt", "from", "parts"} & set(entry)
     if len(given) != 1 or set(entry) - given != {"to", "out"}:
         raise UserError(f"wrong keys: {', '.join(sorted(entry)) or 'missing'}", where=where, remedy=remedy)
     if entry["to"] not in REGISTRY:
@@ -117,10 +127,15 @@ def _request(line: str, where: str, folder: Path) -> Request:
         raise UserError(f"unknown modality {entry['to']!r}", where=where, remedy=remedy)
     out = folder / entry["out"]
     _check_out(out, entry["to"], 1)
-    if "prompt" in entry:
-        return Request(Medium.of_prompt(entry["prompt"]), "text", entry["to"], out)
-    path = folder / entry["from"]
-    return Request(Medium.of_file(path), modality_of(path), entry["to"], out)
+    parts = entry["parts"] if "parts" in entry else [{key: entry[key] for key in given}]
+    if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
+        raise UserError("wrong parts", where=where, remedy='write "parts": [{"prompt": TEXT}, {"from": FILE}]')
+    media = [Medium.of_prompt(p["prompt"]) if "prompt" in p else Medium.of_file(folder / p["from"]) for p in parts]
+    return Request(tuple(media), entry["to"], out)
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, dict) and len(part) == 1 and isinstance(part.get("prompt", part.get("from")), str)
 
 
 def generate_requests(folder: Path, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
@@ -128,17 +143,17 @@ def generate_requests(folder: Path, requests: list[Request], sampling: Sampling,
 
     Within a direction, item i uses seed + i. UserError, before any model is loaded, if an input is invalid.
     """
-    directions: dict[tuple[str, str], list[Request]] = {}
+    directions: dict[tuple[tuple[str, ...], str], list[Request]] = {}
     for request in requests:
-        directions.setdefault((request.modality, request.target), []).append(request)
-    for (source, _), same in directions.items():
         # Before the model is loaded, which takes long: a broken input ends the command at once.
-        _check_media(source, [request.source for request in same])
+        _check_media(request.prompt)
+        directions.setdefault((tuple(part.modality for part in request.prompt), request.target), []).append(request)
+    if sampling.stop and all(request.target != "text" for request in requests):
+        raise UserError("stop strings end text, and no request is for text", remedy="remove --stop")
     export = open_export(folder, device)
-    for (source, target), same in directions.items():
-        reader = modality_in(export, source)
-        media = [reader.read_media(request.source.data, request.source.extension) for request in same]
-        made = generate(export, media, source, target, sampling)
+    for (_, target), same in directions.items():
+        sampled = sampling if target == "text" else replace(sampling, stop=())
+        made = generate_from(export, [_read(export, request.prompt) for request in same], target, sampled)
         for request, medium in zip(same, made, strict=True):
             _write([export.modalities[target].write_media(medium)], target, request.out)
 
@@ -153,17 +168,14 @@ def modality_of(path: Path) -> str:
     raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"use one of {known}")
 
 
-def _check_media(source: str, inputs: list[Medium]) -> None:
-    """Decode every input as `source`. UserError for the first that fails."""
-    modality = REGISTRY[source]
-    for item in inputs:
-        if item.extension not in modality.extensions:
-            remedy = f"use one of .{', .'.join(modality.extensions)}"
-            raise UserError(f"not a file of {source}", where=item.where, remedy=remedy)
+def _check_media(prompt: tuple[Medium, ...]) -> None:
+    """Decode every part of a prompt. UserError for the first that fails."""
+    for part in prompt:
         try:
-            modality.check_media(item.data, item.extension)
+            REGISTRY[part.modality].check_media(part.data, part.extension)
         except UnreadableMedia as error:
-            raise UserError(f"unusable {source}: {error}", where=item.where, remedy=f"give another {source}") from error
+            what, remedy = f"unusable {part.modality}: {error}", f"give another {part.modality}"
+            raise UserError(what, where=part.where, remedy=remedy) from error
 
 
 def _check_out(out: Path, target: str, items: int) -> None:

@@ -308,6 +308,17 @@ class LoadedExport:
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         return PromptForm(tuple(read.input_ids[:before]), tuple(ends), padding)
 
+    @cached_property
+    def longest(self) -> int:
+        """Most tokens of a row: as in training; for an imported model without control ids, what its config allows."""
+        trained = self.config.data.seq_length
+        if self.vocabulary.has_control:
+            return trained
+        from transformers import AutoConfig
+
+        theirs = AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        return max(trained, getattr(theirs.get_text_config(), "max_position_embeddings", None) or 0)
+
     def prompt(self, *parts: Part) -> IntArray:
         """The ids `[T]` of a document's first parts, as in training."""
         if self.vocabulary.has_control:
