@@ -88,7 +88,7 @@ EXTRAS_REQUIRE = {
     # Raw data as tables: `megamm data build --from hf-datasets`. Older ones could run code of a file.
     "parquet": ["pyarrow>=17"],
     # Photos of phones (.heic). Its wheel contains libheif and libde265 (LGPL) and the encoder x265 (GPL), which megamm
-    # does not call; PNG to AVIF need none of it.
+    # does not call; PNG to AVIF need none of it. pi-heif, the same without x265, gets no updates any more.
     "heic": ["pillow-heif>=1.0,<2"],
     # Checkpoints to S3: checkpoint.remote=s3://bucket/prefix.
     "s3": ["s3fs>=2024.6"],

@@ -9,7 +9,8 @@ two files joined. Rules, for reading and for checking a file:
 - No crash: the result is media or UnreadableMedia with one line. Any other exception is a failure.
 - No hang: an input takes at most LIMIT seconds; a process that dies or is stuck is reported with its input.
 - No silent shortening: what is accepted is not shorter than what FFmpeg (sound, video) decodes without an error, has
-  the size that Pillow reports (image), and as many faces with an area as trimesh finds, or the same surface (points).
+  the size that Pillow reports (image), and as many points of a cloud, or faces with an area, as trimesh finds, or the
+  same surface (points).
 
 Failures are written to out/fuzz/ with the seed and number; the exit code is 1 if there is any.
 """
@@ -109,7 +110,7 @@ def shortened(name: str, extension: str, data: bytes) -> str | None:
             # FFmpeg reads files behind each other as one, with some frames twice.
             theirs = sum(reference_seconds(b"fLaC" + part, "flac", "audio") for part in data.split(b"fLaC")[1:])
             return f"{ours:.2f} s, FFmpeg {theirs:.2f} s" if ours + LOUD < theirs else None
-        theirs = reference_seconds(data, {"opus": "ogg"}.get(extension, extension), "audio")
+        theirs = reference_seconds(data, {"opus": "ogg", "m4a": "mp4"}.get(extension, extension), "audio")
         return f"{ours:.2f} s, FFmpeg {theirs:.2f} s" if ours + LOUD < theirs else None
     if name == "video":
         from megamm.media.video_file import shown_frames
@@ -139,16 +140,17 @@ def shortened_mesh(extension: str, data: bytes) -> str | None:
     if extension == "obj" and re.search(rb"^f .*-\d", data, re.MULTILINE):
         return None
     found = read_mesh(data, extension)
-    ours = surfaces(found)
+    is_cloud = isinstance(found, np.ndarray)
+    ours = len(found) if is_cloud else surfaces(found)
     try:
         scene = trimesh.load_scene(io.BytesIO(data), file_type=extension, process=False, skip_materials=True)
-        theirs = surfaces(scene)
+        theirs = sum(len(cloud.vertices) for cloud in scene.geometry.values()) if is_cloud else surfaces(scene)
         # Trimesh's fans of concave outlines and of spikes have more triangles than the polygon needs.
-        if ours < theirs and np.allclose(vector_area(found), vector_area(scene), rtol=1e-6, atol=1e-9):
+        if not is_cloud and ours < theirs and np.allclose(vector_area(found), vector_area(scene), rtol=1e-6, atol=1e-9):
             return None
     except BaseException:  # trimesh raises what its parsers do
         return None
-    return f"{ours} faces, trimesh {theirs}" if ours < theirs else None
+    return f"{ours} {'points' if is_cloud else 'faces'}, trimesh {theirs}" if ours < theirs else None
 
 
 def surfaces(scene: "trimesh.Scene") -> int:

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from audio_data import as_bytes, chirp
+from audio_data import as_bytes, as_mpeg4, chirp
 from PIL import Image
 
 from megamm.common.errors import UserError
@@ -90,7 +90,10 @@ def test_audio_is_measured_as_training_reads_it():
     sounds = {
         "a wav from a pipe": (wav[:4] + b"\xff" * 4 + wav[8:40] + b"\xff" * 4 + wav[44:], "wav", 2.0),
         "chained oggs": (2 * as_bytes(sound, "ogg"), "ogg", 4.0),
+        "flacs behind each other": (2 * as_bytes(sound, "flac"), "flac", 4.0),
         "opus without its end flag": (opus[: -len(page)] + page, "opus", 2.0),
+        "m4a": (as_mpeg4(sound, "m4a"), "m4a", 2.0),
+        "aac": (as_mpeg4(sound, "aac"), "aac", 2.0),
     }
     for what, (data, extension, seconds) in sounds.items():
         assert reason(check_audio, data, extension, max_seconds=seconds + 0.2) is None, what

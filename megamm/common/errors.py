@@ -36,4 +36,5 @@ class UnreadableMedia(ValueError):
     """A file that cannot be decoded; the message gives the reason. Builds count these and list them in a report."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(" ".join(reason.split()))  # decoders give reasons of several lines
+        # Decoders pass on their own reasons, some with line ends.
+        super().__init__(" ".join(reason.split()))

@@ -1,7 +1,8 @@
-"""Untrusted 3D files: npz clouds and glb, obj or ply meshes -> normalised point clouds, float32 `[N, 9]`.
+"""Untrusted 3D files: npz or ply clouds and glb, obj, ply or stl meshes -> normalised point clouds, float32 `[N, 9]`.
 
 glb is read as its specification says (media/gltf_file.py), polygons of obj and ply are split into triangles that cover
-exactly them (media/polygon_files.py). A mesh is whole or refused: nothing of it is left out because it cannot be read.
+exactly them (media/polygon_files.py), and facets of stl are counted (media/stl_file.py). A mesh is whole or refused:
+nothing of it is left out because it cannot be read. A ply file without faces is a cloud.
 
 A mesh is sampled uniformly by area; a cloud with more than N points is thinned, one with fewer is repeated, at random
 with a seed from the file's hash: the same file always gives the same points (media/point_clouds.py).
@@ -24,12 +25,13 @@ import numpy as np
 from megamm.common.errors import UnreadableMedia
 from megamm.media.gltf_file import plain_glb
 from megamm.media.point_clouds import CloudArray, cloud_from_mesh, normalised, texture
-from megamm.media.polygon_files import mesh_of_obj, mesh_of_ply
+from megamm.media.polygon_files import mesh_of_obj, read_ply
+from megamm.media.stl_file import mesh_of_stl
 
 if TYPE_CHECKING:
     import trimesh
 
-MESH_EXTENSIONS = ("glb", "obj", "ply")
+MESH_EXTENSIONS = ("glb", "obj", "ply", "stl")
 POINTS_EXTENSIONS = ("npz", *MESH_EXTENSIONS)
 MAX_POINTS = 4 * 2**20
 """Maximum points of a cloud; 144 MiB."""
@@ -45,7 +47,8 @@ _DIGEST_POINTS = 4096
 
 def digest_of_points(data: bytes, extension: str) -> str:
     """Digest of the cloud, or of points of the mesh with a fixed seed. Raises UnreadableMedia if unusable."""
-    cloud = _read(data, extension, _DIGEST_POINTS, seed=0)
+    media = _read(data, extension)
+    cloud = media if isinstance(media, np.ndarray) else _readable(cloud_from_mesh, media, _DIGEST_POINTS, 0)
     _readable(normalised, cloud)
     return hashlib.sha256(cloud.tobytes()).hexdigest()
 
@@ -57,11 +60,11 @@ def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> Clou
     """
     # The seed depends on the content only, not on name, order or process, so caches are reproducible.
     seed = int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
-    if extension in MESH_EXTENSIONS:
-        mesh = _readable(read_mesh, data, extension)
-        clouds = [_readable(cloud_from_mesh, mesh, count, seed + draw) for draw in range(draws)]
+    media = _read(data, extension)
+    if not isinstance(media, np.ndarray):
+        clouds = [_readable(cloud_from_mesh, media, count, seed + draw) for draw in range(draws)]
         return np.stack([_readable(normalised, cloud) for cloud in clouds])
-    cloud = _readable(normalised, _read(data, extension, count, seed))
+    cloud = _readable(normalised, media)
     random = np.random.default_rng(seed)
     # Consecutive slices of whole permutations: no point repeats before all points are used.
     rounds = -(-draws * count // len(cloud))
@@ -69,12 +72,12 @@ def read_points(data: bytes, extension: str, count: int, draws: int = 1) -> Clou
     return cloud[chosen[: draws * count]].reshape(draws, count, -1)
 
 
-def _read(data: bytes, extension: str, count: int, seed: int) -> CloudArray:
-    """A mesh as `count` points, a cloud unchanged; neither is normalised."""
+def _read(data: bytes, extension: str) -> "trimesh.Scene | CloudArray":
+    """The scene or the cloud of a file; a cloud is not normalised."""
     if extension == "npz":
         return _readable(read_cloud, data)
     if extension in MESH_EXTENSIONS:
-        return _readable(cloud_from_mesh, _readable(read_mesh, data, extension), count, seed)
+        return _readable(read_mesh, data, extension)
     raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(POINTS_EXTENSIONS)}")
 
 
@@ -132,21 +135,31 @@ def _read_npz(data: bytes) -> CloudArray:
     return np.frombuffer(values, dtype="<f4").reshape(shape)
 
 
-def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
-    """The scene of a glb, obj or ply file, with at least one face; with the colours that the file itself contains."""
+def read_mesh(data: bytes, extension: str) -> "trimesh.Scene | CloudArray":
+    """The scene of a glb, obj, ply or stl file, with at least one face; with the colours that the file itself contains.
+
+    A ply file without faces gives its cloud `[M, 9]`.
+    """
     # The headers are checked before trimesh, which allocates what they declare.
-    {"glb": _check_glb, "ply": _check_ply, "obj": _check_obj}[extension](data)
+    checks = {"glb": _check_glb, "ply": _check_ply, "obj": _check_obj}
+    if extension in checks:
+        checks[extension](data)
     if extension == "glb":
         data = plain_glb(data)
     try:
         scene = _load_scene(data, extension)
+        if isinstance(scene, np.ndarray):
+            if len(scene) > MAX_POINTS:
+                raise ValueError(f"has {len(scene)} points, more than {MAX_POINTS}")
+            return scene
         # A scene can place one mesh many times: count the faces as placed, as sampling does.
         instances = [scene.geometry[scene.graph[node][1]] for node in scene.graph.nodes_geometry]
         faces = sum(len(getattr(part, "faces", ())) for part in instances)
     except Exception as error:  # trimesh passes on the exceptions of its parsers
-        raise ValueError(f"not a readable {extension} file: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"not a readable {extension} file: {kind}{error}") from error
     if faces == 0:
-        raise ValueError("has no faces (store a point cloud as npz)")
+        raise ValueError("has no faces (store a point cloud as npz or ply)")
     if faces > MAX_ELEMENTS:
         raise ValueError(f"has {faces} faces, more than {MAX_ELEMENTS}")
     for part in scene.geometry.values():
@@ -161,14 +174,17 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene":
     return scene
 
 
-def _load_scene(data: bytes, extension: str) -> "trimesh.Scene":
-    """The file's meshes as they are placed, with triangles only."""
+def _load_scene(data: bytes, extension: str) -> "trimesh.Scene | CloudArray":
+    """The file's meshes as they are placed, with triangles only; or its cloud."""
     import trimesh
 
     if extension == "obj":
         return trimesh.Scene(mesh_of_obj(data))
     if extension == "ply":
-        return trimesh.Scene(mesh_of_ply(data))
+        content = read_ply(data)
+        return content if isinstance(content, np.ndarray) else trimesh.Scene(content)
+    if extension == "stl":
+        return trimesh.Scene(mesh_of_stl(data))
     return trimesh.load_scene(io.BytesIO(data), file_type=extension, resolver=None, process=False)
 
 

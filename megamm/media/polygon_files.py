@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from megamm.media.point_clouds import MAX_COORDINATE, CloudArray
+
 if TYPE_CHECKING:
     import trimesh
 
@@ -145,18 +147,20 @@ def _obj_colours(vertices: list[list[float]]) -> FloatArray | None:
     return _float_colours(colours)
 
 
-def mesh_of_ply(data: bytes) -> "trimesh.Trimesh":
+def read_ply(data: bytes) -> "trimesh.Trimesh | CloudArray":
     """The faces of a ply file, of any mixture of lengths, with the colours of its vertices or faces.
 
-    Raises ValueError if it is broken or truncated. Textures are in other files.
+    A file without faces is a cloud `[M, 9]`. Raises ValueError if it is broken. Textures are in other files.
     """
     import trimesh
 
     elements = _ply_elements(data)
+    if kinds := {"tristrips", "edge"} & set(elements):
+        raise ValueError(f"has {min(kinds)} elements; store all as faces")
+    if "vertex" not in elements:
+        raise ValueError("has no vertices")
     if "face" not in elements:
-        raise ValueError("has no faces (store a point cloud as npz)")
-    if "tristrips" in elements:
-        raise ValueError("has triangle strips beside faces; store all as faces")
+        return _cloud_of_ply(elements["vertex"])
     vertex, face = elements["vertex"], elements["face"]
     xyz = np.column_stack([np.asarray(vertex[axis], np.float64) for axis in "xyz"])
     polygons = face.get("vertex_indices", face.get("vertex_index"))
@@ -175,6 +179,26 @@ def mesh_of_ply(data: bytes) -> "trimesh.Trimesh":
     return trimesh.Trimesh(xyz, faces, process=False, validate=False, **options)
 
 
+def _cloud_of_ply(vertex: dict[str, "Column"]) -> CloudArray:
+    """Position, normal of length 1 and colour of the vertices `[M, 9]`; grey, as a mesh, if they have no colours."""
+    if not {"nx", "ny", "nz"} <= set(vertex):
+        raise ValueError("has no faces, and no normals (nx, ny, nz) as a point cloud needs; compute them with Open3D")
+    xyz, normals = (
+        np.column_stack([np.asarray(vertex[name], np.float64) for name in names])
+        for names in (("x", "y", "z"), ("nx", "ny", "nz"))
+    )
+    lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise ValueError("has normals that are zero, NaN or Inf")
+    if not (np.abs(xyz) < MAX_COORDINATE).all():
+        raise ValueError("has coordinates that are NaN, Inf or too large")
+    colours = _ply_colours(vertex)
+    colours = np.full_like(xyz, _UNCOLOURED) if colours is None else colours
+    return np.concatenate([xyz, normals / lengths, colours], axis=1).astype(np.float32)
+
+
+_UNCOLOURED = 102 / 255
+"""The grey that trimesh gives to meshes without colours."""
 _PLY_TYPES = {
     "char": "i1",
     "uchar": "u1",

@@ -1,8 +1,9 @@
-"""Sound files (WAV, FLAC, Ogg Vorbis or Opus, MP3) to waveforms; refuses broken and hostile files with a reason.
+"""Sound files (WAV, FLAC, Ogg Vorbis or Opus, MP3, AAC, M4A) to waveforms; refuses broken files with a reason.
 
 In: the bytes of a file and its extension. Out: float32 `[samples]` mono at a given sample rate, or a digest. Decoded in
-blocks, so that a file that declares years of sound uses little memory. libsndfile decodes all formats but MP3, where it
-stops at an estimated length if there is no Xing header: FFmpeg decodes that. scipy.signal.resample_poly resamples.
+blocks, so that a file that declares years of sound uses little memory. Decoders: libsndfile; FFmpeg for AAC and ALAC,
+and for MP3, because libsndfile stops at an estimated length if there is no Xing header. scipy.signal.resample_poly
+resamples.
 
 The length of a sound is that of its data (media/sound_length.py): headers of files from a pipe have none, and a decoder
 that stops before the packets of the file end is noticed.
@@ -10,6 +11,7 @@ that stops before the packets of the file end is noticed.
 
 import hashlib
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ import numpy.typing as npt
 
 from megamm.common.errors import UnreadableMedia
 from megamm.media.sound_length import (
+    adts_frames,
     flac_links,
     flac_with_length,
     mp3_declared_samples,
@@ -33,6 +36,14 @@ Waveform = npt.NDArray[np.float32]
 
 CONTAINERS = {"flac": ("FLAC",), "wav": ("WAV", "WAVEX", "RF64"), "ogg": ("OGG",), "opus": ("OGG",), "mp3": ("MP3",)}
 """Extension -> libsndfile's names of the formats it may have."""
+_MPEG4 = {"m4a": "M4A", "aac": "AAC"}
+"""Extension -> name of a format that only FFmpeg reads: AAC or ALAC in MP4; AAC in ADTS frames."""
+_MPEG4_CODECS = ("aac", "alac")
+_MAX_PLANES = 8
+"""Channels of a frame that PyAV can read: of more, it reads behind FFmpeg's list of planes, and the process crashes."""
+SOUND_EXTENSIONS = (*CONTAINERS, *_MPEG4)
+_SCALES = {"fltp": 1.0, "s16p": 2.0**-15, "s32p": 2.0**-31}
+"""FFmpeg's name of a format of samples -> the factor to [-1, 1]; ALAC has integers."""
 MAX_SECONDS = 2 * 3600
 MIN_SECONDS = 0.05
 MAX_PEAK = 8.0
@@ -100,14 +111,17 @@ def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
     """The sound of a file with a valid header. Raises UnreadableMedia if it is invalid, also while it is read."""
     if not data:
         raise UnreadableMedia("zero bytes")
-    if extension not in CONTAINERS:
-        raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(CONTAINERS)}")
+    if extension not in SOUND_EXTENSIONS:
+        raise UnreadableMedia(f"extension {extension!r} is not one of {', '.join(SOUND_EXTENSIONS)}")
+    if extension in _MPEG4:
+        with _open_mpeg4(data, extension) as sound:
+            yield sound
+        return
     # libsndfile reads the header of every format, also of MP3, whose data FFmpeg decodes.
     with _sound_file(_with_length(data)) as file:
         if file.format not in CONTAINERS[extension] or (extension == "opus" and file.subtype != "OPUS"):
             raise UnreadableMedia(f"a {file.format} ({file.subtype}) file with the extension .{extension}")
-        if not RATES[0] <= file.samplerate <= RATES[1]:
-            raise UnreadableMedia(f"unsupported sample rate of {file.samplerate} Hz")
+        _check_rate(file.samplerate)
         # The declared length of MP3 can be an estimate: `_checked` counts what is decoded.
         if file.format != "MP3" and file.frames > MAX_SECONDS * file.samplerate:
             raise UnreadableMedia(f"longer than {MAX_SECONDS // 60} minutes")
@@ -120,6 +134,42 @@ def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
         else:
             blocks, declared = _blocks(file), file.frames
         yield Sound(file.samplerate, file.channels, _checked(blocks, file.format, file.samplerate, declared, data))
+
+
+@contextmanager
+def _open_mpeg4(data: bytes, extension: str) -> Iterator[Sound]:
+    """The sound of an MP4 or ADTS file. Edit lists are applied: they cut the encoder's delay, and what users cut."""
+    name, seconds = _MPEG4[extension], 0.0
+    is_mp4 = data[4:8] == b"ftyp"
+    if is_mp4 != (extension == "m4a"):
+        raise UnreadableMedia(f"{'an MP4' if is_mp4 else 'not an MP4'} file with the extension .{extension}")
+    if not is_mp4:
+        data, seconds = adts_frames(data)
+    with _av_file(data, "mp4" if is_mp4 else "aac", name) as container:
+        streams = container.streams.audio
+        if len(streams) != 1:
+            raise UnreadableMedia(f"has {len(streams)} sound tracks, not one")
+        stream = streams[0]
+        codec = stream.codec_context.name if stream.codec_context else "unknown"
+        if codec not in _MPEG4_CODECS:
+            raise UnreadableMedia(f"its sound is neither AAC nor ALAC, but {codec}")
+        frames = _av_frames(container, stream, name)
+        # The header has half the rate and channels of HE-AAC, so the first frame is asked.
+        first = next(frames, None)
+        if first is None:
+            raise UnreadableMedia(f"shorter than {MIN_SECONDS} s")
+        _check_rate(first.sample_rate)
+        declared = round((seconds or float((stream.duration or 0) * stream.time_base)) * first.sample_rate)
+        if declared > MAX_SECONDS * first.sample_rate:
+            raise UnreadableMedia(f"longer than {MAX_SECONDS // 60} minutes")
+        blocks = (_av_block(frame, first.sample_rate, name) for frame in itertools.chain([first], frames))
+        checked = _checked(blocks, name, first.sample_rate, declared, data)
+        yield Sound(first.sample_rate, first.layout.nb_channels, checked)
+
+
+def _check_rate(rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UnreadableMedia(f"unsupported sample rate of {rate} Hz")
 
 
 def _sound_file(data: bytes) -> Any:
@@ -195,19 +245,45 @@ def _link_blocks(links: list[bytes], rate: int) -> Iterator[Waveform]:
 
 def _mp3_blocks(data: bytes, rate: int) -> Iterator[Waveform]:
     """The samples that FFmpeg decodes from MP3 data."""
+    with _av_file(data, "mp3", "MP3") as container:
+        for frame in _av_frames(container, container.streams.audio[0], "MP3"):
+            yield _av_block(frame, rate, "MP3")
+
+
+def _av_file(data: bytes, demuxer: str, name: str) -> Any:
+    """An av.InputContainer. Raises UnreadableMedia if FFmpeg cannot open it."""
     import av
 
-    container: Any
     try:
         # The text of tags is not needed, and often in another encoding than UTF-8.
-        with av.open(io.BytesIO(data), format="mp3", metadata_errors="replace") as container:
-            stream = container.streams.audio[0]
-            stream.codec_context.options = {"err_detect": "explode"}
-            for frame in container.decode(stream):
-                if frame.sample_rate != rate:
-                    raise UnreadableMedia(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
-                if frame.format.name != "fltp":
-                    raise UnreadableMedia(f"broken MP3 data: samples of the format {frame.format.name}")
-                yield frame.to_ndarray().T
-    except av.FFmpegError as error:
-        raise UnreadableMedia(f"broken MP3 data: {error.strerror}") from error
+        return av.open(io.BytesIO(data), mode="r", format=demuxer, metadata_errors="replace")
+    except (av.FFmpegError, ValueError) as error:
+        raise UnreadableMedia(f"not an {name} file, or its header is broken: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """FFmpeg's reason alone: PyAV adds a log line to its text."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def _av_frames(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """The av.AudioFrames of a stream. Raises UnreadableMedia at the first error, which FFmpeg would conceal."""
+    import av
+
+    stream.codec_context.options = {"err_detect": "explode"}
+    try:
+        yield from container.decode(stream)
+    except (av.FFmpegError, ValueError) as error:
+        raise UnreadableMedia(f"broken {name} data: {_reason(error)}") from error
+
+
+def _av_block(frame: Any, rate: int, name: str) -> Waveform:
+    """The samples `[samples, channels]` of an av.AudioFrame. Raises UnreadableMedia if it has another rate."""
+    if frame.sample_rate != rate:
+        raise UnreadableMedia(f"its sample rate changes from {rate} to {frame.sample_rate} Hz")
+    if frame.format.name not in _SCALES:
+        raise UnreadableMedia(f"broken {name} data: samples of the format {frame.format.name}")
+    if frame.layout.nb_channels > _MAX_PLANES:
+        raise UnreadableMedia(f"has {frame.layout.nb_channels} channels, more than {_MAX_PLANES}")
+    samples: Waveform = frame.to_ndarray().T * np.float32(_SCALES[frame.format.name])
+    return samples.astype(np.float32, copy=False)

@@ -1,9 +1,10 @@
-"""The length of sound files by their data instead of their headers: WAV, RF64, FLAC, Ogg and MP3.
+"""The length of sound files by their data instead of their headers: WAV, RF64, FLAC, Ogg, MP3, AAC and M4A.
 
 A program that writes to a pipe does not know the length when it writes the header, so it leaves a placeholder: all
 bits set, about 2 GiB, or zero. `wav_with_length` and `flac_with_length` put the true length there. `ogg_links` checks
-all pages, whose damage decoders skip silently, and separates chained streams; `flac_links` separates FLAC files.
-`packet_seconds` is the length of the container's packets, which a decoder must reach.
+all pages, whose damage decoders skip silently, and separates chained streams; `adts_frames` checks the frames of AAC,
+and `flac_links` separates FLAC files. `packet_seconds` is the length of the container's packets, which a decoder must
+reach.
 """
 
 import io
@@ -25,6 +26,9 @@ _FLAC = b"fLaC\0\0\0\x22"
 """The marker of a FLAC file and the header of its first block, whose size is always 34 (RFC 9639, section 8)."""
 _BIT_REVERSED = bytes(int(f"{value:08b}"[::-1], 2) for value in range(256))
 _DEMUXERS = {"WAV": "wav", "WAVEX": "wav", "RF64": "wav", "FLAC": "flac", "OGG": "ogg", "MP3": "mp3"}
+_DEMUXERS |= {"AAC": "aac", "M4A": "mp4"}
+_ADTS_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
+_LONGEST_ADTS = 8191
 
 
 def wav_with_length(data: bytes) -> bytes:
@@ -78,12 +82,8 @@ def flac_with_length(data: bytes) -> bytes:
 def mp3_declared_samples(data: bytes) -> int:
     """Samples that an MP3 file declares in a Xing, Info or VBRI header, less the longest delays; 0 without one."""
     position = 0
-    while data[position : position + 3] == b"ID3" and position + 10 <= len(data):
-        # The size of an ID3v2 tag has 7 bits per byte.
-        size = 0
-        for byte in data[position + 6 : position + 10]:
-            size = size << 7 | byte & 0x7F
-        position += 10 + size
+    while size := _id3_size(data, position):
+        position += size
     begin = data.find(b"\xff", position)
     head = data[begin : begin + 200] if 0 <= begin < position + 4096 else b""
     frames = 0
@@ -106,6 +106,71 @@ def flac_links(data: bytes) -> list[bytes]:
         starts.append(at)
     ends = [*starts[1:], len(data)]
     return [flac_with_length(data[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def _id3_size(data: bytes, position: int) -> int:
+    """Bytes of the ID3v2 tag at a position; 0 if there is none."""
+    if data[position : position + 3] != b"ID3" or position + 10 > len(data):
+        return 0
+    size = 0
+    for byte in data[position + 6 : position + 10]:
+        size = size << 7 | byte & 0x7F  # 7 bits per byte
+    return 10 + size
+
+
+def adts_frames(data: bytes) -> tuple[bytes, float]:
+    """The ADTS frames (ISO/IEC 13818-7, annex B) of an AAC file without the tags around them, and their seconds.
+
+    A recording of a running stream may begin within a frame. Raises UnreadableMedia for anything else between frames,
+    which FFmpeg skips silently.
+    """
+    frames: list[bytes] = []
+    seconds, position = 0.0, 0
+    while size := _id3_size(data, position):
+        position += size
+    start = position
+    position = next((at for at in range(start, start + _LONGEST_ADTS) if _adts_chain(data, at)), start)
+    skipped = position - start
+    while position < len(data):
+        # Parts of HLS begin with an ID3v2 tag; an ID3v1 tag is the last 128 bytes of a file.
+        if size := _id3_size(data, position):
+            position += size
+            if position > len(data):
+                raise UnreadableMedia("truncated: the end of its last tag is missing")
+            continue
+        if frames and position + 128 == len(data) and data.startswith(b"TAG", position):
+            break
+        frame = _adts_frame(data, position)
+        if frame is None:
+            raise UnreadableMedia(f"broken AAC data: no frame at byte {position}")
+        size, rate = frame
+        if position + size > len(data):
+            raise UnreadableMedia("truncated: the end of the last frame is missing")
+        if data[position + 6] & 3:
+            raise UnreadableMedia("ADTS frames with several blocks are not supported")
+        frames.append(data[position : position + size])
+        seconds += 1024 / rate
+        position += size
+    # A frame that was cut is about as long as the others; what is longer was several frames.
+    if skipped > 2 * max(map(len, frames), default=0):
+        raise UnreadableMedia(f"broken AAC data: no frame at byte {start}")
+    return b"".join(frames), seconds
+
+
+def _adts_frame(data: bytes, position: int) -> tuple[int, int] | None:
+    """Bytes and rate (Hz) of the ADTS frame at a position; None if there is none."""
+    head = data[position : position + 7]
+    # 12 set bits, one for the version, and two of the layer, which are 0.
+    if len(head) < 7 or head[0] != 0xFF or head[1] & 0xF6 != 0xF0:
+        return None
+    rate, size = head[2] >> 2 & 15, (head[3] & 3) << 11 | head[4] << 3 | head[5] >> 5
+    return (size, _ADTS_RATES[rate]) if rate < len(_ADTS_RATES) and size > 7 else None
+
+
+def _adts_chain(data: bytes, position: int) -> bool:
+    """Whether a frame is at this position and another one, or the end of the file, behind it."""
+    frame = _adts_frame(data, position)
+    return frame is not None and (position + frame[0] >= len(data) or bool(_adts_frame(data, position + frame[0])))
 
 
 def ogg_links(data: bytes) -> list[bytes]:
@@ -199,10 +264,12 @@ def _packets(data: bytes, demuxer: str) -> tuple[float, float]:
 
     seconds, longest = 0.0, 0.0
     try:
+        # The text of tags is not needed, and often in another encoding than UTF-8.
         with av.open(io.BytesIO(data), mode="r", format=demuxer, metadata_errors="replace") as container:
             stream: Any = container.streams.best("audio")
             for packet in container.demux(stream) if stream else ():
-                duration = float((packet.duration or 0) * stream.time_base)
+                # Edit lists mark the packets of the encoder's delay.
+                duration = 0.0 if packet.is_discard else float((packet.duration or 0) * stream.time_base)
                 seconds, longest = seconds + duration, max(longest, duration)
     except (av.FFmpegError, ValueError):
         # libsndfile reads some variants that FFmpeg does not; then only its own checks hold.

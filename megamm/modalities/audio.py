@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from megamm.common.sample import IntArray
-from megamm.media.sound_file import CONTAINERS, Waveform, check_sound, read_waveform
+from megamm.media.sound_file import SOUND_EXTENSIONS, Waveform, check_sound, read_waveform
 from megamm.modalities.protocol import CPU
 from megamm.tokenizers.audio.model import KIND, AudioCodec
 from megamm.tokenizers.load import load_codec
@@ -24,7 +24,7 @@ class AudioModality:
 
     name: ClassVar[str] = "audio"
     tokenizer_name: ClassVar[str] = "audio"
-    extensions: ClassVar[tuple[str, ...]] = tuple(CONTAINERS)
+    extensions: ClassVar[tuple[str, ...]] = SOUND_EXTENSIONS
 
     def __init__(self, codec: AudioCodec, codec_id: str, device: torch.device) -> None:
         self.codec = codec.to(device).eval()

@@ -1,4 +1,4 @@
-"""3D: clouds (npz) and meshes (glb, obj, ply) <-> float32 `[N, 9]` <-> token ids `[T]`.
+"""3D: clouds (npz, ply) and meshes (glb, obj, ply, stl) <-> float32 `[N, 9]` <-> token ids `[T]`.
 
 A cloud is xyz, unit normal and RGB in [0, 1] (media/point_clouds.py), read with the centre of its bounding box at the
 origin and its longest side 2, always the same points of the same file (media/points_file.py).

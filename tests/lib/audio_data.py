@@ -36,6 +36,25 @@ def as_bytes(samples: np.ndarray, extension: str = "flac", rate: int = RATE, sub
     return file.getvalue()
 
 
+def as_mpeg4(samples: np.ndarray, extension: str, codec: str = "aac", rate: int = RATE, **options: str) -> bytes:
+    """Return a file that FFmpeg writes; "m4a" with an edit list for the encoder's delay, "aac" (ADTS) without one."""
+    import av
+
+    file, channels = io.BytesIO(), np.atleast_2d(samples.T)
+    layout = {1: "mono", 2: "stereo"}[len(channels)]
+    with av.open(file, "w", format={"m4a": "mp4", "aac": "adts"}[extension], options=options) as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        for start in range(0, channels.shape[1], 1024):
+            block = np.ascontiguousarray(channels[:, start : start + 1024], np.float32)
+            if codec == "alac":
+                block = (block * 2**15).astype(np.int16)
+            frame = av.AudioFrame.from_ndarray(block, format="s16p" if codec == "alac" else "fltp", layout=layout)
+            frame.sample_rate, frame.pts = rate, start
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
 def write_source(folder: Path, train: int, heldout: int) -> Path:
     """Write `folder/<split>/audio/` shards, without texts: a recogniser takes seconds per chirp."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):

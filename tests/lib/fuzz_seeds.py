@@ -7,7 +7,8 @@ from codec_data import shape_picture, shape_video, video_bytes
 from media_samples import example
 from PIL import Image
 from points_data import as_bytes as points_bytes
-from points_data import solid
+from points_data import ply_cloud, solid
+from trimesh.exchange.stl import export_stl_ascii
 
 CODECS = {"mp4": ["libvpx-vp9", "libx264"], "mov": ["libx264"], "webm": ["libvpx-vp9"], "mkv": ["libx264", "libvpx"]}
 CONTAINERS = {"mkv": "matroska"}
@@ -31,11 +32,17 @@ def seeds(modality: str, extension: str) -> list[bytes]:
 
 
 def _sounds(extension: str) -> list[bytes]:
-    from audio_data import FORMATS, as_bytes, chirp
+    from audio_data import FORMATS, as_bytes, as_mpeg4, chirp
 
+    sound = chirp(1, seconds=2.0)
+    if extension in ("m4a", "aac"):
+        files = [as_mpeg4(sound, extension), as_mpeg4(np.stack([sound, 0.5 * sound], 1), extension)]
+        if extension == "m4a":
+            fragmented = as_mpeg4(sound, "m4a", movflags="frag_keyframe+empty_moov")
+            files += [as_mpeg4(sound, "m4a", "alac"), fragmented]
+        return files
     if extension not in FORMATS:
         return []
-    sound = chirp(1, seconds=2.0)
     other = np.random.default_rng(0).standard_normal((8000, 2)).astype(np.float32) * 0.1
     return [as_bytes(sound, extension), as_bytes(other, extension)]
 
@@ -65,5 +72,7 @@ def _images(extension: str) -> list[bytes]:
 
 
 def _points(extension: str) -> list[bytes]:
-    more = {"obj": [PLANE], "ply": [PLY]}.get(extension, [])
+    more = {"obj": [PLANE], "ply": [PLY, ply_cloud(200)]}.get(extension, [])
+    if extension == "stl":
+        more = [export_stl_ascii(solid(2)[0]).encode()]
     return [points_bytes(solid(1)[0], extension), *more]

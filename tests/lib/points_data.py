@@ -32,6 +32,23 @@ def as_bytes(mesh: trimesh.Trimesh, kind: str) -> bytes:
     return data.encode() if isinstance(data, str) else data
 
 
+def ply_cloud(count: int, colours: bool = True) -> bytes:
+    """Return a binary ply file without faces: points of a ball with normals, as scanners and Open3D write them."""
+    cloud = cloud_from_mesh(trimesh.creation.icosphere(subdivisions=2), count, seed=0)
+    names = ["float x", "float y", "float z", "float nx", "float ny", "float nz"]
+    fields = [(name.split()[1], "<f4") for name in names]
+    if colours:
+        names += ["uchar red", "uchar green", "uchar blue"]
+        fields += [(name.split()[1], "u1") for name in names[6:]]
+    table = np.zeros(count, fields)
+    for column, (name, _) in enumerate(fields):
+        table[name] = cloud[:, column] if column < 6 else 30 * column
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {count}\n"
+    header += "".join(f"property {name}\n" for name in names)
+    header += "element face 0\nproperty list uchar int vertex_indices\nend_header\n"
+    return header.encode() + table.tobytes()
+
+
 def write_points(folder: Path, train: int, heldout: int) -> Path:
     """Write `folder/<split>/<modality>/` shards of text and points with the same keys; clouds and meshes in turn."""
     for split, numbers in (("train", range(train)), ("heldout", range(10_000, 10_000 + heldout))):

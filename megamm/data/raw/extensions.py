@@ -9,11 +9,11 @@ from megamm.modalities import REGISTRY
 
 TEXT_EXTENSIONS = ("txt", "caption", "json", "cls")
 ALIASES = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "mpo": "jpg", "dib": "bmp", "tif": "tiff", "heif": "heic"}
-ALIASES |= {"hif": "heic", "apng": "png", "wave": "wav", "oga": "ogg", "m4v": "mp4"}
+ALIASES |= {"hif": "heic", "apng": "png", "wave": "wav", "oga": "ogg", "m4b": "m4a", "m4v": "mp4"}
 """Other extensions of the same formats."""
 _UNREAD = {
     "image": "jxl jp2 j2k jpx psd xcf cr2 cr3 nef arw dng raf orf rw2 exr hdr ico tga pcx ppm pgm pbm pnm qoi dds eps",
-    "audio": "wma amr aif aiff aifc caf mka ape wv dsf au ac3 dts m4b mp2 weba spx mid midi",
+    "audio": "wma amr aif aiff aifc caf mka ape wv dsf au ac3 dts mp2 weba spx mid midi",
     "video": "avi wmv flv mpg mpeg mts m2ts vob ogv 3gp 3g2 rm rmvb asf mxf",
     "points": "fbx blend dae 3ds step stp iges igs usd usda usdc usdz gltf off x3d wrl pcd las laz e57 3mf",
 }
