@@ -241,6 +241,17 @@ def test_options_that_requests_do_not_take_are_named(folder, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("ending", ["jpeg", "JPG", "tif", "jfif"])
+def test_other_extensions_of_a_format_are_read(ending, folder, tmp_path):
+    """As from a folder of raw files; the truth is the same picture under the first extension of its format."""
+    same = tmp_path / ("a.tiff" if ending == "tif" else "a.jpg")
+    shape_picture(0)[0].save(same)
+    shutil.copy(same, tmp_path / f"b.{ending}")
+    asked = ["--to", "text", "--max-tokens", 5, "--temperature", 0]
+    texts = [_run(folder, "--from", file, *asked) for file in (same, tmp_path / f"b.{ending}")]
+    assert texts[0].exit_code == 0 and texts[0].stdout == texts[1].stdout, texts[1].output
+
+
 def test_requests_are_made_as_by_single_commands(folder, tmp_path):
     """Lines of both directions, in any order: each direction's items are drawn as one command would draw them."""
     for n in range(2):

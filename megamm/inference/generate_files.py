@@ -16,6 +16,7 @@ import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
 from megamm.convert.io.export_folder import LoadedExport, open_export
+from megamm.data.raw.extensions import ALIASES
 from megamm.inference.generate import Prompt, Sampling, generate_from, modality_in
 from megamm.modalities import REGISTRY
 
@@ -38,7 +39,7 @@ class Medium:
     def of_file(cls, path: Path) -> "Medium":
         modality, ending = modality_of(path), path.suffix[1:].lower()
         try:
-            return cls(path.read_bytes(), ending, str(path), modality)
+            return cls(path.read_bytes(), ALIASES.get(ending, ending), str(path), modality)
         except OSError as error:
             raise UserError(f"cannot read: {error.strerror}", where=path, remedy="give a readable file") from error
 
@@ -162,7 +163,7 @@ def modality_of(path: Path) -> str:
     """Return the modality of a file, by its extension. UserError if no modality reads it."""
     ending = path.suffix[1:].lower()
     for name, modality in REGISTRY.items():
-        if ending in modality.extensions:
+        if ALIASES.get(ending, ending) in modality.extensions:
             return name
     known = ", ".join(f".{ending}" for modality in REGISTRY.values() for ending in modality.extensions)
     raise UserError(f"no modality reads .{ending} files", where=path, remedy=f"use one of {known}")
