@@ -147,7 +147,8 @@ def read_mesh(data: bytes, extension: str) -> "trimesh.Scene | CloudArray":
     if extension == "glb":
         data = plain_glb(data)
     try:
-        scene = _load_scene(data, extension)
+        with np.errstate(invalid="ignore"):  # NaN is refused below, so numpy need not warn of it
+            scene = _load_scene(data, extension)
         if isinstance(scene, np.ndarray):
             if len(scene) > MAX_POINTS:
                 raise ValueError(f"has {len(scene)} points, more than {MAX_POINTS}")
