@@ -88,6 +88,7 @@ def groups_fault(families: Sequence["GroupKind"], grid: Grid) -> str | None:
         if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
             return f"{name} do not contain every rank once"
         for axis, of_rank in coordinates.items():
+            # Coordinates along the axis, [groups, members]: one value per group unless the kind varies along it.
             inside = of_rank[family.ranks]
             if axis not in family.axes and (inside != inside[:, :1]).any():
                 row = int(np.argwhere(inside != inside[:, :1])[0][0])

@@ -249,6 +249,7 @@ def resume_stream(
     else:
         mixture = before.then(change_at, now)
     datasets = {name: source.dataset for name, source in zip(names, sources, strict=True)}
+    # The block in progress may still have documents of a source that the config no longer has.
     for source, documents in zip(mixture.sources, mixture.counts_in(start.block), strict=True):
         if documents and source.name not in datasets:
             datasets[source.name] = _open_removed(
@@ -306,6 +307,7 @@ def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str
     The order of documents depends on the names: a source keeps its own if it is moved, or another one is added.
     """
     by_path = {Path(entry["path"]): name for name, entry in recorded["sources"].items()}
+    # First the same path, then the end of a moved one, then new names: the shortest end of the path that is free.
     names: dict[Path, str] = {path: by_path[path] for path in paths if path in by_path}
     for path in (path for path in paths if path not in names):
         matching = [
