@@ -25,11 +25,10 @@ import torch
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, IntArray, Row
 from megamm.config import RunConfig, SourceConfig
-from megamm.data.pipeline.long_samples import LongSamples
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
 from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import BlockStart, RowStream, used_samples
-from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, TokenDataset
+from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, LongSamples, TokenDataset
 from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
