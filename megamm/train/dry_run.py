@@ -198,7 +198,10 @@ def report(
 def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
-    """Do the same for a layout that layout.check accepts and a known vocabulary. Do not call it within a job."""
+    """Describe a layout that layout.check accepts, for a known vocabulary. Return lines and the first fault, if any.
+
+    It cannot be called within a job.
+    """
     from megamm.mcore.fake_world import FakeWorld
 
     start = time.monotonic()
