@@ -1,4 +1,4 @@
-"""`megamm checkpoint …`, pointers, best and durable copies of real runs; hostile checkpoints; no leaked secrets."""
+"""`megamm checkpoint …`, pointers, best and remote copies of real runs; hostile checkpoints; no leaked secrets."""
 
 import contextlib
 import errno
@@ -31,10 +31,10 @@ SECRET = "zq7secretsecretsecretzq7"
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Train 6 steps with checkpoints 2, 4, 6, copied to file://…/durable; secrets are in its environment."""
+    """Train 6 steps with checkpoints 2, 4, 6, copied to file://…/remote; secrets are in its environment."""
     folder = tmp_path_factory.mktemp("trained")
     make_data(folder)
-    section = {"every": 2, "keep": 3, "keep_best": True, "remote": f"file://{folder}/durable"}
+    section = {"every": 2, "keep": 3, "keep_best": True, "remote": f"file://{folder}/remote"}
     config = write_config(folder, folder / "run", train=TRAIN, checkpoint=section)
     secrets = {"AWS_SECRET_ACCESS_KEY": SECRET, "MY_TOKEN": SECRET}
     command = [sys.executable, "-m", "megamm", "train", str(config)]
@@ -67,13 +67,13 @@ def heldout(folder: Path) -> float:
 
 
 def test_run_is_copied_pointed_at_and_measured(trained):
-    run, durable = trained / "run", trained / "durable"
+    run, remote = trained / "run", trained / "remote"
     names = [f"step_{n:08d}" for n in (2, 4, 6)]
     assert retention.complete(run) == names
-    assert RemoteCheckpoints(f"file://{durable}").complete()[-1] == names[-1]
+    assert RemoteCheckpoints(f"file://{remote}").complete()[-1] == names[-1]
     losses = {name: heldout(run / "checkpoints" / name) for name in names}
     lowest = min(names, key=lambda name: losses[name])
-    for folder in (run / "checkpoints", durable):
+    for folder in (run / "checkpoints", remote):
         assert (folder / "latest").read_text() == names[-1] + "\n"
         assert (folder / "best").read_text() == lowest + "\n"
     # Independent reference: the run's report of the held-out losses at step 6, weights 1.
@@ -85,7 +85,7 @@ def test_run_is_copied_pointed_at_and_measured(trained):
 
 def test_no_secret_of_the_environment_is_in_a_run(trained):
     files = [
-        p for p in trained.rglob("*") if p.is_file() and (p.parts[len(trained.parts)] in ("run", "durable", "printed"))
+        p for p in trained.rglob("*") if p.is_file() and (p.parts[len(trained.parts)] in ("run", "remote", "printed"))
     ]
     assert len(files) > 10
     assert not [path for path in files if SECRET.encode() in path.read_bytes()]
@@ -111,28 +111,28 @@ def test_best_needs_a_measurement(trained):
         config_from_dict(config, "run.yaml")
 
 
-def test_resume_from_the_durable_tier_is_the_same_run(trained, tmp_path):
+def test_resume_from_remote_storage_is_the_same_run(trained, tmp_path):
     """Without RUN/checkpoints, steps 7 and 8 have the losses of a run that resumed from its own folder."""
     lost, own = (Path(shutil.copytree(trained / "run", tmp_path / name)) for name in ("lost", "own"))
     shutil.rmtree(lost / "checkpoints")
     told = []
-    for output, durable in ((lost, f"file://{trained}/durable"), (own, None)):
-        section = {"every": 0, "keep": 3, "keep_best": True} | ({"remote": durable} if durable else {})
+    for output, remote in ((lost, f"file://{trained}/remote"), (own, None)):
+        section = {"every": 0, "keep": 3, "keep_best": True} | ({"remote": remote} if remote else {})
         done = megamm("train", write_config(trained, output, train=TRAIN | {"stop_after": 8}, checkpoint=section))
         assert done.returncode == 0, done.stderr
         told.append([e["tier"] for e in events.read(output) if e["kind"] == "resumed"])
-    assert told == [["durable"], ["run"]]
+    assert told == [["remote"], ["run"]]
     assert checkpoint_command("diff", lost, own)[1][-1].endswith("tensors are bit-identical")
     names = whole_tensors.described(step(own, 8))
     assert not list(whole_tensors.differences(step(lost, 8), step(own, 8), names))
 
 
 def test_list_and_verify(run, trained):
-    code, lines = checkpoint_command("list", run, f"file://{trained}/durable")
+    code, lines = checkpoint_command("list", run, f"file://{trained}/remote")
     assert code == 0 and [line.split()[0] for line in lines][:3] == ["2", "4", "6"]
-    assert all("valid" in line for line in lines) and "durable" in lines[-1] and "newest" in lines[2]
+    assert all("valid" in line for line in lines) and "remote " in lines[-1] and "newest" in lines[2]
     assert sum("best" in line.split() for line in lines[:3]) == 1
-    assert checkpoint_command("verify", run, f"file://{trained}/durable")[0] == 0
+    assert checkpoint_command("verify", run, f"file://{trained}/remote")[0] == 0
     shard = next((step(run, 4) / "tensors").glob("*.distcp"))
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -287,10 +287,10 @@ def test_a_manifest_that_leaves_its_folder_is_refused(tmp_path):
     (tmp_path / "secret").write_bytes(b"")
     write_manifest(folder, evil="../../../secret")
     assert "which is not a file of a checkpoint" in inspect.find_one(str(folder)).problem()
-    tier = RemoteCheckpoints(f"file://{tmp_path}/durable")
+    tier = RemoteCheckpoints(f"file://{tmp_path}/remote")
     with pytest.raises(UserError, match="which is not a file of a checkpoint"):
         tier.upload(folder, tmp_path / "journal")
-    shutil.copytree(folder, tmp_path / "durable" / folder.name)
+    shutil.copytree(folder, tmp_path / "remote" / folder.name)
     assert tier.complete() == []
     with pytest.raises(UserError, match="which is not a file of a checkpoint"):
         tier.download(folder.name, tmp_path / "back", ["../../../secret"])

@@ -234,21 +234,21 @@ def test_roll_back_holds_in_local_storage_too(runs, left_out, tmp_path):
 @pytest.mark.everything
 def test_roll_back_holds_in_remote_storage_too(runs):
     """The run ends right after it: the copy of step 8 must not be used, and `latest` names an existing one."""
-    url = f"file://{runs.folder}/durable_copies"
+    url = f"file://{runs.folder}/remote_copies"
     kept = {"guard": ROLL_BACK, "checkpoint": {"every": 2, "keep": 9, "remote": url}}
-    run = runs.run("durable", steps=8, **kept)
+    run = runs.run("remote", steps=8, **kept)
     tier, latest = RemoteCheckpoints(url), run / "checkpoints" / "latest"
     assert tier.complete()[-1] == "step_00000008"
 
-    kind, text = runs.end_of("durable", POISON, ("no_durable_tier", {}), steps=10, **kept)
+    kind, text = runs.end_of("remote", POISON, ("no_remote_storage", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("cannot roll back: no answer")
     assert step_folder(run, 8).is_dir() and tier.complete()[-1] == "step_00000008"  # both, or neither
 
-    kind, text = runs.end_of("durable", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
+    kind, text = runs.end_of("remote", POISON, ("ended_by_roll_back", {}), steps=10, **kept)
     assert kind == "UserError" and text.startswith("ended")
     assert "step_00000008" not in tier.complete() and not step_folder(run, 8).exists()
     assert latest.read_text().strip() == "step_00000006"
-    runs.run("durable", steps=7, **kept)
+    runs.run("remote", steps=7, **kept)
     assert [e["step"] for e in events.read(run) if e["kind"] == "resumed"] == [8, 8, 6]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from megamm.checkpoint import manifest, retention
 from megamm.checkpoint.storage import local_files
 from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
-from megamm.common import events, urls
+from megamm.common import events, redact, urls
 from megamm.common.errors import UserError
 
 _REMEDY = "give a run's output folder, a step_XXXXXXXX folder, a run's folder in local storage, or a URL of checkpoints"
@@ -30,8 +30,8 @@ class Found:
 
     @property
     def kind(self) -> str:
-        """Storage that has it: "run", "local" or "durable" (remote storage), as in events."""
-        return "durable" if self.remote is not None else "run"
+        """Storage that has it: "run", "local" or "remote", as in events."""
+        return "remote" if self.remote is not None else "run"
 
     @property
     def step(self) -> int:
@@ -132,7 +132,7 @@ def find(text: str, with_local: bool = False) -> list[Found]:
     found = _behind_url(text) if urls.is_url(text) else _in_folder(Path(text))
     found += _of_run_in_local_storage(Path(text)) if with_local and not urls.is_url(text) else []
     if not found:
-        raise UserError("no checkpoint found", where=urls.redacted(text), remedy=_REMEDY)
+        raise UserError("no checkpoint found", where=redact.text(text), remedy=_REMEDY)
     return found
 
 

@@ -139,6 +139,7 @@ class PendingSaves:
                 with contextlib.suppress(OSError):
                     SaveAttempt(pending.job).give_up(how)
         for_run = [pending for pending in lost if pending.kind in ("written", "published")]
+        # A writer that exits between two saves counts as a failed save too: the run ends after some of them in a row.
         if for_run or not lost:
             self._failed(how, for_run[-1].job["step"] if for_run else None)
         else:

@@ -51,6 +51,7 @@ def load(folder: Path, shards: Sequence[TensorShard], stored: dict[str, StoredTe
     """
     stored = index.read(folder) if stored is None else stored
     check(folder, stored, shards)
+    # A stored shard is opened once for all requested shards that need it, and each file is read front to back.
     by_item: dict[tuple[str, int], list[tuple[TensorShard, StoredShard, Slices, Slices]]] = {}
     for shard in shards:
         for entry, theirs, ours in parts(stored[shard.key], shard):

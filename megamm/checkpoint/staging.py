@@ -69,11 +69,13 @@ class StagedFile:
             target = self.bytes[at.start : at.start + data.nbytes].view(data.dtype)
             step = CHUNK // data.itemsize
             for a in range(0, len(data), step):
+                # The next chunk goes to the thread with the fewest bytes so far.
                 least = loads.index(min(loads))
                 shares[least][0].append(target[a : a + step])
                 shares[least][1].append(data[a : a + step])
                 loads[least] += min(step, len(data) - a) * data.itemsize
         full = [share for share in shares if share[0]]
+        # One call copies a whole share and releases Python's lock meanwhile, so that the threads copy at the same time.
         if self.pool is None:
             for share in full:
                 torch._foreach_copy_(*share, non_blocking=self.device.is_gpu)

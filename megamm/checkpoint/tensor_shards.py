@@ -61,6 +61,7 @@ def flat_boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Sha
         for offset, size, at in flat_boxes(shape[1:], start % row, row):
             yield (first, *offset), (1, *size), first * row + at
         first += 1
+    # Whole rows are contiguous: one box, however many there are.
     if first < last:
         rest = (0,) * (len(shape) - 1)
         yield (first, *rest), (last - first, *shape[1:]), first * row

@@ -19,7 +19,7 @@ Checkpoint = Annotated[str, typer.Argument(help="checkpoint's folder or URL; for
 
 @app.command("list")
 def list_(checkpoints: Checkpoints) -> None:
-    """List checkpoints: step, size, age, tier, valid or damaged (by names and sizes), newest, best.
+    """List checkpoints: step, size, age, storage, valid or damaged (by names and sizes), newest, best.
 
     Of local storage, only this node's files are listed; a step is valid there if every rank's part is on this node.
     """

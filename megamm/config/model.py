@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Section(BaseModel):
+    """A section of the configuration: unknown keys are errors, and values do not change."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 

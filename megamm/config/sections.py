@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from megamm.common.errors import UserError
+from megamm.common.urls import checked_url, is_url
 from megamm.config.model import ModelConfig, Section
 
 
@@ -128,8 +129,6 @@ class InitFromConfig(Section):
     @field_validator("checkpoint")
     @classmethod
     def _without_secrets(cls, source: str) -> str:
-        from megamm.common.urls import checked_url, is_url
-
         return checked_url(source) if is_url(source) else source
 
 
@@ -155,9 +154,6 @@ class CheckpointConfig(Section):
     @field_validator("remote")
     @classmethod
     def _without_secrets(cls, url: str | None) -> str | None:
-        # Imported here: fsspec is not needed where there is no URL. Its error does not repeat a password.
-        from megamm.common.urls import checked_url
-
         return checked_url(url) if url is not None else None
 
 

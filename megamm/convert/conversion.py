@@ -306,6 +306,7 @@ def _make_chunk(state: _WorkerState, chunk: Chunk) -> str:
             for made in state.make(part.source):
                 for piece in files.in_pieces(made):
                     digest.update(piece)
+                    # A write may take less than it was given.
                     while piece:
                         written = os.pwrite(descriptor, piece, offset)
                         offset, piece = offset + written, piece[written:]

@@ -82,6 +82,7 @@ def _lead(meeting: Meeting, everyone: list[dict[str, Any]], least: float | None)
     }
     meeting.send("plan", plan)
     figures = [_exchange(meeting, plan)]
+    # A node may be lost at any message: the others still get a verdict, and its figures stay empty.
     for rank in range(1, len(everyone)):
         try:
             sent = {} if rank in lost else meeting.receive(f"figures/{rank}", exchange.STARTUP + exchange.LIMIT)

@@ -14,16 +14,17 @@ from megamm.common.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool) -> Path | None:
+def checkpoint_before(run: Path, row: int, remote_url: str | None, keep_best: bool) -> Path | None:
     """Return the newest valid checkpoint from before row `row`; None if there is none. Every rank calls it.
 
-    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for inspection; in remote storage (durable: its
-    URL, to which nothing may be uploaded meanwhile) they are withdrawn. UserError on all ranks if it does not respond.
+    Later ones are renamed to rolled_back-step_XXXXXXXX-N and kept for inspection; in remote storage
+    (remote_url, to which nothing may be uploaded meanwhile) they are withdrawn. UserError on all ranks if it does not
+    respond.
     """
     shared: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            shared[0] = _choose(run, row, durable)
+            shared[0] = _choose(run, row, remote_url)
             retention.renew(run, keep_best)
         except RemoteError as error:
             shared[1] = {"what": f"cannot roll back: {error.what}", "where": error.where, "remedy": error.remedy}
@@ -34,13 +35,13 @@ def checkpoint_before(run: Path, row: int, durable: str | None, keep_best: bool)
     return shared[0]
 
 
-def _choose(run: Path, row: int, durable: str | None) -> Path | None:
+def _choose(run: Path, row: int, remote_url: str | None) -> Path | None:
     folders = sorted((run / "checkpoints").glob("step_????????"), reverse=True)
     found = next((folder for folder in folders if _is_before(folder, row)), None)
     if found is None:
         return None
-    if durable:
-        remote = RemoteCheckpoints(durable)
+    if remote_url:
+        remote = RemoteCheckpoints(remote_url)
         for name in remote.complete():
             if manifest.step_of(name) > manifest.step_of(found.name):
                 remote.withdraw(name)

@@ -117,6 +117,7 @@ def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = N
     scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
     sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
     found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]
+    # Four documents of each pair follow those of the loss: both orders, then both with the partner's first part.
     second = scores.second[len(documents) :].reshape(-1, 4)
     rules = sorted({pair.rule for pair in pairs if pair.rule is not None})
     of_rule = {rule: [i for i, pair in enumerate(pairs) if pair.rule == rule] for rule in rules}
@@ -230,6 +231,7 @@ def _second_part(document: Document) -> slice:
     """Return the positions of the second part's own tokens in the labels of its row, without special tokens."""
     first, second = document.parts
     before = document_length((first.modality, first.ids.size)) - 1 + (second.modality != "text")
+    # The label at an index is the next token, so the part's first token is predicted one index before it.
     return slice(before - 1, before - 1 + second.ids.size)
 
 

@@ -114,6 +114,7 @@ def generate_from(
     if sampling.stop and target != "text":
         raise UserError(f"stop strings end text, not {target}", remedy="remove --stop, or generate text")
     assert on_text is None or (target == "text" and len(prompts) == 1)
+    # All media of a modality are encoded in one call, then dealt out to the prompts in the order of their parts.
     encoded: dict[str, Iterator[IntArray]] = {}
     for name in dict.fromkeys(name for prompt in prompts for name, _ in prompt):
         media = [medium for prompt in prompts for modality, medium in prompt if modality == name]

@@ -32,11 +32,13 @@ class Medium:
 
     @classmethod
     def of_prompt(cls, prompt: str) -> "Medium":
+        """Return a text given on the command line or in a request."""
         # Bytes from the shell that are not UTF-8 are kept, so that they are rejected later.
         return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}", "text")
 
     @classmethod
     def of_file(cls, path: Path) -> "Medium":
+        """Read a file. UserError if no modality has its extension, or it cannot be read."""
         modality, ending = modality_of(path), path.suffix[1:].lower()
         try:
             return cls(path.read_bytes(), ALIASES.get(ending, ending), str(path), modality)

@@ -87,6 +87,7 @@ def _storage(tensor: Any) -> tuple[int, int, torch.Size]:
 def _of_entry(
     entry: ShardedTensor | ShardedTensorFactory, tensor: torch.Tensor, is_routed: Sequence[int]
 ) -> list[ShardSpec]:
+    # A factory describes a tensor that is stored in several boxes, as the gate and up halves of a SwiGLU.
     boxes: Sequence[ShardedTensor] = (
         list(nested_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
     )
@@ -95,6 +96,7 @@ def _of_entry(
         data: Any = box.data
         assert data.is_contiguous() and data.untyped_storage()._cdata == tensor.untyped_storage()._cdata, box.key
         start = data.storage_offset() - tensor.storage_offset()
+        # A single number is the index among data-parallel copies.
         replica = box.replica_id if isinstance(box.replica_id, tuple) else (0, 0, box.replica_id)
         assert len(replica) == 3, f"{box.key}: {replica} is not (stage, tensor, data)"
         key, leading = _stacked(box.key, is_routed)

@@ -65,6 +65,7 @@ def run(
     def loss_func(targets: Targets, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         loss, loss_KBS = output
         sums = modality_sums(loss_KBS, targets, loss_weights.numel())
+        # With three values, Megatron divides the loss by the second (1: it is normalised) and collects the third.
         return loss * scale, torch.ones((), dtype=torch.int, device=loss.device), sums
 
     def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Any, Any]:

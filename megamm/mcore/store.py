@@ -57,10 +57,12 @@ class OptimizerShard:
 def _owned(optim: Any) -> Iterator[OptimizerShard]:
     """Yield this rank's part of every parameter that it updates at least partly."""
     for part in optimizer.parts(optim):
+        # Gradient buffers, by dtype, by bucket: which elements of each parameter this rank's optimizer updates.
         for ranges in part.gbuf_ranges:
             for buckets in ranges.values():
                 for parameter, ranges_of_it in (item for bucket in buckets for item in bucket["param_map"].items()):
                     group, order = part.model_param_group_index_map[parameter]
+                    # The optimizer holds the main copy of just these elements; its state is stored under that tensor.
                     main = part.optimizer.param_groups[group]["params"][order]
                     state = part.optimizer.state[main]
                     yield OptimizerShard(

@@ -169,6 +169,7 @@ class _Plain:
             return None
         extensions = sorted(primitive.get("extensions", {}))
         position = self._values(attributes["POSITION"], extensions).astype(np.float64)
+        # A morph target holds displacements of the vertices.
         for target, weight in zip(primitive.get("targets", []), weights, strict=False):
             if weight and "POSITION" in target:
                 position = position + weight * self._values(target["POSITION"])
@@ -182,6 +183,7 @@ class _Plain:
         else:
             indices = np.arange(len(position))
         plain["indices"] = self._add(_triangles(indices, mode).astype("<u4")[:, None], "SCALAR")
+        # The last material is the default one, which `__init__` has appended.
         material = primitive.get("material", len(self.materials) - 1)
         if not 0 <= material < len(self.materials):
             raise ValueError(f"material {material} of {len(self.materials) - 1}")
@@ -362,9 +364,11 @@ def _triangles(indices: npt.NDArray[np.int64], mode: int) -> npt.NDArray[np.int6
         return indices
     first = np.arange(max(0, len(indices) - 2))
     if mode == _STRIP:
+        # Every second triangle of a strip is listed the other way round: two corners are swapped to keep its front.
         odd = first % 2
         corners = np.stack([first, first + 1 + odd, first + 2 - odd], 1)
     else:
+        # All triangles of a fan share its first vertex.
         corners = np.stack([first + 1, first + 2, np.zeros_like(first)], 1)
     return indices[corners].ravel()
 
@@ -373,6 +377,7 @@ def _matrix(node: Json) -> FloatArray:
     """A node's matrix `[4, 4]` to its parent (section 3.5.3)."""
     if "matrix" in node:
         return np.array(node["matrix"], np.float64).reshape(4, 4).T
+    # The rotation matrix of a unit quaternion; columns are then scaled, because scale is applied first.
     x, y, z, w = node.get("rotation", [0.0, 0.0, 0.0, 1.0])
     rotation = [
         [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],

@@ -52,6 +52,7 @@ def _binary_corners(data: bytes, facets: int) -> FloatArray:
 def _text_corners(data: bytes) -> FloatArray:
     """Corners `[F, 3, 3]` of a text file of one or more solids."""
     corners: list[list[float]] = []
+    # The blocks that are open, outermost first: solid, facet, outer.
     inside: list[str] = []
     facets = 0
     for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):

@@ -115,6 +115,7 @@ def attempts_of(events: list[Record], lines: list[Record], note: Callable[[str],
     last = max([e["time"] for e in events[-1:]] + [line["time"] for line in lines[-1:]])
     # An attempt lasts until the next launch, so the attempts cover the whole time without a gap.
     attempts = [LaunchRecord(begin, end) for begin, end in zip(starts, [*starts[1:], last], strict=True)]
+    # A record belongs to the last attempt that began before it.
     for index, event in enumerate(events):  # by index: two events may have the same time
         attempts[max(bisect_right(first_events, index) - 1, 0)].events.append(event)
     for line in lines:
@@ -303,6 +304,7 @@ def _count_line(result: Goodput, line: Record, limit: float, clock: float) -> fl
     # Durations come from the line, elapsed time from the clock; the difference is unknown time.
     waited = min(line.get("data_wait_seconds", 0.0), step_seconds)
     steps = line.get("steps", 0)
+    # The share of the line's steps that no later attempt repeats.
     kept = min(max(limit - from_step(line), 0), steps) / steps if steps else float(line["step"] <= limit)
     result.add("productive", (step_seconds - waited) * kept)
     result.add("repeated", (step_seconds - waited) * (1 - kept))

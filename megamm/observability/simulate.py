@@ -286,6 +286,7 @@ def measure(run: Path, gpus: int) -> tuple[dict[str, float], dict[str, str]]:
         "detection": [r.detection for r in restarts if r.kind == "failed"],
         "hang_detection": [r.detection for r in restarts if r.kind == "hang"],
         "restart": [
+            # `total` includes detection, which is a cost of its own, and the rendezvous of the small run.
             r.total - (r.detection or 0.0) + (grown - 1) * (r.rendezvous or 0.0)
             for r in restarts
             if r.total is not None

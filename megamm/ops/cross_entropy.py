@@ -131,6 +131,7 @@ def _in_chunks(
     kernels = torch.ops.megamm
     process_group = _resolve_process_group(GroupName(group)) if group else None
     start = weight.shape[0] * process_group.rank() if process_group else 0
+    # Padding is at the end of the whole vocabulary: the last ranks may have some rows of it, or nothing else.
     columns = min(max(vocabulary_size - start, 0), weight.shape[0])
     used = weight[:columns]
     counted = labels != ignore_index
@@ -141,6 +142,7 @@ def _in_chunks(
     statistics = factor.new_empty(len(labels), 3)
     d_hidden, d_weight = _new_gradients(hidden, weight, with_hidden, with_weight)
     width = -(-columns // _COLUMN_MULTIPLE) * _COLUMN_MULTIPLE
+    # One buffer for all chunks; the view leaves out the columns that only align its rows.
     buffer = hidden.new_empty(min(chunk_rows, len(labels)), width)[:, :columns]
     for begin in range(0, len(labels), chunk_rows):
         rows = slice(begin, begin + chunk_rows)
@@ -216,6 +218,7 @@ def _shapes(hidden: Tensor, weight: Tensor, labels: Tensor, *arguments: Any) -> 
 
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    # The gradients are outputs of the forward pass: the backward pass has only to scale them by the loss's own.
     _, *others = output
     ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)

@@ -93,6 +93,7 @@ def patch_embed_3d_torch(
     if causal:
         pixels = torch.cat([pixels[:, :, :1]] * (patch[0] - 1) + [pixels], 2)
     cut = pixels
+    # Each cut adds an axis, so the next one to cut is two further: [B, C, T', t, Y', p, X', q].
     for axis, length in ((2, patch[0]), (4, patch[1]), (6, patch[2])):
         cut = cut.unflatten(axis, (cut.shape[axis] // length, length))
     return F.linear(cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4), weight.flatten(1), bias)
@@ -109,6 +110,7 @@ def unpatchify_3d_torch(
 ) -> Tensor:
     """The same as `unpatchify_3d` in plain torch."""
     _check_patches(patches, patch, channels, size, layout, causal)
+    # [B, T', Y', X', C, t, p, q] to [B, C, T', t, Y', p, X', q]; then each pair of axes is one again.
     cut = patches.unflatten(4, (channels, *patch)).permute(0, 4, 1, 5, 2, 6, 3, 7)
     video = cut.flatten(6, 7).flatten(4, 5).flatten(2, 3)
     first = patch[0] - 1 if causal else 0

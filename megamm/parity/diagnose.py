@@ -64,6 +64,7 @@ def _missing_sums(reports: Sequence[RankReport], reference: _Reference) -> list[
     for wrong in blocks.values():
         extent = next(iter(wrong.values())).extent
         theirs = reference.block(extent)
+        # A rank that reports no difference has the reference's values.
         held = {r: theirs for r, report in enumerate(reports) for e in report.extents if _is_replica(e, extent)}
         held |= {rank: d.values for rank, d in wrong.items() if d.values is not None}
         for axes in _axes(reports, is_expert=".experts." in extent.key):

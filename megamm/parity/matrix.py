@@ -109,6 +109,7 @@ def with_features() -> dict[str, Case]:
 
 
 def everything() -> dict[str, Case]:
+    """Return all cases of the matrix by their names."""
     return singles() | pairs() | with_features()
 
 

@@ -51,6 +51,7 @@ class FSQ(nn.Module):
 
     def to_indices(self, codes: Tensor) -> Tensor:
         """Codes `[..., C]` to indices `[...]`, int64."""
+        # A number in mixed radix: the digit of channel c is one of levels[c], and basis[c] is its weight.
         digits = (codes * (self.levels // 2)).round().long() + self.levels // 2
         return (digits * self.basis).sum(-1)
 

@@ -88,6 +88,7 @@ def groups_fault(families: Sequence["GroupKind"], grid: Grid) -> str | None:
         if not np.array_equal(np.sort(family.ranks, axis=None), np.arange(grid.world_size)):
             return f"{name} do not contain every rank once"
         for axis, of_rank in coordinates.items():
+            # Coordinates along the axis, [groups, members]: one value per group unless the kind varies along it.
             inside = of_rank[family.ranks]
             if axis not in family.axes and (inside != inside[:, :1]).any():
                 row = int(np.argwhere(inside != inside[:, :1])[0][0])
@@ -197,7 +198,10 @@ def report(
 def describe(
     config: RunConfig, vocabulary_size: int, world_size: int, rank: int | None = None
 ) -> tuple[str, str | None]:
-    """Do the same for a layout that layout.check accepts and a known vocabulary. Do not call it within a job."""
+    """Describe a layout that layout.check accepts, for a known vocabulary. Return lines and the first fault, if any.
+
+    It cannot be called within a job.
+    """
     from megamm.mcore.fake_world import FakeWorld
 
     start = time.monotonic()

@@ -150,7 +150,7 @@ def ended_by_roll_back() -> None:
     LossGuard.rolled_back = ended
 
 
-def no_durable_tier() -> None:
+def no_remote_storage() -> None:
     """Make writing to remote storage fail."""
     from megamm.checkpoint.storage.remote import RemoteCheckpoints, RemoteError
 

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to resume. storage: "local", "run" or "durable" (remote, already copied to `folder`)."""
+    """The checkpoint to resume. storage: "local", "run" or "remote" (already copied to `folder`)."""
 
     folder: Path
     step: int
@@ -38,16 +38,16 @@ class _Candidate:
 
     def sort_key(self) -> tuple[int, int]:
         """Sort by step, newest first, then by storage, nearest first."""
-        return -self.step, ("local", "run", "durable").index(self.storage)
+        return -self.step, ("local", "run", "remote").index(self.storage)
 
 
 class _Chooser(Collectives):
     """The search, together on all ranks."""
 
-    def __init__(self, run: Path, durable: str | None, local: LocalStorage | None, needed: Needed) -> None:
+    def __init__(self, run: Path, remote_url: str | None, local: LocalStorage | None, needed: Needed) -> None:
         super().__init__()
         self.run, self.local, self.needed = run, local, needed
-        self.durable = RemoteCheckpoints(durable) if durable else None
+        self.remote = RemoteCheckpoints(remote_url) if remote_url else None
 
     def candidates(self) -> list[_Candidate]:
         """Return all checkpoints in the order to try. UserError if none is found and remote storage fails."""
@@ -59,16 +59,15 @@ class _Chooser(Collectives):
             # Including unfinished ones: verification reports that they are damaged.
             found += [_Candidate(manifest.step_of(f.name), "run") for f in folders]
             try:
-                names = self.durable.complete() if self.durable else []
+                names = self.remote.complete() if self.remote else []
             except RemoteError as error:
                 if not found:
                     raise  # starting from scratch although checkpoints may exist there would be the worst result
                 log.warning("resuming without remote storage: %s", error)
-                events.record(self.run, "skipped_checkpoint", folder=error.where, why=error.what, tier="durable")
+                events.record(self.run, "skipped_checkpoint", folder=error.where, why=error.what, tier="remote")
                 names = []
-            return sorted(
-                [*found, *(_Candidate(manifest.step_of(n), "durable") for n in names)], key=_Candidate.sort_key
-            )
+            found += [_Candidate(manifest.step_of(name), "remote") for name in names]
+            return sorted(found, key=_Candidate.sort_key)
 
         return self.on_first(look)
 
@@ -82,8 +81,8 @@ class _Chooser(Collectives):
         if candidate.storage == "run":
             self.on_first(lambda: checkpoint.verify(folder))
             return folder
-        assert self.durable is not None
-        return self._download(self.durable, name)
+        assert self.remote is not None
+        return self._download(self.remote, name)
 
     def _download(self, remote: RemoteCheckpoints, name: str) -> Path:
         log.info("copying %s/%s", remote.store.url, name)
@@ -99,7 +98,7 @@ class _Chooser(Collectives):
             if manifest.parse(data, remote.store.url) != listed:
                 raise RemoteError(f"{name} was replaced while it was being copied", remote.store.url)
             retention.replace(temporary / manifest.NAME, data)
-            # It was tried first (run before durable) and is damaged.
+            # It was tried first (run before remote) and is damaged.
             if final.exists():
                 files.rename(final, aside(final))
             temporary.rename(final)
@@ -110,13 +109,13 @@ class _Chooser(Collectives):
 
 
 def choose(
-    run: Path, durable: str | None = None, local: LocalStorage | None = None, needed: Needed = lambda _: set()
+    run: Path, remote_url: str | None = None, local: LocalStorage | None = None, needed: Needed = lambda _: set()
 ) -> Choice | None:
     """Return the newest valid checkpoint; None in a fresh run. UserError if there are checkpoints but none is valid.
 
-    durable: URL of remote storage; local: this node's local storage; needed: see LocalStorage.restore.
+    remote_url: remote storage; local: this node's local storage; needed: see LocalStorage.restore.
     """
-    chooser = _Chooser(run, durable, local, needed)
+    chooser = _Chooser(run, remote_url, local, needed)
     last_error: UserError | None = None
     for candidate in chooser.candidates():
         try:

@@ -150,6 +150,7 @@ class LocalStorage:
         settings = {"root": str(self.root), "save": self.save_id, "node": self.node}
         if not self.replicates:
             return settings
+        # A ring: each node keeps the replicas of the one before it, so that two neighbours must be lost to lose a part.
         next_node = self.addresses[(self.order.index(self.node) + 1) % len(self.order)]
         return settings | {"peer": next_node, "key": self.key.hex()}
 

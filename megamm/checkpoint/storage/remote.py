@@ -25,8 +25,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from megamm.checkpoint import manifest, retention
 from megamm.checkpoint.manifest import ManifestEntry
+from megamm.common import redact
 from megamm.common.errors import UserError
-from megamm.common.urls import checked_url, redacted
+from megamm.common.urls import checked_url
 
 log = logging.getLogger(__name__)
 STREAMS = 8
@@ -64,10 +65,10 @@ class Remote:
         try:
             self.fs, root = fsspec.core.url_to_fs(self.url, **_OPTIONS.get(protocol, {}))
         except ImportError as error:
-            remedy = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else redacted(str(error))
+            remedy = f"pip install '{_EXTRAS[protocol]}'" if protocol in _EXTRAS else redact.text(str(error))
             raise UserError(f"{protocol}:// needs a package that is not installed", where=url, remedy=remedy) from None
         except ValueError as error:
-            raise UserError(redacted(str(error)), where=url, remedy="use a protocol that fsspec supports") from None
+            raise UserError(redact.text(str(error)), where=url, remedy="use a protocol that fsspec supports") from None
         self.root = root.rstrip("/")
         self._is_local = isinstance(self.fs, LocalFileSystem)
         self._has_folders = protocol not in _OBJECT_STORES
@@ -148,7 +149,7 @@ class Remote:
         try:
             yield
         except Exception as error:  # clients raise errors of their own and of several libraries below them
-            cause = redacted(f"{type(error).__name__}: {error}".splitlines()[0])
+            cause = redact.text(f"{type(error).__name__}: {error}".splitlines()[0])
             raise RemoteError(f"cannot {verb} {name or 'it'}: {cause}", self.url) from error
 
 

@@ -129,7 +129,7 @@ class _Loop:
             raise
         except UserError as error:
             log.warning("not uploaded: %s", error)
-            events.record(self.run, "skipped_checkpoint", folder=str(folder), why=error.what, tier="durable")
+            events.record(self.run, "skipped_checkpoint", folder=str(folder), why=error.what, tier="remote")
             self._settled = identity
             return
         finally:
@@ -141,7 +141,7 @@ class _Loop:
                 self.run,
                 "saved",
                 step=step,
-                tier="durable",
+                tier="remote",
                 seconds=seconds,
                 bytes=copied.bytes,
                 kept_files=copied.kept,

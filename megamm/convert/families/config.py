@@ -227,6 +227,7 @@ def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> 
     """Our dotted keys with their values, given those of the windows."""
     rope = theirs.rope_parameters
     if family.has_local_rope:
+        # Layers with a window have a RoPE of their own, which must be without scaling.
         rope, local = rope["full_attention"], rope["sliding_attention"]
         if windows and local["rope_type"] != "default":
             raise _inexpressible("rope_parameters", local, where)
@@ -240,11 +241,13 @@ def _ours(family: Family, theirs: Any, where: Path, windows: dict[str, Any]) -> 
     has_more = kind == "yarn" and (rope.get("attention_factor") or not rope.get("truncate", True))
     if latent and (has_more or (rope.get("mscale_all_dim") and not rope.get("mscale"))):
         raise _inexpressible("rope_parameters", rope, where)
+    # Later entries override earlier ones: what all models of the family have, then what this one has.
     ours = family.implied | windows | {key: getattr(theirs, name, None) for key, name in family.fields.items()}
     ours |= {"rope_base": float(rope["rope_theta"]), "rope_scaling.kind": kind}
     optional = ("attention_factor", "truncate") if kind == "yarn" else ()
     named = {key: rope.get(_ROPE_SCALING[key]) for key in (*_ROPE_NEEDS[kind], *optional)}
     ours |= {f"rope_scaling.{key}": value for key, value in named.items() if value is not None}
+    # Some of our keys have no field of theirs: they follow from None, or from other keys.
     ours |= {key: 0 for key in _NONE if ours.get(key, 0) is None}
     if ours.get("head_dim", 0) is None:
         ours["head_dim"] = theirs.hidden_size // theirs.num_attention_heads

@@ -69,6 +69,7 @@ class TensorRule:
             return ours.chunk(len(self.theirs))
         # Megatron-core stores q, k and v of a query group together, so that tensor parallel cuts between groups.
         groups = ours.view(m.num_query_groups, -1, m.head_dim, *ours.shape[1:])
+        # [G, N/G + 2, D, ...]: the queries of a group, then its key and its value.
         parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
         return [part.reshape(-1, *ours.shape[1:]) for part in parts]
 

@@ -170,6 +170,7 @@ def _has(block: TensorShard, index: tuple[int, ...]) -> bool:
 
 def _copy(tensor: torch.Tensor, index: tuple[int, ...], block: TensorShard) -> None:
     """Copy the part of a tensor, stored as a whole at `index`, that belongs to a block."""
+    # The index drops the stacked axes, which the group's tensor lacks; its other axes may be sharded, so they are cut.
     inside = tuple(i - first for i, first in zip(index, block.offset, strict=False))
     rest = zip(block.offset[len(index) :], block.size[len(index) :], strict=True)
     block.data.view(block.size)[inside].copy_(tensor[tuple(slice(start, start + n) for start, n in rest)])

@@ -157,6 +157,7 @@ def rewrite(source: Path, target: Path, change: Change) -> None:
             written_to |= dict.fromkeys(written, file.name)
             size += sum(tensor.nbytes for tensor in written.values())
             parameters += sum(tensor.numel() for tensor in written.values())
+    # Several files need their index, with the totals of what was written: a change may add, drop or cast tensors.
     if set(written_to.values()) != {WEIGHTS}:
         totals = json.loads((source / INDEX).read_text()).get("metadata", {})
         totals |= {"total_size": size} | ({"total_parameters": parameters} if "total_parameters" in totals else {})

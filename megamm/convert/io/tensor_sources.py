@@ -106,6 +106,7 @@ class NativeTensors:
             for name, tensor in found.items():
                 key, at = self.slices[name]
                 rest = tensor.shape
+                # One layer (and expert): a box of size 1 along the stacked axes, whole along the others.
                 offset, size = at + (0,) * len(rest), (1,) * len(at) + tuple(rest)
                 reader.read(TensorShard(key, self.stored[key].shape, offset, size, tensor))
         return found
@@ -115,6 +116,7 @@ class NativeTensors:
         key, at = self.slices[name]
         found = []
         for entry in self.stored[key].shards:
+            # `at` has the stacked axes only, which come first: the box must contain this layer (and expert).
             if all(low <= i < low + n for i, low, n in zip(at, entry.offset, entry.size, strict=False)):
                 match = _RANK.fullmatch(entry.file)
                 rank = int(match[1]) if match else -1

@@ -173,6 +173,7 @@ def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, wor
     checks = MediaChecks(media_root(raw), options.image_size, options.curation, may_miss, dict(REGISTRY))
     with ExitStack() as stack:
         writers = _SplitWriters(folder, stack)
+        # In build order, so that of two duplicates the same one is kept whichever worker finishes first.
         for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
             if isinstance(checked, SkippedSample):
                 report.skip(checked.rule, checked.what, checked.reason)

@@ -127,6 +127,7 @@ class Mixture:
                 break
             # Each cumulative share of the documents, rounded to the nearest integer: floor(inside * b + 1/2).
             ends = [(2 * inside * b.numerator + b.denominator) // (2 * b.denominator) for b in bounds]
+            # A source has the documents between its neighbours' bounds, so the counts add up to `inside` exactly.
             counts = [n + end - begin for n, begin, end in zip(counts, [0, *ends], ends, strict=False)]
         return counts
 
@@ -204,6 +205,7 @@ def permute(positions: IntArray, n: int, key: np.uint64) -> IntArray:
     while outside.any():
         left, right = result[outside] >> np.uint64(half), result[outside] & mask
         for number in range(_ROUNDS):
+            # A round can be undone whatever the hash is, because it keeps one half: so the network is a permutation.
             salt = key + np.uint64(number * 0x9E3779B9)
             left, right = right, left ^ (_hash(right ^ salt) & mask)
         result[outside] = left << np.uint64(half) | right

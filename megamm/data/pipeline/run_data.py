@@ -25,11 +25,10 @@ import torch
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, IntArray, Row
 from megamm.config import RunConfig, SourceConfig
-from megamm.data.pipeline.long_samples import LongSamples
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
 from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import BlockStart, RowStream, used_samples
-from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, TokenDataset
+from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, LongSamples, TokenDataset
 from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
@@ -249,6 +248,7 @@ def resume_stream(
     else:
         mixture = before.then(change_at, now)
     datasets = {name: source.dataset for name, source in zip(names, sources, strict=True)}
+    # The block in progress may still have documents of a source that the config no longer has.
     for source, documents in zip(mixture.sources, mixture.counts_in(start.block), strict=True):
         if documents and source.name not in datasets:
             datasets[source.name] = _open_removed(
@@ -306,6 +306,7 @@ def _recorded_names(paths: Sequence[Path], recorded: dict[str, Any]) -> list[str
     The order of documents depends on the names: a source keeps its own if it is moved, or another one is added.
     """
     by_path = {Path(entry["path"]): name for name, entry in recorded["sources"].items()}
+    # First the same path, then the end of a moved one, then new names: the shortest end of the path that is free.
     names: dict[Path, str] = {path: by_path[path] for path in paths if path in by_path}
     for path in (path for path in paths if path not in names):
         matching = [

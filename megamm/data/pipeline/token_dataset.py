@@ -14,16 +14,16 @@ Lengths are in tokens and include marks.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
-from megamm.data.pipeline.long_samples import LongSamples, Named
 from megamm.data.pipeline.packing import DOCUMENT_MARKS, MEDIA_MARKS
 from megamm.shards.folder import UNNUMBERED, ShardFolder, tokens_from_bytes
 from megamm.shards.tar_reader import StoredMember, TarReader
@@ -96,6 +96,7 @@ def selection(parts: int, index: int, kind: DocumentKind) -> list[int]:
     """
     index %= selections(parts, kind)
     if kind != "whole" and parts > 1:
+        # The second part is numbered without the first one.
         first, second = divmod(index, parts - 1)
         return [first, second + (second >= first)]
     # The digits of the index in the factorial number system name each time one of the parts that are left (Lehmer
@@ -105,6 +106,43 @@ def selection(parts: int, index: int, kind: DocumentKind) -> list[int]:
         digit, index = divmod(index, math.factorial(remaining - 1))
         order.append(left.pop(digit))
     return order
+
+
+@dataclass(frozen=True)
+class Named:
+    """A number of samples and the keys of the first ones."""
+
+    NAMES: ClassVar[int] = 3
+    count: int
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.count:,} ({', '.join(self.first)}{', ...' if self.count > len(self.first) else ''})"
+
+
+@dataclass(frozen=True)
+class LongSamples:
+    """The samples of one split that are longer than a row: split into documents, with a shorter text, or skipped.
+
+    samples: number of all samples of the split.
+    """
+
+    folder: Path
+    row_length: int
+    samples: int
+    split: Named
+    shortened: Named
+    skipped: Named
+
+    def __bool__(self) -> bool:
+        return any(named.count for named in (self.split, self.shortened, self.skipped))
+
+    def __str__(self) -> str:
+        done = {"split": self.split, "with shortened text": self.shortened, "skipped": self.skipped}
+        words = ", ".join(f"{what}: {named}" for what, named in done.items() if named.count)
+        return (
+            f"{self.folder}: of {self.samples:,} samples, longer than a row of {self.row_length:,} tokens and {words}"
+        )
 
 
 class TokenDataset:

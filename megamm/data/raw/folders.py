@@ -44,6 +44,7 @@ def read_folder(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset()) 
             (tables if relative.name in _METADATA else files).append(relative)
         elif not path.is_dir():
             yield Broken(str(relative), "not a regular file")
+    # Lines of metadata come first: they say which files belong together. Names decide about the other files.
     stems = _stems(files)
     described: set[str] = set()
     for table in tables:
@@ -160,6 +161,7 @@ def _row_sample(
     members.append(
         SampleFile("json", "", json.dumps({name: row[name] for name in (*named, "noun") if name in row}).encode())
     )
+    # The line replaces a .json file beside the media: a sample has one source of its fields.
     members = [member for i, member in enumerate(members) if member.extension != "json" or i == len(members) - 1]
     sample = assemble(key, members, may_miss)
     ignored = sorted(name for name in row if name not in (*_TEXTS, "noun") and not name.endswith(_FILE_NAME))

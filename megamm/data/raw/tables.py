@@ -75,6 +75,7 @@ def read_arrow(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset()) -
 def _table_files(raw: Path) -> tuple[list[Path], list[NoData]]:
     """The tables of a folder that hold its data, and the others."""
     files, others = [], []
+    # Folder -> the files that its state.json names; None without a state.json.
     named: dict[Path, set[str] | None] = {}
     for file in sorted(p for p in raw.rglob("*") if p.suffix in (".parquet", ".arrow")):
         relative = file.relative_to(raw)
@@ -219,6 +220,7 @@ def _page(entry: dict[str, Any], spooled: _Spooled) -> list[dict[str, Any]] | No
         del entry[name]  # an empty list adds nothing
     if not any(lists[name] != "text" for name in cells):
         return None
+    # Each cell becomes a part, {modality: text or name in the spool file}; a hole stays None.
     columns: dict[str, list[dict[str, Any] | None]] = {}
     for name, values in cells.items():
         modality = lists[name]

@@ -66,7 +66,7 @@ class DeepSpeedEngine:
             )
 
     def compute_gradients(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepResult:
-        """Also changes the weights: the optimizer step is part of DeepSpeed's backward pass."""
+        """Compute the gradients and change the weights: the optimizer step is part of DeepSpeed's backward pass."""
         self.before_update()
         lr, mtp = self.adam.param_groups[0]["lr"], self.config.model.mtp
         loss = step.run_unsharded(
@@ -87,7 +87,7 @@ class DeepSpeedEngine:
         raise NotImplementedError("DeepSpeed has made the update already")
 
     def apply_update(self) -> None:
-        """Only step the schedule: the weights have changed in compute_gradients."""
+        """Step the schedule only: the weights have changed in compute_gradients."""
         self.schedule.step(1)
 
     def discard(self) -> None:

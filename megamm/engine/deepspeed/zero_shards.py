@@ -51,6 +51,7 @@ class Shards:
             if name in self.parameters:
                 parameter = self.parameters[name]
                 for kind in (MAIN, *MOMENTS):
+                    # A collective: every rank takes part for every parameter, and only the owner keeps the result.
                     whole = _get(parameter, kind)
                     if name in owned:
                         owned[name][kind] = whole.cpu()
@@ -64,6 +65,7 @@ class Shards:
     def scatter(self, owned: WholeTensors, kinds: dict[str, tuple[str, ...]], step: int) -> None:
         """Set `kinds` of every tensor from its owner's; with Adam's moments, also set Adam's step count to `step`."""
         buffers = dict(self.model.named_buffers())
+        # In the same order on all ranks, because `_from_owner` is a broadcast.
         for name, wanted in kinds.items():
             for kind in wanted:
                 if name in self.parameters:

@@ -176,23 +176,38 @@ def restarts_section(goodput: Goodput) -> str:
 
 
 def checkpoints_section(recorded: list[Event]) -> str:
-    """Return stall, time and size of the checkpoints by tier, and the skipped checkpoints."""
+    """Return stall, time and size of the checkpoints by storage, and the skipped checkpoints."""
     saved = [e for e in recorded if e["kind"] == "saved"]
     rows = []
-    for tier in dict.fromkeys(e.get("tier", "run") for e in saved):
-        of_tier = [e for e in saved if e.get("tier", "run") == tier]
-        row = [str(tier), str(len(of_tier)), str(max(e.get("step", 0) for e in of_tier))]
+    for storage in dict.fromkeys(_storage(e) for e in saved):
+        stored = [e for e in saved if _storage(e) == storage]
+        row = [storage, str(len(stored)), str(max(e.get("step", 0) for e in stored))]
         for key in ("stall", "seconds"):
-            known = [e[key] for e in of_tier if isinstance(e.get(key), int | float)]
+            known = [e[key] for e in stored if isinstance(e.get(key), int | float)]
             row += [f"{statistics.median(known):.3f}", f"{max(known):.3f}"] if known else ["", ""]
-        sizes = [e["bytes"] for e in of_tier if isinstance(e.get("bytes"), int)]
+        sizes = [e["bytes"] for e in stored if isinstance(e.get("bytes"), int)]
         rows.append([*row, f"{sizes[-1] / 2**20:,.1f}" if sizes else ""])
     skipped = [_line_of(e) for e in recorded if e["kind"] == "skipped_checkpoint"]
     if not rows and not skipped:
         return page.section("Checkpoints", "None was recorded.", "")
-    head = ["tier", "saved", "newest step", "stall, median", "stall, most", "seconds, median", "seconds, most", "MiB"]
+    head = [
+        "storage",
+        "saved",
+        "newest step",
+        "stall, median",
+        "stall, most",
+        "seconds, median",
+        "seconds, most",
+        "MiB",
+    ]
     passed = "".join(f"<p>{escape(line)}</p>" for line in skipped[-LISTED:])
     return page.section("Checkpoints", "Stall: seconds that steps waited.", page.table(head, rows) + passed)
+
+
+def _storage(saved: Event) -> str:
+    """Return the storage of a saved checkpoint: "run", "local" or "remote", which earlier versions call "durable"."""
+    tier = str(saved.get("tier", "run"))
+    return "remote" if tier == "durable" else tier
 
 
 def straggler_plot(recorded: list[Event]) -> list[str]:

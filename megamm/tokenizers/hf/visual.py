@@ -127,7 +127,7 @@ class ChameleonCodec(HFVisualCodec):
         return self.model.encode(clips[:, 0], return_dict=True).image_tokens
 
     def to_clips(self, codes: Tensor) -> Tensor:
-        """Always raises UserError."""
+        """Raise UserError: Chameleon's tokenizer has no decoder."""
         remedy = "use a tokenizer with a decoder to generate images (Emu3, Janus, or one of `megamm tokenizer train`)"
         raise UserError("Chameleon's tokenizer cannot generate images, only read them", remedy=remedy)
 

@@ -73,6 +73,7 @@ class TemporalBlock(nn.Module):
         weight, bias = self.conv_in.weight, self.conv_in.bias
         seen = min(frames, TEMPORAL_KERNEL)  # an image costs one frame: weights that would meet padding are not used
         videos = hidden.unflatten(0, (-1, frames))
+        # Channels of the frames t - 2, t - 1 and t side by side, the earliest first; zeros before the first frame.
         earlier = [
             torch.cat([torch.zeros_like(videos[:, :lag]), videos[:, : frames - lag]], 1)
             for lag in range(seen - 1, -1, -1)
