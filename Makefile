@@ -21,8 +21,9 @@ PY_LATEST := $(VENV_LATEST)/bin/python
 PY_DOCS := $(VENV_DOCS)/bin/python
 PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check --root-user-action=ignore
 PINS := -c requirements/constraints.txt
-# Multi-process tests start several ranks: use one thread per rank, so that the ranks share the cores.
-PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1}
+# Multi-process tests start several ranks: use one thread per rank, so that the ranks share the cores. Compiled modules
+# are kept also where the shell forbids it: workers and commands that start cold would compile everything each time.
+PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=
 # pytest processes, which take the longest test files first (by default xdist takes the files with the most tests
 # first). One more than cores: some tests mostly wait (Slurm), and others start their own ranks.
 WORKERS ?= 3

@@ -18,6 +18,7 @@ from megamm.elastic.prefork import PreforkParent
 from megamm.elastic.rank_status import HeartbeatPage
 
 CONFIG = {"device": "cpu", "engine": "native"}
+LIB = Path(__file__).parent / "lib"
 # Fakes of installed packages that initialise the GPU when they are imported, as Transformer Engine can: Megatron-core
 # imports what it finds, and forks of such a process cannot use the GPU.
 LOG = """
@@ -80,8 +81,9 @@ class Launcher:
 
 
 @pytest.fixture
-def launcher():
-    """Return a function that makes one from a config."""
+def launcher(monkeypatch):
+    """Return a function that makes one from a config and a module; those of tests/lib can be named too."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(LIB), os.environ.get("PYTHONPATH")])))
     processes.adopt_orphans()
     made = []
 
@@ -97,7 +99,7 @@ def launcher():
 
 
 def test_prefork_parents_outlive_their_fork_server_and_come_from_another(launcher, monkeypatch, capfd):
-    it = launcher(CONFIG)
+    it = launcher(CONFIG, "light_ranks")
     first = it.ask()  # before it has imported anything
     assert json.loads(it.answer(first)) == {"swept": 0}
     (parent,) = it.prefork_parents()

@@ -97,7 +97,8 @@ COMPOSED = {
 PRODUCTS = matrix.singles() | matrix.pairs() | COMPOSED | ABSENT
 REFUSED = {name: case for name, case in PRODUCTS.items() if case and matrix.expected(case).verdict == "refused"}
 DRAWN = dict(list(RANDOM.items())[:20])
-OFTEN = {"latent attention, one head a rank": ONE_HEAD} | named(FEW) | REFUSED | dict(list(DRAWN.items())[:4])
+OFTEN = {"latent attention, one head a rank": ONE_HEAD} | named(FEW) | REFUSED
+OFTEN |= {name: DRAWN[name] for name in ("random 1", "random 4")}  # three context ranks; tensor 4 x pipeline 2
 CASES = PRODUCTS | DRAWN | COVERED | OFTEN
 PARAMETERS = [
     pytest.param(case, id=name, marks=() if name in OFTEN else pytest.mark.everything)

@@ -8,7 +8,6 @@ from megamm.checkpoint.folder import all_of
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
 from megamm.convert.families.config import family_for
-from megamm.convert.io.export_folder import special_tokens
 from megamm.model.vocabulary import Vocabulary
 from megamm.tokenizers.text.model import load_tokenizer, vocabulary_size
 
@@ -54,7 +53,7 @@ def _check_tokenizer(folder: Path, vocabulary: Vocabulary | None) -> None:
         )
         raise UserError(what, where=folder, remedy="add tokens with these ids to its tokenizer.json")
     # An added token whose text exists already gets no id of its own.
-    names = [] if vocabulary is None else special_tokens(vocabulary)
+    names = [] if vocabulary is None else vocabulary.names_after_text()
     if taken := next((name for name in names if name in ids), None):
         what = f"the text tokenizer has a token {taken}, which is the name of a control or media id"
         raise UserError(what, where=folder, remedy="rename it in its tokenizer.json")

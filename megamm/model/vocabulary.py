@@ -101,6 +101,16 @@ class Vocabulary:
             named[3 + 2 * m], named[4 + 2 * m] = f"{media}_start", f"{media}_end"
         return f"<|{named.get(offset, f'reserved_{offset}')}|>"
 
+    def names_after_text(self) -> list[str]:
+        """Names of all ids after the text range, in id order, as they appear in an exported tokenizer."""
+        names: list[str] = []
+        for part in self.ranges:
+            if part.name == "control":
+                names += [self.control_name(token) for token in range(part.start, part.stop)]
+            elif part.name != "text":
+                names += [f"<|{part.name}_{i}|>" for i in range(part.size)]
+        return names
+
     def to_json(self) -> list[dict[str, Any]]:
         return [asdict(r) | {"modalities": list(r.modalities)} for r in self.ranges]
 

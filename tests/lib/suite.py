@@ -67,6 +67,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    gc.disable()  # until all test files are imported: a collection would go through everything imported so far
     config.pluginmanager.register(Selection(config), "selection")
     config.pluginmanager.register(Starts(forbid=config.getoption("fast")), "starts")
     if hasattr(config, "workerinput"):
@@ -107,9 +108,10 @@ class Selection:
 
 
 def pytest_collection_finish() -> None:
-    """Exempt what the imports of all test files have made from every later garbage collection."""
+    """Exempt what the imports of all test files have made from every later garbage collection, which begin now."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionstart() -> None:

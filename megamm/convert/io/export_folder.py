@@ -76,17 +76,6 @@ def copy_without_weights(source: Path, target: Path) -> None:
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=lambda at, _: skipped if Path(at) == source else ())
 
 
-def special_tokens(vocabulary: Vocabulary) -> list[str]:
-    """Names of all ids after the text range."""
-    names = []
-    for part in vocabulary.ranges:
-        if part.name == "control":
-            names += [vocabulary.control_name(token) for token in range(part.start, part.stop)]
-        elif part.name != "text":
-            names += [f"<|{part.name}_{i}|>" for i in range(part.size)]
-    return names
-
-
 def export_tokenizer(
     text_codec: Path, vocabulary: Vocabulary, folder: Path, chat_template: ChatTemplate | None = None
 ) -> None:
@@ -104,7 +93,7 @@ def export_tokenizer(
     if tokenizer.get_vocab_size(with_added_tokens=True) != vocabulary["text"].size:
         what = "the text tokenizer does not match the run's vocabulary"
         raise UserError(what, where=text_codec, remedy="restore the run's tokenizer")
-    names = special_tokens(vocabulary)
+    names = vocabulary.names_after_text()
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     start = vocabulary["control"].start
     assert tokenizer.token_to_id(names[0]) == start and tokenizer.token_to_id(names[-1]) == vocabulary.size - 1
