@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from attention_reference import attention, random_metadata, relative_error
 from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, errors_of_cases, inputs
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megamm.common.device import Device, choose
 from megamm.common.errors import UserError
@@ -240,3 +241,66 @@ def test_kernel_is_chosen_with_a_reason() -> None:
     leaf = torch.randn(8, 1, 1, 4, requires_grad=True)
     with pytest.raises(NotImplementedError, match="backward"):
         build(ALONE, 4, 1, kernel="flex")(leaf, leaf, leaf, _metadata([8]))
+
+
+# --- the block mask of flex attention ---
+
+
+def _packed(generator: torch.Generator, length: int, rows: int) -> torch.Tensor:
+    """Return metadata of rows of random documents, from one token to all, and padding at the end of some."""
+    segments = []
+    for row in range(rows):
+        longest = [8, 40, length][row % 3]
+        sizes = torch.randint(1, longest + 1, (length,), generator=generator)
+        segment = torch.repeat_interleave(torch.arange(length), sizes)[:length]
+        segments.append(torch.where(torch.arange(length) < length - 19 * (row % 2), segment, -1))
+    return torch.stack(segments)[:, None].expand(-1, 4, -1).clone()
+
+
+@pytest.mark.parametrize("window", [0, 1, 100, 129, 1000])
+@pytest.mark.parametrize(("length", "ranks"), [(1, 1), (127, 1), (128, 1), (1000, 1), (1024, 2), (1032, 3), (1288, 7)])
+def test_block_mask_is_that_of_torch(length: int, ranks: int, window: int) -> None:
+    """Also where a block has queries of two chunks, and where the row is not a multiple of a block."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    from megamm.mcore.attention import _block_mask
+    from megamm.mcore.context import local_chunks
+
+    metadata = _packed(torch.Generator().manual_seed(length + window), length, rows=6)
+    for rank in range(ranks):
+        mask = _block_mask(metadata, local_chunks(length, rank, ranks), window)
+        wanted = create_block_mask(mask.mask_mod, 6, None, length // ranks, length, device="cpu")
+        assert mask.seq_lengths == wanted.seq_lengths
+        assert mask.BLOCK_SIZE == wanted.BLOCK_SIZE
+        for name in ("kv", "q", "full_kv", "full_q"):
+            numbers, indices = (getattr(mask, f"{name}_{what}") for what in ("num_blocks", "indices"))
+            wanted_numbers, wanted_indices = (getattr(wanted, f"{name}_{what}") for what in ("num_blocks", "indices"))
+            assert numbers.dtype == wanted_numbers.dtype == torch.int32
+            assert torch.equal(numbers, wanted_numbers), name
+            assert indices.dtype == wanted_indices.dtype
+            assert torch.equal(indices, wanted_indices), name
+
+
+class _Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that an operator returns, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.largest = max([self.largest, *(x.untyped_storage().nbytes() for x in tensors)])
+        return result
+
+
+@pytest.mark.parametrize("window", [0, 4096])
+def test_block_mask_of_a_long_row_needs_little_memory(window: int) -> None:
+    """A row of 131,072 tokens: one bool for each of S x S pairs would be 16 GiB."""
+    from megamm.mcore.attention import _block_mask
+
+    with _Largest() as seen:
+        mask = _block_mask(_metadata([100_000, 31_000, 72]), [(0, 131_072)], window)
+    assert seen.largest <= 10 << 20
+    blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    by_document = [n * (n + 1) // 2 for n in (100_000 // 128, 31_000 // 128)]
+    assert window or 0 < blocks - sum(by_document) < 3 * 1024

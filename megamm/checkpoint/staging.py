@@ -54,7 +54,7 @@ class StagedFile:
         self.memory = mmap.mmap(self.descriptor, self.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         layout.lay_out(memoryview(self.memory))
         self.bytes = torch.frombuffer(self.memory, dtype=torch.uint8)
-        device.pin_memory(self.bytes)
+        self.is_pinned = device.pin_memory(self.bytes)
         # A GPU copies without CPU threads; ranks on one machine share the cores.
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.threads = 1 if device.is_gpu else max(1, min(THREADS, cores))
@@ -86,7 +86,8 @@ class StagedFile:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown()
-        self.device.unpin_memory(self.bytes)
+        if self.is_pinned:
+            self.device.unpin_memory(self.bytes)
         os.close(self.descriptor)
 
 

@@ -3,6 +3,7 @@
 This is the only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
 """
 
+import ctypes
 import logging
 import os
 import re
@@ -19,11 +20,30 @@ from megamm.common.errors import UserError
 log = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEAK_FLOPS_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16 peak FLOP/s of a GPU whose name contains the key (vendor data sheets), for MFU."""
+PEAK_FLOPS_BF16 = (
+    # NVIDIA GB200 NVL72 data sheet: 360 PFLOP/s of 72 GPUs with sparsity.
+    ("GB200", 2500e12),
+    # NVIDIA HGX B200 data sheet: 36 PFLOP/s of 8 GPUs with sparsity.
+    ("B200", 2250e12),
+    # NVIDIA GH200 data sheet: 1,979 TFLOP/s with sparsity, as H100 SXM.
+    ("GH200", 989e12),
+    # NVIDIA H200 data sheet, columns NVL and SXM: 1,671 and 1,979 TFLOP/s with sparsity.
+    ("H200 NVL", 835e12),
+    ("H200", 989e12),
+    # NVIDIA H100 data sheet, columns NVL, PCIe (edition of 2022) and SXM: 1,671, 1,513 and 1,979 TFLOP/s with sparsity.
+    ("H100 NVL", 835e12),
+    ("H100 PCIe", 756e12),
+    ("H100", 989e12),
+    # NVIDIA A100 data sheet: 312 TFLOP/s.
+    ("A100", 312e12),
+)
+"""Words of a GPU's name, and its dense bf16 peak FLOP/s (half of that with sparsity). The first match counts."""
+_SHARE_OF_GPU = re.compile(r"\bMIG\b")
+"""In the name of a part of a GPU (multi-instance GPU), which has no peak of its own in a data sheet."""
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The apex module that Megatron-core calls for `gradient_accumulation_fusion`."""
 DRIVER = Path("/proc/driver/nvidia/version")
+MEMORY_MAP, RUNTIME_LIBRARY = Path("/proc/self/maps"), "libcudart"
 OPEN_FILES, UNIFIED_MEMORY = Path("/proc/self/fd"), "/dev/nvidia-uvm"
 DeviceEvent = float | torch.cuda.Event
 """A point in the device's work: seconds of the process's clock on a CPU, an event on its stream on a GPU."""
@@ -45,8 +65,7 @@ class Device:
         """bf16 peak FLOP/s, None if unknown (then no MFU is reported)."""
         if not self.is_gpu:
             return None
-        name = torch.cuda.get_device_name(self.torch_device)
-        return next((flops for key, flops in PEAK_FLOPS_BF16.items() if key in name), None)
+        return peak_flops_of(torch.cuda.get_device_name(self.torch_device))
 
     def synchronize(self) -> None:
         """Wait for queued work, so that a clock read afterwards is correct."""
@@ -68,17 +87,23 @@ class Device:
         assert not isinstance(begin, float) and not isinstance(end, float), "two events of one device"
         return begin.elapsed_time(end) / 1e3
 
-    def pin_memory(self, memory: torch.Tensor) -> None:
-        """Page-lock host memory, so that the GPU can copy to it directly; on a CPU do nothing."""
-        if self.is_gpu:
-            code = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
-            if int(code):
-                log.warning("cannot page-lock the memory for checkpoints (error %d): copies will be slower", code)
+    def pin_memory(self, memory: torch.Tensor) -> bool:
+        """Page-lock host memory, so that the GPU can copy to it directly; return whether it is locked.
+
+        If the system does not allow it, copies are slower, which is logged. On a CPU there is nothing to do.
+        """
+        if not self.is_gpu:
+            return False
+        code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0))
+        if code:
+            # The runtime keeps this error and reports it at the next kernel launch, which has nothing to do with it.
+            _clear_last_error()
+            log.warning("cannot page-lock the memory for checkpoints (error %d): copies will be slower", code)
+        return code == 0
 
     def unpin_memory(self, memory: torch.Tensor) -> None:
-        """Undo `pin_memory`."""
-        if self.is_gpu:
-            torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        """Undo a `pin_memory` that returned True."""
+        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
 
     def rng_state(self) -> torch.Tensor:
         """Return the state of the device's default generator, uint8 `[n]`; on a CPU it is torch's own."""
@@ -90,6 +115,27 @@ class Device:
             torch.cuda.set_rng_state(state, self.torch_device)
         else:
             torch.set_rng_state(state)
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Return the bf16 peak FLOP/s of the GPU of this name, as torch reports it; None if unknown."""
+    if _SHARE_OF_GPU.search(name):
+        return None
+    return next((flops for key, flops in PEAK_FLOPS_BF16 if re.search(rf"\b{key}\b", name)), None)
+
+
+def _clear_last_error() -> None:
+    """Take the last error from the runtime library that torch has loaded; torch has no function for this.
+
+    UserError if torch was built with a static library, which cannot be called.
+    """
+    mapped = (line.rpartition(" ")[2] for line in MEMORY_MAP.read_text().splitlines())
+    path = next((name for name in mapped if RUNTIME_LIBRARY in Path(name).name), None)
+    if path is None:
+        what = "cannot page-lock the memory for checkpoints, and torch's build has no shared CUDA runtime"
+        raise UserError(what, remedy="raise the limit of locked memory (ulimit -l unlimited), or use a shared build")
+    # Loading it again returns the same library, with the same state.
+    ctypes.CDLL(path).cudaGetLastError()
 
 
 def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:

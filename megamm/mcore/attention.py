@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megamm.common.device import Device
 from megamm.common.errors import UserError
@@ -51,7 +51,7 @@ class ScoreForm:
 
 
 BLOCK = 128
-"""Maximum number of queries per call of the "sdpa" kernel: fewer would skip more keys, but make calls inefficient."""
+"""Queries, and keys, of a block. "sdpa" computes one block of queries per call; of "flex", it is torch's own size."""
 
 
 def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> tuple[Kernel, str]:
@@ -296,15 +296,60 @@ def _product(
 
 
 def _block_mask(packed_seq_metadata: torch.Tensor, chunks: Chunks, window: int) -> BlockMask:
+    """Return the mask of the chunks' queries, as torch's create_block_mask would, without a mask of S x S tokens.
+
+    A query attends to the keys of one range: from the start of its document, or of its window, to itself. So a block of
+    queries and keys is full if every query's range contains all keys, and not empty if any range has one of them.
+    """
     segment, device = packed_seq_metadata[:, 0], packed_seq_metadata.device
+    length = segment.shape[1]
     index = torch.cat([torch.arange(*chunk, device=device) for chunk in chunks])
+    starts = (torch.arange(length, device=device) - document_positions(segment))[:, index]
+    if window:
+        starts = starts.clamp(min=index - window + 1)
+    partial, full = _occupied_blocks(starts, index, length)
 
     def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         at = index[q]
         is_seen = (segment[b, at] == segment[b, k]) & (at >= k)
         return is_seen & (at - k < window) if window else is_seen
 
-    return create_block_mask(allowed, len(segment), None, len(index), segment.shape[1], device=device)
+    return BlockMask.from_kv_blocks(
+        *_ordered(partial), *_ordered(full), BLOCK, mask_mod=allowed, seq_lengths=(len(index), length)
+    )
+
+
+def _occupied_blocks(starts: torch.Tensor, ends: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which blocks have some, and which have all, of their keys seen by their queries: bool `[B, Q, K]` each.
+
+    starts `[B, q]` and ends `[q]`: the first and last key of each query; Q and K count blocks. A block that reaches
+    beyond the last query or key does not have all.
+    """
+    rows, queries = starts.shape
+    query_blocks, key_blocks = -(-queries // BLOCK), -(-length // BLOCK)
+    # Each query adds 1 at the first block of its keys and -1 behind the last one: sums along a row count its queries.
+    changes = torch.zeros(rows, query_blocks, key_blocks + 1, dtype=torch.int32, device=starts.device)
+    row = torch.arange(rows, device=starts.device)[:, None].expand_as(starts)
+    block = (torch.arange(queries, device=starts.device) // BLOCK).expand_as(starts)
+    one = torch.ones_like(starts, dtype=torch.int32)
+    changes.index_put_((row, block, starts // BLOCK), one, accumulate=True)
+    changes.index_put_((row, block, (ends // BLOCK + 1).expand_as(starts)), -one, accumulate=True)
+    some = changes.cumsum(-1)[..., :-1] > 0
+    # Padded queries see nothing.
+    missing = query_blocks * BLOCK - queries
+    last_start = F.pad(starts, (0, missing), value=length).unflatten(1, (-1, BLOCK)).amax(-1)
+    first_end = F.pad(ends, (0, missing), value=-1).unflatten(0, (-1, BLOCK)).amin(-1)
+    first_key = torch.arange(key_blocks, device=starts.device) * BLOCK
+    last_key = first_key + BLOCK - 1
+    full = (last_start[..., None] <= first_key) & (first_end[:, None] >= last_key)
+    return some & ~full, full
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the number of blocks `[B, 1, Q]` and their indices, in order and first, `[B, 1, Q, K]`, as BlockMask."""
+    is_set = blocks.to(torch.int32).unsqueeze(1)
+    order = is_set.argsort(dim=-1, descending=True, stable=True)
+    return is_set.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def _attend_flex(
