@@ -55,15 +55,21 @@ def _assert_equal(lines: list[dict[str, Any]], name: str) -> None:
         assert {key: line[key] for key in there} == pytest.approx(there, rel=ROUNDING, abs=0)
 
 
-def test_shards_with_token_caches_give_the_same_rows(old: Path) -> None:
-    caches = sorted(p.name for p in (old / SOURCE / "train").iterdir() if ".tokens-" in p.name)
-    assert len(caches) == len(MODALITIES)
-    _assert_equal(_train(old, "runs/fresh", "train.stop_after=2"), "one_rank")
-    assert sorted(p.name for p in (old / SOURCE / "train").iterdir() if ".tokens-" in p.name) == caches
-
-
 TENSOR = ("parallel.tensor=2", "parallel.sequence=true")
 ZERO = ("engine=deepspeed", "deepspeed.zero=2")
+ENGINES = [
+    pytest.param((), 1, id="native"),
+    pytest.param(ZERO, 2, id="deepspeed", marks=pytest.mark.everything),
+]
+
+
+@pytest.mark.parametrize(("overrides", "ranks"), ENGINES)
+def test_shards_with_token_caches_give_the_same_rows(old: Path, overrides: tuple[str, ...], ranks: int) -> None:
+    """A new run has the losses of version 0.1, with its tokens as they are."""
+    caches = sorted(p.name for p in (old / SOURCE / "train").iterdir() if ".tokens-" in p.name)
+    assert len(caches) == len(MODALITIES)
+    _assert_equal(_train(old, "runs/fresh", "train.stop_after=2", *overrides, ranks=ranks), "one_rank")
+    assert sorted(p.name for p in (old / SOURCE / "train").iterdir() if ".tokens-" in p.name) == caches
 
 
 @pytest.mark.parametrize(
@@ -93,10 +99,11 @@ def test_a_deepspeed_run_resumes(old: Path, overrides: tuple[str, ...], ranks: i
     _assert_equal(_train(old, "runs/deepspeed", *overrides, ranks=ranks), "deepspeed")
 
 
-def test_an_export_is_imported(old: Path) -> None:
+@pytest.mark.parametrize(("overrides", "ranks"), ENGINES)
+def test_an_export_is_imported(old: Path, overrides: tuple[str, ...], ranks: int) -> None:
     """A run from the imported weights has the same losses."""
     _run(old, "convert", "import", "export", "runs/imported", "--nproc", 1)
-    _assert_equal(_train(old, "runs/imported", "train.stop_after=2"), "imported")
+    _assert_equal(_train(old, "runs/imported", "train.stop_after=2", *overrides, ranks=ranks), "imported")
 
 
 @pytest.mark.everything

@@ -13,8 +13,11 @@ def attention_parameters(m: ModelConfig) -> int:
     """Parameters of one layer's attention, including norms and biases."""
     heads, hidden, a = m.num_attention_heads, m.hidden_size, m.mla
     if a.kv_lora_rank == 0:
+        # Projections to q, k, v and back; then, where the model has them, their biases, and the norms of q and k.
         qkv = m.head_dim * (heads + 2 * m.num_query_groups)
         return hidden * (qkv + heads * m.head_dim) + m.qkv_bias * qkv + m.qk_norm * 2 * m.head_dim
+    # Down to a latent, its norm, and up to the heads: for queries, if they have one, and for keys and values, together
+    # with the position channels that all heads share. The output projection is last.
     qk = heads * (a.qk_head_dim + a.qk_rope_head_dim)
     query = a.q_lora_rank * (hidden + 1 + qk) if a.q_lora_rank else hidden * qk
     latent = hidden * (a.kv_lora_rank + a.qk_rope_head_dim) + a.kv_lora_rank
@@ -23,6 +26,7 @@ def attention_parameters(m: ModelConfig) -> int:
 
 def layer_parameters(m: ModelConfig, active: bool = False, dense: bool = False) -> int:
     """Parameters of one transformer layer; with experts if the model has them, unless the layer is dense."""
+    # 3: gate, up and down. An expert has the same, and the router a row for each.
     mlp = 3 * m.hidden_size * m.ffn_hidden_size
     if m.moe.num_experts and not dense:
         experts = m.moe.top_k if active else m.moe.num_experts

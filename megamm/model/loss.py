@@ -63,6 +63,7 @@ def token_factor(targets: Targets, counts: torch.Tensor, weights: torch.Tensor, 
     counts: the job's N_m `[1 + K, modalities]`; weights: of the modalities, `[modalities]`; both float64.
     """
     depths = len(counts)
+    # Depth 0 counts fully; the K depths of multi-token prediction share their weight.
     depth_weight = torch.full_like(counts[:, :1], mtp_weight / max(depths - 1, 1))
     depth_weight[0] = 1.0
     # A modality without tokens has the factor 0 instead of 0 / 0.

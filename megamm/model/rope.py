@@ -42,6 +42,7 @@ def inverse_frequencies(head_dim: int, rope: Rope, device: torch.device) -> torc
     if s.kind == "yarn":
         scaled = _yarn_ramp(head_dim, rope).to(device)
         return plain * (1 - scaled) + plain / s.factor * scaled
+    # llama3: pairs that turn often within the original length stay, those that turn rarely are slowed by the factor.
     turns = s.original_length * plain / (2 * math.pi)
     kept = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
     return plain * (kept + (1 - kept) / s.factor)

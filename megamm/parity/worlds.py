@@ -93,6 +93,7 @@ class _World:
                 near, far = context.Pipe(duplex=False)
                 process = context.Process(target=_rank, args=(rank, job, listener, far, folder), daemon=True)
                 process.start()
+                # The process has it now; while it is open here too, the end of that process ends no connection.
                 far.close()
                 self.connections.append(near)
                 self.processes.append(process)

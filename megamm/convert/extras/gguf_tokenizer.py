@@ -162,6 +162,7 @@ def _add_tokens(writer: Any, values: dict[str, Any], rows: int, file: Path) -> N
     tokens = {id_: (token, gguf.TokenType.NORMAL) for token, id_ in model["vocab"].items()}
     surplus = []
     for added in values["added_tokens"]:
+        # An added token replaces the one that the vocabulary has at its id.
         kind = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
         if added["id"] < rows:
             tokens[added["id"]] = (added["content"], kind)
@@ -212,6 +213,7 @@ def _add_special_ids(writer: Any, tokenizer: Any, config: Any, export: Path) -> 
 def _around(tokenizer: Any, export: Path) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text. Raises UserError if there are several."""
     plain, whole = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    # What surrounds the ids of the plain text is added to every text.
     first = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     before, after = whole[:first], whole[first + len(plain) :]
     if len(before) > 1 or len(after) > 1:

@@ -94,6 +94,7 @@ class _Scheme:
         """The scales `[out, groups]`, in the weights' dtype."""
         from compressed_tensors.quantization.utils import calculate_qparams
 
+        # [out, groups, inputs of a group]; with one scale per output, a row is one group.
         groups = tensor.unflatten(1, (-1, self.arguments.group_size or tensor.shape[1]))
         scale: torch.Tensor = calculate_qparams(groups.amin(-1), groups.amax(-1), self.arguments)[0]
         return scale

@@ -78,6 +78,7 @@ def to_config(
     ours = dict(leaves(m.model_dump()))
     values = _carried(origin) if is_same_family else {}
     values |= {theirs: ours[key] for key, theirs in family.fields.items()} | family.fixed
+    # Their key is the factor between two of ours.
     values |= {count: ours[key] // ours[other] for key, (other, count) in family.multiples.items()}
     # 0 means none there.
     values |= {family.fields[key]: None for key in _NONE if key in family.fields and not ours[key]}

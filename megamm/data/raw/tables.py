@@ -257,6 +257,7 @@ def _at_placeholders(
         if text.count(mark) != len(media):
             raise UnusableSample(f"its text has {text.count(mark)} {mark} for {len(media)} media")
     parts: list[dict[str, Any]] = []
+    # The pattern is a group, so that the marks are kept between the pieces of text.
     for piece in re.split(f"({'|'.join(map(re.escape, marks))})", text):
         if piece in marks:
             parts.append(marks[piece].pop(0))
