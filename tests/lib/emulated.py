@@ -1,7 +1,7 @@
 """The sources of csrc/cuda built for a CPU (tests/lib/emulation/cuda.h), as torch.ops.megamm_emulated.
 
-They are built into build/ once per state of the sources: `make venv` runs this file, tests build what has changed since.
-This needs the C++ compiler that built csrc/.
+They are built into build/ once per state of the sources: `make venv` runs this file, tests build what has changed
+since. This needs the C++ compiler that built csrc/.
 """
 
 import fcntl
