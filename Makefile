@@ -40,7 +40,8 @@ help:  ## list the targets
 venv: $(VENV)/installed  ## create .venv with pinned packages and megamm, editable
 
 # If the Python version differs, the environment is recreated. The stamp comes last, so that an interrupted install is
-# repeated; torch comes first, for the reason in requirements/torch.txt.
+# repeated; torch comes first, for the reason in requirements/torch.txt. Where there is a compiler, the GPU kernels are
+# also built for the CPU here, as the tests need them and would build them beside each other.
 $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requirements/base.txt requirements/dev.txt requirements/constraints.txt $(CSRC)
 	@sh tools/system_packages.sh "$(PYTHON)"
 	@test "$$($(PY) -V 2>/dev/null)" = "$$("$(PYTHON)" -V)" || "$(PYTHON)" -m venv --clear $(VENV)
@@ -48,6 +49,7 @@ $(VENV)/installed: setup.py megamm/__init__.py requirements/torch.txt requiremen
 	$(PY) $(PIP_INSTALL) -r requirements/base.txt -r requirements/dev.txt $(PINS)
 	$(PY) $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	$(PY) -m pip check
+	@! test -e tests/lib/emulated.py || ! command -v "$${CXX:-c++}" >/dev/null || $(PY) tests/lib/emulated.py
 	@touch $@
 
 # Run lint beside the tests: lint needs one core, and the tests do not always use both.

@@ -1,7 +1,7 @@
 """The sources of csrc/cuda built for a CPU (tests/lib/emulation/cuda.h), as torch.ops.megamm_emulated.
 
-They are built into build/ once per state of the sources, within the time of a few tests; this needs the C++ compiler
-that built csrc/.
+They are built into build/ once per state of the sources: `make venv` runs this file, tests build what has changed
+since. This needs the C++ compiler that built csrc/.
 """
 
 import fcntl
@@ -58,3 +58,7 @@ def _build(sources: list[Path], folder: Path) -> None:
     part = folder / "library.part"
     subprocess.run([compiler, "-shared", *map(str, jobs), *libraries, "-o", str(part)], check=True)
     part.rename(folder / "library.so")
+
+
+if __name__ == "__main__":
+    load()

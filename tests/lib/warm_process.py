@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-FORKED = ("megamm.train.ranks", "megamm.doctor.probe", "megamm.doctor.exchange")
+FORKED = ("megamm.train.ranks", "megamm.elastic.agent", "megamm.doctor.probe", "megamm.doctor.exchange")
 """Modules that a warm command forks instead of starting a new interpreter: those that import torch."""
 MAY_DIFFER = (
     *("MEGAMM_FAULTS", "NODE", "PYTHONPATH", "PYTEST_", "PYTORCH_NVML_BASED_", "GLOO_SOCKET_IFNAME", "SLURM_"),
