@@ -14,8 +14,13 @@ LENGTH, ROWS = 48, 4
 CONFIG: dict[str, Any] = {
     "output": "unused",
     "model": {
-        **{"num_layers": 2, "hidden_size": 48, "ffn_hidden_size": 80, "num_attention_heads": 4, "num_query_groups": 2},
-        **{"head_dim": 16, "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}},
+        "num_layers": 2,
+        "hidden_size": 48,
+        "ffn_hidden_size": 80,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "head_dim": 16,
+        "moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40},
     },
     "data": {"seq_length": LENGTH, "sources": [{"path": "unused"}]},
     "tokenizers": {"text": "unused"},
