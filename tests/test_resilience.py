@@ -135,6 +135,7 @@ def test_hangs_are_explained(data, undisturbed):
         assert texts.keys() == {"rank_00000", "rank_00001"}
         guilty, waiting = event["reports"] if event["ranks"] == [0] else reversed(event["reports"])
         assert guilty["collective"] is None and waiting["collective"] in event["collective"]
+        assert "(number " in waiting["recorded"]
         assert guilty["state"] == {"sigstop": "T", "hold_gil": "R", "deadlock": "S"}[fault]
         assert "in beat" in texts[f"rank_{guilty['rank']:05d}"]
         assert f"in {waiting['collective']}" in texts[f"rank_{waiting['rank']:05d}"]

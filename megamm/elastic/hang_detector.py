@@ -8,23 +8,25 @@ Before the first step of a restart, silence in an attempt that failed counts as 
 slow gets twice as long at the next attempt, instead of the same limit again and again.
 
 Stacks are written by faulthandler's signal handler in C, which needs no GIL. A rank waits for the innermost function of
-the communication layers in its stack. While a rank of any node waits for its checkpoint writer, and the writer reports
+the communication layers in its stack. On a GPU the stack says nothing about that: the flight recorder does
+(flight_record.py). While a rank of any node waits for its checkpoint writer, and the writer reports
 that it is working (phase "wait"), no rank is overdue: the others wait for that rank. The same holds while a rank
 compiles, which it reports (heartbeat.py), for at most resilience.startup_seconds; this time is not counted.
 """
 
+import contextlib
 import math
 import os
 import re
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from megamm.common import processes
-from megamm.elastic import heartbeat
+from megamm.elastic import flight_record, heartbeat
 from megamm.elastic.rank import DUMP_SIGNAL
 from megamm.elastic.rank_status import TIMED, RankStatus
 from megamm.elastic.workers import Workers
@@ -61,7 +63,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class HangReport:
-    """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one."""
+    """State of one rank in a hang. state: see processes.state; collective: None for a rank not waiting in one.
+
+    record: what its flight recorder knows, None if it did not answer.
+    """
 
     rank: int
     step: int | None
@@ -70,9 +75,14 @@ class HangReport:
     state: str
     collective: str | None
     innermost: str
+    is_on_gpu: bool = False
+    record: flight_record.Record | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        """Return the fields for events, with what the rank waits in instead of the whole record."""
+        hidden = ("record", "is_on_gpu")
+        waits_in = {"recorded": flight_record.waits_in(self.record) if self.record is not None else None}
+        return {key: value for key, value in vars(self).items() if key not in hidden} | waits_in
 
 
 class HangDetector:
@@ -200,11 +210,15 @@ def examine(workers: Workers, ranks: list[int], detector: HangDetector, folder: 
         for i, status in enumerate(statuses)
     ]
     texts = _stacks(workers, [state in ("T", "t") for *_, state in before])
+    records = _records(workers)
     reports = []
     for index, (step, phase, silent, state) in enumerate(before):
-        frames = main_frames(texts[index], statuses[index].thread)
+        frames, record = main_frames(texts[index], statuses[index].thread), records[index]
         innermost = frames[0] if frames else "no stack: the process did not respond"
-        report = HangReport(ranks[index], step, phase, silent, state, collective(frames), innermost)
+        called, is_on_gpu = collective(frames), statuses[index].is_on_gpu
+        if is_on_gpu and record is not None:
+            called = flight_record.waits_in(record)
+        report = HangReport(ranks[index], step, phase, silent, state, called, innermost, is_on_gpu, record)
         head = "".join(f"{key}: {value}\n" for key, value in report.to_json().items())
         (folder / f"rank_{ranks[index]:05d}.txt").write_text(f"{head}\n{texts[index]}")
         reports.append(report)
@@ -231,6 +245,19 @@ def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
         while not all(is_whole(_read(dump), thread) for dump, thread in asked) and time.monotonic() < deadline:
             time.sleep(0.02)
     return [_read(dump) for dump in workers.dumps]
+
+
+def _records(workers: Workers) -> list[flight_record.Record | None]:
+    """Return what each rank's flight recorder knows; None for a rank that does not answer."""
+    for pid in workers.pids:
+        with contextlib.suppress(ProcessLookupError):
+            processes.signal_main_thread(pid, flight_record.RECORD_SIGNAL)
+    deadline = time.monotonic() + _DUMP_SECONDS
+    while None in (records := [flight_record.read(_read(dump)) for dump in workers.dumps]):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.02)
+    return records
 
 
 def _read(dump: int) -> str:
@@ -270,15 +297,20 @@ def collective(frames: list[str]) -> str | None:
 def culprits(reports: list[HangReport]) -> list[int]:
     """Return the ranks that the others probably wait for.
 
-    These are the stopped ranks, else those not in a collective, else those furthest behind. If all ranks of this node
-    wait in collectives at the same step, the culprit is on another node, and the list is empty.
+    These are the stopped ranks, else, on a GPU, those that have not started the collective that others wait in, else
+    those not in a collective, else those furthest behind. If all ranks of this node wait in collectives at the same
+    step, the culprit is on another node, and the list is empty.
     """
     stopped = [r.rank for r in reports if r.state in ("T", "t", "D", "Z", "")]
     if stopped:
         return stopped
+    # On a CPU the stacks know more: the recorder has no point-to-point operations of gloo.
+    records = {r.rank: r.record for r in reports if r.is_on_gpu and r.record is not None}
+    if records and (found := flight_record.culprits(records)) is not None:
+        return found
     free = [r.rank for r in reports if r.collective is None]
     if free:
         return free
     behind = min((r.step if r.step is not None else -1) for r in reports)
-    found = [r.rank for r in reports if (r.step if r.step is not None else -1) == behind]
-    return found if len(found) < len(reports) else []
+    last = [r.rank for r in reports if (r.step if r.step is not None else -1) == behind]
+    return last if len(last) < len(reports) else []

@@ -20,6 +20,7 @@ from typing import Any
 
 from megamm.common import events, exit_codes
 from megamm.common.errors import UserError
+from megamm.elastic import flight_record
 from megamm.elastic.rank_status import ExitReason, HeartbeatPage, RankStatus
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def run(program: RankProgram, config: dict[str, Any], environment: RankEnvironme
     status.identify(os.getpid(), threading.get_ident())
     faulthandler.enable()
     faulthandler.register(DUMP_SIGNAL, file=environment.dump, all_threads=True, chain=False)
+    flight_record.serve(environment.dump)
     try:
         return _with_store(program, config, environment.store_socket)
     except UserError as error:

@@ -43,7 +43,7 @@ class NativeEngine:
         self.config, self.groups, self.device, self.timers = config, groups, device, Timers(device)
         chunks = backbone.build_chunks(config, vocabulary_size, groups, device)
         self.chunks = backbone.wrap(chunks, groups, device)
-        step.prepare(self.chunks)
+        step.prepare(self.chunks, groups)
         self.optimizer = optimizer.build(config, self.chunks)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
         self.local_grad_norms = optimizer.LocalGradNorms(self.chunks)

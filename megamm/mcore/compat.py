@@ -5,7 +5,9 @@ import importlib.util
 from typing import Any
 
 import torch
+from megatron.core import utils
 from megatron.core.extensions import transformer_engine
+from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
@@ -23,6 +25,27 @@ def apply() -> None:
         resolver._mla_fused_linear_or_default = resolver._non_fused_or_default
     # 0.16.1 mistakes its placeholder classes for Transformer Engine and queries their version.
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+    # Its replacements for apex's kernels make the host wait for the norm of each parameter, and scale one at a time.
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm
+    if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clip_grads.multi_tensor_scale_impl = _scale
+
+
+def _l2_norm(
+    chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Return the norm of all tensors, float32 `[1]`, as apex's amp_C.multi_tensor_l2norm."""
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(lists[0])])
+    return torch.linalg.vector_norm(norms).view(1), None
+
+
+def _scale(chunk_size: int, overflow: torch.Tensor, lists: list[list[torch.Tensor]], factor: float) -> None:
+    """Write the first list's tensors times the factor to the second list's, as apex's amp_C.multi_tensor_scale."""
+    source, target = lists
+    if source is not target:
+        torch._foreach_copy_(target, source)
+    torch._foreach_mul_(target, factor)
 
 
 def prime_adam(optimizer: DistributedOptimizer, step: int) -> None:

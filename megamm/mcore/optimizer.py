@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megamm.common.device import DTYPES
@@ -39,6 +40,7 @@ def build(config: RunConfig, chunks: Sequence[DistributedDataParallel]) -> Any:
                 use_distributed_optimizer=True,
             ),
             list(chunks),
+            use_gloo_process_groups=False,
         )
     for part in parts(optimizer):
         # The moments exist before the first step, so that the engine's blocks are always the same list.
@@ -100,7 +102,11 @@ def update(optimizer: Any, grad_norm: float) -> None:
         parameters = part.get_parameters()
         if parameters and part.config.clip_grad > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=grad_norm)
-    optimizer.step_with_ready_grads()
+    # Not the parts' own method: each would then gather all parameters, of the other part too.
+    for part in parts(optimizer):
+        super(DistributedOptimizer, part).step_with_ready_grads()
+    for chunk in {id(chunk): chunk for part in parts(optimizer) for chunk in part.model_chunks}.values():
+        chunk.start_param_sync()
 
 
 def build_schedule(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:

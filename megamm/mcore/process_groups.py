@@ -76,17 +76,23 @@ class ProcessGroups:
         )
 
 
-def start(device: Device, timeout_minutes: float = 10) -> None:
+TIMEOUT = datetime.timedelta(minutes=10)
+"""Limit of a collective, for the world and for every group of the mesh; the hang detector usually acts before."""
+
+
+def start(device: Device) -> None:
     """Join the job from torchrun's environment; without one, create a world of this process only."""
     if not device.is_gpu:
         cpu.install()
     if dist.is_initialized():
         return
-    timeout = datetime.timedelta(minutes=timeout_minutes)
+    # With its GPU, a process connects at once instead of in its first collective, its groups split from the world's
+    # communicator, and a barrier need not guess the GPU.
+    options: dict[str, Any] = {"timeout": TIMEOUT} | ({"device_id": device.torch_device} if device.is_gpu else {})
     if "RANK" in os.environ:
-        dist.init_process_group(device.backend, timeout=timeout)
+        dist.init_process_group(device.backend, **options)
     else:
-        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(device.backend, store=dist.HashStore(), rank=0, world_size=1, **options)
 
 
 def build(parallel: ParallelConfig, seed: int) -> ProcessGroups:
@@ -102,6 +108,9 @@ def build(parallel: ParallelConfig, seed: int) -> ProcessGroups:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=parallel.expert_tensor,
+            distributed_timeout_minutes=TIMEOUT // datetime.timedelta(minutes=1),
+            # For Megatron's own checkpoints of the optimizer; each would connect a data-parallel group a second time.
+            create_gloo_process_groups=False,
         )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     # Stages initialise different weights, data-parallel replicas the same; Megatron varies the seed over TP and EP.

@@ -24,10 +24,17 @@ from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
-def prepare(chunks: Sequence[DistributedDataParallel]) -> None:
+def prepare(chunks: Sequence[DistributedDataParallel], groups: ProcessGroups) -> None:
     """Set what Megatron's schedule reads from the chunks' config to finish gradients; call it once after building."""
     no_sync = [chunk.no_sync for chunk in chunks]
+    ranks = groups.collection.dp_cp.size()
     for chunk in chunks:
+        # Megatron averages gradients by multiplying every buffer before its sum over ranks, a pass over all of it.
+        # Dividing the losses (this one, and the routers' auxiliary loss) has the same result.
+        chunk.config.grad_scale_func = lambda loss: loss / ranks
+        for bucket_group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            for bucket in bucket_group.buckets:
+                bucket.gradient_scaling_factor = 1.0
         chunk.config.finalize_model_grads_func = finalize_model_grads
         chunk.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         # Here the flag means that gradients of q and k norms are partial sums over tensor ranks, to be summed. This is
@@ -59,7 +66,8 @@ def run(
     depths = 1 + (chunks[0].config.mtp_num_layers or 0)
     prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
-    # Megatron divides by microbatches and by data x context ranks, but the loss is already normalised over the job.
+    # Megatron divides by microbatches, and `prepare` by data x context ranks, but the loss is already normalised over
+    # the job.
     scale = 1.0 if forward_only else float(len(batches) * groups.collection.dp_cp.size())
 
     def loss_func(targets: Targets, output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -94,8 +94,9 @@ def _sums(values_KBS: torch.Tensor, modality_KBS: torch.Tensor, modalities: int)
     """Return the sum of values per depth and modality, float64 `[K, modalities]`."""
     sums = torch.zeros(len(values_KBS), modalities, dtype=torch.float64, device=values_KBS.device)
     for depth, (values, modality) in enumerate(zip(values_KBS, modality_KBS, strict=True)):
-        counted = modality >= 0
-        sums[depth].index_add_(0, modality[counted], values[counted].double())
+        # Tokens of no modality add 0 to the first one: selecting the others would make the host wait for their number.
+        counted = torch.where(modality >= 0, values, 0.0).double()
+        sums[depth].index_add_(0, modality.clamp(min=0).flatten(), counted.flatten())
     return sums
 
 
