@@ -60,8 +60,8 @@ def make(name: str, folder: Path) -> Path:
 
 
 SIBLINGS = {"llama2", "llama-linear-tied", "mistral", "qwen2", "qwen2-window", "gemma2", "deepseek-v3"}
-SIBLINGS |= {"qwen3-moe-not-normed", "qwen3-yarn-factor", "mistral-yarn-mscale"}
-"""Of `make test-all`: another model of the same family always runs."""
+SIBLINGS |= {"ministral", "gemma", "seed-oss", "qwen3-moe-not-normed", "qwen3-yarn-factor", "mistral-yarn-mscale"}
+"""Of `make test-all`: another model whose tensors have the same rules always runs."""
 
 
 @pytest.mark.parametrize(

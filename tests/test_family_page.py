@@ -61,7 +61,7 @@ def test_logits_equal_transformers(model: Published, tmp_path: Path) -> None:
     family, section = read_config(model.config, SEQUENCE, Path("config.json"))
     config = Case.of(1, {f"model.{key}": value for key, value in leaves(section)}).config
     stored = mapping.from_transformers(family.rules, load_file(tmp_path / "model.safetensors"), config.model)
-    exported = random_model(to_config(family, config.model, VOCABULARY, 4096, {}))
+    exported = random_model(to_config(family, config.model, VOCABULARY, 4096, {"pad_token_id": None}))
     exported.load_state_dict(theirs.state_dict())
     batch = rank_batches(global_batch(5, 1, [(True, True)] * 2, SEQUENCE), 2, 0, 1)[0]
     ours = our_logits(config, stored, batch, tmp_path)

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from family_models import SEQUENCE
 
+from megamm.common.errors import UserError
 from megamm.config import ModelConfig
 from megamm.convert.families.config import read_config
 from megamm.convert.families.family import leaves
+from megamm.convert.import_folder import import_
 
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 301, "bos_token_id": 1, "eos_token_id": 2, "unk_token_id": 0, "transformers_version": "4.40.0"}
@@ -84,3 +86,29 @@ def test_configs_as_they_are_published_are_read(model_type: str) -> None:
     _, section = read_config(SMALL | theirs | {"model_type": model_type}, SEQUENCE, Path("config.json"))
     values = dict(leaves(ModelConfig.model_validate(section).model_dump()))
     assert {key: values[key] for key in ours} == ours
+
+
+def test_a_mistral_with_layer_types_is_a_ministral() -> None:
+    """As transformers' AutoConfig reads it: each layer has its own kind of attention."""
+    theirs, _ = PUBLISHED["mistral"]
+    kinds = ["full_attention", "sliding_attention"] * 2
+    values = SMALL | theirs | {"model_type": "mistral", "layer_types": kinds}
+    family, section = read_config(values, SEQUENCE, Path("config.json"))
+    assert family.architecture == "MinistralForCausalLM"
+    assert section["window"] == {"size": 40, "full_layers": [0, 2]}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ('{"model_type": "gemma3", "text_config": {}}', "model_type gemma3 is not supported"),
+        ("[]", "unreadable config: not a JSON object"),
+        ("\ufeff{}", "unreadable config: .*BOM"),
+        ('{"model_type": "llama"}', "max_position_embeddings is missing.*data.seq_length=N"),
+        ('{"model_type": "llama", "max_position_embeddings": "2k"}', "max_position_embeddings = '2k'"),
+    ],
+)
+def test_a_config_that_no_import_can_use_is_named(config: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(UserError, match=message):
+        import_(tmp_path, tmp_path / "run")

@@ -19,12 +19,14 @@ from stream_models import add_tokenizer, equal, tensors_of
 
 from megamm.common.errors import UserError
 from megamm.convert.export import export
-from megamm.convert.families.config import read_config
+from megamm.convert.families.config import log_skipped, read_config
 from megamm.convert.families.read_keys import read_keys
 from megamm.convert.families.tables import FAMILIES
 from megamm.convert.import_folder import import_
 from megamm.convert.io.hf_source import HuggingFaceSource
+from megamm.convert.io.origin import read_origin
 from megamm.convert.verify.equivalence import VerificationOptions
+from megamm.model.vocabulary import Range, Vocabulary
 from megamm.parity.rows import VOCABULARY
 
 LENGTH = [f"data.seq_length={SEQUENCE}"]
@@ -65,6 +67,7 @@ def test_keys_that_transformers_does_not_use_are_skipped(
 ) -> None:
     plain, more = config_of(name, {}), config_of(name, change)
     assert torch.equal(logits_of(plain), logits_of(more))
+    log_skipped.cache_clear()  # of the same line in another test
     with caplog.at_level(logging.INFO):
         assert read_config(more, SEQUENCE, Path("config.json")) == read_config(plain, SEQUENCE, Path("config.json"))
     unread = [key for key in change if key not in read_keys(plain["model_type"])]
@@ -245,6 +248,42 @@ def test_a_head_that_is_missing_is_named(tmp_path: Path) -> None:
         import_(tmp_path / "hf", tmp_path / "run", nproc=1, overrides=LENGTH)
     with pytest.raises(UserError, match=r"lm_head\.weight"):
         HuggingFaceSource(tmp_path / "hf", SEQUENCE)
+
+
+def without_prefix(folder: Path) -> Path:
+    """Rewrite the tensors as the class without an output layer saves them; Qwen3-Embedding is published so."""
+    file = folder / "model.safetensors"
+    save_file({name.removeprefix("model."): t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_names_of_the_class_without_an_output_layer_are_read(tmp_path: Path) -> None:
+    for name in ("prefixed", "base"):
+        make("qwen2-tied", tmp_path / name, {})
+    assert set(load_file(without_prefix(tmp_path / "base") / "model.safetensors")) >= {"norm.weight"}
+    ours, plain = (HuggingFaceSource(tmp_path / name, SEQUENCE) for name in ("base", "prefixed"))
+    assert ours.shapes == plain.shapes and ours.model == plain.model
+    make("llama3", tmp_path / "untied", {})
+    file = without_prefix(tmp_path / "untied") / "model.safetensors"
+    save_file({name: t for name, t in load_file(file).items() if name != "lm_head.weight"}, file)
+    with pytest.raises(UserError, match=r"lm_head\.weight is missing.*; choose a checkpoint with the output layer"):
+        import_(tmp_path / "untied", tmp_path / "run", nproc=1, overrides=LENGTH)
+
+
+@pytest.mark.everything
+def test_an_import_of_such_a_folder_has_transformers_logits(tmp_path: Path) -> None:
+    make("qwen2-tied", tmp_path / "hf", {})
+    plain = tensors_of(tmp_path / "hf")
+    import_(without_prefix(tmp_path / "hf"), tmp_path / "run", nproc=1, overrides=LENGTH)
+    assert equal(tensors_of(export(tmp_path / "run", tmp_path / "out", nproc=1)), plain)
+
+
+@pytest.mark.parametrize("value", ["</s>", 2.0, [[1, 2]], True])
+def test_an_end_that_is_not_an_id_is_named(value: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(UserError, match=r"eos_token_id = .* in generation_config\.json .*; give a token id"):
+        read_origin(tmp_path, Vocabulary((Range("text", 0, 9, "id", ("text",)),)), 9)
 
 
 def test_yarn_of_a_published_config_is_read_and_written(tmp_path: Path) -> None:

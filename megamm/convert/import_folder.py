@@ -30,6 +30,7 @@ from megamm.common.errors import UserError
 from megamm.config import ModelConfig, MTPConfig, ParallelConfig, RunConfig, apply_overrides, config_from_dict
 from megamm.convert.conversion import ConversionJob, log_plan
 from megamm.convert.families import mapping
+from megamm.convert.families.config import family_of
 from megamm.convert.families.mapping import TensorGroup, TensorRule
 from megamm.convert.io import dtypes
 from megamm.convert.io.dtypes import DtypeChange
@@ -134,10 +135,15 @@ def _max_row_length(folder: Path) -> int:
     """Maximum row length, in tokens, that the model was made for."""
     file = folder / "config.json"
     try:
-        return int(json.loads(file.read_text())["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"max_position_embeddings is missing: {error!r}"
-        raise UserError(what, where=file, remedy="set the row length: data.seq_length=N") from None
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"unreadable config: {error}", where=file, remedy="download or copy the file again") from None
+    family_of(values, file)  # a model of another type may have its positions elsewhere
+    found = values.get("max_position_embeddings")
+    if not isinstance(found, int) or found < 1:
+        what = "max_position_embeddings is missing" if found is None else f"max_position_embeddings = {found!r}"
+        raise UserError(what, where=file, remedy="set the row length: data.seq_length=N")
+    return found
 
 
 def _state(config: RunConfig, vocabulary: Vocabulary, origin: Origin) -> TrainState:

@@ -137,6 +137,25 @@ MODELS["qwen3-yarn-factor"] = ("Qwen3", {"rope_parameters": QWEN_YARN | {"attent
 MODELS["mistral-yarn-mscale"] = ("Mistral", {"rope_parameters": YARN, "sliding_window": 9})
 
 
+MODELS["ministral"] = (
+    "Ministral",
+    {"rope_parameters": THETA, "sliding_window": 6}
+    | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+)
+
+
+MODELS["gemma"] = ("Gemma", {"rope_parameters": THETA, "pad_token_id": None})
+
+
+MODELS["phi3"] = (
+    "Phi3",
+    {"rope_parameters": dict(THETA), "sliding_window": 7, "pad_token_id": None},
+)  # it changes the dict
+
+
+MODELS["seed-oss"] = ("SeedOss", {"rope_parameters": THETA})
+
+
 SEQUENCE = 48
 
 

@@ -91,6 +91,20 @@ def _gemma3(layers: int, **more: Any) -> Values:
     return values | caps | {"sliding_window": 12} | more
 
 
+def _gemma(heads: int, groups: int, **more: Any) -> Values:
+    sizes = _sizes(heads, groups, 16) | {"attention_bias": False, "attention_dropout": 0.0, "pad_token_id": 0}
+    values = _model("GemmaForCausalLM", "gemma", sizes, 1e4, 8192, 1e-6, hidden_act="gelu")
+    del values["tie_word_embeddings"]
+    return values | {"bos_token_id": 2, "eos_token_id": 1, "rope_scaling": None} | more
+
+
+def _phi3(heads: int, groups: int, theta: float, positions: int, **more: Any) -> Values:
+    sizes = _sizes(heads, groups) | {"attention_bias": False, "attention_dropout": 0.0, "embd_pdrop": 0.0}
+    sizes |= {"resid_pdrop": 0.0, "original_max_position_embeddings": positions, "rope_scaling": None}
+    sizes |= {"pad_token_id": 3, "sliding_window": None}
+    return _model("Phi3ForCausalLM", "phi3", sizes, theta, positions, 1e-5) | more
+
+
 _LATENT = {"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "aux_loss_alpha": 0.001}
 _LATENT |= {"moe_intermediate_size": 24, "moe_layer_freq": 1, "seq_aux": True, "attention_bias": False}
 _LATENT |= {"attention_dropout": 0.0, "pretraining_tp": 1, "auto_map": {"AutoConfig": "configuration_deepseek.x"}}
@@ -307,6 +321,13 @@ MODELS = (
         "qkv_bias, use_qk_norm, shared_expert_intermediate_size",
     ),
     # Gemma
+    Published("google/gemma-2b", _gemma(8, 1), "hidden_act gelu, which means its tanh form"),
+    Published("google/gemma-7b", _gemma(4, 4, hidden_activation=None), "heads x head_dim above hidden_size"),
+    Published(
+        "google/gemma-1.1-7b-it",
+        _gemma(4, 4, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh"),
+        "hidden_activation",
+    ),
     Published("google/gemma-2-2b", _gemma2(4, 2, 16, 256)),
     Published("google/gemma-2-27b", _gemma2(4, 2, 12, 144), "query_pre_attn_scalar is not head_dim"),
     Published("google/gemma-3-1b-it", _gemma3(7, sliding_window_pattern=6), "sliding_window_pattern"),
@@ -319,6 +340,43 @@ MODELS = (
             layer_types=["sliding_attention"] * 5 + ["full_attention", "sliding_attention"],
         ),
         "layer_types",
+    ),
+    # Phi, Seed
+    Published(
+        "microsoft/Phi-3-mini-4k-instruct",
+        _phi3(4, 4, 1e4, 4096, sliding_window=12, auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}),
+        "joined q, k, v; joined gate and up; a window",
+    ),
+    Published(
+        "microsoft/Phi-3-medium-4k-instruct",
+        _phi3(4, 1, 1e4, 4096, sliding_window=12, auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}),
+        "4 heads a group",
+    ),
+    Published("microsoft/phi-4", _phi3(4, 1, 250000, 16384), "rope_theta 250,000"),
+    Published(
+        "microsoft/Phi-3-mini-128k-instruct",
+        _phi3(4, 4, 1e4, 131072, sliding_window=262144, original_max_position_embeddings=4096)
+        | {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5] * 4}},
+        "longrope",
+    ),
+    Published(
+        "microsoft/Phi-4-mini-instruct",
+        _phi3(4, 1, 1e4, 131072, partial_rotary_factor=0.75, tie_word_embeddings=True),
+        "partial_rotary_factor",
+    ),
+    Published(
+        "ByteDance-Seed/Seed-OSS-36B-Base",
+        _model(
+            "SeedOssForCausalLM",
+            "seed_oss",
+            _sizes(10, 1, 16) | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+            1e7,
+            524288,
+            1e-6,
+        )
+        | {"attention_dropout": 0.1, "residual_dropout": 0.1, "pretraining_tp": 1, "pad_token_id": 1}
+        | {"rope_scaling": {"rope_type": "default"}},
+        "biases of q, k and v; residual_dropout",
     ),
     # DeepSeek
     Published("deepseek-ai/DeepSeek-V2-Lite", _deepseek_v2(), "greedy routing; no latent of queries"),
@@ -352,9 +410,7 @@ MODELS = (
     *(
         Published(name, {"model_type": model_type, "architectures": [kind]})
         for name, model_type, kind in (
-            ("google/gemma-7b", "gemma", "GemmaForCausalLM"),
             ("google/gemma-3-4b-it", "gemma3", "Gemma3ForConditionalGeneration"),
-            ("microsoft/Phi-3-mini-4k-instruct", "phi3", "Phi3ForCausalLM"),
             ("Qwen/Qwen2-57B-A14B", "qwen2_moe", "Qwen2MoeForCausalLM"),
             ("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
             ("Qwen/Qwen3-Next-80B-A3B-Instruct", "qwen3_next", "Qwen3NextForCausalLM"),

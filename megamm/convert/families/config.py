@@ -4,8 +4,11 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig
@@ -44,7 +47,7 @@ def family_for(m: ModelConfig, origin: Mapping[str, Any] | None = None) -> Famil
 
     Raises UserError naming the field that excludes the nearest one.
     """
-    known = next((f for f in FAMILIES if origin is not None and f.model_type == origin["config"]["model_type"]), None)
+    known = next((f for f in FAMILIES if origin is not None and f.model_type == _type_of(origin["config"])), None)
     if known is not None and not known.refused(m):
         return known
     # The nearest family refuses the fewest keys; of equal ones, the first of the table.
@@ -54,6 +57,12 @@ def family_for(m: ModelConfig, origin: Mapping[str, Any] | None = None) -> Famil
         what = f"{nearest.architecture} cannot express {wrong[0]}"
         raise UserError(what, remedy=f"to export, train with another value of {wrong[0]}")
     return nearest
+
+
+def _type_of(values: Mapping[str, Any]) -> str | None:
+    """The model_type of a config.json; as in transformers' AutoConfig, a Mistral with layer_types is a Ministral."""
+    found = values.get("model_type")
+    return "ministral" if found == "mistral" and "layer_types" in values else found
 
 
 def to_config(
@@ -72,7 +81,7 @@ def to_config(
     from transformers import CONFIG_MAPPING
 
     origin = origin or {}
-    is_same_family = origin.get("model_type") == family.model_type
+    is_same_family = _type_of(origin) == family.model_type
     if is_same_family and origin.get("num_hidden_layers") == m.num_layers:
         m = _with_dropped_windows(family, m, seq_length, origin)
     ours = dict(leaves(m.model_dump()))
@@ -117,7 +126,7 @@ def _with_dropped_windows(family: Family, m: ModelConfig, seq_length: int, origi
 
     if m.window.size or family.windows == "none":
         return m
-    theirs = CONFIG_MAPPING[family.model_type].from_dict(dict(origin))
+    theirs = CONFIG_MAPPING[family.model_type].from_dict({**origin, "model_type": family.model_type})
     found = _windows(family, theirs, sys.maxsize, Path("config.json"))
     if found.get("window.size", 0) < seq_length:
         return m
@@ -132,6 +141,9 @@ def _to_windows(family: Family, m: ModelConfig) -> dict[str, Any]:
         values["sliding_window"] = None
     if "use_sliding_window" in defaults:
         values["use_sliding_window"] = size > 0
+    if "max_window_layers" in defaults and full == list(range(len(full))):
+        # For engines that do not read layer_types: layers from this one on have the window.
+        values["max_window_layers"] = len(full) if size else m.num_layers
     if "layer_types" in defaults:
         kinds = ["sliding_attention" if size and i not in full else "full_attention" for i in range(m.num_layers)]
         values["layer_types"] = kinds
@@ -151,6 +163,18 @@ def read_model(folder: Path, seq_length: int) -> tuple[Family, ModelConfig]:
         raise _unreadable(error, file) from None
 
 
+def family_of(values: Any, where: Path) -> Family:
+    """The family of a config.json. Raises UserError if there is none."""
+    if not isinstance(values, dict):
+        raise _unreadable(TypeError("not a JSON object"), where)
+    found = next((family for family in FAMILIES if family.model_type == _type_of(values)), None)
+    if found is None:
+        known = ", ".join(family.model_type for family in FAMILIES)
+        what = f"model_type {values.get('model_type')} is not supported"
+        raise UserError(what, where=where, remedy=f"choose one of {known}")
+    return found
+
+
 def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[Family, dict[str, Any]]:
     """The family of a config.json (its values), and the model section of a run with rows of seq_length tokens.
 
@@ -158,19 +182,13 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
     """
     from transformers import CONFIG_MAPPING
 
-    model_type = values.get("model_type")
-    family = next((family for family in FAMILIES if family.model_type == model_type), None)
-    if family is None:
-        known = ", ".join(family.model_type for family in FAMILIES)
-        what = f"model_type {model_type} is not supported"
-        raise UserError(what, where=where, remedy=f"choose one of {known}")
+    family = family_of(values, where)
     try:
-        theirs = CONFIG_MAPPING[family.model_type].from_dict(values)
+        theirs = CONFIG_MAPPING[family.model_type].from_dict(values | {"model_type": family.model_type})
     except Exception as error:  # transformers raises many kinds for a damaged one
         raise _unreadable(error, where) from None
     if unread := unread_keys(family, values, where):
-        names = ", ".join(unread)
-        log.info("%s: skipping keys that transformers' %s does not read: %s", where, family.architecture, names)
+        log_skipped(where, family.architecture, ", ".join(unread))
     for key, value in family.fixed.items():
         if getattr(theirs, key) != value:
             raise _inexpressible(key, getattr(theirs, key), where)
@@ -182,6 +200,12 @@ def read_config(values: dict[str, Any], seq_length: int, where: Path) -> tuple[F
         name = family.fields.get(wrong, wrong)
         raise _inexpressible(name, getattr(theirs, name, theirs.rope_parameters), where)
     return family, section
+
+
+@cache
+def log_skipped(where: Path, architecture: str, names: str) -> None:
+    """Log the skipped keys of a file, once: it is read several times."""
+    log.info("%s: skipping keys that transformers' %s does not read: %s", where, architecture, names)
 
 
 def unread_keys(family: Family, values: dict[str, Any], where: Path) -> list[str]:
@@ -271,6 +295,10 @@ def _yarn(rope: dict[str, Any], max_position: int, latent: bool) -> dict[str, An
 
 
 def _unreadable(error: Exception, where: Path) -> UserError:
+    if isinstance(error, ValidationError):
+        found = error.errors(include_url=False)[0]
+        value = f"model.{'.'.join(map(str, found['loc']))} = {found['input']}"
+        return UserError(f"impossible config: {value}: {found['msg']}", where=where, remedy="correct it")
     reason = " ".join(str(error).split())[:200]
     return UserError(f"unreadable config: {reason}", where=where, remedy="download or copy the file again")
 

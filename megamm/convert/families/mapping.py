@@ -5,6 +5,7 @@ a TensorRule defines how our tensor is split into theirs and joined again, by it
     same  one tensor, unchanged
     rows  several, stacked by rows: gate, then up `[2F, H]`
     qkv   q, k and v by query group: a group's queries, its key, its value `[G * (N/G + 2) * D, ...]`
+    fused the same, where one tensor of theirs has all rows of q, then of k, then of v
 G query groups, N heads, D head size, F feed-forward size; other letters as in common/sample.py.
 Models differ only in their family's table of such rules (tables.py).
 """
@@ -50,7 +51,7 @@ class TensorRule:
 
     ours: str
     theirs: tuple[str, ...]
-    kind: Literal["same", "rows", "qkv"] = "same"
+    kind: Literal["same", "rows", "qkv", "fused"] = "same"
     layers: Callable[[ModelConfig], range] = all_layers
 
     @property
@@ -71,7 +72,8 @@ class TensorRule:
         groups = ours.view(m.num_query_groups, -1, m.head_dim, *ours.shape[1:])
         # [G, N/G + 2, D, ...]: the queries of a group, then its key and its value.
         parts = groups.split([groups.shape[1] - 2, 1, 1], dim=1)
-        return [part.reshape(-1, *ours.shape[1:]) for part in parts]
+        separate = [part.reshape(-1, *ours.shape[1:]) for part in parts]
+        return [torch.cat(separate)] if self.kind == "fused" else separate
 
     def join(self, theirs: Sequence[torch.Tensor], m: ModelConfig) -> torch.Tensor:
         """The inverse of `cut`."""
@@ -79,6 +81,8 @@ class TensorRule:
             return theirs[0]
         if self.kind == "rows":
             return torch.cat(list(theirs))
+        if self.kind == "fused":
+            theirs = theirs[0].split([n * m.head_dim for n in (m.num_attention_heads, *[m.num_query_groups] * 2)])
         parts = [part.view(m.num_query_groups, -1, m.head_dim, *part.shape[1:]) for part in theirs]
         return torch.cat(parts, dim=1).reshape(-1, *theirs[0].shape[1:])
 

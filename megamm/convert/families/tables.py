@@ -18,6 +18,13 @@ _ATTENTION = (
     TensorRule("self_attention.linear_proj.weight", ("self_attn.o_proj.weight",)),
     TensorRule("mlp.linear_fc1.layer_norm_weight", ("post_attention_layernorm.weight",)),
 )
+_FUSED = (
+    _ATTENTION[0],
+    TensorRule("self_attention.linear_qkv.weight", ("self_attn.qkv_proj.weight",), "fused"),
+    *_ATTENTION[2:],
+    TensorRule("mlp.linear_fc1.weight", ("mlp.gate_up_proj.weight",)),
+    TensorRule("mlp.linear_fc2.weight", ("mlp.down_proj.weight",)),
+)
 _QKV_BIAS = (TensorRule("self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in _PROJECTIONS), "qkv"),)
 _QK_NORM = (
     TensorRule("self_attention.q_layernorm.weight", ("self_attn.q_norm.weight",)),
@@ -113,6 +120,11 @@ def _deepseek_v3(m: ModelConfig) -> str | None:
     return "moe.top_k" if m.moe.top_k == 1 else None  # our router does not normalise a single sigmoid
 
 
+def _normalised_top_1(m: ModelConfig) -> str | None:
+    """Our router does not normalise the score of a single expert."""
+    return "moe.top_k" if m.moe.top_k == 1 and m.moe.norm_top_k else None
+
+
 def _local_rope(m: ModelConfig) -> str | None:
     """RoPE of window layers is unscaled."""
     as_others = m.window.size > 0 and m.window.rope_base == 0.0
@@ -129,6 +141,7 @@ FAMILIES = (
         _GROUPED_MOE | {"moe.norm_top_k": "norm_topk_prob"},
         _UNBIASED | {"decoder_sparse_step": 1, "mlp_only_layers": []},
         positive=("moe.num_experts",),
+        wrong=_normalised_top_1,
         windows="all",
     ),
     Family(
@@ -155,6 +168,7 @@ FAMILIES = (
         implied={"qk_norm": False},
         positive=("moe.num_experts",),
         same_as={"ffn_hidden_size": "moe.ffn_hidden_size"},
+        wrong=_normalised_top_1,
         windows="all",
     ),
     Family(
@@ -207,5 +221,29 @@ FAMILIES = (
         wrong=_local_rope,
         windows="some",
         has_local_rope=True,
+    ),
+    Family("ministral", "MinistralForCausalLM", (*_ATTENTION, *_DENSE), implied={"qk_norm": False}, windows="some"),
+    Family(
+        "gemma",
+        "GemmaForCausalLM",
+        (*_ATTENTION, *_DENSE),
+        fixed={"hidden_act": "gelu_pytorch_tanh", "attention_bias": False, "use_bidirectional_attention": None},
+        implied={key: value for key, value in _GEMMA_IMPLIED.items() if key != "sandwich_norm"} | {"qk_norm": False},
+    ),
+    Family(
+        "phi3",
+        "Phi3ForCausalLM",
+        _FUSED,
+        implied={"qk_norm": False},
+        if_given={"attention_bias": False},
+        rope_kinds=("none",),
+        windows="all",
+    ),
+    Family(
+        "seed_oss",
+        "SeedOssForCausalLM",
+        (*_ATTENTION, *_QKV_BIAS, *_DENSE),
+        fixed=FIXED | {"attention_bias": True, "attention_out_bias": False, "mlp_bias": False},
+        implied={"qk_norm": False, "qkv_bias": True},
     ),
 )

@@ -293,6 +293,7 @@ class LoadedExport:
         ends = read_origin(self.folder, v, v.size).ends()
         if not ends and tokenizer.eos_token_id is not None:
             ends = [tokenizer.eos_token_id]
+        ends = [end for end in ends if 0 <= end < self.model.config.vocab_size]
         # Padding is masked, so any id serves.
         padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         return PromptForm(tuple(read.input_ids[:before]), tuple(ends), padding)

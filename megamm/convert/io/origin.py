@@ -50,17 +50,25 @@ class Origin:
         return ends_of(self.generation, self.config)
 
 
-def ends_of(generation: Mapping[str, Any], config: Mapping[str, Any]) -> list[int]:
-    """Ids at which generation stops, as in generation_config.json, or else in config.json."""
+def ends_of(generation: Mapping[str, Any], config: Mapping[str, Any], where: Path | None = None) -> list[int]:
+    """Ids at which generation stops, as in generation_config.json, or else in config.json.
+
+    where: their folder, for the UserError about a value that is not an id or a list of ids.
+    """
     found = generation.get("eos_token_id", config.get("eos_token_id"))
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    ids = [] if found is None else found if isinstance(found, list) else [found]
+    if any(type(id_) is not int for id_ in ids):
+        file = GENERATION if "eos_token_id" in generation else "config.json"
+        what, remedy = f"eos_token_id = {found!r} in {file}", "give a token id, or a list of token ids"
+        raise UserError(what, where=where, remedy=remedy)
+    return list(ids)
 
 
 def read_origin(folder: Path, vocabulary: Vocabulary, rows: int) -> Origin:
     """Read a folder with a valid config.json. Raises UserError if another of its files is damaged."""
-    config = _read(folder / "config.json")
-    text = vocabulary["text"].codec_id
-    return Origin(config, _generation(folder), read_chat_template(folder), rows, text)
+    config, generation = _read(folder / "config.json"), _generation(folder)
+    ends_of(generation, config, folder)
+    return Origin(config, generation, read_chat_template(folder), rows, vocabulary["text"].codec_id)
 
 
 def _generation(folder: Path) -> dict[str, Any]:

@@ -61,6 +61,9 @@ class Weights(Mapping[str, torch.Tensor]):
         self.infos: dict[str, TensorInfo] = {}
         for file in self.files:
             self.infos |= read_header(file)
+        if "embed_tokens.weight" in self.infos:
+            # Saved by the class without output layer (Qwen3Model). transformers' causal language models load it too.
+            self.infos = {f"model.{name}": info for name, info in self.infos.items()}
         shapes = ((name, info.shape) for name, info in self.infos.items())
         self.unused = unused(folder, shapes) if used_only else {}
         for name in self.unused:

@@ -63,7 +63,10 @@ def check(folder: Path, found: Mapping[str, Described]) -> None:
     if lines:
         more = f", and {len(lines) - 1} more" if len(lines) > 1 else ""
         what = f"the weights do not fit config.json: {lines[0]}{more}"
-        raise UserError(what, where=folder, remedy="download or copy the folder again")
+        remedy = "download or copy the folder again"
+        if lines[0] == "lm_head.weight is missing":  # an embedding model, a classifier
+            remedy = "choose a checkpoint with the output layer of a language model"
+        raise UserError(what, where=folder, remedy=remedy)
 
 
 def _no_model(error: Exception, where: Path) -> UserError:
