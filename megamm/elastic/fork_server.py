@@ -74,7 +74,8 @@ class ForkServer:
             if not data:  # end of file: it has exited
                 assert self._process is not None
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(1.0)  # with its own exit code; its files close a moment before
+                    # Its files close a moment before it ends with its own exit code, on a busy machine seconds.
+                    self._process.wait(ANSWER_SECONDS)
                 self._replace("died")
             elif "ready" in json.loads(data):
                 self._is_ready, self._asked = True, time.monotonic()
