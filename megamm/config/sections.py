@@ -162,7 +162,7 @@ class CheckpointConfig(Section):
 
 
 class ProfileConfig(Section):
-    """Steps that torch's profiler records: RUN/profile/ then has a trace of each of the ranks (docs/observability.md)."""
+    """Steps that torch's profiler records: RUN/profile/ then has a trace of each rank (docs/observability.md)."""
 
     steps: list[Annotated[int, Field(ge=1)]] = Field(
         min_length=2, max_length=2, description="The first and the last step, for example [10, 13]."
