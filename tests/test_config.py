@@ -149,6 +149,8 @@ def test_overrides_win_over_a_file_with_earlier_keys(lines):
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
         (["train.precision=fp8"], "train.precision: Input should be 'fp32' or 'bf16'"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
+        (["metrics.profile={steps: [13, 10]}"], "metrics.profile.steps [13, 10] end before they begin"),
+        (["metrics.profile={steps: [13]}"], "metrics.profile.steps: List should have at least 2 items"),
         (["train.steps"], "override 'train.steps' is not key=value"),
         (["train.steps.x=1"], "steps is not a section"),
     ],

@@ -28,6 +28,7 @@ from megamm.observability.report.page import Series, number, plot, thin, ticks
 from megamm.observability.report.run import write_report
 
 STEPS = 24
+DEVICES = metrics.Devices(1, None)
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +104,9 @@ def test_going_back_and_restarts_in_one_process(tmp_path):
     writer = metrics.Metrics(tmp_path, 0, 10)
     events.record(tmp_path, "started", step=0)
     for step in (2, 4, 6):
-        writer.report(step, values, 64, None)
+        writer.report(step, values | {"model_flops": 1e6}, 64, DEVICES)
     writer.go_back(3)
-    writer.report(5, values, 64, None)
+    writer.report(5, values | {"model_flops": 1e6}, 64, DEVICES)
     writer.close()
     assert [(x["step"], x["steps"], x["restarts"]) for x in metrics.read_lines(tmp_path)] == [(2, 2, 0), (5, 2, 0)]
     dropped = [x for x in metrics.read_all_lines(tmp_path) if x not in metrics.read_lines(tmp_path)]

@@ -156,8 +156,10 @@ def test_imported_weights_start_a_run(data, undisturbed):
 def test_bf16_with_fp32_master_weights_and_recompute_trains(data):
     output = data / "bf16"
     train = TRAIN | {"precision": "bf16", "recompute": "full", "eval_every": 0}
-    config = write_config(data, output, train=train, optimizer={"schedule": "wsd", "decay_steps": 2})
+    schedule, profile = {"schedule": "wsd", "decay_steps": 2}, {"profile": {"steps": [2, 2]}}
+    config = write_config(data, output, train=train, optimizer=schedule, metrics=profile)
     assert megamm("train", config).returncode == 0
+    assert [path.name for path in (output / "profile").iterdir()] == ["steps_00000002-00000002_rank_00000.json.gz"]
     lines = numbers(output)
     assert lines[-1]["loss/image"] < lines[0]["loss/image"] - 0.1
     assert [round(line["lr"] * 1e3, 3) for line in lines] == [1.5, 3, 3, 3, 3, 3, 1.5, 0]

@@ -3,12 +3,14 @@
 This is the only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
 """
 
+import contextlib
 import ctypes
 import logging
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -50,6 +52,16 @@ DeviceEvent = float | torch.cuda.Event
 
 
 @dataclass(frozen=True)
+class MemoryFigures:
+    """Memory of a GPU in bytes: peaks of tensors and of torch's allocator, and all of it. retries: of allocations."""
+
+    allocated: int
+    reserved: int
+    total: int
+    retries: int
+
+
+@dataclass(frozen=True)
 class Device:
     """The device of a process; `backend` is the torch.distributed backend for it."""
 
@@ -86,6 +98,33 @@ class Device:
             return end - begin
         assert not isinstance(begin, float) and not isinstance(end, float), "two events of one device"
         return begin.elapsed_time(end) / 1e3
+
+    def memory_figures(self) -> MemoryFigures | None:
+        """Return the peaks since the last call, and begin new ones; None on a CPU."""
+        if not self.is_gpu:
+            return None
+        stats = torch.cuda.memory_stats(self.torch_device)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        allocated, reserved = (stats[f"{kind}_bytes.all.peak"] for kind in ("allocated", "reserved"))
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        return MemoryFigures(allocated, reserved, total, stats["num_alloc_retries"])
+
+    @contextlib.contextmanager
+    def annotate(self, name: str) -> Iterator[None]:
+        """Name the body's work in traces: of torch's profiler, and on a GPU also of Nsight Systems (NVTX)."""
+        if self.is_gpu:
+            torch.cuda.nvtx.range_push(name)
+        try:
+            with torch.profiler.record_function(name):
+                yield
+        finally:
+            if self.is_gpu:
+                torch.cuda.nvtx.range_pop()
+
+    def profile_range(self, is_begin: bool) -> None:
+        """Begin or end what `nsys profile --capture-range=cudaProfilerApi` records; on a CPU do nothing."""
+        if self.is_gpu:
+            (torch.cuda.profiler.start if is_begin else torch.cuda.profiler.stop)()
 
     def pin_memory(self, memory: torch.Tensor) -> bool:
         """Page-lock host memory, so that the GPU can copy to it directly; return whether it is locked.

@@ -26,7 +26,8 @@ class Timers:
         """Add the body's wall time to a phase."""
         begin = time.perf_counter()
         try:
-            yield
+            with self._device.annotate(phase):
+                yield
         finally:
             self._host_seconds[phase] += time.perf_counter() - begin
 
@@ -36,7 +37,8 @@ class Timers:
         # Events are only recorded here: reading their times would wait for the device in every phase.
         begin = self._device.record_event()
         try:
-            yield
+            with self._device.annotate(phase):
+                yield
         finally:
             self._device_spans[phase].append((begin, self._device.record_event()))
 

@@ -157,11 +157,30 @@ class CheckpointConfig(Section):
         return checked_url(url) if url is not None else None
 
 
+class ProfileConfig(Section):
+    """Steps that torch's profiler records: RUN/profile/ then has a trace of each rank (docs/observability.md)."""
+
+    steps: list[Annotated[int, Field(ge=1)]] = Field(
+        min_length=2, max_length=2, description="The first and the last step, for example [10, 13]."
+    )
+    ranks: list[Annotated[int, Field(ge=0)]] = Field([0], description="Ranks that record.")
+
+    @field_validator("steps")
+    @classmethod
+    def _in_order(cls, steps: list[int]) -> list[int]:
+        if steps[0] > steps[1]:
+            raise UserError(
+                f"metrics.profile.steps {steps} end before they begin", remedy="set [first step, last step]"
+            )
+        return steps
+
+
 class MetricsConfig(Section):
     """Where metrics are published besides the output folder (metrics.jsonl, tensorboard/, metrics.prom)."""
 
     prometheus_port: int = Field(0, ge=0, le=65535, description="Port of an HTTP endpoint on rank 0. 0: no endpoint.")
     prometheus_host: str = Field("127.0.0.1", description="Address that the endpoint listens on.")
+    profile: ProfileConfig | None = None
 
 
 class LossGuardConfig(Section):

@@ -50,13 +50,12 @@ def parameter_count(m: ModelConfig, vocabulary_size: int, active: bool = False) 
     return layers + tables * vocabulary_size * m.hidden_size
 
 
-def flops_per_token(m: ModelConfig, vocabulary_size: int, seq_length: int) -> float:
-    """Training FLOPs of one token: 6 per active parameter, plus the causal attention products (Chowdhery 2022)."""
-    return 6.0 * parameter_count(m, vocabulary_size, active=True) + _attention_flops(m, seq_length) / seq_length
-
-
 def flops_of_row(m: ModelConfig, vocabulary_size: int, row_length: int, documents: Iterable[int]) -> float:
-    """Training FLOPs of a packed row: parameter products of all tokens, attention inside documents (lengths)."""
+    """Training FLOPs of a packed row: parameter products of all tokens, attention inside documents (lengths).
+
+    Source: Chowdhery et al. 2022, appendix B, whose products are 6 per active parameter and token. Padding is computed
+    too, so it counts as tokens; recomputed activations do not count.
+    """
     products = 6.0 * parameter_count(m, vocabulary_size, active=True) * row_length
     return products + sum(_attention_flops(m, length) for length in documents)
 

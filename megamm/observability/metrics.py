@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ log = logging.getLogger(__name__)
 METRICS, DROPPED = "metrics.jsonl", "metrics_dropped.jsonl"
 STARVED = 0.1
 """Share of a step's time spent waiting for data above which the console reports it."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a job: their number, and the peak FLOP/s of one, None if unknown."""
+
+    number: int
+    peak_flops: float | None
 
 
 class Metrics:
@@ -46,10 +55,11 @@ class Metrics:
         self.excluded = dict.fromkeys(goodput.OUTSIDE_STEPS, 0.0)
         self.is_first_report, self.has_warned = True, False
 
-    def report(self, step: int, values: dict[str, Any], tokens_per_step: float, peak_flops: float | None) -> None:
+    def report(self, step: int, values: dict[str, Any], tokens_per_step: float, devices: Devices) -> None:
         """Record values after `step`; add throughput, time left, and the use of time since the last call.
 
-        "data_wait": seconds that the run has waited for data so far; it is recorded as a share.
+        "data_wait": seconds that the run has waited for data so far; it is recorded as a share. "model_flops": FLOPs of
+        the rows read since the last call (model/flops.py), recorded as a rate and as a share of the devices' peak.
         """
         now, self.time = time.monotonic(), time.time()
         seconds, steps = max(now - self.clock, 1e-9), max(step - self.since, 1)
@@ -60,9 +70,9 @@ class Metrics:
             "seconds_left": seconds / steps * (self.total_steps - step),
             "data_wait_share": min(waited / seconds, 1.0),
         }
-        flops = values.pop("flops_per_token", None)
-        if peak_flops is not None and flops is not None:
-            values["mfu"] = values["tokens_per_s"] * flops / peak_flops
+        values["flops_per_s_per_device"] = values.pop("model_flops") / seconds / devices.number
+        if devices.peak_flops is not None:
+            values["mfu"] = values["flops_per_s_per_device"] / devices.peak_flops
         self.productive += max(seconds - waited, 0.0)
         passed = max(self.time - self.first_launch, 1e-9)
         values |= {"steps": steps, "step_seconds": seconds, "data_wait_seconds": min(waited, seconds)}

@@ -21,13 +21,20 @@ GAUGES = {
     "lr": ("learning_rate", "Learning rate of the last step."),
     "tokens_per_s": ("tokens_per_second", "Tokens trained per second, of the whole job, since the last report."),
     "data_wait_share": ("data_wait_ratio", "Share of the time of steps that rank 0 waited for data."),
+    "flops_per_s_per_device": ("model_flops_per_second", "Model FLOP/s of a device, of the rows that were read."),
     "mfu": ("model_flops_utilization_ratio", "Model FLOP/s over the peak of the devices."),
+    "gpu_memory_allocated": ("gpu_memory_allocated_bytes", "Largest peak of tensors' memory on a GPU of the job."),
+    "gpu_memory_reserved": ("gpu_memory_reserved_bytes", "Largest peak of the allocator's memory on a GPU of the job."),
+    "gpu_memory_total": ("gpu_memory_total_bytes", "Memory of the smallest GPU of the job."),
+    "gpu_alloc_retries": ("gpu_alloc_retries", "Allocations that had to free cached memory, on all GPUs."),
     "padding_share": ("padding_ratio", "Share of padding in the rows."),
     "imbalance": ("imbalance_ratio", "Work of the busiest data-parallel rank over the mean."),
     "goodput": ("goodput_ratio", "Time in steps whose result was kept, over the time since the first launch."),
     "time": ("report_timestamp_seconds", "When this was last reported."),
 }
 """Key of a line -> name after "megamm_", help."""
+_ON_GPUS = {"mfu", *(key for key in GAUGES if key.startswith("gpu_"))}
+"""Those that exist on GPUs only."""
 COUNTERS = {
     "step_seconds": ("step_seconds", "Seconds in steps, of this attempt."),
     "data_wait_seconds": ("data_wait_seconds", "Seconds in steps that rank 0 waited for data, of this attempt."),
@@ -52,7 +59,7 @@ class Exporter:
         def gauge(name: str, what: str) -> Gauge:
             return Gauge(f"megamm_{name}", what, **labels).labels(self.label)
 
-        self.gauges = {key: gauge(name, what) for key, (name, what) in GAUGES.items() if key != "mfu"}
+        self.gauges = {key: gauge(name, what) for key, (name, what) in GAUGES.items() if key not in _ON_GPUS}
         self.counters = {
             key: Counter(f"megamm_{name}", what, **labels).labels(self.label) for key, (name, what) in COUNTERS.items()
         }
@@ -80,8 +87,8 @@ class Exporter:
     def update(self, line: dict[str, Any]) -> None:
         """Set the gauges from a line of metrics, and rewrite the file. None (a modality without tokens) becomes NaN."""
         # Made at the first value: on a device without a known peak the metric does not exist, instead of being 0.
-        if "mfu" in line and "mfu" not in self.gauges:
-            self.gauges["mfu"] = self.make_gauge(*GAUGES["mfu"])
+        for key in _ON_GPUS & line.keys() - self.gauges.keys():
+            self.gauges[key] = self.make_gauge(*GAUGES[key])
         for key, given in line.items():
             value = float("nan") if given is None else given
             split, _, modality = key.partition("/")

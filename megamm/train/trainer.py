@@ -33,6 +33,8 @@ from megamm.mcore import process_groups
 from megamm.model import flops, layout
 from megamm.model.loss import overall, weight_tensor
 from megamm.observability import metrics
+from megamm.observability.gpu_memory import gpu_memory
+from megamm.observability.profiler import StepProfiler
 from megamm.train.checkpoint_manager import CheckpointManager
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,10 @@ class Trainer:
         self.stragglers = Stragglers(stragglers, config.output, rank, self.groups.pipeline_rank, gather)
         self.tokens = torch.zeros(len(self.weights), dtype=torch.int64, device=device.torch_device)
         """Tokens seen so far, by modality; on the device, so that no step waits for it."""
+        self.flops = 0.0
+        """Model FLOPs of the rows that all ranks have read since the last report."""
         self.metrics: metrics.Metrics | None = None
+        self.profiler = StepProfiler(config.metrics.profile, config.output, rank, device)
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
     def _loader(self, consumed_rows: int) -> Loader:
@@ -124,6 +129,7 @@ class Trainer:
                 self._save_last_step()
                 return exit_reason
 
+            self.profiler.begin(self.step + 1)
             # Read the rows, and compute loss and gradients. Only DeepSpeed changes the weights here already.
             first_row, batches = self._read_batches()
             self.heartbeat.beat("step", self.step + 1)
@@ -142,6 +148,8 @@ class Trainer:
                 continue
             self.step += 1
             self.tokens += result.loss.count.to(self.tokens.dtype)
+            self.flops += self.loader.figures.cost
+            self.profiler.end(self.step)
 
             # Report, evaluate and save, each as often as configured.
             is_last = self.step == last
@@ -183,6 +191,8 @@ class Trainer:
         """Compare the step's figures between ranks; rank 0 writes them."""
         seconds = self.engine.timers.take()
         scores = self.stragglers.window(self.step, seconds, self.device.torch_device)
+        memory = gpu_memory(self.device.memory_figures(), self.device.torch_device, self.groups.gather)
+        model_flops, self.flops = self.flops, 0.0
         if self.metrics is None:
             return
         names = self.data.vocabulary.modalities
@@ -194,9 +204,10 @@ class Trainer:
             "data_wait": self.loader.waited,
         }
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
-        t, m, s = self.config.train, self.config.model, self.config.data.seq_length
-        values |= {"flops_per_token": flops.flops_per_token(m, self.data.vocabulary.size, s)} | scores.figures()
-        self.metrics.report(self.step, values, t.global_batch_size * s, self.device.peak_flops)
+        values |= {"model_flops": model_flops} | scores.figures() | memory
+        devices = metrics.Devices(self.groups.world_size, self.device.peak_flops)
+        tokens = self.config.train.global_batch_size * self.config.data.seq_length
+        self.metrics.report(self.step, values, tokens, devices)
 
     def _roll_back(self, window: SkippedWindow) -> None:
         """Roll back to the newest checkpoint from before the rows to skip."""
@@ -207,6 +218,7 @@ class Trainer:
             why = f"{window.why}, and there is no checkpoint from before row {window.first} to roll back to"
             self.guard.stop(self.step + 1, why, "lower checkpoint.every, or set resilience.loss_guard.action=skip")
         self._continue_from(self.checkpoints.go_back(folder))
+        self.flops = 0.0
         self.guard.rolled_back(window)
         if self.metrics is not None:
             self.metrics.go_back(self.step)
@@ -279,5 +291,6 @@ class Trainer:
     def close(self) -> None:
         self.checkpoints.close()
         self.loader.close()
+        self.profiler.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -80,6 +80,7 @@ def write_config(folder: Path, output: Path, **sections: dict[str, Any]) -> Path
 TIMES = (
     *("tokens_per_s", "seconds_left", "data_wait_share", "data_wait_seconds", "step_seconds", "evaluation_seconds"),
     *("checkpoint_stall_seconds", "time", "goodput", "restarts", "heartbeat_age", "steps", "mfu"),
+    "flops_per_s_per_device",
 )
 """Keys of a metrics line that differ in every run."""
 

@@ -26,10 +26,12 @@ RowCost = Callable[[Sequence[int]], float]
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Figures of a global batch over all ranks: padding share, and cost of the costliest data rank over the mean."""
+    """Figures of a global batch over all ranks: padding share, cost of the costliest data rank over the mean, and the
+    cost of all rows."""
 
     padding_share: float
     imbalance: float
+    cost: float
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def balanced_batches(
         costs = [cost(of_row) for of_row in lengths]
         assigned = assign(costs, data_size, micro_batch)
         used = sum(map(sum, lengths)) / (global_batch * stream.row_length)
-        yield GlobalBatch(rows, assigned, StepFigures(1.0 - used, imbalance(costs, assigned)[0]))
+        yield GlobalBatch(rows, assigned, StepFigures(1.0 - used, imbalance(costs, assigned)[0], sum(costs)))
         first_row += global_batch
 
 

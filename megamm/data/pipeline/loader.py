@@ -71,7 +71,7 @@ class Loader:
         self.stream, self.global_batch, self.micro_batch = stream, global_batch, micro_batch
         self.data_rank, self.data_size, self.cost, self.reading = data_rank, data_size, cost, reading
         self.consumed_rows, self.waited = consumed_rows, 0.0
-        self.figures = StepFigures(0.0, 1.0)
+        self.figures = StepFigures(0.0, 1.0, 0.0)
         """Figures of the last step."""
         self._planned: deque[StepFigures] = deque()
         """Figures of the steps that are planned but not consumed, the next one first."""
