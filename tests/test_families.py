@@ -143,6 +143,21 @@ def test_every_key_of_a_family_is_in_a_table(family: Any) -> None:
     assert own - any_model <= family.known_keys()
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_a_class_that_refuses_a_hidden_size_is_not_chosen(name: str) -> None:
+    """Found by random models: LlamaConfig needs a multiple of the number of heads, which an export met at its end."""
+    kind, values = MODELS[name]
+    written = getattr(transformers, f"{kind}Config")(**COMMON | values).to_dict()
+    family, section = read_config(written, SEQUENCE, Path("config.json"))
+    m = ModelConfig.model_validate(section | {"hidden_size": 40})
+    if family.refused(m):
+        assert family.refused(m) == ["model.num_attention_heads"]
+        with pytest.raises(Exception, match="not a multiple of the number of attention heads"):
+            to_config(family, m, VOCABULARY, 64, {})
+    else:
+        assert to_config(family, m, VOCABULARY, 64, {}).hidden_size == 40
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -217,5 +232,7 @@ def test_dropout_in_training_changes_no_export_and_axes_of_position_do() -> None
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     written = [to_config(family_for(m), m, 50, 32, special).to_dict() for m in (plain, dropped)]
     assert written[0] == written[1]
+    odd = ModelConfig(**sizes | {"num_attention_heads": 3, "qk_norm": False})
+    assert family_for(odd).architecture == "MistralForCausalLM"  # a Llama with 16 channels needs 1, 2, 4 ... heads
     with pytest.raises(UserError, match=r"cannot express model\.rope_axes"):
         family_for(ModelConfig(**sizes, rope_axes=3))

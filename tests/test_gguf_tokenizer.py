@@ -140,6 +140,19 @@ def test_all_ids_that_end_a_text_are_written(export, tmp_path):
         write_gguf(export, tmp_path / "n.gguf")
 
 
+def test_an_id_of_minus_1_is_none(export, tmp_path):
+    """Configs of the first Llamas have pad_token_id -1."""
+    config = json.loads((export / "config.json").read_text())
+    ids = {"pad_token_id": -1, "bos_token_id": -1, "eos_token_id": [-1, 5]}
+    (export / "config.json").write_text(json.dumps(config | ids))
+    (export / "generation_config.json").unlink()
+    write_tokenizer(export, "gpt-2")
+    write_gguf(export, tmp_path / "m.gguf")
+    values = read(tmp_path / "m.gguf")
+    assert values["tokenizer.ggml.eos_token_id"] == 5
+    assert not values.keys() & {f"tokenizer.ggml.{name}_token_id" for name in ("bos", "padding", "eot")}
+
+
 def test_tokens_without_a_row_are_named(export, tmp_path, caplog):
     values = write_tokenizer(export, "gpt-2")
     rows = json.loads((export / "config.json").read_text())["vocab_size"]

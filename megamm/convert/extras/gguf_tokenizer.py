@@ -204,7 +204,7 @@ def _add_special_ids(writer: Any, tokenizer: Any, config: Any, export: Path) -> 
     if start is None:
         start = tokenizer.bos_token_id
     for name, id_ in (("bos", start), ("pad", config.pad_token_id)):
-        if id_ is not None and id_ < config.vocab_size:
+        if id_ is not None and 0 <= id_ < config.vocab_size:  # older Llamas have -1 for none
             getattr(writer, f"add_{name}_token_id")(id_)
     writer.add_add_bos_token(bool(before))
     writer.add_add_eos_token(bool(after))
@@ -228,6 +228,7 @@ def _stops(config: Any, export: Path) -> list[int]:
     # Read before: add_sampling reports a damaged one.
     generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     ids = ends_of(generation, {"eos_token_id": config.eos_token_id})
-    if beyond := [id_ for id_ in ids if id_ >= config.vocab_size]:
+    rows = range(config.vocab_size)
+    if beyond := [id_ for id_ in ids if id_ not in rows]:
         log.warning("left out of the ids that end a text: %s, which the model has no rows for", beyond)
-    return [id_ for id_ in dict.fromkeys(ids) if id_ < config.vocab_size]
+    return [id_ for id_ in dict.fromkeys(ids) if id_ in rows]

@@ -49,6 +49,7 @@ _IGNORED |= {"output_router_logits", "router_jitter_noise", "router_aux_loss_coe
 _IGNORED |= {"num_local_experts", "qk_head_dim", "head_dim", "num_nextn_predict_layers", "num_mtp_layers"}
 _IGNORED |= {"gradient_checkpointing", "num_labels", "name_or_path", "attn_implementation", "partial_rotary_factor"}
 _IGNORED |= {"original_max_position_embeddings", "embd_pdrop", "resid_pdrop", "residual_dropout"}
+_IGNORED |= {"device_map", "init_std", "initializer_factor"}
 _IGNORED |= {"auto_map", "ep_size", "seq_aux", "aux_loss_alpha", "n_group", "topk_group", "cache_implementation"}
 """Their keys that are read elsewhere, follow from others, or do not change what the weights compute. Tensors of
 prediction modules are in convert/io/unused.py."""

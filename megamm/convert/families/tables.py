@@ -125,10 +125,15 @@ def _normalised_top_1(m: ModelConfig) -> str | None:
     return "moe.top_k" if m.moe.top_k == 1 and m.moe.norm_top_k else None
 
 
+def _shared_hidden_size(m: ModelConfig) -> str | None:
+    """Some classes refuse a hidden size that is not a multiple of the number of heads, although they have head_dim."""
+    return "num_attention_heads" if m.hidden_size % m.num_attention_heads else None
+
+
 def _local_rope(m: ModelConfig) -> str | None:
     """RoPE of window layers is unscaled."""
     as_others = m.window.size > 0 and m.window.rope_base == 0.0
-    return "window.rope_base" if as_others and m.rope_scaling.kind != "none" else None
+    return "window.rope_base" if as_others and m.rope_scaling.kind != "none" else _shared_hidden_size(m)
 
 
 _GROUPED_MOE = FIELDS | _MOE_FIELDS
@@ -150,6 +155,7 @@ FAMILIES = (
         (*_ATTENTION, *_DENSE),
         fixed=_UNBIASED | {"mlp_bias": False},
         implied={"qk_norm": False},
+        wrong=_shared_hidden_size,
     ),
     Family("mistral", "MistralForCausalLM", (*_ATTENTION, *_DENSE), implied={"qk_norm": False}, windows="all"),
     Family(
@@ -195,6 +201,7 @@ FAMILIES = (
         ("moe.num_experts", "mla.kv_lora_rank"),
         multiples={"moe.shared_ffn_hidden_size": ("moe.ffn_hidden_size", "n_shared_experts")},
         if_given={"moe_layer_freq": 1, "scoring_func": "softmax"},
+        wrong=_shared_hidden_size,
         unused=("head_dim",),
         rope_kinds=("none", "yarn"),
     ),
@@ -207,6 +214,7 @@ FAMILIES = (
         _GEMMA_IMPLIED | {"qk_norm": False},
         ("query_pre_attn_scalar",),
         if_given={"hidden_act": "gelu_pytorch_tanh"},
+        wrong=_shared_hidden_size,
         windows="some",
     ),
     Family(
