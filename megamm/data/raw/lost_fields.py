@@ -20,9 +20,8 @@ question questions answer answers utterance lyrics
 """Words of field names that hold the text of a sample in many data sets."""
 _ABOUT = "id ids score length len hash language lang url uri path file type source model count"
 """Words of names of fields that say something about a text."""
-_WEB_MEDIA = (("image", "image"), ("img", "image"), ("picture", "image"), ("photo", "image"), ("audio", "audio"))
-_WEB_MEDIA += (("video", "video"),)
-"""Word of a field's name, and the modality."""
+_WEB_MEDIA = {"image": "image img picture photo", "audio": "audio sound", "video": "video clip"}
+"""Modality -> words of the names of fields with an address of such a medium."""
 _WEB = {"url", "urls", "uri", "link", "links"}
 _DEPTH = 4
 """Levels of lists and objects that are searched."""
@@ -60,7 +59,7 @@ def _medium(name: str, value: Any, is_captioned: bool) -> tuple[str, str]:
 def _modality_on_web(name: str, address: str, is_captioned: bool) -> str:
     """The modality of the medium at an address, or "" if it is where a text came from."""
     words = set(_words(name))
-    named = next((kind for word, kind in _WEB_MEDIA if word in words), "")
+    named = next((kind for kind, names in _WEB_MEDIA.items() if words.intersection(names.split())), "")
     if not address.startswith(("http://", "https://")) or " " in address or not words & _WEB:
         return ""
     try:
