@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.mp3_frames import after_id3, mp3_frames
 from megamm.media.sound_length import (
     adts_frames,
     flac_links,
@@ -39,6 +40,7 @@ CONTAINERS = {"flac": ("FLAC",), "wav": ("WAV", "WAVEX", "RF64"), "ogg": ("OGG",
 _MPEG4 = {"m4a": "M4A", "aac": "AAC"}
 """Extension -> name of a format that only FFmpeg reads: AAC or ALAC in MP4; AAC in ADTS frames."""
 _MPEG4_CODECS = ("aac", "alac")
+_OTHER_OGG = {b"FLAC": "FLAC", b"Speex": "Speex", b"theora": "Theora video", b"fishead": "several streams"}
 _MAX_PLANES = 8
 """Channels of a frame that PyAV can read: of more, it reads behind FFmpeg's list of planes, and the process crashes."""
 SOUND_EXTENSIONS = (*CONTAINERS, *_MPEG4)
@@ -117,6 +119,10 @@ def open_sound(data: bytes, extension: str) -> Iterator[Sound]:
         with _open_mpeg4(data, extension) as sound:
             yield sound
         return
+    if extension == "flac":
+        data = data[after_id3(data) :]  # some taggers put ID3v2 before it
+    elif extension == "mp3":
+        data = mp3_frames(data)
     # libsndfile reads the header of every format, also of MP3, whose data FFmpeg decodes.
     with _sound_file(_with_length(data)) as file:
         if file.format not in CONTAINERS[extension] or (extension == "opus" and file.subtype != "OPUS"):
@@ -179,6 +185,12 @@ def _sound_file(data: bytes) -> Any:
     try:
         return soundfile.SoundFile(io.BytesIO(data))
     except soundfile.LibsndfileError as error:
+        # The first packet of an Ogg stream, behind a page header with one length, begins with the name of its codec.
+        codec = next(
+            (name for mark, name in _OTHER_OGG.items() if data.startswith(b"OggS") and mark in data[27:37]), ""
+        )
+        if codec:
+            raise UnreadableMedia(f"an Ogg file of {codec}, only Vorbis and Opus are read: convert it") from error
         raise UnreadableMedia(f"not a sound file, or its header is broken: {error.error_string}") from error
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamm.common.errors import UnreadableMedia
+from megamm.media.mp3_frames import after_id3, id3_size
 
 _PLACEHOLDERS = (range(0x7FFF0000, 0x80010000), range(0xFFFF0000, 0x100000000))
 """Sizes of about 2 and 4 GiB in WAV headers: of sox (0x7FFFF000, 0x7FFFFFFF), arecord (0x80000000), FFmpeg (all
@@ -81,9 +82,7 @@ def flac_with_length(data: bytes) -> bytes:
 
 def mp3_declared_samples(data: bytes) -> int:
     """Samples that an MP3 file declares in a Xing, Info or VBRI header, less the longest delays; 0 without one."""
-    position = 0
-    while size := _id3_size(data, position):
-        position += size
+    position = after_id3(data)
     begin = data.find(b"\xff", position)
     head = data[begin : begin + 200] if 0 <= begin < position + 4096 else b""
     frames = 0
@@ -108,16 +107,6 @@ def flac_links(data: bytes) -> list[bytes]:
     return [flac_with_length(data[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
-def _id3_size(data: bytes, position: int) -> int:
-    """Bytes of the ID3v2 tag at a position; 0 if there is none."""
-    if data[position : position + 3] != b"ID3" or position + 10 > len(data):
-        return 0
-    size = 0
-    for byte in data[position + 6 : position + 10]:
-        size = size << 7 | byte & 0x7F  # 7 bits per byte
-    return 10 + size
-
-
 def adts_frames(data: bytes) -> tuple[bytes, float]:
     """The ADTS frames (ISO/IEC 13818-7, annex B) of an AAC file without the tags around them, and their seconds.
 
@@ -125,15 +114,12 @@ def adts_frames(data: bytes) -> tuple[bytes, float]:
     which FFmpeg skips silently.
     """
     frames: list[bytes] = []
-    seconds, position = 0.0, 0
-    while size := _id3_size(data, position):
-        position += size
-    start = position
+    seconds, start = 0.0, after_id3(data)
     position = next((at for at in range(start, start + _LONGEST_ADTS) if _adts_chain(data, at)), start)
     skipped = position - start
     while position < len(data):
         # Parts of HLS begin with an ID3v2 tag; an ID3v1 tag is the last 128 bytes of a file.
-        if size := _id3_size(data, position):
+        if size := id3_size(data, position):
             position += size
             if position > len(data):
                 raise UnreadableMedia("truncated: the end of its last tag is missing")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megamm.data.raw.extensions import OTHER, TEXT_EXTENSIONS, modality_of, recognised
+from megamm.data.raw.lost_fields import lost_fields
 from megamm.data.raw.samples import ByteRange, Missing, RawPart, RawSample, UnusableSample, sample_of
 
 MAX_TEXT_BYTES = 16 * 2**20
@@ -59,6 +60,7 @@ def assemble(key: str, members: list[SampleFile], may_miss: frozenset[str] = fro
     missing = []
     try:
         entry |= _text(texts)
+        missing += _lost_text(texts, entry)
     except UnusableSample as error:
         missing.append(Missing("text", str(error)))
     missing += _lost(ignored, entry)
@@ -90,6 +92,19 @@ def _lost(ignored: list[str], entry: dict[str, Any]) -> list[Missing]:
             fix = "rename it" if modality_of(extension.rpartition(".")[2]) else "convert it"
             lost.append(Missing(modality or OTHER, f"{what}: {fix}, or use --allow-missing {modality}"))
     return lost
+
+
+def _lost_text(texts: dict[str, bytes], entry: dict[str, Any]) -> list[Missing]:
+    """The text of a .json file under another name than caption or text, if the sample has no text."""
+    there = set(entry) - {"key", "noun"}
+    if "json" not in texts or there & {*_CAPTIONS} or not there:
+        return []
+    fields = json.loads(texts["json"])
+    fields = fields if isinstance(fields, dict) else {}
+    fields = {name: value for name, value in fields.items() if name not in _CAPTIONS}
+    lost = [Missing(modality, f"its .json: {reason}") for modality, reason in lost_fields(fields, there)]
+    # Its addresses and paths are where the media came from.
+    return [part for part in lost if part.modality == "text"]
 
 
 def _interleaved(key: str, members: list[tuple[int, str, SampleFile]], may_miss: frozenset[str]) -> RawSample:

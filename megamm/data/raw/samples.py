@@ -18,11 +18,11 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from megamm.common.errors import UserError
-from megamm.data.raw.extensions import modality_of
+from megamm.data.raw.lost_fields import lost_fields
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import KEY
 
@@ -191,6 +191,7 @@ def sample_of(entry: Any, default_key: str, may_miss: frozenset[str] = frozenset
     missing: list[Missing] = []
     if "parts" in entry:
         parts = _interleaved(entry["parts"])
+        missing = _lost(entry, known, {part.modality for part in parts}, may_miss)
     else:
         # An empty field of a modality that may be missing counts as missing.
         empty = [name for name in ("caption", *REGISTRY) if name in entry and not str(entry[name] or "").strip()]
@@ -198,7 +199,7 @@ def sample_of(entry: Any, default_key: str, may_miss: frozenset[str] = frozenset
         missing = [lost for lost in missing if lost.modality in may_miss]
         dropped = {name for name in empty if ("text" if name == "caption" else name) in may_miss}
         parts = _parts_of({name: value for name, value in entry.items() if name not in dropped})
-        missing += _misnamed(entry, known, {part.modality for part in parts}, may_miss)
+        missing += _lost(entry, known, {part.modality for part in parts}, may_miss)
         if not parts:
             raise UnusableSample(f"no parts: needs at least one of caption, {', '.join(REGISTRY)}")
     noun = str(entry.get("noun") or noun_of(parts, key))
@@ -208,22 +209,17 @@ def sample_of(entry: Any, default_key: str, may_miss: frozenset[str] = frozenset
     return RawSample(key, noun, tuple(parts), "parts" in entry, tuple(sorted(set(entry) - known)), tuple(missing))
 
 
-def _misnamed(entry: dict[str, Any], known: set[str], there: set[str], may_miss: frozenset[str]) -> list[Missing]:
-    """The media that unknown fields name, of modalities that the sample has no part of.
+def _lost(entry: dict[str, Any], known: set[str], there: set[str], may_miss: frozenset[str]) -> list[Missing]:
+    """The media and texts that unknown fields hold, of modalities that the sample has no part of.
 
     Raises UnusableSample for one that must not be missing: {"img": "a.png", "text": "a cat"} is not a text alone.
     """
     found = []
-    for name in sorted(set(entry) - known):
-        value = entry[name]
-        # Addresses of the net are where something came from.
-        is_path = isinstance(value, str) and len(value) < 1000 and "://" not in value
-        modality = modality_of(PurePath(value).suffix.lower().lstrip(".")) if is_path else None
-        if modality not in (None, "text", *there):
-            reason = f'field "{name}" names a file of {modality}: call the field "{modality}", or remove it'
-            if modality not in may_miss:
-                raise UnusableSample(reason)
-            found.append(Missing(str(modality), reason))
+    unknown = {name: value for name, value in entry.items() if name not in known}
+    for modality, reason in lost_fields(unknown, there, is_captioned="caption" in entry):
+        if modality not in may_miss:
+            raise UnusableSample(reason)
+        found.append(Missing(modality, reason))
     return found
 
 
@@ -258,6 +254,8 @@ def _parts_of(entry: dict[str, Any]) -> list[RawPart]:
         content = entry[field]
         if modality == "text" and isinstance(content, str):
             content = clean_caption(content) if field == "caption" else clean_text(content)
+        if isinstance(content, list) and content:
+            raise UnusableSample(f'"{field}" is a list of {len(content)}: give one, or write a line for each')
         if not isinstance(content, str) or not content.strip():
             raise UnusableSample(f'no "{field}"')
         parts.append(RawPart(modality, content))

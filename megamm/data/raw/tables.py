@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megamm.common.errors import UserError
-from megamm.data.raw.extensions import is_system_file, modality_of
+from megamm.data.raw.extensions import ALIASES, is_system_file, modality_of
 from megamm.data.raw.samples import (
     Broken,
     ByteRange,
@@ -47,6 +47,13 @@ _SIGNATURES = (
 _BRANDS = {b"avif": "avif", b"avis": "avif", b"heic": "heic", b"heix": "heic", b"mif1": "heic", b"msf1": "heic"}
 _BRANDS |= {b"M4A ": "m4a", b"M4B ": "m4a"}
 """Brands of MP4's family other than video (ISO/IEC 14496-12, the ftyp box)."""
+_FAMILIES = (frozenset(("mp4", "mov", "m4a")), frozenset(("webm", "mkv")), frozenset(("ogg", "opus")))
+"""Formats with the same first bytes."""
+_ARROW_FILE = b"ARROW1"
+_UNKNOWN = "unknown"
+"""Extension of a medium of an unknown format."""
+UNREADABLE = "\0unreadable"
+"""Key of the reason in a row that cannot be read."""
 _LISTS = {f"{modality}s": modality for modality in ("image", "audio", "video", "text")}
 """Columns whose cells are lists."""
 _PLACEHOLDER = "<{}>"
@@ -149,18 +156,48 @@ def table_rows(file: Path) -> Iterator[dict[str, Any]]:
         if file.suffix == ".parquet":
             with parquet.ParquetFile(file) as table:
                 for batch in table.iter_batches(batch_size=_BATCH_ROWS):
-                    yield from batch.to_pylist()
+                    yield from _batch_rows(batch)
         else:
-            with pyarrow.memory_map(str(file)) as opened, ipc.open_stream(opened) as stream:
-                for batch in stream:
+            with pyarrow.memory_map(str(file)) as opened:
+                # Two forms of one format: save_to_disk writes streams, Feather and others write files.
+                if opened.read(len(_ARROW_FILE)) == _ARROW_FILE:
+                    blocks = ipc.open_file(opened)
+                    batches = map(blocks.get_batch, range(blocks.num_record_batches))
+                else:
+                    opened.seek(0)
+                    batches = iter(ipc.open_stream(opened))
+                for batch in batches:
                     for start in range(0, batch.num_rows, _BATCH_ROWS):
-                        yield from batch.slice(start, _BATCH_ROWS).to_pylist()
+                        yield from _batch_rows(batch.slice(start, _BATCH_ROWS))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UnreadableTable(str(error).partition("\n")[0]) from error
 
 
+def _batch_rows(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a pyarrow.RecordBatch. One that cannot be read has its reason under UNREADABLE.
+
+    Dates and times are not read: no sample has them, and some have no form in Python (nanoseconds, the year 100,000).
+    """
+    import pyarrow
+
+    for number, field in enumerate(batch.schema):
+        if pyarrow.types.is_temporal(field.type):
+            marks = [None if missing else "a date or time" for missing in batch.column(number).is_null().to_pylist()]
+            batch = batch.set_column(number, field.name, pyarrow.array(marks, pyarrow.string()))
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for number in range(batch.num_rows):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                yield {UNREADABLE: str(error).partition("\n")[0]}
+
+
 def _row_sample(row: dict[str, Any], default_key: str, media: BinaryIO, may_miss: frozenset[str]) -> Entry:
     """The sample of a row; its media are appended to the spool file."""
+    if UNREADABLE in row:
+        return Broken(default_key, f"unreadable: {row[UNREADABLE]}")
     entry = {name: value for name, value in row.items() if value is not None}
     if isinstance(entry.get("key"), int | str):
         entry["key"] = fit_key(str(entry["key"]))
@@ -201,7 +238,7 @@ class _Spooled:
     def add(self, cell: Any, modality: str, name: str) -> str:
         """Append the medium of a cell; returns its name."""
         data, path = _cell_media(cell, modality)
-        name = f"{self._key}/{name}.{_extension(data, path)}"
+        name = f"{self._key}/{name}.{_extension(data, path) or _UNKNOWN}"
         self.ranges[name] = ByteRange(Path(self._media.name), self._media.tell(), len(data))
         self._media.write(data)
         return name
@@ -271,19 +308,30 @@ def _lost_columns(entry: dict[str, Any], may_miss: frozenset[str]) -> list[Missi
     there = {_LISTS.get(name, name) for name in entry}
     missing = []
     for name in sorted(set(entry) - set(REGISTRY) - set(_LISTS)):
-        cell = entry[name][0] if isinstance(entry[name], list) and entry[name] else entry[name]
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
-        if not isinstance(data, bytes):
-            continue
-        path = cell.get("path") if isinstance(cell, dict) else None
-        modality = modality_of(_extension(data, path if isinstance(path, str) else ""))
-        if modality not in (None, "text", *there):
+        found = (modality_of(_extension(data, path)) for data, path in _media_in(entry[name]))
+        modality = next((kind for kind in found if kind not in (None, "text", *there)), None)
+        if modality:
             reason = f'column "{name}" holds {modality}: call the column "{modality}", or remove it'
             if modality not in may_miss:
                 raise UnusableSample(reason)
             missing.append(Missing(str(modality), reason))
             del entry[name]
     return missing
+
+
+def _media_in(cell: Any, depth: int = 4) -> Iterator[tuple[bytes, str]]:
+    """(bytes, path or "") of the media in a cell, also in lists (of which the first is looked at) and structures."""
+    if isinstance(cell, bytes):
+        yield cell, ""
+    elif isinstance(cell, list) and cell and depth:
+        yield from _media_in(cell[0], depth - 1)
+    elif isinstance(cell, dict) and depth:
+        data, path = cell.get("bytes"), cell.get("path")
+        if isinstance(data, bytes):
+            yield data, path if isinstance(path, str) else ""
+        else:
+            for inner in cell.values():
+                yield from _media_in(inner, depth - 1)
 
 
 def _cell_media(value: Any, modality: str) -> tuple[bytes, str]:
@@ -298,12 +346,22 @@ def _cell_media(value: Any, modality: str) -> tuple[bytes, str]:
 
 
 def _extension(data: bytes, path: str) -> str:
-    """The path's extension, if any, else that of the format detected from the first bytes, else "unknown"."""
-    if suffix := Path(path).suffix:
-        return suffix.lower().lstrip(".")
+    """The extension of the format detected from the first bytes, else the path's, or "" without one.
+
+    Paths of tables are where media came from, often an address, and may name another format.
+    """
+    named = Path(path.partition("?")[0]).suffix.lower().lstrip(".")
+    found = _format_of(data)
+    canonical = ALIASES.get(named, named)
+    is_named = canonical == found or any({canonical, found} <= family for family in _FAMILIES)
+    return named if is_named or not found else found
+
+
+def _format_of(data: bytes) -> str:
+    """The extension of the format that the first bytes have, or ""."""
     if data[:4] == b"RIFF":
-        return {b"WEBP": "webp", b"WAVE": "wav"}.get(data[8:12], "unknown")
+        return {b"WEBP": "webp", b"WAVE": "wav"}.get(data[8:12], "")
     # MP4 and QuickTime start with a box: four bytes of length, then its type.
     if data[4:8] == b"ftyp":
         return _BRANDS.get(data[8:12], "mp4")
-    return next((extension for signature, extension in _SIGNATURES if data.startswith(signature)), "unknown")
+    return next((extension for signature, extension in _SIGNATURES if data.startswith(signature)), "")
