@@ -113,8 +113,8 @@ def _operation(entry: Mapping[str, Any], ranks: Sequence[int]) -> Operation:
 
 def read(text: str) -> Record | None:
     """Return the record in what a rank wrote; None if it has not written a complete one."""
-    line = text.rpartition(f"\n{_MARK}")[2] if _MARK in text else ""
-    if not line.endswith("\n"):
+    line, end, _ = text.rpartition(f"\n{_MARK}")[2].partition("\n")
+    if f"\n{_MARK}" not in text or not end:
         return None
     return [
         GroupRecord(

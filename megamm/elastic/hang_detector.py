@@ -209,11 +209,10 @@ def examine(workers: Workers, ranks: list[int], detector: HangDetector, folder: 
         (status.step, status.phase, round(detector.silent(i, status), 2), processes.state(workers.pids[i]))
         for i, status in enumerate(statuses)
     ]
-    texts = _stacks(workers, [state in ("T", "t") for *_, state in before])
-    records = _records(workers)
+    texts = _dumps(workers, [state in ("T", "t") for *_, state in before])
     reports = []
     for index, (step, phase, silent, state) in enumerate(before):
-        frames, record = main_frames(texts[index], statuses[index].thread), records[index]
+        frames, record = main_frames(texts[index], statuses[index].thread), flight_record.read(texts[index])
         innermost = frames[0] if frames else "no stack: the process did not respond"
         called, is_on_gpu = collective(frames), statuses[index].is_on_gpu
         if is_on_gpu and record is not None:
@@ -225,10 +224,11 @@ def examine(workers: Workers, ranks: list[int], detector: HangDetector, folder: 
     return reports
 
 
-def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
-    """Return what each rank's faulthandler writes. A stopped rank is woken for this (it will be killed anyway).
+def _dumps(workers: Workers, stopped: list[bool]) -> list[str]:
+    """Return what each rank writes: its stacks, and its flight record. A stopped rank is woken for its stacks.
 
-    Stopped ranks come last, after the stacks of the others: these may continue once a stopped rank is awake.
+    Stopped ranks come last, after all of the others: these may continue once a stopped rank is awake. (It will be
+    killed anyway.)
     """
     ranks = list(zip(workers.pids, workers.dumps, workers.page.ranks, stopped, strict=False))
     for is_stopped in (False, True):
@@ -244,20 +244,19 @@ def _stacks(workers: Workers, stopped: list[bool]) -> list[str]:
         deadline = time.monotonic() + _DUMP_SECONDS
         while not all(is_whole(_read(dump), thread) for dump, thread in asked) and time.monotonic() < deadline:
             time.sleep(0.02)
+        if not is_stopped:
+            _wait_for_records([rank for rank in ranks if not rank[-1]])
     return [_read(dump) for dump in workers.dumps]
 
 
-def _records(workers: Workers) -> list[flight_record.Record | None]:
-    """Return what each rank's flight recorder knows; None for a rank that does not answer."""
-    for pid in workers.pids:
+def _wait_for_records(ranks: list[tuple[int, int, RankStatus, bool]]) -> None:
+    """Ask these ranks for their flight records, and wait until they are written, or for _DUMP_SECONDS."""
+    for pid, *_ in ranks:
         with contextlib.suppress(ProcessLookupError):
             processes.signal_main_thread(pid, flight_record.RECORD_SIGNAL)
     deadline = time.monotonic() + _DUMP_SECONDS
-    while None in (records := [flight_record.read(_read(dump)) for dump in workers.dumps]):
-        if time.monotonic() > deadline:
-            break
+    while any(flight_record.read(_read(dump)) is None for _, dump, *_ in ranks) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return records
 
 
 def _read(dump: int) -> str:
