@@ -1,6 +1,8 @@
 """Text to text: stop strings, streaming and split characters. The truth is transformers' `generate` on the export."""
 
+import io
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from tiny_export import CPU, make_export, open_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from megamm.common.errors import UserError
+from megamm.cli import main
+from megamm.cli.inference import print_at_once
+from megamm.common.errors import UnreadableMedia, UserError
 from megamm.common.sample import IntArray, Part
 from megamm.convert.export import export as export_run
 from megamm.convert.import_folder import import_
@@ -20,6 +24,8 @@ from megamm.convert.io.export_folder import LoadedExport, open_export
 from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.inference.continuation import Continuation, TextFollower
 from megamm.inference.generate import Sampling, generate, generate_from
+from megamm.inference.generate_files import Medium
+from megamm.media.text_file import to_text
 from megamm.modalities.text import TextModality
 
 LENGTH = 32
@@ -177,3 +183,19 @@ def test_a_word_tokenizer_keeps_the_space_behind_the_prompt(tmp_path: Path) -> N
         item.add(1)
         item.add(2)
         assert item.text == expected
+
+
+@pytest.mark.parametrize("prompt", ["a \ud800", "a \udcff"], ids=["half of a pair in JSON", "a byte of the shell"])
+def test_a_prompt_that_is_not_utf_8_is_rejected(prompt: str) -> None:
+    with pytest.raises(UnreadableMedia, match="not UTF-8"):
+        to_text(Medium.of_prompt(prompt).data)
+
+
+def test_characters_that_the_terminal_lacks_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["megamm", "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    print_at_once("caf\xe9 \U0001f600")
+    assert out.buffer.getvalue().endswith(b"caf\\xe9 \\U0001f600")  # type: ignore[attr-defined]

@@ -114,7 +114,7 @@ def generate(
     is_one = together or len({medium.modality for medium in inputs}) > 1
     prompts: list[tuple[Medium, ...]] = [tuple(inputs)] if is_one else [(medium,) for medium in inputs]
     is_streamed = to == "text" and out is None and len(prompts) == 1
-    on_text = _print_at_once if is_streamed else None
+    on_text = print_at_once if is_streamed else None
     made = generate_files(export, prompts, to, out, sampling, choose(device).torch_device, on_text)
     if is_streamed:
         print()
@@ -122,6 +122,7 @@ def generate(
         print(*(made if out is None else [f"{out}: {len(made)} {to}"]), sep="\n")
 
 
-def _print_at_once(text: str) -> None:
+def print_at_once(text: str) -> None:
+    """Show a piece of text as it is generated."""
     sys.stdout.write(text)
     sys.stdout.flush()

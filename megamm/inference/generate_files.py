@@ -33,8 +33,8 @@ class Medium:
     @classmethod
     def of_prompt(cls, prompt: str) -> "Medium":
         """Return a text given on the command line or in a request."""
-        # Bytes from the shell that are not UTF-8 are kept, so that they are rejected later.
-        return cls(prompt.encode("utf-8", "surrogateescape"), "txt", f"prompt {prompt!r}", "text")
+        # What is not UTF-8 (bytes from the shell, half a surrogate pair in JSON) is kept, so that it is rejected later.
+        return cls(prompt.encode("utf-8", "surrogatepass"), "txt", f"prompt {prompt!r}", "text")
 
     @classmethod
     def of_file(cls, path: Path) -> "Medium":
