@@ -94,10 +94,21 @@ def test_a_hard_link_is_the_file_that_the_tar_has_stored(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["b.tar", "b.tar.gz", "deep/b.tgz"])
-def test_a_compressed_tar_among_others_is_not_left_out(name, tmp_path):
+def test_a_compressed_tar_among_others_is_named(name, tmp_path):
     raw = tmp_path / "raw"
     (raw / name).parent.mkdir(parents=True)
     (raw / "a.tar").write_bytes(tar_of(("a.txt", b"one")))
     (raw / name).write_bytes(gzip.compress(tar_of(("b.txt", b"two"))))
-    with pytest.raises(UserError, match=r"1 of its tars are compressed, for example b\.t.*unpack them"):
-        read(raw, tmp_path)
+    broken, sample = read(raw, tmp_path)
+    assert isinstance(broken, Broken) and broken.what == (raw / name).name and "unpack it to .tar" in broken.reason
+    assert sample.parts[0].content == "one"
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.tar.gz"])
+def test_compressed_tars_alone_are_one_line(name, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    (raw / name).write_bytes(gzip.compress(tar_of(("b.txt", b"two"))))
+    for given in (raw, raw / name):
+        with pytest.raises(UserError, match=r"no \.tar files, but 1 that are compressed.*unpack \.tar\.gz"):
+            read(given, tmp_path)

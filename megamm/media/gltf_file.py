@@ -33,6 +33,8 @@ SUPPORTED = frozenset(
 """Required extensions that are read, or that change no surface. So are all KHR_materials_*: they leave base colours."""
 _PLACEMENT = frozenset({"EXT_mesh_gpu_instancing", "KHR_node_visibility"})
 """Extensions of nodes that add or hide parts, and are not supported even if the file does not require them."""
+_REPEAT = 10497
+_WRAPPINGS = {33071: "clamp", 33648: "mirror", _REPEAT: "repeat"}
 _MAX_GENERATED = 8 * 2**20
 """Maximum elements of sparse accessors, whose values are not all in the file."""
 _MAX_BODY = 2**29
@@ -168,11 +170,7 @@ class _Plain:
         if mode not in (_TRIANGLES, _STRIP, _FAN):
             return None
         extensions = sorted(primitive.get("extensions", {}))
-        position = self._values(attributes["POSITION"], extensions).astype(np.float64)
-        # A morph target holds displacements of the vertices.
-        for target, weight in zip(primitive.get("targets", []), weights, strict=False):
-            if weight and "POSITION" in target:
-                position = position + weight * self._values(target["POSITION"])
+        position = self._morphed(primitive, "POSITION", weights)
         if joints is not None:
             position = self._skinned(attributes, position, joints)
         plain: Json = {"attributes": {"POSITION": self._add(position.astype("<f4"), "VEC3")}}
@@ -189,17 +187,27 @@ class _Plain:
             raise ValueError(f"material {material} of {len(self.materials) - 1}")
         plain["material"] = material
         if (name := self._texture_coordinates(material)) in attributes:
-            uv = self._values(attributes[name]).astype(np.float64) @ self._texture_transform(material)[:2]
+            uv = self._morphed(primitive, name, weights) @ self._texture_transform(material)[:2]
             uv += self._texture_transform(material)[2]
             plain["attributes"]["TEXCOORD_0"] = self._add(uv.astype("<f4"), "VEC2")
         elif "baseColorTexture" in self.materials[material]["pbrMetallicRoughness"]:
             raise ValueError(f"a texture without the texture coordinates {name}")
         if "COLOR_0" in attributes:
-            colours = self._values(attributes["COLOR_0"])[:, :3]
+            colours = self._morphed(primitive, "COLOR_0", weights)[:, :3].clip(0, 1)
             plain["attributes"]["COLOR_0"] = self._add(colours.astype("<f4"), "VEC3")
         if any(self.accessors[a]["count"] != len(position) for a in plain["attributes"].values()):
             raise ValueError("attributes of one mesh have different lengths")
         return plain
+
+    def _morphed(self, primitive: Json, name: str, weights: Sequence[float]) -> FloatArray:
+        """An attribute with the weighted differences of the morph targets added (section 3.7.2.2)."""
+        values = self._values(primitive["attributes"][name], sorted(primitive.get("extensions", {}))).astype(np.float64)
+        for target, weight in zip(primitive.get("targets", []), weights, strict=False):
+            if weight and name in target:
+                change = weight * self._values(target[name])
+                # A colour's difference may have no alpha.
+                values[:, : change.shape[1]] += change
+        return values
 
     def _skinned(self, attributes: Json, position: FloatArray, joints: FloatArray) -> FloatArray:
         """Positions `[V, 3]` moved by the weighted matrices of their joints (section 3.7.3.3)."""
@@ -311,7 +319,14 @@ class _Plain:
         plain: Json = {"baseColorFactor": [float(value) for value in colour]}
         if texture is not None:
             plain["baseColorTexture"] = {"index": self._image(texture["index"])}
-        return {"pbrMetallicRoughness": plain, "extras": texture}
+        # The name goes through trimesh, which drops samplers.
+        return {"pbrMetallicRoughness": plain, "extras": texture, "name": self._wrapping(texture)}
+
+    def _wrapping(self, texture: Json | None) -> str:
+        """How a texture continues outside of its picture (section 5.26), for `point_clouds.wrapped`."""
+        given = {} if texture is None else self.given["textures"][texture["index"]]
+        sampler = self.given["samplers"][given["sampler"]] if "sampler" in given else {}
+        return " ".join(_WRAPPINGS[sampler.get(axis, _REPEAT)] for axis in ("wrapS", "wrapT"))
 
     def _image(self, texture: int) -> int:
         """The number of a texture's image in the plain file, where each image is a texture."""

@@ -48,7 +48,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     """
     profile, gamma = image.info.get("icc_profile"), image.info.get("gamma")
     is_srgb = "srgb" in image.info  # PNG's sRGB chunk, which replaces gAMA
-    image = _eight_bits(image)
+    image = eight_bits(image)
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     image = _without_alpha(image)
     if profile:
@@ -63,7 +63,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def eight_bits(image: Image.Image) -> Image.Image:
     """The picture with 8 bits per channel; 16-bit grey is scaled, which Pillow would clip at 255."""
     if image.mode in ("I", "F"):
         raise UnreadableMedia("32-bit, signed or floating-point pixels have no defined range: convert it to 8 bits")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megamm.media.image_colours import eight_bits
+
 if TYPE_CHECKING:
     import trimesh
     from PIL.Image import Image
@@ -116,7 +118,8 @@ def _mesh_colours(mesh: "trimesh.Trimesh", face: IntArray, weights: FloatArray) 
         if image is None or visual.uv is None or len(visual.uv) != len(mesh.vertices):
             return rgb
         uv = (np.asarray(visual.uv, dtype=np.float64)[corners] * weights[:, :, None]).sum(1)
-        texel = _texels(np.asarray(image.convert("RGB")), uv) / 255
+        # Any program may write material names, so other ones are not an error.
+        texel = _texels(np.asarray(eight_bits(image).convert("RGB")), wrapped(uv, visual.material.name)) / 255
         # glTF's factor tints the texture; an OBJ material's diffuse colour is only for programs without textures.
         return texel * rgb if hasattr(visual.material, "baseColorFactor") else texel
     assert visual is not None, "trimesh always sets visual"
@@ -131,10 +134,19 @@ def texture(mesh: "trimesh.Trimesh") -> "Image | None":
     return getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
 
 
+def wrapped(uv: FloatArray, wrapping: str | None) -> FloatArray:
+    """Texture coordinates `[N, 2]` inside the picture, [0, 1]; wrapping: of u and v, such as "repeat clamp"."""
+    uv = np.nan_to_num(uv, posinf=0, neginf=0)
+    modes = (wrapping or "").split()
+    modes = modes if len(modes) == 2 else ["repeat", "repeat"]
+    inside = {"clamp": uv.clip(0, 1), "mirror": 1 - np.abs(uv % 2 - 1)}
+    return np.stack([inside.get(mode, uv % 1)[:, axis] for axis, mode in enumerate(modes)], axis=1)
+
+
 def _texels(picture: npt.NDArray[np.uint8], uv: FloatArray) -> npt.NDArray[np.uint8]:
-    """The nearest pixel `[N, 3]` of `[Y, X, 3]` at texture coordinates `[N, 2]`, repeated outside [0, 1); v is up."""
+    """The nearest pixel `[N, 3]` of `[Y, X, 3]` at texture coordinates `[N, 2]` in [0, 1]; v is up."""
     height, width = picture.shape[:2]
-    u, v = (np.nan_to_num(uv, posinf=0, neginf=0) % 1).T
+    u, v = uv.T
     column = (u * width).astype(np.int64).clip(max=width - 1)
     row = ((1 - v) * height).astype(np.int64).clip(max=height - 1)
     return picture[row, column]

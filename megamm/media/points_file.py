@@ -14,6 +14,7 @@ and texture files of obj and ply are ignored; a glb that needs another file is r
 import hashlib
 import io
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -191,7 +192,7 @@ def _load_scene(data: bytes, extension: str) -> "trimesh.Scene | CloudArray":
 
 def _check_obj(data: bytes) -> None:
     """Check for faces: trimesh takes any text for an obj file. Elements are lines, so counts cannot be false."""
-    if b"\0" in data or not any(line.startswith((b"f ", b"f\t")) for line in data.splitlines()):
+    if b"\0" in data or not re.search(rb"(?:^|[\r\n])[ \t]*fo?[ \t]", data):
         raise ValueError("has no faces")
 
 

@@ -101,7 +101,7 @@ def mesh_of_obj(data: bytes) -> "trimesh.Trimesh":
     vertices: list[list[float]] = []
     polygons: list[list[int]] = []
     # A backslash at the end continues a line. A single CR ends lines only in a file without LF.
-    text = re.sub(r"\\\r?\n", " ", data.decode("utf-8", "replace"))
+    text = re.sub(r"\\\r?\n", " ", data.decode("utf-8-sig", "replace"))
     for line in text.split("\n" if "\n" in text else "\r"):
         words = line.partition("#")[0].split()
         if not words:
@@ -345,12 +345,12 @@ class _BinaryPly:
 
 def _ply_colours(columns: dict[str, Column]) -> FloatArray | None:
     """RGB `[M, 3]` in [0, 1] of an element's columns; None if it has none."""
-    names = set(columns)
-    for prefix in ("", "diffuse_"):
-        wanted = [prefix + name for name in ("red", "green", "blue")]
-        if names.issuperset(wanted):
+    columns = {name.lower(): values for name, values in columns.items()}
+    for wanted in (("red", "green", "blue"), ("diffuse_red", "diffuse_green", "diffuse_blue"), ("r", "g", "b")):
+        if set(wanted) <= set(columns):
             values = [np.asarray(columns[name]) for name in wanted]
-            if values[0].dtype.kind in "ui":
+            # Wider and signed integers hold the same 0 to 255.
+            if values[0].dtype.kind == "u" and values[0].dtype.itemsize <= 2:
                 return np.column_stack([v.astype(np.float64) / np.iinfo(v.dtype).max for v in values])
             return _float_colours(np.column_stack(values).astype(np.float64))
     return None

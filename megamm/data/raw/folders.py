@@ -8,12 +8,14 @@ Other files with the stem of a named one belong to the same sample.
 
 import csv
 import json
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from megamm.common.errors import UserError
 from megamm.data.raw.assemble import MAX_TEXT_BYTES, SampleFile, assemble
+from megamm.data.raw.elsewhere import Elsewhere
 from megamm.data.raw.extensions import TEXT_EXTENSIONS, is_system_file
 from megamm.data.raw.samples import Broken, Entry, Missing, NoData, RawSample, UnusableSample, fit_key
 from megamm.data.raw.tables import UnreadableTable, table_rows
@@ -50,12 +52,18 @@ def read_folder(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset()) 
     for table in tables:
         yield from _described(raw, table, stems, described, may_miss)
     folders = [table.parent for table in tables]
+    elsewhere = Elsewhere(raw, {stem: members for stem, members in stems.items() if stem not in described})
     for stem, members in stems.items():
         if stem in described:
             continue
+        if stem in elsewhere.lists:
+            yield NoData(str(members[0]), "lists of captions, which are not read")
+            continue
         try:
+            if reason := elsewhere.reason_without_medium(stem):
+                raise UnusableSample(reason)
             sample = assemble(fit_key(stem), [_folder_file(raw, file) for file in members], may_miss)
-            yield _with_text(sample, stem, folders, may_miss)
+            yield _with_text(sample, stem, folders, elsewhere, may_miss)
         except UnusableSample as error:
             yield Broken(stem, str(error))
 
@@ -69,15 +77,25 @@ def _stems(files: list[PurePosixPath]) -> dict[str, list[PurePosixPath]]:
         # Some tools write the caption of cat.png to cat.png.txt.
         if _extension(file) in TEXT_EXTENSIONS and stem in media:
             stem = stem.with_suffix("")
-        stems.setdefault(str(stem), []).append(file)
+        stems.setdefault(_nfc(stem), []).append(file)
     return stems
 
 
-def _with_text(sample: RawSample, stem: str, folders: list[PurePosixPath], may_miss: frozenset[str]) -> RawSample:
-    """The sample; unusable if a metadata file above it has no line for it, and it has no other text."""
-    table = any(PurePosixPath(stem).is_relative_to(folder) for folder in folders)
-    if table and "text" not in may_miss and all(part.modality != "text" for part in sample.parts):
+def _nfc(path: PurePosixPath) -> str:
+    """A path in Unicode NFC: macOS writes names as NFD, and the caption of one may come from elsewhere."""
+    return unicodedata.normalize("NFC", str(path))
+
+
+def _with_text(
+    sample: RawSample, stem: str, folders: list[PurePosixPath], elsewhere: Elsewhere, may_miss: frozenset[str]
+) -> RawSample:
+    """The sample; unusable if it has no text and should have one."""
+    if "text" in may_miss or any(part.modality == "text" for part in sample.parts):
+        return sample
+    if any(PurePosixPath(stem).is_relative_to(folder) for folder in folders):
         raise UnusableSample("no line of the metadata file names it: add one, or use --allow-missing text")
+    if reason := elsewhere.reason_without_text(stem):
+        raise UnusableSample(reason)
     return sample
 
 
@@ -95,8 +113,8 @@ def _described(
             what = f"{table}:{number}"
             try:
                 members = _named_files(row, table.parent, stems)
-                stem = str(members[0].with_suffix(""))
-                described.update(str(file.with_suffix("")) for file in members)
+                stem = _nfc(members[0].with_suffix(""))
+                described.update(_nfc(file.with_suffix("")) for file in members)
                 members += [file for file in stems.get(stem, []) if file not in members]
                 # The second line of a file is a sample too, for example another caption of the same picture.
                 lines[stem] = lines.get(stem, 0) + 1
@@ -141,10 +159,13 @@ def _named_files(row: Any, folder: PurePosixPath, stems: dict[str, list[PurePosi
     for name in names:
         if not isinstance(row[name], str) or not row[name]:
             raise UnusableSample(f'its "{name}" is empty')
-        file = folder / row[name]
-        if file not in stems.get(str(file.with_suffix("")), []):
+        # Programs of Windows write backslashes.
+        paths = [folder / row[name], folder / row[name].replace("\\", "/")]
+        wanted = {_nfc(path) for path in paths}
+        found = [file for path in paths for file in stems.get(_nfc(path.with_suffix("")), []) if _nfc(file) in wanted]
+        if not found:
             raise UnusableSample(f"{row[name]!r} is not a file below its folder")
-        files.append(file)
+        files.append(found[0])
     return files
 
 

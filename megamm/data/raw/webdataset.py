@@ -25,13 +25,16 @@ def read_webdataset(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset
     """The samples of all tars, sorted by tar name."""
     tars = sorted(raw.rglob("*.tar")) if raw.is_dir() else [raw]
     names = [tar.relative_to(raw) if raw.is_dir() else Path(tar.name) for tar in tars]
-    if not raw.exists() or (not tars and not _compressed(raw, [])):
-        raise UserError("no .tar files", where=raw, remedy="give a folder of WebDataset tars, or one")
-    # Media are read in place. Without a compressed shard, its samples would be lost.
-    if compressed := _compressed(raw, tars):
-        what = f"{len(compressed)} of its tars are compressed, for example {compressed[0].name}"
-        raise UserError(what, where=raw, remedy="unpack them to .tar, for example with gunzip")
+    compressed = _compressed(raw, tars)
+    if not raw.exists() or not set(tars) - set(compressed):
+        what = f"no .tar files, but {len(compressed)} that are compressed" if compressed else "no .tar files"
+        raise UserError(what, where=raw, remedy="give a folder of WebDataset tars, or one; unpack .tar.gz")
+    # Media are read in place.
+    for path in compressed:
+        yield Broken(path.name, "unreadable: it is compressed; unpack it to .tar, for example with gunzip")
     for tar, name in zip(tars, names, strict=True):
+        if tar in compressed:
+            continue
         if is_system_file(name):
             yield NoData(name.as_posix(), "files of the operating system, and hidden ones")
         else:
