@@ -221,6 +221,7 @@ setup(
     ],
     python_requires=PYTHON_REQUIRES,
     packages=find_packages(include=["megamm", "megamm.*"]),
+    package_data={"megamm.plan": ["gpus/*.yaml"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megamm = megamm.__main__:main"]},

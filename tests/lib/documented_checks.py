@@ -183,6 +183,8 @@ ENTRIES = [
     Entry(r"megamm tokenizer train audio ", run, LONG, {"$": " --steps 2 --batch-size 2"}, heavy=True),
     Entry(r"megamm tokenizer train points ", run, LONG, {"$": " --steps 2 --batch-size 2"}, heavy=True),
     Entry(r"megamm train .*--world-size", run, names={"CONFIG": "examples/dense_8b.yaml"}, heavy=True),
+    Entry(r"megamm plan --calibrate ", run, "GPUs: refused without them", codes=(0, 2), heavy=True),
+    Entry(r"megamm plan ", run, names={"CONFIG": "examples/dense_8b.yaml"}, heavy=True),
     Entry(
         r"megamm train .*--rendezvous", dry_run, "a job of several nodes; tests/test_resilience.py", MANY, heavy=True
     ),

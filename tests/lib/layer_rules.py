@@ -35,6 +35,7 @@ LAYERS = {
     "inference": "generation and evaluation with an export",
     "doctor": "checks of an installation and of nodes",
     "parity": "compares any layout with one rank",
+    "plan": "layouts that fit, and their predicted speed",
     "cli": "the `megamm` command",
 }
 """The packages of megamm/ from the bottom up: each imports only those above it in this table."""
