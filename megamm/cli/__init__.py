@@ -4,6 +4,7 @@ Imports are inside the commands, so that `megamm --help` and a config error do n
 A UserError becomes one line on stderr and exit code 2.
 """
 
+import codecs
 import io
 import os
 import socket
@@ -135,7 +136,8 @@ def main() -> None:
     """Entry point of the console script and of `python -m megamm`."""
     # Set before torch is loaded. Threads that spin while waiting make training ten times slower on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if isinstance(sys.stdout, io.TextIOWrapper):  # generated text can have characters that the terminal lacks
+    if isinstance(sys.stdout, io.TextIOWrapper) and codecs.lookup(sys.stdout.encoding).name != "utf-8":
+        # Generated text can have characters that the terminal lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         torchrun.take_leftovers()
