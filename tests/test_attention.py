@@ -257,7 +257,7 @@ def _packed(generator: torch.Generator, length: int, rows: int) -> torch.Tensor:
     return torch.stack(segments)[:, None].expand(-1, 4, -1).clone()
 
 
-@pytest.mark.parametrize("window", [0, 1, 100, 129, 1000])
+@pytest.mark.parametrize("window", [0, 100, 129])
 @pytest.mark.parametrize(("length", "ranks"), [(1, 1), (127, 1), (128, 1), (1000, 1), (1024, 2), (1032, 3), (1288, 7)])
 def test_block_mask_is_that_of_torch(length: int, ranks: int, window: int) -> None:
     """Also where a block has queries of two chunks, and where the row is not a multiple of a block."""
@@ -266,10 +266,10 @@ def test_block_mask_is_that_of_torch(length: int, ranks: int, window: int) -> No
     from megamm.mcore.attention import _block_mask
     from megamm.mcore.context import local_chunks
 
-    metadata = _packed(torch.Generator().manual_seed(length + window), length, rows=6)
-    for rank in range(ranks):
+    metadata = _packed(torch.Generator().manual_seed(length + window), length, rows=3)
+    for rank in {0, ranks - 1}:
         mask = _block_mask(metadata, local_chunks(length, rank, ranks), window)
-        wanted = create_block_mask(mask.mask_mod, 6, None, length // ranks, length, device="cpu")
+        wanted = create_block_mask(mask.mask_mod, 3, None, length // ranks, length, device="cpu")
         assert mask.seq_lengths == wanted.seq_lengths
         assert mask.BLOCK_SIZE == wanted.BLOCK_SIZE
         for name in ("kv", "q", "full_kv", "full_q"):

@@ -88,3 +88,32 @@ def test_profiler_that_a_run_does_not_reach_writes_nothing(tmp_path, caplog):
     profiler.close()
     assert not (tmp_path / "profile").exists()
     assert "no trace is written" in caplog.text
+
+
+class _Ranges:
+    """A double of emit_nvtx, which needs a GPU: it notes that torch's ranges are on."""
+
+    on = False
+
+    def __init__(self, record_shapes):
+        assert record_shapes
+
+    def __enter__(self):
+        _Ranges.on = True
+
+    def __exit__(self, *_):
+        _Ranges.on = False
+
+
+def test_under_nsight_systems_torch_only_emits_its_ranges(tmp_path, monkeypatch):
+    monkeypatch.setenv("NSYS_PROFILING_SESSION_ID", "1")
+    monkeypatch.setattr(torch.autograd.profiler, "emit_nvtx", _Ranges)
+    profiler = StepProfiler(ProfileConfig(steps=[2, 3]), tmp_path, 0, choose("cpu"))
+    on = []
+    for step in range(1, 5):
+        profiler.begin(step)
+        on.append(_Ranges.on)
+        profiler.end(step)
+    profiler.close()
+    assert on == [False, True, True, False] and not _Ranges.on
+    assert not (tmp_path / "profile").exists()

@@ -3,14 +3,12 @@
 This is the only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
 """
 
-import contextlib
 import ctypes
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -108,18 +106,6 @@ class Device:
         allocated, reserved = (stats[f"{kind}_bytes.all.peak"] for kind in ("allocated", "reserved"))
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         return MemoryFigures(allocated, reserved, total, stats["num_alloc_retries"])
-
-    @contextlib.contextmanager
-    def annotate(self, name: str) -> Iterator[None]:
-        """Name the body's work in traces: of torch's profiler, and on a GPU also of Nsight Systems (NVTX)."""
-        if self.is_gpu:
-            torch.cuda.nvtx.range_push(name)
-        try:
-            with torch.profiler.record_function(name):
-                yield
-        finally:
-            if self.is_gpu:
-                torch.cuda.nvtx.range_pop()
 
     def profile_range(self, is_begin: bool) -> None:
         """Begin or end what `nsys profile --capture-range=cudaProfilerApi` records; on a CPU do nothing."""

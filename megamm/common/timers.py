@@ -3,12 +3,16 @@
 with timers.device("forward"): ...    work of the device; on a GPU by events on its stream, read out later
 with timers.host("data"): ...         work of the process itself, including waiting
 timers.take()                         {"data": ..., "forward": ...}, seconds since the last call
+
+A phase is also a range in the traces of torch's profiler (observability/profiler.py).
 """
 
 import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+
+import torch
 
 from megamm.common.device import Device, DeviceEvent
 
@@ -26,7 +30,7 @@ class Timers:
         """Add the body's wall time to a phase."""
         begin = time.perf_counter()
         try:
-            with self._device.annotate(phase):
+            with torch.profiler.record_function(phase):
                 yield
         finally:
             self._host_seconds[phase] += time.perf_counter() - begin
@@ -37,7 +41,7 @@ class Timers:
         # Events are only recorded here: reading their times would wait for the device in every phase.
         begin = self._device.record_event()
         try:
-            with self._device.annotate(phase):
+            with torch.profiler.record_function(phase):
                 yield
         finally:
             self._device_spans[phase].append((begin, self._device.record_event()))

@@ -1,7 +1,7 @@
 """Records the steps of metrics.profile on this rank: a trace of torch's profiler, or the range for Nsight Systems.
 
 Out: RUN/profile/steps_00000010-00000013_rank_00000.json.gz, with a step's phases (common/timers.py) as ranges. Both
-tools use the same interface of the GPU, so under Nsight Systems torch's profiler is not started.
+tools use the same interface of the GPU, so under Nsight Systems torch emits its ranges as NVTX ranges instead.
 """
 
 import logging
@@ -28,6 +28,7 @@ class StepProfiler:
         self._first: int | None = None
         """The first step of the recording in progress."""
         self._profiler: torch.profiler.profile | None = None
+        self._ranges: torch.autograd.profiler.emit_nvtx | None = None
 
     def begin(self, step: int) -> None:
         """Start recording if this is one of the steps; a run that resumes in the middle records the rest."""
@@ -38,7 +39,10 @@ class StepProfiler:
         ):
             return
         self._first = step
-        if NSIGHT not in os.environ:
+        if NSIGHT in os.environ:
+            self._ranges = torch.autograd.profiler.emit_nvtx(record_shapes=True)
+            self._ranges.__enter__()
+        else:
             self._profiler = torch.profiler.profile(record_shapes=True)  # of all activities that the build supports
             self._profiler.start()
         self._device.profile_range(is_begin=True)
@@ -50,9 +54,12 @@ class StepProfiler:
         self._device.synchronize()  # what the last step has queued belongs to it
         self._device.profile_range(is_begin=False)
         first, self._first = self._first, None
-        if self._profiler is None:
+        if self._ranges is not None:
+            self._ranges.__exit__(None, None, None)
+            self._ranges = None
             log.info("profiler: steps %d to %d are recorded by Nsight Systems", first, step)
             return
+        assert self._profiler is not None
         self._profiler.stop()
         path = self._run / PROFILE / f"steps_{first:08d}-{step:08d}_rank_{self._rank:05d}.json.gz"
         path.parent.mkdir(parents=True, exist_ok=True)
