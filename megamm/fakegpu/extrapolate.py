@@ -24,7 +24,7 @@ def whole_step(
 ) -> ProbeResult:
     """Return the figures of a rank in a step of the run; see Simulator.simulate. ask: simulates one request."""
     split = layers_per_chunk(config, vocabulary_size)
-    whole = _kinds_by_chunk(config, split)
+    whole = kinds_by_chunk(config, split)
     microbatches = config.train.global_batch_size // (config.train.micro_batch_size * config.data_parallel(world_size))
     simulated = min(microbatches, enough_microbatches(config))
     request = ProbeRequest(config.model_dump(mode="json"), vocabulary_size, world_size, rank, simulated)
@@ -70,7 +70,7 @@ def _from_few(
     return replace(result, figures=figures)
 
 
-def _kinds_by_chunk(config: RunConfig, split: Sequence[int]) -> list[list[LayerKind]]:
+def kinds_by_chunk(config: RunConfig, split: Sequence[int]) -> list[list[LayerKind]]:
     m, kinds, first = config.model, list[list[LayerKind]](), 0
     for count in split:
         layers = range(first, first + count)

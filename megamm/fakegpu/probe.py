@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megamm import ops
+from megamm.checkpoint import staging
 from megamm.checkpoint.rank_file import RankFile
-from megamm.checkpoint.staging import StagedFile
 from megamm.common.device import Device
 from megamm.common.sample import Batch
 from megamm.config import MoEConfig, RunConfig, config_from_dict
@@ -56,6 +56,7 @@ class Simulation:
             self.recorder = Recorder(_group_names(groups))
             figures, kernels = self._step(config, request, groups)
             text = groups.describe()
+        fake_gpu.forget()
         gc.collect()
         return ProbeResult(figures, text, kernels, time.monotonic() - start)
 
@@ -153,7 +154,7 @@ def _batch(config: RunConfig) -> Batch:
     )
 
 
-class _FakeStagedFile(StagedFile):
+class _FakeStagedFile(staging.StagedFile):
     """A staged file whose memory does not exist: its real `copy` runs, but nothing is page-locked or written."""
 
     def __init__(self, layout: RankFile, device: Device) -> None:
@@ -167,6 +168,7 @@ def _stage(engine: NativeEngine, device: Device) -> int:
     with unset_fake_temporarily():
         layout = RankFile.of(shards, "__0_0.distcp")
     staged = _FakeStagedFile(layout, device)
+    staging.CHUNK = 1 << 50  # whole shards: smaller copies of them would only take time here
     for steady in (True, False):
         staged.copy(shards, steady)
     return layout.size

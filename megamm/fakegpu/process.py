@@ -1,15 +1,14 @@
 """The process that simulates a GPU: `python -m megamm.fakegpu.process GPU IMBALANCE`, started by `Simulator`.
 
 It exists because the simulation replaces parts of torch and Megatron-core for good. It reads one `ProbeRequest` per
-line of stdin as JSON and answers each with one line: {"result": ...}, {"error": ...} for a UserError, or {"failed":
-traceback}. It ends at the end of its input.
+line of stdin as JSON and answers each with one line: {"result": ...}, or {"error": ...} for a UserError. It ends at the
+end of its input, or with the traceback of another error on stderr.
 """
 
 import json
 import logging
 import os
 import sys
-import traceback
 import warnings
 from dataclasses import asdict
 from typing import TextIO
@@ -48,9 +47,6 @@ def main() -> None:
             _answer(answers, {"result": asdict(simulation.run(ProbeRequest(**json.loads(line))))})
         except UserError as error:
             _answer(answers, {"error": [error.what, error.remedy]})
-        except Exception:
-            _answer(answers, {"failed": traceback.format_exc()})
-            raise
 
 
 def _answer(answers: TextIO, value: dict[str, object]) -> None:

@@ -27,6 +27,9 @@ _COALESCED = (
     _c10d.allreduce_coalesced_.default,
 )
 """Collectives for which torch has no fake kernel."""
+_PRODUCTS = {torch.ops.aten.mm: 2, torch.ops.aten.bmm: 2, torch.ops.aten.addmm: 3, torch.ops.aten.baddbmm: 3}
+"""Matrix products, with the number of their tensors. Attention (mcore/fake_gpu.py) reports its FLOPs itself; those of
+other operations are not counted: their time is that of memory, not of arithmetic."""
 _NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 _NO_LAUNCH |= {"_unsafe_view", "_reshape_alias", "alias", "set_", "resize_", "record_stream", "_local_scalar_dense"}
 """Operations that are not views and launch no kernel."""
@@ -130,8 +133,9 @@ class Recorder(TorchDispatchMode):
 
     def _count(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
         packet = func._overloadpacket
-        if packet in flop_registry:
-            self.add_flops(packet.__name__, flop_registry[packet](*args, **kwargs, out_val=out))
+        if packet in _PRODUCTS:
+            # torch's formula takes the factors alone, and not the dtype of the result.
+            self.add_flops(packet.__name__, flop_registry[packet](*args[: _PRODUCTS[packet]], out_val=out))
         if func.is_view or func.namespace == "c10d" or packet.__name__ in _NO_LAUNCH:
             return
         self.launches[self.scope] += 1
@@ -166,5 +170,6 @@ class Recorder(TorchDispatchMode):
         if group.size() == 1:
             return  # no message
         size = sum(tensor.nbytes for tensor in tree_leaves(tensors) if isinstance(tensor, torch.Tensor))
-        name = self.group_names.get(group.group_name, "other")
+        # Megatron has further groups of all ranks, such as the optimizer's.
+        name = self.group_names.get(group.group_name, "world" if group.size() == dist.get_world_size() else "other")
         self.collectives[self.scope, Collective(operation, name, group.size(), size)] += 1

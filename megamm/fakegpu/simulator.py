@@ -93,8 +93,13 @@ class Simulator:
         this is less work. UserError for a layout that cannot run, or for what cannot be simulated.
         """
         layout.check(config, world_size)
-        if config.engine != "native":
-            raise UserError("--fake-gpu simulates engine: native only", remedy="set engine=native")
+        for key, value, only in (
+            ("engine", config.engine, "native"),
+            ("train.attention", "flex" if config.train.attention == "auto" else config.train.attention, "flex"),
+            ("model.moe.dispatcher", config.model.moe.dispatcher, "alltoall"),
+        ):
+            if value != only:
+                raise UserError(f"--fake-gpu simulates {key}: {only} only", remedy=f"set {key}={only}")
         return extrapolate.whole_step(config, vocabulary_size, world_size, rank, exact, self._ask)
 
     def _ask(self, request: ProbeRequest) -> ProbeResult:
@@ -110,6 +115,5 @@ class Simulator:
             what, remedy = answer["error"]
             raise UserError(what, remedy=remedy)
         if "result" not in answer:
-            reason = answer.get("failed", f"its process ended with code {self._process.wait()}")
-            raise RuntimeError(f"the simulation of rank {request.rank} failed: {reason}")
+            raise RuntimeError(f"the simulation of rank {request.rank} ended with code {self._process.wait()}")
         return ProbeResult(**answer["result"])

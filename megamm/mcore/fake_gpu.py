@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import clip_grads
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from megamm.mcore import attention, step
 from megamm.mcore.backbone import Backbone
@@ -40,6 +40,12 @@ def install(observer: Observer, imbalance: float) -> None:
     _patch_norms(observer)
     _patch_step(observer)
     dist.all_gather_object = _all_have_own  # type: ignore[assignment]
+
+
+def forget() -> None:
+    """Release what modules keep for the next step, before another rank is simulated."""
+    attention._CACHE.clear()
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()
 
 
 def _all_have_own(objects: list[Any], own: Any, group: Any = None) -> None:
@@ -178,10 +184,11 @@ def _patch_dispatch(imbalance: float) -> None:
     initialize = dispatcher.__init__
 
     def with_real_indices(self: Any, *arguments: Any, **options: Any) -> None:
-        with unset_fake_temporarily():  # on the CPU, and read there
-            initialize(self, *arguments, **options)
-        self.sort_input_by_local_experts = self.sort_input_by_local_experts.numpy()
-        self.restore_output_by_local_experts = self.restore_output_by_local_experts.numpy()
+        initialize(self, *arguments, **options)
+        # The order in which chunks of tokens are sorted is read on the host: the dispatcher's own, with values.
+        chunks = np.arange(self.num_experts * self.tp_size)
+        self.sort_input_by_local_experts = chunks.reshape(-1, self.num_local_experts).T.ravel()
+        self.restore_output_by_local_experts = chunks.reshape(self.num_local_experts, -1).T.ravel()
 
     def counts(self: Any, point: str, tokens_per_expert: Any = None) -> Any:
         if point == self.cuda_dtoh_point:

@@ -1,4 +1,4 @@
-"""Process groups of one rank of a simulated world of any size, in one process that communicates with nobody.
+"""Process groups of one rank of a simulated world of any size, in one process that communicates with no other.
 
 Source: torch's fake process group, whose collectives do nothing.
 """
