@@ -72,7 +72,7 @@ def test_a_step_costs_what_is_committed(simulator, measured, name):
 
 
 def test_static_memory_is_that_of_the_dry_run(measured):
-    case = CASES["30B-A3B, expert 8"]
+    case = CASES["30B-A3B, expert 16"]
     cpu.install()
     if torch.distributed.is_initialized():
         process_groups.destroy()
@@ -80,8 +80,8 @@ def test_static_memory_is_that_of_the_dry_run(measured):
     text, fault = dry_run.describe(case.config(), VOCABULARY, case.world_size)
     assert fault is None
     stage = next(line for line in text.splitlines() if re.match(r" +0 +16 ", line)).split()
-    static = {kind: measured("30B-A3B, expert 8")[f"static|{kind}"] for kind in ("weights", "gradients", "optimizer")}
-    assert int(stage[2].replace(",", "")) == measured("30B-A3B, expert 8")["parameters"]
+    static = {kind: measured("30B-A3B, expert 16")[f"static|{kind}"] for kind in ("weights", "gradients", "optimizer")}
+    assert int(stage[2].replace(",", "")) == measured("30B-A3B, expert 16")["parameters"]
     assert [f"{size / gpus.GIB:.2f}" for size in static.values()] == stage[3:6]
 
 
@@ -123,12 +123,12 @@ def test_messages_have_the_volume_of_parameters_and_hidden_states(measured):
     assert figures["bytes|step|all_gather|dp_cp|8"] == pytest.approx(2 * parameters, rel=1e-4)  # bf16 weights
     assert not [name for name in figures if name.startswith("bytes|microbatch|")]
 
-    config, figures = CASES["30B-A3B, expert 8"].config(), measured("30B-A3B, expert 8")
+    config, figures = CASES["30B-A3B, expert 16"].config(), measured("30B-A3B, expert 16")
     m, microbatches = config.model, config.train.global_batch_size / 16
     tokens = config.data.seq_length * m.moe.top_k
     # Forward: tokens and their weights to the experts, and tokens back; backward: the gradients of all three.
-    layer = 2 * tokens * (2 * m.hidden_size * 2 + 4)
-    moved = figures["bytes|microbatch|all_to_all|ep|8"]
+    layer = 2 * tokens * (2 * m.hidden_size + 1) * 2
+    moved = figures["bytes|microbatch|all_to_all|ep|16"]
     assert moved == pytest.approx(layer * m.num_layers * microbatches, rel=1e-4)
 
 
@@ -146,7 +146,7 @@ def test_extrapolated_figures_are_those_of_all_layers(simulator):
 
 
 @pytest.mark.everything
-@pytest.mark.parametrize("name", ["dense_8b.yaml, first stage", "dense_8b.yaml, last stage", "MLA and MTP, expert 8"])
+@pytest.mark.parametrize("name", ["dense_8b.yaml, first stage", "dense_8b.yaml, last stage", "MLA and MTP, expert 32"])
 def test_extrapolated_memory_of_examples_is_that_of_all_layers(simulator, measured, name):
     exact = fake_gpu_cases.measure(simulator, CASES[name], exact=True).figures
     assert sum(peak(measured(name))[1].values()) == pytest.approx(sum(peak(exact)[1].values()), rel=0.03)
@@ -162,12 +162,12 @@ def test_one_microbatch_reaches_the_peak_of_many(simulator, monkeypatch):
     assert sum(peak(one)[1].values()) == pytest.approx(sum(peak(three)[1].values()), rel=0.01)
 
 
-def test_a_heavier_expert_takes_more_memory_and_work(simulator):
+def test_a_heavier_expert_takes_more_memory_and_work(simulator, monkeypatch):
     overrides = (*fake_gpu_cases.A3B, "model.num_layers=1")
     question = Case("moe_200b.yaml", overrides, 16)
-    with Simulator("h100", imbalance=2.0) as heavy:
-        worst = fake_gpu_cases.measure(heavy, question, exact=True).figures
     equal = fake_gpu_cases.measure(simulator, question, exact=True).figures
+    monkeypatch.setattr(simulator, "imbalance", 2.0)
+    worst = fake_gpu_cases.measure(simulator, question, exact=True).figures
     m, tokens = question.config().model, question.config().data.seq_length
     experts = 6 * 3 * m.hidden_size * m.moe.ffn_hidden_size * tokens * m.moe.top_k * 64 / 16  # of 4 microbatches
     more = worst["flops|microbatch|mm"] - equal["flops|microbatch|mm"]
@@ -183,7 +183,7 @@ def test_the_report_says_what_does_not_fit_and_what_would(simulator):
     assert re.search(r"train\.recompute=full +\d+\.\d\d GiB: does not fit", text)
     assert "parallel.context=2" in text
     assert "not possible: world size = 1" in text
-    assert "boolean index at megamm/model/loss.py:" in text
+    assert re.search(r"\d  value read at megatron/core/optimizer/clip_grads\.py:\d+ in ", text)
 
 
 def test_ranks_are_one_of_each_stage():
@@ -195,7 +195,7 @@ def test_ranks_are_one_of_each_stage():
 
 
 def test_fewer_layers_keep_one_of_each_kind():
-    config = CASES["MLA and MTP, expert 8"].config()
+    config = CASES["MLA and MTP, expert 32"].config()
     split = layout.layers_per_chunk(config, VOCABULARY)
     kinds = extrapolate.kinds_by_chunk(config, split)
     assert [len(chunk) for chunk in kinds] == [27]

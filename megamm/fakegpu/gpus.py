@@ -1,7 +1,7 @@
 """The GPUs that can be simulated: name, memory, and what torch reports about them.
 
-Sources of the memory: torch's `total_memory`, as its out-of-memory messages print it in public reports (a GPU reports
-less than its name says, because ECC and the driver reserve some).
+Source of the memory: torch's "total capacity" in out-of-memory messages of public reports, the least value seen (H100:
+vllm-project/vllm#27508). A GPU reports less than its name says, because ECC and the driver reserve some.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ Input: a `ProbeRequest`. Output: a `ProbeResult`, made of plain values, as both 
 import gc
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from functools import partial
 
 import torch
@@ -22,9 +22,9 @@ from megamm.common.sample import Batch
 from megamm.config import MoEConfig, RunConfig, config_from_dict
 from megamm.engine.native import NativeEngine
 from megamm.fakegpu import runtime
+from megamm.fakegpu.fake_mode import FakeGpuMode, HostWaits
 from megamm.fakegpu.recorder import Recorder
 from megamm.fakegpu.results import Figures, ProbeRequest, ProbeResult
-from megamm.fakegpu.tensors import FakeGpuMode, HostWaits
 from megamm.mcore import fake_gpu, optimizer
 from megamm.mcore.attention import choose_kernel
 from megamm.mcore.fake_groups import FakeMesh
@@ -38,19 +38,19 @@ _GROUPS = ("tp", "cp", "pp", "ep", "expt_tp", "expt_dp", "dp_cp", "dp", "tp_ep",
 class Simulation:
     """A process that has become a node with GPUs (runtime.py); there is one in a process."""
 
-    def __init__(self, waits: HostWaits, imbalance: float) -> None:
-        self.waits, self.recorder = waits, Recorder({})
+    def __init__(self, waits: HostWaits) -> None:
+        self.waits, self.recorder, self.imbalance = waits, Recorder({}), 1.0
         waits.scope = lambda: self.recorder.scope
         observer = fake_gpu.Observer(
             self.waits.note,
             lambda operation, flops: self.recorder.add_flops(operation, flops),
             lambda **names: self.recorder.running(**names),
         )
-        fake_gpu.install(observer, imbalance)
+        fake_gpu.install(observer, lambda: self.imbalance)
 
     def run(self, request: ProbeRequest) -> ProbeResult:
         """Take the role of the rank and run its step."""
-        start = time.monotonic()
+        start, self.imbalance = time.monotonic(), request.imbalance
         config = config_from_dict(request.config, "the simulated run")
         with FakeMesh(config, request.world_size).groups_of(request.rank, for_optimizer=True) as groups:
             self.recorder = Recorder(_group_names(groups))
@@ -66,7 +66,9 @@ class Simulation:
         mode = FakeGpuMode(self.waits, partial(_selected, config.model.moe))
         with recorder, mode:
             engine = NativeEngine(config, request.vocabulary_size, groups, device)
+            figures |= self._figures()
             _label(engine, recorder)
+            figures = {name: value for name, value in figures.items() if name.startswith("peak|build")}
             figures |= {f"static|{kind}": float(size) for kind, size in recorder.by_kind.items()}
             figures["parameters"] = float(sum(p.numel() for chunk in engine.chunks for p in chunk.parameters()))
             weights = torch.ones(len(REGISTRY), dtype=torch.float64, device=device.torch_device)
@@ -80,7 +82,8 @@ class Simulation:
             figures |= self._figures()
             self._restart()
             with recorder.running(kind="activations", phase="evaluate"):
-                engine.evaluate(batches, weights)
+                # Only the microbatches that are in the pipeline at once: a forward pass keeps nothing for later.
+                engine.evaluate(batches[: config.parallel.pipeline], weights)
             figures |= {name: value for name, value in self._figures().items() if name.startswith("peak|evaluate")}
             figures["host|checkpoint"] = float(_stage(engine, device))
         chosen, _ = ops.choose(config.ops, device.torch_device)
@@ -92,7 +95,7 @@ class Simulation:
         self.waits.counts.clear()
 
     def _figures(self) -> Figures:
-        recorder, found = self.recorder, Counter[str]()
+        recorder, found = self.recorder, defaultdict[str, float](float)
         for phase, (_, kinds) in recorder.peaks.items():
             found.update({f"peak|{phase}|{kind}": size for kind, size in kinds.items()})
         for (scope, one), count in recorder.collectives.items():
@@ -103,7 +106,7 @@ class Simulation:
             found[f"wait|{scope}|{wait.kind}|{wait.file}|{wait.function}|{wait.line}"] += count
         found.update({f"flops|{scope}|{operation}": flops for (scope, operation), flops in recorder.flops.items()})
         found.update({f"launches|{scope}": count for scope, count in recorder.launches.items()})
-        return {name: float(value) for name, value in found.items()}
+        return {name: float(value) for name, value in found.items()}  # no integers, no defaults
 
 
 def _group_names(groups: ProcessGroups) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The process that simulates a GPU: `python -m megamm.fakegpu.process GPU IMBALANCE`, started by `Simulator`.
+"""The process that simulates a GPU: `python -m megamm.fakegpu.process PARENT GPU`, started by `Simulator`.
 
 It exists because the simulation replaces parts of torch and Megatron-core for good. It reads one `ProbeRequest` per
 line of stdin as JSON and answers each with one line: {"result": ...}, or {"error": ...} for a UserError. It ends at the
@@ -21,7 +21,7 @@ from megamm.fakegpu.results import ProbeRequest
 
 def main() -> None:
     """Become a node with GPUs of this kind and answer requests."""
-    parent, gpu, imbalance = int(sys.argv[1]), gpus.GPUS[sys.argv[2]], float(sys.argv[3])
+    parent, gpu = int(sys.argv[1]), gpus.GPUS[sys.argv[2]]
     processes.die_with_parent(parent)
     # Answers go to a descriptor of their own: libraries print to stdout.
     answers = os.fdopen(os.dup(1), "w")
@@ -35,13 +35,13 @@ def main() -> None:
     logging.disable(logging.WARNING)
     # Megatron-core looks at the device when it is imported, so the device comes first.
     from megamm.fakegpu import runtime
-    from megamm.fakegpu.tensors import HostWaits
+    from megamm.fakegpu.fake_mode import HostWaits
 
     waits = HostWaits()
     runtime.install(gpu, waits.note)
     from megamm.fakegpu.probe import Simulation
 
-    simulation = Simulation(waits, imbalance)
+    simulation = Simulation(waits)
     for line in sys.stdin:
         try:
             _answer(answers, {"result": asdict(simulation.run(ProbeRequest(**json.loads(line))))})

@@ -5,7 +5,7 @@ rounded up to 512 bytes as torch's caching allocator does. Fragmentation and the
 """
 
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         """The most bytes in use at once in each phase, and bytes by kind at this time."""
         self.collectives: Counter[tuple[str, Collective]] = Counter()
         self.launches: Counter[str] = Counter()
-        self.flops: Counter[tuple[str, str]] = Counter()
+        self.flops: defaultdict[tuple[str, str], float] = defaultdict(float)
         """Each by scope."""
 
     @contextmanager
@@ -103,8 +103,10 @@ class Recorder(TorchDispatchMode):
 
     def restart(self) -> None:
         """Forget what was counted; what is in use stays."""
-        for counts in (self.peaks, self.collectives, self.launches, self.flops):
-            counts.clear()
+        self.peaks.clear()
+        self.collectives.clear()
+        self.launches.clear()
+        self.flops.clear()
 
     def add_flops(self, operation: str, flops: float) -> None:
         self.flops[self.scope, operation] += flops

@@ -95,20 +95,20 @@ def install(gpu: Gpu, wait: Callable[[str], None]) -> None:
 
     wait: called where the host would wait for the device, with the kind of wait.
     """
-    FakeStream.wait_on_host = staticmethod(lambda: wait("synchronize"))  # type: ignore[method-assign]
+    FakeStream.wait_on_host = staticmethod(lambda: wait("synchronize"))  # type: ignore[assignment, method-assign, attr-defined]
     generators = tuple(_FakeGenerator() for _ in range(DEVICES))
-    torch.cuda.default_generators = generators  # type: ignore[assignment]
+    torch.cuda.default_generators = generators  # type: ignore[assignment, method-assign, attr-defined]
     for name, value in (_functions(gpu) | _random(generators[0])).items():
         setattr(torch.cuda, name, value)
         if hasattr(torch.cuda.random, name):
             setattr(torch.cuda.random, name, value)
     torch.version.cuda = "13.0"
     # torch.tensor(..., device=...) would otherwise initialise the device.
-    FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment, method-assign]
+    FakeTensorMode.avoid_device_init = property(lambda _: True)  # type: ignore[assignment, method-assign, attr-defined]
     # Compiling cannot run on a machine without the device, and would not change which tensors a step keeps.
-    torch.compile = _uncompiled  # type: ignore[assignment]
-    FakeTensor.type = _type  # type: ignore[assignment, method-assign]
-    FakeTensor.data_ptr = _address  # type: ignore[assignment, method-assign]
+    torch.compile = _uncompiled  # type: ignore[assignment, method-assign, attr-defined]
+    FakeTensor.type = _type  # type: ignore[assignment, method-assign, attr-defined]
+    FakeTensor.data_ptr = _address  # type: ignore[assignment, method-assign, attr-defined]
     _count_constants(wait)
 
 
@@ -191,4 +191,4 @@ def _count_constants(wait: Callable[[str], None]) -> None:
             wait("copy from host")
         return made
 
-    torch.tensor = tensor
+    torch.tensor = tensor  # type: ignore[assignment]

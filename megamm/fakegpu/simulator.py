@@ -4,10 +4,11 @@ with Simulator("h100") as simulator:
     memory = simulator.rank_memory(config, vocabulary_size=200000, world_size=64, rank=0)
 """
 
+import contextlib
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -57,17 +58,23 @@ class Simulator:
 
     def __init__(self, gpu: str, imbalance: float = 1.0) -> None:
         self.gpu, self.imbalance = gpus.find(gpu), imbalance
-        arguments = (str(os.getpid()), self.gpu.key, str(imbalance))
-        # It is a process of its own, not a rank of a job that this process may belong to.
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        self._process = processes.start_module(
-            "megamm.fakegpu.process",
-            *arguments,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+        self._process: subprocess.Popen[str] | None = None
+
+    def _started(self) -> "subprocess.Popen[str]":
+        """Return the process, which is started by the first simulation."""
+        if self._process is None:
+            # It is a process of its own, not a rank of a job that this process may belong to.
+            environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            self._process = processes.start_module(
+                "megamm.fakegpu.process",
+                str(os.getpid()),
+                self.gpu.key,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                env=environment,
+            )
+        return self._process
 
     def __enter__(self) -> "Simulator":
         return self
@@ -75,8 +82,9 @@ class Simulator:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.kill()
-        self._process.communicate()
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
     def rank_memory(
         self, config: RunConfig, vocabulary_size: int, world_size: int, rank: int, exact: bool = False
@@ -103,17 +111,18 @@ class Simulator:
         return extrapolate.whole_step(config, vocabulary_size, world_size, rank, exact, self._ask)
 
     def _ask(self, request: ProbeRequest) -> ProbeResult:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(asdict(request)) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = self._process.stdout.readline()  # it may have answered before it ended
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        question = json.dumps(asdict(replace(request, imbalance=self.imbalance)))
+        # If the process has ended, it may still have answered.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(f"{question}\n")
+            process.stdin.flush()
+        line = process.stdout.readline()
         answer: dict[str, Any] = json.loads(line) if line else {}
         if "error" in answer:
             what, remedy = answer["error"]
             raise UserError(what, remedy=remedy)
         if "result" not in answer:
-            raise RuntimeError(f"the simulation of rank {request.rank} ended with code {self._process.wait()}")
+            raise RuntimeError(f"the simulation of rank {request.rank} ended with code {process.wait()}")
         return ProbeResult(**answer["result"])

@@ -31,8 +31,8 @@ class Observer:
     running: Callable[..., AbstractContextManager[None]]
 
 
-def install(observer: Observer, imbalance: float) -> None:
-    """Patch the imported modules. imbalance: tokens of this rank's experts, relative to their share."""
+def install(observer: Observer, imbalance: Callable[[], float]) -> None:
+    """Patch the imported modules. imbalance: returns the tokens of this rank's experts, relative to their share."""
     _patch_modules()
     _patch_attention(observer)
     _patch_loss(observer)
@@ -139,11 +139,11 @@ def _patch_attention(observer: Observer) -> None:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        metadata: torch.Tensor,
+        packed_seq_metadata: torch.Tensor,
         chunks: Any,
         form: attention.ScoreForm,
     ) -> torch.Tensor:
-        queries, length = query.shape[0], metadata.shape[2]
+        queries, length = query.shape[0], packed_seq_metadata.shape[2]
         window = min(form.window or length, length)
         # Of a row's pairs a context rank has its share: its early and late chunk balance each other.
         pairs = (window * length - window**2 / 2) * queries / length
@@ -151,8 +151,8 @@ def _patch_attention(observer: Observer) -> None:
         def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
             return _FlexAttention.apply(q, k, v, observer, pairs)
 
-        attention._compiled_flex = lambda: kernel
-        return attend_flex(query, key, value, metadata, chunks, form)
+        attention._compiled_flex = lambda: kernel  # type: ignore[assignment]
+        return attend_flex(query, key, value, packed_seq_metadata, chunks, form)
 
     attention._attend_flex = attend
 
@@ -173,12 +173,12 @@ def _patch_loss(observer: Observer) -> None:
             return cross_entropy._scale_gradients(ctx, *gradients)
 
     library.load()  # it registers with the operator that is replaced
-    cross_entropy._linear_cross_entropy = Loss.apply
+    cross_entropy._linear_cross_entropy = Loss.apply  # type: ignore[assignment]
     # The library of this machine has CPU kernels only; on the simulated GPU their shapes are enough.
     library._has_kernels = lambda _: True
 
 
-def _patch_dispatch(imbalance: float) -> None:
+def _patch_dispatch(imbalance: Callable[[], float]) -> None:
     """Let the all-to-all dispatcher receive balanced counts of tokens in place of those that the router would give."""
     dispatcher = MoEAlltoAllTokenDispatcher
     initialize = dispatcher.__init__
@@ -194,7 +194,7 @@ def _patch_dispatch(imbalance: float) -> None:
         if point == self.cuda_dtoh_point:
             # Tokens that this rank sends to each expert, in whole numbers.
             sent = np.diff(np.arange(self.num_experts + 1) * int(self.num_out_tokens) // self.num_experts)
-            own = np.round(sent[self.local_expert_indices] * imbalance).astype(np.int64)
+            own = np.round(sent[self.local_expert_indices] * imbalance()).astype(np.int64)
             received = np.tile(own, (self.tp_size, self.ep_size, 1))
             if self.input_splits is not None:
                 self.input_splits = sent.reshape(self.ep_size, -1).sum(1)

@@ -84,7 +84,7 @@ class FakeMesh:
             return [self.kinds[key].ranks[self._group_of_rank[key][rank]].tolist()]
 
         # A group derived from these lists, such as the first and last stage for embeddings, may lack the rank.
-        def fake_group(ranks: list[int], backend: str | None = None, **options: Any) -> Any:
+        def fake_group(ranks: list[int], backend: str | None = None, device_id: Any = None, **options: Any) -> Any:
             return new_group(ranks, backend="fake", **options) if rank in ranks else dist.GroupMember.NON_GROUP_MEMBER
 
         # Both names are read at every call, so replacing the attributes reaches all of Megatron.

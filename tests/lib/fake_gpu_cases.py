@@ -26,7 +26,13 @@ DENSE_DATA_PARALLEL = (
 )
 A3B = (  # the shape of Qwen3-30B-A3B
     *("model.num_layers=48", "model.hidden_size=2048", "model.ffn_hidden_size=6144", "model.num_attention_heads=32"),
-    *("model.moe.ffn_hidden_size=768", "parallel.tensor=1", "parallel.sequence=false", "parallel.expert=8", *ONE_STAGE),
+    *(
+        "model.moe.ffn_hidden_size=768",
+        "parallel.tensor=1",
+        "parallel.sequence=false",
+        "parallel.expert=16",
+        *ONE_STAGE,
+    ),
     *("data.seq_length=4096", "train.global_batch_size=64", "train.recompute=none"),
 )
 MLA_MTP = (  # about the shape of DeepSeek-V2-Lite, with a module that predicts a second token
@@ -35,7 +41,7 @@ MLA_MTP = (  # about the shape of DeepSeek-V2-Lite, with a module that predicts 
     *("model.mla.qk_rope_head_dim=64", "model.mla.v_head_dim=128", "model.mtp.num_layers=1"),
     *("model.moe.num_experts=64", "model.moe.top_k=6", "model.moe.ffn_hidden_size=1408", "model.moe.dense_layers=1"),
     *("model.moe.shared_ffn_hidden_size=2816", "model.moe.score=sigmoid", "model.moe.bias_update_rate=0.001"),
-    *("parallel.tensor=1", "parallel.sequence=false", "parallel.expert=8", *ONE_STAGE),
+    *("parallel.tensor=1", "parallel.sequence=false", "parallel.expert=32", *ONE_STAGE),
     *("data.seq_length=4096", "train.global_batch_size=64", "train.recompute=none"),
 )
 LONG = (
@@ -61,8 +67,8 @@ class Case:
 CASES = {
     "8B, data parallel 8": Case("dense_8b.yaml", DENSE_DATA_PARALLEL, 8),
     "8B, 131k tokens, context 4": Case("dense_8b.yaml", LONG, 16),
-    "30B-A3B, expert 8": Case("moe_200b.yaml", A3B, 16),
-    "MLA and MTP, expert 8": Case("moe_200b.yaml", MLA_MTP, 8),
+    "30B-A3B, expert 16": Case("moe_200b.yaml", A3B, 16),
+    "MLA and MTP, expert 32": Case("moe_200b.yaml", MLA_MTP, 32),
     "8B, recompute selective": Case(
         "dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute=selective"), 8, in_all=True
     ),
