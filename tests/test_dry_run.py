@@ -93,7 +93,7 @@ def _built(name: str) -> tuple[RunConfig, dry_run.Grid, Any, dict[int, Any]]:
 def test_whole_world_is_consistent(name: str) -> None:
     """All ranks are built, not only those that the dry run builds, so its choice is verified."""
     config, grid, world, models = _built(name)
-    assert dry_run.groups_fault(list(world.group_kinds.values()), grid) is None
+    assert dry_run.groups_fault(list(world.mesh.kinds.values()), grid) is None
     assert dry_run.stages_fault(models, grid, layout.layers_per_chunk(config, VOCABULARY)) is None
     assert dry_run.shards_fault(models, grid) is None
     assert dry_run.size_fault(config, VOCABULARY, models) is None
@@ -225,7 +225,7 @@ def test_a_missing_layer_and_a_wrong_order_are_found() -> None:
 @pytest.mark.parametrize("name", ["tp2-cp2-pp2-dp2", "tp2-ep2-etp4"])
 def test_groups_that_mix_coordinates_are_found(name: str) -> None:
     _, grid, world, _ = _built(name)
-    for family in world.group_kinds.values():
+    for family in world.mesh.kinds.values():
         if 1 in family.ranks.shape:
             continue
         exchanged, doubled = family.ranks.copy(), family.ranks.copy()

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NamedTuple, NoReturn
 
 import typer
 import yaml
@@ -48,6 +48,10 @@ def train(
     world_size: Annotated[int | None, typer.Option(help="dry run: number of ranks of the job", min=1)] = None,
     vocabulary_size: Annotated[int | None, typer.Option(help="dry run: use this size, needs no data", min=1)] = None,
     rank: Annotated[int | None, typer.Option(help="dry run: also print the position of this rank")] = None,
+    fake_gpu: Annotated[str | None, typer.Option(help="dry run: simulate this GPU, e.g. h100: memory, waits")] = None,
+    stages: Annotated[bool, typer.Option("--stages", help="fake GPU: a rank of each pipeline stage")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="fake GPU: build all layers, extrapolate nothing")] = False,
+    imbalance: Annotated[float, typer.Option(help="fake GPU: tokens of a rank's experts, of their share", min=0)] = 1.0,
 ) -> None:
     """Train, or resume from the newest valid checkpoint in the run's output folder.
 
@@ -60,6 +64,13 @@ def train(
 
     run = load_config(config, overrides or [])
     nodes = launcher.Nodes.parse(nnodes, rendezvous)
+    simulated = SimulationOptions(fake_gpu, stages, exact, imbalance)
+    if dry_run and fake_gpu is not None:
+        _simulate(run, world_size or nproc * nodes.most, vocabulary_size, rank, simulated)
+        return
+    if simulated != SimulationOptions():
+        remedy = "add --dry-run --fake-gpu GPU, or remove them"
+        raise UserError("--fake-gpu, --stages, --exact and --imbalance are for a simulated dry run", remedy=remedy)
     if dry_run:
         from megamm.train.dry_run import report
 
@@ -96,6 +107,38 @@ def train(
     else:
         exportable.check(run)
     _train_here(run, stop_when)
+
+
+class SimulationOptions(NamedTuple):
+    """The options of `megamm train` for a simulated GPU."""
+
+    gpu: str | None = None
+    stages: bool = False
+    exact: bool = False
+    imbalance: float = 1.0
+
+
+def _simulate(
+    run: "RunConfig", world_size: int, vocabulary_size: int | None, rank: int | None, options: SimulationOptions
+) -> None:
+    """Print what ranks of the run would do on a GPU; exit code 1 if one of them does not fit."""
+    from megamm.fakegpu import report
+    from megamm.fakegpu.simulator import Simulator
+    from megamm.model import layout
+
+    assert options.gpu is not None
+    layout.check(run, world_size)
+    ranks = report.ranks_to_simulate(run, world_size, rank, options.stages)
+    if vocabulary_size is None:
+        from megamm.train.dry_run import vocabulary_size_of
+
+        vocabulary_size = vocabulary_size_of(run)
+    with Simulator(options.gpu, options.imbalance) as simulator:
+        question = report.Question(run, vocabulary_size, world_size, options.exact)
+        text, fits = report.report(simulator, question, ranks)
+    print(text)
+    if not fits:
+        raise typer.Exit(1)
 
 
 def _train_here(run: "RunConfig", stop_when: "SignalStopCondition | None") -> None:

@@ -1,38 +1,26 @@
 """Builds the real model of any rank of a simulated world, with fake process groups and tensors without storage.
 
 One process takes the role of one rank after another. Megatron computes its own device mesh for the whole world (16,384
-ranks in a second), but only the groups that contain the rank are created; it builds that rank's layers on the meta
-device.
-Source: torch's fake process group, whose collectives do nothing.
+ranks in a second), but only the groups that contain the rank are created (fake_groups.py); it builds that rank's layers
+on the meta device.
 """
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megamm.common.device import Device
 from megamm.config import RunConfig
 from megamm.mcore import cpu, process_groups
+from megamm.mcore.fake_groups import FakeMesh
 from megamm.mcore.ownership import HeldBox
 from megamm.model.layout import layers_per_chunk
 
 META = Device(torch.device("meta"), "gloo")
-
-
-@dataclass(frozen=True)
-class GroupKind:
-    """Groups of one kind over the whole world: ranks `[groups, members]`, and the axes that vary within a group."""
-
-    is_of_experts: bool
-    axes: tuple[str, ...]
-    ranks: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -53,33 +41,22 @@ class RankModel:
 
 
 class FakeWorld:
-    """The simulated world. group_kinds: every kind of group of Megatron's mesh (filled by the first rank built)."""
+    """The simulated world; `mesh.kinds` are its kinds of groups, once a rank is built."""
 
     def __init__(self, config: RunConfig, vocabulary_size: int, world_size: int) -> None:
-        assert not dist.is_initialized(), "a process in a job cannot take the role of other ranks"
         cpu.install()  # no device is used, not even on a machine with a GPU
-        self.config, self.vocabulary_size, self.world_size = config, vocabulary_size, world_size
+        self.vocabulary_size, self.mesh = vocabulary_size, FakeMesh(config, world_size)
         self._fast_config = _quick_to_build(config, vocabulary_size)
-        self.group_kinds: dict[tuple[Any, ...], GroupKind] = {}
-        self._group_of_rank: dict[tuple[Any, ...], np.ndarray] = {}
 
     def rank(self, rank: int) -> RankModel:
         """Build the rank's chunks on the meta device and describe them."""
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=self.world_size)
-        try:
-            with self._only_groups_of(rank):
-                built = process_groups.build(self.config.parallel, self.config.train.seed)
+        with self.mesh.groups_of(rank) as built:
             from megamm.mcore import backbone
 
             with torch.device("meta"), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 chunks = backbone.build_chunks(self._fast_config, self.vocabulary_size, built, META)
                 return self._describe(chunks, built)
-        finally:
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()  # destroys all groups
 
     def _describe(self, chunks: list[Any], built: process_groups.ProcessGroups) -> RankModel:
         boxes = [box for chunk in chunks for box in _boxes(chunk, built)]
@@ -95,48 +72,6 @@ class FakeWorld:
             boxes,
             {kind: dist.get_process_group_ranks(getattr(g, kind)) for kind in kinds},
         )
-
-    @contextmanager
-    def _only_groups_of(self, rank: int) -> Iterator[None]:
-        """Make Megatron's mesh return only the groups that contain the rank, and create only fake groups.
-
-        Otherwise every rank would create the groups of the whole world, a hundred thousand objects each time.
-
-        Megatron loops over the groups of each kind, creates all of them, and keeps the one that contains its rank.
-        Invariant: the group that it keeps is the one that it would keep in a real job, because the lists of ranks are
-        Megatron's own (`get_ranks` below) and exactly one of a kind contains the rank. `groups_fault` of the dry run
-        checks the latter. A kind of group is identified by the mesh's order and sizes and by its axes (`token`).
-        """
-        from megatron.core.parallel_state import RankGenerator
-
-        get_ranks, new_group = RankGenerator.get_ranks, dist.new_group
-
-        def own_group(generator: Any, token: str) -> list[list[int]]:
-            key = (generator.order, tuple(generator.ordered_size), token)
-            if key not in self.group_kinds:
-                ranks = np.array(get_ranks(generator, token))
-                self.group_kinds[key] = GroupKind(self._is_expert_mesh(generator), tuple(token.split("-")), ranks)
-                group_of_rank = np.full(self.world_size, -1)
-                group_of_rank[ranks] = np.arange(len(ranks))[:, None]
-                self._group_of_rank[key] = group_of_rank
-            return [self.group_kinds[key].ranks[self._group_of_rank[key][rank]].tolist()]
-
-        # A group derived from these lists, such as the first and last stage for embeddings, may lack the rank.
-        def fake_group(ranks: list[int], backend: str | None = None, **options: Any) -> Any:
-            return new_group(ranks, backend="fake", **options) if rank in ranks else dist.GroupMember.NON_GROUP_MEMBER
-
-        # Both names are read at every call, so replacing the attributes reaches all of Megatron.
-        RankGenerator.get_ranks = own_group
-        dist.new_group = fake_group  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            RankGenerator.get_ranks, dist.new_group = get_ranks, new_group
-
-    def _is_expert_mesh(self, generator: Any) -> bool:
-        """Whether it is the mesh (tensor, expert, data, ...) of experts, not (tensor, context, data, pipeline)."""
-        p = self.config.parallel
-        return (generator.tp, generator.cp, generator.ep) != (p.tensor, p.context, 1)
 
 
 def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:

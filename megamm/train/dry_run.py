@@ -21,7 +21,9 @@ from megamm.model import layout
 from megamm.model.flops import parameter_count
 
 if TYPE_CHECKING:
-    from megamm.mcore.fake_world import GroupKind, RankModel
+    from megamm.data.pipeline.run_data import RunData
+    from megamm.mcore.fake_groups import GroupKind
+    from megamm.mcore.fake_world import RankModel
 
 BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
 """Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
@@ -179,20 +181,30 @@ def report(
     vocabulary = origin = None
     long_samples: list[str] = []
     if vocabulary_size is None:
-        from megamm.data.pipeline.run_data import open_run_data
         from megamm.init_from.initialize import check as check_start
 
-        try:
-            data = open_run_data(config)
-        except UserError as error:
-            remedy = f"{error.remedy}, or add --vocabulary-size to the dry run"
-            raise UserError(error.what, where=error.where, remedy=remedy) from None
+        data = _open_data(config)
         vocabulary, long_samples = data.vocabulary, [str(found) for found in data.long_samples if found]
         origin = check_start(config, vocabulary)
         vocabulary_size = vocabulary.size
     exported = exportable.check(config, vocabulary, origin)
     text, found = describe(config, vocabulary_size, world_size, rank)
     return "\n".join([text, *long_samples, exported]), found
+
+
+def vocabulary_size_of(config: RunConfig) -> int:
+    """Return the vocabulary size that follows from the run's data. UserError for missing data."""
+    return _open_data(config).vocabulary.size
+
+
+def _open_data(config: RunConfig) -> "RunData":
+    from megamm.data.pipeline.run_data import open_run_data
+
+    try:
+        return open_run_data(config)
+    except UserError as error:
+        remedy = f"{error.remedy}, or add --vocabulary-size to the dry run"
+        raise UserError(error.what, where=error.where, remedy=remedy) from None
 
 
 def describe(
@@ -208,7 +220,7 @@ def describe(
     grid, world = Grid(config, world_size), FakeWorld(config, vocabulary_size, world_size)
     models = {r: world.rank(r) for r in dict.fromkeys(grid.built_ranks() + ([] if rank is None else [rank]))}
     found = (
-        groups_fault(list(world.group_kinds.values()), grid)
+        groups_fault(list(world.mesh.kinds.values()), grid)
         or stages_fault(models, grid, layout.layers_per_chunk(config, vocabulary_size))
         or shards_fault(models, grid)
         or size_fault(config, vocabulary_size, models)
@@ -225,7 +237,7 @@ def describe(
         lines.append(
             f"consistent: {len(_tensor_sizes(models))} tensors (layers stacked), each element owned once over "
             f"tensor x pipeline x expert, by {grid.dense_replicas:,} replicas{experts}; "
-            f"{len(world.group_kinds)} kinds of groups, each with every rank once"
+            f"{len(world.mesh.kinds)} kinds of groups, each with every rank once"
         )
     return "\n".join([*lines, f"took {time.monotonic() - start:.1f} s"]), found
 

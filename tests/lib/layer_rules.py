@@ -25,6 +25,7 @@ LAYERS = {
     "checkpoint": "saving, verifying, loading and storing of state",
     "mcore": "the only package that imports Megatron-core",
     "engine": "the two engines behind one interface",
+    "fakegpu": "runs the GPU path of the native engine without a GPU",
     "data": "raw samples -> shards -> documents -> rows -> batches",
     "elastic": "starts, watches and restarts the ranks of a job",
     "observability": "metrics, goodput, reports",

@@ -264,6 +264,8 @@ RULES = [
             "megamm/common/device.py": "chooses the device",
             "megamm/mcore/cpu.py": "adapts what Megatron-core assumes of the device",
             "megamm/ops/": "the kernels' Python face",
+            "megamm/fakegpu/": "pretends to be the device",
+            "megamm/mcore/fake_gpu.py": "adapts what Megatron-core assumes of a device without values",
             "csrc/": "the kernels",
             "setup.py": "builds the kernels, names the extra",
             "tests/lib/repository_rules.py": "spells the rule",
