@@ -138,7 +138,7 @@ def _shallow(layers):
 
 
 def test_extrapolated_figures_are_those_of_all_layers(simulator):
-    case = _shallow(6)
+    case = _shallow(4)
     few, all_layers = (fake_gpu_cases.measure(simulator, case, exact).figures for exact in (False, True))
     for name in ("parameters", "host|checkpoint", "flops|microbatch|mm", "launches|microbatch", "launches|step"):
         assert few[name] == pytest.approx(all_layers[name], rel=0.001), name
@@ -163,13 +163,13 @@ def test_one_microbatch_reaches_the_peak_of_many(simulator, monkeypatch):
 
 
 def test_a_heavier_expert_takes_more_memory_and_work(simulator, monkeypatch):
-    overrides = (*fake_gpu_cases.A3B, "model.num_layers=1")
-    question = Case("moe_200b.yaml", overrides, 16)
+    alone = ("parallel.expert=128", "train.global_batch_size=128")  # one expert and one microbatch for each rank
+    question = Case("moe_200b.yaml", (*fake_gpu_cases.A3B, "model.num_layers=1", *alone), 128)
     equal = fake_gpu_cases.measure(simulator, question, exact=True).figures
     monkeypatch.setattr(simulator, "imbalance", 2.0)
     worst = fake_gpu_cases.measure(simulator, question, exact=True).figures
     m, tokens = question.config().model, question.config().data.seq_length
-    experts = 6 * 3 * m.hidden_size * m.moe.ffn_hidden_size * tokens * m.moe.top_k * 64 / 16  # of 4 microbatches
+    experts = 6 * 3 * m.hidden_size * m.moe.ffn_hidden_size * tokens * m.moe.top_k
     more = worst["flops|microbatch|mm"] - equal["flops|microbatch|mm"]
     assert more == pytest.approx(experts, rel=0.001)
     assert sum(peak(worst)[1].values()) > sum(peak(equal)[1].values())

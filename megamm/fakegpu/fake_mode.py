@@ -10,14 +10,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 _aten = torch.ops.aten
-_OWN_FOLDERS = ("/megamm/fakegpu/", "/megamm/mcore/fake_")
-_PACKAGES = ("/megamm/", "/megatron/")
+_ROOT = f"{Path(__file__).parents[2]}/"
+"""The folder that megamm is in: a checkout or an environment's packages."""
+_PACKAGES, _OWN = ("megamm/", "megatron/"), ("megamm/fakegpu/", "megamm/mcore/fake_")
+
+
+def _source(path: str) -> str | None:
+    """Return a file of megamm or Megatron-core as a path from its package on; None for others and the simulation's."""
+    _, installed, rest = path.rpartition("/site-packages/")
+    file = rest if installed else path.removeprefix(_ROOT)
+    return file if file.startswith(_PACKAGES) and not file.startswith(_OWN) else None
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,8 @@ class HostWaits:
         """Count a wait of the code that is running now."""
         frame = sys._getframe(1)
         while frame.f_back is not None:
-            path = frame.f_code.co_filename
-            package = next((p for p in _PACKAGES if p in path), None)
-            if package is not None and not any(folder in path for folder in _OWN_FOLDERS):
-                file = path[path.rindex(package) + 1 :]
+            file = _source(frame.f_code.co_filename)
+            if file is not None:
                 self.counts[self.scope(), HostWait(kind, file, frame.f_code.co_name, frame.f_lineno)] += 1
                 return
             frame = frame.f_back

@@ -117,8 +117,8 @@ def _group_names(groups: ProcessGroups) -> dict[str, str]:
 
 
 def _selected(moe: MoEConfig, shape: torch.Size) -> int:
-    """Return how many tokens a mask `[experts, tokens]` of the router selects: top_k of each token's experts."""
-    return math.prod(shape) * moe.top_k // moe.num_experts
+    """Return how many elements a mask selects: of the router's `[experts, tokens]`, top_k experts for each token."""
+    return math.prod(shape) * moe.top_k // moe.num_experts if moe.num_experts else math.prod(shape)
 
 
 def _label(engine: NativeEngine, recorder: Recorder) -> None:
