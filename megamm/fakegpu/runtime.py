@@ -185,8 +185,8 @@ def _count_constants(wait: Callable[[str], None]) -> None:
     """Count torch.tensor(values, device=GPU) as a wait: it copies from memory that is not page-locked."""
     make = torch.tensor
 
-    def tensor(*arguments: Any, **options: Any) -> torch.Tensor:
-        made = make(*arguments, **options)
+    def tensor(*arguments: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        made = make(*arguments, **options)  # only a real GPU can page-lock memory
         if made.is_cuda:
             wait("copy from host")
         return made
