@@ -292,14 +292,17 @@ def test_examples_at_16384_ranks(example: str) -> None:
     assert layers in printed
 
 
-@pytest.mark.parametrize(("example", "world_size"), [("dense_8b", 16), ("moe_200b", 128)])
-def test_examples_at_their_smallest_world(example: str, world_size: int) -> None:
+@pytest.mark.parametrize(
+    ("example", "world_size", "replica"),
+    [("dense_8b", 16, 16), ("dense_8b_8gpus", 8, 2), ("moe_30b", 16, 16), ("moe_200b", 128, 128)],
+)
+def test_examples_at_their_smallest_world(example: str, world_size: int, replica: int) -> None:
     from megamm.config import load_config
 
     config = load_config(ROOT / "examples" / f"{example}.yaml")
     layout.check(config, world_size)
     p = config.parallel
-    assert max(p.tensor * p.context, p.expert * p.expert_tensor) * p.pipeline == world_size
+    assert max(p.tensor * p.context, p.expert * p.expert_tensor) * p.pipeline == replica
 
 
 def test_dry_run_of_a_config_with_data(tmp_path: Any) -> None:

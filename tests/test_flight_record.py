@@ -69,6 +69,8 @@ ALL, PAIR = ("world", (0, 1, 2)), ("pair", (0, 1))
         ({1: [in_group(*PAIR, 0, 1, peer=0)]}, []),
         # Rank 0 waits for another node and rank 1 for rank 2, which waits for no rank.
         ({0: [in_group("far", (0, 9), 1, 1)], 1: [in_group(*ALL, 1, 1)], 2: []}, [2]),
+        # Rank 0 waits for another node, whose ranks may wait for rank 1.
+        ({0: [in_group("far", (0, 9), 1, 1)], 1: [in_group("near", (1, 9), 4)]}, [1]),
         # No rank waits, or no rank of a collective is late: the records do not tell.
         ({0: [in_group(*ALL, 5)], 1: [in_group(*ALL, 5)]}, None),
         ({0: [in_group(*PAIR, 2, 2)], 1: [in_group(*PAIR, 2, 2)]}, None),

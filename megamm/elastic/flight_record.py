@@ -148,7 +148,8 @@ def culprits(records: Mapping[int, Record]) -> list[int] | None:
     if here:
         return here
     if awaited - records.keys():
-        return []
+        # Ranks of another node wait too, perhaps for one of this node that has nothing to wait for.
+        return [rank for rank, record in records.items() if not any(group.waiting for group in record)]
     # A circle: these ranks have started their collectives in different orders.
     return sorted(awaited) or None
 
