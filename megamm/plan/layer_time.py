@@ -23,7 +23,7 @@ EXPERT_LAUNCHES = 55
 ROUTING_LAUNCHES = 150
 """The same of router, permutation and exchange."""
 HOST_WAITS = 3
-"""Waits of the host for token counts of a layer with experts, without captured graphs."""
+"""Waits of the host for token counts of a layer with experts."""
 
 
 class Seconds(NamedTuple):
@@ -80,7 +80,6 @@ class _LayerJob:
             *(p.tensor, p.sequence, p.context, p.cp_comm_type, p.expert, p.expert_tensor, job.micro_batch_size),
             *(job.seq_length, job.documents, job.software, job.gpus_per_node, id(job.model)),
         )
-
         self.hash = hash(self.key)
 
     def __hash__(self) -> int:
@@ -96,11 +95,10 @@ def _layer(gpu: GpuConstants, key: _LayerJob, kind: LayerKind) -> LayerTime:
     attention = _attention(gpu, job, window)
     mlp = _experts(gpu, job) if has_experts else _mlp(gpu, job, job.model.ffn_hidden_size)
     forward, backward = attention.forward.plus(mlp.forward), attention.backward.plus(mlp.backward)
-    unit = 0.0 if job.software.cuts_launches else gpu.launch
-    host, more = LAUNCHES[job.software.elementwise] * unit, 0.0
+    host, more = LAUNCHES[job.software.elementwise] * gpu.launch, 0.0
     if has_experts:
         each = 0.0 if job.software.grouped_experts else job.model.moe.num_experts / job.parallel.expert
-        more = (ROUTING_LAUNCHES + each * EXPERT_LAUNCHES) * unit
+        more = (ROUTING_LAUNCHES + each * EXPERT_LAUNCHES) * gpu.launch
     # A third of the launches are forward's, where the host waits for the counts of tokens: it cannot run ahead from the
     # rest of the layer to the experts. In backward it can.
     late = max(0.0, host / 3 - attention.forward.total) if has_experts else max(0.0, host / 3 - forward.total)
