@@ -59,7 +59,7 @@ def plan(
             f"no layout of {gpus} GPUs fits into {device.name}: the smallest needs {needed} for tensors",
             remedy="use more GPUs, or GPUs with more memory",
         )
-    best = found.plans[:top]
+    best = search.without_variants(found.plans)[:top]
     print(*report.summary(device, found, len(best)), sep="\n")
     all_tokens = tokens or float(run.train.steps * run.train.global_batch_size * run.data.seq_length)
     print_tables(report.layouts(device, best, all_tokens), report.breakdown(best))

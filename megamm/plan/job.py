@@ -82,8 +82,6 @@ class Software:
     """Of one gradient element in the reduction over data-parallel ranks."""
     sharded_parameters: bool = False
     """FSDP: layers are gathered before use, in both passes."""
-    cuts_launches: bool = False
-    """Captured graphs: no launch time of the host."""
     recomputed_share: float = -1.0
     """Share of the layers that are fully recomputed; negative: as the job's recompute says."""
 

@@ -23,7 +23,7 @@ EXPERT_LAUNCHES = 55
 ROUTING_LAUNCHES = 150
 """The same of router, permutation and exchange."""
 HOST_WAITS = 3
-"""Waits of the host for token counts of a layer with experts, without captured graphs."""
+"""Waits of the host for token counts of a layer with experts."""
 
 
 class Seconds(NamedTuple):
@@ -80,7 +80,6 @@ class _LayerJob:
             *(p.tensor, p.sequence, p.context, p.cp_comm_type, p.expert, p.expert_tensor, job.micro_batch_size),
             *(job.seq_length, job.documents, job.software, job.gpus_per_node, id(job.model)),
         )
-
         self.hash = hash(self.key)
 
     def __hash__(self) -> int:
@@ -96,17 +95,16 @@ def _layer(gpu: GpuConstants, key: _LayerJob, kind: LayerKind) -> LayerTime:
     attention = _attention(gpu, job, window)
     mlp = _experts(gpu, job) if has_experts else _mlp(gpu, job, job.model.ffn_hidden_size)
     forward, backward = attention.forward.plus(mlp.forward), attention.backward.plus(mlp.backward)
-    launches: float = LAUNCHES[job.software.elementwise]
+    host, more = LAUNCHES[job.software.elementwise] * gpu.launch, 0.0
     if has_experts:
-        moe, p = job.model.moe, job.parallel
-        launches += ROUTING_LAUNCHES + (
-            0 if job.software.grouped_experts else moe.num_experts / p.expert * EXPERT_LAUNCHES
-        )
-    waits = HOST_WAITS * gpu.host_wait if has_experts else 0.0
-    host = 0.0 if job.software.cuts_launches else launches * gpu.launch
-    # A third of the launches are forward's. The host runs ahead of the device unless it waits for it.
-    forward = forward._replace(launch=max(0.0, host / 3 - forward.total) + waits)
-    backward = backward._replace(launch=max(0.0, host * 2 / 3 - backward.total))
+        each = 0.0 if job.software.grouped_experts else job.model.moe.num_experts / job.parallel.expert
+        more = (ROUTING_LAUNCHES + each * EXPERT_LAUNCHES) * gpu.launch
+    # A third of the launches are forward's, where the host waits for the counts of tokens: it cannot run ahead from the
+    # rest of the layer to the experts. In backward it can.
+    late = max(0.0, host / 3 - attention.forward.total) if has_experts else max(0.0, host / 3 - forward.total)
+    late += max(0.0, more / 3 - mlp.forward.total) + (HOST_WAITS * gpu.host_wait if has_experts else 0.0)
+    forward = forward._replace(launch=late)
+    backward = backward._replace(launch=max(0.0, (host + more) * 2 / 3 - backward.total))
     return LayerTime(forward, backward, attention.recomputed)
 
 

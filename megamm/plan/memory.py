@@ -52,7 +52,8 @@ def _of_stage(job: Job, stage: int, layer: Mapping[LayerKind, tuple[float, float
     flights = in_flight(job, stage)
     activations = sum(n * bytes_ for n, bytes_ in zip(flights, layers, strict=True))
     is_last = stage == p.pipeline - 1
-    if is_last:
+    if is_last:  # the final norm's input and result, and the result over all tokens of the tensor ranks
+        activations += (2 * job.scattered_tokens + job.tokens) * m.hidden_size * WIDTH
         activations += m.mtp.num_layers * (layer[job.last_kind][0] + 4 * job.tokens * m.hidden_size * WIDTH)
     temporaries = max(_head(job) if is_last else 0.0, *(layer[kind][1] for chunk in chunks for kind in chunk))
     return Memory(
@@ -137,11 +138,11 @@ def _attention_saved(job: Job, is_recomputed: bool) -> float:
         if m.qk_norm and groups > 1:  # a copy of the queries before their norm; of one group they are a view
             joint += q
     result = tokens * heads * value
-    # The result is copied to the layout of the next product, which saves the copy.
+    # The result has the layout that the next product reads: one tensor is saved for both.
     if is_recomputed:
         return joint + q + k + result
     gathered = (k + v) * p.context if p.context > 1 and p.cp_comm_type == "allgather" else k
-    return joint + q + gathered + 2 * result + tokens * heads * 2  # the last: a float32 for each query and head
+    return joint + q + gathered + result + tokens * heads * 2  # the last: a float32 for each query and head
 
 
 def _head(job: Job) -> float:

@@ -5,7 +5,7 @@ within a node, always with sequence parallelism; powers of two and divisors for 
 global batch stay as configured. A layout gets the cheapest kind of recomputation with which it fits.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -52,6 +52,16 @@ class Plan:
         lines = [f"parallel.{key}={str(getattr(p, key)).lower()}" for key in KEYS]
         lines.append("parallel.layers_per_chunk=[]")
         return [*lines, f"train.micro_batch_size={t.micro_batch_size}", f"train.recompute={t.recompute}"]
+
+
+def without_variants(plans: Sequence[Plan]) -> list[Plan]:
+    """Return the fastest of the plans that differ only in the number of interleaved chunks."""
+    found: dict[tuple[int, ...], Plan] = {}
+    for plan in plans:
+        p = plan.config.parallel
+        key = (p.tensor, p.context, p.pipeline, p.expert, p.expert_tensor, plan.job.micro_batch_size)
+        found.setdefault(key, plan)
+    return list(found.values())
 
 
 @dataclass(frozen=True)
