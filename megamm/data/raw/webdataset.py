@@ -4,7 +4,6 @@ In: a folder of uncompressed tars, or one. Out: a sample for each key; media sta
 key ends at the first dot of a member's name, as in WebDataset; the members of a key may be anywhere in its tar.
 """
 
-import contextlib
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -25,12 +24,12 @@ def read_webdataset(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset
     """The samples of all tars, sorted by tar name."""
     tars = sorted(raw.rglob("*.tar")) if raw.is_dir() else [raw]
     names = [tar.relative_to(raw) if raw.is_dir() else Path(tar.name) for tar in tars]
-    if not raw.exists() or (not tars and not _compressed(raw, [])):
-        raise UserError("no .tar files", where=raw, remedy="give a folder of WebDataset tars, or one")
     # Media are read in place. Without a compressed shard, its samples would be lost.
-    if compressed := _compressed(raw, tars):
+    if raw.is_dir() and (compressed := _compressed(raw)):
         what = f"{len(compressed)} of its tars are compressed, for example {compressed[0].name}"
         raise UserError(what, where=raw, remedy="unpack them to .tar, for example with gunzip")
+    if not tars or not raw.exists():
+        raise UserError("no .tar files", where=raw, remedy="give a folder of WebDataset tars, or one")
     for tar, name in zip(tars, names, strict=True):
         if is_system_file(name):
             yield NoData(name.as_posix(), "files of the operating system, and hidden ones")
@@ -38,15 +37,9 @@ def read_webdataset(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset
             yield from _tar_samples(tar, name.with_suffix("").as_posix(), may_miss)
 
 
-def _compressed(raw: Path, tars: list[Path]) -> list[Path]:
-    """The compressed tars: by their first bytes, and of a folder also by their names."""
-    found = []
-    for tar in tars:
-        with contextlib.suppress(OSError), tar.open("rb") as file:
-            head = file.read(8)
-            found += [tar] if head.startswith(_COMPRESSED) else []
-    others = raw.rglob("*") if raw.is_dir() else []
-    return found + sorted(path for path in others if path.name.lower().endswith(_COMPRESSED_NAMES))
+def _compressed(raw: Path) -> list[Path]:
+    """The files of a folder with the name of a compressed tar."""
+    return sorted(path for path in raw.rglob("*") if path.name.lower().endswith(_COMPRESSED_NAMES))
 
 
 def _tar_samples(tar: Path, name: str, may_miss: frozenset[str]) -> Iterator[Entry]:
@@ -86,6 +79,9 @@ def _tar_files(tar: Path) -> Iterator[tuple[str, SampleFile | Broken | NoData]]:
     last, start = "", 0
     try:
         with tar.open("rb") as plain:
+            if plain.read(8).startswith(_COMPRESSED):
+                yield last, Broken(tar.name, "unreadable: compressed; unpack it")
+                return
             while start is not None:
                 plain.seek(start)
                 with tarfile.open(fileobj=plain, mode="r:") as file:
