@@ -76,7 +76,8 @@ def _tar_files(tar: Path) -> Iterator[tuple[str, SampleFile | Broken | NoData]]:
 
     A file can hold several archives behind each other (`cat a.tar b.tar`), each with its own end.
     """
-    last, start = "", 0
+    last = ""
+    start: int | None = 0
     try:
         with tar.open("rb") as plain:
             if plain.read(8).startswith(_COMPRESSED):
