@@ -5,6 +5,7 @@ LJSpeech, COCO (captions.json), VCTK (wav48/p1/*.wav beside txt/p1/*.txt).
 """
 
 import json
+import os
 
 import pytest
 from media_samples import example
@@ -79,3 +80,9 @@ def test_names_of_two_unicode_forms_and_of_windows_are_the_same_file(tmp_path):
     samples = read(tmp_path)
     assert sorted(sample.parts[0].content for sample in samples) == ["one", "three", "two"]
     assert all(len(sample.parts) == 2 and (tmp_path / sample.parts[1].content).is_file() for sample in samples)
+
+
+def test_a_name_that_is_not_utf_8_is_named(tmp_path):
+    os.close(os.open(os.fsencode(tmp_path) + b"/caf\xe9.png", os.O_CREAT | os.O_WRONLY))
+    (entry,) = read(tmp_path)
+    assert isinstance(entry, Broken) and entry.reason == "its name is not UTF-8: rename it"

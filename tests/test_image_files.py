@@ -267,3 +267,27 @@ def test_unusable_colours_are_refused_with_the_fix():
         at = data.index(b"colrnclx") + 8
         with pytest.raises(UnreadableMedia, match="primaries 12"):
             decode_image(data[:at] + b"\0\x0c" + data[at + 2 :], extension)
+
+
+def test_a_tiff_of_16_bits_in_separate_planes_is_not_read_as_8_bits():
+    """Written by hand after TIFF 6.0: three strips, one for each colour. Pillow reads it as noise, without an error."""
+    planes = b"".join((QUARTERS[..., c].astype("<u2") * 257).tobytes() for c in range(3))
+    size, entries = len(planes) // 3, []
+    extra = struct.pack("<3H", 16, 16, 16) + struct.pack("<6I", *(300 + c * size for c in range(3)), *[size] * 3)
+    for tag, kind, count, value in (
+        (256, 3, 1, 64),
+        (257, 3, 1, 48),
+        (258, 3, 3, 200),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 3, 206),
+        (277, 3, 1, 3),
+        (278, 3, 1, 48),
+        (279, 4, 3, 218),
+        (284, 3, 1, 2),
+    ):
+        entries.append(struct.pack("<HHII", tag, kind, count, value))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    data = (head.ljust(200, b"\0") + extra).ljust(300, b"\0") + planes
+    with pytest.raises(UnreadableMedia, match="16-bit colours in separate planes are not supported"):
+        decode_image(data, "tiff")

@@ -1,4 +1,4 @@
-"""What stands around the frames of an MP3 or before a FLAC is not sound, and hides none of it.
+"""What stands around the frames of an MP3 or before a FLAC is not decoded, and hides none of the sound.
 
 Expected samples are FFmpeg's of the same frames alone. The forms of the tags are those of id3.org, the APEv2
 specification and Lyrics3.

@@ -343,6 +343,20 @@ def open_gop(codec):
     return file.getvalue()
 
 
+def test_columns_that_a_file_crops_on_the_left_are_not_shown():
+    """H.264 in quarters: the left and upper ones are cropped. FFmpeg keeps some of them unless it is asked not to."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        stream.options = {"x264-params": "crop-rect=24,16,0,0"}
+        pixels = np.full((64, 96, 3), 255, np.uint8)
+        pixels[16:, 24:] = 0
+        out.mux([*stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")), *stream.encode()])
+    (shown,) = shown_frames(file.getvalue(), "mp4")
+    assert shown.image().size == (72, 48) and np.asarray(shown.image()).max() < 40
+
+
 def cut(data, container, packet):
     """`ffmpeg -c copy` from this packet on, in the order of the file."""
     file = io.BytesIO()

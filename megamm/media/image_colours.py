@@ -21,8 +21,8 @@ _SRGB_GAMMA = 0.45455
 """gAMA of an sRGB picture (PNG specification, section 11.3.2)."""
 _SRGB_LIKE, _HDR = (1, 2, 5, 6), (16, 18)
 """Code points of ITU-T H.273: primaries of BT.709, unspecified or BT.601; transfer functions PQ and HLG."""
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
-"""Tags of TIFF, and a value of the second."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO, _PLANES, _SEPARATE = 258, 262, 0, 284, 2
+"""Tags of TIFF, with a value of the second and of the third."""
 
 
 def check_code_points(data: bytes, extension: str) -> None:
@@ -67,9 +67,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """The picture with 8 bits per channel; 16-bit grey is scaled, which Pillow would clip at 255."""
     if image.mode in ("I", "F"):
         raise UnreadableMedia("32-bit, signed or floating-point pixels have no defined range: convert it to 8 bits")
+    tags: Any = getattr(image, "tag_v2", {})
+    # Pillow decodes such planes as if they had 8 bits, without an error.
+    if tags.get(_PLANES) == _SEPARATE and max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8:
+        raise UnreadableMedia("16-bit colours in separate planes are not supported: save it with 8 bits or interleaved")
     if not image.mode.startswith("I;16"):
         return image
-    tags: Any = getattr(image, "tag_v2", {})
     values = np.asarray(image).astype(np.uint16)
     bits = max(tags.get(_BITS_PER_SAMPLE, (16,)))
     grey = (values >> (bits - 8)).astype(np.uint8)

@@ -39,6 +39,10 @@ def read_folder(raw: Path, spool: Path, may_miss: frozenset[str] = frozenset()) 
                 yield NoData(str(relative), "files of the operating system, and hidden ones")
         elif str(relative) in _NO_SAMPLES:
             continue
+        elif any(
+            "\udc80" <= character <= "\udcff" for character in str(relative)
+        ):  # bytes that Python could not decode
+            yield Broken(str(relative), "its name is not UTF-8: rename it")
         # Links that stay within the folder are followed.
         elif path.is_symlink() and not path.resolve().is_relative_to(raw.resolve()):
             yield Broken(str(relative), "a link that leads outside the folder")
