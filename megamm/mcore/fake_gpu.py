@@ -175,7 +175,7 @@ def _patch_loss(observer: Observer) -> None:
     library.load()  # it registers with the operator that is replaced
     cross_entropy._linear_cross_entropy = Loss.apply  # type: ignore[assignment]
     # The library of this machine has CPU kernels only; on the simulated GPU their shapes are enough.
-    library._has_kernels = lambda _: True
+    library._has_kernels = lambda device: True
 
 
 def _patch_dispatch(imbalance: Callable[[], float]) -> None:
