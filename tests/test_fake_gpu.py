@@ -71,18 +71,22 @@ def test_a_step_costs_what_is_committed(simulator, measured, name):
             assert WAITS.get(wait), f"a host wait without a reason: {wait}"
 
 
-def test_static_memory_is_that_of_the_dry_run(measured):
-    case = CASES["30B-A3B, expert 16"]
+STATIC = ["8B, data parallel 8", pytest.param("30B-A3B, expert 16", marks=pytest.mark.everything)]
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_memory_is_that_of_the_dry_run(measured, name):
+    case, figures = CASES[name], measured(name)
     cpu.install()
     if torch.distributed.is_initialized():
         process_groups.destroy()
         process_groups.stop()
     text, fault = dry_run.describe(case.config(), VOCABULARY, case.world_size)
     assert fault is None
-    stage = next(line for line in text.splitlines() if re.match(r" +0 +16 ", line)).split()
-    static = {kind: measured("30B-A3B, expert 16")[f"static|{kind}"] for kind in ("weights", "gradients", "optimizer")}
-    assert int(stage[2].replace(",", "")) == measured("30B-A3B, expert 16")["parameters"]
-    assert [f"{size / gpus.GIB:.2f}" for size in static.values()] == stage[3:6]
+    stage = next(line for line in text.splitlines() if re.match(rf" +0 +{case.world_size} ", line)).split()
+    assert int(stage[2].replace(",", "")) == figures["parameters"]
+    static = [figures[f"static|{kind}"] / gpus.GIB for kind in ("weights", "gradients", "optimizer")]
+    assert [f"{size:.2f}" for size in static] == stage[3:6]
 
 
 def test_flops_are_those_of_the_parameters_and_of_causal_attention(measured):

@@ -111,9 +111,9 @@ class Simulation:
 
 def _group_names(groups: ProcessGroups) -> dict[str, str]:
     found = {name: getattr(groups.collection, name, None) for name in _GROUPS}
-    named = {group.group_name: name for name, group in found.items() if isinstance(group, dist.ProcessGroup)}
+    named = {str(group.group_name): name for name, group in found.items() if isinstance(group, dist.ProcessGroup)}
     assert dist.group.WORLD is not None
-    return {dist.group.WORLD.group_name: "world"} | named
+    return {str(dist.group.WORLD.group_name): "world"} | named
 
 
 def _selected(moe: MoEConfig, shape: torch.Size) -> int:
