@@ -195,7 +195,7 @@ def test_the_report_says_what_does_not_fit_and_what_would(simulator):
 
 
 def test_ranks_are_one_of_each_stage():
-    config = CASES["moe_200b.yaml, stage 0"].config()
+    config = Case("moe_200b.yaml", (), 128).config()
     assert report.ranks_to_simulate(config, 128, None, stages=False) == [0, 112]
     assert report.ranks_to_simulate(config, 128, None, stages=True) == list(range(0, 128, 16))
     with pytest.raises(UserError, match="rank 128 is not one of 128 ranks"):
