@@ -64,7 +64,8 @@ def _patch_step(observer: Observer) -> None:
 
         return run
 
-    step.local_targets = named(step.local_targets, kind="inputs")
+    step.local_targets = named(step.local_targets, kind="inputs", scope="microbatch")
+    step.token_counts = named(step.token_counts, scope="microbatch")
     step.get_forward_backward_func = lambda: named(schedule(), scope="microbatch")
     step.finalize_model_grads = named(finish, scope="step")
     group = param_and_grad_buffer._ParamAndGradBucketGroup

@@ -75,7 +75,7 @@ CASES = {
     "8B, recompute full": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute=full"), 8, in_all=True),
     "dense_8b.yaml, first stage": Case("dense_8b.yaml", (), 16, 0, in_all=True),
     "dense_8b.yaml, last stage": Case("dense_8b.yaml", (), 16, 15, in_all=True),
-} | {f"moe_200b.yaml, stage {stage}": Case("moe_200b.yaml", (), 128, 16 * stage, in_all=True) for stage in range(8)}
+}
 
 
 def measure(simulator: Simulator, case: Case, exact: bool = False) -> ProbeResult:
