@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import yaml
 from tiny_plan import DENSE_8B, MOE_200B, VOCABULARY, leave_job, tiny
 from tiny_run import make_data, write_config
@@ -19,9 +18,8 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, load_config
-from megamm.mcore import process_groups
 from megamm.model import layout
-from megamm.model.flops import flops_per_token, parameter_count
+from megamm.model.flops import flops_of_row, parameter_count
 from megamm.plan import calibrate, kernels, layer_time, network, search, step_time
 from megamm.plan import gpu as gpus
 from megamm.plan import job as jobs
@@ -152,8 +150,8 @@ def test_short_documents_are_faster_and_count_fewer_flops():
     assert step_time.predict(H100, short).attention < 0.1 * step_time.predict(H100, whole).attention
     assert step_time.flops(short) < step_time.flops(whole)
     tokens = whole.global_batch_size * 32768
-    assert step_time.flops(whole) == pytest.approx(flops_per_token(whole.model, 200_000, 32768) * tokens)
-    assert step_time.flops(short) == pytest.approx(flops_per_token(whole.model, 200_000, 1024) * tokens)
+    assert step_time.flops(whole) == pytest.approx(flops_of_row(whole.model, 200_000, 32768, [32768]) * tokens / 32768)
+    assert step_time.flops(short) == pytest.approx(flops_of_row(whole.model, 200_000, 1024, [1024]) * tokens / 1024)
 
 
 def test_pairs_of_documents():
@@ -210,28 +208,19 @@ class _Volumes(TorchDispatchMode):
 
 def volumes_of_a_microbatch(parallel: dict[str, Any], world_size: int) -> Counter[str]:
     """Run forward and backward of the real model on rank 0, with groups whose collectives do nothing."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    from megamm.mcore import backbone, step
-    from megamm.mcore.fake_world import FakeWorld
-
     leave_job()
+    from megamm.mcore import backbone, step
+    from megamm.mcore.fake_groups import FakeMesh
+
     config, device = tiny(parallel, {}, precision="fp32", global_batch_size=1), choose("cpu")
-    world = FakeWorld(config, VOCABULARY, world_size)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    try:
-        with world._only_groups_of(0):
-            groups = process_groups.build(config.parallel, 1)
+    with FakeMesh(config, world_size).groups_of(0) as groups:
         chunks = backbone.wrap(backbone.build_chunks(config, VOCABULARY, groups, device), groups, device)
-        step.prepare(chunks)
+        step.prepare(chunks, groups)
         ids = torch.zeros(1, 64, dtype=torch.int64)
         batch = Batch(ids, ids, torch.ones(1, 64), ids, torch.zeros(1, 3, 64, dtype=torch.int64), ids)
         with _Volumes() as volumes:
             step.run(chunks, [batch], torch.ones(1, dtype=torch.float64), 0.0, groups)
         return volumes.bytes
-    finally:
-        process_groups.destroy()
-        dist.destroy_process_group()
 
 
 def test_tensor_parallel_volume_is_that_of_the_real_engine():

@@ -6,7 +6,6 @@ import torch
 from tiny_run import ROOT
 
 from megamm.config import RunConfig, config_from_dict
-from megamm.mcore import process_groups
 
 VOCABULARY = 301
 DENSE_8B, MOE_200B = (ROOT / "tests" / "data" / "plan" / f"{name}.yaml" for name in ("dense_8b", "moe_200b"))
@@ -35,6 +34,8 @@ def leave_job() -> None:
     from megamm.mcore import cpu
 
     cpu.install()
+    from megamm.mcore import process_groups
+
     if torch.distributed.is_initialized():
         process_groups.destroy()
         process_groups.stop()
