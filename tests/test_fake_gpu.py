@@ -27,7 +27,6 @@ WAITS = {
         "the host splits messages and products by the tokens of each expert"
     ),
     "value read at megatron/core/optimizer/clip_grads.py get_grad_norm_fp32": "the loss guard judges the norm",
-    "value read at megatron/core/utils.py local_multi_tensor_applier": "Megatron-core's norm reads one value a tensor",
 }
 """Why the host waits there. A wait without a line here fails the test: avoid it, or give its reason."""
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import param_and_grad_buffer
-from megatron.core.optimizer import clip_grads
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -37,7 +36,6 @@ def install(observer: Observer, imbalance: Callable[[], float]) -> None:
     _patch_attention(observer)
     _patch_loss(observer)
     _patch_dispatch(imbalance)
-    _patch_norms(observer)
     _patch_step(observer)
     dist.all_gather_object = _all_have_own  # type: ignore[assignment]
 
@@ -211,17 +209,3 @@ def _patch_dispatch(imbalance: Callable[[], float]) -> None:
         return tokens_per_expert
 
     dispatcher.__init__, dispatcher._maybe_dtoh_and_synchronize = with_real_indices, counts
-
-
-def _patch_norms(observer: Observer) -> None:
-    """Read Megatron's norm of a list of tensors as it does: one value for each tensor, if it has no fused kernel."""
-    if clip_grads.l2_norm_impl.__name__ != "local_multi_tensor_l2_norm":
-        return
-
-    def norms(_: int, __: Any, lists: list[list[torch.Tensor]], ___: bool, *____: Any) -> tuple[torch.Tensor, None]:
-        for tensor in (tensor for tensors in lists for tensor in tensors):
-            torch.norm(tensor)
-            observer.wait("value read")
-        return lists[0][0].new_zeros(1, dtype=torch.float32) if lists and lists[0] else torch.zeros(1), None
-
-    clip_grads.l2_norm_impl = norms

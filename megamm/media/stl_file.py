@@ -2,7 +2,7 @@
 
 The data count: a binary file whose header has no number of facets is read to its end, and one that has another number
 than its data is refused. The stored normals are not used, because many programs write none: a facet's corners say which
-side is outside. The two bytes behind a facet, for which there is no standard, are ignored.
+side is outside. The two attribute bytes of a facet are ignored, as no standard gives them a meaning.
 """
 
 from typing import TYPE_CHECKING
