@@ -25,8 +25,8 @@ PINS := -c requirements/constraints.txt
 # are kept also where the shell forbids it: workers and commands that start cold would compile everything each time.
 PYTEST_ENV = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONDONTWRITEBYTECODE=
 # pytest processes, which take the longest test files first (by default xdist takes the files with the most tests
-# first). One more than cores: some tests mostly wait (Slurm), and others start their own ranks.
-WORKERS ?= 3
+# first). Two more than cores: some tests mostly wait (Slurm, pods), and others start their own ranks.
+WORKERS ?= 4
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # Compiled at installation: a change reinstalls megamm.
 CSRC := $(wildcard csrc/*.* csrc/*/*.*)
@@ -113,7 +113,7 @@ parity: $(VENV)/installed  ## compare the matrix of layouts and features, then 2
 faults: $(VENV)/installed  ## every fault in every phase of a run; writes docs/faults.md
 	$(PYTEST_ENV) $(PY) tests/lib/fault_matrix.py --out out/faults --table docs/faults.md
 
-OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm swiglu patch_embed cross_entropy_kernels))
+OPS_TESTS := $(addprefix tests/test_,$(addsuffix .py,rms_norm rope swiglu patch_embed cross_entropy_kernels))
 
 .PHONY: sanitize
 sanitize: $(VENV)/installed  ## the GPU kernels on a CPU with every memory access checked (AddressSanitizer)
@@ -157,6 +157,10 @@ build: $(VENV)/installed  ## build an sdist and a wheel in dist/
 bench: $(VENV)/installed  ## run every benchmark; results go to benchmarks/results
 	@test -n "$(BENCHMARKS)" || { echo "error: no benchmarks/*.py found; run make in a checkout" >&2; exit 2; }
 	@for b in $(BENCHMARKS); do echo "$$b"; $(PY) "$$b" || exit 1; done
+
+.PHONY: gpu-check
+gpu-check: $(VENV)/installed  ## check everything on one GPU in ten minutes; results go to benchmarks/results
+	$(PY) tools/gpu_check.py
 
 .PHONY: clean
 clean:  ## remove build products and caches; environments and out/ stay

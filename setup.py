@@ -222,7 +222,7 @@ setup(
     python_requires=PYTHON_REQUIRES,
     packages=find_packages(include=["megamm", "megamm.*"]),
     # device.cpp is compiled on the user's machine, as it must fit its torch (megamm/fakegpu/library.py).
-    package_data={"megamm.plan": ["gpus/*.yaml"], "megamm.fakegpu": ["device.cpp"]},
+    package_data={"megamm.common": ["gpus/*.yaml"], "megamm.fakegpu": ["device.cpp"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["megamm = megamm.__main__:main"]},

@@ -3,7 +3,7 @@
 The sides of a case take turns in one run and medians are compared. Memory-bound operators are also given as a share of
 a plain copy's bandwidth in the same run: bytes that must be read and written, over time. Alternatives: plain torch,
 torch.compile, Megatron-core's fused functions, and on a GPU Liger-Kernel and QuACK if they are installed.
-Run: `python benchmarks/ops.py [--quick] [--json OUT]`; a GPU is used if there is one.
+Run: `python benchmarks/ops.py [--quick] [--only OP ...] [--json OUT]`; a GPU is used if there is one.
 """
 
 import argparse
@@ -25,10 +25,15 @@ from torch import Tensor
 
 from megamm import __version__, ops
 from megamm.common.device import Device, choose, gpus
+from megamm.model.rope import Rope, angles_of
+from megamm.ops import routing
+from megamm.ops.grouped_linear import grouped_linear
 
 Function = Callable[..., Any]
 GRADIENT = "backward"
 FORWARD = "forward"
+OURS = ("csrc", "grouped")
+"""The side of a case that the others are compared with."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +57,45 @@ def compiled(function: Function, device: Device) -> Function:
     return torch.compile(function, dynamic=False, options=options)
 
 
-def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
-    """Return RMSNorm."""
-    x, weight = leaf(rows, width, dtype=dtype, device=device), leaf(width, dtype=dtype, device=device)
+def norm_case(rows: int, width: int, dtype: torch.dtype, device: Device, residual: bool) -> Case:
+    """Return RMSNorm, or the residual's addition and RMSNorm."""
+    x, *rest = (leaf(rows, width, dtype=dtype, device=device) for _ in range(2 if residual else 1))
+    weight = leaf(width, dtype=dtype, device=device)
+    plain = ops.TORCH.add_rms_norm if residual else ops.TORCH.rms_norm
     sides = {
-        "csrc": ops.CSRC.rms_norm,
-        "torch": ops.TORCH.rms_norm,
-        "torch.compile": compiled(ops.TORCH.rms_norm, device),
+        "csrc": ops.CSRC.add_rms_norm if residual else ops.CSRC.rms_norm,
+        "torch": plain,
+        "torch.compile": compiled(plain, device),
     }
-    if device.is_gpu:
+    if device.is_gpu and not residual:
         sides |= peers("liger_kernel.transformers.functional", "liger_rms_norm", lambda f: lambda x, w: f(x, w, 1e-6))
         sides |= peers("quack", "rmsnorm", lambda f: lambda x, w: f(x, w))
-    size = rows * width * x.element_size()
-    return Case("rms_norm", f"{rows} x {width}", (x, weight), sides, {FORWARD: 2 * size, GRADIENT: 3 * size})
+    if device.is_gpu and residual:
+        liger = "liger_kernel.transformers.functional"
+        sides |= peers(liger, "liger_fused_add_rms_norm", lambda f: lambda x, r, w: f(x, r, w, 1e-6))
+    size, (forward, backward) = rows * width * x.element_size(), ((4, 4) if residual else (2, 3))
+    name = "add_rms_norm" if residual else "rms_norm"
+    moved = {FORWARD: forward * size, GRADIENT: backward * size}
+    return Case(name, f"{rows} x {width}", (x, *rest, weight), sides, moved)
+
+
+def rope_case(tokens: int, heads: int, groups: int, dtype: torch.dtype, device: Device) -> Case:
+    """Return RoPE of the queries and keys of one row, with heads of 128 channels and positions (t, h, w)."""
+    query, key = (leaf(tokens, 1, n, 128, dtype=dtype, device=device) for n in (heads, groups))
+    position = torch.arange(tokens, device=device.torch_device).expand(1, 3, tokens)
+    angles = angles_of(position, 128, Rope(1e6, 3))
+
+    def plain(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.TORCH.rope(query, key, *angles)
+
+    sides: dict[str, Function] = {
+        "csrc": lambda query, key: ops.CSRC.rope(query, key, *angles),
+        "torch": plain,
+        "torch.compile": compiled(plain, device),
+    }
+    size = (query.numel() + key.numel()) * query.element_size()
+    shape = f"{tokens} x {heads} + {groups} x 128"
+    return Case("rope", shape, (query, key), sides, {FORWARD: 2 * size, GRADIENT: 2 * size})
 
 
 def swiglu_case(rows: int, width: int, dtype: torch.dtype, device: Device) -> Case:
@@ -129,6 +160,38 @@ def loss_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, dev
     return Case("linear_cross_entropy", f"{tokens} x {hidden} -> {vocabulary}", (x, weight), sides, {}, True)
 
 
+def expert_case(
+    tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype, device: Device
+) -> Case:
+    """Return routed experts from tokens to their results, without a router; sequential: as Megatron-core runs them."""
+    x = leaf(tokens, hidden, dtype=dtype, device=device)
+    gates = leaf(experts, 2 * width, hidden, dtype=dtype, device=device)
+    downs = leaf(experts, hidden, width, dtype=dtype, device=device)
+    weights, chosen = torch.randn(tokens, experts, device=device.torch_device).softmax(1).topk(top_k)
+    routing_map = torch.zeros(tokens, experts, dtype=torch.bool, device=device.torch_device).scatter_(1, chosen, True)
+    probs = torch.zeros(tokens, experts, device=device.torch_device).scatter_(1, chosen, weights)
+
+    def grouped(x: Tensor, gates: Tensor, downs: Tensor) -> Tensor:
+        rows, sizes = routing.rows_of(routing_map, tokens * top_k), routing_map.sum(0)
+        gate_up = grouped_linear(routing.gather(x, rows), gates, sizes)
+        hidden = ops.CSRC.swiglu(gate_up, row_weight=probs.flatten().index_select(0, rows.choice))
+        return routing.combine(grouped_linear(hidden, downs, sizes), rows)
+
+    def sequential(x: Tensor, gates: Tensor, downs: Tensor) -> Tensor:
+        by_expert = routing_map.t().contiguous()
+        token = torch.arange(tokens, device=x.device).expand(experts, -1).masked_select(by_expert)
+        sizes = routing_map.sum(0).tolist()
+        parts = zip(x.index_select(0, token).split(sizes), probs.t().masked_select(by_expert).split(sizes), strict=True)
+        results = [
+            F.linear(ops.CSRC.swiglu(F.linear(part, gate), row_weight=weight), down)
+            for (part, weight), gate, down in zip(parts, gates.unbind(), downs.unbind(), strict=True)
+        ]
+        return torch.zeros_like(x).index_add(0, token, torch.cat(results))
+
+    shape = f"{tokens} x {hidden}, {top_k} of {experts} x {width}"
+    return Case("experts", shape, (x, gates, downs), {"grouped": grouped, "sequential": sequential}, {})
+
+
 def leaf(*shape: int, dtype: torch.dtype, device: Device) -> Tensor:
     """Return random numbers that require a gradient."""
     return torch.randn(shape, dtype=dtype, device=device.torch_device).mul_(0.5).requires_grad_()
@@ -149,17 +212,24 @@ def cases(device: Device, quick: bool) -> Iterator[Case]:
     if device.is_gpu:
         norms = [(65536, 128), (65536, 768), (32768, 1024), (32768, 2048), (16384, 4096), (8192, 8192), (4096, 16384)]
         norms += [(1024, 4096), (2048, 32768), (1024, 65536)]
+        turns = [(8192, 32, 8), (8192, 64, 8), (32768, 16, 4)]
         gates, clips = [(32768, 1536), (16384, 5632), (8192, 8192), (1024, 14336)], [(8, 224), (32, 448), (64, 720)]
         heads = [(8192, 4096, 151936), (16384, 2048, 32768)]
+        experts = [(4096, 2048, 768, 128, 8), (4096, 2048, 768, 8, 1)]
     else:
         norms = [(4096, 128), (4096, 768), (1024, 2048), (1024, 4096)]
+        turns = [(1024, 8, 2), (1024, 32, 8)]
         gates, clips = [(2048, 768), (1024, 2048), (512, 5632)], [(8, 224)]
         heads = [(2048, 256, 5152), (1024, 256, 32000)]
+        experts = [(1024, 128, 64, 64, 4), (512, 256, 512, 8, 2)]
     for dtype in dtypes:
-        yield from (norm_case(*shape, dtype, device) for shape in norms[: 2 if quick else None])
+        for residual in (False, True):
+            yield from (norm_case(*shape, dtype, device, residual) for shape in norms[: 2 if quick else None])
+        yield from (rope_case(*shape, dtype, device) for shape in turns[: 1 if quick else None])
         yield from (swiglu_case(*shape, dtype, device) for shape in gates[: 1 if quick else None])
         yield from (patch_case(*clip, dtype, device, clip == clips[0]) for clip in clips[: 1 if quick else None])
         yield from (loss_case(*head, dtype, device) for head in heads[: 1 if quick else None])
+        yield from (expert_case(*shape, dtype, device) for shape in experts[: 1 if quick else None])
 
 
 def keep_memory() -> None:
@@ -247,19 +317,20 @@ def host_time(device: Device) -> float:
 
 
 def line(found: dict[str, Any], way: str) -> str:
-    """Return a table row: time of csrc, share of a copy, and the speed-up over each other side."""
+    """Return a table row: time of our side, share of a copy, and the speed-up over each other side."""
     sides = found[way]
-    ours = sides["csrc"]
+    ours = next(sides[name] for name in OURS if name in sides)
     share = f"{ours['share of copy']:5.0%}" if "share of copy" in ours else "     "
-    others = "  ".join(f"{n} {s['ms'] / ours['ms']:.2f}x" for n, s in sides.items() if n not in ("csrc", "copy"))
+    others = "  ".join(f"{n} {s['ms'] / ours['ms']:.2f}x" for n, s in sides.items() if n not in (*OURS, "copy"))
     way = "both" if found["is_whole"] and way == GRADIENT else way
-    return f"{found['op']:21}{found['shape']:24}{found['dtype']:9}{way:9}{ours['ms']:9.3f} ms {share}  {others}"
+    return f"{found['op']:21}{found['shape']:28}{found['dtype']:9}{way:9}{ours['ms']:9.3f} ms {share}  {others}"
 
 
 def main() -> None:
     """Measure all cases, print the table and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds")
+    parser.add_argument("--only", nargs="+", metavar="OP", default=list(ops.OPS), help="these operators")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", type=Path, help="output file; default: benchmarks/results/ops_<device>.json")
     arguments = parser.parse_args()
@@ -271,8 +342,8 @@ def main() -> None:
     _, reason = ops.choose("csrc", device.torch_device)
     torch._dynamo.config.cache_size_limit = 1000
     results = []
-    print(f"ops: csrc, {reason}; time of csrc, its share of a copy's bandwidth, how many times as long others take")
-    for case in cases(device, arguments.quick):
+    print(f"ops: csrc, {reason}; time of our side, its share of a copy's bandwidth, how many times as long others take")
+    for case in (each for each in cases(device, arguments.quick) if each.op in arguments.only):
         results.append(measure(case, device, 5 if arguments.quick else 15))
         for way in (FORWARD, GRADIENT):
             print(line(results[-1], way), flush=True)

@@ -28,6 +28,7 @@ def main() -> None:
         "dense on B200, nothing fitted": [r for r in rows if r.role == "transfer"],
         "experts, by which it is judged": [r for r in rows if r.role == "target" and r.has_experts],
         "further with experts": [r for r in rows if r.role == "further" and r.has_experts],
+        "later with experts, not used in the design": [r for r in rows if r.role == "later"],
     }
     if arguments.table:
         print("| rows | number | mean error | largest |\n| --- | --- | --- | --- |")

@@ -5,8 +5,14 @@
 MEGAMM_SCHEMAS(MEGAMM_LIBRARY, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor y, Tensor rstd)");
   m.def(
-      "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor rstd, bool zero_centered)"
+      "rms_norm_backward(Tensor dy, Tensor? dx_add, Tensor x, Tensor weight, Tensor rstd, bool zero_centered)"
       " -> (Tensor dx, Tensor dweight)");
+  m.def(
+      "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, bool zero_centered)"
+      " -> (Tensor y, Tensor sum, Tensor rstd)");
+  m.def(
+      "rope(Tensor query, Tensor key, Tensor position, Tensor frequency, float factor, bool inverse)"
+      " -> (Tensor query, Tensor key)");
   m.def("cross_entropy_statistics(Tensor logits, Tensor target, Tensor(a!) statistics) -> ()");
   m.def("cross_entropy_gradient_(Tensor(a!) logits, Tensor target, Tensor statistics, Tensor factor) -> ()");
   m.def(

@@ -17,22 +17,35 @@ inline std::vector<int64_t> leading_sizes(const Tensor& x) {
   return sizes;
 }
 
-inline void check_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd) {
+inline void check_backward(const Tensor& dy, const std::optional<Tensor>& dx_add, const Tensor& x, const Tensor& weight,
+                           const Tensor& rstd) {
   check_weight(x, weight, "rms_norm_backward");
   check_same_sizes(dy, x, "rms_norm_backward", "dy");
+  if (dx_add) check_same_sizes(*dx_add, x, "rms_norm_backward", "dx_add");
   STD_TORCH_CHECK(rstd.scalar_type() == compute_dtype(x) && sizes_of(rstd) == leading_sizes(x),
                   "rms_norm_backward: rstd is not the one that rms_norm gave");
 }
 
-// rms_norm of one device: `run` is its loop over rows.
+// rms_norm and add_rms_norm of one device: `run` is its loop over rows. Without `residual`, `sum` is not written.
 template <class F>
 std::tuple<Tensor, Tensor> norm_with(const F& run, const Tensor& x_any, const Tensor& weight_any, double eps,
                                      bool zero_centered) {
   check_weight(x_any, weight_any, "rms_norm");
   const Tensor x = as_rows(x_any), weight = as_rows(weight_any);
   Tensor y = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
-  run(x, weight, y, rstd, eps, zero_centered);
+  run(x, nullptr, weight, y, nullptr, rstd, eps, zero_centered);
   return {y, rstd};
+}
+
+template <class F>
+std::tuple<Tensor, Tensor, Tensor> add_norm_with(const F& run, const Tensor& x_any, const Tensor& residual_any,
+                                                 const Tensor& weight_any, double eps, bool zero_centered) {
+  check_weight(x_any, weight_any, "add_rms_norm");
+  check_same_sizes(residual_any, x_any, "add_rms_norm", "residual");
+  const Tensor x = as_rows(x_any), residual = as_rows(residual_any), weight = as_rows(weight_any);
+  Tensor y = new_empty(x), sum = new_empty(x), rstd = new_empty(x, leading_sizes(x), compute_dtype(x));
+  run(x, &residual, weight, y, &sum, rstd, eps, zero_centered);
+  return {y, sum, rstd};
 }
 
 }  // namespace megamm

@@ -1,6 +1,5 @@
 """Packed attention against a plain float64 version, on one rank and over context ranks; kernels and positions."""
 
-import types
 from typing import Any
 
 import numpy as np
@@ -8,10 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attention_reference import attention, random_metadata, relative_error
-from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, build, errors, errors_of_cases, inputs
+from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, SELDOM, WINDOWS, build, errors, errors_of_cases, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megamm.common.device import Device, choose
+from megamm import ops
+from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, Part
 from megamm.config import RopeScalingConfig
@@ -23,6 +23,8 @@ from megamm.model.vocabulary import Vocabulary
 from megamm.parity.worlds import WorldFailure, Worlds
 
 OUTPUT, GRADIENT = 1e-6, 1e-5
+KERNELS = [pytest.param(heads, "sdpa", id=heads[0]) for heads in HEADS]
+KERNELS += [pytest.param(h, "varlen", id=f"{h[0]}-varlen") for h in HEADS if h[0] in ("grouped", "latent")]
 
 
 @pytest.fixture(autouse=True)
@@ -43,15 +45,21 @@ def _metadata(segments: list[int], rows: int = 1) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def context_errors(worlds: Worlds) -> dict[str, list[float]]:
-    """Return the errors of all cases, computed in one world of four ranks."""
-    found = worlds.run(4, errors_of_cases, None, timeout=300)
+def context_errors(worlds: Worlds, request: pytest.FixtureRequest) -> dict[str, list[float]]:
+    """Return the errors of all cases that were selected, computed in one world of four ranks."""
+    tests = (item for item in request.session.items if isinstance(item, pytest.Function))
+    selected = [
+        test.callspec.params["name"] for test in tests if test.originalname == "test_context_ranks_attend_exactly"
+    ]
+    found = worlds.run(4, errors_of_cases, selected, timeout=300)
     assert not isinstance(found, WorldFailure), found
     assert all(one == found[0] for one in found)
     return found[0]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.everything if name in SELDOM else ()) for name in CASES]
+)
 def test_context_ranks_attend_exactly(context_errors: dict[str, list[float]], name: str) -> None:
     output, *gradients = context_errors[name]
     assert output <= OUTPUT
@@ -69,11 +77,12 @@ def test_zigzag_split() -> None:
 # --- one rank ---
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=[heads[0] for heads in HEADS])
+@pytest.mark.parametrize(("heads", "kernel"), KERNELS)
 @pytest.mark.parametrize(("length", "only_short"), [(33, False), (301, False), (301, True)])
-def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[Any, ...]) -> None:
+def test_one_rank_attends_exactly(length: int, only_short: bool, heads: tuple[Any, ...], kernel: str) -> None:
     packed_seq_metadata, tensors = random_metadata(1, length, only_short), inputs(1, length, heads)
-    found = errors(build(ALONE, heads[3], heads[5]), torch.arange(length), tensors, packed_seq_metadata, heads[5])
+    module = build(ALONE, heads[3], heads[5], kernel=kernel)
+    found = errors(module, torch.arange(length), tensors, packed_seq_metadata, heads[5])
     assert found[0] <= OUTPUT
     assert max(found[1:]) <= GRADIENT
 
@@ -90,6 +99,17 @@ def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: 
     flex = build(ALONE, heads[3], heads[5], kernel="flex", form=form)(*tensors[:3], packed_seq_metadata)
     wanted = attention(*(x.double() for x in tensors[:3]), packed_seq_metadata, heads[5], BASE, form)
     assert relative_error(flex.detach(), wanted.detach()) <= OUTPUT
+
+
+@pytest.mark.parametrize("form", WINDOWS, ids=str)
+@pytest.mark.parametrize("only_short", [False, True])
+def test_windows_of_documents_by_lengths_are_exact(form: tuple[float, float, int], only_short: bool) -> None:
+    length, heads = 301, HEADS[1]
+    packed_seq_metadata, tensors = random_metadata(5, length, only_short), inputs(5, length, heads)
+    module = build(ALONE, heads[3], heads[5], kernel="varlen", form=form)
+    found = errors(module, torch.arange(length), tensors, packed_seq_metadata, heads[5], form)
+    assert found[0] <= OUTPUT
+    assert max(found[1:]) <= GRADIENT
 
 
 @pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
@@ -110,7 +130,7 @@ def test_flex_forward_on_a_cpu(heads: tuple[Any, ...]) -> None:
 def test_kernels_on_a_gpu(kernel: str, form: tuple[float, float, int] | None) -> None:
     device, length, heads = choose("auto").torch_device, 389, ("grouped", 4, 2, 32, 32, 3)
     packed_seq_metadata, tensors = random_metadata(3, length), inputs(3, length, heads)
-    module = build(ALONE, heads[3], heads[5], kernel=kernel, form=form)
+    module = build(ALONE, heads[3], heads[5], kernel=kernel, form=form, device=device)
 
     def on_gpu(*arguments: torch.Tensor) -> torch.Tensor:
         return module(*(x.to(device) for x in arguments)).cpu()
@@ -184,8 +204,9 @@ def test_three_axes_are_those_of_qwen3_vl(head_dim: int) -> None:
     query, position = torch.randn(33, 4, 2, head_dim), random_metadata(8, 33)[:, 1:]
     cosines, sines = theirs(query, position.transpose(0, 1))
     expected, _ = apply_rotary_pos_emb(*[query.permute(1, 2, 0, 3)] * 2, cosines, sines)
-    ours = rope.rotate(query, *rope.cosines_and_sines(position, head_dim, rope.Rope(BASE, 3), query.dtype))
-    torch.testing.assert_close(ours.permute(1, 2, 0, 3), expected, rtol=0, atol=1e-5)
+    for ours in ops.choose("auto", query.device)[0], ops.TORCH:
+        rotated, _ = ours.rope(query, query, *rope.angles_of(position, head_dim, rope.Rope(BASE, 3)))
+        torch.testing.assert_close(rotated.permute(1, 2, 0, 3), expected, rtol=0, atol=1e-5)
     if head_dim == 128:
         assert section == [24, 20, 20], "Qwen3-VL's own"
 
@@ -225,25 +246,13 @@ def test_too_small_a_head_for_three_axes() -> None:
         rope.sections(4)
 
 
-# --- the choice ---
+# --- the block mask of flex attention ---
 
 
-def test_kernel_is_chosen_with_a_reason() -> None:
-    from megamm.mcore.attention import choose_kernel
-
-    gpu: Any = types.SimpleNamespace(is_gpu=True)
-    here = Device(torch.device("cpu"), "gloo")
-    assert [choose_kernel("auto", device)[0] for device in (here, gpu)] == ["sdpa", "flex"]
-    assert [choose_kernel(setting, gpu)[0] for setting in ("sdpa", "flex")] == ["sdpa", "flex"]
-    assert "CPU" in choose_kernel("auto", here)[1]
-    with pytest.raises(UserError, match="no backward on a CPU"):
-        choose_kernel("flex", here)
+def test_flex_has_no_backward_on_a_cpu() -> None:
     leaf = torch.randn(8, 1, 1, 4, requires_grad=True)
     with pytest.raises(NotImplementedError, match="backward"):
         build(ALONE, 4, 1, kernel="flex")(leaf, leaf, leaf, _metadata([8]))
-
-
-# --- the block mask of flex attention ---
 
 
 def _packed(generator: torch.Generator, length: int, rows: int) -> torch.Tensor:

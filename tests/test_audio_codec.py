@@ -6,9 +6,9 @@ import logging
 import jiwer
 import numpy as np
 import pytest
+import scipy
 import torch
 from audio_data import RATE, as_bytes, chirp, write_source
-from scipy import signal
 from transformers.audio_utils import mel_filter_bank, spectrogram
 from typer.testing import CliRunner
 
@@ -59,7 +59,7 @@ def test_log_mel_agrees_with_transformers(rate, window, hop, mels):
     filters = mel_filter_bank(window // 2 + 1, mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
     expected = spectrogram(
         waveform,
-        signal.get_window("hann", window),
+        scipy.signal.get_window("hann", window),
         frame_length=window,
         hop_length=hop,
         power=1.0,
@@ -315,8 +315,8 @@ def test_stft_distance_against_scipy():
     a, b = (torch.from_numpy(chirp(n)) for n in (11, 12))
     expected = 0.0
     for size in (512, 1024, 2048):
-        window = signal.get_window("hann", size)
-        stft = signal.ShortTimeFFT(window, size // 4, RATE)
+        window = scipy.signal.get_window("hann", size)
+        stft = scipy.signal.ShortTimeFFT(window, size // 4, RATE)
         frames = 1 + len(a) // (size // 4)
         ours, theirs = (np.abs(stft.stft(x.numpy(), p0=0, p1=frames)) for x in (a, b))
         logs = np.log(np.maximum(ours, 1e-5)) - np.log(np.maximum(theirs, 1e-5))

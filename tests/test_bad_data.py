@@ -27,12 +27,12 @@ def _truncate_tar(data: Path) -> None:
 
 
 def _swap_indexes(data: Path) -> None:
-    shutil.copy(_cache(data, "text") / "000000.jsonl", _cache(data, "image") / "000000.jsonl")
+    shutil.copy(_cache(data, "text") / "index.safetensors", _cache(data, "image") / "index.safetensors")
 
 
 DAMAGE = {
     "missing shard": (lambda data: (_cache(data, "image") / "000000.tar").unlink(), "000000.tar"),
-    "missing index": (lambda data: (_cache(data, "text") / "000000.jsonl").unlink(), "000000.jsonl"),
+    "missing index": (lambda data: (_cache(data, "text") / "index.safetensors").unlink(), "index.safetensors"),
     "truncated tar": (_truncate_tar, "000000.tar"),
     "index of another tar": (_swap_indexes, "index and tar do not match"),
     "no token cache": (lambda data: shutil.rmtree(_cache(data, "image")), "megamm data tokenize"),

@@ -12,12 +12,22 @@ import yaml
 
 from megamm import cli
 from megamm.common.errors import UserError
-from megamm.config import RunConfig, apply_overrides, config_from_dict, load, load_config, reference
+from megamm.config import (
+    RecomputeConfig,
+    RunConfig,
+    apply_overrides,
+    config_from_dict,
+    load,
+    load_config,
+    recompute_override,
+    reference,
+)
 from megamm.model import layout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
 MLA = ["model.mla={kv_lora_rank: 8, qk_head_dim: 8, qk_rope_head_dim: 8, v_head_dim: 8}"]
 MOE = ["model.moe.num_experts=4", "model.moe.ffn_hidden_size=64"]
+FP8 = ["train.precision=fp8"]
 
 
 def _config(*overrides: str) -> RunConfig:
@@ -100,6 +110,39 @@ def test_every_renamed_key_is_listed():
     assert keys.isdisjoint(load.RENAMED) and keys.issuperset(load.RENAMED.values())
 
 
+def test_recomputation_of_attention_is_none_today(lines, tmp_path):
+    earlier = config_from_dict(yaml.safe_load(EXAMPLE.read_text()), "new").model_dump(mode="json")
+    earlier["train"]["recompute"] = "selective"
+    assert config_from_dict(earlier, "state.json").train.recompute == "none"
+    assert lines() == ["state.json: train.recompute=selective is now none"]
+    assert _config("train.recompute=selective").train.recompute == "none"
+
+
+def test_recomputed_modules_replace_a_word_of_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(EXAMPLE.read_text())
+    for word in ("train.recompute=full", "train.recompute={modules: [mlp]}"):
+        found = load_config(path, [word, "train.recompute.modules=[norms,activation]"]).train.recompute
+        assert found == RecomputeConfig(modules=["norms", "activation"])
+        assert load_config(path, [recompute_override(found)]).train.recompute == found
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.recompute=attention", "train.recompute: unknown value 'attention'; set it to none, full or {modules"),
+        ("train.recompute=[mlp]", "train.recompute: unknown value ['mlp']"),
+        ("train.recompute.modules=[mpl]", "train.recompute.modules.0: Input should be 'norms', 'activation', 'mlp' or"),
+        ("train.recompute.modules=[]", "train.recompute.modules: List should have at least 1 item"),
+        ("train.recompute.layers=[1]", "unknown key train.recompute.layers"),
+    ],
+)
+def test_wrong_recomputation_is_one_line(override, message):
+    with pytest.raises(UserError) as caught:
+        _config(override)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("old", EARLIER)
 def test_an_earlier_key_sets_the_new_one(old, lines, tmp_path):
     new, value, path = load.RENAMED[old], EARLIER[old], tmp_path / "run.yaml"
@@ -147,7 +190,7 @@ def test_overrides_win_over_a_file_with_earlier_keys(lines):
         (["model.moe.topk=3"], "the nearest valid key is model.moe.top_k"),
         (["data.sources=[{pth: x}]"], "the nearest valid key is data.sources.path"),
         (["train.steps=many"], "train.steps: Input should be a valid integer"),
-        (["train.precision=fp8"], "train.precision: Input should be 'fp32' or 'bf16'"),
+        (["train.precision=fp4"], "train.precision: Input should be 'fp32', 'bf16' or 'fp8'"),
         (["train.steps=0"], "train.steps: Input should be greater than or equal to 1"),
         (["metrics.profile={steps: [13, 10]}"], "metrics.profile.steps [13, 10] end before they begin"),
         (["metrics.profile={steps: [13]}"], "metrics.profile.steps: List should have at least 2 items"),
@@ -216,6 +259,23 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, [*MOE, "model.moe.top_k=1"], "model.moe.top_k = 1: a softmax over one score gives the router no gradient"),
         (1, [*MOE, "model.moe.bias_update_rate=0.1"], "model.moe.bias_update_rate needs independent scores"),
         (1, ["model.rope_axes=3", "model.head_dim=4"], "model.rope_axes = 3 with model.head_dim = 4"),
+        (
+            1,
+            [*FP8, "model.ffn_hidden_size=72"],
+            "model.ffn_hidden_size is 72, and FP8 products need a multiple of 16",
+        ),
+        (
+            1,
+            [*FP8, *MOE, "model.moe.ffn_hidden_size=40"],
+            "a rank's part of model.moe.ffn_hidden_size is 40, and FP8 products need a multiple of 16",
+        ),
+        (
+            1,
+            [*FP8, *MLA, "model.num_query_groups=4"],
+            "model.mla.kv_lora_rank is 8, and FP8 products need a multiple of 16",
+        ),
+        (1, [*FP8, "train.fp8.first_layers_bf16=3"], "leave none of 4 layers in FP8"),
+        (1, [*FP8, "engine=deepspeed"], "engine=deepspeed does not support train.precision=fp8"),
         (1, ["model.mla.kv_lora_rank=8"], "model.mla.qk_head_dim is not set"),
         (
             2,
@@ -238,6 +298,12 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, ["optimizer.warmup_steps=100000"], "optimizer.warmup_steps=100000 must be less than"),
         (1, ["optimizer.schedule=wsd"], "optimizer.schedule=wsd needs decay_steps"),
         (1, ["optimizer.min_lr=1"], "optimizer.min_lr > optimizer.lr"),
+        (1, ["train.recompute.modules=[moe]"], "train.recompute: moe is in no layer of the model"),
+        (1, [*MOE, "train.recompute.modules=[norms, mlp]"], "train.recompute: mlp is in no layer of the model"),
+        (1, ["train.recompute.modules=[activation]", "model.activation=gelu_tanh"], "activation is for SwiGLU"),
+        (1, ["train.recompute.modules=[norms]", "engine=deepspeed"], "engine=deepspeed recomputes whole layers only"),
+        (1, ["optimizer.moments=bf16", "optimizer.beta2=0.999"], "optimizer.moments=bf16 with beta2 = 0.999"),
+        (1, ["optimizer.offload_moments=true", "engine=deepspeed"], "does not support optimizer.moments and offload_m"),
     ],
 )
 def test_impossible_layouts_are_refused(world, overrides, message):

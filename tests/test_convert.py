@@ -124,9 +124,8 @@ def _of_live_name(stacked, name):
     _, _, layer, rest = name.split(".", 3)
     rest = rest.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
     rest = {"input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight"}.get(rest, rest)
-    if "local_experts." in rest:
-        expert, which = rest.removeprefix("mlp.experts.local_experts.").split(".", 1)
-        return stacked[f"decoder.layers.mlp.experts.experts.{which}"][int(layer), int(expert)]
+    if rest.startswith("mlp.experts."):
+        rest = rest.replace("mlp.experts.", "mlp.experts.experts.") + ".weight"
     return stacked[f"decoder.layers.{rest}"][int(layer)]
 
 

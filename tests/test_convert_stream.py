@@ -60,7 +60,17 @@ def make(name: str, folder: Path) -> Path:
 
 
 SIBLINGS = {"llama2", "llama-linear-tied", "mistral", "qwen2", "qwen2-window", "gemma2", "deepseek-v3"}
-SIBLINGS |= {"ministral", "gemma", "seed-oss", "qwen3-moe-not-normed", "qwen3-yarn-factor", "mistral-yarn-mscale"}
+SIBLINGS |= {
+    "llama3",
+    "mistral-window",
+    "qwen2-yarn",
+    "ministral",
+    "gemma",
+    "seed-oss",
+    "qwen3-moe-not-normed",
+    "qwen3-yarn-factor",
+    "mistral-yarn-mscale",
+}
 """Of `make test-all`: another model whose tensors have the same rules always runs."""
 
 

@@ -1,4 +1,4 @@
-"""csrc/ compiles for Hopper without warnings and without register spills; the decisions of the build."""
+"""csrc/ compiles for Hopper and Blackwell without warnings and without register spills; the decisions of the build."""
 
 import hashlib
 import os
@@ -16,9 +16,16 @@ from torch.utils.cpp_extension import include_paths
 ROOT = Path(__file__).parent.parent
 OFTEN = "cross_entropy"
 """The kernel that nvcc compiles in the shortest time."""
+HOPPER, BLACKWELL = "90a", "100a"
 KERNELS = [
-    pytest.param(path, id=path.stem, marks=() if path.stem == OFTEN else pytest.mark.everything)
+    pytest.param(
+        path,
+        arch,
+        id=f"{path.stem}-{arch}",
+        marks=() if (path.stem, arch) == (OFTEN, HOPPER) else pytest.mark.everything,
+    )
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))
+    for arch in (HOPPER, BLACKWELL)
 ]
 NVCC = shutil.which("nvcc")
 
@@ -31,10 +38,10 @@ def setup_values():
     return values
 
 
-def compiled(source):
+def compiled(source, arch):
     """Return nvcc's output for a source, from build/ if the same compiler has compiled the same text there."""
     build = setup_values()
-    archs = ["-gencode=arch=compute_90a,code=sm_90a"]
+    archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     includes = [word for path in include_paths() for word in ("-isystem", path)]
     command = [NVCC, "-std=c++20", *build["NVCC_FLAGS"], build["STABLE_ABI"], "-DUSE_CUDA", *archs, *includes]
     command += ["-Xptxas", "-v", "-c", str(source)]
@@ -56,9 +63,9 @@ def compiled(source):
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("source", KERNELS)
-def test_compiles_for_hopper_without_spills(source):
-    said = compiled(source)
+@pytest.mark.parametrize(("source", "arch"), KERNELS)
+def test_compiles_without_spills(source, arch):
+    said = compiled(source, arch)
     assert "warning" not in said, said[-4000:]
     reports = re.findall(r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill", said, re.S)
     assert reports
@@ -74,6 +81,7 @@ def test_arch_flags():
     ]
 
 
+@pytest.mark.everything
 def test_install_without_a_compiler_is_whole(tmp_path):
     """A copy is built with a missing compiler: it has no library, ops: auto reports why, csrc raises an error."""
     for name in ("megamm", "csrc"):

@@ -170,8 +170,7 @@ def _to_deepseek(values, buffers, m):
         named[f"{theirs}mlp.shared_experts.up_proj.weight"] = up
         named[f"{theirs}mlp.shared_experts.down_proj.weight"] = values[f"{ours}mlp.shared_experts.linear_fc2.weight"]
         for a, b in {"linear_fc1": "gate_up_proj", "linear_fc2": "down_proj"}.items():
-            experts = [values[f"{ours}mlp.experts.local_experts.{e}.{a}.weight"] for e in range(m.moe.num_experts)]
-            named[f"{theirs}mlp.experts.{b}"] = torch.stack(experts)
+            named[f"{theirs}mlp.experts.{b}"] = values[f"{ours}mlp.experts.{a}"]
     return named
 
 

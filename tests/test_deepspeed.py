@@ -38,7 +38,7 @@ BF16 = {"train": {"precision": "bf16"}}
 RESUMED_STAGES = {"dense": (1, 3), "rich": (3,), "bf16": (1, 2, 3)}
 RESUMED = [f"{kind}-native-zero{z}" for kind, stages in RESUMED_STAGES.items() for z in stages]
 RESUMED += ["dense-native-offload2", "dense-native-offload3"]
-SELDOM = {"rich-native-zero3", "dense-native-offload3", "weights-zero3"}
+SELDOM = {"rich-native-zero3", "dense-native-offload3", "dense-native-zero1", "weights-zero3"}
 SELDOM |= {"dense-zero2", "rich-zero1", "rich-zero2", "bf16-native-zero1", "bf16-native-zero3"}
 """The cases of `make test-all`; a similar case of another stage or model always runs."""
 
@@ -114,7 +114,8 @@ def _run(worlds: Worlds, cases: list[dict[str, Any]], out: Path) -> None:
     said = [line for rank in range(2) for line in (out / f"stdout_{rank}").read_text().splitlines()]
     said = [line for line in said if "OVERFLOW! Skipping step" not in line]
     assert not said, "DeepSpeed must log only skipped steps"
-    assert not home.exists(), "and compile nothing"
+    kept = {path.parent.name for path in home.rglob("*") if path.is_file()}
+    assert kept <= {"megamm"}, "and compile nothing: the outcomes of kernels are all that is kept"
 
 
 def _read(results: Results, name: str) -> dict[str, torch.Tensor]:

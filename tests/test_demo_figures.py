@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+import scipy
 from demo_tools import load_tool
-from scipy.stats import binomtest
 
 load_tool("demo_samples")
 figures = load_tool("demo_figures")
@@ -12,7 +12,7 @@ figures = load_tool("demo_figures")
 @pytest.mark.parametrize(("right", "n"), [(0, 5), (3, 10), (48, 48), (1, 200)])
 def test_intervals_are_wilsons(right, n):
     found = figures.share([True] * right + [False] * (n - right))
-    theirs = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    theirs = scipy.stats.binomtest(right, n).proportion_ci(0.95, method="wilson")
     assert found["interval"] == pytest.approx([theirs.low, theirs.high], abs=1e-6)
     assert (found["n"], found["right"], found["share"]) == (n, right, right / n)
     assert figures.share([])["share"] is None

@@ -17,12 +17,12 @@ from megamm.cli import app
 from megamm.common.device import WEIGHT_GRADIENT_EXTENSION, choose, gpus
 from megamm.common.errors import UserError
 from megamm.config import RunConfig, accelerators, load_config
-from megamm.config.accelerators import describe, fuses_weight_gradients, installed
+from megamm.config.accelerators import describe, installed, weight_gradients
 from megamm.doctor import installation
 from megamm.model import layout
 from megamm.ops import library
 
-NOTHING = accelerators.Installed(None, None, False, False, None, None, None)
+NOTHING = accelerators.Installed(None, None, False, False, None, None, None, None)
 APEX = replace(NOTHING, apex="0.1", apex_kernels=True, apex_weight_gradients=True)
 BOTH = replace(APEX, transformer_engine="2.9")
 FUSION = "gradient_accumulation_fusion"
@@ -113,17 +113,24 @@ def test_ops_that_do_not_load_are_wrong(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_used_and_what_instead(found, is_gpu, engine, te, apex):
-    fused = fuses_weight_gradients(found, is_gpu=is_gpu, engine=engine)
-    assert fused == (found.apex_weight_gradients and is_gpu and engine == "native")
-    lines = describe(found, is_gpu=is_gpu, engine=engine, fused=fused)
+    gradients = weight_gradients(found, is_gpu=is_gpu, engine=engine)
+    lines = describe(found, is_gpu=is_gpu, engine=engine, gradients=gradients)
     assert te in lines["Transformer Engine"] and apex in lines["apex"]
-    assert ("weight gradients are accumulated in a separate pass" in lines["apex"]) == (not fused)
+    instead = {"torch": "by torch's products", "separate": "in a separate pass"}.get(gradients)
+    assert ("weight gradients are accumulated" in lines["apex"]) == (instead is not None)
+    assert instead is None or f"weight gradients are accumulated {instead}" in lines["apex"]
 
 
-def test_what_is_installed_in_vain_is_said_so():
-    found = replace(NOTHING, flash_attention="2.8.3")
-    lines = describe(found, is_gpu=True, engine="native", fused=False)
-    assert lines["flash-attn"].startswith("2.8.3, not used; attention is torch's")
+def test_flash_attn_is_used_only_on_request():
+    found = replace(NOTHING, flash_attention="2.8.3", flash_attention_3="3.0.0")
+    lines = describe(found, is_gpu=True, engine="native", gradients="separate")
+    assert lines["flash-attn"] == "3.0.0 and 2.8.3, needed only by train.attention=flash"
+
+
+def test_stored_moments_replace_the_adam_of_packages():
+    lines = describe(BOTH, is_gpu=True, engine="native", gradients="apex", stores_moments=True)
+    assert lines["Transformer Engine"].startswith("2.9, used for gradient norm and clipping and")
+    assert "0.1, used for accumulating weight gradients; Adam is torch's" in lines["apex"]
 
 
 @pytest.mark.parametrize(
@@ -135,7 +142,7 @@ def test_what_is_installed_in_vain_is_said_so():
     ],
 )
 def test_what_decodes_videos(dali, is_gpu, expected):
-    lines = describe(replace(NOTHING, dali=dali), is_gpu=is_gpu, engine="native", fused=False)
+    lines = describe(replace(NOTHING, dali=dali), is_gpu=is_gpu, engine="native", gradients="separate")
     assert lines["DALI"].startswith(expected)
 
 
@@ -189,7 +196,7 @@ def test_deepspeed_refuses_weight_gradient_fusion(tmp_path):
     assert len(refused.stderr.splitlines()) == 1
 
 
-def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
+def test_weight_gradient_fusion_is_off_on_a_cpu_by_default(tmp_path):
     from megamm.mcore import cpu
 
     cpu.install()
@@ -197,19 +204,19 @@ def test_weight_gradient_fusion_is_off_on_a_cpu(tmp_path):
 
     place = choose("cpu")
     assert not transformer_config(_config(tmp_path), 300, place).gradient_accumulation_fusion
-    with pytest.raises(UserError, match="needs apex's weight gradient kernels, a GPU"):
-        transformer_config(_config(tmp_path, f"model.megatron.{FUSION}=true"), 300, place)
+    wanted = _config(tmp_path, f"model.megatron.{FUSION}=true")
+    assert transformer_config(wanted, 300, place).gradient_accumulation_fusion
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not gpus(), reason="needs a GPU")
 @pytest.mark.parametrize("setting", [[], [f"model.megatron.{FUSION}=false"]])
 def test_weight_gradient_fusion_on_a_gpu(tmp_path, setting):
-    """It is on if apex's kernels are installed, unless the user disables it."""
+    """It is on, by apex or by torch, unless the user disables it."""
     from megamm.mcore import cpu
 
     cpu.install()
     from megamm.mcore.transformer_config import transformer_config
 
     built = transformer_config(_config(tmp_path, *setting), 300, choose("gpu"))
-    assert built.gradient_accumulation_fusion == (installed().apex_weight_gradients and not setting)
+    assert built.gradient_accumulation_fusion == (not setting)

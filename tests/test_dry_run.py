@@ -245,11 +245,12 @@ def test_tokens_on_two_ranks_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tokens of a row" in str(dry_run.tokens_fault(config))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) -> None:
+@pytest.mark.parametrize(("precision", "moments"), [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "bf16")])
+def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str, moments: str) -> None:
     from megamm.engine.native import NativeEngine
 
     config, device = _config({}, {}, precision=precision), choose("cpu")
+    config = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"moments": moments})})
     process_groups.start(device)
     engine = NativeEngine(config, VOCABULARY, process_groups.build(config.parallel, 1), device)
     parameters = list(engine.chunks[0].parameters())
@@ -262,7 +263,7 @@ def test_bytes_of_a_parameter_are_those_of_the_real_optimizer(precision: str) ->
     assert not weights & {t.data_ptr() for t in state}
     count = sum(p.numel() for p in parameters)
     held = [parameters[0].element_size(), parameters[0].main_grad.element_size()]
-    assert (*held, sum(t.numel() * t.element_size() for t in state) / count) == dry_run.BYTES[precision]
+    assert (*held, sum(t.numel() * t.element_size() for t in state) / count) == config.bytes_per_parameter
     process_groups.destroy()
     process_groups.stop()
 

@@ -8,7 +8,7 @@ import suite
 LONG = 20.0
 """Seconds that a case of `make test` may take without a `reason` in its record."""
 MOST = 2300.0
-"""Total seconds of all cases of `make test`, three at a time on two cores. Lower it whenever possible."""
+"""Total seconds of all cases of `make test`, four at a time on two cores. Lower it whenever possible."""
 
 
 def test_every_test_is_recorded_and_nothing_else():

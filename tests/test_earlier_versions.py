@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from older_index import lines_of
 from PIL import Image
 from tiny_run import ROOT, megamm
 
@@ -122,15 +123,18 @@ def test_a_checkpoint_is_exported(old: Path) -> None:
 
 
 def test_codecs_make_the_same_tokens(old: Path) -> None:
-    caches = {p.relative_to(old) for p in old.glob(f"{SOURCE}/*/*.tokens-*/*") if p.is_file()}
+    caches = {p.relative_to(old) for p in old.glob(f"{SOURCE}/*/*.tokens-*/*.tar")}
     assert {path.parent.name.partition(".")[0] for path in caches} == set(MODALITIES)
     for folder in {path.parent for path in caches}:
         shutil.rmtree(old / folder)
     codecs = [word for p in sorted((old / "tokenizers").iterdir()) for word in ("--codec", f"{p.name}={p}")]
     _run(old, "data", "tokenize", SOURCE, *codecs, "--device", "cpu")
-    assert {p.relative_to(old) for p in old.glob(f"{SOURCE}/*/*.tokens-*/*") if p.is_file()} == caches
+    assert {p.relative_to(old) for p in old.glob(f"{SOURCE}/*/*.tokens-*/*.tar")} == caches
     for path in caches:
         assert (old / path).read_bytes() == (DATA / path).read_bytes(), path
+    for folder in {path.parent for path in caches}:  # the index has another form, but the same content
+        entries = [json.loads(line) for file in sorted((DATA / folder).glob("*.jsonl")) for line in file.open()]
+        assert [entry for tar in lines_of(old / folder) for entry in tar] == entries and entries[0]["tokens"] >= 1
 
 
 @pytest.mark.everything

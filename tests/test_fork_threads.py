@@ -28,6 +28,7 @@ def run(folder, *command):
 COUNT = "from megamm.common import processes; from megamm.train import ranks; {}; print(len(processes.threads()))"
 
 
+@pytest.mark.everything
 @pytest.mark.parametrize(
     ("loads", "threads"),
     [
@@ -41,6 +42,7 @@ def test_what_a_rank_is_forked_from_has_one_thread(loads, threads, tmp_path):
     assert run(tmp_path, "-c", COUNT.format(loads)).split()[-1] == str(threads)
 
 
+@pytest.mark.everything
 def test_worlds_fork_where_no_number_of_threads_is_set(tmp_path):
     """The server asserts before each fork that it has one thread; tools/parity.py failed there."""
     assert "proven" in run(tmp_path, "tools/parity.py", "--case", "world=2 mix=mixed")

@@ -125,6 +125,7 @@ def test_nan_that_stays_ends_the_run_after_so_many_skips(runs):
     _assert_same_state(step_folder(runs.folder / "stays", 4), step_folder(runs.folder / "stays", 2))
 
 
+@pytest.mark.everything
 def test_skip_leaves_the_routers_bias_too(runs):
     """Megatron moves it before the update. At a skipped last step every tensor stays unchanged."""
     nan = ("nan_in_gradient", {"rank": 1, "at": [3, 4]})
@@ -134,6 +135,7 @@ def test_skip_leaves_the_routers_bias_too(runs):
     _assert_same_state(step_folder(run, 3), step_folder(run, 2))
 
 
+@pytest.mark.everything
 def test_rerun_moves_the_routers_bias_once_and_draws_the_same(runs):
     kept = {"steps": 3, "model": TINY | {"moe": MOE, "megatron": {"hidden_dropout": 0.1}}}
     once = runs.run("moe_once", ("nan_in_gradient", {"rank": 1, "at": [3]}), **kept)
@@ -156,6 +158,7 @@ def test_faulty_rank_is_evicted_at_the_step_boundary_with_a_checkpoint(runs, und
     _assert_same_state(step_folder(runs.folder / "evicted", 3), step_folder(runs.run("three", steps=3), 3))
 
 
+@pytest.mark.everything
 def test_bit_that_flips_again_is_no_bug_of_the_run(runs):
     """Both runs of the step are bad, with different bits."""
     faults = ("flipped_bit", {"rank": 1, "at": [3]}), ("nan_in_gradient", {"rank": 0, "at": [4]})

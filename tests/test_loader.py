@@ -1,6 +1,5 @@
 """The loader: the same rows for any number of data ranks, exact resume, and clear errors for missing caches."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from older_index import change_columns
 from read_rows import read_row
 from tiny_run import environment
 
 from megamm.common.errors import UserError
+from megamm.common.sample import PackedLengths
 from megamm.data.pipeline.balance import assign, imbalance
 from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
@@ -95,7 +96,7 @@ def test_documents_are_the_tokens_that_were_cached(sets):
     for i in range(len(pairs)):
         document = pairs.whole(i)
         is_text_only = [p.modality for p in document.parts] == ["text"]
-        assert pairs.needed[i] == (3 if is_text_only else document_length(*document.sizes))
+        assert pairs.needed(np.array([i]))[0] == (3 if is_text_only else document_length(*document.sizes))
         assert is_text_only == (i in (3, 44))
 
 
@@ -187,9 +188,7 @@ def test_missing_caches_name_the_command(tmp_path):
 
 def test_a_cache_that_lies_about_its_lengths_is_found(tmp_path):
     split = caches(tmp_path / "source" / "train", 3, seed=0)
-    index = split / f"image.tokens-{IMAGE}" / "000000.jsonl"
-    entries = [json.loads(line) | {"tokens": 8} for line in index.read_text().splitlines()]
-    index.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    change_columns(split / f"image.tokens-{IMAGE}", lambda columns: columns["tokens"].fill(8))
     with pytest.raises(UserError, match="does not match the index"):
         TokenDataset(split, CODECS).whole(0)
 
@@ -224,6 +223,7 @@ def test_workers_give_the_batches_of_the_process_itself(sets, workers):
                 assert (
                     torch.equal(getattr(a, name), getattr(b, name)) and getattr(b, name).dtype == getattr(a, name).dtype
                 )
+            assert a.lengths == b.lengths == PackedLengths.of(b.segment.numpy())
         assert ahead.consumed_rows == own.consumed_rows and ahead.figures == own.figures
     assert torch.rand(1) == expected
     assert ahead.consumed_rows == 60 and own.waited > 0

@@ -139,7 +139,9 @@ def test_of_a_pair_only_the_text_is_shortened(tmp_path: Path, kind: str, needed:
     """The longest pair without text decides whether a sample is used: the same one in every epoch."""
     members = [("text", "t", None, TEXT), ("image", "t", None, PICTURE), ("audio", "t", None, [3] * 20)]
     dataset = _opened(write(tmp_path / "train", members), "cut", kind)
-    assert dataset.needed.tolist() == [needed] and dataset.longest.tolist() == [2 + 150 + 22]
+    assert dataset.needed(np.array([0])).tolist() == [needed] and dataset.longest(np.array([0])).tolist() == [
+        2 + 150 + 22
+    ]
     assert dataset.plan(0, 0, needed - 1) == []
     for permutation in range(6):
         (spec,) = dataset.plan(0, permutation, 100)
@@ -167,7 +169,7 @@ def test_a_resumed_run_has_the_same_rows(tmp_path: Path) -> None:
     sources = [OpenSource(tmp_path, 1, _opened(write(tmp_path / "train", MEMBERS), "auto"))]
     stream = _stream(sources)
     recorded = json.loads(json.dumps(schedule_to_json(stream, 40, None)))
-    resumed, change = resume_stream(sources, _options(), recorded, 40, lambda path, kind: sources[0].dataset)
+    resumed, change = resume_stream(sources, _options(), recorded, 40, lambda source: sources[0].dataset)
     assert change is None
     assert all(resumed.row_spec(row) == stream.row_spec(row) for row in range(40, 60))
 

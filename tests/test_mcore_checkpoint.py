@@ -181,21 +181,25 @@ FAMILIES = {
         RICH,
         [
             (3, {}),
+            (4, {P: 2, C: 2, E: 2, "train.experts": "sequential"}),
+            (4, {T: 2, S: True, E: 2, P: 2, "parallel.layers_per_chunk": [3, 1]}),
             (2, {E: 2}),
             (2, {T: 2, S: True, X: 2}),
-            (4, {P: 2, C: 2, E: 2}),
-            (4, {T: 2, S: True, E: 2, P: 2, "parallel.layers_per_chunk": [3, 1]}),
             (8, {E: 4, C: 2}),
         ],
     ),
 }
 
 
+OFTEN = 3
+"""Number of a family's layouts in `make test`, the first ones; `make test-all` has all."""
+
+
 class Folders:
     """Checkpoints saved by a family's layouts, and the worlds that read them."""
 
-    def __init__(self, worlds: Worlds, family: str, folder: Path) -> None:
-        model, layouts = FAMILIES[family]
+    def __init__(self, worlds: Worlds, family: str, folder: Path, number: int | None) -> None:
+        model, layouts = FAMILIES[family][0], FAMILIES[family][1][:number]
         batch = {"train.global_batch_size": 24, "train.micro_batch_size": 1}
         self.worlds = worlds
         self.cases = [Case.of(world, batch | model | parallel) for world, parallel in [(1, {}), *layouts]]
@@ -211,12 +215,14 @@ class Folders:
 
 
 @pytest.fixture(scope="module")
-def folders_of(worlds, tmp_path_factory):
+def folders_of(worlds, tmp_path_factory, request):
     """Return family -> its Folders: every layout has read two earlier checkpoints and has saved its own."""
+
+    number = None if request.config.getoption("everything") else OFTEN
 
     @cache
     def make(family: str) -> Folders:
-        folders = Folders(worlds, family, tmp_path_factory.mktemp(family))
+        folders = Folders(worlds, family, tmp_path_factory.mktemp(family), number)
         for i in range(len(folders.cases)):
             folders.job(i, read=sorted({0, i - 1}) if i else [], write=True)
         return folders
@@ -224,7 +230,9 @@ def folders_of(worlds, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.everything if name == "dense" else ()) for name in FAMILIES]
+)
 def test_layouts_read_what_others_saved(folders_of, family):
     """Each layout has read two of them; one rank reads all. Plain torch finds the same bits in all folders."""
     folders = folders_of(family)

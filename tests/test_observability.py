@@ -153,7 +153,7 @@ def test_textfile_is_read_back_by_prometheus(run):
 def _beat(run: Path, rank: int, seconds: float, attempt: int) -> None:
     (run / "heartbeats").mkdir(exist_ok=True)
     beat = heartbeat.Beat(rank, pid=1, host="node", phase="step", step=1, count=1, time=seconds, attempt=attempt)
-    (run / "heartbeats" / f"rank_{rank:05d}.json").write_text(json.dumps(asdict(beat)))
+    (run / "heartbeats" / f"node_{rank:05d}.json").write_text(json.dumps(asdict(beat)))
 
 
 def test_endpoint_tells_of_a_hang(tmp_path):
@@ -181,7 +181,7 @@ def test_endpoint_tells_of_a_hang(tmp_path):
         now = time.time()
         for rank, (age, attempt) in enumerate([(2, 5), (90, 5), (1, 5), (5000, 4)]):
             _beat(folder, rank, now - age, attempt)
-        (folder / "heartbeats" / "rank_00009.json").write_text('{"rank"')
+        (folder / "heartbeats" / "node_00009.json").write_text('{"rank"')
         found = scrape()
         assert found[("megamm_heartbeat_oldest_timestamp_seconds",)] == pytest.approx(now - 90, abs=0.001)
         assert (found[("megamm_step",)], found[("megamm_restarts",)]) == (3, 2)

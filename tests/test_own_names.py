@@ -57,9 +57,8 @@ def run_two(folder, case, command, seconds=240, **first):
 
 
 @needs_network
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=[pytest.mark.everything] if i else []) for i, case in enumerate(OWN)]
-)
+@pytest.mark.everything
+@pytest.mark.parametrize("case", OWN)
 def test_two_nodes_train_together(data, tmp_path, case):
     """One job of two ranks, whose gradients, checkpoints and replicas cross the cable."""
     output = tmp_path / "run"

@@ -20,12 +20,21 @@ from megamm.train.dry_run import Grid
 # Independent features are tested together.
 KITS = {
     "experts": (
-        *("auxiliary loss", "bias balancing", "shared expert", "selective recompute", "biases, no q/k norm"),
-        "dense first layer, expert groups",
+        *(
+            "auxiliary loss",
+            "bias balancing",
+            "shared expert",
+            "recomputed norms and activations",
+            "biases, no q/k norm",
+        ),
+        *("dense first layer, expert groups", "weight gradients in float32"),
     ),
-    "latent": ("latent attention, YaRN", "multi-token prediction"),
+    "latent": ("latent attention, YaRN", "multi-token prediction", "attention by lengths"),
     "gemma": ("windows", "Gemma's norms, activation and caps"),
-    "rest": ("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text", "one query group"),
+    "rest": (
+        *("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text", "one query group"),
+        *("weight gradients in float32", "attention by lengths"),
+    ),
 }
 MIXES = ("rank_without_images", "step_without_images", "images_from_step_3", "padding_row", "text_only")
 ABSENT = {
@@ -87,6 +96,12 @@ COVERED = named(COVERING)
 # One head on each rank: its gradient of the shared rotary channels is a strided slice, which Megatron does not sum.
 LATENT = Case.of(2, LAYOUTS["tensor"] | FEATURES["latent attention"])
 ONE_HEAD = LATENT.with_setting("model.num_attention_heads", 2).with_setting("model.num_query_groups", 2)
+WINDOWS = {
+    f"windows by lengths + {layout}": compose(
+        LAYOUTS[layout], FEATURES["windows"], FEATURES["attention by lengths"], {"mix": "padding_row"}
+    )
+    for layout in ("context, all-gather", "context, all-to-all")
+}
 ADMITTED = [case for n in range(60) if matrix.expected(case := fuzz.draw(7, n, 8)).verdict == "proven"]
 RANDOM = {f"random {case.seed}": case for case in ADMITTED if case.world > 1}
 COMPOSED = {
@@ -98,8 +113,9 @@ PRODUCTS = matrix.singles() | matrix.pairs() | COMPOSED | ABSENT
 REFUSED = {name: case for name, case in PRODUCTS.items() if case and matrix.expected(case).verdict == "refused"}
 DRAWN = dict(list(RANDOM.items())[:20])
 OFTEN = {"latent attention, one head a rank": ONE_HEAD} | named(FEW) | REFUSED
-OFTEN |= {name: DRAWN[name] for name in ("random 1", "random 4")}  # three context ranks; tensor 4 x pipeline 2
-CASES = PRODUCTS | DRAWN | COVERED | OFTEN
+OFTEN |= dict(list(WINDOWS.items())[:1])
+OFTEN["random 4"] = DRAWN["random 4"]  # tensor 4 x pipeline 2
+CASES = PRODUCTS | WINDOWS | DRAWN | COVERED | OFTEN
 PARAMETERS = [
     pytest.param(case, id=name, marks=() if name in OFTEN else pytest.mark.everything)
     for name, case in CASES.items()

@@ -75,7 +75,9 @@ CAUSES = {
 
 
 SELDOM = {
+    ("auxiliary_loss_twice", f"world=2 parallel.expert=2 model.moe.aux_loss_coeff=0.02 {MOE}"),
     ("data_parallel_sum_dropped", "world=4 parallel.context=2"),
+    ("counts_of_this_rank_only", "world=2"),
     ("tied_embedding_sum_dropped", "world=2 parallel.pipeline=2 model.tie_embeddings=true"),
     ("prediction_depths_twice", "world=2 parallel.pipeline=2 model.mtp.num_layers=1"),
     ("row_positions_shifted", "world=2 parallel.context=2 model.rope_axes=3"),

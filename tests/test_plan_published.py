@@ -5,8 +5,8 @@ from functools import cache
 import published_speeds as published
 import pytest
 
+from megamm.common import gpu_constants as gpus
 from megamm.model.flops import flops_of_row
-from megamm.plan import gpu as gpus
 
 ROWS = published.rows()
 WORST = {"target": 0.10, "further": 0.16, "transfer": 0.10}
@@ -31,11 +31,15 @@ def test_no_dense_row_is_far_off(row):
 
 
 def test_rows_with_experts():
-    """Only the targets are within 12 %: two of the four models are much slower than predicted, which the page says."""
+    """Of the target and the later rows; two further ones are much slower than predicted, which the page says."""
     moe = [row for row in ROWS if row.has_experts]
+    later = [row for row in moe if row.role == "later"]
     assert published.mean_error(errors(), (r for r in moe if r.role == "target")) < 0.12
-    assert published.mean_error(errors(), moe) < 0.27
-    assert all(errors()[row.name] < 0.12 for row in moe), "none is predicted much slower than published"
+    assert len(later) == 8 and published.mean_error(errors(), later) < 0.16
+    assert max(abs(errors()[row.name]) for row in later) < 0.26
+    slow = {row.name for row in moe if errors()[row.name] < -0.3}
+    assert slow == {"bridge-qwen3-30b-25.11", "bridge-qwen3-30b-26.02"}
+    assert all(errors()[row.name] < 0.23 for row in moe), "none is predicted much slower than published"
 
 
 def test_the_constants_of_the_package_are_the_fitted_ones():

@@ -332,8 +332,8 @@ def test_commands_at_once_are_all_run_and_a_failure_is_named(tmp_path):
     stages.run_stages(tmp_path, [stage])
     log = (tmp_path / "stages" / "a.log").read_text()
     assert all(f"megamm {name}[OPTIONS]" in log.replace("python -m ", "") for name in ("", "data ", "eval "))
-    failing = stages.Stage("a", (), (("--help",), ("eval", "nowhere", "nothing")), at_once=True)
-    with pytest.raises(stages.DemoError, match="exited with code 2: error: not an export"):
+    failing = stages.Stage("a", (), (("--help",), ("train", "nowhere")), at_once=True)
+    with pytest.raises(stages.DemoError, match="exited with code 2: error: no such config file"):
         stages.run_stages(tmp_path, [failing])
 
 

@@ -227,7 +227,7 @@ def test_ci_runs_the_tests() -> None:
     planned = _run("make", "--no-print-directory", "-n", "test").stdout.splitlines()[-1]
     beside, _, tests = planned.partition(" & lint=$!; ")
     assert beside == "make --no-print-directory lint"
-    ordinary = r".* -m pytest -n 3 --dist loadfile --no-loadscope-reorder ; tests=\$\?; wait \$lint && exit \$tests"
+    ordinary = r".* -m pytest -n 4 --dist loadfile --no-loadscope-reorder ; tests=\$\?; wait \$lint && exit \$tests"
     assert re.fullmatch(ordinary, tests), "all that is not marked `everything`, and both must pass"
     linted = _run("make", "--no-print-directory", "-n", "lint").stdout
     assert "ruff check" in linted and "-m mypy" in linted

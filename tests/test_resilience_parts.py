@@ -1,5 +1,6 @@
 """The decisions of the supervisor: restart policy, hang limits, stacks, where ranks stop, plan and options."""
 
+import contextlib
 import itertools
 import os
 import random
@@ -457,9 +458,24 @@ def test_heartbeats_are_read_back(tmp_path):
     assert [(b.rank, b.phase, b.step, b.count, b.attempt, b.pid) for b in read(tmp_path)] == [
         (3, "evaluate", 7, 2, 1, os.getpid())
     ]
-    (tmp_path / "heartbeats" / "rank_00004.json").write_text('{"rank": 4')
+    (tmp_path / "heartbeats" / "node_00004.json").write_text('{"rank": 4')
     assert len(read(tmp_path)) == 1
     heart.close()
+
+
+def test_a_node_has_one_file_of_heartbeats(tmp_path):
+    """A rank that has moved to another node counts once; a run of an earlier version has a file for each rank."""
+    for rank, on_node in {0: (0, 0), 1: (0, 1), 3: (1, 1)}.items():
+        with contextlib.closing(Heartbeat(tmp_path, rank, 0, on_node=on_node)) as heart:
+            heart.beat("start", 0)
+    files = sorted((tmp_path / "heartbeats").iterdir())
+    assert [file.name for file in files] == ["node_00000.json", "node_00001.json"]
+    assert [beat.rank for beat in read(tmp_path)] == [0, 1, 3]
+    with contextlib.closing(Heartbeat(tmp_path, 1, 1, on_node=(1, 0))) as heart:
+        heart.beat("save", 5)
+    assert [(beat.rank, beat.phase) for beat in read(tmp_path)] == [(0, "start"), (1, "save"), (3, "start")]
+    files[0].rename(files[0].with_name("rank_00000.json"))
+    assert [(beat.rank, beat.phase) for beat in read(tmp_path)] == [(0, "start"), (1, "save"), (3, "start")]
 
 
 def test_the_first_step_is_measured_apart(tmp_path):

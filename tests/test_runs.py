@@ -29,7 +29,7 @@ def write(
     (run / events.EVENTS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     for rank, (ago, phase, step) in enumerate(beats):
         beat = heartbeat.Beat(rank, 1, f"host-{rank}", phase, step, 9, NOW - ago, attempt)
-        (run / heartbeat.HEARTBEATS / f"rank_{rank:05d}.json").write_text(json.dumps(vars(beat)))
+        (run / heartbeat.HEARTBEATS / f"node_{rank:05d}.json").write_text(json.dumps(vars(beat)))
     return run
 
 
@@ -115,7 +115,7 @@ def test_silence_is_measured_by_the_runs_own_steps(tmp_path):
 def test_ranks_of_an_earlier_larger_launch_do_not_count(tmp_path):
     run = write(tmp_path / "run", [LAUNCHED, STARTED], STEPPING)
     stale = heartbeat.Beat(7, 1, "gone", "step", 2, 9, NOW - 5000, 3)
-    (run / heartbeat.HEARTBEATS / "rank_00007.json").write_text(json.dumps(vars(stale)))
+    (run / heartbeat.HEARTBEATS / "node_00007.json").write_text(json.dumps(vars(stale)))
     add_lines(run, 3, 1.0)
     assert runs.status(run, NOW).state == "running"
 
@@ -218,3 +218,16 @@ def test_attach_to_a_run_that_failed(tmp_path):
     assert not thread.is_alive() and [line["kind"] for line in told] == ["launched", "gave_up"]
     done = megamm("attach", run)
     assert done.returncode == 1 and done.stdout.splitlines()[-1] == "failed: gave up: 3 failures"
+
+
+def test_many_runs_are_read_by_several_processes(tmp_path, monkeypatch):
+    for number in range(5):
+        add_lines(
+            write(tmp_path / f"run{number}", [(90, "launched", {"ranks": 1})], [(1, "step", number)]), number, 1.0
+        )
+    found = runs.find([tmp_path, tmp_path / "run3"])
+    assert [run.name for run in found] == [f"run{number}" for number in range(5)]
+    monkeypatch.setattr(time, "time", lambda: NOW)
+    alone = runs.statuses(found)
+    monkeypatch.setattr(runs, "MANY", 2)
+    assert runs.statuses(found) == alone and [one.step for one in alone] == list(range(5))

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,8 @@ from shard_checks import read_all
 from megamm.common.errors import UserError
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.raw.samples import RawPart, RawSample, write_samples
-from megamm.shards.folder import ShardFolder, ShardWriter, write_index
+from megamm.shards.folder import ShardFolder, ShardWriter
+from megamm.shards.indexing import write_index
 
 
 def picture(number):
@@ -146,7 +146,7 @@ def test_ours_reads_what_webdataset_writes(tmp_path):
         for number, key in enumerate(names):
             writer.write({"__key__": key, "txt": f"text {number}"})
         writer.write({"__key__": "page", "0.txt": "first", "2.txt": "then"})
-    assert write_index(tmp_path) == 7
+    assert write_index(tmp_path).members == 7
     folder = ShardFolder(tmp_path)
     assert folder.keys == [*names, "page", "page"] and folder.parts.tolist() == [-1] * 5 + [0, 2]
     assert [folder.read(i).decode() for i in range(7)] == [*(f"text {n}" for n in range(5)), "first", "then"]
@@ -157,4 +157,4 @@ def test_what_is_no_sample_is_not_indexed(tmp_path):
         writer.write({"__key__": "folder/key", "txt": "text"})
     with pytest.raises(UserError, match=r"'folder/key\.txt' is neither"):
         write_index(tmp_path)
-    assert not Path(tmp_path / "000000.jsonl").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["000000.tar"]

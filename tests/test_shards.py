@@ -2,17 +2,18 @@
 
 import errno
 import io
-import json
 import tarfile
 
 import numpy as np
 import pytest
 import webdataset
+from older_index import INDEX, change_columns, to_older
 from shard_checks import read_all
 
 from megamm.common.errors import UserError
 from megamm.shards import folder as shards
-from megamm.shards.folder import ShardFolder, ShardWriter, index_tar, tokens_from_bytes, tokens_to_bytes, write_index
+from megamm.shards.folder import ShardFolder, ShardWriter, tokens_from_bytes, tokens_to_bytes
+from megamm.shards.indexing import index_tar, write_index
 
 TEXTS = {f"sample-{i:03d}": f"text number {i} ".encode() * (i * 7 % 90) for i in range(25)}
 
@@ -51,7 +52,7 @@ def test_a_tar_of_webdataset_can_be_indexed_and_read(tmp_path):
             sink.write({"__key__": key, "txt": data})
     with pytest.raises(UserError, match="megamm data index"):
         ShardFolder(tmp_path)
-    assert write_index(tmp_path) == 25
+    assert write_index(tmp_path) == (25, "the tars")
     folder = ShardFolder(tmp_path)
     read_all(folder)
     assert dict(zip(folder.keys, map(folder.read, range(25)), strict=True)) == TEXTS
@@ -61,10 +62,10 @@ def test_rebuilt_index_equals_the_written_one(tmp_path):
     with ShardWriter(tmp_path / "text.tokens-0") as writer:
         for length in (3, 0, 700):
             writer.add(f"k{length}", "npy", tokens_to_bytes(np.arange(length), 4096), tokens=length)
-    written = (tmp_path / "text.tokens-0" / "000000.jsonl").read_text()
+    written = (tmp_path / "text.tokens-0" / INDEX).read_bytes()
     assert ShardFolder(tmp_path / "text.tokens-0").tokens.tolist() == [3, 0, 700]
     write_index(tmp_path / "text.tokens-0")
-    assert (tmp_path / "text.tokens-0" / "000000.jsonl").read_text() == written
+    assert (tmp_path / "text.tokens-0" / INDEX).read_bytes() == written
     assert [m.tokens for m in index_tar(tmp_path / "text.tokens-0" / "000000.tar")] == [3, 0, 700]
 
 
@@ -88,12 +89,21 @@ def test_token_bytes_run_no_pickle_and_must_be_a_row_of_ids():
 
 def damage_last_shard_lost(folder):
     (folder / "000002.tar").unlink()
-    (folder / "000002.jsonl").unlink()
+    (folder / "000002.jsonl").unlink(missing_ok=True)
 
 
 def damage_truncated(folder):
     data = (folder / "000001.tar").read_bytes()
     (folder / "000001.tar").write_bytes(data[: len(data) // 2])
+
+
+def damage_tar_of_another(folder):
+    (folder / "000000.tar").write_bytes((folder / "000001.tar").read_bytes())
+
+
+def damage_tar_longer(folder):
+    with (folder / "000001.tar").open("ab") as file:
+        file.write(bytes(10240))
 
 
 def damage_index_of_another(folder):
@@ -104,38 +114,76 @@ def damage_index_garbled(folder):
     (folder / "000001.jsonl").write_text('{"key": "x"}\n')
 
 
+def damage_index_cut(folder):
+    (folder / INDEX).write_bytes((folder / INDEX).read_bytes()[:-9])
+
+
+def damage_columns_of_another_length(folder):
+    change_columns(folder, lambda columns: columns.update(size=columns["size"][:-1]))
+
+
+TARS = [
+    (lambda f: (f / "000001.tar").unlink(), r"missing shard 000001\.tar.*megamm data build"),
+    (damage_last_shard_lost, r"missing shard 000002\.tar"),
+    (damage_truncated, r"truncated tar .*000001\.tar"),
+]
+
+
+def assert_found(folder, damage, message):
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        ShardFolder(folder)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "000001.tar").unlink(), r"missing shard 000001\.tar.*megamm data build"),
-        (lambda f: (f / "000001.jsonl").unlink(), r"missing index 000001\.jsonl.*megamm data index"),
-        (damage_last_shard_lost, r"missing shard 000002\.tar"),
-        (damage_truncated, r"truncated tar .*000001\.tar"),
-        (damage_index_of_another, r"index and tar do not match.*000000\.tar"),
-        (damage_index_garbled, r"unreadable index.*000001\.jsonl.*megamm data index"),
+        *TARS,
+        (damage_tar_of_another, r"index and tar do not match.*000000\.tar"),
+        (damage_tar_longer, r"the tar has \d+ bytes, \d+ when it was indexed.*000001\.tar.*megamm data index"),
+        (lambda f: (f / "000003.tar").write_bytes(b""), r"the index ends before 000003\.tar.*megamm data index"),
+        (lambda f: (f / INDEX).unlink(), r"missing index index\.safetensors.*megamm data index"),
+        (damage_index_cut, r"unreadable index.*truncated.*index\.safetensors.*megamm data index"),
+        (lambda f: (f / INDEX).write_bytes(b"x" * 99), r"unreadable index.*megamm data index"),
+        (lambda f: (f / INDEX).write_bytes(b""), r"unreadable index.*truncated.*megamm data index"),
+        (damage_columns_of_another_length, r"unreadable index: its columns have different lengths.*megamm data index"),
+        (lambda f: change_columns(f, lambda c: c["first"].sort() or c["first"].fill(3)), "do not add up"),
     ],
 )
 def test_damage_is_found_at_opening(tmp_path, damage, message):
-    folder = write(tmp_path / "source" / "train" / "text")
-    damage(folder)
-    with pytest.raises(UserError, match=message):
-        ShardFolder(folder)
+    assert_found(write(tmp_path / "source" / "train" / "text"), damage, message)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *TARS,
+        (lambda f: (f / "000001.jsonl").unlink(), r"missing index 000001\.jsonl.*megamm data index"),
+        (damage_index_of_another, r"index and tar do not match.*000000\.tar"),
+        (damage_index_garbled, r"unreadable index.*000001\.jsonl.*megamm data index"),
+        (lambda f: (f / "shards.json").unlink(), r"missing or damaged shards\.json.*megamm data index"),
+    ],
+)
+def test_damage_beside_an_older_index_is_found_at_opening(tmp_path, damage, message):
+    assert_found(to_older(write(tmp_path / "source" / "train" / "text")), damage, message)
+
+
+def swap_two_offsets(columns):
+    columns["offset"][[4, 5]] = columns["offset"][[5, 4]]  # everything else is consistent
 
 
 def test_an_index_that_does_not_match_is_found_when_read(tmp_path):
     folder = write(tmp_path / "text")
-    lines = (folder / "000000.jsonl").read_text().splitlines()
-    lines[4], lines[5] = (  # two members are swapped, everything else is consistent
-        json.dumps(json.loads(lines[4]) | {"offset": json.loads(lines[5])["offset"]}),
-        json.dumps(json.loads(lines[5]) | {"offset": json.loads(lines[4])["offset"]}),
-    )
-    (folder / "000000.jsonl").write_text("\n".join(lines))
+    change_columns(folder, swap_two_offsets)
     opened = ShardFolder(folder)
     opened.read(3)
     with pytest.raises(UserError, match=r"index and tar do not match: sample-004\.txt"):
         opened.read(4)
     with pytest.raises(UserError, match="do not match"):
         read_all(opened)
+    assert write_index(folder) == (25, "the tars")  # as the error says
+    read_all(ShardFolder(folder))
 
 
 def test_a_truncated_tar_cannot_be_indexed(tmp_path):

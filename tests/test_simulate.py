@@ -5,7 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from scipy.optimize import minimize_scalar
+import scipy
 from typer.testing import CliRunner
 
 from megamm.cli import app
@@ -53,7 +53,7 @@ def test_daly_within_the_monte_carlo_error(mean, interval, stall):
 @pytest.mark.parametrize(("stall", "mean"), [(5, 10_000), (60, 10_000), (300, 3_000), (0.05, 500)])
 def test_the_best_interval(stall, mean):
     """Daly's estimate agrees with a numerical minimum of the exact expectation; Young's is close if stops are rare."""
-    found = minimize_scalar(
+    found = scipy.optimize.minimize_scalar(
         lambda x: -expected_goodput(math.exp(x), stall, 100, mean), bounds=(-3, 12), method="bounded"
     )
     best = math.exp(found.x)

@@ -1,8 +1,9 @@
 """launchers/slurm on a real Slurm (slurm_cluster.py): jobs that Slurm stops and restarts, by sbatch and submitit.
 
 After each, losses, rows and the last checkpoint equal those of a baseline run of `megamm train` alone, bit for bit.
-Every start costs seconds on each node: `make test` has each cause of a restart once. With `make test-all` the job by
-sbatch also reaches its time limit, and the runs of the sweep have two nodes each instead of two ranks on one.
+Every start costs seconds on each node. With `make test-all` a node of the job by sbatch also loses power (`make test`
+has that on Kubernetes, test_k8s_runs.py), it reaches its time limit too, and the runs of the sweep have two nodes each
+instead of two ranks on one.
 All other jobs are in test_slurm_jobs.py, a separate file, so that another worker of pytest runs it at the same time.
 """
 
@@ -47,9 +48,10 @@ def swept(lab, everything):
 
 
 def test_the_life_of_a_job(lab, swept, everything):
-    """A rank is killed, a node loses power, a higher partition preempts the nodes, time runs out: one job, one log.
+    """A rank is killed, a higher partition preempts the nodes: one job, one log.
 
-    Slurm takes half a minute each for lost nodes and time limits. The sweep waits for its limit at the same time.
+    With `make test-all` a node loses power in between, and time runs out in the end. Slurm takes half a minute each.
+    The sweep waits for its limit at the same time.
     """
     whole = ("--nodelist=n3,n4", "--ntasks-per-node=1", "--cpus-per-task=64")
     # A run that is asked to stop may run another step.
@@ -63,25 +65,29 @@ def test_the_life_of_a_job(lab, swept, everything):
     assert job.attempt_of_the_kill() == 0
     job.tells("restart 0, on n3 n4", "with 1 ranks on each of 2 nodes", "attempt 0 failed", "resumed")
 
-    lab.cluster.cut("n4")
-    job.go_on()
-    job.wait("PENDING")
-    lab.cluster.start("n4")
-    job.is_at("injected", 4)
-    job.tells("Node failure on n4", "restart 1, on n3 n4", "resumed")
+    if everything:
+        lab.cluster.cut("n4")
+        job.go_on()
+        job.wait("PENDING")
+        lab.cluster.start("n4")
+        job.is_at("injected", 4)
+        job.tells("Node failure on n4", "restart 1, on n3 n4", "resumed")
+    else:
+        job.go_on()
+        job.is_at("injected", 4)
 
     urgent = lab.cluster("sbatch", "--parsable", "--partition=urgent", *whole, "--output=/dev/null", "--wrap=true")
     assert lab.cluster.wait_for(urgent)["JobState"] == "COMPLETED"
     if everything:
         job.is_at("injected", 5)
-    job.tells("restart 1", "got USR1", "with a checkpoint: requeueing")
+    job.tells("got USR1", "with a checkpoint: requeueing")
 
     swept[0].is_at("injected")
     if everything:
         time_is_up(job, swept[0])
-    restarts = 3 if everything else 2
+    restarts = 3 if everything else 1
     assert job.ends_as_undisturbed()["Restarts"] == str(restarts)
-    job.tells("restart 1", "got USR1", "with a checkpoint: requeueing", "restart 2", "resumed")
+    job.tells("got USR1", "with a checkpoint: requeueing", f"restart {2 if everything else 1}", "resumed")
     if everything:
         words = "restart 2", "got USR1", "SIGUSR1: writing a checkpoint", "with a checkpoint: requeueing", "restart 3"
         job.tells(*words, "resumed")

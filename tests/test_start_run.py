@@ -187,7 +187,7 @@ MOE = {"moe": {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 40}}
     [
         pytest.param({}, id="dense", marks=pytest.mark.everything),
         pytest.param({"tie_embeddings": True}, id="tied", marks=pytest.mark.everything),
-        pytest.param(MOE, id="moe"),
+        pytest.param(MOE, id="moe", marks=pytest.mark.everything),
     ],
 )
 def test_qwen3_becomes_the_backbone_at_every_layout(data, worlds, tmp_path, model):

@@ -55,6 +55,7 @@ LEFTOVERS = [
     {"LOCAL_RANK": "3"},
     {"WORLD_SIZE": "1"},
     {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"},
+    {"RANK": "", "WORLD_SIZE": "", "MASTER_ADDR": "", "MASTER_PORT": ""},
 ]
 
 
@@ -85,6 +86,17 @@ def test_ranks_that_cannot_be(given, wrong):
     given(CHILD | wrong)
     with pytest.raises(UserError, match="invalid environment of a rank: RANK="):
         torchrun.check_environment(1, 1, "--nproc")
+
+
+def test_an_interface_that_the_node_lacks_is_one_line(given, monkeypatch):
+    """Images for another cluster set it; every rank would fail in gloo, three times."""
+    given({})
+    for value in ("lo", "", "lo,lo"):
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", value)
+        torchrun.check_environment(2, 1, "--nproc")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,bond7")
+    with pytest.raises(UserError, match=r"GLOO_SOCKET_IFNAME=bond7 is not a network interface.*one of .*lo"):
+        torchrun.check_environment(2, 1, "--nproc")
 
 
 def test_our_own_ranks_keep_their_options(given):

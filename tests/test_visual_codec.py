@@ -170,6 +170,7 @@ def test_ssim_is_that_of_scikit_image(shape):
         np.testing.assert_allclose(ssim(a, b).numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.everything
 def test_one_seed_one_codec_bit_for_bit_and_another_seed_another(source, tmp_path):
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         training = Training(steps=6, batch_size=16, learning_rate=4e-3, seed=seed)

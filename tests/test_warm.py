@@ -93,6 +93,7 @@ def test_other_commands_are_cold_starts(command):
     assert warm.unlike(command, {"env": environment()})
 
 
+@pytest.mark.everything
 def test_the_server_takes_what_it_has_forked_along(tmp_path):
     (tmp_path / "wait.py").write_text("import time\nprint('up', flush=True)\ntime.sleep(100)\n")
     program = f"""

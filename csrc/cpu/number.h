@@ -38,4 +38,17 @@ MEGAMM_INLINE void store(BFloat16& to, float x) {
   to.bits = uint16_t(x == x ? rounded : 0x7fc0);
 }
 
+// The value of x after a store and a load. (Storing to a variable and loading it would not be vectorised.)
+template <class T, class C>
+MEGAMM_INLINE C rounded(C x) {
+  if constexpr (sizeof(T) == sizeof(C)) return x;
+  if constexpr (std::is_same_v<T, Half>) return C(Half(x));
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return x == x ? value : x;
+}
+
 }  // namespace megamm

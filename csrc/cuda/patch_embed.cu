@@ -204,6 +204,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t channel = 0; channel < j.g.channels; channel += kTogether) {
     const int64_t count = j.g.channels - channel;
     C sums[kTogether][kVector] = {};
+    // Nearly always one frame: unrolled, the loop would only take registers.
+#pragma unroll 1
     for (int64_t frame = -before; frame <= 0; ++frame) {
       Vector<In, kVector> in[kTogether];
       read<Columns::kRow>(unit.patches + frame * in_frame, channel, in_patch, 1, unit.columns, count, in);

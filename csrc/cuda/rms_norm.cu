@@ -30,6 +30,9 @@ template <class T>
 struct Forward {
   const T* x;
   int64_t x_stride;
+  const T* residual;  // null for plain RMSNorm; then `sum` is not written and x itself is normalised
+  int64_t residual_stride;
+  T* sum;
   const T* weight;
   T* y;
   compute_t<T>* rstd;
@@ -39,9 +42,18 @@ struct Forward {
   compute_t<T> offset;
 };
 
+// The value to normalise in one vector: x, or x + residual rounded to T and written to `sum`.
 template <class T, int kVector>
 __device__ __forceinline__ Vector<T, kVector> read(const Forward<T>& p, int64_t row, int64_t column) {
-  return *reinterpret_cast<const Vector<T, kVector>*>(p.x + row * p.x_stride + column);
+  using V = Vector<T, kVector>;
+  V value = *reinterpret_cast<const V*>(p.x + row * p.x_stride + column);
+  if (p.residual) {
+    const V second = *reinterpret_cast<const V*>(p.residual + row * p.residual_stride + column);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) store(value.items[i], load(value.items[i]) + load(second.items[i]));
+    *reinterpret_cast<V*>(p.sum + row * p.width + column) = value;
+  }
+  return value;
 }
 
 template <class T, int kVector>
@@ -99,14 +111,18 @@ __global__ void __launch_bounds__(kWideBlock) forward_wide(Forward<T> p) {
   squares = sum_in_block<kWideBlock>(squares, scratch);
   const C scale = inverse_sqrt(squares / C(p.width) + p.eps);
   if (threadIdx.x == 0) p.rstd[row] = scale;
+  // Each thread reads back the values that it wrote itself.
+  const T* from = p.residual ? p.sum + row * p.width : p.x + row * p.x_stride;
   for (int64_t column = int64_t(threadIdx.x) * kVector; column < p.width; column += step)
-    write<T, kVector>(p, row, column, read<T, kVector>(p, row, column), scale);
+    write<T, kVector>(p, row, column, *reinterpret_cast<const Vector<T, kVector>*>(from + column), scale);
 }
 
 template <class T>
 struct Backward {
   const T* dy;
   int64_t dy_stride;
+  const T* dx_add;  // null, or another gradient of x, which is added to dx
+  int64_t add_stride;
   const T* x;
   int64_t x_stride;
   const T* weight;
@@ -123,11 +139,13 @@ __device__ __forceinline__ void write(const Backward<T>& p, int64_t row, int64_t
                                       const Vector<T, kVector>& dy, compute_t<T> scale, compute_t<T> shift) {
   using V = Vector<T, kVector>;
   const V weight = *reinterpret_cast<const V*>(p.weight + column);
-  V out;
+  V add, out;
+  if (p.dx_add) add = *reinterpret_cast<const V*>(p.dx_add + row * p.add_stride + column);
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     const compute_t<T> gradient = load(dy.items[i]) * (load(weight.items[i]) + p.offset) * scale;
-    store(out.items[i], gradient - load(x.items[i]) * shift);
+    const compute_t<T> value = gradient - load(x.items[i]) * shift;
+    store(out.items[i], p.dx_add ? value + load(add.items[i]) : value);
   }
   *reinterpret_cast<V*>(p.dx + row * p.width + column) = out;
 }
@@ -253,15 +271,17 @@ void choose_group(int64_t width, bool vectors, const F& run) {
   }
 }
 
-void run_forward(const Tensor& x, const Tensor& weight, const Tensor& y, const Tensor& rstd, double eps,
-                 bool zero_centered) {
+void run_forward(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& y, const Tensor* sum,
+                 const Tensor& rstd, double eps, bool zero_centered) {
   DeviceGuard guard(x.get_device_index());
-  const bool vectors = is_vectorisable(x) && is_vectorisable(weight);
+  const bool vectors = is_vectorisable(x) && is_vectorisable(weight) && (!residual || is_vectorisable(*residual));
   dispatch(x.scalar_type(), "rms_norm", [&](auto zero) {
     using T = decltype(zero);
     using C = compute_t<T>;
-    const Forward<T> p{data_of<T>(x), row_stride(x), data_of<T>(weight), mutable_data_of<T>(y),
-                       mutable_data_of<C>(rstd), rows_of(x), x.size(x.dim() - 1), C(eps), C(zero_centered ? 1 : 0)};
+    const Forward<T> p{data_of<T>(x), row_stride(x), residual ? data_of<T>(*residual) : nullptr,
+                       residual ? row_stride(*residual) : 0, sum ? mutable_data_of<T>(*sum) : nullptr,
+                       data_of<T>(weight), mutable_data_of<T>(y), mutable_data_of<C>(rstd), rows_of(x),
+                       x.size(x.dim() - 1), C(eps), C(zero_centered ? 1 : 0)};
     choose_group<T, 1024>(p.width, vectors, [&](auto vector, auto group) {
       constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
       if constexpr (kGroup == 0) {
@@ -278,18 +298,27 @@ std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, doubl
   return norm_with(run_forward, x, weight, eps, zero_centered);
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const Tensor& x_any, const Tensor& weight_any,
-                                             const Tensor& rstd_any, bool zero_centered) {
-  check_backward(dy_any, x_any, weight_any, rstd_any);
+std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                                double eps, bool zero_centered) {
+  return add_norm_with(run_forward, x, residual, weight, eps, zero_centered);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const std::optional<Tensor>& dx_add_any,
+                                             const Tensor& x_any, const Tensor& weight_any, const Tensor& rstd_any,
+                                             bool zero_centered) {
+  check_backward(dy_any, dx_add_any, x_any, weight_any, rstd_any);
   DeviceGuard guard(x_any.get_device_index());
   const Tensor dy = as_rows(dy_any), x = as_rows(x_any), weight = as_rows(weight_any);
   const Tensor rstd = torch::stable::contiguous(rstd_any);
-  const bool vectors = is_vectorisable(x) && is_vectorisable(dy) && is_vectorisable(weight);
+  const std::optional<Tensor> dx_add = dx_add_any ? std::optional(as_rows(*dx_add_any)) : std::nullopt;
+  const bool vectors = is_vectorisable(x) && is_vectorisable(dy) && is_vectorisable(weight) &&
+                       (!dx_add || is_vectorisable(*dx_add));
   Tensor dx = new_empty(x), dweight = new_empty(weight);
   dispatch(x.scalar_type(), "rms_norm_backward", [&](auto zero) {
     using T = decltype(zero);
     using C = compute_t<T>;
-    Backward<T> p{data_of<T>(dy), row_stride(dy), data_of<T>(x), row_stride(x), data_of<T>(weight), data_of<C>(rstd),
+    Backward<T> p{data_of<T>(dy), row_stride(dy), dx_add ? data_of<T>(*dx_add) : nullptr,
+                  dx_add ? row_stride(*dx_add) : 0, data_of<T>(x), row_stride(x), data_of<T>(weight), data_of<C>(rstd),
                   mutable_data_of<T>(dx), nullptr, rows_of(x), x.size(x.dim() - 1), C(zero_centered ? 1 : 0)};
     choose_group<T, kMaxBackwardGroup<T>>(p.width, vectors, [&](auto vector, auto group) {
       constexpr int kVector = decltype(vector)::value, kGroup = decltype(group)::value;
@@ -324,6 +353,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy_any, const Tensor&
 
 MEGAMM_KERNELS(MEGAMM_LIBRARY, MEGAMM_CUDA_KEY, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }
 

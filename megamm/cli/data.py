@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from megamm.cli.common import DeviceChoice, Sources, writable_folder
+from megamm.cli.common import DeviceChoice, Sources, writable_file, writable_folder
 from megamm.common.log import log_to_console
 
+SplitChoice = Literal["train", "heldout"]
 DecoderChoice = Literal["auto", "dali", "pyav"]
 
 app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
@@ -88,10 +89,12 @@ def build_shards(
 
 @app.command("index")
 def index_shards(folder: Annotated[Path, typer.Argument(help="folder of 000000.tar, 000001.tar, ...")]) -> None:
-    """Build the index of a folder of WebDataset tars, one modality per folder."""
-    from megamm.shards.folder import write_index
+    """Index a folder of WebDataset tars, one modality per folder, or convert its index of an earlier version."""
+    from megamm.shards.indexing import write_index
 
-    print(f"{folder}: {write_index(folder)} members indexed")
+    log_to_console()
+    members, source = write_index(folder)
+    print(f"{folder}: {members} members indexed, from {source}")
 
 
 @app.command("tokenize")
@@ -112,3 +115,21 @@ def tokenize_shards(
     for cache in tokenize(sources, modalities, VideoReading(video_decoder, max_broken)):
         kept = " (kept)" if cache.kept else ""
         print(f"{cache.folder}: {cache.samples} samples, {cache.tokens} tokens{kept}")
+
+
+@app.command("export-bin")
+def export_bin_files(
+    sources: Sources,
+    out: Annotated[Path, typer.Option(help="PREFIX of PREFIX.bin and PREFIX.idx", callback=writable_file)],
+    split: Annotated[SplitChoice, typer.Option(help="split of the shards")] = "train",
+    end_token: Annotated[int | None, typer.Option(help="id to append to every document, its end of text")] = None,
+    skip_media: Annotated[bool, typer.Option("--skip-media", help="leave out samples with media")] = False,
+    codec_id: Annotated[str | None, typer.Option(help="of the text tokens, if there are several")] = None,
+) -> None:
+    """Write the text of tokenized shards as Megatron's .bin and .idx files."""
+    from megamm.data.tokenize.export_bin import export_bin
+
+    log_to_console()
+    done = export_bin(sources, out, split, codec_id=codec_id, end_token=end_token, skip_media=skip_media)
+    skipped = f"; {done.skipped} samples with media left out" if done.skipped else ""
+    print(f"{out}.bin, {out}.idx: {done.documents} documents, {done.tokens} tokens, {done.dtype}{skipped}")

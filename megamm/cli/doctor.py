@@ -31,18 +31,30 @@ def doctor(
         float | None,
         typer.Option(help="GB/s of an all-reduce between two nodes (default: half the median)", min=0),
     ] = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="compare this device's kernels with plain torch")] = False,
+    again: Annotated[bool, typer.Option("--again", help="with --kernels: compare also what is known")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON for launchers")] = False,
 ) -> None:
     """Show what this machine and installation offer a run, and list problems; exit code 1 if there are any.
 
     With --preflight or several --nnodes: check GPUs, InfiniBand, memory, limits, disks and clocks, and compare versions
     and bandwidth between nodes. Each command's exit code is that of its own node; a bad node is one line on stderr.
+
+    With --kernels: compare the kernels of a typical run, or of --config, with plain torch, time them, and keep the
+    outcome for runs; exit code 1 if one disagrees.
     """
     # Set before torch is loaded: errors between nodes are reported in one line, without stacks from torch's store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     from megamm.elastic.launcher import Nodes
 
     nodes = Nodes.parse(nnodes, rendezvous)
+    if kernels:
+        if preflight or nodes.most > 1:
+            raise UserError("--kernels looks at one device", remedy="remove --preflight and --nnodes")
+        _kernels(config, overrides or [], again, as_json)
+        return
+    if again:
+        raise UserError("--again requires --kernels", remedy="add --kernels")
     if not preflight and nodes.most == 1:
         given = (config, output, scratch, gpus, least_write, least_bandwidth, overrides or None)
         if as_json or any(value is not None for value in given):
@@ -73,4 +85,23 @@ def doctor(
     for line in result.lines():
         print(line, file=sys.stderr)
     if not result.is_fit:
+        raise typer.Exit(1)
+
+
+def _kernels(config: Path | None, overrides: list[str], again: bool, as_json: bool) -> None:
+    """Print the outcomes of the kernels; exit code 1 if one disagrees."""
+    if overrides and config is None:
+        raise UserError("key=value needs a config", where=overrides[0], remedy="add --config CONFIG")
+    log_to_console()
+    from megamm.config import load_config
+    from megamm.doctor.kernels import survey
+
+    report = survey(load_config(config, overrides) if config is not None else None, again)
+    if as_json:
+        print(json.dumps(report.to_json()))
+    else:
+        print_tables(report.table())
+    for line in report.faults:
+        print(f"kernel disagrees with plain torch: {line}", file=sys.stderr)
+    if report.faults:
         raise typer.Exit(1)

@@ -40,7 +40,7 @@ def list_runs(
     """List runs: state, step, losses, goodput, restarts, age of the oldest heartbeat, log. Only reads their folders."""
     from megamm.observability.report import runs
 
-    found = [runs.status(run) for run in runs.find(folders)]
+    found = runs.statuses(runs.find(folders))
     if as_json:
         print(*(json.dumps(asdict(one)) for one in found), sep="\n")
     elif found:

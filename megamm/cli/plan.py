@@ -36,8 +36,8 @@ def plan(
         return
     if config is None:
         raise UserError("no config given", remedy="megamm plan CONFIG --gpus N")
+    from megamm.common import gpu_constants as constants
     from megamm.config import load_config
-    from megamm.plan import gpu as constants
     from megamm.plan import report, search
     from megamm.plan.job import Documents
 
@@ -54,7 +54,7 @@ def plan(
         vocabulary_size, documents = data.vocabulary.size, of_data(data)
     found = search.search(device, run, gpus, vocabulary_size, documents, gpus_per_node)
     if not found.plans:
-        needed = f"{found.smallest / report.GIB:.1f} GiB"
+        needed = f"{found.smallest / constants.GIB:.1f} GiB"
         raise UserError(
             f"no layout of {gpus} GPUs fits into {device.name}: the smallest needs {needed} for tensors",
             remedy="use more GPUs, or GPUs with more memory",
@@ -71,8 +71,8 @@ def plan(
 
 def _calibrate(gpu: str, write: Path | None) -> None:
     from megamm.common import device
+    from megamm.common import gpu_constants as constants
     from megamm.plan import calibrate
-    from megamm.plan import gpu as constants
 
     if not device.will_be_gpu("auto"):
         raise UserError(

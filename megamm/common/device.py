@@ -6,6 +6,7 @@ This is the only file outside csrc/, ops/ and mcore/cpu.py that names a GPU.
 import ctypes
 import logging
 import os
+import platform
 import re
 import shutil
 import time
@@ -15,34 +16,38 @@ from typing import Literal
 
 import torch
 
+from megamm.common import gpu_constants
 from megamm.common.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PEAK_FLOPS_BF16 = (
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""dtypes of parameters and activations in each precision; fp8 converts the factors of products only."""
+PEAK_FLOPS_OF_VARIANTS = (
     # NVIDIA GB200 NVL72 data sheet: 360 PFLOP/s of 72 GPUs with sparsity.
     ("GB200", 2500e12),
-    # NVIDIA HGX B200 data sheet: 36 PFLOP/s of 8 GPUs with sparsity.
-    ("B200", 2250e12),
     # NVIDIA GH200 data sheet: 1,979 TFLOP/s with sparsity, as H100 SXM.
     ("GH200", 989e12),
-    # NVIDIA H200 data sheet, columns NVL and SXM: 1,671 and 1,979 TFLOP/s with sparsity.
+    # NVIDIA H200 data sheet, column NVL: 1,671 TFLOP/s with sparsity.
     ("H200 NVL", 835e12),
-    ("H200", 989e12),
-    # NVIDIA H100 data sheet, columns NVL, PCIe (edition of 2022) and SXM: 1,671, 1,513 and 1,979 TFLOP/s with sparsity.
+    # NVIDIA H100 data sheet, columns NVL and PCIe (edition of 2022): 1,671 and 1,513 TFLOP/s with sparsity.
     ("H100 NVL", 835e12),
     ("H100 PCIe", 756e12),
-    ("H100", 989e12),
-    # NVIDIA A100 data sheet: 312 TFLOP/s.
-    ("A100", 312e12),
 )
-"""Words of a GPU's name, and its dense bf16 peak FLOP/s (half of that with sparsity). The first match counts."""
+"""Words of a GPU's name, and its dense bf16 peak FLOP/s (half of that with sparsity), of GPUs without a file in gpus/.
+The first match counts."""
+FP8_SPEEDUP = 2
+"""Ratio of the peaks of FP8 and bf16, in the same data sheets; an A100 has no FP8."""
+FP8_CAPABILITY = (8, 9)
+"""Least compute capability with products in FP8, of torch._scaled_mm."""
 _SHARE_OF_GPU = re.compile(r"\bMIG\b")
 """In the name of a part of a GPU (multi-instance GPU), which has no peak of its own in a data sheet."""
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """The apex module that Megatron-core calls for `gradient_accumulation_fusion`."""
+ALLOCATOR, CONNECTIONS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"), "CUDA_DEVICE_MAX_CONNECTIONS"
+"""Variables of torch's allocator (its earlier name is read by every version), and of the driver: its work queues."""
 DRIVER = Path("/proc/driver/nvidia/version")
+CPU_INFO = Path("/proc/cpuinfo")
 MEMORY_MAP, RUNTIME_LIBRARY = Path("/proc/self/maps"), "libcudart"
 OPEN_FILES, UNIFIED_MEMORY = Path("/proc/self/fd"), "/dev/nvidia-uvm"
 DeviceEvent = float | torch.cuda.Event
@@ -70,12 +75,40 @@ class Device:
     def is_gpu(self) -> bool:
         return self.torch_device.type == "cuda"
 
-    @property
-    def peak_flops(self) -> float | None:
-        """bf16 peak FLOP/s, None if unknown (then no MFU is reported)."""
+    def peak_flops(self, precision: str) -> float | None:
+        """Return the peak FLOP/s of products in FP8 if this is the precision, else in bf16; None if unknown.
+
+        Without a peak no MFU is reported.
+        """
         if not self.is_gpu:
             return None
-        return peak_flops_of(torch.cuda.get_device_name(self.torch_device))
+        peak = peak_flops_of(torch.cuda.get_device_name(self.torch_device))
+        return FP8_SPEEDUP * peak if peak is not None and precision == "fp8" else peak
+
+    @property
+    def why_no_fp8(self) -> str:
+        """Why the device has no products in FP8; empty if it has them, as the CPU by emulation."""
+        if not self.is_gpu or torch.cuda.get_device_capability(self.torch_device) >= FP8_CAPABILITY:
+            return ""
+        found, needed = torch.cuda.get_device_capability(self.torch_device), FP8_CAPABILITY
+        name = torch.cuda.get_device_name(self.torch_device)
+        return (
+            f"{name} has no FP8: its compute capability is {found[0]}.{found[1]}, not {needed[0]}.{needed[1]} or later"
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the GPU, or of the processor and its instructions that torch uses."""
+        if self.is_gpu:
+            return torch.cuda.get_device_name(self.torch_device)
+        text = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+        names = (line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name"))
+        return f"{next(names, platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """Generation of the GPU, (9, 0) for Hopper; None on a CPU."""
+        return torch.cuda.get_device_capability(self.torch_device) if self.is_gpu else None
 
     def synchronize(self) -> None:
         """Wait for queued work, so that a clock read afterwards is correct."""
@@ -96,6 +129,18 @@ class Device:
             return end - begin
         assert not isinstance(begin, float) and not isinstance(end, float), "two events of one device"
         return begin.elapsed_time(end) / 1e3
+
+    def pci_address(self) -> str | None:
+        """Return the GPU's address on the PCI bus, 0000:1b:00.0; None if torch's build has no shared CUDA runtime."""
+        path = _runtime_library()
+        if path is None:
+            return None
+        text = ctypes.create_string_buffer(32)
+        code = int(ctypes.CDLL(path).cudaDeviceGetPCIBusId(text, len(text), self.torch_device.index))
+        if code:
+            _clear_last_error()
+            return None
+        return text.value.decode().lower()
 
     def memory_figures(self) -> MemoryFigures | None:
         """Return the peaks since the last call, and begin new ones; None on a CPU."""
@@ -146,7 +191,9 @@ def peak_flops_of(name: str) -> float | None:
     """Return the bf16 peak FLOP/s of the GPU of this name, as torch reports it; None if unknown."""
     if _SHARE_OF_GPU.search(name):
         return None
-    return next((flops for key, flops in PEAK_FLOPS_BF16 if re.search(rf"\b{key}\b", name)), None)
+    kinds = ((kind.name.partition("-")[0].upper(), kind.peak_flops) for kind in gpu_constants.all_kinds())
+    peaks = (*PEAK_FLOPS_OF_VARIANTS, *kinds)
+    return next((flops for key, flops in peaks if re.search(rf"\b{key}\b", name)), None)
 
 
 def _clear_last_error() -> None:
@@ -154,13 +201,18 @@ def _clear_last_error() -> None:
 
     UserError if torch was built with a static library, which cannot be called.
     """
-    mapped = (line.rpartition(" ")[2] for line in MEMORY_MAP.read_text().splitlines())
-    path = next((name for name in mapped if RUNTIME_LIBRARY in Path(name).name), None)
+    path = _runtime_library()
     if path is None:
         what = "cannot page-lock the memory for checkpoints, and torch's build has no shared CUDA runtime"
         raise UserError(what, remedy="raise the limit of locked memory (ulimit -l unlimited), or use a shared build")
     # Loading it again returns the same library, with the same state.
     ctypes.CDLL(path).cudaGetLastError()
+
+
+def _runtime_library() -> str | None:
+    """Return the path of the CUDA runtime that torch has loaded; None if it is a part of torch's own libraries."""
+    mapped = (line.rpartition(" ")[2] for line in MEMORY_MAP.read_text().splitlines())
+    return next((name for name in mapped if RUNTIME_LIBRARY in Path(name).name), None)
 
 
 def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
@@ -176,6 +228,31 @@ def choose(wanted: Literal["auto", "cpu", "gpu"] = "auto") -> Device:
         reason = torch.cuda.get_device_name()
     log.info("device %s, backend %s: %s", chosen.torch_device, chosen.backend, reason)
     return chosen
+
+
+def prepare_gpu(wanted: Literal["auto", "cpu", "gpu"], launches_in_order: bool) -> list[str]:
+    """Set the environment variables that are read when a process first uses its GPU; return lines for the log.
+
+    Call it before `choose`. launches_in_order: start kernels in the order of their launches, also those of different
+    streams. What the environment sets already stays. On a CPU nothing is set.
+    """
+    if not will_be_gpu(wanted):
+        return []
+    reason = "the allocator's blocks can grow, so that tensors of varying sizes fragment memory less"
+    lines = [_default(ALLOCATOR, "expandable_segments:True", reason)]
+    if launches_in_order:
+        reason = "a collective of tensor parallelism starts before the product that is to run beside it"
+        lines.append(_default((CONNECTIONS,), "1", reason))
+    return lines
+
+
+def _default(names: tuple[str, ...], value: str, reason: str) -> str:
+    """Set the first variable unless one of them is set; return what is set."""
+    given = next((name for name in names if name in os.environ), None)
+    if given is not None:
+        return f"{given}={os.environ[given]}: as given"
+    os.environ[names[0]] = value
+    return f"{names[0]}={value}: {reason}"
 
 
 def will_be_gpu(wanted: Literal["auto", "cpu", "gpu"]) -> bool:

@@ -68,9 +68,28 @@ class Row:
     modality: IntArray
 
 
+@dataclass(frozen=True)
+class PackedLengths:
+    """Number of documents in packed rows, and the longest; the padding of a row counts as a document."""
+
+    number: int
+    longest: int
+
+    @classmethod
+    def of(cls, segment_BS: IntArray) -> "PackedLengths":
+        """Count them in the segments of rows."""
+        is_start = np.ones(segment_BS.shape, dtype=bool)
+        is_start[:, 1:] = segment_BS[:, 1:] != segment_BS[:, :-1]
+        starts = np.flatnonzero(is_start)
+        return cls(len(starts), int(np.diff(starts, append=segment_BS.size).max()))
+
+
 @dataclass
 class Batch:
-    """A microbatch of rows as tensors: `[B, S]` each, position `[B, 3, S]`."""
+    """A microbatch of rows as tensors: `[B, S]` each, position `[B, 3, S]`.
+
+    lengths: those of its documents, as numbers of the host; None if they were not counted.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
@@ -78,6 +97,7 @@ class Batch:
     segment: torch.Tensor
     position: torch.Tensor
     modality: torch.Tensor
+    lengths: PackedLengths | None = None
 
     @property
     def packed_seq_metadata(self) -> torch.Tensor:
@@ -87,15 +107,18 @@ class Batch:
     @classmethod
     def stack(cls, rows: list[Row]) -> "Batch":
         """Stack B rows; all must have the same S."""
-        return cls(**{name: torch.from_numpy(np.stack([getattr(r, name) for r in rows])) for name in _FIELDS})
+        stacked = {name: np.stack([getattr(r, name) for r in rows]) for name in _FIELDS}
+        tensors = {name: torch.from_numpy(array) for name, array in stacked.items()}
+        return cls(**tensors, lengths=PackedLengths.of(stacked["segment"]))
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(**{name: getattr(self, name).to(device, non_blocking=True) for name in _FIELDS})
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in _FIELDS}
+        return Batch(**moved, lengths=self.lengths)
 
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory; called by torch's DataLoader."""
-        return Batch(**{name: getattr(self, name).pin_memory() for name in _FIELDS})
+        return Batch(**{name: getattr(self, name).pin_memory() for name in _FIELDS}, lengths=self.lengths)
 
 
 _FIELDS = ("input_ids", "labels", "loss_weight", "segment", "position", "modality")

@@ -3,9 +3,9 @@
 They are found without importing them: an import takes seconds, and Transformer Engine raises if its own libraries are
 missing. On a GPU, Megatron-core 0.16 and 0.19 automatically use from the installed packages: Adam, gradient norm and
 clipping of Transformer Engine, else of apex, else of torch; Transformer Engine's matrix product in the routers; and
-apex's weight gradients, if enabled in the configuration (mcore/transformer_config.py does this). Layers are Megatron's
-local ones with our own attention (mcore/backbone.py), so the layers and attention of Transformer Engine, apex and
-flash-attn are not used. On a CPU none of these packages is used (mcore/cpu.py).
+apex's weight gradients, which torch's products replace if apex is not installed (mcore/weight_gradients.py). Layers are
+Megatron's local ones with our own attention (mcore/backbone.py), so the layers and attention of Transformer Engine and
+apex are not used; flash-attn is with train.attention=flash. On a CPU none of these packages is used (mcore/cpu.py).
 """
 
 import importlib.metadata
@@ -21,6 +21,8 @@ from megamm.config import RunConfig
 log = logging.getLogger(__name__)
 
 Engine = Literal["native", "deepspeed"]
+WeightGradients = Literal["apex", "torch", "separate"]
+"""What adds a weight gradient to its float32 buffer: the product itself, by apex or torch, or a separate pass."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class Installed:
     apex_weight_gradients: bool
     """Whether apex has the kernel that adds a weight gradient to a float32 buffer in the matrix product itself."""
     flash_attention: str | None
+    """Version 2 of flash-attn."""
+    flash_attention_3: str | None
+    """Version 3, for Hopper, which is a package of its own."""
     dali: str | None
     deepspeed: str | None
 
@@ -48,22 +53,36 @@ def installed() -> Installed:
         apex_kernels=apex is not None and _has("amp_C"),
         apex_weight_gradients=_has(WEIGHT_GRADIENT_EXTENSION),
         flash_attention=_version("flash_attn", "flash-attn"),
+        flash_attention_3=_version("flash_attn_interface", "flash_attn_3"),
         dali=_dali_version() if _has("nvidia", "dali") else None,
         deepspeed=_version("deepspeed", "deepspeed"),
     )
 
 
-def fuses_weight_gradients(found: Installed, *, is_gpu: bool, engine: Engine) -> bool:
-    """Whether apex can accumulate weight gradients into the native engine's gradient buffers (DeepSpeed has none)."""
-    return found.apex_weight_gradients and is_gpu and engine == "native"
+def weight_gradients(found: Installed, *, is_gpu: bool, engine: Engine, wanted: bool | None = None) -> WeightGradients:
+    """Return what adds weight gradients to their float32 buffers: the product itself, of apex or torch, or a pass.
+
+    wanted: Megatron-core's `gradient_accumulation_fusion`, if the user sets it. DeepSpeed has no such buffers.
+    """
+    if engine != "native" or wanted is False:
+        return "separate"
+    if is_gpu:
+        return "apex" if found.apex_weight_gradients else "torch"
+    return "torch" if wanted else "separate"
 
 
-def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> dict[str, str]:
-    """Return for each package its version, use and replacement; fused: whether apex accumulates weight gradients."""
+def describe(
+    found: Installed, *, is_gpu: bool, engine: Engine, gradients: WeightGradients, stores_moments: bool = False
+) -> dict[str, str]:
+    """Return for each package its version, use and replacement.
+
+    gradients: what accumulates weight gradients; stores_moments: whether moments are in bf16 or in host memory.
+    """
+    adam = STORED_ADAM if stores_moments else _adam(found, is_gpu, engine)
     return {
-        "Transformer Engine": _of_transformer_engine(found, is_gpu, engine),
-        "apex": _of_apex(found, is_gpu, engine, fused),
-        "flash-attn": _unused(found.flash_attention, "attention is torch's SDPA or flex_attention"),
+        "Transformer Engine": _of_transformer_engine(found, is_gpu, engine, adam),
+        "apex": _of_apex(found, is_gpu, gradients, adam),
+        "flash-attn": _of_flash_attention(found),
         "DALI": _of_dali(found, is_gpu),
         "DeepSpeed": _of_deepspeed(found, engine),
     }
@@ -72,29 +91,31 @@ def describe(found: Installed, *, is_gpu: bool, engine: Engine, fused: bool) -> 
 def log_use(config: RunConfig, device: Device) -> None:
     """Log one line per package at the begin of a run's log."""
     found = installed()
-    fused = fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
-    # A user can switch the fusion off with Megatron-core's own field.
-    fused = fused and bool(config.model.megatron.get("gradient_accumulation_fusion", True))
-    for name, line in describe(found, is_gpu=device.is_gpu, engine=config.engine, fused=fused).items():
+    wanted = config.model.megatron.get("gradient_accumulation_fusion")
+    gradients = weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine, wanted=wanted)
+    stores = config.optimizer.moments != "fp32" or config.optimizer.offload_moments
+    lines = describe(found, is_gpu=device.is_gpu, engine=config.engine, gradients=gradients, stores_moments=stores)
+    for name, line in lines.items():
         log.info("%s: %s", name, line)
 
 
-def _of_transformer_engine(found: Installed, is_gpu: bool, engine: Engine) -> str:
-    without = f"layers are Megatron's local ones, {_adam(found, is_gpu, engine)}"
+def _of_transformer_engine(found: Installed, is_gpu: bool, engine: Engine, adam: str) -> str:
+    without = f"layers are Megatron's local ones, {adam}"
     if found.transformer_engine is None:
         return f"not installed; {without}"
     if not is_gpu:
         return f"{found.transformer_engine}, not used on a CPU; {without}"
-    uses = ["Adam, gradient norm and clipping"] if engine == "native" else []
+    norms = "Adam, gradient norm and clipping" if adam == TRANSFORMER_ENGINE_ADAM else "gradient norm and clipping"
+    uses = [norms] if engine == "native" else []
     uses.append("the routers of a mixture of experts")
     return f"{found.transformer_engine}, used for {' and '.join(uses)}; {without}"
 
 
-def _of_apex(found: Installed, is_gpu: bool, engine: Engine, fused: bool) -> str:
-    adam = _adam(found, is_gpu, engine)
-    without = adam if fused else f"{adam}, weight gradients are accumulated in a separate pass"
+def _of_apex(found: Installed, is_gpu: bool, gradients: WeightGradients, adam: str) -> str:
+    instead = {"torch": "by torch's products", "separate": "in a separate pass"}.get(gradients)
+    without = f"{adam}, weight gradients are accumulated {instead}" if instead else adam
     uses = ["Adam, gradient norm and clipping"] if adam == APEX_ADAM else []
-    uses += ["accumulating weight gradients"] if fused else []
+    uses += ["accumulating weight gradients"] if gradients == "apex" else []
     if uses:
         return f"{found.apex}, used for {' and '.join(uses)}; {without}"
     if found.apex is None:
@@ -116,13 +137,15 @@ def _of_dali(found: Installed, is_gpu: bool) -> str:
     return f"{found.dali}, {used} by `megamm data tokenize` for videos; {without}"
 
 
-def _unused(version: str | None, instead: str) -> str:
-    return f"not installed, not needed; {instead}" if version is None else f"{version}, not used; {instead}"
+def _of_flash_attention(found: Installed) -> str:
+    versions = [version for version in (found.flash_attention_3, found.flash_attention) if version is not None]
+    return f"{' and '.join(versions) or 'not installed'}, needed only by train.attention=flash"
 
 
 TRANSFORMER_ENGINE_ADAM = "Adam is Transformer Engine's"
 APEX_ADAM = "Adam is apex's"
 TORCH_ADAM = "Adam is torch's fused AdamW"
+STORED_ADAM = "Adam is torch's fused AdamW with stored moments (mcore/adam.py)"
 
 
 def _adam(found: Installed, is_gpu: bool, engine: Engine) -> str:

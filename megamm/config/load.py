@@ -35,6 +35,10 @@ RENAMED = {
 }
 """Keys of version 0.1 and their names today, which are those of Megatron-LM, DeepSpeed and torch's rendezvous. Never
 remove a line: checkpoints and exports record the config of their run."""
+REPLACED = {("train.recompute", "selective"): "none"}
+"""Values of version 0.1 that mean another one today: attention keeps too little for recomputing it to save memory."""
+WORD_OR_SECTION = ("train.recompute",)
+"""Keys whose value may be one word or a section: an override of a key of the section replaces the word."""
 _logged: set[str] = set()
 
 
@@ -61,16 +65,23 @@ def config_from_dict(data: dict[str, Any], where: str | Path) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # Where a value may be a section or something else, pydantic also names the section's class.
+        key = ".".join(part for part in map(str, first["loc"]) if not part.endswith("Config"))
         given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r})"
         raise UserError(f"{key}: {first['msg']}{given}", where=where, remedy="correct this key") from None
 
 
 def rename_keys(data: dict[str, Any], where: str | Path) -> None:
-    """Replace keys of earlier versions in a plain mapping by today's; log one line for each.
+    """Replace keys and values of earlier versions in a plain mapping by today's; log one line for each.
 
     Raises UserError if a key is given under both names.
     """
+    for (key, old_value), value in REPLACED.items():
+        *parents, last = key.split(".")
+        section = _section_at(data, parents)
+        if section is not None and section.get(last) == old_value:
+            section[last] = value
+            _log_once(f"{key}={old_value}", f"{key}={old_value} is now {value}", where)
     for old, new in RENAMED.items():
         *parents, old_key = old.split(".")
         section, new_key = _section_at(data, parents), new.rpartition(".")[2]  # a key stays in its section
@@ -82,7 +93,7 @@ def rename_keys(data: dict[str, Any], where: str | Path) -> None:
         # For a section, name each of its keys in full: this is what a user searches for.
         inner = [f".{key}" for key in value] if isinstance(value, dict) and value else [""]
         for key in inner:
-            _log_renamed(old + key, new + key, where)
+            _log_once(old + key, f"the key {old}{key} is now {new}{key}", where)
 
 
 def _section_at(data: dict[str, Any], parents: list[str]) -> dict[str, Any] | None:
@@ -92,10 +103,10 @@ def _section_at(data: dict[str, Any], parents: list[str]) -> dict[str, Any] | No
     return section if isinstance(section, dict) else None
 
 
-def _log_renamed(old: str, new: str, where: str | Path) -> None:
-    """Log the new name, once per process: a stored config is read several times, and by every rank."""
+def _log_once(old: str, text: str, where: str | Path) -> None:
+    """Log what replaces `old`, once per process: a stored config is read several times, and by every rank."""
     if old not in _logged and os.environ.get("RANK", "0") == "0":
-        log.warning("%s: the key %s is now %s", where, old, new)
+        log.warning("%s: %s", where, text)
     _logged.add(old)
 
 
@@ -116,10 +127,12 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     for old, new in RENAMED.items():
         if key == old or key.startswith(f"{old}."):
             given, key = key, new + key.removeprefix(old)
-            _log_renamed(given, key, f"override {override!r}")
+            _log_once(given, f"the key {given} is now {key}", f"override {override!r}")
     *parents, last = key.split(".")
     section: Any = data
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
+        if isinstance(section.get(parent), str) and ".".join(parents[:depth]) in WORD_OR_SECTION:
+            section[parent] = {}
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
             raise UserError(

@@ -44,9 +44,12 @@ def _section(section: type[BaseModel], name: str) -> Iterator[str]:
             continue
         path = f"{name}.{key}" if name else key
         is_list = typing.get_origin(field.annotation) is list
+        others = [arg for arg in typing.get_args(field.annotation) if typing.get_origin(arg) is Literal]
         what = f"{field.description} Keys of an item: " if is_list else "See "
         default = "required" if field.is_required() else "none" if field.default is None else "as there"
         kind = "list of sections" if is_list else "section"
+        if others:
+            what, default, kind = f"{field.description} See ", _default(field), f"{_plain(others[0])}, or a section"
         yield f"| `{key}` | {kind} | {default} | {what}[`{path}`](#{path.replace('.', '').lower()}). |\n"
         inside.append((inner, path))
     for inner, path in inside:

@@ -33,18 +33,44 @@ class ParallelConfig(Section):
     )
     expert: int = Field(1, ge=1, description="Expert-parallel ranks.")
     expert_tensor: int = Field(1, ge=1, description="Tensor-parallel ranks of an expert.")
+    overlap_param_gather: bool | None = Field(
+        None,
+        description="Gather the updated parameters of other data-parallel ranks while the next forward pass runs, "
+        "instead of before it. Default: on a GPU.",
+    )
+
+
+EndRule = Literal["check", "add", "remove"]
 
 
 class SourceConfig(Section):
     """One source of the data mixture."""
 
-    path: Path = Field(description="Shard set: a folder that holds `train/` and `heldout/` (docs/data.md).")
+    path: Path = Field(
+        description="Shard set: a folder that holds `train/` and `heldout/`; or PREFIX of Megatron's PREFIX.bin and "
+        "PREFIX.idx (docs/data.md)."
+    )
     weight: float = Field(1.0, gt=0, description="Share of this source in the mixture, relative to the others.")
     documents: Literal["whole", "pairs", "answers"] = Field(
         "whole",
         description="What a training document is. `whole`: all parts of a sample, in another order each epoch. "
         "`pairs`: two of its parts, other ones each epoch. `answers`: the same, and only the second part counts in the "
         "loss, so that it is learned as the answer to the first.",
+    )
+    heldout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Of .bin and .idx files, the share of the documents that is held out for evaluation, chosen by a "
+        "hash of their numbers. A shard set has its own held-out samples.",
+    )
+    end_token: (
+        Annotated[dict[EndRule, Annotated[str, Field(min_length=1)]], Field(min_length=1, max_length=1)] | None
+    ) = Field(
+        None,
+        description="`rule: token`, the end-of-text token of .bin and .idx files in the spelling of the text "
+        "tokenizer. `check`: every document must end with it. `remove`: the same, and it is not trained on. `add`: "
+        "it is appended to every document, and none may end with it. Default: the documents are as stored.",
     )
 
 
@@ -79,7 +105,56 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, gt=0, lt=1, description="Decay rate of the first moment.")
     beta2: float = Field(0.95, gt=0, lt=1, description="Decay rate of the second moment.")
     eps: float = Field(1e-8, gt=0, description="Added to the denominator of the update.")
+    moments: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="Precision in which both moments are stored. `bf16` takes half of their memory; a run can resume "
+        "with the other value. It needs `beta2` up to 0.99 and the native engine.",
+    )
+    offload_moments: bool = Field(
+        False,
+        description="Keep both moments in host memory and copy them to the GPU and back in each update. The numbers "
+        "are the same. It needs the native engine.",
+    )
     clip_grad: float = Field(1.0, ge=0, description="Largest global gradient norm. 0: no clipping.")
+
+
+class Fp8Config(Section):
+    """Linear layers in FP8 (`train.precision: fp8`): e4m3 for activations and weights, e5m2 for gradients, with scales
+    that are computed from each tensor when it is used (docs/performance.md)."""
+
+    recipe: Literal["tensorwise", "rowwise"] = Field(
+        "tensorwise",
+        description="One scale for a whole matrix, or one for each row and column of the factors of a product: more "
+        "exact if magnitudes differ much between tokens or channels, but slower.",
+    )
+    first_layers_bf16: int = Field(1, ge=0, description="First layers of the model whose linear layers stay in bf16.")
+    last_layers_bf16: int = Field(
+        1, ge=0, description="Last layers that stay in bf16, as multi-token prediction then does. 0: none."
+    )
+
+
+RecomputedModule = Literal["norms", "activation", "mlp", "moe"]
+
+
+class RecomputeConfig(Section):
+    """Parts of a layer that the backward pass computes again, so that their results take no memory until then
+    (docs/performance.md)."""
+
+    modules: list[RecomputedModule] = Field(
+        min_length=1,
+        description="`norms`: the norms before attention and MLP. `activation`: SwiGLU in every MLP and expert, not "
+        "its products. `mlp`: the MLPs of dense layers. `moe`: router, exchange of tokens, and experts.",
+    )
+
+
+Recompute = RecomputeConfig | Literal["none", "full"]
+
+
+def recompute_override(value: Recompute) -> str:
+    """Return the `key=value` that sets train.recompute to this value; it has no spaces."""
+    if isinstance(value, str):
+        return f"train.recompute={value}"
+    return f"train.recompute.modules=[{','.join(value.modules)}]"
 
 
 class TrainConfig(Section):
@@ -92,17 +167,46 @@ class TrainConfig(Section):
     global_batch_size: int = Field(ge=1, description="Rows of a step, over all ranks.")
     micro_batch_size: int = Field(ge=1, description="Rows that a rank computes at once.")
     seed: int = Field(1, description="Seed of the initial weights, the order of the data and dropout.")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Precision of the computation; `bf16` keeps fp32 main weights in the optimizer."
+    precision: Literal["fp32", "bf16", "fp8"] = Field(
+        "fp32",
+        description="Precision of the computation; `bf16` keeps fp32 main weights in the optimizer, and `fp8` is "
+        "`bf16` with the linear layers' products in FP8, except for the output layer.",
     )
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="Activations that are recomputed in the backward pass: none, of attention, or of layers."
+    fp8: Fp8Config = Fp8Config()
+    recompute: Recompute = Field(
+        "none",
+        description="Activations that the backward pass computes again to save memory: none, those of whole layers "
+        "(`full`), or those of parts of a layer, `{modules: [norms, mlp]}`.",
     )
-    attention: Literal["auto", "sdpa", "flex"] = Field(
-        "auto", description="Attention implementation; `auto` chooses by device and logs its choice."
+    attention: Literal["auto", "varlen", "flash", "flex", "sdpa"] = Field(
+        "auto",
+        description="Attention kernel. `varlen` and `flash` take the lengths of documents and need bf16 on a GPU; they "
+        "are kernels of torch and of the flash-attn package. `flex` compiles a kernel that skips masked blocks; it "
+        "needs a GPU. `sdpa` runs on every device. `auto` takes `varlen` on a GPU if it supports the model, else "
+        "`flex`, and `sdpa` on a CPU; the log has the choice and the reason (docs/performance.md).",
+    )
+    experts: Literal["auto", "grouped", "sequential"] = Field(
+        "auto",
+        description="How a rank computes its experts: all in one product, or one after another as Megatron-core does. "
+        "`auto` is `grouped`, unless a field of `model.megatron` needs `sequential`; the log has the choice and the "
+        "reason (docs/performance.md).",
     )
     log_every: int = Field(10, ge=1, description="Steps between reports.")
     eval_every: int = Field(0, ge=0, description="Steps between evaluations on held-out data. 0: never.")
+    gc_every: int = Field(
+        100,
+        ge=0,
+        description="Steps between runs of Python's garbage collector, at the same step on every rank, so that ranks "
+        "do not wait for each other's. 0: Python decides when it runs.",
+    )
+
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _known_recompute(cls, value: object) -> object:
+        if isinstance(value, dict | RecomputeConfig) or value in ("none", "full"):
+            return value
+        remedy = "set it to none, full or {modules: [mlp, norms]}"
+        raise UserError(f"train.recompute: unknown value {value!r}", remedy=remedy)
 
 
 Action = Literal["load", "new", "ignore"]
@@ -318,6 +422,12 @@ class RunConfig(Section):
             remedy = "set train.eval_every, best to a divisor of checkpoint.every"
             raise UserError("checkpoint.keep_best, but no held-out loss is ever measured", remedy=remedy)
         return self
+
+    @property
+    def bytes_per_parameter(self) -> tuple[int, int, int]:
+        """Bytes of a parameter on the device: weight, gradient, and optimizer state, which is sharded (ZeRO-1)."""
+        moments = 0 if self.optimizer.offload_moments else 4 if self.optimizer.moments == "bf16" else 8
+        return (4, 4, moments) if self.train.precision == "fp32" else (2, 4, 4 + moments)
 
     def data_parallel(self, world_size: int) -> int:
         """Ranks per data-parallel group (context parallel not counted)."""

@@ -69,13 +69,13 @@ def examine() -> InstallationReport:
     """Examine everything; takes a second or two, mostly to import torch."""
     found = accelerators.installed()
     is_gpu = bool(device.gpus())
-    fused = accelerators.fuses_weight_gradients(found, is_gpu=is_gpu, engine="native")
+    gradients = accelerators.weight_gradients(found, is_gpu=is_gpu, engine="native")
     findings = {
         **_software(),
         **_machine(),
         **_compilers(),
         "fused ops": ops.describe(),
-        **accelerators.describe(found, is_gpu=is_gpu, engine="native", fused=fused),
+        **accelerators.describe(found, is_gpu=is_gpu, engine="native", gradients=gradients),
         **_space(),
     }
     faults = [*_package_faults(), *_ops_faults(), *_device_faults(), *_accelerator_faults(found, is_gpu)]

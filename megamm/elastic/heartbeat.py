@@ -1,10 +1,12 @@
 """Heartbeats: phase and step of every rank, and when it last reported them.
 
-RUN/heartbeats/rank_00000.json is for people and other machines: it is written when the phase changes, and while "data"
-and "step" alternate at most once a second. To detect hangs, this node's agent reads shared memory (rank_status.py),
-which is written at every beat. A rank that was not started by an agent writes only the file.
+RUN/heartbeats/node_00000.json is for people and other machines: one file a node, with a line of JSON of constant length
+for each of its ranks. A rank writes its line when the phase changes, and while "data" and "step" alternate at most once
+a second. On a shared file system of a large job that is one file a node, which no other node writes. To detect hangs,
+this node's agent reads shared memory (rank_status.py), which is written at every beat.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -22,8 +24,10 @@ ATTEMPT = "MEGAMM_ATTEMPT"
 """Variable in a rank's environment: the number of the attempt, from 0."""
 GPU_WARM_UP = 3
 """First steps of an attempt on a GPU that do not show how long a step takes: kernels are compiled and loaded."""
-_FILE_BYTES, _RECENT, _SECONDS = 1024, 32, 1.0
-"""Bytes of a file, number of recent beats, and the shortest time between two writes while steps alternate with data."""
+_LINE_BYTES, _RECENT, _SECONDS = 1024, 32, 1.0
+"""Bytes of a line, number of recent beats, and the shortest time between two writes while steps alternate with data."""
+_FILES = ("node_*.json", "rank_*.json")
+"""Names of files with heartbeats; runs of version 0.2 and earlier have one a rank."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,20 @@ class Beat:
 class Heartbeat:
     """Writes this rank's heartbeat. Beats come from the main thread, so that they stop when it stops."""
 
-    def __init__(self, run: Path, rank: int, attempt: int, status: RankStatus | None = None) -> None:
-        path = run / HEARTBEATS / f"rank_{rank:05d}.json"
+    def __init__(
+        self,
+        run: Path,
+        rank: int,
+        attempt: int,
+        status: RankStatus | None = None,
+        on_node: tuple[int, int] | None = None,
+    ) -> None:
+        """on_node: number of the node, and of the rank on it; None: all ranks write to one file."""
+        node, self.line = on_node or (0, rank)
+        path = run / HEARTBEATS / f"node_{node:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        before = _read(path) if attempt > 0 else None  # before attempt 0 it is from another launch, perhaps another job
+        # Before attempt 0 it is from another launch, perhaps another job.
+        before = next((beat for beat in _read(path) if beat.rank == rank), None) if attempt > 0 else None
         self.longest = dict(before.longest) if before is not None else {}
         self.file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         self.rank, self.attempt, self.status, self.host = rank, attempt, status, socket.gethostname()
@@ -99,7 +113,8 @@ class Heartbeat:
             self.is_compiling,
         )
         # A single write of constant length: a reader never sees half of it.
-        os.pwrite(self.file, json.dumps(asdict(beat)).ljust(_FILE_BYTES - 1).encode() + b"\n", 0)
+        text = json.dumps(asdict(beat)).ljust(_LINE_BYTES - 1).encode() + b"\n"
+        os.pwrite(self.file, text, self.line * _LINE_BYTES)
 
     def set_on_gpu(self) -> None:
         """Report that this rank computes on a GPU: its first steps take longer, and its limits are longer."""
@@ -165,20 +180,35 @@ def of_this_rank(run: Path) -> Heartbeat:
     """Return this process's heartbeat, configured by its environment."""
     shared = HeartbeatPage.of_this_rank()
     status = shared[1] if shared is not None else None
-    return Heartbeat(run, int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "0")), status)
+    rank, attempt = int(os.environ.get("RANK", "0")), int(os.environ.get(ATTEMPT, "0"))
+    node, line = os.environ.get("GROUP_RANK"), os.environ.get("LOCAL_RANK")
+    # A launcher that does not number nodes may start ranks on several: then the line is that of the rank in the job.
+    on_node = (int(node), int(line)) if node is not None and line is not None else None
+    return Heartbeat(run, rank, attempt, status, on_node)
 
 
 def read(run: Path) -> list[Beat]:
-    """Return the last heartbeat of every rank that ever wrote one to this run; incomplete files are skipped."""
-    found = [_read(path) for path in sorted((run / HEARTBEATS).glob("rank_*.json"))]
-    return [beat for beat in found if beat is not None]
+    """Return the last heartbeat of every rank that ever wrote one to this run, by rank; incomplete ones are skipped."""
+    last: dict[int, Beat] = {}
+    for path in (path for name in _FILES for path in (run / HEARTBEATS).glob(name)):
+        for beat in _read(path):
+            # In another attempt a rank may have been on another node.
+            if beat.rank not in last or beat.time > last[beat.rank].time:
+                last[beat.rank] = beat
+    return [last[rank] for rank in sorted(last)]
 
 
-def _read(path: Path) -> Beat | None:
+def _read(path: Path) -> list[Beat]:
     try:
-        return Beat(**json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError, TypeError):
-        return None
+        # Lines that no rank has written yet are zero bytes.
+        lines = path.read_bytes().replace(b"\0", b"").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError, UnicodeDecodeError, TypeError):
+            found.append(Beat(**json.loads(line)))
+    return found
 
 
 def longest(run: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ It is for short commands that can simply be run again; training runs use elastic
 
 import logging
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from megamm.common.errors import UserError
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun, and every other launcher of ranks, sets for each of them."""
 _MORE = ("LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE")
+_INTERFACES = "GLOO_SOCKET_IFNAME"
+"""Variable with the network interfaces of gloo, separated by commas."""
 _RUN_ID = "megamm"
 _leftovers: dict[str, str] = {}
 """What `take_leftovers` has removed from this process's environment."""
@@ -88,6 +91,7 @@ def check_environment(processes: int, nodes: int, options: str) -> None:
     """
     if is_own_rank():
         return
+    _check_interfaces()
     if is_rank():
         rank, world, local = (os.environ[name] for name in OF_A_RANK[:3])
         if not all(value.isdecimal() for value in (rank, world, local)) or int(rank) >= int(world):
@@ -101,7 +105,8 @@ def check_environment(processes: int, nodes: int, options: str) -> None:
             )
         return
     found = _shown(_leftovers)
-    if _leftovers.get("WORLD_SIZE", "1") != "1" and nodes == 1:
+    # Job templates export empty values where there is nothing to set.
+    if _leftovers.get("WORLD_SIZE") not in (None, "", "1") and nodes == 1:
         missing = ", ".join(name for name in OF_A_RANK if name not in _leftovers)
         raise UserError(
             f"the environment is that of a job with several nodes or ranks, not of one of its ranks ({missing} unset)",
@@ -110,6 +115,15 @@ def check_environment(processes: int, nodes: int, options: str) -> None:
         )
     if found:
         print(f"note: ignoring {found} of the environment: not that of a rank", file=sys.stderr, flush=True)
+
+
+def _check_interfaces() -> None:
+    """Raise UserError for a network interface that this node lacks: every rank would fail, and be started again."""
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get(_INTERFACES, "").split(",")):
+        if name not in there:
+            what = f"{_INTERFACES}={name} is not a network interface of this node"
+            raise UserError(what, remedy=f"unset it, or set it to one of {', '.join(there)}")
 
 
 def _shown(variables: Mapping[str, str]) -> str:

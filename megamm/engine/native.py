@@ -21,6 +21,7 @@ from megamm.engine.api import StepResult, WeightInitializer
 from megamm.mcore import backbone, optimizer, rng, step, store
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
+from megamm.ops.proof import UNPROVEN, Proven
 
 
 @dataclass
@@ -39,12 +40,21 @@ class NativeEngine:
 
     can_discard = True
 
-    def __init__(self, config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocabulary_size: int,
+        groups: ProcessGroups,
+        device: Device,
+        proven: Proven = UNPROVEN,
+    ) -> None:
         self.config, self.groups, self.device, self.timers = config, groups, device, Timers(device)
-        chunks = backbone.build_chunks(config, vocabulary_size, groups, device)
-        self.chunks = backbone.wrap(chunks, groups, device)
+        chunks = backbone.build_chunks(config, vocabulary_size, groups, device, proven)
+        wanted = config.parallel.overlap_param_gather
+        self.chunks = backbone.wrap(chunks, groups, device, device.is_gpu if wanted is None else wanted)
         step.prepare(self.chunks, groups)
-        self.optimizer = optimizer.build(config, self.chunks)
+        optimizer.keep_parameters(self.chunks)
+        self.optimizer = optimizer.build(config, self.chunks, device, proven)
         self.schedule = optimizer.build_schedule(config, self.optimizer)
         self.local_grad_norms = optimizer.LocalGradNorms(self.chunks)
         self.before_update: Callable[[], None] = lambda: None
@@ -80,6 +90,7 @@ class NativeEngine:
         weight = self.config.model.mtp.loss_weight
         timed = partial(self.timers.device, "forward")
         loss = step.run(self.chunks, of.batches, of.loss_weights, weight, self.groups, timed=timed)
+        optimizer.keep_parameters(self.chunks)
         of.grad_norm = optimizer.norm(self.optimizer)
         return StepResult(loss, of.grad_norm, self.optimizer.param_groups[0]["lr"], self.local_grad_norms.latest())
 
@@ -106,6 +117,7 @@ class NativeEngine:
         return self.stored
 
     def init_weights(self, initializer: WeightInitializer) -> None:
+        optimizer.finish_gathers(self.chunks)
         plan = store.EngineShards(self.chunks, self.optimizer, self.groups)
         initializer(plan.to_start(), *plan.whole(self.groups))
 
@@ -113,6 +125,7 @@ class NativeEngine:
         return store.files_to_load(folder, self.chunks, self.optimizer, self.groups)
 
     def load(self, folder: Path, step: int, with_optimizer: bool) -> None:
+        optimizer.finish_gathers(self.chunks)
         store.load(folder, self.chunks, self.optimizer if with_optimizer else None, self.groups, step)
         if not with_optimizer:
             # The optimizer's main copies still have the initial weights.

@@ -1,8 +1,9 @@
-// A "cuda" device for a CPU build of torch that computes nothing: a device guard, and hooks that report the device.
+// A "cuda" device that computes nothing: a device guard, and hooks that report the device.
 //
 // FakeTensors carry a device but no memory. Autograd's engine and torch.Generator still ask the device's guard for the
-// current device and stream, and a CPU build has none. Every answer here is "yes, and it is finished already". The
-// library is loaded after libtorch_cpu and before torch's Python module, which reads these registrations once.
+// current device and stream. A CPU build has none, and that of a GPU build needs a GPU. Every answer here is "yes, and it
+// is finished already". The library is loaded after torch's own and before its Python module, which reads these
+// registrations once.
 // The number of devices is that of a node, so that a rank's LOCAL_RANK exists.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Generator.h>
@@ -79,6 +80,6 @@ namespace c10::impl {
 C10_REGISTER_GUARD_IMPL(CUDA, FakeGuard)
 }
 namespace at {
-using CUDAHooks = FakeHooks;  // the name under which torch looks the hooks up
-REGISTER_CUDA_HOOKS(CUDAHooks);
+// "CUDAHooks" is the name under which torch looks them up. A GPU build has registered its own: these are preferred.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, FakeHooks)
 }

@@ -12,11 +12,11 @@ from dataclasses import replace
 
 from megamm.config import RunConfig
 from megamm.fakegpu.results import Figures, ProbeRequest, ProbeResult
-from megamm.model.layout import layers_per_chunk
+from megamm.model.layout import fp8_layers, layers_per_chunk
 
 Ask = Callable[[ProbeRequest], ProbeResult]
-LayerKind = tuple[bool, bool]
-"""Whether a layer of a mixture of experts is dense, and whether it has no attention window."""
+LayerKind = tuple[bool, bool, bool]
+"""Whether a layer of a mixture of experts is dense, whether it has no attention window, and whether it has FP8."""
 
 
 def whole_step(
@@ -72,9 +72,10 @@ def _from_few(
 
 def kinds_by_chunk(config: RunConfig, split: Sequence[int]) -> list[list[LayerKind]]:
     m, kinds, first = config.model, list[list[LayerKind]](), 0
+    in_fp8 = fp8_layers(config)
     for count in split:
         layers = range(first, first + count)
-        kinds.append([(layer < m.moe.dense_layers, layer in m.window.full_layers) for layer in layers])
+        kinds.append([(n < m.moe.dense_layers, n in m.window.full_layers, n in in_fp8) for n in layers])
         first += count
     return kinds
 
@@ -98,12 +99,15 @@ def with_layers(config: RunConfig, chunks: Sequence[Sequence[LayerKind]]) -> Run
     """Return the config of a model with these layers in each chunk of the pipeline."""
     layers = [kind for chunk in chunks for kind in chunk]
     m = config.model
-    moe = m.moe.model_copy(update={"dense_layers": sum(dense for dense, _ in layers)})
-    full = [number for number, (_, is_full) in enumerate(layers) if is_full]
+    moe = m.moe.model_copy(update={"dense_layers": sum(dense for dense, _, _ in layers)})
+    full = [number for number, (_, is_full, _) in enumerate(layers) if is_full]
     window = m.window.model_copy(update={"full_layers": full})
     model = m.model_copy(update={"num_layers": len(layers), "moe": moe, "window": window})
     parallel = config.parallel.model_copy(update={"layers_per_chunk": [len(chunk) for chunk in chunks]})
-    return config.model_copy(update={"model": model, "parallel": parallel})
+    in_fp8 = [n for n, (_, _, has_fp8) in enumerate(layers) if has_fp8]
+    kept = {"first_layers_bf16": in_fp8[0], "last_layers_bf16": len(layers) - 1 - in_fp8[-1]} if in_fp8 else {}
+    train = config.train.model_copy(update={"fp8": config.train.fp8.model_copy(update=kept)})
+    return config.model_copy(update={"model": model, "parallel": parallel, "train": train})
 
 
 def _with_microbatches(figures: Figures, factor: float) -> Figures:

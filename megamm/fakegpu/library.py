@@ -1,7 +1,7 @@
 """The compiled part of the simulated GPU (device.cpp): built on first use, kept in the user's cache, and loaded.
 
 `load` must be called before the process imports torch, because torch reads what the library registers once, when its
-Python module is loaded. A GPU build of torch has its own device guard and needs no library.
+Python module is loaded. In a GPU build of torch it replaces the device that needs a GPU.
 """
 
 import ctypes
@@ -24,10 +24,9 @@ FLAGS = ("-shared", "-fPIC", "-O1", "-std=c++20")
 def load() -> None:
     """Make the simulated GPU known to torch. UserError if a compiler is needed and there is none."""
     assert "torch" not in sys.modules, "torch is imported already and cannot get another device"
-    folder = _torch_folder()
-    if (folder / "lib/libtorch_cuda.so").exists():
-        return
-    for file in (folder / "lib/libtorch_cpu.so", build()):
+    own = [_torch_folder() / "lib" / f"libtorch_{kind}.so" for kind in ("cuda", "cpu")]
+    # That of the GPU build brings the other one, and the last registration counts.
+    for file in (next(file for file in own if file.exists()), build()):
         ctypes.CDLL(str(file), mode=ctypes.RTLD_GLOBAL)
 
 

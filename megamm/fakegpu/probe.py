@@ -18,18 +18,18 @@ from megamm import ops
 from megamm.checkpoint import staging
 from megamm.checkpoint.rank_file import RankFile
 from megamm.common.device import Device
-from megamm.common.sample import Batch
-from megamm.config import MoEConfig, RunConfig, config_from_dict
+from megamm.common.sample import Batch, PackedLengths
+from megamm.config import MoEConfig, RunConfig, accelerators, config_from_dict
 from megamm.engine.native import NativeEngine
 from megamm.fakegpu import runtime
 from megamm.fakegpu.fake_mode import FakeGpuMode, HostWaits
 from megamm.fakegpu.recorder import Recorder
 from megamm.fakegpu.results import Figures, ProbeRequest, ProbeResult
 from megamm.mcore import fake_gpu, optimizer
-from megamm.mcore.attention import choose_kernel
 from megamm.mcore.fake_groups import FakeMesh
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.modalities import REGISTRY
+from megamm.model import attention_kernel
 
 _GROUPS = ("tp", "cp", "pp", "ep", "expt_tp", "expt_dp", "dp_cp", "dp", "tp_ep", "tp_cp", "mp", "embd", "tp_ep_pp")
 """Groups of Megatron's collection, by its names."""
@@ -45,6 +45,7 @@ class Simulation:
             self.waits.note,
             lambda operation, flops: self.recorder.add_flops(operation, flops),
             lambda **names: self.recorder.running(**names),
+            lambda tensor: self.recorder.resized(tensor),
         )
         fake_gpu.install(observer, lambda: self.imbalance)
 
@@ -87,7 +88,7 @@ class Simulation:
             figures |= {name: value for name, value in self._figures().items() if name.startswith("peak|evaluate")}
             figures["host|checkpoint"] = float(_stage(engine, device))
         chosen, _ = ops.choose(config.ops, device.torch_device)
-        kernel, _ = choose_kernel(config.train.attention, device)
+        kernel, _ = attention_kernel.choose(config, device, accelerators.installed())
         return figures, {"attention": kernel, "ops": chosen.name}
 
     def _restart(self) -> None:
@@ -133,7 +134,7 @@ def _label(engine: NativeEngine, recorder: Recorder) -> None:
     for part in optimizer.parts(engine.optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.dtype == torch.float32 and engine.config.train.precision == "bf16":
+                if parameter.dtype == torch.float32 and engine.config.train.precision != "fp32":
                     recorder.relabel(parameter, "optimizer")
                 for state in part.optimizer.state[parameter].values():
                     if isinstance(state, torch.Tensor) and state.is_cuda:
@@ -141,7 +142,7 @@ def _label(engine: NativeEngine, recorder: Recorder) -> None:
 
 
 def _batch(config: RunConfig) -> Batch:
-    """Return a microbatch on the device, as the loader makes it; its values are never read."""
+    """Return a microbatch on the device, as the loader makes it, of rows of one document; its values are never read."""
     rows, length = config.train.micro_batch_size, config.data.seq_length
 
     def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
@@ -154,6 +155,7 @@ def _batch(config: RunConfig) -> Batch:
         zeros(rows, length),
         zeros(rows, 3, length),
         zeros(rows, length),
+        PackedLengths(rows, length),
     )
 
 

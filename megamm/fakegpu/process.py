@@ -13,15 +13,15 @@ import warnings
 from dataclasses import asdict
 from typing import TextIO
 
-from megamm.common import processes
+from megamm.common import gpu_constants, processes
 from megamm.common.errors import UserError
-from megamm.fakegpu import gpus, library
+from megamm.fakegpu import library
 from megamm.fakegpu.results import ProbeRequest
 
 
 def main() -> None:
     """Become a node with GPUs of this kind and answer requests."""
-    parent, gpu = int(sys.argv[1]), gpus.GPUS[sys.argv[2]]
+    parent, gpu = int(sys.argv[1]), gpu_constants.load(sys.argv[2])
     processes.die_with_parent(parent)
     # Answers go to a descriptor of their own: libraries print to stdout.
     answers = os.fdopen(os.dup(1), "w")

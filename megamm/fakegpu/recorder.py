@@ -27,12 +27,23 @@ _COALESCED = (
     _c10d.allreduce_coalesced_.default,
 )
 """Collectives for which torch has no fake kernel."""
-_PRODUCTS = {torch.ops.aten.mm: 2, torch.ops.aten.bmm: 2, torch.ops.aten.addmm: 3, torch.ops.aten.baddbmm: 3}
-"""Matrix products, with the number of their tensors. Attention (mcore/fake_gpu.py) reports its FLOPs itself; those of
-other operations are not counted: their time is that of memory, not of arithmetic."""
+_ATTENTION = {"_varlen_attn": "attention", "_varlen_attn_backward": "attention backward"}
+"""Operators of torch's varlen attention, with the name of their FLOPs."""
+_PRODUCTS = {
+    torch.ops.aten.mm: 2,
+    torch.ops.aten.bmm: 2,
+    torch.ops.aten.addmm: 3,
+    torch.ops.aten.baddbmm: 3,
+    torch.ops.aten._scaled_mm: 4,  # factors and scales
+}
+"""Matrix products, with the number of their tensors. Flex attention (mcore/fake_gpu.py) reports its FLOPs itself; those
+of other operations are not counted: their time is that of memory, not of arithmetic."""
+_GROUPED = torch.ops.aten._grouped_mm
+"""The products of a rank's experts, for which torch has no formula."""
 _NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 _NO_LAUNCH |= {"_unsafe_view", "_reshape_alias", "alias", "set_", "resize_", "record_stream", "_local_scalar_dense"}
-"""Operations that are not views and launch no kernel."""
+_NO_LAUNCH |= {"device"}
+"""Operations that are not views and launch no kernel; FakeTensors are asked for their device."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,24 @@ _COLLECTIVES: dict[Any, tuple[str, _Moved]] = {
     _c10d.recv_.default: ("recv", lambda tensors, group, *_: (tensors, group)),
     _c10d.barrier.default: ("barrier", lambda tensor, group, *_: (tensor, group)),
 }
+
+
+def _attention_flops(operator: str, arguments: Any) -> float:
+    """Return the FLOPs of varlen attention; no sequence is shorter than the longest, as each row is one document.
+
+    A product of all pairs of a query and a key has 2 FLOPs for each pair, head and channel. Forward has two; backward
+    computes the scores again, and four more.
+    """
+    is_backward = operator == "_varlen_attn_backward"
+    query, most_queries, most_keys = (arguments[i] for i in ((1, 8, 9) if is_backward else (0, 5, 6)))
+    left, _ = arguments[13 if is_backward else 9]
+    tokens, heads, channels = query.shape
+    window = min(left + 1 if left >= 0 else most_keys, most_keys)
+    # Query i of n sees the keys up to k - n + i, and at most a window of them.
+    first, last = most_keys - most_queries, most_keys
+    rising = max(0, min(window, last) - first)
+    pairs = rising * (first + rising / 2) + (most_queries - rising) * window
+    return (5 if is_backward else 2) * 2.0 * pairs * (tokens / most_queries) * heads * channels
 
 
 class Recorder(TorchDispatchMode):
@@ -108,6 +137,15 @@ class Recorder(TorchDispatchMode):
         self.launches.clear()
         self.flops.clear()
 
+    def resized(self, tensor: torch.Tensor) -> None:
+        """Count the storage of a tensor with the size that it has now."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.live:
+            before, kind = self.live[storage._cdata]
+            size = -(-storage.nbytes() // ROUND) * ROUND
+            self.live[storage._cdata] = size, kind
+            self._add(size - before, kind)
+
     def add_flops(self, operation: str, flops: float) -> None:
         self.flops[self.scope, operation] += flops
 
@@ -138,7 +176,12 @@ class Recorder(TorchDispatchMode):
         if packet in _PRODUCTS:
             # torch's formula takes the factors alone, and not the dtype of the result.
             self.add_flops(packet.__name__, flop_registry[packet](*args[: _PRODUCTS[packet]], out_val=out))
-        if func.is_view or func.namespace == "c10d" or packet.__name__ in _NO_LAUNCH:
+        if func.namespace == "torch_attn":
+            self.add_flops(_ATTENTION[packet.__name__], _attention_flops(packet.__name__, args))
+        if packet is _GROUPED:
+            # Each row of the tokens is multiplied with one matrix; a matrix gradient sums products of rows.
+            self.add_flops(packet.__name__, 2.0 * args[0].numel() * args[1].shape[-1])
+        if func.is_view or func.namespace in ("c10d", "prim") or packet.__name__ in _NO_LAUNCH:
             return
         self.launches[self.scope] += 1
 
@@ -148,17 +191,20 @@ class Recorder(TorchDispatchMode):
         if key in self.live:
             return
         size = -(-storage.nbytes() // ROUND) * ROUND
-        kind, phase = self.kind, self.phase
-        if kind == "logits":
-            phase = "loss"
-        elif torch._C._current_graph_task_id() != -1:  # in a backward pass: nothing new is kept for another one
-            kind, phase = "temporaries", "backward"
+        kind = "temporaries" if self._is_in_backward() else self.kind  # nothing new is kept for another pass
         self.live[key] = size, kind
+        self._add(size, kind)
+        weakref.finalize(storage, self._gone, key)
+
+    def _add(self, size: int, kind: str) -> None:
         self.now += size
         self.by_kind[kind] += size
+        phase = "loss" if kind == "logits" else "backward" if self._is_in_backward() else self.phase
         if self.now > self.peaks.get(phase, (0,))[0]:
             self.peaks[phase] = self.now, self.by_kind.copy()
-        weakref.finalize(storage, self._gone, key)
+
+    def _is_in_backward(self) -> bool:
+        return self.kind != "logits" and torch._C._current_graph_task_id() != -1
 
     def _gone(self, key: int) -> None:
         size, kind = self.live.pop(key)

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megamm.common.errors import UserError
-from megamm.config import RunConfig
-from megamm.fakegpu.gpus import GIB
+from megamm.common.gpu_constants import GIB
+from megamm.config import Recompute, RecomputeConfig, RunConfig, recompute_override
 from megamm.fakegpu.results import KINDS, Figures, ProbeResult
 from megamm.fakegpu.simulator import RankMemory, Simulator, memory_of
 
@@ -60,8 +60,8 @@ def report(simulator: Simulator, question: Question, ranks: Sequence[int]) -> tu
 
 def _head(simulator: Simulator, question: Question, results: Mapping[int, ProbeResult]) -> Iterator[str]:
     kernels = next(iter(results.values())).kernels
-    layers = "all layers built" if question.exact else "one and two layers of each kind built, the rest extrapolated"
-    yield f"simulated {simulator.gpu.name} ({simulator.gpu.key}); no GPU was used; {layers}"
+    layers = "all layers built" if question.exact else "extrapolated from few layers of each kind"
+    yield f"simulated {simulator.gpu.device_name} ({simulator.gpu.name}); no GPU was used; {layers}"
     share = "" if simulator.imbalance == 1 else f" x {simulator.imbalance:g}"
     yield f"attention {kernels['attention']}, ops {kernels['ops']}; each row is one document"
     if question.config.model.moe.num_experts:
@@ -77,7 +77,7 @@ def _memory_table(memory: Mapping[int, RankMemory]) -> Iterator[str]:
     for rank, of in memory.items():
         needed, has = (of.total + of.allowance) / GIB, of.capacity / GIB
         verdict = "fits" if of.fits else f"does not fit: {needed - has:.2f} GiB too much"
-        allowance = f"{of.allowance / GIB:.1f} GiB assumed for the context, NCCL and fragmentation"
+        allowance = f"{of.allowance / GIB:.1f} GiB for the context, NCCL and fragmentation"
         yield f"rank {rank}: {of.total / GIB:.2f} GiB + {allowance} = {needed:.2f} of {has:.2f} GiB: {verdict}"
 
 
@@ -88,13 +88,13 @@ def _rank_lines(rank: int, result: ProbeResult) -> Iterator[str]:
     flops = {scope: _sum(figures, f"flops|{scope}|") for scope in SCALES}
     launches = {scope: figures.get(f"launches|{scope}", 0.0) for scope in SCALES}
     yield f"  work        {sum(flops.values()):.4g} FLOPs, {sum(launches.values()):,.0f} kernel launches in a step"
-    yield "  collectives                           messages          GiB"
+    yield "  collectives                                 messages          GiB"
     for scope, text in SCALES.items():
         for name in sorted(name for name in figures if name.startswith(f"count|{scope}|")):
             operation, group, size = name.split("|")[2:]
             count, volume = figures[name], figures[f"bytes{name.removeprefix('count')}"]
             what = f"{operation} over {group} ({size} ranks)"
-            yield f"    {what:<34}{count:>10,.0f}{volume / GIB:>13.3f}  {text}"
+            yield f"    {what:<40}{count:>10,.0f}{volume / GIB:>13.3f}  {text}"
     yield "  host waits for the GPU"
     for name, count in sorted(figures.items(), key=lambda item: -item[1]):
         if name.startswith("wait|") and count:
@@ -119,14 +119,23 @@ def _levers(simulator: Simulator, question: Question, rank: int) -> Iterator[str
             yield f"  {text:<44} {(memory.total + memory.allowance) / GIB:.2f} GiB: {verdict}"
 
 
+def _more_recomputation(config: RunConfig) -> Iterator[Recompute]:
+    m = config.model
+    if config.train.recompute == "none":
+        yield RecomputeConfig(modules=["norms", "moe" if m.moe.num_experts else "mlp"])
+    if config.train.recompute != "full":
+        yield "full"
+
+
 def _changes(config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
     t, p = config.train, config.parallel
 
     def with_parallel(**changes: object) -> RunConfig:
         return config.model_copy(update={"parallel": p.model_copy(update=changes | {"layers_per_chunk": []})})
 
-    if t.recompute != "full":
-        yield "train.recompute=full", config.model_copy(update={"train": t.model_copy(update={"recompute": "full"})})
+    for recompute in _more_recomputation(config):
+        train = t.model_copy(update={"recompute": recompute})
+        yield recompute_override(recompute), config.model_copy(update={"train": train})
     if t.micro_batch_size > 1:
         half = t.micro_batch_size // 2
         train = t.model_copy(update={"micro_batch_size": half})

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Figures = dict[str, float]
+GPUS_OF_NODE = 8
+"""Of the simulated node; device.cpp has the same number."""
 KINDS = ("weights", "gradients", "optimizer", "activations", "logits", "inputs", "temporaries")
 """Kinds of memory. activations: made by a forward pass; logits: made by the loss, with its gradients; inputs: the
 step's batches and targets; temporaries: everything that a backward pass or an update makes, and other state."""

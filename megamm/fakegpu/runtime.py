@@ -11,10 +11,9 @@ import torch
 import torch._dynamo  # it lists torch's functions when it is loaded: those, and not their replacements
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from megamm.fakegpu.gpus import Gpu
+from megamm.common.gpu_constants import GpuConstants
+from megamm.fakegpu.results import GPUS_OF_NODE
 
-DEVICES = 8
-"""GPUs of a node; device.cpp has the same number."""
 DEVICE = torch.device("cuda", 0)
 _TYPE_NAMES = {
     torch.float64: "Double",
@@ -90,13 +89,13 @@ class _FakeGenerator:
         return 0
 
 
-def install(gpu: Gpu, wait: Callable[[str], None]) -> None:
+def install(gpu: GpuConstants, wait: Callable[[str], None]) -> None:
     """Let torch report this GPU, and let FakeTensors on it behave like its tensors.
 
     wait: called where the host would wait for the device, with the kind of wait.
     """
-    FakeStream.wait_on_host = staticmethod(lambda: wait("synchronize"))  # type: ignore[assignment, method-assign, attr-defined]
-    generators = tuple(_FakeGenerator() for _ in range(DEVICES))
+    FakeStream.wait_on_host = staticmethod(lambda: wait("synchronize"))  # type: ignore[assignment, method-assign]
+    generators = tuple(_FakeGenerator() for _ in range(GPUS_OF_NODE))
     torch.cuda.default_generators = generators  # type: ignore[assignment, method-assign, attr-defined]
     for name, value in (_functions(gpu) | _random(generators[0])).items():
         setattr(torch.cuda, name, value)
@@ -112,18 +111,19 @@ def install(gpu: Gpu, wait: Callable[[str], None]) -> None:
     _count_constants(wait)
 
 
-def _functions(gpu: Gpu) -> dict[str, Any]:
+def _functions(gpu: GpuConstants) -> dict[str, Any]:
     def nothing(*_: Any, **__: Any) -> None: ...
 
     def stream(*_: Any) -> FakeStream:
         return FakeStream()
 
+    major, minor = map(int, gpu.compute_capability.split("."))
     properties = SimpleNamespace(
-        name=gpu.name,
-        total_memory=gpu.memory,
-        major=gpu.capability[0],
-        minor=gpu.capability[1],
-        multi_processor_count=gpu.multiprocessors,
+        name=gpu.device_name,
+        total_memory=int(gpu.memory),
+        major=major,
+        minor=minor,
+        multi_processor_count=int(gpu.multiprocessors),
         warp_size=32,
         max_threads_per_multi_processor=2048,
     )
@@ -134,14 +134,14 @@ def _functions(gpu: Gpu) -> dict[str, Any]:
         is_current_stream_capturing=lambda: False,
         init=nothing,
         _lazy_init=nothing,
-        device_count=lambda: DEVICES,
+        device_count=lambda: GPUS_OF_NODE,
         current_device=lambda: 0,
         set_device=nothing,
         synchronize=lambda *_: FakeStream.wait_on_host(),
         empty_cache=nothing,
-        get_device_name=lambda *_: gpu.name,
+        get_device_name=lambda *_: gpu.device_name,
         get_device_properties=lambda *_: properties,
-        get_device_capability=lambda *_: gpu.capability,
+        get_device_capability=lambda *_: (major, minor),
         current_stream=stream,
         default_stream=stream,
         stream=stream,
@@ -150,7 +150,9 @@ def _functions(gpu: Gpu) -> dict[str, Any]:
         memory_allocated=lambda *_: 0,
         max_memory_allocated=lambda *_: 0,
         memory_reserved=lambda *_: 0,
-        mem_get_info=lambda *_: (gpu.memory, gpu.memory),
+        mem_get_info=lambda *_: (int(gpu.memory), int(gpu.memory)),
+        # Host memory that does not exist can be page-locked.
+        cudart=lambda: SimpleNamespace(cudaHostRegister=lambda *_: 0, cudaHostUnregister=lambda *_: 0),
     )
 
 

@@ -12,17 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from megamm.common import processes
+from megamm.common import gpu_constants, processes
 from megamm.common.errors import UserError
+from megamm.common.gpu_constants import GpuConstants
 from megamm.config import RunConfig
-from megamm.fakegpu import extrapolate, gpus
-from megamm.fakegpu.results import Figures, ProbeRequest, ProbeResult, peak
+from megamm.fakegpu import extrapolate
+from megamm.fakegpu.results import GPUS_OF_NODE, Figures, ProbeRequest, ProbeResult, peak
 from megamm.model import layout
-
-ALLOWANCE = 3 * gpus.GIB
-"""Bytes kept for what a simulation does not see: the context of the GPU with its kernels and libraries (about 1 GiB),
-NCCL's buffers (about 0.1 GiB for each communicator of a rank), and the allocator's fragmentation. An assumption: it has
-not been measured."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +40,19 @@ class RankMemory:
         return self.total + self.allowance <= self.capacity
 
 
-def memory_of(figures: Figures, gpu: gpus.Gpu) -> RankMemory:
+def memory_of(figures: Figures, gpu: GpuConstants) -> RankMemory:
     """Return the memory at the largest peak of a training step or an evaluation."""
     phase, kinds = peak(figures)
-    return RankMemory({kind: round(size) for kind, size in kinds.items()}, phase, ALLOWANCE, gpu.memory)
+    allowance = round(gpu.reserved(*communicators(figures)))
+    return RankMemory({kind: round(size) for kind, size in kinds.items()}, phase, allowance, int(gpu.memory))
+
+
+def communicators(figures: Figures) -> tuple[int, int]:
+    """Return in how many groups the rank communicates, and with how many ranks of its node it exchanges tokens."""
+    used = [name.split("|")[2:] for name in figures if name.startswith("count|")]
+    groups = {(group, size) for _, group, size in used}
+    exchanges = {(group, size) for operation, group, size in used if operation == "all_to_all"}
+    return len(groups), sum(min(int(size), GPUS_OF_NODE) - 1 for _, size in exchanges)
 
 
 class Simulator:
@@ -57,7 +62,11 @@ class Simulator:
     """
 
     def __init__(self, gpu: str, imbalance: float = 1.0) -> None:
-        self.gpu, self.imbalance = gpus.find(gpu), imbalance
+        found = gpu_constants.find(gpu)
+        if found is None:
+            remedy = f"use one of {', '.join(gpu_constants.kinds())}"
+            raise UserError(f"--fake-gpu {gpu} is not a known GPU", remedy=remedy)
+        self.gpu, self.imbalance = found, imbalance
         self._process: subprocess.Popen[str] | None = None
 
     def _started(self) -> "subprocess.Popen[str]":
@@ -68,7 +77,7 @@ class Simulator:
             self._process = processes.start_module(
                 "megamm.fakegpu.process",
                 str(os.getpid()),
-                self.gpu.key,
+                self.gpu.name,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -103,11 +112,15 @@ class Simulator:
         layout.check(config, world_size)
         for key, value, only in (
             ("engine", config.engine, "native"),
-            ("train.attention", "flex" if config.train.attention == "auto" else config.train.attention, "flex"),
             ("model.moe.dispatcher", config.model.moe.dispatcher, "alltoall"),
         ):
             if value != only:
                 raise UserError(f"--fake-gpu simulates {key}: {only} only", remedy=f"set {key}={only}")
+        if config.train.attention in ("flash", "sdpa"):
+            raise UserError(
+                "--fake-gpu simulates train.attention: varlen or flex only",
+                remedy="set train.attention=auto, varlen or flex",
+            )
         return extrapolate.whole_step(config, vocabulary_size, world_size, rank, exact, self._ask)
 
     def _ask(self, request: ProbeRequest) -> ProbeResult:

@@ -27,7 +27,9 @@ import torch
 
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
+from megamm.config import SourceConfig
 from megamm.convert.io.export_folder import LoadedExport
+from megamm.data.pipeline.bin_dataset import open_split
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.data.raw.samples import normalise_noun
@@ -37,6 +39,7 @@ log = logging.getLogger(__name__)
 _LOGITS, _LOGITS_CPU = 2**25, 2**22
 """Logits computed at a time (128 and 16 MiB in float32): determines the number of documents per batch. On a CPU, memory
 that the allocator reuses and that fits into the cache saves a quarter of the time."""
+_NO_SAMPLES_REMEDY = "build more data; of .bin and .idx files, only a source of the run with `heldout` above 0 has some"
 
 
 @dataclass(frozen=True)
@@ -92,28 +95,30 @@ class _Pair:
 
 
 def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
-    """Evaluate on SHARDS/<source>/heldout of every source, with at most `limit` samples each.
+    """Evaluate on the held-out samples of every source, with at most `limit` samples each.
 
-    UserError if a split has no tokens of the export's tokenizers, or if there is no sample.
+    A source is SHARDS/<source>, or PREFIX of .bin and .idx files that the run trained on. UserError if a split has no
+    tokens of the export's tokenizers, or if there is no sample.
     """
-    codec_ids = {name: codec.codec_id for name, codec in export.modalities.items()}
-    kinds = {source.path.name: source.documents for source in export.config.data.sources}
+    trained = {source.path.name: source for source in export.config.data.sources}
     # Sources that the run did not have may have samples longer than a row: these are left out, not an error.
     long_documents = export.config.data.long_documents
     long_documents = "skip" if long_documents == "error" else long_documents
     samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):
-        heldout = TokenDataset(source / "heldout", codec_ids, kinds.get(source.name, "whole"), long_documents)
-        fitting = heldout.used(export.config.data.seq_length).tolist()
+        config = trained.get(source.name, SourceConfig(path=source)).model_copy(update={"path": source})
+        heldout = open_split(config, "heldout", export.modalities, long_documents)
+        fitting = heldout.used(export.config.data.seq_length)[:limit]
         if long_samples := heldout.long_samples(export.config.data.seq_length):
             log.warning("%s", long_samples)
-        fitting = fitting[:limit]
         samples += len(fitting)
         documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
+        if not isinstance(heldout, TokenDataset):
+            continue  # documents of text alone: there are no pairs
         whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
         pairs += list(_pairs(export, whole, heldout_rules(source), np.random.default_rng([seed, number])))
     if not samples:
-        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy="build more data")
+        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy=_NO_SAMPLES_REMEDY)
     scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
     sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
     found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]

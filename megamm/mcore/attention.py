@@ -5,8 +5,9 @@ module replaces `core_attention` in the layer spec. Megatron passes `attention_m
 packed_seq_metadata, int64 `[B, 4, S]`: segment (common/sample.py), then t, h, w of every token of the whole row, even
 if a context rank holds only S/cp of its tokens. Mask and positions are derived from it.
 
-Kernels: "sdpa", torch's scaled dot product attention, over blocks of queries and only the keys back to the start of
-their documents; "flex", torch's flex_attention, compiled, which skips masked blocks within one call.
+Kernels (model/attention_kernel.py chooses one): "varlen" and "flash" take the lengths of documents (varlen.py); "flex",
+torch's flex_attention, compiled, skips masked blocks within one call; "sdpa" is torch's scaled dot product attention,
+over blocks of queries and only the keys back to the start of their documents.
 RoPE is relative, so in exact arithmetic positions could count through the row, but large angles would lose float32
 digits that a document on its own keeps.
 Sources: Beltagy et al. 2020 (windows); Gemma Team 2024 (caps); Vaswani et al. 2017 (attention); Ainslie et al. 2023
@@ -17,6 +18,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -27,12 +29,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from megamm.common.device import Device
-from megamm.common.errors import UserError
+from megamm.config.accelerators import Installed
+from megamm.mcore import varlen
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.model.rope import Rope, cosines_and_sines, rotate
+from megamm.model.attention_kernel import BY_LENGTHS, Kernel
+from megamm.model.rope import Rope, RopeAngles, angles_of
+from megamm.ops import Ops
 
 T = TypeVar("T")
-Kernel = Literal["sdpa", "flex"]
 Chunks = Sequence[tuple[int, int]]
 """(start, stop) in the row of the given queries."""
 
@@ -50,22 +54,18 @@ class ScoreForm:
     window: int = 0
 
 
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Chunks, ScoreForm], torch.Tensor]
+"""(query `[Q, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]`, packed_seq_metadata, chunks, form) ->
+`[Q, B, N, E]`."""
 BLOCK = 128
 """Queries, and keys, of a block. "sdpa" computes one block of queries per call; of "flex", it is torch's own size."""
 
 
-def choose_kernel(setting: Literal["auto", "sdpa", "flex"], device: Device) -> tuple[Kernel, str]:
-    """Return the kernel for train.attention, and the reason for the log. UserError if the device cannot run it."""
-    if setting == "flex" and not device.is_gpu:
-        raise UserError(
-            "train.attention=flex: torch's flex_attention has no backward on a CPU",
-            remedy="set train.attention=auto or sdpa",
-        )
-    if setting != "auto":
-        return setting, "set by train.attention"
-    if device.is_gpu:
-        return "flex", "on a GPU it skips masked blocks in one call"
-    return "sdpa", "the only kernel with a backward on a CPU"
+def attend_by(kernel: Kernel, device: Device, found: Installed) -> Attend:
+    """Return the function of a kernel, for tensors on this device; it imports flash-attn if this is the kernel."""
+    if kernel in BY_LENGTHS:
+        return partial(_attend_by_lengths, varlen.kernel_call(kernel, device, found))
+    return _attend_flex if kernel == "flex" else _attend_sdpa
 
 
 class PackedAttention(MegatronModule):
@@ -82,18 +82,19 @@ class PackedAttention(MegatronModule):
         layer_number: int,
         *,
         pg_collection: Any,
+        ops: Ops,
         rope: Rope | None,
         exchange: Literal["allgather", "alltoall"],
-        kernel: Kernel,
+        attend: Attend,
         form: ScoreForm,
         softmax_scale: float | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
         assert config.attention_dropout == 0.0, "PackedAttention has no dropout"
-        self.layer_number, self.rope = layer_number, rope
+        self.layer_number, self.ops, self.rope = layer_number, ops, rope
         self.group, self.exchange = pg_collection.cp, exchange
-        self.attend = _attend_flex if kernel == "flex" else _attend_sdpa
+        self.attend = attend
         self.form = replace(form, scale=form.scale or softmax_scale or 1.0 / math.sqrt(config.kv_channels))
         self.tensor_group = pg_collection.tp
         self.shared_channels = config.qk_pos_emb_head_dim if config.multi_latent_attention else 0
@@ -115,8 +116,8 @@ class PackedAttention(MegatronModule):
         chunks = local_chunks(packed_seq_metadata.shape[2], self.group.rank(), size)
         if self.rope is not None:
             # Before the exchange, while this rank has the tokens whose positions it derives.
-            angles = self._angles(packed_seq_metadata, chunks, query)
-            query, key = rotate(query, *angles), rotate(key, *angles)
+            angles = self._angles(self.rope, packed_seq_metadata, chunks, query.shape[-1])
+            query, key = self.ops.rope(query, key, *angles)
         if size > 1 and self.exchange == "alltoall":
             query, key, value = tokens_to_heads((query, key, value), self.group)
             context = self.attend(
@@ -139,14 +140,10 @@ class PackedAttention(MegatronModule):
         shared = _GradientSum.apply(shared[:, :, :1], self.tensor_group)
         return torch.cat((own, shared.expand(-1, -1, key.shape[2], -1)), dim=-1)
 
-    def _angles(
-        self, packed_seq_metadata: torch.Tensor, chunks: Chunks, query: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines for this rank's tokens, `[S/cp, B, 1, D]` each."""
-        rope, head_dim = self.rope, query.shape[-1]
-        assert rope is not None
+    def _angles(self, rope: Rope, packed_seq_metadata: torch.Tensor, chunks: Chunks, head_dim: int) -> RopeAngles:
+        """Return the angles of this rank's tokens, with position `[B, axes, S/cp]`."""
 
-        def make() -> tuple[torch.Tensor, torch.Tensor]:
+        def make() -> RopeAngles:
             # With one axis positions restart in each document, which keeps angles small (see the module's docstring).
             position = (
                 packed_seq_metadata[:, 1:]
@@ -154,9 +151,9 @@ class PackedAttention(MegatronModule):
                 else document_positions(packed_seq_metadata[:, 0]).unsqueeze(1)
             )
             local = torch.cat([position[..., start:stop] for start, stop in chunks], dim=-1)
-            return cosines_and_sines(local, head_dim, rope, query.dtype)
+            return angles_of(local, head_dim, rope)
 
-        return _cached(packed_seq_metadata, ("angles", *chunks, rope, head_dim, query.dtype), make)
+        return _cached(packed_seq_metadata, ("angles", *chunks, rope, head_dim), make)
 
 
 @dataclass
@@ -369,6 +366,25 @@ def _attend_flex(
     grouped = query.shape[1] != key.shape[1]
     context = attend(query, key, value, score_mod=cap, block_mask=mask, scale=form.scale, enable_gqa=grouped)
     return context.permute(2, 0, 1, 3)
+
+
+def _attend_by_lengths(
+    call: varlen.Call,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packed_seq_metadata: torch.Tensor,
+    chunks: Chunks,
+    form: ScoreForm,
+) -> torch.Tensor:
+    """Compute the same as `_attend_sdpa` by a kernel that takes the lengths of documents."""
+    assert not form.softcap, "attention_kernel.check refuses a cap"
+
+    def make() -> list[varlen.Sequences]:
+        return varlen.sequences(packed_seq_metadata[:, 0], varlen.lengths_of(packed_seq_metadata), chunks)
+
+    sequences = _cached(packed_seq_metadata, ("sequences", *chunks), make)
+    return varlen.attend(call, query, key, value, sequences, form.scale, form.window)
 
 
 @functools.cache

@@ -29,15 +29,18 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from megamm import ops
 from megamm.common.device import Device
+from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL
-from megamm.config import RunConfig
-from megamm.mcore import compat, layers
-from megamm.mcore.attention import Kernel, PackedAttention, ScoreForm, choose_kernel
-from megamm.mcore.layers import NormThenAdd, RMSNorm
+from megamm.config import RunConfig, accelerators
+from megamm.mcore import compat, experts, fp8_linear, layers, weight_gradients
+from megamm.mcore.attention import Attend, PackedAttention, ScoreForm, attend_by
+from megamm.mcore.layers import NormThenAdd, ResidualNorm, RMSNorm
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.mcore.transformer_config import transformer_config
+from megamm.model import attention_kernel
 from megamm.model.layout import padded_vocabulary
 from megamm.model.rope import Rope
+from megamm.ops.proof import AGAIN, UNPROVEN, Proven
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ class Backbone(GPTModel):
         """cross_entropy: the `linear_cross_entropy` of an implementation (megamm/ops); it also applies the cap."""
         super().__init__(*args, **kwargs)
         self.true_vocab_size, self.cross_entropy, self.logit_softcap = true_vocab_size, cross_entropy, logit_softcap
+        self.before_use: Callable[[torch.Tensor], None] = lambda weight: None
+        """Called with a weight that is used without its module, which would wait until it is gathered (`wrap`)."""
         if embedding_scale != 1.0 and hasattr(self, "embedding"):
             # Rounded to the weights' precision first, as in the models that use a scale.
             self.embedding.register_forward_hook(
@@ -103,6 +108,7 @@ class Backbone(GPTModel):
         self, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, factor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `forward`'s result; hidden `[(1 + K) * S, B, H]`, with S / tp tokens under sequence parallelism."""
+        self.before_use(weight)
         group, parts = self.pg_collection.tp, 1
         # As the output layer does before its product: every rank's gradient is a part of hidden's gradient.
         if self.output_layer.sequence_parallel:
@@ -153,7 +159,7 @@ def layer_spec(
     parts = replace(
         layer.submodules,
         input_layernorm=norm,
-        pre_mlp_layernorm=norm,
+        pre_mlp_layernorm=replace(norm, module=ResidualNorm),
         self_attention=replace(own, submodules=replace(own.submodules, core_attention=core, **norms)),
     )
     if sandwich:
@@ -182,23 +188,39 @@ class _Plan:
 
     megatron_config: TransformerConfig
     ops: ops.Ops
-    kernel: Kernel
+    attend: Attend
     cross_entropy: Callable[..., tuple[torch.Tensor, torch.Tensor]]
     reasons: list[str]
     """One line for the log of each choice."""
 
 
-def build_chunks(config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> list[Backbone]:
-    """Build this rank's pipeline chunks (one unless interleaved) on the device, in the run's precision."""
+def build_chunks(
+    config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device, proven: Proven = UNPROVEN
+) -> list[Backbone]:
+    """Build this rank's pipeline chunks (one unless interleaved) on the device, in the run's precision.
+
+    proven: what is known of the kernels, the same on all ranks (kernel_proofs.py).
+    """
     compat.apply()
-    plan = _plan(config, vocabulary_size, device)
+    plan = _plan(config, vocabulary_size, device, proven)
     norm = ModuleSpec(RMSNorm, {"ops": plan.ops})
     specs = [_spec_of(config, number, plan, norm) for number in range(config.model.num_layers)]
     chunks = []
     for chunk in range(config.parallel.virtual_pipeline):
         model = _build_chunk(config, vocabulary_size, plan, specs, norm, groups, chunk).to(device.torch_device)
         chunks.append(model.bfloat16() if plan.megatron_config.bf16 else model)
-    is_fused = [layers.use_ops(chunk, plan.megatron_config, plan.ops) for chunk in chunks]
+    if config.train.precision == "fp8":
+        for model in chunks:
+            fp8_linear.use_fp8(model, config)
+    recomputed = [] if isinstance(config.train.recompute, str) else config.train.recompute.modules
+    is_fused = [
+        layers.use_ops(chunk, plan.megatron_config, plan.ops, recomputes_activation="activation" in recomputed)
+        for chunk in chunks
+    ]
+    if config.model.moe.num_experts:
+        plan.reasons.append(_use_experts(config, chunks, plan, groups, "activation" in recomputed, proven))
+    # Megatron recomputes a norm as a function of its input, so such a norm cannot also compute the sum before it.
+    is_joined = ["norms" not in recomputed and layers.join_residuals(chunk, plan.megatron_config) for chunk in chunks]
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
         _reduce_experts_apart(chunks)
     if groups.rank == 0:
@@ -206,19 +228,70 @@ def build_chunks(config: RunConfig, vocabulary_size: int, groups: ProcessGroups,
             log.info(reason)
         if not all(is_fused):
             log.info("using Megatron-core's MLP: fused SwiGLU needs no bias and no fp8")
+        if not all(is_joined):
+            log.info(
+                "residual: added apart from the norm; joining them needs no bias, no dropout and no recomputed norms"
+            )
     return chunks
 
 
-def _plan(config: RunConfig, vocabulary_size: int, device: Device) -> _Plan:
+def _use_experts(
+    config: RunConfig,
+    chunks: list[Backbone],
+    plan: _Plan,
+    groups: ProcessGroups,
+    recomputes_activation: bool,
+    proven: Proven,
+) -> str:
+    """Give the chunks the run's form of experts; return the line for the log. UserError if it is not possible."""
+    form, why = experts.choose(config, plan.megatron_config, proven)
+    if form == "grouped":
+        activate = layers.gate(plan.megatron_config, plan.ops)
+        one_by_one = [experts.use_grouped(chunk, groups, activate, recomputes_activation, proven) for chunk in chunks]
+        why = "one product for all experts of a rank"
+        if any(one_by_one):
+            why = f"one product after another: {max(one_by_one)}"
+    return f"experts: {form}, {why}"
+
+
+def _plan(config: RunConfig, vocabulary_size: int, device: Device, proven: Proven) -> _Plan:
     """Choose kernels and operators for the device. UserError if it cannot run what the config requires."""
-    kernel, why_kernel = choose_kernel(config.train.attention, device)
-    chosen, why_ops = ops.choose(config.ops, device.torch_device)
+    found = accelerators.installed()
+    kernel, why_kernel = attention_kernel.choose(config, device, found, proven)
+    attend = attend_by(kernel, device, found)
+    chosen, why_ops = ops.choose(config.ops, device.torch_device, proven)
     reasons = [f"attention: {kernel}, {why_kernel}", f"ops: {chosen.name}, {why_ops}"]
+    for op in ops.OPS:
+        of_op = "csrc" if getattr(chosen, op) is ops.OPS[op].csrc else "torch"
+        _, agreement = proven.choose(op, [of_op])
+        if agreement:
+            reasons.append(f"{op}: {of_op}, {agreement}")
+    if config.train.precision == "fp8":
+        reasons.append(_fp8_reason(config, device, proven))
+    accumulated, why_accumulated = weight_gradients.choose(config, device, proven)
+    if accumulated == "torch":
+        weight_gradients.use_own()
+    reasons.append(f"weight gradients: {why_accumulated}")
     cross_entropy, cap = chosen.linear_cross_entropy, config.model.logit_softcap
     if cap:  # the memory-saving implementation, which never holds all logits, does not support a cap
         cross_entropy = partial(ops.TORCH.linear_cross_entropy, softcap=cap)
         reasons.append(f"cross entropy: torch, because model.logit_softcap = {cap} needs all logits at once")
-    return _Plan(transformer_config(config, vocabulary_size, device), chosen, kernel, cross_entropy, reasons)
+    return _Plan(transformer_config(config, vocabulary_size, device, proven), chosen, attend, cross_entropy, reasons)
+
+
+def _fp8_reason(config: RunConfig, device: Device, proven: Proven) -> str:
+    """Return the line for the log. UserError if the device has no products in FP8, or they are wrong."""
+    if device.why_no_fp8:
+        raise UserError(
+            f"train.precision=fp8: {device.why_no_fp8}", remedy="set train.precision=bf16", on_all_ranks=True
+        )
+    if problem := proven.problem("fp8", "torch"):
+        what = f"train.precision=fp8: torch's products disagree with plain torch on {device.name}: {problem}"
+        raise UserError(what, remedy=f"set train.precision=bf16; {AGAIN}", on_all_ranks=True)
+    settings = config.train.fp8
+    kept = f"not of the first {settings.first_layers_bf16} and last {settings.last_layers_bf16} layers"
+    emulated = "" if device.is_gpu else "; a CPU emulates it, which is slow"
+    return f"fp8: {settings.recipe} scales, {kept}{emulated}"
 
 
 def _build_chunk(
@@ -268,9 +341,10 @@ def _spec_of(config: RunConfig, number: int, plan: _Plan, norm: ModuleSpec) -> M
         rope = Rope(window.rope_base, m.rope_axes)
     scale = m.query_pre_attn_scalar**-0.5 if m.query_pre_attn_scalar else 0.0
     attention = dict(
+        ops=plan.ops,
         rope=None if m.mla.kv_lora_rank else rope,
         exchange=config.parallel.cp_comm_type,
-        kernel=plan.kernel,
+        attend=plan.attend,
         form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0),
     )
     return layer_spec(plan.megatron_config, attention, norm, m.sandwich_norm, dense=number < m.moe.dense_layers)
@@ -287,16 +361,23 @@ def _reduce_experts_apart(chunks: list[Backbone]) -> None:
                 parameter.allreduce = False
 
 
-def wrap(chunks: list[Backbone], groups: ProcessGroups, device: Device) -> list[DistributedDataParallel]:
-    """Wrap the chunks with gradient buffers that are reduced over data and context parallel ranks."""
+def wrap(
+    chunks: list[Backbone], groups: ProcessGroups, device: Device, gathers_ahead: bool = False
+) -> list[DistributedDataParallel]:
+    """Wrap the chunks with gradient buffers that are reduced over data and context parallel ranks.
+
+    gathers_ahead: an update returns while its parameters are being gathered (optimizer.py), and each module waits for
+    its own before it runs.
+    """
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
         overlap_grad_reduce=device.is_gpu,
-        overlap_param_gather=False,
+        overlap_param_gather=gathers_ahead,
+        align_param_gather=gathers_ahead,  # a module that waits does not start the next gather: all have started
         check_for_nan_in_grad=False,
     )
-    return [
+    wrapped = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=settings,
@@ -307,3 +388,11 @@ def wrap(chunks: list[Backbone], groups: ProcessGroups, device: Device) -> list[
         )
         for i, chunk in enumerate(chunks)
     ]
+    if gathers_ahead:
+        for chunk, parallel in zip(chunks, wrapped, strict=True):
+            chunk.before_use = partial(_finish_gather, parallel)
+    return wrapped
+
+
+def _finish_gather(parallel: DistributedDataParallel, weight: torch.Tensor) -> None:
+    parallel.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)

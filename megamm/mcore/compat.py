@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from megatron.core import utils
 from megatron.core.extensions import transformer_engine
 from megatron.core.optimizer import clip_grads
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import random
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.moe import moe_utils
 
@@ -25,11 +27,27 @@ def apply() -> None:
         resolver._mla_fused_linear_or_default = resolver._non_fused_or_default
     # 0.16.1 mistakes its placeholder classes for Transformer Engine and queries their version.
     multi_latent_attention.HAVE_TE = transformer_engine.HAVE_TE
+    # A recomputed norm asks Transformer Engine for its FP8 state, although these layers have none.
+    if not transformer_engine.HAVE_TE:
+        random.FP8GlobalStateManager = _NoFp8
+        random.activation_recompute_forward = random.fp8_autocast = _nothing
     # Its replacements for apex's kernels make the host wait for the norm of each parameter, and scale one at a time.
     if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = _l2_norm
     if clip_grads.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clip_grads.multi_tensor_scale_impl = _scale
+
+
+class _NoFp8:
+    """Transformer Engine's FP8GlobalStateManager where FP8 is off."""
+
+    @staticmethod
+    def is_fp8_enabled() -> bool:
+        return False
+
+
+def _nothing(**_: Any) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def _l2_norm(

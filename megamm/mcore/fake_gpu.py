@@ -12,22 +12,27 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.attention.varlen
 from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megamm.mcore import attention, step
 from megamm.mcore.backbone import Backbone
+from megamm.mcore.token_dispatch import SortedAllToAll
 from megamm.ops import cross_entropy, library
 
 
 @dataclass(frozen=True)
 class Observer:
-    """What the patches report to. running(kind=, phase=, scope=): a context that names what runs in it."""
+    """What the patches report to. running(kind=, phase=, scope=): a context that names what runs in it. resized: of a
+    tensor whose storage has another size now."""
 
     wait: Callable[[str], None]
     flops: Callable[[str, float], None]
     running: Callable[..., AbstractContextManager[None]]
+    resized: Callable[[torch.Tensor], None]
 
 
 def install(observer: Observer, imbalance: Callable[[], float]) -> None:
@@ -37,13 +42,16 @@ def install(observer: Observer, imbalance: Callable[[], float]) -> None:
     _patch_loss(observer)
     _patch_dispatch(imbalance)
     _patch_step(observer)
+    _patch_recompute(observer)
     dist.all_gather_object = _all_have_own  # type: ignore[assignment]
 
 
 def forget() -> None:
     """Release what modules keep for the next step, before another rank is simulated."""
     attention._CACHE.clear()
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    # 0.19 keeps the figures in an object, of which the older function returns a copy.
+    current = getattr(moe_utils, "get_moe_metrics_tracker", None)
+    (current().metrics if current else moe_utils.get_moe_layer_wise_logging_tracker()).clear()
 
 
 def _all_have_own(objects: list[Any], own: Any, group: Any = None) -> None:
@@ -68,6 +76,26 @@ def _patch_step(observer: Observer) -> None:
     step.finalize_model_grads = named(finish, scope="step")
     group = param_and_grad_buffer._ParamAndGradBucketGroup
     group.start_grad_sync = named(group.start_grad_sync, scope="step")
+
+
+def _patch_recompute(observer: Observer) -> None:
+    """Report the results that recomputed modules give up after their forward pass, and get back in backward."""
+    discard, again = CheckpointWithoutOutput.discard_output_and_register_recompute, CheckpointWithoutOutput._recompute
+
+    def discarding(self: Any, hook_tensor: torch.Tensor) -> None:
+        discard(self, hook_tensor)
+        for output in self.outputs:
+            observer.resized(output)
+
+    def recomputing(self: Any, gradient: torch.Tensor) -> None:
+        outputs = self.outputs
+        again(self, gradient)
+        for output in outputs or ():
+            observer.resized(output)
+
+    torch.UntypedStorage.copy_ = lambda storage, *_: storage  # type: ignore[method-assign, assignment]  # no values
+    CheckpointWithoutOutput.discard_output_and_register_recompute = discarding
+    CheckpointWithoutOutput._recompute = recomputing
 
 
 def _patch_modules() -> None:
@@ -130,8 +158,35 @@ class _FlexAttention(torch.autograd.Function):
         return *result, None, None
 
 
+def _varlen_backward(
+    grad_out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    *_: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return gradients, with the memory that FlashAttention-2 needs meanwhile; torch's own FakeTensors have only these.
+
+    It sums the queries' gradient in float32, padded to whole blocks, and gives every query head its own gradient of
+    keys and values, which are then summed over the heads of a group.
+    """
+    (tokens, heads, channels), block = query.shape, 128
+    padded = tokens + block * (cu_seq_q.shape[0] - 1)
+    sums = query.new_empty(padded, heads, -(-channels // 32) * 32, dtype=torch.float32)
+    delta = query.new_empty(heads, padded, dtype=torch.float32)
+    grouped = key.shape[1] != heads
+    by_head = [x.new_empty(x.shape[0], heads, channels) for x in (key, value) if grouped]
+    gradients = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    del sums, delta, by_head
+    return gradients
+
+
 def _patch_attention(observer: Observer) -> None:
-    """Replace the compiled kernel. FLOPs are those of rows that are one document each."""
+    """Replace the compiled kernel, with the FLOPs of rows of one document; let varlen attention have its memory."""
+    torch.library.register_fake("torch_attn::_varlen_attn_backward", _varlen_backward)
     attend_flex = attention._attend_flex
 
     def attend(
@@ -209,3 +264,17 @@ def _patch_dispatch(imbalance: Callable[[], float]) -> None:
         return tokens_per_expert
 
     dispatcher.__init__, dispatcher._maybe_dtoh_and_synchronize = with_real_indices, counts
+
+    def sizes(self: Any) -> tuple[list[int], list[int], list[int]]:
+        """Return balanced sizes, as above, where the sizes of the exchange are read."""
+        self.sizes_arrived.synchronize()
+        experts, own = self.ep_size * self.num_local_experts, slice(self.first_expert, None)
+        sent = np.diff(np.arange(experts + 1) * len(self.rows.token) // experts)
+        received = int(np.round(sent[own][: self.num_local_experts] * imbalance()).sum())
+        return (
+            sent.reshape(self.ep_size, -1).sum(1).tolist(),
+            [received] * self.ep_size,
+            [received * self.ep_size] * self.tp_size,
+        )
+
+    SortedAllToAll._sizes = sizes  # type: ignore[method-assign]

@@ -79,7 +79,7 @@ def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:
 
     Initialising weights on the meta device has no effect, but would take half of the time. The accumulation of
     gradients does not change any number counted here, and its fused form may need packages that only the job's machines
-    have.
+    have; so may the attention kernel, which has no parameters.
     """
 
     def leave(_: torch.Tensor) -> None: ...
@@ -89,7 +89,8 @@ def _quick_to_build(config: RunConfig, vocabulary_size: int) -> RunConfig:
     model = config.model.model_copy(update={"megatron": passed_on})
     split = {"layers_per_chunk": layers_per_chunk(config, vocabulary_size)}
     parallel = config.parallel.model_copy(update=split)
-    return config.model_copy(update={"model": model, "parallel": parallel})
+    train = config.train.model_copy(update={"attention": "auto"})
+    return config.model_copy(update={"model": model, "parallel": parallel, "train": train})
 
 
 def _is_expert(parameter: torch.Tensor) -> bool:

@@ -39,14 +39,14 @@ def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
             elif isinstance(module, TopKRouter):
                 layer = f"{'mtp.' if '.mtp.' in f'.{name}' else ''}{module.layer_number}"
                 hooks.append(module.register_forward_hook(partial(_note_routing, seen, layer)))
-    original = attention.cosines_and_sines
+    original = attention.angles_of
 
     def recorded(position: torch.Tensor, *rest: Any) -> Any:
         seen.positions.append(position)
         return original(position, *rest)
 
     # Positions exist only inside attention, which passes them to this function: no hook of a module sees them.
-    with mock.patch.object(attention, "cosines_and_sines", recorded):
+    with mock.patch.object(attention, "angles_of", recorded):
         yield seen
     for hook in hooks:
         hook.remove()

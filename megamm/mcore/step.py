@@ -21,6 +21,7 @@ from megamm.config import MTPConfig
 from megamm.mcore.backbone import Backbone
 from megamm.mcore.context import local_index
 from megamm.mcore.process_groups import ProcessGroups
+from megamm.mcore.varlen import note_lengths
 from megamm.model.loss import StepLoss, Targets, means, modality_sums, targets_of, token_counts, token_factor
 
 
@@ -47,6 +48,13 @@ def local_targets(batch: Batch, groups: ProcessGroups, depths: int) -> tuple[tor
     """Return input ids `[B, S/cp]` and targets of this context rank's tokens; targets are shifted on the whole row."""
     index = local_index(batch.input_ids.shape[1], groups.context_rank, groups.context_size, batch.input_ids.device)
     return batch.input_ids[:, index], targets_of(batch, depths).at(index)
+
+
+def _metadata(batch: Batch) -> torch.Tensor:
+    """Return the rows' packed_seq_metadata, with the lengths of their documents noted for attention."""
+    packed_seq_metadata = batch.packed_seq_metadata
+    note_lengths(packed_seq_metadata, batch.lengths)
+    return packed_seq_metadata
 
 
 def run(
@@ -80,7 +88,7 @@ def run(
         batch, input_ids, targets = next(iterator)
         factor = token_factor(targets, counts, loss_weights, mtp_weight)
         with timed():
-            output = chunk(input_ids, None, batch.packed_seq_metadata, labels=targets.labels, loss_mask=factor)
+            output = chunk(input_ids, None, _metadata(batch), labels=targets.labels, loss_mask=factor)
         return output, partial(loss_func, targets)
 
     if not forward_only:
@@ -117,7 +125,7 @@ def run_unsharded(
     *averaged* over data-parallel ranks. Every rank calls it every step with the same number of microbatches;
     loss_weights is float64 `[modalities]`.
     """
-    prepared = [(batch.packed_seq_metadata, *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
+    prepared = [(_metadata(batch), *local_targets(batch, groups, 1 + mtp.num_layers)) for batch in batches]
     counts = groups.sum_over_data(token_counts([targets for _, _, targets in prepared], loss_weights.numel()))
     # A microbatch's auxiliary loss is a mean over its tokens; a step's is the mean over microbatches and ranks.
     MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), 1 / len(batches), device=loss_weights.device))

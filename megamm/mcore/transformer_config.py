@@ -8,13 +8,17 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from megamm.common.device import DTYPES, Device
 from megamm.common.errors import UserError
-from megamm.config import RunConfig, accelerators
+from megamm.config import RunConfig
+from megamm.mcore import weight_gradients
 from megamm.model.layout import layers_per_chunk
+from megamm.ops.proof import UNPROVEN, Proven
 
 
-def transformer_config(config: RunConfig, vocabulary_size: int, device: Device) -> TransformerConfig:
+def transformer_config(
+    config: RunConfig, vocabulary_size: int, device: Device, proven: Proven = UNPROVEN
+) -> TransformerConfig:
     """Build the config. UserError for a field in `model.megatron` that this version or machine lacks or rejects."""
-    fields = _model_fields(config) | _parallel_fields(config, vocabulary_size) | _fusion_fields(config, device)
+    fields = _model_fields(config) | _parallel_fields(config, vocabulary_size) | _fusion_fields(config, device, proven)
     fields |= _moe_fields(config) | _latent_fields(config) | _recompute_fields(config)
     kind = MLATransformerConfig if config.model.mla.kv_lora_rank else TransformerConfig
     unknown = sorted(set(config.model.megatron) - set(kind.__dataclass_fields__))
@@ -64,22 +68,15 @@ def _model_fields(config: RunConfig) -> dict[str, Any]:
     )
 
 
-def _fusion_fields(config: RunConfig, device: Device) -> dict[str, Any]:
-    """Return the fusion fields. apex adds weight gradients to their float32 buffer if it is available.
+def _fusion_fields(config: RunConfig, device: Device, proven: Proven) -> dict[str, Any]:
+    """Return the fusion fields: products add weight gradients to their float32 buffer where they can.
 
-    UserError if the config requires this fusion but it is not available. Other fusions are for parts that we replace,
-    or off, so that numbers are the same on every device.
+    UserError if the config requires this but it cannot run. Other fusions are for parts that we replace, or off, so
+    that numbers are the same on every device.
     """
-    found, name = accelerators.installed(), "gradient_accumulation_fusion"
-    can = accelerators.fuses_weight_gradients(found, is_gpu=device.is_gpu, engine=config.engine)
-    if config.model.megatron.get(name) and not can:
-        raise UserError(
-            f"model.megatron.{name} needs apex's weight gradient kernels, a GPU and engine=native",
-            remedy="remove it: it is enabled automatically where these are available",
-            on_all_ranks=True,
-        )
+    how, _ = weight_gradients.choose(config, device, proven)
     off = ("masked_softmax_fusion", "bias_activation_fusion", "bias_dropout_fusion", "apply_rope_fusion")
-    return {name: can} | dict.fromkeys(off, False)
+    return {weight_gradients.SWITCH: how != "separate"} | dict.fromkeys(off, False)
 
 
 def _parallel_fields(config: RunConfig, vocabulary_size: int) -> dict[str, Any]:
@@ -157,8 +154,12 @@ def _latent_fields(config: RunConfig) -> dict[str, Any]:
 
 
 def _recompute_fields(config: RunConfig) -> dict[str, Any]:
-    if config.train.recompute == "none":
+    recompute = config.train.recompute
+    if recompute == "none":
         return {}
-    if config.train.recompute == "selective":
-        return dict(recompute_granularity="selective")
-    return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    if recompute == "full":
+        return dict(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    # The activation is recomputed by our own MLP (layers.py).
+    names = {"norms": "layernorm", "mlp": "mlp", "moe": "moe"}
+    modules = [names[module] for module in recompute.modules if module in names]
+    return dict(recompute_granularity="selective", recompute_modules=modules)

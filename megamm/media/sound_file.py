@@ -2,8 +2,8 @@
 
 In: the bytes of a file and its extension. Out: float32 `[samples]` mono at a given sample rate, or a digest. Decoded in
 blocks, so that a file that declares years of sound uses little memory. Decoders: libsndfile; FFmpeg for AAC and ALAC,
-and for MP3, because libsndfile stops at an estimated length if there is no Xing header. Resampling is done by
-scipy.signal.resample_poly.
+and for MP3, because libsndfile stops at an estimated length if there is no Xing header. scipy's
+resample_poly changes the sample rate.
 
 The length of a sound is that of its data (media/sound_length.py): headers of files from a pipe have none, and a decoder
 that stops before the packets of the file end is noticed.

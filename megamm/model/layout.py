@@ -6,7 +6,10 @@ to match one rank (docs/parallelism.md).
 
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, MoEConfig, RunConfig
-from megamm.model import flops
+from megamm.model import attention_kernel, flops
+
+FP8_MULTIPLE = 16
+"""The axes of an FP8 product on a GPU are multiples of this; numbers of tokens are rounded up to it."""
 
 
 def check(config: RunConfig, world_size: int) -> None:
@@ -36,11 +39,15 @@ def check(config: RunConfig, world_size: int) -> None:
             f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="set model.head_dim to at least 6"
         )
     _check_latent_attention(m, p.tensor)
+    attention_kernel.check(config)
     _check_window(m)
     _check_experts(config, data_parallel)
+    _check_recompute(config)
     _check_schedule(config)
     if config.engine == "deepspeed":
         _check_deepspeed(config)
+    if t.precision == "fp8":
+        _check_fp8(config)
 
 
 def _check_sequence(config: RunConfig) -> None:
@@ -167,6 +174,20 @@ def _check_expert_groups(moe: MoEConfig) -> None:
         )
 
 
+def _check_recompute(config: RunConfig) -> None:
+    m, recompute = config.model, config.train.recompute
+    if isinstance(recompute, str):
+        return
+    has_experts, has_mlp = m.moe.num_experts > 0, m.moe.num_experts == 0 or m.moe.dense_layers > 0
+    missing = {"moe": not has_experts, "mlp": not has_mlp, "activation": m.activation != "silu"}
+    for module in recompute.modules:
+        if missing.get(module):
+            what = "is for SwiGLU" if module == "activation" else "is in no layer of the model"
+            raise UserError(f"train.recompute: {module} {what}", remedy=f"remove {module} from its modules")
+    if config.engine == "deepspeed":
+        raise UserError("engine=deepspeed recomputes whole layers only", remedy="set train.recompute=none or full")
+
+
 def _check_schedule(config: RunConfig) -> None:
     o, t = config.optimizer, config.train
     if o.warmup_steps >= t.steps:
@@ -178,6 +199,9 @@ def _check_schedule(config: RunConfig) -> None:
         raise UserError("optimizer.schedule=wsd needs decay_steps", remedy="set 0 < decay_steps <= steps - warmup")
     if o.schedule == "cosine" and o.decay_steps:
         raise UserError("optimizer.decay_steps is only for schedule=wsd", remedy="remove it, cosine decays to the end")
+    if o.moments == "bf16" and o.beta2 > 0.99:
+        what = f"optimizer.moments=bf16 with beta2 = {o.beta2:g}: a step changes the moment by less than rounding does"
+        raise UserError(what, remedy="set optimizer.beta2 to at most 0.99, or optimizer.moments=fp32")
     if o.min_lr > o.lr:
         raise UserError("optimizer.min_lr > optimizer.lr", remedy="choose a smaller min_lr")
 
@@ -190,6 +214,13 @@ def _check_deepspeed(config: RunConfig) -> None:
                 f"engine=deepspeed supports only data parallelism, but parallel.{key} = {getattr(p, key)}",
                 remedy=f"set parallel.{key}=1 or engine=native",
             )
+    if config.train.precision == "fp8":
+        raise UserError(
+            "engine=deepspeed does not support train.precision=fp8", remedy="set train.precision=bf16 or engine=native"
+        )
+    if config.optimizer.moments != "fp32" or config.optimizer.offload_moments:
+        remedy = "set optimizer.moments=fp32 and deepspeed.offload_optimizer, or engine=native"
+        raise UserError("engine=deepspeed does not support optimizer.moments and offload_moments", remedy=remedy)
     if config.resilience.loss_guard.action == "skip":
         raise UserError(
             "resilience.loss_guard.action=skip: engine=deepspeed updates weights in its backward pass",
@@ -200,6 +231,48 @@ def _check_deepspeed(config: RunConfig) -> None:
             "model.megatron.gradient_accumulation_fusion needs Megatron's gradient buffers: not with engine=deepspeed",
             remedy="remove it or set engine=native",
         )
+
+
+def fp8_layers(config: RunConfig) -> range:
+    """Return the model's layers that compute in FP8, counted from 0."""
+    if config.train.precision != "fp8":
+        return range(0)
+    settings = config.train.fp8
+    return range(settings.first_layers_bf16, config.model.num_layers - settings.last_layers_bf16)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    m, p = config.model, config.parallel
+    if not fp8_layers(config):
+        raise UserError(
+            f"train.fp8: first_layers_bf16 and last_layers_bf16 leave none of {m.num_layers} layers in FP8",
+            remedy="lower them, or set train.precision=bf16",
+        )
+    heads, sizes = m.num_attention_heads // p.tensor, {"model.hidden_size": m.hidden_size}
+    if m.mla.kv_lora_rank:
+        a, qk = m.mla, m.mla.qk_head_dim + m.mla.qk_rope_head_dim
+        latent = a.kv_lora_rank + a.qk_rope_head_dim
+        sizes |= {"channels of a tensor rank's queries (model.mla)": heads * qk}
+        sizes |= {"channels of a tensor rank's keys and values (model.mla)": heads * (a.qk_head_dim + a.v_head_dim)}
+        sizes |= {"channels of a tensor rank's heads (model.mla.v_head_dim)": heads * a.v_head_dim}
+        sizes |= {"model.mla.kv_lora_rank": a.kv_lora_rank, "model.mla.q_lora_rank": a.q_lora_rank}
+        sizes |= {"a tensor rank's part of model.mla.kv_lora_rank + qk_rope_head_dim": latent // p.tensor}
+        sizes |= {"a tensor rank's part of model.mla.q_lora_rank": a.q_lora_rank // p.tensor}
+    else:
+        rows = m.head_dim * (m.num_attention_heads + 2 * m.num_query_groups)
+        sizes |= {"channels of a tensor rank's heads (model.head_dim)": heads * m.head_dim}
+        sizes |= {"channels of a tensor rank's queries, keys and values (model.head_dim)": rows // p.tensor}
+    if m.moe.num_experts:
+        sizes |= {"a rank's part of model.moe.ffn_hidden_size": m.moe.ffn_hidden_size // p.expert_tensor}
+        sizes |= {"a rank's part of model.moe.shared_ffn_hidden_size": m.moe.shared_ffn_hidden_size // p.tensor}
+    if not m.moe.num_experts or m.moe.dense_layers:
+        sizes |= {"a tensor rank's part of model.ffn_hidden_size": m.ffn_hidden_size // p.tensor}
+    for what, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise UserError(
+                f"train.precision=fp8: {what} is {size}, and FP8 products need a multiple of {FP8_MULTIPLE}",
+                remedy="change it or the number of tensor ranks, or set train.precision=bf16",
+            )
 
 
 def _divisible(what: str, value: int, by: str, divisor: int, remedy: str = "") -> None:

@@ -13,6 +13,7 @@ pairs instead of turns, and multiplies the rotated queries and keys by `attentio
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -87,29 +88,22 @@ def sections(head_dim: int) -> tuple[int, int, int]:
     return pairs - 2 * spatial, spatial, spatial
 
 
-def axis_of_pairs(head_dim: int, axes: int, device: torch.device) -> torch.Tensor:
-    """The axis (0 t, 1 h, 2 w) of each channel pair, int64 `[D / 2]`: t h w t h w .. t t. With one axis: all 0."""
-    pair = torch.arange(head_dim // 2, device=device)
-    if axes == 1:
-        return torch.zeros_like(pair)
-    return torch.where(pair < 3 * sections(head_dim)[1], pair % 3, 0)
+class RopeAngles(NamedTuple):
+    """Arguments of the operator `rope` (megamm/ops) beside queries and keys; position is `[B, A, S]`."""
+
+    position: torch.Tensor
+    frequency: torch.Tensor
+    """Radians per position of every channel pair for each axis, float32 `[A, D / 2]`: 0 for axes it does not follow."""
+    factor: float
 
 
-def cosines_and_sines(
-    position_BAS: torch.Tensor, head_dim: int, rope: Rope, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, computed in float32 and cast, `[S, B, 1, D]`; sines are negative for the first of a pair.
-
-    position `[B, A, S]` has A = rope.axes axes. With YaRN both are multiplied by the attention factor.
-    """
-    device = position_BAS.device
-    position = position_BAS[:, axis_of_pairs(head_dim, rope.axes, device)].permute(2, 0, 1).unsqueeze(2)
-    angles = position.float() * inverse_frequencies(head_dim, rope, device)
+def angles_of(position_BAS: torch.Tensor, head_dim: int, rope: Rope) -> RopeAngles:
+    """Return what rotates heads at these positions, int64 with A = rope.axes; pairs follow t h w t h w .. t t."""
+    frequency = inverse_frequencies(head_dim, rope, position_BAS.device)
     factor = attention_factor(rope.scaling)
-    cosines, sines = (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
-    return torch.cat((cosines, cosines), dim=-1), torch.cat((-sines, sines), dim=-1)
-
-
-def rotate(x_SBND: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Rotate the heads of queries or keys, `[S, B, N, D]`. Rolling by D / 2 swaps the two channels of a pair."""
-    return torch.addcmul(x_SBND * cosines, x_SBND.roll(x_SBND.shape[-1] // 2, dims=-1), sines)
+    if rope.axes == 1:
+        return RopeAngles(position_BAS, frequency.unsqueeze(0), factor)
+    pair = torch.arange(head_dim // 2, device=position_BAS.device)
+    axis = torch.where(pair < 3 * sections(head_dim)[1], pair % 3, 0)
+    follows = axis == torch.arange(3, device=axis.device).unsqueeze(1)
+    return RopeAngles(position_BAS, torch.where(follows, frequency, 0), factor)

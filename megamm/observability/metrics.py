@@ -163,8 +163,14 @@ def read_lines(run: Path) -> list[dict[str, Any]]:
 
 def read_all_lines(run: Path) -> list[dict[str, Any]]:
     """Return all lines, including those of repeated steps, unordered and each once, even after a kill in drop_after."""
-    kept = read_lines(run)
-    return kept + [line for line in _whole_lines(run / DROPPED) if line not in kept]
+    return with_dropped(run, read_lines(run))
+
+
+def with_dropped(run: Path, kept: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the result of `read_lines`, and the lines of repeated steps that are not in it."""
+    dropped = _whole_lines(run / DROPPED)
+    known = {json.dumps(line, sort_keys=True) for line in kept} if dropped else set()
+    return kept + [line for line in dropped if json.dumps(line, sort_keys=True) not in known]
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ kernels csrc/cpu/NAME.cpp and csrc/cuda/NAME.cu, the kernels' schemas in csrc/bi
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from megamm.ops import cross_entropy, patch_embed, rms_norm, swiglu
+from megamm.ops import cross_entropy, patch_embed, rms_norm, rope, swiglu
 
 
 class Op(NamedTuple):
@@ -21,6 +21,8 @@ class Op(NamedTuple):
 
 OPS = {
     "rms_norm": Op(rms_norm.rms_norm, rms_norm.rms_norm_torch, rms_norm.register),
+    "add_rms_norm": Op(rms_norm.add_rms_norm, rms_norm.add_rms_norm_torch, rms_norm.register),
+    "rope": Op(rope.rope, rope.rope_torch, rope.register),
     "swiglu": Op(swiglu.swiglu, swiglu.swiglu_torch, swiglu.register),
     "linear_cross_entropy": Op(
         cross_entropy.linear_cross_entropy, cross_entropy.linear_cross_entropy_torch, cross_entropy.register

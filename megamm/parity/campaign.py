@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from queue import SimpleQueue
+from typing import Any
 
 from megamm.parity import fuzz as random_cases
 from megamm.parity import matrix
@@ -25,11 +26,15 @@ def one(case: Case) -> int:
     return int(outcome.verdict not in _GOOD)
 
 
-def fuzz(number: int, seed: int, max_ranks: int, jobs: int) -> int:
-    """Prove random compositions until one fails; minimise and explain the failing one."""
+Settings = Sequence[tuple[str, Any]]
+
+
+def fuzz(number: int, seed: int, max_ranks: int, jobs: int, fixed: Settings = ()) -> int:
+    """Prove random compositions, with the fixed settings, until one fails; minimise and explain the failing one."""
     begin = time.monotonic()
     verdicts, reasons = Counter[str](), Counter[str]()
-    for outcome in prove_all([random_cases.draw(seed, i, max_ranks) for i in range(number)], jobs):
+    cases = [random_cases.draw(seed, i, max_ranks).with_settings(fixed) for i in range(number)]
+    for outcome in prove_all(cases, jobs):
         verdicts[outcome.verdict] += 1
         if outcome.verdict == "refused":
             reasons[re.sub(r"\d+", "#", outcome.findings[0])] += 1
@@ -46,14 +51,14 @@ def fuzz(number: int, seed: int, max_ranks: int, jobs: int) -> int:
     return int(failed > 0)
 
 
-def table(file: Path, jobs: int) -> int:
-    """Prove the matrix and write its table."""
+def table(file: Path, jobs: int, fixed: Settings = ()) -> int:
+    """Prove the matrix, with the fixed settings, and write its table."""
     cases = list(dict.fromkeys(matrix.everything().values()))
     outcomes = {}
-    for outcome in prove_all(cases, jobs):
+    for case, outcome in zip(cases, prove_all([case.with_settings(fixed) for case in cases], jobs), strict=True):
         print(outcome.text(), flush=True)
-        outcomes[outcome.case] = outcome
-    file.write_text(matrix.table(lambda case: outcomes[case.line()]))
+        outcomes[case] = outcome
+    file.write_text(matrix.table(lambda case: outcomes[case]))
     verdicts = Counter(outcome.verdict for outcome in outcomes.values())
     print(f"{file}: " + ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
     return int(any(verdict not in _GOOD for verdict in verdicts))

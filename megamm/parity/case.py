@@ -6,7 +6,7 @@ and seed, then config keys as in a run's YAML. Keys that a case does not name ha
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ BOUNDS = {"loss": 1e-6, "gradient": 1e-5, "gradient norm": 1e-5, "parameter": 1e
 """Maximum relative errors from rounding in float32; a tensor's error is the norm of the difference over the norm."""
 LOSS_WEIGHTS = (1.0, 0.5)
 # Keys that decide which rank computes, not what is computed.
-_LAYOUT_ONLY = ("parallel.", "train.recompute", "train.attention", "model.moe.dispatcher", "model.megatron.")
+_LAYOUT_ONLY = (
+    *("parallel.", "train.recompute", "train.attention", "train.experts", "model.moe.dispatcher", "model.megatron."),
+)
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,13 @@ class Run:
         return config_from_dict(nested, "parity case")
 
     def reference(self) -> "Run":
-        """Return the run with the same numbers on one rank, with plain torch operators instead of the compiled ones.
+        """Return the run with the same numbers on one rank, with plain torch operators instead of the compiled ones,
+        and experts one after another.
 
         It also has other microbatches, unless a loss is defined per microbatch.
         """
         kept = {k: v for k, v in self.settings if not k.startswith(_LAYOUT_ONLY)}
-        kept["ops"] = "torch"
+        kept["ops"], kept["train.experts"] = "torch", "sequential"
         if not kept.get("model.moe.aux_loss_coeff"):
             kept["train.micro_batch_size"] = 1
         return replace(self, world=1, settings=tuple(sorted(kept.items())))
@@ -127,6 +130,10 @@ class Case:
         """Return the case with one key set, or reset to its default (value None)."""
         kept = {k: v for k, v in self.settings if k != key}
         return Case.of(self.world, kept | ({} if value is None else {key: value}), self.mix, self.seed)
+
+    def with_settings(self, settings: Iterable[tuple[str, Any]]) -> "Case":
+        """Return the case with these keys set."""
+        return Case.of(self.world, dict(self.settings) | dict(settings), self.mix, self.seed)
 
     @property
     def config(self) -> RunConfig:

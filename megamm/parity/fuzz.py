@@ -36,8 +36,25 @@ def draw(seed: int, number: int, max_ranks: int) -> Case:
     micro = rng.choice([1, 1, 2, 3])
     microbatches = pipeline * rng.randint(1, 2) if "parallel.virtual_pipeline" in settings else rng.randint(1, 4)
     settings |= {"train.micro_batch_size": micro, "train.global_batch_size": micro * left * microbatches}
-    settings["train.recompute"] = rng.choice(["none", "none", "selective", "full"])
-    return Case.of(world, settings, rng.choice(list(MIXES)), number)
+    recompute = rng.choice(["none", "none", "modules", "full"])
+    settings |= (
+        {"train.recompute.modules": _modules(settings)} if recompute == "modules" else {"train.recompute": recompute}
+    )
+    mix = rng.choice(list(MIXES))
+    if "model.moe.num_experts" in settings:
+        settings["train.experts"] = rng.choice(["grouped", "grouped", "sequential"])
+    if not settings.get("model.attention_softcap"):
+        settings["train.attention"] = rng.choice(["auto", "varlen"])
+    return Case.of(world, settings, mix, number)
+
+
+def _modules(settings: Settings) -> list[str]:
+    """Return all modules of the drawn model that can be recomputed."""
+    has_experts, dense = "model.moe.num_experts" in settings, "model.moe.dense_layers" in settings
+    modules = ["norms"] if settings.get("model.activation", "silu") != "silu" else ["norms", "activation"]
+    # An MLP that is recomputed as a whole does not recompute its activation alone: draw one or the other.
+    whole = settings["train.global_batch_size"] % 2 == 0
+    return modules + ["mlp"] * (whole and (dense or not has_experts)) + ["moe"] * (whole and has_experts)
 
 
 def _divisors(n: int) -> list[int]:

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from megamm.common.device import Device
+from megamm.common.gpu_constants import GpuConstants
 from megamm.doctor import exchange
 from megamm.plan import kernels
-from megamm.plan.gpu import GpuConstants
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ def measure(gpu: GpuConstants, device: Device) -> GpuConstants:
     sizes = ON_GPU if device.is_gpu else ON_CPU
     memory, name = _memory_and_name(device)
     bandwidth = _copy_rate(device, sizes)
-    forward, backward = _attention_rates(device, sizes)
     found: dict[str, Any] = {
         "product_efficiency": _product_efficiency(gpu, device, sizes),
         "memory_efficiency": bandwidth / gpu.memory_bandwidth,
-        "flex_forward": forward,
-        "flex_backward": backward,
+        "host_bandwidth": _host_rate(device, sizes),
         "launch": _launch(device, sizes),
     }
-    more = {"memory": memory, "link_bandwidth": _link_bandwidth(device)}
+    for name, attend in (("varlen", _varlen(sizes)), ("flex", _flex(sizes, device))) if device.is_gpu else _ON_CPU:
+        found[f"{name}_forward"], found[f"{name}_backward"] = _attention_rates(device, sizes, attend)
+    more = {"memory": memory, "device_name": name if device.is_gpu else None, "link_bandwidth": _link_bandwidth(device)}
     found |= {key: value for key, value in more.items() if value is not None}
     source = f"measured by megamm plan --calibrate on {name}, {time.strftime('%Y-%m-%d')}"
     return replace(gpu, **found, sources=gpu.sources | dict.fromkeys(found, source))
@@ -105,12 +105,26 @@ def _copy_rate(device: Device, sizes: Sizes) -> float:
     return 2 * sizes.copied / _seconds(device, sizes, lambda: target.copy_(source))
 
 
-def _attention_rates(device: Device, sizes: Sizes) -> tuple[float, float]:
-    """Return FLOP/s of causal attention, forward and backward, counted as `kernels.attention` does."""
+def _host_rate(device: Device, sizes: Sizes) -> float:
+    """Return the bytes/s of copies to page-locked memory of the host and back, one after the other."""
+    host = torch.zeros(sizes.copied // 8, dtype=torch.uint8, pin_memory=device.is_gpu)
+    on_device = host.to(device.torch_device, copy=True)
+
+    def there_and_back() -> None:
+        on_device.copy_(host, non_blocking=True)
+        host.copy_(on_device, non_blocking=True)
+
+    return 2 * host.nbytes / _seconds(device, sizes, there_and_back)
+
+
+def _attention_rates(device: Device, sizes: Sizes, attend: Callable[..., torch.Tensor]) -> tuple[float, float]:
+    """Return FLOP/s of causal attention, forward and backward, counted as `kernels.attention` does.
+
+    attend: of query, key and value `[1, heads, length, 128]`.
+    """
     shape = (1, sizes.heads, sizes.length, 128)
     dtype = torch.bfloat16 if device.is_gpu else torch.float32
     inputs = [torch.randn(shape, dtype=dtype, device=device.torch_device, requires_grad=True) for _ in range(3)]
-    attend = _flex(sizes, device) if device.is_gpu else _sdpa
     forward = _seconds(device, sizes, lambda: attend(*inputs))
     result = attend(*inputs)
     gradient = torch.ones_like(result)
@@ -121,6 +135,23 @@ def _attention_rates(device: Device, sizes: Sizes) -> tuple[float, float]:
 
 def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+_ON_CPU = (("varlen", _sdpa), ("flex", _sdpa))
+"""What stands for the kernels in tests of this code."""
+
+
+def _varlen(sizes: Sizes) -> Callable[..., torch.Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    def attend(*heads_first: torch.Tensor) -> torch.Tensor:
+        query, key, value = (x[0].transpose(0, 1) for x in heads_first)
+        ends = torch.tensor([0, sizes.length], dtype=torch.int32, device=query.device)
+        whole = varlen_attn(query, key, value, ends, ends, sizes.length, sizes.length, window_size=(-1, 0))
+        assert isinstance(whole, torch.Tensor)
+        return whole
+
+    return attend
 
 
 def _flex(sizes: Sizes, device: Device) -> Callable[..., torch.Tensor]:

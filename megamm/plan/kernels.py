@@ -8,7 +8,7 @@ memory. Source: NVIDIA, "Matrix Multiplication Background User's Guide" (tile an
 import math
 from functools import lru_cache
 
-from megamm.plan.gpu import GpuConstants
+from megamm.common.gpu_constants import GpuConstants
 from megamm.plan.job import Software
 
 TILES = ((256, 128, 1.0), (128, 128, 0.9), (128, 64, 0.75), (64, 64, 0.6))
@@ -58,9 +58,11 @@ def attention(
     channels: of a query and a value head together. Backward: five products for two of forward.
     """
     flops = 2 * pairs * heads * channels
-    forward, backward = gpu.flash_forward, gpu.flash_backward
-    if software.attention == "flex":
-        forward, backward = gpu.flex_forward, gpu.flex_backward
+    forward, backward = {
+        "varlen": (gpu.varlen_forward, gpu.varlen_backward),
+        "flash": (gpu.flash_forward, gpu.flash_backward),
+        "flex": (gpu.flex_forward, gpu.flex_backward),
+    }[software.attention]
     return flops / forward + gpu.kernel_gap, 2.5 * flops / backward + 3 * gpu.kernel_gap
 
 

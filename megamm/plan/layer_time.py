@@ -6,24 +6,28 @@ Sources: Narayanan et al. 2021, arXiv:2104.04473 (tensor and pipeline parallelis
 arXiv:2205.05198 (sequence parallelism); Liu et al. 2025, arXiv:2504.14960 (expert parallelism).
 """
 
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, reduce
 from typing import NamedTuple
 
+from megamm.common.gpu_constants import GpuConstants
 from megamm.plan import kernels, network
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.job import Job, LayerKind, Software
 from megamm.plan.network import Group, Routing
 
 WIDTH = 2
 """Bytes of an activation."""
-LAUNCHES = {"torch": 130, "fused": 70, "2021": 90}
-"""Kernel launches of the host in forward and backward of a dense layer, by `Software.elementwise`; torch: counted."""
+LAUNCHES = {"ops": 121, "torch": 140, "fused": 70, "2021": 90}
+"""Operators that the host starts in forward and backward of a dense layer, by `Software.elementwise`; those of this
+package are counted, views included (tests/test_plan_layer.py)."""
+CONVERSION_LAUNCHES = {"fused": 0, "tensorwise": 63, "rowwise": 91}
+"""More of a linear layer in FP8, by `Software.conversion`."""
 EXPERT_LAUNCHES = 55
 """The same of one expert, if experts run one after another: 0.5 ms."""
-ROUTING_LAUNCHES = 150
-"""The same of router, permutation and exchange."""
-HOST_WAITS = 3
-"""Waits of the host for token counts of a layer with experts."""
+ROUTING_LAUNCHES = 70
+"""The same of router and permutation."""
+EXCHANGE_LAUNCHES = 80
+"""The same of the exchange of tokens, with the permutation after it."""
 
 
 class Seconds(NamedTuple):
@@ -56,8 +60,17 @@ class LayerTime(NamedTuple):
     forward: Seconds
     backward: Seconds
     """Without recomputation."""
-    recomputed: Seconds
-    """Part of forward that selective recomputation repeats."""
+    parts: Mapping[str, Seconds]
+    """Forward time of what the backward pass can repeat, by its name in train.recompute."""
+
+    def repeated(self, job: Job) -> Seconds:
+        """Return the time of what the job's backward pass computes again."""
+        if isinstance(job.recompute, str):
+            return self.forward if job.recompute == "full" else Seconds()
+        modules = set(job.recompute.modules) & set(self.parts)
+        if modules & {"mlp", "moe"}:  # the activation is a part of it
+            modules.discard("activation")
+        return reduce(Seconds.plus, (self.parts[module] for module in sorted(modules)), Seconds())
 
 
 def beside(gpu: GpuConstants, collective: float, computation: float) -> float:
@@ -91,21 +104,49 @@ class _LayerJob:
 
 @lru_cache(maxsize=4096)
 def _layer(gpu: GpuConstants, key: _LayerJob, kind: LayerKind) -> LayerTime:
-    job, (window, has_experts) = key.job, kind
-    attention = _attention(gpu, job, window)
-    mlp = _experts(gpu, job) if has_experts else _mlp(gpu, job, job.model.ffn_hidden_size)
+    job, (window, has_experts, in_fp8) = key.job, kind
+    attention = _attention(gpu, job, window, in_fp8)
+    mlp = _experts(gpu, job, in_fp8) if has_experts else _mlp(gpu, job, job.model.ffn_hidden_size, in_fp8)
     forward, backward = attention.forward.plus(mlp.forward), attention.backward.plus(mlp.backward)
-    host, more = LAUNCHES[job.software.elementwise] * gpu.launch, 0.0
-    if has_experts:
-        each = 0.0 if job.software.grouped_experts else job.model.moe.num_experts / job.parallel.expert
-        more = (ROUTING_LAUNCHES + each * EXPERT_LAUNCHES) * gpu.launch
+    host, more = (number * gpu.launch for number in _launches(job, kind))
     # A third of the launches are forward's, where the host waits for the counts of tokens: it cannot run ahead from the
     # rest of the layer to the experts. In backward it can.
     late = max(0.0, host / 3 - attention.forward.total) if has_experts else max(0.0, host / 3 - forward.total)
-    late += max(0.0, more / 3 - mlp.forward.total) + (HOST_WAITS * gpu.host_wait if has_experts else 0.0)
+    late += max(0.0, more / 3 - mlp.forward.total) + (job.software.expert_waits * gpu.host_wait if has_experts else 0.0)
     forward = forward._replace(launch=late)
     backward = backward._replace(launch=max(0.0, (host + more) * 2 / 3 - backward.total))
-    return LayerTime(forward, backward, attention.recomputed)
+    # Two norms, each read and written; gate and up are read, the activation is written.
+    residual = job.scattered_tokens * job.model.hidden_size * WIDTH
+    parts = {"norms": Seconds(elementwise=kernels.memory(gpu, 4 * residual))}
+    parts["activation"] = Seconds(elementwise=kernels.memory(gpu, 3 * _activations(job, kind) * WIDTH))
+    parts["moe" if has_experts else "mlp"] = mlp.forward._replace(launch=late if has_experts else 0.0)
+    return LayerTime(forward, backward, parts)
+
+
+def launches(job: Job, kind: LayerKind) -> float:
+    """Return how many operators the host starts in forward and backward of a layer."""
+    return sum(_launches(job, kind))
+
+
+def _launches(job: Job, kind: LayerKind) -> tuple[float, float]:
+    """Return the operators of a layer, and the further ones of its experts."""
+    s, moe, p = job.software, job.model.moe, job.parallel
+    conversions = CONVERSION_LAUNCHES[s.conversion] if kind.in_fp8 else 0
+    if not kind.has_experts:
+        return LAUNCHES[s.elementwise] + 4 * conversions, 0.0
+    exchange = EXCHANGE_LAUNCHES if p.expert * p.expert_tensor > 1 else 0
+    each = 0.0 if s.grouped_experts else moe.num_experts / p.expert
+    experts = ROUTING_LAUNCHES + exchange + each * (EXPERT_LAUNCHES + 2 * conversions)
+    return LAUNCHES[s.elementwise] + 2 * conversions, experts
+
+
+def _activations(job: Job, kind: LayerKind) -> float:
+    """Return the elements of the hidden layer of a layer's MLPs on a rank."""
+    m, p, moe = job.model, job.parallel, job.model.moe
+    if not kind.has_experts:
+        return job.tokens * m.ffn_hidden_size / p.tensor
+    copies = job.scattered_tokens * moe.top_k * p.expert_tensor
+    return copies * moe.ffn_hidden_size / p.expert_tensor + job.tokens * moe.shared_ffn_hidden_size / p.tensor
 
 
 class _Linear(NamedTuple):
@@ -114,50 +155,78 @@ class _Linear(NamedTuple):
     tokens: float
     n: float
     k: float
+    is_gathered: bool = False
+    """The tokens come from all tensor ranks, in both passes."""
 
 
 def _linears(
-    gpu: GpuConstants, software: Software, maps: list[_Linear], count: float = 1
+    gpu: GpuConstants, software: Software, maps: list[_Linear], in_fp8: bool, *, experts: float = 0
 ) -> tuple[float, float, float, float]:
-    """Return the seconds of products (forward, backward) and of passes over memory (forward, backward)."""
+    """Return the seconds of products (forward, backward) and of passes over memory (forward, backward).
+
+    experts: so many maps, each with its own matrix, in one product; 0: a map of every token.
+    """
     forward = backward = passes = later = 0.0
-    for tokens, n, k in maps:
-        precision = software.precision
+    count, precision = experts or 1, "fp8" if in_fp8 else "16-bit"
+    is_fused = software.fused_expert_gradients if experts else software.fused_weight_gradients
+    for one in maps:
+        tokens, n, k, _ = one
+        by_torch = in_fp8 and software.conversion != "fused"
+        # Bytes that the product moves of an element of the weights' gradient: 8 if it adds to the buffer itself.
+        written = (4 if by_torch else 8) if is_fused else 2
         forward += kernels.product(gpu, tokens, n, k, count=count, precision=precision)
         backward += kernels.product(gpu, tokens, k, n, count=count, precision=precision)
-        is_fused = software.fused_weight_gradients
-        backward += kernels.product(
-            gpu, n, k, tokens, count=count, precision=precision, output_bytes=8 if is_fused else 2
-        )
-        if not is_fused:  # the product's gradient is read, the buffer read and written
-            later += kernels.memory(gpu, count * n * k * 10)
-        if precision == "fp8":  # inputs and gradients are read and written as they are and transposed
-            passes += kernels.memory(gpu, count * tokens * k * 4)
-            later += kernels.memory(gpu, count * tokens * n * 4)
+        backward += kernels.product(gpu, n, k, tokens, count=count, precision=precision, output_bytes=written)
+        if written < 8:  # the product's gradient is read, the buffer read and written
+            later += kernels.memory(gpu, count * n * k * (written + 8))
+        if experts > 1 and not is_fused and software.elementwise == "ops":
+            # The gradients of experts without tokens are set to 0.
+            later += kernels.memory(gpu, count * n * k * 4)
+        if in_fp8:
+            converted, converted_later = _conversions(software, one)
+            passes += kernels.memory(gpu, count * converted)
+            later += kernels.memory(gpu, count * converted_later)
     return forward, backward, passes, later
 
 
-def _attention(gpu: GpuConstants, job: Job, window: int) -> LayerTime:
+def _conversions(software: Software, one: _Linear) -> tuple[float, float]:
+    """Return the bytes that conversions of a map's factors to FP8 move, forward and backward (ops/fp8.py).
+
+    Torch reads an element for the scale (2), reads and writes its quotient (4), and converts it (3); a transposed copy
+    moves 2 more. With one scale for a matrix the transpose is a copy; scales of rows and of columns differ.
+    """
+    tokens, n, k, is_gathered = one
+    if software.conversion == "fused":  # inputs and gradients are read, and written as they are and transposed
+        return tokens * k * 4, tokens * n * 4
+    as_it_is, transposed = 9, 11
+    both = transposed if software.conversion == "tensorwise" else as_it_is + transposed
+    forward = tokens * k * (as_it_is if is_gathered else both) + n * k * as_it_is
+    backward = tokens * n * both + n * k * transposed
+    return forward, backward + (tokens * k * transposed if is_gathered else 0.0)
+
+
+def _attention(gpu: GpuConstants, job: Job, window: int, in_fp8: bool) -> LayerTime:
     m, p, s = job.model, job.parallel, job.software
+    gathers = p.sequence and p.tensor > 1
     heads, tokens = m.num_attention_heads / p.tensor, job.tokens
     query, value = m.head_dim, m.head_dim
     groups = max(m.num_query_groups / p.tensor, 1.0)
-    maps = [_Linear(tokens, heads * m.head_dim + 2 * groups * m.head_dim, m.hidden_size)]
+    maps = [_Linear(tokens, heads * m.head_dim + 2 * groups * m.head_dim, m.hidden_size, gathers)]
     if m.mla.kv_lora_rank:
         a, groups = m.mla, heads
         query, value = a.qk_head_dim + a.qk_rope_head_dim, a.v_head_dim
         latent = a.kv_lora_rank + a.qk_rope_head_dim
         maps = [_Linear(job.scattered_tokens, latent, m.hidden_size)]
-        maps.append(_Linear(tokens, heads * (a.qk_head_dim + value), a.kv_lora_rank))
+        maps.append(_Linear(tokens, heads * (a.qk_head_dim + value), a.kv_lora_rank, gathers))
         if a.q_lora_rank:
             maps.append(_Linear(job.scattered_tokens, a.q_lora_rank, m.hidden_size))
-        maps.append(_Linear(tokens, heads * query, a.q_lora_rank or m.hidden_size))
+        maps.append(_Linear(tokens, heads * query, a.q_lora_rank or m.hidden_size, gathers))
     maps.append(_Linear(tokens, m.hidden_size, heads * value))
-    product, product_back, passes, passes_back = _linears(gpu, s, maps)
+    product, product_back, passes, passes_back = _linears(gpu, s, maps, in_fp8)
     if s.attention == "unfused":
         core, core_back = kernels.unfused_attention(gpu, job.micro_batch_size, heads, job.seq_length, m.head_dim)
     else:
-        pairs = job.micro_batch_size * job.documents.pairs(window) / p.context
+        pairs = job.micro_batch_size * job.documents.pairs(window, job.attention_by_lengths) / p.context
         core, core_back = kernels.attention(gpu, s, pairs, heads, query + value)
     moved, moved_back = _attention_bytes(job, heads, groups, query)
     passes, passes_back = passes + kernels.memory(gpu, moved), passes_back + kernels.memory(gpu, moved_back)
@@ -167,20 +236,35 @@ def _attention(gpu: GpuConstants, job: Job, window: int) -> LayerTime:
     tensor, tensor_back = _tensor(gpu, job, product)
     forward = Seconds(product, core, passes, 0.0, tensor, context)
     backward = Seconds(product_back, core_back, passes_back, 0.0, tensor_back, context_back)
-    return LayerTime(forward, backward, Seconds(attention=core, context=context))
+    return LayerTime(forward, backward, {})
 
 
 def _attention_bytes(job: Job, heads: float, groups: float, query: int) -> tuple[float, float]:
     """Return the bytes that passes without products move around attention, with half of the residual stream's."""
-    residual = job.scattered_tokens * job.model.hidden_size * WIDTH
+    m, s, residual = job.model, job.software, job.scattered_tokens * job.model.hidden_size * WIDTH
     q, k = job.tokens * heads * query * WIDTH, job.tokens * groups * query * WIDTH
-    if job.software.elementwise == "2021":
+    if s.elementwise == "2021":
         return 5.5 * residual + 8 * q, 8.5 * residual + 12 * q
     # Norm: read, write; sum with the residual: read twice, write. Backward: norm 3, sum of two gradients 3.
-    if job.software.elementwise == "fused":
+    if s.elementwise == "fused":
         return 5 * residual + 2 * (q + k), 6 * residual + 2 * (q + k)
-    # Copy of the queries out of the joint product 2, norms 2, RoPE 8, copy of the result 2, and their gradients.
-    return 5 * residual + 14 * q + 10 * k, 6 * residual + 21 * q + 17 * k
+    forward, backward = 5 * residual, 6 * residual
+    if s.elementwise == "ops":  # the norm before the MLP adds: its input is not read again, nor gradients summed apart
+        forward, backward = 4 * residual, 4 * residual
+    # Copy of the queries out of the joint product 2; gradients of queries, keys and values are put together 2, 4.
+    forward, backward = forward + (2 * q if 1 < groups < heads else 0.0), backward + 2 * q + 4 * k
+    if m.qk_norm and not m.mla.kv_lora_rank:
+        forward, backward = forward + 2 * (q + k), backward + 3 * (q + k)
+    # Latent attention rotates a part of the channels by torch, and copies the rest.
+    is_op = s.elementwise == "ops" and not m.mla.kv_lora_rank
+    rotation = 2 * (q + k) if is_op else 8 * (q + k)
+    forward, backward = forward + rotation, backward + rotation
+    is_copied = s.attention == "flex" or job.micro_batch_size > 1
+    if is_copied:  # of the result
+        forward, backward = forward + 2 * q, backward + 2 * q
+    if s.attention == "varlen" and groups < heads:  # each head has its own gradient of keys and values, then summed
+        backward += 2 * q + 2 * k
+    return forward, backward
 
 
 def _context(gpu: GpuConstants, job: Job, key_values: float, all_channels: float) -> tuple[float, float]:
@@ -223,19 +307,19 @@ def _tensor(gpu: GpuConstants, job: Job, product: float) -> tuple[float, float]:
     return 2 * chunked, chunked + 2 * hidden
 
 
-def _mlp(gpu: GpuConstants, job: Job, width: int) -> LayerTime:
+def _mlp(gpu: GpuConstants, job: Job, width: int, in_fp8: bool) -> LayerTime:
     m, p, s = job.model, job.parallel, job.software
     matrices = 2 if s.is_gated else 1
     maps = [
-        _Linear(job.tokens, matrices * width / p.tensor, m.hidden_size),
+        _Linear(job.tokens, matrices * width / p.tensor, m.hidden_size, p.sequence and p.tensor > 1),
         _Linear(job.tokens, m.hidden_size, width / p.tensor),
     ]
-    product, product_back, passes, passes_back = _linears(gpu, s, maps)
+    product, product_back, passes, passes_back = _linears(gpu, s, maps, in_fp8)
     moved, moved_back = _mlp_bytes(job, job.tokens * width / p.tensor)
     tensor, tensor_back = _tensor(gpu, job, product)
     forward = Seconds(product, 0.0, passes + kernels.memory(gpu, moved), 0.0, tensor)
     backward = Seconds(product_back, 0.0, passes_back + kernels.memory(gpu, moved_back), 0.0, tensor_back)
-    return LayerTime(forward, backward, Seconds())
+    return LayerTime(forward, backward, {})
 
 
 def _mlp_bytes(job: Job, activations: float) -> tuple[float, float]:
@@ -244,10 +328,12 @@ def _mlp_bytes(job: Job, activations: float) -> tuple[float, float]:
     hidden = activations * WIDTH
     if job.software.elementwise == "2021":
         return 5.5 * residual + 2 * hidden, 8.5 * residual + 3 * hidden
+    if job.software.elementwise == "torch":  # SwiGLU: silu and a product; backward three, and their halves put together
+        return 5 * residual + 5 * hidden, 6 * residual + 13 * hidden
     return 5 * residual + 3 * hidden, 6 * residual + 5 * hidden
 
 
-def _experts(gpu: GpuConstants, job: Job) -> LayerTime:
+def _experts(gpu: GpuConstants, job: Job, in_fp8: bool) -> LayerTime:
     """Return the time of the router, the exchange of tokens, a rank's experts and the shared expert."""
     m, p, s, moe = job.model, job.parallel, job.software, job.model.moe
     tokens = job.scattered_tokens
@@ -257,14 +343,16 @@ def _experts(gpu: GpuConstants, job: Job) -> LayerTime:
     each = copies / local
     maps = [_Linear(each, matrices * width, m.hidden_size), _Linear(each, m.hidden_size, width)]
     if s.grouped_experts:
-        product, product_back, passes, passes_back = _linears(gpu, s, maps, count=local)
+        product, product_back, passes, passes_back = _linears(gpu, s, maps, in_fp8, experts=local)
     else:
-        product, product_back, passes, passes_back = (local * x for x in _linears(gpu, s, maps))
+        product, product_back, passes, passes_back = (local * x for x in _linears(gpu, s, maps, in_fp8, experts=1))
     router = kernels.product(gpu, tokens, moe.num_experts, m.hidden_size)
     moved, moved_back = _mlp_bytes(job, copies * width)
-    moves = 2 + (4 if s.elementwise == "fused" else 6) * moe.top_k  # permutations of tokens, there and back
+    moves = 2 + _moves_of_a_copy(job) * moe.top_k
     moved += tokens * (m.hidden_size * WIDTH * moves + moe.num_experts * 48)
-    moved_back += tokens * (m.hidden_size * WIDTH * moves + moe.num_experts * 48)
+    # Two gradients of the norm's result, of the router and of the copies, are summed.
+    moves_back = moves + (3 if s.elementwise == "ops" else 0)
+    moved_back += tokens * (m.hidden_size * WIDTH * moves_back + moe.num_experts * 48)
     exchange = _exchange(gpu, job, tokens)
     device = product + passes
     exposed = beside(gpu, exchange, device) if s.expert_overlap else exchange
@@ -273,9 +361,23 @@ def _experts(gpu: GpuConstants, job: Job) -> LayerTime:
     back = passes_back + kernels.memory(gpu, moved_back)
     backward = Seconds(product_back + 2 * router, 0.0, back, 0.0, 0.0, 0.0, exposed_back)
     if moe.shared_ffn_hidden_size:
-        shared = _mlp(gpu, job, moe.shared_ffn_hidden_size)
+        shared = _mlp(gpu, job, moe.shared_ffn_hidden_size, in_fp8)
         forward, backward = forward.plus(shared.forward), backward.plus(shared.backward)
-    return LayerTime(forward, backward, Seconds())
+    return LayerTime(forward, backward, {})
+
+
+def _moves_of_a_copy(job: Job) -> int:
+    """Return how often permutations read or write a token's copy for an expert, on the way there and back.
+
+    Copies are gathered, sorted by the expert after the exchange, sorted back, and summed. Fused kernels find the token
+    of a copy, or its sum, in the cache; an exchange that sends a token once sorts copies while it makes them.
+    """
+    s = job.software
+    if s.deduplicated_dispatch:
+        return 4
+    if s.grouped_experts and job.parallel.expert * job.parallel.expert_tensor == 1 and s.elementwise == "ops":
+        return 2  # nothing is exchanged: copies are gathered in their last order
+    return 6 if s.elementwise == "fused" or (s.elementwise == "ops" and s.grouped_experts) else 8
 
 
 def _exchange(gpu: GpuConstants, job: Job, tokens: float) -> float:

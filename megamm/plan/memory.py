@@ -6,16 +6,19 @@ be balanced. Sources: Korthikanti et al. 2022, arXiv:2205.05198; Narayanan et al
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from megamm.common.gpu_constants import GpuConstants
 from megamm.plan import rank_parameters
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.job import Job, LayerKind
 
-BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
-"""Of a parameter: weight, gradient, optimizer state (sharded)."""
 WIDTH = 2
-"""Bytes of an activation; plans are for bf16."""
+"""Bytes of an activation."""
+FP8_SHARE = 0.5
+"""Of them, those of one in FP8."""
+INPUT_BYTES, ID_BYTES, TARGET_BYTES = 60, 8, 20
+"""Of a token of a step's microbatches (common/sample.py); of its id on a context rank, and of its targets there for
+each depth of prediction (model/loss.py)."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,13 @@ class Memory:
     activations: float
     temporaries: float
     """Of the largest operator: the output layer with the loss, or a layer in its backward pass."""
+    inputs: float
+    """All microbatches of the step: they are on the device from its start."""
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.temporaries
+        stored = self.weights + self.gradients + self.optimizer
+        return stored + self.activations + self.temporaries + self.inputs
 
 
 def of_stage(job: Job, stage: int) -> Memory:
@@ -46,7 +52,7 @@ def _of_stage(job: Job, stage: int, layer: Mapping[LayerKind, tuple[float, float
     parameters = rank_parameters.of_stage(job, stage)
     dense_replicas = job.data * p.context
     expert_replicas = job.world_size // (p.pipeline * p.expert * p.expert_tensor)
-    weight, gradient, state = BYTES["bf16"]
+    weight, gradient, state = job.bytes_per_parameter
     owned = parameters.dense / dense_replicas + parameters.expert / expert_replicas
     layers = [sum(count * layer[kind][0] for kind, count in chunk.items()) for chunk in chunks]
     flights = in_flight(job, stage)
@@ -62,7 +68,13 @@ def _of_stage(job: Job, stage: int, layer: Mapping[LayerKind, tuple[float, float
         optimizer=owned * state,
         activations=activations,
         temporaries=temporaries,
+        inputs=_inputs(job),
     )
+
+
+def _inputs(job: Job) -> float:
+    own = ID_BYTES + (1 + job.model.mtp.num_layers) * TARGET_BYTES
+    return job.microbatches * job.micro_batch_size * job.seq_length * (INPUT_BYTES + own / job.parallel.context)
 
 
 def peak(job: Job) -> tuple[int, Memory]:
@@ -73,9 +85,24 @@ def peak(job: Job) -> tuple[int, Memory]:
     )
 
 
-def usable(gpu: GpuConstants) -> float:
+def usable(gpu: GpuConstants, job: Job) -> float:
     """Return the bytes that tensors can take."""
-    return gpu.memory - gpu.reserved
+    return gpu.memory - gpu.reserved(*communicators(job))
+
+
+def communicators(job: Job) -> tuple[int, int]:
+    """Return in how many groups a rank communicates, and with how many ranks of its node it exchanges tokens."""
+    p, moe = job.parallel, job.model.moe
+    sizes = [job.world_size, p.tensor, p.context, p.pipeline, job.data * p.context]
+    exchanges = []
+    if moe.num_experts:
+        experts = p.expert * p.expert_tensor
+        sizes += [p.expert, p.tensor * p.context, job.world_size // (p.pipeline * experts)]
+        sizes.append(experts)  # token counts
+        exchanges.append(p.expert if moe.dispatcher == "alltoall" else 1)
+    if p.cp_comm_type == "alltoall":
+        exchanges.append(p.context)
+    return sum(size > 1 for size in sizes), sum(min(size, job.gpus_per_node) - 1 for size in exchanges)
 
 
 def in_flight(job: Job, stage: int) -> list[int]:
@@ -99,27 +126,44 @@ def saved(job: Job, kind: LayerKind) -> float:
     """Return the bytes that a layer saves in its forward pass."""
     if job.recompute == "full":
         return job.scattered_tokens * job.model.hidden_size * WIDTH
-    return _everything_saved(job, kind, job.recompute == "selective")
+    mlp = 0.0 if job.recomputes(_mlp_module(kind)) else _mlp_saved(job, kind)
+    return (_residual_saved(job, kind) + mlp + _attention_saved(job, kind)) * WIDTH
 
 
-def _everything_saved(job: Job, kind: LayerKind, recomputes_attention: bool) -> float:
-    m, p = job.model, job.parallel
+def _mlp_module(kind: LayerKind) -> str:
+    """Return the name of a layer's MLP in train.recompute."""
+    return "moe" if kind.has_experts else "mlp"
+
+
+def _residual_saved(job: Job, kind: LayerKind) -> float:
     # Two norms: the residual stream before each, and its result, the input of a product.
-    residual = 4 * job.scattered_tokens * m.hidden_size
-    if m.sandwich_norm:
-        residual += 2 * job.scattered_tokens * m.hidden_size
-    moe = m.moe
-    if kind.has_experts:
-        copies = job.scattered_tokens * moe.top_k * p.expert_tensor
-        mlp = copies * (m.hidden_size + 3 * moe.ffn_hidden_size / p.expert_tensor)  # input, gate and up, activation
-        mlp += job.scattered_tokens * moe.num_experts * 6  # probabilities in float32, masks
-        mlp += 3 * job.tokens * moe.shared_ffn_hidden_size / p.tensor
-    else:
-        mlp = 3 * job.tokens * m.ffn_hidden_size / p.tensor
-    return (residual + mlp + _attention_saved(job, recomputes_attention)) * WIDTH
+    tensors = 2.0 if job.recomputes("norms") else 4.0
+    if kind.in_fp8 and not _gathers(job):  # a product keeps its input in FP8; a router keeps it in bf16 too
+        kept_by_router = kind.has_experts and not job.recomputes("norms")
+        tensors = 2 + FP8_SHARE * (1 if kind.has_experts else 2) + (1 if kept_by_router else 0)
+        tensors += FP8_SHARE if kind.has_experts and job.model.moe.shared_ffn_hidden_size else 0
+    return (tensors + (2 if job.model.sandwich_norm else 0)) * job.scattered_tokens * job.model.hidden_size
 
 
-def _attention_saved(job: Job, is_recomputed: bool) -> float:
+def _gathers(job: Job) -> bool:
+    """Whether products get their tokens from all tensor ranks: then they keep the rank's part of them, in bf16."""
+    return job.parallel.sequence and job.parallel.tensor > 1
+
+
+def _mlp_saved(job: Job, kind: LayerKind) -> float:
+    m, p, moe = job.model, job.parallel, job.model.moe
+    each = 2.0 if job.recomputes("activation") else 3.0  # gate and up, activation
+    if kind.in_fp8:
+        each = 2 + FP8_SHARE
+    if not kind.has_experts:
+        return each * job.tokens * m.ffn_hidden_size / p.tensor
+    copies = job.scattered_tokens * moe.top_k * p.expert_tensor
+    saved = copies * ((FP8_SHARE if kind.in_fp8 else 1) * m.hidden_size + each * moe.ffn_hidden_size / p.expert_tensor)
+    saved += job.scattered_tokens * moe.num_experts * 6  # probabilities in float32, masks
+    return saved + each * job.tokens * moe.shared_ffn_hidden_size / p.tensor
+
+
+def _attention_saved(job: Job, kind: LayerKind) -> float:
     """Return the elements that attention saves between its two products, each counted once per storage."""
     m, p, tokens = job.model, job.parallel, job.tokens
     heads, groups = m.num_attention_heads / p.tensor, max(m.num_query_groups / p.tensor, 1.0)
@@ -138,11 +182,13 @@ def _attention_saved(job: Job, is_recomputed: bool) -> float:
         if m.qk_norm and groups > 1:  # a copy of the queries before their norm; of one group they are a view
             joint += q
     result = tokens * heads * value
-    # The result has the layout that the next product reads: one tensor is saved for both.
-    if is_recomputed:
-        return joint + q + k + result
-    gathered = (k + v) * p.context if p.context > 1 and p.cp_comm_type == "allgather" else k
-    return joint + q + gathered + result + tokens * heads * 2  # the last: a float32 for each query and head
+    in_fp8 = FP8_SHARE * result if kind.in_fp8 else 0.0  # as the input of the next product
+    gathers = p.context > 1 and p.cp_comm_type == "allgather"
+    # One row and one call of the kernel: its result has the layout that the next product reads, and is saved once.
+    if job.attention_by_lengths and (job.micro_batch_size > 1 or gathers):
+        result *= 2  # its results are put together for that product
+    gathered = (k + v) * p.context if gathers else k
+    return joint + q + gathered + result + in_fp8 + tokens * heads * 2  # the last: a float32 for each query and head
 
 
 def _head(job: Job) -> float:
@@ -162,8 +208,16 @@ def _backward(job: Job, kind: LayerKind) -> float:
         weights = 2 * m.hidden_size * width
     # Gradients of the activation (1), gate and up (2); input and its gradient over all tokens; a weight gradient.
     temporaries = (3 * tokens * width + 2 * tokens * m.hidden_size + weights) * WIDTH
+    if kind.in_fp8:  # the gradient of gate and up twice in FP8, that of the weights in float32
+        temporaries += (2 * tokens * width + weights) * WIDTH
+    # What is computed again, one after the other: whole layers, an MLP, or single results.
     if job.recompute == "full":
-        return temporaries + _everything_saved(job, kind, False)
-    if job.recompute == "selective":
-        return max(temporaries, (_attention_saved(job, False) - _attention_saved(job, True)) * WIDTH)
+        again = _residual_saved(job, kind) + _mlp_saved(job, kind) + _attention_saved(job, kind)
+        return temporaries + again * WIDTH
+    if job.recomputes(_mlp_module(kind)):
+        temporaries += _mlp_saved(replace(job, recompute="none"), kind) * WIDTH
+    elif job.recomputes("activation"):
+        temporaries += tokens * width * WIDTH
+    if job.recomputes("norms"):
+        temporaries += job.scattered_tokens * m.hidden_size * WIDTH
     return temporaries

@@ -7,7 +7,7 @@ interfaces of all its members there, one for each GPU.
 
 from dataclasses import dataclass
 
-from megamm.plan.gpu import GpuConstants
+from megamm.common.gpu_constants import GpuConstants
 
 
 @dataclass(frozen=True)

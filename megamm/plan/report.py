@@ -3,14 +3,14 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from megamm.common.gpu_constants import GIB, GpuConstants
+from megamm.config import Recompute
 from megamm.plan import memory, step_time
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.search import Plan, Search
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-GIB = 2**30
 SECONDS_PER_DAY = 86400
 CAUSES = {
     "product": "products",
@@ -40,11 +40,19 @@ def layouts(gpu: GpuConstants, plans: list[Plan], tokens: float) -> "Table":
         days = tokens / (job.global_batch_size * job.seq_length) * seconds / SECONDS_PER_DAY
         pipeline = f"{p.pipeline}x{p.virtual_pipeline}" if p.virtual_pipeline > 1 else str(p.pipeline)
         row = [number, p.tensor, p.context, pipeline, job.data, p.expert, p.expert_tensor]
-        row += [f"{job.micro_batch_size} x {job.microbatches}", job.recompute, f"{plan.memory.total / GIB:.1f}"]
+        row += [
+            f"{job.micro_batch_size} x {job.microbatches}",
+            _recomputed(job.recompute),
+            f"{plan.memory.total / GIB:.1f}",
+        ]
         row += [f"{seconds:.2f}", f"{plan.tokens_per_second:,.0f}"]
         row += [f"{100 * step_time.utilization(gpu, job, seconds):.1f}", f"{days:.1f}"]
         table.add_row(*map(str, row))
     return table
+
+
+def _recomputed(recompute: Recompute) -> str:
+    return recompute if isinstance(recompute, str) else "+".join(recompute.modules)
 
 
 def breakdown(plans: list[Plan]) -> "Table":
@@ -66,15 +74,18 @@ def summary(gpu: GpuConstants, found: Search, shown: int) -> list[str]:
         lengths = f"{documents.mean_length:,.0f} tokens, as long as a row: the data were not read"
     fitted = sum("fitted" in source or source.startswith("that of") for source in gpu.sources.values())
     assumed = sum(source.startswith("assumed") for source in gpu.sources.values())
+    left = memory.usable(gpu, plan.job) / GIB
     lines = [
-        f"{found.valid:,} layouts are valid, {len(found.plans):,} fit into {memory.usable(gpu) / GIB:.1f} GiB of "
-        f"{name} ({gpu.reserved / GIB:.1f} GiB reserved); the fastest {shown} are shown",
+        f"{found.valid:,} layouts are valid, {len(found.plans):,} fit; the fastest {shown} are shown",
+        f"memory of {name}: {gpu.memory / GIB:.1f} GiB, of which layout 1 leaves {left:.1f} GiB for tensors; "
+        "the context, NCCL and fragmentation take the rest",
         f"documents: {lengths}",
         f"constants of {name}: {len(gpu.sources)}, of them {fitted} fitted to published runs and {assumed} assumed; "
         "predictions, not measurements (docs/planning.md)",
     ]
     if plan.job.model.moe.num_experts:
-        lines.append("experts: published runs of two of four models were 1.3 to 2.8 times slower than predicted")
+        what = "experts: published runs took 0.8 to 1.4 times as long as predicted, those of one program 2.8 times"
+        lines.append(f"{what} (docs/planning.md)")
     return lines
 
 

@@ -7,26 +7,32 @@ global batch stay as configured. A layout gets the cheapest kind of recomputatio
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
 
 from megamm.common.errors import UserError
-from megamm.config import ParallelConfig, RunConfig, TrainConfig
+from megamm.common.gpu_constants import GpuConstants
+from megamm.config import (
+    ParallelConfig,
+    Recompute,
+    RecomputeConfig,
+    RecomputedModule,
+    RunConfig,
+    recompute_override,
+)
 from megamm.model import layout
 from megamm.plan import job as jobs
 from megamm.plan import memory, step_time
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.job import Documents, Job
 from megamm.plan.memory import Memory
 from megamm.plan.step_time import StepTime
 
-RECOMPUTE: tuple[Any, ...] = get_args(TrainConfig.model_fields["recompute"].annotation)
-"""From the least to the most recomputation."""
 MOST_CHUNKS = 8
 """Interleaved chunks of a stage: more shorten the bubble little and send more."""
 MOST_ROWS = 16
 """Rows of a microbatch."""
 KEYS = ("tensor", "sequence", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
 """Keys of `parallel` that a plan sets."""
+KEPT = ("cp_comm_type", "overlap_param_gather")
+"""Keys of `parallel` that a plan leaves as configured."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Plan:
         p, t = self.config.parallel, self.config.train
         lines = [f"parallel.{key}={str(getattr(p, key)).lower()}" for key in KEYS]
         lines.append("parallel.layers_per_chunk=[]")
-        return [*lines, f"train.micro_batch_size={t.micro_batch_size}", f"train.recompute={t.recompute}"]
+        return [*lines, f"train.micro_batch_size={t.micro_batch_size}", recompute_override(t.recompute)]
 
 
 def without_variants(plans: Sequence[Plan]) -> list[Plan]:
@@ -84,8 +90,12 @@ def search(
     gpus_per_node: int,
 ) -> Search:
     """Return all plans that fit. UserError if no layout is valid, and for a precision or engine that is not planned."""
-    if config.train.precision != "bf16":
-        raise UserError("megamm plan needs train.precision=bf16", remedy="add train.precision=bf16")
+    if config.train.precision == "fp32":
+        raise UserError("megamm plan needs train.precision=bf16 or fp8", remedy="add train.precision=bf16")
+    if config.train.precision == "fp8" and gpu.peak_flops_fp8 <= gpu.peak_flops:
+        raise UserError(
+            f"train.precision=fp8: {gpu.name} has no FP8 products", remedy="set train.precision=bf16, or another --gpu"
+        )
     if config.engine != "native":
         raise UserError(f"megamm plan does not support engine={config.engine}", remedy="set engine=native")
     splits: dict[tuple[int, int], list[int]] = {}
@@ -101,12 +111,12 @@ def search(
         key = (one.parallel.pipeline, one.parallel.virtual_pipeline)
         if key not in splits:
             splits[key] = layout.layers_per_chunk(one, vocabulary_size)
-        for recompute in RECOMPUTE:
+        for recompute in recomputations(one):
             tried = one.model_copy(update={"train": one.train.model_copy(update={"recompute": recompute})})
             job = jobs.of_config(tried, world_size, vocabulary_size, documents, splits[key], gpus_per_node)
             stage, needed = memory.peak(job)
             smallest = min(smallest, needed.total)
-            if needed.total <= memory.usable(gpu):
+            if needed.total <= memory.usable(gpu, job):
                 plans.append(Plan(tried, job, stage, needed, step_time.predict(gpu, job)))
                 break
     if not valid:
@@ -114,6 +124,18 @@ def search(
         raise UserError(f"no layout of {world_size} GPUs is valid: {refused.what}", remedy=refused.remedy)
     plans.sort(key=lambda plan: plan.time.total)
     return Search(plans, valid, smallest)
+
+
+def recomputations(config: RunConfig) -> list[Recompute]:
+    """Return the values of train.recompute to try, from the least to the most recomputation."""
+    m = config.model
+    cheap: list[RecomputedModule] = ["norms", "activation"] if m.activation == "silu" else ["norms"]
+    whole: list[RecomputedModule] = ["norms"]
+    if m.moe.num_experts == 0 or m.moe.dense_layers:
+        whole.append("mlp")
+    if m.moe.num_experts:
+        whole.append("moe")
+    return ["none", RecomputeConfig(modules=cheap), RecomputeConfig(modules=whole), "full"]
 
 
 def layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[RunConfig]:
@@ -131,7 +153,7 @@ def layouts(config: RunConfig, world_size: int, gpus_per_node: int) -> Iterator[
                         for expert in experts:
                             for split in sorted({1, tensor}) if m.moe.num_experts else [1]:
                                 more = dict(virtual_pipeline=chunks, expert=expert, expert_tensor=split)
-                                kept = dict(cp_comm_type=config.parallel.cp_comm_type)
+                                kept = {key: getattr(config.parallel, key) for key in KEPT}
                                 parallel = ParallelConfig(**sizes, **more, **kept)
                                 yield config.model_copy(update={"parallel": parallel, "train": train})
 

@@ -8,9 +8,9 @@ Source: Narayanan et al. 2021, arXiv:2104.04473, section 2.2 (interleaved schedu
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+from megamm.common.gpu_constants import GpuConstants
 from megamm.model.flops import flops_of_row
 from megamm.plan import kernels, layer_time, network, rank_parameters
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.job import Job, LayerKind
 from megamm.plan.layer_time import WIDTH, LayerTime, Seconds, beside
 from megamm.plan.network import Group
@@ -98,12 +98,7 @@ def _stage(gpu: GpuConstants, job: Job, stage: int, layers: Mapping[LayerKind, L
         count = sum(chunk.get(kind, 0) for chunk in job.chunks_of(stage))
         count += job.model.mtp.num_layers if is_last and kind == job.last_kind else 0
         work = work.plus(one.forward.plus(one.backward).times(count))
-        if share >= 0:
-            repeated += share * count * one.forward.total
-        elif job.recompute == "full":
-            repeated += count * one.forward.total
-        elif job.recompute == "selective":
-            repeated += count * one.recomputed.total
+        repeated += count * (share * one.forward.total if share >= 0 else one.repeated(job).total)
     if stage == 0:
         work = work.plus(_embedding(gpu, job))
     if is_last:
@@ -174,7 +169,15 @@ def _finish(gpu: GpuConstants, job: Job, parameters: RankParameters) -> tuple[fl
             reduced += network.all_reduce(gpu, group, held * s.gradient_bytes)
             owned += held
     # Zeroing and scaling of all gradients; norm, clipping and Adam (weights, two moments, 16-bit copy) of the own.
-    return reduced, gathered, kernels.memory(gpu, 12 * parameters.total + 42 * owned)
+    update = kernels.memory(gpu, 12 * parameters.total + (42 + _moment_bytes(job)) * owned)
+    if job.offloads_moments:  # to the device and back, not beside each other (mcore/adam.py)
+        update += 2 * 2 * job.moment_bytes * owned / gpu.host_bandwidth
+    return reduced, gathered, update
+
+
+def _moment_bytes(job: Job) -> int:
+    """Return the bytes that conversions of a parameter's two moments to float32 and back move on the device."""
+    return 2 * 2 * (4 + job.moment_bytes) if job.moment_bytes < 4 else 0
 
 
 def _sharded(gpu: GpuConstants, job: Job, stage: _Stage) -> float:
@@ -199,5 +202,6 @@ def flops(job: Job) -> float:
 
 
 def utilization(gpu: GpuConstants, job: Job, seconds: float) -> float:
-    """Return the share of the GPUs' 16-bit peak that a step of this time reaches (MFU)."""
-    return flops(job) / (seconds * job.world_size * gpu.peak_flops)
+    """Return the share of the GPUs' peak that a step of this time reaches (MFU): in fp8 of that of FP8 products."""
+    peak = gpu.peak_flops_fp8 if job.software.precision == "fp8" else gpu.peak_flops
+    return flops(job) / (seconds * job.world_size * peak)

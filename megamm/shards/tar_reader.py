@@ -38,18 +38,16 @@ class TarReader:
         # file.
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
         if len(block) < BLOCK + member.size or not _is_header_of(block, member):
-            try:
-                # Other valid headers, with other padding or base-256 sizes, fail the quick comparison: parse before
-                # reporting.
-                header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
-            except (tarfile.HeaderError, ValueError):
-                header = tarfile.TarInfo("no tar header")
-            if (header.name, header.size) != (member.name, member.size) or len(block) < BLOCK + member.size:
-                what = f"index and tar do not match: {member.name} ({member.size} bytes) expected, "
-                what += f"{header.name} ({header.size}) found"
-                remedy = f"rebuild the index with `megamm data index {Path(member.tar).parent}`"
-                raise UserError(what, where=member.tar, remedy=remedy)
+            _require_header(block, member)
+            if len(block) < BLOCK + member.size:
+                raise _mismatch(member, f"the tar ends after {len(block) - BLOCK} of them")
         return block[BLOCK:]
+
+    def verify(self, member: StoredMember) -> None:
+        """Raise UserError if the tar's header there does not match this member; the data is not read."""
+        block = os.pread(self._file(member.tar), BLOCK, member.offset - BLOCK)
+        if len(block) < BLOCK or not _is_header_of(block, member):
+            _require_header(block, member)
 
     def _file(self, tar: str) -> int:
         """The descriptor of a tar, opened if necessary; the least recently used one is closed beyond the limit."""
@@ -81,3 +79,21 @@ class TarReader:
 def _is_header_of(block: bytes, member: StoredMember) -> bool:
     """Whether a plain ustar or GNU header has this name and size: ten times as fast as parsing it."""
     return block[:100].rstrip(b"\0") == member.name.encode() and block[124:136].rstrip(b" \0") == b"%011o" % member.size
+
+
+def _require_header(block: bytes, member: StoredMember) -> None:
+    """Raise UserError unless the block begins with the member's header, of any kind."""
+    try:
+        # Other valid headers, with other padding or base-256 sizes, fail the quick comparison: parse before reporting.
+        header = tarfile.TarInfo.frombuf(block[:BLOCK], "utf-8", "strict")
+    except (tarfile.HeaderError, ValueError):
+        header = tarfile.TarInfo("no tar header")
+    if (header.name, header.size) != (member.name, member.size):
+        raise _mismatch(member, f"{header.name} ({header.size}) found")
+
+
+def _mismatch(member: StoredMember, found: str) -> UserError:
+    what = f"index and tar do not match: {member.name} ({member.size} bytes) expected, {found}"
+    return UserError(
+        what, where=member.tar, remedy=f"rebuild the index with `megamm data index {Path(member.tar).parent}`"
+    )

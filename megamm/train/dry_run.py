@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from megamm.mcore.fake_groups import GroupKind
     from megamm.mcore.fake_world import RankModel
 
-BYTES = {"fp32": (4, 4, 8), "bf16": (2, 4, 12)}
-"""Bytes per parameter: weight, gradient, optimizer state (two moments, with bf16 a float32 weight; ZeRO-1)."""
-
 
 class RankCoordinates(NamedTuple):
     """The index of a rank in each of its groups."""
@@ -263,7 +260,7 @@ def _layout_lines(config: RunConfig, grid: Grid, vocabulary_size: int) -> list[s
 
 def _stage_lines(config: RunConfig, grid: Grid, models: Mapping[int, "RankModel"]) -> list[str]:
     """Return one line per stage: its ranks do not differ in the numbers shown."""
-    weight, gradient, state = BYTES[config.train.precision]
+    weight, gradient, state = config.bytes_per_parameter
     lines = ["stage  ranks  parameters of each  weights  gradients  optimizer (ZeRO-1)  GiB of each  layers"]
     for start in range(0, grid.world_size, grid.stage):
         model = models[start]

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from megamm.checkpoint import TrainState
-from megamm.common import events
-from megamm.common.device import Device
+from megamm.common import events, numa
+from megamm.common.device import Device, prepare_gpu
 from megamm.common.device import choose as choose_device
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, accelerators
@@ -36,6 +36,7 @@ from megamm.observability import metrics
 from megamm.observability.gpu_memory import gpu_memory
 from megamm.observability.profiler import StepProfiler
 from megamm.train.checkpoint_manager import CheckpointManager
+from megamm.train.garbage import GarbageCollection
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +49,12 @@ def train(config: RunConfig, stop_when: StopCondition | None = None) -> ExitReas
     """
     heartbeat = heartbeat_of_this_rank(config.output)
     heartbeat.beat("start", 0)
+    for line in prepare_gpu(config.device, launches_in_order=config.parallel.tensor > 1):
+        log.info("%s", line)
     device = choose_device(config.device)
     if device.is_gpu:
         heartbeat.set_on_gpu()
+        log.info("%s", numa.bind_near(device.pci_address()))
     accelerators.log_use(config, device)
     process_groups.start(device)
     world_size = torch.distributed.get_world_size()
@@ -102,6 +106,7 @@ class Trainer:
         """Model FLOPs of the rows that all ranks have read since the last report."""
         self.metrics: metrics.Metrics | None = None
         self.profiler = StepProfiler(config.metrics.profile, config.output, rank, device)
+        self.garbage = GarbageCollection(config.train.gc_every)
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
     def _loader(self, consumed_rows: int) -> Loader:
@@ -123,6 +128,7 @@ class Trainer:
         local_every = c.local_every if c.local is not None else 0
         first, last = self.step + 1, min(t.steps, t.stop_after or t.steps)
         self._record_start()
+        self.garbage.begin()
         while self.step < last:
             exit_reason = stop_when.stops_before(self.step + 1)
             if exit_reason is not None:
@@ -167,6 +173,7 @@ class Trainer:
                 self.save(heldout_loss, to_run=False)
             else:
                 self.checkpoints.poll()
+            self.garbage.end_step(self.step)
             if fault and not is_last:
                 raise fault  # the job restarts without that node, from the checkpoint just written
         self._save_last_step()
@@ -205,7 +212,7 @@ class Trainer:
         }
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         values |= {"model_flops": model_flops} | scores.figures() | memory
-        devices = metrics.Devices(self.groups.world_size, self.device.peak_flops)
+        devices = metrics.Devices(self.groups.world_size, self.device.peak_flops(self.config.train.precision))
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         self.metrics.report(self.step, values, tokens, devices)
 
@@ -291,6 +298,7 @@ class Trainer:
     def close(self) -> None:
         self.checkpoints.close()
         self.loader.close()
+        self.garbage.close()
         self.profiler.close()
         if self.metrics is not None:
             self.metrics.close()

@@ -4,6 +4,7 @@ Cases with two context ranks run in two groups at once, each with its own rows. 
 and gradients with the reference's for the whole rows.
 """
 
+import math
 import types
 from itertools import product
 from typing import Any
@@ -12,9 +13,13 @@ import torch
 import torch.distributed as dist
 from attention_reference import ROWS, attention, random_metadata, relative_error
 
+from megamm.common.device import Device
+from megamm.config.accelerators import installed
 from megamm.model.rope import Rope
+from megamm.ops import choose
 
 BASE = 10000.0
+CPU = Device(torch.device("cpu"), "gloo")
 ALONE: Any = types.SimpleNamespace(rank=lambda: 0, size=lambda: 1)
 """A process group of this process only."""
 # (name, heads, groups, size of a query's head, of a value's head, axes; 0: no rotation)
@@ -27,6 +32,7 @@ HEADS = [
 ]
 # Scale and cap of scores, window: shorter than a block in which attention skips, and longer.
 FORMS = [(0.3, 0.6, 21), (0.5, 1.5, 150)]
+WINDOWS = [(0.5, math.inf, 2), (0.3, math.inf, 21), (0.5, math.inf, 150)]
 # Rows shorter and longer than the blocks in which attention skips.
 SIZES = [(2, 44), (2, 4 * 131), (4, 8 * 5), (4, 8 * 37)]
 CASES = {
@@ -40,18 +46,47 @@ CASES |= {
     f"{exchange}-cp2-524-{form[2]}": dict(exchange=exchange, cp=2, length=524, heads=HEADS[1], form=form)
     for exchange, form in product(("allgather", "alltoall"), FORMS)
 }
+CASES |= {
+    f"{name}-varlen": case | {"kernel": "varlen"}
+    for name, case in CASES.items()
+    if "form" not in case and case["heads"][0] in ("grouped", "latent")
+}
+CASES |= {
+    f"{exchange}-cp{cp}-{length}-window{form[2]}-varlen": dict(
+        exchange=exchange, cp=cp, length=length, heads=HEADS[1], form=form, kernel="varlen"
+    )
+    for exchange, (cp, length), form in product(("allgather", "alltoall"), SIZES[1:3], WINDOWS[1:])
+}
+SELDOM = {
+    name for name in CASES if "-cp2-44-" in name or "-cp4-296-" in name or ("-cp4-40-" in name and "varlen" in name)
+}
+"""The cases of `make test-all`; one with the same kernel and exchange, of another size, always runs."""
 
 
 def build(
-    group: Any, head_dim: int, axes: int, exchange: str = "allgather", kernel: str = "sdpa", form: Any = ()
+    group: Any,
+    head_dim: int,
+    axes: int,
+    exchange: str = "allgather",
+    kernel: Any = "sdpa",
+    form: Any = None,
+    device: Device = CPU,
 ) -> torch.nn.Module:
-    """Build PackedAttention as Megatron would; axes 0: keys arrive rotated; form is one of FORMS, or none."""
-    from megamm.mcore.attention import PackedAttention, ScoreForm
+    """Build PackedAttention as Megatron does; axes 0: keys arrive rotated; form is in FORMS or WINDOWS, or None."""
+    from megamm.mcore.attention import PackedAttention, ScoreForm, attend_by
 
     config: Any = types.SimpleNamespace(attention_dropout=0.0, kv_channels=head_dim, multi_latent_attention=False)
     collection, rope = types.SimpleNamespace(cp=group, tp=None), Rope(BASE, axes) if axes else None
+    scale, cap, window = form or (0, 0, 0)
     return PackedAttention(
-        config, 1, pg_collection=collection, rope=rope, exchange=exchange, kernel=kernel, form=ScoreForm(*(form or ()))
+        config,
+        1,
+        pg_collection=collection,
+        ops=choose("auto", device.torch_device)[0],
+        rope=rope,
+        exchange=exchange,
+        attend=attend_by(kernel, device, installed()),
+        form=ScoreForm(scale, 0 if cap == math.inf else cap, window),
     )
 
 
@@ -93,20 +128,22 @@ def errors(
     ]
 
 
-def errors_of_cases(_: None) -> dict[str, list[float]]:
-    """Return each case's largest errors over all ranks, the same on every rank."""
+def errors_of_cases(names: list[str]) -> dict[str, list[float]]:
+    """Return the largest errors over all ranks of each of these cases, the same on every rank."""
     from megamm.mcore.context import local_index
 
     rank = dist.get_rank()
     pairs = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3])]
     results = {}
     for seed, (name, case) in enumerate(CASES.items()):
+        if name not in names:
+            continue
         cp, length, heads = case["cp"], case["length"], case["heads"]
         group = pairs[rank // 2] if cp == 2 else dist.group.WORLD
         seed += 1000 * (rank // cp)
         index = local_index(length, dist.get_rank(group), cp, torch.device("cpu"))
         form = case.get("form")
-        module = build(group, heads[3], heads[5], case["exchange"], form=form)
+        module = build(group, heads[3], heads[5], case["exchange"], case.get("kernel", "sdpa"), form)
         packed_seq_metadata = random_metadata(seed, length, only_short=heads[0] == "grouped")
         worst = torch.tensor(errors(module, index, inputs(seed, length, heads), packed_seq_metadata, heads[5], form))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)

@@ -192,6 +192,8 @@ ENTRIES = [
     Entry(r"megamm doctor .*--nnodes", parse, "several nodes; tests/test_preflight_nodes.py", HOST),
     Entry(r"megamm doctor .*--gpus", run, "GPUs: reports an error without them", codes=(0, 1), heavy=True),
     Entry(r"python tools/parity.py --fuzz ", run, "minutes: two of the 200", {"--fuzz 200": "--fuzz 2"}, heavy=True),
+    Entry(r"python tools/gpu_check.py .*--small", run, "minutes: no step", {"$": " --only video"}, heavy=True),
+    Entry(r"python tools/gpu_check.py ", run, "GPUs: refused without them", codes=(0, 1, 2), heavy=True),
     Entry(r"python launchers/slurm/submit.py ", submit, "submits jobs; tests/test_slurm.py", heavy=True),
     Entry(r"kubectl (apply|delete) ", kustomize, "no cluster: rendered; tests/test_k8s_runs.py runs the pods"),
     Entry(r"kubectl ", kubectl_without_cluster, "no cluster: up to the connection"),

@@ -3,7 +3,8 @@
     python tests/lib/fake_gpu_cases.py [CASE ...]        # measure again and write; the diff shows what a change costs
 
 A case is a published shape on a world that a user could have. Memory is in bytes at the peak, collectives are
-(messages, bytes) of a step with all its microbatches, host waits are those of one microbatch and of the rest of a step.
+(messages, bytes) of a step with all its microbatches, host waits and kernel launches are those of one microbatch and
+of the rest of a step.
 """
 
 import json
@@ -68,11 +69,24 @@ CASES = {
     "8B, data parallel 8": Case("dense_8b.yaml", DENSE_DATA_PARALLEL, 8),
     "8B, 131k tokens, context 4": Case("dense_8b.yaml", LONG, 16),
     "30B-A3B, expert 16": Case("moe_200b.yaml", A3B, 16),
-    "MLA and MTP, expert 32": Case("moe_200b.yaml", MLA_MTP, 32),
-    "8B, recompute selective": Case(
-        "dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute=selective"), 8, in_all=True
+    "30B-A3B, sequential": Case("moe_200b.yaml", (*A3B, "train.experts=sequential"), 16, in_all=True),
+    "MLA and MTP, expert 32": Case("moe_200b.yaml", MLA_MTP, 32, in_all=True),
+    "8B, attention flex": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.attention=flex"), 8, in_all=True),
+    "8B, recompute norms and activation": Case(
+        "dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute.modules=[norms,activation]"), 8, in_all=True
+    ),
+    "8B, recompute norms and mlp": Case(
+        "dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute.modules=[norms,mlp]"), 8, in_all=True
+    ),
+    "8B, bf16 moments": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "optimizer.moments=bf16"), 8, in_all=True),
+    "8B, moments in host memory": Case(
+        "dense_8b.yaml", (*DENSE_DATA_PARALLEL, "optimizer.offload_moments=true"), 8, in_all=True
+    ),
+    "30B-A3B, recompute norms and moe": Case(
+        "moe_200b.yaml", (*A3B, "train.recompute.modules=[norms,moe]"), 16, in_all=True
     ),
     "8B, recompute full": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute=full"), 8, in_all=True),
+    "8B, FP8": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.precision=fp8"), 8, in_all=True),
     "dense_8b.yaml, first stage": Case("dense_8b.yaml", (), 16, 0, in_all=True),
     "dense_8b.yaml, last stage": Case("dense_8b.yaml", (), 16, 15, in_all=True),
 }
@@ -101,7 +115,11 @@ def table(simulator: Simulator, case: Case, figures: Figures) -> dict[str, Any]:
             moved = figures[name.replace("count|", "bytes|", 1)]
             collectives[f"{scope}: {operation} over {group} of {size}"] = [round(value), round(moved)]
     memory = {kind: size for kind, size in sorted(memory_of(figures, simulator.gpu).kinds.items()) if size}
-    return {"memory": memory, "collectives": collectives, "waits": waits}
+    launches = {
+        "microbatch": round(figures["launches|microbatch"] / microbatches),
+        "step": round(figures["launches|step"]),
+    }
+    return {"memory": memory, "collectives": collectives, "waits": waits, "launches": launches}
 
 
 def committed() -> dict[str, dict[str, Any]]:

@@ -34,7 +34,7 @@ def open_stream(folder, weights, recorded, consumed):
     if recorded is None:
         return begin_stream(sources, options), None
     return resume_stream(
-        sources, options, recorded, consumed, lambda path, kind: TokenDataset(path / "train", CODECS, kind)
+        sources, options, recorded, consumed, lambda s: TokenDataset(s.path / "train", CODECS, s.documents)
     )
 
 

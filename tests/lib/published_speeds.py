@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megamm.common import gpu_constants as gpus
+from megamm.common.gpu_constants import GpuConstants
 from megamm.config import ModelConfig, ParallelConfig
-from megamm.plan import gpu as gpus
 from megamm.plan import step_time
-from megamm.plan.gpu import GpuConstants
 from megamm.plan.job import Documents, Job, Software
 
 ROWS = Path(__file__).parents[1] / "data" / "published_speeds.csv"
@@ -39,6 +39,15 @@ def _moe(experts: int, top_k: int, ffn: int, **more: Any) -> dict[str, Any]:
     return {"moe": {"num_experts": experts, "top_k": top_k, "ffn_hidden_size": ffn} | more}
 
 
+def _deepseek(**more: Any):
+    return _model(
+        *(4096, 129280, 61, 7168, 18432, 128, 128),
+        **_moe(256, 8, 2048, shared_ffn_hidden_size=2048, dense_layers=3, score="sigmoid", num_groups=8, group_top_k=4),
+        mla=dict(kv_lora_rank=512, q_lora_rank=1536, qk_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
+        **more,
+    )
+
+
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {
     "gpt-1.7b": _gpt(24, 2304, 24),
     "gpt-3.6b": _gpt(30, 3072, 32),
@@ -55,12 +64,8 @@ MODELS: dict[str, tuple[ModelConfig, int, int]] = {
     "llama3-405b": _model(8192, 128256, 126, 16384, 53248, 128, 8),
     "llama3-405b-128k": _model(131072, 128256, 126, 16384, 53248, 128, 8),
     # Hugging Face configs of the same names. DeepSeek-V3 has one multi-token-prediction module (the row is "w/ MTP").
-    "deepseek-v3": _model(
-        *(4096, 129280, 61, 7168, 18432, 128, 128),
-        **_moe(256, 8, 2048, shared_ffn_hidden_size=2048, dense_layers=3, score="sigmoid", num_groups=8, group_top_k=4),
-        mla=dict(kv_lora_rank=512, q_lora_rank=1536, qk_head_dim=128, qk_rope_head_dim=64, v_head_dim=128),
-        mtp=dict(num_layers=1),
-    ),
+    "deepseek-v3": _deepseek(mtp=dict(num_layers=1)),
+    "deepseek-v3-no-mtp": _deepseek(),
     "qwen3-235b": _model(4096, 151936, 94, 4096, 12288, 64, 4, **_moe(128, 8, 1536)),
     "qwen3-30b": _model(4096, 151936, 48, 2048, 6144, 32, 4, **_moe(128, 8, 768)),
     "gpt-oss-120b": _model(
@@ -78,7 +83,9 @@ _BRIDGE = Software(
     parameter_overlap=True,
     gradient_bytes=2.0,
 )
-_BRIDGE_MOE = replace(_BRIDGE, tensor_overlap="backward", grouped_experts=True)
+_BRIDGE_MOE = replace(_BRIDGE, tensor_overlap="backward", grouped_experts=True, expert_waits=3)
+_AUTOMODEL = replace(_BRIDGE_MOE, tensor_overlap="none", deduplicated_dispatch=True)
+_AUTOMODEL = replace(_AUTOMODEL, fused_weight_gradients=False, fused_expert_gradients=False)
 SOFTWARE = {
     # Scripts examples/sc21 of Megatron-LM: microbatches and interleaving; no distributed optimizer, 16-bit gradients.
     "megatron-2021": Software(
@@ -89,6 +96,8 @@ SOFTWARE = {
         fused_loss=False,
         pipeline_overlap=False,
         gradient_overlap=False,
+        tensor_overlap="none",
+        parameter_overlap=False,
         sharded_optimizer=False,
         gradient_bytes=2.0,
     ),
@@ -101,6 +110,10 @@ SOFTWARE = {
     "bridge-moe": _BRIDGE_MOE,
     "bridge-moe-alltoall": replace(_BRIDGE_MOE, expert_overlap=True),
     "bridge-moe-overlap": replace(_BRIDGE_MOE, expert_overlap=True, deduplicated_dispatch=True),
+    "bridge-moe-hybridep": replace(_BRIDGE_MOE, deduplicated_dispatch=True),
+    # examples/benchmark/configs of NeMo AutoModel: Transformer Engine, DeepEP, FSDP2 of the weights without experts.
+    "automodel": _AUTOMODEL,
+    "automodel-flex": replace(_AUTOMODEL, attention="flex"),
 }
 """Techniques of the published programs."""
 
@@ -164,6 +177,8 @@ def _seconds(job: Job, metric: str, value: float) -> float:
     tokens = job.global_batch_size * job.seq_length
     if metric == "tokens/s":
         return tokens / (value * job.world_size)
+    if metric == "s/step":
+        return value
     if metric == "TFLOP/s":
         return step_time.flops(job) / (value * 1e12 * job.world_size)
     assert metric == "TFLOP/s with recompute"  # equation 3 of the paper, attention without a mask

@@ -253,6 +253,7 @@ RULES = [
             "tests/test_mcore_": "tests of the door itself",
             "tests/lib/parity_faults.py": "breaks Megatron-core on purpose",
             "tests/lib/guard_faults.py": "breaks Megatron-core on purpose",
+            "tests/lib/bin_reference.py": "Megatron-core's files are the reference for ours",
             "benchmarks/loader.py: imports megatron.energon": "another package, a peer that is measured",
         },
     ),

@@ -95,7 +95,8 @@ class Selection:
         # A test named on the command line runs, whatever its marks.
         named = [argument for argument in self.config.args if "::" in argument]
         chosen = [item for item in items if named or self._is_chosen(item)]
-        if left_out := [item for item in items if item not in set(chosen)]:
+        kept = set(chosen)
+        if left_out := [item for item in items if item not in kept]:
             self.config.hook.pytest_deselected(items=left_out)
         of_file: dict[str, float] = defaultdict(float)
         # Sorted, so that every worker adds up in the same order and gets the same order of files.
@@ -109,7 +110,6 @@ class Selection:
 
 def pytest_collection_finish() -> None:
     """Exempt what the imports of all test files have made from every later garbage collection, which begin now."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

@@ -151,7 +151,7 @@ class Mixture:
             for e in np.unique(epochs).tolist():  # one block can contain several epochs of a small source
                 samples[epochs == e] = permute(positions[epochs == e], n, self._key(index, f"epoch {e}"))
             # Drawn once per sample, then increased every epoch, so that all orders of every sample occur.
-            first = _hash(samples.astype(np.uint64) ^ self._key(index, "turn")).astype(np.int64) & 0x7FFFFFFF
+            first = split_mix(samples.astype(np.uint64) ^ self._key(index, "turn")).astype(np.int64) & 0x7FFFFFFF
             source.append(np.full(stop - start, index, dtype=np.int64))
             sample.append(samples)
             epoch.append(epochs)
@@ -207,7 +207,7 @@ def permute(positions: IntArray, n: int, key: np.uint64) -> IntArray:
         for number in range(_ROUNDS):
             # A round can be undone whatever the hash is, because it keeps one half: so the network is a permutation.
             salt = key + np.uint64(number * 0x9E3779B9)
-            left, right = right, left ^ (_hash(right ^ salt) & mask)
+            left, right = right, left ^ (split_mix(right ^ salt) & mask)
         result[outside] = left << np.uint64(half) | right
         outside = result >= n
     return result.astype(np.int64)
@@ -217,7 +217,7 @@ def _key(text: str) -> np.uint64:
     return np.uint64(int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big"))
 
 
-def _hash(x: _Hash) -> _Hash:
+def split_mix(x: _Hash) -> _Hash:
     """SplitMix64's output function, elementwise; unsigned 64-bit arithmetic wraps."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

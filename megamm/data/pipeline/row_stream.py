@@ -16,11 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megamm.common.sample import IntArray, Row
+from megamm.common.sample import Row
+from megamm.data.pipeline.bin_dataset import BinDocument, ChosenDocuments, DocumentDataset, read_bin_document
 from megamm.data.pipeline.mixture import Mixture
 from megamm.data.pipeline.packing import PackingSpecs, pack, plan_rows
-from megamm.data.pipeline.token_dataset import DocumentSpec, TokenDataset, read_document
+from megamm.data.pipeline.sample_lengths import UsedSamples
+from megamm.data.pipeline.token_dataset import DocumentSpec, read_document
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.indexed_dataset import BinReader
 from megamm.shards.tar_reader import TarReader
 
 _BLOCKS_KEPT = 4
@@ -30,7 +33,7 @@ _BLOCKS_KEPT = 4
 class RowSpec(NamedTuple):
     """A row that is planned but not read. It names every file and offset, so that a worker needs no data set."""
 
-    documents: tuple[DocumentSpec, ...]
+    documents: tuple[DocumentSpec | BinDocument, ...]
 
     @property
     def lengths(self) -> list[int]:
@@ -43,11 +46,14 @@ class RowReader:
 
     def __init__(self, vocabulary: Vocabulary, row_length: int, packing: PackingSpecs) -> None:
         self.vocabulary, self.row_length, self.packing = vocabulary, row_length, packing
-        self.tars = TarReader()
+        self.tars, self.bins = TarReader(), BinReader()
 
     def row(self, spec: RowSpec) -> Row:
         """Read a row. Raises UserError if a member is damaged or does not match its index."""
-        documents = [read_document(self.tars, document) for document in spec.documents]
+        documents = [
+            read_bin_document(self.bins, d) if isinstance(d, BinDocument) else read_document(self.tars, d)
+            for d in spec.documents
+        ]
         return pack(documents, self.vocabulary, self.row_length, self.packing)
 
 
@@ -59,7 +65,7 @@ class BlockStart:
     row: int = 0
 
 
-def used_samples(dataset: TokenDataset, row_length: int) -> IntArray:
+def used_samples(dataset: DocumentDataset, row_length: int) -> UsedSamples | ChosenDocuments:
     """The numbers of the samples that are trained on. Raises UserError if there is none, or as `used` does."""
     used = dataset.used(row_length)
     if len(dataset) and not len(used):
@@ -76,7 +82,7 @@ class RowStream:
 
     def __init__(
         self,
-        datasets: Sequence[TokenDataset | None],
+        datasets: Sequence[DocumentDataset | None],
         mixture: Mixture,
         vocabulary: Vocabulary,
         row_length: int,
@@ -132,12 +138,20 @@ class RowStream:
     def _plan(self, b: int) -> list[RowSpec]:
         """Pack the documents of block b into rows, from their lengths alone."""
         block = self.mixture.block(b)
-        documents: list[DocumentSpec] = []
-        columns = (block.source.tolist(), block.sample.tolist(), block.permutation.tolist())
+        documents: list[DocumentSpec | BinDocument] = []
+        numbers = np.empty_like(block.sample)
+        for source in np.unique(block.source).tolist():
+            samples, of_source = self._samples[source], block.source == source
+            assert samples is not None, "a source is absent only after its last block"
+            numbers[of_source] = samples.take(block.sample[of_source])
+        columns = (block.source.tolist(), numbers.tolist(), block.permutation.tolist())
         for source, sample, permutation in zip(*columns, strict=True):
-            dataset, samples = self.datasets[source], self._samples[source]
-            assert dataset is not None and samples is not None, "a source is absent only after its last block"
-            documents += dataset.plan(int(samples[sample]), permutation, self.row_length)
+            dataset = self.datasets[source]
+            assert dataset is not None
+            documents += dataset.plan(sample, permutation, self.row_length)
+        for dataset in self.datasets:
+            if dataset is not None:
+                dataset.release()  # the next block has samples elsewhere in the index
         # Blocks are packed separately: a row never mixes two, so a block can be planned without the ones before it.
         lengths = np.array([document.length for document in documents], dtype=np.int64)
         return [RowSpec(tuple(documents[d] for d in row)) for row in plan_rows(lengths, self.row_length)]

@@ -14,7 +14,7 @@ is lost or repeated in its epoch. The order is a pure function of seed and sched
 readers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ import torch
 from megamm.common.errors import UserError
 from megamm.common.sample import Batch, Document, IntArray, Row
 from megamm.config import RunConfig, SourceConfig
+from megamm.data.pipeline.bin_dataset import BinDataset, DocumentDataset, Split, open_split
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
 from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
 from megamm.data.pipeline.row_stream import BlockStart, RowStream, used_samples
-from megamm.data.pipeline.token_dataset import DocumentKind, LongDocuments, LongSamples, TokenDataset
+from megamm.data.pipeline.token_dataset import LongDocuments, LongSamples
 from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
@@ -43,7 +44,7 @@ class OpenSource:
 
     path: Path
     weight: float
-    dataset: TokenDataset
+    dataset: DocumentDataset
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,9 @@ class RunData:
 
     def resume(self, recorded: dict[str, Any], consumed_rows: int) -> MixtureChange | None:
         """Resume the recorded schedule, changed where the config differs. Raises UserError as `resume_stream` does."""
-        codec_ids = {name: modality.codec_id for name, modality in self.modalities.items()}
 
-        def open_removed(path: Path, kind: DocumentKind) -> TokenDataset:
-            return TokenDataset(path / "train", codec_ids, kind, self.long_documents)
+        def open_removed(source: SourceConfig) -> DocumentDataset:
+            return open_split(source, "train", self.modalities, self.long_documents)
 
         self.resumed = recorded
         self.stream, change = resume_stream(self.sources, self.options, recorded, consumed_rows, open_removed)
@@ -155,10 +155,9 @@ def open_run_data(config: RunConfig) -> RunData:
                 f"loss_weights.{name} has no tokenizer", remedy=f"the modalities are {', '.join(modalities)}"
             )
     vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, config.data.seq_length)
-    codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
 
-    def opened(source: SourceConfig, split: str) -> TokenDataset:
-        return TokenDataset(source.path / split, codec_ids, source.documents, config.data.long_documents)
+    def opened(source: SourceConfig, split: Split) -> DocumentDataset:
+        return open_split(source, split, modalities, config.data.long_documents)
 
     sources = [OpenSource(source.path, source.weight, opened(source, "train")) for source in config.data.sources]
     options = StreamOptions(config.train.seed, config.data.seq_length, vocabulary, packing)
@@ -171,7 +170,7 @@ def open_run_data(config: RunConfig) -> RunData:
 
 
 def _heldout_rows(
-    datasets: list[TokenDataset], vocabulary: Vocabulary, config: RunConfig, packing: PackingSpecs
+    datasets: list[DocumentDataset], vocabulary: Vocabulary, config: RunConfig, packing: PackingSpecs
 ) -> list[Row]:
     """Rows of the first held-out documents, from all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
@@ -190,9 +189,9 @@ def _heldout_rows(
     return [pack([documents[i] for i in row], vocabulary, length, packing) for row in rows[:HELDOUT_ROWS]]
 
 
-def _usable_documents(dataset: TokenDataset, length: int) -> Iterator[Document]:
+def _usable_documents(dataset: DocumentDataset, length: int) -> Iterator[Document]:
     """The documents of all samples that fit into rows of this length, in order."""
-    for i in dataset.used(length).tolist():
+    for i in dataset.used(length):
         yield from dataset.documents(i, length)
 
 
@@ -211,9 +210,9 @@ def schedule_to_json(stream: RowStream, consumed_rows: int, earlier: dict[str, A
     entries = dict(earlier["sources"]) if earlier else {}
     for source, dataset in zip(stream.mixture.sources, stream.datasets, strict=True):
         if dataset is not None:  # otherwise a removed source, which `earlier` has
-            path = str(dataset.folder.parent)
+            path = str(dataset.source)
             entry = {"documents": source.documents, "shards": source.shards, "path": path, "kind": dataset.kind}
-            entries[source.name] = entry
+            entries[source.name] = entry | (dataset.options if isinstance(dataset, BinDataset) else {})
     start = stream.block_start(consumed_rows)
     return {
         "window": start.block,
@@ -231,14 +230,15 @@ def resume_stream(
     options: StreamOptions,
     recorded: dict[str, Any],
     consumed_rows: int,
-    open_removed: Callable[[Path, DocumentKind], TokenDataset],
+    open_removed: Callable[[SourceConfig], DocumentDataset],
 ) -> tuple[RowStream, MixtureChange | None]:
     """The rows of a run that resumes after `consumed_rows`, with the change of its mixture if the config has one.
 
     Raises UserError if a source's shards have changed, or a removed source is still needed and missing.
     """
     names = _recorded_names([s.path for s in sources], recorded)
-    now = _in_mixture(names, sources, options.row_length)
+    digests = {name: entry["shards"] for name, entry in recorded["sources"].items()}
+    now = _in_mixture(names, sources, options.row_length, digests)
     mixture = before = _recorded_mixture(recorded, options.seed)
     start = BlockStart(recorded["window"], recorded["first_row"])
     # A block of which a row has been consumed is finished as planned.
@@ -265,13 +265,15 @@ def _open_removed(
     source: MixtureSource,
     entry: dict[str, Any],
     row_length: int,
-    open_removed: Callable[[Path, DocumentKind], TokenDataset],
-) -> TokenDataset:
+    open_removed: Callable[[SourceConfig], DocumentDataset],
+) -> DocumentDataset:
     """Open a source no longer in the config, for the rest of the block in progress."""
     try:
         path = Path(entry["path"])
-        dataset = open_removed(path, entry["kind"])
-        Mixture([source], 0).require_same(_in_mixture([source.name], [OpenSource(path, 1.0, dataset)], row_length))
+        options = {key: entry[key] for key in ("heldout", "end_token") if key in entry}
+        dataset = open_removed(SourceConfig(path=path, documents=entry["kind"], **options))
+        now = _in_mixture([source.name], [OpenSource(path, 1.0, dataset)], row_length, {source.name: source.shards})
+        Mixture([source], 0).require_same(now)
     except UserError as error:
         what = f"source {source.name!r} was removed from the config, but the current block of rows still needs it: "
         remedy = "restore its shards until the run has written the first checkpoint after the change"
@@ -291,12 +293,21 @@ def _recorded_mixture(recorded: dict[str, Any], seed: int) -> Mixture:
     return mixture
 
 
-def _in_mixture(names: Sequence[str], sources: Sequence[OpenSource], row_length: int) -> list[MixtureSource]:
-    """The sources with the number of their samples that are used. Raises UserError for one without any."""
+def _in_mixture(
+    names: Sequence[str], sources: Sequence[OpenSource], row_length: int, recorded: Mapping[str, str] = {}
+) -> list[MixtureSource]:
+    """The sources with the number of their samples that are used. Raises UserError for one without any.
+
+    recorded: the digests in a checkpoint, by name; those of the sources are then of the same version.
+    """
     counts = [len(used_samples(s.dataset, row_length)) for s in sources]
+    digests = [
+        s.dataset.digest_like(recorded[name]) if name in recorded else s.dataset.digest
+        for name, s in zip(names, sources, strict=True)
+    ]
     return [
-        MixtureSource(name, s.weight, count, s.dataset.digest)
-        for name, s, count in zip(names, sources, counts, strict=True)
+        MixtureSource(name, s.weight, count, digest)
+        for name, s, count, digest in zip(names, sources, counts, digests, strict=True)
     ]
 
 

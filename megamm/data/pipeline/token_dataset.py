@@ -14,44 +14,31 @@ Lengths are in tokens and include marks.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
-from megamm.data.pipeline.packing import DOCUMENT_MARKS, MEDIA_MARKS
-from megamm.shards.folder import UNNUMBERED, ShardFolder, tokens_from_bytes
-from megamm.shards.tar_reader import StoredMember, TarReader
+from megamm.data.pipeline.packing import DOCUMENT_MARKS
+from megamm.data.pipeline.sample_lengths import (
+    DocumentKind,
+    LongDocuments,
+    LongSamples,
+    Named,
+    SampleUse,
+    UsedSamples,
+    longest,
+    needed,
+)
+from megamm.data.pipeline.sample_table import TokenSpan, open_samples, windows
+from megamm.shards.folder import MemberTexts, ShardFolder, tokens_from_bytes
+from megamm.shards.tar_reader import TarReader
 
-DocumentKind = Literal["whole", "pairs", "answers"]
-LongDocuments = Literal["auto", "cut", "skip", "error"]
-
-_PARTS = np.dtype([("sample", "i8"), ("member", "i8"), ("tokens", "i8"), ("number", "i4"), ("modality", "i4")])
-"""A row of the table of parts: the index of its sample, of its member in the cache, its length without marks, its
-number in the sample (or UNNUMBERED), and the index of its modality."""
-
-
-class TokenSpan(NamedTuple):
-    """Tokens [start, stop) of a part of a sample; the part is one `member` of a token cache, `tokens` long in total.
-
-    It carries the member's file and offset, so that a data worker needs no index of the data set.
-    """
-
-    modality: str
-    member: StoredMember
-    tokens: int
-    start: int
-    stop: int
-
-    @property
-    def length(self) -> int:
-        """Tokens in a row, including marks."""
-        return self.stop - self.start + (0 if self.modality == "text" else MEDIA_MARKS)
+_DIGEST = "2:"
+"""Begins a digest of today's version. Earlier ones have none."""
 
 
 class DocumentSpec(NamedTuple):
@@ -108,43 +95,6 @@ def selection(parts: int, index: int, kind: DocumentKind) -> list[int]:
     return order
 
 
-@dataclass(frozen=True)
-class Named:
-    """A number of samples and the keys of the first ones."""
-
-    NAMES: ClassVar[int] = 3
-    count: int
-    first: tuple[str, ...]
-
-    def __str__(self) -> str:
-        return f"{self.count:,} ({', '.join(self.first)}{', ...' if self.count > len(self.first) else ''})"
-
-
-@dataclass(frozen=True)
-class LongSamples:
-    """The samples of one split that are longer than a row: split into documents, with a shorter text, or skipped.
-
-    samples: number of all samples of the split.
-    """
-
-    folder: Path
-    row_length: int
-    samples: int
-    split: Named
-    shortened: Named
-    skipped: Named
-
-    def __bool__(self) -> bool:
-        return any(named.count for named in (self.split, self.shortened, self.skipped))
-
-    def __str__(self) -> str:
-        done = {"split": self.split, "with shortened text": self.shortened, "skipped": self.skipped}
-        words = ", ".join(f"{what}: {named}" for what, named in done.items() if named.count)
-        return (
-            f"{self.folder}: of {self.samples:,} samples, longer than a row of {self.row_length:,} tokens and {words}"
-        )
-
-
 class TokenDataset:
     """The samples of SHARDS/<source>/<split>: the contents of each modality's token cache, joined by key.
 
@@ -161,123 +111,82 @@ class TokenDataset:
         long_documents: LongDocuments = "auto",
     ) -> None:
         self.folder, self.kind, self.long_documents = folder, kind, long_documents
+        self.source = folder.parent
         caches = _open_caches(folder, codec_ids)
-        self._modalities, self._caches = list(caches), list(caches.values())
+        self._modalities = list(caches)
+        self.table = open_samples(folder, caches)
+        self.keys = MemberTexts(len(self.table), self.table.key)
+        """The key of each sample."""
         self._tars = TarReader()
-        self.keys, sample_of = _join([cache.keys for cache in self._caches])
-        parts = np.concatenate(
-            [_parts_of(m, cache, sample_of[m]) for m, cache in enumerate(self._caches)], dtype=_PARTS
-        )
-        # Sample by sample, in reading order: by number if the parts have one, otherwise by modality.
-        self._parts = parts[np.lexsort((parts["modality"], parts["number"], parts["sample"]))]
-        self._starts = np.searchsorted(self._parts["sample"], np.arange(len(self.keys) + 1))
-        """First part of each sample, and the number of parts `[samples + 1]`; no sample is without parts."""
-        self._check_numbers()
-        self.longest = self._needed("skip")
-        """Tokens of each sample's longest document, uncut `[samples]`."""
-        self.needed = self.longest if long_documents in ("skip", "error") else self._needed(long_documents)
-        """Tokens that a row must have for each sample, cut as far as allowed `[samples]`."""
+        self._uses: dict[int, SampleUse] = {}
+        """Which samples are used, by length of row."""
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table)
 
-    def _check_numbers(self) -> None:
-        """Raise UserError unless every sample's parts are all unnumbered or numbered 0, 1, 2 ..."""
-        sample, number = self._parts["sample"], self._parts["number"]
-        is_unnumbered = number == UNNUMBERED
-        unnumbered = segment_sum(is_unnumbered, self._starts)
-        is_mixed = (unnumbered > 0) & (unnumbered < np.diff(self._starts))
-        has_gap = ~is_unnumbered & (number != self._index_in_sample())
-        wrong = is_mixed[sample] | has_gap
-        if wrong.any():
-            key = self.keys[int(sample[wrong.argmax()])]
-            what = f"the parts of {key!r} are not numbered 0, 1, 2 ... over the modalities of this run"
-            remedy = "set tokenizers for every modality of this source, or build it again"
-            raise UserError(what, where=self.folder, remedy=remedy)
+    def longest(self, samples: IntArray) -> IntArray:
+        """Tokens of the longest document of each of these samples, uncut `[n]`."""
+        return longest(self.table.parts_of(samples), self.kind)
 
-    def _index_in_sample(self) -> IntArray:
-        """0, 1, 2 ... for the parts of each sample `[parts]`."""
-        return np.arange(len(self._parts)) - self._starts[self._parts["sample"]]
+    def needed(self, samples: IntArray, long_documents: LongDocuments | None = None) -> IntArray:
+        """Tokens that a row must have for each of these samples, cut as far as allowed `[n]`."""
+        return needed(self.table.parts_of(samples), self.kind, long_documents or self.long_documents)
 
-    def _is_text(self) -> npt.NDArray[np.bool_]:
-        """Whether each part is a text `[parts]`."""
-        return np.array([name == "text" for name in self._modalities])[self._parts["modality"]]
+    def _use(self, row_length: int) -> SampleUse:
+        if row_length not in self._uses:
+            use = SampleUse.find(self.folder, self.table, self.kind, self.long_documents, row_length)
+            self._uses[row_length] = use
+        return self._uses[row_length]
 
-    def _needed(self, long_documents: LongDocuments) -> IntArray:
-        """Tokens that a row must have for each sample, whatever the permutation `[samples]`."""
-        is_text = self._is_text()
-        length = self._parts["tokens"] + np.where(is_text, 0, MEDIA_MARKS)
-        is_ordered = self._parts["number"][self._starts[:-1]] != UNNUMBERED
-        if long_documents in ("skip", "error"):
-            return DOCUMENT_MARKS + np.where(is_ordered, segment_sum(length, self._starts), self._selected(length))
-        # A document of text alone can be split anywhere, a page around its media. Others must fit as they are, or with
-        # one token of their text.
-        longest_media = np.maximum.reduceat(np.where(is_text, 0, length), self._starts[:-1])
-        kept = np.where(is_text, np.minimum(length, 1), length) if long_documents == "cut" else length
-        uncut = np.where(is_ordered, longest_media, self._selected(kept))
-        return DOCUMENT_MARKS + np.where(longest_media > 0, uncut, 1)
-
-    def _selected(self, length: IntArray) -> IntArray:
-        """The length of each sample's longest selection of unnumbered parts, from that of every part `[parts]`."""
-        if self.kind == "whole":
-            return segment_sum(length, self._starts)
-        # Any two parts can be the pair: the two longest. Sorting by length keeps each sample's parts together.
-        longest_first = length[np.lexsort((-length, self._parts["sample"]))]
-        return segment_sum(np.where(self._index_in_sample() < 2, longest_first, 0), self._starts)
-
-    def used(self, row_length: int) -> IntArray:
+    def used(self, row_length: int) -> UsedSamples:
         """The numbers of the samples that are used with rows of this length. UserError if a longer one is an error."""
-        used = np.flatnonzero(self.needed <= row_length)
+        used = self._use(row_length).used
         if self.long_documents == "error" and len(used) < len(self):
             raise self.too_long(row_length)
         return used
 
     def long_samples(self, row_length: int) -> LongSamples:
         """What becomes of the samples that are longer than a row."""
-        is_long, is_used = self.longest > row_length, self.needed <= row_length
-        is_split = np.logical_and.reduceat(self._is_text(), self._starts[:-1])
-        is_split |= self._parts["number"][self._starts[:-1]] != UNNUMBERED
-        return LongSamples(
-            self.folder,
-            row_length,
-            len(self),
-            split=self._named(is_long & is_used & is_split),
-            shortened=self._named(is_long & is_used & ~is_split),
-            skipped=self._named(is_long & ~is_used),
-        )
-
-    def _named(self, samples: npt.NDArray[np.bool_]) -> Named:
-        chosen = np.flatnonzero(samples)
-        return Named(len(chosen), tuple(self.keys[i] for i in chosen[: Named.NAMES].tolist()))
+        use = self._use(row_length)
+        fates = (use.split, use.shortened, use.skipped)
+        named = (Named(count, tuple(self.keys[i] for i in first)) for count, first in fates)
+        return LongSamples(self.folder, row_length, len(self), *named)
 
     def too_long(self, row_length: int) -> UserError:
         """The error about samples that do not fit into a row; it names the first of them."""
-        is_unused = self.needed > row_length
-        first, longest = int(is_unused.argmax()), self.needed.max()
-        what = f"sample {self.keys[first]!r} needs {self.needed[first]} tokens, but a row has {row_length} "
-        what += f"({is_unused.sum()} such samples, the longest needs {longest})"
-        remedy = f"set data.seq_length to at least {longest}"
-        others = [other for other in ("auto", "cut") if (self._needed(other) <= row_length).any()]
+        unused = self._use(row_length).used.unused()
+        pieces = [unused[start:stop] for start, stop in windows(len(unused))]
+        first, most = int(unused[0]), max(int(self.needed(piece).max()) for piece in pieces)
+        what = f"sample {self.keys[first]!r} needs {self.needed(unused[:1])[0]} tokens, but a row has {row_length} "
+        what += f"({len(unused)} such samples, the longest needs {most})"
+        remedy = f"set data.seq_length to at least {most}"
+        # What is used now is also used with fewer restrictions.
+        options: tuple[LongDocuments, ...] = ("auto", "cut")
+        others = [
+            other
+            for other in options
+            if len(unused) < len(self) or any((self.needed(piece, other) <= row_length).any() for piece in pieces)
+        ]
         if others:
             remedy += f", or data.long_documents to {others[0]}"
         return UserError(what, where=self.folder, remedy=remedy)
 
     def is_ordered(self, i: int) -> bool:
         """Whether the sample's parts have an order of their own."""
-        return bool(self._parts["number"][self._starts[i]] != UNNUMBERED)
+        return self.table.is_ordered(i)
 
     def permutations(self, i: int) -> int:
         """Number of distinct documents of sample i; indexes of permutations repeat after that many."""
-        parts = int(self._starts[i + 1] - self._starts[i])
-        return 1 if self.is_ordered(i) else selections(parts, self.kind)
+        return 1 if self.is_ordered(i) else selections(self.table.parts(i), self.kind)
 
     def plan(self, i: int, permutation: int, row_length: int) -> list[DocumentSpec]:
         """Sample i in the order of that permutation, cut to rows; none if the sample is skipped."""
-        if self.needed[i] > row_length:
+        # Whether it is skipped does not depend on the permutation: another pair of its parts may be longer.
+        if i not in self._use(row_length).used:
             return []
-        is_ordered, count = self.is_ordered(i), int(self._starts[i + 1] - self._starts[i])
+        is_ordered, count = self.is_ordered(i), self.table.parts(i)
         selected = range(count) if is_ordered else selection(count, permutation, self.kind)
-        spans = self._spans(i, selected)
+        spans = self.table.spans(i, selected)
         length = _length(spans)
         if length <= row_length:
             return [DocumentSpec(self.keys[i], tuple(spans), length, self._given(count, is_ordered))]
@@ -291,23 +200,14 @@ class TokenDataset:
         # With "answers", the first part of a pair is the question. A single part and a page have none: all is learned.
         return int(self.kind == "answers" and count > 1 and not is_ordered)
 
-    def _spans(self, i: int, selected: Sequence[int]) -> list[TokenSpan]:
-        """These parts of sample i, which are numbered in reading order."""
-        parts = self._parts[self._starts[i] : self._starts[i + 1]].tolist()
-        spans = []
-        for _, member, tokens, _, modality in [parts[p] for p in selected]:
-            stored = self._caches[modality].stored(member)
-            spans.append(TokenSpan(self._modalities[modality], stored, tokens, 0, tokens))
-        return spans
-
     def read(self, document: DocumentSpec) -> Document:
         """The tokens of a planned document."""
         return read_document(self._tars, document)
 
     def whole(self, i: int) -> Document:
         """All parts of sample i in reading order, whatever their length."""
-        count = int(self._starts[i + 1] - self._starts[i])
-        spans = self._spans(i, range(count))
+        count = self.table.parts(i)
+        spans = self.table.spans(i, range(count))
         given = self._given(count, self.is_ordered(i))
         return self.read(DocumentSpec(self.keys[i], tuple(spans), _length(spans), given))
 
@@ -317,47 +217,43 @@ class TokenDataset:
             for document in self.plan(i, permutation, row_length):
                 yield self.read(document)
 
+    def release(self) -> None:
+        """Unmap the pages of the index read so far: they no longer count as memory of this process."""
+        self.table.release()
+
     @cached_property
     def digest(self) -> str:
-        """12 hex digits over everything that determines a run's order: keys, modalities, lengths, kind of document."""
-        digest = hashlib.sha256(f"{self.kind} {self._modalities}\n".encode() + "\n".join(self.keys).encode())
-        # Checkpoints record the digest: the columns, their order and their width must stay.
-        for column in (self._starts, *(self._parts[name] for name in ("modality", "number", "tokens"))):
-            digest.update(np.ascontiguousarray(column, dtype="<i8").data)
+        """Everything that determines a run's order: keys, modalities, lengths, kind of document; in no time."""
+        text = f"{self.kind} {self._modalities} {self.table.identity}"
+        return _DIGEST + hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def digest_like(self, recorded: str) -> str:
+        """The digest of the version that recorded this one in a checkpoint; that before 2 reads the whole index."""
+        return self.digest if recorded.startswith(_DIGEST) else self._digest_of_version_1
+
+    @cached_property
+    def _digest_of_version_1(self) -> str:
+        """12 hex digits, over the columns in this order and this width."""
+        digest = hashlib.sha256(f"{self.kind} {self._modalities}\n".encode())
+        passes = list(windows(len(self)))
+        for start, stop in passes:
+            digest.update(("\n" if start else "").encode() + "\n".join(self.table.columns(start, stop).keys).encode())
+        starts = np.zeros(1, dtype="<i8")
+        digest.update(starts.data)
+        for start, stop in passes:
+            starts = starts[-1] + np.cumsum(self.table.columns(start, stop).counts)
+            digest.update(np.ascontiguousarray(starts, dtype="<i8").data)
+        for column in ("modality", "number", "tokens"):
+            for start, stop in passes:
+                values = getattr(self.table.columns(start, stop), column)
+                digest.update(np.ascontiguousarray(values, dtype="<i8").data)
+                self.release()
         return digest.hexdigest()[:12]
 
 
 def _length(spans: Sequence[TokenSpan]) -> int:
     """Tokens of a document in a row, including marks."""
     return DOCUMENT_MARKS + sum([span.length for span in spans])
-
-
-def segment_sum(values: np.ndarray, starts: IntArray) -> IntArray:
-    """The sum of the values in each segment [starts[i], starts[i + 1]), of which none may be empty."""
-    # reduceat gives values[starts[i]] for an empty segment instead of 0.
-    return np.add.reduceat(values, starts[:-1], dtype=np.int64)
-
-
-def _parts_of(modality: int, cache: ShardFolder, samples: IntArray) -> np.ndarray:
-    """The rows of the table of parts for one cache; samples: index of the sample of each member."""
-    parts = np.empty(len(cache), dtype=_PARTS)
-    parts["sample"], parts["member"], parts["number"], parts["modality"] = (
-        samples,
-        range(len(cache)),
-        cache.parts,
-        modality,
-    )
-    parts["tokens"] = cache.tokens if cache.tokens is not None else 0  # None only if the cache is empty
-    return parts
-
-
-def _join(keys: list[list[str]]) -> tuple[list[str], list[IntArray]]:
-    """All distinct keys, and for each list the number of every key in it."""
-    if all(other == keys[0] for other in keys[1:]) and len(set(keys[0])) == len(keys[0]):  # aligned, as built
-        return keys[0], [np.arange(len(keys[0]))] * len(keys)
-    joined = list(dict.fromkeys(key for one in keys for key in one))
-    number_of = {key: i for i, key in enumerate(joined)}
-    return joined, [np.array([number_of[key] for key in one], dtype=np.int64) for one in keys]
 
 
 def _shortened(span: TokenSpan, excess: int) -> TokenSpan:

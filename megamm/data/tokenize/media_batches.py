@@ -54,7 +54,8 @@ class Decoding:
 
 def member_name(shards: ShardFolder, i: int) -> str:
     """Key of member i, with its part's number if it has one."""
-    return shards.keys[i] if shards.parts[i] == UNNUMBERED else f"{shards.keys[i]}.{shards.parts[i]}"
+    number = shards.index.number_of(i)
+    return shards.keys[i] if number == UNNUMBERED else f"{shards.keys[i]}.{number}"
 
 
 class MediaBatches:
@@ -108,7 +109,7 @@ class MediaBatches:
         """Record a broken video. Raises UserError if it is part of a document."""
         name = member_name(self._shards, clip.number)
         # A document without one of its parts would have a gap in its reading order, so it cannot be skipped alone.
-        if self._shards.parts[clip.number] != UNNUMBERED:
+        if self._shards.index.number_of(clip.number) != UNNUMBERED:
             remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"{name}, part of a document: {clip.why}", where=self._shards.folder, remedy=remedy)
         decoding.broken[name] = clip.why

@@ -77,7 +77,7 @@ def _tokenize_folder(media: Path, modality: Modality, reading: VideoReading) -> 
         return _kept(target, shards, reading)
     samples, total = 0, 0
     batches = MediaBatches(shards, modality, reading)
-    with ShardWriter(target, samples_per_shard=_samples_per_shard(media)) as writer:
+    with ShardWriter(target, samples_per_shard=_samples_per_shard(shards)) as writer:
         for numbers, inputs in batches:
             for i, ids_T in zip(numbers, modality.encode(inputs), strict=True):
                 data = tokens_to_bytes(ids_T, modality.vocabulary_size)
@@ -107,12 +107,11 @@ def _kept(target: Path, shards: ShardFolder, reading: VideoReading) -> Cache:
         raise UserError(
             f"decoded with {', '.join(decoding.decoders)}, not {reading.decoder}", where=target, remedy=remedy
         )
-    tokens = 0 if cache.tokens is None else int(cache.tokens.sum())
+    tokens = cache.index.total_tokens
     logger.info("%s: already complete, %d samples", target, len(cache))
     return Cache(target, len(cache), tokens, kept=True)
 
 
-def _samples_per_shard(media: Path) -> int:
-    """Samples in the first tar; every tar of a ShardWriter except the last has the same number."""
-    with open(media / "000000.jsonl", encoding="utf-8") as index:
-        return max(1, sum(1 for _ in index))
+def _samples_per_shard(media: ShardFolder) -> int:
+    """Members in the first tar; every tar of a ShardWriter except the last has the same number."""
+    return max(1, int(media.index.first[1]))

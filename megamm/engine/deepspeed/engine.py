@@ -29,6 +29,7 @@ from megamm.engine.api import StepResult, WeightInitializer
 from megamm.mcore import backbone, optimizer, step, store
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.model.loss import StepLoss
+from megamm.ops.proof import UNPROVEN, Proven
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,14 @@ class DeepSpeedEngine:
 
     can_discard = False
 
-    def __init__(self, config: RunConfig, vocabulary_size: int, groups: ProcessGroups, device: Device) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        vocabulary_size: int,
+        groups: ProcessGroups,
+        device: Device,
+        proven: Proven = UNPROVEN,
+    ) -> None:
         """Build the engine. UserError if deepspeed is not installed."""
         self.before_update: Callable[[], None] = lambda: None
         deepspeed = import_deepspeed(device)
@@ -49,7 +57,7 @@ class DeepSpeedEngine:
 
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a process without a launcher
         self.config, self.groups, self.timers = config, groups, Timers(device)
-        (model,) = backbone.build_chunks(config, vocabulary_size, groups, device)
+        (model,) = backbone.build_chunks(config, vocabulary_size, groups, device, proven)
         self.model = model
         self.specs = store.ParameterSpecs.of(model, groups)
         self.adam = _adam(config, model)

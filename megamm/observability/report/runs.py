@@ -6,6 +6,7 @@ lines of text. Losses are in nats per token, times in Unix seconds, ages in seco
 """
 
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -36,6 +37,8 @@ _TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILI
 POLL = 0.5
 """Seconds between two polls; each poll reads two file sizes from a shared file system."""
 STATUS_SECONDS = 5.0
+MANY = 200
+"""Number of runs from which on several processes read them."""
 BEFORE = 10
 """Number of earlier lines that are shown first."""
 
@@ -62,12 +65,12 @@ class Status:
 
 def find(folders: list[Path]) -> list[Path]:
     """Return the runs that these folders are or contain, at any depth; UserError if one is not a folder."""
-    found: list[Path] = []
+    found: dict[Path, None] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError("no such folder", where=folder, remedy="give a run's output folder, or one above it")
-        found += [run for run in _below(folder) if run not in found]
-    return found
+        found |= dict.fromkeys(_below(folder))
+    return list(found)
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -78,19 +81,28 @@ def _below(folder: Path) -> Iterator[Path]:
             yield Path(path)
 
 
+def statuses(found: list[Path]) -> list[Status]:
+    """Return the status of each run; of many runs, several processes read the folders."""
+    if len(found) < MANY:
+        return [status(run) for run in found]
+    # Forked, as they import nothing new and the command has no threads. More than cores: file systems make them wait.
+    with multiprocessing.get_context("fork").Pool(2 * len(os.sched_getaffinity(0))) as pool:
+        return pool.map(status, found, chunksize=16)
+
+
 def status(run: Path, now: float | None = None) -> Status:
     """Return the status of a run at `now`, in Unix seconds."""
     now = time.time() if now is None else now
-    recorded, lines = redact.values(events.read(run)), metrics.read_lines(run)
+    recorded, lines = events.read(run), metrics.read_lines(run)
     beats = _newest_attempt(heartbeat.read(run))
     steps = _target(run)
     state, why = _state(recorded, beats, _silent_after(beats, lines), steps, now)
-    account_of = account(recorded, metrics.read_all_lines(run))
+    account_of = account(recorded, metrics.with_dropped(run, lines))
     losses: dict[str, Any] = next((line for line in reversed(lines) if any(k.startswith("loss/") for k in line)), {})
     return Status(
         run=str(run),
         state=state,
-        why=why,
+        why=redact.text(why),
         step=max((line["step"] for line in lines), default=0),
         steps=steps,
         losses={key.split("/", 1)[1]: value for key, value in losses.items() if key.startswith("loss/")},

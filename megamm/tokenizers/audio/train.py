@@ -119,7 +119,7 @@ def read_clips(
             remedy = "rebuild these shards with `megamm data build`, which skips such samples"
             raise UserError(f"sample {shards.keys[i]}: {error}", where=shards.folder, remedy=remedy) from error
         whole = len(waveform) < round(config.max_seconds * config.sample_rate)  # otherwise truncated: no transcript
-        said = texts.get((shards.folder.parent, shards.keys[i]), "") if whole and shards.parts[i] < 0 else ""
+        said = texts.get((shards.folder.parent, shards.keys[i]), "") if whole and shards.index.number_of(i) < 0 else ""
         clips.append(TranscribedClip(waveform, said))
         read += len(waveform) / config.sample_rate
     return clips
@@ -134,6 +134,6 @@ def _texts(sources: list[Path], split: Split) -> dict[tuple[Path, str], str]:
             continue
         shards = ShardFolder(folder / "text")
         for i in range(len(shards)):
-            if shards.parts[i] < 0:
+            if shards.index.number_of(i) < 0:
                 texts[folder, shards.keys[i]] = words(to_text(shards.read(i)))
     return texts

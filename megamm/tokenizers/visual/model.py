@@ -23,6 +23,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from megamm import ops
+from megamm.common.device import Device
+from megamm.ops.op_proofs import KernelSizes, op_proofs
+from megamm.ops.proof import UNPROVEN
+from megamm.ops.proof_cache import prove_here
 from megamm.tokenizers.fsq import FSQ
 from megamm.tokenizers.io import CodecConfig
 
@@ -34,6 +38,8 @@ KIND = "megamm-visual-fsq"
 """`kind` in config.json, which identifies this codec's folder."""
 FRAMES_AT_ONCE = 128
 """Frames of a batch outside of training: more are not faster, and take more memory."""
+PROVEN_SIZES = KernelSizes(tokens=0, hidden=64, width=0, heads=0, groups=0, head_dim=0, vocabulary=0)
+"""Of the inputs with which the patch operators are compared; they only have channels."""
 CENTRED = (0.5, 0.5, 0.5)
 """Mean and standard deviation that map x / 255 to [-1, 1]."""
 
@@ -260,8 +266,12 @@ def check_ids(ids: Tensor, grid: int, codebook_size: int) -> None:
 
 @cache
 def chosen_ops(device: torch.device) -> ops.Ops:
-    """The compiled patch operators if they are built for the device, else torch's."""
-    chosen, reason = ops.choose("auto", device)
+    """The compiled patch operators if they are built for the device and agree with plain torch, else torch's."""
+    proven = UNPROVEN
+    if ops.library.choose("auto", device)[0] == "csrc":
+        proofs = op_proofs(("patch_embed_3d", "unpatchify_3d"), torch.float32, PROVEN_SIZES)
+        proven = prove_here(proofs, Device(device, "gloo" if device.type == "cpu" else "nccl"))
+    chosen, reason = ops.choose("auto", device, proven)
     logger.info("visual tokenizer on %s: %s operators, %s", device, chosen.name, reason)
     return chosen
 
