@@ -272,7 +272,7 @@ def test_roll_back_without_a_checkpoint_ends_the_run(runs):
 def test_rank_that_computes_slowly_is_named(runs):
     stragglers = {"threshold": 1.5, "windows": 2}
     run = runs.run(
-        "slow", ("slow_forward", {"rank": 1, "seconds": 0.01}), steps=4, resilience={"stragglers": stragglers}
+        "slow", ("slow_forward", {"rank": 1, "seconds": 0.03}), steps=4, resilience={"stragglers": stragglers}
     )
     (event,) = [e for e in events.read(run) if e["kind"] == "straggler"]
     assert event["rank"] == 1 and event["step"] in (2, 3, 4) and event["score"] > 1.5
@@ -293,7 +293,7 @@ def test_phases_are_measured_on_the_clock_on_the_wall():
 
 def test_rank_that_reads_slowly_is_evicted(runs):
     stragglers = {"threshold": 2.0, "windows": 2, "evict": True}
-    slow = ("slow_loader", {"rank": 0, "seconds": 0.15})
+    slow = ("slow_loader", {"rank": 0, "seconds": 0.4})
     kind, text = runs.end_of("slow_reading", slow, resilience={"stragglers": stragglers})
     assert kind == "NodeFault" and text.startswith("rank 0: slow at step ")
     (event,) = [e for e in events.read(runs.folder / "slow_reading") if e["kind"] == "straggler"]

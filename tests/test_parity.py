@@ -114,14 +114,15 @@ def test_a_crash_names_the_rank_and_its_error(harness):
     assert (outcome.verdict, outcome.findings) == ("crash", ["rank 1: ValueError: out of luck"])
 
 
-def test_a_hang_says_where_each_rank_stands(worlds):
-    with harness.Harness(worlds, timeout=12) as own:
-        own.reference(Case.parse("world=2").run().reference())
-        outcome = own.prove(Case.parse("world=2"), faults.last_rank_never_comes)
-        assert outcome.verdict == "hang"
-        assert any("last_rank_never_comes" in finding for finding in outcome.findings if finding.startswith("rank 1"))
-        assert any("new_group" in finding for finding in outcome.findings if finding.startswith("rank 0"))
-        assert own.prove(Case.parse("world=2")).verdict == "proven", "the next world is a new one"
+def test_a_hang_says_where_each_rank_stands(worlds, request):
+    with harness.Harness(worlds, timeout=20) as impatient:
+        outcome = impatient.prove(Case.parse("world=2"), faults.last_rank_never_comes)
+    assert outcome.verdict == "hang"
+    assert any("last_rank_never_comes" in finding for finding in outcome.findings if finding.startswith("rank 1"))
+    assert any("new_group" in finding for finding in outcome.findings if finding.startswith("rank 0"))
+    assert request.getfixturevalue("harness").prove(Case.parse("world=2")).verdict == "proven", (
+        "the next world is a new one"
+    )
 
 
 def test_what_layout_check_refuses_is_refused_with_its_reason(harness):

@@ -69,7 +69,7 @@ def run_world(folder, name, size, state, *, kill_after=0, steps=1_000_000, weigh
         for rank in ranks:
             os.kill(rank.pid, signal.SIGKILL)
     assert [rank.wait(timeout=120) for rank in ranks] == [-signal.SIGKILL if kill_after else 0] * size
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=120)
     assert not alive, "data workers outlive the rank that they read for"
     steps_of = [[json.loads(line) for line in log.read_text().splitlines()] for log in logs]
     done = min(len(steps) for steps in steps_of)  # steps that not all ranks have logged do not count

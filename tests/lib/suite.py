@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 import shared
 import warm
-from leftovers import Leftovers
+from leftovers import Helpers, Leftovers
 
 from megamm.checkpoint.state import code_version
 
@@ -70,6 +70,7 @@ def pytest_configure(config: pytest.Config) -> None:
     gc.disable()  # until all test files are imported: a collection would go through everything imported so far
     config.pluginmanager.register(Selection(config), "selection")
     config.pluginmanager.register(Starts(forbid=config.getoption("fast")), "starts")
+    config.pluginmanager.register(Helpers(), "helpers")
     if hasattr(config, "workerinput"):
         return
     config.pluginmanager.register(Leftovers(), "leftovers")
