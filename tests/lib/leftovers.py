@@ -67,7 +67,7 @@ class Leftovers:
             print(f"\nTemporary files of the tests are kept in {self.folder}")
 
     def _end_of_processes(self) -> list[str]:
-        """Wait for the processes that the session has started; kill those that do not end by themselves, and return them."""
+        """Wait for the processes of the session; kill those that do not end by themselves, and return them."""
         until, mark, kept = time.monotonic() + END_SECONDS, f"TMPDIR={self.folder}".encode(), []
         while running := _with_variable(mark):
             for number in running:
