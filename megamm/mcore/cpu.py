@@ -6,9 +6,11 @@ On a GPU nothing in this file runs.
 """
 
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import marshal
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -187,11 +189,31 @@ def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = F
     return torch.get_rng_state()
 
 
+_PATTERNS = [(pattern.pattern, pattern.flags, replacement) for pattern, replacement in _EVERYWHERE]
+_ADAPTATIONS = hashlib.sha256(repr((_PATTERNS, _PER_MODULE)).encode()).hexdigest()[:16]
+"""Part of the name of cached bytecode: other adaptations have files of their own."""
+
+
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a megatron.core module from rewritten source; its bytecode is not cached."""
+    """Loads a megatron.core module from rewritten source, or its bytecode where Python keeps that of other modules.
+
+    Such a file holds Python's magic number, the hash of the original source (importlib.util.source_hash) and the code.
+    """
 
     def get_code(self, fullname: str) -> CodeType:
-        source = self.get_data(self.path).decode()
+        source = self.get_data(self.path)
+        cache = importlib.util.cache_from_source(self.path, optimization=f"megamm{_ADAPTATIONS}")
+        header = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(source)
+        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
+            data = self.get_data(cache)
+            if data.startswith(header):
+                return marshal.loads(data[len(header) :])
+        code = self._compile(fullname, source.decode())
+        if not sys.dont_write_bytecode:
+            self.set_data(cache, header + marshal.dumps(code))  # does nothing if the folder cannot be written to
+        return code
+
+    def _compile(self, fullname: str, source: str) -> CodeType:
         for old, new in _PER_MODULE.get(fullname, ()):
             if old not in source:
                 raise ImportError(f"{self.path}: expected {old!r}; this megatron-core version needs a new adaptation")
