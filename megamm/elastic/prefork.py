@@ -173,6 +173,7 @@ def _fork_check(check: Check, config: dict[str, Any], channel: socket.socket) ->
         traceback.print_exc()
         channel.send(json.dumps({"checked": type(error).__name__}).encode())
         code = 0
+        raise
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

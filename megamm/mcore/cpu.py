@@ -10,7 +10,6 @@ import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import marshal
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -195,32 +194,31 @@ _ADAPTATIONS = hashlib.sha256(repr((_PATTERNS, _PER_MODULE)).encode()).hexdigest
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a megatron.core module from rewritten source, or its bytecode where Python keeps that of other modules.
+    """Loads a megatron.core module from rewritten source, whose bytecode is kept beside that of the original source."""
 
-    Such a file holds Python's magic number, the hash of the original source (importlib.util.source_hash) and the code.
-    """
-
-    def get_code(self, fullname: str) -> CodeType:
-        source = self.get_data(self.path)
-        cache = importlib.util.cache_from_source(self.path, optimization=f"megamm{_ADAPTATIONS}")
-        header = importlib.util.MAGIC_NUMBER + importlib.util.source_hash(source)
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
-            data = self.get_data(cache)
-            if data.startswith(header):
-                return marshal.loads(data[len(header) :])
-        code = self._compile(fullname, source.decode())
-        if not sys.dont_write_bytecode:
-            self.set_data(cache, header + marshal.dumps(code))  # does nothing if the folder cannot be written to
-        return code
-
-    def _compile(self, fullname: str, source: str) -> CodeType:
-        for old, new in _PER_MODULE.get(fullname, ()):
+    def source_to_code(  # type: ignore[override]  # typeshed: static as in the abstract class, here it is a method
+        self, data: Any, path: Any, **options: Any
+    ) -> CodeType:
+        source = bytes(data).decode()
+        for old, new in _PER_MODULE.get(self.name, ()):
             if old not in source:
-                raise ImportError(f"{self.path}: expected {old!r}; this megatron-core version needs a new adaptation")
+                raise ImportError(f"{path}: expected {old!r}; this megatron-core version needs a new adaptation")
             source = source.replace(old, new)
         for pattern, replacement in _EVERYWHERE:
             source = pattern.sub(replacement, source)
-        return compile(source, self.path, "exec", dont_inherit=True)
+        return super().source_to_code(source.encode(), path, **options)
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(self._own_cache(path))
+
+    def set_data(self, path: str, data: Any, **options: Any) -> None:
+        super().set_data(self._own_cache(path), data, **options)
+
+    def _own_cache(self, path: str) -> str:
+        """Return the path, or in place of the module's bytecode that of the rewritten source."""
+        if path != importlib.util.cache_from_source(self.path):
+            return path
+        return importlib.util.cache_from_source(self.path, optimization=f"megamm{_ADAPTATIONS}")
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__[_API_NAME] = _DEVICE
