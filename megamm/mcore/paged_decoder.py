@@ -96,7 +96,7 @@ class _Step(NamedTuple):
 
 
 class PagedDecoder:
-    """Runs a rank's chunks of the backbone; one object per call of generate. cache_blocks counts the scratch one too."""
+    """Runs a rank's chunks of the backbone; one object per call of generate; cache_blocks includes the scratch one."""
 
     def __init__(self, config: RunConfig, chunks: Sequence[Backbone], groups: ProcessGroups, cache_blocks: int) -> None:
         check_supported(config)
