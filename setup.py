@@ -202,16 +202,18 @@ def extensions() -> dict[str, Any]:
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     flags, kind = {"cxx": [*CXX_FLAGS, STABLE_ABI]}, cpp_extension.CppExtension
     folders: list[str] = []
+    name = "megamm._csrc"
     nvcc = shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc") if cpp_extension.CUDA_HOME else None
     if torch.version.cuda and nvcc:
         folders = toolkit_folders(nvcc)
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         archs = arch_flags(os.environ.get("MEGAMM_CUDA_ARCHS", "90a 90+PTX"))
+        name = "megamm._csrc_gpu"  # of its own: the same checkout may also be installed beside a CPU build of torch
         flags["nvcc"], kind = [*NVCC_FLAGS, *archs, STABLE_ABI, "-DUSE_CUDA"], cpp_extension.CUDAExtension
         print(f"megamm: csrc/ is built for CPU and CUDA ({' '.join(archs)})")
     else:
         print("megamm: csrc/ is built for the CPU alone: no nvcc beside a GPU build of torch")
-    module = kind("megamm._csrc", sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
+    module = kind(name, sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
     # It is a library of operators that torch loads; no Python module, hence free of Python's version.
     build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=bool(shutil.which("ninja")))
     return {"ext_modules": [module], "cmdclass": {"build_ext": build, "bdist_wheel": AnyPython}}
