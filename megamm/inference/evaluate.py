@@ -15,7 +15,7 @@ samples (cluster-robust: Liang & Zeger 1986). If the build's report tells by whi
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +29,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
 from megamm.config import SourceConfig
 from megamm.convert.io.export_folder import LoadedExport
+from megamm.convert.io.span_masks import attention_mask
 from megamm.data.pipeline.bin_dataset import open_split
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import TokenDataset
@@ -131,8 +132,10 @@ def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = N
         samples=samples,
         loss={name: float(sums[m] / counts[m]) for m, name in found},
         tokens={name: int(counts[m]) for m, name in found},
-        pair_gain=_pair_gains(pairs, second),
-        pair_gain_by_rule={rule: _pair_gains([pairs[i] for i in of], second[of]) for rule, of in of_rule.items()},
+        pair_gain=_pair_gains(pairs, second, export.config.spans),
+        pair_gain_by_rule={
+            rule: _pair_gains([pairs[i] for i in of], second[of], export.config.spans) for rule, of in of_rule.items()
+        },
     )
 
 
@@ -218,14 +221,18 @@ def _mixed(pair: _Pair) -> tuple[Document, Document]:
     return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
 
 
-def _pair_gains(pairs: list[_Pair], second: npt.NDArray[np.float64]) -> dict[str, PairGain]:
-    """Return the gains by direction.
+def _pair_gains(
+    pairs: list[_Pair], second: npt.NDArray[np.float64], input_only: Collection[str]
+) -> dict[str, PairGain]:
+    """Return the gains by direction, except into modalities that are input only.
 
     second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part.
     """
     gains: dict[str, tuple[list[float], list[str]]] = {}
     for pair, means in zip(pairs, second, strict=True):
         for document, gain in zip(_orders(pair.own), means[2:] - means[:2], strict=True):
+            if document.parts[1].modality in input_only:
+                continue
             values, nouns = gains.setdefault("_to_".join(part.modality for part in document.parts), ([], []))
             values.append(float(gain))
             nouns.append(pair.noun)
@@ -264,7 +271,8 @@ def token_losses(export: LoadedExport, documents: Sequence[Document]) -> Iterato
         indices, order = order[:size], order[size:]
         rows = [export.row(documents[i], longest) for i in indices]
         batch = Batch.stack(rows).to(export.device)
-        logits_BSV = export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
+        mask = attention_mask(export.model, batch.segment >= 0, batch.span)
+        logits_BSV = export.model(batch.input_ids, attention_mask=mask).logits
         loss_BS = torch.nn.functional.cross_entropy(
             logits_BSV.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"
         ).view_as(batch.labels)
