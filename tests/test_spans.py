@@ -30,9 +30,10 @@ from megamm.convert.io.export_folder import LoadedExport
 from megamm.convert.verify.logits import logits_difference
 from megamm.data.pipeline.packing import PackingSpec, pack
 from megamm.data.pipeline.run_data import open_run_data
-from megamm.inference.evaluate import evaluate, token_losses
+from megamm.evaluation.losses import evaluate
+from megamm.inference.export_subject import ExportSubject
 from megamm.inference.generate import Sampling, generate, generate_from
-from megamm.mcore import process_groups
+from megamm.mcore import cpu, process_groups
 from megamm.modalities.protocol import sequential_positions
 from megamm.model import layout
 from megamm.model.vocabulary import Vocabulary
@@ -108,6 +109,14 @@ def test_a_wrong_key_of_a_modality_is_named(modalities: dict[str, Any], message:
     with pytest.raises(UserError) as error:
         config_from_dict(config, where="test")
     assert error.value.what.startswith(message)
+
+
+def test_generation_in_training_refuses_spans() -> None:
+    cpu.install()
+    from megamm.mcore.paged_decoder import check_supported
+
+    with pytest.raises(UserError, match="generation does not support modalities with attention = span"):
+        check_supported(Case.of(1, {"modalities.image.attention": "span"}).config)
 
 
 # --- Gemma 3's own class ---
@@ -197,12 +206,12 @@ def plain_logits(opened: LoadedExport, ids: list[int], span: list[int]) -> torch
 
 def test_loss_of_an_export_is_that_of_the_plain_masks(folder: Path) -> None:
     opened, source = open_tiny(folder), folder.parent / "shards" / "shapes"
-    result = evaluate(opened, [source])
+    result = evaluate(ExportSubject(opened), [source])
     assert set(result.loss) == {"text"} and set(result.pair_gain) == {"image_to_text"}
     image, text = (Part("image", np.arange(16) + 3), Part("text", np.array([7, 8, 9])))
     v = opened.vocabulary
     for parts in ((image, text), (text, image)):
-        ((_, row, losses),) = token_losses(opened, [Document("a", parts)])
+        ((_, row, losses),) = ExportSubject(opened).token_losses([Document("a", parts)])
         ids = row.input_ids.tolist()
         span = [0 if v["image"].start <= i < v["image"].stop else -1 for i in ids]
         wanted = -plain_logits(opened, ids, span).log_softmax(-1)[np.arange(len(ids) - 1), ids[1:]]
