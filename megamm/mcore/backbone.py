@@ -68,11 +68,13 @@ class Backbone(GPTModel):
         self.true_vocab_size, self.cross_entropy, self.logit_softcap = true_vocab_size, cross_entropy, logit_softcap
         self.before_use: Callable[[torch.Tensor], None] = lambda weight: None
         """Called with a weight that is used without its module, which would wait until it is gathered (`wrap`)."""
+        self.embedding_scale = embedding_scale
         if embedding_scale != 1.0 and hasattr(self, "embedding"):
-            # Rounded to the weights' precision first, as in the models that use a scale.
-            self.embedding.register_forward_hook(
-                lambda _, __, output: output * torch.tensor(embedding_scale, dtype=output.dtype).item()
-            )
+            self.embedding.register_forward_hook(lambda _, __, output: self.scaled(output))
+
+    def scaled(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Multiply by the scale, rounded to the weights' precision first, as in the models that use a scale."""
+        return embeddings * torch.tensor(self.embedding_scale, dtype=embeddings.dtype).item()
 
     def _postprocess(
         self,
