@@ -32,7 +32,7 @@ from megamm.common.device import Device
 from megamm.config.accelerators import Installed
 from megamm.mcore import varlen
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.model.attention_kernel import BY_LENGTHS, Kernel
+from megamm.model.attention_limits import BY_LENGTHS, Kernel
 from megamm.model.rope import Rope, RopeAngles, angles_of
 from megamm.ops import Ops
 
@@ -378,7 +378,7 @@ def _attend_by_lengths(
     form: ScoreForm,
 ) -> torch.Tensor:
     """Compute the same as `_attend_sdpa` by a kernel that takes the lengths of documents."""
-    assert not form.softcap, "attention_kernel.check refuses a cap"
+    assert not form.softcap, "attention_limits.check refuses a cap"
 
     def make() -> list[varlen.Sequences]:
         return varlen.sequences(packed_seq_metadata[:, 0], varlen.lengths_of(packed_seq_metadata), chunks)

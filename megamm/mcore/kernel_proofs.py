@@ -28,7 +28,7 @@ from megamm.mcore import optimizer, weight_gradients
 from megamm.mcore.attention import Attend, ScoreForm, attend_by
 from megamm.mcore.context import local_chunks
 from megamm.model import attention_kernel
-from megamm.model.attention_kernel import Kernel
+from megamm.model.attention_limits import Kernel, head_sizes
 from megamm.ops import library
 from megamm.ops.op_proofs import KernelSizes, accumulation_proof, fp8_proofs, grouped_proof, op_proofs
 from megamm.ops.proof import Draw, Function, Inputs, Outcome, Proof, Proven
@@ -178,7 +178,7 @@ def sizes_of(config: RunConfig, vocabulary_size: int, device: Device) -> KernelS
 def attention_proofs(config: RunConfig, device: Device, kernels: Sequence[Kernel]) -> list[Proof]:
     """Return the proof of attention in each form that the model's layers have, over packed documents."""
     m, p = config.model, config.parallel
-    channels, value_channels = attention_kernel.head_sizes(m)
+    channels, value_channels = head_sizes(m)
     groups = min(2, max(1, m.num_query_groups // p.tensor))
     heads = groups * (m.num_attention_heads // m.num_query_groups)
     length = 128 if not device.is_gpu else 4096 if heads <= 8 else 2048

@@ -6,7 +6,7 @@ to match one rank (docs/parallelism.md).
 
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, MoEConfig, RunConfig
-from megamm.model import attention_kernel, flops
+from megamm.model import attention_limits, flops
 
 FP8_MULTIPLE = 16
 """The axes of an FP8 product on a GPU are multiples of this; numbers of tokens are rounded up to it."""
@@ -39,7 +39,7 @@ def check(config: RunConfig, world_size: int) -> None:
             f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="set model.head_dim to at least 6"
         )
     _check_latent_attention(m, p.tensor)
-    attention_kernel.check(config)
+    attention_limits.check(config)
     _check_window(m)
     _check_experts(config, data_parallel)
     _check_recompute(config)
