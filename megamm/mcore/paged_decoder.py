@@ -45,6 +45,7 @@ def check_supported(config: RunConfig) -> None:
         "latent attention (model.mla)": config.model.mla.kv_lora_rank > 0 and "generate with an export",
         "train.precision=fp8": config.train.precision == "fp8" and "use train.precision=bf16",
         "engine=deepspeed": config.engine == "deepspeed" and "use engine=native, which loads the same checkpoints",
+        "modalities with attention = span": bool(config.spans) and "generate with an export",
         f"model.megatron.{fields[0] if fields else ''}": bool(fields) and "generate with an export",
     }
     for what, remedy in reasons.items():
