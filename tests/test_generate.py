@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -352,3 +354,57 @@ def test_a_missing_tensor_is_no_random_tensor(folder, tmp_path):
     save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing or unknown.*up_proj"):
         _ = open_tiny(copied).model
+
+
+def _many(tmp_path, count):
+    """Write a file of requests: captions to pictures, and every fifth a text to continue."""
+    lines = [
+        {
+            "prompt": f"a red {n}",
+            "to": "text" if n % 5 == 0 else "image",
+            "out": f"made/{n}.{'txt' if n % 5 == 0 else 'png'}",
+        }
+        for n in range(count)
+    ]
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return requests, [tmp_path / line["out"] for line in lines]
+
+
+def test_an_interrupted_file_of_requests_is_resumed(folder, tmp_path):
+    requests, outputs = _many(tmp_path, 11)
+    options = ["--requests", requests, "--seed", 3, "--max-tokens", 5]
+    assert _run(folder, *options).exit_code == 0
+    whole = {out: out.read_bytes() for out in outputs}
+    for out in outputs[2:9:2]:
+        out.unlink()
+    kept = {out: out.stat().st_mtime_ns for out in outputs if out.exists()}
+    again = _run(folder, *options)
+    assert isinstance(again.exception, UserError) and "the output exists" in str(again.exception)
+    sheet = tmp_path / "sheet.html"
+    done = _run(folder, *options, "--resume", "--sheet", sheet)
+    assert done.exit_code == 0 and done.stdout == f"{requests}: 4 generated\n", done.output
+    assert {out: out.read_bytes() for out in outputs} == whole
+    assert {out: out.stat().st_mtime_ns for out in kept} == kept
+    page = sheet.read_text()
+    assert page.count("<figure>") == 11 and page.count('src="made/') == 8 and "a red 7 &rarr; image" in page
+    other = _run(folder, *options[:-1], 6, "--resume")
+    assert isinstance(other.exception, UserError) and "other settings" in str(other.exception)
+    alone = _run(folder, "--prompt", "a", "--to", "text", "--resume")
+    assert isinstance(alone.exception, UserError) and "need --requests" in str(alone.exception)
+
+
+@pytest.mark.everything
+def test_kill_9_in_a_file_of_200_requests_loses_one_batch(folder, tmp_path):
+    requests, outputs = _many(tmp_path, 200)
+    command = [sys.executable, "-m", "megamm", "generate", str(folder), "--requests", str(requests), "--device", "cpu"]
+    with subprocess.Popen([*command, "--max-tokens", "5"], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "72 of 200 requests are complete" in line:
+                process.kill()
+    before = {out: out.stat().st_mtime_ns for out in outputs if out.exists()}
+    assert 72 <= len(before) < 200
+    done = subprocess.run([*command, "--max-tokens", "5", "--resume"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{requests}: {200 - len(before)} generated\n"
+    assert all(out.exists() for out in outputs)
+    assert {out: out.stat().st_mtime_ns for out in before} == before

@@ -39,6 +39,12 @@ def generate(
     requests: Annotated[
         Path | None, typer.Option(help='JSON lines {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}')
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="keep outputs of --requests that exist, and generate the others")
+    ] = False,
+    sheet: Annotated[
+        Path | None, typer.Option(help="also write an HTML page of all --requests", callback=writable_file)
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 1.0,
     top_k: Annotated[int, typer.Option(help="sample from this many tokens; 0 is off")] = 0,
     top_p: Annotated[float, typer.Option(help="sample from this share of the probability")] = 1.0,
@@ -53,8 +59,14 @@ def generate(
     Text after text continues it. One text without --out is printed as it is generated.
     """
     from megamm.common.device import choose
+    from megamm.inference.contact_sheet import write_contact_sheet
     from megamm.inference.generate import Sampling
-    from megamm.inference.generate_files import Medium, generate_files, generate_requests, read_requests
+    from megamm.inference.generate_files import (
+        Medium,
+        generate_files,
+        generate_requests,
+        read_requests,
+    )
 
     log_to_console()
     sampling = Sampling(temperature, top_k, top_p, seed, max_tokens, tuple(stop or ()))
@@ -63,10 +75,15 @@ def generate(
             remedy = "give --requests alone; each of its lines names input, modality and output"
             what = "--requests cannot be combined with --prompt, --from, --together, --to or --out"
             raise UserError(what, remedy=remedy)
-        asked = read_requests(requests)
-        generate_requests(export, asked, sampling, choose(device).torch_device)
-        print(f"{requests}: {len(asked)} generated")
+        asked = read_requests(requests, resume)
+        progress = requests.with_name(f"{requests.name}.progress.json")
+        generate_requests(export, asked, sampling, choose(device).torch_device, progress)
+        print(f"{requests}: {sum(not request.is_done for request in asked)} generated")
+        if sheet is not None:
+            write_contact_sheet(asked, sheet)
         return
+    if resume or sheet is not None:
+        raise UserError("--resume and --sheet need --requests", remedy="remove them, or give --requests")
     if to is None:
         raise UserError("no output modality", remedy="give --to, or --requests")
     texts, files = iter(prompt or []), iter(file or [])

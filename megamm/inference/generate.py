@@ -115,9 +115,11 @@ def generate_from(
     target: str,
     sampling: Sampling,
     on_text: Callable[[str], None] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[Any]:
     """Generate one medium of `target` for each prompt. on_text: gets the text of a single prompt as it is generated.
 
+    numbers: of the items, whose seeds are seed + number; None: they count from 0.
     UserError if the export lacks a modality, a prompt is too long for the model, or stop strings are given for media.
     """
     codec = modality_in(export, target)
@@ -137,7 +139,7 @@ def generate_from(
     made: list[Any] = []
     for first in range(0, len(items), BATCH):
         batch = slice(first, first + BATCH)
-        seeds = [sampling.seed + i for i in range(len(items))[batch]]
+        seeds = [sampling.seed + number for number in (numbers or range(len(items)))[batch]]
         if target == "text":
             texts = [
                 Continuation(codec, _text_at_end(parts), sampling.stop, _most_text(export, prompt, sampling))

@@ -4,21 +4,25 @@ Each request has its own prompt, modality and output; a prompt has one part or s
 checked before the model is loaded. An output gets its final name when it is complete.
 """
 
+import hashlib
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megamm.common.errors import UnreadableMedia, UserError
-from megamm.convert.io.export_folder import LoadedExport, open_export
+from megamm.convert.io.export_folder import METADATA, LoadedExport, open_export
 from megamm.data.raw.extensions import ALIASES
-from megamm.inference.generate import Prompt, Sampling, generate_from, modality_in
+from megamm.inference.generate import BATCH, Prompt, Sampling, generate_from, modality_in
 from megamm.modalities import REGISTRY
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,16 @@ class Request:
     prompt: tuple[Medium, ...]
     target: str
     out: Path
+    is_done: bool = False
+    """Whether the output exists already, from an interrupted command."""
 
 
-def read_requests(file: Path) -> list[Request]:
+def read_requests(file: Path, resume: bool = False) -> list[Request]:
     """Read requests from a file of JSON lines: {"prompt": TEXT or "from": FILE, "to": MODALITY, "out": FILE}.
 
     Instead, {"parts": [{"prompt": TEXT}, {"from": FILE}, ...], "to": ..., "out": ...} is one prompt of several parts.
     Relative paths are relative to the folder of `file`. UserError for the first line that is not a request, and for an
-    output that exists or is used twice.
+    output that exists (unless `resume`) or is used twice.
     """
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
@@ -105,7 +111,7 @@ def read_requests(file: Path) -> list[Request]:
     requests: list[Request] = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            requests.append(_request(line, f"{file}:{number}", file.parent))
+            requests.append(_request(line, f"{file}:{number}", file.parent, resume))
     if not requests:
         raise UserError("no requests", where=file, remedy='add a line {"prompt": TEXT, "to": "image", "out": FILE}')
     for out, count in Counter(request.out for request in requests).items():
@@ -114,7 +120,7 @@ def read_requests(file: Path) -> list[Request]:
     return requests
 
 
-def _request(line: str, where: str, folder: Path) -> Request:
+def _request(line: str, where: str, folder: Path, resume: bool) -> Request:
     remedy = 'write {"prompt": TEXT, "to": "image", "out": FILE}, or "from": FILE in place of "prompt"'
     try:
         entry = json.loads(line)
@@ -129,22 +135,28 @@ def _request(line: str, where: str, folder: Path) -> Request:
         remedy = f"use one of {', '.join(REGISTRY)}"
         raise UserError(f"unknown modality {entry['to']!r}", where=where, remedy=remedy)
     out = folder / entry["out"]
-    _check_out(out, entry["to"], 1)
+    is_done = resume and out.is_file()
+    if not is_done:
+        _check_out(out, entry["to"], 1)
     parts = entry["parts"] if "parts" in entry else [{key: entry[key] for key in given}]
     if not isinstance(parts, list) or not parts or not all(map(_is_part, parts)):
         raise UserError("wrong parts", where=where, remedy='write "parts": [{"prompt": TEXT}, {"from": FILE}]')
     media = [Medium.of_prompt(p["prompt"]) if "prompt" in p else Medium.of_file(folder / p["from"]) for p in parts]
-    return Request(tuple(media), entry["to"], out)
+    return Request(tuple(media), entry["to"], out, is_done)
 
 
 def _is_part(part: Any) -> bool:
     return isinstance(part, dict) and len(part) == 1 and isinstance(part.get("prompt", part.get("from")), str)
 
 
-def generate_requests(folder: Path, requests: list[Request], sampling: Sampling, device: torch.device) -> None:
-    """Generate all requests with the export in `folder`, in batches of the same direction.
+def generate_requests(
+    folder: Path, requests: list[Request], sampling: Sampling, device: torch.device, progress: Path
+) -> None:
+    """Generate all requests that are not done with the export in `folder`, in batches of the same direction.
 
-    Within a direction, item i uses seed + i. UserError, before any model is loaded, if an input is invalid.
+    Within a direction, item i uses seed + i, also if items before it are done. Outputs are written after each batch, so
+    that an interrupted command loses one batch. progress: the file that notes what the outputs are made with.
+    UserError, before any model is loaded, for an invalid input, or if there are outputs of another export or settings.
     """
     directions: dict[tuple[tuple[str, ...], str], list[Request]] = {}
     for request in requests:
@@ -153,12 +165,42 @@ def generate_requests(folder: Path, requests: list[Request], sampling: Sampling,
         directions.setdefault((tuple(part.modality for part in request.prompt), request.target), []).append(request)
     if sampling.stop and all(request.target != "text" for request in requests):
         raise UserError("stop strings end text, and no request is for text", remedy="remove --stop")
+    done = sum(request.is_done for request in requests)
+    _note_progress(progress, folder, sampling, done > 0)
+    if done == len(requests):
+        return
     export = open_export(folder, device)
     for (_, target), same in directions.items():
         sampled = sampling if target == "text" else replace(sampling, stop=())
-        made = generate_from(export, [_read(export, request.prompt) for request in same], target, sampled)
-        for request, medium in zip(same, made, strict=True):
-            _write([export.modalities[target].write_media(medium)], target, request.out)
+        pending = [(number, request) for number, request in enumerate(same) if not request.is_done]
+        for first in range(0, len(pending), BATCH):
+            batch = pending[first : first + BATCH]
+            prompts = [_read(export, request.prompt) for _, request in batch]
+            made = generate_from(export, prompts, target, sampled, numbers=[number for number, _ in batch])
+            for (_, request), medium in zip(batch, made, strict=True):
+                _write([export.modalities[target].write_media(medium)], target, request.out)
+            done += len(batch)
+            log.info("%d of %d requests are complete", done, len(requests))
+
+
+def _note_progress(noted: Path, folder: Path, sampling: Sampling, has_outputs: bool) -> None:
+    """Note export and settings; UserError if there are outputs of others."""
+    try:
+        digest = hashlib.sha256((folder / METADATA).read_bytes()).hexdigest()
+    except OSError:
+        return  # open_export names what is wrong
+    ours = {"export": digest, "sampling": json.loads(json.dumps(asdict(sampling)))}
+    if has_outputs and noted.is_file():
+        try:
+            theirs = json.loads(noted.read_bytes())
+        except ValueError:
+            theirs = None
+        if theirs != ours:
+            what = "--resume: the outputs so far are of another export or of other settings"
+            raise UserError(what, where=noted, remedy="use the same ones, or remove the outputs and this file")
+    partial = noted.with_name(f".{noted.name}.partial")
+    partial.write_text(json.dumps(ours, indent=1) + "\n")
+    partial.rename(noted)
 
 
 def modality_of(path: Path) -> str:
