@@ -264,7 +264,9 @@ def test_evaluation_takes_the_heldout_documents(tmp_path: Path) -> None:
         device=torch.device("cpu"),
         modalities=MODALITIES,
         vocabulary=options.vocabulary,
-        config=SimpleNamespace(data=SimpleNamespace(sources=[source], long_documents="error", seq_length=ROW)),
+        config=SimpleNamespace(
+            data=SimpleNamespace(sources=[source], long_documents="error", seq_length=ROW), spans=frozenset()
+        ),
         row=lambda document, length: pack([document], options.vocabulary, length, options.packing),
         model=lambda ids, attention_mask: SimpleNamespace(logits=torch.zeros(*ids.shape, size)),
     )

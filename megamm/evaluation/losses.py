@@ -15,7 +15,7 @@ samples (cluster-robust: Liang & Zeger 1986). If the build's report tells by whi
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -122,8 +122,10 @@ def evaluate(subject: Subject, sources: list[Path], *, limit: int | None = None,
         samples=samples,
         loss={name: float(sums[m] / counts[m]) for m, name in found},
         tokens={name: int(counts[m]) for m, name in found},
-        pair_gain=pair_gains(pairs, second),
-        pair_gain_by_rule={rule: pair_gains([pairs[i] for i in of], second[of]) for rule, of in of_rule.items()},
+        pair_gain=pair_gains(pairs, second, subject.config.spans),
+        pair_gain_by_rule={
+            rule: pair_gains([pairs[i] for i in of], second[of], subject.config.spans) for rule, of in of_rule.items()
+        },
     )
 
 
@@ -218,14 +220,18 @@ def mixed(pair: ContrastPair) -> tuple[Document, Document]:
     return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
 
 
-def pair_gains(pairs: list[ContrastPair], second: npt.NDArray[np.float64]) -> dict[str, PairGain]:
-    """Return the gains by direction.
+def pair_gains(
+    pairs: list[ContrastPair], second: npt.NDArray[np.float64], input_only: Collection[str]
+) -> dict[str, PairGain]:
+    """Return the gains by direction, except into modalities that are input only.
 
     second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part.
     """
     gains: dict[str, tuple[list[float], list[str]]] = {}
     for pair, means in zip(pairs, second, strict=True):
         for document, gain in zip(orders(pair.own), means[2:] - means[:2], strict=True):
+            if document.parts[1].modality in input_only:
+                continue
             values, nouns = gains.setdefault("_to_".join(part.modality for part in document.parts), ([], []))
             values.append(float(gain))
             nouns.append(pair.noun)

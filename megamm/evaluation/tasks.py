@@ -153,7 +153,7 @@ class PairGainTask(_OfSource):
         if config.direction is not None:
             wanted = {*parts_of(config)[0], parts_of(config)[1]}
             self.pairs = [pair for pair in self.pairs if {part.modality for part in pair.own.parts} == wanted]
-        self.count = len(self.pairs)
+        self.count, self.input_only = len(self.pairs), subject.config.spans
 
     def compute(self, subject: Subject, items: Sequence[int], folder: Path) -> list[Record]:
         pairs = [self.pairs[i] for i in items]
@@ -163,7 +163,7 @@ class PairGainTask(_OfSource):
 
     def figures(self, records: Sequence[Record]) -> Iterator[MetricFigure]:
         means = np.array([record["losses"] for record in records]).reshape(-1, 4)
-        gains = losses.pair_gains(self.pairs, means)
+        gains = losses.pair_gains(self.pairs, means, self.input_only)
         if not gains:
             yield self.figure(PAIR_GAIN, Estimate(None, None, 0), note="no sample has two parts and a partner")
         for direction, gain in gains.items():
@@ -190,6 +190,9 @@ class RecallTask(_OfSource):
         if len(given) != 1 or given[0] == target:
             raise UserError(f"recall ranks one modality given another, not {config.direction}", remedy="give a_to_b")
         self.names = (given[0], target)
+        if both := sorted(subject.config.spans.intersection(self.names)):
+            what = f"recall scores both modalities, and the model reads {both[0]} as bidirectional spans"
+            raise UserError(what, remedy="remove the task")
         found = []
         for document in _unordered(self):
             parts = {part.modality: part for part in document.parts}

@@ -13,6 +13,7 @@ from megamm.config import RunConfig
 from megamm.config.suite import SamplingConfig
 from megamm.convert.extras.card import CARD
 from megamm.convert.io.export_folder import DIGESTS, LoadedExport
+from megamm.convert.io.span_masks import attention_mask
 from megamm.data.pipeline.packing import document_length
 from megamm.evaluation.subject import Prompt
 from megamm.inference.generate import Sampling, generate_from
@@ -74,7 +75,8 @@ class ExportSubject:
             indices, order = order[:size], order[size:]
             rows = [self.export.row(documents[i], longest) for i in indices]
             batch = Batch.stack(rows).to(self.export.device)
-            logits_BSV = self.export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
+            mask = attention_mask(self.export.model, batch.segment >= 0, batch.span)
+            logits_BSV = self.export.model(batch.input_ids, attention_mask=mask).logits
             loss_BS = torch.nn.functional.cross_entropy(
                 logits_BSV.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"
             ).view_as(batch.labels)

@@ -21,6 +21,11 @@ def check(config: RunConfig) -> None:
     setting, model = config.train.attention, config.model
     if setting not in BY_LENGTHS:
         return
+    if config.spans:
+        raise UserError(
+            f"train.attention={setting} does not support modalities.{min(config.spans)}.attention = span",
+            remedy="set train.attention=auto",
+        )
     if model.attention_softcap:
         raise UserError(
             f"train.attention={setting} does not support model.attention_softcap = {model.attention_softcap:g}",
@@ -48,6 +53,8 @@ def against_lengths(config: RunConfig) -> Iterator[str]:
         yield "its kernels do not compute in float32"
     if config.model.attention_softcap:
         yield "it has no cap of the scores"
+    if config.spans:
+        yield "it has no bidirectional spans"
     if max(query, value) > LARGEST_HEAD:
         yield f"its heads have at most {LARGEST_HEAD} channels"
     if query != value:

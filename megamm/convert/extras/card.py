@@ -174,6 +174,14 @@ def _body(
         "",
         f"Weights: {size / 2**20:,.1f} MiB. Check all files: `sha256sum -c {DIGESTS}`.",
     ]
+    if spans := sorted(
+        name for name, m in metadata["config"].get("modalities", {}).items() if m["attention"] == "span"
+    ):
+        lines += [
+            "",
+            f"Bidirectional spans: {', '.join(spans)}. The tokens of such a part attend to each other in both "
+            "directions: a program that runs the weights needs a mask for it, as `megamm generate` has.",
+        ]
     architecture = {key: value for key, value in theirs.items() if isinstance(value, int | float | str)}
     lines += ["", "## Configuration", "", *_table(("of config.json", ""), sorted(architecture.items()))]
     ranges = [(r.name, r.start, r.stop - 1, r.codec_id or "-") for r in vocabulary.ranges]
