@@ -11,8 +11,10 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +39,7 @@ _TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILI
 POLL = 0.5
 """Seconds between two polls; each poll reads two file sizes from a shared file system."""
 STATUS_SECONDS = 5.0
-MANY = 200
+MANY = 1000
 """Number of runs from which on several processes read them."""
 BEFORE = 10
 """Number of earlier lines that are shown first."""
@@ -83,11 +85,22 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def statuses(found: list[Path]) -> list[Status]:
     """Return the status of each run; of many runs, several processes read the folders."""
+    at_once = partial(status, now=time.time())
     if len(found) < MANY:
-        return [status(run) for run in found]
-    # Forked, as they import nothing new and the command has no threads. More than cores: file systems make them wait.
-    with multiprocessing.get_context("fork").Pool(2 * len(os.sched_getaffinity(0))) as pool:
-        return pool.map(status, found, chunksize=16)
+        return [at_once(run) for run in found]
+    # Spawned: a fork copies one thread only, and this process may have others, with locks held. Pipes and not a pool,
+    # whose semaphores would stay in /dev/shm until this process exits.
+    context, readers = multiprocessing.get_context("spawn"), min(len(os.sched_getaffinity(0)), 8)
+    shares = [context.Pipe(duplex=False) for _ in range(readers)]
+    for first, (_, send) in enumerate(shares):
+        context.Process(target=_send_statuses, args=(send, at_once, found[first::readers]), daemon=True).start()
+        send.close()
+    read = [receive.recv() for receive, _ in shares]
+    return [read[i % readers][i // readers] for i in range(len(found))]
+
+
+def _send_statuses(send: Connection, at_once: Callable[[Path], Status], found: list[Path]) -> None:
+    send.send([at_once(run) for run in found])
 
 
 def status(run: Path, now: float | None = None) -> Status:
