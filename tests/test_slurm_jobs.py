@@ -68,7 +68,7 @@ def test_one_task_a_rank_and_a_bad_node(lab, small_scratch):
     job = lab.sbatch("bad", "--nodelist=n1,n2,n3", "--ntasks-per-node=2", faults="sigkill@step:7:1:0", **env)
     assert job.ends_nearly_as_undisturbed()["Restarts"] == "0"
     job.tells("bad node n1: scratch", "excluded for the faults listed above: n1")
-    job.tells("with 2 ranks on each of 2 nodes, 2 tasks a node", "attempt 0 failed", "resumed")
+    job.tells("with 2 ranks on each of 2 nodes, 2 tasks per node", "attempt 0 failed", "resumed")
     assert job.attempt_of_the_kill() == 0
     assert [event["ranks"] for event in job.events("launched") + job.events("restarting")] == [4, 4]
     assert "DRAIN" in lab.cluster("sinfo", "--noheader", "--nodes=n1", "--format=%T").upper()

@@ -18,7 +18,7 @@ COUNTS_SECONDS = 1.0
 
 
 @dataclass
-class Member:
+class KnownNode:
     """One agent. heard: when its last message came, in seconds; address: its node's, for messages and for the order.
 
     rank: in the current round, None outside of it. turn: its number among the requests to join, None if it has not
@@ -49,7 +49,7 @@ class Membership:
         """nodes: the least and the largest number; the times are in seconds."""
         self.least, self.most = nodes
         self.last_call, self.lost_after = last_call, lost_after
-        self.members: dict[int, Member] = {}
+        self.members: dict[int, KnownNode] = {}
         self.outbox: list[tuple[list[int], dict[str, Any]]] = []
         self.is_closed = False
         self._round = _Round()
@@ -62,7 +62,7 @@ class Membership:
 
     def connect(self, member: int, address: str, now: float) -> None:
         """Add an agent, which is in no round yet."""
-        self.members[member] = Member(address, now)
+        self.members[member] = KnownNode(address, now)
         self._uninformed.add(member)
         if self.is_closed:
             self._send([member], closed=True)
@@ -162,7 +162,7 @@ class Membership:
         parts = re.split(r"(\d+)", one.address)  # text and numbers take turns: node-2 comes before node-10
         return (1, 0, [int(part) if i % 2 else part for i, part in enumerate(parts)], one.turn)
 
-    def _count(self, active: dict[int, Member], joining: list[int], now: float) -> None:
+    def _count(self, active: dict[int, KnownNode], joining: list[int], now: float) -> None:
         """Send the numbers of nodes to those that act on them at once: waiting nodes and group rank 0."""
         counts = {
             "waiting": max(0, min(len(joining), self.most - len(active))),
@@ -177,7 +177,7 @@ class Membership:
                 self._counts_due = now + COUNTS_SECONDS
                 self._uninformed -= concerned
 
-    def _is_alive(self, one: Member, now: float) -> bool:
+    def _is_alive(self, one: KnownNode, now: float) -> bool:
         return now - one.heard <= self.lost_after
 
     def _is_in(self, member: int, number: int) -> bool:
