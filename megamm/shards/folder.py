@@ -29,8 +29,18 @@ import numpy as np
 from megamm.common.errors import UserError
 from megamm.common.files import new_file, sync
 from megamm.common.sample import IntArray
-from megamm.shards.index import INDEX, UNNUMBERED, IndexBuilder, Member, ShardIndex, map_index, parse_extension
+from megamm.shards.index import (
+    INDEX,
+    UNNUMBERED,
+    IndexBuilder,
+    Member,
+    ShardIndex,
+    checksum_of,
+    map_index,
+    parse_extension,
+)
 from megamm.shards.jsonl_index import read_jsonl_index
+from megamm.shards.shard_cache import RemoteMember
 from megamm.shards.tar_checks import member_of, require_tars
 from megamm.shards.tar_reader import BLOCK, StoredMember, TarReader
 
@@ -88,7 +98,7 @@ class ShardWriter:
             offset = self._tar.offset + BLOCK
             self._tar.addfile(info, io.BytesIO(data))
         self._names.add(name)
-        self._members.append(Member(key, ext, offset, len(data), tokens))
+        self._members.append(Member(key, ext, offset, len(data), tokens, checksum_of(data)))
         self.count += 1
 
     def __exit__(
@@ -191,7 +201,7 @@ class ShardFolder:
     def _extension_of(self, i: int) -> str:
         return self.index.form_of(i).rpartition(".")[2]
 
-    def stored(self, i: int) -> StoredMember:
+    def stored(self, i: int) -> StoredMember | RemoteMember:
         """Member i with its tar, for a TarReader, also in another process."""
         return member_of(self.folder, self.index, i)
 
