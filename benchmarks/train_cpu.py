@@ -74,7 +74,7 @@ def _row(rng: np.random.Generator) -> Row:
     labels[:-1][segment[1:] != segment[:-1]] = IGNORE_LABEL
     valid = labels != IGNORE_LABEL
     position = np.broadcast_to(np.arange(LENGTH) % DOCUMENT, (3, LENGTH)).copy()
-    return Row(ids, labels, valid.astype(np.float32), segment, position, np.where(valid, 0, -1))
+    return Row(ids, labels, valid.astype(np.float32), segment, position, np.where(valid, 0, -1), np.full(LENGTH, -1))
 
 
 def our_step(config: RunConfig) -> Callable[[], float]:

@@ -13,11 +13,15 @@ import torch
 import warm
 
 from megamm.common import device
+from megamm.mcore import cpu
 from megamm.ops import library
 from megamm.parity.harness import Harness
 from megamm.parity.worlds import Worlds
 
 pytest_plugins = ["suite"]
+
+if not device.choose("auto").is_gpu:
+    cpu.install()  # before any test file imports Megatron-core, as a run does
 
 
 @pytest.fixture(scope="session", autouse=True)

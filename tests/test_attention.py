@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_reference import attention, random_metadata, relative_error
+from attention_reference import attention, random_metadata, relative_error, with_spans
 from attention_worker import ALONE, BASE, CASES, FORMS, HEADS, SELDOM, WINDOWS, build, errors, errors_of_cases, inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -101,6 +101,23 @@ def test_windows_and_caps_are_exact(form: tuple[float, float, int], only_short: 
     assert relative_error(flex.detach(), wanted.detach()) <= OUTPUT
 
 
+@pytest.mark.parametrize("form", [None, WINDOWS[1], FORMS[1]], ids=str)
+@pytest.mark.parametrize("heads", [heads for heads in HEADS if heads[0] in ("grouped", "latent")])
+def test_spans_are_exact(heads: tuple[Any, ...], form: tuple[float, float, int] | None) -> None:
+    length = 301
+    packed_seq_metadata, tensors = with_spans(random_metadata(4, length), 9), inputs(4, length, heads)
+    module = build(ALONE, heads[3], heads[5], form=form, spans=True)
+    found = errors(module, torch.arange(length), tensors, packed_seq_metadata, heads[5], form)
+    assert found[0] <= OUTPUT
+    assert max(found[1:]) <= GRADIENT
+    flex = build(ALONE, heads[3], heads[5], kernel="flex", form=form, spans=True)(*tensors[:3], packed_seq_metadata)
+    base = BASE if heads[5] else None
+    wanted = attention(*(x.double() for x in tensors[:3]), packed_seq_metadata, heads[5] or 1, base, form)
+    assert relative_error(flex.detach(), wanted.detach()) <= OUTPUT
+    causal = attention(*(x.double() for x in tensors[:3]), packed_seq_metadata[:, :4], heads[5] or 1, base, form)
+    assert relative_error(causal, wanted.detach()) > 0.01
+
+
 @pytest.mark.parametrize("form", WINDOWS, ids=str)
 @pytest.mark.parametrize("only_short", [False, True])
 def test_windows_of_documents_by_lengths_are_exact(form: tuple[float, float, int], only_short: bool) -> None:
@@ -181,6 +198,11 @@ def test_masked_work_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build(ALONE, 4, 1)
     assert _work(module, _metadata([2048]), monkeypatch) == pytest.approx(0.5, abs=0.04)
     assert _work(module, _metadata([32] * 64), monkeypatch) == pytest.approx(1 / 16)
+    # A span of 256 tokens in the middle of the row: only its own blocks see two blocks more ahead.
+    spans = torch.cat((_metadata([2048]), torch.full((1, 1, 2048), -1)), 1)
+    spans[:, 4, 1024:1280] = 0
+    more = _work(build(ALONE, 4, 1, spans=True), spans, monkeypatch) - _work(module, _metadata([2048]), monkeypatch)
+    assert more == pytest.approx(1 / 16**2)
 
 
 # --- positions ---
@@ -266,18 +288,19 @@ def _packed(generator: torch.Generator, length: int, rows: int) -> torch.Tensor:
     return torch.stack(segments)[:, None].expand(-1, 4, -1).clone()
 
 
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("window", [0, 100, 129])
 @pytest.mark.parametrize(("length", "ranks"), [(1, 1), (127, 1), (128, 1), (1000, 1), (1024, 2), (1032, 3), (1288, 7)])
-def test_block_mask_is_that_of_torch(length: int, ranks: int, window: int) -> None:
+def test_block_mask_is_that_of_torch(length: int, ranks: int, window: int, spans: bool) -> None:
     """Also where a block has queries of two chunks, and where the row is not a multiple of a block."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    from megamm.mcore.attention import _block_mask
+    from megamm.mcore.attention import ScoreForm, _block_mask
     from megamm.mcore.context import local_chunks
 
-    metadata = _packed(torch.Generator().manual_seed(length + window), length, rows=3)
+    metadata = with_spans(_packed(torch.Generator().manual_seed(length + window), length, rows=3), length)
     for rank in {0, ranks - 1}:
-        mask = _block_mask(metadata, local_chunks(length, rank, ranks), window)
+        mask = _block_mask(metadata, local_chunks(length, rank, ranks), ScoreForm(window=window, spans=spans))
         wanted = create_block_mask(mask.mask_mod, 3, None, length // ranks, length, device="cpu")
         assert mask.seq_lengths == wanted.seq_lengths
         assert mask.BLOCK_SIZE == wanted.BLOCK_SIZE
@@ -302,14 +325,17 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("spans", [False, True])
 @pytest.mark.parametrize("window", [0, 4096])
-def test_block_mask_of_a_long_row_needs_little_memory(window: int) -> None:
+def test_block_mask_of_a_long_row_needs_little_memory(window: int, spans: bool) -> None:
     """A row of 131,072 tokens: one bool for each of S x S pairs would be 16 GiB."""
-    from megamm.mcore.attention import _block_mask
+    from megamm.mcore.attention import ScoreForm, _block_mask
 
+    metadata = _metadata([100_000, 31_000, 72])
+    metadata = torch.cat((metadata, (torch.arange(131_072) // 700)[None, None]), 1) if spans else metadata
     with _Largest() as seen:
-        mask = _block_mask(_metadata([100_000, 31_000, 72]), [(0, 131_072)], window)
+        mask = _block_mask(metadata, [(0, 131_072)], ScoreForm(window=window, spans=spans))
     assert seen.largest <= 10 << 20
     blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
     by_document = [n * (n + 1) // 2 for n in (100_000 // 128, 31_000 // 128)]
-    assert window or 0 < blocks - sum(by_document) < 3 * 1024
+    assert window or spans or 0 < blocks - sum(by_document) < 3 * 1024

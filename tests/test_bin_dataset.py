@@ -28,7 +28,8 @@ from megamm.data.pipeline.bin_dataset import BinDataset, ChosenDocuments, EndTok
 from megamm.data.pipeline.packing import PackingSpec, pack
 from megamm.data.pipeline.run_data import OpenSource, StreamOptions, begin_stream, resume_stream, schedule_to_json
 from megamm.data.pipeline.token_dataset import TokenDataset
-from megamm.inference.evaluate import evaluate
+from megamm.evaluation.losses import evaluate
+from megamm.inference.export_subject import ExportSubject
 from megamm.modalities.protocol import sequential_positions
 from megamm.model.vocabulary import Vocabulary
 from megamm.shards.indexed_dataset import DTYPES
@@ -263,19 +264,21 @@ def test_evaluation_takes_the_heldout_documents(tmp_path: Path) -> None:
         device=torch.device("cpu"),
         modalities=MODALITIES,
         vocabulary=options.vocabulary,
-        config=SimpleNamespace(data=SimpleNamespace(sources=[source], long_documents="error", seq_length=ROW)),
+        config=SimpleNamespace(
+            data=SimpleNamespace(sources=[source], long_documents="error", seq_length=ROW), spans=frozenset()
+        ),
         row=lambda document, length: pack([document], options.vocabulary, length, options.packing),
         model=lambda ids, attention_mask: SimpleNamespace(logits=torch.zeros(*ids.shape, size)),
     )
     heldout = open_split(source, "heldout", MODALITIES, "auto")
-    found = evaluate(export, [prefix])
+    found = evaluate(ExportSubject(export), [prefix])
     # Of each document: two ids, the end of text, and the end mark.
     assert (found.samples, found.tokens) == (len(heldout), {"text": 4 * len(heldout)}) and len(heldout) > 5
     assert found.loss["text"] == pytest.approx(math.log(size)) and not found.pair_gain
-    assert evaluate(export, [prefix], limit=3).samples == 3
+    assert evaluate(ExportSubject(export), [prefix], limit=3).samples == 3
     export.config.data.sources = []
     with pytest.raises(UserError, match=r"no held-out samples .*only a source of the run with `heldout` above 0"):
-        evaluate(export, [prefix])
+        evaluate(ExportSubject(export), [prefix])
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,16 @@ from megamm.convert.import_folder import import_
 from megamm.convert.verify.logits import logits_difference
 from megamm.data.raw.samples import normalise_noun
 from megamm.data.tokenize.token_cache import tokenize
-from megamm.inference import evaluate as module
-from megamm.inference.evaluate import evaluate, partners, summarise
+from megamm.evaluation import losses
+from megamm.evaluation.losses import partners, summarise
+from megamm.inference.export_subject import ExportSubject
 from megamm.shards.folder import ShardFolder, ShardWriter
 
 HELDOUT = 12
+
+
+def evaluate(export, sources, **options):
+    return losses.evaluate(ExportSubject(export), sources, **options)
 
 
 @pytest.fixture(scope="module")
@@ -103,26 +108,24 @@ def test_pair_gain_equals_a_plain_loop(export, source):
         assert result[direction].samples == HELDOUT
 
 
-def test_batches_give_the_same_numbers(export, source, monkeypatch):
+def test_batches_give_the_same_numbers(export, source):
     wanted = evaluate(export, [source])
-    monkeypatch.setattr(module, "_LOGITS_CPU", 1)  # one document per batch
-    alone = evaluate(export, [source])
+    alone = losses.evaluate(ExportSubject(export, logits=1), [source])  # one document per batch
     assert alone.loss == pytest.approx(wanted.loss, rel=1e-6)
     for direction, gain in wanted.pair_gain.items():
         assert alone.pair_gain[direction].mean == pytest.approx(gain.mean, abs=1e-6)
 
 
-def test_a_document_is_computed_once(export, source, monkeypatch):
+def test_a_document_is_computed_once(export, source):
     """Both orders of every sample serve loss and gain; only the two mixed documents are added."""
     seen = []
-    compute = module.token_losses
 
-    def counting(export, documents):
-        seen.extend(tuple((part.modality, tuple(part.ids)) for part in document.parts) for document in documents)
-        return compute(export, documents)
+    class Counting(ExportSubject):
+        def token_losses(self, documents):
+            seen.extend(tuple((part.modality, tuple(part.ids)) for part in document.parts) for document in documents)
+            return super().token_losses(documents)
 
-    monkeypatch.setattr(module, "token_losses", counting)
-    evaluate(export, [source])
+    losses.evaluate(Counting(export), [source])
     assert len(seen) == len(set(seen)) <= 4 * HELDOUT
 
 

@@ -30,7 +30,8 @@ from megamm.convert.io.hf_source import HuggingFaceSource
 from megamm.convert.verify.equivalence import VerificationOptions
 from megamm.data.pipeline.packing import PackingSpec, document_length, pack
 from megamm.data.tokenize.token_cache import tokenize
-from megamm.inference.evaluate import evaluate
+from megamm.evaluation.losses import evaluate
+from megamm.inference.export_subject import ExportSubject
 from megamm.inference.generate import Sampling, generate
 from megamm.init_from.rules import resize_vocabulary
 from megamm.modalities.protocol import sequential_positions
@@ -330,7 +331,7 @@ def test_an_import_stops_at_every_end_of_its_source(opened: LoadedExport, end: i
 def test_an_import_is_evaluated_by_the_loss_of_transformers(opened: LoadedExport, llama: Path, tmp_path: Path) -> None:
     source = write_source(tmp_path / "shapes", 4, 3)
     tokenize([source], [opened.modalities["text"]])
-    found = evaluate(opened, [source])
+    found = evaluate(ExportSubject(opened), [source])
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(llama / "hf"), AutoTokenizer.from_pretrained(llama / "hf")
     with tarfile.open(next((source / "heldout" / "text").glob("*.tar"))) as tar:
         texts = [tar.extractfile(member).read().decode() for member in tar if member.name.endswith(".txt")]

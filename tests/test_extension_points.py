@@ -73,7 +73,7 @@ def apply(files: set[str], copy: Path) -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a copy of the package that has the toy modality and the toy operator."""
     folder = tmp_path_factory.mktemp("copy")
-    shutil.copytree(ROOT / "megamm", folder / "megamm", ignore=shutil.ignore_patterns("__pycache__", "_csrc.so"))
+    shutil.copytree(ROOT / "megamm", folder / "megamm", ignore=shutil.ignore_patterns("__pycache__", "_csrc*.so"))
     apply(documented("Add a modality", "scent"), folder)
     apply({p for p in documented("Add a fused operator", "double") if p.startswith("megamm/")}, folder)
     return folder

@@ -12,8 +12,9 @@ import pytest
 
 from megamm.common import device as devices
 from megamm.common import processes
+from megamm.common.errors import UserError
 from megamm.elastic import fork_server
-from megamm.elastic.fork_server import ForkServer
+from megamm.elastic.fork_server import CheckFailed, ForkServer
 from megamm.elastic.prefork import PreforkParent
 from megamm.elastic.rank_status import HeartbeatPage
 
@@ -171,6 +172,69 @@ def test_one_that_cannot_import_is_tried_again_only_when_asked(launcher, capfd):
         it.wait(lambda: it.server.pid is None)
         assert it.prefork_parents() == []
     assert capfd.readouterr().err.count("fork server died") == 3
+
+
+CHECKING_RANKS = """
+import os, signal, socket, sys
+from pathlib import Path
+from megamm.common.errors import UserError
+from megamm.elastic import prefork
+
+def check(config):
+    with open(config["log"], "a") as log:
+        log.write("checked\\n")
+    if config["ends"] == "refuses":
+        raise UserError("no data", where=Path("/nowhere"), remedy="build it")
+    if config["ends"] == "full":
+        raise OSError(28, "No space left on device", "/full/disk")
+    if config["ends"] == "fails":
+        raise ZeroDivisionError("of this program")
+    if config["ends"] == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def preload(config, start_check):
+    if "again" not in sys.argv:
+        start_check(check)
+        if config["ends"] == "is replaced":
+            os.execv(sys.executable, [*sys.orig_argv, "again"])
+
+def rank(_config):
+    raise AssertionError("these tests start no ranks")
+
+prefork.serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), preload, rank)
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "error"),
+    [
+        ("accepts", None),
+        ("is replaced", None),
+        ("refuses", "no data (/nowhere); build it"),
+        ("full", "No space left on device"),
+        ("fails", "ZeroDivisionError"),
+        ("is killed", "signal 9 (SIGKILL)"),
+    ],
+)
+def test_a_config_is_checked_once_beside_the_imports(tmp_path, monkeypatch, capfd, ends, error):
+    """Its errors reach the launcher as they were; a process that the imports replace does not check again."""
+    (tmp_path / "checking_ranks.py").write_text(CHECKING_RANKS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")])))
+    server = ForkServer("checking_ranks", {"log": str(tmp_path / "log"), "ends": ends}, has_check=True)
+    try:
+        if error is None:
+            server.check()
+            while not server._is_ready:
+                server.attend()
+        else:
+            of_user = ends in ("refuses", "full")
+            with pytest.raises(UserError if of_user else CheckFailed) as raised:
+                server.check()
+            assert error in str(raised.value)
+            assert ("Traceback" in capfd.readouterr().err) == (ends == "fails")
+        assert (tmp_path / "log").read_text() == "checked\n"
+    finally:
+        server.close()
 
 
 @pytest.mark.everything

@@ -32,7 +32,7 @@ COUNT = "from megamm.common import processes; from megamm.train import ranks; {}
 @pytest.mark.parametrize(
     ("loads", "threads"),
     [
-        ("ranks.preload({'device': 'cpu', 'engine': 'native'})", 1),
+        ("ranks.preload({'device': 'cpu', 'engine': 'native'}, lambda check: None)", 1),
         ("import numpy", min(4, len(os.sched_getaffinity(0)))),
     ],
     ids=["fork server", "numpy"],

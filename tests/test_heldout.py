@@ -10,7 +10,7 @@ from megamm.common.errors import UserError
 from megamm.data.build.heldout import Heldout, words
 from megamm.data.build.shards import BuildOptions, build
 from megamm.data.raw.samples import RawPart, RawSample
-from megamm.inference.evaluate import heldout_rules
+from megamm.evaluation.losses import heldout_rules
 from megamm.shards.folder import ShardFolder
 
 ROLES, TONES = ("cook", "judge", "pilot", "guard", "mage", "elf"), ("light", "medium-dark", "dark", "yellow")

@@ -20,7 +20,7 @@ from megamm import ops
 from megamm.cli import app
 from megamm.common.device import choose
 from megamm.common.errors import UserError
-from megamm.config import config_from_dict
+from megamm.config import ModalityConfig, config_from_dict
 from megamm.config.accelerators import Installed
 from megamm.mcore import cpu
 from megamm.model import attention_kernel
@@ -251,6 +251,9 @@ def test_attention_forms_and_experts_of_a_run(monkeypatch: pytest.MonkeyPatch) -
     )
     full, window = kernel_proofs.attention_proofs(windowed, CPU, ["sdpa", "varlen"])
     assert all(outcome.agrees for proof in (full, window) for outcome in prove(proof, CPU).values())
+    with_spans = windowed.model_copy(update={"modalities": {"image": ModalityConfig(attention="span")}})
+    spans = kernel_proofs.attention_proofs(with_spans, CPU, ["sdpa"])
+    assert all(prove(proof, CPU)["sdpa"].agrees and proof.form.endswith(", spans") for proof in spans)
 
     def broken(kernel: Any, device: Any, found: Any) -> Any:
         right = attend_by(kernel, device, found)

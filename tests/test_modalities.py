@@ -64,7 +64,7 @@ def test_what_is_no_medium_is_refused(modality, data):
 
 
 def test_every_ordered_pair_is_a_document_whose_losses_are_counted_to_its_modalities(modalities):
-    vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, 512)
+    vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, 512, ())
     parts = {name: Part(name, m.encode([m.read_media(*example(name, 1))])[0]) for name, m in modalities.items()}
     assert vocabulary.modalities == tuple(NAMES)
     for a, b in permutations(NAMES, 2):

@@ -31,6 +31,7 @@ KITS = {
     ),
     "latent": ("latent attention, YaRN", "multi-token prediction", "attention by lengths"),
     "gemma": ("windows", "Gemma's norms, activation and caps"),
+    "spans": ("bidirectional spans, windows", "3-axis RoPE"),
     "rest": (
         *("3-axis RoPE", "tied embeddings", "full recompute", "a microbatch without text", "one query group"),
         *("weight gradients in float32", "attention by lengths"),

@@ -49,6 +49,11 @@ NAMED = [
         "segments or positions passed to attention differ from the row's: row 0, token 1: 0 instead of 1",
     ),
     (
+        "world=2 parallel.context=2 modalities.image.attention=span",
+        faults.span_cut_at_the_chunk,
+        "spans that attention used differ from the row's: row ",
+    ),
+    (
         f"world=2 parallel.expert=2 model.moe.aux_loss_coeff=0.02 {MOE}",
         faults.auxiliary_loss_twice,
         "gradient of the experts' auxiliary loss is multiplied by 2",
@@ -69,6 +74,7 @@ NAMED = [
 CAUSES = {
     faults.document_index_shifted: 0,
     faults.row_positions_shifted: 0,
+    faults.span_cut_at_the_chunk: 0,
     faults.counts_of_this_rank_only: 2,
     "expert data": 2,
 }

@@ -289,7 +289,7 @@ def volumes_of_a_microbatch(parallel: dict[str, Any], world_size: int) -> Counte
         chunks = backbone.wrap(backbone.build_chunks(config, VOCABULARY, groups, device), groups, device)
         step.prepare(chunks, groups)
         ids = torch.zeros(1, 64, dtype=torch.int64)
-        batch = Batch(ids, ids, torch.ones(1, 64), ids, torch.zeros(1, 3, 64, dtype=torch.int64), ids)
+        batch = Batch(ids, ids, torch.ones(1, 64), ids, torch.zeros(1, 3, 64, dtype=torch.int64), ids, ids - 1)
         with _Volumes() as volumes:
             step.run(chunks, [batch], torch.ones(1, dtype=torch.float64), 0.0, groups)
         return volumes.bytes

@@ -54,7 +54,7 @@ def step_of(config: RunConfig) -> _Passes:
         chunks = backbone.wrap(backbone.build_chunks(config, VOCABULARY, groups, device), groups, device)
         step.prepare(chunks, groups)
         ids = torch.zeros(1, ROW, dtype=torch.int64)
-        batch = Batch(ids, ids, torch.ones(1, ROW), ids, torch.zeros(1, 3, ROW, dtype=torch.int64), ids)
+        batch = Batch(ids, ids, torch.ones(1, ROW), ids, torch.zeros(1, 3, ROW, dtype=torch.int64), ids, ids - 1)
         with _Passes() as passes:
             step.run(chunks, [batch], torch.ones(1, dtype=torch.float64), 0.0, groups)
     return passes

@@ -112,7 +112,7 @@ def _unmet(requirements: list[str], pins: dict[str, str]) -> list[str]:
     return [str(r) for r in parsed if pins.get(canonicalize_name(r.name), "0") not in r.specifier]
 
 
-TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "gguf", "heic", "parquet", "quantize", "s3", "slurm", "speech")
+TESTED_EXTRAS = ("dev", "deepspeed", "cuda", "eval", "gguf", "heic", "parquet", "quantize", "s3", "slurm", "speech")
 """Return the extras that `make venv` installs."""
 
 

@@ -418,7 +418,7 @@ def test_ranks_stop_after_the_same_step(seed):
     """Three ranks at a random pace, asked at a random time; a rank that stops one step early would block the others."""
     draw = random.Random(seed)
     page, done, together = HeartbeatPage.create(3), [], threading.Barrier(3)
-    stop = GracefulStop(page, SingleNode(), 0, 1)
+    stop = GracefulStop(page, SingleNode(), 1)
     ranks = [
         threading.Thread(
             target=steps_until_stopped,
@@ -440,11 +440,11 @@ def test_ranks_stop_after_the_same_step(seed):
 
 def test_a_signal_overrides_a_regrouping_but_not_the_other_way():
     page, alone = HeartbeatPage.create(1), SingleNode()
-    stop = GracefulStop(page, alone, 0, 1)
-    alone.send("stop", "regroup")
+    stop = GracefulStop(page, alone, 1)
+    alone.send("stop/regroup", "asked")
     stop.follow()
     assert page.asked == "regroup"
-    alone.send("stop", "requeue")
+    alone.send("stop/requeue", "asked")
     stop.follow()
     assert page.asked == "requeue"
     stop.ask("regroup", tell_others=False)

@@ -149,7 +149,7 @@ def _qwen3(folder: Path, data: Path, config: RunConfig) -> Path:
 def _row(ids: np.ndarray) -> Row:
     """Return a row of ids alone, without the marks of a document."""
     empty, zeros = np.full_like(ids, IGNORE_LABEL), np.zeros_like(ids)
-    return Row(ids, empty, zeros.astype(np.float32), zeros, np.tile(np.arange(len(ids)), (3, 1)), zeros)
+    return Row(ids, empty, zeros.astype(np.float32), zeros, np.tile(np.arange(len(ids)), (3, 1)), zeros, zeros - 1)
 
 
 def qwen3_logits(paths: tuple[Path, Path]) -> tuple[float, float]:

@@ -148,7 +148,7 @@ def test_more_documents_than_were_counted_are_an_error() -> None:
 
 def _row(segment: np.ndarray) -> Row:
     zeros = np.zeros_like(segment)
-    return Row(zeros, zeros, zeros.astype(np.float32), segment, np.stack([zeros] * 3), zeros)
+    return Row(zeros, zeros, zeros.astype(np.float32), segment, np.stack([zeros] * 3), zeros, zeros - 1)
 
 
 def test_a_batch_knows_the_lengths_of_its_documents() -> None:

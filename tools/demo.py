@@ -34,7 +34,7 @@ from megamm import checkpoint
 from megamm.config import load_config
 from megamm.data.build.heldout import words
 from megamm.elastic import heartbeat
-from megamm.inference.evaluate import heldout_rules
+from megamm.evaluation.losses import heldout_rules
 from megamm.observability import metrics
 from megamm.shards.folder import ShardFolder
 

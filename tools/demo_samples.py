@@ -12,7 +12,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from megamm.inference.evaluate import heldout_rules
+from megamm.evaluation.losses import heldout_rules
 from megamm.modalities import REGISTRY
 from megamm.shards.folder import ShardFolder
 

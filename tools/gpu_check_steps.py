@@ -101,7 +101,9 @@ def batch_of(job: Job, seed: int) -> tuple[Batch, list[list[int]]]:
         position = np.stack([index // 256, index % 256 // 16, index % 16]) if job.documents < 1024 else [index] * 3
         valid = labels != IGNORE_LABEL
         modality = np.where(valid, segment % 2, -1)
-        rows.append(Row(ids, labels, valid.astype(np.float32), segment, np.array(position), modality))
+        rows.append(
+            Row(ids, labels, valid.astype(np.float32), segment, np.array(position), modality, np.full(job.length, -1))
+        )
         lengths.append(sizes)
     return Batch.stack(rows), lengths
 

@@ -16,7 +16,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
-from megamm.cli import checkpoint, convert, data, doctor, inference, observe, plan, tokenizer
+from megamm.cli import checkpoint, convert, data, doctor, evaluate, inference, observe, plan, tokenizer
 from megamm.common import exit_codes, outputs
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
@@ -32,6 +32,7 @@ app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(convert.app, name="convert")
 app.add_typer(inference.app)
+app.add_typer(evaluate.app)
 app.add_typer(doctor.app)
 app.add_typer(observe.app)
 app.add_typer(plan.app)
@@ -84,29 +85,23 @@ def train(
         raise UserError("--world-size, --vocabulary-size and --rank are for --dry-run", remedy="add --dry-run")
     torchrun.check_environment(nproc, nodes.most, "--nproc and --nnodes")
 
-    from megamm.convert import exportable
+    if torchrun.is_rank():
+        from megamm.convert import exportable
 
-    stop_when = None
-    if not torchrun.is_rank():
-        # Every error that can be found before a process starts is found here.
-        check_output(run.output)
-        launcher.admissible_nodes(run, nproc, nodes)
-        from megamm.data.pipeline.run_data import open_run_data
-
-        vocabulary = open_run_data(run).vocabulary
-        exportable.check(run, vocabulary)
-        if run.init_from is not None:
-            from megamm.init_from.initialize import check as check_start  # here, as it takes a second to import
-
-            check_start(run, vocabulary)
-        if run.resilience.max_restarts or nproc * nodes.most > 1:
-            raise typer.Exit(launcher.supervise(run, nproc, nodes, "megamm.train.ranks"))
-        from megamm.elastic.graceful_stop import SignalStopCondition
-
-        stop_when = SignalStopCondition()
-    else:
         exportable.check(run)
-    _train_here(run, stop_when)
+        _train_here(run, None)
+        return
+    # Every error that can be found before a rank starts is found first. `supervise` has the data checked by a process
+    # forked from one that imports torch in any case: this process does not import it.
+    check_output(run.output)
+    launcher.admissible_nodes(run, nproc, nodes)
+    if run.resilience.max_restarts or nproc * nodes.most > 1:
+        raise typer.Exit(launcher.supervise(run, nproc, nodes, "megamm.train.ranks"))
+    from megamm.elastic.graceful_stop import SignalStopCondition
+    from megamm.train import checks
+
+    checks.check(run)
+    _train_here(run, SignalStopCondition())
 
 
 class SimulationOptions(NamedTuple):

@@ -1,6 +1,5 @@
-"""`megamm eval` and `megamm generate`: evaluate an export and generate with it."""
+"""`megamm generate`: generate with an export."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,44 +7,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from megamm.cli.common import DeviceChoice, Sources, writable_file
+from megamm.cli.common import DeviceChoice, writable_file
 from megamm.common.errors import UserError
 from megamm.common.log import log_to_console
 
 app = typer.Typer()
-
-
-@app.command("eval")
-def evaluate_export(
-    export: Annotated[Path, typer.Argument(help="a folder made by `megamm convert export`")],
-    sources: Sources,
-    limit: Annotated[int | None, typer.Option(help="most held-out samples per source", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="seed of the shuffled partners")] = 0,
-    run: Annotated[Path | None, typer.Option(help="also compare logits with this run's own model")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="write the results to this file", callback=writable_file)
-    ] = None,
-    device: DeviceChoice = "auto",
-) -> None:
-    """Evaluate an export in stock transformers: held-out loss, and pair gain (how much one part predicts the other)."""
-    from megamm.common.device import choose
-    from megamm.convert.io.export_folder import open_export
-    from megamm.convert.verify.logits import logits_difference
-    from megamm.inference.evaluate import evaluate, summary_lines
-
-    log_to_console()
-    if json_file is not None and json_file.exists():
-        raise UserError("the output exists", where=json_file, remedy="remove it or choose another")
-    chosen = choose(device)
-    figures = evaluate(open_export(export, chosen.torch_device), sources, limit=limit, seed=seed).to_json()
-    print(*summary_lines(figures), sep="\n")
-    if run is not None:
-        figures["logits_max_abs_diff"] = logits_difference(run, export, chosen)
-        print(f"logits: at most {figures['logits_max_abs_diff']:.1e} from the run's own model")
-    if json_file is not None:
-        partial = json_file.with_name(f".{json_file.name}.partial")
-        partial.write_text(json.dumps(figures, indent=1) + "\n")
-        partial.rename(json_file)
 
 
 class InputsInOrder(TyperCommand):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -25,6 +26,13 @@ class UserError(Exception):
         self.on_all_ranks, self.is_transient = on_all_ranks, is_transient
         location = f" ({where})" if where is not None else ""
         super().__init__(f"{what}{location}; {remedy}".replace("\n", " "))
+
+    def fields(self) -> dict[str, Any]:
+        """Return the arguments that make this error again, for JSON."""
+        where = None if self.where is None else str(self.where)
+        return {"what": self.what, "where": where, "remedy": self.remedy} | {
+            name: getattr(self, name) for name in ("on_all_ranks", "is_transient")
+        }
 
     def __reduce__(self) -> tuple[Callable[[str], "UserError"], tuple[str]]:
         """Pickle it with all its fields, for another process."""

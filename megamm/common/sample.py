@@ -58,6 +58,8 @@ class Row:
     segment[s] numbers the documents of the row from 0; padding is -1. Attention stays inside a segment.
     position[:, s] is (t, h, w); the three are equal for text.
     modality[s] is the index (Vocabulary.modalities) of the modality whose loss includes labels[s]; -1 for none.
+    span[s] is -1, or the number of the span of s, unique in the row: consecutive tokens of one document that attend to
+    each other in both directions.
     """
 
     input_ids: IntArray
@@ -66,6 +68,7 @@ class Row:
     segment: IntArray
     position: IntArray
     modality: IntArray
+    span: IntArray
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,13 @@ class Batch:
     segment: torch.Tensor
     position: torch.Tensor
     modality: torch.Tensor
+    span: torch.Tensor
     lengths: PackedLengths | None = None
 
     @property
     def packed_seq_metadata(self) -> torch.Tensor:
-        """The values that attention needs for whole rows, `[B, 4, S]`: segment, then t, h, w of every token."""
-        return torch.cat((self.segment[:, None], self.position), dim=1)
+        """The values that attention needs for whole rows, `[B, 5, S]`: segment, t, h, w and span of every token."""
+        return torch.cat((self.segment[:, None], self.position, self.span[:, None]), dim=1)
 
     @classmethod
     def stack(cls, rows: list[Row]) -> "Batch":
@@ -121,4 +125,4 @@ class Batch:
         return Batch(**{name: getattr(self, name).pin_memory() for name in _FIELDS}, lengths=self.lengths)
 
 
-_FIELDS = ("input_ids", "labels", "loss_weight", "segment", "position", "modality")
+_FIELDS = ("input_ids", "labels", "loss_weight", "segment", "position", "modality", "span")

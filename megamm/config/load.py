@@ -163,18 +163,30 @@ def _check_keys(section: type[BaseModel], data: dict[str, Any], prefix: str, whe
             siblings = difflib.get_close_matches(str(key), list(section.model_fields), n=1, cutoff=0.6)
             nearest = prefix + siblings[0] if siblings else near[0]
             raise UserError(f"unknown key {prefix}{key}", where=where, remedy=f"the nearest valid key is {nearest}")
-        inner = section_of(section.model_fields[key].annotation)
-        if inner is not None:
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, dict):
-                    _check_keys(inner, item, f"{prefix}{key}.", where)
+        annotation = section.model_fields[key].annotation
+        inner = section_of(annotation)
+        if inner is None:
+            continue
+        if is_mapping(annotation):
+            items = {f"{prefix}{key}.{name}.": item for name, item in value.items()} if isinstance(value, dict) else {}
+        else:
+            items = {f"{prefix}{key}.": value}
+        for path, item in items.items():
+            for one in item if isinstance(item, list) else [item]:
+                if isinstance(one, dict):
+                    _check_keys(inner, one, path, where)
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section class of a field's type, also inside list[...]."""
+    """The section class of a field's type, also inside list[...] and dict[...]."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return annotation if issubclass(annotation, BaseModel) else None
     return next((found for arg in typing.get_args(annotation) if (found := section_of(arg))), None)
+
+
+def is_mapping(annotation: Any) -> bool:
+    """Whether a field's type is a mapping from names, of modalities for example, which are not keys of the schema."""
+    return typing.get_origin(annotation) is dict
 
 
 def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
@@ -183,5 +195,5 @@ def _all_keys(section: type[BaseModel], prefix: str) -> list[str]:
         keys.append(prefix + name)
         inner = section_of(field.annotation)
         if inner is not None:
-            keys += _all_keys(inner, f"{prefix}{name}.")
+            keys += _all_keys(inner, f"{prefix}{name}.NAME." if is_mapping(field.annotation) else f"{prefix}{name}.")
     return keys

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from megamm.config.load import section_of
+from megamm.config.load import is_mapping, section_of
 from megamm.config.sections import RunConfig
 
 HEAD = """# Configuration
@@ -42,12 +42,14 @@ def _section(section: type[BaseModel], name: str) -> Iterator[str]:
         if inner is None:
             yield f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |\n"
             continue
-        path = f"{name}.{key}" if name else key
+        path = (f"{name}.{key}" if name else key) + (".NAME" if is_mapping(field.annotation) else "")
         is_list = typing.get_origin(field.annotation) is list
         others = [arg for arg in typing.get_args(field.annotation) if typing.get_origin(arg) is Literal]
         what = f"{field.description} Keys of an item: " if is_list else "See "
         default = "required" if field.is_required() else "none" if field.default is None else "as there"
         kind = "list of sections" if is_list else "section"
+        if is_mapping(field.annotation):
+            what, default, kind = f"{field.description} See ", _default(field), "mapping to section"
         if others:
             what, default, kind = f"{field.description} See ", _default(field), f"{_plain(others[0])}, or a section"
         yield f"| `{key}` | {kind} | {default} | {what}[`{path}`](#{path.replace('.', '').lower()}). |\n"

@@ -40,6 +40,16 @@ class ParallelConfig(Section):
     )
 
 
+class ModalityConfig(Section):
+    """How the model reads the parts of one modality; NAME is the modality's (docs/continuous.md)."""
+
+    attention: Literal["causal", "span"] = Field(
+        "causal",
+        description="`span`: the tokens of a part attend to each other in both directions, and to nothing behind the "
+        "part. They can then not be learned: the modality is input only, and its tokens and marks count in no loss.",
+    )
+
+
 EndRule = Literal["check", "add", "remove"]
 
 
@@ -417,6 +427,9 @@ class RunConfig(Section):
     tokenizers: dict[str, Path] = Field(
         description="Tokenizer folders: `text`, `visual` (image and video), `audio`, `points`."
     )
+    modalities: dict[str, ModalityConfig] = Field(
+        {}, description="How parts of a modality are read. Modalities that are not named have the defaults."
+    )
     optimizer: OptimizerConfig
     train: TrainConfig
     init_from: InitFromConfig | None = None
@@ -449,6 +462,11 @@ class RunConfig(Section):
             remedy = "set train.eval_every, best to a divisor of checkpoint.every"
             raise UserError("checkpoint.keep_best, but no held-out loss is ever measured", remedy=remedy)
         return self
+
+    @property
+    def spans(self) -> frozenset[str]:
+        """The modalities whose parts are bidirectional spans."""
+        return frozenset(name for name, modality in self.modalities.items() if modality.attention == "span")
 
     @property
     def bytes_per_parameter(self) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
-"""Meeting of nodes before a run: a torch store on the node of HOST:PORT, without torch's rendezvous.
+"""Meeting of nodes before a run: a torch store on the node of HOST:PORT, with a rank for each of them.
 
-torch's rendezvous needs clocks that agree, which is yet to be checked. The hosting node is rank 0, the others are
+The hosting node is rank 0, the others are
 numbered in the order of arrival; times in seconds.
 """
 
@@ -11,8 +11,8 @@ import time
 from typing import Any
 
 from megamm.common import addresses
+from megamm.elastic.endpoint import parse_endpoint
 from megamm.elastic.launcher import Nodes
-from megamm.elastic.rendezvous import parse_endpoint
 
 PINGS = 5
 TURN, ANSWER = 600.0, 20.0

@@ -1,8 +1,9 @@
 """The agent of a node: starts its ranks, watches them, and starts them again when something has failed.
 
-It is modelled on torch's elastic agent and uses its rendezvous (rendezvous.py), but not its process handling: torch's
-agent imports everything again at each start, and sends SIGTERM and then waits up to half a minute, which a stopped
-rank, or one inside a collective, uses in full. Exited ranks are detected at once, hung ones by hang_detector.py. In
+It is modelled on torch's elastic agent, but does not use it. That agent imports everything again at each start, and
+sends SIGTERM and then waits up to half a minute, which a stopped rank, or one inside a collective, uses in full; and
+each request of its rendezvous carries the state of all nodes, so that nodes that join cost the square of their number
+(benchmarks/rendezvous.py). Exited ranks are detected at once, hung ones by hang_detector.py. In
 both cases all ranks are killed, and group rank 0 decides by restart_policy.py whether to make another attempt.
 
 Usage: `python -m megamm.elastic.agent REQUESTS`. The first line of standard input is a plan (launcher_messages.py),
@@ -20,17 +21,18 @@ from megamm import __version__
 from megamm.common import addresses, events, exit_codes, processes
 from megamm.common.errors import UserError
 from megamm.elastic import hang_detector, heartbeat, restart_policy, run_lock
+from megamm.elastic.endpoint import parse_endpoint
 from megamm.elastic.launcher_messages import LauncherChannel, LaunchPlan
 from megamm.elastic.rendezvous import (
     AttemptPlan,
     Background,
     JobEnded,
     Rendezvous,
+    RoundBroken,
     SingleNode,
     StoreLost,
-    TorchRendezvous,
-    parse_endpoint,
 )
+from megamm.elastic.rendezvous_client import MultiNode
 from megamm.elastic.restart_cycle import CycleOutcome, RestartCycle
 from megamm.elastic.workers import PreforkParentLost, Workers
 
@@ -63,7 +65,7 @@ class Agent:
         self.detector = hang_detector.HangDetector(plan.limits, plan.run, longest=known)
         self._met: Rendezvous | None = None
         self._host: str | None = None
-        """The host of the rendezvous, once this process has imported what it needs to look for it."""
+        """The host of the rendezvous, once this process looks for it."""
         self.is_fresh, self.attempt = plan.is_fresh, -1
         self.failures: list[restart_policy.Failure] = []
         self.teardown = 0.0
@@ -85,7 +87,7 @@ class Agent:
             print(f"error: {error}", file=sys.stderr)
             return exit_codes.USER_ERROR
         except StoreLost as error:
-            log.warning("lost the rendezvous store: %s", error)
+            log.warning("lost the rendezvous: %s", error)
             return exit_codes.CRASHED
         except NodesMissing as error:
             print(f"error: {error}", file=sys.stderr)
@@ -93,6 +95,8 @@ class Agent:
         except Stopped:
             return exit_codes.REQUEUE
         finally:
+            if self._met is not None:
+                self._met.leave()  # so that the others do not take it for lost
             self.workers.close()
 
     @property
@@ -106,14 +110,18 @@ class Agent:
             return SingleNode()
         self._host = parse_endpoint(plan.endpoint)[0]
         job = {"megamm": __version__, "nproc": plan.processes, "nnodes": plan.nodes, "config": plan.config}
-        return TorchRendezvous(plan.endpoint, plan.nodes, plan.times, job)
+        return MultiNode(plan.endpoint, plan.nodes, plan.times, job)
 
     def _next_attempt(self) -> CycleOutcome:
         begin = time.monotonic()
-        group_rank, nodes = self._wait_for(self.rendezvous.join)
-        attempt_plan: AttemptPlan = self._wait_for(
-            lambda: self.rendezvous.agree(self.is_fresh, lambda all_fresh: self._decide(all_fresh, nodes, begin))
-        )
+        group_rank, nodes = self._wait_for(lambda: self.rendezvous.join(self.is_fresh))
+        try:
+            attempt_plan: AttemptPlan = self._wait_for(
+                lambda: self.rendezvous.agree(lambda all_fresh: self._decide(all_fresh, nodes, begin))
+            )
+        except RoundBroken as error:
+            log.warning("joining again: %s", error)
+            return CycleOutcome(None)
         self.is_fresh, self.attempt = False, attempt_plan.attempt
         if attempt_plan.gives_up:
             if group_rank == 0:
@@ -224,7 +232,7 @@ class Agent:
             if code is not None:
                 return CycleOutcome(int(code))
             # The nodes that train may all be lost at once, so that none of them reports it.
-            is_smaller = self.rendezvous.present() < nodes
+            is_smaller = self.rendezvous.present() < nodes or bool(self.rendezvous.lost_nodes())
             if is_smaller or self.rendezvous.received("lost") is not None or self.rendezvous.waiting():
                 return CycleOutcome(None)
 
@@ -313,8 +321,7 @@ def main() -> None:
     plan = LaunchPlan.from_json(launcher.first_line())
     processes.die_with_parent(plan.launcher_pid)
     code = Agent(plan, launcher, socket.socket(fileno=int(sys.argv[1]))).run()
-    # Not sys.exit: threads of the rendezvous may be inside the store's C++ code, where interpreter shutdown calls
-    # std::terminate, and a clean exit would become SIGABRT.
+    # Not sys.exit: a thread may still wait for the rendezvous.
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -5,7 +5,8 @@ the fork server, and restarts it in the background if it exits; a rank does not 
 threads and does not touch the GPU: neither survives a fork. It creates prefork parents by a double fork, so that they
 are children of the launcher. One JSON object per message:
 
-    {"config": ...}                     first message; it then imports, and answers {"ready": seconds}
+    {"config": ..., "check": ...}       first message; it then imports, and answers {"ready": seconds}
+    if "check" is true                  -> {"checked": null, the fields of a UserError, or the name of another error}
     {"ranks": number} + descriptors     -> {"forked": number}: a prefork parent serves the first one
 
 `ForkServer` is the launcher's side of it; prefork.py has the other side, for a program that hands in what ranks run.
@@ -22,6 +23,7 @@ import time
 from typing import Any
 
 from megamm.common import processes
+from megamm.common.errors import UserError
 
 MESSAGE_BYTES = 1 << 20
 MAX_DESCRIPTORS = 253
@@ -32,15 +34,23 @@ _MAX_IN_VAIN = 3
 """After this many fork servers in a row were killed during their imports, none is started until the next request."""
 
 
+class CheckFailed(Exception):
+    """The check of a config before the ranks start ended with an error that is not the user's."""
+
+
 class ForkServer:
     """The launcher's side. Call `attend` when `descriptors` are readable, and once a second."""
 
-    def __init__(self, module: str, config: dict[str, Any]) -> None:
-        """Start the process, `python -m module CHANNEL LAUNCHER`, which calls `prefork.serve`; returns at once."""
+    def __init__(self, module: str, config: dict[str, Any], has_check: bool = False) -> None:
+        """Start the process, `python -m module CHANNEL LAUNCHER`, which calls `prefork.serve`; returns at once.
+
+        has_check: the program checks the config first; call `check` before it is asked for a prefork parent.
+        """
         self._module, self._config = module, config
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: socket.socket | None = None
-        self._is_ready = False
+        self._is_ready, self._is_checked = False, not has_check
+        self._refused: dict[str, Any] | str | None = None
         self._request: tuple[bytes, list[int]] | None = None
         """The unanswered request; it is sent again to the next process if this one exits."""
         self._asked, self._in_vain = 0.0, 0
@@ -64,6 +74,19 @@ class ForkServer:
         self._request = request, descriptors
         self._send_request()
 
+    def check(self) -> None:
+        """Wait until the program has checked the config, beside its further imports. UserError if it refuses it.
+
+        Raises CheckFailed if the check ended by another error, which is on standard error by then.
+        """
+        while not self._is_checked and self._channel is not None:
+            select.select([self._channel], [], [])
+            self.attend()
+        if isinstance(self._refused, dict):
+            raise UserError(**self._refused)
+        if self._refused is not None or not self._is_checked:
+            raise CheckFailed(self._refused or "the process that checks it ended")
+
     def attend(self) -> None:
         """Read its messages, and replace it if it has exited or is stuck."""
         while self._channel is not None and select.select([self._channel], [], [], 0)[0]:
@@ -77,7 +100,11 @@ class ForkServer:
                     # Its files close a moment before it ends with its own exit code, on a busy machine seconds.
                     self._process.wait(ANSWER_SECONDS)
                 self._replace("died")
-            elif "ready" in json.loads(data):
+                continue
+            message = json.loads(data)
+            if "checked" in message:
+                self._is_checked, self._refused = True, message["checked"]
+            elif "ready" in message:
                 self._is_ready, self._asked = True, time.monotonic()
             else:
                 self._forget_request()
@@ -100,7 +127,7 @@ class ForkServer:
         its.close()
         self._channel, self._is_ready = ours, False
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            ours.send(json.dumps({"config": self._config}).encode())
+            ours.send(json.dumps({"config": self._config, "check": not self._is_checked}).encode())
 
     def _replace(self, why: str) -> None:
         """Start it again; if its imports fail, only at the next request, since they could fail for ever."""

@@ -85,12 +85,10 @@ def stop_condition() -> StopCondition:
 class GracefulStop:
     """The stop of one attempt on one node. Call `advance` often; no method blocks."""
 
-    def __init__(self, page: HeartbeatPage, rendezvous: Rendezvous, group_rank: int, nodes: int) -> None:
-        self.page, self.rendezvous = page, rendezvous
-        self.group_rank, self.nodes = group_rank, nodes
+    def __init__(self, page: HeartbeatPage, rendezvous: Rendezvous, nodes: int) -> None:
+        self.page, self.rendezvous, self.nodes = page, rendezvous, nodes
         self.why: ExitReason | None = None
         self.since = 0.0
-        self._entered: dict[int, int] = {}
 
     def ask(self, why: ExitReason, tell_others: bool) -> None:
         """Start the stop, at the first reason; a signal overrides a regrouping."""
@@ -101,27 +99,21 @@ class GracefulStop:
         self.why = why
         self.page.ask_to_stop(why)
         if tell_others:
-            self.rendezvous.send("stop", why)
+            self.rendezvous.send(f"stop/{why}", "asked")
 
     def follow(self) -> None:
         """Stop if another node requests it."""
-        match self.rendezvous.received("stop"):
-            case "requeue" if self.why != "requeue":
-                self.ask("requeue", tell_others=False)
-            case "regroup" if self.why is None:
-                self.ask("regroup", tell_others=False)
+        if self.why != "requeue" and self.rendezvous.received("stop/requeue") is not None:
+            self.ask("requeue", tell_others=False)
+        if self.why is None and self.rendezvous.received("stop/regroup") is not None:
+            self.ask("regroup", tell_others=False)
 
     def advance(self) -> None:
         """Exchange the steps that ranks have entered; once all are known, set the last step for the ranks."""
         if self.why is None or self.page.last_step is not None or time.monotonic() - self.since < _SETTLE:
             return
         # Each node publishes its largest step once; the largest of all nodes is then the same on all of them.
-        if self.group_rank not in self._entered:
-            own = max(0, *(status.entered for status in self.page.ranks))
-            self._entered[self.group_rank] = own
-            self.rendezvous.send(f"entered/{self.group_rank}", str(own))
-        for node in range(self.nodes):
-            if node not in self._entered and (step := self.rendezvous.received(f"entered/{node}")) is not None:
-                self._entered[node] = int(step)
-        if len(self._entered) == self.nodes:
-            self.page.stop_after(max(self._entered.values()))
+        own = max(0, *(status.entered for status in self.page.ranks))
+        last = self.rendezvous.maximum("entered", own, self.nodes)
+        if last is not None:
+            self.page.stop_after(last)

@@ -26,7 +26,7 @@ from megamm.common.errors import UserError
 from megamm.common.processes import STOP_SIGNALS, how_it_ended
 from megamm.config import RunConfig
 from megamm.elastic import heartbeat, restart_policy
-from megamm.elastic.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES, ForkServer
+from megamm.elastic.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES, CheckFailed, ForkServer
 from megamm.elastic.hang_detector import Limits
 from megamm.elastic.launcher_messages import LaunchPlan
 from megamm.elastic.rendezvous import Times
@@ -88,7 +88,11 @@ def supervise(config: RunConfig, ranks: int, nodes: Nodes, module: str) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     launcher = _Launcher(module, config)
     try:
+        launcher.check()
         return _supervise(launcher, config, ranks, nodes)
+    except CheckFailed as failed:
+        print(f"error: the check of the config before the start failed: {failed}", file=sys.stderr)
+        return exit_codes.CRASHED
     finally:
         launcher.close()
 
@@ -157,12 +161,16 @@ class _Launcher:
         self._undelivered: list[str] = []
         self._stdin: IO[bytes] | None = None
         """Standard input of an agent that has received its plan."""
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive_signal)
         processes.adopt_orphans()
         # Children that other code in this process has started: they are never killed here.
         self._others = processes.children(os.getpid())
-        self._server = ForkServer(module, config.model_dump(mode="json"))
+        self._server = ForkServer(module, config.model_dump(mode="json"), has_check=True)
+
+    def check(self) -> None:
+        """Wait for the check of the config, and receive signals from then on. UserError if it is refused."""
+        self._server.check()
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive_signal)
 
     def run_agent(self, plan: LaunchPlan) -> int:
         """Start an agent and serve it until it exits; return its exit code, or the negative number of the signal."""

@@ -3,7 +3,7 @@
 import json
 import os
 import select
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,11 @@ class LauncherChannel:
     def wait(self, seconds: float, others: Iterable[Any] = ()) -> None:
         """Return when a signal can be taken, one of the other files is readable, or the time is up."""
         if b"\n" not in self._buffer:
-            watched: Sequence[Any] = [self.descriptor, *others]
-            readable, _, _ = select.select(watched, [], [], seconds)
-            if self.descriptor in readable:
+            # Not select(), which knows only 1,024 descriptors: this process may have one for each node of a job.
+            poll = select.poll()
+            for one in (self.descriptor, *others):
+                poll.register(one, select.POLLIN)
+            if any(descriptor == self.descriptor for descriptor, _ in poll.poll(1000 * seconds)):
                 self._read()
 
     def take_signal(self) -> str | None:

@@ -20,13 +20,19 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megamm.common import processes
+from megamm.common import outputs, processes
+from megamm.common.errors import UserError
 from megamm.elastic.fork_server import MAX_DESCRIPTORS, MESSAGE_BYTES
 from megamm.elastic.rank import RankEnvironment, RankProgram, run
 from megamm.elastic.rank_status import HEARTBEAT_PAGE
+
+Check = Callable[[dict[str, Any]], None]
+"""Checks a run's config before its ranks start. UserError if the user must change something."""
+Preload = Callable[[dict[str, Any], Callable[[Check], None]], None]
 
 
 class PreforkParent:
@@ -114,18 +120,25 @@ class PreforkParent:
         self.channel.send(json.dumps(message).encode())
 
 
-def serve(
-    channel: socket.socket, launcher: int, preload: Callable[[dict[str, Any]], None], program: RankProgram
-) -> None:
+def serve(channel: socket.socket, launcher: int, preload: Preload, program: RankProgram) -> None:
     """Serve requests until the launcher closes the channel.
 
     preload: imports, from the run's config, what ranks need; it must start no threads. program: what each rank does.
-    The config stays in the channel until then: a process that `preload` replaces by exec reads it again.
+    `preload` calls its second argument with a check of the config once what that needs is imported: the check runs in
+    a process of its own beside the other imports. A process that `preload` replaces by exec does not call it again; it
+    reads the config again, which stays in the channel until the imports are done.
     """
     processes.die_with_parent(launcher)
     processes.ignore_stop_signals()
-    config, begin = json.loads(channel.recv(MESSAGE_BYTES, socket.MSG_PEEK))["config"], time.monotonic()
-    preload(config)
+    message, begin = json.loads(channel.recv(MESSAGE_BYTES, socket.MSG_PEEK)), time.monotonic()
+    config = message["config"]
+
+    def start_check(check: Check) -> None:
+        if message["check"]:
+            _fork_check(check, config, channel)
+
+    preload(config, start_check)
+    _wait_for_check(channel)
     channel.recv(MESSAGE_BYTES)
     gc.collect()
     gc.freeze()  # no collection writes to pages that all ranks share
@@ -138,6 +151,43 @@ def serve(
         for descriptor in descriptors:
             os.close(descriptor)
         channel.send(json.dumps({"forked": len(descriptors)}).encode())
+
+
+def _fork_check(check: Check, config: dict[str, Any], channel: socket.socket) -> None:
+    """Run the check in a process that reports how it ended; it exits with 0 if it could."""
+    parent = os.getpid()
+    if os.fork():
+        return
+    code, found = 1, None
+    try:
+        processes.die_with_parent(parent)
+        try:
+            check(config)
+        except (UserError, OSError) as error:
+            if (user_error := error if isinstance(error, UserError) else outputs.user_error(error)) is None:
+                raise
+            found = user_error.fields()
+        channel.send(json.dumps({"checked": found}).encode())
+        code = 0
+    except BaseException as error:
+        traceback.print_exc()
+        channel.send(json.dumps({"checked": type(error).__name__}).encode())
+        code = 0
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait_for_check(channel: socket.socket) -> None:
+    """Reap the process that checks, which an exec may have left to this process; report it if it was killed."""
+    with contextlib.suppress(ChildProcessError):
+        while True:
+            _, status = os.wait()
+            if status:
+                how = processes.how_it_ended(os.waitstatus_to_exitcode(status))
+                channel.send(json.dumps({"checked": how}).encode())
 
 
 def _fork_prefork_parent(

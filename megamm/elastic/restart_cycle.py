@@ -19,7 +19,7 @@ from megamm.elastic.workers import PreforkParentLost, Workers
 
 log = logging.getLogger(__name__)
 _TICK, _REMOTE = 0.1, 0.5
-"""Seconds between two looks at the local ranks, and between two questions to the store of the nodes."""
+"""Seconds between two looks at the local ranks, and between two looks at what other nodes have sent."""
 _GOOD = (exit_codes.RANK_DONE, exit_codes.RANK_REGROUP, exit_codes.RANK_EVICTED, exit_codes.REQUEUE)
 """Exit codes of ranks that have not failed."""
 
@@ -46,7 +46,7 @@ class RestartCycle:
     ) -> None:
         self.plan, self.workers, self.detector, self.rendezvous = plan, workers, detector, rendezvous
         self.attempt_plan, self.group_rank = attempt_plan, group_rank
-        self.stop = GracefulStop(workers.page, rendezvous, group_rank, attempt_plan.nodes)
+        self.stop = GracefulStop(workers.page, rendezvous, attempt_plan.nodes)
         first = group_rank * plan.processes
         self.ranks = list(range(first, first + plan.processes))
         self._asked_others, self.began = 0.0, 0.0
@@ -163,9 +163,8 @@ class RestartCycle:
     def _all_nodes_done(self) -> bool:
         """Wait for the other nodes' ranks, which have also passed the last barrier."""
         try:
-            self.rendezvous.increment("done")
-            while int(self.rendezvous.received("done") or 0) < self.attempt_plan.nodes:
-                if self.rendezvous.received("lost") is not None:  # some ranks failed after the last step
+            while self.rendezvous.maximum("done", 0, self.attempt_plan.nodes) is None:
+                if self.rendezvous.received("lost") is not None or self._lost_nodes():  # failed after the last step
                     return False
                 time.sleep(_TICK)
         except StoreLost:
@@ -210,6 +209,11 @@ class RestartCycle:
         if self.rendezvous.received("lost") is not None:
             log.warning("another node has lost its ranks")
             return CycleOutcome(None)
+        if lost := self._lost_nodes():
+            # One node records it for all.
+            if self.group_rank != min({*range(self.attempt_plan.nodes)} - {*lost}):
+                return CycleOutcome(None)
+            return self._failed(None, f"lost node {min(lost)}, {lost[min(lost)]}", self.workers.page.ranks[0].phase)
         self.stop.follow()
         if self.group_rank == 0 and self.stop.why is None and (waiting := self.rendezvous.waiting()):
             best = max(n for n in self.plan.admissible if n <= self.attempt_plan.nodes + waiting)
@@ -217,6 +221,10 @@ class RestartCycle:
                 log.info("%d nodes are waiting to join: writing a checkpoint, then all nodes restart", waiting)
                 self.stop.ask("regroup", tell_others=True)
         return None
+
+    def _lost_nodes(self) -> dict[int, str]:
+        """Return the lost nodes of this attempt; spare nodes do not matter to it."""
+        return {node: why for node, why in self.rendezvous.lost_nodes().items() if node < self.attempt_plan.nodes}
 
     def _cancelled(self, why: str) -> CycleOutcome:
         self._record_failure(None, why, self.workers.page.ranks[0].phase, self._entered())
@@ -243,7 +251,7 @@ class RestartCycle:
         try:
             self.rendezvous.send(key, value)
         except StoreLost:
-            log.warning("cannot notify the other nodes: the rendezvous store is lost")
+            log.warning("cannot notify the other nodes: the rendezvous is lost")
 
     def _record(self, kind: str, **fields: Any) -> None:
         try:

@@ -16,6 +16,7 @@ import torch
 from megamm.checkpoint.tensor_shards import Shape, TensorShard
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
+from megamm.model.generation import GeneratedTokens, GenerationLimits, GenerationRequest
 from megamm.model.loss import StepLoss
 
 
@@ -37,6 +38,11 @@ WeightInitializer = Callable[[Sequence[TensorShard], Mapping[str, Shape], set[st
 """Sets blocks of weights, and of main copies under `optimizer.state.param.NAME`. It receives the shapes of all tensors
 of the whole model, and the names of those whose first axis is the vocabulary.
 """
+
+
+OnToken = Callable[[int, int, int], None]
+"""Called with (request, sample, token) as each token of the rank's own samples is chosen."""
+DEFAULT_LIMITS = GenerationLimits()
 
 
 class Engine(Protocol):
@@ -64,6 +70,19 @@ class Engine(Protocol):
 
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Compute only the losses."""
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        limits: GenerationLimits = DEFAULT_LIMITS,
+        *,
+        with_logprobs: bool = False,
+        on_token: OnToken | None = None,
+    ) -> list[list[GeneratedTokens]]:
+        """Return each request's answers, on every rank; data ranks share the samples.
+
+        UserError for a request that cannot run, or a layout that generation does not support.
+        """
 
     def blocks(self) -> list[TensorShard]:
         """Return this rank's share of the model and optimizer tensors: always the same list, except for the data."""

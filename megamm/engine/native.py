@@ -17,9 +17,10 @@ from megamm.common.device import Device
 from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.config import RunConfig
-from megamm.engine.api import StepResult, WeightInitializer
-from megamm.mcore import backbone, optimizer, rng, step, store
+from megamm.engine.api import DEFAULT_LIMITS, OnToken, StepResult, WeightInitializer
+from megamm.mcore import backbone, generation, optimizer, rng, step, store
 from megamm.mcore.process_groups import ProcessGroups
+from megamm.model.generation import GeneratedTokens, GenerationLimits, GenerationRequest
 from megamm.model.loss import StepLoss
 from megamm.ops.proof import UNPROVEN, Proven
 
@@ -49,6 +50,7 @@ class NativeEngine:
         proven: Proven = UNPROVEN,
     ) -> None:
         self.config, self.groups, self.device, self.timers = config, groups, device, Timers(device)
+        self.vocabulary_size = vocabulary_size
         chunks = backbone.build_chunks(config, vocabulary_size, groups, device, proven)
         wanted = config.parallel.overlap_param_gather
         self.chunks = backbone.wrap(chunks, groups, device, device.is_gpu if wanted is None else wanted)
@@ -112,6 +114,19 @@ class NativeEngine:
         for chunk in self.chunks:
             chunk.train()
         return loss
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        limits: GenerationLimits = DEFAULT_LIMITS,
+        *,
+        with_logprobs: bool = False,
+        on_token: OnToken | None = None,
+    ) -> list[list[GeneratedTokens]]:
+        optimizer.finish_gathers(self.chunks)
+        chunks = [chunk.module for chunk in self.chunks]
+        size = self.vocabulary_size
+        return generation.generate(self.config, chunks, self.groups, size, requests, limits, with_logprobs, on_token)
 
     def blocks(self) -> list[TensorShard]:
         return self.stored

@@ -155,6 +155,7 @@ def _batch(config: RunConfig) -> Batch:
         zeros(rows, length),
         zeros(rows, 3, length),
         zeros(rows, length),
+        zeros(rows, length) - 1,
         PackedLengths(rows, length),
     )
 

@@ -6,16 +6,17 @@ target for each. The prompt has the same form as in training: `<document_start>`
 position, only ids that are valid for the target can follow: exactly the number of one item, or, for variable length, up
 to the end token, which is allowed after a whole number of strides (frames). Text also ends at the first stop string.
 Sampling is Gumbel-max (Gumbel 1954; Maddison et al. 2014) with one generator per item, so an item's result does not
-depend on its batch.
+depend on its batch. Parts that are bidirectional spans are read with a mask of their own before the first new id.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -28,6 +29,7 @@ from transformers import (
 from megamm.common.errors import UserError
 from megamm.common.sample import IntArray, Part
 from megamm.convert.io.export_folder import LoadedExport
+from megamm.convert.io.span_masks import attention_mask
 from megamm.data.pipeline.packing import MEDIA_MARKS
 from megamm.inference.continuation import Continuation, TextFollower
 from megamm.modalities.protocol import Modality
@@ -90,6 +92,14 @@ class GumbelNoise(LogitsProcessor):
         return scores_BV - torch.stack(draws).log().to(scores_BV)
 
 
+@dataclass(frozen=True)
+class PromptIds:
+    """The ids `[T]` before the first new one, and the span of each, -1 for none."""
+
+    ids: IntArray
+    span: IntArray
+
+
 Prompt = Sequence[tuple[str, Any]]
 """Parts in order: the modality, and a medium as returned by its `Modality.read_media`."""
 
@@ -111,6 +121,9 @@ def generate_from(
     UserError if the export lacks a modality, a prompt is too long for the model, or stop strings are given for media.
     """
     codec = modality_in(export, target)
+    if target in export.config.spans:
+        what = f"the model reads {target} as bidirectional spans (modalities.{target}.attention) and does not write it"
+        raise UserError(what, where=export.folder, remedy="generate another modality")
     if sampling.stop and target != "text":
         raise UserError(f"stop strings end text, not {target}", remedy="remove --stop, or generate text")
     assert on_text is None or (target == "text" and len(prompts) == 1)
@@ -147,8 +160,8 @@ def _text_at_end(parts: list[Part]) -> IntArray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *kept])
 
 
-def _prompt(export: LoadedExport, parts: list[Part], target: str) -> IntArray:
-    """Return the ids `[T]` before the target's first token."""
+def _prompt(export: LoadedExport, parts: list[Part], target: str) -> PromptIds:
+    """Return what comes before the target's first token."""
     before_end = export.prompt(*parts)
     # The target, with its marks and the document's end; text needs room for one id.
     needed = len(before_end) + 1
@@ -158,16 +171,19 @@ def _prompt(export: LoadedExport, parts: list[Part], target: str) -> IntArray:
         given = " and ".join(f"{part.modality} of {len(part.ids)} tokens" for part in parts)
         what = f"{given} leaves no room for {target} in {export.longest}"
         raise UserError(what, where=export.folder, remedy="give a shorter input")
-    return before_end if target == "text" else np.append(before_end, export.vocabulary.begin(target))
+    span = export.prompt_spans(*parts)
+    if target == "text":
+        return PromptIds(before_end, span)
+    return PromptIds(np.append(before_end, export.vocabulary.begin(target)), np.append(span, -1))
 
 
-def _most_text(export: LoadedExport, prompt: IntArray, sampling: Sampling) -> int:
-    return min(sampling.max_tokens, export.longest - len(prompt))
+def _most_text(export: LoadedExport, prompt: PromptIds, sampling: Sampling) -> int:
+    return min(sampling.max_tokens, export.longest - len(prompt.ids))
 
 
 def _continue_text(
     export: LoadedExport,
-    prompts: list[IntArray],
+    prompts: list[PromptIds],
     texts: list[Continuation],
     sampling: Sampling,
     seeds: list[int],
@@ -175,18 +191,18 @@ def _continue_text(
 ) -> None:
     """Generate the rest of `texts`."""
     ends, first_id = export.prompt_form.ends, export.vocabulary["text"].start
-    only = ValidTokens(export.modalities["text"], first_id, ends, max(map(len, prompts)))
+    only = ValidTokens(export.modalities["text"], first_id, ends, max(len(prompt.ids) for prompt in prompts))
     most = max(text.most for text in texts)
     follower = TextFollower(texts, first_id, ends, on_text)
     _continue(export, prompts, most, ends, _processors(only, sampling, seeds), StoppingCriteriaList([follower]))
 
 
 def _media_ids(
-    export: LoadedExport, prompts: list[IntArray], target: str, sampling: Sampling, seeds: list[int]
+    export: LoadedExport, prompts: list[PromptIds], target: str, sampling: Sampling, seeds: list[int]
 ) -> Iterator[IntArray]:
     """Yield the target's codec-local ids `[T]` after each prompt."""
     modality, ids_range, end = export.modalities[target], export.vocabulary[target], export.vocabulary.end(target)
-    longest = max(map(len, prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
     # Of a variable length: what the row has room for, less its end and the document's, in whole strides.
     most = modality.tokens_per_item or (export.longest - longest - 2) // modality.stride * modality.stride
     ends = () if modality.tokens_per_item else (end,)
@@ -198,7 +214,7 @@ def _media_ids(
 @torch.inference_mode()
 def _continue(
     export: LoadedExport,
-    prompts: list[IntArray],
+    prompts: list[PromptIds],
     most: int,
     ends: Sequence[int],
     processors: LogitsProcessorList,
@@ -206,10 +222,15 @@ def _continue(
 ) -> IntArray:
     """Return the new ids `[items, T]`, with padding after an end."""
     padding = export.prompt_form.padding
-    longest = max(map(len, prompts))
+    longest = max(len(prompt.ids) for prompt in prompts)
+
     # Padded on the left, so that all prompts end at the same position.
-    padded = [np.pad(p, (longest - len(p), 0), constant_values=padding) for p in prompts]
-    mask = [np.pad(np.ones(len(p), dtype=np.int64), (longest - len(p), 0)) for p in prompts]
+    def batched(arrays: Iterable[IntArray], value: int) -> torch.Tensor:
+        padded = [np.pad(array, (longest - len(array), 0), constant_values=value) for array in arrays]
+        return torch.from_numpy(np.stack(padded)).to(export.device)
+
+    input_ids, span = batched((p.ids for p in prompts), padding), batched((p.span for p in prompts), -1)
+    mask = batched((np.ones_like(p.ids) for p in prompts), 0)
     config = GenerationConfig(
         max_new_tokens=most,
         do_sample=False,  # the noise samples
@@ -217,14 +238,36 @@ def _continue(
         pad_token_id=padding,
     )
     output_BS = export.model.generate(
-        torch.from_numpy(np.stack(padded)).to(export.device),
-        attention_mask=torch.from_numpy(np.stack(mask)).to(export.device),
+        input_ids,
+        attention_mask=mask,
+        past_key_values=_read_spans(export, input_ids, mask, span),
         generation_config=config,
         logits_processor=processors,
         stopping_criteria=criteria,
     )
     new_BT: IntArray = output_BS[:, longest:].cpu().numpy()
     return new_BT
+
+
+def _read_spans(
+    export: LoadedExport, input_ids: torch.Tensor, mask: torch.Tensor, span: torch.Tensor
+) -> DynamicCache | None:
+    """Return the cache of all ids but the last, read with the mask of their spans; None without spans.
+
+    The last id is a mark or text and sees all before it, so `generate` continues as if it had read the prompt itself.
+    """
+    if not bool((span >= 0).any()):
+        return None
+    cache = DynamicCache(config=export.model.config)
+    export.model(
+        input_ids[:, :-1],
+        attention_mask=attention_mask(export.model, mask[:, :-1], span[:, :-1]),
+        position_ids=(mask.cumsum(1) - 1).clamp(min=0)[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return cache
 
 
 def _processors(only: ValidTokens, sampling: Sampling, seeds: list[int]) -> LogitsProcessorList:

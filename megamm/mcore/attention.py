@@ -1,13 +1,15 @@
 """Core attention for packed rows: causal within each document of a row, none across documents, RoPE per document.
 
+The tokens of a span (the tokens of one image, if the config says so) attend to each other in both directions.
+
 Without Transformer Engine, Megatron's own core attention supports neither packed rows nor context parallelism. This
 module replaces `core_attention` in the layer spec. Megatron passes `attention_mask` through unchanged; here it is
-packed_seq_metadata, int64 `[B, 4, S]`: segment (common/sample.py), then t, h, w of every token of the whole row, even
-if a context rank holds only S/cp of its tokens. Mask and positions are derived from it.
+packed_seq_metadata, int64 `[B, 5, S]`: segment (common/sample.py), t, h, w and span of every token of the whole row,
+even if a context rank holds only S/cp of its tokens. Mask and positions are derived from it.
 
 Kernels (model/attention_kernel.py chooses one): "varlen" and "flash" take the lengths of documents (varlen.py); "flex",
 torch's flex_attention, compiled, skips masked blocks within one call; "sdpa" is torch's scaled dot product attention,
-over blocks of queries and only the keys back to the start of their documents.
+over blocks of queries and only the keys back to the start of their documents. Only the last two have spans.
 RoPE is relative, so in exact arithmetic positions could count through the row, but large angles would lose float32
 digits that a document on its own keeps.
 Sources: Beltagy et al. 2020 (windows); Gemma Team 2024 (caps); Vaswani et al. 2017 (attention); Ainslie et al. 2023
@@ -32,7 +34,7 @@ from megamm.common.device import Device
 from megamm.config.accelerators import Installed
 from megamm.mcore import varlen
 from megamm.mcore.context import gather_row, heads_to_tokens, local_chunks, tokens_to_heads
-from megamm.model.attention_kernel import BY_LENGTHS, Kernel
+from megamm.model.attention_limits import BY_LENGTHS, Kernel
 from megamm.model.rope import Rope, RopeAngles, angles_of
 from megamm.ops import Ops
 
@@ -46,12 +48,14 @@ class ScoreForm:
     """Form of attention scores.
 
     scale: scores are q * k * scale (0: Megatron's scale). softcap: scores become softcap * tanh(score / softcap) (0:
-    no cap). window: only keys less than `window` tokens back are used (0: the whole document).
+    no cap). window: only keys less than `window` tokens back are used (0: the whole document). spans: whether rows can
+    have spans; a window limits how far back a token of a span sees, not how far ahead.
     """
 
     scale: float = 0.0
     softcap: float = 0.0
     window: int = 0
+    spans: bool = False
 
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Chunks, ScoreForm], torch.Tensor]
@@ -146,7 +150,7 @@ class PackedAttention(MegatronModule):
         def make() -> RopeAngles:
             # With one axis positions restart in each document, which keeps angles small (see the module's docstring).
             position = (
-                packed_seq_metadata[:, 1:]
+                packed_seq_metadata[:, 1:4]
                 if rope.axes == 3
                 else document_positions(packed_seq_metadata[:, 0]).unsqueeze(1)
             )
@@ -221,6 +225,21 @@ def document_positions(segment_BS: torch.Tensor) -> torch.Tensor:
     return index - starts.cummax(dim=1).values
 
 
+def last_keys(packed_seq_metadata: torch.Tensor, spans: bool) -> torch.Tensor:
+    """Return the index of the last key that each token of the row sees, `[B, S]`: its own, or that of its span's end.
+
+    As the tokens of a span are consecutive, a query sees the keys of one range, which grows with its index.
+    """
+    segment, span = packed_seq_metadata[:, 0], packed_seq_metadata[:, -1]
+    index = torch.arange(segment.shape[1], device=segment.device)
+    if not spans:
+        return index.expand_as(segment)
+    is_last = torch.ones_like(span, dtype=torch.bool)
+    is_last[:, :-1] = span[:, :-1] != span[:, 1:]
+    ends = torch.where(is_last, index, len(index)).flip(1).cummin(dim=1).values.flip(1)
+    return torch.where(span >= 0, ends, index)
+
+
 @dataclass(frozen=True)
 class _Block:
     """Consecutive local queries, the key blocks they attend to, and the additive mask (0 or -inf) `[B, 1, q, k]`."""
@@ -230,22 +249,24 @@ class _Block:
     mask: torch.Tensor
 
 
-def _blocks(packed_seq_metadata: torch.Tensor, chunks: Chunks, dtype: torch.dtype, window: int) -> list[_Block]:
+def _blocks(packed_seq_metadata: torch.Tensor, chunks: Chunks, dtype: torch.dtype, form: ScoreForm) -> list[_Block]:
     segment, length = packed_seq_metadata[:, 0], packed_seq_metadata.shape[2]
     ranges = [(at, min(at + BLOCK, stop)) for start, stop in chunks for at in range(start, stop, BLOCK)]
     index = torch.arange(length, device=packed_seq_metadata.device)
-    # The only transfer from the device: for each block, the start of the first document in it.
-    reach = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]].tolist()
+    last = last_keys(packed_seq_metadata, form.spans)
+    # The only transfer from the device: for each block, the start of the first document in it, and its last key.
+    first_of = (index - document_positions(segment)).amin(0)[[start for start, _ in ranges]]
+    last_of = last.amax(0)[[stop - 1 for _, stop in ranges]]
     blocks = []
-    for (start, stop), first in zip(ranges, reach, strict=True):
-        first = max(first, start - window + 1) if window else first
+    for (start, stop), (first, final) in zip(ranges, torch.stack((first_of, last_of), 1).tolist(), strict=True):
+        first = max(first, start - form.window + 1) if form.window else first
         # Counted in whole blocks, as keys and values are split in `_attend_sdpa`.
-        keys = slice(first // BLOCK, -(-stop // BLOCK))
+        keys = slice(first // BLOCK, final // BLOCK + 1)
         seen = slice(keys.start * BLOCK, min(keys.stop * BLOCK, length))
         allowed = segment[:, start:stop, None] == segment[:, None, seen]
-        allowed &= index[start:stop, None] >= index[seen]
-        if window:
-            allowed &= index[start:stop, None] - index[seen] < window
+        allowed &= last[:, start:stop, None] >= index[seen]
+        if form.window:
+            allowed &= index[start:stop, None] - index[seen] < form.window
         # Every layer uses a float mask directly; torch would convert a boolean mask in each layer.
         mask = torch.zeros(allowed.shape, dtype=dtype, device=packed_seq_metadata.device).masked_fill_(
             ~allowed, -torch.inf
@@ -265,8 +286,8 @@ def _attend_sdpa(
     """Compute attention of the chunks' queries `[Q, B, N, D]` over the row's keys and values -> `[Q, B, N, E]`."""
     blocks = _cached(
         packed_seq_metadata,
-        ("blocks", *chunks, query.dtype, form.window),
-        lambda: _blocks(packed_seq_metadata, chunks, query.dtype, form.window),
+        ("blocks", *chunks, query.dtype, form.window, form.spans),
+        lambda: _blocks(packed_seq_metadata, chunks, query.dtype, form),
     )
     # Grouped keys are repeated: GPU kernels with a mask and without S x S scores do not support grouped queries.
     per_group = query.shape[2] // key.shape[2]
@@ -292,23 +313,25 @@ def _product(
     return scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
 
 
-def _block_mask(packed_seq_metadata: torch.Tensor, chunks: Chunks, window: int) -> BlockMask:
+def _block_mask(packed_seq_metadata: torch.Tensor, chunks: Chunks, form: ScoreForm) -> BlockMask:
     """Return the mask of the chunks' queries, as torch's create_block_mask would, without a mask of S x S tokens.
 
-    A query attends to the keys of one range: from the start of its document, or of its window, to itself. So a block of
-    queries and keys is full if every query's range contains all keys, and not empty if any range has one of them.
+    A query attends to the keys of one range: from the start of its document, or of its window, to itself or the end of
+    its span. So a block of queries and keys is full if every query's range contains all keys, and not empty if any
+    range has one of them.
     """
     segment, device = packed_seq_metadata[:, 0], packed_seq_metadata.device
     length = segment.shape[1]
     index = torch.cat([torch.arange(*chunk, device=device) for chunk in chunks])
     starts = (torch.arange(length, device=device) - document_positions(segment))[:, index]
+    last, window = last_keys(packed_seq_metadata, form.spans)[:, index], form.window
     if window:
         starts = starts.clamp(min=index - window + 1)
-    partial, full = _occupied_blocks(starts, index, length)
+    partial, full = _occupied_blocks(starts, last, length)
 
     def allowed(b: torch.Tensor, _: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         at = index[q]
-        is_seen = (segment[b, at] == segment[b, k]) & (at >= k)
+        is_seen = (segment[b, at] == segment[b, k]) & ((last[b, q] if form.spans else at) >= k)
         return is_seen & (at - k < window) if window else is_seen
 
     return BlockMask.from_kv_blocks(
@@ -319,7 +342,7 @@ def _block_mask(packed_seq_metadata: torch.Tensor, chunks: Chunks, window: int) 
 def _occupied_blocks(starts: torch.Tensor, ends: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which blocks have some, and which have all, of their keys seen by their queries: bool `[B, Q, K]` each.
 
-    starts `[B, q]` and ends `[q]`: the first and last key of each query; Q and K count blocks. A block that reaches
+    starts and ends `[B, q]`: the first and last key of each query; Q and K count blocks. A block that reaches
     beyond the last query or key does not have all.
     """
     rows, queries = starts.shape
@@ -330,15 +353,15 @@ def _occupied_blocks(starts: torch.Tensor, ends: torch.Tensor, length: int) -> t
     block = (torch.arange(queries, device=starts.device) // BLOCK).expand_as(starts)
     one = torch.ones_like(starts, dtype=torch.int32)
     changes.index_put_((row, block, starts // BLOCK), one, accumulate=True)
-    changes.index_put_((row, block, (ends // BLOCK + 1).expand_as(starts)), -one, accumulate=True)
+    changes.index_put_((row, block, ends // BLOCK + 1), -one, accumulate=True)
     some = changes.cumsum(-1)[..., :-1] > 0
     # Padded queries see nothing.
     missing = query_blocks * BLOCK - queries
     last_start = F.pad(starts, (0, missing), value=length).unflatten(1, (-1, BLOCK)).amax(-1)
-    first_end = F.pad(ends, (0, missing), value=-1).unflatten(0, (-1, BLOCK)).amin(-1)
+    first_end = F.pad(ends, (0, missing), value=-1).unflatten(1, (-1, BLOCK)).amin(-1)
     first_key = torch.arange(key_blocks, device=starts.device) * BLOCK
     last_key = first_key + BLOCK - 1
-    full = (last_start[..., None] <= first_key) & (first_end[:, None] >= last_key)
+    full = (last_start[..., None] <= first_key) & (first_end[..., None] >= last_key)
     return some & ~full, full
 
 
@@ -358,8 +381,8 @@ def _attend_flex(
     form: ScoreForm,
 ) -> torch.Tensor:
     """Compute the same as `_attend_sdpa`; on a CPU it is uncompiled and without gradients, for tests."""
-    kind = ("block mask", *chunks, form.window)
-    mask = _cached(packed_seq_metadata, kind, lambda: _block_mask(packed_seq_metadata, chunks, form.window))
+    kind = ("block mask", *chunks, form.window, form.spans)
+    mask = _cached(packed_seq_metadata, kind, lambda: _block_mask(packed_seq_metadata, chunks, form))
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     attend = flex_attention if query.device.type == "cpu" else _compiled_flex()
     cap = _capped(form.softcap) if form.softcap else None
@@ -378,7 +401,7 @@ def _attend_by_lengths(
     form: ScoreForm,
 ) -> torch.Tensor:
     """Compute the same as `_attend_sdpa` by a kernel that takes the lengths of documents."""
-    assert not form.softcap, "attention_kernel.check refuses a cap"
+    assert not form.softcap and not form.spans, "attention_limits.check refuses a cap and spans"
 
     def make() -> list[varlen.Sequences]:
         return varlen.sequences(packed_seq_metadata[:, 0], varlen.lengths_of(packed_seq_metadata), chunks)

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 class Backbone(GPTModel):
     """GPTModel with the run's loss over all prediction depths; the loss excludes the vocabulary's run-time padding.
 
-    forward(input_ids `[B, S/cp]`, None, packed_seq_metadata `[B, 4, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32
+    forward(input_ids `[B, S/cp]`, None, packed_seq_metadata `[B, 5, S]`, labels `[1 + K, B, S/cp]`, loss_mask float32
     of labels' shape) returns, on the last stage, the sum over all tokens of loss_mask * cross entropy, and the detached
     cross entropy of each token `[1 + K, B, S/cp]`: of the next token, then of K = mtp.num_layers tokens further ahead.
     Without labels it returns logits `[B, S/cp, V/tp]`; before the last stage hidden states `[S/cp, B, H]`.
@@ -68,11 +68,13 @@ class Backbone(GPTModel):
         self.true_vocab_size, self.cross_entropy, self.logit_softcap = true_vocab_size, cross_entropy, logit_softcap
         self.before_use: Callable[[torch.Tensor], None] = lambda weight: None
         """Called with a weight that is used without its module, which would wait until it is gathered (`wrap`)."""
+        self.embedding_scale = embedding_scale
         if embedding_scale != 1.0 and hasattr(self, "embedding"):
-            # Rounded to the weights' precision first, as in the models that use a scale.
-            self.embedding.register_forward_hook(
-                lambda _, __, output: output * torch.tensor(embedding_scale, dtype=output.dtype).item()
-            )
+            self.embedding.register_forward_hook(lambda _, __, output: self.scaled(output))
+
+    def scaled(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Multiply by the scale, rounded to the weights' precision first, as in the models that use a scale."""
+        return embeddings * torch.tensor(self.embedding_scale, dtype=embeddings.dtype).item()
 
     def _postprocess(
         self,
@@ -345,7 +347,7 @@ def _spec_of(config: RunConfig, number: int, plan: _Plan, norm: ModuleSpec) -> M
         rope=None if m.mla.kv_lora_rank else rope,
         exchange=config.parallel.cp_comm_type,
         attend=plan.attend,
-        form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0),
+        form=ScoreForm(scale, m.attention_softcap, window.size if has_window else 0, bool(config.spans)),
     )
     return layer_spec(plan.megatron_config, attention, norm, m.sandwich_norm, dense=number < m.moe.dense_layers)
 

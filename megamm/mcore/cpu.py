@@ -6,6 +6,7 @@ On a GPU nothing in this file runs.
 """
 
 import contextlib
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -187,18 +188,37 @@ def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = F
     return torch.get_rng_state()
 
 
-class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads a megatron.core module from rewritten source; its bytecode is not cached."""
+_PATTERNS = [(pattern.pattern, pattern.flags, replacement) for pattern, replacement in _EVERYWHERE]
+_ADAPTATIONS = hashlib.sha256(repr((_PATTERNS, _PER_MODULE)).encode()).hexdigest()[:16]
+"""Part of the name of cached bytecode: other adaptations have files of their own."""
 
-    def get_code(self, fullname: str) -> CodeType:
-        source = self.get_data(self.path).decode()
-        for old, new in _PER_MODULE.get(fullname, ()):
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads a megatron.core module from rewritten source, whose bytecode is kept beside that of the original source."""
+
+    def source_to_code(  # type: ignore[override]  # typeshed: static as in the abstract class, here it is a method
+        self, data: Any, path: Any, **options: Any
+    ) -> CodeType:
+        source = bytes(data).decode()
+        for old, new in _PER_MODULE.get(self.name, ()):
             if old not in source:
-                raise ImportError(f"{self.path}: expected {old!r}; this megatron-core version needs a new adaptation")
+                raise ImportError(f"{path}: expected {old!r}; this megatron-core version needs a new adaptation")
             source = source.replace(old, new)
         for pattern, replacement in _EVERYWHERE:
             source = pattern.sub(replacement, source)
-        return compile(source, self.path, "exec", dont_inherit=True)
+        return super().source_to_code(source.encode(), path, **options)
+
+    def get_data(self, path: str) -> bytes:
+        return super().get_data(self._own_cache(path))
+
+    def set_data(self, path: str, data: Any, **options: Any) -> None:
+        super().set_data(self._own_cache(path), data, **options)
+
+    def _own_cache(self, path: str) -> str:
+        """Return the path, or in place of the module's bytecode that of the rewritten source."""
+        if path != importlib.util.cache_from_source(self.path):
+            return path
+        return importlib.util.cache_from_source(self.path, optimization=f"megamm{_ADAPTATIONS}")
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__[_API_NAME] = _DEVICE

@@ -28,7 +28,7 @@ from megamm.mcore import optimizer, weight_gradients
 from megamm.mcore.attention import Attend, ScoreForm, attend_by
 from megamm.mcore.context import local_chunks
 from megamm.model import attention_kernel
-from megamm.model.attention_kernel import Kernel
+from megamm.model.attention_limits import Kernel, head_sizes
 from megamm.ops import library
 from megamm.ops.op_proofs import KernelSizes, accumulation_proof, fp8_proofs, grouped_proof, op_proofs
 from megamm.ops.proof import Draw, Function, Inputs, Outcome, Proof, Proven
@@ -40,8 +40,8 @@ LANGUAGE_OPS = ("rms_norm", "add_rms_norm", "rope", "swiglu", "linear_cross_entr
 """The operators of csrc/ that the backbone uses."""
 CHOICES = "kernels.json"
 """File in a run's folder: the kernels that the run has chosen by time."""
-DOCUMENTS = 4
-"""Documents of a row, on average."""
+DOCUMENTS, SPANS = 4, 16
+"""Documents of a row, and parts that its documents are cut into, on average; every other part is a span."""
 TOKENS, VOCABULARY = {True: 4096, False: 64}, {True: 32768, False: 512}
 """Tokens, and words of the vocabulary at most, by whether the device is a GPU."""
 
@@ -178,7 +178,7 @@ def sizes_of(config: RunConfig, vocabulary_size: int, device: Device) -> KernelS
 def attention_proofs(config: RunConfig, device: Device, kernels: Sequence[Kernel]) -> list[Proof]:
     """Return the proof of attention in each form that the model's layers have, over packed documents."""
     m, p = config.model, config.parallel
-    channels, value_channels = attention_kernel.head_sizes(m)
+    channels, value_channels = head_sizes(m)
     groups = min(2, max(1, m.num_query_groups // p.tensor))
     heads = groups * (m.num_attention_heads // m.num_query_groups)
     length = 128 if not device.is_gpu else 4096 if heads <= 8 else 2048
@@ -190,19 +190,23 @@ def attention_proofs(config: RunConfig, device: Device, kernels: Sequence[Kernel
     windows = [0] * has_full + [min(m.window.size, length // 3)] * (m.window.size > 0)
     proofs = []
     for window in windows:
-        form = ScoreForm(scale, m.attention_softcap, window)
+        form = ScoreForm(scale, m.attention_softcap, window, bool(config.spans))
 
         def draw(d: Draw, form: ScoreForm = form) -> Inputs:
             queries = sum(stop - start for start, stop in chunks)
             query = d.leaf(queries, 1, heads, channels, dtype=dtype)
             key, value = (d.leaf(length, 1, groups, n, dtype=dtype) for n in (channels, value_channels))
-            metadata = torch.zeros(1, 4, length, dtype=torch.int64, device=d.device)
-            metadata[:, 0] = (d.below(length // DOCUMENTS, 1, length) == 0).cumsum(1)
+            metadata = torch.zeros(1, 5, length, dtype=torch.int64, device=d.device)
+            is_first = d.below(length // DOCUMENTS, 1, length) == 0
+            metadata[:, 0] = is_first.cumsum(1)
+            if form.spans:
+                parts = (is_first | (d.below(length // SPANS, 1, length) == 0)).cumsum(1)
+                metadata[:, 4] = torch.where(parts % 2 == 1, parts, -1)
             return Inputs((query, key, value), {"metadata": metadata, "chunks": chunks, "form": form})
 
         named = f"{str(dtype).removeprefix('torch.')}, {sum(b - a for a, b in chunks)} of {length} tokens"
         named += f", {heads} + {groups} heads of {channels} and {value_channels}, window {window}"
-        named += f", cap {form.softcap:g}, scale {scale:.3g}"
+        named += f", cap {form.softcap:g}, scale {scale:.3g}" + (", spans" if form.spans else "")
         sides: dict[str, Function] = {
             kernel: partial(_attend, partial(attend_by, kernel, device, accelerators.installed())) for kernel in kernels
         }
@@ -238,7 +242,11 @@ def _dense_attention(
     segment, wide = metadata[:, 0], torch.promote_types(query.dtype, torch.float32)
     keys = torch.arange(key.shape[0], device=key.device)
     index = torch.cat([torch.arange(*chunk, device=key.device) for chunk in chunks])
-    allowed = (segment[:, index, None] == segment[:, None, :]) & (index[:, None] >= keys)
+    is_seen = index[:, None] >= keys
+    if form.spans:
+        span = metadata[:, 4]
+        is_seen = is_seen | ((span[:, index, None] == span[:, None, :]) & (span[:, None, :] >= 0))
+    allowed = (segment[:, index, None] == segment[:, None, :]) & is_seen
     if form.window:
         allowed &= index[:, None] - keys < form.window
     key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))

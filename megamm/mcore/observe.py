@@ -1,4 +1,4 @@
-"""Observes a running model: the metadata and positions that attention used, and the experts that routers chose."""
+"""Observes a running model: metadata, positions and spans that attention used, and the experts that routers chose."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,13 +17,16 @@ from megamm.mcore import attention
 
 @dataclass
 class Seen:
-    """metadata `[B, 4, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
+    """metadata `[B, 5, S]` and positions `[B, axes, S/cp]` as attention received them; tokens per expert by layer.
+
+    spans `[B, 1, S]`: as the kernel received them.
 
     margin: smallest lead of a chosen expert over the best expert not chosen, that is, how close routing was to a tie.
     """
 
     metadata: list[torch.Tensor] = field(default_factory=list)
     positions: list[torch.Tensor] = field(default_factory=list)
+    spans: list[torch.Tensor] = field(default_factory=list)
     routed: Counter[tuple[str, int]] = field(default_factory=Counter)
     margin: float = float("inf")
 
@@ -32,10 +35,13 @@ class Seen:
 def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
     """Record a `Seen` while the body runs. A recomputed forward pass counts once."""
     seen, hooks = Seen(), []
+    attending: list[tuple[attention.PackedAttention, attention.Attend]] = []
     for chunk in chunks:
         for name, module in chunk.named_modules():
             if isinstance(module, attention.PackedAttention):
                 hooks.append(module.register_forward_pre_hook(partial(_note_metadata, seen), with_kwargs=True))
+                attending.append((module, module.attend))
+                module.attend = partial(_note_spans, seen, module.attend)
             elif isinstance(module, TopKRouter):
                 layer = f"{'mtp.' if '.mtp.' in f'.{name}' else ''}{module.layer_number}"
                 hooks.append(module.register_forward_hook(partial(_note_routing, seen, layer)))
@@ -50,6 +56,8 @@ def watch(chunks: Sequence[nn.Module]) -> Iterator[Seen]:
         yield seen
     for hook in hooks:
         hook.remove()
+    for module, attend in attending:
+        module.attend = attend
 
 
 def _note_metadata(seen: Seen, module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -57,6 +65,23 @@ def _note_metadata(seen: Seen, module: nn.Module, arguments: tuple[Any, ...], na
     metadata = named["attention_mask"] if "attention_mask" in named else arguments[3]
     if not any(metadata is known for known in seen.metadata):
         seen.metadata.append(metadata)
+
+
+def _note_spans(
+    seen: Seen,
+    attend: attention.Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    metadata: torch.Tensor,
+    chunks: attention.Chunks,
+    form: attention.ScoreForm,
+) -> torch.Tensor:
+    """Record the spans of a kernel's call and run it."""
+    spans = metadata[:, 4:] if form.spans else torch.full_like(metadata[:, 4:], -1)
+    if not any(torch.equal(spans, known) for known in seen.spans):
+        seen.spans.append(spans)
+    return attend(query, key, value, metadata, chunks, form)
 
 
 @torch.no_grad()

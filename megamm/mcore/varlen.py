@@ -24,7 +24,7 @@ from megamm.common.device import Device
 from megamm.common.sample import PackedLengths
 from megamm.config.accelerators import Installed
 from megamm.mcore import varlen_reference
-from megamm.model.attention_kernel import Kernel
+from megamm.model.attention_limits import Kernel
 
 HEAD_UNIT = 8
 """Channels of a head are a multiple of this in the kernels."""

@@ -11,20 +11,13 @@ fastest. Which one that is has not been measured here (docs/performance.md).
 """
 
 import inspect
-from collections.abc import Iterator
-from typing import Literal
 
 from megamm.common.device import Device
 from megamm.common.errors import UserError
-from megamm.config import ModelConfig, RunConfig
+from megamm.config import RunConfig
 from megamm.config.accelerators import Installed
+from megamm.model.attention_limits import BY_LENGTHS, Kernel, against_lengths, check
 from megamm.ops.proof import AGAIN, UNPROVEN, Proven
-
-Kernel = Literal["varlen", "flash", "flex", "sdpa"]
-BY_LENGTHS: tuple[Kernel, ...] = ("varlen", "flash")
-"""The kernels that take the lengths of documents."""
-LARGEST_HEAD = 256
-"""The largest head of FlashAttention's kernels, which both torch and flash-attn have."""
 
 
 def choose(config: RunConfig, device: Device, found: Installed, proven: Proven = UNPROVEN) -> tuple[Kernel, str]:
@@ -56,7 +49,7 @@ def candidates(config: RunConfig, device: Device, found: Installed) -> list[Kern
     if not device.is_gpu:
         return ["sdpa"]
     possible: list[Kernel] = ["flex", "sdpa"]
-    if next(_against_lengths(config), None) is None:
+    if next(against_lengths(config), None) is None:
         if found.flash_attention_3 or found.flash_attention:
             possible.insert(1, "flash")
         if torch_has_varlen():
@@ -101,7 +94,7 @@ def _reason(config: RunConfig, device: Device, kernel: Kernel) -> str:
         return "it has a forward and a backward pass on a CPU"
     if kernel in BY_LENGTHS:
         return "on a GPU it needs no mask"
-    against = next(_against_lengths(config), None) or ("" if torch_has_varlen() else "this torch does not have it")
+    against = next(against_lengths(config), None) or ("" if torch_has_varlen() else "this torch does not have it")
     why = "it skips masked blocks in one call" if kernel == "flex" else "it runs on any device"
     return f"{why}; not varlen: {against}" if against else why
 
@@ -110,46 +103,8 @@ def takes_lengths_on_a_gpu(config: RunConfig) -> bool:
     """Whether a run on a GPU takes a kernel of BY_LENGTHS; assumes that what the config requires is installed."""
     setting = config.train.attention
     return setting in BY_LENGTHS or (
-        setting == "auto" and next(_against_lengths(config), None) is None and torch_has_varlen()
+        setting == "auto" and next(against_lengths(config), None) is None and torch_has_varlen()
     )
-
-
-def check(config: RunConfig) -> None:
-    """Raise UserError if no device can run this model with train.attention."""
-    setting, model = config.train.attention, config.model
-    if setting not in BY_LENGTHS:
-        return
-    if model.attention_softcap:
-        raise UserError(
-            f"train.attention={setting} does not support model.attention_softcap = {model.attention_softcap:g}",
-            remedy="set train.attention=auto, or model.attention_softcap=0",
-        )
-    largest = max(head_sizes(model))
-    if largest > LARGEST_HEAD:
-        raise UserError(
-            f"train.attention={setting} supports heads of at most {LARGEST_HEAD} channels, not {largest}",
-            remedy="set train.attention=auto",
-        )
-
-
-def head_sizes(model: ModelConfig) -> tuple[int, int]:
-    """Return the channels of a query or key head, and of a value head; they differ with latent attention."""
-    if model.mla.kv_lora_rank:
-        return model.mla.qk_head_dim + model.mla.qk_rope_head_dim, model.mla.v_head_dim
-    return model.head_dim, model.head_dim
-
-
-def _against_lengths(config: RunConfig) -> Iterator[str]:
-    """Yield why the model should not run, or cannot run, with the kernels of BY_LENGTHS on a GPU."""
-    query, value = head_sizes(config.model)
-    if config.train.precision == "fp32":
-        yield "its kernels do not compute in float32"
-    if config.model.attention_softcap:
-        yield "it has no cap of the scores"
-    if max(query, value) > LARGEST_HEAD:
-        yield f"its heads have at most {LARGEST_HEAD} channels"
-    if query != value:
-        yield f"it would pad values from {value} to {query} channels"
 
 
 def torch_has_varlen() -> bool:

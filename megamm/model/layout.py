@@ -6,7 +6,7 @@ to match one rank (docs/parallelism.md).
 
 from megamm.common.errors import UserError
 from megamm.config import ModelConfig, MoEConfig, RunConfig
-from megamm.model import attention_kernel, flops
+from megamm.model import attention_limits, flops
 
 FP8_MULTIPLE = 16
 """The axes of an FP8 product on a GPU are multiples of this; numbers of tokens are rounded up to it."""
@@ -39,7 +39,8 @@ def check(config: RunConfig, world_size: int) -> None:
             f"model.rope_axes = 3 with model.head_dim = {m.head_dim}", remedy="set model.head_dim to at least 6"
         )
     _check_latent_attention(m, p.tensor)
-    attention_kernel.check(config)
+    attention_limits.check(config)
+    _check_spans(config)
     _check_window(m)
     _check_experts(config, data_parallel)
     _check_recompute(config)
@@ -110,6 +111,20 @@ def _check_latent_attention(m: ModelConfig, tensor: int) -> None:
         raise UserError(what, remedy="remove them")
     if m.qkv_bias:
         raise UserError("latent attention has no biases", remedy="set model.qkv_bias=false")
+
+
+def _check_spans(config: RunConfig) -> None:
+    for name in sorted(config.spans):
+        key = f"modalities.{name}.attention = span"
+        if name == "text":
+            raise UserError(f"{key}: text is generated token by token", remedy=f"remove modalities.{name}.attention")
+        if name in config.loss_weights:
+            what = f"loss_weights.{name} with {key}: the tokens of a span count in no loss"
+            raise UserError(what, remedy=f"remove loss_weights.{name}, or set modalities.{name}.attention=causal")
+        if config.model.mtp.num_layers:
+            # A module of depth k reads the token k further on, which may be behind the span that would see it.
+            what = f"multi-token prediction does not support {key}"
+            raise UserError(what, remedy=f"set model.mtp.num_layers=0, or modalities.{name}.attention=causal")
 
 
 def _check_window(m: ModelConfig) -> None:

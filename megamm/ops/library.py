@@ -11,7 +11,13 @@ import torch
 from megamm.common.errors import UserError
 from megamm.ops.registry import OPS
 
-FILE = Path(__file__).parent.parent / "_csrc.so"
+_FOLDER = Path(__file__).parent.parent
+_WITH_GPU = _FOLDER / "_csrc_gpu.so"
+FILE = _WITH_GPU if torch.version.cuda and _WITH_GPU.exists() else _FOLDER / "_csrc.so"
+"""The library that this torch loads; without kernels for a GPU, any torch loads it.
+
+setup.py builds both in one checkout that is installed beside a CPU build of torch and beside a GPU build.
+"""
 REMEDY = "install a C++ compiler (and nvcc for a GPU) and rebuild: pip install --no-build-isolation -e ."
 
 

@@ -45,6 +45,8 @@ def draw(seed: int, number: int, max_ranks: int) -> Case:
         settings["train.experts"] = rng.choice(["grouped", "grouped", "sequential"])
     if not settings.get("model.attention_softcap"):
         settings["train.attention"] = rng.choice(["auto", "varlen"])
+    if settings.get("train.attention") != "varlen" and "model.mtp.num_layers" not in settings and rng.random() < 0.5:
+        settings["modalities.image.attention"] = "span"
     return Case.of(world, settings, mix, number)
 
 

@@ -20,6 +20,7 @@ _MLA: Settings = {
     "model.mla.qk_rope_head_dim": 8,
     "model.mla.v_head_dim": 12,
 }
+_SPANS: Settings = {"modalities.image.attention": "span"}
 _TP, _PP, _CP = {"parallel.tensor": 2}, {"parallel.pipeline": 2}, {"parallel.context": 2}
 
 LAYOUTS: dict[str, Settings] = {
@@ -52,6 +53,8 @@ FEATURES: dict[str, Settings] = {
     | dict.fromkeys(("model.zero_centered_norm", "model.sandwich_norm", "model.scale_embeddings"), True)
     | {"model.activation": "gelu_tanh", "model.query_pre_attn_scalar": 11},
     "3-axis RoPE": {"model.rope_axes": 3},
+    "bidirectional spans": _SPANS,
+    "bidirectional spans, windows": _SPANS | {"model.window.size": 7, "model.window.full_layers": [1, 3]},
     "tied embeddings": {"model.tie_embeddings": True},
     "biases, no q/k norm": {"model.qkv_bias": True, "model.qk_norm": False},
     "one query group": {"model.num_query_groups": 1},
@@ -59,6 +62,7 @@ FEATURES: dict[str, Settings] = {
     "full recompute": {"train.recompute": "full"},
     "recomputed norms and activations": {"train.recompute.modules": ["norms", "activation"]},
     "weight gradients in float32": {"model.megatron.gradient_accumulation_fusion": True},
+    "a rank without spans": _SPANS | {"mix": "rank_without_images", "data": 2},
     "a rank without images": {"mix": "rank_without_images", "data": 2},
     "a microbatch without text": {"mix": "microbatch_without_text"},
     "a step without images": {"mix": "step_without_images"},

@@ -66,7 +66,8 @@ def _coordinates(groups: ProcessGroups) -> tuple[dict[str, int], dict[str, int]]
 
 
 def _rows(run: Run, step: int) -> list[Any]:
-    rows = global_batch(run.seed, step, list(run.rows[step - 1]), run.config.data.seq_length)
+    config = run.config
+    rows = global_batch(run.seed, step, list(run.rows[step - 1]), config.data.seq_length, spans=bool(config.spans))
     return [replace(r, loss_weight=r.loss_weight * 0) if i in run.muted else r for i, r in enumerate(rows)]
 
 

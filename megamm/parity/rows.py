@@ -1,8 +1,9 @@
 """Random packed rows with all difficult features: many documents of odd lengths, padding, missing modalities.
 
 A mix defines which rows of a step may contain text and which images; rows depend only on (seed, step, mix, length), not
-on the layout. There are two modalities: ids below TEXT_SIZE are text (0), the others image (1). `wrong_inputs` checks
-that attention received these rows: segments, positions, and the tokens of a context rank.
+on the layout. There are two modalities: ids below TEXT_SIZE are text (0), the others image (1). If images are spans
+(`modalities.image.attention=span`), documents with images have some of any length, also over all context ranks.
+`wrong_inputs` checks that attention received these rows: segments, positions, spans, and the tokens of a context rank.
 """
 
 from collections.abc import Sequence
@@ -79,7 +80,24 @@ def random_row(rng: np.random.Generator, length: int, text: bool = True, image: 
     valid = labels != IGNORE_LABEL
     weight = np.where(valid, np.where(rng.random(length) < 0.1, 0.0, 1.0), 0.0).astype(np.float32)
     modality = np.where(valid, (labels >= TEXT_SIZE).astype(np.int64), -1)
-    return Row(ids, labels, weight, segment, position, modality)
+    return Row(ids, labels, weight, segment, position, modality, np.full(length, -1, dtype=np.int64))
+
+
+def _with_spans(row: Row, rng: np.random.Generator) -> Row:
+    """Return the row with one or two spans of image tokens in each document, which count in no loss."""
+    ids, weight, modality, span = (
+        getattr(row, name).copy() for name in ("input_ids", "loss_weight", "modality", "span")
+    )
+    for document in range(int(row.segment.max()) + 1):
+        tokens = np.flatnonzero(row.segment == document)
+        cuts = np.sort(rng.integers(tokens[0], tokens[-1] + 2, 2 * int(rng.integers(1, 3))))
+        for first, stop in cuts.reshape(-1, 2):
+            here = slice(first, stop)
+            span[here], ids[here] = first, rng.integers(TEXT_SIZE, VOCABULARY, stop - first)
+    predicts_span = np.append(span[1:] >= 0, False) & (row.labels != IGNORE_LABEL)
+    labels = np.where(row.labels == IGNORE_LABEL, IGNORE_LABEL, np.append(ids[1:], 0))
+    weight[predicts_span], modality[predicts_span] = 0.0, -1
+    return Row(ids, labels, weight, row.segment, row.position, modality, span)
 
 
 def _positions(rng: np.random.Generator, ids: IntArray) -> IntArray:
@@ -90,10 +108,11 @@ def _positions(rng: np.random.Generator, ids: IntArray) -> IntArray:
     return index + away
 
 
-def global_batch(seed: int, step: int, rows: list[tuple[bool, bool]], length: int) -> list[Row]:
-    """Create the rows of one step. rows: for each row, whether it may contain (text, image)."""
+def global_batch(seed: int, step: int, rows: list[tuple[bool, bool]], length: int, spans: bool = False) -> list[Row]:
+    """Create the rows of one step. rows: for each, whether it may contain (text, image); spans: images are spans."""
     rng = np.random.default_rng((seed, step))
-    return [random_row(rng, length, text, image) for text, image in rows]
+    made = [random_row(rng, length, text, image) for text, image in rows]
+    return [_with_spans(row, rng) if spans and image else row for row, (_, image) in zip(made, rows, strict=True)]
 
 
 def rank_batches(rows: list[Row], micro_batch: int, data_rank: int, data_size: int) -> list[Batch]:
@@ -109,11 +128,12 @@ def wrong_inputs(seen: Any, batches: Sequence[Batch], config: RunConfig, context
     The expected values are computed from the batches, independently of the code under test.
     """
     axes, size = config.model.rope_axes, config.parallel.context
-    maps = [torch.cat((b.segment[:, None], b.position), 1) for b in batches]
+    maps = [torch.cat((b.segment[:, None], b.position, b.span[:, None]), 1) for b in batches]
     positions = [expected_positions(b, axes)[..., local_tokens(b, context_rank, size)] for b in batches]
     kinds = {
         "segments or positions passed to attention": (seen.metadata, maps),
         "positions used for RoPE in attention": (seen.positions, positions),
+        "spans that attention used": (seen.spans, [b.span[:, None] for b in batches]),
     }
     return [
         f"{kind} differ from the row's: {_first(found, expected)}"

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from megamm.common import processes
@@ -21,8 +22,17 @@ WITHOUT_MEGATRON = "without-megatron"
 """The argument of a fork server that leaves the import of Megatron-core to the ranks."""
 
 
-def preload(config: dict[str, Any]) -> None:
+def check(config: dict[str, Any]) -> None:
+    """Check what needs the run's data, before its ranks start. UserError if the user must change something."""
+    from megamm.train import checks
+
+    checks.check(config_from_dict(config, where="the launcher's config"))
+
+
+def preload(config: dict[str, Any], start_check: Callable[[prefork.Check], None]) -> None:
     """Import what ranks use on the device they will choose, without starting threads and without touching the GPU.
+
+    start_check: called with `check` as soon as it can run.
 
     Megatron-core imports Transformer Engine and apex if they are installed, and such a package may initialise the GPU
     when it is imported. This process is then replaced by one that imports all but Megatron-core: each rank imports it
@@ -35,6 +45,10 @@ def preload(config: dict[str, Any]) -> None:
     from megamm.common import device as devices
 
     log_to_console()
+    if WITHOUT_MEGATRON not in sys.argv:
+        import megamm.train.checks
+
+        start_check(check)
     if not devices.will_be_gpu(device):
         from megamm.mcore import cpu
 

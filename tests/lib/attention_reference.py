@@ -6,6 +6,7 @@ The random packed rows for the tests are here, too. Shape letters as in megamm/c
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -37,6 +38,18 @@ def random_metadata(seed: int, length: int, only_short: bool = False) -> torch.T
     rows = [short() for _ in range(ROWS)] if only_short else [short(), mixed * 0, mixed * 0 - 1, mixed]
     axes = torch.randint(0, 30, (ROWS, 3, length), generator=generator)
     return torch.cat((torch.stack(rows)[:, None], axes), dim=1)
+
+
+def with_spans(metadata: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return `[B, 5, S]`: the metadata with spans of one token to a whole document, some side by side."""
+    generator, span = torch.Generator().manual_seed(seed), torch.full_like(metadata[:, :1], -1)
+    for row in range(len(metadata)):
+        for start, stop in documents(metadata[row, 0].tolist()):
+            cuts = torch.randint(start, stop + 1, (5,), generator=generator).sort().values.tolist()
+            for number, (first, last) in enumerate(pairwise(cuts)):
+                if number != 1:
+                    span[row, 0, first:last] = 5 * start + number
+    return torch.cat((metadata, span), dim=1)
 
 
 def documents(segment: list[int]) -> Iterator[tuple[int, int]]:
@@ -71,7 +84,8 @@ def attention(
 ) -> torch.Tensor:
     """Map float64 query `[S, B, N, D]`, key `[S, B, G, D]`, value `[S, B, G, E]` of whole rows to `[S, B, N * E]`.
 
-    form: scale of the scores, their cap and the window, in tokens; None: 1 / sqrt(D), no cap and no window.
+    form: scale of the scores, their cap and the window, in tokens; None: 1 / sqrt(D), no cap and no window. The tokens
+    of a span, in the fifth channel of the metadata if there is one, attend to each other.
     """
     length, rows, heads, head_dim = query.shape
     scale, cap, window = form or (1 / math.sqrt(head_dim), math.inf, length)
@@ -81,12 +95,16 @@ def attention(
             q, k, v = (x[start:stop, b].repeat_interleave(heads // x.shape[2], dim=1) for x in (query, key, value))
             if base is not None:
                 index = torch.arange(stop - start).expand(3, -1)
-                position = index if axes == 1 else packed_seq_metadata[b, 1:, start:stop]
+                position = index if axes == 1 else packed_seq_metadata[b, 1:4, start:stop]
                 q, k = turned(q, position, axes, base), turned(k, position, axes, base)
             ones = torch.ones(stop - start, stop - start).bool()
+            ahead = ones.triu(1)
+            if packed_seq_metadata.shape[1] == 5:
+                span = packed_seq_metadata[b, 4, start:stop]
+                ahead &= (span[:, None] != span[None]) | (span[None] < 0)
             scores = torch.einsum("qnd,knd->nqk", q, k) * scale
             scores = scores if cap == math.inf else cap * torch.tanh(scores / cap)
-            weights = scores.masked_fill(ones.triu(1) | ones.tril(-window), -torch.inf).softmax(-1)
+            weights = scores.masked_fill(ahead | ones.tril(-window), -torch.inf).softmax(-1)
             out[start:stop, b] = torch.einsum("nqk,knd->qnd", weights, v)
     return out.flatten(2)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_reference import ROWS, attention, random_metadata, relative_error
+from attention_reference import ROWS, attention, random_metadata, relative_error, with_spans
 
 from megamm.common.device import Device
 from megamm.config.accelerators import installed
@@ -57,6 +57,13 @@ CASES |= {
     )
     for exchange, (cp, length), form in product(("allgather", "alltoall"), SIZES[1:3], WINDOWS[1:])
 }
+SPANS = {
+    f"{exchange}-cp{cp}-{length}-spans{form[2] if form else ''}": dict(
+        exchange=exchange, cp=cp, length=length, heads=HEADS[1], form=form, spans=True
+    )
+    for exchange, (cp, length), form in product(("allgather", "alltoall"), SIZES[1:], (None, WINDOWS[1]))
+}
+CASES |= SPANS
 SELDOM = {
     name for name in CASES if "-cp2-44-" in name or "-cp4-296-" in name or ("-cp4-40-" in name and "varlen" in name)
 }
@@ -71,6 +78,7 @@ def build(
     kernel: Any = "sdpa",
     form: Any = None,
     device: Device = CPU,
+    spans: bool = False,
 ) -> torch.nn.Module:
     """Build PackedAttention as Megatron does; axes 0: keys arrive rotated; form is in FORMS or WINDOWS, or None."""
     from megamm.mcore.attention import PackedAttention, ScoreForm, attend_by
@@ -86,7 +94,7 @@ def build(
         rope=rope,
         exchange=exchange,
         attend=attend_by(kernel, device, installed()),
-        form=ScoreForm(scale, 0 if cap == math.inf else cap, window),
+        form=ScoreForm(scale, 0 if cap == math.inf else cap, window, spans),
     )
 
 
@@ -143,8 +151,10 @@ def errors_of_cases(names: list[str]) -> dict[str, list[float]]:
         seed += 1000 * (rank // cp)
         index = local_index(length, dist.get_rank(group), cp, torch.device("cpu"))
         form = case.get("form")
-        module = build(group, heads[3], heads[5], case["exchange"], case.get("kernel", "sdpa"), form)
-        packed_seq_metadata = random_metadata(seed, length, only_short=heads[0] == "grouped")
+        spans = case.get("spans", False)
+        module = build(group, heads[3], heads[5], case["exchange"], case.get("kernel", "sdpa"), form, spans=spans)
+        packed_seq_metadata = random_metadata(seed, length, only_short=heads[0] == "grouped" and not spans)
+        packed_seq_metadata = with_spans(packed_seq_metadata, seed) if spans else packed_seq_metadata
         worst = torch.tensor(errors(module, index, inputs(seed, length, heads), packed_seq_metadata, heads[5], form))
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         results[name] = worst.tolist()

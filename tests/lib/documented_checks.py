@@ -211,6 +211,8 @@ ENTRIES = [
     Entry(r"megamm convert export \S+ export", run, absent=("export",), heavy=True),
     Entry(r"megamm convert import FOLDER RUN", run, names={"FOLDER": "EXPORT"}, absent=("RUN",), heavy=True),
     Entry(r"megamm convert modules ", run, absent=("PARTS",), heavy=True),
+    Entry(r"megamm eval .*--suite ", run, absent=("report",), heavy=True),
+    Entry(r"cp examples/", run),
     Entry(r"megamm runs FOLDER", run, names={"FOLDER": "runs"}, heavy=True),
     Entry(r"megamm ", run, heavy=True),
     Entry(r"python examples/train_loop.py", run, heavy=True),

@@ -9,8 +9,10 @@ import sys
 from megamm.elastic import prefork
 
 
-def preload(_config):
+def preload(_config, start_check):
     import numpy  # noqa: F401
+
+    start_check(lambda _config: None)
 
 
 def rank(_config):

@@ -65,7 +65,25 @@ def row_positions_shifted():
     """(t, h, w) reach attention one token late."""
     from megamm.common.sample import Batch
 
-    Batch.packed_seq_metadata = property(lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1)), 1))
+    Batch.packed_seq_metadata = property(
+        lambda self: torch.cat((self.segment[:, None], self.position.roll(1, -1), self.span[:, None]), 1)
+    )
+
+
+def span_cut_at_the_chunk():
+    """A context rank sees a span only as far as one of the row's chunks."""
+    from megamm.mcore.attention import PackedAttention
+
+    original = PackedAttention.forward
+
+    def forward(self, query, key, value, attention_mask, *rest, **named):
+        cut = attention_mask.clone()
+        length, span = cut.shape[2], cut[:, 4]
+        chunk = torch.arange(length) // (length // (2 * self.group.size()))
+        cut[:, 4] = torch.where(span >= 0, span * length + chunk, span)
+        return original(self, query, key, value, cut, *rest, **named)
+
+    PackedAttention.forward = forward
 
 
 def auxiliary_loss_twice():

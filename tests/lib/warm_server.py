@@ -38,7 +38,7 @@ def preload() -> None:
     import megamm
 
     for module in pkgutil.walk_packages(megamm.__path__, "megamm."):
-        if not module.name.endswith(("__main__", "._csrc")) and not module.name.startswith(LEFT_OUT):
+        if not module.name.endswith(("__main__", "._csrc", "._csrc_gpu")) and not module.name.startswith(LEFT_OUT):
             importlib.import_module(module.name)
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread, which a fork does not copy"
 

@@ -94,10 +94,13 @@ def write_card(folder: Path, metadata: dict[str, Any], evaluation: dict[str, Any
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
-    """Figures that `megamm eval --json` wrote. Raises UserError if the file is not such a file."""
+    """Figures that `megamm eval` wrote, with --json or as the eval.json of a suite. UserError for another file."""
     try:
         values = dict(json.loads(file.read_text()))
-        missing = {"step", "samples", "loss", "tokens", "pair_gain"} - values.keys()
+        of_a_suite = {"step", "figures"}
+        missing = (
+            of_a_suite if "figures" in values else {"step", "samples", "loss", "tokens", "pair_gain"}
+        ) - values.keys()
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"not an evaluation file: {error}", where=file, remedy=_EVALUATE) from None
     if missing:
@@ -109,7 +112,8 @@ def _front_matter(folder: Path, metadata: dict[str, Any], evaluation: dict[str, 
     from huggingface_hub import EvalResult, ModelCardData  # comes with transformers
 
     known = (folder / ATTRIBUTION).is_file()
-    results = [
+    results = [_eval_result(figure) for figure in (evaluation or {}).get("figures", []) if figure["value"] is not None]
+    results += [
         EvalResult(
             task_type="any-to-any",
             dataset_type="held-out",
@@ -131,6 +135,20 @@ def _front_matter(folder: Path, metadata: dict[str, Any], evaluation: dict[str, 
         eval_results=results or None,
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _eval_result(figure: dict[str, Any]) -> Any:
+    """Return a figure of a suite for the header, in which a metric has a value."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="any-to-any",
+        dataset_type="held-out",
+        dataset_name=f"held-out samples of {figure.get('source', 'its tasks')}",
+        metric_type=figure["metric"],
+        metric_name=" ".join(word for word in (figure["metric"], figure.get("direction")) if word),
+        metric_value=figure["value"],
+    )
 
 
 def _title(metadata: dict[str, Any]) -> str:
@@ -156,6 +174,14 @@ def _body(
         "",
         f"Weights: {size / 2**20:,.1f} MiB. Check all files: `sha256sum -c {DIGESTS}`.",
     ]
+    if spans := sorted(
+        name for name, m in metadata["config"].get("modalities", {}).items() if m["attention"] == "span"
+    ):
+        lines += [
+            "",
+            f"Bidirectional spans: {', '.join(spans)}. The tokens of such a part attend to each other in both "
+            "directions: a program that runs the weights needs a mask for it, as `megamm generate` has.",
+        ]
     architecture = {key: value for key, value in theirs.items() if isinstance(value, int | float | str)}
     lines += ["", "## Configuration", "", *_table(("of config.json", ""), sorted(architecture.items()))]
     ranges = [(r.name, r.start, r.stop - 1, r.codec_id or "-") for r in vocabulary.ranges]
@@ -175,12 +201,21 @@ def _body(
 def _evaluation(heldout: dict[str, Any], evaluation: dict[str, Any] | None) -> Iterator[str]:
     rows = [(name, f"{found['loss']:.4f}", found["step"]) for name, found in heldout.items()]
     yield from _table(("held-out loss in training, nats per token", "", "step"), rows)
-    if evaluation is not None:
+    if evaluation is not None and "figures" in evaluation:
+        yield from ("", "Measured with a suite of `megamm eval`:", "")
+        head = ("metric", "direction", "source", "value", "standard error", "samples")
+        yield from _table(head, [_suite_row(figure) for figure in evaluation["figures"]])
+    elif evaluation is not None:
         yield from ("", f"Measured with `megamm eval` on {evaluation['samples']} held-out samples:", "")
         losses = [(name, f"{loss:.4f}", evaluation["tokens"][name]) for name, loss in evaluation["loss"].items()]
         yield from _table(("modality", "cross entropy, nats per token", "tokens"), losses)
         gains = [(name, f"{g['mean']:+.4f}", g["samples"]) for name, g in evaluation["pair_gain"].items()]
         yield from ("", *_table(("direction", "pair gain, nats per token", "samples"), gains))
+
+
+def _suite_row(figure: dict[str, Any]) -> list[str]:
+    numbers = ("-" if figure[key] is None else f"{figure[key]:.4g}" for key in ("value", "standard_error"))
+    return [figure["metric"], figure.get("direction", ""), figure.get("source", ""), *numbers, str(figure["n"])]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:

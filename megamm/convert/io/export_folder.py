@@ -322,13 +322,18 @@ class LoadedExport:
             raise UserError(what, where=self.folder, remedy="remove this token from the text")
         return ids
 
+    def prompt_spans(self, *parts: Part) -> IntArray:
+        """The span of each id of `prompt`, `[T]`, -1 for none."""
+        ids = self.prompt(*parts)
+        return self.row(Document("prompt", parts), len(ids) + 1).span[: len(ids)]
+
     def row(self, document: Document, length: int) -> Row:
         """One document as in training, padded to `length` tokens.
 
         Without control ids every id counts as a label except those in front of the text.
         """
         if self.vocabulary.has_control:
-            return pack([document], self.vocabulary, length, packing_specs(self.modalities, length))
+            return pack([document], self.vocabulary, length, packing_specs(self.modalities, length, self.config.spans))
         ids = self.prompt(*document.parts)
         row = Row(
             input_ids=np.full(length, self.prompt_form.padding, dtype=np.int64),
@@ -337,6 +342,7 @@ class LoadedExport:
             segment=np.full(length, -1, dtype=np.int64),
             position=np.zeros((3, length), dtype=np.int64),
             modality=np.full(length, -1, dtype=np.int64),
+            span=np.full(length, -1, dtype=np.int64),
         )
         row.input_ids[: ids.size], row.segment[: ids.size] = ids, 0
         row.position[:, : ids.size] = np.arange(ids.size)

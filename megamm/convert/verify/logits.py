@@ -21,6 +21,7 @@ from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Row
 from megamm.config import ParallelConfig, RunConfig, config_from_dict
 from megamm.convert.io.export_folder import load_stock, read_metadata
+from megamm.convert.io.span_masks import attention_mask
 from megamm.data.pipeline.run_data import open_run_data
 from megamm.model.vocabulary import Vocabulary
 
@@ -53,8 +54,8 @@ def random_rows(vocabulary_size: int, length: int, seed: int = 0) -> list[Row]:
             segment[at : at + size], index[at : at + size] = document, np.arange(size)
             at, document = at + size, document + 1
         ids = rng.integers(0, vocabulary_size, length)
-        nothing = np.full(length, IGNORE_LABEL, dtype=np.int64)
-        rows.append(Row(ids, nothing, np.zeros(length, np.float32), segment, np.tile(index, (3, 1)), nothing))
+        nothing, none = np.full(length, IGNORE_LABEL, dtype=np.int64), np.full(length, -1, dtype=np.int64)
+        rows.append(Row(ids, nothing, np.zeros(length, np.float32), segment, np.tile(index, (3, 1)), none, none))
     return rows
 
 
@@ -108,7 +109,9 @@ def _theirs(model: Any, row: Row, where: torch.device) -> Pass:
     for document in range(int(row.segment.max()) + 1):
         tokens = np.flatnonzero(row.segment == document)
         with _recorded(model.get_decoder().layers) as stages:
-            logits = model(ids[:, int(tokens[0]) : int(tokens[-1]) + 1], use_cache=False).logits[0]
+            span = torch.from_numpy(row.span[tokens]).to(where)[None]
+            mask = attention_mask(model, torch.ones_like(span), span)
+            logits = model(ids[:, int(tokens[0]) : int(tokens[-1]) + 1], mask, use_cache=False).logits[0]
         # The documents, one after the other, make the same rows as the packed pass without padding.
         for name, tensor in ({name: tensor[0] for name, tensor in stages.items()} | {LOGITS: logits}).items():
             found.setdefault(name, []).append(tensor)

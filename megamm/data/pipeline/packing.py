@@ -32,10 +32,12 @@ _CANDIDATES = 32
 
 @dataclass(frozen=True)
 class PackingSpec:
-    """How a modality is packed: its `Modality.positions` (length T to `[3, T]`), and whether all parts are as long."""
+    """How a modality is packed: its `Modality.positions` (length T to `[3, T]`), whether all parts are as long, and
+    whether a part is a bidirectional span."""
 
     positions: Callable[[int], IntArray]
     has_fixed_length: bool
+    is_span: bool = False
 
 
 PackingSpecs = Mapping[str, PackingSpec]
@@ -136,6 +138,7 @@ def pack(documents: list[Document], vocabulary: Vocabulary, row_length: int, pac
         segment=np.full(row_length, -1, dtype=np.int64),
         position=np.zeros((3, row_length), dtype=np.int64),
         modality=np.full(row_length, -1, dtype=np.int64),
+        span=np.full(row_length, -1, dtype=np.int64),
     )
     counts_to = np.full(row_length, -1, dtype=np.int64)
     """The modality whose loss a token counts towards as a label `[S]`; -1 for a token that is certain or given."""
@@ -187,6 +190,7 @@ def _render(
     mark(vocabulary.document_start, 0)
     for number, part in enumerate(document.parts):
         code, spec, size = codes[part.modality], packing[part.modality], part.ids.size
+        start_of_part = index
         if code.begin >= 0:
             mark(code.begin, 0)
         if size:
@@ -194,10 +198,15 @@ def _render(
             stop, position = index + size, spec.positions(size)
             row.input_ids[index:stop], counts_to[index:stop] = part.ids + code.start, code.number
             row.position[:, index:stop] = position + at
+            if spec.is_span:
+                row.span[index:stop] = index  # the first token's index is a number that no other span of the row has
             index, at = stop, at + int(position.max()) + 1
         if code.end >= 0:
             # If the length is fixed, the end mark is certain: there is nothing to learn.
             mark(code.end, -1 if spec.has_fixed_length else code.number)
+        if spec.is_span:
+            # Every token of the part sees the one after it, and a modality that is not learned is not begun either.
+            counts_to[start_of_part:index] = -1
         if number < document.given:
             counts_to[start:index] = -1
     mark(vocabulary.document_end, 0)

@@ -14,7 +14,7 @@ is lost or repeated in its epoch. The order is a pure function of seed and sched
 readers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,12 +141,13 @@ class PositionTable:
         return self.longest[:, :length]
 
 
-def packing_specs(modalities: dict[str, Modality], row_length: int) -> PackingSpecs:
-    """How each modality's parts are packed into rows of that many tokens."""
+def packing_specs(modalities: dict[str, Modality], row_length: int, spans: Collection[str]) -> PackingSpecs:
+    """How each modality's parts are packed into rows of that many tokens. spans: those whose parts are spans."""
     return {
         name: PackingSpec(
             PositionTable(m.positions(m.tokens_per_item or row_length - row_length % m.stride)),
             m.tokens_per_item is not None,
+            name in spans,
         )
         for name, m in modalities.items()
     }
@@ -155,12 +156,13 @@ def packing_specs(modalities: dict[str, Modality], row_length: int) -> PackingSp
 def open_run_data(config: RunConfig) -> RunData:
     """Open the codecs and shards of the config. Raises UserError for missing, damaged or mismatched data."""
     modalities = load_modalities(config.tokenizers)
-    for name in config.loss_weights:
-        if name not in modalities:
-            raise UserError(
-                f"loss_weights.{name} has no tokenizer", remedy=f"the modalities are {', '.join(modalities)}"
-            )
-    vocabulary, packing = vocabulary_of(modalities), packing_specs(modalities, config.data.seq_length)
+    for key, names in (("loss_weights", config.loss_weights), ("modalities", config.modalities)):
+        for name in names:
+            if name not in modalities:
+                remedy = f"the modalities are {', '.join(modalities)}"
+                raise UserError(f"{key}.{name} has no tokenizer", remedy=remedy)
+    vocabulary = vocabulary_of(modalities)
+    packing = packing_specs(modalities, config.data.seq_length, config.spans)
 
     is_remote = any(url_of(source.path) for source in config.data.sources)
     cache = open_cache(config.data.cache) if is_remote else None

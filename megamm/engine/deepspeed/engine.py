@@ -26,8 +26,9 @@ from megamm.common.sample import Batch
 from megamm.common.timers import Timers
 from megamm.config import RunConfig
 from megamm.engine.api import StepResult, WeightInitializer
-from megamm.mcore import backbone, optimizer, step, store
+from megamm.mcore import backbone, generation, optimizer, step, store
 from megamm.mcore.process_groups import ProcessGroups
+from megamm.model.generation import GeneratedTokens
 from megamm.model.loss import StepLoss
 from megamm.ops.proof import UNPROVEN, Proven
 
@@ -112,6 +113,11 @@ class DeepSpeedEngine:
         loss = step.run_unsharded(self.deepspeed, batches, loss_weights, self.config.model.mtp, self.groups)
         self.deepspeed.train()
         return loss
+
+    def generate(self, *_: Any, **__: Any) -> list[list[GeneratedTokens]]:
+        """Raise the UserError that names the other engine."""
+        generation.check_supported(self.config)
+        raise AssertionError("check_supported refuses this engine")
 
     def blocks(self) -> list[TensorShard]:
         return self.specs.blocks(self.shards.gather())

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,7 +38,7 @@ _TARGET = re.compile(r"^megamm_target_steps(?:\{.*\})? ([0-9.e+]+)$", re.MULTILI
 POLL = 0.5
 """Seconds between two polls; each poll reads two file sizes from a shared file system."""
 STATUS_SECONDS = 5.0
-MANY = 200
+MANY = 1000
 """Number of runs from which on several processes read them."""
 BEFORE = 10
 """Number of earlier lines that are shown first."""
@@ -83,11 +84,12 @@ def _below(folder: Path) -> Iterator[Path]:
 
 def statuses(found: list[Path]) -> list[Status]:
     """Return the status of each run; of many runs, several processes read the folders."""
+    at_once = partial(status, now=time.time())
     if len(found) < MANY:
-        return [status(run) for run in found]
-    # Forked, as they import nothing new and the command has no threads. More than cores: file systems make them wait.
-    with multiprocessing.get_context("fork").Pool(2 * len(os.sched_getaffinity(0))) as pool:
-        return pool.map(status, found, chunksize=16)
+        return [at_once(run) for run in found]
+    # Spawned: a fork copies one thread only, and this process may have others, with locks held.
+    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
+        return pool.map(at_once, found, chunksize=32)
 
 
 def status(run: Path, now: float | None = None) -> Status:

@@ -1,4 +1,4 @@
-"""`megamm eval`: evaluates an export on held-out samples with standard transformers.
+"""Held-out losses and pair gains of a model, and the scores of documents that other metrics are computed from.
 
 Loss: mean cross entropy (nats per token) of each modality, over every held-out sample in both orders (the parts in
 reading order and in reverse).
@@ -15,7 +15,7 @@ samples (cluster-robust: Liang & Zeger 1986). If the build's report tells by whi
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
@@ -23,23 +23,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from megamm.common.errors import UserError
-from megamm.common.sample import IGNORE_LABEL, Batch, Document, FloatArray, IntArray, Row
+from megamm.common.sample import Document, FloatArray, IntArray
 from megamm.config import SourceConfig
-from megamm.convert.io.export_folder import LoadedExport
-from megamm.data.pipeline.bin_dataset import open_split
+from megamm.data.pipeline.bin_dataset import DocumentDataset, open_split
 from megamm.data.pipeline.packing import document_length
 from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.data.raw.samples import normalise_noun
+from megamm.evaluation.subject import Subject
 
 log = logging.getLogger(__name__)
 
-_LOGITS, _LOGITS_CPU = 2**25, 2**22
-"""Logits computed at a time (128 and 16 MiB in float32): determines the number of documents per batch. On a CPU, memory
-that the allocator reuses and that fits into the cache saves a quarter of the time."""
-_NO_SAMPLES_REMEDY = "build more data; of .bin and .idx files, only a source of the run with `heldout` above 0 has some"
+NO_SAMPLES_REMEDY = "build more data; of .bin and .idx files, only a source of the run with `heldout` above 0 has some"
 
 
 @dataclass(frozen=True)
@@ -72,19 +68,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Scores:
+class DocumentScores:
     """Scores of every document: summed loss and number of tokens by modality `[n, modalities]`.
 
-    second: mean loss over the second part's own tokens `[n]`, NaN if there is no second part.
+    last: mean loss over the last part's own tokens, without marks `[n]`.
     """
 
     sums: npt.NDArray[np.float64]
     counts: IntArray
-    second: npt.NDArray[np.float64]
+    last: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class _Pair:
+class ContrastPair:
     """Two parts of a held-out sample, and the same two parts of the sample that it is compared with."""
 
     own: Document
@@ -94,46 +90,52 @@ class _Pair:
     """The rule by which it is held out; None if its source has no report."""
 
 
-def evaluate(export: LoadedExport, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
+def evaluate(subject: Subject, sources: list[Path], *, limit: int | None = None, seed: int = 0) -> Evaluation:
     """Evaluate on the held-out samples of every source, with at most `limit` samples each.
 
     A source is SHARDS/<source>, or PREFIX of .bin and .idx files that the run trained on. UserError if a split has no
-    tokens of the export's tokenizers, or if there is no sample.
+    tokens of the model's tokenizers, or if there is no sample.
     """
-    trained = {source.path.name: source for source in export.config.data.sources}
-    # Sources that the run did not have may have samples longer than a row: these are left out, not an error.
-    long_documents = export.config.data.long_documents
-    long_documents = "skip" if long_documents == "error" else long_documents
     samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):
-        config = trained.get(source.name, SourceConfig(path=source)).model_copy(update={"path": source})
-        heldout = open_split(config, "heldout", export.modalities, long_documents)
-        fitting = heldout.used(export.config.data.seq_length)[:limit]
-        if long_samples := heldout.long_samples(export.config.data.seq_length):
+        heldout = open_heldout(subject, source)
+        fitting = heldout.used(subject.config.data.seq_length)[:limit]
+        if long_samples := heldout.long_samples(subject.config.data.seq_length):
             log.warning("%s", long_samples)
         samples += len(fitting)
-        documents += [d for i in fitting for d in heldout.documents(i, export.config.data.seq_length)]
+        documents += [d for i in fitting for d in heldout.documents(i, subject.config.data.seq_length)]
         if not isinstance(heldout, TokenDataset):
             continue  # documents of text alone: there are no pairs
         whole = [heldout.whole(i) for i in fitting if not heldout.is_ordered(i)]
-        pairs += list(_pairs(export, whole, heldout_rules(source), np.random.default_rng([seed, number])))
+        pairs += list(contrast_pairs(subject, whole, heldout_rules(source), np.random.default_rng([seed, number])))
     if not samples:
-        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy=_NO_SAMPLES_REMEDY)
-    scores = _score(export, [*documents, *(d for pair in pairs for d in (*_orders(pair.own), *_mixed(pair)))])
+        raise UserError("no held-out samples", where=", ".join(map(str, sources)), remedy=NO_SAMPLES_REMEDY)
+    scores = score(subject, [*documents, *(d for pair in pairs for d in (*orders(pair.own), *mixed(pair)))])
     sums, counts = scores.sums[: len(documents)].sum(0), scores.counts[: len(documents)].sum(0)
-    found = [(m, name) for m, name in enumerate(export.vocabulary.modalities) if counts[m]]
+    found = [(m, name) for m, name in enumerate(subject.vocabulary.modalities) if counts[m]]
     # Four documents of each pair follow those of the loss: both orders, then both with the partner's first part.
-    second = scores.second[len(documents) :].reshape(-1, 4)
+    second = scores.last[len(documents) :].reshape(-1, 4)
     rules = sorted({pair.rule for pair in pairs if pair.rule is not None})
     of_rule = {rule: [i for i, pair in enumerate(pairs) if pair.rule == rule] for rule in rules}
     return Evaluation(
-        step=export.step,
+        step=subject.step,
         samples=samples,
         loss={name: float(sums[m] / counts[m]) for m, name in found},
         tokens={name: int(counts[m]) for m, name in found},
-        pair_gain=_pair_gains(pairs, second),
-        pair_gain_by_rule={rule: _pair_gains([pairs[i] for i in of], second[of]) for rule, of in of_rule.items()},
+        pair_gain=pair_gains(pairs, second, subject.config.spans),
+        pair_gain_by_rule={
+            rule: pair_gains([pairs[i] for i in of], second[of], subject.config.spans) for rule, of in of_rule.items()
+        },
     )
+
+
+def open_heldout(subject: Subject, source: Path) -> DocumentDataset:
+    """Open the held-out samples of a source with the options that the run had for it."""
+    trained = {config.path.name: config for config in subject.config.data.sources}
+    config = trained.get(source.name, SourceConfig(path=source)).model_copy(update={"path": source})
+    # Sources that the run did not have may have samples longer than a row: these are left out, not an error.
+    long_documents = subject.config.data.long_documents
+    return open_split(config, "heldout", subject.modalities, "skip" if long_documents == "error" else long_documents)
 
 
 def heldout_rules(source: Path) -> dict[str, str]:
@@ -145,7 +147,7 @@ def heldout_rules(source: Path) -> dict[str, str]:
     return {key: rule for rule, keys in by_rule.items() for key in keys}
 
 
-def _orders(document: Document) -> list[Document]:
+def orders(document: Document) -> list[Document]:
     return [document, Document(document.key, document.parts[::-1])]
 
 
@@ -153,31 +155,31 @@ def _length(document: Document) -> int:
     return document_length(*document.sizes)
 
 
-def _score(export: LoadedExport, documents: list[Document]) -> _Scores:
+def score(subject: Subject, documents: list[Document]) -> DocumentScores:
     """Score the documents; equal ones are computed once: most pairs are also among the documents of the loss."""
     number: dict[tuple[tuple[str, bytes], ...], int] = {}
     contents = [tuple((part.modality, part.ids.tobytes()) for part in document.parts) for document in documents]
     # `which` maps each document to the number of its first equal one.
     which = [number.setdefault(content, len(number)) for content in contents]
     different = list(dict(zip(which, documents, strict=True)).values())
-    shape = (len(different), len(export.vocabulary.modalities))
-    sums, counts, second = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.full(shape[0], np.nan)
-    for i, row, loss_S in token_losses(export, different):
+    shape = (len(different), len(subject.vocabulary.modalities))
+    sums, counts, last = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.full(shape[0], np.nan)
+    for i, row, loss_S in subject.token_losses(different):
         for modality in range(shape[1]):
             is_of = row.modality == modality
             sums[i, modality], counts[i, modality] = loss_S[is_of].sum(dtype=np.float64), is_of.sum()
-        if len(different[i].parts) == 2:
-            second[i] = loss_S[_second_part(different[i])].mean(dtype=np.float64)
-    return _Scores(sums[which], counts[which], second[which])
+        of_last = loss_S[last_part(different[i])]
+        last[i] = of_last.mean(dtype=np.float64) if of_last.size else math.nan
+    return DocumentScores(sums[which], counts[which], last[which])
 
 
-def _pairs(
-    export: LoadedExport, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
-) -> Iterator[_Pair]:
+def contrast_pairs(
+    subject: Subject, documents: list[Document], rules: dict[str, str], rng: np.random.Generator
+) -> Iterator[ContrastPair]:
     """Yield every two parts of every sample of one source with their partners; skip those too long for a row."""
     by_modalities: dict[tuple[str, str], list[tuple[Document, str]]] = {}
     for document in documents:
-        noun = _noun(export, document)
+        noun = _noun(subject, document)
         for two in combinations(document.parts, 2):
             names = (two[0].modality, two[1].modality)
             by_modalities.setdefault(names, []).append((Document(document.key, two), noun))
@@ -185,14 +187,14 @@ def _pairs(
         if len(same) < 2:
             continue
         for own, other in enumerate(partners([noun for _, noun in same], rng)):
-            pair = _Pair(same[own][0], same[other][0], same[own][1], rules.get(same[own][0].key))
-            every = [*_orders(pair.own), *_mixed(pair)]
-            if all(_length(document) <= export.config.data.seq_length for document in every):
+            pair = ContrastPair(same[own][0], same[other][0], same[own][1], rules.get(same[own][0].key))
+            every = [*orders(pair.own), *mixed(pair)]
+            if all(_length(document) <= subject.config.data.seq_length for document in every):
                 yield pair
 
 
-def _noun(export: LoadedExport, document: Document) -> str:
-    texts = [export.modalities["text"].decode(p.ids) for p in document.parts if p.modality == "text"]
+def _noun(subject: Subject, document: Document) -> str:
+    texts = [subject.modalities["text"].decode(p.ids) for p in document.parts if p.modality == "text"]
     return normalise_noun(texts[0]) if texts else document.key
 
 
@@ -212,32 +214,36 @@ def partners(nouns: Sequence[str], rng: np.random.Generator) -> IntArray:
     return result
 
 
-def _mixed(pair: _Pair) -> tuple[Document, Document]:
+def mixed(pair: ContrastPair) -> tuple[Document, Document]:
     """Return the sample in both orders, with its first part replaced by the partner's."""
     (first, second), (other_first, other_second) = pair.own.parts, pair.other.parts
     return Document(pair.own.key, (other_first, second)), Document(pair.own.key, (other_second, first))
 
 
-def _pair_gains(pairs: list[_Pair], second: npt.NDArray[np.float64]) -> dict[str, PairGain]:
-    """Return the gains by direction.
+def pair_gains(
+    pairs: list[ContrastPair], second: npt.NDArray[np.float64], input_only: Collection[str]
+) -> dict[str, PairGain]:
+    """Return the gains by direction, except into modalities that are input only.
 
     second: mean losses `[pairs, 4]` of the pair in both orders, and of both with another sample's first part.
     """
     gains: dict[str, tuple[list[float], list[str]]] = {}
     for pair, means in zip(pairs, second, strict=True):
-        for document, gain in zip(_orders(pair.own), means[2:] - means[:2], strict=True):
+        for document, gain in zip(orders(pair.own), means[2:] - means[:2], strict=True):
+            if document.parts[1].modality in input_only:
+                continue
             values, nouns = gains.setdefault("_to_".join(part.modality for part in document.parts), ([], []))
             values.append(float(gain))
             nouns.append(pair.noun)
     return {direction: summarise(np.array(values), nouns) for direction, (values, nouns) in gains.items()}
 
 
-def _second_part(document: Document) -> slice:
-    """Return the positions of the second part's own tokens in the labels of its row, without special tokens."""
-    first, second = document.parts
-    before = document_length((first.modality, first.ids.size)) - 1 + (second.modality != "text")
+def last_part(document: Document) -> slice:
+    """Return the positions of the last part's own tokens in the labels of its row, without special tokens."""
+    *earlier, last = document.parts
+    before = document_length(*((part.modality, part.ids.size) for part in earlier)) - 1 + (last.modality != "text")
     # The label at an index is the next token, so the part's first token is predicted one index before it.
-    return slice(before - 1, before - 1 + second.ids.size)
+    return slice(before - 1, before - 1 + last.ids.size)
 
 
 def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
@@ -249,26 +255,6 @@ def summarise(gains: FloatArray, nouns: list[str]) -> PairGain:
     # Sums of residuals by noun, with the factor G / (G - 1) for few clusters.
     error = math.sqrt((residuals**2).sum() * groups / (groups - 1)) / len(gains) if groups > 1 else None
     return PairGain(mean, error, len(gains), groups, float((gains > 0).mean()))
-
-
-@torch.inference_mode()
-def token_losses(export: LoadedExport, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
-    """Yield (index, row, cross entropy of each label `[S]`, 0 without a label) of every document, longest first."""
-    # Longest first: the largest batch is computed first, so memory runs out at once or never; rows of similar
-    # length are padded least.
-    order = sorted(range(len(documents)), key=lambda i: -_length(documents[i]))
-    logits = _LOGITS_CPU if export.device.type == "cpu" else _LOGITS
-    while order:
-        longest = _length(documents[order[0]])
-        size = max(1, logits // (export.vocabulary.size * longest))
-        indices, order = order[:size], order[size:]
-        rows = [export.row(documents[i], longest) for i in indices]
-        batch = Batch.stack(rows).to(export.device)
-        logits_BSV = export.model(batch.input_ids, attention_mask=(batch.segment >= 0).long()).logits
-        loss_BS = torch.nn.functional.cross_entropy(
-            logits_BSV.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_LABEL, reduction="none"
-        ).view_as(batch.labels)
-        yield from zip(indices, rows, loss_BS.cpu().numpy(), strict=True)
 
 
 def summary_lines(figures: dict[str, Any]) -> Iterator[str]:

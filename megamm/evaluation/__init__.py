@@ -1,0 +1,1 @@
+"""Evaluation of a model by the field's metrics: suites, metrics and their results."""
