@@ -22,6 +22,7 @@ from megamm.config import (
     recompute_override,
     reference,
 )
+from megamm.config.suite import load_suite
 from megamm.model import layout
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cpu_tiny.yaml"
@@ -36,7 +37,7 @@ def _config(*overrides: str) -> RunConfig:
 
 def test_every_example_is_valid():
     for path in EXAMPLE.parent.glob("*.yaml"):
-        load_config(path)
+        (load_suite if path.name == "suite.yaml" else load_config)(path)
 
 
 def test_the_reference_is_written_from_the_schema():

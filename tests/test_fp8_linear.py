@@ -100,6 +100,19 @@ def test_layouts_train_as_one_rank(worlds, world, layout_of, model):
     assert norms == pytest.approx(exact_norms, rel=0.1) and norms != exact_norms
 
 
+@pytest.mark.parametrize("recipe", ["tensorwise", pytest.param("rowwise", marks=pytest.mark.everything)])
+def test_grouped_experts_train_as_sequential_ones(worlds, recipe):
+    """Both multiply in FP8: gradients are e4m3 in grouped products, and e5m2 in those of one expert."""
+    model = MOE | ALL | {"train.fp8.recipe": recipe}
+    grouped, norms, _ = _model(worlds, 2, model | {"parallel.expert": 2, "train.experts": "grouped"})
+    sequential, other_norms, count = _model(worlds, 1, model | {"train.experts": "sequential"})
+    plain, exact_norms, _ = _model(worlds, 1, MOE | {"train.precision": "bf16"})
+    assert count > 4 * 3, "each expert's maps are in FP8"
+    torch.testing.assert_close(torch.tensor(grouped), torch.tensor(sequential), rtol=3e-3, atol=0)
+    assert norms == pytest.approx(other_norms, rel=0.05) and norms != other_norms
+    assert norms == pytest.approx(exact_norms, rel=0.1) and grouped != plain
+
+
 @pytest.mark.everything
 def test_a_run_changes_its_precision_when_it_resumes(worlds, tmp_path):
     """A checkpoint has the same tensors in either precision, and all of their bits are read in the other."""

@@ -18,14 +18,14 @@ from typer.testing import CliRunner
 
 from megamm import ops
 from megamm.cli import app
-from megamm.common.device import choose
+from megamm.common.device import Device, choose
 from megamm.common.errors import UserError
 from megamm.config import ModalityConfig, config_from_dict
 from megamm.config.accelerators import Installed
 from megamm.mcore import cpu
 from megamm.model import attention_kernel
 from megamm.ops import library, proof_cache
-from megamm.ops.op_proofs import KernelSizes, fp8_proofs, grouped_proof, op_proofs
+from megamm.ops.op_proofs import KernelSizes, fp8_proofs, grouped_fp8_proofs, grouped_proof, op_proofs
 from megamm.ops.proof import Draw, Inputs, Outcome, Proof, Proven, prove
 from megamm.ops.proof_cache import ProofCache, prove_here, prove_missing, summarise
 from megamm.parity.worlds import WorldFailure, Worlds
@@ -52,7 +52,10 @@ def _norm(**changes: Any) -> Proof:
 def test_kernels_of_this_installation_agree(dtype: torch.dtype) -> None:
     """Plain torch uses at most half of each bound, by its definition; the kernels were written apart from it."""
     proofs = op_proofs(list(ops.OPS), dtype, replace(SIZES, zero_centered=True))
-    for proof in [*proofs, grouped_proof(dtype, SIZES, 4), *fp8_proofs("rowwise", SIZES)]:
+    proofs += [grouped_proof(dtype, SIZES, 4)]
+    for recipe in ("tensorwise", "rowwise"):
+        proofs += fp8_proofs(recipe, SIZES) + grouped_fp8_proofs(recipe, SIZES, 3)
+    for proof in proofs:
         for name, outcome in prove(proof, CPU).items():
             assert outcome.agrees, f"{proof.title}: {name}: {outcome}"
             assert outcome.seconds > 0 and outcome.error <= outcome.bound < 0.05
@@ -273,9 +276,34 @@ def test_attention_forms_and_experts_of_a_run(monkeypatch: pytest.MonkeyPatch) -
     ]
     bad = Proven({"grouped_linear": {"grouped": BAD, "sequential": GOOD}})
     megatron = transformer_config(config, 64, CPU)
-    assert experts.choose(config, megatron, bad)[0] == "grouped"
+    assert experts.choose(config, megatron, CPU, bad)[0] == "grouped"
     with pytest.raises(UserError, match=r"train.experts=grouped: the grouped product disagrees"):
-        experts.choose(_config(experts="grouped"), megatron, bad)
+        experts.choose(_config(experts="grouped"), megatron, CPU, bad)
+
+
+def test_experts_in_fp8_are_grouped_where_their_product_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise they run one after another, in FP8 too: no layer changes its precision without being asked."""
+    cpu.install()
+    from megamm.mcore import experts, kernel_proofs
+    from megamm.mcore.transformer_config import transformer_config
+
+    config, wanted = _config(precision="fp8"), _config(precision="fp8", experts="grouped")
+    megatron = transformer_config(config, 64, CPU)
+    names = {proof.name for proof in kernel_proofs.run_proofs(config, 64, CPU)}
+    assert {"fp8", "grouped_linear", "grouped_fp8"} <= names
+    assert experts.choose(config, megatron, CPU)[0] == experts.choose(wanted, megatron, CPU)[0] == "grouped"
+    bad = Proven({"grouped_fp8": {"grouped": BAD}})
+    form, why = experts.choose(config, megatron, CPU, bad)
+    assert form == "sequential" and why.startswith("grouped products in FP8 disagree with plain torch: result 0")
+    with pytest.raises(UserError, match=r"train.experts=grouped: the grouped product disagrees"):
+        experts.choose(wanted, megatron, CPU, bad)
+    # Ada has products in FP8, and no grouped ones.
+    monkeypatch.setattr(Device, "compute_capability", property(lambda _: (8, 9)))
+    form, why = experts.choose(config, megatron, CPU)
+    assert form == "sequential" and why.endswith("need compute capability 9.0 or 10.0, not 8.9")
+    assert "grouped_fp8" not in {proof.name for proof in kernel_proofs.run_proofs(config, 64, CPU)}
+    with pytest.raises(UserError, match=r"train.experts=grouped with train.precision=fp8: torch's grouped products"):
+        experts.choose(wanted, megatron, CPU)
 
 
 # --- the cache ---

@@ -224,6 +224,15 @@ def test_grouped_experts_wait_once_and_pass_over_their_gradients():
     assert times[0].elementwise > times[1].elementwise
 
 
+def test_grouped_experts_in_fp8_do_not_wait_for_the_host():
+    """One conversion of each factor of all experts; one after another, the host starts all of their kernels."""
+    forms = ("train.experts=grouped", "train.experts=sequential")
+    in_fp8 = [step_time.predict(H100, job_of(MOE_200B, "train.precision=fp8", f, world_size=1024)) for f in forms]
+    plain = step_time.predict(H100, job_of(MOE_200B, world_size=1024))
+    assert in_fp8[0].launch < 0.1 * in_fp8[1].launch
+    assert in_fp8[0].product < plain.product and in_fp8[0].elementwise > plain.elementwise
+
+
 def test_fp8_needs_a_gpu_with_its_products():
     config = load_config(DENSE_8B, ["train.precision=fp8", "data.seq_length=8192", "train.global_batch_size=64"])
     documents = Documents.whole_rows(8192)

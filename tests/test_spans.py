@@ -22,6 +22,7 @@ from megamm.common.device import choose
 from megamm.common.errors import UserError
 from megamm.common.sample import IGNORE_LABEL, Batch, Document, Part, Row
 from megamm.config import config_from_dict, load_config
+from megamm.config.suite import TaskConfig
 from megamm.convert.export import export
 from megamm.convert.families import mapping
 from megamm.convert.families.family import leaves
@@ -31,6 +32,7 @@ from megamm.convert.verify.logits import logits_difference
 from megamm.data.pipeline.packing import PackingSpec, pack
 from megamm.data.pipeline.run_data import open_run_data
 from megamm.evaluation.losses import evaluate
+from megamm.evaluation.tasks import PairGainTask, RecallTask
 from megamm.inference.export_subject import ExportSubject
 from megamm.inference.generate import Sampling, generate, generate_from
 from megamm.mcore import cpu, process_groups
@@ -247,6 +249,15 @@ def test_a_caption_is_that_of_the_plain_loop(folder: Path) -> None:
 def test_an_export_does_not_write_what_it_reads_as_spans(folder: Path) -> None:
     with pytest.raises(UserError, match="reads image as bidirectional spans"):
         generate(open_tiny(folder), ["a"], "text", "image", Sampling())
+
+
+def test_tasks_of_a_suite_score_no_spans(folder: Path) -> None:
+    subject, source = ExportSubject(open_tiny(folder)), folder.parent / "shards" / "shapes"
+    with pytest.raises(UserError, match="the model reads image as bidirectional spans"):
+        RecallTask(subject, TaskConfig(metrics=["recall"], source=source, direction="text_to_image"))
+    task = PairGainTask(subject, TaskConfig(metrics=["pair_gain"], source=source, n=4))
+    figures = list(task.figures(task.compute(subject, range(task.count), folder)))
+    assert [figure.direction for figure in figures] == ["image_to_text"]
 
 
 def test_logits_of_the_run_equal_those_of_the_export(folder: Path, tmp_path: Path) -> None:

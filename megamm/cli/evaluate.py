@@ -71,9 +71,10 @@ def _run_suite(export: Path, suite_file: Path, to: Path, device: Literal["auto",
     from megamm.evaluation import report
     from megamm.evaluation.suite import lines, open_tasks, run_suite
     from megamm.inference.export_subject import ExportSubject, digest_of_export
+    from megamm.inference.harness import HarnessTask
 
     subject = ExportSubject(open_export(export, choose(device).torch_device))
-    result = run_suite(subject, suite, to, digest_of_export(export))
-    report.write(to, export.name, open_tasks(subject, suite, to), suite, result)
+    result = run_suite(subject, suite, to, digest_of_export(export), harness=HarnessTask)
+    report.write(to, export.name, open_tasks(subject, suite, to, HarnessTask), suite, result)
     print(*lines(result["figures"]), sep="\n")
     print(f"{to / report.PAGE}: {len(result['figures'])} figures")

@@ -40,6 +40,8 @@ FP8_SPEEDUP = 2
 """Ratio of the peaks of FP8 and bf16, in the same data sheets; an A100 has no FP8."""
 FP8_CAPABILITY = (8, 9)
 """Least compute capability with products in FP8, of torch._scaled_mm."""
+GROUPED_FP8_CAPABILITIES = ((9, 0), (10, 0))
+"""Compute capabilities for which torch has grouped products in FP8, torch._scaled_grouped_mm."""
 _SHARE_OF_GPU = re.compile(r"\bMIG\b")
 """In the name of a part of a GPU (multi-instance GPU), which has no peak of its own in a data sheet."""
 WEIGHT_GRADIENT_EXTENSION = "fused_weight_gradient_mlp_cuda"
@@ -95,6 +97,15 @@ class Device:
         return (
             f"{name} has no FP8: its compute capability is {found[0]}.{found[1]}, not {needed[0]}.{needed[1]} or later"
         )
+
+    @property
+    def why_no_grouped_fp8(self) -> str:
+        """Why the device has no grouped products in FP8; empty if it has them, as the CPU by emulation."""
+        found = self.compute_capability
+        if found is None or found in GROUPED_FP8_CAPABILITIES:
+            return ""
+        needed = " or ".join(f"{major}.{minor}" for major, minor in GROUPED_FP8_CAPABILITIES)
+        return f"torch's grouped products in FP8 need compute capability {needed}, not {found[0]}.{found[1]}"
 
     @property
     def name(self) -> str:

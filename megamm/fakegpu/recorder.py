@@ -38,7 +38,7 @@ _PRODUCTS = {
 }
 """Matrix products, with the number of their tensors. Flex attention (mcore/fake_gpu.py) reports its FLOPs itself; those
 of other operations are not counted: their time is that of memory, not of arithmetic."""
-_GROUPED = torch.ops.aten._grouped_mm
+_GROUPED = (torch.ops.aten._grouped_mm, torch.ops.aten._scaled_grouped_mm)
 """The products of a rank's experts, for which torch has no formula."""
 _NO_LAUNCH = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "detach", "lift_fresh"}
 _NO_LAUNCH |= {"_unsafe_view", "_reshape_alias", "alias", "set_", "resize_", "record_stream", "_local_scalar_dense"}
@@ -178,7 +178,7 @@ class Recorder(TorchDispatchMode):
             self.add_flops(packet.__name__, flop_registry[packet](*args[: _PRODUCTS[packet]], out_val=out))
         if func.namespace == "torch_attn":
             self.add_flops(_ATTENTION[packet.__name__], _attention_flops(packet.__name__, args))
-        if packet is _GROUPED:
+        if packet in _GROUPED:
             # Each row of the tokens is multiplied with one matrix; a matrix gradient sums products of rows.
             self.add_flops(packet.__name__, 2.0 * args[0].numel() * args[1].shape[-1])
         if func.is_view or func.namespace in ("c10d", "prim") or packet.__name__ in _NO_LAUNCH:

@@ -220,7 +220,7 @@ def build_chunks(
         for chunk in chunks
     ]
     if config.model.moe.num_experts:
-        plan.reasons.append(_use_experts(config, chunks, plan, groups, "activation" in recomputed, proven))
+        plan.reasons.append(_use_experts(config, chunks, plan, groups, device, "activation" in recomputed, proven))
     # Megatron recomputes a norm as a function of its input, so such a norm cannot also compute the sum before it.
     is_joined = ["norms" not in recomputed and layers.join_residuals(chunk, plan.megatron_config) for chunk in chunks]
     if config.parallel.expert == 1 and config.parallel.expert_tensor != config.parallel.tensor:
@@ -242,11 +242,12 @@ def _use_experts(
     chunks: list[Backbone],
     plan: _Plan,
     groups: ProcessGroups,
+    device: Device,
     recomputes_activation: bool,
     proven: Proven,
 ) -> str:
     """Give the chunks the run's form of experts; return the line for the log. UserError if it is not possible."""
-    form, why = experts.choose(config, plan.megatron_config, proven)
+    form, why = experts.choose(config, plan.megatron_config, device, proven)
     if form == "grouped":
         activate = layers.gate(plan.megatron_config, plan.ops)
         one_by_one = [experts.use_grouped(chunk, groups, activate, recomputes_activation, proven) for chunk in chunks]

@@ -18,11 +18,14 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megamm.common.device import Device
 from megamm.common.errors import UserError
 from megamm.config import RunConfig
+from megamm.mcore.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megamm.mcore.layers import recomputing
 from megamm.mcore.process_groups import ProcessGroups
 from megamm.mcore.token_dispatch import SortedAllGather, SortedAllToAll
+from megamm.ops.grouped_fp8 import grouped_linear_fp8
 from megamm.ops.grouped_linear import grouped_linear, grouped_linear_torch, why_not
 from megamm.ops.proof import AGAIN, UNPROVEN, Proven
 
@@ -46,21 +49,16 @@ _NEEDS: dict[str, Any] = {
 """Megatron's fields that change its experts or its dispatchers -> the value that this form supports."""
 
 
-def choose(config: RunConfig, megatron_config: TransformerConfig, proven: Proven = UNPROVEN) -> tuple[str, str]:
+def choose(
+    config: RunConfig, megatron_config: TransformerConfig, device: Device, proven: Proven = UNPROVEN
+) -> tuple[str, str]:
     """Return grouped, or sequential and the reason. UserError for `grouped` with fields that need the other form.
 
-    Grouped experts whose product disagrees with plain torch run one after another: with `grouped`, a UserError.
+    Grouped experts whose product disagrees with plain torch run one after another: with `grouped`, a UserError. In FP8
+    that needs another form of the experts, which multiplies in FP8 too.
     """
     if config.train.experts == "sequential":
         return "sequential", "requested"
-    if config.train.precision == "fp8":
-        if config.train.experts == "grouped":
-            raise UserError(
-                "train.experts=grouped does not support train.precision=fp8",
-                remedy="set train.experts=auto, or train.precision=bf16",
-                on_all_ranks=True,
-            )
-        return "sequential", "products of experts in FP8 run one after another"
     wrong = [f for f, value in _NEEDS.items() if getattr(megatron_config, f, value) != value]
     wrong += [f for f in config.model.megatron if "_graph" in f]  # parts of a graph are cut inside Megatron's own
     if megatron_config.moe_token_dispatcher_type not in DISPATCHERS:
@@ -73,7 +71,19 @@ def choose(config: RunConfig, megatron_config: TransformerConfig, proven: Proven
         )
     if wrong:
         return "sequential", f"model.megatron.{wrong[0]} needs it"
-    problem = proven.problem("grouped_linear", "grouped")
+    in_fp8 = config.train.precision == "fp8"
+    if in_fp8 and device.why_no_grouped_fp8:
+        if config.train.experts == "grouped":
+            raise UserError(
+                f"train.experts=grouped with train.precision=fp8: {device.why_no_grouped_fp8}",
+                remedy="set train.experts=auto, or train.precision=bf16",
+                on_all_ranks=True,
+            )
+        return "sequential", device.why_no_grouped_fp8
+    problem = proven.problem("grouped_fp8", "grouped") if in_fp8 else ""
+    if problem and config.train.experts == "auto":
+        return "sequential", f"grouped products in FP8 disagree with plain torch: {problem}"
+    problem = problem or proven.problem("grouped_linear", "grouped")
     if problem and config.train.experts == "grouped":
         raise UserError(
             f"train.experts=grouped: the grouped product disagrees with plain torch on this device: {problem}",
@@ -95,14 +105,14 @@ def use_grouped(
     activate: (the first product's result `[R, 2F]`, routing weights `[R]`) -> `[R, F]`.
     """
     # Only whether it agrees: the time of products one by one does not include the host's wait for their sizes.
-    reason = proven.problem("grouped_linear", "grouped")
+    problem, reasons = proven.problem("grouped_linear", "grouped"), [""]
     for layer in [module for module in model.modules() if isinstance(module, MoELayer)]:
-        layer.experts = GroupedExperts(layer.experts, activate, recomputes_activation, reason)
-        reason = layer.experts.why_one_by_one
+        layer.experts = GroupedExperts(layer.experts, activate, recomputes_activation, problem)
+        reasons.append(layer.experts.why_one_by_one)
         layer.token_dispatcher = DISPATCHERS[layer.config.moe_token_dispatcher_type](
             layer.num_local_experts, layer.local_expert_indices, layer.config, groups.collection
         )
-    return reason
+    return max(reasons)
 
 
 class GroupedExperts(MegatronModule):
@@ -125,12 +135,17 @@ class GroupedExperts(MegatronModule):
         self.activate, self.recomputes_activation = activate, recomputes_activation
         experts = list(replaced.local_experts)
         kinds = type(experts[0].linear_fc1), type(experts[0].linear_fc2)
-        assert kinds == (ColumnParallelLinear, RowParallelLinear), f"{kinds} compute something else"
+        in_fp8 = kinds == (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
+        assert in_fp8 or kinds == (ColumnParallelLinear, RowParallelLinear), f"{kinds} compute something else"
         self.linear_fc1 = _stacked([expert.linear_fc1.weight for expert in experts])
         self.linear_fc2 = _stacked([expert.linear_fc2.weight for expert in experts])
         widths = (*self.linear_fc1.shape[1:], self.linear_fc2.shape[2])
         self.why_one_by_one = why_one_by_one or why_not(self.linear_fc1.dtype, widths, self.linear_fc1.device)
-        self.product = grouped_linear_torch if self.why_one_by_one else grouped_linear
+        self.product: Callable[..., torch.Tensor]
+        if in_fp8:
+            self.product, self.why_one_by_one = partial(grouped_linear_fp8, scaling=experts[0].linear_fc1.scaling), ""
+        else:
+            self.product = grouped_linear_torch if self.why_one_by_one else grouped_linear
 
     def forward(
         self, rows: torch.Tensor, tokens_per_expert: torch.Tensor, weights: torch.Tensor

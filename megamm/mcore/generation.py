@@ -24,6 +24,7 @@ from megamm.model.generation import (
     Sample,
     Scheduler,
     Segment,
+    blocks_needed,
     samples_of,
 )
 from megamm.model.sampling import choose_tokens
@@ -47,7 +48,7 @@ def generate(
     check_supported(config)
     every = samples_of(requests, vocabulary_size, limits)
     own = every[groups.data_rank :: groups.data_size]
-    decoder = PagedDecoder(config, chunks, groups, limits.blocks + 1)
+    decoder = PagedDecoder(config, chunks, groups, min(limits.blocks, blocks_needed(own, limits)) + 1)
     scheduler = Scheduler(own, limits)
     shares_experts = config.parallel.expert > 1
     with _in_eval_mode(chunks):

@@ -30,7 +30,14 @@ from megamm.mcore.context import local_chunks
 from megamm.model import attention_kernel
 from megamm.model.attention_limits import Kernel, head_sizes
 from megamm.ops import library
-from megamm.ops.op_proofs import KernelSizes, accumulation_proof, fp8_proofs, grouped_proof, op_proofs
+from megamm.ops.op_proofs import (
+    KernelSizes,
+    accumulation_proof,
+    fp8_proofs,
+    grouped_fp8_proofs,
+    grouped_proof,
+    op_proofs,
+)
 from megamm.ops.proof import Draw, Function, Inputs, Outcome, Proof, Proven
 from megamm.ops.proof_cache import Outcomes, ProofCache, combined, covers, prove_missing, summarise
 
@@ -152,7 +159,10 @@ def run_proofs(config: RunConfig, vocabulary_size: int, device: Device) -> list[
         proofs.append(accumulation_proof(dtype, sizes, weight_gradients.functions(sums)))
     if m.moe.num_experts and config.train.experts != "sequential" and dtype is torch.bfloat16:
         experts = max(1, m.moe.num_experts // p.expert)
-        proofs.append(grouped_proof(dtype, replace(sizes, width=m.moe.ffn_hidden_size // p.expert_tensor), experts))
+        of_experts = replace(sizes, width=m.moe.ffn_hidden_size // p.expert_tensor)
+        proofs.append(grouped_proof(dtype, of_experts, experts))
+        if config.train.precision == "fp8" and not device.why_no_grouped_fp8:
+            proofs += grouped_fp8_proofs(config.train.fp8.recipe, of_experts, experts)
     if config.train.precision == "fp8" and not device.why_no_fp8:
         proofs += fp8_proofs(config.train.fp8.recipe, sizes)
     if config.engine == "native" and config.optimizer.moments == "fp32" and not config.optimizer.offload_moments:

@@ -53,11 +53,29 @@ def check_supported(config: RunConfig) -> None:
             raise UserError(f"generation does not support {what}", remedy=remedy, on_all_ranks=True)
 
 
+class _Linear(NamedTuple):
+    """The tensors of a linear layer."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    @classmethod
+    def of(cls, linear: Any) -> "_Linear":
+        return cls(linear.weight, linear.bias)
+
+
 @dataclass
 class _Layer:
-    """One transformer layer, and where its sub-layers' results are normalised before they are added (sandwich norm)."""
+    """One transformer layer: its modules (attribute access to them is slow), and what is derived from them."""
 
-    module: Any
+    attention_norm: Any
+    qkv: Any
+    projection: Any
+    mlp_norm: Any
+    mlp: Any
+    fc1: Any
+    """The first product of a GatedMLP; None: the MLP runs as Megatron's module."""
+    fc2: Any
     form: ScoreForm
     rope: Rope
     cache: torch.Tensor
@@ -65,6 +83,7 @@ class _Layer:
     """Weights of the q and k norms, float `[n + 1, D]`: n query heads of a group, then its key."""
     after_attention: Any
     after_mlp: Any
+    """Norms of the sub-layers' results before they are added (sandwich norm), or None."""
 
 
 class _Batch(NamedTuple):
@@ -97,7 +116,7 @@ class _Step(NamedTuple):
 
 
 class PagedDecoder:
-    """Runs a rank's chunks of the backbone; one object per call of generate; cache_blocks includes the scratch one."""
+    """Runs a rank's chunks of the backbone, for one call of generate; cache_blocks includes the scratch block."""
 
     def __init__(self, config: RunConfig, chunks: Sequence[Backbone], groups: ProcessGroups, cache_blocks: int) -> None:
         check_supported(config)
@@ -113,7 +132,9 @@ class PagedDecoder:
         shape = (cache_blocks * BLOCK_TOKENS, 2, self.kv_groups, self.head_dim)
         self.layers = [[self._layer(layer, shape) for layer in chunk.decoder.layers] for chunk in chunks]
         self.windows = sorted({layer.form.window for layers in self.layers for layer in layers})
-        self.ropes = list(dict.fromkeys(layer.rope for layers in self.layers for layer in layers))
+        nowhere = torch.zeros(1, self.axes, 1, dtype=torch.int64, device=self.device)
+        ropes = dict.fromkeys(layer.rope for layers in self.layers for layer in layers)
+        self.angles = {rope: angles_of(nowhere, self.head_dim, rope) for rope in ropes}
 
     def _layer(self, module: Any, shape: tuple[int, ...]) -> _Layer:
         attention = module.self_attention
@@ -122,8 +143,22 @@ class PagedDecoder:
             norms = [attention.q_layernorm] * self.group_heads + [attention.k_layernorm]
             qk_weight = torch.stack([norm.weight + 1 if norm.zero_centered else norm.weight for norm in norms])
         cache = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        after = [getattr(module.self_attn_bda, "norm", None), getattr(module.mlp_bda, "norm", None)]
-        return _Layer(module, core.form, core.rope, cache, qk_weight, *after)
+        is_gated = type(module.mlp) is GatedMLP
+        return _Layer(
+            attention_norm=module.input_layernorm,
+            qkv=_Linear.of(attention.linear_qkv),
+            projection=_Linear.of(attention.linear_proj),
+            mlp_norm=module.pre_mlp_layernorm,
+            mlp=module.mlp,
+            fc1=_Linear.of(module.mlp.linear_fc1) if is_gated else None,
+            fc2=_Linear.of(module.mlp.linear_fc2) if is_gated else None,
+            form=core.form,
+            rope=core.rope,
+            cache=cache,
+            qk_weight=qk_weight,
+            after_attention=getattr(module.self_attn_bda, "norm", None),
+            after_mlp=getattr(module.mlp_bda, "norm", None),
+        )
 
     def run(self, segments: Sequence[Segment], padded_to: int = 0) -> torch.Tensor | None:
         """Run the segments, which are sorted by length; return logits `[W, V]` of the wanted tokens on the last stage.
@@ -191,31 +226,34 @@ class PagedDecoder:
         """
         delta: torch.Tensor | None = None
         for layer in layers:
-            module = layer.module
-            y, x = _add_norm(module.input_layernorm, delta, x)
+            y, x = _add_norm(layer.attention_norm, delta, x)
             delta = self._attention(layer, step, y)
             if layer.after_attention is not None:
                 delta = layer.after_attention(delta)
-            y, x = _add_norm(module.pre_mlp_layernorm, delta, x)
-            delta = self._mlp(module.mlp, y, step.padded_to)
+            y, x = _add_norm(layer.mlp_norm, delta, x)
+            delta = self._mlp(layer, y, step.padded_to)
             if layer.after_mlp is not None:
                 delta = layer.after_mlp(delta)
         return delta, x
 
-    def _reduced(self, x: torch.Tensor, linear: Any) -> torch.Tensor:
+    def _reduced(self, x: torch.Tensor, linear: _Linear) -> torch.Tensor:
         """Return the product of a linear layer that is split over its inputs."""
         y = F.linear(x, linear.weight)
         if self.tensor is not None:
             dist.all_reduce(y, group=self.tensor)
         return y if linear.bias is None else y + linear.bias
 
-    def _mlp(self, mlp: Any, x: torch.Tensor, padded_to: int) -> torch.Tensor:
-        if type(mlp) is GatedMLP:
+    def _mlp(self, layer: _Layer, x: torch.Tensor, padded_to: int) -> torch.Tensor:
+        mlp = layer.mlp
+        if layer.fc1 is not None:
             limit = mlp.config.activation_func_clamp_value
-            hidden = mlp.ops.swiglu(F.linear(x, mlp.linear_fc1.weight, mlp.linear_fc1.bias), limit=limit)
-            return self._reduced(hidden, mlp.linear_fc2)
+            hidden = mlp.ops.swiglu(F.linear(x, layer.fc1.weight, layer.fc1.bias), limit=limit)
+            return self._reduced(hidden, layer.fc2)
         # Megatron's modules: under sequence parallelism each tensor rank has its part of the tokens.
-        count, parts = len(x), self.tensor.size() if self.tensor is not None and self.config.parallel.sequence else 1
+        count, parts = (
+            x.shape[0],
+            self.tensor.size() if self.tensor is not None and self.config.parallel.sequence else 1,
+        )
         size = -(-max(count, padded_to) // parts)
         x = F.pad(x, (0, 0, 0, size * parts - count))
         own = x if parts == 1 else x.chunk(parts)[self.groups.tensor_rank]
@@ -228,12 +266,9 @@ class PagedDecoder:
         return y[:count, 0]
 
     def _attention(self, layer: _Layer, step: _Step, x: torch.Tensor) -> torch.Tensor:
-        attention, heads = layer.module.self_attention, self.group_heads
-        if self.shares_groups:
-            y = self._part_of_group(attention.linear_qkv, x)
-        else:
-            y = F.linear(x, attention.linear_qkv.weight, attention.linear_qkv.bias)
-        y = y.view(len(x), self.kv_groups, heads + 2, self.head_dim)
+        heads, linear = self.group_heads, layer.qkv
+        y = self._part_of_group(linear, x) if self.shares_groups else F.linear(x, linear.weight, linear.bias)
+        y = y.view(x.shape[0], self.kv_groups, heads + 2, self.head_dim)
         qk = y[:, :, : heads + 1]
         if layer.qk_weight is not None:
             qk = F.rms_norm(qk, (self.head_dim,), None, self.eps) * layer.qk_weight
@@ -242,9 +277,9 @@ class PagedDecoder:
         layer.cache.index_copy_(0, step.slots, torch.stack((qk[:, :, heads], y[:, :, heads + 1]), dim=1))
         contexts = [self._attend(layer, batch, qk[batch.start : batch.stop, :, :heads]) for batch in step.batches]
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        return self._reduced(context, attention.linear_proj)
+        return self._reduced(context, layer.projection)
 
-    def _part_of_group(self, linear: Any, x: torch.Tensor) -> torch.Tensor:
+    def _part_of_group(self, linear: _Linear, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's queries, and its group's keys and values `[T, (n + 2) * D]`, where ranks share a group."""
         assert self.tensor is not None
         own = F.linear(x, linear.weight, linear.bias)
@@ -315,7 +350,7 @@ class PagedDecoder:
             torch.tensor(ids).to(self.device),
             torch.from_numpy(np.concatenate(slots)).to(self.device),
             batches,
-            {rope: self._turns(rope, position) for rope in self.ropes},
+            {rope: self._turns(rope, position) for rope in self.angles},
             None if len(wanted) == len(ids) else torch.tensor(wanted, dtype=torch.int64, device=self.device),
             padded_to,
         )
@@ -350,7 +385,7 @@ class PagedDecoder:
 
     def _turns(self, rope: Rope, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines, and sines with each channel's sign, float32 `[T, 1, 1, D]`, at position `[1, axes, T]`."""
-        position, frequency, factor = angles_of(position, self.head_dim, rope)
+        _, frequency, factor = self.angles[rope]
         angles = (position[0].T.float().unsqueeze(-1) * frequency).sum(1)  # [T, D / 2]
         cosines, sines = angles.cos() * factor, angles.sin() * factor
         both = torch.cat((cosines, cosines), -1), torch.cat((-sines, sines), -1)

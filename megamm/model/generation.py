@@ -197,7 +197,7 @@ def samples_of(requests: Sequence[GenerationRequest], vocabulary_size: int, limi
                 raise UserError(what, where=where, remedy=remedy)
         if request.max_tokens < 1 or request.samples < 1:
             raise UserError("max_tokens and samples must be at least 1", where=where, remedy="set them to at least 1")
-        needed = sum(-(-(len(p) + request.max_tokens + limits.draft_tokens) // BLOCK_TOKENS) for p in prompts)
+        needed = sum(_blocks(len(prompt), request, limits) for prompt in prompts)
         if needed > limits.blocks:
             what = f"{needed * BLOCK_TOKENS} tokens do not fit into a cache of {limits.blocks * BLOCK_TOKENS}"
             raise UserError(what, where=where, remedy="raise the cache's size, or lower max_tokens")
@@ -206,6 +206,15 @@ def samples_of(requests: Sequence[GenerationRequest], vocabulary_size: int, limi
             tracks = [_track(request.grammar, prompt, where) for prompt in prompts]
             found.append(Sample(request, number, copy, len(found), tracks, ends))
     return found
+
+
+def _blocks(prompt: int, request: GenerationRequest, limits: GenerationLimits) -> int:
+    return -(-(prompt + request.max_tokens + limits.draft_tokens) // BLOCK_TOKENS)
+
+
+def blocks_needed(samples: Sequence[Sample], limits: GenerationLimits) -> int:
+    """Return the blocks that all samples take if they run at the same time: a larger cache has no use."""
+    return sum(_blocks(len(track.prompt), s.request, limits) for s in samples for track in s.tracks)
 
 
 def _track(grammar: DocumentGrammar | None, prompt: list[int], where: str) -> Track:

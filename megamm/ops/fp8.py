@@ -39,12 +39,12 @@ class Scaled(NamedTuple):
 
 def quantize(x_RC: Tensor, dtype: torch.dtype, scaling: Scaling) -> Scaled:
     """Return x as a factor of a product that sums over its columns."""
-    return _quantized(x_RC, dtype, 1 if scaling == "rowwise" else None)
+    return quantize_along(x_RC, dtype, 1 if scaling == "rowwise" else None)
 
 
 def quantize_transposed(x_RC: Tensor, dtype: torch.dtype, scaling: Scaling) -> Scaled:
     """Return the transpose of x `[C, R]` as a factor of a product that sums over the rows of x."""
-    values, scale = _quantized(x_RC, dtype, 0 if scaling == "rowwise" else None)
+    values, scale = quantize_along(x_RC, dtype, 0 if scaling == "rowwise" else None)
     return Scaled(values.t().contiguous(), scale.view(-1, 1))
 
 
@@ -56,15 +56,20 @@ def quantize_both(x_RC: Tensor, dtype: torch.dtype, scaling: Scaling) -> tuple[S
     return rows, Scaled(rows.values.t().contiguous(), rows.scale)
 
 
-def _quantized(x: Tensor, dtype: torch.dtype, axis: int | None) -> Scaled:
-    """Quantise with one scale along the axis, or one for all; the scales' shape broadcasts to x."""
+def quantize_along(x: Tensor, dtype: torch.dtype, axes: int | tuple[int, ...] | None) -> Scaled:
+    """Quantise x of any shape with one scale along these axes, or one for all; the scales' shape broadcasts to x."""
     # A norm needs no copy of the magnitudes. NaN and infinite values stay in the result: neither has a finite scale.
-    largest = torch.linalg.vector_norm(x, torch.inf, axis, keepdim=True, dtype=torch.float32)
-    ratio = (largest / torch.finfo(dtype).max).clamp(min=_LEAST)
-    # Round up to a power of two in the bits of the number: a carry from its mantissa increments its exponent.
-    scale = ((ratio.view(torch.int32) + _MANTISSA) & _EXPONENT).view(torch.float32)
+    largest = torch.linalg.vector_norm(x, torch.inf, axes, keepdim=True, dtype=torch.float32)
+    scale = scale_of(largest, dtype)
     # Powers of two are exact in every dtype, so that the quotient is x with another exponent.
     return Scaled((x * scale.reciprocal().to(x.dtype)).to(dtype), scale)
+
+
+def scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the scales for values whose largest magnitudes are these float32 numbers."""
+    ratio = (largest / torch.finfo(dtype).max).clamp(min=_LEAST)
+    # Round up to a power of two in the bits of the number: a carry from its mantissa increments its exponent.
+    return ((ratio.view(torch.int32) + _MANTISSA) & _EXPONENT).view(torch.float32)
 
 
 def product(a: Scaled, b: Scaled, dtype: torch.dtype, *, fast: bool = False) -> Tensor:

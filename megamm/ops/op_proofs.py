@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from megamm.ops import fp8
+from megamm.ops import fp8, grouped_fp8
 from megamm.ops.fp8 import ACTIVATION, GRADIENT, Scaled, Scaling
 from megamm.ops.grouped_linear import grouped_linear, grouped_linear_torch
 from megamm.ops.proof import Draw, Function, Inputs, Proof
@@ -167,6 +167,73 @@ def _fp8_product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, dtyp
 def _fp8_plain(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, dtype: torch.dtype, fast: bool) -> Tensor:
     product = (a.to(a_scale.dtype) * a_scale) @ (b.to(b_scale.dtype) * b_scale).t()
     return product if product.dtype == torch.float64 else product.to(dtype)
+
+
+def grouped_fp8_proofs(scaling: Scaling, sizes: KernelSizes, experts: int) -> list[Proof]:
+    """Return the proofs of the grouped products of experts: forward, and the gradients of input and weight.
+
+    Every group has rows, and as many as a kernel may multiply, so that all of the results are defined.
+    """
+    each = max(1, sizes.tokens // experts // grouped_fp8.MULTIPLE) * grouped_fp8.MULTIPLE
+    wide = 2 * sizes.width
+    forward = _grouped_fp8_proof("forward", (each, sizes.hidden, wide), scaling, experts, True)
+    inputs = _grouped_fp8_proof("gradient of inputs", (each, wide, sizes.hidden), scaling, experts, False)
+    return [forward, inputs, _grouped_fp8_weight_proof((each, wide, sizes.hidden), scaling, experts)]
+
+
+def _ends(experts: int, each: int, device: torch.device) -> Tensor:
+    return torch.arange(1, experts + 1, device=device, dtype=torch.int32) * each
+
+
+def _grouped_fp8_proof(way: str, shape: tuple[int, int, int], scaling: Scaling, experts: int, fast: bool) -> Proof:
+    each, inner, columns = shape
+
+    def draw(d: Draw) -> Inputs:
+        a, a_scale = fp8.quantize(d.normal(experts * each, inner, dtype=torch.bfloat16), ACTIVATION, "rowwise")
+        axes = 2 if scaling == "rowwise" else (1, 2)
+        b, b_scale = fp8.quantize_along(d.normal(experts, columns, inner, dtype=torch.bfloat16), ACTIVATION, axes)
+        scales = a_scale.view(-1), b_scale.squeeze(2).expand(-1, columns).contiguous()
+        return Inputs((a, scales[0], b, scales[1]), {"ends": _ends(experts, each, d.device), "fast": fast})
+
+    def grouped(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, ends: Tensor, fast: bool) -> Tensor:
+        return grouped_fp8.grouped_product(a, a_scale, b.transpose(1, 2), b_scale, ends, fast=fast)
+
+    def plain(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, **_: object) -> Tensor:
+        left = (a.to(a_scale.dtype) * a_scale[:, None]).view(experts, each, inner)
+        product = (left @ (b.to(b_scale.dtype) * b_scale[:, :, None]).transpose(1, 2)).flatten(0, 1)
+        return product if product.dtype == torch.float64 else product.bfloat16()
+
+    form = f"{scaling}, {way}, {experts} x {each} x {inner} x {columns}"
+    return Proof("grouped_fp8", form, draw, plain, {"grouped": grouped}, FAST_FP8_SLACK if fast else FP8_SLACK, inner)
+
+
+def _grouped_fp8_weight_proof(shape: tuple[int, int, int], scaling: Scaling, experts: int) -> Proof:
+    each, rows, columns = shape
+
+    def draw(d: Draw) -> Inputs:
+        scaled = []
+        for channels in (rows, columns):
+            axes = 2 if scaling == "rowwise" else (1, 2)
+            x = d.normal(experts, channels, each, dtype=torch.bfloat16)
+            values, scale = fp8.quantize_along(x, ACTIVATION, axes)
+            # Groups lie side by side along the sum.
+            scaled += [values.view(torch.uint8).transpose(0, 1).flatten(1).contiguous().view(ACTIVATION)]
+            scaled += [scale.squeeze(2).expand(-1, channels).flatten().contiguous()]
+        return Inputs(tuple(scaled), {"ends": _ends(experts, each, d.device)})
+
+    def grouped(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *, ends: Tensor) -> Tensor:
+        return grouped_fp8.grouped_product(a, a_scale, b.t(), b_scale, ends)
+
+    def plain(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, **_: object) -> Tensor:
+        left, right = (
+            x.to(scale.dtype).view(len(x), experts, each).transpose(0, 1) * scale.view(experts, -1, 1)
+            for x, scale in ((a, a_scale), (b, b_scale))
+        )
+        product = left @ right.transpose(1, 2)
+        return product if product.dtype == torch.float64 else product.bfloat16()
+
+    form = f"{scaling}, gradient of weights, {experts} x {rows} x {each} x {columns}"
+    return Proof("grouped_fp8", form, draw, plain, {"grouped": grouped}, FP8_SLACK, each)
 
 
 def accumulation_proof(dtype: torch.dtype, sizes: KernelSizes, candidates: dict[str, Function]) -> Proof:

@@ -256,7 +256,7 @@ def of_config(
 def _software(config: RunConfig) -> Software:
     """Return what a run on GPUs does with this config."""
     in_fp8 = config.train.precision == "fp8"
-    form = SEQUENTIAL_EXPERTS if in_fp8 or config.train.experts == "sequential" else PRODUCT
+    form = SEQUENTIAL_EXPERTS if config.train.experts == "sequential" else PRODUCT
     attention: Literal["varlen", "flash", "flex"] = "flex"
     if attention_kernel.takes_lengths_on_a_gpu(config):
         attention = "flash" if config.train.attention == "flash" else "varlen"

@@ -11,6 +11,7 @@ from functools import lru_cache, reduce
 from typing import NamedTuple
 
 from megamm.common.gpu_constants import GpuConstants
+from megamm.model.layout import FP8_MULTIPLE
 from megamm.plan import kernels, network
 from megamm.plan.job import Job, LayerKind, Software
 from megamm.plan.network import Group, Routing
@@ -22,6 +23,8 @@ LAUNCHES = {"ops": 121, "torch": 140, "fused": 70, "2021": 90}
 package are counted, views included (tests/test_plan_layer.py)."""
 CONVERSION_LAUNCHES = {"fused": 0, "tensorwise": 63, "rowwise": 91}
 """More of a linear layer in FP8, by `Software.conversion`."""
+GROUPED_CONVERSION_LAUNCHES = {"fused": 0, "tensorwise": 106, "rowwise": 144}
+"""The same of a product of all experts."""
 EXPERT_LAUNCHES = 55
 """The same of one expert, if experts run one after another: 0.5 ms."""
 ROUTING_LAUNCHES = 70
@@ -137,6 +140,8 @@ def _launches(job: Job, kind: LayerKind) -> tuple[float, float]:
     exchange = EXCHANGE_LAUNCHES if p.expert * p.expert_tensor > 1 else 0
     each = 0.0 if s.grouped_experts else moe.num_experts / p.expert
     experts = ROUTING_LAUNCHES + exchange + each * (EXPERT_LAUNCHES + 2 * conversions)
+    if s.grouped_experts and kind.in_fp8:
+        experts += 2 * GROUPED_CONVERSION_LAUNCHES[s.conversion]
     return LAUNCHES[s.elementwise] + 2 * conversions, experts
 
 
@@ -183,7 +188,8 @@ def _linears(
             # The gradients of experts without tokens are set to 0.
             later += kernels.memory(gpu, count * n * k * 4)
         if in_fp8:
-            converted, converted_later = _conversions(software, one)
+            of_group = experts and software.grouped_experts and by_torch
+            converted, converted_later = (_grouped_conversions if of_group else _conversions)(software, one)
             passes += kernels.memory(gpu, count * converted)
             later += kernels.memory(gpu, count * converted_later)
     return forward, backward, passes, later
@@ -203,6 +209,21 @@ def _conversions(software: Software, one: _Linear) -> tuple[float, float]:
     forward = tokens * k * (as_it_is if is_gathered else both) + n * k * as_it_is
     backward = tokens * n * both + n * k * transposed
     return forward, backward + (tokens * k * transposed if is_gathered else 0.0)
+
+
+def _grouped_conversions(software: Software, one: _Linear) -> tuple[float, float]:
+    """Return the same bytes of one expert's part of a grouped product (ops/grouped_fp8.py).
+
+    Rows in FP8 are copied into a matrix of zeros, whose groups have up to 15 rows more, and results are taken out of
+    it. With rowwise scales, the largest magnitudes of a group's columns are found in a pass of their own.
+    """
+    tokens, n, k, _ = one
+    padded = tokens + (FP8_MULTIPLE - 1)
+    as_it_is, transposed = 9, 11
+    each = 10 * tokens + 5 * padded if software.conversion == "tensorwise" else 28 * tokens + 8 * padded
+    taken = 2 * (tokens + padded)
+    forward = k * each + n * k * as_it_is + n * taken
+    return forward, n * each + n * k * transposed + k * taken
 
 
 def _attention(gpu: GpuConstants, job: Job, window: int, in_fp8: bool) -> LayerTime:

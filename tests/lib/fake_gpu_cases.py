@@ -87,6 +87,7 @@ CASES = {
     ),
     "8B, recompute full": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.recompute=full"), 8, in_all=True),
     "8B, FP8": Case("dense_8b.yaml", (*DENSE_DATA_PARALLEL, "train.precision=fp8"), 8, in_all=True),
+    "30B-A3B, FP8": Case("moe_200b.yaml", (*A3B, "train.precision=fp8"), 16, in_all=True),
     "dense_8b.yaml, first stage": Case("dense_8b.yaml", (), 16, 0, in_all=True),
     "dense_8b.yaml, last stage": Case("dense_8b.yaml", (), 16, 15, in_all=True),
 }
