@@ -90,8 +90,8 @@ EXTRAS_REQUIRE = {
     # Photos of phones (.heic). Its wheel contains libheif and libde265 (LGPL) and the encoder x265 (GPL), which megamm
     # does not call; PNG to AVIF need none of it. pi-heif, the same without x265, gets no updates any more.
     "heic": ["pillow-heif>=1.0,<2"],
-    # Checkpoints to S3: checkpoint.remote=s3://bucket/prefix.
-    "s3": ["s3fs>=2024.6"],
+    # Checkpoints to S3 (checkpoint.remote=s3://bucket/prefix) and shards there, or on a web server.
+    "s3": ["s3fs>=2024.6", "aiohttp>=3.9,<4"],
     # The second engine (megamm/engine/deepspeed), which reads names of this series inside of DeepSpeed's optimizers.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # Word error of reconstructed speech: a recogniser whose English model is in its wheel.

@@ -64,6 +64,7 @@ def test_the_library_reads_the_columns(tmp_path: Path) -> None:
     assert {name: str(column.dtype) for name, column in columns.items()} == {
         **dict.fromkeys(("first", "part", "form", "key"), "uint8"),
         **dict.fromkeys(("size", "tokens", "offset", "tar_bytes", "most_tokens"), "uint32"),
+        "checksum": "uint64",
     }
     assert columns["size"].tolist() == columns["tokens"].tolist() == sizes and columns["first"].tolist() == [0, 3, 4]
     assert columns["most_tokens"].tolist() == [70_000] and columns["part"].tolist() == [0, 2, 3, 4]

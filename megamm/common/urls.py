@@ -1,6 +1,7 @@
 """URLs of checkpoints and data: which are valid."""
 
 import re
+from pathlib import Path
 
 from megamm.common import redact
 from megamm.common.errors import UserError
@@ -27,3 +28,19 @@ def checked_url(url: str) -> str:
 def is_url(text: str) -> bool:
     """Whether a command-line argument is a URL; otherwise it is a path."""
     return "://" in text
+
+
+_URL_AS_PATH = re.compile(r"[a-z][a-z0-9+.-]+:")
+
+
+def url_of(path: Path) -> str | None:
+    """The URL that this path was made from, as `Path("s3://bucket/x")`, which keeps one slash; None for a path."""
+    if not _URL_AS_PATH.fullmatch(path.parts[0] if path.parts else ""):
+        return None
+    slashes = "///" if path.parts[0] == "file:" else "//"
+    return path.parts[0] + slashes + "/".join(path.parts[1:])
+
+
+def shown(path: Path) -> str | Path:
+    """The URL or path, for messages."""
+    return url_of(path) or path

@@ -57,8 +57,8 @@ class SourceConfig(Section):
     """One source of the data mixture."""
 
     path: Path = Field(
-        description="Shard set: a folder that holds `train/` and `heldout/`; or PREFIX of Megatron's PREFIX.bin and "
-        "PREFIX.idx (docs/data.md)."
+        description="Shard set: a folder that holds `train/` and `heldout/`, or its URL (`s3://`, `gs://`, "
+        "`https://`, ...); or PREFIX of Megatron's PREFIX.bin and PREFIX.idx (docs/data.md)."
     )
     weight: float = Field(1.0, gt=0, description="Share of this source in the mixture, relative to the others.")
     documents: Literal["whole", "pairs", "answers"] = Field(
@@ -83,6 +83,32 @@ class SourceConfig(Section):
         "it is appended to every document, and none may end with it. Default: the documents are as stored.",
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _check_url(cls, path: object) -> object:
+        if not isinstance(path, str) or not is_url(path):
+            return path
+        url = checked_url(path)
+        names = url.partition("://")[2].removeprefix("/").split("/")
+        if {"", ".", ".."} & set(names):
+            remedy = "give it as protocol://bucket/prefix, without empty parts, `.` and `..`"
+            raise UserError("data.sources: the URL has a part without a name", where=url, remedy=remedy)
+        return path
+
+
+class CacheConfig(Section):
+    """The cache of each node for shards at a URL, which all its processes share (docs/data.md)."""
+
+    folder: Path = Field(
+        Path("~/.cache/megamm/shards"),
+        description="Folder on a local disk of the node. Runs may share it, one after the other or at a time.",
+    )
+    gb: float = Field(100.0, gt=0, description="Most space that the cache takes, in GB (1e9 bytes), indexes included.")
+    ahead: int = Field(16, ge=1, description="Steps, beyond those of `prefetch`, whose members are downloaded ahead.")
+    patience: float = Field(
+        300.0, gt=0, description="Seconds for which a failing or slow request is repeated before the run ends."
+    )
+
 
 class DataConfig(Section):
     """Training data and the processes that read it. The number of workers does not change any row."""
@@ -99,6 +125,7 @@ class DataConfig(Section):
         0, ge=0, description="Processes of each rank that read and pack rows. 0: the rank reads itself."
     )
     prefetch: int = Field(2, ge=1, description="Steps that the workers read ahead.")
+    cache: CacheConfig = Field(CacheConfig(), description="Cache of shards at a URL.")
 
 
 class OptimizerConfig(Section):

@@ -29,6 +29,10 @@ GAUGES = {
     "gpu_alloc_retries": ("gpu_alloc_retries", "Allocations that had to free cached memory, on all GPUs."),
     "padding_share": ("padding_ratio", "Share of padding in the rows."),
     "imbalance": ("imbalance_ratio", "Work of the busiest data-parallel rank over the mean."),
+    "store_bytes": ("store_downloaded_bytes", "Downloaded into the cache of rank 0's node since it was created."),
+    "store_failures": ("store_failures", "Requests to the store that failed, on rank 0's node."),
+    "store_wait": ("store_wait_seconds", "Seconds that rank 0 waited for downloads, of this attempt."),
+    "cache_bytes": ("cache_bytes", "Held by the cache of rank 0's node."),
     "goodput": ("goodput_ratio", "Time in steps whose result was kept, over the time since the first launch."),
     "time": ("report_timestamp_seconds", "When this was last reported."),
 }

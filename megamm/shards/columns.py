@@ -6,7 +6,8 @@
     mapped.arrays["tokens"]                                   a numpy array on the mapped file
 
 The format is safetensors: a header in JSON with type, shape and position of every column, then their bytes. It runs no
-code, and `safetensors.numpy.load_file` reads it. Only unsigned integers are stored, in little-endian order.
+code, and `safetensors.numpy.load_file` reads it. Only unsigned integers are stored, in little-endian order. The
+metadata begins with a digest of the file, which `verify_columns` compares after a download; mapping does not read it.
 """
 
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype("<u1"),
@@ -28,6 +30,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _MAXIMUM_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
+_DIGEST = "content"
+"""Metadata: XXH3-128 of the file, with zeros in the place of this digest."""
+_NO_DIGEST = "0" * 32
 
 
 def narrowest(maximum: int) -> np.dtype[Any]:
@@ -52,8 +57,8 @@ class Column:
 
 
 def write_columns(file: BinaryIO, columns: Sequence[Column], metadata: dict[str, str]) -> None:
-    """Write the columns to an empty file."""
-    header: dict[str, Any] = {"__metadata__": metadata}
+    """Write the columns to an empty file, which must be seekable: the digest is known at the end."""
+    header: dict[str, Any] = {"__metadata__": {_DIGEST: _NO_DIGEST} | metadata}
     # Wider types come first, so that every column starts at a multiple of its type's size.
     ordered = sorted(columns, key=lambda column: -column.dtype.itemsize)
     start = 0
@@ -63,13 +68,46 @@ def write_columns(file: BinaryIO, columns: Sequence[Column], metadata: dict[str,
         header[column.name], start = entry, stop
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    begin_of_file, text = file.tell(), len(text).to_bytes(8, "little") + text
+    digest = xxhash.xxh3_128(text)
+    file.write(text)
     for column in ordered:
         written = 0
         for chunk in column.chunks:
-            written += file.write(np.ascontiguousarray(chunk, dtype=column.dtype).data.cast("B") if chunk.size else b"")
+            content = np.ascontiguousarray(chunk, dtype=column.dtype).data.cast("B") if chunk.size else b""
+            digest.update(content)
+            written += file.write(content)
         begin, end = header[column.name]["data_offsets"]
         assert written == end - begin, f"column {column.name} has another size than announced"
+    file.seek(begin_of_file + _digest_position(text))
+    file.write(digest.hexdigest().encode())
+    file.seek(0, os.SEEK_END)
+
+
+def _digest_position(header: bytes) -> int:
+    """Where the digest is in a file that begins with this header. Raises ValueError if there is none."""
+    mark = f'"{_DIGEST}":"'.encode()
+    found = header.find(mark)
+    if found < 0:
+        raise ValueError("the file has no digest of its content")
+    return found + len(mark)
+
+
+def verify_columns(path: Path) -> None:
+    """Raise ValueError unless the whole file has the digest that its header states."""
+    with open(path, "rb") as file:
+        begin = file.read(8)
+        size = int.from_bytes(begin, "little")
+        if size > _MAXIMUM_HEADER:
+            raise ValueError("the header is damaged")
+        header = begin + file.read(size)
+        at = _digest_position(header)
+        end = at + len(_NO_DIGEST)
+        digest = xxhash.xxh3_128(header[:at] + _NO_DIGEST.encode() + header[end:])
+        while content := file.read(1 << 24):
+            digest.update(content)
+    if digest.hexdigest().encode() != header[at:end]:
+        raise ValueError("the content does not match its digest")
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from megamm.common.files import new_file, sync
 from megamm.common.sample import IntArray
 from megamm.shards.index import INDEX, UNNUMBERED, IndexBuilder, ShardIndex, map_index, parse_extension
 from megamm.shards.jsonl_index import read_jsonl_index
+from megamm.shards.shard_cache import RemoteMember
 from megamm.shards.tar_checks import member_of, require_tars
 from megamm.shards.tar_reader import StoredMember, TarReader
 from megamm.shards.tar_writer import TarWriter
@@ -176,7 +177,7 @@ class ShardFolder:
     def _extension_of(self, i: int) -> str:
         return self.index.form_of(i).rpartition(".")[2]
 
-    def stored(self, i: int) -> StoredMember:
+    def stored(self, i: int) -> StoredMember | RemoteMember:
         """Member i with its tar, for a TarReader, also in another process."""
         return member_of(self.folder, self.index, i)
 

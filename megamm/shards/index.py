@@ -8,6 +8,7 @@
     tokens [members]          length in tokens; only of token caches
     most_tokens [zones]       the largest of the lengths of each ZONE members; only of token caches
     part [members]            1 + the part's number, 0 without one; only if a member has a number
+    checksum [members]        XXH3-64 of a member's data; absent if the index was made without reading the data
     form [members]            which of the forms of member names; only if there are several
     key [members, width]      the key, padded with zero bytes
 
@@ -43,7 +44,7 @@ _AT_ONCE = 1 << 20
 class Member:
     """One tar member: key, extension ("png", or "3.png" for part 3 of a document), offset and size of its data (bytes).
 
-    `tokens` is its length in tokens, if it has one.
+    `tokens` is its length in tokens, if it has one; `checksum` is that of its data, if it was read.
     """
 
     key: str
@@ -51,6 +52,12 @@ class Member:
     offset: int
     size: int
     tokens: int | None = None
+    checksum: int | None = None
+
+
+def checksum_of(data: bytes | memoryview) -> int:
+    """The checksum of a member's data: XXH3-64."""
+    return xxhash.xxh3_64_intdigest(data)
 
 
 @lru_cache(maxsize=4096)
@@ -83,8 +90,9 @@ class ShardIndex:
             raise ValueError(f"{error} is missing") from error
         self.tokens, self.most_tokens = arrays.get("tokens"), arrays.get("most_tokens")
         self.part, self.form = arrays.get("part"), arrays.get("form")
+        self.checksum = arrays.get("checksum")
         """1 + number of each member's part `[members]`, and its form; None if all have none, and the first form."""
-        by_member = (self.offset, self.size, key, self.tokens, self.part, self.form)
+        by_member = (self.offset, self.size, key, self.tokens, self.part, self.form, self.checksum)
         if {len(column) for column in by_member if column is not None} != {len(key)} or key.ndim != 2:
             raise ValueError("its columns have different lengths")
         steps = np.diff(self.first)
@@ -161,15 +169,21 @@ class IndexBuilder:
         """Of every tar and column: place in the spool, type, numbers."""
         self._maxima = dict.fromkeys(("offset", "size", "tokens", "part", "form"), 0)
         self._width, self._total, self._has_tokens = 1, 0, True
+        self._has_checksums = True
         self._forms: dict[str, int] = {}
         self._first, self._tar_bytes = [0], list[int]()
         self._most = list[int]()
         self._digests = {name: xxhash.xxh3_128() for name in ("keys", "numbers", "tokens")}
 
     def append(
-        self, keys: Sequence[str] | np.ndarray, exts: Sequence[str] | str, numbers: IntArray, tar_bytes: int
+        self,
+        keys: Sequence[str] | np.ndarray,
+        exts: Sequence[str] | str,
+        numbers: IntArray,
+        tar_bytes: int,
+        checksums: np.ndarray | None = None,
     ) -> None:
-        """Add the members of the next tar.
+        """Add the members of the next tar; checksums: those of their data `[members]`, if it was read.
 
         keys: text or bytes `[members]`; exts: one for all, or one each; numbers: offset, size and tokens (-1: none)
         `[3, members]`. Raises ValueError for a key that is not ASCII.
@@ -186,6 +200,9 @@ class IndexBuilder:
             maximum = int(column.max()) if len(column) else 0
             self._maxima[name] = max(self._maxima[name], maximum)
             chunk[name] = self._spooled(column.astype(narrowest(maximum)))
+        self._has_checksums &= checksums is not None
+        if checksums is not None:
+            chunk["checksum"] = self._spooled(checksums.astype("<u8"))
         if len(key):
             self._width = max(self._width, key.itemsize)
         chunk["key"] = self._spooled(key)
@@ -201,7 +218,9 @@ class IndexBuilder:
         """Add the members of the next tar."""
         numbers = [(m.offset, m.size, -1 if m.tokens is None else m.tokens) for m in members]
         columns = np.array(numbers, dtype=np.int64).reshape(-1, 3).T
-        self.append([m.key for m in members], [m.ext for m in members], columns, tar_bytes)
+        checksums = [m.checksum for m in members if m.checksum is not None]
+        known = np.array(checksums, dtype=np.uint64) if len(checksums) == len(members) else None
+        self.append([m.key for m in members], [m.ext for m in members], columns, tar_bytes, known)
 
     def _parse(self, exts: Sequence[str] | str, members: int) -> tuple[IntArray, IntArray]:
         """Code of the form, and 1 + number of the part, of every member."""
@@ -247,6 +266,9 @@ class IndexBuilder:
             columns.append(self._column("part"))
         if len(self._forms) > 1:
             columns.append(self._column("form"))
+        if self._has_checksums:
+            chunks = (np.asarray(self._read(*chunk["checksum"])) for chunk in self._chunks)
+            columns.append(Column("checksum", np.dtype("<u8"), (members,), chunks))
         keys, numbers, tokens = (self._digests[name].hexdigest() for name in ("keys", "numbers", "tokens"))
         metadata = {
             "forms": json.dumps(list(self._forms)),

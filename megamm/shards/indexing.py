@@ -13,7 +13,7 @@ from typing import BinaryIO, NamedTuple, cast
 from megamm.common.errors import UserError
 from megamm.common.files import new_file, sync
 from megamm.shards.folder import EXTENSION, KEY, tokens_from_bytes
-from megamm.shards.index import INDEX, IndexBuilder, Member, map_index
+from megamm.shards.index import INDEX, IndexBuilder, Member, checksum_of, map_index
 from megamm.shards.jsonl_index import append_jsonl, duplicate_key
 from megamm.shards.tar_checks import member_of, require_end, require_tar
 from megamm.shards.tar_reader import TarReader
@@ -64,7 +64,7 @@ def _write(folder: Path, tars: list[Path]) -> int:
             for tar in tars:
                 builder.append_members(index_tar(tar), tar.stat().st_size)
         else:
-            append_jsonl(folder, builder)
+            append_jsonl(folder, builder, read_data=True)
         # Verified under a temporary name: what is wrong leaves the old index as it is.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".index.") as temporary:
             with new_file(Path(temporary) / INDEX) as file:
@@ -97,11 +97,10 @@ def index_tar(tar: Path) -> list[Member]:
                 if not info.isreg() or not KEY.fullmatch(key) or not EXTENSION.fullmatch(ext):
                     what = f"{info.name!r} is neither `<key>.<ext>` nor `<key>.<number>.<ext>`"
                     raise UserError(what, where=tar, remedy="repack the tar with such member names")
-                tokens = None
-                # Only token caches contain .npy; their index has lengths, which require reading the data.
-                if ext.endswith("npy"):
-                    tokens = tokens_from_bytes(_read_exactly(file, info)).size
-                members.append(Member(key, ext, info.offset_data, info.size, tokens))
+                data = _read_exactly(file, info)
+                # Only token caches contain .npy; their index has lengths.
+                tokens = tokens_from_bytes(data).size if ext.endswith("npy") else None
+                members.append(Member(key, ext, info.offset_data, info.size, tokens, checksum_of(data)))
     except (tarfile.TarError, OSError, ValueError) as error:
         raise UserError(f"unreadable tar: {error}", where=tar, remedy=f"rebuild {tar.parent}") from error
     require_end(tar, members[-1].offset + members[-1].size if members else 0)

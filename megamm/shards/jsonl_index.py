@@ -7,6 +7,7 @@ in memory: it takes seconds and some hundred megabytes for a million members. `m
 import io
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from megamm.common.errors import UserError
 from megamm.common.sample import IntArray
 from megamm.shards.columns import columns_of
-from megamm.shards.index import INDEX, IndexBuilder, ShardIndex
+from megamm.shards.index import INDEX, IndexBuilder, ShardIndex, checksum_of
 from megamm.shards.tar_checks import rebuild_command, require_end, require_tars
 
 logger = logging.getLogger(__name__)
@@ -40,16 +41,26 @@ def read_jsonl_index(folder: Path) -> ShardIndex:
     return index
 
 
-def append_jsonl(folder: Path, builder: IndexBuilder) -> None:
-    """Add the members of all JSONL indexes of a folder. Raises UserError if a tar or an index is missing or damaged."""
+def append_jsonl(folder: Path, builder: IndexBuilder, *, read_data: bool = False) -> None:
+    """Add the members of all JSONL indexes of a folder; read_data: with checksums, for which all data is read.
+
+    Raises UserError if a tar or an index is missing or damaged.
+    """
     for tar in _numbered_tars(folder):
         keys, exts, numbers = _read(tar)
         # Offset plus size of the last member is where the tar's end must follow.
         size = require_end(tar, int(numbers[:2, -1].sum()) if keys else 0)
         try:
-            builder.append(keys, exts, numbers, size)
+            builder.append(keys, exts, numbers, size, _checksums(tar, numbers) if read_data else None)
         except ValueError as error:
             raise _unreadable(tar, error) from error
+
+
+def _checksums(tar: Path, numbers: IntArray) -> np.ndarray:
+    """The checksum of each member's data; a wrong index is found later, by the headers."""
+    with open(tar, "rb") as file:
+        data = (os.pread(file.fileno(), max(size, 0), max(offset, 0)) for offset, size, _ in numbers.T.tolist())
+        return np.fromiter(map(checksum_of, data), np.uint64, numbers.shape[1])
 
 
 def duplicate_key(folder: Path) -> UserError:

@@ -1,6 +1,7 @@
 """Reads single members of tars by their offset, without an index, in data workers.
 
-In: a `StoredMember`. Out: its bytes, after checking the header before them. Offsets and sizes are in bytes.
+In: a `StoredMember`. Out: its bytes, after checking the header before them. Offsets and sizes are in bytes. A
+`RemoteMember` is read from the cache of its node (shard_cache.py), after comparing its checksum.
 """
 
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megamm.common.errors import UserError
+from megamm.shards.shard_cache import CachedReader, RemoteMember
 
 BLOCK = 512
 """Bytes of a tar block: a header is one block, data is padded to whole blocks, two zero blocks end the file."""
@@ -31,9 +33,12 @@ class TarReader:
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, int] = OrderedDict()
+        self._cached = CachedReader()
 
-    def read(self, member: StoredMember) -> bytes:
+    def read(self, member: StoredMember | RemoteMember) -> bytes:
         """The data of a member. Raises UserError if the tar's header there does not match this member."""
+        if isinstance(member, RemoteMember):
+            return self._cached.read(member)
         # One system call reads header and data. pread has no file position, so threads and forked workers can share a
         # file.
         block = os.pread(self._file(member.tar), BLOCK + member.size, member.offset - BLOCK)
@@ -67,12 +72,13 @@ class TarReader:
         """Close the tars; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
+        self._cached.close()
 
     def __reduce__(self) -> "tuple[type[TarReader], tuple[()]]":
         return TarReader, ()
 
     def __del__(self) -> None:
-        if hasattr(self, "_files"):
+        if hasattr(self, "_cached"):
             self.close()
 
 

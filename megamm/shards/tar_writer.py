@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from megamm.common.errors import UserError
 from megamm.common.files import new_file, sync
-from megamm.shards.index import INDEX, IndexBuilder, Member
+from megamm.shards.index import INDEX, IndexBuilder, Member, checksum_of
 from megamm.shards.tar_reader import BLOCK
 
 _MEMBERS = ".members"
@@ -39,7 +39,7 @@ class TarWriter(tarfile.TarFile):
         self.addfile(info, io.BytesIO(data))
         # The list that tarfile keeps for reading would hold every header.
         self.members.clear()  # type: ignore[attr-defined]
-        self.written.append(Member(key, ext, offset, len(data), tokens))
+        self.written.append(Member(key, ext, offset, len(data), tokens, checksum_of(data)))
 
 
 @contextmanager
@@ -68,7 +68,8 @@ def write_tar(path: Path, members: Iterable[tuple[str, str, bytes, int | None]])
             tar.append(*member)
         tar.close()
         with new_file(lists / f"{path.name}{_MEMBERS}") as listed:
-            listed.write(json.dumps([[m.key, m.ext, m.offset, m.size, m.tokens] for m in tar.written]).encode())
+            members = [[m.key, m.ext, m.offset, m.size, m.tokens, m.checksum] for m in tar.written]
+            listed.write(json.dumps(members).encode())
     return tar.written
 
 

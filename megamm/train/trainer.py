@@ -18,6 +18,7 @@ from megamm.common.device import Device, prepare_gpu
 from megamm.common.device import choose as choose_device
 from megamm.common.sample import Batch
 from megamm.config import RunConfig, accelerators
+from megamm.data.pipeline.fetch_ahead import FetchAhead
 from megamm.data.pipeline.loader import Loader, Reading
 from megamm.data.pipeline.run_data import RunData, open_run_data
 from megamm.elastic.graceful_stop import StopCondition, stop_condition
@@ -95,7 +96,9 @@ class Trainer:
         self.engine = build_engine(config, data.vocabulary.size, self.groups, device)
         self.weights = weight_tensor(config.loss_weights, data.vocabulary.modalities, device.torch_device)
         self.checkpoints = CheckpointManager(config, data, self.engine, self.groups, device, self._wait_for_writer)
-        self.step, self.saved_step, self.loader = 0, 0, self._loader(consumed_rows=0)
+        self.step = self.saved_step = 0
+        self.fetch = None if data.cache is None else FetchAhead(data.cache, config.data.cache.ahead)
+        self.loader = self._loader(consumed_rows=0)
         rank, gather = self.groups.rank, self.groups.gather
         self.guard = LossGuard(config, data.vocabulary.modalities, rank, gather)
         stragglers = config.resilience.stragglers
@@ -119,14 +122,19 @@ class Trainer:
             data_size=self.groups.data_size,
             cost=partial(flops.flops_of_row, self.config.model, self.data.vocabulary.size, d.seq_length),
             consumed_rows=consumed_rows,
-            reading=Reading(d.workers, d.prefetch, pin_memory=self.device.is_gpu),
+            reading=Reading(d.workers, d.prefetch, self.device.is_gpu, self.fetch, self._last_step - self.step),
         )
+
+    @property
+    def _last_step(self) -> int:
+        """The step after which this run ends, if nothing stops it earlier."""
+        return min(self.config.train.steps, self.config.train.stop_after or self.config.train.steps)
 
     def run(self, stop_when: StopCondition) -> ExitReason:
         """Run steps until train.steps, stop_after or a stop, with reports, losses and checkpoints as configured."""
         t, c = self.config.train, self.config.checkpoint
         local_every = c.local_every if c.local is not None else 0
-        first, last = self.step + 1, min(t.steps, t.stop_after or t.steps)
+        first, last = self.step + 1, self._last_step
         self._record_start()
         self.garbage.begin()
         while self.step < last:
@@ -212,6 +220,8 @@ class Trainer:
         }
         values |= {"padding_share": self.loader.figures.padding_share, "imbalance": self.loader.figures.imbalance}
         values |= {"model_flops": model_flops} | scores.figures() | memory
+        if self.fetch is not None:
+            values |= self.fetch.figures()
         devices = metrics.Devices(self.groups.world_size, self.device.peak_flops(self.config.train.precision))
         tokens = self.config.train.global_batch_size * self.config.data.seq_length
         self.metrics.report(self.step, values, tokens, devices)
@@ -298,6 +308,8 @@ class Trainer:
     def close(self) -> None:
         self.checkpoints.close()
         self.loader.close()
+        if self.fetch is not None:
+            self.fetch.close()
         self.garbage.close()
         self.profiler.close()
         if self.metrics is not None:

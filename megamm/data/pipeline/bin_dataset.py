@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
+from megamm.common.urls import url_of
 from megamm.config import SourceConfig
 from megamm.config.sections import EndRule
 from megamm.data.pipeline.mixture import split_mix
@@ -33,6 +34,7 @@ from megamm.data.pipeline.token_dataset import TokenDataset
 from megamm.modalities.protocol import Modality
 from megamm.modalities.text import TextModality
 from megamm.shards.indexed_dataset import BinReader, IndexedTokens, bin_file, idx_file
+from megamm.shards.shard_cache import ShardCache
 
 logger = logging.getLogger(__name__)
 
@@ -285,10 +287,13 @@ class BinDataset:
         """The tokens of a planned document."""
         return read_bin_document(self._bins, document)
 
-    def documents(self, i: int, row_length: int) -> Iterator[Document]:
+    def evaluated(self, i: int, row_length: int) -> Iterator[BinDocument]:
         """Document i of the file for evaluation, cut to rows."""
-        for document in self.plan(i, 0, row_length):
-            yield self.read(document)
+        yield from self.plan(i, 0, row_length)
+
+    def documents(self, i: int, row_length: int) -> Iterator[Document]:
+        """The tokens of document i for evaluation."""
+        return map(self.read, self.evaluated(i, row_length))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -320,13 +325,26 @@ DocumentDataset = TokenDataset | BinDataset
 
 
 def open_split(
-    source: SourceConfig, split: Split, modalities: Mapping[str, Modality], long_documents: LongDocuments
+    source: SourceConfig,
+    split: Split,
+    modalities: Mapping[str, Modality],
+    long_documents: LongDocuments,
+    cache: ShardCache | None = None,
 ) -> DocumentDataset:
-    """Open a split of a source: PREFIX of PREFIX.bin and PREFIX.idx, or a shard set.
+    """Open a split of a source: PREFIX of PREFIX.bin and PREFIX.idx, or a shard set; cache: for one at a URL.
 
     Raises UserError as both do, if the path can be either, or if keys are set that its kind of source does not have.
     """
     path = source.path
+    codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
+    if url := url_of(path):
+        if source.heldout or source.end_token or cache is None:
+            remedy = "copy the files to a local folder and give its path"
+            what = (
+                "only training reads from a URL" if cache is None else "`heldout` and `end_token` are for local files"
+            )
+            raise UserError(what, where=url, remedy=remedy)
+        return TokenDataset(path / split, codec_ids, source.documents, long_documents, cache)
     if path.suffix in (".bin", ".idx") and path.is_file():
         remedy = f"set its path to {path.with_suffix('')}, without {path.suffix}"
         raise UserError("a source names a .bin or .idx file", where=path, remedy=remedy)
@@ -339,7 +357,6 @@ def open_split(
             key = "heldout" if source.heldout else "end_token"
             what = f"the key `{key}` of a source is for .bin and .idx files, which are not there"
             raise UserError(what, where=path, remedy=f"set path to the PREFIX of PREFIX.bin, or remove `{key}`")
-        codec_ids = {name: modality.codec_id for name, modality in modalities.items()}
         return TokenDataset(path / split, codec_ids, source.documents, long_documents)
     if source.documents != "whole":
         what = f"documents: {source.documents} needs samples of several parts, but these files hold text alone"

@@ -31,6 +31,7 @@ from megamm.common.processes import (
 )
 from megamm.common.sample import Batch
 from megamm.data.pipeline.balance import RowCost, StepFigures, balanced_batches
+from megamm.data.pipeline.fetch_ahead import FetchAhead
 from megamm.data.pipeline.row_stream import RowReader, RowSpec, RowStream
 
 
@@ -38,12 +39,15 @@ from megamm.data.pipeline.row_stream import RowReader, RowSpec, RowStream
 class Reading:
     """How data is read: `workers` processes (0: in the training process), `prefetch` steps ahead.
 
-    pin_memory: use page-locked memory, from which a GPU can copy while it computes.
+    pin_memory: use page-locked memory, from which a GPU can copy while it computes. fetch: downloads the shards that
+    are in an object store, for `steps` steps, after which there are no more.
     """
 
     workers: int = 0
     prefetch: int = 2
     pin_memory: bool = False
+    fetch: FetchAhead | None = None
+    steps: int = 0
 
 
 class Loader:
@@ -124,15 +128,18 @@ class Loader:
         )
 
     def _plan(self, first_row: int) -> Iterator[list[RowSpec]]:
-        """This rank's microbatches from that row on, endless; the DataLoader asks as far ahead as it reads."""
-        for batch in balanced_batches(
+        """This rank's microbatches from that row on; the DataLoader asks as far ahead as it reads."""
+        batches = balanced_batches(
             self.stream,
             first_row,
             global_batch=self.global_batch,
             micro_batch=self.micro_batch,
             data_size=self.data_size,
             cost=self.cost,
-        ):
+        )
+        if (fetch := self.reading.fetch) is not None:
+            batches = fetch.before(batches, self.stream, first_row, self.reading.steps, self.data_rank)
+        for batch in batches:
             self._planned.append(batch.figures)
             yield from batch.microbatches(self.data_rank)
 

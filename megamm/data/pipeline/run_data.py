@@ -23,16 +23,20 @@ import numpy as np
 import torch
 
 from megamm.common.errors import UserError
-from megamm.common.sample import Batch, Document, IntArray, Row
+from megamm.common.sample import Batch, IntArray, Row
+from megamm.common.urls import url_of
 from megamm.config import RunConfig, SourceConfig
-from megamm.data.pipeline.bin_dataset import BinDataset, DocumentDataset, Split, open_split
+from megamm.config.sections import CacheConfig
+from megamm.data.pipeline.bin_dataset import BinDataset, BinDocument, DocumentDataset, Split, open_split
+from megamm.data.pipeline.fetch_ahead import fetch_rows
 from megamm.data.pipeline.mixture import Mixture, MixtureSource, source_names
-from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, document_length, pack, plan_rows
-from megamm.data.pipeline.row_stream import BlockStart, RowStream, used_samples
-from megamm.data.pipeline.token_dataset import LongDocuments, LongSamples
+from megamm.data.pipeline.packing import PackingSpec, PackingSpecs, pack, plan_rows
+from megamm.data.pipeline.row_stream import BlockStart, RowReader, RowSpec, RowStream, used_samples
+from megamm.data.pipeline.token_dataset import DocumentSpec, LongDocuments, LongSamples
 from megamm.modalities import REGISTRY, tokenizer_names
 from megamm.modalities.protocol import CPU, Modality
 from megamm.model.vocabulary import Vocabulary
+from megamm.shards.shard_cache import CacheOptions, ShardCache, cache_of
 
 HELDOUT_ROWS = 64
 """Maximum number of held-out rows read at an evaluation during training."""
@@ -80,12 +84,14 @@ class RunData:
     """Of each split of each source, what becomes of the samples that are longer than a row."""
     resumed: dict[str, Any] | None = None
     """The schedule that the run resumed from."""
+    cache: ShardCache | None = None
+    """The cache of shards at a URL, if a source is there."""
 
     def resume(self, recorded: dict[str, Any], consumed_rows: int) -> MixtureChange | None:
         """Resume the recorded schedule, changed where the config differs. Raises UserError as `resume_stream` does."""
 
         def open_removed(source: SourceConfig) -> DocumentDataset:
-            return open_split(source, "train", self.modalities, self.long_documents)
+            return open_split(source, "train", self.modalities, self.long_documents, self.cache)
 
         self.resumed = recorded
         self.stream, change = resume_stream(self.sources, self.options, recorded, consumed_rows, open_removed)
@@ -158,43 +164,60 @@ def open_run_data(config: RunConfig) -> RunData:
     vocabulary = vocabulary_of(modalities)
     packing = packing_specs(modalities, config.data.seq_length, config.spans)
 
+    is_remote = any(url_of(source.path) for source in config.data.sources)
+    cache = open_cache(config.data.cache) if is_remote else None
+
     def opened(source: SourceConfig, split: Split) -> DocumentDataset:
-        return open_split(source, split, modalities, config.data.long_documents)
+        return open_split(source, split, modalities, config.data.long_documents, cache)
 
     sources = [OpenSource(source.path, source.weight, opened(source, "train")) for source in config.data.sources]
     options = StreamOptions(config.train.seed, config.data.seq_length, vocabulary, packing)
     heldout = [opened(source, "heldout") for source in config.data.sources]
     splits = [split for source, other in zip(sources, heldout, strict=True) for split in (source.dataset, other)]
     long_samples = [split.long_samples(config.data.seq_length) for split in splits]
-    rows = _heldout_rows(heldout, vocabulary, config, packing)
+    rows = _heldout_rows(heldout, vocabulary, config, packing, cache)
     stream = begin_stream(sources, options)
-    return RunData(vocabulary, modalities, stream, rows, sources, options, config.data.long_documents, long_samples)
+    long_documents = config.data.long_documents
+    return RunData(vocabulary, modalities, stream, rows, sources, options, long_documents, long_samples, cache=cache)
+
+
+def open_cache(config: CacheConfig) -> ShardCache:
+    """This node's cache of shards at a URL. Raises UserError if its folder cannot be used."""
+    return cache_of(CacheOptions(str(config.folder.expanduser().absolute()), int(config.gb * 1e9), config.patience))
 
 
 def _heldout_rows(
-    datasets: list[DocumentDataset], vocabulary: Vocabulary, config: RunConfig, packing: PackingSpecs
+    datasets: list[DocumentDataset],
+    vocabulary: Vocabulary,
+    config: RunConfig,
+    packing: PackingSpecs,
+    cache: ShardCache | None,
 ) -> list[Row]:
     """Rows of the first held-out documents, from all sources in turn, as many as are evaluated."""
     length = config.data.seq_length
-    readers = [_usable_documents(dataset, length) for dataset in datasets]
-    documents: list[Document] = []
-    sizes: list[int] = []
-    while readers and sum(sizes) < HELDOUT_ROWS * length:
-        for reader in list(readers):  # one document of each, so that a few rows represent all sources
-            document = next(reader, None)
+    plans = [_usable_documents(dataset, length) for dataset in datasets]
+    documents: list[DocumentSpec | BinDocument] = []
+    tokens = 0
+    while plans and tokens < HELDOUT_ROWS * length:
+        for plan in list(plans):  # one document of each, so that a few rows represent all sources
+            document = next(plan, None)
             if document is None:
-                readers.remove(reader)
+                plans.remove(plan)
             else:
                 documents.append(document)
-                sizes.append(document_length(*document.sizes))
-    rows = plan_rows(np.array(sizes, dtype=np.int64), length)
-    return [pack([documents[i] for i in row], vocabulary, length, packing) for row in rows[:HELDOUT_ROWS]]
+                tokens += document.length
+    rows = plan_rows(np.array([document.length for document in documents], dtype=np.int64), length)
+    specs = [RowSpec(tuple(documents[i] for i in row)) for row in rows[:HELDOUT_ROWS]]
+    if cache is not None:
+        fetch_rows(cache, specs)
+    reader = RowReader(vocabulary, length, packing)
+    return [reader.row(spec) for spec in specs]
 
 
-def _usable_documents(dataset: DocumentDataset, length: int) -> Iterator[Document]:
+def _usable_documents(dataset: DocumentDataset, length: int) -> Iterator[DocumentSpec | BinDocument]:
     """The documents of all samples that fit into rows of this length, in order."""
     for i in dataset.used(length):
-        yield from dataset.documents(i, length)
+        yield from dataset.evaluated(i, length)
 
 
 def begin_stream(sources: Sequence[OpenSource], options: StreamOptions) -> RowStream:

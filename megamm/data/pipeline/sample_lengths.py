@@ -77,7 +77,7 @@ class LongSamples:
     samples: number of all samples of the split.
     """
 
-    folder: Path
+    folder: Path | str
     row_length: int
     samples: int
     split: Named

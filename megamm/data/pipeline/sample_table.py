@@ -25,6 +25,7 @@ from megamm.data.pipeline.packing import MEDIA_MARKS
 from megamm.data.pipeline.split_cache import SplitCache
 from megamm.shards.folder import ShardFolder
 from megamm.shards.index import UNNUMBERED, ZONE
+from megamm.shards.shard_cache import RemoteMember
 from megamm.shards.tar_reader import StoredMember
 
 Caches = dict[str, ShardFolder]
@@ -38,7 +39,7 @@ class TokenSpan(NamedTuple):
     """
 
     modality: str
-    member: StoredMember
+    member: StoredMember | RemoteMember
     tokens: int
     start: int
     stop: int

@@ -22,6 +22,7 @@ import numpy as np
 
 from megamm.common.errors import UserError
 from megamm.common.sample import Document, IntArray, Part
+from megamm.common.urls import shown, url_of
 from megamm.data.pipeline.packing import DOCUMENT_MARKS
 from megamm.data.pipeline.sample_lengths import (
     DocumentKind,
@@ -35,6 +36,10 @@ from megamm.data.pipeline.sample_lengths import (
 )
 from megamm.data.pipeline.sample_table import TokenSpan, open_samples, windows
 from megamm.shards.folder import MemberTexts, ShardFolder, tokens_from_bytes
+from megamm.shards.index import INDEX
+from megamm.shards.range_store import MissingFile
+from megamm.shards.remote_folder import RemoteShardFolder
+from megamm.shards.shard_cache import ShardCache
 from megamm.shards.tar_reader import TarReader
 
 _DIGEST = "2:"
@@ -60,7 +65,7 @@ def read_document(tars: TarReader, document: DocumentSpec) -> Document:
 
 
 def _read_ids(tars: TarReader, key: str, span: TokenSpan) -> IntArray:
-    where, remedy = Path(span.member.tar).parent, "delete that token cache and run `megamm data tokenize` again"
+    where, remedy = span.member.tar.rpartition("/")[0], "delete that token cache and run `megamm data tokenize` again"
     try:
         ids = tokens_from_bytes(tars.read(span.member))
     except (ValueError, EOFError) as error:
@@ -109,12 +114,17 @@ class TokenDataset:
         codec_ids: Mapping[str, str],
         kind: DocumentKind = "whole",
         long_documents: LongDocuments = "auto",
+        cache: ShardCache | None = None,
     ) -> None:
+        """cache: where shards at a URL are kept, which then must be given."""
         self.folder, self.kind, self.long_documents = folder, kind, long_documents
-        self.source = folder.parent
-        caches = _open_caches(folder, codec_ids)
+        self.source, self._where = folder.parent, shown(folder)
+        caches = _open_caches(folder, codec_ids) if cache is None else _open_remote(folder, codec_ids, cache)
+        self.remote_folders = [folder for folder in caches.values() if isinstance(folder, RemoteShardFolder)]
+        """The token caches that are at a URL."""
         self._modalities = list(caches)
-        self.table = open_samples(folder, caches)
+        self._kept_in = self.remote_folders[0].folder if self.remote_folders else folder
+        self.table = open_samples(self._kept_in, caches)
         self.keys = MemberTexts(len(self.table), self.table.key)
         """The key of each sample."""
         self._tars = TarReader()
@@ -134,7 +144,7 @@ class TokenDataset:
 
     def _use(self, row_length: int) -> SampleUse:
         if row_length not in self._uses:
-            use = SampleUse.find(self.folder, self.table, self.kind, self.long_documents, row_length)
+            use = SampleUse.find(self._kept_in, self.table, self.kind, self.long_documents, row_length)
             self._uses[row_length] = use
         return self._uses[row_length]
 
@@ -150,7 +160,7 @@ class TokenDataset:
         use = self._use(row_length)
         fates = (use.split, use.shortened, use.skipped)
         named = (Named(count, tuple(self.keys[i] for i in first)) for count, first in fates)
-        return LongSamples(self.folder, row_length, len(self), *named)
+        return LongSamples(self._where, row_length, len(self), *named)
 
     def too_long(self, row_length: int) -> UserError:
         """The error about samples that do not fit into a row; it names the first of them."""
@@ -169,7 +179,7 @@ class TokenDataset:
         ]
         if others:
             remedy += f", or data.long_documents to {others[0]}"
-        return UserError(what, where=self.folder, remedy=remedy)
+        return UserError(what, where=self._where, remedy=remedy)
 
     def is_ordered(self, i: int) -> bool:
         """Whether the sample's parts have an order of their own."""
@@ -211,11 +221,14 @@ class TokenDataset:
         given = self._given(count, self.is_ordered(i))
         return self.read(DocumentSpec(self.keys[i], tuple(spans), _length(spans), given))
 
-    def documents(self, i: int, row_length: int) -> Iterator[Document]:
+    def evaluated(self, i: int, row_length: int) -> Iterator[DocumentSpec]:
         """Sample i for evaluation, cut to rows: its first and last permutation (opposite orders), or its own order."""
         for permutation in sorted({0, self.permutations(i) - 1}):
-            for document in self.plan(i, permutation, row_length):
-                yield self.read(document)
+            yield from self.plan(i, permutation, row_length)
+
+    def documents(self, i: int, row_length: int) -> Iterator[Document]:
+        """The tokens of sample i for evaluation."""
+        return map(self.read, self.evaluated(i, row_length))
 
     def release(self) -> None:
         """Unmap the pages of the index read so far: they no longer count as memory of this process."""
@@ -295,4 +308,25 @@ def _open_caches(folder: Path, codec_ids: Mapping[str, str]) -> dict[str, ShardF
     if not caches:
         remedy = "create it with `megamm data build` and `megamm data tokenize`"
         raise UserError(f"no {' or '.join(codec_ids)} in this split", where=folder, remedy=remedy)
+    return caches
+
+
+def _open_remote(folder: Path, codec_ids: Mapping[str, str], cache: ShardCache) -> dict[str, ShardFolder]:
+    """The same for a split at a URL. A modality is there if its token cache, or its own folder, has an index."""
+    url, caches = url_of(folder), dict[str, ShardFolder]()
+    assert url is not None, "a cache is given for URLs only"
+    for modality, codec_id in codec_ids.items():
+        path = f"{url}/{modality}.tokens-{codec_id}"
+        try:
+            caches[modality] = RemoteShardFolder(path, cache.options)
+        except MissingFile:
+            try:
+                cache.store(f"{url}/{modality}").read(INDEX, 0, 1)
+            except MissingFile:
+                continue
+            remedy = "run `megamm data tokenize` with the codec of the run, and upload the new folders"
+            raise UserError(f"no {modality} tokens of codec {codec_id}", where=path, remedy=remedy) from None
+    if not caches:
+        remedy = "correct the path of the source, or upload the folders that `megamm data tokenize` wrote"
+        raise UserError(f"no {' or '.join(codec_ids)} in this split", where=url, remedy=remedy)
     return caches
