@@ -68,8 +68,8 @@ def write_tar(path: Path, members: Iterable[tuple[str, str, bytes, int | None]])
             tar.append(*member)
         tar.close()
         with new_file(lists / f"{path.name}{_MEMBERS}") as listed:
-            members = [[m.key, m.ext, m.offset, m.size, m.tokens, m.checksum] for m in tar.written]
-            listed.write(json.dumps(members).encode())
+            rows = [[m.key, m.ext, m.offset, m.size, m.tokens, m.checksum] for m in tar.written]
+            listed.write(json.dumps(rows).encode())
     return tar.written
 
 
