@@ -11,9 +11,10 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,9 +88,19 @@ def statuses(found: list[Path]) -> list[Status]:
     at_once = partial(status, now=time.time())
     if len(found) < MANY:
         return [at_once(run) for run in found]
-    # Spawned: a fork copies one thread only, and this process may have others, with locks held.
-    with multiprocessing.get_context("spawn").Pool(min(len(os.sched_getaffinity(0)), 8)) as pool:
-        return pool.map(at_once, found, chunksize=32)
+    # Spawned: a fork copies one thread only, and this process may have others, with locks held. Pipes and not a pool,
+    # whose semaphores would stay in /dev/shm until this process exits.
+    context, readers = multiprocessing.get_context("spawn"), min(len(os.sched_getaffinity(0)), 8)
+    shares = [context.Pipe(duplex=False) for _ in range(readers)]
+    for first, (_, send) in enumerate(shares):
+        context.Process(target=_send_statuses, args=(send, at_once, found[first::readers]), daemon=True).start()
+        send.close()
+    read = [receive.recv() for receive, _ in shares]
+    return [read[i % readers][i // readers] for i in range(len(found))]
+
+
+def _send_statuses(send: Connection, at_once: Callable[[Path], Status], found: list[Path]) -> None:
+    send.send([at_once(run) for run in found])
 
 
 def status(run: Path, now: float | None = None) -> Status:
