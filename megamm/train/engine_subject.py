@@ -17,7 +17,7 @@ from megamm.common.sample import Batch, Document, FloatArray, Row
 from megamm.config import EvaluationConfig, RunConfig
 from megamm.config.suite import SamplingConfig, load_suite
 from megamm.data.pipeline.packing import document_length, pack, plan_rows
-from megamm.data.pipeline.run_data import RunData, packing_specs
+from megamm.data.pipeline.run_data import RunData
 from megamm.engine.api import Engine
 from megamm.evaluation.made_task import MadeTask
 from megamm.evaluation.report import scalars
@@ -58,7 +58,7 @@ class EngineSubject:
 
     def token_losses(self, documents: Sequence[Document]) -> Iterator[tuple[int, Row, FloatArray]]:
         """Yield (index, row, cross entropy of each label `[S]`) of every document."""
-        length, specs = self.config.data.seq_length, packing_specs(self.data.modalities, self.config.data.seq_length)
+        length, specs = self.config.data.seq_length, self.data.options.packing
         sizes = [document_length(*document.sizes) for document in documents]
         plan = plan_rows(np.array(sizes, dtype=np.int64), length)
         rows = [pack([documents[i] for i in numbers], self.vocabulary, length, specs) for numbers in plan]
