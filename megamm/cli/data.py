@@ -12,6 +12,7 @@ SplitChoice = Literal["train", "heldout"]
 DecoderChoice = Literal["auto", "dali", "pyav"]
 
 app = typer.Typer(no_args_is_help=True, help="Fetch public data, build shards, cache tokens.")
+WorkersChoice = Annotated[int | None, typer.Option(min=0, help="processes; 0: this one only; default: one a core")]
 Form = Literal["samples", "folder", "jsonl", "webdataset", "hf-datasets"]
 
 
@@ -61,8 +62,12 @@ def build_shards(
     max_clipped: Annotated[float, typer.Option(help="largest share of audio samples at full scale")] = 0.1,
     keep_blank: Annotated[bool, typer.Option("--keep-blank", help="keep single-colour images, silent audio")] = False,
     mask_pii: Annotated[bool, typer.Option("--mask-pii", help="e-mail, phone, IP, card -> <EMAIL>, ...")] = False,
+    workers: WorkersChoice = None,
 ) -> None:
-    """Decode every media file, skip broken, duplicate and useless samples, and write shards."""
+    """Decode every media file, skip broken, duplicate and useless samples, and write shards.
+
+    A build that was killed continues where it stopped when the same command is given again.
+    """
     from megamm.data.build.curation import CurationOptions
     from megamm.data.build.shards import BuildOptions, build
 
@@ -82,7 +87,7 @@ def build_shards(
     )
     missing = tuple(allow_missing or ())
     options = BuildOptions(heldout, heldout_combinations, max_broken, limit, image_size, form, curation, missing)
-    for report in build(raws, to, options):
+    for report in build(raws, to, options, workers):
         print("\n".join([report.summary(), *report.details()]))
     print(f"{to}/report.json lists every skipped sample")
 

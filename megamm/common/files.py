@@ -15,9 +15,10 @@ from typing import BinaryIO
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file that gets its name, and replaces an earlier one, only when it is complete and on disk.
 
-    Several processes may write the same one at a time: the last one stays. OSError if it cannot be written.
+    Several processes, also of several machines, may write the same one at a time: the last one stays. OSError if it
+    cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.uname().nodename[:16]}-{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
             yield file

@@ -10,16 +10,13 @@ length. The members of a token cache are `.npy` arrays of token ids, `[T]`.
 Format: WebDataset (Aizman et al. 2019, "High Performance I/O For Large Scale Deep Learning"), plain ustar/GNU tar.
 """
 
-import errno
 import io
 import operator
-import os
 import re
 import shutil
-import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -29,10 +26,12 @@ import numpy as np
 from megamm.common.errors import UserError
 from megamm.common.files import new_file, sync
 from megamm.common.sample import IntArray
-from megamm.shards.index import INDEX, UNNUMBERED, IndexBuilder, Member, ShardIndex, map_index, parse_extension
+from megamm.shards.index import INDEX, UNNUMBERED, IndexBuilder, ShardIndex, map_index, parse_extension
 from megamm.shards.jsonl_index import read_jsonl_index
 from megamm.shards.tar_checks import member_of, require_tars
-from megamm.shards.tar_reader import BLOCK, StoredMember, TarReader
+from megamm.shards.tar_reader import StoredMember, TarReader
+from megamm.shards.tar_writer import TarWriter
+from megamm.shards.tar_writer import disk_errors as _disk_errors
 
 SPLITS = ("train", "heldout")
 KEY = re.compile(r"[A-Za-z0-9_\-]{1,80}")
@@ -54,9 +53,9 @@ class ShardWriter:
         self.partial = folder.with_name(f".{folder.name}.partial")
         self.count = self._shards = 0
         self._names: set[tuple[str, int]] = set()
-        self._members: list[Member] = []
-        """Members of the current tar."""
-        self._tar: tarfile.TarFile | None = None
+        self._file: BinaryIO | None = None
+        """The current tar."""
+        self._tar: TarWriter | None = None
 
     def __enter__(self) -> "ShardWriter":
         # A hidden name beside the final one: the rename at the end stays within one file system.
@@ -77,18 +76,14 @@ class ShardWriter:
         if name in self._names:
             raise UserError(f"duplicate sample key {key!r}", where=self.folder, remedy="make the keys unique")
         with _disk_errors(self.folder):
+            assert self._tar is not None
+            members = self._tar.written
             # All members of a key stay in one tar, as WebDataset's readers require, so a shard can exceed the limit.
-            if len(self._members) >= self.samples_per_shard and self._members[-1].key != key:
+            if len(members) >= self.samples_per_shard and members[-1].key != key:
                 self._close_shard()
                 self._open_shard()
-            assert self._tar is not None
-            info = tarfile.TarInfo(f"{key}.{ext}")  # mtime, uid and gid are 0: same input, same bytes
-            info.size = len(data)
-            # Keys and extensions are short, so a member has one header block, without GNU long-name blocks before it.
-            offset = self._tar.offset + BLOCK
-            self._tar.addfile(info, io.BytesIO(data))
+            self._tar.append(key, ext, data, tokens)
         self._names.add(name)
-        self._members.append(Member(key, ext, offset, len(data), tokens))
         self.count += 1
 
     def __exit__(
@@ -107,36 +102,26 @@ class ShardWriter:
             with suppress(OSError):  # it writes its buffer, perhaps to a full disk
                 self._spool.close()
             # After an error, close only the file: closing the tar would write to a disk that may be full.
-            if self._tar is not None:
-                self._tar.fileobj.close()  # type: ignore[union-attr]
+            if self._file is not None:
+                with suppress(OSError):
+                    self._file.close()
             shutil.rmtree(self.partial, ignore_errors=True)
 
     def _open_shard(self) -> None:
         path = self.partial / f"{self._shards:06d}.tar"
         self._shards += 1
-        self._tar = tarfile.TarFile(path, "w", format=tarfile.GNU_FORMAT)
-        self._members = []
+        self._file = path.open("wb")
+        self._tar = TarWriter(self._file)
 
     def _close_shard(self) -> None:
         """Finish the current tar, and add its members to the index."""
-        assert self._tar is not None and self._tar.name is not None
-        path = Path(os.fsdecode(self._tar.name))
+        assert self._tar is not None and self._file is not None
+        path = self.partial / f"{self._shards - 1:06d}.tar"
         self._tar.close()
+        self._file.close()
         sync(path)
-        self._index.append_members(self._members, path.stat().st_size)
-        self._tar = None
-
-
-@contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a full disk into a UserError that names the folder being written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        remedy = "free some space and run the command again; incomplete shards were removed"
-        raise UserError("the disk is full", where=folder, remedy=remedy) from error
+        self._index.append_members(self._tar.written, path.stat().st_size)
+        self._tar = self._file = None
 
 
 class MemberTexts(Sequence[str]):

@@ -198,7 +198,7 @@ class NearDuplicates:
     def find(self, sketch: Signature) -> tuple[str, float] | None:
         """The most similar kept text and its estimated Jaccard similarity, if that reaches the threshold."""
         # Texts that share at least one band; only these are compared.
-        candidates = sorted({number for band in _bands(sketch) for number in self._bands.get(band, ())})
+        candidates = sorted({number for band in bands(sketch) for number in self._bands.get(band, ())})
         if not candidates:
             return None
         # The share of equal entries of two MinHash signatures estimates the Jaccard similarity of the shingles.
@@ -210,13 +210,13 @@ class NearDuplicates:
 
     def add(self, name: str, sketch: Signature) -> None:
         """Keep a text under a name."""
-        for band in _bands(sketch):
+        for band in bands(sketch):
             self._bands.setdefault(band, []).append(len(self._names))
         self._names.append(name)
         self._signatures.append(sketch)
 
 
-def _bands(sketch: Signature) -> list[tuple[int, bytes]]:
+def bands(sketch: Signature) -> list[tuple[int, bytes]]:
     """The bands of a signature, each with its position: texts that share one are candidates."""
     return [(start, sketch[start : start + BAND_ROWS].tobytes()) for start in range(0, PERMUTATIONS, BAND_ROWS)]
 

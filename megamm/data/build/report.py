@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megamm.data.build import heldout
+from megamm.data.build.check_unit import StoredSample
 from megamm.data.build.curation import RULES
-from megamm.data.build.media_check import CheckedSample
 
 SKIP_RULES = ("broken", "duplicates", "near_duplicates", "leaks", *RULES)
 """Rules by which a sample can be skipped, in the order of the report."""
@@ -76,15 +76,17 @@ class BuildReport:
         """Record a skipped sample."""
         self.left_out[rule].append({"what": what, "reason": reason})
 
-    def count(self, split: str, key: str, sample: CheckedSample) -> None:
+    def count(self, sample: StoredSample) -> None:
         """Record a sample stored in a split."""
         for lost in sample.missing:
-            self.missing.setdefault(lost.modality, []).append({"what": key, "reason": lost.reason})
-        setattr(self, split, getattr(self, split) + 1)
+            self.missing.setdefault(lost.modality, []).append({"what": sample.key, "reason": lost.reason})
+        setattr(self, sample.split, getattr(self, sample.split) + 1)
         self.masked += sample.masked
         for part in sample.parts:
             self.parts[part.modality] += 1
-            self.media_bytes[part.modality] += len(part.data)
+            self.media_bytes[part.modality] += part.size
+        if sample.rule:
+            self.heldout_by[sample.rule].append(sample.key)
 
     def summary(self) -> str:
         """A summary line for the console."""

@@ -6,34 +6,35 @@ sample with its reason) and `ATTRIBUTION.md`; SHARDS contains both merged. A sam
 or `<key>.<number>.<ext>` if interleaved, each in the folder of its modality.
 Every medium is decoded fully; identical samples are kept once; a noun or a medium is in one split only. The same input
 gives the same bytes. The order in each split is that of the SHA-256 of the keys, so --limit takes a random subset.
+The work is done in named units (data/units/): units of samples are checked, those to keep are chosen over all of them,
+and units of tars are written. No process holds all samples, and a killed build continues with what it has finished.
 Two rules hold samples out (data/build/heldout.py): by noun, and by combination of words that all occur in training.
 """
 
+import fcntl
 import hashlib
 import logging
-import multiprocessing
 import os
-import tempfile
-from collections import Counter
+import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from megamm.common.errors import UserError
 from megamm.data.build import curation
-from megamm.data.build.curation import CurationOptions, NearDuplicates
-from megamm.data.build.heldout import Heldout
-from megamm.data.build.media_check import CheckedSample, MediaChecks, SkippedSample, check_sample
+from megamm.data.build.admission import refused
+from megamm.data.build.check_unit import CheckTask, check_unit, read_checked
+from megamm.data.build.curation import CurationOptions
+from megamm.data.build.media_check import MediaChecks, SkippedSample
+from megamm.data.build.raw_units import RawUnits, Shares, cut
 from megamm.data.build.report import BuildReport, merge_reports
+from megamm.data.build.tars import write_source
 from megamm.data.raw.extensions import OTHER
 from megamm.data.raw.readers import READERS, media_root, source_name
-from megamm.data.raw.samples import Broken, NoData, RawSample
+from megamm.data.units.engines import UnitEngine, open_engine, run_units
+from megamm.data.units.unit import KilledUnit, Stage, Unit
 from megamm.modalities import REGISTRY
-from megamm.shards.folder import SPLITS, ShardWriter
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ _SAMPLES_PER_WORKER = 200
 """A worker process takes about three seconds to start, so it is not started for fewer samples."""
 _OF_ALL = ("report.json", "ATTRIBUTION.md")
 """Files in SHARDS beside the folders of the sources."""
-_AHEAD = 32
-"""Samples per worker that are checked ahead of writing; they wait in memory."""
+_FORMAT = 1
+"""Version of the files that a build in progress keeps: those of another one are not used."""
 
 
 @dataclass(frozen=True)
@@ -77,71 +78,52 @@ class BuildOptions:
             raise UserError(f"unknown raw data format {self.form!r}", remedy=f"choose from {', '.join(READERS)}")
 
 
-class _Seen:
-    """Samples and media already in the shards of a build, so that nothing is stored twice or in both splits."""
-
-    def __init__(self, near_duplicates: float) -> None:
-        self.samples: dict[bytes, str] = {}
-        self.media: dict[str, str] = {}
-        """The split of each medium, by its digest."""
-        self.texts = NearDuplicates(near_duplicates)
-
-    def admit(self, name: str, sample: CheckedSample, split: str) -> tuple[str, str] | None:
-        """Register the sample; if it is skipped, return the rule and the reason."""
-        content = "\n".join(f"{part.modality} {part.digest}" for part in sample.parts)
-        # Digests of decoded content: the same picture in two files, with other metadata, is one.
-        identity = hashlib.sha256(content.encode()).digest()
-        if identity in self.samples:
-            return "duplicates", f"identical to {self.samples[identity]}"
-        # Texts may repeat in both splits: many captions are common phrases.
-        media = {part.digest: part.modality for part in sample.parts if part.modality != "text"}
-        for digest, modality in media.items():
-            if self.media.get(digest, split) != split:
-                return "leaks", f"its {modality} is in the {self.media[digest]} split"
-        if sample.sketch is not None:
-            # Checked before the exact identity is stored, so a skipped sample leaves no trace.
-            if near := self.texts.find(sample.sketch):
-                return "near_duplicates", f"similarity {near[1]:.2f} to {near[0]}"
-            self.texts.add(name, sample.sketch)
-        self.samples[identity] = name
-        self.media |= dict.fromkeys(media, split)
-        return None
-
-
-class _SplitWriters:
-    """The shard writers of one source; a modality's folders are created, in both splits, with its first part."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._folder, self._stack = folder, stack
-        self._writers: dict[tuple[str, str], ShardWriter] = {}
-
-    def add(self, split: str, raw: RawSample, sample: CheckedSample) -> None:
-        """Write the parts of a sample to the folders of their modalities."""
-        for number, part in enumerate(sample.parts):
-            if (split, part.modality) not in self._writers:
-                # Both splits, even if one stays empty: readers need not ask which folders exist.
-                for name in SPLITS:
-                    writer = ShardWriter(self._folder / name / part.modality)
-                    self._writers[name, part.modality] = self._stack.enter_context(writer)
-            # The number is the part's position in the whole document, over all modalities.
-            ext = f"{number}.{part.ext}" if raw.ordered else part.ext
-            self._writers[split, part.modality].add(raw.key, ext, part.data)
-
-
 def build(raws: list[Path], shards: Path, options: BuildOptions, workers: int | None = None) -> list[BuildReport]:
-    """Build every source, then rename all at once. A UserError leaves SHARDS unchanged. workers: None = all cores."""
+    """Build every source, then rename all at once. A UserError leaves SHARDS unchanged.
+
+    workers: processes, 0 = only this one, None = one a core. What a killed build has finished is kept in SHARDS,
+    and the same command continues from there.
+    """
     _check_names(raws, shards)
     shards.mkdir(parents=True, exist_ok=True)
-    # One for all sources of the command: a sample in two sources is stored once.
-    seen = _Seen(options.curation.near_duplicates)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=shards) as temporary:
-        work = Path(temporary)
-        reports = [_build_source(raw.resolve(), work, options, seen, workers) for raw in raws]
+    raws = [raw.resolve() for raw in raws]
+    with _work_folder(shards, repr((_FORMAT, [str(raw) for raw in raws], options))) as work:
+        sources = [_read(raw, work, options) for raw in raws]
+        if workers is None:
+            most = sum(source.cut.samples for source in sources) // _SAMPLES_PER_WORKER
+            workers = min(len(os.sched_getaffinity(0)), most)
+        with open_engine(workers) as opened:
+            built = _build_sources(sources, work, options, opened)
         # Each rename is atomic; the sources are complete before the first one gets its name.
-        for report in reports:
-            (work / report.source).rename(shards / report.source)
+        for source in sources:
+            (built / source.name).rename(shards / source.name)
     merge_reports(shards)
-    return reports
+    return [source.report for source in sources]
+
+
+@contextmanager
+def _work_folder(shards: Path, settings: str) -> Iterator[Path]:
+    """The folder of a build in progress, of the same name for the same settings; removed at the end.
+
+    It stays if the process or a unit's worker is killed. Raises UserError if another build is using it.
+    """
+    work = shards / f".build-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    work.mkdir(exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            remedy = "wait for it, or choose another --to"
+            raise UserError("the same build is running", where=shards, remedy=remedy) from error
+        try:
+            yield work
+        except (KilledUnit, KeyboardInterrupt, SystemExit):
+            logger.warning("%s: finished units are kept; the same command continues from there", work)
+            raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work)
 
 
 def _check_names(raws: list[Path], shards: Path) -> None:
@@ -162,95 +144,79 @@ def _check_names(raws: list[Path], shards: Path) -> None:
         named[name] = raw
 
 
-def _build_source(raw: Path, work: Path, options: BuildOptions, seen: _Seen, workers: int | None) -> BuildReport:
-    """Build one source in the folder `work`; returns its report."""
+@dataclass
+class _Source:
+    """A source while it is built: its raw data, units and report."""
+
+    raw: Path
+    name: str
+    cut: RawUnits
+    report: BuildReport
+
+
+def _build_sources(sources: list[_Source], work: Path, options: BuildOptions, engine: UnitEngine) -> Path:
+    """Check the samples of all sources, choose those to keep, and write each source's folder; returns where."""
+    checked = work / "checked"
+    for source in sources:
+        root, may_miss = media_root(source.raw), frozenset(options.allow_missing)
+        checks = MediaChecks(root, options.image_size, options.curation, may_miss, dict(REGISTRY))
+        units = [Unit(u.name, CheckTask(u.argument, source.name, checked, checks)) for u in source.cut.units]
+        run_units(engine, Stage(work / "check", check_unit), units)
+        _require_few_broken(source, checked, options.max_broken)
+    # One admission for all sources of the command: a sample in two sources is stored once.
+    names = [unit.name for source in sources for unit in source.cut.units]
+    counts = [sum(1 for _ in read_checked(checked, name)) for name in names]
+    # What follows depends on all units, so its folder does.
+    rest = work / f"of-{hashlib.sha256(' '.join(names).encode()).hexdigest()[:16]}"
+    units_of_facts = [checked / name for name in names]
+    refusals = refused(engine, rest, units_of_facts, counts, options.curation.near_duplicates)
+    first = 0
+    for source in sources:
+        folder = rest / source.name
+        first = write_source(engine, source.cut.units, checked, rest, folder, source.report, refusals, first)
+        source.report.write(folder)
+        # Licences require the attribution to stay with the data.
+        credits = media_root(source.raw) / "ATTRIBUTION.md"
+        if credits.is_file():
+            (folder / credits.name).write_bytes(credits.read_bytes())
+    return rest
+
+
+def _require_few_broken(source: _Source, checked: Path, most: float) -> None:
+    """Note the samples that a rule skips. Raises UserError if too many are broken."""
+    report = source.report
+    for unit in source.cut.units:
+        for sample in read_checked(checked, unit.name):
+            if isinstance(sample, SkippedSample):
+                report.skip(sample.rule, sample.what, sample.reason)
+    # Only broken samples count against the limit: rules and duplicates are expected to skip some.
+    broken = len(report.left_out["broken"])
+    if broken > most * report.samples:
+        what = f"{broken} of {report.samples} samples are broken, more than {most:.1%}"
+        reasons = "; ".join(str(reason) for reason in report.reasons("broken")[:3])
+        remedy = f"{reasons}; fix or remove them, or raise --max-broken; nothing was written"
+        raise UserError(what, where=source.raw, remedy=remedy)
+
+
+def _read(raw: Path, work: Path, options: BuildOptions) -> _Source:
+    """Read a source's samples, and cut the usable ones into units; the report counts the others."""
     report = BuildReport(source_name(raw), curation=curation.parameters(options.curation))
-    folder, spool = work / report.source, work / f".{report.source}.spool"
+    spool = work / f".{report.source}.spool"
+    shutil.rmtree(spool, ignore_errors=True)
     spool.mkdir()
-    # Keys, texts and paths of all samples are in memory; media are read one by one.
-    samples, heldout = _read(raw, spool, options, report)
-    may_miss = frozenset(options.allow_missing)
-    checks = MediaChecks(media_root(raw), options.image_size, options.curation, may_miss, dict(REGISTRY))
-    with ExitStack() as stack:
-        writers = _SplitWriters(folder, stack)
-        # In build order, so that of two duplicates the same one is kept whichever worker finishes first.
-        for sample, checked in zip(samples, _checked(samples, checks, workers), strict=True):
-            if isinstance(checked, SkippedSample):
-                report.skip(checked.rule, checked.what, checked.reason)
-                continue
-            split = "heldout" if sample.key in heldout else "train"
-            if refused := seen.admit(f"{report.source}/{sample.key}", checked, split):
-                report.skip(refused[0], sample.key, refused[1])
-                continue
-            writers.add(split, sample, checked)
-            report.count(split, sample.key, checked)
-            if split == "heldout":
-                report.heldout_by[heldout.rule(sample.key)].append(sample.key)
-        # Only broken samples count against the limit: rules and duplicates are expected to skip some.
-        broken = len(report.left_out["broken"])
-        if broken > options.max_broken * report.samples:
-            what = f"{broken} of {report.samples} samples are broken, more than {options.max_broken:.1%}"
-            reasons = "; ".join(str(reason) for reason in report.reasons("broken")[:3])
-            remedy = f"{reasons}; fix or remove them, or raise --max-broken; nothing was written"
-            raise UserError(what, where=raw, remedy=remedy)
-    report.write(folder)
-    # Licences require the attribution to stay with the data.
-    credits = media_root(raw) / "ATTRIBUTION.md"
-    if credits.is_file():
-        (folder / credits.name).write_bytes(credits.read_bytes())
-    return report
-
-
-def _read(raw: Path, spool: Path, options: BuildOptions, report: BuildReport) -> tuple[list[RawSample], Heldout]:
-    """Read the usable samples in build order, and choose the held-out ones; the report counts the others."""
-    samples: dict[str, RawSample] = {}
-    broken: list[Broken] = []
-    ignored: Counter[str] = Counter()
-    for entry in READERS[options.form](raw, spool, frozenset(options.allow_missing)):
-        if isinstance(entry, Broken):
-            broken.append(entry)
-        elif isinstance(entry, NoData):
-            report.no_data[entry.kind] += 1
-        elif entry.key in samples:
-            broken.append(Broken(entry.key, "duplicate key"))
-        else:
-            samples[entry.key] = entry
-            ignored.update(entry.ignored)
-    for entry in broken:
+    entries = READERS[options.form](raw, spool, frozenset(options.allow_missing))
+    shares = Shares(options.heldout, options.heldout_combinations, options.limit)
+    units = cut(entries, report.source, media_root(raw), work / "raw", shares)
+    for entry in units.broken:
         report.skip("broken", entry.what, entry.reason)
-    chosen = sorted(samples, key=lambda key: hashlib.sha256(key.encode()).digest())[: options.limit]
-    heldout = Heldout.of([samples[key] for key in chosen], options.heldout, options.heldout_combinations)
-    # Training samples come first: of two samples that share a medium, the held-out one is dropped.
-    chosen.sort(key=heldout.__contains__)
-    report.samples = len(chosen) + len(broken)
-    report.ignored_fields = dict(sorted(ignored.items()))
-    if ignored:
+    report.no_data = units.no_data
+    report.samples = units.samples + len(units.broken)
+    report.ignored_fields = dict(sorted(units.ignored.items()))
+    if units.ignored:
         logger.warning("%s: ignoring unknown fields: %s", report.source, ", ".join(report.ignored_fields))
-        if not any(part.modality == "text" for key in chosen for part in samples[key].parts):
+        if not units.has_text:
             logger.warning("%s: no sample has text; if one of these fields is the text, call it text", report.source)
-    if not chosen:
+    if not units.samples:
         raise UserError("no usable sample", where=raw, remedy=report.first_reason())
-    return [samples[key] for key in chosen], heldout
-
-
-def _checked(
-    samples: list[RawSample], checks: MediaChecks, workers: int | None
-) -> Iterator[CheckedSample | SkippedSample]:
-    """Run check_sample on every sample, in order; in worker processes if there are enough samples."""
-    check = partial(check_sample, checks=checks)
-    if workers is None:
-        workers = min(len(os.sched_getaffinity(0)), len(samples) // _SAMPLES_PER_WORKER)
-    where = f"{workers} worker processes" if workers else "in process"
-    logger.info("%s: %d samples, %s", checks.root.name, len(samples), where)
-    if not workers:
-        yield from map(check, samples)
-        return
-    # "spawn": a forked child of a process with threads (torch, image libraries) can hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            # pool.map submits everything at once, so pass limited slices: the results contain the media.
-            for start in range(0, len(samples), _AHEAD * workers):
-                yield from pool.map(check, samples[start : start + _AHEAD * workers], chunksize=4)
-        except BrokenProcessPool as error:
-            remedy = "probably out of memory: find the sample with --limit, or remove the largest samples"
-            raise UserError("a worker process was killed", where=checks.root, remedy=remedy) from error
+    logger.info("%s: %d samples in %d units", report.source, units.samples, len(units.units))
+    return _Source(raw, report.source, units, report)
