@@ -414,6 +414,13 @@ class ResilienceConfig(Section):
     stragglers: StragglerConfig = StragglerConfig()
 
 
+class EvaluationConfig(Section):
+    """Evaluation of the live weights by a suite (docs/evaluation.md), at any layout."""
+
+    suite: Path = Field(description="The suite. A run computes losses, pair gains and recall; it does not generate.")
+    every: int = Field(ge=1, description="Steps between evaluations.")
+
+
 class RunConfig(Section):
     """A run."""
 
@@ -435,6 +442,7 @@ class RunConfig(Section):
     init_from: InitFromConfig | None = None
     checkpoint: CheckpointConfig = CheckpointConfig()
     resilience: ResilienceConfig = ResilienceConfig()
+    evaluation: EvaluationConfig | None = None
     metrics: MetricsConfig = MetricsConfig()
     parallel: ParallelConfig = ParallelConfig()
     engine: Literal["native", "deepspeed"] = Field(
@@ -461,6 +469,13 @@ class RunConfig(Section):
         if self.checkpoint.keep_best and not self.train.eval_every:
             remedy = "set train.eval_every, best to a divisor of checkpoint.every"
             raise UserError("checkpoint.keep_best, but no held-out loss is ever measured", remedy=remedy)
+        return self
+
+    @model_validator(mode="after")
+    def _engine_evaluates(self) -> "RunConfig":
+        if self.evaluation is not None and self.engine != "native":
+            remedy = "set engine: native, or remove the section evaluation"
+            raise UserError("evaluation.suite needs the native engine", remedy=remedy)
         return self
 
     @property

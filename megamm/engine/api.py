@@ -71,6 +71,9 @@ class Engine(Protocol):
     def evaluate(self, batches: Sequence[Batch], loss_weights: torch.Tensor) -> StepLoss:
         """Compute only the losses."""
 
+    def token_losses(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Return the cross entropy of each label, float32 `[B, S]` of each of this data rank's microbatches."""
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

@@ -115,6 +115,15 @@ class NativeEngine:
             chunk.train()
         return loss
 
+    @torch.no_grad()
+    def token_losses(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        for chunk in self.chunks:
+            chunk.eval()
+        losses = step.token_losses(self.chunks, batches, self.groups)
+        for chunk in self.chunks:
+            chunk.train()
+        return losses
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],

@@ -110,6 +110,44 @@ def run(
     return StepLoss(means(total, counts[0]), counts[0])
 
 
+def token_losses(
+    chunks: Sequence[DistributedDataParallel], batches: Sequence[Batch], groups: ProcessGroups
+) -> list[torch.Tensor]:
+    """Return the cross entropy of each label, float32 `[B, S]` of each microbatch, on every rank of its data rank."""
+    depths = 1 + (chunks[0].config.mtp_num_layers or 0)
+    prepared = [(batch, *local_targets(batch, groups, depths)) for batch in batches]
+
+    def loss_func(output: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        loss, loss_KBS = output
+        return loss, torch.ones((), dtype=torch.int, device=loss.device), loss_KBS[0].float()
+
+    def forward_step(iterator: Iterator[Any], chunk: Any) -> tuple[Any, Any]:
+        batch, input_ids, targets = next(iterator)
+        mask = targets.loss_weight
+        return chunk(input_ids, None, _metadata(batch), labels=targets.labels, loss_mask=mask), loss_func
+
+    iterators = [iter(prepared) for _ in chunks]
+    rows, length = batches[0].input_ids.shape
+    found = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks),
+        num_microbatches=len(batches),
+        seq_length=length,
+        micro_batch_size=rows,
+        forward_only=True,
+    )
+    device = batches[0].input_ids.device
+    whole = torch.zeros(len(batches), rows, length, device=device)
+    if groups.is_last_stage:
+        whole[..., local_index(length, groups.context_rank, groups.context_size, device)] = torch.stack(found)
+    # Each token is on one context rank of the last stage, and zero on the others.
+    for group in (groups.collection.cp, groups.collection.pp):
+        if group.size() > 1:
+            torch.distributed.all_reduce(whole, group=group)
+    return list(whole)
+
+
 def run_unsharded(
     forward: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     batches: Sequence[Batch],

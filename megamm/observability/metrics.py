@@ -108,6 +108,12 @@ class Metrics:
         shown = " ".join(f"{k.split('/')[1]} {v:.4f}" for k, v in losses.items() if v is not None)
         print(f"step {step}/{self.total_steps}  held-out loss {shown}", flush=True)
 
+    def report_suite(self, step: int, values: dict[str, float], seconds: float) -> None:
+        """Record the figures of a suite and the seconds of the evaluation."""
+        self.exclude("evaluation_seconds", seconds)
+        self._write({"step": step} | values)
+        print(f"step {step}/{self.total_steps}  suite of {len(values)} figures in {seconds:.1f} s", flush=True)
+
     def exclude(self, part: str, seconds: float) -> None:
         """Exclude time outside of steps (part: one of goodput.OUTSIDE_STEPS) from the throughput."""
         # Both clocks move forward, so that the next line counts only the time of steps.

@@ -37,6 +37,7 @@ from megamm.observability import metrics
 from megamm.observability.gpu_memory import gpu_memory
 from megamm.observability.profiler import StepProfiler
 from megamm.train.checkpoint_manager import CheckpointManager
+from megamm.train.engine_subject import SuiteDuringRun
 from megamm.train.garbage import GarbageCollection
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,9 @@ class Trainer:
         self.metrics: metrics.Metrics | None = None
         self.profiler = StepProfiler(config.metrics.profile, config.output, rank, device)
         self.garbage = GarbageCollection(config.train.gc_every)
+        self.suite: SuiteDuringRun | None = None
+        if config.evaluation is not None:
+            self.suite = SuiteDuringRun(config, config.evaluation, data, self.engine, self.groups, device)
         log.info("%s, process %d", self.groups.describe(), os.getpid())
 
     def _loader(self, consumed_rows: int) -> Loader:
@@ -174,6 +178,8 @@ class Trainer:
             heldout_loss = None
             if t.eval_every and (self.step % t.eval_every == 0 or is_last):
                 heldout_loss = self._evaluate()
+            if self.suite is not None and (self.step % self.suite.every == 0 or is_last):
+                self._run_suite(self.suite)
             fault = self.guard.fault or self.stragglers.fault
             if is_last or fault or (c.every and self.step % c.every == 0):
                 self.save(heldout_loss, wait=is_last or fault is not None)
@@ -258,6 +264,13 @@ class Trainer:
             }
             self.metrics.report_heldout(self.step, means, time.monotonic() - start)
         return overall(total / count, self.weights.cpu())
+
+    def _run_suite(self, suite: SuiteDuringRun) -> None:
+        """Run the suite on the weights after this step, and report its figures."""
+        start = time.monotonic()
+        values = suite.run(self.step, self.loader.consumed_rows, lambda: self.heartbeat.beat("evaluate", self.step))
+        if self.metrics is not None:
+            self.metrics.report_suite(self.step, values, time.monotonic() - start)
 
     def save(self, heldout_loss: float | None = None, wait: bool = False, to_run: bool = True) -> None:
         """Start to write a checkpoint of the state after the current step; with `wait` it is complete on return.

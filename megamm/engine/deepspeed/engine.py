@@ -114,6 +114,10 @@ class DeepSpeedEngine:
         self.deepspeed.train()
         return loss
 
+    def token_losses(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Raise the UserError that names the other engine."""
+        raise UserError("evaluation.suite needs the native engine", remedy="set engine: native, or remove evaluation")
+
     def generate(self, *_: Any, **__: Any) -> list[list[GeneratedTokens]]:
         """Raise the UserError that names the other engine."""
         generation.check_supported(self.config)
