@@ -237,6 +237,22 @@ def test_attention_takes_the_fastest_kernel_that_agrees() -> None:
         attention_kernel.choose(_config(attention="varlen"), gpu, found, proven)
 
 
+@pytest.mark.parametrize("channels", [16, 64])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_short_windows_agree(size: int, channels: int) -> None:
+    """With one token, the gradients of queries and keys would be zero up to rounding."""
+    cpu.install()
+    from megamm.mcore import kernel_proofs
+
+    config = _config()
+    window = config.model.window.model_copy(update={"size": size})
+    heads = {"head_dim": channels, "num_attention_heads": 4, "num_query_groups": 2}
+    model = config.model.model_copy(update={"window": window, **heads})
+    short = config.model_copy(update={"model": model})
+    (proof,) = kernel_proofs.attention_proofs(short, CPU, ["sdpa", "varlen"])
+    assert {kernel: outcome.problem for kernel, outcome in prove(proof, CPU).items()} == {"sdpa": "", "varlen": ""}
+
+
 def test_attention_forms_and_experts_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that ignores the window, or the documents, disagrees; experts then run one after another."""
     cpu.install()

@@ -197,7 +197,8 @@ def attention_proofs(config: RunConfig, device: Device, kernels: Sequence[Kernel
     chunks = local_chunks(length, 0, ranks)
     dtype, scale = DTYPES[config.train.precision], (m.query_pre_attn_scalar or channels) ** -0.5
     has_full = not m.window.size or bool(m.window.full_layers)
-    windows = [0] * has_full + [min(m.window.size, length // 3)] * (m.window.size > 0)
+    # With a window of one token the gradients of queries and keys are zero: an error relative to them means nothing.
+    windows = [0] * has_full + [min(max(m.window.size, 2), length // 3)] * (m.window.size > 0)
     proofs = []
     for window in windows:
         form = ScoreForm(scale, m.attention_softcap, window, bool(config.spans))
