@@ -244,7 +244,7 @@ def test_short_windows_agree(size: int, channels: int) -> None:
     cpu.install()
     from megamm.mcore import kernel_proofs
 
-    config = _config()
+    config = _config(precision="fp32")
     window = config.model.window.model_copy(update={"size": size})
     heads = {"head_dim": channels, "num_attention_heads": 4, "num_query_groups": 2}
     model = config.model.model_copy(update={"window": window, **heads})
