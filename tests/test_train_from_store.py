@@ -91,3 +91,54 @@ def test_a_cache_smaller_than_the_source_holds_its_limit(made: Path) -> None:
     same(made, "small")
     assert sum(path.lstat().st_blocks * 512 for path in (made / "small-cache").rglob("*")) <= limit
     assert of_store(made / "small")["cache_evicted_bytes"] > 0
+
+
+@pytest.mark.everything
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (503, "the store failed for 2 seconds"),
+        (403, "the store refuses to read it"),
+        (404, "the store has no such file"),
+        ("hang", "the store failed for 2 seconds"),
+    ],
+)
+def test_a_store_that_fails_during_a_run_ends_it_in_one_line(made: Path, fault: str | int, message: str) -> None:
+    with serve(made / "shards") as store:
+        store.fault = lambda request: (
+            fault if request.name.startswith("drawn/train/") and "tar" in request.name else None
+        )
+        path = config(made, f"fails-{fault}", f"{store.url}/drawn", patience=2)
+        done = megamm("train", path, "--nproc", 2)
+    lines = [line for line in done.stderr.splitlines() if message in line and "trying again" not in line]
+    assert done.returncode == 2 and len(lines) == 1 and "http://127.0.0.1" in lines[0], done.stderr
+
+
+@pytest.mark.everything
+def test_s3_and_a_dry_run(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    boto3, moto = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        address = "http://{}:{}".format(*server.get_host_and_port())
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "AKIATESTTESTTESTTEST",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": address,
+        }.items():
+            monkeypatch.setenv(name, value)
+        bucket = boto3.resource("s3", endpoint_url=address).create_bucket(Bucket="shards")
+        root = made / "shards"
+        for file in root.glob("drawn/*/*.tokens-*/*"):
+            bucket.upload_file(str(file), f"my/{file.relative_to(root)}")
+        path = config(made, "s3", "s3://shards/my/drawn")
+        checked = megamm("train", path, "--dry-run")
+        assert checked.returncode == 0, checked.stderr
+        done = megamm("train", path, "--nproc", 2)
+        assert done.returncode == 0, done.stderr
+        missing = megamm("train", path, "data.sources=[{path: s3://shards/no/drawn}]", "--dry-run")
+        assert missing.returncode == 2 and "s3://shards/no/drawn" in missing.stderr, missing.stderr
+    finally:
+        server.stop()
+    same(made, "s3")
