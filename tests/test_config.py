@@ -304,6 +304,11 @@ def test_wrong_keys_and_values_are_one_line(overrides, message):
         (1, ["train.recompute.modules=[activation]", "model.activation=gelu_tanh"], "activation is for SwiGLU"),
         (1, ["train.recompute.modules=[norms]", "engine=deepspeed"], "engine=deepspeed recomputes whole layers only"),
         (1, ["optimizer.moments=bf16", "optimizer.beta2=0.999"], "optimizer.moments=bf16 with beta2 = 0.999"),
+        (
+            1,
+            ["modalities.image.attention=span", "engine=deepspeed"],
+            "engine=deepspeed does not support modalities.image",
+        ),
         (1, ["optimizer.offload_moments=true", "engine=deepspeed"], "does not support optimizer.moments and offload_m"),
     ],
 )

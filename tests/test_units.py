@@ -31,14 +31,29 @@ def test_the_unit_of_a_killed_worker_is_done_again(tmp_path, number):
     assert results[2]["attempt"] >= 2 and len(results) == 5
 
 
-def test_a_unit_that_always_kills_its_worker_is_named(tmp_path):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_unit_that_always_kills_its_worker_is_named(tmp_path, workers):
+    """Not one of those that run beside it."""
     stage = Stage(tmp_path / "stage", die_once)
-    pool = LocalProcesses(1)
+    pool = LocalProcesses(workers)
+    others = [Unit(f"good{i}", (tmp_path / f"good{i}", 0)) for i in range(4)]
+    units = [Unit("good", (tmp_path / "good", 0)), *others[:2], Unit("bad", (None, signal.SIGKILL)), *others[2:]]
     with pytest.raises(KilledUnit, match=r"unit bad of stage: its worker process was killed 3 times .*fewer workers"):
-        run_units(pool, stage, [Unit("good", (tmp_path / "good", 0)), Unit("bad", (None, signal.SIGKILL))])
+        run_units(pool, stage, units)
     # The engine serves the next call, and what is done stays done.
     assert run_units(pool, stage, [Unit("good", (tmp_path / "good", 0))]) == [{"samples": 1, "attempt": 1}]
     pool.close()
+
+
+def test_workers_that_are_killed_between_units_are_replaced(tmp_path):
+    stage = Stage(tmp_path / "stage", die_once)
+    with open_engine(2) as pool:
+        run_units(pool, stage, [Unit(f"{i}", (tmp_path / f"{i}", 0)) for i in range(3)])
+        manager = pool._pool._executor_manager_thread
+        for process in list(pool._pool._processes.values()):
+            process.kill()
+        manager.join()  # the pool has noticed
+        assert run_units(pool, stage, [Unit("next", (tmp_path / "next", 0))]) == [{"samples": 1, "attempt": 1}]
 
 
 def test_a_finished_unit_is_not_done_again(tmp_path, caplog):

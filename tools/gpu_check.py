@@ -5,7 +5,7 @@
 
 Each step is a process of its own with a time limit, so that one that fails, crashes or hangs does not lose the others.
 Output: gpu_check_NAME.json and the page gpu_check_NAME.md, by default in benchmarks/results; logs of the steps in
-out/gpu_check. Exit code 0: every step has passed or was skipped with a reason; 1: a step has not; 2: there is no GPU.
+out/gpu_check. Exit code 0: every step has passed or was skipped with a reason; 1: a step has not; 2: no GPU was found.
 """
 
 import argparse

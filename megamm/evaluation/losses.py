@@ -94,7 +94,7 @@ def evaluate(subject: Subject, sources: list[Path], *, limit: int | None = None,
     """Evaluate on the held-out samples of every source, with at most `limit` samples each.
 
     A source is SHARDS/<source>, or PREFIX of .bin and .idx files that the run trained on. UserError if a split has no
-    tokens of the model's tokenizers, or if there is no sample.
+    samples, or no tokens of the model's tokenizers.
     """
     samples, documents, pairs = 0, [], []
     for number, source in enumerate(sources):

@@ -35,8 +35,8 @@ class Estimate:
 class MetricFigure:
     """One number of a report.
 
-    left_out: number of samples that could not be measured, by reason. note: why there is no value, or what to bear in
-    mind. floor: the value that two halves of the real samples have against each other.
+    left_out: number of samples that could not be measured, by reason. note: the reason for a missing value, or a
+    caution. floor: the value that two halves of the real samples have against each other.
     """
 
     metric: str

@@ -233,6 +233,9 @@ def _check_deepspeed(config: RunConfig) -> None:
         raise UserError(
             "engine=deepspeed does not support train.precision=fp8", remedy="set train.precision=bf16 or engine=native"
         )
+    if config.spans:
+        what = f"engine=deepspeed does not support modalities.{min(config.spans)}.attention=span"
+        raise UserError(what, remedy="set it to causal, or engine=native")
     if config.optimizer.moments != "fp32" or config.optimizer.offload_moments:
         remedy = "set optimizer.moments=fp32 and deepspeed.offload_optimizer, or engine=native"
         raise UserError("engine=deepspeed does not support optimizer.moments and offload_moments", remedy=remedy)

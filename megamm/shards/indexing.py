@@ -31,7 +31,7 @@ class Indexed(NamedTuple):
 def write_index(folder: Path) -> Indexed:
     """Make the index of a folder.
 
-    JSONL indexes are converted if there is no newer index and every member's header in the tars agrees with them;
+    JSONL indexes are converted if no newer index exists and every member's header in the tars agrees with them;
     otherwise the tars are read. Raises UserError, and leaves the old index unchanged, if a tar is damaged.
     """
     tars = sorted(folder.glob("*.tar"))

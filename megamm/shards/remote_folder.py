@@ -41,7 +41,7 @@ _BEGIN_BYTES = 69
 class RemoteShardFolder(ShardFolder):
     """Random access to a folder of shards at a URL.
 
-    Raises MissingFile if there is no index, StoreError if the store fails, UserError if the index cannot be used.
+    Raises MissingFile for a missing index, StoreError if the store fails, UserError if the index cannot be used.
     """
 
     def __init__(self, url: str, options: CacheOptions) -> None:

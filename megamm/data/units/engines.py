@@ -62,30 +62,31 @@ class LocalProcesses:
         self._pool: ProcessPoolExecutor | None = None
 
     def complete(self, stage: Stage, units: Sequence[tuple[int, Unit]]) -> Iterator[tuple[int, Result]]:
-        """Do the numbered units; those of a broken pool are done again, one a worker, so that the culprit is found."""
+        """Do the numbered units; those of a broken pool are done again, one at a time, so that the culprit is found."""
         waiting, lost = list(reversed(units)), dict[int, int]()
         running: dict[Future[Result], tuple[int, Unit]] = {}
-        ahead = AHEAD
         while waiting or running:
-            while waiting and len(running) < ahead * self.workers:
+            while waiting and len(running) < (1 if lost else AHEAD * self.workers):
                 task = waiting.pop()
                 try:
                     running[self._workers().submit(stage.do, task[1])] = task
                 except BrokenProcessPool:
                     # It broke since the last wait: the units that run in it fail now, this one was never there.
                     waiting.append(task)
+                    if not running:  # a worker without a unit was killed
+                        self.close()
                     break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             broken = [running.pop(future) for future in list(done) if isinstance(future.exception(), BrokenProcessPool)]
             for future in done & running.keys():
                 number, _ = running.pop(future)
+                lost.pop(number, None)
                 yield number, future.result()
             if broken:
                 # Every unit of the pool fails with it, and nothing says whose worker was killed.
                 broken += running.values()
                 running.clear()
                 self.close()
-                ahead = 1
                 for number, unit in broken:
                     lost[number] = lost.get(number, 0) + 1
                     if lost[number] >= ATTEMPTS:
